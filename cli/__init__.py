@@ -1,0 +1,1 @@
+"""The front door: one small file per command. Nothing imports this room."""

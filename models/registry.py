@@ -1,0 +1,119 @@
+"""Networks by name. A network is one file `models/<name>.py` whose builders carry `@register`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ModelError(ValueError):
+    """A network's name, options or input are wrong. The message is all the user sees."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What the rest of segfleet must know of a registered network.
+
+    build(in_channels, num_classes, **options) -> nn.Module that maps (B, C, [Z,] Y, X) to logits (B, K, [Z,] Y, X) or, with deep
+    supervision in train mode, to a list of logits, finest first, each at its own resolution or the full one.
+    """
+
+    name: str
+    build: Callable[..., nn.Module]
+    dims: tuple[int, ...]  # (2,), (3,) or (2, 3)
+    in_channels: int  # of the published set-up; the build takes others
+    num_classes: int
+    paper_input: tuple[int, ...]  # spatial size at which GMAC are quoted
+    parameters: int  # exact, at in_channels/num_classes/default options
+    divisor: int | tuple[int, ...] = 1  # the input's spatial sizes must be multiples of it
+    deep_supervision: bool = False
+    fixed_patch: bool = False  # the weights depend on the input size (options must carry `patch`)
+    stages: Mapping[str, int] = field(default_factory=dict)  # parameters of each stage, as in the specification
+    stage_of: Callable[[str], str] | None = None  # parameter name -> stage name; default: the part before the first dot
+    reduced: Mapping[str, Any] = field(default_factory=dict)  # options of a small twin for tests
+    source: str = ""  # paper or specification
+    about: str = ""
+
+
+_SPECS: dict[str, ModelSpec] = {}
+_LOADED = False
+
+
+def register(**facts: Any) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
+    """Register a builder under `name`; the other keywords are the fields of `ModelSpec`."""
+
+    def wrap(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        spec = ModelSpec(build=build, **facts)
+        assert spec.name not in _SPECS, f"two networks are called {spec.name}"
+        _SPECS[spec.name] = spec
+        return build
+
+    return wrap
+
+
+def specs() -> dict[str, ModelSpec]:
+    """All registered networks, by name in alphabetical order."""
+    global _LOADED
+    if not _LOADED:
+        import segfleet.models as room
+
+        for module in sorted(m.name for m in pkgutil.iter_modules(room.__path__)):
+            importlib.import_module(f"segfleet.models.{module}")
+        _LOADED = True
+    return dict(sorted(_SPECS.items()))
+
+
+def spec(name: str) -> ModelSpec:
+    """The spec of `name`. Raises ModelError with the legal names."""
+    known = specs()
+    if name not in known:
+        raise ModelError(f"model.name: found '{name}', expected one of: {', '.join(known)}")
+    return known[name]
+
+
+def build_model(name: str, *, in_channels: int, num_classes: int, options: Mapping[str, Any] | None = None) -> nn.Module:
+    """Build a registered network. Raises ModelError for an unknown name or option."""
+    chosen, options = spec(name), dict(options or {})
+    legal = [p.name for p in inspect.signature(chosen.build).parameters.values() if p.name not in ("in_channels", "num_classes")]
+    for key in options:
+        if key not in legal:
+            raise ModelError(f"model.options: '{key}' is no option of {name}; expected one of: {', '.join(legal) or 'none'}")
+    return chosen.build(in_channels=in_channels, num_classes=num_classes, **options)
+
+
+def check_input(x: Tensor, *, name: str, dims: int, in_channels: int, divisor: int | tuple[int, ...] = 1) -> None:
+    """Refuse an input of the wrong shape with a sentence that names the rule. Call it first in `forward`."""
+    if torch.compiler.is_compiling():
+        return
+    axes = "BCYX" if dims == 2 else "BCZYX"
+    if x.ndim != dims + 2:
+        raise ModelError(f"{name} takes a {dims + 2}-dimensional input ({', '.join(axes)}), found shape {tuple(x.shape)}")
+    if x.shape[1] != in_channels:
+        raise ModelError(f"{name} was built for {in_channels} input channel(s), found {x.shape[1]} in shape {tuple(x.shape)}")
+    divisors = (divisor,) * dims if isinstance(divisor, int) else divisor
+    for axis, size, d in zip(axes[2:], x.shape[2:], divisors, strict=True):
+        if size % d or size == 0:
+            raise ModelError(f"{name} needs an input whose {axis} size is a multiple of {d}, found {size} in shape {tuple(x.shape)}")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Exact number of parameters (buffers not counted)."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def stage_table(model: nn.Module, chosen: ModelSpec) -> dict[str, int]:
+    """Parameters per stage, in order of construction."""
+    stage_of = chosen.stage_of or (lambda parameter: parameter.split(".", 1)[0])
+    table: dict[str, int] = {}
+    for parameter, value in model.named_parameters():
+        table[stage_of(parameter)] = table.get(stage_of(parameter), 0) + value.numel()
+    return table

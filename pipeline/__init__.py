@@ -1,0 +1,1 @@
+"""A store and a recipe become checkpoints, predictions, scores and a report."""

@@ -1,0 +1,1 @@
+"""Raw data sets become immutable shard stores. No torch in this room."""

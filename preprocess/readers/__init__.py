@@ -1,0 +1,1 @@
+"""Raw layouts, one file each, found by name."""

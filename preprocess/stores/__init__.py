@@ -1,0 +1,1 @@
+"""Store formats, one file each, found by name."""

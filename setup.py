@@ -1,0 +1,52 @@
+"""Metadata of segfleet. The folders at the root are the import package: `models/` is `segfleet.models`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOMS = ("cli", "models", "pipeline", "preprocess", "slurm", "sweeps")
+HERE = Path(__file__).parent
+
+packages = [f"segfleet.{name}" for room in ROOMS for name in (room, *(f"{room}.{sub}" for sub in find_packages(room)))]
+
+setup(
+    name="segfleet",
+    version="0.1.0",
+    description="Train medical image segmentation networks at scale: shards, exact resume, SLURM, sweeps, honest scores",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=packages,
+    package_dir={f"segfleet.{room}": room for room in ROOMS},
+    package_data={"segfleet.pipeline": ["recipes/*.yaml"], "segfleet.models": ["scan/*.cpp"]},
+    entry_points={"console_scripts": ["segfleet = segfleet.cli.main:main"]},
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed>=0.16",
+        "submitit>=1.5",
+        "ray[tune]>=2.40",
+        "h5py>=3.10",
+        "zarr>=3.1,<4",
+        "numcodecs>=0.16",
+        "einops>=0.8",
+        "tensorboardX>=2.6",
+        "numpy>=2",
+        "scipy>=1.13",
+        "pydantic>=2.8",
+        "typer>=0.12",
+        "rich>=13",
+        "pyyaml>=6",
+        "nibabel>=5.2",
+        "SimpleITK>=2.4",
+        "pillow>=10",
+        "imageio>=2.34",
+        "tifffile>=2024.1",
+        "safetensors>=0.5",
+        "google-crc32c>=1.5",
+    ],
+    extras_require={
+        "mamba": ["mamba-ssm>=2.2.4; platform_system=='Linux'", "causal-conv1d>=1.4; platform_system=='Linux'"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "mypy>=1.13", "optuna>=4", "psutil>=5.9"],
+    },
+)

@@ -1,0 +1,1 @@
+"""A search space becomes a stage tree of trials, and the best of them."""
