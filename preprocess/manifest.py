@@ -1,0 +1,145 @@
+"""The manifest of a shard store: small, versioned, written last. It is the only thing a loader trusts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from segfleet.preprocess.problems import InputError
+
+VERSION = 1
+NAME = "manifest.json"
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Dataset(Frozen):
+    """What the raw data set is, independent of any preprocessing."""
+
+    name: str
+    reader: str
+    dims: int  # 2 or 3
+    channels: tuple[str, ...]
+    labels: dict[str, int]  # name -> value, background 0 first; without the ignore label
+    ignore_label: int | None = None
+    regions: dict[str, tuple[int, ...]] = Field(default_factory=dict)  # overlapping targets, in order; empty: plain classes
+    region_order: tuple[int, ...] = ()  # the label painted for each region, later ones over earlier ones
+    file_ending: str = ".nii.gz"  # of predictions
+    licence: str = ""
+
+
+class Plan(Frozen):
+    """How raw cases become training cases. Axes (z, y, x); 2D data sets have one slice."""
+
+    target_spacing: tuple[float, float, float]  # mm
+    patch: tuple[int, int, int]  # voxels
+    normalisation: tuple[str, ...]  # per channel: zscore | ct | rgb_to_0_1 | rescale_to_0_1 | none
+    intensity: tuple[dict[str, float], ...] = ()  # per channel, of the foreground: mean std median min max percentile_00_5 percentile_99_5
+    nonzero_mask: bool = False  # z-score inside the non-zero mask only
+    anisotropic_axis: int | None = None  # axis resampled apart from the others
+    median_shape: tuple[int, int, int] = (1, 1, 1)
+    dtype: str = "float16"  # of stored images; integers are multiplied by `scale` when read
+    scale: float = 1.0
+
+
+class CaseEntry(Frozen):
+    """One case of the store."""
+
+    id: str
+    group: str  # patient: never on both sides of a split
+    shard: str  # path inside the store
+    key: str  # array group inside the shard
+    shape: tuple[int, int, int]  # of the stored grid (z, y, x), voxels
+    spacing: tuple[float, float, float]  # mm
+    crop: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # box of the raw grid that was kept: (start, stop) per axis
+    raw_shape: tuple[int, int, int]
+    raw_spacing: tuple[float, float, float]
+    affine: tuple[tuple[float, ...], ...] | None = None
+    has_truth: bool = False  # the label on the raw grid is stored beside the resampled one
+    voxels: dict[int, int] = Field(default_factory=dict)  # label value -> count on the stored grid
+    foreground: dict[int, tuple[int, ...]] = Field(default_factory=dict)  # label value -> sampled flat voxel indices of the stored grid
+    sha256: str = ""  # of the stored image and label bytes: the same for every store format
+    source_sha256: str = ""  # of the raw files
+    image_file: str = ""  # relative to the raw folder, for the reader of predictions and reports
+
+
+class Manifest(Frozen):
+    version: int = VERSION
+    format: str  # zarr | hdf5
+    id: str  # content id: hash of data set, plan and case contents; the same for every format
+    dataset: Dataset
+    plan: Plan
+    fingerprint: dict[str, Any] = Field(default_factory=dict)
+    cases: tuple[CaseEntry, ...]
+    splits: dict[str, tuple[dict[str, tuple[str, ...]], ...]] = Field(default_factory=dict)  # name -> folds of {"train": ids, "val": ids}
+    split_seed: int = 0
+    files: dict[str, dict[str, Any]] = Field(default_factory=dict)  # path -> {"bytes": n, "sha256": hex}
+
+    def case(self, case_id: str) -> CaseEntry:
+        for entry in self.cases:
+            if entry.id == case_id:
+                return entry
+        raise InputError(f"case: found '{case_id}', which is not one of the {len(self.cases)} cases of {self.dataset.name}")
+
+    def fold(self, split: str, fold: int) -> dict[str, tuple[str, ...]]:
+        """Ids of one fold: {"train": ..., "val": ...}. Raises InputError with the legal names and numbers."""
+        if split not in self.splits:
+            raise InputError(f"data.split: found '{split}', expected one of: {', '.join(self.splits)}")
+        folds = self.splits[split]
+        if not 0 <= fold < len(folds):
+            raise InputError(f"data.fold: found {fold}, expected 0 to {len(folds) - 1} (split '{split}')")
+        return folds[fold]
+
+
+def content_id(dataset: Dataset, plan: Plan, cases: tuple[CaseEntry, ...]) -> str:
+    """Identity of a store's content, independent of format, folder and time."""
+    facts = [dataset.model_dump(mode="json"), plan.model_dump(mode="json"), sorted((c.id, c.group, c.sha256) for c in cases)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def load_manifest(store: Path) -> Manifest:
+    """Read STORE/manifest.json. Raises InputError if there is none or it is damaged."""
+    path = Path(store) / NAME
+    if not path.is_file():
+        raise InputError(f"store: {store} holds no {NAME}: it is no store, or its preprocessing never finished. Run `segfleet preprocess`.")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw.get("version") != VERSION:
+            raise InputError(f"store: {path} has version {raw.get('version')}, expected {VERSION}. Preprocess the raw data again.")
+        return Manifest.model_validate(raw)
+    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise InputError(f"store: {path} is damaged ({str(error).splitlines()[0]}). Preprocess the raw data again.") from None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_manifest(store: Path, manifest: Manifest) -> None:
+    write_atomically(Path(store) / NAME, json.dumps(manifest.model_dump(mode="json"), indent=1))
