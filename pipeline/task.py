@@ -1,0 +1,79 @@
+"""What a network is asked to predict: softmax over classes, or independent sigmoids over regions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from segfleet.preprocess.manifest import Dataset
+from segfleet.preprocess.problems import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """`head` "softmax": one channel per label, background first. "sigmoid": one channel per region, no background.
+
+    `names` are the scored structures in order; `members[i]` the label values that make up `names[i]`.
+    """
+
+    head: str
+    names: tuple[str, ...]
+    members: tuple[tuple[int, ...], ...]
+    values: tuple[int, ...]  # softmax: label value of each channel; sigmoid: label painted for each region
+    ignore_label: int | None = None
+
+    @property
+    def channels(self) -> int:
+        """Output channels of the network."""
+        return len(self.values)
+
+    def target(self, label: Tensor) -> Tensor:
+        """(B, *S) integer labels -> (B, *S) int64 channel indices (softmax) or (B, R, *S) float32 (sigmoid). Ignored voxels become 0."""
+        if self.head == "softmax":
+            target = torch.zeros_like(label, dtype=torch.int64)
+            for channel, value in enumerate(self.values):
+                if channel:
+                    target[label == value] = channel
+            return target
+        return torch.stack([sum(((label == value) for value in group), torch.zeros_like(label, dtype=torch.bool)) for group in self.members], 1).float()
+
+    def valid(self, label: Tensor) -> Tensor | None:
+        """(B, *S) bool, False where the label is to be ignored; None when nothing can be."""
+        return None if self.ignore_label is None else label != self.ignore_label
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(B, K, *S) logits -> probabilities of the same shape, float32."""
+        return logits.float().softmax(1) if self.head == "softmax" else logits.float().sigmoid()
+
+    def labels(self, probabilities: Tensor) -> Tensor:
+        """(K, *S) probabilities -> (*S) uint8 label values; later regions are painted over earlier ones."""
+        if self.head == "softmax":
+            return torch.tensor(self.values, dtype=torch.uint8, device=probabilities.device)[probabilities.argmax(0)]
+        label = torch.zeros(probabilities.shape[1:], dtype=torch.uint8, device=probabilities.device)
+        for channel, value in enumerate(self.values):
+            label[probabilities[channel] > 0.5] = value
+        return label
+
+
+def make_task(dataset: Dataset, head: str = "auto") -> Task:
+    """The task of a data set. `auto`: regions when it has them, sigmoid for a single foreground label, else softmax."""
+    if head not in ("auto", "softmax", "sigmoid"):
+        raise InputError(f"model.head: found '{head}', expected one of: auto, softmax, sigmoid")
+    foreground = {name: value for name, value in dataset.labels.items() if value != 0}
+    if dataset.regions:
+        if head == "softmax":
+            raise InputError(f"model.head: found 'softmax', but {dataset.name} has overlapping regions, which need 'sigmoid' (or 'auto')")
+        return Task(
+            head="sigmoid",
+            names=tuple(dataset.regions),
+            members=tuple(dataset.regions.values()),
+            values=dataset.region_order,
+            ignore_label=dataset.ignore_label,
+        )
+    names, values = tuple(foreground), tuple(foreground.values())
+    members = tuple((value,) for value in values)
+    if head == "sigmoid" or (head == "auto" and len(foreground) == 1):
+        return Task(head="sigmoid", names=names, members=members, values=values, ignore_label=dataset.ignore_label)
+    return Task(head="softmax", names=names, members=members, values=(0, *values), ignore_label=dataset.ignore_label)
