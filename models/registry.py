@@ -40,8 +40,18 @@ class ModelSpec:
     stages: Mapping[str, int] = field(default_factory=dict)  # parameters of each stage, as in the specification
     stage_of: Callable[[str], str] | None = None  # parameter name -> stage name; default: the part before the first dot
     reduced: Mapping[str, Any] = field(default_factory=dict)  # options of a small twin for tests
+    reduced_input: tuple[int, ...] = ()  # spatial size the small twin is tested at; default: see `small_input`
     source: str = ""  # paper or specification
     about: str = ""
+
+    @property
+    def small_input(self) -> tuple[int, ...]:
+        """Spatial size for tests: `reduced_input`, else the small twin's `patch`, else the smallest legal size >= 32 (2D) or 16 (3D)."""
+        if self.reduced_input or "patch" in self.reduced:
+            return tuple(self.reduced_input or self.reduced["patch"])
+        rank = len(self.paper_input)
+        divisors = (self.divisor,) * rank if isinstance(self.divisor, int) else self.divisor
+        return tuple(d * -(-(32 if rank == 2 else 16) // d) for d in divisors)
 
 
 _SPECS: dict[str, ModelSpec] = {}
