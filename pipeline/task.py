@@ -37,7 +37,8 @@ class Task:
                 if channel:
                     target[label == value] = channel
             return target
-        return torch.stack([sum(((label == value) for value in group), torch.zeros_like(label, dtype=torch.bool)) for group in self.members], 1).float()
+        regions = [torch.isin(label, torch.tensor(group, dtype=label.dtype, device=label.device)) for group in self.members]
+        return torch.stack(regions, 1).float()
 
     def valid(self, label: Tensor) -> Tensor | None:
         """(B, *S) bool, False where the label is to be ignored; None when nothing can be."""

@@ -31,7 +31,7 @@ def build_loss(name: str, *, head: str, options: Mapping[str, Any] | None = None
         raise InputError(f"loss.name: found '{name}', expected one of: {', '.join(losses())}")
     kind = importlib.import_module(f"segfleet.pipeline.losses.{name}").Loss
     if kind.head not in (head, "any"):
-        raise InputError(f"loss.name: '{name}' needs a {kind.head} head, but this task has a {head} head; set model.head or choose another loss")
+        raise InputError(f"loss.name: '{name}' needs a {kind.head} head, this task has a {head} head; set model.head or use another")
     options = dict(options or {})
     legal = [p for p in inspect.signature(kind.__init__).parameters if p not in ("self", "head")]
     for key in options:

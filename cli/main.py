@@ -1,0 +1,113 @@
+"""`segfleet`: finds the command's file, runs it, and turns what goes wrong into one message and an exit code.
+
+Exit codes: 0 done, 1 a fault of segfleet or of the machine, 2 the user's input is wrong, 75 interrupted and resumable.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+
+import typer
+from typer.core import TyperGroup
+
+COMMANDS = {  # name -> (module, one line); the lines stand here so that --help imports no command
+    "doctor": ("doctor", "What this machine can do: packages, cores, memory, GPUs, timed convolutions."),
+    "models": ("models", "Registered networks: parameters, multiply-adds, input rules."),
+    "datasets": ("datasets", "Known raw layouts; check a raw folder; write a synthetic set."),
+    "preprocess": ("preprocess", "Turn a raw data set into an immutable shard store."),
+    "recipe": ("recipe", "List, show and validate recipes; print their schema."),
+    "train": ("train", "Train every stage of a recipe on this machine; continues where it stopped."),
+    "evaluate": ("evaluate", "Score a run on whole cases at their original resolution."),
+    "predict": ("predict", "Segment raw images with a run."),
+    "report": ("report", "Write a run's report as one HTML file."),
+    "status": ("status", "Every run under a folder: state, progress, loss, speed."),
+}
+INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again and it goes on
+
+
+class LazyGroup(TyperGroup):
+    """Imports a command's module only when that command runs or shows its help."""
+
+    def list_commands(self, ctx):
+        return list(COMMANDS)
+
+    def get_command(self, ctx, cmd_name):
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"segfleet.cli.{COMMANDS[cmd_name][0]}")
+        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        single.command(name=cmd_name, short_help=COMMANDS[cmd_name][1])(module.command)
+        return typer.main.get_command(single)
+
+    def format_commands(self, ctx, formatter):
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.callback(invoke_without_command=True)
+def top(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    """Train medical image segmentation networks at scale: shards, exact resume, SLURM, sweeps, honest scores."""
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("segfleet"))
+        raise typer.Exit()
+
+
+def complain(message: str) -> None:
+    sys.stderr.write(f"segfleet: {message}\n")
+
+
+def exit_code(error: BaseException) -> int:
+    """Say what went wrong; the exit code. A fault of ours is re-raised with its traceback, for the bug report."""
+    code = getattr(error, "exit_code", None)
+    if code is not None:
+        if getattr(error, "problems", None):
+            from segfleet.cli.output import problem_table
+
+            problem_table(error)
+        else:
+            complain(str(error))
+        return code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" at {error.filename}" if error.filename else ""
+        complain(f"no space left on the device{where}. Free some and run the same command again: it goes on.")
+        return 2
+    if isinstance(error, PermissionError):
+        complain(f"{error.filename}: permission denied. Choose a folder you may write to, or mend its permissions.")
+        return 2
+    if isinstance(error, KeyboardInterrupt):
+        complain("interrupted. Run the same command again: it goes on where it stopped.")
+        return INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    raise error
+
+
+def main() -> None:
+    try:
+        code = app(standalone_mode=False)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except typer.Abort:
+        code = exit_code(KeyboardInterrupt())
+    except Exception as error:
+        if hasattr(error, "format_message"):  # Typer's own complaint about the command line
+            error.show()
+            code = 2
+        else:
+            code = exit_code(error)
+    except KeyboardInterrupt as error:
+        code = exit_code(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()
