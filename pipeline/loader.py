@@ -1,0 +1,165 @@
+"""Samples become batches. Loader processes only compute; which samples, and in which order, is decided by `PatchSampler`."""
+
+from __future__ import annotations
+
+import signal
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from segfleet.pipeline import randomness
+from segfleet.pipeline.augment import apply_intensity, draw_intensity, draw_spatial, flat, mirror, resample, source_grid
+from segfleet.pipeline.recipe import Augment
+from segfleet.pipeline.sampler import PatchSampler
+from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.stores.base import ShardStore
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one rank. In 2D the slice axis is gone."""
+
+    image: Tensor  # (B, C, *S) float32
+    label: Tensor  # (B, *S) uint8
+    cases: tuple[str, ...]
+    intensity: tuple[dict, ...] | None  # still to be applied on the device; None: done by the loader
+    in_plane: bool
+
+
+class Failure(NamedTuple):
+    """A sample that could not be made; carried to the training process, which raises it there."""
+
+    case: str
+    phase: str
+    message: str
+    traceback: str
+    user_error: bool
+
+
+class LoaderError(RuntimeError):
+    """A sample could not be made, through no fault of the user's input. Names the case and the phase."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a run stands: the next step to be done is `step` of `epoch` of `stage` (all counted from 0)."""
+
+    stage: int
+    epoch: int
+    step: int
+
+
+class Patches(Dataset):
+    """Patches by (epoch, index): read, augmented. Picklable; opens its store in the process that reads."""
+
+    def __init__(self, store: ShardStore, sampler: PatchSampler, stage: int, steps: int, augment: Augment | None, on_device: bool):
+        self.store, self.sampler, self.stage, self.steps, self.augment, self.on_device = store, sampler, stage, steps, augment, on_device
+
+    def __getitems__(self, places: list[tuple[int, int]]) -> Batch | Failure:
+        """A micro-batch. `DataLoader` calls it with the list a batch sampler yields."""
+        samples = []
+        for epoch, index in places:
+            draw = self.sampler.draw(self.stage, epoch, index, self.steps)
+            try:
+                samples.append((*self._sample(draw), draw.case.id))
+            except Exception as error:
+                return Failure(draw.case.id, "loading", str(error), traceback.format_exc(), isinstance(error, InputError))
+        images, labels, drawn, cases = zip(*samples, strict=True)
+        image, label = torch.stack(images), torch.stack(labels)
+        if self.sampler.patch[0] == 1:
+            image, label = image[:, :, 0], label[:, 0]
+        first = self.sampler.cases[0]
+        return Batch(image, label, cases, drawn if self.on_device else None, flat(self.sampler.patch, first.spacing))
+
+    def _sample(self, draw) -> tuple[Tensor, Tensor, dict]:
+        patch = self.sampler.patch
+        if self.augment is None:
+            box = tuple(slice(s, s + p) for s, p in zip(draw.start, patch, strict=True))
+            return torch.from_numpy(self.store.image(draw.case, box)), torch.from_numpy(self.store.label(draw.case, box)), {}
+        rng = randomness.generator(self.sampler.seed, randomness.AUGMENT, draw.stage, draw.epoch, draw.index)
+        spatial = draw_spatial(self.augment, rng, patch, draw.case.spacing)
+        box, positions = source_grid(spatial, draw.start, patch)
+        image, label = torch.from_numpy(self.store.image(draw.case, box)), torch.from_numpy(self.store.label(draw.case, box))
+        if positions is not None:
+            image, label = resample(image, label, positions)
+        image, label = mirror(spatial, image, label)
+        drawn = draw_intensity(self.augment, rng, len(image))
+        if not self.on_device:
+            image = apply_intensity(image, drawn, flat(patch, draw.case.spacing))
+        return image.contiguous(), label.contiguous(), drawn
+
+
+class Schedule:
+    """The batch sampler of one rank: (epoch, index) lists from a place to the end of a stage, micro-batch by micro-batch."""
+
+    def __init__(self, place: Place, epochs: int, steps: int, batch: int, accumulate: int, rank: int, size: int):
+        share = batch // size
+        self.micro = share // accumulate
+        self.first, self.last = place.epoch * steps + place.step, epochs * steps
+        self.steps, self.batch, self.accumulate, self.offset = steps, batch, accumulate, rank * share
+
+    def __len__(self) -> int:
+        return (self.last - self.first) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.first, self.last):
+            epoch, within = divmod(step, self.steps)
+            for part in range(self.accumulate):
+                start = within * self.batch + self.offset + part * self.micro
+                yield [(epoch, start + k) for k in range(self.micro)]
+
+
+def check_shares(batch: int, ranks: int, accumulate: int) -> None:
+    """Every rank takes the same share of every batch. Raises InputError that names batches that would do."""
+    if batch % (ranks * accumulate):
+        unit = ranks * accumulate
+        raise InputError(
+            f"data.batch: found {batch}, which {ranks} rank(s) x {accumulate} accumulation step(s) cannot share evenly; "
+            f"expected a multiple of {unit}, for example {unit * max(1, -(-batch // unit))}"
+        )
+
+
+def _start_worker(_: int) -> None:
+    """Loader processes leave the decision to stop to the ranks, use one thread each and end with their parent."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def batches(patches: Patches, schedule: Schedule, workers: int) -> Iterator[Batch]:
+    """Micro-batches in order. Raises InputError or LoaderError with the case and the phase."""
+    loader = DataLoader(
+        patches,
+        batch_sampler=schedule,
+        num_workers=workers,
+        collate_fn=_as_made,
+        multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=_start_worker if workers else None,
+        pin_memory=patches.on_device,
+    )
+    for batch in loader:
+        if isinstance(batch, Failure):
+            if batch.user_error:
+                raise InputError(f"{batch.phase} case {batch.case}: {batch.message}")
+            raise LoaderError(f"{batch.phase} case {batch.case}: {batch.message}\n{batch.traceback}")
+        yield batch
+
+
+def _as_made(batch: Batch | Failure) -> Batch | Failure:
+    return batch
+
+
+def on_device(batch: Batch, device: torch.device, channels_last: bool) -> tuple[Tensor, Tensor]:
+    """Image and label on the device, intensity changes applied there if the loader left them to us."""
+    image, label = batch.image.to(device, non_blocking=True), batch.label.to(device, non_blocking=True)
+    if batch.intensity is not None:
+        volumes = image if image.ndim == 5 else image[:, :, None]
+        changed = [apply_intensity(volume, drawn, batch.in_plane) for volume, drawn in zip(volumes, batch.intensity, strict=True)]
+        image = torch.stack(changed).view_as(image)
+    if channels_last:
+        image = image.contiguous(memory_format=torch.channels_last if image.ndim == 4 else torch.channels_last_3d)
+    return image, label

@@ -1,0 +1,229 @@
+"""The recipe: one YAML document that says everything about a run. Strict: an unknown key or an illegal value is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from segfleet.preprocess.problems import InputError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Augment(Section):
+    """Probabilities are per sample. Spatial transforms are drawn before reading and cost one resampling pass together."""
+
+    flip: tuple[int, ...] | None = Field(None, description="axes that may be mirrored (0 z, 1 y, 2 x); none: all")
+    rotation: Share = Field(0.2, description="probability of a rotation")
+    angle: Annotated[float, Field(ge=0, le=180)] = Field(30.0, description="largest angle in degrees; in plane only when the patch is flat")
+    rot90: bool = Field(False, description="turn by a multiple of 90 degrees in plane; the patch's y and x sizes must agree")
+    scale: Share = Field(0.2, description="probability of a change of scale")
+    scale_range: tuple[float, float] = Field((0.7, 1.4), description="smallest and largest magnification")
+    elastic: Share = Field(0.0, description="probability of an elastic deformation")
+    elastic_size: float = Field(8.0, description="typical displacement in voxels")
+    gamma: Share = Field(0.3, description="probability of a gamma transform")
+    contrast: Share = Field(0.15, description="probability of a change of contrast")
+    brightness: Share = Field(0.15, description="probability of a change of brightness")
+    noise: Share = Field(0.1, description="probability of Gaussian noise")
+    blur: Share = Field(0.2, description="probability of a Gaussian blur")
+    low_resolution: Share = Field(0.25, description="probability of a simulated low resolution")
+
+
+class Data(Section):
+    """Which cases, and how patches are drawn from them."""
+
+    store: str = Field("", description="folder of the shard store; relative to the working folder")
+    split: str = Field("kfold", description="name of a split stored in the manifest")
+    fold: Annotated[int, Field(ge=0)] = Field(0, description="fold of that split")
+    patch: tuple[Positive, ...] | None = Field(None, description="patch size in voxels, (z, y, x) or (y, x); none: the plan's")
+    batch: Positive = Field(2, description="patches of one optimizer step, over all ranks and accumulation steps")
+    foreground: Share = Field(1 / 3, description="share of every batch whose patch is centred on a foreground voxel; exact per batch")
+    augment: Augment | None = Field(Augment(), description="augmentation; null switches it off")
+    workers: Annotated[int, Field(ge=0)] = Field(0, description="loader processes per rank; never changes the samples")
+
+
+class Model(Section):
+    name: str = Field(description="a registered network: `segfleet models`")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of that network")
+    head: Literal["auto", "softmax", "sigmoid"] = Field("auto", description="softmax over classes or one sigmoid per region")
+
+
+class Loss(Section):
+    name: str = Field("auto", description="a file of pipeline/losses; auto: dice_ce for a softmax head, bce_dice for a sigmoid head")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of that loss")
+    deep_supervision: Literal["nnunet"] | tuple[float, ...] = Field(
+        "nnunet", description="weights of the outputs, finest first; nnunet: halving, the coarsest dropped"
+    )
+
+
+class Optimizer(Section):
+    name: Literal["adamw", "adam", "sgd"] = Field("adamw", description="update rule")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(1e-2, description="not applied to biases, norms and parameters marked no-decay")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates")
+    momentum: Share = Field(0.99, description="SGD's momentum")
+    nesterov: bool = Field(True, description="SGD with Nesterov's momentum")
+    clip: Annotated[float, Field(ge=0)] = Field(12.0, description="largest norm of the gradient; 0: no clipping")
+
+
+class Stage(Section):
+    """One stretch of training. The next stage starts from the last checkpoint of this one."""
+
+    name: str = Field("train", description="shown in logs and reports; does not change the result")
+    epochs: Positive = Field(description="epochs of this stage")
+    steps: Positive | None = Field(None, description="optimizer steps of an epoch; none: one pass over the training cases")
+    lr: Annotated[float, Field(gt=0)] = Field(description="peak learning rate")
+    schedule: Literal["constant", "poly", "cosine"] = Field("constant", description="how the rate falls to `floor` over the stage")
+    power: float = Field(0.9, description="exponent of the poly schedule")
+    warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up from 0")
+    floor: Annotated[float, Field(ge=0)] = Field(0.0, description="lowest rate of the cosine and poly schedules")
+    inherit: Literal["weights", "weights+optimizer"] = Field("weights", description="what is taken over from the stage before")
+    freeze: tuple[str, ...] = Field((), description="parameter name prefixes that are not trained in this stage")
+
+
+class Engine(Section):
+    """How a step is computed. Workers, logging and launcher are not here: they never change the result."""
+
+    name: str = Field("ddp", description="a file of pipeline/engines")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type; weights and optimizer stay fp32")
+    accumulate: Positive = Field(1, description="micro-batches per step")
+    channels_last: bool = Field(True, description="memory format of weights and images")
+    compile: bool = Field(False, description="torch.compile")
+    checkpoint_activations: bool = Field(False, description="recompute activations in backward: less memory, more time")
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of an exponential moving average of the weights; 0: none")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of that engine")
+
+
+class Evaluation(Section):
+    every: Annotated[int, Field(ge=0)] = Field(0, description="validate every so many epochs while training; 0: only at the end")
+    cases: Positive | None = Field(None, description="validate while training on so many cases at most; the final score always uses all")
+    overlap: Annotated[float, Field(ge=0, lt=1)] = Field(0.5, description="overlap of neighbouring tiles")
+    mirror: tuple[int, ...] = Field((), description="axes mirrored at test time (0 z, 1 y, 2 x)")
+    batch: Positive = Field(1, description="tiles per forward pass")
+    weights: Literal["last", "best"] = Field("last", description="checkpoint that is scored; best is chosen on the validation cases")
+
+
+class Recipe(Section):
+    """Everything about a run."""
+
+    name: str = Field(description="for people; does not change the result")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of weights, sampling and augmentation")
+    data: Data = Field(default_factory=Data, description="cases and patches")
+    model: Model
+    loss: Loss = Field(default_factory=Loss, description="what is minimised")
+    optimizer: Optimizer = Field(default_factory=Optimizer, description="how")
+    stages: tuple[Stage, ...] = Field(min_length=1, description="in order")
+    engine: Engine = Field(default_factory=Engine, description="on what")
+    evaluation: Evaluation = Field(default_factory=Evaluation, description="how it is scored")
+    save_every: Positive = Field(50, description="steps between checkpoints")
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Recipe:
+        if self.data.batch % self.engine.accumulate:
+            raise ValueError(f"data.batch {self.data.batch} must be a multiple of engine.accumulate {self.engine.accumulate}")
+        return self
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def read_document(source: str) -> dict[str, Any]:
+    """The YAML mapping of a file or of a shipped recipe's name. Raises InputError."""
+    path = Path(source)
+    if not path.is_file():
+        path = RECIPES / f"{source}.yaml"
+        if not path.is_file() or "/" in source:
+            raise InputError(f"recipe: found no file '{source}' and no shipped recipe of that name; shipped: {', '.join(recipe_names())}")
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe: {path} is no YAML document: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise InputError(f"recipe: {path} holds {type(document).__name__}, expected a mapping of keys to values")
+    return document
+
+
+def override(document: dict[str, Any], changes: list[str]) -> dict[str, Any]:
+    """Apply `key.path=value` (values are YAML; list items by index, `stages.0.lr=1e-3`). Raises InputError."""
+    document = json.loads(json.dumps(document))
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals or not key:
+            raise InputError(f"override: found '{change}', expected key.path=value, for example stages.0.lr=1e-3")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"override: the value of '{change}' is no YAML") from None
+        node: Any = document
+        *parents, last = key.split(".")
+        for part in parents:
+            if isinstance(node, list):
+                node = node[_index(node, part, change)]
+            else:
+                if not isinstance(node.get(part), dict | list):
+                    node[part] = {}
+                node = node[part]
+        if isinstance(node, list):
+            node[_index(node, last, change)] = value
+        else:
+            node[last] = value
+    return document
+
+
+def _index(node: list, part: str, change: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise InputError(f"override: '{part}' in '{change}' is no index of a list of {len(node)}; expected 0 to {len(node) - 1}")
+    return int(part)
+
+
+def parse(document: dict[str, Any], source: str = "recipe") -> Recipe:
+    """A validated recipe. Raises InputError that names every wrong key, its value and the legal ones."""
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        faults = [fault for fault in error.errors() if fault["type"] != "too_short" or len(error.errors()) == 1]
+        raise InputError(f"{source} is not valid:\n" + "\n".join(_sentence(fault) for fault in faults)) from None
+
+
+def load_recipe(source: str, changes: list[str] | None = None) -> Recipe:
+    """Read, override and validate. `source` is a file or the name of a shipped recipe."""
+    return parse(override(read_document(source), changes or []), source)
+
+
+def _sentence(fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"]) or "recipe"
+    if fault["type"] == "extra_forbidden":
+        return f"  {where}: unknown key; expected one of: {', '.join(_legal_keys(fault['loc'][:-1]))}"
+    if fault["type"] == "missing":
+        return f"  {where}: missing"
+    return f"  {where}: found {fault['input']!r}. {fault['msg']}"
+
+
+def _legal_keys(location: tuple) -> list[str]:
+    """Keys of the section at `location`."""
+    kind: Any = Recipe
+    for part in location:
+        if isinstance(part, str) and part in getattr(kind, "model_fields", {}):
+            kind = _section_of(kind.model_fields[part].annotation) or kind
+    return list(kind.model_fields)
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        if found := _section_of(inner):
+            return found
+    return None
