@@ -1,0 +1,44 @@
+"""The soft Dice coefficient, as every Dice loss here uses it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from segfleet.preprocess.problems import InputError
+
+POOLS = ("sample", "batch")
+
+
+def soft_dice(probabilities: Tensor, target: Tensor, valid: Tensor | None, *, pool: str, smooth: float) -> Tensor:
+    """Mean over channels of (2 Σpt + smooth) / (Σp + Σt + smooth), per sample: (B,), or over the whole batch in one sum: (1,).
+
+    probabilities (B, K, *S) float32 and target (B, K, *S) of zeros and ones; voxels where valid (B, *S) is False are left out of the sums.
+    A structure that is absent and not predicted scores 1. `pool="batch"` means the batch that this process sees.
+    """
+    assert probabilities.shape == target.shape, f"probabilities {tuple(probabilities.shape)}, target {tuple(target.shape)}"
+    target = target.to(probabilities.dtype)
+    if valid is not None:
+        mask = valid.unsqueeze(1).to(probabilities.dtype)
+        probabilities, target = probabilities * mask, target * mask
+    axes = tuple(range(2, probabilities.ndim))
+    overlap, predicted, present = ((quantity.sum(axes)) for quantity in (probabilities * target, probabilities, target))
+    if pool == "batch":
+        overlap, predicted, present = (quantity.sum(0, keepdim=True) for quantity in (overlap, predicted, present))
+    return ((2 * overlap + smooth) / (predicted + present + smooth)).mean(1)
+
+
+def soft_dice_loss(probabilities: Tensor, target: Tensor, valid: Tensor | None, *, pool: str, smooth: float) -> Tensor:
+    """1 - `soft_dice`, averaged over the samples that have a valid voxel; 0, with a gradient graph, when none has."""
+    lost = 1 - soft_dice(probabilities, target, valid, pool=pool, smooth=smooth)
+    if valid is None or pool == "batch":
+        return lost.mean()
+    counts = valid.flatten(1).any(1).to(lost.dtype)
+    return (lost * counts).sum() / counts.sum().clamp(min=1)
+
+
+def check_dice_options(*, pool: str, smooth: float) -> None:
+    """Raises InputError for an unknown way of pooling or a smoothing term that leaves 0/0 for an absent structure."""
+    if pool not in POOLS:
+        raise InputError(f"loss.options.pool: found '{pool}', expected one of: {', '.join(POOLS)}")
+    if smooth <= 0:
+        raise InputError(f"loss.options.smooth: found {smooth}, expected a positive number; without it an absent structure is 0/0")
