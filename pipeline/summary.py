@@ -1,0 +1,139 @@
+"""A set of scored cases in a few numbers: means, confidence intervals, counts of what is empty or missing, named variants of Dice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from segfleet.pipeline.metrics import METRICS, ratio
+
+RESAMPLES, SEED = 2000, 12345
+
+SUMMARY: dict[str, str] = {
+    "mean_foreground_dice": "Mean over the structures of each structure's mean Dice over cases.",
+    "ci95": f"95 % bootstrap interval of the mean: {RESAMPLES} resamples of patients with replacement (all cases of a patient together), "
+    f"2.5th to 97.5th percentile, seed {SEED}; missing for fewer than two patients.",
+    "n": "Cases that have a value; the others are missing and are counted below, never set to 0 or 1.",
+    "empty_truth": "Cases whose truth does not hold the structure.",
+    "empty_prediction": "Cases whose prediction does not hold the structure.",
+    "excluded": "Cases where truth and prediction are both empty: not in the mean Dice.",
+    "hd95_missing": "Cases where only one of truth and prediction is empty: Dice 0, no surface distance.",
+}
+
+VARIANTS: dict[str, str] = {
+    "pooled": "One confusion matrix over all voxels of the set: large structures weigh more (MALUNet, EGE-UNet convention).",
+    "per_image": "Mean over cases with empty/empty = 1 and empty/non-empty = 0 (PraNet family convention).",
+    "per_volume": "Mean over cases, empty/empty excluded, empty/non-empty = 0 (LiTS convention): the mean Dice above.",
+    "per_patient": "Voxels of all cases of one patient pooled first, then the mean over patients, empty/empty excluded.",
+    "per_slice": "Mean over all slices with empty/empty = 1 (REC-UNet convention): inflated by slices without the structure.",
+}
+
+
+def definitions() -> dict[str, str]:
+    """One sentence for every name that an evaluation document uses."""
+    return {**METRICS, **SUMMARY, **{f"variant {name}": text for name, text in VARIANTS.items()}}
+
+
+def summarise(cases: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """`cases`: [{"id", "group", "scores": {structure: Scores}}] -> the summary of the set; JSON-able, missing numbers are None."""
+    patients = sorted({case["group"] for case in cases})
+    owner = np.array([patients.index(case["group"]) for case in cases], dtype=np.int64)
+    draws = bootstrap_weights(len(patients))
+    structures, resampled = {}, []
+    for name in names:
+        scores = [case["scores"][name] for case in cases]
+        structures[name], dice_draws = _structure(scores, owner, draws)
+        resampled.append(dice_draws)
+    means = [s["dice"]["mean"] for s in structures.values() if s["dice"]["mean"] is not None]
+    variants = {v: _mean([s["variants"][v] for s in structures.values()]) for v in VARIANTS}
+    return {
+        "cases": len(cases),
+        "patients": len(patients),
+        "mean_foreground_dice": _mean(means),
+        "mean_foreground_dice_ci95": _interval(_nanmean(np.array(resampled))) if resampled else None,
+        "variants": variants,
+        "structures": structures,
+        "bootstrap": {"over": "patients", "resamples": RESAMPLES, "seed": SEED},
+    }
+
+
+def bootstrap_weights(patients: int) -> np.ndarray | None:
+    """(RESAMPLES, patients) how often each patient is drawn in each resample; None below two patients."""
+    if patients < 2:
+        return None
+    generator = np.random.Generator(np.random.Philox(SEED))
+    return generator.multinomial(patients, np.full(patients, 1.0 / patients), size=RESAMPLES)
+
+
+def _structure(scores: list[dict], owner: np.ndarray, draws: np.ndarray | None) -> tuple[dict[str, Any], np.ndarray]:
+    empty_truth = [s["truth_voxels"] == 0 for s in scores]
+    empty_prediction = [s["predicted_voxels"] == 0 for s in scores]
+    result: dict[str, Any] = {}
+    for metric in METRICS:
+        values = np.array([np.nan if s[metric] is None else s[metric] for s in scores], dtype=float)
+        resampled = _resampled_means(values, owner, draws)
+        result[metric] = {**_describe(values), "ci95": _interval(resampled)}
+        if metric == "dice":
+            dice_draws = resampled
+    result["counts"] = {
+        "cases": len(scores),
+        "empty_truth": sum(empty_truth),
+        "empty_prediction": sum(empty_prediction),
+        "excluded": sum(t and p for t, p in zip(empty_truth, empty_prediction, strict=True)),
+        "hd95_missing": sum(t != p for t, p in zip(empty_truth, empty_prediction, strict=True)),
+    }
+    result["variants"] = _variants(scores, owner)
+    return result, dice_draws
+
+
+def _describe(values: np.ndarray) -> dict[str, Any]:
+    found = values[~np.isnan(values)]
+    if not len(found):
+        return {"mean": None, "sd": None, "median": None, "n": 0}
+    sd = float(found.std(ddof=1)) if len(found) > 1 else None
+    return {"mean": float(found.mean()), "sd": sd, "median": float(np.median(found)), "n": len(found)}
+
+
+def _resampled_means(values: np.ndarray, owner: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
+    """(RESAMPLES,) means over the cases of the drawn patients; NaN where a resample holds no value."""
+    if draws is None:
+        return np.full(RESAMPLES, np.nan)
+    known = ~np.isnan(values)
+    sums = np.bincount(owner[known], values[known], minlength=draws.shape[1])
+    counts = np.bincount(owner[known], minlength=draws.shape[1])
+    total = draws @ counts
+    return np.where(total > 0, draws @ sums / np.maximum(total, 1), np.nan)
+
+
+def _interval(means: np.ndarray) -> list[float] | None:
+    means = means[~np.isnan(means)]
+    return [float(v) for v in np.percentile(means, [2.5, 97.5])] if len(means) else None
+
+
+def _nanmean(rows: np.ndarray) -> np.ndarray:
+    known = ~np.isnan(rows)
+    return np.where(known.any(0), np.where(known, rows, 0.0).sum(0) / np.maximum(known.sum(0), 1), np.nan)
+
+
+def _variants(scores: list[dict], owner: np.ndarray) -> dict[str, float | None]:
+    counts = np.array([[s["tp"], s["fp"], s["fn"]] for s in scores], dtype=np.int64).reshape(-1, 3)
+    of_patients = [counts[owner == patient].sum(0) for patient in np.unique(owner)]
+    dice = [s["dice"] for s in scores]
+    return {
+        "pooled": _dice(*counts.sum(0)),
+        "per_image": _mean([1.0 if d is None else d for d in dice]),
+        "per_volume": _mean(dice),
+        "per_patient": _mean([_dice(*c) for c in of_patients]),
+        "per_slice": ratio(sum(s["slice_dice_sum"] for s in scores), sum(s["slices"] for s in scores)),
+    }
+
+
+def _dice(tp: int, fp: int, fn: int) -> float | None:
+    return ratio(2 * int(tp), 2 * int(tp) + int(fp) + int(fn))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else None

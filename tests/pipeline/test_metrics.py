@@ -1,0 +1,222 @@
+"""Scores by hand, distances by brute force, empty cases by the written rules."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from segfleet.pipeline.metrics import METRICS, score_case, score_structure, surface_distances, surface_percentiles
+from segfleet.pipeline.summary import VARIANTS, bootstrap_weights, definitions, summarise
+from segfleet.pipeline.task import Task
+
+SPACING = (2.0, 0.5, 0.8)
+ONE = Task(head="sigmoid", names=("lesion",), members=((1,),), values=(1,))
+
+
+def box(shape, *slices) -> np.ndarray:
+    mask = np.zeros(shape, dtype=bool)
+    mask[slices] = True
+    return mask
+
+
+def brute_force(a, b, spacing, percentile=95):
+    """Directed distances between surfaces, voxel by voxel: no tree, no distance map, no erosion routine."""
+
+    def surface(mask):
+        points = []
+        for point in zip(*np.nonzero(mask), strict=True):
+            for axis in range(mask.ndim):
+                if mask.shape[axis] == 1:
+                    continue
+                for step in (-1, 1):
+                    near = list(point)
+                    near[axis] += step
+                    inside = 0 <= near[axis] < mask.shape[axis] and mask[tuple(near)]
+                    if not inside:
+                        points.append(point)
+        return sorted(set(points))
+
+    def directed(p, q):
+        return [min(math.sqrt(sum(((u - v) * s) ** 2 for u, v, s in zip(x, y, spacing, strict=True))) for y in q) for x in p]
+
+    p, q = surface(a), surface(b)
+    there, back = directed(p, q), directed(q, p)
+    return np.percentile(there + back, percentile), max(np.percentile(there, percentile), np.percentile(back, percentile))
+
+
+def test_overlap_by_hand():
+    truth = box((2, 4, 4), slice(0, 1), slice(0, 2), slice(0, 4))  # 8 voxels
+    prediction = box((2, 4, 4), slice(0, 1), slice(1, 4), slice(0, 2))  # 6 voxels, 2 of them right
+    found = score_structure(prediction, truth, spacing=SPACING)
+    assert (found["tp"], found["fp"], found["fn"]) == (2, 4, 6)
+    assert found["dice"] == pytest.approx(4 / 14)
+    assert found["iou"] == pytest.approx(2 / 12)
+    assert found["sensitivity"] == pytest.approx(2 / 8)
+    assert found["precision"] == pytest.approx(2 / 6)
+    assert found["volume_error"] == pytest.approx(-2 / 8)
+    assert found["volume_error_ml"] == pytest.approx(-2 * 2.0 * 0.5 * 0.8 / 1000)
+    assert (found["slice_dice_sum"], found["slices"]) == (pytest.approx(4 / 14 + 1), 2)
+
+
+def test_distance_of_two_points_is_their_distance_in_mm():
+    a, b = box((5, 9, 9), 1, 2, 3), box((5, 9, 9), 3, 6, 8)
+    expected = math.sqrt((2 * 2.0) ** 2 + (4 * 0.5) ** 2 + (5 * 0.8) ** 2)
+    assert surface_percentiles(a, b, SPACING) == (pytest.approx(expected), pytest.approx(expected))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("shape", [(5, 8, 7), (1, 12, 11), (9, 1, 6)])
+def test_hd95_equals_brute_force(seed, shape):
+    generator = np.random.default_rng(seed)
+    if seed % 2:  # scattered voxels: the distance map
+        a, b = (generator.random(shape) < p for p in (0.2, 0.4))
+    else:  # two solid boxes: touching the border of the array, and an outlier
+        a, b = (box(shape, *(slice(0, max(1, int(n * f))) for n in shape)) for f in generator.uniform(0.3, 1.0, 2))
+        b[-1, -1, -1] = True
+    assert surface_percentiles(a, b, SPACING) == pytest.approx(brute_force(a, b, SPACING))
+
+
+def test_the_two_ways_to_the_distances_agree():
+    z, y, x = np.ogrid[:30, :40, :40]
+    a = (z - 15) ** 2 / 100 + (y - 20) ** 2 / 225 + (x - 20) ** 2 / 225 < 1
+    b = (z - 13) ** 2 / 100 + (y - 21) ** 2 / 200 + (x - 20) ** 2 / 225 < 1
+    spacing = np.array(SPACING)
+    near = surface_distances(a[3:27, 4:37, 4:37], b[3:27, 4:37, 4:37], spacing)  # full box: a distance map
+    far = surface_distances(np.pad(a, 40), np.pad(b, 40), spacing)  # few points in much air: a tree
+    for one, other in zip(near, far, strict=True):
+        np.testing.assert_allclose(np.sort(one), np.sort(other), atol=1e-9)
+
+
+def test_pooled_and_max_conventions_differ_and_are_named():
+    truth = box((1, 60, 60), 0, slice(10, 50), slice(10, 50))
+    prediction = truth.copy()
+    prediction[0, 55:59, 55:59] = True  # a far blob: 12 of 168 outline voxels of the prediction
+    pooled, larger = surface_percentiles(prediction, truth, (1, 1, 1))
+    assert pooled < larger
+    assert (pooled, larger) == pytest.approx(brute_force(prediction, truth, (1, 1, 1)))
+    assert "pooled" in METRICS["hd95"] and "larger" in METRICS["hd95_max"]
+
+
+def test_a_2d_mask_has_an_outline_not_a_solid():
+    """A filled square and its own outline: distance 0, though every pixel of a one-slice volume would be 'surface' in 3D."""
+    square = box((1, 20, 20), 0, slice(4, 16), slice(4, 16))
+    ring = square.copy()
+    ring[0, 5:15, 5:15] = False
+    there, _ = surface_distances(square[0], ring[0], np.array([1.0, 1.0]))
+    assert len(there) == 44 and there.max() == 0
+
+
+def test_empty_rules():
+    empty, full = np.zeros((2, 4, 4), bool), box((2, 4, 4), slice(0, 1), slice(1, 3), slice(1, 3))
+    both = score_structure(empty, empty, spacing=SPACING)
+    assert all(both[m] is None for m in ("dice", "iou", "sensitivity", "precision", "hd95", "hd95_max", "volume_error"))
+    missed = score_structure(empty, full, spacing=SPACING)
+    five = ("dice", "iou", "sensitivity", "precision", "hd95")
+    assert [missed[m] for m in five] == [0.0, 0.0, 0.0, None, None]
+    invented = score_structure(full, empty, spacing=SPACING)
+    assert [invented[m] for m in five] == [0.0, 0.0, None, 0.0, None]
+    perfect = score_structure(full, full, spacing=SPACING)
+    assert (perfect["dice"], perfect["hd95"], perfect["hd95_max"], perfect["volume_error"]) == (1.0, 0.0, 0.0, 0.0)
+
+
+def test_regions_overlap_and_the_ignore_label_counts_for_nothing():
+    task = Task(head="sigmoid", names=("whole", "core"), members=((1, 2), (2,)), values=(1, 2), ignore_label=3)
+    truth = np.array([[[0, 1, 2, 2, 3, 3]]], dtype=np.uint8)
+    prediction = np.array([[[1, 1, 1, 2, 2, 0]]], dtype=np.uint8)
+    found = score_case(prediction, truth, spacing=(1, 1, 1), task=task)
+    assert (found["whole"]["tp"], found["whole"]["fp"], found["whole"]["fn"]) == (3, 1, 0)
+    assert (found["core"]["tp"], found["core"]["fp"], found["core"]["fn"]) == (1, 0, 1)
+
+
+def case(name, prediction, truth, group=None):
+    scores = score_case(np.array(prediction, np.uint8), np.array(truth, np.uint8), spacing=(1, 1, 1), task=ONE)
+    return {"id": name, "group": group or name, "scores": scores}
+
+
+def five_cases():
+    blank = [[[0, 0, 0, 0]]]
+    return [
+        case("good", [[[1, 1, 0, 0]]], [[[1, 1, 0, 0]]], "p1"),  # Dice 1
+        case("half", [[[1, 0, 0, 0]]], [[[1, 1, 1, 0]]], "p1"),  # Dice 2/4
+        case("missed", blank, [[[1, 0, 0, 0]]], "p2"),  # Dice 0, hd95 missing
+        case("invented", [[[1, 1, 0, 0]]], blank, "p3"),  # Dice 0, hd95 missing
+        case("nothing", blank, blank, "p4"),  # excluded
+    ]
+
+
+def test_the_summary_counts_what_is_empty_and_never_drops_it_silently():
+    summary = summarise(five_cases(), ["lesion"])
+    lesion = summary["structures"]["lesion"]
+    assert lesion["dice"]["mean"] == pytest.approx(1.5 / 4) and lesion["dice"]["n"] == 4
+    assert lesion["hd95"]["n"] == 2
+    assert lesion["counts"] == {"cases": 5, "empty_truth": 2, "empty_prediction": 2, "excluded": 1, "hd95_missing": 2}
+    assert summary["mean_foreground_dice"] == pytest.approx(1.5 / 4)
+    assert (summary["cases"], summary["patients"]) == (5, 4)
+
+
+def test_named_variants_by_hand():
+    variants = summarise(five_cases(), ["lesion"])["structures"]["lesion"]["variants"]
+    assert set(variants) == set(VARIANTS)
+    assert variants["pooled"] == pytest.approx(2 * 3 / (2 * 3 + 2 + 3))  # tp 2+1, fp 2, fn 2+1
+    assert variants["per_image"] == pytest.approx((1 + 0.5 + 0 + 0 + 1) / 5)
+    assert variants["per_volume"] == pytest.approx((1 + 0.5 + 0 + 0) / 4)
+    assert variants["per_patient"] == pytest.approx((2 * 3 / (2 * 3 + 2) + 0 + 0) / 3)
+    assert variants["per_slice"] == pytest.approx((1 + 0.5 + 0 + 0 + 1) / 5)
+
+
+def test_per_slice_is_inflated_by_empty_slices():
+    truth = np.zeros((10, 1, 4), np.uint8)
+    truth[0] = 1
+    prediction = np.zeros_like(truth)
+    variants = summarise([case("a", prediction, truth)], ["lesion"])["structures"]["lesion"]["variants"]
+    assert variants["per_volume"] == 0.0 and variants["per_slice"] == pytest.approx(0.9)
+
+
+def test_the_interval_draws_patients_not_cases():
+    """Ten cases of one patient at 1 and one of each of two others at 0: drawing cases would never give the mean 0."""
+    good, bad = ([[[1, 1]]], [[[1, 1]]]), ([[[1, 0]]], [[[0, 1]]])
+    cases = [case(f"a{i}", *good, "a") for i in range(10)] + [case("b", *bad), case("c", *bad)]
+    interval = summarise(cases, ["lesion"])["structures"]["lesion"]["dice"]["ci95"]
+    assert interval == [0.0, 1.0]  # (2/3)^3 = 30 % of resamples hold no "a", 1/27 = 3.7 % only "a"
+    assert summarise(cases, ["lesion"]) == summarise(cases, ["lesion"]), "fixed seed"
+
+
+def test_bootstrap_weights_are_resamples():
+    weights = bootstrap_weights(7)
+    assert weights.shape == (2000, 7) and (weights.sum(1) == 7).all()
+    assert weights.mean() == 1 and abs(weights.mean(0) - 1).max() < 0.1
+    assert bootstrap_weights(1) is None
+
+
+def test_the_interval_matches_the_standard_error_of_many_patients():
+    generator = np.random.default_rng(0)
+    values = generator.uniform(0.4, 0.9, 400)
+    blank = five_cases()[0]["scores"]["lesion"]
+    cases = [{"id": str(i), "group": str(i), "scores": {"lesion": {**blank, "dice": float(v)}}} for i, v in enumerate(values)]
+    dice = summarise(cases, ["lesion"])["structures"]["lesion"]["dice"]
+    error = 1.96 * values.std(ddof=1) / math.sqrt(400)
+    assert dice["ci95"] == pytest.approx([values.mean() - error, values.mean() + error], abs=0.25 * error)
+
+
+def test_the_document_is_strict_json_and_every_number_is_defined():
+    summary = summarise(five_cases(), ["lesion"])
+    json.dumps(summary, allow_nan=False)
+    known = definitions()
+    for key, value in summary["structures"]["lesion"].items():
+        assert key in known or key in ("counts", "variants"), key
+        if key == "counts":
+            assert set(value) - {"cases"} <= set(known)
+        if key == "variants":
+            assert {f"variant {v}" for v in value} <= set(known)
+    assert summarise(five_cases()[:1], ["lesion"])["mean_foreground_dice_ci95"] is None
+
+
+def test_no_case_and_a_structure_that_never_occurs():
+    assert summarise([], ["lesion"])["mean_foreground_dice"] is None
+    blank = [[[0, 0]]]
+    lesion = summarise([case("a", blank, blank), case("b", blank, blank)], ["lesion"])["structures"]["lesion"]
+    assert lesion["dice"] == {"mean": None, "sd": None, "median": None, "n": 0, "ci95": None}
+    assert lesion["variants"]["pooled"] is None and lesion["variants"]["per_image"] == 1.0
