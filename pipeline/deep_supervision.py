@@ -21,7 +21,7 @@ class DeepSupervision(nn.Module):
         super().__init__()
         numbers = isinstance(weights, Sequence) and not isinstance(weights, str)
         if weights != "nnunet" and not (numbers and all(weight >= 0 for weight in weights) and sum(weights) > 0):
-            raise InputError(f"loss.deep_supervision: found {weights!r}, expected 'nnunet' or a list of weights, none negative, not all zero")
+            raise InputError(f"loss.deep_supervision: found {weights!r}, expected 'nnunet' or a list of weights >= 0, not all zero")
         self.loss, self.weights = loss, weights
 
     def forward(self, logits: Tensor | Sequence[Tensor], target: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -49,7 +49,7 @@ class DeepSupervision(nn.Module):
 
 
 def nearest(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Resample the last len(size) axes to `size`: voxel i is voxel ⌊i · old / new⌋, where a convolution of stride old/new has its centre."""
+    """Resample the last len(size) axes to `size`: voxel i is voxel ⌊i · old / new⌋, where a strided convolution has its centre."""
     for axis, new in zip(range(x.ndim - len(size), x.ndim), size, strict=True):
         old = x.shape[axis]
         if old != new:
