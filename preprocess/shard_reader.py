@@ -1,0 +1,148 @@
+"""Reading published shards: what every store format shares. A format adds how one shard is opened and decoded."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from segfleet.preprocess.manifest import CaseEntry, Manifest
+from segfleet.preprocess.problems import InputError
+
+OPEN_SHARDS = 64  # per process; a shard holds at most three file handles
+BLOCK = 2**15  # voxels converted at a time: they stay in the cache between the passes
+
+
+class DamagedShard(Exception):
+    """Stored bytes are not what was written."""
+
+
+class OpenShard(Protocol):
+    """One published shard, open for reading."""
+
+    def facts(self, key: str, name: str) -> tuple[tuple[int, ...], np.dtype]:
+        """Shape and stored dtype of array `name` (image | label | truth) of case `key`. Raises DamagedShard if there is none."""
+        ...
+
+    def read(self, key: str, name: str, start: tuple[int, int, int], out: np.ndarray) -> None:
+        """Fill `out` (..., z, y, x), of the stored dtype, from voxel `start` on. Every byte used is checked; raises DamagedShard."""
+        ...
+
+
+class Handles:
+    """The shards this process holds open, the least recently used dropped first. Empty after pickling and after a fork."""
+
+    def __init__(self, limit: int = OPEN_SHARDS):
+        self.limit = limit
+        self.clear()
+
+    def clear(self) -> None:
+        # A shard closes its files when the last reader lets go of it, so another thread may be in the middle of one.
+        self.process, self.lock, self.open = os.getpid(), threading.Lock(), OrderedDict()
+
+    def get(self, path: Path, opener: Callable[[Path], OpenShard]) -> OpenShard:
+        if self.process != os.getpid():
+            self.clear()
+        with self.lock:
+            shard = self.open.pop(path, None) or opener(path)
+            self.open[path] = shard
+            while len(self.open) > self.limit:
+                self.open.popitem(last=False)
+        return shard
+
+    def __reduce__(self):
+        return Handles, (self.limit,)
+
+
+class ShardReader:
+    """A `ShardStore` (preprocess.stores.base) of the format whose shards end in `suffix`; it says how to `open_shard`."""
+
+    suffix: str
+
+    def __init__(self, root: Path, manifest: Manifest):
+        self.root, self.manifest = Path(root), manifest
+        self.handles = Handles()
+
+    def open_shard(self, path: Path) -> OpenShard:
+        """Raises FileNotFoundError, DamagedShard."""
+        raise NotImplementedError
+
+    def image(self, case: CaseEntry, box: tuple[slice, slice, slice] | None = None) -> np.ndarray:
+        return to_float32(self._read(case, "image", box), self.manifest.plan.scale)
+
+    def label(self, case: CaseEntry, box: tuple[slice, slice, slice] | None = None) -> np.ndarray:
+        return self._read(case, "label", box)
+
+    def truth(self, case: CaseEntry) -> np.ndarray:
+        if not case.has_truth:
+            raise InputError(f"store: case '{case.id}' has no label on its raw grid, so it cannot be scored.")
+        return self._read(case, "truth", None)
+
+    def stored(self, case: CaseEntry) -> tuple[np.ndarray, np.ndarray]:
+        """Image (C, Z, Y, X) and label (Z, Y, X) as they lie on disk, unscaled: what `content_sha256` is taken of."""
+        return self._read(case, "image", None), self._read(case, "label", None)
+
+    def close(self) -> None:
+        self.handles.clear()
+
+    def _read(self, case: CaseEntry, name: str, box: tuple[slice, slice, slice] | None) -> np.ndarray:
+        path = self.root / (case.shard.removesuffix(self.suffix) + self.suffix)
+        where = f"store: case '{case.id}': shard {case.shard}"
+        try:
+            shard = self.handles.get(path, self.open_shard)
+            shape, _ = shard.facts(case.key, name)
+            expected = case.raw_shape if name == "truth" else case.shape
+            if tuple(shape[-3:]) != tuple(expected):
+                raise DamagedShard(f"{name}: shape {shape}, the manifest says {expected}")
+            return _read_box(shard, case.key, name, box)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise InputError(f"{where} is missing ({error.filename or path}). {MEND}") from None
+        except PermissionError as error:
+            raise InputError(f"{where} may not be read ({error}). Change its rights.") from None
+        except DamagedShard as error:
+            raise InputError(f"{where} is damaged ({error}; {path}). {MEND}") from None
+
+
+MEND = "Restore it from a backup, or preprocess the raw data again."
+
+
+def _read_box(shard: OpenShard, key: str, name: str, box: tuple[slice, slice, slice] | None) -> np.ndarray:
+    shape, dtype = shard.facts(key, name)
+    lead, grid = shape[:-3], shape[-3:]
+    box = box or (slice(None),) * 3
+    begin = [0 if s.start is None else int(s.start) for s in box]
+    end = [n if s.stop is None else int(s.stop) for s, n in zip(box, grid, strict=True)]
+    size = [max(0, e - b) for b, e in zip(begin, end, strict=True)]
+    low = [max(0, b) for b in begin]
+    high = [min(e, n) for e, n in zip(end, grid, strict=True)]
+    within = low == begin and high == end
+    out = (np.empty if within else np.zeros)((*lead, *size), dtype)
+    if all(h > l for l, h in zip(low, high, strict=True)):
+        place = tuple(slice(l - b, h - b) for l, h, b in zip(low, high, begin, strict=True))
+        shard.read(key, name, (low[0], low[1], low[2]), out[(..., *place)])
+    return out
+
+
+def to_float32(stored: np.ndarray, scale: float) -> np.ndarray:
+    """Integers times `scale`, floats as they are; C-contiguous float32. Stored floats are finite."""
+    if stored.dtype == np.float32:
+        return stored
+    out = np.empty(stored.shape, np.float32)
+    if stored.dtype != np.float16:
+        return np.multiply(stored, np.float32(scale), out=out, casting="unsafe", dtype=np.float32)
+    # numpy converts halves one by one; shifting the bits into place and raising the exponent by 127 - 15 is exact and six times as fast.
+    halves, floats = stored.reshape(-1).view(np.int16), out.reshape(-1)
+    bits = floats.view(np.int32)
+    for at in range(0, len(halves), BLOCK):
+        b = bits[at : at + BLOCK]
+        np.copyto(b, halves[at : at + BLOCK])
+        np.left_shift(b, 13, out=b)
+        np.bitwise_and(b, np.int32(-0x70002000), out=b)
+        f = floats[at : at + BLOCK]
+        np.multiply(f, np.float32(2.0**112), out=f)
+    return out

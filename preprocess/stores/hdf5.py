@@ -1,0 +1,105 @@
+"""HDF5 shards: a file `<shard>.h5` with one group per case, holding image, label and, where there is one, truth.
+
+Chunked, every chunk with a Fletcher32 checksum, the file's own structures with theirs (format of HDF5 1.10). Images are not compressed: of
+the filters every HDF5 has, gzip and lzf cost five times the reading time. Labels are gzip-1. Chunks of zeros are left out.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from contextlib import contextmanager, suppress
+from itertools import product
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from segfleet.preprocess.shard_reader import DamagedShard, ShardReader
+from segfleet.preprocess.shard_writer import ShardWriter
+
+SUFFIX = ".h5"
+FORMAT = ("v110", "v110")  # the first with checksums on everything
+SLACK = 2**16  # bytes of structures per case, generously
+
+
+class Shard:
+    """One published file."""
+
+    def __init__(self, path: Path):
+        path.stat()  # FileNotFoundError with its name; h5py gives a text of its own
+        with damage_named():
+            # Published files never change, and NFS or Lustre may refuse locks. A patch meets a chunk once: a cache would only cost memory.
+            self.file = h5py.File(path, "r", rdcc_nbytes=0, locking=False)
+        self.arrays: dict[tuple[str, str], h5py.Dataset] = {}
+
+    def facts(self, key: str, name: str) -> tuple[tuple[int, ...], np.dtype]:
+        array = self._array(key, name)
+        return array.shape, array.dtype
+
+    def read(self, key: str, name: str, start: tuple[int, int, int], out: np.ndarray) -> None:
+        source = tuple(slice(s, s + n) for s, n in zip(start, out.shape[-3:], strict=True))
+        with damage_named(name):
+            if out.flags.c_contiguous:
+                self._array(key, name).read_direct(out, (..., *source))
+            else:
+                out[...] = self._array(key, name)[(..., *source)]
+
+    def _array(self, key: str, name: str) -> h5py.Dataset:
+        if (key, name) not in self.arrays:
+            with damage_named(name):
+                self.arrays[key, name] = self.file[f"{key}/{name}"]
+        return self.arrays[key, name]
+
+
+class Store(ShardReader):
+    suffix = SUFFIX
+
+    def open_shard(self, path: Path) -> Shard:
+        return Shard(path)
+
+
+class Writer(ShardWriter):
+    suffix = SUFFIX
+
+    def _begin(self) -> None:
+        self.file = h5py.File(self.partial, "w", libver=FORMAT, locking=False)
+
+    def _write(self, key: str, image: np.ndarray, label: np.ndarray, truth: np.ndarray | None) -> None:
+        arrays = {"image": image, "label": label} | ({} if truth is None else {"truth": truth})
+        # HDF5 cannot always close a file that a full disk cut short, so it is refused before it begins.
+        if shutil.disk_usage(self.partial.parent).free < sum(a.nbytes for a in arrays.values()) + SLACK:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.partial))
+        group = self.file.create_group(key)
+        for name, array in arrays.items():
+            packing = {} if name == "image" else {"compression": "gzip", "compression_opts": 1}
+            chunk = (*array.shape[:-3], *(min(c, n) for c, n in zip(self.chunk, array.shape[-3:], strict=True)))
+            target = group.create_dataset(name, array.shape, array.dtype.newbyteorder("<"), chunks=chunk, fletcher32=True, **packing)
+            for at in product(*(range(0, n, c) for n, c in zip(array.shape, chunk, strict=True))):
+                box = tuple(slice(a, min(a + c, n)) for a, c, n in zip(at, chunk, array.shape, strict=True))
+                part = np.ascontiguousarray(array[box])
+                if part.reshape(-1).view(np.uint8).any():
+                    target[box] = part
+        self.file.flush()
+
+    def _finish(self) -> None:
+        self.file.close()
+
+    def _drop(self) -> None:
+        if hasattr(self, "file"):
+            with suppress(Exception):
+                self.file.close()
+
+
+@contextmanager
+def damage_named(name: str = "file"):
+    """h5py says with many exceptions that a checksum or a structure is wrong; errors of the machine keep their number."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno:
+            raise
+        raise DamagedShard(f"{name}: {error}") from None
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise DamagedShard(f"{name}: {error}") from None

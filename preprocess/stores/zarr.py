@@ -1,0 +1,103 @@
+"""Zarr v3 shards: a folder `<shard>.zarr` is a plain group of the arrays image, label and, where there is one, truth.
+
+Each array is one shard file with small inner chunks (preprocess.zarr_array). The cases of a shard are stacked along z, each from a chunk
+border on, so that thousands of 2D images are seven files and any Zarr tool still shows them as slices; the group's attribute `cases` says
+where each lies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from segfleet.preprocess.shard_reader import DamagedShard, ShardReader
+from segfleet.preprocess.shard_writer import ShardWriter
+from segfleet.preprocess.zarr_array import ArrayReader, ArrayWriter
+
+SUFFIX = ".zarr"
+IMAGES = ("lz4", 9)  # codec, level; measured in benchmarks/stores.py
+LABELS = ("zstd", 3)
+
+
+class Shard:
+    """One published group, its arrays opened when they are first read. `hashes`: what is known of its files, path inside it -> sha256."""
+
+    def __init__(self, folder: Path, hashes: dict[str, str]):
+        self.folder, self.hashes, self.arrays = folder, hashes, {}
+        try:
+            self.cases: dict[str, dict[str, list[int]]] = self._metadata("zarr.json")["attributes"]["cases"]
+        except (KeyError, TypeError) as error:
+            raise DamagedShard(f"zarr.json: {type(error).__name__} {error}") from None
+
+    def facts(self, key: str, name: str) -> tuple[tuple[int, ...], np.dtype]:
+        array = self._array(name)
+        return (*array.lead, *self._place(key, name)[1:]), array.dtype
+
+    def read(self, key: str, name: str, start: tuple[int, int, int], out: np.ndarray) -> None:
+        first = self._place(key, name)[0]
+        self._array(name).read((first + start[0], *start[1:]), out)
+
+    def _place(self, key: str, name: str) -> list[int]:
+        try:
+            return self.cases[key][name]
+        except KeyError:
+            raise DamagedShard(f"zarr.json: no {name} of '{key}'") from None
+
+    def _array(self, name: str) -> ArrayReader:
+        if name not in self.arrays:
+            self.arrays[name] = ArrayReader(self.folder / name, self._metadata(f"{name}/zarr.json"))
+        return self.arrays[name]
+
+    def _metadata(self, name: str) -> dict:
+        """The one part of a shard without a checksum of its own; the manifest has one."""
+        raw = (self.folder / name).read_bytes()
+        if name in self.hashes and hashlib.sha256(raw).hexdigest() != self.hashes[name]:
+            raise DamagedShard(f"{name}: its sha256 is not that of the manifest")
+        try:
+            return json.loads(raw)
+        except ValueError as error:
+            raise DamagedShard(f"{name}: {error}") from None
+
+
+class Store(ShardReader):
+    suffix = SUFFIX
+
+    def open_shard(self, path: Path) -> Shard:
+        inside = path.relative_to(self.root).as_posix()
+        names = ["zarr.json", *(f"{array}/zarr.json" for array in ("image", "label", "truth"))]
+        known = ((name, self.manifest.files.get(f"{inside}/{name}")) for name in names)
+        return Shard(path, {name: facts["sha256"] for name, facts in known if facts})
+
+
+class Writer(ShardWriter):
+    suffix = SUFFIX
+
+    def _begin(self) -> None:
+        self.cases: dict[str, dict[str, list[int]]] = {}
+        self.arrays: dict[str, ArrayWriter] = {}
+        self.partial.mkdir()
+
+    def _write(self, key: str, image: np.ndarray, label: np.ndarray, truth: np.ndarray | None) -> None:
+        self.cases[key] = {"image": self._append("image", image, IMAGES), "label": self._append("label", label, LABELS)}
+        if truth is not None:
+            self.cases[key]["truth"] = self._append("truth", truth, LABELS)
+
+    def _append(self, name: str, array: np.ndarray, packing: tuple[str, int]) -> list[int]:
+        if name not in self.arrays:
+            codec, level = packing
+            self.arrays[name] = ArrayWriter(self.partial / name, chunk=self.chunk, dtype=array.dtype, codec=codec, level=level)
+        return [self.arrays[name].append(array), *array.shape[-3:]]
+
+    def _finish(self) -> None:
+        for array in self.arrays.values():
+            array.finish()
+        attributes = {"layout": "cases: name -> array -> [first slice, z, y, x]", "cases": self.cases}
+        text = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+        (self.partial / "zarr.json").write_text(text, encoding="utf-8")
+
+    def _drop(self) -> None:
+        for array in getattr(self, "arrays", {}).values():
+            array.close()
