@@ -1,0 +1,55 @@
+"""Which code runs a scan: chosen by device and availability, forced by argument or by SEGFLEET_SCAN, and said once in the log."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from types import ModuleType
+
+import torch
+
+from segfleet.models.registry import ModelError
+
+VARIABLE = "SEGFLEET_SCAN"
+MODULES = {"mamba_ssm": "external", "chunked": "chunked"}
+NAMES = ("auto", *MODULES)
+ORDER = {"cuda": ("mamba_ssm", "chunked")}
+
+log = logging.getLogger("segfleet.scan")
+_said: set[tuple[str, str]] = set()
+
+
+def load(name: str) -> ModuleType:
+    """The module of a back end: `unavailable(device)`, `forward`, `backward`."""
+    return importlib.import_module(f"segfleet.models.scan.{MODULES[name]}")
+
+
+def choose(wanted: str, device: torch.device) -> str:
+    """The back end for `device`. `wanted`: a name, or "" or "auto" for the variable and then the best there is.
+
+    Raises ModelError for an unknown name, or for a forced back end that cannot run here.
+    """
+    source = "backend"
+    if wanted in ("", "auto"):
+        source, wanted = VARIABLE, os.environ.get(VARIABLE, "") or "auto"
+    if wanted not in NAMES:
+        raise ModelError(f"selective_scan: {source} is '{wanted}', expected one of: {', '.join(NAMES)}")
+    if wanted != "auto":
+        if reason := load(wanted).unavailable(device):
+            raise ModelError(f"selective_scan: {source} asks for '{wanted}', which cannot run on {device.type}: {reason}")
+        _say(device, wanted, f"forced by {source}")
+        return wanted
+    missing = []
+    for name in ORDER.get(device.type, ("chunked",)):
+        if not (reason := load(name).unavailable(device)):
+            _say(device, name, "; ".join(missing) or "the best there is")
+            return name
+        missing.append(f"{name}: {reason}")
+    raise AssertionError("the chunked back end runs everywhere")
+
+
+def _say(device: torch.device, name: str, why: str) -> None:
+    if (device.type, name) not in _said:
+        _said.add((device.type, name))
+        log.info("selective scan on %s runs with back end '%s' (%s)", device.type, name, why)
