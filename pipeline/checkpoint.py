@@ -1,0 +1,233 @@
+"""Checkpoints: one folder of named tensors and plain JSON for every engine, complete or not there at all.
+
+    step-00000120/
+      weights.safetensors      parameters and buffers by name, full tensors, whatever the engine
+      optimizer.safetensors    <parameter>.<moment>
+      ema.safetensors          only with engine.ema
+      state.json               step, metrics so far, recipe, versions
+      manifest.json            size and sha256 of the files above; written last
+
+A folder is written under a temporary name, synced and renamed. No pickle is read or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segfleet.preprocess.manifest import sync_folder, write_atomically
+from segfleet.preprocess.problems import InputError
+
+MANIFEST = "manifest.json"
+PREFIX = "step-"
+Tensors = dict[str, dict[str, Tensor]]  # group (weights, optimizer, ema) -> name -> tensor
+
+
+class CheckpointError(InputError):
+    """A checkpoint is damaged or does not fit. Names the file and the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A complete checkpoint on disk, verified."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """Name -> CPU tensor of `group`; empty if the checkpoint has none."""
+        from safetensors.torch import load_file
+
+        path = self.path / f"{group}.safetensors"
+        return load_file(path) if path.exists() else {}
+
+
+def folder_name(step: int) -> str:
+    return f"{PREFIX}{step:08d}"
+
+
+def write(root: Path, step: int, tensors: Tensors, state: dict[str, Any]) -> Path:
+    """Write everything under a temporary name, synced, ready to be published."""
+    from safetensors.torch import save_file
+
+    root.mkdir(parents=True, exist_ok=True)
+    partial = root / f".{folder_name(step)}.{os.getpid()}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        for group, named in tensors.items():
+            try:
+                save_file({name: value.contiguous() for name, value in named.items()}, partial / f"{group}.safetensors")
+            except OSError:
+                raise
+            except Exception as error:  # safetensors wraps the system's error in its own
+                _raise_as_oserror(error, partial)
+                raise
+        (partial / "state.json").write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
+        facts = {}
+        for path in sorted(partial.iterdir()):
+            with open(path, "rb") as file:
+                facts[path.name] = {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+                os.fsync(file.fileno())
+        write_atomically(partial / MANIFEST, json.dumps({"files": facts}, indent=1))
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return partial
+
+
+def _raise_as_oserror(error: Exception, where: Path) -> None:
+    """safetensors reports a full disk as its own error type; the number of the system's error is in the text."""
+    import errno
+
+    for code in (errno.ENOSPC, errno.EDQUOT):
+        if f"os error {code}" in str(error) or f"code: {code}" in str(error):
+            raise OSError(code, os.strerror(code), str(where)) from None
+
+
+def publish(partial: Path, root: Path, step: int) -> Path:
+    """Give a written checkpoint its name. From here on it exists."""
+    target = root / folder_name(step)
+    if target.exists():
+        if damage(target) is None:
+            shutil.rmtree(partial)
+            return target
+        shutil.rmtree(target)
+    os.replace(partial, target)
+    sync_folder(root)
+    return target
+
+
+def save(root: Path, step: int, tensors: Tensors, state: dict[str, Any]) -> Path:
+    """Write and publish at once."""
+    return publish(write(root, step, tensors, state), root, step)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None. Reads every byte."""
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, facts in files.items():
+            file = path / name
+            if Path(name).name != name or not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != facts["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes, expected {facts['bytes']}"
+            with open(file, "rb") as handle:
+                if hashlib.file_digest(handle, "sha256").hexdigest() != facts["sha256"]:
+                    return f"{name} does not match its sha256"
+        json.loads((path / "state.json").read_text(encoding="utf-8"))["step"]
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
+        return f"{MANIFEST} or state.json is not readable"
+    return None
+
+
+def steps(root: Path) -> list[Path]:
+    """Published checkpoint folders, oldest first; complete or damaged."""
+    return sorted(path for path in root.glob(f"{PREFIX}*") if path.is_dir() and path.name[len(PREFIX) :].isdigit())
+
+
+def load(path: Path) -> Checkpoint:
+    """A verified checkpoint. Raises CheckpointError that names the damage."""
+    if fault := damage(path):
+        raise CheckpointError(f"checkpoint: {path} is damaged: {fault}")
+    return Checkpoint(path=path, state=json.loads((path / "state.json").read_text(encoding="utf-8")))
+
+
+def latest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest complete checkpoint. A damaged one is named through `warn` and the one before it is taken."""
+    for path in reversed(steps(root)):
+        try:
+            return load(path)
+        except CheckpointError as error:
+            warn(f"{error}; using the one before it")
+    return None
+
+
+def prune(root: Path, keep: int, protect: Collection[str] = ()) -> None:
+    """Remove all but the newest `keep` checkpoints and the protected ones (folder names), and leftovers of killed saves."""
+    for path in steps(root)[:-keep]:
+        if path.name not in protect:
+            gone = path.with_name(f".{path.name}.{os.getpid()}.old")
+            os.replace(path, gone)  # never a half-deleted folder under a published name
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def clean(root: Path) -> None:
+    """Remove leftovers of killed processes. Only the holder of the run's lock may call it."""
+    for path in root.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class Saver:
+    """Saves while training goes on: tensors are copied at once, written in a thread, published at a step boundary.
+
+    `save` waits for the save before it. `poll` publishes a finished one; `wait` finishes and publishes. Both raise what the thread raised.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        self._thread: threading.Thread | None = None
+        self._outcome: tuple[int, Path | BaseException] | None = None
+
+    def save(self, step: int, tensors: Tensors, state: dict[str, Any]) -> None:
+        """`tensors` must not change afterwards: pass copies."""
+        self.wait()
+
+        def work() -> None:
+            try:
+                self._outcome = (step, write(self.root, step, tensors, state))
+            except BaseException as error:
+                self._outcome = (step, error)
+
+        self._thread = threading.Thread(target=work, name=f"save-{step}")
+        self._thread.start()
+
+    def poll(self) -> Path | None:
+        """The folder published by this call, if any."""
+        return None if self._thread is None or self._thread.is_alive() else self.wait()
+
+    def wait(self) -> Path | None:
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread = None
+        step, outcome = self._outcome
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return publish(outcome, self.root, step)
+
+
+def copies(tensors: Tensors) -> Tensors:
+    """Host copies that training will not change."""
+    return {group: {name: value.detach().to("cpu", copy=True) for name, value in named.items()} for group, named in tensors.items()}
+
+
+def versions() -> dict[str, str]:
+    """Versions worth knowing when a result is to be repeated."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("segfleet", "numpy", "zarr", "h5py", "deepspeed"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

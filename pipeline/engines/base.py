@@ -1,0 +1,75 @@
+"""What the loop asks of an engine. An engine is one file `pipeline/engines/<name>.py` with a class `Engine`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from segfleet.pipeline import recipe as recipes
+from segfleet.pipeline.checkpoint import Checkpoint, Tensors
+from segfleet.pipeline.gang import Gang
+from segfleet.preprocess.problems import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What every engine is built from: the same on every rank."""
+
+    model: nn.Module  # already on the gang's device, same weights on every rank
+    loss: nn.Module  # loss(output, label) -> scalar
+    recipe: recipes.Recipe
+    stage: recipes.Stage
+    gang: Gang
+
+
+class Engine(Protocol):
+    """Holds model and optimizer; turns micro-batches into one optimizer step."""
+
+    def __init__(self, setup: Setup): ...
+
+    def step(self, micro_batches: Iterator[tuple[Tensor, Tensor]], lr: float) -> tuple[Tensor, Tensor]:
+        """One optimizer step over exactly `accumulate` micro-batches of (image, label).
+
+        Returns this rank's mean loss and the norm of the global gradient before clipping, both on the device: no host sync. With a
+        non-finite norm the step changed nothing, on any rank.
+        """
+        ...
+
+    def tensors(self) -> Tensors:
+        """Full named tensors, live ones where possible. Every rank must call it; only rank 0's result is used."""
+        ...
+
+    def load(self, checkpoint: Checkpoint, inherit: str) -> None:
+        """`inherit` "all": continue exactly; "weights+optimizer": weights and moments; "weights": fresh optimizer."""
+        ...
+
+    def evaluation(self) -> AbstractContextManager[nn.Module]:
+        """The model in eval mode, with averaged weights if there are any; train mode and weights are restored afterwards."""
+        ...
+
+
+def engines() -> list[str]:
+    import segfleet.pipeline.engines as room
+
+    return sorted(m.name for m in pkgutil.iter_modules(room.__path__) if m.name not in ("base", "common"))
+
+
+def build_engine(setup: Setup) -> Engine:
+    """The recipe's engine. Raises InputError with the legal names."""
+    name = setup.recipe.engine.name
+    if name not in engines():
+        raise InputError(f"engine.name: found '{name}', expected one of: {', '.join(engines())}")
+    return importlib.import_module(f"segfleet.pipeline.engines.{name}").Engine(setup)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """The autocast context of a precision on a device."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")

@@ -1,0 +1,91 @@
+"""Data parallel training with PyTorch's DistributedDataParallel; on one rank, a plain model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from segfleet.pipeline.checkpoint import Checkpoint, Tensors
+from segfleet.pipeline.engines.base import Setup, autocast
+from segfleet.pipeline.engines.common import build_optimizer, load_optimizer, load_weights, optimizer_tensors, trainable
+
+
+class Engine:
+    def __init__(self, setup: Setup):
+        self.gang, self.loss, self.options = setup.gang, setup.loss, setup.recipe.engine
+        self.model, self.clip = setup.model, setup.recipe.optimizer.clip
+        self.named = trainable(self.model, setup.stage)
+        self.optimizer = build_optimizer(self.named, setup.recipe.optimizer, setup.stage.lr)
+        self.scaler = torch.amp.GradScaler(self.gang.device.type, enabled=self.options.precision == "fp16")
+        self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()} if self.options.ema else {}
+        self.forward = torch.compile(self.model) if self.options.compile else self.model
+        if self.gang.size > 1:
+            # Without the search for unused parameters DDP regroups its buckets after the first step, and with it the order of sums in a
+            # ring of three or more ranks: a resumed run would then differ from an uninterrupted one in the last bits.
+            self.forward = DistributedDataParallel(self.forward, find_unused_parameters=True, gradient_as_bucket_view=True)
+
+    def step(self, micro_batches: Iterator[tuple[Tensor, Tensor]], lr: float) -> tuple[Tensor, Tensor]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        total, parts = torch.zeros((), device=self.gang.device), self.options.accumulate
+        for part in range(parts):
+            image, label = next(micro_batches)
+            wait = part < parts - 1 and self.gang.size > 1
+            with self.forward.no_sync() if wait else nullcontext():
+                with autocast(self.options.precision, self.gang.device):
+                    output = self.forward(image)
+                loss = self.loss(output, label) / parts
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.named.values(), self.clip or float("inf"), foreach=True)
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:  # the fused optimizers read this flag on the device and then change nothing
+            self.optimizer.found_inf, self.optimizer.grad_scale = (~torch.isfinite(norm)).float(), None
+            self.optimizer.step()
+        if self.average:
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.average.values()), [*self.model.parameters()], 1 - self.options.ema)
+        return total, norm
+
+    def tensors(self) -> Tensors:
+        groups = {"weights": dict(self.model.state_dict()), "optimizer": optimizer_tensors(self.optimizer, self.named)}
+        if self.average:
+            groups["ema"] = self.average
+        if self.scaler.is_enabled():
+            groups["scaler"] = {key: torch.tensor(value, dtype=torch.float64) for key, value in self.scaler.state_dict().items()}
+        return groups
+
+    def load(self, checkpoint: Checkpoint, inherit: str) -> None:
+        load_weights(self.model, checkpoint.tensors("weights"), str(checkpoint.path))
+        with torch.no_grad():
+            averaged = checkpoint.tensors("ema") if inherit == "all" else {}
+            for name, value in self.average.items():
+                value.copy_(averaged.get(name, self.model.get_parameter(name)))
+        if inherit != "weights":
+            load_optimizer(self.optimizer, self.named, checkpoint.tensors("optimizer"))
+        if inherit == "all" and self.scaler.is_enabled():
+            state = {key: value.item() for key, value in checkpoint.tensors("scaler").items()}
+            self.scaler.load_state_dict({key: int(v) if key in ("growth_interval", "_growth_tracker") else v for key, v in state.items()})
+
+    @contextmanager
+    def evaluation(self) -> Iterator[nn.Module]:
+        own = {name: p.detach().clone() for name, p in self.model.named_parameters()} if self.average else {}
+        try:
+            self._put(self.average)
+            yield self.model.eval()
+        finally:
+            self._put(own)
+            self.model.train()
+
+    @torch.no_grad()
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.model.get_parameter(name).copy_(value)

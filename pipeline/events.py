@@ -1,0 +1,64 @@
+"""What happened in a stage: JSON lines in `events.jsonl`, the same numbers for TensorBoard in `tensorboard/`. Written by rank 0 alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from segfleet.preprocess.manifest import write_atomically
+
+NAME = "events.jsonl"
+
+
+def read_events(folder: Path) -> Iterator[dict[str, Any]]:
+    """Events of a stage folder in order. A last line cut off by a kill is left out."""
+    path = Path(folder) / NAME
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
+
+
+class EventLog:
+    """Appends events. Opened at a step, it forgets what a killed process logged after the checkpoint of that step."""
+
+    def __init__(self, folder: Path, step: int):
+        self.path = folder / NAME
+        kept = [event for event in read_events(folder) if event.get("step", 0) <= step]
+        write_atomically(self.path, "".join(json.dumps(event) + "\n" for event in kept))
+        self._file = open(self.path, "a", encoding="utf-8")
+        self._board = None
+        self._folder, self._step = folder, step
+
+    def write(self, event: str, **facts: Any) -> None:
+        """One event. Numbers of events that have a step also go to TensorBoard."""
+        self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **facts}) + "\n")
+        self._file.flush()
+        step = facts.get("step")
+        if step is None:
+            return
+        for name, value in facts.items():
+            if name not in ("step", "epoch") and isinstance(value, int | float) and not isinstance(value, bool):
+                self._tensorboard().add_scalar(f"{event}/{name}", value, step)
+
+    def _tensorboard(self):
+        if self._board is None:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._step + 1, flush_secs=30)
+        return self._board
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if self._board is not None:
+            self._board.close()

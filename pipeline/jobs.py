@@ -1,0 +1,42 @@
+"""What a gang can be asked to do, as plain JSON. Launchers carry the job, every rank runs it.
+
+{"do": "train", "recipe": {...}, "root": "runs"}: train what is missing of every stage, then score it.
+{"do": "score", ...}: only score.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from segfleet.pipeline import gang as gangs
+from segfleet.pipeline.recipe import parse
+from segfleet.pipeline.run import stage_folders
+from segfleet.pipeline.score import Scorer
+from segfleet.pipeline.stop import StopRequest
+from segfleet.pipeline.train import Run, train
+from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.stores.base import open_store
+
+JOBS = ("train", "score")
+
+
+def run_job(job: dict[str, Any], gang: gangs.Gang, stop: StopRequest) -> None:
+    """Do a job with a gang that has met. Raises InputError, ModelError, Interrupted or a fault."""
+    if job["do"] not in JOBS:
+        raise InputError(f"job: found '{job['do']}', expected one of: {', '.join(JOBS)}")
+    recipe = parse(job["recipe"])
+    store = open_store(recipe.data.store)
+    folders = stage_folders(Path(job["root"]), recipe, store.manifest)
+    stop.watch = folders[-1].path / "stop"
+    scorer = Scorer(recipe=recipe, store=store, gang=gang, stop=stop)
+    if job["do"] == "train":
+        train(
+            Run(recipe=recipe, store=store, folders=folders, gang=gang, asked_to_stop=stop.asked, warn=warn, validate=scorer.validate)
+        )
+    scorer.score(folders, warn)
+
+
+def warn(message: str) -> None:
+    sys.stderr.write(f"segfleet: {message}\n")

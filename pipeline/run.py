@@ -1,0 +1,141 @@
+"""Identity and folders of a run. `runs/<uid of stage 1>/<uid of stage 2>/...`: the tree on disk is the state.
+
+Equal identity means equal result: the hash takes in everything that changes it and nothing else (no workers, launcher, logging).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from segfleet.pipeline import checkpoint
+from segfleet.pipeline.recipe import Recipe, parse
+from segfleet.preprocess.manifest import Manifest, write_atomically
+from segfleet.preprocess.problems import InputError
+
+NUMERICS = 1  # raised whenever a change of the code changes what the same recipe computes
+RECIPE, DONE, LOCK = "recipe.json", "done.json", "lock"
+
+
+def stage_facts(recipe: Recipe, manifest: Manifest, index: int) -> dict[str, Any]:
+    """Everything about stage `index` that changes its result, its parents left out."""
+    whole = recipe.model_dump(mode="json")
+    data = {key: value for key, value in whole["data"].items() if key not in ("store", "workers", "split", "fold")}
+    engine = {key: value for key, value in whole["engine"].items() if key not in ("name", "options", "checkpoint_activations")}
+    stage = {key: value for key, value in whole["stages"][index].items() if key != "name"}
+    return {
+        "numerics": NUMERICS,
+        "store": manifest.id,
+        "train": list(manifest.fold(recipe.data.split, recipe.data.fold)["train"]),
+        "seed": recipe.seed,
+        "data": data,
+        "model": whole["model"],
+        "loss": whole["loss"],
+        "optimizer": whole["optimizer"],
+        "engine": engine,
+        "index": index,
+        "stage": stage,
+    }
+
+
+def stage_uids(recipe: Recipe, manifest: Manifest) -> list[str]:
+    """One uid per stage; equal prefixes of two recipes have equal uids."""
+    uids: list[str] = []
+    for index in range(len(recipe.stages)):
+        facts = [uids[-1] if uids else None, stage_facts(recipe, manifest, index)]
+        uids.append(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12])
+    return uids
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFolder:
+    """The folder of one stage of a run."""
+
+    path: Path
+    index: int
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def done(self) -> dict[str, Any] | None:
+        """{"checkpoint": folder name, ...} once the stage is finished, else None."""
+        try:
+            return json.loads((self.path / DONE).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+    def final(self) -> checkpoint.Checkpoint:
+        """The checkpoint of a finished stage. Raises CheckpointError."""
+        done = self.done()
+        if done is None:
+            raise checkpoint.CheckpointError(f"checkpoint: stage {self.index + 1} in {self.path} is not finished; train it first")
+        return checkpoint.load(self.checkpoints / done["checkpoint"])
+
+    def finish(self, name: str, **facts: Any) -> None:
+        write_atomically(self.path / DONE, json.dumps({"checkpoint": name, **facts}, indent=1))
+
+
+def stage_folders(root: Path, recipe: Recipe, manifest: Manifest) -> list[StageFolder]:
+    """The folders of all stages, first to last; not created here."""
+    folders, path = [], Path(root)
+    for index, uid in enumerate(stage_uids(recipe, manifest)):
+        path = path / uid
+        folders.append(StageFolder(path=path, index=index))
+    return folders
+
+
+def open_run(path: Path) -> tuple[Recipe, list[StageFolder]]:
+    """Recipe and stage folders of the run whose last stage is in `path`. Raises InputError."""
+    path = Path(path).resolve()
+    if not (path / RECIPE).is_file():
+        raise InputError(f"run: {path} holds no {RECIPE}, so it is no run folder; `segfleet status` lists the runs under a folder")
+    recipe = parse(json.loads((path / RECIPE).read_text(encoding="utf-8")), str(path / RECIPE))
+    chain = [path, *path.parents][: len(recipe.stages)][::-1]
+    return recipe, [StageFolder(path=folder, index=index) for index, folder in enumerate(chain)]
+
+
+def find_run(text: str, root: Path) -> Path:
+    """A run folder from its path, or from the beginning of its uid below `root`. Raises InputError."""
+    if (Path(text) / RECIPE).is_file():
+        return Path(text).resolve()
+    found = [folder for folder in run_folders(root) if folder.name.startswith(text)]
+    if len(found) == 1:
+        return found[0].resolve()
+    if found:
+        raise InputError(f"run: '{text}' fits {len(found)} runs under {root}: {', '.join(f.name for f in found)}; give more of the uid")
+    names = ", ".join(folder.name for folder in run_folders(root)) or "none"
+    raise InputError(f"run: found no run folder '{text}'; runs under {root}: {names}")
+
+
+def run_folders(root: Path) -> list[Path]:
+    """Folders that hold a whole run's recipe, in a fixed order."""
+    return sorted(path.parent for path in Path(root).rglob(RECIPE))
+
+
+class Lock:
+    """One process at a time trains a stage. The system frees the lock when its holder dies."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(folder / LOCK, "a+", encoding="utf-8")
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise InputError(f"run: {folder} is being trained by {holder}; wait or stop it, then run the same command again") from None
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()

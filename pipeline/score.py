@@ -1,0 +1,123 @@
+"""A run's score: whole cases of the validation fold at their original resolution, shared out among the ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segfleet.pipeline import checkpoint
+from segfleet.pipeline.engines.base import Engine, autocast
+from segfleet.pipeline.engines.common import load_weights
+from segfleet.pipeline.evaluate import evaluate_cases
+from segfleet.pipeline.gang import Gang
+from segfleet.pipeline.parts import build_network, patch_of
+from segfleet.pipeline.recipe import Recipe
+from segfleet.pipeline.run import StageFolder
+from segfleet.pipeline.stop import Interrupted, StopRequest
+from segfleet.pipeline.task import Task, make_task
+from segfleet.preprocess.manifest import write_atomically
+from segfleet.preprocess.stores.base import ShardStore
+
+EVALUATION = "evaluation.json"
+
+
+def forward_of(model: nn.Module, task: Task, recipe: Recipe, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """`forward(image) -> probabilities`, with the recipe's precision and memory format, without gradients."""
+
+    @torch.no_grad()
+    def forward(image: Tensor) -> Tensor:
+        image = image.to(device)
+        if recipe.engine.channels_last:
+            image = image.contiguous(memory_format=torch.channels_last if image.ndim == 4 else torch.channels_last_3d)
+        with autocast(recipe.engine.precision, device):
+            logits = model(image)
+        return task.probabilities(logits[0] if isinstance(logits, list | tuple) else logits)
+
+    return forward
+
+
+def chosen_checkpoint(recipe: Recipe, folders: list[StageFolder]) -> checkpoint.Checkpoint:
+    """The checkpoint a run is judged by: the last one, or the best on validation if the recipe says so."""
+    last = folders[-1].final()
+    best = folders[-1].done()["best"] if recipe.evaluation.weights == "best" else {}
+    return checkpoint.load(folders[-1].checkpoints / checkpoint.folder_name(best["step"])) if best else last
+
+
+def load_network(recipe: Recipe, store: ShardStore, folders: list[StageFolder], device: torch.device) -> tuple[nn.Module, Task, str]:
+    """The trained network in eval mode, averaged weights if there are any; its task; the checkpoint's folder name."""
+    task = make_task(store.manifest.dataset, recipe.model.head)
+    saved = chosen_checkpoint(recipe, folders)
+    model = build_network(recipe, store.manifest, task)
+    load_weights(model, {**saved.tensors("weights"), **saved.tensors("ema")}, str(saved.path))
+    model = model.to(device)
+    if recipe.engine.channels_last:
+        flat = patch_of(recipe, store.manifest)[0] == 1
+        model = model.to(memory_format=torch.channels_last if flat else torch.channels_last_3d)
+    return model.eval(), task, saved.path.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """Scores networks of one run."""
+
+    recipe: Recipe
+    store: ShardStore
+    gang: Gang
+    stop: StopRequest
+
+    def validate(self, engine: Engine) -> dict[str, Any]:
+        """Scores while training: {"dice": mean over structures and cases, "dice_<structure>": ...}; the same on every rank."""
+        task = make_task(self.store.manifest.dataset, self.recipe.model.head)
+        with engine.evaluation() as model:
+            document = self._evaluate(model, task, self._ids()[: self.recipe.evaluation.cases], interruptible=False)
+        structures = {f"dice_{name}": scores["dice"]["mean"] for name, scores in document["summary"]["structures"].items()}
+        return {"dice": document["summary"]["mean_foreground_dice"], **structures}
+
+    def score(self, folders: list[StageFolder], warn: Callable[[str], None]) -> None:
+        """Write evaluation.json, overlays and report of a finished run, unless its checkpoint is already scored."""
+        from segfleet.pipeline.overlay import save_overlays
+        from segfleet.pipeline.report import write_report
+
+        leaf = folders[-1].path
+        model, task, name = load_network(self.recipe, self.store, folders, self.gang.device)
+        known = leaf / EVALUATION
+        if self.gang.share(known.exists() and json.loads(known.read_text(encoding="utf-8")).get("checkpoint") == name):
+            return
+        document = self._evaluate(model, task, self._ids(), interruptible=True)
+        if self.gang.rank == 0:
+            document |= {"checkpoint": name, "split": self.recipe.data.split, "fold": self.recipe.data.fold}
+            document["selected_on_these_cases"] = self.recipe.evaluation.weights == "best"
+            save_overlays(leaf, document, self.store, task, lambda case: self._probabilities(model, task, case))
+            write_atomically(known, json.dumps(document, indent=1))
+            write_report(leaf)
+        self.gang.barrier()
+
+    def _ids(self) -> list[str]:
+        return sorted(self.store.manifest.fold(self.recipe.data.split, self.recipe.data.fold)["val"])
+
+    def _evaluate(self, model: nn.Module, task: Task, ids: list[str], interruptible: bool) -> dict[str, Any]:
+        options = self.recipe.evaluation
+
+        def progress(done: int, total: int) -> None:
+            if interruptible and self.stop.asked():
+                raise Interrupted("stopped while scoring; run the same command again to score")
+
+        return evaluate_cases(
+            forward_of(model, task, self.recipe, self.gang.device),
+            self.store,
+            ids,
+            task,
+            patch=patch_of(self.recipe, self.store.manifest),
+            overlap=options.overlap,
+            mirror_axes=options.mirror,
+            batch=options.batch,
+            device=self.gang.device,
+            gang=self.gang,
+            progress=progress,
+        )

@@ -1,0 +1,286 @@
+"""The training loop. Reading order is execution order: `train` walks the stages, `train_stage` the steps of one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segfleet.pipeline import checkpoint, loader, run
+from segfleet.pipeline.engines.base import Engine, Setup, build_engine
+from segfleet.pipeline.events import EventLog
+from segfleet.pipeline.gang import Gang
+from segfleet.pipeline.parts import Objective, build_network, check_recipe, patch_of
+from segfleet.pipeline.recipe import Recipe
+from segfleet.pipeline.sampler import PatchSampler
+from segfleet.pipeline.schedule import learning_rate
+from segfleet.pipeline.stop import Interrupted
+from segfleet.pipeline.task import make_task
+from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.stores.base import ShardStore
+
+LOG_EVERY = 10  # steps between fetches of the losses: between them nothing waits for the device
+PATIENCE = 20  # non-finite steps in a row before a run gives up
+KEEP = 2  # newest checkpoints kept besides the best one
+
+Validate = Callable[[Engine], dict[str, Any]]  # scores while training: {"dice": ..., ...}, the same on every rank
+
+
+class Diverged(InputError):
+    """The loss stayed non-finite. The last checkpoint is from before."""
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers of a stage besides tensors."""
+
+    step: int = 0
+    skipped: int = 0  # steps with a non-finite gradient; they changed nothing
+    skipped_in_a_row: int = 0
+    best: dict[str, Any] = field(default_factory=dict)  # {"dice", "step"} of the best validation
+
+    def state(self, recipe: Recipe, index: int) -> dict[str, Any]:
+        facts = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "best": self.best}
+        return {**facts, "stage": index, "recipe": recipe.model_dump(mode="json"), "versions": checkpoint.versions()}
+
+    @classmethod
+    def of(cls, saved: checkpoint.Checkpoint) -> Progress:
+        return cls(saved.step, saved.state["skipped"], saved.state["skipped_in_a_row"], saved.state["best"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run works with; the same on every rank."""
+
+    recipe: Recipe
+    store: ShardStore
+    folders: list[run.StageFolder]
+    gang: Gang
+    asked_to_stop: Callable[[], bool]
+    warn: Callable[[str], None]
+    validate: Validate
+
+
+def train(this: Run) -> Path:
+    """Train every stage that is not finished yet; the folder of the last one. Raises Interrupted after an agreed stop."""
+    recipe, gang, last = this.recipe, this.gang, this.folders[-1].path
+    check_recipe(recipe, this.store.manifest)
+    loader.check_shares(recipe.data.batch, gang.size, recipe.engine.accumulate)
+    if gang.rank == 0:
+        last.mkdir(parents=True, exist_ok=True)
+        run.write_atomically(last / run.RECIPE, json.dumps(recipe.model_dump(mode="json"), indent=1))
+    for folder in this.folders:
+        if gang.share(folder.done()) is None:
+            with locked(folder, gang):
+                train_stage(this, folder.index)
+    return last
+
+
+class locked:
+    """Rank 0 holds the stage's lock; all ranks fail together if somebody else has it."""
+
+    def __init__(self, folder: run.StageFolder, gang: Gang):
+        self.folder, self.gang, self.lock = folder, gang, None
+
+    def __enter__(self) -> None:
+        refusal = None
+        if self.gang.rank == 0:
+            try:
+                self.lock = run.Lock(self.folder.path)
+                checkpoint.clean(self.folder.checkpoints)
+            except InputError as error:
+                refusal = str(error)
+        if refusal := self.gang.share(refusal):
+            raise InputError(refusal)
+
+    def __exit__(self, *_) -> None:
+        if self.lock is not None:
+            self.lock.release()
+
+
+def train_stage(this: Run, index: int) -> None:
+    """Train one stage from where its folder stands to its end."""
+    recipe, gang, manifest = this.recipe, this.gang, this.store.manifest
+    folder, stage = this.folders[index], recipe.stages[index]
+    ids = set(manifest.fold(recipe.data.split, recipe.data.fold)["train"])
+    cases = tuple(case for case in manifest.cases if case.id in ids)
+    sampler = PatchSampler(
+        cases=cases, patch=patch_of(recipe, manifest), batch=recipe.data.batch, foreground=recipe.data.foreground, seed=recipe.seed
+    )
+    steps = stage.steps or sampler.steps_per_pass()
+    total = stage.epochs * steps
+
+    engine, progress = build(this, index)
+    log = EventLog(folder.path, progress.step) if gang.rank == 0 else None
+    if log and progress.step == 0:
+        log.write("stage_start", step=0, stage=index, name=stage.name, steps=total, ranks=gang.size)
+    elif log:
+        log.write("resumed", stage=index, from_step=progress.step, ranks=gang.size)
+    saver = checkpoint.Saver(folder.checkpoints)
+    place = loader.Place(stage=index, epoch=progress.step // steps, step=progress.step % steps)
+    schedule = loader.Schedule(place, stage.epochs, steps, recipe.data.batch, recipe.engine.accumulate, gang.rank, gang.size)
+    patches = loader.Patches(this.store, sampler, index, steps, recipe.data.augment, gang.device.type != "cpu")
+    stream = Stream(loader.batches(patches, schedule, recipe.data.workers), gang.device, recipe.engine.channels_last)
+    window = Window(stream, recipe.data.batch)
+
+    try:
+        for step in range(progress.step, total):
+            torch.manual_seed(step_seed(recipe.seed, index, step, gang.rank))  # dropout and the like
+            lr = learning_rate(stage, step, total)
+            window.add(*engine.step(stream, lr))
+            progress.step = step + 1
+            epoch_ends, stopping = progress.step % steps == 0, gang.any(this.asked_to_stop())
+            due = progress.step % recipe.save_every == 0 or progress.step == total or stopping
+            if progress.step % LOG_EVERY == 0 or epoch_ends or due:
+                window.report(progress, step // steps, lr, gang, log)
+            if epoch_ends and recipe.evaluation.every and (progress.step // steps) % recipe.evaluation.every == 0 and not stopping:
+                scores = this.validate(engine)
+                if scores["dice"] > progress.best.get("dice", -1.0):
+                    progress.best, due = {"dice": scores["dice"], "step": progress.step}, True
+                if log:
+                    log.write("validation", step=progress.step, epoch=step // steps, **scores)
+            if due:
+                save(engine, saver, progress, recipe, index, gang)
+            if saver.poll() or progress.step == total or stopping:
+                saver.wait()
+                if gang.rank == 0:
+                    checkpoint.prune(folder.checkpoints, KEEP, protected(progress))
+            if stopping and progress.step < total:
+                if log:
+                    log.write("stopped", stage=index, at_step=progress.step)
+                where = f"step {progress.step} of {total} of stage {index + 1}"
+                raise Interrupted(f"stopped after {where}; all saved. Run the same command again to go on.")
+    except BaseException:
+        with suppress(Exception):  # a save under way is published if it can be; the first error is what the user must see
+            saver.wait()
+        raise
+    finally:
+        if log:
+            log.close()
+    gang.barrier()
+    if gang.rank == 0:
+        last = checkpoint.folder_name(total)
+        folder.finish(last, steps=total, best=progress.best, skipped=progress.skipped)
+        checkpoint.prune(folder.checkpoints, 1, protected(progress))
+    gang.barrier()
+
+
+def build(this: Run, index: int) -> tuple[Engine, Progress]:
+    """The engine of a stage with the right weights in it: the stage's own checkpoint, its parent's, or fresh ones."""
+    recipe, gang, manifest = this.recipe, this.gang, this.store.manifest
+    stage, folder = recipe.stages[index], this.folders[index]
+    task = make_task(manifest.dataset, recipe.model.head)
+    model = build_network(recipe, manifest, task).to(gang.device)
+    if recipe.engine.channels_last:
+        flat = patch_of(recipe, manifest)[0] == 1
+        model = model.to(memory_format=torch.channels_last if flat else torch.channels_last_3d)
+    if recipe.engine.checkpoint_activations:
+        from segfleet.models.checkpointing import activation_checkpointing
+
+        activation_checkpointing(model)
+    objective = Objective(recipe, task).to(gang.device)
+    engine = build_engine(Setup(model=model, loss=objective, recipe=recipe, stage=stage, gang=gang))
+    found = gang.share(str(saved.path) if gang.rank == 0 and (saved := checkpoint.latest(folder.checkpoints, this.warn)) else None)
+    if found:
+        own = checkpoint.Checkpoint(path=Path(found), state=json.loads((Path(found) / "state.json").read_text(encoding="utf-8")))
+        engine.load(own, "all")
+        return engine, Progress.of(own)
+    if index:
+        engine.load(this.folders[index - 1].final(), stage.inherit)
+    return engine, Progress()
+
+
+def save(engine: Engine, saver: checkpoint.Saver, progress: Progress, recipe: Recipe, index: int, gang: Gang) -> None:
+    """Every rank takes part in gathering the tensors; rank 0 writes them."""
+    tensors = engine.tensors()
+    if gang.rank == 0:
+        saver.save(progress.step, checkpoint.copies(tensors), progress.state(recipe, index))
+
+
+def protected(progress: Progress) -> set[str]:
+    return {checkpoint.folder_name(progress.best["step"])} if progress.best else set()
+
+
+def step_seed(*place: int) -> int:
+    """A 63-bit seed from a place in the run."""
+    return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest()) >> 1
+
+
+class Stream:
+    """Micro-batches on the device, and how long the loop waited for them."""
+
+    def __init__(self, batches: Iterator[loader.Batch], device: torch.device, channels_last: bool):
+        self.batches, self.device, self.channels_last = batches, device, channels_last
+        self.waited, self.cases = 0.0, ()
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        start = time.perf_counter()
+        batch = next(self.batches)
+        self.waited += time.perf_counter() - start
+        self.cases += batch.cases
+        return loader.on_device(batch, self.device, self.channels_last)
+
+
+class Window:
+    """Losses since the last report, still on the device."""
+
+    def __init__(self, stream: Stream, batch: int):
+        self.stream, self.batch = stream, batch
+        self._clear()
+
+    def _clear(self) -> None:
+        self.losses, self.norms, self.cases = [], [], []
+        self.start, self.stream.waited = time.perf_counter(), 0.0
+
+    def add(self, loss: Tensor, norm: Tensor) -> None:
+        self.losses.append(loss)
+        self.norms.append(norm)
+        self.cases.append(self.stream.cases)
+        self.stream.cases = ()
+
+    def report(self, progress: Progress, epoch: int, lr: float, gang: Gang, log: EventLog | None) -> None:
+        """Fetch, log, count the skipped steps. Raises Diverged after too many in a row, on all ranks together."""
+        if not self.losses:
+            return
+        norms = torch.stack(self.norms).tolist()
+        losses = (gang.sum(torch.stack(self.losses)) / gang.size).tolist()
+        seconds = time.perf_counter() - self.start
+        bad: list[str] = []
+        for norm, cases in zip(norms, self.cases, strict=True):
+            if norm - norm == 0:  # finite
+                progress.skipped_in_a_row = 0
+                continue
+            progress.skipped, progress.skipped_in_a_row = progress.skipped + 1, progress.skipped_in_a_row + 1
+            bad += [case for share in gang.gather(cases) for case in share]
+        good = [loss for loss, norm in zip(losses, norms, strict=True) if norm - norm == 0]
+        if log:
+            if good:
+                log.write(
+                    "step",
+                    step=progress.step,
+                    epoch=epoch,
+                    loss=sum(good) / len(good),
+                    lr=lr,
+                    gradient=max(norm for norm in norms if norm - norm == 0),
+                    samples_per_second=round(len(losses) * self.batch / seconds, 3),
+                    waiting=round(self.stream.waited / seconds, 4),
+                )
+            if bad:
+                log.write("non_finite", step=progress.step, epoch=epoch, cases=sorted(set(bad)), skipped=progress.skipped)
+        self._clear()
+        if progress.skipped_in_a_row >= PATIENCE:
+            raise Diverged(
+                f"training: the loss was not finite for {progress.skipped_in_a_row} steps in a row, the last at step {progress.step}, "
+                f"cases {', '.join(sorted(set(bad))[:8])}. Lower stages.lr or set engine.precision=fp32; the last checkpoint is older."
+            )
