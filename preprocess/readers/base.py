@@ -1,0 +1,171 @@
+"""What every raw layout can do. A layout is one file `preprocess/readers/<name>.py` with a class `Reader`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import pkgutil
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from segfleet.preprocess.case import Case, Geometry
+from segfleet.preprocess.images import read_image, read_label
+from segfleet.preprocess.manifest import Dataset
+from segfleet.preprocess.problems import InputError, Problem
+
+Folds = tuple[dict[str, tuple[str, ...]], ...]
+VISIT = re.compile(r"^(?P<patient>.*\d)[_-](frame|t|tp|time|visit|scan|ses|session|phase|slice|ed|es)[_-]?\d*$", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseRef:
+    """Where the files of one case lie. `group` is the patient; empty: the case is a patient of its own."""
+
+    id: str
+    images: tuple[Path, ...]  # one file per channel, or one that holds all
+    labels: tuple[Path, ...]
+    group: str = ""
+
+
+class RawReader(ABC):
+    """One raw layout in a folder. Opening it reads the layout's description only, never an image.
+
+    Raises InputError where the folder is not of this layout; what is wrong inside is told by `problems`.
+    """
+
+    about: ClassVar[str]  # one line: which data sets look like this
+    layout: ClassVar[str]  # the folder, in one line
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise InputError(f"raw: {self.root} is not a folder. Expected {self.layout}")
+
+    @abstractmethod
+    def dataset(self) -> Dataset: ...
+
+    @abstractmethod
+    def refs(self) -> list[CaseRef]:
+        """All labelled cases in natural order; their files may be missing, which the check reports."""
+
+    def problems(self) -> list[Problem]:
+        """Faults of the layout itself, found without opening an image."""
+        return []
+
+    def splits(self) -> dict[str, Folds]:
+        """The splits the data set brings along, by name."""
+        return {}
+
+    def image(self, ref: CaseRef, digest: Any = None) -> tuple[np.ndarray, Geometry]:
+        """(C, Z, Y, X) and its grid. Raises ImageError."""
+        return read_image(ref.images, digest)
+
+    def label(self, ref: CaseRef, digest: Any = None) -> tuple[np.ndarray, Geometry]:
+        """(Z, Y, X) and its grid. Raises ImageError."""
+        return read_label(ref.labels[0], digest)
+
+    def read(self, ref: CaseRef) -> Case:
+        """Image and label of one case; `extra["source_sha256"]` is the hash of the files' bytes. Raises ImageError."""
+        digest = hashlib.sha256()
+        image, geometry = self.image(ref, digest)
+        label, _ = self.label(ref, digest)
+        extra = {"source_sha256": digest.hexdigest(), "files": [os.path.relpath(p, self.root) for p in ref.images]}
+        return Case(id=ref.id, group=ref.group, image_CZYX=image, label_ZYX=label, geometry=geometry, extra=extra)
+
+
+def source_sha256(ref: CaseRef) -> str:
+    """The hash `read` finds, without decoding anything."""
+    digest = hashlib.sha256()
+    for path in (*ref.images, *ref.labels):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def readers() -> list[str]:
+    import segfleet.preprocess.readers as room
+
+    return sorted(m.name for m in pkgutil.iter_modules(room.__path__) if m.name != "base")
+
+
+def reader_class(name: str) -> type[RawReader]:
+    """The class of a layout. Raises InputError with the legal names."""
+    if name not in readers():
+        raise InputError(f"data set: found '{name}', expected one of the layouts: {', '.join(readers())}")
+    return importlib.import_module(f"segfleet.preprocess.readers.{name}").Reader
+
+
+def open_reader(name: str, root: str | Path) -> RawReader:
+    return reader_class(name)(root)
+
+
+def natural(text: str) -> list:
+    """Sort key: case2 before case10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part.lower()) for part in re.split(r"(\d+)", text) if part]
+
+
+def visible(folder: Path, pattern: str = "*") -> list[Path]:
+    """The files of a folder in natural order, without what macOS and Windows leave behind (`._*`, Thumbs.db)."""
+    junk = ("Thumbs.db", "desktop.ini")
+    return sorted((p for p in folder.glob(pattern) if not p.name.startswith(".") and p.name not in junk), key=lambda p: natural(p.name))
+
+
+def patient_of(case_id: str) -> str:
+    """patient001_frame12 -> patient001; an id that does not speak of a visit is a patient of its own."""
+    match = VISIT.match(case_id)
+    return match["patient"] if match else ""
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises InputError that names the file and the place."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: is not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(document, dict):
+        raise InputError(f"{path}: found a {type(document).__name__}, expected an object with the data set's description")
+    return document
+
+
+def field(document: dict, name: str, kind: type | tuple[type, ...], path: Path) -> Any:
+    """document[name] of the given type. Raises InputError that names file and key."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    wanted = " or ".join({"dict": "object", "str": "text", "int": "integer"}.get(k.__name__, k.__name__) for k in kinds)
+    if name not in document:
+        raise InputError(f"{path}: the key '{name}' is missing ({wanted}). Present: {', '.join(document) or 'nothing'}")
+    if not isinstance(document[name], kind) or isinstance(document[name], bool):
+        raise InputError(f"{path}: {name}: found {document[name]!r}, expected {wanted}")
+    return document[name]
+
+
+def number(text: Any, key: str, path: Path) -> int:
+    """An integer that JSON may have as a text. Raises InputError."""
+    if isinstance(text, bool) or not re.fullmatch(r"\d+", str(text)):
+        raise InputError(f"{path}: {key}: found {text!r}, expected an integer from 0")
+    return int(text)
+
+
+def duplicates(ids: list[str]) -> list[Problem]:
+    seen: dict[str, int] = {}
+    for case in ids:
+        seen[case] = seen.get(case, 0) + 1
+    return [
+        Problem(case=case, field="id", found=f"{n} cases of this name", expected="one", mend="Rename the files or remove the copies.")
+        for case, n in seen.items()
+        if n > 1
+    ]
+
+
+def count_problem(found: int, declared: Any, key: str = "numTraining") -> list[Problem]:
+    if isinstance(declared, int) and declared == found:
+        return []
+    mend = f"Correct {key} in dataset.json or add the missing files."
+    return [Problem(case="dataset.json", field=key, found=str(declared), expected=f"{found}, the number of training cases", mend=mend)]

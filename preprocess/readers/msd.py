@@ -1,0 +1,70 @@
+"""Medical Segmentation Decathlon: dataset.json (v1), 4D images whose last axis is the channel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from segfleet.preprocess.images import stem
+from segfleet.preprocess.manifest import Dataset
+from segfleet.preprocess.problems import InputError, Problem
+from segfleet.preprocess.readers.base import CaseRef, RawReader, count_problem, duplicates, field, number, patient_of, read_json, visible
+
+
+class Reader(RawReader):
+    about = "Medical Segmentation Decathlon tasks: brain tumour, liver, hippocampus, hepatic vessel, ..."
+    layout = "an MSD folder: dataset.json (modality, labels, training), imagesTr/CASE.nii.gz, labelsTr/CASE.nii.gz"
+
+    def __init__(self, root: str | Path):
+        super().__init__(root)
+        self.file = self.root / "dataset.json"
+        if not self.file.is_file():
+            raise InputError(f"raw: {self.root} holds no dataset.json. Expected {self.layout}")
+        self.json = read_json(self.file)
+        if "channel_names" in self.json and "modality" not in self.json:
+            raise InputError(f"{self.file}: has channel_names, so it is an nnU-Net v2 folder. Use the layout nnunet.")
+
+    def dataset(self) -> Dataset:
+        modality = field(self.json, "modality", dict, self.file)
+        labels = field(self.json, "labels", dict, self.file)
+        values = {str(name): number(value, f"labels: value of '{name}'", self.file) for value, name in labels.items()}
+        if len(values) < len(labels) or 0 not in values.values() or len(values) < 2:
+            expected = 'value -> name, all names different, "0" the background and at least one more'
+            raise InputError(f"{self.file}: labels: found {labels}, expected {expected}")
+        channels = sorted(modality.items(), key=lambda item: number(item[0], "modality", self.file))
+        if not channels:
+            raise InputError(f"{self.file}: modality: found no channel, expected index -> name")
+        return Dataset(
+            name=str(self.json.get("name", self.root.resolve().name)),
+            reader="msd",
+            dims=3,
+            channels=tuple(str(name) for _, name in channels),
+            labels=dict(sorted(values.items(), key=lambda item: item[1])),
+            licence=str(self.json.get("licence", "")),
+        )
+
+    def refs(self) -> list[CaseRef]:
+        listed = field(self.json, "training", list, self.file)
+        refs = []
+        for index, entry in enumerate(listed):
+            if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) and entry[key] for key in ("image", "label")):
+                raise InputError(f'{self.file}: training[{index}]: found {entry!r}, expected {{"image": path, "label": path}}')
+            if Path(entry["image"]).name.startswith("._"):
+                continue
+            image, label = (self.root / Path(entry[key]) for key in ("image", "label"))
+            name = stem(image)
+            refs.append(CaseRef(id=name, group=patient_of(name), images=(image,), labels=(label,)))
+        if not refs:
+            raise InputError(f"{self.file}: training: found no case. Expected {self.layout}")
+        return refs
+
+    def problems(self) -> list[Problem]:
+        refs = self.refs()
+        found = duplicates([ref.id for ref in refs])
+        found += count_problem(len(refs), self.json.get("numTraining"))
+        listed = {ref.images[0].resolve() for ref in refs}
+        for folder in {ref.images[0].parent for ref in refs}:
+            for path in visible(folder, "*.nii*"):
+                if path.resolve() not in listed:
+                    facts = {"found": "a file", "expected": "to be listed in dataset.json", "mend": "List it or move it away."}
+                    found.append(Problem(case=stem(path), field="image", **facts))
+        return found

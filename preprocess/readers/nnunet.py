@@ -1,0 +1,179 @@
+"""nnU-Net v2: dataset.json, one file per channel with a four-digit suffix, regions and an ignore label.
+
+Source: specification `datasets_3d`, section 5.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+
+from segfleet.preprocess.images import ENDINGS, NATURAL, peek
+from segfleet.preprocess.manifest import Dataset
+from segfleet.preprocess.problems import InputError, Problem
+from segfleet.preprocess.readers.base import (
+    CaseRef,
+    Folds,
+    RawReader,
+    count_problem,
+    field,
+    natural,
+    number,
+    patient_of,
+    read_json,
+    visible,
+)
+
+MANY_CHANNELS = (*NATURAL, ".tif", ".tiff")  # one file may hold all channels
+
+
+class Reader(RawReader):
+    about = "Your own data in the nnU-Net v2 layout, 3D or 2D, with regions and an ignore label."
+    layout = (
+        "an nnU-Net v2 folder: dataset.json (channel_names, labels, numTraining, file_ending), "
+        "imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz"
+    )
+
+    def __init__(self, root: str | Path):
+        super().__init__(root)
+        self.file = self.root / "dataset.json"
+        if not self.file.is_file():
+            raise InputError(f"raw: {self.root} holds no dataset.json. Expected {self.layout}")
+        self.json = read_json(self.file)
+        if "modality" in self.json and "channel_names" not in self.json:
+            raise InputError(f"{self.file}: has modality, so it is an MSD folder. Use the layout msd.")
+        self.ending = str(field(self.json, "file_ending", str, self.file)).lower()
+        if self.ending not in ENDINGS or self.ending in (".jpg", ".jpeg"):
+            legal = ", ".join(e for e in ENDINGS if e not in (".jpg", ".jpeg"))
+            raise InputError(f"{self.file}: file_ending: found '{self.ending}', expected one of: {legal}")
+
+    @cached_property
+    def channels(self) -> tuple[str, ...]:
+        names = field(self.json, "channel_names", dict, self.file)
+        ordered = sorted((number(index, "channel_names", self.file), str(name)) for index, name in names.items())
+        if not ordered or [index for index, _ in ordered] != list(range(len(ordered))):
+            raise InputError(f'{self.file}: channel_names: found the indices {list(names)}, expected "0", "1", ... without a gap')
+        return tuple(name for _, name in ordered)
+
+    def dataset(self) -> Dataset:
+        labels = field(self.json, "labels", dict, self.file)
+        plain: dict[str, int] = {}
+        regions: dict[str, tuple[int, ...]] = {}
+        for name, value in labels.items():
+            if isinstance(value, list):
+                regions[name] = tuple(number(v, f"labels: {name}", self.file) for v in value)
+            else:
+                plain[name] = number(value, f"labels: {name}", self.file)
+        ignore = plain.pop("ignore", None)
+        if plain.get("background") != 0:
+            raise InputError(f"{self.file}: labels: background: found {labels.get('background')!r}, expected 0")
+        values = sorted({*plain.values(), *(v for region in regions.values() for v in region)})
+        if values != list(range(len(values))) or len(values) < 2:
+            raise InputError(f"{self.file}: labels: found the values {values}, expected 0, 1, 2, ... without a gap, at least one beside 0")
+        if ignore is not None and ignore != len(values):
+            raise InputError(f"{self.file}: labels: ignore: found {ignore}, expected the highest integer, {len(values)}")
+        order: tuple[int, ...] = ()
+        if regions:
+            regions = {n: regions.get(n, (plain.get(n, 0),)) for n in labels if n not in ("background", "ignore")}
+            if any(not region or 0 in region for region in regions.values()):
+                raise InputError(f"{self.file}: labels: a region needs one or more values above 0, found {regions}")
+            given = field(self.json, "regions_class_order", list, self.file)
+            order = tuple(number(v, "regions_class_order", self.file) for v in given)
+            if len(order) != len(regions):
+                expected = f"{len(regions)}: one for each of {list(regions)}"
+                raise InputError(f"{self.file}: regions_class_order: found {len(order)} entries, expected {expected}")
+            names = {value: name for name, value in plain.items()}
+            plain = {names.get(value, f"label {value}"): value for value in values}
+        return Dataset(
+            name=str(self.json.get("name", self.root.resolve().name)),
+            reader="nnunet",
+            dims=self._dims(),
+            channels=self.channels,
+            labels=dict(sorted(plain.items(), key=lambda item: item[1])),
+            ignore_label=ignore,
+            regions=regions,
+            region_order=order,
+            file_ending=self.ending,
+            licence=str(self.json.get("licence", self.json.get("license", ""))),
+        )
+
+    def _dims(self) -> int:
+        if self.ending in NATURAL:
+            return 2
+        depths = {peek(ref.images[0])[1] for ref in self.refs()[:5] if ref.images} - {0}
+        return 2 if depths == {1} else 3
+
+    @cached_property
+    def _files(self) -> tuple[dict[str, dict[int, Path]], dict[str, Path]]:
+        """Images by case and channel, labels by case."""
+        images: dict[str, dict[int, Path]] = {}
+        pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(self.ending)}", re.IGNORECASE)
+        for path in visible(self.root / "imagesTr"):
+            if match := pattern.fullmatch(path.name):
+                images.setdefault(match[1], {})[int(match[2])] = path
+        labels = {p.name[: -len(self.ending)]: p for p in visible(self.root / "labelsTr") if p.name.lower().endswith(self.ending)}
+        return images, labels
+
+    def refs(self) -> list[CaseRef]:
+        if "dataset" in self.json:
+            return self._explicit()
+        images, labels = self._files
+        if not images and not labels:
+            raise InputError(f"raw: {self.root / 'imagesTr'} holds no CASE_0000{self.ending}. Expected {self.layout}")
+        refs = []
+        for case in sorted({*images, *labels}, key=natural):
+            found = images.get(case, {})
+            together = set(found) == {0} and self.ending in MANY_CHANNELS
+            wanted = [0] if together else range(len(self.channels))
+            paths = tuple(found.get(i, self.root / "imagesTr" / f"{case}_{i:04d}{self.ending}") for i in wanted)
+            label = labels.get(case, self.root / "labelsTr" / f"{case}{self.ending}")
+            refs.append(CaseRef(id=case, group=patient_of(case), images=paths, labels=(label,)))
+        return refs
+
+    def _explicit(self) -> list[CaseRef]:
+        listed = field(self.json, "dataset", dict, self.file)
+        refs = []
+        for case in sorted(listed, key=natural):
+            entry = listed[case]
+            if not isinstance(entry, dict) or not isinstance(entry.get("images"), list) or not isinstance(entry.get("label"), str):
+                raise InputError(f'{self.file}: dataset: {case}: found {entry!r}, expected {{"images": [path, ...], "label": path}}')
+            images = tuple(self.root / str(path) for path in entry["images"])
+            refs.append(CaseRef(id=case, group=patient_of(case), images=images, labels=(self.root / entry["label"],)))
+        if not refs:
+            raise InputError(f"{self.file}: dataset: found no case. Expected {self.layout}")
+        return refs
+
+    def problems(self) -> list[Problem]:
+        refs = self.refs()
+        found = count_problem(len(refs), field(self.json, "numTraining", int, self.file))
+        images, _ = self._files
+        for case in sorted(images, key=natural) if "dataset" not in self.json else ():
+            for extra in sorted(i for i in images[case] if i >= len(self.channels)):
+                expected, mend = f"{len(self.channels)} channel(s)", "Declare it in channel_names or move it away."
+                found.append(Problem(case=case, field="channel", found=f"_{extra:04d}", expected=expected, mend=mend))
+        return found + self._split_problems({ref.id for ref in refs})
+
+    def _split_problems(self, ids: set[str]) -> list[Problem]:
+        found = []
+        for index, fold in enumerate(self.splits().get("nnunet", ())):
+            unknown = sorted({*fold["train"], *fold["val"]} - ids, key=natural)
+            both = sorted({*fold["train"]} & {*fold["val"]}, key=natural)
+            for cases, expected in ((unknown, "cases of imagesTr"), (both, "no case in both train and val")):
+                if cases:
+                    text = ", ".join(cases[:5]) + (f" and {len(cases) - 5} more" if len(cases) > 5 else "")
+                    facts = {"found": text, "expected": expected, "mend": "Correct the file or remove it."}
+                    found.append(Problem(case="splits_final.json", field=f"fold {index}", **facts))
+        return found
+
+    def splits(self) -> dict[str, Folds]:
+        path = self.root / "splits_final.json"
+        if not path.is_file():
+            return {}
+        try:
+            folds = json.loads(path.read_text(encoding="utf-8"))
+            return {"nnunet": tuple({side: tuple(map(str, fold[side])) for side in ("train", "val")} for fold in folds)}
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f'{path}: expected a list of {{"train": [case, ...], "val": [case, ...]}} ({reason})') from None

@@ -1,0 +1,74 @@
+"""Predicted labels back into files that lie exactly on the raw image."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from segfleet.preprocess.case import Geometry
+from segfleet.preprocess.images import LPS, ending, stem
+from segfleet.preprocess.problems import InputError
+
+WRITABLE = (".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff", ".png", ".bmp")  # lossless
+
+
+def write_label(path: Path, label_ZYX: np.ndarray, geometry: Geometry) -> None:
+    """Write class numbers with the shape, spacing and affine of `geometry`; the file appears whole or not at all.
+
+    Raises InputError for an ending that loses values or cannot hold a volume.
+    """
+    path, kind = Path(path), ending(path)
+    if kind not in WRITABLE:
+        raise InputError(f"{path}: {kind} is lossy, labels would change. Use one of: {', '.join(WRITABLE)}")
+    assert label_ZYX.shape == tuple(geometry.shape), f"label {label_ZYX.shape} does not lie on the grid {geometry.shape}"
+    label = np.ascontiguousarray(label_ZYX, np.uint8 if label_ZYX.max(initial=0) < 256 else np.uint16)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{stem(path)}.{os.getpid()}.partial{kind}")
+    try:
+        if kind in (".nii", ".nii.gz"):
+            data = _nifti(label, geometry)
+            temporary.write_bytes(gzip.compress(data, 6, mtime=0) if kind == ".nii.gz" else data)
+        elif kind in (".nrrd", ".mha"):
+            _itk(temporary, label, geometry)
+        elif kind in (".tif", ".tiff"):
+            import tifffile
+
+            tifffile.imwrite(temporary, label[0] if len(label) == 1 else label, compression="zlib", photometric="minisblack")
+            if len(label) > 1:
+                path.with_name(f"{stem(path)}.json").write_text(json.dumps({"spacing": list(geometry.spacing)}), encoding="utf-8")
+        else:
+            from PIL import Image
+
+            if len(label) != 1 or kind == ".bmp" and label.dtype != np.uint8:
+                raise InputError(f"{path}: {kind} holds one slice of 8-bit classes, found {label.shape} {label.dtype}. Use .nii.gz")
+            Image.fromarray(label[0]).save(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _nifti(label: np.ndarray, geometry: Geometry) -> bytes:
+    import nibabel as nib
+
+    affine = np.diag([*geometry.spacing[::-1], 1.0]) if geometry.affine is None else np.asarray(geometry.affine)
+    picture = nib.Nifti1Image(label.T, affine)
+    picture.header.set_xyzt_units("mm")
+    picture.header.set_zooms(geometry.spacing[::-1])
+    return picture.to_bytes()
+
+
+def _itk(path: Path, label: np.ndarray, geometry: Geometry) -> None:
+    import SimpleITK as sitk
+
+    picture = sitk.GetImageFromArray(label)
+    spacing = np.asarray(geometry.spacing[::-1])
+    picture.SetSpacing([float(s) for s in spacing])
+    if geometry.affine is not None:
+        affine = LPS @ np.asarray(geometry.affine)
+        picture.SetDirection([float(v) for v in (affine[:3, :3] / spacing).ravel()])
+        picture.SetOrigin([float(v) for v in affine[:3, 3]])
+    sitk.WriteImage(picture, str(path), True)
