@@ -23,3 +23,66 @@ def shared_data():
         return folder
 
     return find
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory):
+    """`tiny_store(dims=3)`: a published store of small synthetic cases, made without the raw-data code. Cached per set of options."""
+    made: dict = {}
+
+    def make(dims: int = 3, format: str = "zarr", cases: int = 6, classes: int = 2, size: int = 24) -> Path:
+        key = (dims, format, cases, classes, size)
+        if key not in made:
+            made[key] = write_tiny_store(tmp_path_factory.mktemp("store"), *key)
+        return made[key]
+
+    return make
+
+
+def write_tiny_store(root: Path, dims: int, format: str, count: int, classes: int, size: int) -> Path:
+    import numpy as np
+
+    from segfleet.preprocess import manifest as m
+    from segfleet.preprocess.stores.base import store_module
+
+    rng = np.random.default_rng(7)
+    patch = (16, 16, 16) if dims == 3 else (1, 32, 32)
+    dataset = m.Dataset(
+        name="tiny", reader="msd", dims=dims, channels=("a",), labels={"background": 0, **{f"blob{k}": k for k in range(1, classes + 1)}}
+    )
+    plan = m.Plan(target_spacing=(1.0, 1.0, 1.0), patch=patch, normalisation=("zscore",))
+    writer = store_module(format).Writer(root, "data/bundle-0000", chunk=(1, 16, 16) if dims == 2 else (16, 16, 16), dtype=plan.dtype)
+    entries, ids = [], [f"case{k:02d}" for k in range(count)]
+    for number, name in enumerate(ids):
+        shape = (1 if dims == 2 else size + number, size + 2 * (number % 3) + 10 * (dims == 2), size + 10 * (dims == 2))
+        label = np.zeros(shape, np.uint8)
+        for value in range(1, classes + 1):
+            corner = [int(rng.integers(0, max(1, s - 9))) for s in shape]
+            label[tuple(slice(c, c + 9) for c in corner)] = value
+        image = (label[None] * 1.5 + rng.normal(0, 0.5, (1, *shape))).astype(np.float16)
+        writer.write(name, image, label, None)
+        flat = {v: np.flatnonzero(label == v) for v in range(1, classes + 1)}
+        entries.append(
+            m.CaseEntry(
+                id=name,
+                group=name,
+                shard="data/bundle-0000",
+                key=name,
+                shape=shape,
+                spacing=(1.0, 1.0, 1.0),
+                crop=tuple((0, s) for s in shape),
+                raw_shape=shape,
+                raw_spacing=(1.0, 1.0, 1.0),
+                voxels={v: len(f) for v, f in flat.items()},
+                foreground={v: tuple(int(i) for i in f[:: max(1, len(f) // 50)]) for v, f in flat.items()},
+                sha256=f"{number}",
+            )
+        )
+    files = writer.publish()
+    splits = {"kfold": ({"train": tuple(ids[:-2]), "val": tuple(ids[-2:])},), "all": ({"train": tuple(ids), "val": tuple(ids)},)}
+    cases = tuple(entries)
+    made = m.Manifest(
+        format=format, id=m.content_id(dataset, plan, cases), dataset=dataset, plan=plan, cases=cases, splits=splits, files=files
+    )
+    m.save_manifest(root, made)
+    return root

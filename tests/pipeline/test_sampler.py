@@ -1,0 +1,137 @@
+"""Order is a function: the same global batches for every number of ranks and loader processes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from segfleet.pipeline import loader
+from segfleet.pipeline.recipe import Augment
+from segfleet.pipeline.sampler import PatchSampler
+from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.stores.base import open_store
+
+EVERYTHING = Augment(rotation=1, scale=1, elastic=1, gamma=1, contrast=1, brightness=1, noise=1, blur=1, low_resolution=1)
+
+
+def sampler_of(store, batch=4, foreground=0.5):
+    manifest = store.manifest
+    return PatchSampler(cases=manifest.cases, patch=manifest.plan.patch, batch=batch, foreground=foreground, seed=3)
+
+
+def global_batches(store, ranks, workers, steps=3, epochs=2, accumulate=1, place=None, augment=EVERYTHING):
+    """The concatenation over ranks of every step's samples: images, labels, cases."""
+    sampler = sampler_of(store)
+    shares = []
+    for rank in range(ranks):
+        begin = place or loader.Place(stage=0, epoch=0, step=0)
+        schedule = loader.Schedule(begin, epochs, steps, sampler.batch, accumulate, rank, ranks)
+        patches = loader.Patches(store, sampler, 0, steps, augment, on_device=False)
+        micro = list(loader.batches(patches, schedule, workers))
+        shares.append([micro[k : k + accumulate] for k in range(0, len(micro), accumulate)])
+    return [
+        (
+            torch.cat([batch.image for share in step for batch in share]),
+            torch.cat([batch.label for share in step for batch in share]),
+            [case for share in step for batch in share for case in batch.cases],
+        )
+        for step in zip(*shares, strict=True)
+    ]
+
+
+def assert_same(first, second):
+    assert len(first) == len(second)
+    for (image, label, cases), (image2, label2, cases2) in zip(first, second, strict=True):
+        assert cases == cases2
+        assert torch.equal(image, image2) and torch.equal(label, label2)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_batches_do_not_depend_on_ranks_accumulation_or_threads(tiny_store, dims):
+    store = open_store(tiny_store(dims=dims))
+    alone = global_batches(store, ranks=1, workers=0)
+    assert_same(alone, global_batches(store, ranks=2, workers=0))
+    assert_same(alone, global_batches(store, ranks=2, workers=0, accumulate=2))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        assert_same(alone, global_batches(store, ranks=4, workers=0))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_do_not_depend_on_loader_processes(tiny_store, workers):
+    store = open_store(tiny_store(dims=3))
+    assert_same(global_batches(store, ranks=1, workers=0), global_batches(store, ranks=1, workers=workers))
+
+
+def test_resume_in_the_middle_gives_the_rest(tiny_store):
+    store = open_store(tiny_store(dims=3))
+    whole = global_batches(store, ranks=1, workers=0)
+    rest = global_batches(store, ranks=2, workers=0, place=loader.Place(stage=0, epoch=1, step=1))
+    assert_same(whole[4:], rest)
+
+
+def test_every_case_is_seen_before_any_is_seen_again(tiny_store):
+    sampler = sampler_of(open_store(tiny_store(cases=6)), batch=3, foreground=0)
+    seen = [sampler.draw(0, 0, index, 4).case.id for index in range(12)]
+    assert sorted(seen[:6]) == sorted(seen[6:]) == sorted(case.id for case in sampler.cases)
+    assert seen[:6] != seen[6:]
+
+
+def test_foreground_quota_is_exact(tiny_store):
+    store = open_store(tiny_store(dims=3))
+    sampler = sampler_of(store, batch=4, foreground=0.5)
+    for index in range(40):
+        draw = sampler.draw(0, 1, index, 10)
+        label = store.label(draw.case, tuple(slice(s, s + p) for s, p in zip(draw.start, sampler.patch, strict=True)))
+        if index % 4 >= 2:
+            assert label.any()
+
+
+def test_stages_epochs_and_seeds_differ(tiny_store):
+    sampler = sampler_of(open_store(tiny_store(dims=3)), foreground=0)
+    starts = {
+        key: [sampler.draw(*key, index, 8).start for index in range(16)] for key in ((0, 0), (0, 1), (1, 0))
+    }
+    assert len({tuple(value) for value in starts.values()}) == 3
+
+
+def test_cases_smaller_than_the_patch_are_centred_and_padded(tiny_store):
+    store = open_store(tiny_store(dims=3))
+    manifest = store.manifest
+    sampler = PatchSampler(cases=manifest.cases[:1], patch=(40, 40, 40), batch=1, foreground=1, seed=0)
+    draw = sampler.draw(0, 0, 0, 1)
+    shape = manifest.cases[0].shape
+    assert draw.start == tuple(-((40 - s) // 2) for s in shape)
+    image = store.image(draw.case, tuple(slice(s, s + 40) for s in draw.start))
+    assert image.shape == (1, 40, 40, 40) and not image[:, 0].any() and image[:, 20].any()
+
+
+def test_no_training_case_and_uneven_shares_are_refused():
+    with pytest.raises(InputError, match="no training case"):
+        PatchSampler(cases=(), patch=(1, 8, 8), batch=1, foreground=0, seed=0)
+    with pytest.raises(InputError, match="found 5.*2 rank.*expected a multiple of 2, for example 6"):
+        loader.check_shares(5, 2, 1)
+
+
+def test_a_damaged_case_is_named_with_its_phase(tiny_store, tmp_path):
+    import shutil
+
+    root = tmp_path / "copy"
+    shutil.copytree(tiny_store(dims=3), root)
+    shard = max((path for path in root.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    raw = bytearray(shard.read_bytes())
+    raw[: len(raw) // 2] = bytes(len(raw) // 2)
+    shard.write_bytes(raw)
+    with pytest.raises(InputError, match="loading case case0"):
+        global_batches(open_store(root), ranks=1, workers=0)
+
+
+def test_draws_are_spread_over_the_case(tiny_store):
+    sampler = sampler_of(open_store(tiny_store(dims=2, size=40)), foreground=0)
+    starts = np.array([sampler.draw(0, epoch, index, 4).start for epoch in range(4) for index in range(16)])
+    assert starts[:, 0].max() == 0 and np.ptp(starts[:, 1]) > 5 and np.ptp(starts[:, 2]) > 5
