@@ -1,0 +1,120 @@
+"""A checkpoint is complete or not there; a damaged one is named and the one before it is used."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from segfleet.pipeline import checkpoint
+
+
+def tensors(step: int) -> checkpoint.Tensors:
+    generator = torch.Generator().manual_seed(step)
+    weights = {"a.weight": torch.randn(3, 4, 5, 5, generator=generator).to(memory_format=torch.channels_last), "n": torch.tensor(step)}
+    return {"weights": weights, "optimizer": {"a.weight.exp_avg": torch.randn(3, 4, 5, 5, generator=generator)}}
+
+
+def test_round_trip_is_exact(tmp_path):
+    path = checkpoint.save(tmp_path, 7, tensors(7), {"note": "x"})
+    found = checkpoint.latest(tmp_path, pytest.fail)
+    assert found.path == path and found.step == 7 and found.state["note"] == "x"
+    for group, named in tensors(7).items():
+        loaded = found.tensors(group)
+        assert loaded.keys() == named.keys()
+        assert all(torch.equal(loaded[name], value) and loaded[name].dtype == value.dtype for name, value in named.items())
+    assert found.tensors("ema") == {}
+    assert not any(p.name.startswith(".") for p in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
+def test_damage_is_named_and_the_one_before_is_used(tmp_path, name, harm):
+    checkpoint.save(tmp_path, 1, tensors(1), {})
+    newest = checkpoint.save(tmp_path, 2, tensors(2), {}) / name
+    raw = bytearray(newest.read_bytes())
+    if harm == "flip":
+        raw[len(raw) // 2] ^= 1
+        newest.write_bytes(raw)
+    elif harm == "cut":
+        newest.write_bytes(raw[:-3])
+    else:
+        newest.unlink()
+    said = []
+    assert checkpoint.latest(tmp_path, said.append).step == 1
+    assert len(said) == 1 and "step-00000002 is damaged" in said[0] and "using the one before it" in said[0]
+    assert name in said[0] or name == "manifest.json"
+    with pytest.raises(checkpoint.CheckpointError, match="is damaged"):
+        checkpoint.load(newest.parent)
+
+
+def test_every_flipped_byte_of_the_manifest_is_harmless_or_found(tmp_path):
+    path = checkpoint.save(tmp_path, 1, tensors(1), {})
+    manifest = path / "manifest.json"
+    good = manifest.read_bytes()
+    for place in range(len(good)):
+        raw = bytearray(good)
+        raw[place] ^= 2
+        manifest.write_bytes(raw)
+        if checkpoint.damage(path) is None:
+            assert chr(good[place]).isspace(), f"byte {place} {good[place - 5 : place + 5]} went unnoticed"
+
+
+def test_leftovers_of_a_killed_save_are_not_checkpoints(tmp_path):
+    checkpoint.save(tmp_path, 1, tensors(1), {})
+    checkpoint.write(tmp_path, 2, tensors(2), {})  # written, never published
+    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000001"]
+    checkpoint.clean(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_retention_keeps_the_newest_and_the_protected(tmp_path):
+    for step in range(1, 7):
+        checkpoint.save(tmp_path, step, tensors(step), {})
+    checkpoint.prune(tmp_path, 2, {"step-00000003"})
+    assert [path.name[-1] for path in checkpoint.steps(tmp_path)] == ["3", "5", "6"]
+
+
+def test_saver_publishes_at_a_boundary_and_raises_what_went_wrong(tmp_path):
+    saver = checkpoint.Saver(tmp_path)
+    assert saver.poll() is None
+    saver.save(4, tensors(4), {})
+    assert saver.wait().name == "step-00000004" and saver.wait() is None
+    (tmp_path / "file").write_text("")
+    saver = checkpoint.Saver(tmp_path / "file" / "no")
+    saver.save(5, tensors(5), {})
+    with pytest.raises(OSError):
+        saver.wait()
+
+
+def test_copies_do_not_follow_training():
+    live = {"weights": {"w": torch.zeros(3)}}
+    kept = checkpoint.copies(live)
+    live["weights"]["w"] += 1
+    assert not kept["weights"]["w"].any()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount a small tmpfs")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_disk_leaves_the_older_checkpoint_and_no_litter(small_disk: Path):
+    checkpoint.save(small_disk, 1, tensors(1), {})
+    big = {"weights": {"w": torch.zeros(1_000_000)}}
+    with pytest.raises(OSError) as caught:
+        checkpoint.save(small_disk, 2, big, {})
+    assert caught.value.errno == 28
+    assert [path.name for path in small_disk.iterdir()] == ["step-00000001"]
+    assert checkpoint.latest(small_disk, pytest.fail).step == 1
