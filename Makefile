@@ -1,0 +1,55 @@
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+SEG := $(VENV)/bin/segfleet
+SHELL := /bin/bash
+.ONESHELL:
+.SHELLFLAGS := -euo pipefail -c
+.PHONY: demo test install system lint long clean-demo
+
+# torch comes first and alone: a CPU or CUDA build that is already there satisfies the rest and is not replaced.
+$(VENV)/ready: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("segfleet needs Python 3.11 or newer; try make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel
+	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+install: $(VENV)/ready
+
+# What only the tests need. dynamic-network-architectures is the yardstick of parameter counts; its own requirements would replace torch.
+$(VENV)/tests-ready: $(VENV)/ready
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt dynamic-network-architectures
+	touch $@
+
+# A browser for the report's test, where we may install one.
+system:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium >/dev/null; then
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null || echo "chromium could not be installed: the browser test will be skipped"
+	fi
+
+test: $(VENV)/tests-ready system
+	$(PY) -m pytest
+
+long: $(VENV)/tests-ready system
+	$(PY) -m pytest -m long
+
+lint: $(VENV)/tests-ready
+	$(PY) -m ruff check .
+
+# Synthetic data in 3D and 2D, through every step, on two local ranks.
+demo: $(VENV)/ready
+	$(SEG) datasets msd phantom demo/raw/phantom3d
+	$(SEG) datasets dsb2018 phantom demo/raw/phantom2d
+	$(SEG) preprocess msd --raw demo/raw/phantom3d --out demo/stores/phantom3d
+	$(SEG) preprocess dsb2018 --raw demo/raw/phantom2d --out demo/stores/phantom2d --format hdf5
+	$(SEG) train phantom3d data.store=demo/stores/phantom3d --ranks 2 --runs demo/runs
+	$(SEG) train phantom2d data.store=demo/stores/phantom2d --ranks 2 --runs demo/runs
+	$(SEG) predict --latest --runs demo/runs --input demo/raw/phantom2d --out demo/predictions
+	@echo
+	@for report in $$(find demo/runs -name report.html | sort); do echo "report: $$PWD/$$report"; done
+
+clean-demo:
+	rm -rf demo
