@@ -1,0 +1,204 @@
+"""One raw case to one stored case, the same for training and prediction: crop, normalise, resample; and the way back.
+
+Source: specification `datasets_3d`, section 6.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+
+from segfleet.preprocess.case import Case
+from segfleet.preprocess.manifest import Plan
+from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.resample import resample_image, resample_label, resample_probabilities
+
+__all__ = [
+    "nonzero_box",
+    "nonzero_mask",
+    "normalise",
+    "paste",
+    "preprocess_case",
+    "resample_axis",
+    "resample_image",
+    "resample_label",
+    "resample_probabilities",
+    "stored_grid",
+]
+
+Crop = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # (start, stop) per axis, voxels of the raw grid
+ANISOTROPIC = 3.0  # spacings further apart than this factor: one axis is resampled apart
+SAMPLES = 256  # foreground voxels per label and case that training may centre patches on
+
+
+def preprocess_case(case: Case, plan: Plan, *, ignore_label: int | None = None) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
+    """Bring a raw case onto the grid and the scale of `plan`.
+
+    Returns:
+        image (C, Z, Y, X) of plan.dtype; integers are to be multiplied by plan.scale.
+        label (Z, Y, X) uint8, or None if the case has none.
+        facts: the fields of CaseEntry that follow from the case: shape, spacing, crop, raw_shape, raw_spacing, affine, voxels,
+        foreground, has_truth; the truth itself is the case's raw label.
+
+    Raises InputError if the image does not have the channels of the plan.
+    """
+    raw = case.image_CZYX
+    if len(raw) != len(plan.normalisation):
+        raise InputError(f"case '{case.id}': channels: found {len(raw)}, expected {len(plan.normalisation)}")
+    crop = crop_box(raw, plan.normalisation)
+    box = tuple(slice(start, stop) for start, stop in crop)
+    image = raw[:, *box]
+    shape, spacing = stored_grid(tuple(b - a for a, b in crop), case.geometry.spacing, plan)
+    axis = resample_axis(case.geometry.spacing, plan)
+    if np.dtype(plan.dtype).kind == "u":
+        image = _to_uint8(image) if shape == image.shape[1:] else np.rint(255 * resample_image(normalise(image, plan), shape, axis))
+    else:
+        image = resample_image(normalise(image, plan), shape, axis)
+    image = _cast(image, plan.dtype)
+    label = None if case.label_ZYX is None else resample_label(case.label_ZYX[box].astype(np.uint8), shape, axis)
+    facts: dict[str, Any] = {
+        "shape": shape,
+        "spacing": spacing,
+        "crop": crop,
+        "raw_shape": tuple(raw.shape[1:]),
+        "raw_spacing": case.geometry.spacing,
+        "affine": case.geometry.affine,
+    }
+    if label is not None:
+        facts["has_truth"] = label.shape != raw.shape[1:]
+        facts["voxels"], facts["foreground"] = foreground(label, case.id, ignore_label)
+    return image, None if label is None else np.ascontiguousarray(label), facts
+
+
+def crop_box(image_CZYX: np.ndarray, normalisation: Sequence[str]) -> Crop:
+    """The box that is kept: all of a colour image, in which 0 is a colour; else the non-zero voxels."""
+    if "rgb_to_0_1" in normalisation:
+        return tuple((0, n) for n in image_CZYX.shape[1:])
+    return nonzero_box(image_CZYX)
+
+
+def nonzero_box(image_CZYX: np.ndarray) -> Crop:
+    """The smallest box around voxels that are not 0 in all channels; an empty image is kept whole."""
+    occupied = image_CZYX[0] != 0
+    for channel in image_CZYX[1:]:
+        occupied |= channel != 0
+    box = []
+    for axis in range(3):
+        line = np.flatnonzero(occupied.any(axis=tuple(a for a in range(3) if a != axis)))
+        if not len(line):
+            return tuple((0, n) for n in occupied.shape)
+        box.append((int(line[0]), int(line[-1]) + 1))
+    return tuple(box)
+
+
+def nonzero_mask(image_CZYX: np.ndarray) -> np.ndarray:
+    """(Z, Y, X) bool: voxels not 0 in all channels, and the holes they enclose (background that no path joins to the border)."""
+    empty = ~(image_CZYX != 0).any(axis=0)
+    parts, count = ndimage.label(empty)
+    if not count:
+        return ~empty
+    outside = np.zeros(count + 1, bool)
+    for axis in range(3):
+        if parts.shape[axis] > 1:  # the only slice of a 2D image is no border
+            for side in (0, -1):
+                outside[np.unique(parts.take(side, axis=axis))] = True
+    outside[0] = False
+    return ~outside[parts]
+
+
+def normalise(image_CZYX: np.ndarray, plan: Plan, mask_ZYX: np.ndarray | None = None) -> np.ndarray:
+    """Float32 intensities as the plan says, channel by channel.
+
+    zscore: mean 0, standard deviation 1 of the case, inside the mask if the plan wants one (found here if not given; 0 stays outside).
+    ct: clipped to the foreground's 0.5 and 99.5 percentiles, then its mean and standard deviation over the data set.
+    rgb_to_0_1: divided by the largest value of the integer type. rescale_to_0_1: the case's range. none: as it is.
+    """
+    if mask_ZYX is None and plan.nonzero_mask and "zscore" in plan.normalisation:
+        mask_ZYX = nonzero_mask(image_CZYX)
+    out = np.empty(image_CZYX.shape, np.float32)
+    for c, (channel, kind) in enumerate(zip(image_CZYX, plan.normalisation, strict=True)):
+        if kind == "zscore":
+            inside = channel if mask_ZYX is None or not plan.nonzero_mask else channel[mask_ZYX]
+            mean, std = (inside.mean(dtype=np.float64), inside.std(dtype=np.float64)) if inside.size else (0.0, 1.0)
+            out[c] = channel
+            out[c] -= mean
+            out[c] /= max(std, 1e-8)
+            if mask_ZYX is not None and plan.nonzero_mask:
+                out[c][~mask_ZYX] = 0
+        elif kind == "ct":
+            facts = plan.intensity[c]
+            clipped = np.clip(channel.astype(np.float32), facts["percentile_00_5"], facts["percentile_99_5"])
+            out[c] = (clipped - facts["mean"]) / max(facts["std"], 1e-8)
+        elif kind == "rgb_to_0_1":
+            out[c] = channel / np.float32(np.iinfo(channel.dtype).max if channel.dtype.kind in "ui" else 255)
+        elif kind == "rescale_to_0_1":
+            low, high = float(channel.min()), float(channel.max())
+            out[c] = (channel - low) / max(high - low, 1e-8)
+        elif kind == "none":
+            out[c] = channel
+        else:
+            raise InputError(f"plan: normalisation: found '{kind}', expected zscore, ct, rgb_to_0_1, rescale_to_0_1 or none")
+    return out
+
+
+def stored_grid(
+    shape: tuple[int, int, int], spacing: tuple[float, float, float], plan: Plan
+) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
+    """Shape and spacing after resampling a box of `shape` voxels to the target spacing; a single slice stays one, as it is."""
+    new_shape, new_spacing = [], []
+    for n, here, target in zip(shape, spacing, plan.target_spacing, strict=True):
+        new = n if n == 1 else max(1, round(n * here / target))
+        new_shape.append(new)
+        new_spacing.append(here if new == n else target)
+    return tuple(new_shape), tuple(new_spacing)
+
+
+def resample_axis(spacing: tuple[float, float, float], plan: Plan) -> int | None:
+    """The axis to resample apart: the coarsest of an anisotropic raw grid, else that of the plan."""
+    own = anisotropic_axis(spacing)
+    return plan.anisotropic_axis if own is None else own
+
+
+def anisotropic_axis(spacing: Sequence[float]) -> int | None:
+    return int(np.argmax(spacing)) if max(spacing) > ANISOTROPIC * min(spacing) else None
+
+
+def foreground(label_ZYX: np.ndarray, case_id: str, ignore_label: int | None) -> tuple[dict[int, int], dict[int, tuple[int, ...]]]:
+    """Voxels per label value, and up to 256 flat indices per foreground label, drawn by a generator that the case's id seeds."""
+    flat = label_ZYX.ravel()
+    counts = np.bincount(flat, minlength=1)
+    generator = np.random.default_rng(int.from_bytes(hashlib.sha256(case_id.encode()).digest()[:8], "little"))
+    drawn = {}
+    for value in np.flatnonzero(counts):
+        if value and value != ignore_label:
+            where = np.flatnonzero(flat == value)
+            chosen = where if len(where) <= SAMPLES else generator.choice(where, SAMPLES, replace=False)
+            drawn[int(value)] = tuple(int(v) for v in np.sort(chosen))
+    return {int(v): int(counts[v]) for v in np.flatnonzero(counts)}, drawn
+
+
+def paste(label_cropped: np.ndarray, crop: Crop, raw_shape: Sequence[int]) -> np.ndarray:
+    """The label of the kept box back in the raw grid, background around it."""
+    out = np.zeros(tuple(raw_shape), label_cropped.dtype)
+    out[tuple(slice(start, stop) for start, stop in crop)] = label_cropped
+    return out
+
+
+def _to_uint8(image: np.ndarray) -> np.ndarray:
+    if image.dtype == np.uint8:
+        return image
+    largest = np.iinfo(image.dtype).max if image.dtype.kind in "ui" else 255
+    return np.rint(image.astype(np.float32) * (255 / largest))
+
+
+def _cast(image: np.ndarray, dtype: str) -> np.ndarray:
+    """Contiguous and of the stored type; what lies beyond its range is set to the border."""
+    kind = np.dtype(dtype)
+    if image.dtype != kind:
+        limits = np.iinfo(kind) if kind.kind in "ui" else np.finfo(kind)
+        image = np.clip(image, limits.min, limits.max)
+    return np.ascontiguousarray(image, kind)
