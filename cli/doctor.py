@@ -1,0 +1,28 @@
+"""segfleet doctor"""
+
+from __future__ import annotations
+
+import typer
+
+from segfleet.cli.output import Json, show, table
+
+
+def command(as_json: Json = False) -> None:
+    """Say what this machine can do; time and check a 3D convolution in every precision. Exit code 1 if a result is wrong."""
+    from segfleet.pipeline.doctor import examine
+
+    found = examine()
+    show(found, as_json, render)
+    if not all(row["right"] for row in found["convolutions"] if row["precision"] == "fp32"):
+        raise typer.Exit(1)
+
+
+def render(found: dict) -> None:
+    typer.echo(f"Python {found['python']}, {found['cores']} cores, {found['memory_gib']} GiB usable memory, {found['device']}")
+    table(("package", "version"), [(name, number or "not installed") for name, number in found["packages"].items()])
+    table(("program", "where"), [(name, place or "not found") for name, place in found["programs"].items()])
+    rows = [
+        (row["precision"], "channels last" if row["channels_last"] else "contiguous", row["ms"] or "-", "yes" if row["right"] else row.get("why", "NO"))
+        for row in found["convolutions"]
+    ]
+    table(("3D convolution", "memory", "ms", "right"), rows)

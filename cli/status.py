@@ -1,0 +1,33 @@
+"""segfleet status [RUNS]"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from segfleet.cli.output import Json, show, table
+
+
+def command(runs: Annotated[Path, typer.Argument(help="Folder of all runs.")] = Path("runs"), as_json: Json = False) -> None:
+    """Show every run under RUNS: state, stage, step, loss, speed, remaining time, restarts."""
+    from segfleet.pipeline.status import status
+
+    show(status(runs), as_json, render)
+
+
+def render(rows: list[dict]) -> None:
+    if not rows:
+        typer.echo("no runs here; `segfleet train RECIPE` makes one")
+        return
+    columns = ("run", "recipe", "state", "stage", "step", "loss", "samples/s", "left", "restarts")
+    table(columns, [cells(row) for row in rows])
+
+
+def cells(row: dict) -> tuple:
+    loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
+    left = "-" if row["remaining_seconds"] is None or row["state"] != "training" else f"{row['remaining_seconds']} s"
+    steps = f"{row['step']}/{row['steps'] or '?'}"
+    speed = row["samples_per_second"] or "-"
+    return row["run"], row["recipe"], row["state"], f"{row['stage']}/{row['stages']}", steps, loss, speed, left, row["restarts"]
