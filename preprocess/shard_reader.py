@@ -68,6 +68,10 @@ class ShardReader:
         self.root, self.manifest = Path(root), manifest
         self.handles = Handles()
 
+    def path(self, case: CaseEntry) -> Path:
+        """The file or folder the case lies in."""
+        return self.root / (case.shard.removesuffix(self.suffix) + self.suffix)
+
     def open_shard(self, path: Path) -> OpenShard:
         """Raises FileNotFoundError, DamagedShard."""
         raise NotImplementedError
@@ -91,7 +95,7 @@ class ShardReader:
         self.handles.clear()
 
     def _read(self, case: CaseEntry, name: str, box: tuple[slice, slice, slice] | None) -> np.ndarray:
-        path = self.root / (case.shard.removesuffix(self.suffix) + self.suffix)
+        path = self.path(case)
         where = f"store: case '{case.id}': shard {case.shard}"
         try:
             shard = self.handles.get(path, self.open_shard)

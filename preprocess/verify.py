@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from segfleet.preprocess.digest import content_sha256, file_facts
-from segfleet.preprocess.manifest import CaseEntry, Manifest
+from segfleet.preprocess.manifest import CaseEntry
 from segfleet.preprocess.problems import InputError, Problem
 from segfleet.preprocess.shard_reader import MEND
 from segfleet.preprocess.stores.base import open_store
@@ -15,18 +15,21 @@ from segfleet.preprocess.stores.base import open_store
 def verify(root: str | Path, *, chunks: bool = False) -> list[Problem]:
     """Compare size and sha256 of every file with the manifest; with `chunks` also decode every chunk and compare each case's content.
 
-    One problem per damaged file or case, in the order of the manifest; empty: the store is whole. Raises InputError if there is no manifest.
+    One problem per damaged file or case, in the order of the manifest; none: the store is whole. Raises InputError without a manifest.
     """
     store = open_store(root)
     manifest = store.manifest
-    problems = [problem for path, facts in manifest.files.items() if (problem := _file(Path(root), path, facts, manifest))]
+    ids = defaultdict(list)
+    for case in manifest.cases:
+        ids[store.path(case).relative_to(store.root)].append(case.id)
+    problems = [problem for path, facts in manifest.files.items() if (problem := _file(store.root, path, facts, ids))]
     if chunks:
         problems += [problem for case in manifest.cases if (problem := _content(store, case))]
     store.close()
     return problems
 
 
-def _file(root: Path, path: str, expected: dict, manifest: Manifest) -> Problem | None:
+def _file(root: Path, path: str, expected: dict, ids: dict[Path, list[str]]) -> Problem | None:
     try:
         found = file_facts(root / path)
     except OSError as error:
@@ -34,16 +37,13 @@ def _file(root: Path, path: str, expected: dict, manifest: Manifest) -> Problem 
     if found == expected:
         return None
     what = "bytes" if found["bytes"] != expected["bytes"] else "sha256"
-    return Problem(case=_cases(manifest, path), field=path, found=f"{found[what]}", expected=f"{what} {expected[what]}", mend=MEND)
+    return Problem(case=_cases(ids, Path(path)), field=path, found=f"{found[what]}", expected=f"{what} {expected[what]}", mend=MEND)
 
 
-def _cases(manifest: Manifest, path: str) -> str:
+def _cases(ids: dict[Path, list[str]], path: Path) -> str:
     """The cases that lie in a file, the first three by name."""
-    shards = defaultdict(list)
-    for case in manifest.cases:
-        shards[case.shard].append(case.id)
-    ids = [i for shard, ids in shards.items() if path.startswith((f"{shard}.", f"{shard}/")) for i in ids]
-    return ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "") or "store"
+    found = next((ids[place] for place in (path, *path.parents) if place in ids), ["store"])
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def _content(store, case: CaseEntry) -> Problem | None:

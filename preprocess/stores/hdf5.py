@@ -21,6 +21,7 @@ from segfleet.preprocess.shard_writer import ShardWriter
 
 SUFFIX = ".h5"
 FORMAT = ("v110", "v110")  # the first with checksums on everything
+OPEN_ARRAYS = 256  # per file; opening one takes 0.1 ms
 SLACK = 2**16  # bytes of structures per case, generously
 
 
@@ -30,8 +31,7 @@ class Shard:
     def __init__(self, path: Path):
         path.stat()  # FileNotFoundError with its name; h5py gives a text of its own
         with damage_named():
-            # Published files never change, and NFS or Lustre may refuse locks. A patch meets a chunk once: a cache would only cost memory.
-            self.file = h5py.File(path, "r", rdcc_nbytes=0, locking=False)
+            self.file = _open(path)
         self.arrays: dict[tuple[str, str], h5py.Dataset] = {}
 
     def facts(self, key: str, name: str) -> tuple[tuple[int, ...], np.dtype]:
@@ -47,10 +47,22 @@ class Shard:
                 out[...] = self._array(key, name)[(..., *source)]
 
     def _array(self, key: str, name: str) -> h5py.Dataset:
-        if (key, name) not in self.arrays:
+        if (found := self.arrays.get((key, name))) is None:
+            if len(self.arrays) >= OPEN_ARRAYS:
+                self.arrays.clear()
             with damage_named(name):
-                self.arrays[key, name] = self.file[f"{key}/{name}"]
-        return self.arrays[key, name]
+                found = self.arrays[key, name] = self.file[f"{key}/{name}"]
+        return found
+
+
+def _open(path: Path) -> h5py.File:
+    """Without locks: published files never change, and NFS or Lustre may refuse them. A patch meets a chunk once: no cache of chunks."""
+    try:
+        return h5py.File(path, "r", rdcc_nbytes=0, locking=False)
+    except OSError as error:
+        if "locking flag" not in str(error):
+            raise
+        return h5py.File(path, "r", rdcc_nbytes=0)  # this process has the file open already, with locks: HDF5 wants the same again
 
 
 class Store(ShardReader):

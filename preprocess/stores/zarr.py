@@ -15,11 +15,13 @@ import numpy as np
 
 from segfleet.preprocess.shard_reader import DamagedShard, ShardReader
 from segfleet.preprocess.shard_writer import ShardWriter
-from segfleet.preprocess.zarr_array import ArrayReader, ArrayWriter
+from segfleet.preprocess.zarr_array import ArrayReader, ArrayWriter, Packing
 
 SUFFIX = ".zarr"
-IMAGES = ("lz4", 9)  # codec, level; measured in benchmarks/stores.py
-LABELS = ("zstd", 3)
+# Measured: lz4hc decodes at least as fast as lz4 and packs 5 to 15 % better, at 60 to 150 MB/s of writing. Bitshuffle packs integers 15 %
+# better still, but halves the speed. zstd packs labels as well as lz4hc does without a filter, and decodes them four times slower.
+IMAGES = Packing(codec="lz4hc", level=5, filter="shuffle")
+LABELS = Packing(codec="lz4hc", level=9, filter="noshuffle")
 
 
 class Shard:
@@ -47,9 +49,9 @@ class Shard:
             raise DamagedShard(f"zarr.json: no {name} of '{key}'") from None
 
     def _array(self, name: str) -> ArrayReader:
-        if name not in self.arrays:
-            self.arrays[name] = ArrayReader(self.folder / name, self._metadata(f"{name}/zarr.json"))
-        return self.arrays[name]
+        if (found := self.arrays.get(name)) is None:
+            found = self.arrays[name] = ArrayReader(self.folder / name, self._metadata(f"{name}/zarr.json"))
+        return found
 
     def _metadata(self, name: str) -> dict:
         """The one part of a shard without a checksum of its own; the manifest has one."""
@@ -85,10 +87,9 @@ class Writer(ShardWriter):
         if truth is not None:
             self.cases[key]["truth"] = self._append("truth", truth, LABELS)
 
-    def _append(self, name: str, array: np.ndarray, packing: tuple[str, int]) -> list[int]:
+    def _append(self, name: str, array: np.ndarray, packing: Packing) -> list[int]:
         if name not in self.arrays:
-            codec, level = packing
-            self.arrays[name] = ArrayWriter(self.partial / name, chunk=self.chunk, dtype=array.dtype, codec=codec, level=level)
+            self.arrays[name] = ArrayWriter(self.partial / name, chunk=self.chunk, dtype=array.dtype, packing=packing)
         return [self.arrays[name].append(array), *array.shape[-3:]]
 
     def _finish(self) -> None:
