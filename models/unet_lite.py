@@ -42,7 +42,7 @@ class SqueezeExcitation(nn.Module):
     def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
         if channels % reduction:
-            raise ModelError(f"model.options: squeeze-excitation divides the width by {reduction}, found {channels} channels; give a multiple")
+            raise ModelError(f"model.options: squeeze-excitation divides the width by {reduction}, found {channels}; give a multiple")
         self.gate = nn.Sequential(
             nn.Linear(channels, channels // reduction, bias=False),
             nn.ReLU(inplace=True),
