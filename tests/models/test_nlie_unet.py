@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from segfleet.models.nlie_unet import Bridge, ChannelGate, CyclicBlock, CyclicDeformable, InterwovenFusion, NlieUNet, Resample
-from segfleet.models.registry import ModelError, count_parameters, spec, stage_table
+from segfleet.models.registry import ModelError, build_model, count_parameters, spec, stage_table
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +23,15 @@ def test_counts_of_every_stage(size):
         model = chosen.build(in_channels=3, num_classes=1)
     assert count_parameters(model) == chosen.parameters == sum(chosen.stages.values())
     assert stage_table(model, chosen) == chosen.stages
+
+
+@pytest.mark.parametrize(("size", "giga"), [("t", 1.712), ("s", 4.967), ("b", 16.103732992), ("l", 56.885)])
+def test_published_cost(size, giga):
+    with torch.device("meta"):
+        model, x = build_model(f"nlie_unet_{size}", in_channels=3, num_classes=1), torch.zeros(1, 3, 256, 256)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(x)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(giga, abs=0 if size == "b" else 5e-4)
 
 
 def test_pieces_of_the_bridge_have_the_published_counts():
