@@ -21,8 +21,8 @@ def render(found: dict) -> None:
     typer.echo(f"Python {found['python']}, {found['cores']} cores, {found['memory_gib']} GiB usable memory, {found['device']}")
     table(("package", "version"), [(name, number or "not installed") for name, number in found["packages"].items()])
     table(("program", "where"), [(name, place or "not found") for name, place in found["programs"].items()])
-    rows = [
-        (row["precision"], "channels last" if row["channels_last"] else "contiguous", row["ms"] or "-", "yes" if row["right"] else row.get("why", "NO"))
-        for row in found["convolutions"]
-    ]
+    rows = []
+    for row in found["convolutions"]:
+        memory, right = "channels last" if row["channels_last"] else "contiguous", "yes" if row["right"] else row.get("why", "NO")
+        rows.append((row["precision"], memory, row["ms"] or "-", right))
     table(("3D convolution", "memory", "ms", "right"), rows)
