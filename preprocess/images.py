@@ -34,6 +34,9 @@ class ImageError(InputError):
         self.path, self.facts = Path(path), {"field": field, "found": found, "expected": expected, "mend": mend}
         super().__init__(f"{path}: {field}: found {found}, expected {expected}. {mend}")
 
+    def __reduce__(self):
+        return ImageError, (self.path, *self.facts.values())
+
     def problem(self, case: str) -> Problem:
         return Problem(case=case, **self.facts)
 

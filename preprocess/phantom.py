@@ -84,8 +84,8 @@ def write_dsb_phantom(root: str | Path, images: int = 16, seed: int = 0, size: i
     for index in range(images):
         height, width = size, size + 16 * int(generator.integers(0, 2))
         stained = index % 4 == 3
-        ground, ink = (np.array([230, 200, 230]), np.array([110, 60, 140])) if stained else (np.array([12, 12, 12]), np.array([150, 150, 150]))
-        picture = np.tile(ground.astype(np.float64), (height, width, 1))
+        ground, ink = ((230, 200, 230), (110, 60, 140)) if stained else ((12, 12, 12), (150, 150, 150))
+        picture = np.tile(np.array(ground, np.float64), (height, width, 1))
         folder = root / "stage1_train" / f"{index:04d}{generator.bytes(6).hex()}"
         (folder / "images").mkdir(parents=True)
         (folder / "masks").mkdir()
@@ -99,7 +99,7 @@ def write_dsb_phantom(root: str | Path, images: int = 16, seed: int = 0, size: i
             if disc.sum() < 12:
                 continue
             taken |= disc
-            picture[disc] = ink * generator.uniform(0.8, 1.2)
+            picture[disc] = np.array(ink) * generator.uniform(0.8, 1.2)
             Image.fromarray(disc.astype(np.uint8) * 255).save(folder / "masks" / f"{nucleus:02d}.png")
         picture = ndimage.gaussian_filter(picture, (0.7, 0.7, 0)) + generator.normal(0, 6, picture.shape)
         alpha = np.full((height, width, 1), 255)

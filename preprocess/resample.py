@@ -15,7 +15,8 @@ NEGLIGIBLE = 1e-6
 def resample_image(image_CZYX: np.ndarray, new_shape: Sequence[int], anisotropic_axis: int | None = None) -> np.ndarray:
     """Cubic splines along all axes but the anisotropic one, which takes the nearest slice.
 
-    Returns (C, *new_shape) float32, or the very array where the shape does not change. Voxel centres are aligned as cells of the same box (`scipy.ndimage.zoom(order=3, mode="nearest", grid_mode=True)` gives the same).
+    Returns (C, *new_shape) float32, or the very array where the shape does not change. Voxel centres are aligned as cells of the same
+    box: `scipy.ndimage.zoom(order=3, mode="nearest", grid_mode=True)` gives the same.
     """
     return _resample(image_CZYX, new_shape, anisotropic_axis, 3)
 
@@ -26,7 +27,7 @@ def resample_probabilities(prob_KZYX: np.ndarray, new_shape: Sequence[int], anis
 
 
 def resample_label(label_ZYX: np.ndarray, new_shape: Sequence[int], anisotropic_axis: int | None = None) -> np.ndarray:
-    """(*new_shape) of the same dtype: the 0/1 map of every label is resampled linearly and the largest wins, of equals the smaller label."""
+    """(*new_shape) of the same dtype: the 0/1 map of every label is resampled linearly, the largest wins, of equals the smaller label."""
     if tuple(new_shape) == label_ZYX.shape:
         return label_ZYX
     values = np.unique(label_ZYX)

@@ -1,0 +1,199 @@
+"""The one pass over raw files: every case is opened once, checked and measured. All problems come out together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from segfleet.preprocess.case import Case, Geometry
+from segfleet.preprocess.fingerprint import CaseFacts, samples_per_case, statistics
+from segfleet.preprocess.images import ImageError, disagreement, peek
+from segfleet.preprocess.manifest import Dataset
+from segfleet.preprocess.parallel import run
+from segfleet.preprocess.plan import normalisation
+from segfleet.preprocess.problems import DataError, Problem
+from segfleet.preprocess.readers.base import CaseRef, RawReader
+
+BYTES_PER_VALUE = 24  # of memory per voxel and channel: the file, decoded, as float32, and what cropping and resampling add
+Tick = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """A whole raw data set after one pass. `facts` are in the order of `refs`."""
+
+    where: str
+    dataset: Dataset
+    refs: tuple[CaseRef, ...]
+    facts: tuple[CaseFacts, ...]
+    problems: tuple[Problem, ...]
+    warnings: tuple[Problem, ...]
+
+    def raise_problems(self) -> None:
+        if self.problems:
+            raise DataError(self.where, list(self.problems))
+
+
+def survey(
+    reader: RawReader,
+    *,
+    workers: int | None = None,
+    progress: Tick | None = None,
+    known: Sequence[CaseFacts] = (),
+    keep: Callable[[CaseFacts], None] | None = None,
+) -> Survey:
+    """Check and measure every case. The result does not depend on `workers`.
+
+    Args:
+        known: facts of an earlier pass; those whose files have not changed since are taken over.
+        keep: is given each new case's facts as soon as they are there.
+    """
+    dataset, refs = reader.dataset(), reader.refs()
+    earlier = {facts.stamp: facts for facts in known}
+    facts: list[CaseFacts | None] = [earlier.get(stamp(ref, reader.root)) for ref in refs]
+    todo = [index for index, found in enumerate(facts) if found is None]
+    look = partial(check_case, reader, dataset, samples_per_case(len(refs)))
+    done = len(refs) - len(todo)
+    weights = [memory_of(refs[index]) for index in todo]
+    for position, found in run(look, [refs[i] for i in todo], weights=weights, names=[refs[i].id for i in todo], workers=workers):
+        facts[todo[position]] = found
+        if keep is not None:
+            keep(found)
+        done += 1
+        if progress is not None:
+            progress(done, len(refs))
+    problems = [*reader.problems(), *(problem for case in facts for problem in case.problems)]
+    warnings = [warning for case in facts for warning in case.warnings] + _together(facts)
+    if not problems and not any(case.foreground(dataset.ignore_label) for case in facts):
+        mend = "Check that labels and images belong together."
+        problems.append(Problem(case="all", field="label", found="no foreground voxel in any case", expected="at least one", mend=mend))
+    return Survey(
+        where=str(reader.root), dataset=dataset, refs=tuple(refs), facts=tuple(facts), problems=tuple(problems), warnings=tuple(warnings)
+    )
+
+
+def check_case(reader: RawReader, dataset: Dataset, samples: int, ref: CaseRef) -> CaseFacts:
+    """Read one case and tell what is wrong with it, completely, and what it is like if nothing is."""
+    identity = {"id": ref.id, "group": ref.group, "stamp": stamp(ref, reader.root)}
+    problems = missing(ref, reader.root)
+    if problems:
+        return CaseFacts(**identity, problems=tuple(problems))
+    digest = hashlib.sha256()
+    image = label = None
+    try:
+        image, geometry = reader.image(ref, digest)
+        problems += image_problems(ref.id, image, geometry, dataset)
+    except ImageError as error:
+        problems.append(error.problem(ref.id))
+    try:
+        label, grid = reader.label(ref, digest)
+        problems += label_problems(ref.id, label, dataset)
+    except ImageError as error:
+        problems.append(error.problem(ref.id))
+    if image is not None and label is not None and (difference := disagreement(grid, geometry)):
+        field, found, expected = difference
+        facts = {"field": f"label {field}", "found": found, "expected": f"{expected} as the image has", "mend": "Export both on one grid."}
+        problems.append(Problem(case=ref.id, **facts))
+    if problems:
+        return CaseFacts(**identity, problems=tuple(problems))
+    case = Case(id=ref.id, group=ref.group, image_CZYX=image, label_ZYX=label, geometry=geometry)
+    facts = statistics(case, normalisation(dataset), dataset.ignore_label, samples)
+    found = CaseFacts(**identity, **facts, source_sha256=digest.hexdigest())
+    if found.foreground(dataset.ignore_label):
+        return found
+    mend = "Nothing to do if the case is really empty: it is kept."
+    warning = Problem(case=ref.id, field="label", found="no foreground voxel", expected="usually some", mend=mend)
+    return found.model_copy(update={"warnings": (warning,)})
+
+
+def missing(ref: CaseRef, root: Path) -> list[Problem]:
+    """Files of a case that are not there."""
+    problems = []
+    for index, path in enumerate(ref.images):
+        if not path.is_file():
+            field = "image" if len(ref.images) == 1 else f"channel {index}"
+            expected, mend = _relative(path, root), "Add the file, or remove the case."
+            problems.append(Problem(case=ref.id, field=field, found="no file", expected=expected, mend=mend))
+    for path in ref.labels:
+        if not path.is_file():
+            mend = "Add the label, or remove the case from the training set."
+            problems.append(Problem(case=ref.id, field="label", found="no file", expected=_relative(path, root), mend=mend))
+    return problems
+
+
+def image_problems(case: str, image: np.ndarray, geometry: Geometry, dataset: Dataset) -> list[Problem]:
+    problems = []
+    if len(image) != len(dataset.channels):
+        expected = f"{len(dataset.channels)} ({', '.join(dataset.channels)})"
+        mend = "Correct the channels in dataset.json or the image."
+        problems.append(Problem(case=case, field="channels", found=str(len(image)), expected=expected, mend=mend))
+    if dataset.dims == 2 and geometry.shape[0] != 1:
+        mend = "Split the volume, or use a 3D layout."
+        problems.append(Problem(case=case, field="slices", found=str(geometry.shape[0]), expected="1 (2D data set)", mend=mend))
+    if image.dtype.kind == "f":
+        for index, channel in enumerate(image):
+            if not np.isfinite(channel.sum(dtype=np.float64)) and (bad := int((~np.isfinite(channel)).sum())):
+                mend = "Replace them, for instance by the value of air, and save the image again."
+                facts = {"field": f"image, channel {index}", "expected": "finite numbers", "mend": mend}
+                problems.append(Problem(case=case, found=f"{bad} voxel(s) that are nan or infinite", **facts))
+    return problems
+
+
+def label_problems(case: str, label: np.ndarray, dataset: Dataset) -> list[Problem]:
+    if label.dtype.kind == "f":
+        broken = ~np.isfinite(label)
+        if not broken.any():
+            broken = label != np.rint(label)
+        if broken.any():
+            found = f"{int(broken.sum())} voxel(s) that are no integers, such as {label[broken][0]:g}"
+            mend = "Resample labels with nearest neighbour and save them as integers."
+            return [Problem(case=case, field="label", found=found, expected="integers", mend=mend)]
+    declared = {*dataset.labels.values(), *(v for region in dataset.regions.values() for v in region)}
+    if dataset.ignore_label is not None:
+        declared.add(dataset.ignore_label)
+    small = label.dtype == np.uint8
+    present = np.flatnonzero(np.bincount(label.ravel(), minlength=1)) if small else np.unique(label)
+    values = {int(v) for v in present}
+    problems = []
+    if unknown := sorted(values - declared):
+        found = ", ".join(map(str, unknown[:10])) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
+        expected = f"only the declared values {', '.join(map(str, sorted(declared)))}"
+        mend = "Declare them in the labels of the data set, or correct the mask."
+        problems.append(Problem(case=case, field="label values", found=found, expected=expected, mend=mend))
+    if beyond := sorted(v for v in values & declared if v > 255):
+        mend = "Number the labels from 0 on."
+        problems.append(Problem(case=case, field="label values", found=f"{beyond[0]}", expected="0 to 255", mend=mend))
+    return problems
+
+
+def stamp(ref: CaseRef, root: Path) -> tuple[tuple[str, int, int], ...]:
+    """What tells cheaply that files have changed; never () for a case with files."""
+    out = []
+    for path in (*ref.images, *ref.labels):
+        facts = path.stat() if path.is_file() else None
+        out.append((_relative(path, root), facts.st_size if facts else -1, facts.st_mtime_ns if facts else -1))
+    return tuple(out)
+
+
+def memory_of(ref: CaseRef) -> int:
+    """Bytes that reading and preprocessing a case takes, from the headers of its images."""
+    return BYTES_PER_VALUE * sum(int(np.prod(peek(path))) for path in ref.images)
+
+
+def _together(facts: Sequence[CaseFacts]) -> list[Problem]:
+    """What only shows over all cases."""
+    kinds = sorted({case.orientation for case in facts if case.orientation})
+    if len(kinds) < 2:
+        return []
+    counts = ", ".join(f"{kind} {sum(case.orientation == kind for case in facts)}" for kind in kinds)
+    mend = "Reorient the images if left and right or up and down matter to the labels."
+    return [Problem(case="all", field="orientation", found=counts, expected="one for all cases", mend=mend)]
+
+
+def _relative(path: Path, root: Path) -> str:
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)

@@ -1,0 +1,138 @@
+"""From a fingerprint to a plan: target spacing, patch, normalisation. Pure functions.
+
+Source: specification `datasets_3d`, section 6 (the nnU-Net v2 planner).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from segfleet.preprocess.fingerprint import Fingerprint
+from segfleet.preprocess.manifest import Dataset, Plan
+from segfleet.preprocess.transforms import ANISOTROPIC, anisotropic_axis, stored_grid
+
+MIN_EDGE = 4  # voxels at the bottom of the network
+FEATURES = 32  # of the first stage
+MAX_FEATURES = {2: 512, 3: 320}
+START_EDGE = {2: 2048, 3: 256}  # of the patch before it is clipped to the median case
+FEATURE_MAPS = {2: 8.5e7, 3: 5.6e8}  # values held per sample at the reference memory
+REFERENCE_MEMORY = 8.0  # GB
+COLOURS = ("r", "g", "b", "red", "green", "blue", "rgb_to_0_1")
+HALF_EXACT = 2048  # float16 holds integers up to here
+
+
+def make_plan(dataset: Dataset, fingerprint: Fingerprint, memory_gb: float = REFERENCE_MEMORY) -> Plan:
+    """The plan for a data set on a device with `memory_gb` GB (batch 2 in 3D, 12 in 2D)."""
+    kinds = normalisation(dataset)
+    spacing = target_spacing(fingerprint.spacings, fingerprint.shapes)
+    draft = Plan(target_spacing=spacing, patch=(1, 1, 1), normalisation=kinds)
+    grids = [stored_grid(shape, own, draft)[0] for shape, own in zip(fingerprint.shapes, fingerprint.spacings, strict=True)]
+    median = tuple(int(n) for n in np.median(grids, axis=0))
+    untouched = all(kind == "rgb_to_0_1" for kind in kinds) and set(fingerprint.dtypes) == {"uint8"} and grids == list(fingerprint.shapes)
+    largest = max((abs(facts.get(end, 0.0)) for facts in fingerprint.intensity for end in ("min", "max")), default=0.0)
+    dtype = "uint8" if untouched else "float32" if "none" in kinds and largest > HALF_EXACT else "float16"
+    return Plan(
+        target_spacing=spacing,
+        patch=plan_patch(median, spacing, dataset.dims, outputs(dataset), memory_gb),
+        normalisation=kinds,
+        intensity=fingerprint.intensity,
+        nonzero_mask=fingerprint.kept < 0.75 and "zscore" in kinds,
+        anisotropic_axis=anisotropic_axis(spacing) if dataset.dims == 3 else None,
+        median_shape=median,
+        dtype=dtype,
+        scale=1 / 255 if untouched else 1.0,
+    )
+
+
+def normalisation(dataset: Dataset) -> tuple[str, ...]:
+    """How each channel is normalised, from its name; colours only in 2D."""
+    kinds = []
+    for name in (channel.strip().lower() for channel in dataset.channels):
+        if name == "ct":
+            kinds.append("ct")
+        elif name in ("nonorm", "none"):
+            kinds.append("none")
+        elif name == "rescale_to_0_1":
+            kinds.append(name)
+        elif name in COLOURS and (dataset.dims == 2 or name == "rgb_to_0_1"):
+            kinds.append("rgb_to_0_1")
+        else:
+            kinds.append("zscore")
+    return tuple(kinds)
+
+
+def outputs(dataset: Dataset) -> int:
+    """Channels a network for this data set gives out."""
+    return len(dataset.regions) or len(dataset.labels)
+
+
+def target_spacing(spacings: Sequence[Sequence[float]], shapes: Sequence[Sequence[int]]) -> tuple[float, float, float]:
+    """Median per axis (mm). A far coarser axis with few slices takes its 10th percentile, but not finer than the other axes."""
+    target = np.median(spacings, axis=0)
+    sizes = np.median(shapes, axis=0)
+    coarse = int(np.argmax(target))
+    others = [axis for axis in range(3) if axis != coarse]
+    far = target[coarse] > ANISOTROPIC * target[others].max()
+    if far and sizes[coarse] * ANISOTROPIC < sizes[others].min():
+        target[coarse] = max(np.percentile([s[coarse] for s in spacings], 10), target[others].max())
+    return tuple(float(round(t, 6)) for t in target)
+
+
+def plan_patch(
+    median_shape: Sequence[int], spacing: Sequence[float], dims: int, classes: int, memory_gb: float = REFERENCE_MEMORY
+) -> tuple[int, int, int]:
+    """Patch (z, y, x) in voxels: isotropic in mm, inside the median case, divisible as often as it is pooled, within the memory."""
+    axes = [0, 1, 2] if dims == 3 else [1, 2]
+    size = np.array([median_shape[a] for a in axes], float)
+    step = np.array([spacing[a] for a in axes], float)
+    edge = START_EDGE[dims] * math.prod(step) ** (1 / dims) / step
+    patch, pools = _divisible(np.minimum(np.maximum(np.rint(edge), 1), size), step)
+    budget = FEATURE_MAPS[dims] * memory_gb / REFERENCE_MEMORY
+    while feature_maps(patch, step, dims, classes) > budget:
+        axis = max((a for a in range(dims) if patch[a] > MIN_EDGE), key=lambda a: patch[a] / size[a], default=None)
+        if axis is None:
+            break
+        smaller = patch.astype(float)
+        smaller[axis] -= 2 ** pools[axis]
+        if smaller[axis] < MIN_EDGE:
+            break
+        patch, pools = _divisible(smaller, step)
+    return tuple([1] * (3 - dims) + [int(n) for n in patch])
+
+
+def poolings(patch: Sequence[float], spacing: Sequence[float]) -> list[int]:
+    """How often each axis is halved: while it has 8 voxels and its spacing is within a factor 2 of the finest such axis."""
+    size, step, pools = np.array(patch, float), np.array(spacing, float), [0] * len(patch)
+    while True:
+        able = [a for a in range(len(size)) if size[a] >= 2 * MIN_EDGE]
+        able = [a for a in able if step[a] < 2 * min(step[b] for b in able)]
+        if not able or len(able) == 1 and size[able[0]] < 3 * MIN_EDGE:
+            return pools
+        for a in able:
+            pools[a] += 1
+            size[a], step[a] = math.ceil(size[a] / 2), 2 * step[a]
+
+
+def _divisible(patch: np.ndarray, spacing: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """The patch padded until every pooling divides it, and the poolings."""
+    pools = poolings(patch, spacing)
+    return np.array([math.ceil(n / 2**p) * 2**p for n, p in zip(patch, pools, strict=True)], int), pools
+
+
+def feature_maps(patch: Sequence[int], spacing: Sequence[float], dims: int, classes: int) -> float:
+    """Values a U-Net on `patch` holds per sample: two convolutions per stage down and up, the way up's input, an output per stage."""
+    size, step, total, stage = np.array(patch, float), np.array(spacing, float), 0.0, 0
+    pools = poolings(patch, spacing)
+    while True:
+        features = min(FEATURES * 2**stage, MAX_FEATURES[dims])
+        bottom = stage == max(pools)
+        total += size.prod() * (2 * features if bottom else 5 * features + classes)
+        if bottom:
+            return total
+        able = [a for a in range(len(size)) if size[a] >= 2 * MIN_EDGE]
+        for a in [a for a in able if step[a] < 2 * min(step[b] for b in able)]:
+            size[a], step[a] = math.ceil(size[a] / 2), 2 * step[a]
+        stage += 1
