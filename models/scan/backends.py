@@ -12,9 +12,9 @@ import torch
 from segfleet.models.registry import ModelError
 
 VARIABLE = "SEGFLEET_SCAN"
-MODULES = {"mamba_ssm": "external", "chunked": "chunked"}
+MODULES = {"mamba_ssm": "external", "native": "native", "chunked": "chunked"}
 NAMES = ("auto", *MODULES)
-ORDER = {"cuda": ("mamba_ssm", "chunked")}
+ORDER = {"cuda": ("mamba_ssm", "chunked"), "cpu": ("native", "chunked")}
 
 log = logging.getLogger("segfleet.scan")
 _said: set[tuple[str, str]] = set()

@@ -65,7 +65,9 @@ class ScanInputs:
         return batch, channels, self.chunks, state
 
 
-def check_inputs(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None) -> None:
+def check_inputs(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None
+) -> None:
     """Raise ModelError, one sentence that names the argument, what it is and the rule, unless the scan is well formed."""
     given = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": bias}
     for name, x in given.items():
@@ -81,7 +83,7 @@ def check_inputs(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: T
         raise ModelError(f"selective_scan: u has shape {tuple(u.shape)}, expected (batch, channels, length) with no size 0")
     batch, channels, length = u.shape
     if A.ndim != 2 or A.shape[0] != channels or A.shape[1] == 0:
-        raise ModelError(f"selective_scan: A has shape {tuple(A.shape)}, expected (channels, state) = ({channels}, N) as u is {tuple(u.shape)}")
+        raise ModelError(f"selective_scan: A has shape {tuple(A.shape)}, expected (channels, state) with u's {channels} channels")
     for name, x in (("delta", delta), ("z", z)):
         if x is not None and x.shape != u.shape:
             raise ModelError(f"selective_scan: {name} has shape {tuple(x.shape)}, expected that of u, {tuple(u.shape)}")
@@ -91,7 +93,7 @@ def check_inputs(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: T
     for name, x in (("B", B), ("C", C)):
         _check_matrix(name, x, batch, channels, length, A.shape[1])
     if B.ndim == C.ndim == 4 and B.shape[1] != C.shape[1] and 1 not in (B.shape[1], C.shape[1]):
-        raise ModelError(f"selective_scan: C has {C.shape[1]} groups in shape {tuple(C.shape)}, expected as many as B, {B.shape[1]}, or one")
+        raise ModelError(f"selective_scan: C has shape {tuple(C.shape)}, so {C.shape[1]} groups, expected as many as B, {B.shape[1]}, or one")
 
 
 def _check_matrix(name: str, x: Tensor, batch: int, channels: int, length: int, state: int) -> None:
@@ -104,7 +106,7 @@ def _check_matrix(name: str, x: Tensor, batch: int, channels: int, length: int, 
     if x.ndim not in (3, 4):
         raise ModelError(f"{found}, expected (batch, state, length), (batch, groups, state, length) or (channels, state)")
     if x.shape[0] != batch or x.shape[-2] != state or x.shape[-1] != length:
-        groups = " groups," if x.ndim == 4 else ""
-        raise ModelError(f"{found}, expected (batch,{groups} state, length) with batch {batch}, state {state} (from A) and length {length}")
+        order = "(batch, state, length)" if x.ndim == 3 else "(batch, groups, state, length)"
+        raise ModelError(f"{found}, expected {order} with batch {batch}, state {state} (from A) and length {length}")
     if x.ndim == 4 and (x.shape[1] == 0 or channels % x.shape[1]):
-        raise ModelError(f"{found}, so {x.shape[1]} groups, but the number of channels, {channels}, must be a multiple of the number of groups")
+        raise ModelError(f"{found}, so {x.shape[1]} groups, of which the number of channels, {channels}, must be a multiple")

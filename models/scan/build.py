@@ -1,0 +1,122 @@
+"""Compile one C++ file of this folder into a shared library, once per machine type, and load it.
+
+The library is kept in the user's cache folder under `<key>-<digest>.so`: the key hashes source, flags, compiler and processor, the digest
+is that of the file, so a damaged file is seen before it is loaded and built again. A build writes beside it and renames: ranks that build
+at the same time, and builds that are killed, leave nothing that hurts. There are no lock files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+COMPILERS = ("c++", "g++", "clang++")
+ALWAYS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+# the first set that compiles is used; the last runs on one thread
+FLAGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
+LIMIT = 300  # seconds a compiler may take
+STALE = 3600  # seconds after which what a killed build left is swept
+
+
+class BuildError(Exception):
+    """The library cannot be built or loaded here; the message is one line."""
+
+
+def load(source: Path) -> ctypes.CDLL:
+    """The compiled library of `source`. Raises BuildError."""
+    compiler = find_compiler()
+    key = f"{source.stem}-{_key(source, compiler)}"
+    problem = ""
+    for folder in cache_folders():
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if folder.stat().st_uid != os.getuid():
+                continue  # somebody else's folder in a shared temporary directory
+            library = find(folder, key)
+            if library is None:
+                library = compile_into(folder, key, source, compiler)
+            return ctypes.CDLL(str(library))
+        except OSError as error:  # not writable, or mounted so that nothing in it may run
+            problem = f"{folder}: {error}"
+    raise BuildError(f"no cache folder can be used ({problem})")
+
+
+def find_compiler() -> str:
+    """Full path of a C++ compiler: $CXX, or the first of c++, g++, clang++ on PATH. Raises BuildError."""
+    for name in (os.environ.get("CXX", ""), *COMPILERS):
+        if name and (path := shutil.which(name)):
+            return path
+    raise BuildError("no C++ compiler on PATH (looked for c++, g++, clang++)")
+
+
+def cache_folders() -> list[Path]:
+    """Where libraries are kept, in order of preference: SEGFLEET_CACHE, the user's cache folder, a private temporary folder."""
+    if chosen := os.environ.get("SEGFLEET_CACHE"):
+        return [Path(chosen) / "native"]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [home / "segfleet" / "native", Path(tempfile.gettempdir()) / f"segfleet-{os.getuid()}" / "native"]
+
+
+def find(folder: Path, key: str) -> Path | None:
+    """The kept library of `key` whose content is what its name says; damaged ones and old leftovers are removed."""
+    for left in folder.glob(".build-*"):
+        if time.time() - left.stat().st_mtime > STALE:
+            left.unlink(missing_ok=True)
+    for library in sorted(folder.glob(f"{key}-*.so")):
+        if library.name == f"{key}-{_digest(library.read_bytes())}.so":
+            return library
+        library.unlink(missing_ok=True)
+    return None
+
+
+def compile_into(folder: Path, key: str, source: Path, compiler: str) -> Path:
+    """Compile `source` and publish it in `folder` by renaming. Raises BuildError with the compiler's first complaint."""
+    handle, name = tempfile.mkstemp(prefix=".build-", suffix=".so", dir=folder)
+    os.close(handle)
+    made, complaint = Path(name), ""
+    try:
+        for flags in FLAGS:
+            command = [compiler, *ALWAYS, *flags, str(source), "-o", str(made)]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise BuildError(f"{compiler}: {error}") from error
+            if done.returncode == 0:
+                made.chmod(0o700)
+                return made.rename(folder / f"{key}-{_digest(made.read_bytes())}.so")
+            complaint = complaint or next((x for x in done.stderr.splitlines() if "error" in x), f"exit code {done.returncode}")
+        raise BuildError(f"{compiler} cannot compile {source.name}: {complaint}")
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def _key(source: Path, compiler: str) -> str:
+    facts = [source.read_bytes(), repr((ALWAYS, FLAGS)).encode(), _version(compiler).encode(), _processor().encode()]
+    return _digest(b"\0".join(facts))
+
+
+def _version(compiler: str) -> str:
+    """What changes when the compiler is replaced, without starting it."""
+    real = Path(compiler).resolve()
+    return f"{real} {real.stat().st_size}"
+
+
+def _processor() -> str:
+    """What `-march=native` depends on: machine, model and instruction sets."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+        kept = [x for x in lines if x.startswith(("model name", "flags", "Features", "CPU part"))]
+    except OSError:
+        kept = [platform.processor()]
+    return "\n".join([platform.platform(), platform.machine(), *kept])
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:20]
