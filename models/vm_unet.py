@@ -232,7 +232,7 @@ def _rates(depths: Sequence[int], highest: float) -> list[list[float]]:
         "expand": 36_912,
         "head": 25,
     },
-    reduced={"width": 8, "depths": (1, 1, 1, 1), "decoder_depths": (1, 1, 1, 1), "drop_path": 0.0},
+    reduced={"width": 32, "depths": (1, 1, 1, 1), "decoder_depths": (1, 1, 1, 1), "drop_path": 0.0},
     reduced_input=(64, 32),
     source="VM-UNet (Ruan et al., arXiv 2402.02491), specification asc_seg section 9",
     about="U-shaped network of visual state space blocks, scanned in four directions",
