@@ -60,13 +60,14 @@ def survey(
     look = partial(check_case, reader, dataset, samples_per_case(len(refs)))
     done = len(refs) - len(todo)
     weights = [memory_of(refs[index]) for index in todo]
+    tell = progress or (lambda done, total: None)
+    tell(done, len(refs))
     for position, found in run(look, [refs[i] for i in todo], weights=weights, names=[refs[i].id for i in todo], workers=workers):
         facts[todo[position]] = found
         if keep is not None:
             keep(found)
         done += 1
-        if progress is not None:
-            progress(done, len(refs))
+        tell(done, len(refs))
     problems = [*reader.problems(), *(problem for case in facts for problem in case.problems)]
     warnings = [warning for case in facts for warning in case.warnings] + _together(facts)
     if not problems and not any(case.foreground(dataset.ignore_label) for case in facts):

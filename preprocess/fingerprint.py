@@ -54,7 +54,7 @@ class Fingerprint(Frozen):
 
 
 def samples_per_case(cases: int) -> int:
-    return int(np.clip(MOST_SAMPLES // max(1, cases), 1_000, 50_000))
+    return int(np.clip(MOST_SAMPLES // max(1, cases), 20, 50_000))
 
 
 def statistics(case: Case, normalisation: Sequence[str], ignore_label: int | None, samples: int) -> dict:

@@ -1,0 +1,98 @@
+"""`segfleet preprocess NAME --raw DIR --out STORE`: a raw data set becomes an immutable shard store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from segfleet.cli.output import Json, progress, show, table
+
+PHASES = {"check": "checking raw files", "write": "writing cases", "compare": "comparing raw files with the store"}
+
+
+def command(
+    name: Annotated[str, typer.Argument(help="Layout of the raw data; `segfleet datasets` lists them.")],
+    raw: Annotated[Path, typer.Option(help="Folder of the raw data set.")],
+    out: Annotated[Path, typer.Option(help="Store to make. It appears when it is complete.")],
+    format: Annotated[str, typer.Option(help="zarr | hdf5. HDF5 for very many small images or when inodes are scarce.")] = "zarr",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes at most; default: what cores, memory and work suggest.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the five-fold split.")] = 12345,
+    verify: Annotated[bool, typer.Option("--verify", help="Then read every chunk back and compare all checksums.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a raw data set, plan, and write it as shards with a manifest.
+
+    A run that was stopped goes on where it was; a second run on a finished store only compares.
+    """
+    from segfleet.preprocess.build import build
+
+    first: dict[str, int] = {}
+    with bars(first) as tick:
+        manifest = build(name, raw, out, format=format, workers=workers, split_seed=seed, progress=tick)
+    if verify:
+        check_store(out)
+    status = "up to date" if "write" not in first else "continued" if first["write"] else "written"
+    show(document(manifest, out, status, verify), as_json, render)
+
+
+@contextmanager
+def bars(first: dict[str, int]) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar per phase, over what this run does. `first` learns how much of each phase was done before it."""
+    with ExitStack() as stack:
+        tick: dict[str, Callable[[int, int], None]] = {}
+
+        def report(phase: str, done: int, total: int) -> None:
+            if phase not in tick:
+                stack.close()
+                first[phase], tick[phase] = done, stack.enter_context(progress(PHASES[phase]))
+            tick[phase](done - first[phase], total - first[phase])
+
+        yield report
+
+
+def check_store(out: Path) -> None:
+    """Raises DataError with every damaged file and case."""
+    from segfleet.preprocess.problems import DataError
+    from segfleet.preprocess.verify import verify
+
+    if problems := verify(out, chunks=True):
+        raise DataError(str(out), problems)
+
+
+def document(manifest, out: Path, status: str, verified: bool) -> dict[str, Any]:
+    return {
+        "store": str(out),
+        "status": status,
+        "id": manifest.id,
+        "format": manifest.format,
+        "dataset": manifest.dataset.model_dump(mode="json"),
+        "cases": len(manifest.cases),
+        "patients": len({case.group for case in manifest.cases}),
+        "plan": manifest.plan.model_dump(mode="json"),
+        "splits": {name: len(folds) for name, folds in manifest.splits.items()},
+        "files": len(manifest.files),
+        "bytes": sum(facts["bytes"] for facts in manifest.files.values()),
+        "verified": verified,
+    }
+
+
+def render(found: dict[str, Any]) -> None:
+    plan, dataset = found["plan"], found["dataset"]
+    anisotropic = "" if plan["anisotropic_axis"] is None else f", axis {'zyx'[plan['anisotropic_axis']]} resampled apart"
+    rows = [
+        ("store", f"{found['store']} ({found['status']}{', verified' if found['verified'] else ''})"),
+        ("id", found["id"]),
+        ("data set", f"{dataset['name']}, {dataset['dims']}D, {found['cases']} cases of {found['patients']} patients"),
+        ("labels", ", ".join(dataset["regions"] or dataset["labels"])),
+        ("channels", ", ".join(f"{c} ({n})" for c, n in zip(dataset["channels"], plan["normalisation"], strict=True))),
+        ("spacing", " x ".join(f"{s:g}" for s in plan["target_spacing"]) + f" mm (z, y, x){anisotropic}"),
+        ("median case", " x ".join(map(str, plan["median_shape"]))),
+        ("patch", " x ".join(map(str, plan["patch"]))),
+        ("splits", ", ".join(f"{name} ({n})" for name, n in found["splits"].items())),
+        ("size", f"{found['bytes'] / 2**20:.1f} MiB in {found['files']} files ({found['format']}, {plan['dtype']})"),
+    ]
+    table(("", ""), rows)

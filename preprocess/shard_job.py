@@ -1,0 +1,134 @@
+"""One shard of a store in the making: which cases it holds, how it is made, and how one knows that it is finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from segfleet.preprocess.check import Survey
+from segfleet.preprocess.chunks import chunk_of
+from segfleet.preprocess.digest import content_sha256
+from segfleet.preprocess.manifest import CaseEntry, Dataset, Plan, write_atomically
+from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.readers.base import CaseRef, RawReader
+from segfleet.preprocess.stores.base import store_module
+from segfleet.preprocess.transforms import preprocess_case, stored_grid
+
+SHARD_BYTES = 16 * 2**20  # cases share a shard until it holds this much
+STATE = ".state"  # inside OUT.partial: records of what is finished
+REVISION = 1  # of the transforms: another one makes finished shards of a killed run void
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardJob:
+    """All that a worker needs to make one shard. `key` is the hash of everything that determines its content."""
+
+    reader: RawReader
+    refs: tuple[CaseRef, ...]
+    sources: tuple[str, ...]
+    dataset: Dataset
+    plan: Plan
+    format: str
+    root: Path
+    shard: str
+    chunk: tuple[int, int, int]
+    stored_bytes: int
+    key: str
+
+    @property
+    def record(self) -> Path:
+        return self.root / STATE / "done" / f"{Path(self.shard).name}.json"
+
+
+def shard_jobs(reader: RawReader, facts: Survey, plan: Plan, format: str, root: Path, shard_bytes: int) -> list[ShardJob]:
+    """Cases in their order, as many in a shard as fit."""
+    channels, width = len(plan.normalisation), np.dtype(plan.dtype).itemsize
+    chunk = chunk_of(plan.patch, plan.median_shape, channels * width)
+    bundles: list[list[int]] = []
+    sizes: list[int] = []
+    for index, case in enumerate(facts.facts):
+        shape, _ = stored_grid(case.crop_shape, case.spacing, plan)
+        truth = int(np.prod(case.raw_shape)) if shape != case.raw_shape else 0
+        size = int(np.prod(shape)) * (channels * width + 1) + truth
+        if bundles and sizes[-1] + size <= shard_bytes:
+            bundles[-1].append(index)
+            sizes[-1] += size
+        else:
+            bundles.append([index])
+            sizes.append(size)
+    jobs = []
+    for number, (bundle, size) in enumerate(zip(bundles, sizes, strict=True)):
+        refs = tuple(facts.refs[index] for index in bundle)
+        sources = tuple(facts.facts[index].source_sha256 for index in bundle)
+        cases = [(ref.id, ref.group, source) for ref, source in zip(refs, sources, strict=True)]
+        content = [REVISION, facts.dataset.model_dump(mode="json"), plan.model_dump(mode="json"), format, chunk, cases]
+        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        jobs.append(
+            ShardJob(
+                reader=reader,
+                refs=refs,
+                sources=sources,
+                dataset=facts.dataset,
+                plan=plan,
+                format=format,
+                root=root,
+                shard=f"shards/{number:05d}",
+                chunk=chunk,
+                stored_bytes=size,
+                key=key,
+            )
+        )
+    return jobs
+
+
+def write_shard(job: ShardJob) -> dict:
+    """Make one shard and leave its record. Nothing of it remains if that fails. Raises an error that names the case."""
+    writer = store_module(job.format).Writer(job.root, job.shard, chunk=job.chunk, dtype=job.plan.dtype)
+    try:
+        entries = [_write_case(writer, job, number) for number in range(len(job.refs))]
+        files = writer.publish()
+    except BaseException:
+        writer.abandon()
+        raise
+    record = {"key": job.key, "cases": [entry.model_dump(mode="json") for entry in entries], "files": files}
+    write_atomically(job.record, json.dumps(record))
+    return record
+
+
+def _write_case(writer, job: ShardJob, number: int) -> CaseEntry:
+    ref, key = job.refs[number], f"case{number:05d}"
+    try:
+        case = job.reader.read(ref)
+        if case.extra["source_sha256"] != job.sources[number]:
+            raise InputError(f"case '{ref.id}': its files changed while they were preprocessed. Run the same command again.")
+        image, label, facts = preprocess_case(case, job.plan, ignore_label=job.dataset.ignore_label)
+        truth = np.ascontiguousarray(case.label_ZYX, np.uint8) if facts["has_truth"] else None
+        writer.write(key, image, label, truth)
+    except (InputError, OSError):
+        raise
+    except Exception as error:
+        raise RuntimeError(f"case '{ref.id}': {type(error).__name__}: {error}") from error
+    return CaseEntry(
+        id=ref.id,
+        group=case.patient,
+        shard=job.shard,
+        key=key,
+        sha256=content_sha256(image, label),
+        source_sha256=case.extra["source_sha256"],
+        image_file=case.extra["files"][0],
+        **facts,
+    )
+
+
+def finished(job: ShardJob) -> dict | None:
+    """The record of a shard that is complete and made from what is there now."""
+    try:
+        record = json.loads(job.record.read_text(encoding="utf-8"))
+        whole = all((job.root / path).stat().st_size == facts["bytes"] for path, facts in record["files"].items())
+        return record if record["key"] == job.key and whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
