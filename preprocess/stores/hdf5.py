@@ -7,6 +7,7 @@ the filters every HDF5 has, gzip and lzf cost five times the reading time. Label
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 from contextlib import contextmanager, suppress
@@ -22,7 +23,8 @@ from segfleet.preprocess.shard_writer import ShardWriter
 SUFFIX = ".h5"
 FORMAT = ("v110", "v110")  # the first with checksums on everything
 OPEN_ARRAYS = 256  # per file; opening one takes 0.1 ms
-SLACK = 2**16  # bytes of structures per case, generously
+END_ADDRESS = 28  # where a superblock of version 3 says how long the file is (HDF5 file format specification, II.A)
+SLACK = 2**14  # bytes of structures per array, generously
 
 
 class Shard:
@@ -55,6 +57,12 @@ class Shard:
         return found
 
 
+def _room(array: np.ndarray, chunk: tuple[int, ...]) -> int:
+    """Bytes `array` may take: full chunks, each with its checksum and its place in the index, and the structures around them."""
+    count = math.prod(-(-n // c) for n, c in zip(array.shape, chunk, strict=True))
+    return count * (math.prod(chunk) * array.itemsize + 64) + SLACK
+
+
 def _open(path: Path) -> h5py.File:
     """Without locks: published files never change, and NFS or Lustre may refuse them. A patch meets a chunk once: no cache of chunks."""
     try:
@@ -76,17 +84,18 @@ class Writer(ShardWriter):
     suffix = SUFFIX
 
     def _begin(self) -> None:
-        self.file = h5py.File(self.partial, "w", libver=FORMAT, locking=False)
+        with h5py.File("empty", "w", driver="core", backing_store=False, libver=FORMAT) as empty:
+            empty.flush()
+            self.partial.write_bytes(empty.id.get_file_image())  # not by HDF5, for the reason given in `_reserve`
+        self.file = h5py.File(self.partial, "r+", libver=FORMAT, locking=False)
 
     def _write(self, key: str, image: np.ndarray, label: np.ndarray, truth: np.ndarray | None) -> None:
         arrays = {"image": image, "label": label} | ({} if truth is None else {"truth": truth})
-        # HDF5 cannot always close a file that a full disk cut short, so it is refused before it begins.
-        if shutil.disk_usage(self.partial.parent).free < sum(a.nbytes for a in arrays.values()) + SLACK:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.partial))
+        chunks = {name: (*a.shape[:-3], *map(min, self.chunk, a.shape[-3:])) for name, a in arrays.items()}
+        self._reserve(sum(_room(array, chunks[name]) for name, array in arrays.items()))
         group = self.file.create_group(key)
         for name, array in arrays.items():
-            packing = {} if name == "image" else {"compression": "gzip", "compression_opts": 1}
-            chunk = (*array.shape[:-3], *(min(c, n) for c, n in zip(self.chunk, array.shape[-3:], strict=True)))
+            chunk, packing = chunks[name], {} if name == "image" else {"compression": "gzip", "compression_opts": 1}
             target = group.create_dataset(name, array.shape, array.dtype.newbyteorder("<"), chunks=chunk, fletcher32=True, **packing)
             for at in product(*(range(0, n, c) for n, c in zip(array.shape, chunk, strict=True))):
                 box = tuple(slice(a, min(a + c, n)) for a, c, n in zip(at, chunk, array.shape, strict=True))
@@ -95,8 +104,19 @@ class Writer(ShardWriter):
                     target[box] = part
         self.file.flush()
 
+    def _reserve(self, size: int) -> None:
+        """Make sure that `size` bytes more fit. Raises OSError. HDF5 that meets a full disk cannot close the file and may crash."""
+        if hasattr(os, "posix_fallocate"):
+            with open(self.partial, "r+b") as file:
+                os.posix_fallocate(file.fileno(), self.file.id.get_filesize(), size)
+        elif shutil.disk_usage(self.partial.parent).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.partial))
+
     def _finish(self) -> None:
         self.file.close()
+        with open(self.partial, "r+b") as file:  # without what was reserved and not used
+            file.seek(END_ADDRESS)
+            file.truncate(int.from_bytes(file.read(8), "little"))
 
     def _drop(self) -> None:
         if hasattr(self, "file"):
