@@ -12,9 +12,9 @@ import torch
 from segfleet.models.registry import ModelError
 
 VARIABLE = "SEGFLEET_SCAN"
-MODULES = {"mamba_ssm": "external", "native": "native", "chunked": "chunked"}
+MODULES = {"mamba_ssm": "external", "triton": "triton_backend", "native": "native", "chunked": "chunked"}
 NAMES = ("auto", *MODULES)
-ORDER = {"cuda": ("mamba_ssm", "chunked"), "cpu": ("native", "chunked")}
+ORDER = {"cuda": ("mamba_ssm", "triton", "chunked"), "cpu": ("native", "chunked")}
 
 log = logging.getLogger("segfleet.scan")
 _said: set[tuple[str, str]] = set()
@@ -25,23 +25,27 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"segfleet.models.scan.{MODULES[name]}")
 
 
-def choose(wanted: str, device: torch.device) -> str:
-    """The back end for `device`. `wanted`: a name, or "" or "auto" for the variable and then the best there is.
+def choose(wanted: str, device: torch.device, *, ours: bool = False) -> str:
+    """The back end for `device`. `wanted`: a name, or "auto" for the variable and then the best there is.
+
+    ours: leave out mamba_ssm, for what its kernels do not offer: compiled graphs, gradients of the last state.
 
     Raises ModelError for an unknown name, or for a forced back end that cannot run here.
     """
     source = "backend"
-    if wanted in ("", "auto"):
+    if wanted == "auto":
         source, wanted = VARIABLE, os.environ.get(VARIABLE, "") or "auto"
     if wanted not in NAMES:
         raise ModelError(f"selective_scan: {source} is '{wanted}', expected one of: {', '.join(NAMES)}")
+    if ours and wanted == "mamba_ssm":
+        wanted = "auto"
     if wanted != "auto":
         if reason := load(wanted).unavailable(device):
             raise ModelError(f"selective_scan: {source} asks for '{wanted}', which cannot run on {device.type}: {reason}")
         _say(device, wanted, f"forced by {source}")
         return wanted
     missing = []
-    for name in ORDER.get(device.type, ("chunked",)):
+    for name in ORDER.get(device.type, ("chunked",))[ours and device.type == "cuda" :]:
         if not (reason := load(name).unavailable(device)):
             _say(device, name, "; ".join(missing) or "the best there is")
             return name

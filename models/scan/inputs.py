@@ -13,8 +13,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def chunk_length(state: int) -> int:
-    """Time steps between two kept states: long enough for the kept states to stay below an eighth of u, short enough for the cache."""
-    return min(max(64, 8 * state), 1024)
+    """Time steps between two kept states, a power of two: the kept states take an eighth of u's memory at most, up to N = 128."""
+    return min(max(64, 8 << (state - 1).bit_length()), 1024)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,8 @@ def check_inputs(
     for name, x in (("B", B), ("C", C)):
         _check_matrix(name, x, batch, channels, length, A.shape[1])
     if B.ndim == C.ndim == 4 and B.shape[1] != C.shape[1] and 1 not in (B.shape[1], C.shape[1]):
-        raise ModelError(f"selective_scan: C has shape {tuple(C.shape)}, so {C.shape[1]} groups, expected as many as B, {B.shape[1]}, or one")
+        found = f"C has shape {tuple(C.shape)}, so {C.shape[1]} groups"
+        raise ModelError(f"selective_scan: {found}, expected as many as B, {B.shape[1]}, or one")
 
 
 def _check_matrix(name: str, x: Tensor, batch: int, channels: int, length: int, state: int) -> None:

@@ -42,7 +42,6 @@ def selective_scan_fn(
         external = backends.load("mamba_ssm")
         if external.fits(u, A) and not (return_last_state and torch.is_grad_enabled()):
             return external.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
-        backend = "auto" if backend == "mamba_ssm" else backend
     B, C = _same_groups(B, C), _same_groups(C, B)
     out, states = torch.ops.segfleet.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend)
     return (out, states[:, :, -1]) if return_last_state else out

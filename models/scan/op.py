@@ -21,7 +21,7 @@ def selective_scan(
     D: Optional[Tensor], z: Optional[Tensor], bias: Optional[Tensor], softplus: bool, backend: str,  # noqa: UP045
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output (B, D, L) and the states at the end of every chunk (B, D, K, N); of these only the last may be given a gradient."""
-    name = backends.choose(backend, u.device)
+    name = backends.choose(backend, u.device, ours=True)
     return backends.load(name).forward(_inputs(u, delta, A, B, C, D, z, bias, softplus))
 
 
@@ -39,7 +39,7 @@ def selective_scan_backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the tensors that are there, in the order of NAMES."""
     s = _inputs(u, delta, A, B, C, D, z, bias, softplus)
-    name = backends.choose(backend, u.device)
+    name = backends.choose(backend, u.device, ours=True)
     gradients = backends.load(name).backward(s, grad_out, grad_last, states)
     return [gradients[k] for k in NAMES if k in s.tensors]
 
