@@ -107,7 +107,7 @@ def test_initial_values():
 
 
 def test_skips_are_added_before_the_upsampling():
-    model = build_model("vm_unet", in_channels=3, num_classes=2, options=dict(spec("vm_unet").reduced)).eval()
+    model = build_model("vm_unet", in_channels=3, num_classes=2, options={**spec("vm_unet").reduced, "width": 8}).eval()
     inputs = {}
     for name, module in model.named_children():
         module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
