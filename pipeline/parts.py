@@ -31,7 +31,9 @@ def patch_of(recipe: Recipe, manifest: Manifest) -> tuple[int, int, int]:
         patch, dims = (1, *patch[1:]), 2
     if dims not in spec.dims:
         raise InputError(f"model.name: {spec.name} is a 3D network, but the patch {list(patch)} has one slice; choose a 2D network")
-    divisors = (spec.divisor,) * dims if isinstance(spec.divisor, int) else spec.divisor
+    # A network planned from the patch has no divisor of its own; `check_recipe` tries it.
+    planned = "patch" in inspect.signature(spec.build).parameters and not spec.fixed_patch
+    divisors = (1 if planned else spec.divisor,) * dims if planned or isinstance(spec.divisor, int) else spec.divisor
     for axis, size, divisor in zip("zyx"[3 - dims :], patch[3 - dims :], divisors, strict=True):
         if size % divisor and recipe.data.patch is not None:
             near = max(divisor, round(size / divisor) * divisor)
