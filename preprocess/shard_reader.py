@@ -29,8 +29,11 @@ class OpenShard(Protocol):
         """Shape and stored dtype of array `name` (image | label | truth) of case `key`. Raises DamagedShard if there is none."""
         ...
 
-    def read(self, key: str, name: str, start: tuple[int, int, int], out: np.ndarray) -> None:
-        """Fill `out` (..., z, y, x), of the stored dtype, from voxel `start` on. Every byte used is checked; raises DamagedShard."""
+    def read(self, key: str, name: str, start: list[int], size: list[int]) -> np.ndarray:
+        """The box of `size` (z, y, x) voxels from `start` on, all of it inside the grid; all channels, stored dtype, C-contiguous.
+
+        Every byte used is checked. Raises DamagedShard.
+        """
         ...
 
 
@@ -123,12 +126,13 @@ def _read_box(shard: OpenShard, key: str, name: str, box: tuple[slice, slice, sl
     end = [n if s.stop is None else int(s.stop) for s, n in zip(box, grid, strict=True)]
     size = [max(0, e - b) for b, e in zip(begin, end, strict=True)]
     low = [max(0, b) for b in begin]
-    high = [min(e, n) for e, n in zip(end, grid, strict=True)]
-    within = low == begin and high == end
-    out = (np.empty if within else np.zeros)((*lead, *size), dtype)
-    if all(h > l for l, h in zip(low, high, strict=True)):
-        place = tuple(slice(l - b, h - b) for l, h, b in zip(low, high, begin, strict=True))
-        shard.read(key, name, (low[0], low[1], low[2]), out[(..., *place)])
+    held = [min(e, n) - l for e, n, l in zip(end, grid, low, strict=True)]
+    if held == size and min(size) > 0:
+        return shard.read(key, name, low, size)
+    out = np.zeros((*lead, *size), dtype)
+    if min(held) > 0:
+        place = tuple(slice(l - b, l - b + h) for l, b, h in zip(low, begin, held, strict=True))
+        out[(..., *place)] = shard.read(key, name, low, held)
     return out
 
 
@@ -136,9 +140,12 @@ def to_float32(stored: np.ndarray, scale: float) -> np.ndarray:
     """Integers times `scale`, floats as they are; C-contiguous float32. Stored floats are finite."""
     if stored.dtype == np.float32:
         return stored
-    out = np.empty(stored.shape, np.float32)
     if stored.dtype != np.float16:
-        return np.multiply(stored, np.float32(scale), out=out, casting="unsafe", dtype=np.float32)
+        out = stored.astype(np.float32)
+        if scale != 1:
+            out *= np.float32(scale)
+        return out
+    out = np.empty(stored.shape, np.float32)
     # numpy converts halves one by one; shifting the bits into place and raising the exponent by 127 - 15 is exact and six times as fast.
     halves, floats = stored.reshape(-1).view(np.int16), out.reshape(-1)
     bits = floats.view(np.int32)

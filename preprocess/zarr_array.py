@@ -154,9 +154,10 @@ class ArrayReader:
         if self.file >= 0:
             os.close(self.file)
 
-    def read(self, start: tuple[int, int, int], out: np.ndarray) -> None:
-        """Fill `out` (..., z, y, x) from voxel `start` of the stack on; only the chunks it touches are read, checked and decoded."""
-        axes = [_overlaps(s, s + n, c) for s, n, c in zip(start, out.shape[-3:], self.chunk, strict=True)]
+    def read(self, start: tuple[int, int, int], size: list[int]) -> np.ndarray:
+        """The box (..., z, y, x) of `size` voxels from `start` of the stack on; the chunks it touches are read, checked and decoded."""
+        out = np.empty((*self.lead, *size), self.dtype)
+        axes = [_overlaps(s, s + n, c) for s, n, c in zip(start, size, self.chunk, strict=True)]
         near = tuple(slice(axis[0][0], axis[-1][0] + 1) for axis in axes)
         entries = self.index[near].reshape(-1, 2).tolist()
         self._announce(entries)
@@ -170,6 +171,7 @@ class ArrayReader:
                 raise DamagedShard(f"{self.name}: checksum of chunk {(i, j, k)}")
             blosc.decompress(packed[:-4], piece)
             out[..., tz, ty, tx] = piece[..., fz, fy, fx]
+        return out
 
     def _announce(self, entries: list[list[int]]) -> None:
         """Let the kernel fetch all chunks at once: twice as fast from a cold disk, 4 % slower from memory (Linux)."""

@@ -40,13 +40,9 @@ class Shard:
         array = self._array(key, name)
         return array.shape, array.dtype
 
-    def read(self, key: str, name: str, start: tuple[int, int, int], out: np.ndarray) -> None:
-        source = tuple(slice(s, s + n) for s, n in zip(start, out.shape[-3:], strict=True))
+    def read(self, key: str, name: str, start: list[int], size: list[int]) -> np.ndarray:
         with damage_named(name):
-            if out.flags.c_contiguous:
-                self._array(key, name).read_direct(out, (..., *source))
-            else:
-                out[...] = self._array(key, name)[(..., *source)]
+            return self._array(key, name)[(..., *(slice(s, s + n) for s, n in zip(start, size, strict=True)))]
 
     def _array(self, key: str, name: str) -> h5py.Dataset:
         if (found := self.arrays.get((key, name))) is None:
@@ -55,6 +51,11 @@ class Shard:
             with damage_named(name):
                 found = self.arrays[key, name] = self.file[f"{key}/{name}"]
         return found
+
+
+def _even(chunk: int, length: int) -> int:
+    """As many chunks along an axis, all alike: uncompressed, a chunk that is half outside takes its full room."""
+    return -(-length // -(-length // chunk))
 
 
 def _room(array: np.ndarray, chunk: tuple[int, ...]) -> int:
@@ -91,7 +92,7 @@ class Writer(ShardWriter):
 
     def _write(self, key: str, image: np.ndarray, label: np.ndarray, truth: np.ndarray | None) -> None:
         arrays = {"image": image, "label": label} | ({} if truth is None else {"truth": truth})
-        chunks = {name: (*a.shape[:-3], *map(min, self.chunk, a.shape[-3:])) for name, a in arrays.items()}
+        chunks = {name: (*a.shape[:-3], *map(_even, self.chunk, a.shape[-3:])) for name, a in arrays.items()}
         self._reserve(sum(_room(array, chunks[name]) for name, array in arrays.items()))
         group = self.file.create_group(key)
         for name, array in arrays.items():

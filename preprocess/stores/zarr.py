@@ -38,9 +38,9 @@ class Shard:
         array = self._array(name)
         return (*array.lead, *self._place(key, name)[1:]), array.dtype
 
-    def read(self, key: str, name: str, start: tuple[int, int, int], out: np.ndarray) -> None:
+    def read(self, key: str, name: str, start: list[int], size: list[int]) -> np.ndarray:
         first = self._place(key, name)[0]
-        self._array(name).read((first + start[0], *start[1:]), out)
+        return self._array(name).read((first + start[0], *start[1:]), size)
 
     def _place(self, key: str, name: str) -> list[int]:
         try:
