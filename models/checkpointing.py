@@ -49,12 +49,13 @@ def _recomputed(stage: nn.Module, forward: Callable[..., Any], *args: Any, **kwa
 
 @contextmanager
 def _statistics_at_rest(stage: nn.Module) -> Iterator[None]:
-    """In train mode, normalise by the batch without touching the running statistics: the first forward has updated them."""
+    """The same normalisation without a second update of the running statistics: momentum 0, and the counter out of reach."""
     norms = [m for m in stage.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, norm.momentum, norm.num_batches_tracked in kept:
+            pass
