@@ -252,7 +252,7 @@ for _size, (_widths, _total, _counts) in SIZES.items():
         divisor=16,
         stages=dict(zip(STAGES, _counts, strict=True)),
         stage_of=stage_of,
-        reduced={"widths": (4, 8, 12, 16, 24), "scales": (2, 4, 8)},
+        reduced={"widths": (12, 14, 16, 18, 20), "scales": (2, 3, 4)},
         source="NLIE-UNet (dynamic neighbourhood-enhanced U-Net with interwoven fusion), released network, MIT",
         about=f"deformable blocks and a bridge across all levels; size {_size.upper()}, widths {'-'.join(map(str, _widths))}",
     )(partial(NlieUNet, widths=_widths))

@@ -169,7 +169,7 @@ for _name, _residual, _about in (
         divisor=16,
         stages=STAGES,
         stage_of=stage_of,
-        reduced={"widths": (4, 8, 8, 12, 16)},
+        reduced={"widths": (16, 16, 16, 16, 16)},
         source="REC-UNet (residual cross-dimensional attention for liver tumours), released network",
         about=_about,
     )(partial(RecUNet, residual=_residual))

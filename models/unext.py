@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segfleet.models.norm import ChannelNorm
 from segfleet.models.registry import ModelError, check_input, register
 
 
@@ -19,13 +20,6 @@ def shift(x_BCYX: Tensor, axis: int) -> Tensor:
     size = x_BCYX.shape[axis]
     padded = F.pad(x_BCYX, (0, 0, 2, 2) if axis == 2 else (2, 2, 0, 0))
     return torch.cat([chunk.narrow(axis, 2 - step, size) for step, chunk in zip(range(-2, 3), padded.chunk(5, 1), strict=True)], 1)
-
-
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (B, C, Y, X)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class TokenMLP(nn.Module):
@@ -126,7 +120,7 @@ register(
     parameters=1_471_921,
     divisor=32,
     stages=STAGES,
-    reduced={"widths": (4, 8, 10, 10, 15)},
+    reduced={"widths": (16, 16, 20, 20, 20)},
     reduced_input=(64, 64),
     source="UNeXt: MLP-based rapid medical image segmentation network (2022), released widths",
     about="convolutional U-Net with tokenised, shifted MLP at the two deepest levels; widths 16-32-128-160-256",
