@@ -1,6 +1,8 @@
-"""What engines share: the optimizer of a recipe and its named state."""
+"""What engines share: the optimizer of a recipe and its named state, averaged weights."""
 
 from __future__ import annotations
+
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor, nn
@@ -28,19 +30,25 @@ def trainable(model: nn.Module, stage: recipes.Stage) -> dict[str, nn.Parameter]
     return chosen
 
 
-def build_optimizer(named: dict[str, nn.Parameter], options: recipes.Optimizer, lr: float, fused: bool = True) -> Optimizer:
-    """Two groups: weights with decay; biases, norms and parameters marked `_no_weight_decay` without."""
-    plain = [p for p in named.values() if p.ndim <= 1 or getattr(p, "_no_weight_decay", False)]
-    marked = {id(p) for p in plain}
-    groups = [
-        {"params": [p for p in named.values() if id(p) not in marked], "weight_decay": options.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+def build_optimizer(
+    named: dict[str, nn.Parameter], options: recipes.Optimizer, lr: float, ages: dict[str, Hashable] | None = None
+) -> Optimizer:
+    """Groups of weights with decay, then of biases, norms and parameters marked `_no_weight_decay` without.
+
+    With `ages`, parameters of one group also share their age: for engines that keep one step counter per group.
+    """
+    groups: dict[tuple, list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        plain = parameter.ndim <= 1 or getattr(parameter, "_no_weight_decay", False)
+        groups.setdefault((bool(plain), (ages or {}).get(name)), []).append(parameter)
+    parts = [
+        {"params": parameters, "weight_decay": 0.0 if plain else options.weight_decay}
+        for (plain, _), parameters in sorted(groups.items(), key=lambda item: item[0][0])
     ]
-    groups = [group for group in groups if group["params"]]
     if options.name == "sgd":
-        return SGD(groups, lr=lr, momentum=options.momentum, nesterov=options.nesterov and options.momentum > 0, fused=fused)
+        return SGD(parts, lr=lr, momentum=options.momentum, nesterov=options.nesterov and options.momentum > 0, fused=True)
     kind = AdamW if options.name == "adamw" else Adam
-    return kind(groups, lr=lr, betas=options.betas, fused=fused)
+    return kind(parts, lr=lr, betas=options.betas, fused=True)
 
 
 def optimizer_tensors(optimizer: Optimizer, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -81,3 +89,26 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> No
         raise CheckpointError(f"checkpoint: {where} does not fit this network: {'; '.join(found + sorted(shapes)[:3])}")
     for name, value in own.items():
         value.copy_(tensors[name])
+
+
+class Average:
+    """Exponential moving average of all parameters by name; with decay 0 there is none and `values` is empty."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.values = {name: p.detach().clone() for name, p in model.named_parameters()} if decay else {}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, norm: Tensor) -> None:
+        """Move towards the weights, unless the step was skipped because the gradient's norm is not finite."""
+        if self.values:
+            values = list(self.values.values())
+            away = torch._foreach_sub([*model.parameters()], values)
+            torch._foreach_mul_(away, torch.isfinite(norm) * (1 - self.decay))
+            torch._foreach_add_(values, away)
+
+    @torch.no_grad()
+    def load(self, model: nn.Module, averaged: dict[str, Tensor]) -> None:
+        """Continue from `averaged`; parameters it does not hold start from the weights."""
+        for name, value in self.values.items():
+            value.copy_(averaged.get(name, model.get_parameter(name)))

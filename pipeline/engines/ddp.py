@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from segfleet.pipeline.checkpoint import Checkpoint, Tensors
 from segfleet.pipeline.engines.base import Setup, autocast
-from segfleet.pipeline.engines.common import build_optimizer, load_optimizer, load_weights, optimizer_tensors, trainable
+from segfleet.pipeline.engines.common import Average, build_optimizer, load_optimizer, load_weights, optimizer_tensors, trainable
 
 
 class Engine:
@@ -21,7 +21,7 @@ class Engine:
         self.named = trainable(self.model, setup.stage)
         self.optimizer = build_optimizer(self.named, setup.recipe.optimizer, setup.stage.lr)
         self.scaler = torch.amp.GradScaler(self.gang.device.type, enabled=self.options.precision == "fp16")
-        self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()} if self.options.ema else {}
+        self.average = Average(self.model, self.options.ema)
         self.forward = torch.compile(self.model) if self.options.compile else self.model
         if self.gang.size > 1:
             # Without the search for unused parameters DDP regroups its buckets after the first step, and with it the order of sums in a
@@ -50,25 +50,20 @@ class Engine:
         else:  # the fused optimizers read this flag on the device and then change nothing
             self.optimizer.found_inf, self.optimizer.grad_scale = (~torch.isfinite(norm)).float(), None
             self.optimizer.step()
-        if self.average:
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.average.values()), [*self.model.parameters()], 1 - self.options.ema)
+        self.average.update(self.model, norm)
         return total, norm
 
     def tensors(self) -> Tensors:
         groups = {"weights": dict(self.model.state_dict()), "optimizer": optimizer_tensors(self.optimizer, self.named)}
-        if self.average:
-            groups["ema"] = self.average
+        if self.average.values:
+            groups["ema"] = self.average.values
         if self.scaler.is_enabled():
             groups["scaler"] = {key: torch.tensor(value, dtype=torch.float64) for key, value in self.scaler.state_dict().items()}
         return groups
 
     def load(self, checkpoint: Checkpoint, inherit: str) -> None:
         load_weights(self.model, checkpoint.tensors("weights"), str(checkpoint.path))
-        with torch.no_grad():
-            averaged = checkpoint.tensors("ema") if inherit == "all" else {}
-            for name, value in self.average.items():
-                value.copy_(averaged.get(name, self.model.get_parameter(name)))
+        self.average.load(self.model, checkpoint.tensors("ema") if inherit == "all" else {})
         if inherit != "weights":
             load_optimizer(self.optimizer, self.named, checkpoint.tensors("optimizer"))
         if inherit == "all" and self.scaler.is_enabled():
@@ -77,9 +72,9 @@ class Engine:
 
     @contextmanager
     def evaluation(self) -> Iterator[nn.Module]:
-        own = {name: p.detach().clone() for name, p in self.model.named_parameters()} if self.average else {}
+        own = {name: p.detach().clone() for name, p in self.model.named_parameters()} if self.average.values else {}
         try:
-            self._put(self.average)
+            self._put(self.average.values)
             yield self.model.eval()
         finally:
             self._put(own)

@@ -1,0 +1,284 @@
+"""Data parallel training with DeepSpeed's ZeRO, stages 0 to 3, in a gang that stands already: none of DeepSpeed's launchers is used.
+
+engine.options: `zero` 0 | 1 | 2 | 3 (default 1) says what is spread over the ranks: nothing; moments; and gradients; and weights.
+`offload` none | cpu keeps moments and the optimizer's copy of the weights in host memory, updated there by PyTorch's own optimizer.
+
+Weights and moments stay float32 and autocast is that of the ddp engine, so both engines take the same steps and share one checkpoint.
+"""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from segfleet.pipeline import recipe as recipes
+from segfleet.pipeline.checkpoint import Checkpoint, Tensors
+from segfleet.pipeline.engines.base import Setup, autocast
+from segfleet.pipeline.engines.common import Average, build_optimizer, load_optimizer, load_weights, optimizer_tensors, trainable
+from segfleet.pipeline.gang import Gang
+from segfleet.preprocess.problems import InputError
+
+LEGAL = {"zero": (0, 1, 2, 3), "offload": ("none", "cpu")}
+ALIGNMENT = 2  # ZeRO 1 and 2 pad a group to a multiple of this times the number of ranks
+BUCKET = 50_000_000  # elements reduced at once
+STEP = "step"  # Adam's counter, one for all parameters of a group
+PERSISTENT = 10_000  # ZeRO 3 leaves parameters of fewer elements whole on every rank: gathering them costs more than it saves
+
+
+class Engine:
+    def __init__(self, setup: Setup):
+        self.setup, self.gang, self.loss, self.model = setup, setup.gang, setup.loss, setup.model
+        self.recipe, self.options = setup.recipe, setup.recipe.engine
+        self.zero, self.offload = read_options(self.options)
+        self.library = quiet_deepspeed(self.gang.device)
+        self.named = trainable(self.model, setup.stage)
+        self.average = Average(self.model, self.options.ema)
+        self.twin = copy.deepcopy(self.model)  # evaluated in place of the model, whose weights may be spread over the ranks
+        self.inner = None  # DeepSpeed's engine, from `start` on
+
+    def start(self, moments: dict[str, Tensor]) -> None:
+        """Hand model and optimizer over to DeepSpeed and put the moments back. From here on the model's weights are DeepSpeed's."""
+        join_process_group(self.gang)
+        before = [(p, p.data) for p in self.model.parameters()]
+        self.model.to(memory_format=torch.contiguous_format)  # DeepSpeed takes no other; images and activations keep theirs
+        ages = {name: age(name, moments) for name in self.named}
+        self.optimizer = build_optimizer(self.named, self.recipe.optimizer, self.setup.stage.lr, ages)
+        with quiet(), environment(LOCAL_RANK=str(self.gang.device.index or 0)):
+            self.inner, *_ = self.library.initialize(
+                model=Autocast(self.model, self.options), optimizer=self.optimizer, config=self._config(), dist_init_required=False
+            )
+        if self.zero == 0:
+            for parameter, value in before:
+                parameter.data = value
+            load_optimizer(self.optimizer, self.named, moments)
+            return
+        for names, flat in self._flats():
+            keys = [key.rpartition(".")[2] for key in moments if key.rpartition(".")[0] == names[0]]
+            for key in keys:
+                values = [moments[f"{name}.{key}"].to(flat.device, torch.float32) for name in names]
+                mine = values[0] if key == STEP else cut(values, self.zero, self.gang.size)[self.gang.rank]
+                self.optimizer.state[flat][key] = mine.clone()
+
+    def _config(self) -> dict[str, Any]:
+        elements = sum(p.numel() for p in self.named.values())
+        zero: dict[str, Any] = {"stage": self.zero, "overlap_comm": False, "reduce_bucket_size": min(elements, BUCKET)}
+        if self.zero == 3:
+            zero["stage3_param_persistence_threshold"] = PERSISTENT
+        if self.offload == "cpu":
+            zero["offload_optimizer"] = {"device": "cpu"}
+        return {
+            "train_micro_batch_size_per_gpu": max(1, self.recipe.data.batch // self.gang.size // self.options.accumulate),
+            "gradient_accumulation_steps": self.options.accumulate,
+            "gradient_clipping": self.recipe.optimizer.clip if self.zero else 0.0,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # its CPU optimizer is compiled on first use
+            "steps_per_print": 10**9,
+        }
+
+    def step(self, micro_batches: Iterator[tuple[Tensor, Tensor]], lr: float) -> tuple[Tensor, Tensor]:
+        if self.inner is None:
+            self.start({})
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._share_buffers()
+        total, parts = torch.zeros((), device=self.gang.device), self.options.accumulate
+        for part in range(parts):
+            image, label = next(micro_batches)
+            loss = self.inner.backward(self.loss(self.inner(image), label))
+            total += loss.detach()
+            if self.zero == 0 and part == parts - 1:
+                norm = nn.utils.clip_grad_norm_(self.named.values(), self.recipe.optimizer.clip or float("inf"), foreach=True)
+                self.optimizer.found_inf, self.optimizer.grad_scale = (~torch.isfinite(norm)).float(), None
+            self.inner.step()  # counts micro-batches: the optimizer steps after the last one, and with ZeRO only if the norm is finite
+        if self.zero:
+            norm = torch.as_tensor(self.inner.get_global_grad_norm(), dtype=torch.float32, device=self.gang.device)
+        if self.average.values:
+            with self._whole():
+                self.average.update(self.model, norm)
+        return total, norm
+
+    def _share_buffers(self) -> None:
+        """Rank 0's buffers (running statistics) on all ranks before a step, as DDP does."""
+        if self.gang.size > 1:
+            buffers = list(self.model.buffers())
+            for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
+                alike = [buffer for buffer in buffers if buffer.dtype == dtype]
+                packed = torch.cat([buffer.flatten() for buffer in alike])
+                dist.broadcast(packed, src=0)
+                for buffer, value in zip(alike, packed.split([buffer.numel() for buffer in alike]), strict=True):
+                    buffer.copy_(value.view_as(buffer))
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Inside, the model's parameters are whole on every rank."""
+        with self.library.zero.GatheredParameters(list(self.model.parameters()), enabled=self.zero == 3 and self.inner is not None):
+            yield
+
+    def _weights(self) -> dict[str, Tensor]:
+        with self._whole():
+            own = self.model.state_dict()
+            return {name: value.clone() for name, value in own.items()} if self.zero == 3 else dict(own)
+
+    def _flats(self) -> list[tuple[list[str], Tensor]]:
+        """Per group: names of its parameters and this rank's piece of them, the key of its moments in the optimizer's state."""
+        zero, names = self.inner.optimizer, {id(p): name for name, p in self.named.items()}
+        if self.zero == 3:
+            pairs = zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)
+        else:
+            pairs = zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True)
+        return [([names[id(p)] for p in group], flat) for group, flat in pairs]
+
+    def _moments(self) -> dict[str, Tensor]:
+        if self.inner is None:
+            return {}
+        if self.zero == 0:
+            return optimizer_tensors(self.optimizer, self.named)
+        moments: dict[str, Tensor] = {}
+        for names, flat in self._flats():
+            for key, value in self.optimizer.state.get(flat, {}).items():
+                whole = [value] * len(names) if key == STEP else self._gather(names, value)
+                moments |= {f"{name}.{key}": tensor for name, tensor in zip(names, whole, strict=True)}
+        return moments
+
+    def _gather(self, names: list[str], piece: Tensor) -> list[Tensor]:
+        piece = piece.detach().to(self.gang.device)
+        pieces = [torch.empty_like(piece) for _ in range(self.gang.size)]
+        dist.all_gather(pieces, piece)
+        return join(torch.stack(pieces), [self.twin.get_parameter(name).shape for name in names], self.zero)
+
+    def tensors(self) -> Tensors:
+        groups = {"weights": self._weights(), "optimizer": self._moments()}
+        if self.average.values:
+            groups["ema"] = self.average.values
+        return groups
+
+    def load(self, checkpoint: Checkpoint, inherit: str) -> None:
+        assert self.inner is None, "load() comes before the first step"
+        load_weights(self.model, checkpoint.tensors("weights"), str(checkpoint.path))
+        self.average.load(self.model, checkpoint.tensors("ema") if inherit == "all" else {})
+        self.start(checkpoint.tensors("optimizer") if inherit != "weights" else {})
+
+    @contextmanager
+    def evaluation(self) -> Iterator[nn.Module]:
+        self.twin.load_state_dict(self._weights() | self.average.values)
+        yield self.twin.eval()
+
+
+# ZeRO 1 and 2 lay the tensors of a group end to end and cut that into one equal piece per rank. ZeRO 3 cuts every tensor into one equal
+# piece per rank and lays a rank's pieces end to end. Whatever is cut is first padded at its end.
+
+
+def cut(values: list[Tensor], zero: int, ranks: int) -> Tensor:
+    """Tensors of one group -> (ranks, n), the piece of every rank."""
+    if zero == 3:
+        return torch.cat([_rows(value.flatten(), ranks, ranks) for value in values], 1)
+    return _rows(torch.cat([value.flatten() for value in values]), ranks, ALIGNMENT * ranks)
+
+
+def join(pieces: Tensor, shapes: list[torch.Size], zero: int) -> list[Tensor]:
+    """The inverse of `cut`: (ranks, n) -> tensors of these shapes."""
+    ranks = len(pieces)
+    if zero == 3:
+        rows = pieces.split([-(-shape.numel() // ranks) for shape in shapes], 1)
+        return [row.flatten()[: shape.numel()].view(shape) for row, shape in zip(rows, shapes, strict=True)]
+    sizes = [shape.numel() for shape in shapes]
+    return [value.view(shape) for value, shape in zip(pieces.flatten()[: sum(sizes)].split(sizes), shapes, strict=True)]
+
+
+def _rows(flat: Tensor, ranks: int, multiple: int) -> Tensor:
+    return nn.functional.pad(flat, (0, -flat.numel() % multiple)).view(ranks, -1)
+
+
+def read_options(options: recipes.Engine) -> tuple[int, str]:
+    """`zero` and `offload` of engine.options. Raises InputError that names the legal ones."""
+    chosen = {"zero": 1, "offload": "none"} | options.options
+    for key, value in chosen.items():
+        if key not in LEGAL:
+            raise InputError(f"engine.options: found unknown key '{key}', expected one of: {', '.join(LEGAL)}")
+        if isinstance(value, bool) or value not in LEGAL[key]:
+            raise InputError(f"engine.options.{key}: found {value!r}, expected one of: {', '.join(map(str, LEGAL[key]))}")
+    if chosen["offload"] == "cpu" and chosen["zero"] == 0:
+        raise InputError("engine.options.offload: found 'cpu' with zero 0, which has nothing to offload; expected zero 1, 2 or 3")
+    if options.precision == "fp16":
+        raise InputError("engine.precision: found 'fp16', expected fp32 or bf16 with engine.name deepspeed; engine.name=ddp offers fp16")
+    if options.compile and chosen["zero"] == 3:
+        raise InputError("engine.compile: found true, expected false with zero 3, whose weights come and go while the network runs")
+    return chosen["zero"], chosen["offload"]
+
+
+class Autocast(nn.Module):
+    """The network as DeepSpeed sees it: autocast inside, where DeepSpeed does not switch it off."""
+
+    def __init__(self, model: nn.Module, options: recipes.Engine):
+        super().__init__()
+        self.model, self.precision = model, options.precision
+        self.run = (torch.compile(model),) if options.compile else (model,)  # in a tuple: registered once
+
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        with autocast(self.precision, image.device):
+            return self.run[0](image)
+
+
+def age(name: str, moments: dict[str, Tensor]) -> Hashable:
+    """What parameters must share to share a step counter: how many steps their moments saw; None without moments."""
+    if f"{name}.{STEP}" in moments:
+        return int(moments[f"{name}.{STEP}"])
+    return "ageless" if any(key.rpartition(".")[0] == name for key in moments) else None
+
+
+def join_process_group(gang: Gang) -> None:
+    """DeepSpeed needs a process group even for one rank; a gang of one has none."""
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if gang.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+
+
+def quiet_deepspeed(device: torch.device) -> ModuleType:
+    """DeepSpeed without its chatter on stdout, and without compiling anything: its shared-memory collectives stay off."""
+    os.environ["DS_ACCELERATOR"] = device.type
+    with quiet():
+        try:
+            import deepspeed
+        except ImportError as error:
+            raise InputError(f"engine.name: deepspeed cannot be imported ({error}): pip install it or set engine.name=ddp") from None
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # in every step: it calls collectives by their older names
+    logger = logging.getLogger("DeepSpeed")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.ERROR)
+    return deepspeed
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """stdout belongs to the command line: what a library prints goes to stderr. Its warnings are not ours to mend."""
+    with redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
