@@ -1,0 +1,139 @@
+"""Honest scores: whole cases on their raw grid, shared out among the ranks, gathered in the order asked for."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from segfleet.pipeline.gang import Gang
+from segfleet.pipeline.metrics import score_case
+from segfleet.pipeline.restore import restore
+from segfleet.pipeline.sliding_window import Forward, sliding_window
+from segfleet.pipeline.summary import definitions, summarise
+from segfleet.pipeline.task import Task
+from segfleet.preprocess.manifest import CaseEntry
+from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.stores.base import ShardStore
+from segfleet.preprocess.transforms import resample_axis
+
+VERSION = 1
+
+
+def evaluate_cases(
+    forward: Forward,
+    store: ShardStore,
+    case_ids: Sequence[str],
+    task: Task,
+    *,
+    patch: Sequence[int],
+    overlap: float = 0.5,
+    mirror_axes: Sequence[int] = (),
+    batch: int = 1,
+    dims: int | None = None,
+    device: torch.device | str = "cpu",
+    distances: bool = True,
+    gang: Gang | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Score `forward` ((B, C, *S) -> probabilities (B, K, *S)) on the cases: {"cases": [...], "summary": {...}, "definitions": {...}}.
+
+    Every rank scores its share and gets the whole document, which does not depend on the number of ranks. `patch` and `mirror_axes`
+    are in (z, y, x); a patch of one slice means a 2D network, unless `dims` says otherwise. `progress(done, total)` counts this
+    rank's cases. `distances=False` leaves out hd95, for validation while training. The document is strict JSON: what is not defined
+    is null. If a rank fails, its error is raised on all ranks.
+    """
+    gang, ids = gang or Gang(), list(case_ids)
+    twice = sorted({i for i in ids if ids.count(i) > 1})
+    if twice:
+        raise InputError(f"evaluation: the case '{twice[0]}' is asked for twice")
+    share, scored, error = ids[gang.rank :: gang.size], [], None
+    try:
+        for case_id in share:
+            case = store.manifest.case(case_id)
+            truth = truth_of(store, case)
+            label = predict_case(
+                forward, store, case, task, patch=patch, overlap=overlap, mirror_axes=mirror_axes, batch=batch, dims=dims, device=device
+            )
+            scored.append(_entry(case, score_case(label, truth, spacing=case.raw_spacing, task=task, distances=distances)))
+            if progress:
+                progress(len(scored), len(share))
+    except Exception as caught:
+        error = caught
+    answers = gang.gather((scored, portable(error)))
+    if error:
+        raise error
+    for _, elsewhere in answers:
+        if elsewhere:
+            raise elsewhere
+    known = {entry["id"]: entry for part, _ in answers for entry in part}
+    cases = [known[case_id] for case_id in ids]
+    return {
+        "version": VERSION,
+        "dataset": store.manifest.dataset.name,
+        "store": store.manifest.id,
+        "settings": {"patch": list(patch), "overlap": overlap, "mirror_axes": list(mirror_axes), "distances": distances},
+        "structures": list(task.names),
+        "cases": cases,
+        "summary": summarise(cases, task.names),
+        "definitions": definitions(),
+    }
+
+
+def case_probabilities(
+    forward: Forward,
+    store: ShardStore,
+    case: CaseEntry,
+    *,
+    patch: Sequence[int],
+    overlap: float = 0.5,
+    mirror_axes: Sequence[int] = (),
+    batch: int = 1,
+    dims: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """(K, Z, Y, X) float32 probabilities of a stored case on the stored grid, on the CPU."""
+    image = torch.from_numpy(np.ascontiguousarray(store.image(case)))
+    dims = dims or (2 if patch[0] == 1 else 3)
+    try:
+        return sliding_window(
+            forward, image, patch=patch, overlap=overlap, mirror_axes=mirror_axes, batch=batch, dims=dims, device=device, keep_on="cpu"
+        )
+    except FloatingPointError as error:
+        raise FloatingPointError(f"case '{case.id}': {error}") from None
+
+
+def predict_case(forward: Forward, store: ShardStore, case: CaseEntry, task: Task, **window: Any) -> np.ndarray:
+    """(Z, Y, X) uint8 label on the raw grid; `window`: as for `case_probabilities`."""
+    found = case_probabilities(forward, store, case, **window)
+    axis = resample_axis(case.raw_spacing, store.manifest.plan)
+    return restore(found, task, crop=case.crop, raw_shape=case.raw_shape, anisotropic_axis=axis)
+
+
+def truth_of(store: ShardStore, case: CaseEntry) -> np.ndarray:
+    """(Z, Y, X) uint8 label on the raw grid. Where preprocessing changed nothing, the stored label is it. Raises InputError."""
+    if case.has_truth:
+        return store.truth(case)
+    whole = all((start, stop) == (0, size) for (start, stop), size in zip(case.crop, case.raw_shape, strict=True))
+    if whole and tuple(case.shape) == tuple(case.raw_shape):
+        return store.label(case)
+    return store.truth(case)  # says that there is none
+
+
+def _entry(case: CaseEntry, scores: dict[str, Any]) -> dict[str, Any]:
+    dice = [s["dice"] for s in scores.values() if s["dice"] is not None]
+    mean = float(np.mean(dice)) if dice else None
+    return {"id": case.id, "group": case.group or case.id, "spacing": list(case.raw_spacing), "mean_dice": mean, "scores": scores}
+
+
+def portable(error: Exception | None) -> Exception | None:
+    """The error, or one with the same words if it cannot travel to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,82 @@
+"""Back to the raw grid: crop, resample and paste undo what preprocessing did."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from segfleet.pipeline.metrics import masks, ratio
+from segfleet.pipeline.restore import restore
+from segfleet.pipeline.task import Task
+from segfleet.preprocess.case import Case, Geometry
+from segfleet.preprocess.manifest import Plan
+from segfleet.preprocess.transforms import preprocess_case, resample_axis
+
+SOFTMAX = Task(head="softmax", names=("shell", "core"), members=((1,), (2,)), values=(0, 1, 2))
+REGIONS = Task(head="sigmoid", names=("whole", "core"), members=((1, 2), (2,)), values=(1, 2))
+
+
+def phantom(shape, spacing) -> Case:
+    """Two nested ellipsoids of the same size in mm, off centre, with an empty margin that cropping removes."""
+    grid = np.indices(shape).astype(float) * np.reshape(spacing, (3, 1, 1, 1))
+    middle = np.array(shape) * np.array(spacing) * (0.55, 0.45, 0.5)
+    away = np.sqrt(((grid - middle.reshape(3, 1, 1, 1)) ** 2).sum(0))
+    radius = min(np.array(shape) * np.array(spacing)) * 0.4
+    label = np.where(away < 0.5 * radius, 2, np.where(away < radius, 1, 0)).astype(np.uint8)
+    image = np.where(away < 1.1 * radius, 1.0 + label, 0.0).astype(np.float32)[None]
+    return Case(id="phantom", image_CZYX=image, label_ZYX=label, geometry=Geometry(shape=shape, spacing=spacing))
+
+
+def plan(target) -> Plan:
+    return Plan(target_spacing=target, patch=(8, 8, 8), normalisation=("zscore",))
+
+
+def one_hot(label: np.ndarray, task: Task) -> torch.Tensor:
+    if task.head == "softmax":
+        return torch.stack([torch.from_numpy(label == value).float() for value in task.values])
+    return torch.stack([torch.from_numpy(np.isin(label, group)).float() for group in task.members])
+
+
+@pytest.mark.parametrize("task", [SOFTMAX, REGIONS], ids=["softmax", "regions"])
+@pytest.mark.parametrize(
+    "shape, spacing, target, least",
+    [
+        ((24, 70, 64), (2.5, 0.8, 0.8), (2.5, 0.8, 0.8), 1.0),  # only cropped: nothing is lost
+        ((40, 60, 64), (1.0, 0.7, 0.7), (1.5, 1.0, 1.0), 0.94),  # coarser: the core is 10 voxels wide
+        ((14, 90, 84), (6.0, 0.9, 0.9), (6.0, 1.4, 1.4), 0.95),  # anisotropic, in-plane only
+        ((14, 90, 84), (6.0, 0.9, 0.9), (3.0, 0.9, 0.9), 0.95),  # nearest along z, then back
+        ((30, 40, 40), (2.0, 2.0, 2.0), (1.0, 1.0, 1.0), 0.98),
+    ],
+)
+def test_round_trip_of_a_perfect_network(task, shape, spacing, target, least):
+    case = phantom(shape, spacing)
+    _, label, facts = preprocess_case(case, plan(target))
+    axis = resample_axis(spacing, plan(target))
+    back = restore(one_hot(label, task), task, crop=facts["crop"], raw_shape=facts["raw_shape"], anisotropic_axis=axis)
+    assert back.shape == shape and back.dtype == np.uint8
+    assert facts["crop"] != tuple((0, n) for n in shape), "the phantom is cropped"
+    for group in task.members:
+        found, truth = masks(back, group), masks(case.label_ZYX, group)
+        assert ratio(2 * (found & truth).sum(), found.sum() + truth.sum()) >= least
+
+
+def test_the_crop_lands_where_it_was_and_the_rest_is_background():
+    label = np.zeros((2, 3, 4), np.uint8)
+    label[1, 2, 3] = 2
+    back = restore(one_hot(label, SOFTMAX), SOFTMAX, crop=((1, 3), (4, 7), (0, 4)), raw_shape=(5, 9, 6))
+    assert back.shape == (5, 9, 6) and back.sum() == 2 and back[2, 6, 3] == 2
+
+
+def test_probabilities_are_interpolated_not_labels():
+    """Two voxels, 0.9 and 0.2: linear interpolation puts the border at 0.5 nearer to the second, labels would put it halfway."""
+    task = Task(head="sigmoid", names=("a",), members=((1,),), values=(1,))
+    probabilities = torch.tensor([0.9, 0.2]).reshape(1, 1, 1, 2)
+    back = restore(probabilities, task, crop=((0, 1), (0, 1), (0, 20)), raw_shape=(1, 1, 20))
+    assert back.sum() == 11  # 0.9 - 0.7 x > 0.5 for x < 0.571 voxels; cells are 0.1 wide from -0.45: 5 before 0, 6 after
+
+
+def test_later_regions_are_painted_over_earlier_ones():
+    probabilities = torch.tensor([[0.9, 0.9, 0.1], [0.2, 0.8, 0.7]]).reshape(2, 1, 1, 3)
+    back = restore(probabilities, REGIONS, crop=((0, 1), (0, 1), (0, 3)), raw_shape=(1, 1, 3))
+    assert back.ravel().tolist() == [1, 2, 2]
