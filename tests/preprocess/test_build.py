@@ -1,0 +1,349 @@
+"""The build: whole or not at all, continued after a kill, the same bytes whoever makes it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import segfleet.preprocess.shard_job as shard_job
+from segfleet.preprocess.build import build
+from segfleet.preprocess.parallel import run
+from segfleet.preprocess.phantom import PHANTOMS, write_msd_phantom, write_nnunet_phantom
+from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.readers.base import open_reader
+from segfleet.preprocess.shard_writer import ShardWriter
+from segfleet.preprocess.stores.base import open_store
+from segfleet.preprocess.transforms import paste, preprocess_case, resample_axis, resample_probabilities
+from segfleet.preprocess.verify import verify
+
+FORMATS = ("zarr", "hdf5")
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Path:
+    return write_msd_phantom(tmp_path_factory.mktemp("raw") / "msd", cases=6, size=(10, 20, 20))
+
+
+class Told:
+    """Remembers what the build reported."""
+
+    def __init__(self):
+        self.events: list[tuple[str, int, int]] = []
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        self.events.append((phase, done, total))
+
+    def processed(self, phase: str) -> int | None:
+        """Cases this run did itself; None: there was no such phase."""
+        done = [event[1] for event in self.events if event[0] == phase]
+        return done[-1] - done[0] if done else None
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", sorted(PHANTOMS))
+def test_every_layout_in_every_format(name, format, tmp_path):
+    reader = open_reader(name, PHANTOMS[name](tmp_path / "raw"))
+    manifest = build(name, reader.root, tmp_path / "out", format, workers=1)
+    store = open_store(tmp_path / "out")
+    assert store.manifest == manifest and manifest.dataset == reader.dataset() and not verify(tmp_path / "out", chunks=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"raw", "out"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"manifest.json", "shards"}
+    assert [entry.id for entry in manifest.cases] == [ref.id for ref in reader.refs()]
+    for ref, entry in list(zip(reader.refs(), manifest.cases, strict=True))[:3]:
+        case = reader.read(ref)
+        image, label, _ = preprocess_case(case, manifest.plan, ignore_label=manifest.dataset.ignore_label)
+        assert np.allclose(store.image(entry), image.astype(np.float32) * manifest.plan.scale, atol=1e-6)
+        assert np.array_equal(store.label(entry), label)
+        assert np.array_equal(store.truth(entry) if entry.has_truth else store.label(entry), case.label_ZYX)
+        assert entry.has_truth == (label.shape != case.label_ZYX.shape) and entry.affine == case.geometry.affine
+        assert entry.group == case.patient and (reader.root / entry.image_file) == ref.images[0]
+        assert manifest.dataset.ignore_label not in entry.foreground and set(entry.foreground) <= set(entry.voxels)
+    store.close()
+    assert manifest.id == build(name, reader.root, tmp_path / "other", next(f for f in FORMATS if f != format), workers=1).id
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_second_run_does_nothing(format, raw, tmp_path):
+    first = build("msd", raw, tmp_path / "out", format, workers=1)
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    told = Told()
+    assert build("msd", raw, tmp_path / "out", format, workers=1, progress=told) == first
+    assert told.processed("compare") == 6 and told.processed("check") is None and told.processed("write") is None
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == stamps
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_bytes_do_not_depend_on_the_number_of_workers(format, raw, tmp_path):
+    one = build("msd", raw, tmp_path / "one", format, workers=1, shard_bytes=50_000)
+    two = build("msd", raw, tmp_path / "two", format, workers=2, shard_bytes=50_000)
+    assert len({entry.shard for entry in one.cases}) > 1 and one.id == two.id
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_the_size_of_shards_does_not_change_the_content(raw, tmp_path):
+    one = build("msd", raw, tmp_path / "one", workers=1, shard_bytes=1)
+    two = build("msd", raw, tmp_path / "two", workers=1)
+    assert one.id == two.id and len({e.shard for e in one.cases}) == 6 and len({e.shard for e in two.cases}) == 1
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_flipped_byte_is_found(format, raw, tmp_path):
+    manifest = build("msd", raw, tmp_path / "out", format, workers=1, shard_bytes=1)
+    victim = max((path for path in manifest.files if "00003" in path), key=lambda path: manifest.files[path]["bytes"])
+    damaged = bytearray((tmp_path / "out" / victim).read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "out" / victim).write_bytes(damaged)
+    problems = verify(tmp_path / "out")
+    assert [(p.case, p.field) for p in problems] == [("phantom_003", victim)] and "sha256" in problems[0].expected
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_run_goes_on_with_what_is_missing(workers, tmp_path):
+    raw = write_msd_phantom(tmp_path / "raw", cases=40, size=(16, 40, 40))
+    out, state = tmp_path / "out", tmp_path / "out.partial/.state/done"
+    script = f"from segfleet.preprocess.build import build; build('msd', {str(raw)!r}, {str(out)!r}, workers={workers}, shard_bytes=1)"
+    process = subprocess.Popen([sys.executable, "-c", script])
+    wait_for(lambda: len(list(state.glob("*.json"))) >= 5 or process.poll() is not None)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the build was faster than the test"
+    assert not out.exists()
+    settle(state)
+    finished = {path.name: path.stat().st_mtime_ns for path in state.glob("*.json")}
+    assert 5 <= len(finished) < 40
+    told = Told()
+    manifest = build("msd", raw, out, workers=1, shard_bytes=1, progress=told)
+    assert told.processed("check") == 0, "facts of the first pass were kept"
+    assert told.processed("write") == 40 - len(finished) and ("write", 40, 40) == told.events[-1]
+    assert manifest == build("msd", raw, tmp_path / "fresh", workers=1, shard_bytes=1)
+    assert files(out) == files(tmp_path / "fresh") and not (tmp_path / "out.partial").exists()
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.005)
+
+
+def settle(folder: Path) -> None:
+    """Until orphaned workers have gone: they end when their parent does."""
+    time.sleep(0.5)
+    before = sorted(folder.iterdir())
+    time.sleep(0.5)
+    assert sorted(folder.iterdir()) == before, "a worker outlived its parent"
+
+
+def interrupted(raw: Path, out: Path, monkeypatch, case: str, error: BaseException) -> Exception:
+    """Build with one case per shard and a writer that fails at `case`; what was raised."""
+    real = shard_job._write_case
+
+    def fail(writer, job, number):
+        entry = real(writer, job, number)
+        if job.refs[number].id == case:
+            raise error
+        return entry
+
+    with monkeypatch.context() as patch, pytest.raises(Exception) as caught:
+        patch.setattr(shard_job, "_write_case", fail)
+        build("msd", raw, out, workers=1, shard_bytes=1)
+    return caught.value
+
+
+def test_a_changed_source_makes_only_its_shard_anew(raw, tmp_path, monkeypatch):
+    raw = Path(shutil.copytree(raw, tmp_path / "raw"))
+    interrupted(raw, tmp_path / "out", monkeypatch, "phantom_004", OSError(errno.EIO, "broken"))
+    rewrite(raw / "imagesTr/phantom_001.nii.gz")
+    (raw / "imagesTr/phantom_002.nii.gz").touch()
+    told = Told()
+    build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1, progress=told)
+    assert told.processed("check") == 2, "both were looked at again"
+    assert told.processed("write") == 3, "the changed one, and the two that were never reached"
+    assert files(tmp_path / "out") == files(build_at(raw, tmp_path / "fresh"))
+
+
+def test_a_changed_plan_makes_everything_anew(raw, tmp_path, monkeypatch):
+    raw = Path(shutil.copytree(raw, tmp_path / "raw"))
+    interrupted(raw, tmp_path / "out", monkeypatch, "phantom_004", OSError(errno.EIO, "broken"))
+    (raw / "dataset.json").write_text((raw / "dataset.json").read_text().replace('"MRI"', '"CT"'))
+    told = Told()
+    build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1, progress=told)
+    assert told.processed("check") == told.processed("write") == 6
+    assert files(tmp_path / "out") == files(build_at(raw, tmp_path / "fresh"))
+
+
+def build_at(raw: Path, out: Path) -> Path:
+    build("msd", raw, out, workers=1, shard_bytes=1)
+    return out
+
+
+def rewrite(path: Path) -> None:
+    """Another value in a background voxel: another file, the same fingerprint."""
+    import nibabel as nib
+
+    image = nib.load(path)
+    array = np.asarray(image.dataobj).copy()
+    array[1, 1, 1] *= 2
+    path.unlink()
+    nib.save(nib.Nifti1Image(array, image.affine), path)
+
+
+def test_a_full_disk_is_one_message_and_keeps_what_is_finished(raw, tmp_path, monkeypatch):
+    writes = []
+    real = ShardWriter.write
+
+    def full(self, key, image, label, truth):
+        writes.append(key)
+        if len(writes) > 3:
+            real(self, key, image, label, truth)
+            self.abandon()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.partial))
+        real(self, key, image, label, truth)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", full)
+        message = r"no space left in .*: the remaining 3 case\(s\) need about .* MiB, .* are free. Free some and run"
+        with pytest.raises(InputError, match=message):
+            build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)
+    shards = sorted(path.name for path in (tmp_path / "out.partial/shards").iterdir())
+    assert shards == ["00000.zarr", "00001.zarr", "00002.zarr"], "nothing of the shard that failed"
+    told = Told()
+    build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1, progress=told)
+    assert told.processed("write") == 3 and not verify(tmp_path / "out", chunks=True)
+
+
+def test_a_crash_names_the_case(raw, tmp_path, monkeypatch):
+    real = shard_job.preprocess_case
+
+    def crash(case, *args, **options):
+        if case.id == "phantom_002":
+            raise ZeroDivisionError("in the middle")
+        return real(case, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_job, "preprocess_case", crash)
+        with pytest.raises(RuntimeError, match="case 'phantom_002': ZeroDivisionError: in the middle"):
+            build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_that_dies_names_its_cases():
+    with pytest.raises(RuntimeError, match="a worker process died .* one of: bad"):
+        list(run(os._exit, [3, 3], weights=[10, 10], names=["bad", "also"], workers=2, budget=15))
+
+
+def test_work_stays_within_the_memory_budget(tmp_path):
+    """Two workers, but the budget lets one item run at a time: no two lifetimes overlap."""
+    spans = [span for _, span in run(nap, [0.2] * 4, weights=[10] * 4, names=list("abcd"), workers=2, budget=15)]
+    spans.sort()
+    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert sorted(i for i, _ in run(nap, [0.0] * 3, weights=[99] * 3, names=list("abc"), workers=2, budget=1)) == [0, 1, 2]
+
+
+def nap(seconds: float) -> tuple[float, float]:
+    start = time.monotonic()
+    time.sleep(seconds)
+    return start, time.monotonic()
+
+
+def test_another_build_into_the_same_place_is_refused(raw, tmp_path):
+    claim = tmp_path / "out.partial/.state/claim"
+    claim.parent.mkdir(parents=True)
+    with open(claim, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another process is preprocessing into .*out. Wait for it"):
+            build("msd", raw, tmp_path / "out", workers=1)
+    build("msd", raw, tmp_path / "out", workers=1)
+
+
+def test_places_that_are_taken_are_refused(raw, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="neither an empty folder nor a store"):
+        build("msd", raw, tmp_path, workers=1)
+    with pytest.raises(InputError, match="neither an empty folder nor a store|own folder"):
+        build("msd", raw, raw, workers=1)
+    with pytest.raises(InputError, match="format: found 'zip', expected one of: hdf5, zarr"):
+        build("msd", raw, tmp_path / "out", "zip")
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "empty").mkdir()
+    build("msd", raw, tmp_path / "empty", workers=1)
+
+
+def test_a_finished_store_is_never_changed_and_says_what_differs(raw, tmp_path):
+    raw = Path(shutil.copytree(raw, tmp_path / "raw"))
+    build("msd", raw, tmp_path / "out", workers=1)
+    before = files(tmp_path / "out")
+    with pytest.raises(InputError, match="format zarr, now hdf5; split seed 12345, now 7. .*choose another --out"):
+        build("msd", raw, tmp_path / "out", "hdf5", workers=1, split_seed=7)
+    text = (raw / "dataset.json").read_text()
+    (raw / "dataset.json").write_text(text.replace('"MRI"', '"CT"'))
+    with pytest.raises(InputError, match="the description of the data set"):
+        build("msd", raw, tmp_path / "out", workers=1)
+    (raw / "dataset.json").write_text(text)
+    rewrite(raw / "imagesTr/phantom_001.nii.gz")
+    with pytest.raises(InputError, match=r"raw files of 1 case\(s\): phantom_001"):
+        build("msd", raw, tmp_path / "out", workers=1)
+    assert files(tmp_path / "out") == before
+
+
+def test_splits_that_come_along_are_in_the_manifest(tmp_path):
+    root = write_nnunet_phantom(tmp_path / "raw", cases=4)
+    ids = [ref.id for ref in open_reader("nnunet", root).refs()]
+    (root / "splits_final.json").write_text(json.dumps([{"train": ids[:2], "val": ids[2:]}]))
+    manifest = build("nnunet", root, tmp_path / "out", workers=1)
+    assert manifest.fold("nnunet", 0) == {"train": tuple(ids[:2]), "val": tuple(ids[2:])} and len(manifest.splits["kfold"]) == 2
+    assert manifest.plan.normalisation == ("ct", "zscore") and manifest.dataset.regions
+
+
+def test_a_perfect_prediction_scores_almost_one_on_the_raw_grid(raw, tmp_path):
+    """What resampling costs: the stored label, brought back as probabilities, against the raw one."""
+    manifest = build("msd", raw, tmp_path / "out", workers=1)
+    store = open_store(tmp_path / "out")
+    for entry in manifest.cases:
+        onehot = np.stack([store.label(entry) == value for value in manifest.dataset.labels.values()]).astype(np.float32)
+        box = tuple(stop - start for start, stop in entry.crop)
+        back = resample_probabilities(onehot, box, resample_axis(entry.raw_spacing, manifest.plan)).argmax(0).astype(np.uint8)
+        found, truth = paste(back, entry.crop, entry.raw_shape), store.truth(entry)
+        for value in (1, 2):
+            a, b = found == value, truth == value
+            assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.9
+    store.close()
+
+
+def test_hippocampus_as_a_store(shared_data, tmp_path):
+    manifest = build("msd", shared_data("Task04_Hippocampus"), tmp_path / "out", workers=1)
+    assert len(manifest.cases) == 208 and manifest.plan.patch == (40, 56, 40) and manifest.plan.target_spacing == (1.0, 1.0, 1.0)
+    assert [len(fold["val"]) for fold in manifest.splits["kfold"]] in ([42, 42, 42, 41, 41], *permuted([42, 42, 42, 41, 41]))
+    store = open_store(tmp_path / "out")
+    images = [store.image(entry) for entry in manifest.cases[::20]]
+    assert all(abs(image.mean()) < 0.01 and abs(image.std() - 1) < 0.01 for image in images)
+    store.close()
+
+
+def permuted(sizes: list[int]) -> list[list[int]]:
+    from itertools import permutations
+
+    return [list(p) for p in permutations(sizes)]
+
+
+def test_nuclei_as_a_store(shared_data, tmp_path):
+    raw, source = tmp_path / "raw", shared_data("dsb2018") / "stage1_train"
+    for folder in sorted(source.iterdir())[:40]:
+        shutil.copytree(folder, raw / "stage1_train" / folder.name)
+    manifest = build("dsb2018", raw, tmp_path / "out", "hdf5", workers=1)
+    assert len(manifest.cases) == 40 and manifest.plan.dtype == "uint8" and manifest.plan.patch[0] == 1
+    assert not any(entry.has_truth for entry in manifest.cases) and not verify(tmp_path / "out", chunks=True)

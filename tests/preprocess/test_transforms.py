@@ -1,0 +1,191 @@
+"""Transforms: against scipy, against themselves run backwards, and against the rules."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from segfleet.preprocess.case import Case, Geometry
+from segfleet.preprocess.manifest import Plan
+from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.resample import nearest
+from segfleet.preprocess.transforms import (
+    crop_box,
+    nonzero_box,
+    nonzero_mask,
+    normalise,
+    paste,
+    preprocess_case,
+    resample_axis,
+    resample_image,
+    resample_label,
+    resample_probabilities,
+    stored_grid,
+)
+
+RANDOM = np.random.default_rng(3)
+
+
+def plan(**changes) -> Plan:
+    return Plan(**{"target_spacing": (1.0, 1.0, 1.0), "patch": (8, 8, 8), "normalisation": ("zscore",), "dtype": "float32", **changes})
+
+
+def case(image, label=None, spacing=(1.0, 1.0, 1.0)) -> Case:
+    return Case(id="c", image_CZYX=image, label_ZYX=label, geometry=Geometry(shape=image.shape[1:], spacing=spacing))
+
+
+@pytest.mark.parametrize(("old", "new"), [((9, 20, 31), (14, 11, 40)), ((1, 30, 7), (3, 9, 21)), ((2, 3, 4), (5, 6, 7))])
+@pytest.mark.parametrize(("order", "resample"), [(3, resample_image), (1, resample_probabilities)])
+def test_resampling_is_that_of_scipy(old, new, order, resample):
+    image = RANDOM.standard_normal((2, *old)).astype(np.float32)
+    zoom = [n / o for n, o in zip(new, old, strict=True)]
+    expected = [ndimage.zoom(channel.astype(float), zoom, order=order, mode="nearest", grid_mode=True) for channel in image]
+    assert np.allclose(resample(image, new), expected, atol=1e-4)
+
+
+def test_the_anisotropic_axis_takes_whole_slices():
+    image = RANDOM.standard_normal((1, 4, 10, 10)).astype(np.float32)
+    out = resample_image(image, (8, 10, 10), anisotropic_axis=0)
+    assert np.array_equal(out, image.repeat(2, 1))
+    plane = resample_image(image, (6, 15, 15), anisotropic_axis=0)
+    assert np.allclose(plane[:, [0, 5]], resample_image(image, (4, 15, 15))[:, [0, 3]], atol=1e-5)
+    assert nearest(4, 6).tolist() == [0, 1, 1, 2, 3, 3] and nearest(3, 1).tolist() == [1]
+
+
+def test_nothing_to_do_returns_the_same_array():
+    image, label = np.zeros((1, 3, 4, 5), np.int16), np.zeros((3, 4, 5), np.uint8)
+    assert resample_image(image, (3, 4, 5)) is image and resample_label(label, (3, 4, 5)) is label
+
+
+def test_resampled_probabilities_stay_probabilities():
+    logits = RANDOM.standard_normal((4, 5, 12, 9))
+    probabilities = np.exp(logits) / np.exp(logits).sum(0)
+    out = resample_probabilities(probabilities, (11, 7, 20))
+    assert out.min() >= 0 and np.allclose(out.sum(0), 1, atol=1e-5)
+
+
+def test_a_smooth_image_survives_there_and_back():
+    z, y, x = np.meshgrid(*(np.linspace(0, 3, n) for n in (20, 30, 25)), indexing="ij")
+    image = (np.sin(z) + np.cos(2 * y) * x)[None].astype(np.float32)
+    back = resample_image(resample_image(image, (27, 41, 33)), (20, 30, 25))
+    assert np.abs(back - image)[:, 2:-2, 2:-2, 2:-2].max() < 5e-3
+
+
+def test_labels_are_resampled_without_new_values_or_holes():
+    grid = np.indices((12, 24, 24)) - np.array([6, 12, 12])[:, None, None, None]
+    radius = np.sqrt((grid * np.array([2, 1, 1])[:, None, None, None]) ** 2).sum(0)
+    label = np.select([radius < 5, radius < 9], [7, 2], 0).astype(np.uint8)
+    out = resample_label(label, (24, 48, 48))
+    assert out.dtype == np.uint8 and set(np.unique(out)) == {0, 2, 7}
+    assert abs((out > 0).sum() / 8 - (label > 0).sum()) < 0.04 * (label > 0).sum()
+    back = resample_label(out, label.shape)
+    assert (back != label).mean() < 0.01
+    reference = [ndimage.zoom((label == v).astype(float), 2, order=1, mode="nearest", grid_mode=True) for v in (0, 2, 7)]
+    assert np.array_equal(out, np.array([0, 2, 7])[np.argmax(np.round(reference, 5), axis=0)])
+    assert np.array_equal(resample_label(np.full((2, 2, 2), 5, np.uint8), (3, 3, 3)), np.full((3, 3, 3), 5))
+
+
+def test_the_box_of_what_is_not_zero_and_the_way_back():
+    image = np.zeros((2, 6, 7, 8), np.float32)
+    image[0, 2, 3, 4], image[1, 3, 1, 6] = 1, -1
+    assert nonzero_box(image) == ((2, 4), (1, 4), (4, 7))
+    assert nonzero_box(np.zeros((1, 2, 3, 4))) == ((0, 2), (0, 3), (0, 4))
+    label = RANDOM.integers(0, 3, (2, 3, 3)).astype(np.uint8)
+    whole = paste(label, nonzero_box(image), (6, 7, 8))
+    assert whole.shape == (6, 7, 8) and np.array_equal(whole[2:4, 1:4, 4:7], label) and whole.sum() == label.sum()
+    assert crop_box(image, ("rgb_to_0_1",) * 2) == ((0, 6), (0, 7), (0, 8)), "black is a colour"
+
+
+@pytest.mark.parametrize("shape", [(9, 10, 11), (1, 12, 12)])
+def test_the_mask_fills_holes_and_only_holes(shape):
+    image = (RANDOM.random((1, *shape)) < 0.7).astype(np.float32)
+    image[:, :, 3:6, 3:6] = 0
+    image[:, :, 4, 4] = 1
+    filled = ndimage.binary_fill_holes(image[0] if shape[0] > 1 else image[0, 0]).reshape(shape)
+    assert np.array_equal(nonzero_mask(image), filled)
+    assert nonzero_mask(np.ones((1, *shape))).all() and not nonzero_mask(np.zeros((1, *shape))).any()
+
+
+def test_zscore_with_and_without_a_mask():
+    image = np.zeros((1, 4, 10, 10), np.int16)
+    image[:, :, 2:8, 2:8] = RANDOM.integers(50, 100, (1, 4, 6, 6))
+    out = normalise(image, plan())
+    assert out.dtype == np.float32 and abs(out.mean()) < 1e-5 and out.std() == pytest.approx(1, abs=1e-4)
+    inside = normalise(image, plan(nonzero_mask=True))
+    assert inside[image != 0].mean() == pytest.approx(0, abs=1e-5) and inside[image != 0].std() == pytest.approx(1, abs=1e-4)
+    assert not inside[image == 0].any()
+    flat = normalise(np.full((1, 2, 2, 2), 7, np.uint8), plan())
+    assert not flat.any()
+
+
+def test_the_other_normalisations():
+    image = np.array([-2000, -17, 99, 201, 4000], np.int16).reshape(1, 1, 1, 5)
+    facts = {"mean": 99.0, "std": 50.0, "percentile_00_5": -17.0, "percentile_99_5": 201.0}
+    assert normalise(image, plan(normalisation=("ct",), intensity=(facts,)))[0, 0, 0] == pytest.approx([-2.32, -2.32, 0, 2.04, 2.04])
+    stretched = normalise(image, plan(normalisation=("rescale_to_0_1",)))
+    assert stretched[0, 0, 0] == pytest.approx([0, 1983 / 6000, 2099 / 6000, 2201 / 6000, 1])
+    assert np.array_equal(normalise(image, plan(normalisation=("none",))), image)
+    bytes_ = np.array([0, 51, 255], np.uint8).reshape(1, 1, 1, 3)
+    assert normalise(bytes_, plan(normalisation=("rgb_to_0_1",)))[0, 0, 0] == pytest.approx([0, 0.2, 1])
+    words = np.array([0, 13107, 65535], np.uint16).reshape(1, 1, 1, 3)
+    assert normalise(words, plan(normalisation=("rgb_to_0_1",)))[0, 0, 0] == pytest.approx([0, 0.2, 1])
+    with pytest.raises(InputError, match="found 'zsocre', expected zscore"):
+        normalise(bytes_, plan(normalisation=("zsocre",)))
+
+
+def test_the_stored_grid_and_the_axis_apart():
+    assert stored_grid((10, 20, 30), (3.0, 1.0, 0.5), plan()) == ((30, 20, 15), (1.0, 1.0, 1.0))
+    assert stored_grid((1, 20, 30), (5.0, 1.0, 2.0), plan()) == ((1, 20, 60), (5.0, 1.0, 1.0)), "one slice stays one"
+    assert stored_grid((10, 1, 1), (1.0004, 9, 9), plan())[0] == (10, 1, 1)
+    assert resample_axis((5.0, 1.0, 1.0), plan()) == 0 and resample_axis((2.0, 1.0, 1.0), plan()) is None
+    assert resample_axis((2.0, 1.0, 1.0), plan(anisotropic_axis=0)) == 0 and resample_axis((1.0, 1.0, 9.0), plan(anisotropic_axis=0)) == 2
+
+
+def test_a_case_is_cropped_normalised_and_resampled():
+    image = np.zeros((1, 10, 12, 12), np.float32)
+    image[:, 2:8, 1:11, 1:11] = RANDOM.random((1, 6, 10, 10)) + 1
+    label = np.zeros((10, 12, 12), np.uint8)
+    label[3:6, 4:8, 4:8], label[6, 4:6, 4:6], label[0, 0, 0] = 1, 3, 2
+    out, stored, facts = preprocess_case(case(image, label, (2.0, 1.0, 1.0)), plan(dtype="float16"), ignore_label=3)
+    assert out.dtype == np.float16 and out.shape == (1, 12, 10, 10) and stored.shape == (12, 10, 10) and stored.dtype == np.uint8
+    assert facts["crop"] == ((2, 8), (1, 11), (1, 11)) and facts["raw_shape"] == (10, 12, 12) and facts["has_truth"]
+    assert facts["spacing"] == (1.0, 1.0, 1.0) and facts["raw_spacing"] == (2.0, 1.0, 1.0)
+    assert facts["voxels"] == {v: int((stored == v).sum()) for v in (0, 1, 3)} and sum(facts["voxels"].values()) == stored.size
+    assert set(facts["foreground"]) == {1} and (stored.ravel()[list(facts["foreground"][1])] == 1).all()
+    again = preprocess_case(case(image, label, (2.0, 1.0, 1.0)), plan(dtype="float16"), ignore_label=3)
+    assert again[2] == facts and np.array_equal(again[0], out)
+    alone, nothing, prediction = preprocess_case(case(image, None, (2.0, 1.0, 1.0)), plan(dtype="float16"))
+    assert np.array_equal(alone, out) and nothing is None and prediction["crop"] == facts["crop"] and "voxels" not in prediction
+
+
+def test_foreground_samples_are_limited_and_distinct():
+    label = np.zeros((1, 40, 40), np.uint8)
+    label[0, :20], label[0, 39, :3] = 1, 2
+    _, _, facts = preprocess_case(case(np.ones((1, 1, 40, 40)), label), plan())
+    assert not facts["has_truth"]
+    assert len(set(facts["foreground"][1])) == 256 and list(facts["foreground"][1]) == sorted(facts["foreground"][1])
+    assert facts["foreground"][2] == (39 * 40, 39 * 40 + 1, 39 * 40 + 2)
+
+
+def test_colours_are_stored_as_bytes():
+    colours = plan(normalisation=("rgb_to_0_1",) * 3, dtype="uint8", scale=1 / 255)
+    image = RANDOM.integers(0, 256, (3, 1, 6, 5), dtype=np.uint8)
+    image[:, :, 0] = 0
+    out, _, facts = preprocess_case(case(image), colours)
+    assert np.array_equal(out, image) and facts["crop"] == ((0, 1), (0, 6), (0, 5))
+    words, _, _ = preprocess_case(case(image.astype(np.uint16) * 257), colours)
+    assert np.array_equal(words, image)
+    finer, _, _ = preprocess_case(case(image, spacing=(1.0, 2.0, 2.0)), colours)
+    assert finer.dtype == np.uint8 and finer.shape == (3, 1, 12, 10)
+
+
+def test_values_beyond_the_stored_type_are_set_to_its_border():
+    image = np.array([0, 1e9, -1e9, 5], np.float32).reshape(1, 1, 2, 2)
+    out, _, _ = preprocess_case(case(image), plan(normalisation=("none",), dtype="float16"))
+    assert np.isfinite(out).all() and out.max() == np.finfo(np.float16).max
+
+
+def test_a_wrong_number_of_channels_is_named():
+    with pytest.raises(InputError, match="case 'c': channels: found 2, expected 1"):
+        preprocess_case(case(np.ones((2, 3, 3, 3))), plan())
