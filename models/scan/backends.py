@@ -37,7 +37,7 @@ def choose(wanted: str, device: torch.device, *, ours: bool = False) -> str:
         source, wanted = VARIABLE, os.environ.get(VARIABLE, "") or "auto"
     if wanted not in NAMES:
         raise ModelError(f"selective_scan: {source} is '{wanted}', expected one of: {', '.join(NAMES)}")
-    if ours and wanted == "mamba_ssm":
+    if ours and wanted == "mamba_ssm" and device.type == "cuda":
         wanted = "auto"
     if wanted != "auto":
         if reason := load(wanted).unavailable(device):
