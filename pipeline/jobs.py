@@ -1,7 +1,7 @@
 """What a gang can be asked to do, as plain JSON. Launchers carry the job, every rank runs it.
 
 {"do": "train", "recipe": {...}, "root": "runs"}: train what is missing of every stage, then score it.
-{"do": "score", ...}: only score.
+{"do": "score", ...}: only score; "again": true, even if it is scored already.
 """
 
 from __future__ import annotations
@@ -32,10 +32,8 @@ def run_job(job: dict[str, Any], gang: gangs.Gang, stop: StopRequest) -> None:
     stop.watch = folders[-1].path / "stop"
     scorer = Scorer(recipe=recipe, store=store, gang=gang, stop=stop)
     if job["do"] == "train":
-        train(
-            Run(recipe=recipe, store=store, folders=folders, gang=gang, asked_to_stop=stop.asked, warn=warn, validate=scorer.validate)
-        )
-    scorer.score(folders, warn)
+        train(Run(recipe=recipe, store=store, folders=folders, gang=gang, asked_to_stop=stop.asked, warn=warn, validate=scorer.validate))
+    scorer.score(folders, again=job.get("again", False))
 
 
 def warn(message: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +13,12 @@ from torch import Tensor, nn
 from segfleet.pipeline import checkpoint
 from segfleet.pipeline.engines.base import Engine, autocast
 from segfleet.pipeline.engines.common import load_weights
-from segfleet.pipeline.evaluate import evaluate_cases
+from segfleet.pipeline.evaluate import case_probabilities, evaluate_cases
 from segfleet.pipeline.gang import Gang
+from segfleet.pipeline.overlay import save_overlays
 from segfleet.pipeline.parts import build_network, patch_of
 from segfleet.pipeline.recipe import Recipe
+from segfleet.pipeline.report import write_report
 from segfleet.pipeline.run import StageFolder
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.pipeline.task import Task, make_task
@@ -75,25 +76,25 @@ class Scorer:
         """Scores while training: {"dice": mean over structures and cases, "dice_<structure>": ...}; the same on every rank."""
         task = make_task(self.store.manifest.dataset, self.recipe.model.head)
         with engine.evaluation() as model:
-            document = self._evaluate(model, task, self._ids()[: self.recipe.evaluation.cases], interruptible=False)
+            ids = self._ids()[: self.recipe.evaluation.cases]
+            forward = forward_of(model, task, self.recipe, self.gang.device)
+            document = evaluate_cases(forward, self.store, ids, task, distances=False, gang=self.gang, **self._window())
         structures = {f"dice_{name}": scores["dice"]["mean"] for name, scores in document["summary"]["structures"].items()}
         return {"dice": document["summary"]["mean_foreground_dice"], **structures}
 
-    def score(self, folders: list[StageFolder], warn: Callable[[str], None]) -> None:
+    def score(self, folders: list[StageFolder], again: bool = False) -> None:
         """Write evaluation.json, overlays and report of a finished run, unless its checkpoint is already scored."""
-        from segfleet.pipeline.overlay import save_overlays
-        from segfleet.pipeline.report import write_report
-
         leaf = folders[-1].path
         model, task, name = load_network(self.recipe, self.store, folders, self.gang.device)
         known = leaf / EVALUATION
-        if self.gang.share(known.exists() and json.loads(known.read_text(encoding="utf-8")).get("checkpoint") == name):
+        if not again and self.gang.share(known.exists() and json.loads(known.read_text(encoding="utf-8")).get("checkpoint") == name):
             return
-        document = self._evaluate(model, task, self._ids(), interruptible=True)
+        forward = forward_of(model, task, self.recipe, self.gang.device)
+        document = evaluate_cases(forward, self.store, self._ids(), task, gang=self.gang, progress=self._may_stop, **self._window())
         if self.gang.rank == 0:
             document |= {"checkpoint": name, "split": self.recipe.data.split, "fold": self.recipe.data.fold}
             document["selected_on_these_cases"] = self.recipe.evaluation.weights == "best"
-            save_overlays(leaf, document, self.store, task, lambda case: self._probabilities(model, task, case))
+            save_overlays(leaf, document, self.store, task, lambda case: case_probabilities(forward, self.store, case, **self._window()))
             write_atomically(known, json.dumps(document, indent=1))
             write_report(leaf)
         self.gang.barrier()
@@ -101,23 +102,17 @@ class Scorer:
     def _ids(self) -> list[str]:
         return sorted(self.store.manifest.fold(self.recipe.data.split, self.recipe.data.fold)["val"])
 
-    def _evaluate(self, model: nn.Module, task: Task, ids: list[str], interruptible: bool) -> dict[str, Any]:
+    def _window(self) -> dict[str, Any]:
         options = self.recipe.evaluation
+        patch = patch_of(self.recipe, self.store.manifest)
+        return {
+            "patch": patch,
+            "overlap": options.overlap,
+            "mirror_axes": options.mirror,
+            "batch": options.batch,
+            "device": self.gang.device,
+        }
 
-        def progress(done: int, total: int) -> None:
-            if interruptible and self.stop.asked():
-                raise Interrupted("stopped while scoring; run the same command again to score")
-
-        return evaluate_cases(
-            forward_of(model, task, self.recipe, self.gang.device),
-            self.store,
-            ids,
-            task,
-            patch=patch_of(self.recipe, self.store.manifest),
-            overlap=options.overlap,
-            mirror_axes=options.mirror,
-            batch=options.batch,
-            device=self.gang.device,
-            gang=self.gang,
-            progress=progress,
-        )
+    def _may_stop(self, done: int, total: int) -> None:
+        if self.stop.asked():
+            raise Interrupted("stopped while scoring; run the same command again to score")

@@ -1,0 +1,47 @@
+"""segfleet evaluate RUN [evaluation.key=value ...]"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from segfleet.cli.output import Json, show, table
+
+
+def command(
+    run: Annotated[str, typer.Argument(help="A run folder, or the beginning of its uid.")],
+    changes: Annotated[list[str] | None, typer.Argument(help="Changes of the evaluation, such as evaluation.mirror=[1,2].")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine that share the cases.")] = 1,
+    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Score a finished run on the whole cases of its validation fold, at their original resolution; write its report anew."""
+    from segfleet.pipeline.recipe import override, parse
+    from segfleet.pipeline.run import find_run, open_run, stage_folders
+    from segfleet.preprocess.manifest import load_manifest
+    from segfleet.preprocess.problems import InputError
+    from segfleet.slurm.local import run_ranks
+
+    folder = find_run(run, runs)
+    recipe, folders = open_run(folder)
+    root = folders[0].path.parent
+    changed = parse(override(recipe.model_dump(mode="json"), changes or []), run)
+    there = stage_folders(root, changed, load_manifest(Path(changed.data.store)))[-1].path
+    if there.resolve() != folder:
+        raise InputError("evaluate: only evaluation.* and data.workers can be changed here; what changes training makes another run")
+    for stage in folders:
+        stage.final()
+    run_ranks({"do": "score", "again": True, "recipe": changed.model_dump(mode="json"), "root": str(root)}, ranks)
+    show(json.loads((folder / "evaluation.json").read_text(encoding="utf-8")), as_json, render)
+
+
+def render(document: dict) -> None:
+    rows = []
+    for name, scores in document["summary"]["structures"].items():
+        cells = [scores[key]["mean"] for key in ("dice", "iou", "hd95")]
+        rows.append((name, *("-" if value is None else f"{value:.4f}" for value in cells)))
+    table(("structure", "Dice", "IoU", "HD95 (mm)"), rows)
+    typer.echo(f"{len(document['cases'])} cases; definitions and every case: report.html")

@@ -1,0 +1,288 @@
+"""The loop: repeatable to the bit, resumable anywhere, forkable; nothing is trained twice."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from segfleet.pipeline import checkpoint, events, run
+from segfleet.pipeline import train as training
+from segfleet.pipeline.gang import Gang
+from segfleet.pipeline.recipe import parse
+from segfleet.pipeline.stop import Interrupted
+from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.stores.base import open_store
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def recipe_of(store, stages=2, **changes):
+    document = {
+        "name": "test",
+        "data": {"store": str(store), "batch": 2},
+        "model": {"name": "unet_lite_standard", "options": {"width": 4}},
+        "stages": [
+            {"name": "base", "epochs": 2, "steps": 3, "lr": 1e-2, "warmup": 2},
+            {"name": "tune", "epochs": 2, "steps": 2, "lr": 1e-3, "schedule": "poly", "inherit": "weights+optimizer"},
+        ][:stages],
+        "save_every": 2,
+    }
+    for key, value in changes.items():
+        document[key] = {**document.get(key, {}), **value} if isinstance(value, dict) else value
+    return parse(document)
+
+
+def go(recipe, root, stop_after=None, validate=lambda engine: {}, warn=pytest.fail):
+    """Train in this process; stop in order after so many steps."""
+    store = open_store(recipe.data.store)
+    folders = run.stage_folders(root, recipe, store.manifest)
+    asked = iter(range(10**9))
+    try:
+        training.train(
+            training.Run(
+                recipe=recipe,
+                store=store,
+                folders=folders,
+                gang=Gang(torch.device("cpu")),
+                asked_to_stop=lambda: stop_after is not None and next(asked) >= stop_after - 1,
+                warn=warn,
+                validate=validate,
+            )
+        )
+    except Interrupted as stop:
+        assert "Run the same command again" in str(stop)
+    return folders
+
+
+def weights(folder, group="weights"):
+    return folder.final().tensors(group)
+
+
+def assert_equal(first, second):
+    assert first.keys() == second.keys() and first
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def logged_steps(folder):
+    return [event["step"] for event in events.read_events(folder.path) if event["event"] == "step"]
+
+
+def test_twice_the_same_weights_and_nothing_twice(tiny_store, tmp_path):
+    recipe = recipe_of(tiny_store(dims=2))
+    one, two = go(recipe, tmp_path / "a"), go(recipe, tmp_path / "b")
+    for group in ("weights", "optimizer"):
+        assert_equal(weights(one[-1], group), weights(two[-1], group))
+    before = {path: path.stat().st_mtime_ns for path in one[-1].path.rglob("*.safetensors")}
+    go(recipe, tmp_path / "a")
+    assert before == {path: path.stat().st_mtime_ns for path in one[-1].path.rglob("*.safetensors")}
+    other = go(recipe_of(tiny_store(dims=2), seed=1), tmp_path / "c")
+    assert not torch.equal(weights(one[-1])["inc.0.weight"] if "inc.0.weight" in weights(one[-1]) else next(iter(weights(one[-1]).values())),
+                           next(iter(weights(other[-1]).values())))
+
+
+@pytest.mark.parametrize("engine", [{}, {"ema": 0.9, "accumulate": 2}, {"precision": "bf16"}, {"precision": "fp16"}], ids=str)
+def test_stopped_anywhere_and_resumed_is_bitwise_the_same(tiny_store, tmp_path, engine):
+    recipe = recipe_of(tiny_store(dims=2), engine=engine)
+    straight = go(recipe, tmp_path / "straight")
+    for after in (1, 3, 6, 7, 10):  # in the middle, at an epoch's end, at a stage's end, right after it, at the end
+        folders = go(recipe, tmp_path / f"stopped{after}", stop_after=after)
+        go(recipe, tmp_path / f"stopped{after}")
+        for stage in (0, 1):
+            for group in ("weights", "optimizer", *(("ema",) if "ema" in engine else ())):
+                assert_equal(weights(straight[stage], group), weights(folders[stage], group))
+            steps = logged_steps(folders[stage])
+            assert steps == sorted(set(steps)) and set(logged_steps(straight[stage])) <= set(steps)
+
+
+def test_a_kill_loses_at_most_the_checkpoint_interval(tiny_store, tmp_path, monkeypatch):
+    recipe = recipe_of(tiny_store(dims=2), stages=1)
+    straight = go(recipe, tmp_path / "straight")
+
+    class Killed(BaseException):
+        pass
+
+    original, calls = training.Window.add, []
+
+    def add(self, *values):
+        calls.append(1)
+        if len(calls) == 4:
+            raise Killed
+        original(self, *values)
+
+    monkeypatch.setattr(training.Window, "add", add)
+    with pytest.raises(Killed):
+        go(recipe, tmp_path / "killed")
+    folders = go(recipe, tmp_path / "killed")
+    assert_equal(weights(straight[0]), weights(folders[0]))
+    assert [e["from_step"] for e in events.read_events(folders[0].path) if e["event"] == "resumed"] == [2]
+    assert logged_steps(folders[0]) == [2, 3, 4, 6] == logged_steps(straight[0])
+
+
+def test_forked_equals_straight_through_and_shares_the_first_stage(tiny_store, tmp_path):
+    store = tiny_store(dims=2)
+    straight = go(recipe_of(store), tmp_path / "straight")
+    first = go(recipe_of(store, stages=1), tmp_path / "forked")
+    stamp = (first[0].path / "done.json").stat().st_mtime_ns
+    forked = go(recipe_of(store), tmp_path / "forked")
+    assert forked[0].path == first[0].path and (first[0].path / "done.json").stat().st_mtime_ns == stamp
+    assert_equal(weights(straight[-1]), weights(forked[-1]))
+
+
+def test_stage_two_starts_with_its_own_rate_and_the_right_moments(tiny_store, tmp_path, monkeypatch):
+    from segfleet.pipeline.engines import ddp
+
+    seen = []
+    original = ddp.Engine.step
+
+    def step(self, micro, lr):
+        found = original(self, micro, lr)
+        state = self.optimizer.state[self.optimizer.param_groups[0]["params"][0]]
+        seen.append((self.optimizer.param_groups[0]["lr"], int(state["step"])))
+        return found
+
+    monkeypatch.setattr(ddp.Engine, "step", step)
+    go(recipe_of(tiny_store(dims=2)), tmp_path / "kept")
+    assert [round(lr, 6) for lr, _ in seen[:3]] == [0.003333, 0.006667, 0.01]
+    assert seen[6][0] == 1e-3 and seen[6][1] == 7  # moments were taken over: the seventh update
+    seen.clear()
+    recipe = recipe_of(tiny_store(dims=2))
+    fresh = recipe.model_copy(update={"stages": (recipe.stages[0], recipe.stages[1].model_copy(update={"inherit": "weights"}))})
+    go(fresh, tmp_path / "fresh")
+    assert seen[6] == (1e-3, 1)
+
+
+def test_damaged_newest_checkpoint_is_named_and_the_run_still_ends_the_same(tiny_store, tmp_path):
+    recipe = recipe_of(tiny_store(dims=2), stages=1)
+    straight = go(recipe, tmp_path / "straight")
+    folders = go(recipe, tmp_path / "harmed", stop_after=5)
+    newest = checkpoint.steps(folders[0].checkpoints)[-1] / "optimizer.safetensors"
+    raw = bytearray(newest.read_bytes())
+    raw[-1] ^= 255
+    newest.write_bytes(raw)
+    said = []
+    go(recipe, tmp_path / "harmed", warn=said.append)
+    assert len(said) == 1 and "step-00000005 is damaged: optimizer.safetensors does not match its sha256" in said[0]
+    assert_equal(weights(straight[0]), weights(folders[0]))
+
+
+def test_one_process_at_a_time(tiny_store, tmp_path):
+    recipe = recipe_of(tiny_store(dims=2), stages=1)
+    folder = run.stage_folders(tmp_path, recipe, open_store(recipe.data.store).manifest)[0].path
+    code = "import sys; from pathlib import Path; from segfleet.pipeline.run import Lock; held = Lock(Path(sys.argv[1])); print(1, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "1\n"
+        with pytest.raises(InputError, match=f"is being trained by process {holder.pid}"):
+            go(recipe, tmp_path)
+        holder.communicate("\n")
+    go(recipe, tmp_path)
+
+
+def spoil(monkeypatch, steps):
+    """Make the loss of some steps infinite."""
+    from segfleet.pipeline.engines import ddp
+
+    original, count = ddp.Engine.step, [0]
+
+    def step(self, micro, lr):
+        count[0] += 1
+        kept = self.loss
+        if count[0] in steps:
+            self.loss = lambda output, label: kept(output, label) * float("inf")
+        try:
+            return original(self, micro, lr)
+        finally:
+            self.loss = kept
+
+    monkeypatch.setattr(ddp.Engine, "step", step)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_non_finite_step_changes_nothing_and_is_reported_with_its_cases(tiny_store, tmp_path, monkeypatch, precision):
+    recipe = recipe_of(tiny_store(dims=2), stages=1, engine={"precision": precision}, save_every=1)
+    monkeypatch.setattr(training, "KEEP", 99)
+    spoil(monkeypatch, {4})
+    kept = []
+    original = checkpoint.copies
+    monkeypatch.setattr(checkpoint, "copies", lambda tensors: kept.append(original(tensors)) or kept[-1])
+    folder = go(recipe, tmp_path)[0]
+    names = [name for name in kept[0]["weights"] if "running" not in name and "num_batches" not in name]
+    assert all(torch.equal(kept[2]["weights"][name], kept[3]["weights"][name]) for name in names)
+    assert_equal(kept[2]["optimizer"], kept[3]["optimizer"])
+    assert not all(torch.equal(kept[3]["weights"][name], kept[4]["weights"][name]) for name in names)
+    reports = [event for event in events.read_events(folder.path) if event["event"] == "non_finite"]
+    assert len(reports) == 1 and reports[0]["step"] == 4 and reports[0]["skipped"] == 1
+    assert all(case.startswith("case0") for case in reports[0]["cases"]) and reports[0]["cases"]
+    assert folder.done()["skipped"] == 1
+
+
+def test_gives_up_after_too_many_non_finite_steps_in_a_row(tiny_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "PATIENCE", 3)
+    spoil(monkeypatch, {2, 3, 4, 5})
+    with pytest.raises(training.Diverged, match=r"not finite for 3 steps in a row, the last at step 4, cases case0.*Lower stages.lr"):
+        go(recipe_of(tiny_store(dims=2), stages=1, save_every=1), tmp_path)
+
+
+def test_validation_keeps_the_best_checkpoint(tiny_store, tmp_path):
+    scores = iter([0.5, 0.9, 0.7, 0.6])
+    recipe = recipe_of(tiny_store(dims=2), stages=1, evaluation={"every": 1, "weights": "best"})
+    recipe = recipe.model_copy(update={"stages": (recipe.stages[0].model_copy(update={"epochs": 4}),)})
+    folder = go(recipe, tmp_path, validate=lambda engine: {"dice": next(scores)})[0]
+    assert folder.done()["best"] == {"dice": 0.9, "step": 6}
+    assert [path.name for path in checkpoint.steps(folder.checkpoints)] == ["step-00000006", "step-00000012"]
+    found = [(e["step"], e["dice"]) for e in events.read_events(folder.path) if e["event"] == "validation"]
+    assert found == [(3, 0.5), (6, 0.9), (9, 0.7), (12, 0.6)]
+
+
+def test_frozen_parameters_stay(tiny_store, tmp_path):
+    recipe = recipe_of(tiny_store(dims=2))
+    second = recipe.stages[1].model_copy(update={"freeze": ("inc", "down1")})
+    folders = go(recipe.model_copy(update={"stages": (recipe.stages[0], second)}), tmp_path)
+    before, after = weights(folders[0]), weights(folders[1])
+    for name in before:
+        if "running" not in name and "num_batches" not in name:
+            assert torch.equal(before[name], after[name]) == name.startswith(("inc", "down1.", "down1")), name
+    wrong = recipe.model_copy(update={"stages": (recipe.stages[0].model_copy(update={"freeze": ("nobody",)}),)})
+    with pytest.raises(InputError, match="no parameter name begins with 'nobody'; names begin with: .*inc"):
+        go(wrong, tmp_path)
+
+
+def test_loss_falls(tiny_store, tmp_path):
+    recipe = recipe_of(tiny_store(dims=3), stages=1, model={"name": "resenc_unet_3d", "options": {"features": [8, 16]}})
+    recipe = recipe.model_copy(update={"stages": (recipe.stages[0].model_copy(update={"epochs": 8, "steps": 5}),)})
+    folder = go(recipe, tmp_path)[0]
+    losses = [event["loss"] for event in events.read_events(folder.path) if event["event"] == "step"]
+    assert losses[-1] < 0.75 * losses[0]
+    assert list((folder.path / "tensorboard").iterdir())
+
+
+def test_checkpoint_remembers_what_made_it(tiny_store, tmp_path):
+    recipe = recipe_of(tiny_store(dims=2), stages=1)
+    state = json.loads((go(recipe, tmp_path)[0].final().path / "state.json").read_text())
+    assert parse(state["recipe"]) == recipe and state["versions"]["torch"] == torch.__version__ and state["step"] == 6
+
+
+def test_identity_holds_what_changes_the_result_and_nothing_else(tiny_store, tmp_path):
+    store = tiny_store(dims=2)
+    manifest = open_store(store).manifest
+    base = run.stage_uids(recipe_of(store), manifest)
+    for change in ({"name": "other"}, {"save_every": 7}, {"data": {"workers": 2}}, {"engine": {"name": "other"}}, {"evaluation": {"every": 3}}):
+        assert run.stage_uids(recipe_of(store, **change), manifest) == base, change
+    for change in ({"seed": 5}, {"data": {"batch": 4}}, {"engine": {"precision": "bf16"}}, {"optimizer": {"clip": 1.0}}, {"data": {"split": "all"}}):
+        changed = run.stage_uids(recipe_of(store, **change), manifest)
+        assert changed[0] != base[0] and changed[1] != base[1], change
+    later = recipe_of(store)
+    later = later.model_copy(update={"stages": (later.stages[0], later.stages[1].model_copy(update={"lr": 5e-4}))})
+    assert run.stage_uids(later, manifest)[0] == base[0] and run.stage_uids(later, manifest)[1] != base[1]
+    hdf5 = open_store(tiny_store(dims=2, format="hdf5")).manifest
+    assert run.stage_uids(recipe_of(store), hdf5) == base  # the store's format is no part of it
