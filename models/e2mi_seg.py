@@ -163,7 +163,7 @@ COUNTS = {
     "mcl": (7_360, 1_088, 9_791_544, 16_512, 2_987_928, 65_792, 5_951_064, 262_656, 22_672_248,
             304_246, 6_213_208, 78_518, 3_053_464, 20_950, 9_807_928, 18_278, 30_208, 34, 66, 130),
 }
-SMALL = {"widths": (8, 16, 16, 32), "depths": (1, 1, 1, 1), "decoder_depth": 1, "base": 4, "heads": 2, "projected": (8, 8, 8, 4)}
+SMALL = {"widths": (8, 16, 16, 32), "depths": (1, 1, 1, 1), "decoder_depth": 1, "base": 8, "heads": 2, "projected": (8, 8, 8, 4)}
 VARIANTS = {
     "acdc": {"patch": (16, 160, 160), "stem_depth": 1, "local_norm": True, "local_residual": True, "residual_blocks": 2,
              "projection": "separate", "attention_dropout": 0.1},
@@ -188,7 +188,7 @@ for _name, _channels, _classes, _total, _about in (
         deep_supervision=True,
         fixed_patch=True,
         stages=dict(zip(STAGES, COUNTS[_name], strict=True)),
-        reduced=SMALL | {"patch": (8 * _depth, 64, 64)},
+        reduced=SMALL | {"patch": (8 * _depth, 32, 32)},
         source="E2MISeg (Jiang et al. 2026), reconstruction of the released code",
         about=f"hybrid convolution and paired attention, group-aggregated skips; variant for {_about}",
     )(partial(E2MISeg, **VARIANTS[_name]))
