@@ -119,7 +119,7 @@ class Recipe(Section):
     name: str = Field(description="for people; does not change the result")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of weights, sampling and augmentation")
     data: Data = Field(default_factory=Data, description="cases and patches")
-    model: Model
+    model: Model = Field(description="which network")
     loss: Loss = Field(default_factory=Loss, description="what is minimised")
     optimizer: Optimizer = Field(default_factory=Optimizer, description="how")
     stages: tuple[Stage, ...] = Field(min_length=1, description="in order")

@@ -143,7 +143,7 @@ def train_stage(this: Run, index: int) -> None:
                 window.report(progress, step // steps, lr, gang, log)
             if epoch_ends and recipe.evaluation.every and (progress.step // steps) % recipe.evaluation.every == 0 and not stopping:
                 scores = this.validate(engine)
-                if scores["dice"] > progress.best.get("dice", -1.0):
+                if (scores["dice"] or 0.0) > progress.best.get("dice", -1.0):
                     progress.best, due = {"dice": scores["dice"], "step": progress.step}, True
                 if log:
                     log.write("validation", step=progress.step, epoch=step // steps, **scores)

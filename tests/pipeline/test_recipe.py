@@ -1,0 +1,154 @@
+"""Recipes are strict, every shipped one validates and builds, and every message names what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+
+from segfleet.pipeline import recipe as recipes
+from segfleet.pipeline.parts import Objective, build_network
+from segfleet.pipeline.schedule import learning_rate
+from segfleet.pipeline.task import make_task
+from segfleet.preprocess.manifest import Dataset, Manifest, Plan
+from segfleet.preprocess.problems import InputError
+
+MINIMAL = {"name": "x", "model": {"name": "resenc_unet_3d"}, "stages": [{"epochs": 2, "lr": 1e-3}]}
+
+
+def refused(document) -> str:
+    with pytest.raises(InputError) as caught:
+        recipes.parse(document)
+    return str(caught.value)
+
+
+def test_unknown_keys_and_illegal_values_are_all_named_at_once():
+    message = refused({**MINIMAL, "modell": 1, "data": {"batch": -1, "augment": {"flop": 1}}, "stages": [{"epochs": 2, "lr": 1, "schedule": "step"}]})
+    assert "modell: unknown key; expected one of: name, seed, data, model" in message
+    assert "data.batch: found -1. Input should be greater than 0" in message
+    assert "data.augment.flop: unknown key; expected one of: flip, rotation" in message
+    assert "stages.0.schedule: found 'step'. Input should be 'constant', 'poly' or 'cosine'" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"stages": []}, "stages: found []"),
+        ({"stages": [{"epochs": 1, "lr": float("nan")}]}, "stages.0.lr"),
+        ({"data": {"batch": 3}, "engine": {"accumulate": 2}}, "data.batch 3 must be a multiple of engine.accumulate 2"),
+        ({"engine": {"precision": "int8"}}, "engine.precision: found 'int8'"),
+        ({"evaluation": {"overlap": 1.0}}, "evaluation.overlap: found 1.0"),
+        ({"model": {}}, "model.name: missing"),
+    ],
+)
+def test_illegal_values(change, words):
+    assert words in refused({**MINIMAL, **change})
+
+
+def test_overrides():
+    document = recipes.override(MINIMAL, ["stages.0.lr=3e-2", "data.patch=[8, 8, 8]", "data.augment=null", "model.options.width=4"])
+    recipe = recipes.parse(document)
+    assert recipe.stages[0].lr == 0.03 and recipe.data.patch == (8, 8, 8) and recipe.data.augment is None
+    assert recipe.model.options == {"width": 4} and "options" not in MINIMAL["model"]
+    for bad, words in (("lr", "expected key.path=value"), ("stages.7.lr=1", "no index of a list of 1; expected 0 to 0"), ("seed=[", "no YAML")):
+        with pytest.raises(InputError, match=words.replace("[", r"\[")):
+            recipes.override(MINIMAL, [bad])
+
+
+def test_files(tmp_path):
+    with pytest.raises(InputError, match="no file 'nope' and no shipped recipe of that name; shipped: .*hippocampus"):
+        recipes.load_recipe("nope")
+    path = tmp_path / "r.yaml"
+    path.write_text("a: [1")
+    with pytest.raises(InputError, match="is no YAML document"):
+        recipes.load_recipe(str(path))
+    path.write_text("- 1")
+    with pytest.raises(InputError, match="holds list, expected a mapping"):
+        recipes.load_recipe(str(path))
+    path.write_text("!!python/object/apply:os.system ['true']")
+    with pytest.raises(InputError, match="is no YAML document"):
+        recipes.load_recipe(str(path))
+
+
+def manifest_for(recipe: recipes.Recipe, spec) -> Manifest:
+    """A data set that fits a shipped recipe, as far as its network and loss can tell."""
+    dims = 3 if spec.dims == (3,) else 2
+    size = spec.paper_input
+    patch = (1,) * (3 - dims) + tuple(size)
+    foreground = {f"s{k}": k for k in range(1, max(2, spec.num_classes))}
+    regions = {}
+    if spec.num_classes == 2 and dims == 2:  # REC-UNet: two overlapping regions
+        foreground, regions = {"a": 1, "b": 2}, {"any": (1, 2), "b": (2,)}
+    dataset = Dataset(
+        name="fit",
+        reader="nnunet",
+        dims=dims,
+        channels=tuple("abcd"[: spec.in_channels]),
+        labels={"background": 0, **foreground},
+        regions=regions,
+        region_order=(1, 2) if regions else (),
+    )
+    plan = Plan(target_spacing=(1.0, 1.0, 1.0), patch=patch, normalisation=("zscore",) * spec.in_channels)
+    return Manifest(format="zarr", id="0", dataset=dataset, plan=plan, cases=())
+
+
+@pytest.mark.parametrize("name", recipes.recipe_names())
+def test_every_shipped_recipe_validates_and_builds(name):
+    from segfleet.models import registry
+
+    text = (recipes.RECIPES / f"{name}.yaml").read_text()
+    header = [line for line in text.splitlines() if line.startswith("#")]
+    assert len(header) >= 3 and len(header[0]) > 20, "a recipe's header says what it is, on which data, at what cost"
+    assert any("cost" in line for line in header) and any("data" in line for line in header)
+    recipe = recipes.load_recipe(name)
+    assert recipe.name == name and recipe.data.store
+    manifest = manifest_for(recipe, registry.spec(recipe.model.name))
+    task = make_task(manifest.dataset, recipe.model.head)
+    with torch.device("meta"):
+        network = build_network(recipe, manifest, task)
+    assert sum(p.numel() for p in network.parameters()) > 1000
+    Objective(recipe, task)
+
+
+def test_every_key_has_a_description():
+    schema = recipes.Recipe.model_json_schema()
+    sections = [schema, *schema["$defs"].values()]
+    missing = [key for section in sections for key, facts in section["properties"].items() if not facts.get("description")]
+    assert missing == []
+
+
+def test_defaults_survive_a_round_trip():
+    recipe = recipes.parse(MINIMAL)
+    assert recipes.parse(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))) == recipe
+
+
+def test_learning_rates():
+    def rates(total=10, **options):
+        stage = recipes.Stage(epochs=1, lr=1.0, **options)
+        return [learning_rate(stage, step, total) for step in range(total)]
+
+    assert rates() == [1.0] * 10
+    assert rates(warmup=4)[:5] == [0.2, 0.4, 0.6000000000000001, 0.8, 1.0]
+    assert rates(schedule="poly") == [(1 - k / 10) ** 0.9 for k in range(10)]
+    cosine = rates(schedule="cosine", floor=0.1)
+    assert cosine[0] == 1.0 and abs(cosine[5] - 0.55) < 1e-12 and cosine == sorted(cosine, reverse=True) and min(cosine) > 0.1
+
+
+def test_tasks():
+    def dataset(**changes):
+        base = {"name": "d", "reader": "msd", "dims": 3, "channels": ("a",), "labels": {"background": 0, "x": 1, "y": 2}}
+        return Dataset(**{**base, **changes})
+
+    label = torch.tensor([[0, 1, 2, 3]], dtype=torch.uint8)
+    plain = make_task(dataset(ignore_label=3))
+    assert plain.head == "softmax" and plain.channels == 3
+    assert plain.target(label).tolist() == [[0, 1, 2, 0]] and plain.valid(label).tolist() == [[True, True, True, False]]
+    assert plain.labels(torch.eye(3)[:, :, None]).flatten().tolist() == [0, 1, 2]
+    regions = make_task(dataset(regions={"whole": (1, 2), "core": (2,)}, region_order=(1, 2)))
+    assert regions.head == "sigmoid" and regions.target(label)[0].tolist() == [[0, 1, 1, 0], [0, 0, 1, 0]]
+    assert regions.labels(torch.tensor([[0.2, 0.9, 0.9], [0.1, 0.2, 0.8]])[:, :, None]).flatten().tolist() == [0, 1, 2]
+    single = make_task(dataset(labels={"background": 0, "x": 5}))
+    assert single.head == "sigmoid" and single.channels == 1 and make_task(dataset(labels={"background": 0, "x": 5}), "softmax").channels == 2
+    assert make_task(dataset(labels={"background": 0, "x": 5}), "softmax").target(torch.tensor([[0, 5]])).tolist() == [[0, 1]]
+    with pytest.raises(InputError, match="overlapping regions, which need 'sigmoid'"):
+        make_task(dataset(regions={"whole": (1, 2)}, region_order=(1,)), "softmax")
