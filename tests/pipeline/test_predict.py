@@ -1,0 +1,212 @@
+"""Prediction of raw files: names, geometry, bad inputs, going on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from segfleet.pipeline.evaluate import predict_case
+from segfleet.pipeline.predict import collect, predict_files
+from segfleet.pipeline.task import make_task
+from segfleet.preprocess.build import build
+from segfleet.preprocess.phantom import write_dsb_phantom, write_msd_phantom, write_nnunet_phantom
+from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.stores.base import open_store
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    root = tmp_path_factory.mktemp("predict")
+    write_msd_phantom(root / "raw_msd", cases=4, size=(10, 24, 24))
+    write_nnunet_phantom(root / "raw_nnunet", cases=4, size=(8, 24, 24))
+    write_dsb_phantom(root / "raw_dsb2018", images=4, size=32)
+    opened = {}
+    for name in ("msd", "nnunet", "dsb2018"):
+        build(name, root / f"raw_{name}", root / name, workers=1)
+        opened[name] = (open_store(root / name), root / f"raw_{name}")
+    return opened
+
+
+def threshold(channels):
+    """A crude network without parameters: channel k likes voxels k standard deviations above the tile's mean."""
+
+    def forward(x):
+        middle = x.mean(1, keepdim=True)
+        axes = tuple(range(1, x.ndim))
+        z = (middle - middle.mean(axes, keepdim=True)) / middle.std(axes, keepdim=True).clamp_min(1e-6)
+        return torch.cat([torch.exp(-((z - k) ** 2)) for k in range(channels)], 1)
+
+    return forward
+
+
+def predict(store, inputs, out, forward=None, **more):
+    manifest, task = store.manifest, make_task(store.manifest.dataset)
+    forward = forward or threshold(task.channels)
+    return predict_files(forward, manifest.plan, manifest.dataset, task, inputs, out, patch=manifest.plan.patch, **more)
+
+
+def copy_images(store, raw, folder):
+    """The raw images of all cases in one folder; dsb2018 has one folder per image."""
+    folder.mkdir()
+    for path in sorted(raw.rglob("*")):
+        if path.is_file() and not path.name.startswith(".") and path.parent.name in ("imagesTr", "images"):
+            shutil.copy(path, folder / path.name)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["msd", "nnunet", "dsb2018"])
+def test_raw_files_give_what_the_store_gives(sets, name, tmp_path):
+    """The same case through the preprocessed store and from its raw files: the same voxels, on the raw grid, with the raw geometry."""
+    store, raw = sets[name]
+    task = make_task(store.manifest.dataset)
+    found = predict(store, [copy_images(store, raw, tmp_path / "in")], tmp_path / "out", batch=2)
+    assert (found["failed"], found["kept"], found["exit_code"]) == ([], [], 0)
+    assert sorted(entry["id"] for entry in found["done"]) == sorted(case.id for case in store.manifest.cases)
+    for case in store.manifest.cases:
+        expected = predict_case(threshold(task.channels), store, case, task, patch=store.manifest.plan.patch, batch=2)
+        assert len(np.unique(expected)) > 1, "a threshold finds something"
+        if name == "dsb2018":
+            written = np.asarray(Image.open(tmp_path / "out" / f"{case.id}.png"))[None]
+        else:
+            file = nib.load(tmp_path / "out" / f"{case.id}.nii.gz")
+            source = nib.load(next((tmp_path / "in").glob(f"{case.id}*.nii.gz")))
+            assert np.array_equal(file.affine, source.affine) and file.shape == source.shape
+            assert file.header.get_zooms() == source.header.get_zooms()
+            written = np.asarray(file.dataobj).T
+        np.testing.assert_array_equal(written, expected)
+
+
+def test_an_oblique_affine_comes_back_to_the_bit(sets, tmp_path):
+    store, _ = sets["msd"]
+    turn, (c, s) = np.eye(4), (np.cos(0.3), np.sin(0.3))
+    turn[:2, :2] = [[c, -s], [s, c]]
+    affine = (turn @ np.diag([-0.9, 0.9, 2.5, 1.0])).astype(np.float32).astype(float)
+    affine[:3, 3] = (31.5, -7.25, 100.125)
+    image = np.random.default_rng(0).random((20, 22, 9), dtype=np.float32) + 0.5
+    nib.Nifti1Image(image, affine).to_filename(tmp_path / "turned.nii.gz")
+    found = predict(store, [tmp_path / "turned.nii.gz"], tmp_path / "out")
+    written = nib.load(found["done"][0]["file"])
+    assert written.shape == image.shape
+    np.testing.assert_array_equal(written.affine, nib.load(tmp_path / "turned.nii.gz").affine)
+
+
+def test_a_4d_file_holds_all_channels(sets, tmp_path):
+    store, raw = sets["nnunet"]
+    case = store.manifest.cases[0].id
+    parts = [nib.load(raw / "imagesTr" / f"{case}_{i:04d}.nii.gz") for i in range(2)]
+    together = np.stack([np.asarray(p.dataobj, np.float32) for p in parts], -1)
+    nib.Nifti1Image(together, parts[0].affine).to_filename(tmp_path / "both.nii.gz")
+    apart = predict(store, [raw / "imagesTr" / f"{case}_{i:04d}.nii.gz" for i in range(2)], tmp_path / "a")
+    one = predict(store, [tmp_path / "both.nii.gz"], tmp_path / "b")
+    a, b = (np.asarray(nib.load(found["done"][0]["file"]).dataobj) for found in (apart, one))
+    assert a.any() and a.ndim == 3
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_bad_image_is_listed_and_the_rest_is_done(sets, tmp_path):
+    store, raw = sets["msd"]
+    folder = copy_images(store, raw, tmp_path / "in")
+    good = sorted(p.name for p in folder.iterdir())
+    (folder / good[0]).write_bytes((folder / good[0]).read_bytes()[:200])  # cut off
+    image = nib.load(folder / good[1])
+    nib.Nifti1Image(np.full(image.shape, np.nan, np.float32), image.affine).to_filename(folder / good[1])
+    nib.Nifti1Image(np.ones((8, 8, 8, 3), np.float32), np.eye(4)).to_filename(folder / "three.nii.gz")
+    found = predict(store, [folder], tmp_path / "out")
+    assert found["exit_code"] == 2
+    assert [entry["id"] + ".nii.gz" for entry in found["done"]] == good[2:]
+    problems = {entry["id"]: entry["problem"] for entry in found["failed"]}
+    assert set(problems) == {good[0].removesuffix(".nii.gz"), good[1].removesuffix(".nii.gz"), "three"}
+    assert "damaged or truncated" in problems[good[0].removesuffix(".nii.gz")]
+    assert "nan" in problems[good[1].removesuffix(".nii.gz")]
+    assert "channels: found 3, expected 1" in problems["three"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*good[2:], "predictions.json"]), "nothing half-written"
+    json.dumps(found, allow_nan=False)
+
+
+def test_finished_files_are_kept_and_other_networks_are_refused(sets, tmp_path):
+    store, raw = sets["msd"]
+    folder, out = copy_images(store, raw, tmp_path / "in"), tmp_path / "out"
+    calls = []
+
+    def forward(x):
+        calls.append(len(x))
+        return threshold(3)(x)
+
+    def stop_after_two(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(store, [folder], out, forward, made_by="run a", progress=stop_after_two)
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.glob("*.nii.gz")}
+    assert len(before) == 2
+    found = predict(store, [folder], out, forward, made_by="run a")
+    assert (len(found["kept"]), len(found["done"])) == (2, 2)
+    assert all((out / name).stat().st_mtime_ns == facts[1] for name, facts in before.items())
+    calls.clear()
+    assert len(predict(store, [folder], out, forward, made_by="run a")["kept"]) == 4 and not calls
+    with pytest.raises(InputError, match="made by 'run a'"):
+        predict(store, [folder], out, forward, made_by="run b")
+
+
+def test_images_are_never_overwritten(sets, tmp_path):
+    store, raw = sets["msd"]
+    folder = copy_images(store, raw, tmp_path / "in")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(InputError, match="overwrite"):
+        predict(store, [folder], folder)
+    assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def touch(folder, *names):
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+    return folder
+
+
+def ids(found):
+    return [(one.id, len(one.images), bool(one.problem)) for one in found]
+
+
+def test_channels_and_numbered_images_are_told_apart(tmp_path):
+    two = touch(tmp_path / "two", "b_0000.nii.gz", "b_0001.nii.gz", "a10_0000.nii.gz", "a10_0001.nii.gz", "a2_0000.nii.gz", "c_0001.nii.gz")
+    assert ids(collect([two], 2)) == [("a2", 1, False), ("a10", 2, False), ("b", 2, False), ("c", 1, True)]
+    one = touch(tmp_path / "one", "scan_0000.png", "scan_0001.png", "scan_0007.png", "x_0000.png", "._x_0000.png", "notes.txt")
+    assert ids(collect([one], 1)) == [("scan_0000", 1, False), ("scan_0001", 1, False), ("scan_0007", 1, False), ("x", 1, False)]
+    plain = touch(tmp_path / "plain", "BRATS_001.nii.gz", "ISIC_0012345.jpg")
+    assert ids(collect([plain], 4)) == [("BRATS_001", 1, False), ("ISIC_0012345", 1, False)]
+
+
+def test_two_images_of_one_name_are_a_problem(tmp_path):
+    folder = touch(tmp_path / "in", "a.jpg", "a.png")
+    found = collect([folder], 3)
+    assert [one.output for one in found] == ["a.png", "a.png"]
+    assert [bool(one.problem) for one in found] == [False, True]
+    assert len(collect([folder / "a.png", folder / "a.png"], 3)) == 1, "the same file twice is one image"
+
+
+def test_nothing_to_do_is_an_error(sets, tmp_path):
+    with pytest.raises(InputError, match="no file or folder"):
+        collect([tmp_path / "missing"], 1)
+    with pytest.raises(InputError, match="no image"):
+        collect([touch(tmp_path / "empty", "readme.txt")], 1)
+    with pytest.raises(InputError, match="file ending"):
+        collect([tmp_path / "empty" / "readme.txt"], 1)
+
+
+def test_a_grey_picture_among_colour_ones(sets, tmp_path):
+    store, _ = sets["dsb2018"]
+    grey = np.random.default_rng(0).integers(0, 255, (40, 30), dtype=np.uint8)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(np.repeat(grey[..., None], 3, -1)).save(tmp_path / "rgb.png")
+    found = predict(store, [tmp_path / "grey.png", tmp_path / "rgb.png"], tmp_path / "out")
+    a, b = (np.asarray(Image.open(entry["file"])) for entry in found["done"])
+    assert a.shape == (40, 30) and a.any()
+    np.testing.assert_array_equal(a, b)
