@@ -57,5 +57,5 @@ def _statistics_at_rest(stage: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for norm, norm.momentum, norm.num_batches_tracked in kept:
-            pass
+        for norm, momentum, count in kept:
+            norm.momentum, norm.num_batches_tracked = momentum, count

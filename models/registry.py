@@ -90,10 +90,15 @@ def spec(name: str) -> ModelSpec:
     return known[name]
 
 
+def legal_options(chosen: ModelSpec) -> list[str]:
+    """Names of the options that the builder takes."""
+    return [p.name for p in inspect.signature(chosen.build).parameters.values() if p.name not in ("in_channels", "num_classes")]
+
+
 def build_model(name: str, *, in_channels: int, num_classes: int, options: Mapping[str, Any] | None = None) -> nn.Module:
     """Build a registered network. Raises ModelError for an unknown name or option."""
     chosen, options = spec(name), dict(options or {})
-    legal = [p.name for p in inspect.signature(chosen.build).parameters.values() if p.name not in ("in_channels", "num_classes")]
+    legal = legal_options(chosen)
     for key in options:
         if key not in legal:
             raise ModelError(f"model.options: '{key}' is no option of {name}; expected one of: {', '.join(legal) or 'none'}")

@@ -1,0 +1,84 @@
+"""`segfleet models`: the registered networks and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from segfleet.cli.output import Json, show, table
+
+
+def command(
+    name: Annotated[str | None, typer.Argument(help="One network: its stages, options and source.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Registered networks: parameters, multiply-adds, input rules. With NAME: parameters per stage, options, memory, source."""
+    from segfleet.models.registry import spec, specs
+
+    if name is None:
+        show([summary(chosen) for chosen in specs().values()], as_json, render_all)
+    else:
+        show(details(spec(name)), as_json, render_one)
+
+
+def summary(chosen) -> dict[str, Any]:
+    """One row: all at the published input, channels and classes."""
+    from segfleet.models.profile import profile
+
+    return {
+        "name": chosen.name,
+        "dims": list(chosen.dims),
+        "parameters": chosen.parameters,
+        "gmac": round(profile(chosen).macs / 1e9, 3),
+        "input": list(chosen.paper_input),
+        "in_channels": chosen.in_channels,
+        "classes": chosen.num_classes,
+        "divisor": [chosen.divisor] * len(chosen.paper_input) if isinstance(chosen.divisor, int) else list(chosen.divisor),
+        "fixed_patch": chosen.fixed_patch,
+        "deep_supervision": chosen.deep_supervision,
+    }
+
+
+def details(chosen) -> dict[str, Any]:
+    from segfleet.models.profile import profile
+    from segfleet.models.registry import legal_options
+
+    costs = profile(chosen, batch=1)
+    return summary(chosen) | {
+        "about": chosen.about,
+        "source": chosen.source,
+        "options": legal_options(chosen),
+        "training_bytes": costs.peak_bytes,
+        "stages": costs.stages,
+    }
+
+
+def render_all(rows: Sequence[dict[str, Any]]) -> None:
+    columns = ("name", "dims", "parameters", "GMAC", "at", "sizes", "deep supervision")
+    table(columns, [(r["name"], *_cells(r)) for r in rows])
+
+
+def render_one(found: dict[str, Any]) -> None:
+    dims, parameters, gmac, size, rule, deep = _cells(found)
+    facts = {
+        "about": found["about"],
+        "source": found["source"],
+        "input": f"{found['in_channels']} channel(s), {dims}, sizes: {rule}",
+        "output": f"{found['classes']} class(es), deep supervision: {deep}",
+        "parameters": f"{parameters:,}",
+        "multiply-adds": f"{gmac} G at {size}, batch 1, forward",
+        "training memory": f"{found['training_bytes'] / 2**20:,.0f} MiB at {size}, batch 1, fp32, without optimizer state",
+        "options": ", ".join(found["options"]) or "none",
+    }
+    table((found["name"], ""), list(facts.items()))
+    table(("stage", "parameters"), list(found["stages"].items()))
+
+
+def _cells(row: dict[str, Any]) -> tuple[Any, ...]:
+    dims = "/".join(f"{d}D" for d in row["dims"])
+    by = row["divisor"]
+    rule = "any" if max(by) == 1 else f"multiples of {by[0] if len(set(by)) == 1 else 'x'.join(map(str, by))}"
+    rule = "fixed when built" if row["fixed_patch"] else rule
+    return dims, row["parameters"], row["gmac"], "x".join(map(str, row["input"])), rule, "yes" if row["deep_supervision"] else "no"
