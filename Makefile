@@ -47,7 +47,7 @@ demo: $(VENV)/ready
 	$(SEG) preprocess dsb2018 --raw demo/raw/phantom2d --out demo/stores/phantom2d --format hdf5
 	$(SEG) train phantom3d data.store=demo/stores/phantom3d --ranks 2 --runs demo/runs
 	$(SEG) train phantom2d data.store=demo/stores/phantom2d --ranks 2 --runs demo/runs
-	$(SEG) predict --latest --runs demo/runs --input demo/raw/phantom2d --out demo/predictions
+	$(SEG) predict phantom3d demo/raw/phantom3d/imagesTr --out demo/predictions --runs demo/runs
 	@echo
 	@for report in $$(find demo/runs -name report.html | sort); do echo "report: $$PWD/$$report"; done
 

@@ -12,7 +12,7 @@ from segfleet.cli.output import Json, show, table
 
 
 def command(
-    run: Annotated[str, typer.Argument(help="A run folder, or the beginning of its uid.")],
+    run: Annotated[str, typer.Argument(help="A run folder, the beginning of its uid, or its recipe's name.")],
     changes: Annotated[list[str] | None, typer.Argument(help="Changes of the evaluation, such as evaluation.mirror=[1,2].")] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine that share the cases.")] = 1,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),

@@ -102,16 +102,17 @@ def open_run(path: Path) -> tuple[Recipe, list[StageFolder]]:
 
 
 def find_run(text: str, root: Path) -> Path:
-    """A run folder from its path, or from the beginning of its uid below `root`. Raises InputError."""
+    """A run folder from its path, the beginning of its uid, or its recipe's name below `root`. Raises InputError."""
     if (Path(text) / RECIPE).is_file():
         return Path(text).resolve()
-    found = [folder for folder in run_folders(root) if folder.name.startswith(text)]
+    names = {folder: json.loads((folder / RECIPE).read_text(encoding="utf-8")).get("name", "") for folder in run_folders(root)}
+    found = [folder for folder, name in names.items() if folder.name.startswith(text) or name == text]
     if len(found) == 1:
         return found[0].resolve()
     if found:
-        raise InputError(f"run: '{text}' fits {len(found)} runs under {root}: {', '.join(f.name for f in found)}; give more of the uid")
-    names = ", ".join(folder.name for folder in run_folders(root)) or "none"
-    raise InputError(f"run: found no run folder '{text}'; runs under {root}: {names}")
+        raise InputError(f"run: '{text}' fits {len(found)} runs under {root}: {', '.join(f.name for f in found)}; give the uid")
+    known = ", ".join(f"{folder.name} ({name})" for folder, name in names.items()) or "none"
+    raise InputError(f"run: found no run '{text}'; runs under {root}: {known}")
 
 
 def run_folders(root: Path) -> list[Path]:

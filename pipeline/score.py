@@ -22,7 +22,7 @@ from segfleet.pipeline.report import write_report
 from segfleet.pipeline.run import StageFolder
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.pipeline.task import Task, make_task
-from segfleet.preprocess.manifest import write_atomically
+from segfleet.preprocess.manifest import Manifest, write_atomically
 from segfleet.preprocess.stores.base import ShardStore
 
 EVALUATION = "evaluation.json"
@@ -50,15 +50,15 @@ def chosen_checkpoint(recipe: Recipe, folders: list[StageFolder]) -> checkpoint.
     return checkpoint.load(folders[-1].checkpoints / checkpoint.folder_name(best["step"])) if best else last
 
 
-def load_network(recipe: Recipe, store: ShardStore, folders: list[StageFolder], device: torch.device) -> tuple[nn.Module, Task, str]:
+def load_network(recipe: Recipe, manifest: Manifest, folders: list[StageFolder], device: torch.device) -> tuple[nn.Module, Task, str]:
     """The trained network in eval mode, averaged weights if there are any; its task; the checkpoint's folder name."""
-    task = make_task(store.manifest.dataset, recipe.model.head)
+    task = make_task(manifest.dataset, recipe.model.head)
     saved = chosen_checkpoint(recipe, folders)
-    model = build_network(recipe, store.manifest, task)
+    model = build_network(recipe, manifest, task)
     load_weights(model, {**saved.tensors("weights"), **saved.tensors("ema")}, str(saved.path))
     model = model.to(device)
     if recipe.engine.channels_last:
-        flat = patch_of(recipe, store.manifest)[0] == 1
+        flat = patch_of(recipe, manifest)[0] == 1
         model = model.to(memory_format=torch.channels_last if flat else torch.channels_last_3d)
     return model.eval(), task, saved.path.name
 
@@ -85,7 +85,7 @@ class Scorer:
     def score(self, folders: list[StageFolder], again: bool = False) -> None:
         """Write evaluation.json, overlays and report of a finished run, unless its checkpoint is already scored."""
         leaf = folders[-1].path
-        model, task, name = load_network(self.recipe, self.store, folders, self.gang.device)
+        model, task, name = load_network(self.recipe, self.store.manifest, folders, self.gang.device)
         known = leaf / EVALUATION
         if not again and self.gang.share(known.exists() and json.loads(known.read_text(encoding="utf-8")).get("checkpoint") == name):
             return

@@ -128,7 +128,7 @@ def test_learning_rates():
         return [learning_rate(stage, step, total) for step in range(total)]
 
     assert rates() == [1.0] * 10
-    assert rates(warmup=4)[:5] == [0.2, 0.4, 0.6000000000000001, 0.8, 1.0]
+    assert rates(warmup=4)[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates(schedule="poly") == [(1 - k / 10) ** 0.9 for k in range(10)]
     cosine = rates(schedule="cosine", floor=0.1)
     assert cosine[0] == 1.0 and abs(cosine[5] - 0.55) < 1e-12 and cosine == sorted(cosine, reverse=True) and min(cosine) > 0.1
