@@ -50,6 +50,7 @@ def command(
 
 
 def render(document: dict) -> None:
-    typer.echo(f"{len(document['done'])} written, {len(document['kept'])} already there, {len(document['failed'])} failed: {document['out']}")
+    done, kept, failed = (len(document[key]) for key in ("done", "kept", "failed"))
+    typer.echo(f"{done} written, {kept} already there, {failed} failed: {document['out']}")
     if document["failed"]:
         table(("image", "problem"), [(one["id"], one["problem"]) for one in document["failed"]])
