@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 COMPILERS = ("c++", "g++", "clang++")
-ALWAYS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+ALWAYS = ("-O2", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 # the first set that compiles is used; the last runs on one thread
 FLAGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
 LIMIT = 300  # seconds a compiler may take

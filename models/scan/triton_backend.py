@@ -53,7 +53,7 @@ class _Launch:
         self.A = s.A.to(s.dtype).contiguous()
         self.D = self.A if s.D is None else s.D.contiguous()
         self.bias = torch.zeros(channels, dtype=s.dtype, device=s.u.device) if s.bias is None else s.bias.contiguous()
-        self.kind = {"DT": tl.float64 if double else tl.float32}
+        self.kind = {"DT": tl.float64 if double else tl.float32, "enable_fp_fusion": True}
         self.steps = {"SOFTPLUS": s.softplus, "TERMS": 17 if double else 8, **self.kind, "BT": s.chunk, "BN": self.block_n}
         self.z = s.u if s.z is None else s.z
         self.matrices = [m.contiguous() if m.ndim == 2 else m for m in (s.B, s.C)]
