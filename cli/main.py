@@ -94,6 +94,8 @@ def exit_code(error: BaseException) -> int:
 def main() -> None:
     try:
         code = app(standalone_mode=False)
+        if code == 130:  # what Typer makes of Ctrl-C
+            code = exit_code(KeyboardInterrupt())
     except typer.Exit as stop:
         code = stop.exit_code
     except typer.Abort:
