@@ -68,8 +68,10 @@ class Engine:
             keys = [key.rpartition(".")[2] for key in moments if key.rpartition(".")[0] == names[0]]
             for key in keys:
                 values = [moments[f"{name}.{key}"].to(flat.device, torch.float32) for name in names]
-                mine = values[0] if key == STEP else cut(values, self.zero, self.gang.size)[self.gang.rank]
-                self.optimizer.state[flat][key] = mine.clone()
+                if key == STEP:
+                    self.optimizer.state[flat][key] = values[0]
+                else:
+                    self.optimizer.state[flat][key] = torch.empty_like(flat).copy_(cut(values, self.zero, self.gang.size)[self.gang.rank])
 
     def _config(self) -> dict[str, Any]:
         elements = sum(p.numel() for p in self.named.values())

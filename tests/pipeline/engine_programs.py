@@ -1,0 +1,286 @@
+"""What the ranks of the engine tests do. Each program runs in real processes, started by `gang_runner.run_gang`.
+
+Starting DeepSpeed costs seconds, so a program does all it can in one start and hands back plain facts; the tests judge them.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segfleet.models.checkpointing import activation_checkpointing
+from segfleet.models.registry import build_model
+from segfleet.pipeline import checkpoint, run
+from segfleet.pipeline.engines.base import Engine, Setup, build_engine
+from segfleet.pipeline.events import read_events
+from segfleet.pipeline.gang import Gang
+from segfleet.pipeline.parts import Objective, make_task
+from segfleet.pipeline.recipe import Recipe, parse
+from segfleet.pipeline.stop import Interrupted
+from segfleet.pipeline.train import Run, train
+from segfleet.preprocess.stores.base import open_store
+
+KINDS = {"ddp": {"name": "ddp"}} | {f"zero{stage}": {"name": "deepspeed", "options": {"zero": stage}} for stage in range(4)}
+RESENC = {"name": "resenc_unet_3d", "options": {"features": [4, 8, 8], "blocks_per_stage": 1}}
+LITE = {"name": "unet_lite_standard", "options": {"width": 4}}  # 2D, with batch normalisation
+BATCH, LR = 4, 0.01
+
+
+def recipe_of(kind: str, model: dict = RESENC, stage: dict | None = None, optimizer: dict | None = None, **engine: Any) -> Recipe:
+    options = KINDS[kind] | {"channels_last": False} | engine
+    if "options" in engine and kind != "ddp":
+        options["options"] = KINDS[kind]["options"] | engine["options"]
+    elif kind == "ddp":
+        options["options"] = {}
+    return parse(
+        {
+            "name": kind,
+            "model": model,
+            "data": {"patch": [16, 16, 16], "batch": BATCH},
+            "optimizer": {"clip": 0} | (optimizer or {}),
+            "stages": [{"epochs": 1, "lr": LR} | (stage or {})],
+            "engine": options,
+        }
+    )
+
+
+def make_engine(gang: Gang, store: str, recipe: Recipe) -> Engine:
+    if recipe.engine.name == "deepspeed":
+        from segfleet.pipeline.engines import deepspeed
+
+        deepspeed.PERSISTENT = 0  # these networks are so small that ZeRO 3 would leave them whole
+    flat = recipe.model.name == LITE["name"]
+    task = make_task(open_store(store).manifest.dataset, recipe.model.head)
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe.model.name, in_channels=1, num_classes=task.channels, options=recipe.model.options)
+    if recipe.engine.channels_last:
+        model = model.to(memory_format=torch.channels_last if flat else torch.channels_last_3d)
+    if recipe.engine.checkpoint_activations:
+        model = activation_checkpointing(model)
+    return build_engine(Setup(model=model, loss=Objective(recipe, task), recipe=recipe, stage=recipe.stages[0], gang=gang))
+
+
+def micro_batches(gang: Gang, step: int, recipe: Recipe, poison: int | None = None):
+    """This rank's share of the global batch of a step. `poison`: the sample with an infinite voxel."""
+    parts = recipe.engine.accumulate
+    generator = torch.Generator().manual_seed(step)
+    shape = (BATCH, 1, 32, 32) if recipe.model.name == LITE["name"] else (BATCH, 1, 16, 16, 16)
+    image = torch.randn(shape, generator=generator)
+    label = (image.flip(-1).roll(3, -2)[:, 0] > 0.8).to(torch.uint8)
+    image += label[:, None]
+    if poison is not None:
+        image[poison].flatten()[7] = float("inf")
+    share = BATCH // parts // gang.size
+    for part in range(parts):
+        first = (part * gang.size + gang.rank) * share
+        yield image[first : first + share], label[first : first + share]
+
+
+def run_steps(gang: Gang, engine: Engine, recipe: Recipe, steps: range, lr: float = LR, **options: Any) -> list[list[float]]:
+    """[mean loss over the ranks, norm] of every step."""
+    told = []
+    for step in steps:
+        loss, norm = engine.step(micro_batches(gang, step, recipe, **options), lr)
+        told.append([float(gang.sum(loss.clone()) / gang.size), float(norm)])
+    return told
+
+
+def save(gang: Gang, engine: Engine, root: Path, step: int) -> None:
+    tensors = engine.tensors()
+    if gang.rank == 0:
+        checkpoint.save(root, step, checkpoint.copies(tensors), {})
+    gang.barrier()
+
+
+def saved(root: Path, step: int) -> checkpoint.Checkpoint:
+    return checkpoint.load(root / checkpoint.folder_name(step))
+
+
+def difference(found: checkpoint.Tensors, wanted: checkpoint.Tensors) -> str:
+    """Empty if the same groups hold the same names with the same bits; else the worst."""
+    worst = ""
+    for group in sorted(found.keys() | wanted.keys()):
+        here, there = found.get(group, {}), wanted.get(group, {})
+        if names := sorted(here.keys() ^ there.keys()):
+            return f"{group}: {len(names)} names differ: {names[:3]}"
+        for name, value in here.items():
+            if value.shape != there[name].shape or value.dtype != there[name].dtype:
+                return f"{group}: {name} {tuple(value.shape)} {value.dtype}, expected {tuple(there[name].shape)} {there[name].dtype}"
+            if not torch.equal(value.cpu(), there[name]):
+                worst = worst or f"{group}: {name} differs by {float((value.cpu() - there[name]).abs().max()):.2e}"
+    return worst
+
+
+def groups_of(found: checkpoint.Checkpoint) -> checkpoint.Tensors:
+    return {group: named for group in ("weights", "optimizer", "ema") if (named := found.tensors(group))}
+
+
+# ------------------------------------------------------------------------------------------------------------------------- programs
+
+
+def train_all(gang: Gang, store: str, root: str) -> dict[str, Any]:
+    """Every kind: 20 steps without a stop, checkpoints after 10 and 20. -> kind -> [loss, norm] of every step."""
+    told = {}
+    for kind in KINDS:
+        recipe = recipe_of(kind, ema=0.9)
+        engine = make_engine(gang, store, recipe)
+        first = run_steps(gang, engine, recipe, range(10))
+        save(gang, engine, Path(root, kind), 10)
+        told[kind] = first + run_steps(gang, engine, recipe, range(10, 20))
+        save(gang, engine, Path(root, kind), 20)
+    return told
+
+
+def go_on(gang: Gang, store: str, root: str, kinds: list[str], writers: list[str]) -> dict[str, Any]:
+    """New processes. Every kind reads step 10 of every writer; those of its own, of ddp's and those ddp reads are continued."""
+    resumed, read, losses = {}, {}, {}
+    for kind in kinds:
+        for writer in writers:
+            recipe = recipe_of(kind, ema=0.9)
+            engine = make_engine(gang, store, recipe)
+            engine.load(saved(Path(root, writer), 10), "all")
+            read[f"{writer} read by {kind}"] = difference(engine.tensors(), groups_of(saved(Path(root, writer), 10)))
+            if writer == kind and gang.size == 2:
+                losses[f"{writer} {kind}"] = run_steps(gang, engine, recipe, range(10, 20))
+                resumed[kind] = difference(engine.tensors(), groups_of(saved(Path(root, kind), 20)))
+            elif BATCH % gang.size == 0:
+                losses[f"{writer} {kind}"] = run_steps(gang, engine, recipe, range(10, 11))
+    return {"resumed": resumed, "read": read, "losses": losses, "size": gang.size}
+
+
+def all_sorts(gang: Gang, store: str, flat_store: str, root: str) -> dict[str, Any]:
+    """The three programs below in one start."""
+    return {
+        "variants": {f"{variant} {kind}": vary(gang, store, kind, changes) for variant, changes in VARIANTS.items() for kind in KINDS},
+        "careful": {kind: be_careful(gang, store, kind) for kind in KINDS},
+        "loop": change_engines(gang, flat_store, Path(root)),
+    }
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "clipped": {"optimizer": {"clip": 0.1}},
+    "accumulated": {"accumulate": 2},
+    "sgd": {"optimizer": {"name": "sgd"}},
+    "frozen": {"stage": {"freeze": ["encoder"]}},
+    "batch-norm": {"model": LITE},
+    "bf16": {"precision": "bf16"},
+    "channels-last": {"channels_last": True},
+    "offloaded": {"options": {"offload": "cpu"}, "optimizer": {"clip": 0.1}},
+    "recomputed": {"checkpoint_activations": True},
+}
+
+
+def vary(gang: Gang, store: str, kind: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """3 steps of a recipe with something changed, and what a checkpoint would hold."""
+    if kind == "zero0" and "options" in changes:
+        kind = "ddp"  # ZeRO 0 has nothing to offload
+    recipe = recipe_of(kind, **changes)
+    engine = make_engine(gang, store, recipe)
+    start = checkpoint.copies(engine.tensors())["weights"]
+    steps = run_steps(gang, engine, recipe, range(3))
+    tensors = checkpoint.copies(engine.tensors())
+    return {
+        "steps": steps,
+        "moments": sorted(tensors["optimizer"]),
+        "moved": sorted(name for name, value in tensors["weights"].items() if not torch.equal(value, start[name])),
+        "running": {name: value for name, value in tensors["weights"].items() if "running" in name or "batches" in name},
+    }
+
+
+def be_careful(gang: Gang, store: str, kind: str) -> dict[str, Any]:
+    """Steps that must change nothing, evaluation, learning rate, parameters that thaw."""
+    facts: dict[str, Any] = {}
+    recipe = recipe_of(kind, ema=0.5, accumulate=2)
+    engine = make_engine(gang, store, recipe)
+    run_steps(gang, engine, recipe, range(2))
+    before = checkpoint.copies(engine.tensors())
+    # an infinite voxel in the first micro-batch of rank 0, then in the last one of rank 1
+    facts["norms"] = [run_steps(gang, engine, recipe, range(2, 3), poison=sample)[0][1] for sample in (0, 3)]
+    facts["skipped"] = difference(engine.tensors(), before)
+    image, _ = next(micro_batches(gang, 9, recipe))
+    with torch.no_grad(), engine.evaluation() as model:
+        facts["in eval mode"] = not any(module.training for module in model.modules())
+        facts["evaluated"] = difference({"ema": dict(model.named_parameters())}, {"ema": before["ema"]})
+        if gang.rank == 0:  # tiles are shared unevenly: a rank must be able to work alone
+            facts["output"] = model(image)
+    facts["restored"] = difference(engine.tensors(), before)
+    again = run_steps(gang, engine, recipe, range(2, 4))
+    undisturbed = make_engine(gang, store, recipe)
+    straight = run_steps(gang, undisturbed, recipe, range(4))
+    facts["same losses after"] = straight[2:] == again
+    facts["after"] = difference(engine.tensors(), checkpoint.copies(undisturbed.tensors()))
+    settled = checkpoint.copies(engine.tensors())["weights"]
+    run_steps(gang, engine, recipe, range(5, 6), lr=0.0)
+    facts["lr 0"] = difference({"weights": engine.tensors()["weights"]}, {"weights": settled})
+    facts["thawed"], facts["counters"] = thaw(gang, store, kind)
+    return facts
+
+
+def thaw(gang: Gang, store: str, kind: str) -> tuple[list[list[float]], dict[str, float]]:
+    """Stage 2 trains what stage 1 froze and inherits the moments of the rest: counters differ within one network."""
+    recipe = recipe_of(kind, stage={"freeze": ["encoder", "heads"]})
+    engine = make_engine(gang, store, recipe)
+    run_steps(gang, engine, recipe, range(3))
+    tensors = checkpoint.copies(engine.tensors())
+    recipe = recipe_of(kind)
+    engine = make_engine(gang, store, recipe)
+    engine.load(InMemory(tensors), "weights+optimizer")
+    told = run_steps(gang, engine, recipe, range(3, 6))
+    return told, {name: float(value) for name, value in engine.tensors()["optimizer"].items() if name.endswith(".step")}
+
+
+class InMemory:
+    """A checkpoint that was never written."""
+
+    path = Path("memory")
+
+    def __init__(self, tensors: checkpoint.Tensors):
+        self.groups = tensors
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        return self.groups.get(group, {})
+
+
+def change_engines(gang: Gang, store: str, root: Path) -> dict[str, Any]:
+    """The real loop over two stages: once straight through with ddp, once stopped in each stage and continued with another engine."""
+    document = {
+        "name": "test",
+        "data": {"store": store, "batch": 2},
+        "model": LITE,
+        "stages": [
+            {"epochs": 2, "steps": 3, "lr": 1e-2},
+            {"epochs": 2, "steps": 2, "lr": 1e-3, "schedule": "poly", "inherit": "weights+optimizer"},
+        ],
+        "save_every": 1,
+    }
+
+    def go(folder: str, kind: str, stop_after: int = 10**9) -> list[run.StageFolder]:
+        recipe, opened = parse(document | {"engine": KINDS[kind]}), open_store(store)
+        folders, asked = run.stage_folders(root / folder, recipe, opened.manifest), iter(range(10**9))
+        with suppress(Interrupted):
+            train(
+                Run(
+                    recipe=recipe,
+                    store=opened,
+                    folders=folders,
+                    gang=gang,
+                    asked_to_stop=lambda: next(asked) >= stop_after - 1,
+                    warn=lambda message: None,
+                    validate=lambda engine: {},
+                )
+            )
+        return folders
+
+    go("changed", "ddp", 2)
+    go("changed", "zero3", 3)
+    go("changed", "zero1", 3)
+    folders = {"changed": go("changed", "zero2"), "straight": go("straight", "ddp")}
+    steps = {
+        name: [event for folder in both for event in read_events(folder.path) if event["event"] == "step"] for name, both in folders.items()
+    }
+    ends = {name: groups_of(both[-1].final()) for name, both in folders.items()}
+    return {"ends": ends, "lr": {name: [event["lr"] for event in told] for name, told in steps.items()}}

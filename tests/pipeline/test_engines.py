@@ -1,0 +1,189 @@
+"""DDP and DeepSpeed's ZeRO 0 to 3 are one engine to the user: the same steps, one checkpoint, one behaviour. Real processes, real gloo."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from segfleet.pipeline.engines.base import engines
+from segfleet.pipeline.engines.deepspeed import cut, join, read_options
+from segfleet.pipeline.recipe import Engine
+from segfleet.preprocess.problems import InputError
+
+if importlib.util.find_spec("deepspeed") is None:
+    pytest.skip("deepspeed is not installed", allow_module_level=True)
+KINDS = ("ddp", "zero0", "zero1", "zero2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def place(tiny_store, tmp_path_factory):
+    """Stores, a folder for checkpoints, and a torch extensions folder that must stay empty."""
+    root = tmp_path_factory.mktemp("engines")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(root / "extensions"))
+        patch.delenv("DS_ACCELERATOR", raising=False)
+        stores = {"store": str(tiny_store(dims=3, classes=1)), "flat": str(tiny_store(dims=2))}
+        yield SimpleNamespace(root=root, extensions=root / "extensions", **stores)
+
+
+@pytest.fixture(scope="module")
+def trained(place, run_gang):
+    """Two ranks, 20 steps of every kind; checkpoints of steps 10 and 20 in `place.root`."""
+    return run_gang("engine_programs.py:train_all", 2, store=place.store, root=str(place.root))
+
+
+@pytest.fixture(scope="module")
+def sorts(place, run_gang):
+    return run_gang("engine_programs.py:all_sorts", 2, store=place.store, flat_store=place.flat, root=str(place.root))
+
+
+@pytest.fixture(scope="module")
+def continued(place, trained, run_gang):
+    def go(ranks, kinds, writers):
+        return run_gang("engine_programs.py:go_on", ranks, store=place.store, root=str(place.root), kinds=kinds, writers=writers)
+
+    few = ["zero1", "zero3"]
+    return {2: go(2, KINDS, KINDS), 1: go(1, KINDS, ["ddp", "zero3"]), 3: go(3, few, few)}
+
+
+def losses(steps):
+    return [loss for loss, _ in steps]
+
+
+def norms(steps):
+    return [norm for _, norm in steps]
+
+
+def test_all_engines_take_the_same_steps(trained):
+    told = trained[0]
+    assert trained[1] == told, "the ranks disagree on the mean loss or the norm"
+    assert losses(told["ddp"])[-1] < 0.95 * losses(told["ddp"])[0], "nothing was learned: the test would prove nothing"
+    assert told["zero0"] == told["ddp"] and told["zero2"] == told["zero1"]
+    for kind in KINDS:
+        assert losses(told[kind]) == pytest.approx(losses(told["ddp"]), rel=1e-6), kind
+        assert norms(told[kind]) == pytest.approx(norms(told["ddp"]), rel=1e-5), kind
+
+
+def test_resumed_in_new_processes_is_bitwise_the_same(continued, trained):
+    facts = continued[2][0]
+    assert facts["resumed"] == dict.fromkeys(KINDS, "")
+    for kind in KINDS:
+        assert facts["losses"][f"{kind} {kind}"] == trained[0][kind][10:], kind
+
+
+def test_every_engine_reads_every_checkpoint_to_the_bit_on_any_number_of_ranks(continued):
+    assert [len(continued[ranks][0]["read"]) for ranks in (1, 2, 3)] == [10, 25, 4]
+    for ranks, told in continued.items():
+        for facts in told:
+            assert facts["size"] == ranks
+            assert not {who: what for who, what in facts["read"].items() if what}, f"on {ranks} ranks"
+
+
+def test_a_run_may_change_engine_and_ranks_in_the_middle(continued, trained):
+    for ranks in (1, 2):
+        for who, steps in continued[ranks][0]["losses"].items():
+            expected = losses(trained[0][who.split()[0]])[10 : 10 + len(steps)]
+            assert losses(steps) == pytest.approx(expected, rel=1e-6), f"{who} on {ranks} ranks"
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize(
+    "variant", ["clipped", "accumulated", "sgd", "frozen", "batch-norm", "bf16", "channels-last", "offloaded", "recomputed"]
+)
+def test_what_a_recipe_may_ask_for_works_alike(sorts, variant, kind):
+    for rank in (0, 1):
+        told, wanted = (sorts[rank]["variants"][f"{variant} {name}"] for name in (kind, "ddp"))
+        loose = variant == "bf16" and kind == "zero3"  # ZeRO 3's hooks change the order of sums, and bf16 has 8 bits
+        assert losses(told["steps"]) == pytest.approx(losses(wanted["steps"]), rel=1e-3 if loose else 1e-6)
+        assert norms(told["steps"]) == pytest.approx(norms(wanted["steps"]), rel=1e-2 if loose else 1e-5)
+        assert told["moments"] == wanted["moments"] and told["moved"] == wanted["moved"] and told["moved"]
+        for name, value in wanted["running"].items():
+            assert torch.allclose(told["running"][name].float(), value.float(), rtol=1e-5, atol=1e-6), name
+
+
+def test_the_variants_are_what_they_say(sorts):
+    told = {name: facts["variants"] for name, facts in zip((0, 1), sorts, strict=True)}
+    assert min(norms(told[0]["clipped ddp"]["steps"])) > 0.1, "nothing was clipped"
+    assert not any(name.startswith("encoder") for name in told[0]["frozen zero3"]["moved"] + told[0]["frozen zero3"]["moments"])
+    running = [told[rank]["batch-norm zero2"]["running"] for rank in (0, 1)]
+    assert any(not torch.equal(value, running[1][name]) for name, value in running[0].items()), "both ranks saw the same images"
+    assert {name.rpartition(".")[2] for name in told[0]["sgd zero1"]["moments"]} == {"momentum_buffer"}
+    assert {name.rpartition(".")[2] for name in told[0]["clipped zero1"]["moments"]} == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(sorts, kind):
+    for rank in (0, 1):
+        facts = sorts[rank]["careful"][kind]
+        assert not any(norm - norm == 0 for norm in facts["norms"])
+        assert facts["skipped"] == "" and facts["after"] == "" and facts["same losses after"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_sees_averaged_whole_weights_and_leaves_no_trace(sorts, kind):
+    for rank in (0, 1):
+        facts = sorts[rank]["careful"][kind]
+        assert facts["in eval mode"] and facts["evaluated"] == "" and facts["restored"] == ""
+    assert torch.allclose(sorts[0]["careful"][kind]["output"], sorts[0]["careful"]["ddp"]["output"], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rate_is_written_every_step_and_thawed_parameters_start_afresh(sorts, kind):
+    facts = sorts[0]["careful"][kind]
+    assert facts["lr 0"] == "", "a step with rate 0 moved the weights"
+    assert losses(facts["thawed"]) == pytest.approx(losses(sorts[0]["careful"]["ddp"]["thawed"]), rel=1e-6)
+    assert facts["counters"] and all(
+        value == (3.0 if name.startswith(("encoder", "heads")) else 6.0) for name, value in facts["counters"].items()
+    )
+
+
+def test_the_loop_changes_engines_in_both_stages(sorts):
+    told = sorts[0]["loop"]
+    assert told["lr"]["changed"] == told["lr"]["straight"] and len(told["lr"]["straight"]) == 10
+    assert told["lr"]["straight"][5:7] == [1e-2, 1e-3], "the first step of stage 2 has the rate of stage 2"
+    for group in ("weights", "optimizer"):
+        found, wanted = told["ends"]["changed"][group], told["ends"]["straight"][group]
+        assert found.keys() == wanted.keys() and found
+        for name, value in wanted.items():
+            assert torch.allclose(found[name].float(), value.float(), rtol=1e-3, atol=1e-5), name
+
+
+def test_nothing_is_compiled(trained, sorts, continued, place):
+    assert not place.extensions.exists() or not os.listdir(place.extensions)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_pieces_join_to_what_was_cut(zero, ranks):
+    shapes = [torch.Size(shape) for shape in ((), (1,), (3, 5), (7,), (2, 2, 2), (11, 1, 3))]
+    values = [torch.randn(shape) for shape in shapes]
+    pieces = cut(values, zero, ranks)
+    assert pieces.shape[0] == ranks
+    assert all(torch.equal(a, b) for a, b in zip(join(pieces, shapes, zero), values, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"options": {"stage": 2}}, "unknown key 'stage', expected one of: zero, offload"),
+        ({"options": {"zero": 4}}, "engine.options.zero: found 4, expected one of: 0, 1, 2, 3"),
+        ({"options": {"zero": True}}, "engine.options.zero: found True"),
+        ({"options": {"offload": "nvme"}}, "engine.options.offload: found 'nvme', expected one of: none, cpu"),
+        ({"options": {"offload": "cpu", "zero": 0}}, "expected zero 1, 2 or 3"),
+        ({"precision": "fp16"}, "engine.precision: found 'fp16', expected fp32 or bf16"),
+        ({"compile": True, "options": {"zero": 3}}, "engine.compile: found true, expected false with zero 3"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)
+def test_what_it_cannot_do_is_refused_by_name(engine, message):
+    with pytest.raises(InputError, match=message):
+        read_options(Engine(name="deepspeed", **engine))
+
+
+def test_defaults_and_names():
+    assert read_options(Engine(name="deepspeed")) == (1, "none")
+    assert engines() == ["ddp", "deepspeed"]
