@@ -47,13 +47,14 @@ def choose(wanted: str, device: torch.device, *, ours: bool = False) -> str:
     missing = []
     for name in ORDER.get(device.type, ("chunked",))[ours and device.type == "cuda" :]:
         if not (reason := load(name).unavailable(device)):
-            _say(device, name, "; ".join(missing) or "the best there is")
+            level = logging.WARNING if name == "chunked" and missing else logging.INFO
+            _say(device, name, "; ".join(missing) or "the best there is", level)
             return name
         missing.append(f"{name}: {reason}")
     raise AssertionError("the chunked back end runs everywhere")
 
 
-def _say(device: torch.device, name: str, why: str) -> None:
+def _say(device: torch.device, name: str, why: str, level: int = logging.INFO) -> None:
     if (device.type, name) not in _said:
         _said.add((device.type, name))
-        log.info("selective scan on %s runs with back end '%s' (%s)", device.type, name, why)
+        log.log(level, "selective scan on %s runs with back end '%s' (%s)", device.type, name, why)

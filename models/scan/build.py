@@ -1,8 +1,8 @@
 """Compile one C++ file of this folder into a shared library, once per machine type, and load it.
 
-The library is kept in the user's cache folder under `<key>-<digest>.so`: the key hashes source, flags, compiler and processor, the digest
-is that of the file, so a damaged file is seen before it is loaded and built again. A build writes beside it and renames: ranks that build
-at the same time, and builds that are killed, leave nothing that hurts. There are no lock files.
+The library is kept in the user's cache folder under `<key>-<digest>.so`: the key hashes source, flags and processor, the digest is that of
+the file, so a damaged file is seen before it is loaded and built again. A build writes beside it and renames: ranks that build at the same
+time, and builds that are killed, leave nothing that hurts. There are no lock files. Without a compiler, what a like machine built is used.
 """
 
 from __future__ import annotations
@@ -31,18 +31,13 @@ class BuildError(Exception):
 
 def load(source: Path) -> ctypes.CDLL:
     """The compiled library of `source`. Raises BuildError."""
-    compiler = find_compiler()
-    key = f"{source.stem}-{_key(source, compiler)}"
-    problem = ""
+    key, problem = f"{source.stem}-{_key(source)}", ""
     for folder in cache_folders():
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if folder.stat().st_uid != os.getuid():
                 continue  # somebody else's folder in a shared temporary directory
-            library = find(folder, key)
-            if library is None:
-                library = compile_into(folder, key, source, compiler)
-            return ctypes.CDLL(str(library))
+            return ctypes.CDLL(str(find(folder, key) or compile_into(folder, key, source)))
         except OSError as error:  # not writable, or mounted so that nothing in it may run
             problem = f"{folder}: {error}"
     raise BuildError(f"no cache folder can be used ({problem})")
@@ -76,8 +71,9 @@ def find(folder: Path, key: str) -> Path | None:
     return None
 
 
-def compile_into(folder: Path, key: str, source: Path, compiler: str) -> Path:
+def compile_into(folder: Path, key: str, source: Path) -> Path:
     """Compile `source` and publish it in `folder` by renaming. Raises BuildError with the compiler's first complaint."""
+    compiler = find_compiler()
     handle, name = tempfile.mkstemp(prefix=".build-", suffix=".so", dir=folder)
     os.close(handle)
     made, complaint = Path(name), ""
@@ -97,25 +93,18 @@ def compile_into(folder: Path, key: str, source: Path, compiler: str) -> Path:
         made.unlink(missing_ok=True)
 
 
-def _key(source: Path, compiler: str) -> str:
-    facts = [source.read_bytes(), repr((ALWAYS, FLAGS)).encode(), _version(compiler).encode(), _processor().encode()]
-    return _digest(b"\0".join(facts))
-
-
-def _version(compiler: str) -> str:
-    """What changes when the compiler is replaced, without starting it."""
-    real = Path(compiler).resolve()
-    return f"{real} {real.stat().st_size}"
+def _key(source: Path) -> str:
+    return _digest(b"\0".join([source.read_bytes(), repr((ALWAYS, FLAGS)).encode(), _processor().encode()]))
 
 
 def _processor() -> str:
-    """What `-march=native` depends on: machine, model and instruction sets."""
+    """What a library depends on: machine, C library, and for `-march=native` model and instruction sets."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
         kept = [x for x in lines if x.startswith(("model name", "flags", "Features", "CPU part"))]
     except OSError:
         kept = [platform.processor()]
-    return "\n".join([platform.platform(), platform.machine(), *kept])
+    return "\n".join([platform.system(), platform.machine(), *platform.libc_ver(), *kept])
 
 
 def _digest(content: bytes) -> str:
