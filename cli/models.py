@@ -56,8 +56,9 @@ def details(chosen) -> dict[str, Any]:
 
 
 def render_all(rows: Sequence[dict[str, Any]]) -> None:
-    columns = ("name", "dims", "parameters", "GMAC", "at", "sizes", "deep supervision")
+    columns = ("name", "dims", "parameters", "GMAC", "at", "step", "deep")
     table(columns, [(r["name"], *_cells(r)) for r in rows])
+    typer.echo("GMAC: one forward at batch 1. step: sizes must be multiples of it. deep: deep supervision.")
 
 
 def render_one(found: dict[str, Any]) -> None:
@@ -65,7 +66,7 @@ def render_one(found: dict[str, Any]) -> None:
     facts = {
         "about": found["about"],
         "source": found["source"],
-        "input": f"{found['in_channels']} channel(s), {dims}, sizes: {rule}",
+        "input": f"{found['in_channels']} channel(s), {dims}, size " + ("fixed when built" if rule == "fixed" else f"in steps of {rule}"),
         "output": f"{found['classes']} class(es), deep supervision: {deep}",
         "parameters": f"{parameters:,}",
         "multiply-adds": f"{gmac} G at {size}, batch 1, forward",
@@ -79,6 +80,5 @@ def render_one(found: dict[str, Any]) -> None:
 def _cells(row: dict[str, Any]) -> tuple[Any, ...]:
     dims = "/".join(f"{d}D" for d in row["dims"])
     by = row["divisor"]
-    rule = "any" if max(by) == 1 else f"multiples of {by[0] if len(set(by)) == 1 else 'x'.join(map(str, by))}"
-    rule = "fixed when built" if row["fixed_patch"] else rule
+    rule = "fixed" if row["fixed_patch"] else str(by[0]) if len(set(by)) == 1 else "x".join(map(str, by))
     return dims, row["parameters"], row["gmac"], "x".join(map(str, row["input"])), rule, "yes" if row["deep_supervision"] else "no"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from segfleet.models.registry import ModelSpec, build_model, count_parameters, stage_table
 
@@ -59,12 +59,12 @@ def count_macs(model: nn.Module, shape: Sequence[int]) -> int:
     Exact for these; normalisations, activations, interpolation and other elementwise work are not counted. `model` must lie on the meta
     device; shape: (B, C, [Z,] Y, X).
     """
-    counter = FlopCounterMode(display=False)
+    counter = _Flops()
     was_training = model.training
     with torch.no_grad(), counter:
         model.eval()(torch.empty(tuple(shape), device="meta"))
     model.train(was_training)
-    return counter.get_total_flops() // 2
+    return counter.flops // 2
 
 
 def peak_training_bytes(model: nn.Module, shape: Sequence[int]) -> int:
@@ -83,6 +83,20 @@ def peak_training_bytes(model: nn.Module, shape: Sequence[int]) -> int:
     model.zero_grad(set_to_none=True)
     model.train(was_training)
     return meter.peak
+
+
+class _Flops(TorchDispatchMode):
+    """Adds up torch's own formulas, two flops per multiply-accumulate; FlopCounterMode without its table of modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func._overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -78,8 +78,8 @@ class Blocks:
     def __call__(self, a: int, b: int, *, mid: int | None = None, first: bool = False, attend: bool = False) -> nn.Sequential:
         if self.light:
             groups = 1 if first else self.groups
-            if b % groups or (mid or b) % groups:
-                raise ModelError(f"model.options: {b} channels cannot be split in {groups} groups; give a width that is a multiple")
+            if any(channels % groups for channels in (a, mid or b, b)):
+                raise ModelError(f"model.options.width: {a} -> {b} channels cannot be split in {groups} groups; give a multiple of {groups}")
             block = light_block(a, mid or b, b, groups)
         else:
             block = standard_block(a, mid or b, b)
