@@ -1,11 +1,11 @@
 """Time and memory of one training step of every registered network.
 
-    python benchmarks/models.py [--device cpu|cuda|both] [--only NAME ...] [--repeats 5] [--threads N] [--out benchmarks/results/models.json]
+    python benchmarks/models.py [--device cpu|cuda|both] [--only NAME ...] [--repeats 5] [--threads 1] [--out FILE]
 
 Each network runs alone in a process of its own, at its published channels and classes, batch 1, at a fixed small size (2D 128 x 128,
-3D 32 x 64 x 64, made legal where a network needs more; a network with a fixed patch at its published one). Time: median of forward + backward in
-fp32 (on a GPU also in bf16) after two warm-up steps. Memory: on a CPU the growth of the process' peak resident size over what
-it held before the first step, on a GPU the allocator's peak. Prints a markdown table.
+3D 32 x 64 x 64, made legal where a network needs more; a network with a fixed patch at its published one). Time: median of forward +
+backward in fp32 (on a GPU also in bf16) after two warm-up steps. Memory: on a CPU the growth of the process' peak resident size over
+what it held before the first step, on a GPU the allocator's peak. Prints a markdown table.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
         for device, precision in runs:
             rows.append(alone(name, device, precision, asked))
             print(f"{name} {device} {precision}: {rows[-1].get('ms', rows[-1].get('failed'))}", file=sys.stderr, flush=True)
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": asked.threads, "torch": torch.__version__}
+    machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": asked.threads, "torch": torch.__version__}
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     asked.out.parent.mkdir(parents=True, exist_ok=True)
@@ -137,9 +137,8 @@ def print_table(rows: list[dict]) -> None:
             print(f"| {row['name']} | {where} | failed: {row['failed']} | | | | | |")
             continue
         size = "x".join(map(str, row["size"]))
-        print(
-            f"| {row['name']} | {where} | {size} | {row['parameters']:,} | {row['gmac']} | {row['ms']} | {row['step_mib']} | {row['predicted_mib']} |"
-        )
+        costs = f"{row['gmac']} | {row['ms']} | {row['step_mib']} | {row['predicted_mib']}"
+        print(f"| {row['name']} | {where} | {size} | {row['parameters']:,} | {costs} |")
 
 
 if __name__ == "__main__":

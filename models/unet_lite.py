@@ -79,7 +79,7 @@ class Blocks:
         if self.light:
             groups = 1 if first else self.groups
             if any(channels % groups for channels in (a, mid or b, b)):
-                raise ModelError(f"model.options.width: {a} -> {b} channels cannot be split in {groups} groups; give a multiple of {groups}")
+                raise ModelError(f"model.options.width: {a} -> {b} channels do not split in {groups} groups; give a multiple of {groups}")
             block = light_block(a, mid or b, b, groups)
         else:
             block = standard_block(a, mid or b, b)
