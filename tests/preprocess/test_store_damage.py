@@ -1,0 +1,115 @@
+"""Damage to a store never passes unseen, and says which case it hits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from segfleet.preprocess.digest import content_sha256
+from segfleet.preprocess.manifest import load_manifest, save_manifest
+from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.stores.base import formats, open_store
+from segfleet.preprocess.verify import verify
+
+
+def data_file(store, name="image") -> Path:
+    """Where the bytes of the first case lie."""
+    case = store.manifest.cases[0]
+    place = store.root / case.shard
+    return place.with_suffix(".h5") if store.manifest.format == "hdf5" else next((place.with_suffix(".zarr") / name).glob("c.*"))
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x10
+    path.write_bytes(data)
+
+
+def read_all(root: Path) -> None:
+    store = open_store(root)
+    for case in store.manifest.cases:
+        assert content_sha256(*store.stored(case)) == case.sha256, "damage passed unseen"
+        store.truth(case)
+
+
+def image_bytes(store, path: Path) -> list[int]:
+    """Offsets of stored voxels, spread over the file."""
+    if store.manifest.format == "zarr":
+        return [int(i) for i in np.linspace(0, path.stat().st_size - 1, 40)]  # chunks and index: all of it is checked
+    with h5py.File(path, "r") as file:
+        array = file["case-0/image"]
+        chunks = [array.id.get_chunk_info(i) for i in range(array.id.get_num_chunks())]
+    return [c.byte_offset + i for c in chunks[:: max(1, len(chunks) // 8)] for i in (0, 7, c.size // 2, c.size - 5, c.size - 1)]
+
+
+def test_one_flipped_byte_is_refused_naming_case_and_shard(store):
+    path = data_file(store)
+    whole = path.read_bytes()
+    store.close()
+    for at in image_bytes(store, path):
+        flip(path, at)
+        with pytest.raises(InputError, match=r"case 'case-0': shard data/case-0 is damaged .*[Rr]estore .*preprocess"):
+            read_all(store.root)
+        assert [p.case for p in verify(store.root)] == ["case-0"]
+        path.write_bytes(whole)
+    read_all(store.root)
+
+
+def test_a_flipped_byte_anywhere_never_gives_other_values(store):
+    """Structures and metadata too: either the values are right or the store is refused; `verify` always notices."""
+    paths = [p for p in sorted(store.root.rglob("*")) if p.is_file() and "case-0" in p.as_posix()]
+    store.close()
+    draw = np.random.default_rng(2)
+    refused = 0
+    for path in paths:
+        whole = path.read_bytes()
+        for at in draw.integers(0, len(whole), 60 // len(paths)):
+            flip(path, int(at))
+            try:
+                read_all(store.root)
+            except InputError as error:
+                assert "case-0" in str(error)
+                refused += 1
+            assert len(verify(store.root)) == 1
+            path.write_bytes(whole)
+    assert refused > 30 // len(formats())
+
+
+def test_a_file_cut_short_is_refused(store):
+    path = data_file(store)
+    store.close()
+    for keep in (path.stat().st_size - 1, path.stat().st_size // 2, 3, 0):
+        with open(path, "r+b") as file:
+            file.truncate(keep)
+        with pytest.raises(InputError, match="case-0.*damaged"):
+            read_all(store.root)
+
+
+def test_a_missing_file_is_named(store):
+    path = data_file(store)
+    store.close()
+    path.unlink()
+    with pytest.raises(InputError, match="'case-0': shard data/case-0 is missing.*preprocess"):
+        read_all(store.root)
+    assert [p.found for p in verify(store.root)] == ["No such file or directory"]
+
+
+def test_another_shape_than_the_manifests_is_refused(store):
+    entry = store.manifest.cases[0].model_copy(update={"shape": (9, 21, 35)})
+    with pytest.raises(InputError, match="damaged.*the manifest says"):
+        store.image(entry)
+    with pytest.raises(InputError, match="damaged"):
+        store.image(store.manifest.cases[0].model_copy(update={"key": "nobody"}))
+
+
+def test_verify_finds_content_that_is_not_the_manifests(store):
+    assert verify(store.root) == verify(store.root, chunks=True) == []
+    manifest = load_manifest(store.root)
+    changed = manifest.cases[1].model_copy(update={"sha256": "0" * 64})
+    save_manifest(store.root, manifest.model_copy(update={"cases": (manifest.cases[0], changed)}))
+    assert verify(store.root) == []
+    (problem,) = verify(store.root, chunks=True)
+    assert problem.case == "case-1" and problem.expected.endswith("0000")
