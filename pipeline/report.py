@@ -256,7 +256,10 @@ def _cases(document: dict[str, Any]) -> str:
     names = document["structures"]
     shown = [column for column in COLUMNS if column[0] in ("dice", "hd95", "volume_error")]
     headings = ["Case", "Patient", "Mean Dice", *(text for _ in names for _, text, _, _ in shown)]
-    sortable = [f'<th scope="col"><button type="button" data-column="{i}">{e(text)}</button></th>' for i, text in enumerate(headings)]
+    sortable = [
+        f'<th scope="col"{" class=left" if i < 2 else ""}><button type="button" data-column="{i}">{e(text)}</button></th>'
+        for i, text in enumerate(headings)
+    ]
     groups = "".join(f'<th class="group" scope="colgroup" colspan="{len(shown)}">{e(name)}</th>' for name in names)
     head = f'<tr><th colspan="3"></th>{groups}</tr><tr>{"".join(sortable)}</tr>'
     rows = []

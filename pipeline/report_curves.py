@@ -10,18 +10,20 @@ from segfleet.pipeline.report_html import e
 
 Point = tuple[float, float]
 WIDTH, HEIGHT = 480, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 26, 34
+LEFT, RIGHT, TOP, BOTTOM = 52, 18, 26, 36
 MOST = 400  # points of a curve
 
 
 def curve(title: str, points: Sequence[Point], stages: Sequence[tuple[float, str]] = (), *, dots: bool = False) -> str:
-    """A line over training steps; `stages` are (first step, name) of each stage. Long curves get a running mean over faint values."""
+    """A line over training steps, broken between stages; `stages` are (first step, name). Long ones: a running mean over faint values."""
     points = [(x, y) for x, y in points if math.isfinite(y)]
     if not points:
         return f"<figure><figcaption>{e(title)}: nothing was recorded.</figcaption></figure>"
-    points = thinned(points)
-    ticks_x, ticks_y = ticks(0, max(x for x, _ in points)), ticks(min(y for _, y in points), max(y for _, y in points))
-    right, low, high = max(ticks_x[-1], points[-1][0], 1e-9), ticks_y[0], ticks_y[-1]
+    lines = [thinned(line) for line in broken(points, [first for first, _ in stages])]
+    points = [point for line in lines for point in line]
+    ticks_y, right = ticks(min(y for _, y in points), max(y for _, y in points)), max(max(x for x, _ in points), 1.0)
+    ticks_x = [x for x in ticks(0, right) if x <= right * 1.001]
+    low, high = ticks_y[0], ticks_y[-1]
 
     def at(x: float, y: float) -> tuple[str, str]:
         across = LEFT + (WIDTH - LEFT - RIGHT) * x / right
@@ -35,17 +37,18 @@ def curve(title: str, points: Sequence[Point], stages: Sequence[tuple[float, str
     for x in ticks_x:
         across, _ = at(x, low)
         parts.append(f'<text x="{across}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{number(x)}</text>')
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">step</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">step</text>')
     for first, name in stages if len(stages) > 1 else ():
         across, _ = at(first, low)
         if first:
             parts.append(f'<line class="stage" x1="{across}" x2="{across}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         parts.append(f'<text x="{float(across) + 4:.1f}" y="{TOP + 10}">{e(name)}</text>')
-    smooth = running_mean(points) if len(points) > 60 else points
-    if smooth is not points and not dots:
-        parts.append(_path("faint", points, at))
-    parts.append(_path("curve", points if dots else smooth, at))
-    if dots or len(points) == 1:
+    for line in lines:
+        if len(line) > 60 and not dots:
+            parts.append(_path("faint", line, at))
+            line = running_mean(line)
+        parts.append(_path("curve", line, at))
+    if dots or len(points) < 3:
         for x, y in points:
             across, down = at(x, y)
             parts.append(f'<circle class="dot" cx="{across}" cy="{down}" r="3.5"><title>step {number(x)}: {number(y)}</title></circle>')
@@ -87,6 +90,13 @@ def strips(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows
     )
     return f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{e(text)}">{"".join(parts)}</svg></figure>'
+
+
+def broken(points: Sequence[Point], starts: Sequence[float]) -> list[list[Point]]:
+    """The points of each stage; stages without any are left out. A stage's first step is the one after its start."""
+    borders = [-math.inf, *starts[1:], math.inf]
+    pieces = [[p for p in points if low < p[0] <= high] for low, high in zip(borders, borders[1:], strict=False)]
+    return [piece for piece in pieces if piece]
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:

@@ -38,7 +38,7 @@ th { color: var(--soft); font-weight: 600; font-size: 13px; vertical-align: bott
 th:first-child, td:first-child, .left { text-align: left; }
 tbody th { color: var(--ink); } tbody tr:hover { background: var(--panel); }
 tbody th.id { white-space: normal; overflow-wrap: anywhere; min-width: 110px; max-width: 280px; }
-td.missing { color: var(--soft); } td small { color: var(--soft); display: block; }
+tbody th { vertical-align: top; } td.missing { color: var(--soft); } td small { color: var(--soft); display: block; }
 th.group { text-align: center; border-bottom: 2px solid var(--line); }
 th button { all: unset; cursor: pointer; font: inherit; } th button:focus-visible { outline: 2px solid var(--accent); }
 th button::after { content: "\\2195"; opacity: .45; padding-left: 4px; }

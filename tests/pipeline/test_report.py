@@ -15,7 +15,7 @@ import torch
 from segfleet.pipeline.evaluate import case_probabilities, evaluate_cases
 from segfleet.pipeline.overlay import save_overlays
 from segfleet.pipeline.report import write_report
-from segfleet.pipeline.report_curves import MOST, curve, running_mean, thinned, ticks
+from segfleet.pipeline.report_curves import MOST, broken, curve, running_mean, thinned, ticks
 from segfleet.pipeline.report_html import cell
 from segfleet.pipeline.task import make_task
 from segfleet.preprocess.build import build
@@ -211,6 +211,15 @@ def test_ticks_are_few_round_and_enclose(low, high):
     assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 7
     steps = [b - a for a, b in zip(found, found[1:], strict=False)]
     assert max(steps) == pytest.approx(min(steps))
+
+
+def test_curves_are_broken_between_stages_not_averaged_over_them():
+    points = [(float(i), 1.0) for i in range(10, 1001, 10)] + [(float(i), 5.0) for i in range(1010, 2001, 10)]
+    assert broken(points, [0, 1000]) == [points[:100], points[100:]]
+    assert broken(points, [0, 1000, 2000]) == [points[:100], points[100:]], "a stage that has not begun"
+    assert broken(points, []) == [points]
+    heights = set(re.findall(r",([\d.]+)[ \"]", re.search(r'class="curve" points="(.*?)"', curve("l", points, [(0, "a"), (1000, "b")]))[0]))
+    assert len(heights) == 1, "a level line stays level up to the border"
 
 
 def test_curves_stay_small_and_true():
