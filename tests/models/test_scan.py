@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import logging
+import sys
+import types
 from functools import partial
 
 import pytest
 import torch
 
 from segfleet.models.registry import ModelError
-from segfleet.models.scan import backends, native, selective_scan_fn, selective_scan_ref
+from segfleet.models.scan import backends, external, native, selective_scan_fn, selective_scan_ref
 from segfleet.models.scan.inputs import chunk_length
 
 NATIVE = native.unavailable(torch.device("cpu"))
@@ -341,3 +344,57 @@ def test_variable_forces_a_back_end_and_the_choice_is_logged_once(monkeypatch, c
     with pytest.raises(ModelError, match="SEGFLEET_SCAN is 'fast', expected one of: auto, mamba_ssm"):
         selective_scan_fn(**x)
     selective_scan_fn(**x, backend="chunked")  # the argument goes before the variable
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """`installed(name, **contents)` makes a module importable; the adapter looks again."""
+
+    def add(name, **contents):
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+        external._missing.cache_clear()
+
+    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.delenv("SEGFLEET_SCAN", raising=False)
+    external._missing.cache_clear()
+    yield add
+    external._missing.cache_clear()
+
+
+def test_on_cuda_mamba_ssm_goes_first_if_it_has_its_kernels(installed, monkeypatch):
+    monkeypatch.setitem(backends.MODULES, "triton", "chunked")  # as if installed
+    installed("mamba_ssm")
+    assert "without its Mamba-1 kernels" in external.unavailable(CUDA)
+    assert backends.choose("auto", CUDA) == "triton"
+    installed("selective_scan_cuda")
+    assert "does not import" in external.unavailable(CUDA)
+    installed("mamba_ssm.ops")
+    installed("mamba_ssm.ops.selective_scan_interface")
+    assert backends.choose("auto", CUDA) == backends.choose("mamba_ssm", CUDA) == "mamba_ssm"
+    assert backends.choose("auto", CUDA, ours=True) == backends.choose("mamba_ssm", CUDA, ours=True) == "triton"
+    assert external.unavailable(torch.device("cpu"))
+
+
+def test_mamba_ssm_gets_what_its_kernels_take(installed):
+    seen = {}
+
+    def fake(u, delta, A, B, C, D, z, bias, softplus, last):
+        seen.update(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, bias=bias)
+        return selective_scan_ref(u, delta, A, B, C, D, z, bias, softplus, last)
+
+    for name in ("mamba_ssm", "mamba_ssm.ops"):
+        installed(name)
+    installed("mamba_ssm.ops.selective_scan_interface", selective_scan_fn=fake)
+    x = inputs(C="constant", dtype=torch.float32)
+    half = {k: v.detach().bfloat16() if isinstance(v, torch.Tensor) else v for k, v in x.items()}
+    half["u"] = half["u"].mT.contiguous().mT
+    out = external.scan(*(half[k] for k in TENSORS), True, False)
+    assert out.dtype == torch.bfloat16 and all(seen[k].dtype == torch.bfloat16 for k in ("u", "delta", "B", "z"))
+    assert all(seen[k].dtype == torch.float32 for k in ("A", "C", "D", "bias")) and seen["u"].stride(-1) == 1
+    assert external.fits(out, x["A"]) and not external.fits(out, torch.zeros(6, 300)) and not external.fits(out.double(), x["A"])
