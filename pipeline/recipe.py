@@ -85,6 +85,7 @@ class Stage(Section):
     lr: Annotated[float, Field(gt=0)] = Field(description="peak learning rate")
     schedule: Literal["constant", "poly", "cosine"] = Field("constant", description="how the rate falls to `floor` over the stage")
     power: float = Field(0.9, description="exponent of the poly schedule")
+    period: Positive | None = Field(None, description="epochs in which the cosine falls; then it rises as long, and so on; none: the stage")
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up from 0")
     floor: Annotated[float, Field(ge=0)] = Field(0.0, description="lowest rate of the cosine and poly schedules")
     inherit: Literal["weights", "weights+optimizer"] = Field("weights", description="what is taken over from the stage before")

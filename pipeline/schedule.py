@@ -13,6 +13,9 @@ def learning_rate(stage: Stage, step: int, total: int) -> float:
         return stage.lr * (step + 1) / (stage.warmup + 1)
     if stage.schedule == "constant":
         return stage.lr
-    done = (step - stage.warmup) / max(1, total - stage.warmup)
+    length = total - stage.warmup
+    if stage.schedule == "cosine" and stage.period:
+        length = total * stage.period / stage.epochs
+    done = (step - stage.warmup) / max(1, length)
     share = (1 - done) ** stage.power if stage.schedule == "poly" else 0.5 * (1 + math.cos(math.pi * done))
     return stage.floor + (stage.lr - stage.floor) * share

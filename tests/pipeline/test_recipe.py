@@ -23,7 +23,8 @@ def refused(document) -> str:
 
 
 def test_unknown_keys_and_illegal_values_are_all_named_at_once():
-    message = refused({**MINIMAL, "modell": 1, "data": {"batch": -1, "augment": {"flop": 1}}, "stages": [{"epochs": 2, "lr": 1, "schedule": "step"}]})
+    wrong = {"modell": 1, "data": {"batch": -1, "augment": {"flop": 1}}, "stages": [{"epochs": 2, "lr": 1, "schedule": "step"}]}
+    message = refused({**MINIMAL, **wrong})
     assert "modell: unknown key; expected one of: name, seed, data, model" in message
     assert "data.batch: found -1. Input should be greater than 0" in message
     assert "data.augment.flop: unknown key; expected one of: flip, rotation" in message
@@ -50,7 +51,8 @@ def test_overrides():
     recipe = recipes.parse(document)
     assert recipe.stages[0].lr == 0.03 and recipe.data.patch == (8, 8, 8) and recipe.data.augment is None
     assert recipe.model.options == {"width": 4} and "options" not in MINIMAL["model"]
-    for bad, words in (("lr", "expected key.path=value"), ("stages.7.lr=1", "no index of a list of 1; expected 0 to 0"), ("seed=[", "no YAML")):
+    index = "no index of a list of 1; expected 0 to 0"
+    for bad, words in (("lr", "expected key.path=value"), ("stages.7.lr=1", index), ("seed=[", "no YAML")):
         with pytest.raises(InputError, match=words.replace("[", r"\[")):
             recipes.override(MINIMAL, [bad])
 
@@ -134,6 +136,18 @@ def test_learning_rates():
     assert cosine[0] == 1.0 and abs(cosine[5] - 0.55) < 1e-12 and cosine == sorted(cosine, reverse=True) and min(cosine) > 0.1
 
 
+def test_a_cosine_with_a_period_falls_and_rises_by_epochs():
+    stage = recipes.Stage(epochs=300, lr=1e-3, schedule="cosine", period=50, floor=1e-5)
+    by_epoch = [learning_rate(stage, 7 * epoch, 7 * 300) for epoch in range(300)]
+    assert by_epoch[0] == 1e-3 and by_epoch[50] == pytest.approx(1e-5) and by_epoch[25] == pytest.approx((1e-3 + 1e-5) / 2)
+    assert by_epoch[:50] == sorted(by_epoch[:50], reverse=True) and by_epoch[50:101] == sorted(by_epoch[50:101])
+    assert by_epoch[100:200] == pytest.approx(by_epoch[:100]) and by_epoch[200:] == pytest.approx(by_epoch[:100])
+    whole = recipes.Stage(epochs=300, lr=1e-3, schedule="cosine", period=300, warmup=20)
+    without = recipes.Stage(epochs=300, lr=1e-3, schedule="cosine", warmup=20)
+    assert learning_rate(whole, 20, 600) == learning_rate(without, 20, 600) == 1e-3
+    assert [learning_rate(whole, step, 600) for step in range(20)] == [learning_rate(without, step, 600) for step in range(20)]
+
+
 def test_tasks():
     def dataset(**changes):
         base = {"name": "d", "reader": "msd", "dims": 3, "channels": ("a",), "labels": {"background": 0, "x": 1, "y": 2}}
@@ -148,7 +162,8 @@ def test_tasks():
     assert regions.head == "sigmoid" and regions.target(label)[0].tolist() == [[0, 1, 1, 0], [0, 0, 1, 0]]
     assert regions.labels(torch.tensor([[0.2, 0.9, 0.9], [0.1, 0.2, 0.8]])[:, :, None]).flatten().tolist() == [0, 1, 2]
     single = make_task(dataset(labels={"background": 0, "x": 5}))
-    assert single.head == "sigmoid" and single.channels == 1 and make_task(dataset(labels={"background": 0, "x": 5}), "softmax").channels == 2
+    assert single.head == "sigmoid" and single.channels == 1
+    assert make_task(dataset(labels={"background": 0, "x": 5}), "softmax").channels == 2
     assert make_task(dataset(labels={"background": 0, "x": 5}), "softmax").target(torch.tensor([[0, 5]])).tolist() == [[0, 1]]
     with pytest.raises(InputError, match="overlapping regions, which need 'sigmoid'"):
         make_task(dataset(regions={"whole": (1, 2)}, region_order=(1,)), "softmax")
