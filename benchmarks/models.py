@@ -2,8 +2,8 @@
 
     python benchmarks/models.py [--device cpu|cuda|both] [--only NAME ...] [--repeats 5] [--threads 1] [--out FILE]
 
-Each network runs alone in a process of its own, at its published channels and classes, batch 1, at a fixed small size (2D 128 x 128,
-3D 32 x 64 x 64, made legal where a network needs more; a network with a fixed patch at its published one). Time: median of forward +
+Each network runs alone in a process of its own, at its published channels and classes, at a fixed small size (2D two images of
+128 x 128, 3D one of 32 x 64 x 64, made legal where a network needs more; a network with a fixed patch at its published one). Time: median of forward +
 backward in fp32 (on a GPU also in bf16) after two warm-up steps. Memory: on a CPU the growth of the process' peak resident size over
 what it held before the first step, on a GPU the allocator's peak. Prints a markdown table.
 """
@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 SIZE = {2: (128, 128), 3: (32, 64, 64)}
+BATCH = {2: 2, 3: 1}
 
 
 def main() -> None:
@@ -82,8 +83,9 @@ def measure(name: str, device: str, precision: str, *, repeats: int, threads: in
     torch.manual_seed(0)
     chosen = spec(name)
     size = legal_size(chosen)
+    batch = BATCH[len(size)]
     model = chosen.build(chosen.in_channels, chosen.num_classes).to(device).train()
-    x = torch.randn(1, chosen.in_channels, *size, device=device)
+    x = torch.randn(batch, chosen.in_channels, *size, device=device)
     cuda = device == "cuda"
     before = torch.cuda.memory_allocated() if cuda else peak_resident()
 
@@ -103,11 +105,12 @@ def measure(name: str, device: str, precision: str, *, repeats: int, threads: in
     times = [step() for _ in range(repeats)]
     after = torch.cuda.max_memory_allocated() if cuda else peak_resident()
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    costs = profile(chosen, size=size, batch=1)
+    costs = profile(chosen, size=size, batch=batch)
     return {
         "size": list(size),
+        "batch": batch,
         "parameters": chosen.parameters,
-        "gmac": round(costs.macs / 1e9, 3),
+        "gmac": round(batch * costs.macs / 1e9, 3),  # forward
         "ms": round(statistics.median(times), 2),
         "ms_all": [round(t, 2) for t in times],
         "step_mib": round((after - before) / 2**20, 1),  # beyond the weights
@@ -136,7 +139,7 @@ def print_table(rows: list[dict]) -> None:
         if "failed" in row:
             print(f"| {row['name']} | {where} | failed: {row['failed']} | | | | | |")
             continue
-        size = "x".join(map(str, row["size"]))
+        size = "x".join(map(str, (row["batch"], *row["size"])))
         costs = f"{row['gmac']} | {row['ms']} | {row['step_mib']} | {row['predicted_mib']}"
         print(f"| {row['name']} | {where} | {size} | {row['parameters']:,} | {costs} |")
 
