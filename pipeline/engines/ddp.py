@@ -12,11 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 from segfleet.pipeline.checkpoint import Checkpoint, Tensors
 from segfleet.pipeline.engines.base import Setup, autocast
 from segfleet.pipeline.engines.common import Average, build_optimizer, load_optimizer, load_weights, optimizer_tensors, trainable
+from segfleet.preprocess.problems import InputError
 
 
 class Engine:
     def __init__(self, setup: Setup):
         self.gang, self.loss, self.options = setup.gang, setup.loss, setup.recipe.engine
+        if self.options.options:
+            raise InputError(f"engine.options: found {', '.join(self.options.options)}, but ddp has no options; set engine.options={{}}")
         self.model, self.clip = setup.model, setup.recipe.optimizer.clip
         self.named = trainable(self.model, setup.stage)
         self.optimizer = build_optimizer(self.named, setup.recipe.optimizer, setup.stage.lr)

@@ -55,7 +55,7 @@ class Engine:
         self.model.to(memory_format=torch.contiguous_format)  # DeepSpeed takes no other; images and activations keep theirs
         ages = {name: age(name, moments) for name in self.named}
         self.optimizer = build_optimizer(self.named, self.recipe.optimizer, self.setup.stage.lr, ages)
-        with quiet(), environment(LOCAL_RANK=str(self.gang.device.index or 0)):
+        with quiet():
             self.inner, *_ = self.library.initialize(
                 model=Autocast(self.model, self.options), optimizer=self.optimizer, config=self._config(), dist_init_required=False
             )
@@ -88,6 +88,7 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # its CPU optimizer is compiled on first use
             "steps_per_print": 10**9,
+            "timers": {"throughput": {"enabled": False}},  # it waits for the device in every step
         }
 
     def step(self, micro_batches: Iterator[tuple[Tensor, Tensor]], lr: float) -> tuple[Tensor, Tensor]:
@@ -122,6 +123,8 @@ class Engine:
                 dist.broadcast(packed, src=0)
                 for buffer, value in zip(alike, packed.split([buffer.numel() for buffer in alike]), strict=True):
                     buffer.copy_(value.view_as(buffer))
+
+    # Every rank must come to what follows up to `load`: weights and moments may be spread over all of them.
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -251,6 +254,7 @@ def join_process_group(gang: Gang) -> None:
 def quiet_deepspeed(device: torch.device) -> ModuleType:
     """DeepSpeed without its chatter on stdout, and without compiling anything: its shared-memory collectives stay off."""
     os.environ["DS_ACCELERATOR"] = device.type
+    os.environ["LOCAL_RANK"] = str(device.index or 0)  # it looks here for the number of its device, again and again
     with quiet():
         try:
             import deepspeed
@@ -271,16 +275,3 @@ def quiet() -> Iterator[None]:
     with redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-@contextmanager
-def environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value

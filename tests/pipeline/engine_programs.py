@@ -5,6 +5,7 @@ Starting DeepSpeed costs seconds, so a program does all it can in one start and 
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from segfleet.models.registry import build_model
 from segfleet.pipeline import checkpoint, run
 from segfleet.pipeline.engines.base import Engine, Setup, build_engine
 from segfleet.pipeline.events import read_events
-from segfleet.pipeline.gang import Gang
+from segfleet.pipeline.gang import ENVIRONMENT, Gang
 from segfleet.pipeline.parts import Objective, make_task
 from segfleet.pipeline.recipe import Recipe, parse
 from segfleet.pipeline.stop import Interrupted
@@ -137,6 +138,9 @@ def train_all(gang: Gang, store: str, root: str) -> dict[str, Any]:
 
 def go_on(gang: Gang, store: str, root: str, kinds: list[str], writers: list[str]) -> dict[str, Any]:
     """New processes. Every kind reads step 10 of every writer; those of its own, of ddp's and those ddp reads are continued."""
+    if gang.size == 1:  # as in a process that no launcher started
+        for name in ENVIRONMENT:
+            del os.environ[name]
     resumed, read, losses = {}, {}, {}
     for kind in kinds:
         for writer in writers:

@@ -60,6 +60,7 @@ def _work(folder: Path) -> int:
 
     from segfleet.pipeline.gang import join_gang
 
+    rank = os.environ["RANK"]
     try:
         job = json.loads((folder / "job.json").read_text())
         file, _, function = job["program"].rpartition(":")
@@ -68,7 +69,7 @@ def _work(folder: Path) -> int:
         spec.loader.exec_module(module)
         gang = join_gang(folder / "address")
         result = getattr(module, function)(gang, **job["arguments"])
-        torch.save(result, folder / f"{os.environ['RANK']}.pt")
+        torch.save(result, folder / f"{rank}.pt")
         gang.barrier()
         return 0
     except BaseException:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from segfleet.pipeline.engines import ddp
 from segfleet.pipeline.engines.base import engines
-from segfleet.pipeline.engines.deepspeed import cut, join, read_options
+from segfleet.pipeline.engines.deepspeed import cut, join, quiet_deepspeed, read_options
 from segfleet.pipeline.recipe import Engine
 from segfleet.preprocess.problems import InputError
 
@@ -184,6 +186,19 @@ def test_what_it_cannot_do_is_refused_by_name(engine, message):
         read_options(Engine(name="deepspeed", **engine))
 
 
+def test_ddp_refuses_options():
+    with pytest.raises(InputError, match="engine.options: found zero, but ddp has no options"):
+        ddp.Engine(SimpleNamespace(gang=None, loss=None, model=None, recipe=SimpleNamespace(engine=Engine(options={"zero": 1}))))
+
+
 def test_defaults_and_names():
     assert read_options(Engine(name="deepspeed")) == (1, "none")
     assert engines() == ["ddp", "deepspeed"]
+
+
+def test_without_deepspeed_the_way_out_is_named(monkeypatch):
+    for name in ("DS_ACCELERATOR", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "cpu")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(InputError, match="engine.name: deepspeed cannot be imported .* set engine.name=ddp"):
+        quiet_deepspeed(torch.device("cpu"))
