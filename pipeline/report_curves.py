@@ -9,8 +9,8 @@ from typing import Any
 from segfleet.pipeline.report_html import e
 
 Point = tuple[float, float]
-WIDTH, HEIGHT = 480, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 18, 26, 36
+WIDTH, HEIGHT = 480, 260
+LEFT, RIGHT, TOP, BOTTOM = 52, 18, 38, 36
 MOST = 400  # points of a curve
 
 
@@ -42,7 +42,7 @@ def curve(title: str, points: Sequence[Point], stages: Sequence[tuple[float, str
         across, _ = at(first, low)
         if first:
             parts.append(f'<line class="stage" x1="{across}" x2="{across}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text x="{float(across) + 4:.1f}" y="{TOP + 10}">{e(name)}</text>')
+        parts.append(f'<text x="{across}" y="{TOP - 6}">{e(shortened(name))}</text>')
     for line in lines:
         if len(line) > 60 and not dots:
             parts.append(_path("faint", line, at))

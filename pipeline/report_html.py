@@ -16,7 +16,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 main, header, footer { max-width: 1120px; margin: 0 auto; padding: 0 24px; }
-header { padding-top: 32px; display: flex; flex-wrap: wrap; gap: 24px; justify-content: space-between; align-items: flex-end; }
+header { margin-top: 32px; display: flex; flex-wrap: wrap; gap: 24px; justify-content: space-between; align-items: flex-end; }
 h1 { margin: 0; font-size: 30px; line-height: 1.2; overflow-wrap: anywhere; }
 h2 { margin: 40px 0 12px; padding-top: 14px; border-top: 1px solid var(--line); font-size: 20px; }
 p { margin: 6px 0; max-width: 78ch; }
@@ -56,6 +56,7 @@ svg text.title { fill: var(--ink); font-weight: 600; font-size: 13px; }
 .swatch { display: inline-block; width: 12px; height: 12px; border-radius: 2px; margin: 0 4px 0 12px; vertical-align: -1px;
   border: 1px solid var(--soft); }
 footer { margin-top: 40px; padding: 16px 24px 40px; }
+@media (max-width: 720px) { .score { text-align: left; } main, header, footer { padding: 0 14px; } }
 @media print { :root { --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --panel: #f3f3f3; --accent: #0b62a8;
   --second: #b4500a; --warn: #fff4df; }
   body { font-size: 11px; } main, header, footer { max-width: none; padding: 0; } .scroll { overflow: visible; } table { font-size: 9.5px; }

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from segfleet.pipeline.task import Task
-from segfleet.preprocess.transforms import paste, resample_probabilities
+from segfleet.preprocess.resample import nearest
+from segfleet.preprocess.transforms import paste
 
 Crop = Sequence[tuple[int, int]]
 
@@ -20,14 +22,21 @@ def restore(
     """Probabilities (K, Z, Y, X) on the stored grid -> (Z, Y, X) uint8 label values on the raw grid, background outside `crop`.
 
     `crop` is the box (start, stop) per axis of the raw grid that was kept, as in CaseEntry. Probabilities are resampled, not labels,
-    so an outline may pass between stored voxels (linear; nearest along `anisotropic_axis`). One channel is resampled at a time.
+    so an outline may pass between stored voxels (linear; nearest along `anisotropic_axis`).
     """
     assert probabilities_KZYX.ndim == 4, tuple(probabilities_KZYX.shape)
     shape = tuple(int(stop) - int(start) for start, stop in crop)
     found = probabilities_KZYX.detach().float().cpu()
-    if tuple(found.shape[1:]) != shape:
-        resampled = np.empty((len(found), *shape), dtype=np.float32)
-        for channel in range(len(found)):
-            resampled[channel] = resample_probabilities(found[channel : channel + 1].numpy(), shape, anisotropic_axis)[0]
-        found = torch.from_numpy(resampled)
-    return paste(task.labels(found).numpy(), crop, tuple(raw_shape))
+    return paste(task.labels(resampled(found, shape, anisotropic_axis)).numpy(), crop, tuple(raw_shape))
+
+
+def resampled(probabilities_KZYX: Tensor, shape: Sequence[int], nearest_axis: int | None = None) -> Tensor:
+    """(K, *shape): what `preprocess.resample.resample_probabilities` gives, by torch's routine, which is some twenty times as fast."""
+    old = probabilities_KZYX.shape[1:]
+    linear = [o if axis == nearest_axis else n for axis, (o, n) in enumerate(zip(old, shape, strict=True))]
+    found = probabilities_KZYX
+    if linear != list(old):
+        found = F.interpolate(found[None], size=linear, mode="trilinear", align_corners=False)[0]
+    if nearest_axis is not None and old[nearest_axis] != shape[nearest_axis]:
+        found = found.index_select(1 + nearest_axis, torch.from_numpy(nearest(old[nearest_axis], shape[nearest_axis])))
+    return found

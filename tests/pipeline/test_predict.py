@@ -96,6 +96,25 @@ def test_an_oblique_affine_comes_back_to_the_bit(sets, tmp_path):
     np.testing.assert_array_equal(written.affine, nib.load(tmp_path / "turned.nii.gz").affine)
 
 
+def test_real_volumes_keep_their_geometry(shared_data, tmp_path):
+    """Four real MRI volumes with the affines of their scanner."""
+    source, raw = shared_data("Task04_Hippocampus"), tmp_path / "raw"
+    description = json.loads((source / "dataset.json").read_text())
+    description |= {"training": description["training"][:4], "numTraining": 4}
+    for entry in description["training"]:
+        for path in entry.values():
+            (raw / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / path, raw / path)
+    (raw / "dataset.json").write_text(json.dumps(description))
+    build("msd", raw, tmp_path / "store", workers=1)
+    found = predict(open_store(tmp_path / "store"), [raw / "imagesTr"], tmp_path / "out")
+    assert len(found["done"]) == 4 and not found["failed"]
+    for entry in found["done"]:
+        written, image = nib.load(entry["file"]), nib.load(raw / "imagesTr" / f"{entry['id']}.nii.gz")
+        assert written.shape == image.shape and np.array_equal(written.affine, image.affine)
+        assert set(np.unique(np.asarray(written.dataobj))) == {0, 1, 2}
+
+
 def test_a_4d_file_holds_all_channels(sets, tmp_path):
     store, raw = sets["nnunet"]
     case = store.manifest.cases[0].id

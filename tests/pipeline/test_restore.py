@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from segfleet.pipeline.metrics import masks, ratio
-from segfleet.pipeline.restore import restore
+from segfleet.pipeline.restore import resampled, restore
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.case import Case, Geometry
 from segfleet.preprocess.manifest import Plan
-from segfleet.preprocess.transforms import preprocess_case, resample_axis
+from segfleet.preprocess.transforms import preprocess_case, resample_axis, resample_probabilities
 
 SOFTMAX = Task(head="softmax", names=("shell", "core"), members=((1,), (2,)), values=(0, 1, 2))
 REGIONS = Task(head="sigmoid", names=("whole", "core"), members=((1, 2), (2,)), values=(1, 2))
@@ -61,6 +61,16 @@ def test_round_trip_of_a_perfect_network(task, shape, spacing, target, least):
         assert ratio(2 * (found & truth).sum(), found.sum() + truth.sum()) >= least
 
 
+@pytest.mark.parametrize("axis", [None, 0, 1, 2])
+@pytest.mark.parametrize(
+    "old, new", [((7, 12, 10), (9, 31, 10)), ((9, 20, 21), (5, 13, 40)), ((1, 8, 8), (1, 20, 5)), ((1, 6, 6), (4, 6, 6))]
+)
+def test_resampling_is_that_of_preprocessing(axis, old, new):
+    given = np.random.default_rng(0).random((3, *old), dtype=np.float32)
+    expected = resample_probabilities(given, new, axis)
+    np.testing.assert_allclose(resampled(torch.from_numpy(given), new, axis).numpy(), expected, atol=2e-6)
+
+
 def test_the_crop_lands_where_it_was_and_the_rest_is_background():
     label = np.zeros((2, 3, 4), np.uint8)
     label[1, 2, 3] = 2
@@ -74,6 +84,14 @@ def test_probabilities_are_interpolated_not_labels():
     probabilities = torch.tensor([0.9, 0.2]).reshape(1, 1, 1, 2)
     back = restore(probabilities, task, crop=((0, 1), (0, 1), (0, 20)), raw_shape=(1, 1, 20))
     assert back.sum() == 11  # 0.9 - 0.7 x > 0.5 for x < 0.571 voxels; cells are 0.1 wide from -0.45: 5 before 0, 6 after
+
+
+def test_the_largest_probability_wins_and_of_equals_the_first():
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.randint(0, 4, (3, 4, 5, 6), generator=generator).float()
+    expected = np.array([0, 1, 2])[probabilities.numpy().argmax(0)]  # numpy's argmax is the first of equals
+    np.testing.assert_array_equal(SOFTMAX.labels(probabilities).numpy(), expected)
+    assert SOFTMAX.labels(probabilities).dtype == torch.uint8
 
 
 def test_later_regions_are_painted_over_earlier_ones():
