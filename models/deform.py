@@ -45,8 +45,9 @@ def deform_conv2d(
 def _gather_and_convolve(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, groups: int, layout: str) -> Tensor:
     batch, _, rows, columns = x.shape
     samples = F.grid_sample(x.to(_exact(x)), _grid(offset, weight.shape[-1], layout), padding_mode="zeros", align_corners=False)
-    out = weight.view(groups, weight.shape[0] // groups, -1) @ samples.view(batch, groups, -1, rows * columns)
-    out = out.view(batch, -1, rows, columns)
+    # reshape: images and weights may be in channels-last memory
+    out = weight.reshape(groups, weight.shape[0] // groups, -1) @ samples.reshape(batch, groups, -1, rows * columns)
+    out = out.reshape(batch, -1, rows, columns)
     return out if bias is None else out + bias.to(out.dtype).view(-1, 1, 1)
 
 

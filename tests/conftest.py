@@ -30,8 +30,8 @@ def tiny_store(tmp_path_factory):
     """`tiny_store(dims=3)`: a published store of small synthetic cases, made without the raw-data code. Cached per set of options."""
     made: dict = {}
 
-    def make(dims: int = 3, format: str = "zarr", cases: int = 6, classes: int = 2, size: int = 24) -> Path:
-        key = (dims, format, cases, classes, size)
+    def make(dims: int = 3, format: str = "zarr", cases: int = 6, classes: int = 2, size: int = 24, channels: int = 1) -> Path:
+        key = (dims, format, cases, classes, size, channels)
         if key not in made:
             made[key] = write_tiny_store(tmp_path_factory.mktemp("store"), *key)
         return made[key]
@@ -39,7 +39,7 @@ def tiny_store(tmp_path_factory):
     return make
 
 
-def write_tiny_store(root: Path, dims: int, format: str, count: int, classes: int, size: int) -> Path:
+def write_tiny_store(root: Path, dims: int, format: str, count: int, classes: int, size: int, channels: int) -> Path:
     import numpy as np
 
     from segfleet.preprocess import manifest as m
@@ -47,10 +47,9 @@ def write_tiny_store(root: Path, dims: int, format: str, count: int, classes: in
 
     rng = np.random.default_rng(7)
     patch = (16, 16, 16) if dims == 3 else (1, 32, 32)
-    dataset = m.Dataset(
-        name="tiny", reader="msd", dims=dims, channels=("a",), labels={"background": 0, **{f"blob{k}": k for k in range(1, classes + 1)}}
-    )
-    plan = m.Plan(target_spacing=(1.0, 1.0, 1.0), patch=patch, normalisation=("zscore",))
+    labels = {"background": 0, **{f"blob{k}": k for k in range(1, classes + 1)}}
+    dataset = m.Dataset(name="tiny", reader="msd", dims=dims, channels=tuple("abcd"[:channels]), labels=labels)
+    plan = m.Plan(target_spacing=(1.0, 1.0, 1.0), patch=patch, normalisation=("zscore",) * channels)
     writer = store_module(format).Writer(root, "data/bundle-0000", chunk=(1, 16, 16) if dims == 2 else (16, 16, 16), dtype=plan.dtype)
     entries, ids = [], [f"case{k:02d}" for k in range(count)]
     for number, name in enumerate(ids):
@@ -59,7 +58,7 @@ def write_tiny_store(root: Path, dims: int, format: str, count: int, classes: in
         for value in range(1, classes + 1):
             corner = [int(rng.integers(0, max(1, s - 9))) for s in shape]
             label[tuple(slice(c, c + 9) for c in corner)] = value
-        image = (label[None] * 1.5 + rng.normal(0, 0.5, (1, *shape))).astype(np.float16)
+        image = (label[None] * 1.5 + rng.normal(0, 0.5, (channels, *shape))).astype(np.float16)
         writer.write(name, image, label, None)
         flat = {v: np.flatnonzero(label == v) for v in range(1, classes + 1)}
         entries.append(

@@ -34,6 +34,17 @@ def test_integer_offsets_are_a_shifted_convolution(down, right):
     torch.testing.assert_close(deform_conv2d(x, offset, weight), expected)
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_memory_format_changes_nothing(groups):
+    x, weight, offset = draw(2, 4, 5, 7), draw(8, 4 // groups, 3, 3, seed=1), 2 * draw(2, 18, 5, 7, seed=2)
+    expected = deform_conv2d(x, offset, weight, None, groups)
+    x, weight, offset = (t.contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, weight, offset))
+    found = deform_conv2d(x, offset, weight, None, groups)
+    torch.testing.assert_close(found, expected)
+    found.square().sum().backward()
+    assert all(t.grad is not None for t in (x, weight, offset))
+
+
 def test_fractional_offsets_match_the_sum_over_taps_and_corners():
     x, weight, offset = draw(1, 2, 4, 3), draw(1, 2, 3, 3, seed=1), 2 * draw(1, 18, 4, 3, seed=2)
     expected = torch.zeros(4, 3, dtype=x.dtype)
