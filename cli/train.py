@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +23,7 @@ def command(
 ) -> None:
     """Train every stage of RECIPE that is not finished, score it and write its report. The same command continues or does nothing."""
     from segfleet.pipeline.recipe import load_recipe
-    from segfleet.pipeline.run import stage_folders
+    from segfleet.pipeline.run import stage_folders, stage_steps
     from segfleet.preprocess.manifest import load_manifest
     from segfleet.preprocess.problems import InputError
     from segfleet.slurm.local import run_ranks
@@ -31,10 +33,12 @@ def command(
         raise InputError("data.store: missing; name the folder of a store, for example data.store=stores/hippocampus")
     store = Path(chosen.data.store).resolve()
     chosen = chosen.model_copy(update={"data": chosen.data.model_copy(update={"store": str(store)})})
-    folders = stage_folders(runs.resolve(), chosen, load_manifest(store))
+    manifest = load_manifest(store)
+    folders = stage_folders(runs.resolve(), chosen, manifest)
     leaf = folders[-1].path
     with progress("training") as tick:
-        follow = Follower(folders, tick)
+        totals = [stage.epochs * steps for stage, steps in zip(chosen.stages, stage_steps(chosen, manifest), strict=True)]
+        follow = Follower(folders, totals, tick)
         run_ranks({"do": "train", "recipe": chosen.model_dump(mode="json"), "root": str(runs.resolve())}, ranks, follow.poll, threads)
     scores = json.loads((leaf / "evaluation.json").read_text(encoding="utf-8"))["summary"]
     document = {
@@ -52,28 +56,31 @@ def render(document: dict) -> None:
 
 
 class Follower:
-    """Reads the run's own event files, as any other shell could, and moves the bar."""
+    """Reads the run's own files, as any other shell could, and moves the bar: steps of all stages, then the cases being scored."""
 
-    def __init__(self, folders, tick):
-        self.folders, self.tick = folders, tick
-        self.offsets, self.steps, self.totals = {}, {}, {}
+    def __init__(self, folders, totals, tick):
+        self.folders, self.total, self.tick = folders, sum(totals), tick
+        self.steps = {folder.path: total if folder.done() else 0 for folder, total in zip(folders, totals, strict=True)}
+        self.offsets, self.shown = {}, None
 
     def poll(self) -> None:
         for folder in self.folders:
-            path = folder.path / "events.jsonl"
-            if not path.exists():
-                continue
-            with open(path, encoding="utf-8") as file:
-                if path.stat().st_size < self.offsets.get(path, 0):  # cut back by a resume
-                    self.offsets[path] = 0
-                file.seek(self.offsets.get(path, 0))
-                for line in file:
-                    if not line.endswith("\n"):
-                        break
-                    self.offsets[path] = self.offsets.get(path, 0) + len(line.encode())
-                    event = json.loads(line)
-                    if event["event"] == "stage_start":
-                        self.totals[path] = event["steps"]
-                    self.steps[path] = max(self.steps.get(path, 0), event.get("step", 0))
-        if self.totals:
-            self.tick(sum(self.steps.values()), sum(self.totals.values()))
+            self._read(folder.path)
+        now = (sum(self.steps.values()), self.total)
+        if now[0] == now[1]:
+            with suppress(FileNotFoundError, json.JSONDecodeError):
+                done, cases = json.loads((self.folders[-1].path / "scoring.json").read_text())
+                now = (self.total + done, self.total + cases)
+        if now != self.shown:
+            self.shown = now
+            self.tick(*now)
+
+    def _read(self, path: Path) -> None:
+        """Steps logged since the last look."""
+        with suppress(FileNotFoundError), open(path / "events.jsonl", encoding="utf-8") as file:
+            if os.fstat(file.fileno()).st_size < self.offsets.get(path, 0):  # cut back by a resume
+                self.offsets[path] = 0
+            file.seek(self.offsets.get(path, 0))
+            while (line := file.readline()).endswith("\n"):
+                self.offsets[path] = file.tell()
+                self.steps[path] = max(self.steps[path], json.loads(line).get("step", 0))

@@ -53,6 +53,12 @@ def stage_uids(recipe: Recipe, manifest: Manifest) -> list[str]:
     return uids
 
 
+def stage_steps(recipe: Recipe, manifest: Manifest) -> list[int]:
+    """Optimizer steps of an epoch of every stage; by default one pass over the training cases."""
+    cases = len(manifest.fold(recipe.data.split, recipe.data.fold)["train"])
+    return [stage.steps or max(1, -(-cases // recipe.data.batch)) for stage in recipe.stages]
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageFolder:
     """The folder of one stage of a run."""

@@ -46,10 +46,6 @@ class PatchSampler:
     def _with_foreground(self) -> tuple[CaseEntry, ...]:
         return tuple(case for case in self.cases if any(case.foreground.values()))
 
-    def steps_per_pass(self) -> int:
-        """Steps in which about every case is seen once."""
-        return max(1, -(-len(self.cases) // self.batch))
-
     def draw(self, stage: int, epoch: int, index: int, steps: int) -> Draw:
         """Sample `index` (0 <= index < steps * batch) of an epoch of `steps` steps."""
         step, slot = divmod(index, self.batch)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from segfleet.models import registry
 from segfleet.pipeline import checkpoint
 from segfleet.pipeline.engines.base import Engine, autocast
 from segfleet.pipeline.engines.common import load_weights
@@ -25,7 +28,7 @@ from segfleet.pipeline.task import Task, make_task
 from segfleet.preprocess.manifest import Manifest, write_atomically
 from segfleet.preprocess.stores.base import ShardStore
 
-EVALUATION = "evaluation.json"
+EVALUATION, SCORING = "evaluation.json", "scoring.json"  # the second: how many of rank 0's cases are scored, while it lasts
 
 
 def forward_of(model: nn.Module, task: Task, recipe: Recipe, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -90,13 +93,16 @@ class Scorer:
         if not again and self.gang.share(known.exists() and json.loads(known.read_text(encoding="utf-8")).get("checkpoint") == name):
             return
         forward = forward_of(model, task, self.recipe, self.gang.device)
-        document = evaluate_cases(forward, self.store, self._ids(), task, gang=self.gang, progress=self._may_stop, **self._window())
+        tell = functools.partial(self._tell, leaf)
+        document = evaluate_cases(forward, self.store, self._ids(), task, gang=self.gang, progress=tell, **self._window())
         if self.gang.rank == 0:
             document |= {"checkpoint": name, "split": self.recipe.data.split, "fold": self.recipe.data.fold}
+            document |= {"parameters": registry.count_parameters(model), "versions": checkpoint.versions()}
             document["selected_on_these_cases"] = self.recipe.evaluation.weights == "best"
             save_overlays(leaf, document, self.store, task, lambda case: case_probabilities(forward, self.store, case, **self._window()))
             write_atomically(known, json.dumps(document, indent=1))
             write_report(leaf)
+            (leaf / SCORING).unlink(missing_ok=True)
         self.gang.barrier()
 
     def _ids(self) -> list[str]:
@@ -113,6 +119,8 @@ class Scorer:
             "device": self.gang.device,
         }
 
-    def _may_stop(self, done: int, total: int) -> None:
+    def _tell(self, leaf: Path, done: int, total: int) -> None:
+        if self.gang.rank == 0:
+            (leaf / SCORING).write_text(json.dumps([done, total]))
         if self.stop.asked():
             raise Interrupted("stopped while scoring; run the same command again to score")

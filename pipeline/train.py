@@ -115,7 +115,7 @@ def train_stage(this: Run, index: int) -> None:
     sampler = PatchSampler(
         cases=cases, patch=patch_of(recipe, manifest), batch=recipe.data.batch, foreground=recipe.data.foreground, seed=recipe.seed
     )
-    steps = stage.steps or sampler.steps_per_pass()
+    steps = run.stage_steps(recipe, manifest)[index]
     total = stage.epochs * steps
 
     engine, progress = build(this, index)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+INTERRUPTED = 75  # exit code of an agreed stop
 GRACE = 120.0  # seconds the ranks have to save and go after they were asked to
 
 
@@ -45,7 +46,7 @@ def run_ranks(job: dict, ranks: int, poll: Callable[[], None] = lambda: None, th
         processes = [_start(meeting, rank, ranks, threads) for rank in range(ranks)]
         before = {number: signal.signal(number, lambda *_: _ask(processes)) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            code = _watch(processes, poll)
+            codes = _watch(processes, poll)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -53,8 +54,8 @@ def run_ranks(job: dict, ranks: int, poll: Callable[[], None] = lambda: None, th
                 if process.poll() is None:
                     process.kill()
                 process.wait()
-        if code:
-            raise RankFailed(*_reason(meeting, processes, code))
+        if any(codes):
+            raise RankFailed(*_reason(meeting, codes))
 
 
 def available_cores() -> int:
@@ -69,6 +70,7 @@ def _start(meeting: Path, rank: int, ranks: int, threads: int) -> subprocess.Pop
         "LOCAL_RANK": str(rank),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         "SEGFLEET_PARENT": str(os.getpid()),
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),  # DDP's advice on a flag that is set on purpose
     }
     # A session of its own: Ctrl-C reaches us alone, and we pass it on once.
     return subprocess.Popen([sys.executable, "-m", "segfleet.slurm.worker", str(meeting)], env=environment, start_new_session=True)
@@ -80,29 +82,34 @@ def _ask(processes: list[subprocess.Popen]) -> None:
             process.send_signal(signal.SIGINT)
 
 
-def _watch(processes: list[subprocess.Popen], poll: Callable[[], None]) -> int:
-    """0 when all ranks ended well, else the exit code of the first that did not."""
-    failed, since = 0, 0.0
+def _watch(processes: list[subprocess.Popen], poll: Callable[[], None]) -> list[int | None]:
+    """Exit codes when all ranks have ended, or soon after the first one failed (None: still running)."""
+    since = 0.0
     while True:
         codes = [process.poll() for process in processes]
-        failed = failed or next((code for code in codes if code), 0)
-        if all(code is not None for code in codes):
-            return failed
-        if failed:
+        if None not in codes:
+            return codes
+        if any(codes):
             since = since or time.monotonic()
-            agreed = failed == 75  # the others stop in order, too
+            agreed = all(code in (None, 0, INTERRUPTED) for code in codes)  # the others stop in order, too
             if time.monotonic() - since > (GRACE if agreed else 1.0):
-                return failed
+                return codes
         poll()
         time.sleep(0.05)
 
 
-def _reason(meeting: Path, processes: list[subprocess.Popen], code: int) -> tuple[str, int]:
-    """Message and exit code of the rank that failed first. Ranks that only lost their partner come last."""
+def _reason(meeting: Path, codes: list[int | None]) -> tuple[str, int]:
+    """Message and exit code of what went wrong first: a rank's own report, else a killed rank, else a rank that lost its partner."""
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(meeting.glob("failed-*.json"))]
+    own = sorted((report for report in reports if not report["lost_partner"]), key=lambda report: report["time"])
+    killed = [(rank, signal.Signals(-code).name) for rank, code in enumerate(codes) if code and code < 0]
+    if own:
+        return own[0]["message"], own[0]["exit_code"]
+    if killed:
+        rank, name = killed[0]
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        return f"rank {rank} was killed by {name}{hint}. Run the same command again: it goes on from the last checkpoint.", 1
     if reports:
-        first = min(reports, key=lambda report: (report["lost_partner"], report["time"]))
-        return first["message"], first["exit_code"]
-    rank = next((k for k, process in enumerate(processes) if process.returncode == code), 0)
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return f"rank {rank} {how} without a word. Run the same command again: it goes on from the last checkpoint.", 1
+        return reports[0]["message"], 1
+    rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
+    return f"rank {rank} ended with exit code {code} without a word. Run the same command again: it goes on from the last checkpoint.", 1

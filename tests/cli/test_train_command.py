@@ -1,0 +1,194 @@
+"""`segfleet train` as a user meets it: two real ranks, signals, kills, mistakes, a second run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+STAGES = [
+    {"name": "base", "epochs": 2, "steps": 30, "lr": 1e-2},
+    {"name": "tune", "epochs": 1, "steps": 10, "lr": 1e-3, "inherit": "weights+optimizer"},
+]
+
+
+@pytest.fixture(scope="module")
+def work(tiny_store, tmp_path_factory):
+    """A folder with a recipe for a tiny network on a tiny store."""
+    folder = tmp_path_factory.mktemp("work")
+    document = {
+        "name": "tiny",
+        "data": {"store": str(tiny_store(dims=2)), "batch": 4, "patch": [16, 16]},
+        "model": {"name": "unet_lite_standard", "options": {"width": 4}},
+        "stages": STAGES,
+        "save_every": 5,
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(document))
+    return folder
+
+
+def segfleet(*arguments, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "segfleet.cli.main", *map(str, arguments)],
+        cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+
+
+def finished(process, timeout=120):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def train(work, runs, *changes):
+    return segfleet("train", "tiny.yaml", *changes, "--ranks", 2, "--runs", runs, "--json", cwd=work)
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    done = json.loads((folder / "done.json").read_text())
+    return load_file(folder / "checkpoints" / done["checkpoint"] / "weights.safetensors")
+
+
+def events(folder: Path, kind: str) -> list[dict]:
+    path = folder / "events.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def wait_for_step(work, runs, step, process, timeout=60):
+    """Wait until some stage has logged `step`; the stage's folder."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and process.poll() is None:
+        for path in (work / runs).rglob("events.jsonl"):
+            if any(event["step"] >= step for event in events(path.parent, "step")):
+                return path.parent
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached: {finished(process)}")
+
+
+@pytest.fixture(scope="module")
+def straight(work):
+    """The run nobody disturbed: its JSON document."""
+    code, out, err = finished(train(work, "straight"))
+    assert code == 0, err
+    return json.loads(out)
+
+
+def assert_same_result(document, straight):
+    for ours, theirs in zip(document["stages"], straight["stages"], strict=True):
+        first, second = final_weights(Path(ours)), final_weights(Path(theirs))
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert document["mean_foreground_dice"] == straight["mean_foreground_dice"]
+
+
+def test_one_command_gives_weights_scores_and_a_report(straight):
+    leaf = Path(straight["run"])
+    assert Path(straight["report"]).read_text().startswith("<!doctype html>")
+    scores = json.loads((leaf / "evaluation.json").read_text())
+    assert len(scores["cases"]) == 2 and scores["summary"]["mean_foreground_dice"] == straight["mean_foreground_dice"]
+    assert [Path(stage).name for stage in straight["stages"]] == list(leaf.parts[-2:])
+    assert not (leaf / "scoring.json").exists()
+
+
+def test_a_second_run_does_nothing(work, straight):
+    before = {path: path.stat().st_mtime_ns for path in Path(straight["stages"][0]).rglob("*") if path.suffix in (".safetensors", ".jsonl")}
+    code, out, _ = finished(train(work, "straight"))
+    assert code == 0 and json.loads(out) == straight
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_loses_nothing(work, straight, number):
+    runs = f"signal{number}"
+    process = train(work, runs)
+    folder = wait_for_step(work, runs, 10, process)
+    process.send_signal(number)
+    code, _, err = finished(process)
+    assert code == 75 and "all saved. Run the same command again" in err and "Traceback" not in err, err
+    at = events(folder, "stopped")[-1]["at_step"]
+    code, out, err = finished(train(work, runs))
+    assert code == 0, err
+    assert [event["from_step"] for event in events(folder, "resumed")] == [at]
+    assert_same_result(json.loads(out), straight)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_takes_the_other_down_and_the_run_goes_on_exactly(work, straight, victim):
+    runs = f"killed{victim}"
+    process = train(work, runs)
+    folder = wait_for_step(work, runs, 10, process)
+    ranks = [child for child in psutil.Process(process.pid).children() if "segfleet.slurm.worker" in child.cmdline()]
+    assert len(ranks) == 2
+    ranks[victim].kill()
+    killed = time.monotonic()
+    code, _, err = finished(process)
+    assert code == 1 and time.monotonic() - killed < 10
+    assert f"rank {victim} was killed by SIGKILL" in err and "Traceback" not in err, err
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+    reached = max(event["step"] for event in events(folder, "step"))
+    code, out, err = finished(train(work, runs))
+    assert code == 0, err
+    assert reached - events(folder, "resumed")[0]["from_step"] <= 2 * 5  # the interval, and the save that was being written
+    assert_same_result(json.loads(out), straight)
+
+
+def test_no_rank_outlives_a_killed_launcher(work):
+    process = train(work, "orphans")
+    wait_for_step(work, "orphans", 5, process)
+    ranks = psutil.Process(process.pid).children()
+    process.kill()
+    process.communicate()
+    gone, alive = psutil.wait_procs(ranks, timeout=5)
+    assert not alive or all(rank.status() == psutil.STATUS_ZOMBIE for rank in alive)
+
+
+MISTAKES = [
+    (["nope"], "no file 'nope' and no shipped recipe of that name"),
+    (["tiny.yaml", "data.bach=2"], "data.bach: unknown key; expected one of: store, split, fold, patch, batch"),
+    (["tiny.yaml", "data.store=nowhere"], "nowhere holds no manifest.json"),
+    (["tiny.yaml", "model.name=unit"], "model.name: found 'unit', expected one of: "),
+    (["tiny.yaml", "model.options.wide=3"], "'wide' is no option of unet_lite_standard; expected one of: width"),
+    (["tiny.yaml", "data.fold=9"], "data.fold: found 9, expected 0 to 0"),
+    (["tiny.yaml", "loss.name=dce"], "loss.name: found 'dce', expected one of: bce_dice, dice_ce"),
+    (["tiny.yaml", "engine.name=horovod"], "engine.name: found 'horovod', expected one of: ddp"),
+    (["tiny.yaml", "data.batch=3", "--ranks", "2"], "data.batch: found 3, which 2 rank(s)"),
+    (["tiny.yaml", "model.name=resenc_unet_3d", "data.patch=[16,16]"], "resenc_unet_3d is a 3D network"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=lambda value: value[-1] if isinstance(value, list) else "")
+def test_a_mistake_gets_one_message(work, tmp_path, arguments, words):
+    code, out, err = finished(segfleet("train", *arguments, "--runs", tmp_path / "runs", cwd=work))
+    assert code == 2, err
+    assert words in err and "Traceback" not in err and out == ""
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_fault_of_ours_shows_the_failing_ranks_traceback(work, tmp_path):
+    """A rank that breaks inside the code: its own traceback, exit code 1."""
+    sabotage = tmp_path / "sitecustomize.py"
+    sabotage.write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from segfleet.pipeline import sampler\n"
+        "    def draw(*_): raise RuntimeError('broken on purpose')\n"
+        "    sampler.PatchSampler.draw = draw\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "segfleet.cli.main", "train", "tiny.yaml", "--ranks", "2", "--runs", str(tmp_path / "runs")],
+        cwd=work, env=environment, capture_output=True, text=True, timeout=120,
+    )
+    assert done.returncode == 1
+    assert "rank 1 failed" in done.stderr and "broken on purpose" in done.stderr and "in draw" in done.stderr
