@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from segfleet.preprocess.case import Case, Geometry
+from segfleet.preprocess.duplicates import leaks, link
 from segfleet.preprocess.fingerprint import CaseFacts, samples_per_case, statistics
 from segfleet.preprocess.images import ImageError, disagreement, peek
 from segfleet.preprocess.manifest import Dataset
@@ -25,7 +27,7 @@ Tick = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """A whole raw data set after one pass. `facts` are in the order of `refs`."""
+    """A whole raw data set after one pass. `facts` are in the order of `refs`; in both, cases with equal images are of one patient."""
 
     where: str
     dataset: Dataset
@@ -69,7 +71,13 @@ def survey(
         done += 1
         tell(done, len(refs))
     problems = [*reader.problems(), *(problem for case in facts for problem in case.problems)]
+    if any(kind == "rgb_to_0_1" for kind in normalisation(dataset)):
+        problems += _depths(facts)
     warnings = [warning for case in facts for warning in case.warnings] + _together(facts)
+    joint, doubles = link(facts)
+    facts = [case.model_copy(update={"group": joint.get(case.id, case.group)}) for case in facts]
+    refs = [replace(ref, group=joint.get(ref.id, ref.group)) for ref in refs]
+    warnings += doubles + leaks(reader.splits(), {ref.id: ref.group or ref.id for ref in refs})
     if not problems and not any(case.foreground(dataset.ignore_label) for case in facts):
         mend = "Check that labels and images belong together."
         problems.append(Problem(case="all", field="label", found="no foreground voxel in any case", expected="at least one", mend=mend))
@@ -104,8 +112,8 @@ def check_case(reader: RawReader, dataset: Dataset, samples: int, ref: CaseRef) 
         return CaseFacts(**identity, problems=tuple(problems))
     case = Case(id=ref.id, group=ref.group, image_CZYX=image, label_ZYX=label, geometry=geometry)
     facts = statistics(case, normalisation(dataset), dataset.ignore_label, samples)
-    found = CaseFacts(**identity, **facts, source_sha256=digest.hexdigest())
-    if found.foreground(dataset.ignore_label):
+    found = CaseFacts(**identity, **facts, source_sha256=digest.hexdigest(), image_sha256=_pixels(image))
+    if found.foreground(dataset.ignore_label) or reader.may_be_empty(ref):
         return found
     mend = "Nothing to do if the case is really empty: it is kept."
     warning = Problem(case=ref.id, field="label", found="no foreground voxel", expected="usually some", mend=mend)
@@ -194,6 +202,23 @@ def _together(facts: Sequence[CaseFacts]) -> list[Problem]:
     counts = ", ".join(f"{kind} {sum(case.orientation == kind for case in facts)}" for kind in kinds)
     mend = "Reorient the images if left and right or up and down matter to the labels."
     return [Problem(case="all", field="orientation", found=counts, expected="one for all cases", mend=mend)]
+
+
+def _depths(facts: Sequence[CaseFacts]) -> list[Problem]:
+    """Colours of differing depth would be divided by differing whites."""
+    counts = Counter(case.dtype for case in facts if case.dtype)
+    if len(counts) < 2:
+        return []
+    usual = counts.most_common(1)[0][0]
+    mend = f"Save all pictures as {usual}."
+    odd = [case for case in facts if case.dtype not in ("", usual)]
+    return [Problem(case=c.id, field="voxel type", found=c.dtype, expected=f"{usual}, as most have", mend=mend) for c in odd]
+
+
+def _pixels(image: np.ndarray) -> str:
+    digest = hashlib.blake2b(f"{image.shape} {image.dtype}".encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(image).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _relative(path: Path, root: Path) -> str:

@@ -126,6 +126,8 @@ def read_file(path: Path, digest: Any = None, *, label: bool = False) -> tuple[n
 def peek(path: Path) -> tuple[int, int, int, int]:
     """(C, Z, Y, X) from the header alone; zeros where the file cannot be read, which reading it then explains."""
     try:
+        if path.suffix.lower() in (".npy", ".dcm"):
+            return _peek_slice(path)
         kind = ending(path)
         if kind in (".nii", ".nii.gz"):
             import nibabel as nib
@@ -155,6 +157,20 @@ def peek(path: Path) -> tuple[int, int, int, int]:
             return (len(picture.getbands()), 1, height, width)
     except Exception:
         return (0, 0, 0, 0)
+
+
+def _peek_slice(path: Path) -> tuple[int, int, int, int]:
+    """Of a file that some layouts read by themselves: an array H x W [x C], a DICOM slice."""
+    if path.suffix.lower() == ".npy":
+        height, width, *channels = np.load(path, mmap_mode="r", allow_pickle=False).shape
+        return (math.prod(channels), 1, height, width)
+    import SimpleITK as sitk
+
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    width, height, *depth = reader.GetSize()
+    return (1, math.prod(depth), height, width)
 
 
 def disagreement(one: Geometry, other: Geometry) -> tuple[str, str, str] | None:

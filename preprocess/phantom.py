@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +9,9 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from segfleet.preprocess.problems import InputError
+import segfleet.preprocess.phantom_pictures as pictures
+import segfleet.preprocess.phantom_volumes as volumes
+from segfleet.preprocess.drawing import blobs, fresh, write_nifti
 
 
 def write_msd_phantom(root: str | Path, cases: int = 12, seed: int = 0, size: Sequence[int] = (16, 40, 40)) -> Path:
@@ -19,17 +20,17 @@ def write_msd_phantom(root: str | Path, cases: int = 12, seed: int = 0, size: Se
     Label 1 is a bright ellipsoid, label 2 a brighter one inside it; noise, a bias field, an empty margin, and an intensity scale that
     differs between cases by up to a thousand. A `._` file of macOS lies between the images.
     """
-    root = _fresh(root)
+    root = fresh(root)
     generator = np.random.default_rng(seed)
     listed = []
     for index in range(cases):
         shape = tuple(int(n + generator.integers(-2, 3)) for n in size)
         spacing = (2.5, *(round(float(generator.uniform(0.95, 1.05)), 3),) * 2)
-        image, label = _blobs(generator, shape)
+        image, label = blobs(generator, shape)
         image *= 10.0 ** generator.uniform(0, 3)
         name = f"phantom_{index:03d}.nii.gz"
-        _write_nifti(root / "imagesTr" / name, image.astype(np.float32), spacing)
-        _write_nifti(root / "labelsTr" / name, label, spacing)
+        write_nifti(root / "imagesTr" / name, image.astype(np.float32), spacing)
+        write_nifti(root / "labelsTr" / name, label, spacing)
         listed.append({"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"})
     (root / "imagesTr" / "._phantom_000.nii.gz").write_bytes(b"\0\5\x16\7junk of another system")
     description = {
@@ -52,17 +53,17 @@ def write_nnunet_phantom(root: str | Path, cases: int = 8, seed: int = 0, size: 
 
     Two visits of each patient, so that a split has something to keep together.
     """
-    root = _fresh(root)
+    root = fresh(root)
     generator = np.random.default_rng(seed)
     for index in range(cases):
         shape, spacing = tuple(size), (3.5, 1.0, 1.0)
-        image, label = _blobs(generator, shape)
+        image, label = blobs(generator, shape)
         second = generator.normal(0.2, 0.1, shape) + 2.0 * ndimage.gaussian_filter((label == 2).astype(float), (0.5, 1, 1))
         label[:, : max(1, shape[1] // 16), :] = 3
         name = f"patient{index // 2:03d}_visit{index % 2}"
-        _write_nifti(root / "imagesTr" / f"{name}_0000.nii.gz", np.rint(400 * image - 600).astype(np.int16), spacing)
-        _write_nifti(root / "imagesTr" / f"{name}_0001.nii.gz", second.astype(np.float32), spacing)
-        _write_nifti(root / "labelsTr" / f"{name}.nii.gz", label, spacing)
+        write_nifti(root / "imagesTr" / f"{name}_0000.nii.gz", np.rint(400 * image - 600).astype(np.int16), spacing)
+        write_nifti(root / "imagesTr" / f"{name}_0001.nii.gz", second.astype(np.float32), spacing)
+        write_nifti(root / "labelsTr" / f"{name}.nii.gz", label, spacing)
     description = {
         "name": "PhantomRegions",
         "licence": "CC0",
@@ -77,7 +78,7 @@ def write_nnunet_phantom(root: str | Path, cases: int = 8, seed: int = 0, size: 
 
 def write_dsb_phantom(root: str | Path, images: int = 16, seed: int = 0, size: int = 64) -> Path:
     """A Data Science Bowl folder: bright discs on black, every fourth image dark discs on a stained ground; a mask file per disc."""
-    root = _fresh(root)
+    root = fresh(root)
     from PIL import Image
 
     generator = np.random.default_rng(seed)
@@ -108,48 +109,25 @@ def write_dsb_phantom(root: str | Path, images: int = 16, seed: int = 0, size: i
     return root
 
 
-PHANTOMS: dict[str, Callable[..., Path]] = {"msd": write_msd_phantom, "nnunet": write_nnunet_phantom, "dsb2018": write_dsb_phantom}
-
-
-def _blobs(generator: np.random.Generator, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """image (Z, Y, X) float64, 0 in a margin of one voxel, and label (Z, Y, X) uint8."""
-    grid = np.indices(shape).astype(np.float64)
-    extent = np.array(shape, np.float64)
-    centre = extent / 2 + generator.uniform(-0.08, 0.08, 3) * extent
-    radii = extent * generator.uniform(0.22, 0.32, 3)
-    inner = centre + generator.uniform(-0.2, 0.2, 3) * radii
-    column = (slice(None), None, None, None)
-    shell = (((grid - centre[column]) / radii[column]) ** 2).sum(0) < 1
-    core = (((grid - inner[column]) / (0.5 * radii)[column]) ** 2).sum(0) < 1
-    label = np.where(core, 2, np.where(shell, 1, 0)).astype(np.uint8)
-    image = 1.0 + 0.8 * shell + 0.9 * core
-    image = ndimage.gaussian_filter(image, (0.4, 0.8, 0.8))
-    slope = generator.uniform(-0.15, 0.15, 3) / extent
-    bias = 1 + (slope[column] * (grid - extent[column] / 2)).sum(0)
-    image = np.maximum(image * bias + generator.normal(0, 0.12, shape), 0.01)
-    kept = np.zeros(shape, bool)
-    kept[tuple(slice(1, n - 1) for n in shape)] = True
-    return np.where(kept, image, 0.0), label
-
-
-def _write_nifti(path: Path, array_ZYX: np.ndarray, spacing: tuple[float, float, float]) -> None:
-    import nibabel as nib
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    affine = np.diag([*spacing[::-1], 1.0])
-    affine[:3, 3] = (-20.0, 15.0, 7.5)
-    path.write_bytes(gzip.compress(nib.Nifti1Image(array_ZYX.T, affine).to_bytes(), 6, mtime=0))
+PHANTOMS: dict[str, Callable[..., Path]] = {
+    "acdc": volumes.write_acdc_phantom,
+    "busi": pictures.write_busi_phantom,
+    "cvc_clinicdb": pictures.write_cvc_phantom,
+    "dicom": volumes.write_dicom_phantom,
+    "dsb2018": write_dsb_phantom,
+    "folder": pictures.write_folder_phantom,
+    "glas": pictures.write_glas_phantom,
+    "isic2017": pictures.write_isic2017_phantom,
+    "isic2018": pictures.write_isic2018_phantom,
+    "kvasir_seg": pictures.write_kvasir_phantom,
+    "lits": volumes.write_lits_phantom,
+    "msd": write_msd_phantom,
+    "nnunet": write_nnunet_phantom,
+    "npy": volumes.write_npy_phantom,
+    "ph2": pictures.write_ph2_phantom,
+}
 
 
 def _describe(root: Path, description: dict) -> Path:
     (root / "dataset.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-    return root
-
-
-def _fresh(root: str | Path) -> Path:
-    """An empty folder. Raises InputError rather than mixing with what is there."""
-    root = Path(root)
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise InputError(f"phantom: {root} is not an empty folder. Choose another.")
-    root.mkdir(parents=True, exist_ok=True)
     return root

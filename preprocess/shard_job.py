@@ -20,7 +20,7 @@ from segfleet.preprocess.transforms import preprocess_case, stored_grid
 
 SHARD_BYTES = 16 * 2**20  # cases share a shard until it holds this much
 STATE = ".state"  # inside OUT.partial: records of what is finished
-REVISION = 1  # of the transforms: another one makes finished shards of a killed run void
+REVISION = 2  # of the transforms: another one makes finished shards of a killed run void
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import numpy as np
 
 Folds = tuple[dict[str, tuple[str, ...]], ...]
 FOLDS = 5
+SEEDS = (41, 2981, 6142, 1187)  # of the published 80/20 splits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,8 @@ def make_splits(members: Sequence[Member], seed: int, brought: Mapping[str, Fold
         splits["kfold"] = kfold(members, min(FOLDS, len(groups)), seed)
         for fold in splits["kfold"]:
             assert disjoint(fold, members), "a patient is on both sides of a fold"
+    for name, folds in (brought or {}).items():
+        assert all(not {*fold["train"]} & {*fold["val"]} for fold in folds), f"split '{name}' has a case on both sides"
     return {**splits, **(brought or {})}
 
 
@@ -62,6 +66,29 @@ def kfold(members: Sequence[Member], folds: int, seed: int) -> Folds:
         }
         for fold in range(folds)
     )
+
+
+def random_split(ids: Sequence[str], share: float, seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(rest, drawn) of the sorted ids, as scikit-learn's `train_test_split(sorted(ids), test_size=share, random_state=seed)` draws them.
+
+    This is how the published random splits were made; ids come back in sorted order. It knows nothing of patients.
+    """
+    names = sorted(ids)
+    order = np.random.RandomState(seed).permutation(len(names))  # the legacy stream, which never changes
+    drawn = {int(i) for i in order[: math.ceil(share * len(names))]}
+    return tuple(n for i, n in enumerate(names) if i not in drawn), tuple(n for i, n in enumerate(names) if i in drawn)
+
+
+def published(ids: Sequence[str]) -> dict[str, Folds]:
+    """The random splits 2D papers use, by name: 80/20 with their seeds, and 70/15/15, whose test part is a split of its own.
+
+    Source: specification `datasets_2d` (UNeXt: seed 41; U-KAN and Rolling-UNet: 2981, 6142, 1187) and `unet_lite` (70/15/15, seed 42).
+    """
+    found = {f"80-20-seed{seed}": random_split(ids, 0.2, seed) for seed in SEEDS}
+    rest, test = random_split(ids, 0.15, 42)
+    train, val = random_split(rest, 0.15 / 0.85, 42)
+    found |= {"70-15-15-seed42": (train, val), "70-15-15-seed42-test": (train, test)}
+    return {name: ({"train": left, "val": right},) for name, (left, right) in found.items() if left and right}
 
 
 def disjoint(fold: Mapping[str, Sequence[str]], members: Sequence[Member]) -> bool:

@@ -21,6 +21,7 @@ from segfleet.preprocess.manifest import Dataset
 from segfleet.preprocess.problems import InputError, Problem
 
 Folds = tuple[dict[str, tuple[str, ...]], ...]
+SHARED = ("base", "pairs", "places")  # what several layouts use
 VISIT = re.compile(r"^(?P<patient>.*\d)[_-](frame|t|tp|time|visit|scan|ses|session|phase|slice|ed|es)[_-]?\d*$", re.IGNORECASE)
 
 
@@ -34,6 +35,18 @@ class CaseRef:
     group: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What one should know before downloading a data set; said from its publications, not from the files."""
+
+    dims: str  # "2D", "3D"
+    modality: str
+    download: str = ""  # the official page
+    licence: str = ""
+    complete: int | None = None  # labelled cases of the whole download
+    counts: str = ""  # the same in words
+
+
 class RawReader(ABC):
     """One raw layout in a folder. Opening it reads the layout's description only, never an image.
 
@@ -42,11 +55,20 @@ class RawReader(ABC):
 
     about: ClassVar[str]  # one line: which data sets look like this
     layout: ClassVar[str]  # the folder, in one line
+    facts: ClassVar[Facts]
+    options: ClassVar[dict[str, tuple[str, ...]]] = {}  # name -> legal values, the default first
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, **options: str):
         self.root = Path(root)
         if not self.root.is_dir():
             raise InputError(f"raw: {self.root} is not a folder. Expected {self.layout}")
+        self.chosen = {name: values[0] for name, values in self.options.items()}
+        for name, value in options.items():
+            if name not in self.options:
+                raise InputError(f"option: found '{name}', expected one of: {', '.join(self.options) or 'none, for this layout'}")
+            if value not in self.options[name]:
+                raise InputError(f"option {name}: found '{value}', expected one of: {', '.join(self.options[name])}")
+            self.chosen[name] = value
 
     @abstractmethod
     def dataset(self) -> Dataset: ...
@@ -60,8 +82,12 @@ class RawReader(ABC):
         return []
 
     def splits(self) -> dict[str, Folds]:
-        """The splits the data set brings along, by name."""
+        """The splits the data set brings along or is published with, by name."""
         return {}
+
+    def may_be_empty(self, ref: CaseRef) -> bool:
+        """Whether a mask without foreground is usual for this case, so that nobody needs to be warned."""
+        return False
 
     def image(self, ref: CaseRef, digest: Any = None) -> tuple[np.ndarray, Geometry]:
         """(C, Z, Y, X) and its grid. Raises ImageError."""
@@ -91,7 +117,7 @@ def source_sha256(ref: CaseRef) -> str:
 def readers() -> list[str]:
     import segfleet.preprocess.readers as room
 
-    return sorted(m.name for m in pkgutil.iter_modules(room.__path__) if m.name != "base")
+    return sorted(m.name for m in pkgutil.iter_modules(room.__path__) if m.name not in SHARED)
 
 
 def reader_class(name: str) -> type[RawReader]:
@@ -101,8 +127,8 @@ def reader_class(name: str) -> type[RawReader]:
     return importlib.import_module(f"segfleet.preprocess.readers.{name}").Reader
 
 
-def open_reader(name: str, root: str | Path) -> RawReader:
-    return reader_class(name)(root)
+def open_reader(name: str, root: str | Path, **options: str) -> RawReader:
+    return reader_class(name)(root, **options)
 
 
 def natural(text: str) -> list:

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 from segfleet.preprocess.images import stem
 from segfleet.preprocess.manifest import Dataset
 from segfleet.preprocess.problems import InputError, Problem
-from segfleet.preprocess.readers.base import CaseRef, RawReader, count_problem, duplicates, field, number, patient_of, read_json, visible
+from segfleet.preprocess.readers.base import (
+    CaseRef,
+    Facts,
+    RawReader,
+    count_problem,
+    duplicates,
+    field,
+    number,
+    patient_of,
+    read_json,
+    visible,
+)
+
+REGIONS = {  # of known tasks, in their numbering, largest first: names, label values, and the label each paints
+    "BrainTumour": {"whole tumour": (1, 2, 3), "tumour core": (2, 3), "enhancing tumour": (3,)},
+    "BRATS": {"whole tumour": (1, 2, 3), "tumour core": (2, 3), "enhancing tumour": (3,)},
+    "Liver": {"liver": (1, 2), "tumour": (2,)},
+    "Pancreas": {"pancreas": (1, 2), "tumour": (2,)},
+}
 
 
 class Reader(RawReader):
     about = "Medical Segmentation Decathlon tasks: brain tumour, liver, hippocampus, hepatic vessel, ..."
     layout = "an MSD folder: dataset.json (modality, labels, training), imagesTr/CASE.nii.gz, labelsTr/CASE.nii.gz"
 
-    def __init__(self, root: str | Path):
-        super().__init__(root)
+    facts = Facts(
+        dims="3D",
+        modality="MRI, CT",
+        download="http://medicaldecathlon.com",
+        licence="CC BY-SA 4.0",
+        counts="Task01 BrainTumour 484 (4 channels), Task03 Liver 131, Task04 Hippocampus 260, Task08 HepaticVessel 303, ...",
+    )
+    options = {"regions": ("none", "overlapping")}
+
+    def __init__(self, root: str | Path, **options: str):
+        super().__init__(root, **options)
         self.file = self.root / "dataset.json"
         if not self.file.is_file():
             raise InputError(f"raw: {self.root} holds no dataset.json. Expected {self.layout}")
@@ -33,14 +61,27 @@ class Reader(RawReader):
         channels = sorted(modality.items(), key=lambda item: number(item[0], "modality", self.file))
         if not channels:
             raise InputError(f"{self.file}: modality: found no channel, expected index -> name")
+        name = str(self.json.get("name", self.root.resolve().name))
+        regions = self._regions(name, set(values.values()))
         return Dataset(
-            name=str(self.json.get("name", self.root.resolve().name)),
+            name=name,
             reader="msd",
             dims=3,
             channels=tuple(str(name) for _, name in channels),
             labels=dict(sorted(values.items(), key=lambda item: item[1])),
+            regions=regions,
+            region_order=tuple(min(set(members) - set(inner)) for members, inner in pairwise([*regions.values(), ()])),
             licence=str(self.json.get("licence", "")),
         )
+
+    def _regions(self, name: str, values: set[int]) -> dict[str, tuple[int, ...]]:
+        """The overlapping targets a known task is scored by, if the user wants them: whole tumour, tumour core, enhancing tumour."""
+        if self.chosen["regions"] == "none":
+            return {}
+        known = next((regions for task, regions in REGIONS.items() if task.lower() in f"{name} {self.root.resolve().name}".lower()), None)
+        if known is None or not {v for members in known.values() for v in members} <= values:
+            raise InputError(f"option regions: found 'overlapping', but {name} has no known ones; tasks that have: {', '.join(REGIONS)}")
+        return known
 
     def refs(self) -> list[CaseRef]:
         listed = field(self.json, "training", list, self.file)

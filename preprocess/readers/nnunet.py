@@ -15,6 +15,7 @@ from segfleet.preprocess.manifest import Dataset
 from segfleet.preprocess.problems import InputError, Problem
 from segfleet.preprocess.readers.base import (
     CaseRef,
+    Facts,
     Folds,
     RawReader,
     count_problem,
@@ -36,8 +37,10 @@ class Reader(RawReader):
         "imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz"
     )
 
-    def __init__(self, root: str | Path):
-        super().__init__(root)
+    facts = Facts(dims="2D, 3D", modality="any")
+
+    def __init__(self, root: str | Path, **options: str):
+        super().__init__(root, **options)
         self.file = self.root / "dataset.json"
         if not self.file.is_file():
             raise InputError(f"raw: {self.root} holds no dataset.json. Expected {self.layout}")

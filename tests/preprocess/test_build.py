@@ -55,8 +55,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("name", sorted(PHANTOMS))
-def test_every_layout_in_every_format(name, format, tmp_path):
+@pytest.mark.parametrize("name", ["dsb2018", "msd", "nnunet"])
+def test_layouts_in_every_format(name, format, tmp_path):
     reader = open_reader(name, PHANTOMS[name](tmp_path / "raw"))
     manifest = build(name, reader.root, tmp_path / "out", format, workers=1)
     store = open_store(tmp_path / "out")

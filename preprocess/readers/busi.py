@@ -1,0 +1,53 @@
+"""BUSI, breast ultrasound: three folders, the mask beside its image, several masks for several lesions.
+
+Source: specification `datasets_2d`, section 1.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from segfleet.preprocess.images import stem
+from segfleet.preprocess.readers.base import CaseRef, Facts
+from segfleet.preprocess.readers.pairs import PairReader, paired, pictures
+from segfleet.preprocess.readers.places import locate
+
+KINDS = ("benign", "malignant", "normal")
+MASK = re.compile(r"_mask(_\d+)?$", re.IGNORECASE)
+
+
+class Reader(PairReader):
+    about = "BUSI: lesions in breast ultrasound."
+    layout = "Dataset_BUSI_with_GT/{benign,malignant,normal}/'benign (N).png' with 'benign (N)_mask.png', '..._mask_1.png'"
+    facts = Facts(
+        dims="2D",
+        modality="ultrasound",
+        download="https://scholar.cu.edu.eg/?q=afahmy/pages/dataset",
+        licence="CC0 on the Kaggle page (to be checked there)",
+        complete=780,
+        counts="780: 437 benign, 210 malignant, 133 normal with empty masks; 17 images have more than one mask",
+    )
+    options = {"normals": ("keep", "drop")}
+    structure = "lesion"
+    several = True
+
+    def __init__(self, root: str | Path, **options: str):
+        super().__init__(root, **options)
+        self.folder = locate(self.root, lambda p: any(pictures(p / kind, (".png",)) for kind in KINDS), self.layout)
+
+    def name(self, layout: str) -> str:
+        return layout if self.chosen["normals"] == "keep" else f"{layout}-lesions"
+
+    def refs(self) -> list[CaseRef]:
+        refs = []
+        for kind in KINDS if self.chosen["normals"] == "keep" else KINDS[:2]:
+            files = pictures(self.folder / kind, (".png",))
+            masks = [path for path in files if MASK.search(stem(path))]
+            images = [path for path in files if not MASK.search(stem(path))]
+            here = str(self.folder / kind)
+            refs += paired(images, masks, f"{here}/{{}}.png", f"{here}/{{}}_mask.png", mask_key=lambda path: MASK.sub("", stem(path)))
+        return refs
+
+    def may_be_empty(self, ref: CaseRef) -> bool:
+        return ref.images[0].parent.name == "normal"

@@ -1,0 +1,82 @@
+"""GlaS (Warwick-QU), glands in histology: one flat folder, masks of instance numbers, official test parts A and B.
+
+Source: specification `datasets_2d`, section 4.
+"""
+
+from __future__ import annotations
+
+import csv
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segfleet.preprocess.case import Geometry
+from segfleet.preprocess.images import ImageError, stem
+from segfleet.preprocess.readers.base import CaseRef, Facts, Folds, visible
+from segfleet.preprocess.readers.pairs import PairReader, paired, pictures, read_grey, sides, union, without
+from segfleet.preprocess.readers.places import locate
+
+SUFFIX = "_anno"
+MOST_GLANDS = 128  # of one image: a mask with more numbers is no mask
+
+
+class Reader(PairReader):
+    about = "GlaS (Warwick-QU): glands in H&E histology."
+    layout = "'Warwick QU Dataset (Released 2016_07_08)'/{train_N,testA_N,testB_N}.bmp, each with ..._anno.bmp; Grade.csv"
+    facts = Facts(
+        dims="2D",
+        modality="histology",
+        download="https://warwick.ac.uk/fac/cross_fac/tia/data/glascontest/",
+        licence="research, after registration; not commercial",
+        complete=165,
+        counts="165 images of 16 slides: 85 train, 60 test A, 20 test B; 1530 glands",
+    )
+    structure = "gland"
+
+    def __init__(self, root: str | Path, **options: str):
+        super().__init__(root, **options)
+        self.folder = locate(self.root, lambda p: bool(_files(p)), self.layout)
+
+    @cached_property
+    def patients(self) -> dict[str, str]:
+        """Image -> patient, from Grade.csv."""
+        for path in visible(self.folder, "*.csv"):
+            with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+                rows = list(csv.reader(file, skipinitialspace=True))
+            names = [name.strip().lower() for name in rows[0]] if rows else []
+            column = next((i for i, name in enumerate(names) if "patient" in name), None)
+            if column is not None:
+                return {row[0].strip(): f"patient{row[column].strip()}" for row in rows[1:] if len(row) > column and row[column].strip()}
+        return {}
+
+    def refs(self) -> list[CaseRef]:
+        files = _files(self.folder)
+        masks = [path for path in files if stem(path).lower().endswith(SUFFIX)]
+        images = [path for path in files if path not in set(masks)]
+        missing = (f"{self.folder}/{{}}.bmp", f"{self.folder}/{{}}{SUFFIX}.bmp")
+        return paired(images, masks, *missing, mask_key=lambda path: without(path, SUFFIX), group=lambda case: self.patients.get(case, ""))
+
+    def label(self, ref: CaseRef, digest: Any = None) -> tuple[np.ndarray, Geometry]:
+        return union(ref.labels, digest, read_instances)
+
+    def splits(self) -> dict[str, Folds]:
+        refs = self.refs()
+        part = {name: [ref for ref in refs if ref.id.startswith(name)] for name in ("train_", "testA_", "testB_")}
+        tests = {"official": part["testA_"] + part["testB_"], "official-a": part["testA_"], "official-b": part["testB_"]}
+        return {**{name: sides(part["train_"], val) for name, val in tests.items() if val and part["train_"]}, **super().splits()}
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in pictures(folder) if path.name.lower().startswith(("train_", "testa_", "testb_"))]
+
+
+def read_instances(path: Path, digest: Any = None) -> tuple[np.ndarray, Geometry]:
+    """Bool (1, Y, X): any gland. Numbers are small, so no threshold of grey would see them."""
+    numbers, geometry = read_grey(path, digest)
+    glands = len(np.unique(numbers)) - 1
+    if glands > MOST_GLANDS:
+        found = f"{glands} different numbers in {path.name}"
+        raise ImageError(path, "mask values", found, f"at most {MOST_GLANDS} glands", "Perhaps it is the image itself: put the mask there.")
+    return numbers > 0, geometry

@@ -1,0 +1,70 @@
+"""LiTS 2017, liver and tumours in CT: numbered volumes in training batches.
+
+Source: specification `datasets_2d`, section 9, and `datasets_3d`, section 4.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from segfleet.preprocess.manifest import Dataset
+from segfleet.preprocess.problems import Problem
+from segfleet.preprocess.readers.base import CaseRef, Facts, RawReader, duplicates, natural
+from segfleet.preprocess.readers.places import locate
+
+FILE = re.compile(r"(volume|segmentation)-(\d+)\.nii(\.gz)?", re.IGNORECASE)
+
+
+class Reader(RawReader):
+    about = "LiTS 2017: liver and liver tumours in CT."
+    layout = "'Training Batch 1'/ and 'Training Batch 2'/ (or one folder) with volume-N.nii and segmentation-N.nii"
+    facts = Facts(
+        dims="3D",
+        modality="CT",
+        download="https://competitions.codalab.org/competitions/17094",
+        licence="CC BY-NC-ND 4.0",
+        complete=131,
+        counts="131 volumes (70 more without labels); a tumour in 118; the same as MSD Task03, and holds 3D-IRCADb",
+    )
+    options = {"regions": ("none", "liver-tumour")}
+
+    def __init__(self, root: str | Path, **options: str):
+        super().__init__(root, **options)
+        self.folder = locate(self.root, lambda p: bool(_files(p)), self.layout)
+
+    def dataset(self) -> Dataset:
+        regions = {"liver": (1, 2), "tumour": (2,)} if self.chosen["regions"] != "none" else {}
+        labels = {"background": 0, "liver": 1, "tumour": 2}
+        facts = {"regions": regions, "region_order": (1, 2) if regions else (), "licence": self.facts.licence}
+        return Dataset(name="lits", reader="lits", dims=3, channels=("CT",), labels=labels, **facts)
+
+    def refs(self) -> list[CaseRef]:
+        volumes, segmentations = _sorted(self.folder, "volume"), _sorted(self.folder, "segmentation")
+        masks: dict[str, list[Path]] = {}
+        for number, path in segmentations:
+            masks.setdefault(number, []).append(path)
+        refs = []
+        for number, path in volumes:
+            beside = path.with_name(re.sub("volume", "segmentation", path.name, flags=re.IGNORECASE))
+            refs.append(CaseRef(id=f"volume-{number}", images=(path,), labels=(masks.get(number, [beside])[0],)))
+        for number in sorted({*masks} - {number for number, _ in volumes}, key=int):
+            path = masks[number][0]
+            image = path.with_name(re.sub("segmentation", "volume", path.name, flags=re.IGNORECASE))
+            refs.append(CaseRef(id=f"volume-{number}", images=(image,), labels=(path,)))
+        return sorted(refs, key=lambda ref: natural(ref.id))
+
+    def problems(self) -> list[Problem]:
+        return duplicates([ref.id for ref in self.refs()])
+
+
+def _files(folder: Path) -> list[Path]:
+    """Volumes and segmentations in a folder and in the batches inside it."""
+    found = [p for pattern in ("*.nii*", "[!.]*/*.nii*") for p in folder.glob(pattern) if FILE.fullmatch(p.name) and p.is_file()]
+    return found if any(p.name.lower().startswith("volume") for p in found) else []
+
+
+def _sorted(folder: Path, kind: str) -> list[tuple[str, Path]]:
+    matches = [(FILE.fullmatch(path.name), path) for path in _files(folder)]
+    found = [(str(int(match[2])), path) for match, path in matches if match and match[1].lower() == kind]
+    return sorted(found, key=lambda item: (int(item[0]), str(item[1])))

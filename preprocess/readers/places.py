@@ -1,0 +1,34 @@
+"""Finding a layout's folder: exactly where the user points, or one level below; anything else is answered with a hint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from segfleet.preprocess.problems import InputError
+
+DEPTH = 3  # levels searched for the hint
+
+
+def locate(root: Path, fits: Callable[[Path], bool], layout: str) -> Path:
+    """`root` or its only subfolder that fits. Raises InputError that says what was expected and where it seems to lie."""
+    if fits(root):
+        return root
+    below = subfolders(root)
+    found = [folder for folder in below if fits(folder)]
+    if len(found) == 1:
+        return found[0]
+    depth = 1
+    while not found and below and depth < DEPTH:
+        below = [inner for folder in below for inner in subfolders(folder)][:500]
+        found = [folder for folder in below if fits(folder)]
+        depth += 1
+    found += [parent for parent in list(root.resolve().parents)[:2] if fits(parent)]
+    hint = f" It seems to be {found[0]}: give that folder." if found else ""
+    present = ", ".join(sorted(p.name for p in root.iterdir() if not p.name.startswith("."))[:6]) or "nothing"
+    raise InputError(f"raw: {root} holds no such data set. Expected {layout}. Found: {present}.{hint}")
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Visible folders inside, without what macOS leaves in archives."""
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name != "__MACOSX")
