@@ -31,10 +31,10 @@ system:
 	fi
 
 test: $(VENV)/tests-ready system
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 long: $(VENV)/tests-ready system
-	$(PY) -m pytest -m long
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m long
 
 lint: $(VENV)/tests-ready
 	$(PY) -m ruff check .

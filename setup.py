@@ -40,13 +40,12 @@ setup(
         "nibabel>=5.2",
         "SimpleITK>=2.4",
         "pillow>=10",
-        "imageio>=2.34",
         "tifffile>=2024.1",
         "safetensors>=0.5",
         "google-crc32c>=1.5",
     ],
     extras_require={
         "mamba": ["mamba-ssm>=2.2.4; platform_system=='Linux'", "causal-conv1d>=1.4; platform_system=='Linux'"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "mypy>=1.13", "optuna>=4", "psutil>=5.9"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.13", "optuna>=4", "psutil>=5.9", "triton>=3.5"],
     },
 )
