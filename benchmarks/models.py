@@ -2,10 +2,11 @@
 
     python benchmarks/models.py [--device cpu|cuda|both] [--only NAME ...] [--repeats 5] [--threads 1] [--out FILE]
 
-Each network runs alone in a process of its own, at its published channels and classes, at a fixed small size (2D two images of
-128 x 128, 3D one of 32 x 64 x 64, made legal where a network needs more; a network with a fixed patch at its published one). Time: median of forward +
-backward in fp32 (on a GPU also in bf16) after two warm-up steps. Memory: on a CPU the growth of the process' peak resident size over
-what it held before the first step, on a GPU the allocator's peak. Prints a markdown table.
+Each network runs alone in a process of its own, at its published channels and classes, at a fixed small size: in 2D two images of
+128 x 128, in 3D one of 32 x 64 x 64, made legal where a network needs more; a network with a fixed patch at its published one. Time:
+median of forward + backward in fp32 (on a GPU also in bf16) after two warm-up steps. Memory: on a CPU the growth of the process' peak
+resident size over what it held before the first step, on a GPU the allocator's peak. Prints a markdown table; the file is written after
+every network, so an interrupted run keeps what it has.
 """
 
 from __future__ import annotations
@@ -46,16 +47,17 @@ def main() -> None:
     runs = [] if asked.device == "cuda" else [("cpu", "fp32")]
     if asked.device != "cpu" and torch.cuda.is_available():
         runs += [("cuda", "fp32"), ("cuda", "bf16")]
+    machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": asked.threads, "torch": torch.__version__}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in asked.only or specs():
         for device, precision in runs:
             rows.append(alone(name, device, precision, asked))
             print(f"{name} {device} {precision}: {rows[-1].get('ms', rows[-1].get('failed'))}", file=sys.stderr, flush=True)
-    machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": asked.threads, "torch": torch.__version__}
-    if torch.cuda.is_available():
-        machine["gpu"] = torch.cuda.get_device_name()
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps({"machine": machine, "repeats": asked.repeats, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+            document = {"machine": machine, "repeats": asked.repeats, "rows": rows}
+            asked.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     print_table(rows)
 
 
