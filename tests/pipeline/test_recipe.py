@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import yaml
@@ -12,6 +14,7 @@ from segfleet.pipeline.schedule import learning_rate
 from segfleet.pipeline.task import make_task
 from segfleet.preprocess.manifest import Dataset, Manifest, Plan
 from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.readers.base import readers
 
 MINIMAL = {"name": "x", "model": {"name": "resenc_unet_3d"}, "stages": [{"epochs": 2, "lr": 1e-3}]}
 
@@ -94,22 +97,67 @@ def manifest_for(recipe: recipes.Recipe, spec) -> Manifest:
     return Manifest(format="zarr", id="0", dataset=dataset, plan=plan, cases=())
 
 
+def header_of(name: str) -> dict[str, list[str]]:
+    """The comment above a shipped recipe: its first line as "", then the lines of every entry."""
+    lines = (recipes.RECIPES / f"{name}.yaml").read_text().splitlines()
+    found: dict[str, list[str]] = {"": [lines[0].removeprefix("# ")]}
+    key = ""
+    for line in (line for line in lines[1:] if line.startswith("#")):
+        word, text = line[1:11].strip(), line[11:].strip()
+        key = word or key
+        found.setdefault(key, []).append(text)
+    return found
+
+
 @pytest.mark.parametrize("name", recipes.recipe_names())
 def test_every_shipped_recipe_validates_and_builds(name):
     from segfleet.models import registry
 
-    text = (recipes.RECIPES / f"{name}.yaml").read_text()
-    header = [line for line in text.splitlines() if line.startswith("#")]
-    assert len(header) >= 3 and len(header[0]) > 20, "a recipe's header says what it is, on which data, at what cost"
-    assert any("cost" in line for line in header) and any("data" in line for line in header)
+    header = header_of(name)
+    assert len(header[""][0]) > 20 and {"data", "cost"} <= header.keys(), "a header says what it is, on which data, at what cost"
     recipe = recipes.load_recipe(name)
+    spec = registry.spec(recipe.model.name)
     assert recipe.name == name and recipe.data.store
-    manifest = manifest_for(recipe, registry.spec(recipe.model.name))
+    manifest = manifest_for(recipe, spec)
     task = make_task(manifest.dataset, recipe.model.head)
     with torch.device("meta"):
         network = build_network(recipe, manifest, task)
-    assert sum(p.numel() for p in network.parameters()) > 1000
-    Objective(recipe, task)
+    parameters = sum(p.numel() for p in network.parameters())
+    assert parameters > 1000
+    objective = Objective(recipe, task)
+    if "paper" in header:  # it claims a published set-up: the published network, and everything a reader needs to judge the claim
+        assert {"expected", "differs"} <= header.keys()
+        assert parameters == spec.parameters
+        weights = recipe.loss.deep_supervision
+        assert weights == "nnunet" or objective.loss.level_weights(outputs(network, recipe)) == weights
+
+
+def outputs(network: torch.nn.Module, recipe: recipes.Recipe) -> int:
+    """How many logits a network on the meta device gives in training."""
+    with torch.device("meta"), torch.no_grad():
+        channels = next(p for p in network.parameters() if p.ndim > 3).shape[1]
+        found = network.train()(torch.empty(2, channels, *recipe.data.patch))
+    return len(found) if isinstance(found, list | tuple) else 1
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.recipe_names() if "paper" in header_of(name)])
+def test_header_of_a_published_set_up_agrees_with_its_recipe(name):
+    recipe, header = recipes.load_recipe(name), header_of(name)
+    cost, commands = " ".join(header["cost"]), [line for line in header["data"] if line.startswith("segfleet ")]
+    assert cost.startswith(" and ".join(str(stage.epochs) for stage in recipe.stages) + " epochs x ")
+    steps = re.search(r"epochs x (about )?([\d,]+) steps x (\d+) ", cost)
+    assert int(steps[3]) == recipe.data.batch
+    for stage in recipe.stages:
+        assert bool(steps[1]) == (stage.steps is None), "steps that depend on the data are said to be an estimate"
+        assert stage.steps in (None, int(steps[2].replace(",", "")))
+    made = [words for words in map(str.split, commands) if words[1] == "preprocess"]
+    assert [words[words.index("--out") + 1] for words in made] == [recipe.data.store]
+    assert made[0][2] in readers()
+    if "--size" in made[0]:
+        at = made[0].index("--size") + 1
+        assert tuple(map(int, made[0][at : at + 2])) == recipe.data.patch
+    for words in map(str.split, commands):
+        assert words[1] not in ("train", "evaluate") or words[2] == name
 
 
 def test_every_key_has_a_description():
