@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import typer
 import yaml
 
 from segfleet.pipeline import recipe as recipes
@@ -14,7 +15,7 @@ from segfleet.pipeline.schedule import learning_rate
 from segfleet.pipeline.task import make_task
 from segfleet.preprocess.manifest import Dataset, Manifest, Plan
 from segfleet.preprocess.problems import InputError
-from segfleet.preprocess.readers.base import readers
+from segfleet.preprocess.readers.base import open_reader, readers
 
 MINIMAL = {"name": "x", "model": {"name": "resenc_unet_3d"}, "stages": [{"epochs": 2, "lr": 1e-3}]}
 
@@ -158,6 +159,29 @@ def test_header_of_a_published_set_up_agrees_with_its_recipe(name):
         assert tuple(map(int, made[0][at : at + 2])) == recipe.data.patch
     for words in map(str.split, commands):
         assert words[1] not in ("train", "evaluate") or words[2] == name
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.recipe_names() if "paper" in header_of(name)])
+def test_header_commands_make_the_data_of_the_recipe(name, tmp_path):
+    """Every command is legal; the layout it names brings the split, the channels and the structures that the recipe asks for."""
+    from segfleet.cli.main import app
+    from segfleet.models import registry
+    from segfleet.preprocess.phantom import PHANTOMS
+
+    recipe, group = recipes.load_recipe(name), typer.main.get_command(app)
+    splits = {recipe.data.split}
+    for words in [line.split() for line in header_of(name)["data"] if line.startswith("segfleet ")]:
+        command = group.get_command(None, words[1])
+        given = command.make_context(words[1], words[2:]).params
+        splits |= {change.partition("=")[2] for change in given.get("changes") or () if change.startswith("data.split=")}
+        if words[1] == "preprocess":
+            layout, options = given["name"], dict(option.split("=") for option in given["option"] or ())
+            PHANTOMS[layout](tmp_path / "raw")
+            reader = open_reader(layout, tmp_path / "raw", **options)
+    assert splits <= {"kfold", "all", *reader.splits()}
+    if layout not in ("msd", "nnunet"):  # these take any data set, and the phantom is another one
+        spec, task = registry.spec(recipe.model.name), make_task(reader.dataset(), recipe.model.head)
+        assert (len(reader.dataset().channels), task.channels) == (spec.in_channels, spec.num_classes)
 
 
 def test_every_key_has_a_description():
