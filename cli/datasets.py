@@ -1,4 +1,4 @@
-"""`segfleet datasets [NAME [check ROOT | phantom OUT]]`: known raw layouts, their check, and synthetic sets in them."""
+"""`segfleet datasets [NAME [check ROOT | phantom OUT | slices ROOT]]`: known raw layouts, their check, synthetic sets, 2.5D slices."""
 
 from __future__ import annotations
 
@@ -9,20 +9,29 @@ import typer
 
 from segfleet.cli.output import Json, problem_table, progress, show, table
 
-ACTIONS = ("check", "phantom")
+ACTIONS = {"check": "the raw folder", "phantom": "a new folder", "slices": "the raw folder"}  # action -> its path
+PROBLEM = ("case", "field", "found", "expected", "how to mend")
+Options = Annotated[list[str] | None, typer.Option("--option", help="An option of the layout, NAME=VALUE; `datasets NAME` lists them.")]
 
 
 def command(
     name: Annotated[str | None, typer.Argument(help="A layout; without one, all are listed.")] = None,
-    action: Annotated[str | None, typer.Argument(help="check: list every problem of a raw folder. phantom: write a synthetic set.")] = None,
-    path: Annotated[Path | None, typer.Argument(help="check: the raw folder. phantom: a new folder.")] = None,
+    action: Annotated[str | None, typer.Argument(help="check: list all problems. phantom: write a synthetic set. slices: 2.5D.")] = None,
+    path: Annotated[Path | None, typer.Argument(help="check, slices: the raw folder. phantom: a new folder.")] = None,
+    option: Options = None,
+    fix: Annotated[bool, typer.Option("--fix", help="check: write a copy with mended labels (0/255, --remap, geometry).")] = False,
+    remap: Annotated[list[str] | None, typer.Option(help="check --fix: renumber a label, OLD=NEW.")] = None,
+    to: Annotated[Path | None, typer.Option(help="check --fix, slices: the new folder; default: ROOT-mended, ROOT-slices.")] = None,
+    window: Annotated[tuple[float, float], typer.Option(help="slices: HU that become -1 and 1.")] = (-200.0, 200.0),
+    crop: Annotated[int | None, typer.Option(help="slices: keep the middle N x N pixels.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes of the check at most.")] = None,
     cases: Annotated[int | None, typer.Option(min=1, help="Cases of the phantom.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the phantom.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """List raw layouts; check a raw folder (exit code 2 if it has problems); write a synthetic data set."""
+    """List raw layouts; check a raw folder (exit code 2 if it has problems); write a synthetic data set or 2.5D slices."""
     from segfleet.preprocess.problems import InputError
+    from segfleet.preprocess.readers.base import open_reader
 
     if name is None:
         show(layouts(), as_json, render_layouts)
@@ -31,12 +40,15 @@ def command(
     elif action not in ACTIONS:
         raise InputError(f"datasets: found the action '{action}', expected one of: {', '.join(ACTIONS)}")
     elif path is None:
-        wanted = "the raw folder" if action == "check" else "a new folder"
-        raise InputError(f"datasets: {action} needs a path, {wanted}: segfleet datasets {name} {action} PATH")
-    elif action == "check":
-        check(known(name), path, workers, as_json)
-    else:
+        raise InputError(f"datasets: {action} needs a path, {ACTIONS[action]}: segfleet datasets {name} {action} PATH")
+    elif action == "phantom":
         phantom(known(name), path, cases, seed, as_json)
+    elif action == "slices":
+        slices(open_reader(name, path, **chosen(option)), beside(path, to, "slices"), window, crop, as_json)
+    elif fix:
+        fixed(name, path, chosen(option), beside(path, to, "mended"), renumbered(remap or []), workers, as_json)
+    else:
+        check(name, path, chosen(option), workers, as_json)
 
 
 def known(name: str) -> str:
@@ -47,51 +59,114 @@ def known(name: str) -> str:
     return name
 
 
-def layouts(names: list[str] | None = None) -> list[dict[str, str]]:
+def chosen(options: list[str] | None) -> dict[str, str]:
+    """NAME=VALUE pairs. Raises InputError."""
+    from segfleet.preprocess.problems import InputError
+
+    pairs = [option.partition("=") for option in options or []]
+    for key, equals, value in pairs:
+        if not (key and equals and value):
+            raise InputError(f"option: found '{key}{equals}{value}', expected NAME=VALUE")
+    return {key: value for key, _, value in pairs}
+
+
+def renumbered(rules: list[str]) -> dict[int, int]:
+    from segfleet.preprocess.problems import InputError
+
+    pairs = [rule.partition("=") for rule in rules]
+    for old, _, new in pairs:
+        if not (old.isdigit() and new.isdigit() and int(new) < 256):
+            raise InputError(f"remap: found '{old}={new}', expected OLD=NEW, two label values")
+    return {int(old): int(new) for old, _, new in pairs}
+
+
+def beside(root: Path, to: Path | None, suffix: str) -> Path:
+    return to or root.resolve().with_name(f"{root.resolve().name}-{suffix}")
+
+
+def layouts(names: list[str] | None = None) -> list[dict[str, Any]]:
+    from dataclasses import asdict
+
     from segfleet.preprocess.phantom import PHANTOMS
     from segfleet.preprocess.readers.base import reader_class, readers
 
-    found = ((name, reader_class(name)) for name in names or readers())
-    return [{"name": name, "about": cls.about, "layout": cls.layout, "phantom": name in PHANTOMS} for name, cls in found]
+    uses = recipes()
+    found = []
+    for name in names or readers():
+        cls = reader_class(name)
+        facts = {"about": cls.about, "layout": cls.layout, **asdict(cls.facts), "options": {k: list(v) for k, v in cls.options.items()}}
+        using = [recipe for recipe, text in uses if f"preprocess {name} " in text]
+        found.append({"name": name, **facts, "recipes": using, "phantom": name in PHANTOMS})
+    return found
+
+
+def recipes() -> list[tuple[str, str]]:
+    """Shipped recipes and their text; each says in its header which layout its data come from."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("segfleet.pipeline")
+    folders = [Path(place) / "recipes" for place in (spec.submodule_search_locations or [])] if spec else []
+    return [(path.stem, path.read_text(encoding="utf-8")) for folder in folders for path in sorted(folder.glob("*.yaml"))]
 
 
 def render_layouts(found: list[dict[str, Any]]) -> None:
-    table(("name", "for", "folder"), [(layout["name"], layout["about"], layout["layout"]) for layout in found])
+    rows = [(d["name"], f"{d['dims']} {d['modality']}", d["complete"] or "", d["licence"], d["download"]) for d in found]
+    table(("name", "what", "cases", "licence", "download (more: segfleet datasets NAME)"), rows)
 
 
 def render_layout(found: dict[str, Any]) -> None:
-    table(("", ""), [(key, value if isinstance(value, str) else "yes" if value else "no") for key, value in found.items()])
+    options = "; ".join(f"{name}: {' | '.join(values)}" for name, values in found["options"].items())
+    plain = {**found, "options": options, "recipes": ", ".join(found["recipes"])}
+    table(("", ""), [(key, "yes" if value is True else value) for key, value in plain.items() if value])
 
 
-def check(name: str, root: Path, workers: int | None, as_json: bool) -> None:
+def check(name: str, root: Path, options: dict[str, str], workers: int | None, as_json: bool, mended: list[dict] | None = None) -> None:
     """One pass over all files. Exit code 2 if anything is wrong; warnings do not count."""
     from segfleet.preprocess.check import survey
     from segfleet.preprocess.problems import DataError
     from segfleet.preprocess.readers.base import open_reader
 
+    reader = open_reader(name, root, **options)
     with progress("checking raw files") as tick:
-        found = survey(open_reader(name, root), workers=workers, progress=tick)
+        found = survey(reader, workers=workers, progress=tick)
     document = {
         "root": str(root),
         "layout": name,
         "dataset": found.dataset.model_dump(mode="json"),
         "cases": len(found.refs),
+        "complete": reader.facts.complete,
+        "patients": len({ref.group or ref.id for ref in found.refs}),
+        "splits": {split: len(folds) for split, folds in reader.splits().items()},
         "problems": [problem.as_dict() for problem in found.problems],
         "warnings": [warning.as_dict() for warning in found.warnings],
-    }
+    } | ({} if mended is None else {"mended": mended})
 
     def render(_: dict[str, Any]) -> None:
+        if mended:
+            rows = [tuple(change.values()) for change in mended]
+            table(("case", "field", "was", "now"), rows, title=f"{len(rows)} label(s) mended in the copy {root}; the original is as it was")
         if found.warnings:
             rows = [(w.case, w.field, w.found, w.expected, w.mend) for w in found.warnings]
-            table(("case", "field", "found", "expected", "how to mend"), rows, title=f"{len(rows)} warning(s)", stderr=True)
+            table(PROBLEM, rows, title=f"{len(rows)} warning(s)", stderr=True)
         if found.problems:
             problem_table(DataError(str(root), list(found.problems)))
         else:
-            table(("data set", "cases", "problems", "warnings"), [(found.dataset.name, len(found.refs), 0, len(found.warnings))])
+            cases = f"{len(found.refs):,}" + (f" of {reader.facts.complete:,}" if reader.facts.complete else "")
+            row = (found.dataset.name, cases, document["patients"], 0, len(found.warnings), ", ".join(document["splits"]))
+            table(("data set", "cases", "patients", "problems", "warnings", "splits it comes with"), [row])
 
     show(document, as_json, render)
     if found.problems:
         raise typer.Exit(2)
+
+
+def fixed(name: str, root: Path, options: dict[str, str], out: Path, remap: dict[int, int], workers: int | None, as_json: bool) -> None:
+    """Write a mended copy and check that; without anything to mend, check the original."""
+    from segfleet.preprocess.mend import mend
+    from segfleet.preprocess.readers.base import open_reader
+
+    mended = mend(open_reader(name, root, **options), out, remap)
+    check(name, out if mended else root, options, workers, as_json, mended)
 
 
 def phantom(name: str, root: Path, cases: int | None, seed: int, as_json: bool) -> None:
@@ -103,4 +178,14 @@ def phantom(name: str, root: Path, cases: int | None, seed: int, as_json: bool) 
     options = {"seed": seed} if cases is None else {"seed": seed, "images" if name == "dsb2018" else "cases": cases}
     PHANTOMS[name](root, **options)
     document = {"root": str(root), "layout": name, "next": f"segfleet preprocess {name} --raw {root} --out STORE"}
+    show(document, as_json, lambda found: table(("", ""), list(found.items())))
+
+
+def slices(reader, out: Path, window: tuple[float, float], crop: int | None, as_json: bool) -> None:
+    """Volumes to slices of three neighbours, for the layout npy."""
+    from segfleet.preprocess.slices import write_slices
+
+    with progress("slicing volumes") as tick:
+        count = write_slices(reader, out, window, crop, tick)
+    document = {"root": str(out), "layout": "npy", "slices": count, "next": f"segfleet preprocess npy --raw {out} --out STORE"}
     show(document, as_json, lambda found: table(("", ""), list(found.items())))

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from segfleet.cli.datasets import Options, chosen
 from segfleet.cli.output import Json, progress, show, table
 
 PHASES = {"check": "checking raw files", "write": "writing cases", "compare": "comparing raw files with the store"}
@@ -21,6 +22,14 @@ def command(
     format: Annotated[str, typer.Option(help="zarr | hdf5. HDF5 for very many small images or when inodes are scarce.")] = "zarr",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes at most; default: what cores, memory and work suggest.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the five-fold split.")] = 12345,
+    option: Options = None,
+    size: Annotated[
+        tuple[int, int] | None, typer.Option(help="Resize every 2D image to Y X pixels, as papers do; scores stay native.")
+    ] = None,
+    patch: Annotated[
+        str | None, typer.Option(help="Patch instead of the planned one, voxels: 64x128x128 (z, y, x), 256x256 in 2D.")
+    ] = None,
+    spacing: Annotated[str | None, typer.Option(help="Target spacing instead of the planned one, mm: 2.5x1x1 (z, y, x).")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Then read every chunk back and compare all checksums.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -29,14 +38,30 @@ def command(
     A run that was stopped goes on where it was; a second run on a finished store only compares.
     """
     from segfleet.preprocess.build import build
+    from segfleet.preprocess.plan import Overrides
 
+    overrides = Overrides(size=size, patch=numbers("patch", patch, int), spacing=numbers("spacing", spacing, float))
     first: dict[str, int] = {}
     with bars(first) as tick:
-        manifest = build(name, raw, out, format=format, workers=workers, split_seed=seed, progress=tick)
+        manifest = build(
+            name, raw, out, format=format, workers=workers, split_seed=seed, progress=tick, options=chosen(option), overrides=overrides
+        )
     if verify:
         check_store(out)
     status = "up to date" if "write" not in first else "continued" if first["write"] else "written"
     show(document(manifest, out, status, verify), as_json, render)
+
+
+def numbers(name: str, text: str | None, kind: type) -> tuple | None:
+    """Numbers of "16x64x64" or "16,64,64". Raises InputError."""
+    from segfleet.preprocess.problems import InputError
+
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.replace(",", "x").split("x"))
+    except ValueError:
+        raise InputError(f"{name}: found '{text}', expected {'whole ' if kind is int else ''}numbers such as 16x64x64") from None
 
 
 @contextmanager
@@ -83,13 +108,14 @@ def document(manifest, out: Path, status: str, verified: bool) -> dict[str, Any]
 def render(found: dict[str, Any]) -> None:
     plan, dataset = found["plan"], found["dataset"]
     anisotropic = "" if plan["anisotropic_axis"] is None else f", axis {'zyx'[plan['anisotropic_axis']]} resampled apart"
+    spacing = " x ".join(f"{s:g}" for s in plan["target_spacing"]) + f" mm (z, y, x){anisotropic}"
     rows = [
         ("store", f"{found['store']} ({found['status']}{', verified' if found['verified'] else ''})"),
         ("id", found["id"]),
         ("data set", f"{dataset['name']}, {dataset['dims']}D, {found['cases']} cases of {found['patients']} patients"),
         ("labels", ", ".join(dataset["regions"] or dataset["labels"])),
         ("channels", ", ".join(f"{c} ({n})" for c, n in zip(dataset["channels"], plan["normalisation"], strict=True))),
-        ("spacing", " x ".join(f"{s:g}" for s in plan["target_spacing"]) + f" mm (z, y, x){anisotropic}"),
+        ("size", " x ".join(map(str, plan["size"][1:])) + " for every image") if plan["size"] else ("spacing", spacing),
         ("median case", " x ".join(map(str, plan["median_shape"]))),
         ("patch", " x ".join(map(str, plan["patch"]))),
         ("splits", ", ".join(f"{name} ({n})" for name, n in found["splits"].items())),

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from segfleet.preprocess.manifest import (
     sync_folder,
 )
 from segfleet.preprocess.parallel import run
-from segfleet.preprocess.plan import make_plan
+from segfleet.preprocess.plan import Overrides, make_plan
 from segfleet.preprocess.problems import InputError
 from segfleet.preprocess.readers.base import CaseRef, RawReader, open_reader, source_sha256
 from segfleet.preprocess.shard_job import REVISION, SHARD_BYTES, STATE, ShardJob, finished, shard_jobs, write_shard
@@ -49,22 +49,26 @@ def build(
     split_seed: int = SPLIT_SEED,
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
+    options: Mapping[str, str] | None = None,
+    overrides: Overrides | None = None,
 ) -> Manifest:
     """Preprocess the raw data set in `raw` into the store `out`, or find that this has been done.
 
-    The result's bytes do not depend on `workers`. Raises InputError: DataError with every problem of the data, no space, `out` taken.
+    `options` are the layout's own, `overrides` replace parts of the plan; the result's bytes do not depend on `workers`.
+    Raises InputError: DataError with every problem of the data, no space, `out` taken.
     """
     out, tell = Path(out), progress or (lambda phase, done, total: None)
     store_module(format)
-    reader = open_reader(reader_name, raw)
+    reader = open_reader(reader_name, raw, **(options or {}))
+    (overrides or Overrides()).check(reader.dataset())
     if (out / MANIFEST).is_file():
-        return compare(reader, out, format=format, split_seed=split_seed, workers=workers, progress=tell)
+        return compare(reader, out, format=format, split_seed=split_seed, workers=workers, progress=tell, overrides=overrides)
     _check_place(out, reader.root)
     partial = out.with_name(out.name + ".partial")
     with _claimed(partial, out):
         facts = _survey(reader, partial, workers, tell)
         found = fingerprint(facts.dataset, facts.facts, split_seed)
-        plan = make_plan(facts.dataset, found)
+        plan = make_plan(facts.dataset, found, overrides=overrides)
         jobs = shard_jobs(reader, facts, plan, format, partial, shard_bytes)
         entries, files = _write(jobs, partial, workers, tell)
         manifest = Manifest(
@@ -87,7 +91,16 @@ def build(
     return load_manifest(out)
 
 
-def compare(reader: RawReader, out: Path, *, format: str, split_seed: int, workers: int | None, progress: Progress) -> Manifest:
+def compare(
+    reader: RawReader,
+    out: Path,
+    *,
+    format: str,
+    split_seed: int,
+    workers: int | None,
+    progress: Progress,
+    overrides: Overrides | None = None,
+) -> Manifest:
     """The manifest of a finished store, if it is what `build` would make of `reader`'s files today.
 
     Raises InputError that names what differs; published stores are never changed.
@@ -109,7 +122,7 @@ def compare(reader: RawReader, out: Path, *, format: str, split_seed: int, worke
         differences.append(f"raw files of {len(changed)} case(s): {', '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}")
     elif manifest.dataset != reader.dataset():
         differences.append("the description of the data set")
-    elif manifest.plan != make_plan(manifest.dataset, Fingerprint.model_validate(manifest.fingerprint)):
+    elif manifest.plan != make_plan(manifest.dataset, Fingerprint.model_validate(manifest.fingerprint), overrides=overrides):
         differences.append("the plan")
     if differences:
         raise InputError(

@@ -47,6 +47,7 @@ class Plan(Frozen):
     median_shape: tuple[int, int, int] = (1, 1, 1)
     dtype: str = "float16"  # of stored images; integers are multiplied by `scale` when read
     scale: float = 1.0
+    size: tuple[int, int, int] | None = None  # of every stored case, whatever its spacing; None: by target_spacing
 
 
 class CaseEntry(Frozen):

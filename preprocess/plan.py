@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from segfleet.preprocess.fingerprint import Fingerprint
 from segfleet.preprocess.manifest import Dataset, Plan
+from segfleet.preprocess.problems import InputError
 from segfleet.preprocess.transforms import ANISOTROPIC, anisotropic_axis, stored_grid
 
 MIN_EDGE = 4  # voxels at the bottom of the network
@@ -21,22 +23,60 @@ START_EDGE = {2: 2048, 3: 256}  # of the patch before it is clipped to the media
 FEATURE_MAPS = {2: 8.5e7, 3: 5.6e8}  # values held per sample at the reference memory
 REFERENCE_MEMORY = 8.0  # GB
 COLOURS = ("r", "g", "b", "red", "green", "blue", "rgb_to_0_1")
+LARGEST_EDGE = 8192  # anybody asks for
 HALF_EXACT = 2048  # float16 holds integers up to here
 
 
-def make_plan(dataset: Dataset, fingerprint: Fingerprint, memory_gb: float = REFERENCE_MEMORY) -> Plan:
-    """The plan for a data set on a device with `memory_gb` GB (batch 2 in 3D, 12 in 2D)."""
+@dataclass(frozen=True, kw_only=True)
+class Overrides:
+    """What the user decides instead of the planner. Numbers are in array order: (z, y, x) in 3D, (y, x) in 2D."""
+
+    size: tuple[int, ...] | None = None  # pixels every image is resized to; 2D only
+    patch: tuple[int, ...] | None = None  # voxels
+    spacing: tuple[float, ...] | None = None  # mm
+
+    def check(self, dataset: Dataset) -> None:
+        """Raises InputError that names the option, what was found and what is legal."""
+        axes = "z y x" if dataset.dims == 3 else "y x"
+        if self.size is not None and dataset.dims == 3:
+            raise InputError(
+                f"size: found {_text(self.size)}, but {dataset.name} is 3D. Use --spacing, and --patch for what is trained on."
+            )
+        if self.size is not None and self.spacing is not None:
+            raise InputError("size, spacing: found both, expected one: a fixed size leaves no choice of spacing.")
+        for name, value, low, high in (
+            ("size", self.size, MIN_EDGE, LARGEST_EDGE),
+            ("patch", self.patch, MIN_EDGE if dataset.dims == 2 else 1, LARGEST_EDGE),
+            ("spacing", self.spacing, 0.01, 100),
+        ):
+            if value is not None and (len(value) != dataset.dims or not all(low <= v <= high for v in value)):
+                expected = f"{dataset.dims} numbers ({axes}) from {low} to {high}, as {dataset.name} is {dataset.dims}D"
+                raise InputError(f"{name}: found {_text(value)}, expected {expected}")
+
+    def padded(self, name: str, filler: float) -> tuple | None:
+        """An option as (z, y, x)."""
+        value = getattr(self, name)
+        return None if value is None else (*(filler,) * (3 - len(value)), *value)
+
+
+def make_plan(dataset: Dataset, fingerprint: Fingerprint, memory_gb: float = REFERENCE_MEMORY, overrides: Overrides | None = None) -> Plan:
+    """The plan for a data set on a device with `memory_gb` GB (batch 2 in 3D, 12 in 2D). Raises InputError for impossible overrides."""
+    wish = overrides or Overrides()
+    wish.check(dataset)
     kinds = normalisation(dataset)
+    size = wish.padded("size", 1)
     spacing = target_spacing(fingerprint.spacings, fingerprint.shapes)
-    draft = Plan(target_spacing=spacing, patch=(1, 1, 1), normalisation=kinds)
+    spacing = wish.padded("spacing", spacing[0]) or spacing
+    draft = Plan(target_spacing=spacing, patch=(1, 1, 1), normalisation=kinds, size=size)
     grids = [stored_grid(shape, own, draft)[0] for shape, own in zip(fingerprint.shapes, fingerprint.spacings, strict=True)]
     median = tuple(int(n) for n in np.median(grids, axis=0))
-    untouched = all(kind == "rgb_to_0_1" for kind in kinds) and set(fingerprint.dtypes) == {"uint8"} and grids == list(fingerprint.shapes)
+    untouched = all(kind == "rgb_to_0_1" for kind in kinds) and set(fingerprint.dtypes) == {"uint8"}
+    untouched &= size is not None or grids == list(fingerprint.shapes)
     largest = max((abs(facts.get(end, 0.0)) for facts in fingerprint.intensity for end in ("min", "max")), default=0.0)
     dtype = "uint8" if untouched else "float32" if "none" in kinds and largest > HALF_EXACT else "float16"
     return Plan(
         target_spacing=spacing,
-        patch=plan_patch(median, spacing, dataset.dims, outputs(dataset), memory_gb),
+        patch=wish.padded("patch", 1) or size or plan_patch(median, spacing, dataset.dims, outputs(dataset), memory_gb),
         normalisation=kinds,
         intensity=fingerprint.intensity,
         nonzero_mask=fingerprint.kept < 0.75 and "zscore" in kinds,
@@ -44,6 +84,7 @@ def make_plan(dataset: Dataset, fingerprint: Fingerprint, memory_gb: float = REF
         median_shape=median,
         dtype=dtype,
         scale=1 / 255 if untouched else 1.0,
+        size=size,
     )
 
 
@@ -136,3 +177,7 @@ def feature_maps(patch: Sequence[int], spacing: Sequence[float], dims: int, clas
         for a in [a for a in able if step[a] < 2 * min(step[b] for b in able)]:
             size[a], step[a] = math.ceil(size[a] / 2), 2 * step[a]
         stage += 1
+
+
+def _text(values: Sequence[float]) -> str:
+    return " x ".join(f"{v:g}" for v in values)

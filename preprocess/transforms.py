@@ -49,7 +49,7 @@ def preprocess_case(case: Case, plan: Plan, *, ignore_label: int | None = None) 
     raw = case.image_CZYX
     if len(raw) != len(plan.normalisation):
         raise InputError(f"case '{case.id}': channels: found {len(raw)}, expected {len(plan.normalisation)}")
-    crop = crop_box(raw, plan.normalisation)
+    crop = tuple((0, n) for n in raw.shape[1:]) if plan.size else crop_box(raw, plan.normalisation)
     box = tuple(slice(start, stop) for start, stop in crop)
     image = raw[:, *box]
     shape, spacing = stored_grid(tuple(b - a for a, b in crop), case.geometry.spacing, plan)
@@ -148,7 +148,10 @@ def normalise(image_CZYX: np.ndarray, plan: Plan, mask_ZYX: np.ndarray | None = 
 def stored_grid(
     shape: tuple[int, int, int], spacing: tuple[float, float, float], plan: Plan
 ) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
-    """Shape and spacing after resampling a box of `shape` voxels to the target spacing; a single slice stays one, as it is."""
+    """Shape and spacing after resampling a box of `shape` voxels to the plan's size, or else to the target spacing; a single slice stays
+    one, as it is."""
+    if plan.size:
+        return plan.size, tuple(here * n / new for n, here, new in zip(shape, spacing, plan.size, strict=True))
     new_shape, new_spacing = [], []
     for n, here, target in zip(shape, spacing, plan.target_spacing, strict=True):
         new = n if n == 1 else max(1, round(n * here / target))
