@@ -19,6 +19,7 @@ def command(
     ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine that train together.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads per rank; by default the cores are shared out.")] = None,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    max_time: Annotated[float | None, typer.Option(min=0, help="Hours after which it stops in order; the same command goes on.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train every stage of RECIPE that is not finished, score it and write its report. The same command continues or does nothing."""
@@ -39,7 +40,8 @@ def command(
     with progress("training") as tick:
         totals = [stage.epochs * steps for stage, steps in zip(chosen.stages, stage_steps(chosen, manifest), strict=True)]
         follow = Follower(folders, totals, tick)
-        run_ranks({"do": "train", "recipe": chosen.model_dump(mode="json"), "root": str(runs.resolve())}, ranks, follow.poll, threads)
+        job = {"do": "train", "recipe": chosen.model_dump(mode="json"), "root": str(runs.resolve())}
+        run_ranks(job | ({"max_seconds": 3600 * max_time} if max_time else {}), ranks, follow.poll, threads)
     scores = json.loads((leaf / "evaluation.json").read_text(encoding="utf-8"))["summary"]
     document = {
         "run": str(leaf),

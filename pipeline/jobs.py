@@ -1,12 +1,14 @@
 """What a gang can be asked to do, as plain JSON. Launchers carry the job, every rank runs it.
 
-{"do": "train", "recipe": {...}, "root": "runs"}: train what is missing of every stage, then score it.
+{"do": "train", "recipe": {...}, "root": "runs"}: train what is missing of every stage, then score it;
+    "max_seconds": 3600 stops in order after that time.
 {"do": "score", ...}: only score; "again": true, even if it is scored already.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ def run_job(job: dict[str, Any], gang: gangs.Gang, stop: StopRequest) -> None:
     store = open_store(recipe.data.store)
     folders = stage_folders(Path(job["root"]), recipe, store.manifest)
     stop.watch = folders[-1].path / "stop"
+    if job.get("max_seconds"):
+        stop.deadline = time.monotonic() + job["max_seconds"]
     scorer = Scorer(recipe=recipe, store=store, gang=gang, stop=stop)
     if job["do"] == "train":
         train(Run(recipe=recipe, store=store, folders=folders, gang=gang, asked_to_stop=stop.asked, warn=warn, validate=scorer.validate))

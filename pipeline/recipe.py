@@ -88,6 +88,7 @@ class Stage(Section):
     period: Positive | None = Field(None, description="epochs in which the cosine falls; then it rises as long, and so on; none: the stage")
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up from 0")
     floor: Annotated[float, Field(ge=0)] = Field(0.0, description="lowest rate of the cosine and poly schedules")
+    patience: Annotated[int, Field(ge=0)] = Field(0, description="end the stage after so many validations without a better Dice; 0: never")
     inherit: Literal["weights", "weights+optimizer"] = Field("weights", description="what is taken over from the stage before")
     freeze: tuple[str, ...] = Field((), description="parameter name prefixes that are not trained in this stage")
 
@@ -129,9 +130,11 @@ class Recipe(Section):
     save_every: Positive = Field(50, description="steps between checkpoints")
 
     @model_validator(mode="after")
-    def _batch_divides(self) -> Recipe:
+    def _fits_together(self) -> Recipe:
         if self.data.batch % self.engine.accumulate:
             raise ValueError(f"data.batch {self.data.batch} must be a multiple of engine.accumulate {self.engine.accumulate}")
+        if any(stage.patience for stage in self.stages) and not self.evaluation.every:
+            raise ValueError("a stage with patience needs evaluation.every > 0")
         return self
 
 

@@ -29,6 +29,8 @@ def stage_facts(recipe: Recipe, manifest: Manifest, index: int) -> dict[str, Any
     data = {key: value for key, value in whole["data"].items() if key not in ("store", "workers", "split", "fold")}
     engine = {key: value for key, value in whole["engine"].items() if key not in ("name", "options", "checkpoint_activations")}
     stage = {key: value for key, value in whole["stages"][index].items() if key != "name"}
+    if stage.get("patience"):  # only then does validation decide how long a stage is
+        stage["validation"] = [whole["evaluation"], list(manifest.fold(recipe.data.split, recipe.data.fold)["val"])]
     return {
         "numerics": NUMERICS,
         "store": manifest.id,

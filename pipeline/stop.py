@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 
 
@@ -13,11 +14,15 @@ class Interrupted(RuntimeError):
 
 
 class StopRequest:
-    """Set by SIGINT, SIGTERM, SIGUSR1 or SIGUSR2, or by a file named `stop` in the run folder. A second SIGINT stops at once."""
+    """Set by SIGINT, SIGTERM, SIGUSR1 or SIGUSR2, by the file `watch`, or by the clock at `deadline` (of time.monotonic()).
 
-    def __init__(self, watch: Path | None = None):
+    A second SIGINT stops at once.
+    """
+
+    def __init__(self) -> None:
         self.reason: str | None = None
-        self.watch = watch
+        self.watch: Path | None = None
+        self.deadline: float | None = None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, self._on_signal)
 
@@ -28,5 +33,7 @@ class StopRequest:
 
     def asked(self) -> bool:
         if self.reason is None and self.watch is not None and self.watch.exists():
-            self.reason = f"the file {self.watch.name}"
+            self.reason = f"the file {self.watch}"
+        if self.reason is None and self.deadline is not None and time.monotonic() > self.deadline:
+            self.reason = "the time limit"
         return self.reason is not None

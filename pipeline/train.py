@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +47,17 @@ class Progress:
     step: int = 0
     skipped: int = 0  # steps with a non-finite gradient; they changed nothing
     skipped_in_a_row: int = 0
+    validated: int = 0  # step of the last validation
     best: dict[str, Any] = field(default_factory=dict)  # {"dice", "step"} of the best validation
+    stale: int = 0  # validations since the best one
 
     def state(self, recipe: Recipe, index: int) -> dict[str, Any]:
-        facts = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "best": self.best}
-        return {**facts, "stage": index, "recipe": recipe.model_dump(mode="json"), "versions": checkpoint.versions()}
+        facts = {"stage": index, "recipe": recipe.model_dump(mode="json"), "versions": checkpoint.versions()}
+        return {**facts, "progress": asdict(self)}
 
     @classmethod
     def of(cls, saved: checkpoint.Checkpoint) -> Progress:
-        return cls(saved.step, saved.state["skipped"], saved.state["skipped_in_a_row"], saved.state["best"])
+        return cls(**saved.state["progress"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,46 +135,71 @@ def train_stage(this: Run, index: int) -> None:
     stream = Stream(loader.batches(patches, schedule, recipe.data.workers), gang.device, recipe.engine.channels_last)
     window = Window(stream, recipe.data.batch)
 
+    saved = progress.step
     try:
-        for step in range(progress.step, total):
-            torch.manual_seed(step_seed(recipe.seed, index, step, gang.rank))  # dropout and the like
-            lr = learning_rate(stage, step, total)
-            window.add(*engine.step(stream, lr))
-            progress.step = step + 1
-            epoch_ends, stopping = progress.step % steps == 0, gang.any(this.asked_to_stop())
-            due = progress.step % recipe.save_every == 0 or progress.step == total or stopping
-            if progress.step % LOG_EVERY == 0 or epoch_ends or due:
-                window.report(progress, step // steps, lr, gang, log)
-            if epoch_ends and recipe.evaluation.every and (progress.step // steps) % recipe.evaluation.every == 0 and not stopping:
-                scores = this.validate(engine)
-                if (scores["dice"] or 0.0) > progress.best.get("dice", -1.0):
-                    progress.best, due = {"dice": scores["dice"], "step": progress.step}, True
-                if log:
-                    log.write("validation", step=progress.step, epoch=step // steps, **scores)
-            if due:
+        while True:
+            watch_for_hangs()
+            stopping = progress.step < total and gang.any(this.asked_to_stop())
+            if stopping or progress.step == total or any(progress.step % period == 0 for period in (LOG_EVERY, steps, recipe.save_every)):
+                window.report(progress, gang, log)
+            if not stopping and validation_due(recipe, progress, steps):
+                validate(this, engine, progress, progress.step // steps - 1, log)
+            ended = progress.step == total or 0 < stage.patience <= progress.stale
+            due = ended or stopping or progress.step % recipe.save_every == 0 or progress.best.get("step") == progress.step
+            if due and progress.step > saved:
                 save(engine, saver, progress, recipe, index, gang)
-            if saver.poll() or progress.step == total or stopping:
-                saver.wait()
-                if gang.rank == 0:
-                    checkpoint.prune(folder.checkpoints, KEEP, protected(progress))
-            if stopping and progress.step < total:
+                saved = progress.step
+            if (saver.wait() if ended or stopping else saver.poll()) and gang.rank == 0:
+                checkpoint.prune(folder.checkpoints, KEEP, protected(progress))
+            if ended:
+                break
+            if stopping:
                 if log:
                     log.write("stopped", stage=index, at_step=progress.step)
                 where = f"step {progress.step} of {total} of stage {index + 1}"
                 raise Interrupted(f"stopped after {where}; all saved. Run the same command again to go on.")
+
+            epoch, lr = progress.step // steps, learning_rate(stage, progress.step, total)
+            torch.manual_seed(step_seed(recipe.seed, index, progress.step, gang.rank))  # dropout and the like
+            window.add(*engine.step(stream, lr), epoch, lr)
+            progress.step += 1
     except BaseException:
         with suppress(Exception):  # a save under way is published if it can be; the first error is what the user must see
             saver.wait()
         raise
     finally:
+        faulthandler.cancel_dump_traceback_later()
         if log:
             log.close()
     gang.barrier()
     if gang.rank == 0:
-        last = checkpoint.folder_name(total)
-        folder.finish(last, steps=total, best=progress.best, skipped=progress.skipped)
+        last = checkpoint.folder_name(progress.step)
+        folder.finish(last, steps=progress.step, best=progress.best, skipped=progress.skipped)
         checkpoint.prune(folder.checkpoints, 1, protected(progress))
     gang.barrier()
+
+
+def watch_for_hangs() -> None:
+    """From now on until the next call, or else every thread's stack goes to stderr."""
+    faulthandler.dump_traceback_later(float(os.environ.get("SEGFLEET_WATCHDOG", "900")), repeat=True)
+
+
+def validation_due(recipe: Recipe, progress: Progress, steps: int) -> bool:
+    """Whether an epoch that is to be validated ended with the last step and has not been validated yet, here or before a stop."""
+    every = recipe.evaluation.every * steps
+    return bool(every) and progress.step > progress.validated and progress.step % every == 0
+
+
+def validate(this: Run, engine: Engine, progress: Progress, epoch: int, log: EventLog | None) -> None:
+    """Score the network as it stands and remember whether it is the best so far."""
+    scores = this.validate(engine)
+    progress.validated = progress.step
+    if (scores["dice"] or 0.0) > progress.best.get("dice", -1.0):
+        progress.best, progress.stale = {"dice": scores["dice"], "step": progress.step}, 0
+    else:
+        progress.stale += 1
+    if log:
+        log.write("validation", step=progress.step, epoch=epoch, **scores)
 
 
 def build(this: Run, index: int) -> tuple[Engine, Progress]:
@@ -243,13 +272,13 @@ class Window:
         self.losses, self.norms, self.cases = [], [], []
         self.start, self.stream.waited = time.perf_counter(), 0.0
 
-    def add(self, loss: Tensor, norm: Tensor) -> None:
+    def add(self, loss: Tensor, norm: Tensor, epoch: int, lr: float) -> None:
         self.losses.append(loss)
         self.norms.append(norm)
         self.cases.append(self.stream.cases)
-        self.stream.cases = ()
+        self.stream.cases, self.epoch, self.lr = (), epoch, lr
 
-    def report(self, progress: Progress, epoch: int, lr: float, gang: Gang, log: EventLog | None) -> None:
+    def report(self, progress: Progress, gang: Gang, log: EventLog | None) -> None:
         """Fetch, log, count the skipped steps. Raises Diverged after too many in a row, on all ranks together."""
         if not self.losses:
             return
@@ -269,15 +298,15 @@ class Window:
                 log.write(
                     "step",
                     step=progress.step,
-                    epoch=epoch,
+                    epoch=self.epoch,
                     loss=sum(good) / len(good),
-                    lr=lr,
+                    lr=self.lr,
                     gradient=max(norm for norm in norms if norm - norm == 0),
                     samples_per_second=round(len(losses) * self.batch / seconds, 3),
                     waiting=round(self.stream.waited / seconds, 4),
                 )
             if bad:
-                log.write("non_finite", step=progress.step, epoch=epoch, cases=sorted(set(bad)), skipped=progress.skipped)
+                log.write("non_finite", step=progress.step, epoch=self.epoch, cases=sorted(set(bad)), skipped=progress.skipped)
         self._clear()
         if progress.skipped_in_a_row >= PATIENCE:
             raise Diverged(

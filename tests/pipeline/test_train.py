@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from segfleet.pipeline import checkpoint, events, run
 from segfleet.pipeline import train as training
 from segfleet.pipeline.gang import Gang
 from segfleet.pipeline.recipe import parse
-from segfleet.pipeline.stop import Interrupted
+from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.preprocess.problems import InputError
 from segfleet.preprocess.stores.base import open_store
 
@@ -54,7 +55,7 @@ def go(recipe, root, stop_after=None, validate=lambda engine: {}, warn=pytest.fa
                 store=store,
                 folders=folders,
                 gang=Gang(torch.device("cpu")),
-                asked_to_stop=lambda: stop_after is not None and next(asked) >= stop_after - 1,
+                asked_to_stop=lambda: stop_after is not None and next(asked) >= stop_after,
                 warn=warn,
                 validate=validate,
             )
@@ -87,8 +88,8 @@ def test_twice_the_same_weights_and_nothing_twice(tiny_store, tmp_path):
     go(recipe, tmp_path / "a")
     assert before == {path: path.stat().st_mtime_ns for path in one[-1].path.rglob("*.safetensors")}
     other = go(recipe_of(tiny_store(dims=2), seed=1), tmp_path / "c")
-    assert not torch.equal(weights(one[-1])["inc.0.weight"] if "inc.0.weight" in weights(one[-1]) else next(iter(weights(one[-1]).values())),
-                           next(iter(weights(other[-1]).values())))
+    first = next(iter(weights(one[-1])))
+    assert not torch.equal(weights(one[-1])[first], weights(other[-1])[first])
 
 
 @pytest.mark.parametrize("engine", [{}, {"ema": 0.9, "accumulate": 2}, {"precision": "bf16"}, {"precision": "fp16"}], ids=str)
@@ -179,7 +180,7 @@ def test_damaged_newest_checkpoint_is_named_and_the_run_still_ends_the_same(tiny
 def test_one_process_at_a_time(tiny_store, tmp_path):
     recipe = recipe_of(tiny_store(dims=2), stages=1)
     folder = run.stage_folders(tmp_path, recipe, open_store(recipe.data.store).manifest)[0].path
-    code = "import sys; from pathlib import Path; from segfleet.pipeline.run import Lock; held = Lock(Path(sys.argv[1])); print(1, flush=True); input()"
+    code = "import sys, pathlib; from segfleet.pipeline.run import Lock; held = Lock(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "1\n"
         with pytest.raises(InputError, match=f"is being trained by process {holder.pid}"):
@@ -244,6 +245,43 @@ def test_validation_keeps_the_best_checkpoint(tiny_store, tmp_path):
     assert found == [(3, 0.5), (6, 0.9), (9, 0.7), (12, 0.6)]
 
 
+def test_a_stop_between_an_epoch_and_its_validation_loses_neither(tiny_store, tmp_path):
+    recipe = recipe_of(tiny_store(dims=2), stages=1, evaluation={"every": 1})
+    seen = []
+
+    def validate(engine):
+        seen.append(1)
+        return {"dice": 0.1 * len(seen)}
+
+    folder = go(recipe, tmp_path, stop_after=3, validate=validate)[0]
+    assert not seen
+    go(recipe, tmp_path, validate=validate)
+    assert [event["step"] for event in events.read_events(folder.path) if event["event"] == "validation"] == [3, 6]
+
+
+def test_patience_ends_a_stage_early_and_the_next_one_starts_from_there(tiny_store, tmp_path):
+    recipe = recipe_of(tiny_store(dims=2), evaluation={"every": 1})
+    first = recipe.stages[0].model_copy(update={"epochs": 9, "patience": 2})
+    recipe = recipe.model_copy(update={"stages": (first, recipe.stages[1])})
+    scores = iter([0.5, 0.6, 0.55, 0.6, 0.7, 0.7])
+    folders = go(recipe, tmp_path, validate=lambda engine: {"dice": next(scores)})
+    assert folders[0].done()["steps"] == 12 and folders[0].done()["best"] == {"dice": 0.6, "step": 6}
+    assert folders[1].done()["steps"] == 4
+    with pytest.raises(InputError, match="a stage with patience needs evaluation.every > 0"):
+        parse({**recipe.model_dump(mode="json"), "evaluation": {}})
+
+
+def test_stop_file_and_time_limit(tmp_path):
+    stop = StopRequest.__new__(StopRequest)  # without its signal handlers
+    stop.reason, stop.watch, stop.deadline = None, tmp_path / "stop", None
+    assert not stop.asked()
+    stop.deadline = time.monotonic() - 1
+    assert stop.asked() and stop.reason == "the time limit"
+    stop.reason = stop.deadline = None
+    (tmp_path / "stop").touch()
+    assert stop.asked() and stop.reason.endswith("stop")
+
+
 def test_frozen_parameters_stay(tiny_store, tmp_path):
     recipe = recipe_of(tiny_store(dims=2))
     second = recipe.stages[1].model_copy(update={"freeze": ("inc", "down1")})
@@ -276,9 +314,11 @@ def test_identity_holds_what_changes_the_result_and_nothing_else(tiny_store, tmp
     store = tiny_store(dims=2)
     manifest = open_store(store).manifest
     base = run.stage_uids(recipe_of(store), manifest)
-    for change in ({"name": "other"}, {"save_every": 7}, {"data": {"workers": 2}}, {"engine": {"name": "other"}}, {"evaluation": {"every": 3}}):
+    other = ({"name": "other"}, {"save_every": 7}, {"data": {"workers": 2}}, {"engine": {"name": "other"}}, {"evaluation": {"every": 3}})
+    for change in other:
         assert run.stage_uids(recipe_of(store, **change), manifest) == base, change
-    for change in ({"seed": 5}, {"data": {"batch": 4}}, {"engine": {"precision": "bf16"}}, {"optimizer": {"clip": 1.0}}, {"data": {"split": "all"}}):
+    another = ({"seed": 5}, {"data": {"batch": 4}}, {"engine": {"precision": "bf16"}}, {"optimizer": {"clip": 1}}, {"data": {"split": "all"}})
+    for change in another:
         changed = run.stage_uids(recipe_of(store, **change), manifest)
         assert changed[0] != base[0] and changed[1] != base[1], change
     later = recipe_of(store)
