@@ -180,7 +180,8 @@ def test_damaged_newest_checkpoint_is_named_and_the_run_still_ends_the_same(tiny
 def test_one_process_at_a_time(tiny_store, tmp_path):
     recipe = recipe_of(tiny_store(dims=2), stages=1)
     folder = run.stage_folders(tmp_path, recipe, open_store(recipe.data.store).manifest)[0].path
-    code = "import sys, pathlib as p; from segfleet.pipeline.run import Lock; held = Lock(p.Path(sys.argv[1])); print(1, flush=True); input()"
+    lock = "held = Lock(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
+    code = f"import pathlib, sys; from segfleet.pipeline.run import Lock; {lock}"
     with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "1\n"
         with pytest.raises(InputError, match=f"is being trained by process {holder.pid}"):
