@@ -12,7 +12,7 @@ import numpy as np
 
 from segfleet.preprocess.manifest import Dataset
 from segfleet.preprocess.problems import Problem
-from segfleet.preprocess.readers.base import CaseRef, Facts, Folds, RawReader, duplicates, natural
+from segfleet.preprocess.readers.base import CaseRef, Facts, Folds, RawReader, duplicates, natural, visible
 from segfleet.preprocess.readers.pairs import inside, sides
 from segfleet.preprocess.readers.places import locate, subfolders
 
@@ -35,7 +35,7 @@ class Reader(RawReader):
 
     def __init__(self, root: str | Path, **options: str):
         super().__init__(root, **options)
-        self.folder = locate(self.root, lambda p: any(_patients(p / part) for part in PARTS), self.layout)
+        self.folder = locate(self.root, lambda p: any(visible(patient) for part in PARTS for patient in _patients(p / part)), self.layout)
 
     def dataset(self) -> Dataset:
         labels = {"background": 0, "right ventricle": 1, "myocardium": 2, "left ventricle": 3}

@@ -6,14 +6,9 @@ Source: specification `datasets_2d`, section 5.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from segfleet.preprocess.case import Geometry
-from segfleet.preprocess.images import read_label
 from segfleet.preprocess.readers.base import CaseRef, Facts, visible
-from segfleet.preprocess.readers.pairs import PairReader, union
+from segfleet.preprocess.readers.pairs import PairReader
 from segfleet.preprocess.readers.places import locate, subfolders
 
 
@@ -33,7 +28,7 @@ class Reader(PairReader):
 
     def __init__(self, root: str | Path, **options: str):
         super().__init__(root, **options)
-        self.folder = locate(self.root, lambda p: bool(_cases(p)), self.layout)
+        self.folder = locate(self.root, lambda p: any(visible(case / "images") for case in _cases(p)), self.layout)
 
     def refs(self) -> list[CaseRef]:
         refs = []
@@ -43,16 +38,7 @@ class Reader(PairReader):
             refs.append(CaseRef(id=folder.name, images=(images[0],), labels=tuple(masks)))
         return refs
 
-    def label(self, ref: CaseRef, digest: Any = None) -> tuple[np.ndarray, Geometry]:
-        """The union of all masks: 1 where any of them is above 0."""
-        return union(ref.labels, digest, _nucleus)
-
 
 def _cases(folder: Path) -> list[Path]:
     inner = folder / "stage1_train"
     return [p for p in subfolders(inner if inner.is_dir() else folder) if (p / "images").is_dir() or (p / "masks").is_dir()]
-
-
-def _nucleus(path: Path, digest: Any = None) -> tuple[np.ndarray, Geometry]:
-    mask, geometry = read_label(path, digest)
-    return mask > 0, geometry

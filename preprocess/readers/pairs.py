@@ -60,8 +60,14 @@ class PairReader(RawReader):
 
 
 def colours(image: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, Geometry]:
-    """Three channels: grey is repeated (alpha has been dropped in reading)."""
+    """Three channels: grey is repeated, alpha dropped."""
+    image = opaque(image)
     return (np.repeat(image, 3, axis=0) if len(image) == 1 else image), geometry
+
+
+def opaque(array_CZYX: np.ndarray) -> np.ndarray:
+    """Without alpha, the second or fourth channel of a picture."""
+    return array_CZYX[: {2: 1, 4: 3}.get(len(array_CZYX), len(array_CZYX))]
 
 
 def union(paths: Sequence[Path], digest: Any = None, read: Callable | None = None) -> tuple[np.ndarray, Geometry]:
@@ -94,6 +100,7 @@ def read_mask(path: Path, digest: Any = None) -> tuple[np.ndarray, Geometry]:
 def read_grey(path: Path, digest: Any = None) -> tuple[np.ndarray, Geometry]:
     """(1, Y, X): one channel of a mask that may have been saved in colour. Raises ImageError if the colours differ."""
     array, geometry = read_file(path, digest, label=True)
+    array = opaque(array)
     if len(array) > 1:
         low, high = array.min(axis=0).astype(np.int64), array.max(axis=0).astype(np.int64)
         if ((high - low) > 32).mean() > 0.01:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from segfleet.preprocess.problems import InputError
 
-DEPTH = 3  # levels searched for the hint
+DEPTH = 5  # levels searched for the hint
 
 
 def locate(root: Path, fits: Callable[[Path], bool], layout: str) -> Path:
