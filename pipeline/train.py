@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segfleet.pipeline import checkpoint, loader, run
+from segfleet.pipeline import bf16, checkpoint, loader, run
 from segfleet.pipeline.engines.base import Engine, Setup, build_engine
 from segfleet.pipeline.events import EventLog
 from segfleet.pipeline.gang import Gang
@@ -215,6 +215,7 @@ def build(this: Run, index: int) -> tuple[Engine, Progress]:
         from segfleet.models.checkpointing import activation_checkpointing
 
         activation_checkpointing(model)
+    bf16.guard(model, recipe.engine.precision, gang.device)
     objective = Objective(recipe, task).to(gang.device)
     engine = build_engine(Setup(model=model, loss=objective, recipe=recipe, stage=stage, gang=gang))
     found = gang.share(str(saved.path) if gang.rank == 0 and (saved := checkpoint.latest(folder.checkpoints, this.warn)) else None)
