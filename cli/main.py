@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 a fault of segfleet or of the machine, 2 the user's input 
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import sys
@@ -23,7 +22,12 @@ COMMANDS = {  # name -> (module, one line); the lines stand here so that --help 
     "evaluate": ("evaluate", "Score a run on whole cases at their original resolution."),
     "predict": ("predict", "Segment raw images with a run."),
     "report": ("report", "Write a run's report as one HTML file."),
+    "submit": ("submit", "Send a recipe to a SLURM cluster; the job comes back by itself after limits and failures."),
     "status": ("status", "Every run under a folder: state, progress, loss, speed."),
+    "logs": ("logs", "What the ranks of a submitted run print."),
+    "cancel": ("cancel", "Cancel a submitted run; it saves first."),
+    "resume": ("resume", "Submit a run again as it was submitted before; it goes on from its latest checkpoint."),
+    "slurm-sandbox": ("slurm_sandbox", "A real SLURM with pretended GPUs on this machine, to try everything out."),
 }
 INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again and it goes on
 
@@ -66,22 +70,16 @@ def complain(message: str) -> None:
 
 def exit_code(error: BaseException) -> int:
     """Say what went wrong; the exit code. A fault of ours is re-raised with its traceback, for the bug report."""
-    code = getattr(error, "exit_code", None)
-    if code is not None:
+    from segfleet.preprocess.problems import explain
+
+    if known := explain(error):
         if getattr(error, "problems", None):
             from segfleet.cli.output import problem_table
 
             problem_table(error)
         else:
-            complain(str(error))
-        return code
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" at {error.filename}" if error.filename else ""
-        complain(f"no space left on the device{where}. Free some and run the same command again: it goes on.")
-        return 2
-    if isinstance(error, PermissionError):
-        complain(f"{error.filename}: permission denied. Choose a folder you may write to, or mend its permissions.")
-        return 2
+            complain(known[0])
+        return known[1]
     if isinstance(error, KeyboardInterrupt):
         complain("interrupted. Run the same command again: it goes on where it stopped.")
         return INTERRUPTED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import asdict, dataclass
 
 
@@ -32,3 +33,15 @@ class DataError(InputError):
         self.where, self.problems = where, problems
         lines = [f"{p.case}: {p.field}: found {p.found}, expected {p.expected}. {p.mend}" for p in problems]
         super().__init__(f"{len(problems)} problem(s) in {where}\n" + "\n".join(lines))
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """(message, exit code) of an error that is no fault of ours, in one sentence the user can act on; None for any other."""
+    if (code := getattr(error, "exit_code", None)) is not None:
+        return str(error), code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" at {error.filename}" if error.filename else ""
+        return f"no space left on the device{where}. Free some and run the same command again: it goes on.", 2
+    if isinstance(error, PermissionError):
+        return f"{error.filename}: permission denied. Choose a folder you may write to, or mend its permissions.", 2
+    return None

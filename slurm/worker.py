@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 
 from segfleet.pipeline.stop import StopRequest
+from segfleet.preprocess.problems import explain
 from segfleet.slurm.local import die_with_parent
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "recv failed", "Socket closed")
@@ -30,24 +31,19 @@ def main(meeting: Path) -> int:
         jobs.run_job(job, gang.join_gang(meeting / "address"), stop)
         return 0
     except BaseException as error:
-        report(meeting, rank, error)
-        return getattr(error, "exit_code", 1)
+        return report(meeting, rank, error)
 
 
-def report(meeting: Path, rank: int, error: BaseException) -> None:
-    """Leave the reason for the launcher: the message for the user's mistakes, the traceback for ours."""
-    code = getattr(error, "exit_code", 1)
+def report(meeting: Path, rank: int, error: BaseException) -> int:
+    """Leave the reason for the launcher, the message for the user's mistakes and the traceback for ours; the exit code."""
     full = traceback.format_exc()
-    facts = {
-        "rank": rank,
-        "time": time.time(),
-        "exit_code": code,
-        "message": str(error) if code != 1 else f"rank {rank} failed:\n{full}",
-        "lost_partner": code == 1 and any(sign in full for sign in LOST),
-    }
+    message, code = explain(error) or (f"rank {rank} failed:\n{full}", 1)
+    lost = code == 1 and any(sign in full for sign in LOST)
+    facts = {"rank": rank, "time": time.time(), "exit_code": code, "message": message, "lost_partner": lost}
     partial = meeting / f".failed-{rank}"
     partial.write_text(json.dumps(facts), encoding="utf-8")
     os.replace(partial, meeting / f"failed-{rank}.json")
+    return code
 
 
 if __name__ == "__main__":

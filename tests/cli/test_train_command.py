@@ -142,6 +142,42 @@ def test_a_killed_rank_takes_the_other_down_and_the_run_goes_on_exactly(work, st
     assert_same_result(json.loads(out), straight)
 
 
+def test_a_signal_before_the_first_step_is_an_ordinary_stop(work):
+    process = train(work, "early")
+    while not psutil.Process(process.pid).children() and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(0.5)  # the ranks are importing
+    process.send_signal(signal.SIGTERM)
+    code, out, err = finished(process)
+    assert code == 75 and "Traceback" not in err and out == "", err
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount a small tmpfs")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=420k", "tmpfs", str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_said_and_nothing_is_lost(work, straight, small_disk):
+    runs = small_disk / "runs"
+    code, _, err = finished(train(work, runs))
+    assert code == 2 and "no space left on the device" in err and "Traceback" not in err, err
+    assert not list(runs.rglob("*.partial"))
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    code, out, err = finished(train(work, runs))
+    assert code == 0, err
+    resumed = [event["from_step"] for path in runs.rglob("events.jsonl") for event in events(path.parent, "resumed")]
+    assert all(step > 0 for step in resumed)
+    assert_same_result(json.loads(out), straight)
+
+
 def test_no_rank_outlives_a_killed_launcher(work):
     process = train(work, "orphans")
     wait_for_step(work, "orphans", 5, process)
