@@ -25,7 +25,7 @@ from segfleet.pipeline.train import Run, train
 from segfleet.preprocess.stores.base import open_store
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from conftest import write_tiny_store  # noqa: E402
+from conftest import write_tiny_store
 
 STEPS, ROUNDS = 40, 7
 RESULT = Path(__file__).parent / "results" / "step_overhead.json"
@@ -63,7 +63,8 @@ def bare(recipe, store, batches) -> None:
 
 def ours(recipe, store, folder) -> None:
     folders = run.stage_folders(folder, recipe, store.manifest)
-    train(Run(recipe=recipe, store=store, folders=folders, gang=Gang(), asked_to_stop=lambda: False, warn=print, validate=lambda engine: {}))
+    never, nothing = (lambda: False), (lambda engine: {})
+    train(Run(recipe=recipe, store=store, folders=folders, gang=Gang(), asked_to_stop=never, warn=print, validate=nothing))
 
 
 def timed(work) -> tuple[float, float]:
