@@ -1,7 +1,7 @@
 """What a gang can be asked to do, as plain JSON. Launchers carry the job, every rank runs it.
 
 {"do": "train", "recipe": {...}, "root": "runs"}: train what is missing of every stage, then score it;
-    "max_seconds": 3600 stops in order after that time.
+    "max_seconds": 3600 stops in order after that time; "score": false leaves the scoring out.
 {"do": "score", ...}: only score; "again": true, even if it is scored already.
 """
 
@@ -37,7 +37,8 @@ def run_job(job: dict[str, Any], gang: gangs.Gang, stop: StopRequest) -> None:
     scorer = Scorer(recipe=recipe, store=store, gang=gang, stop=stop)
     if job["do"] == "train":
         train(Run(recipe=recipe, store=store, folders=folders, gang=gang, asked_to_stop=stop.asked, warn=warn, validate=scorer.validate))
-    scorer.score(folders, again=job.get("again", False))
+    if job.get("score", True):
+        scorer.score(folders, again=job.get("again", False))
 
 
 def warn(message: str) -> None:

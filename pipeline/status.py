@@ -24,7 +24,7 @@ def run_status(path: Path) -> dict[str, Any]:
         scored = (path / "evaluation.json").exists()
         return {**row, "state": "done" if scored else "trained", "stage": len(folders), **_progress(folders[-1])}
     found = _progress(stage)
-    state = "training" if _locked(stage) else ("stopped" if found["step"] or stage.index else "waiting")
+    state = "training" if locked(stage.path) else ("stopped" if found["step"] or stage.index else "waiting")
     return {**row, "state": state, "stage": stage.index + 1, **found}
 
 
@@ -45,10 +45,10 @@ def _progress(stage: StageFolder) -> dict[str, Any]:
     return facts
 
 
-def _locked(stage: StageFolder) -> bool:
+def locked(stage: Path) -> bool:
     """Whether a process holds the stage's lock right now."""
     try:
-        with open(stage.path / LOCK, "r+") as file:
+        with open(stage / LOCK, "r+") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return False
     except FileNotFoundError:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,15 +37,16 @@ def die_with_parent(parent: int) -> None:
 def run_ranks(job: dict, ranks: int, poll: Callable[[], None] = lambda: None, threads: int | None = None) -> None:
     """Run `segfleet.slurm.worker` on `ranks` local processes until all end. `job` is what the worker gets, plain JSON.
 
-    Ctrl-C and SIGTERM are passed on as a request to stop in order. Raises RankFailed with the first failing rank's own message; the other
-    ranks are killed with it.
+    Ctrl-C and SIGTERM are passed on as a request to stop in order (in the main thread; others get no signals). Raises RankFailed with the
+    first failing rank's own message; the other ranks are killed with it.
     """
     with tempfile.TemporaryDirectory(prefix="segfleet-") as folder:
         meeting = Path(folder)
         (meeting / "job.json").write_text(json.dumps(job), encoding="utf-8")
         threads = threads or max(1, available_cores() // ranks)
         processes = [_start(meeting, rank, ranks, threads) for rank in range(ranks)]
-        before = {number: signal.signal(number, lambda *_: _ask(processes)) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        before = {number: signal.signal(number, lambda *_: _ask(processes)) for number in heard}
         try:
             codes = _watch(processes, poll)
         finally:

@@ -1,0 +1,323 @@
+"""The search space: one YAML document that says which recipes to compare and how. Strict, like the recipe.
+
+    name: rec_unet_two_stage
+    base: rec_unet_lits_tumour                   a shipped recipe, a file, or the recipe itself
+    axes:
+      model.name: [rec_unet, rec_unet_em]        a list is a grid; {grid|choice|uniform|loguniform: [...]} says it in full
+      "model.name, data.patch": [[a, [64, 64]], [b, [96, 96]]]        keys that change together
+    stages:                                      instead of the base's stages; a list is an axis of that stage
+      - {name: train, epochs: 100, lr: [1.0e-3, 3.0e-4]}
+      - {name: finetune, epochs: 20, lr: [3.0e-4, 1.0e-4, 3.0e-5]}
+    seeds: [0, 1, 2]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from segfleet.pipeline.recipe import Positive, Recipe, Section, Stage, _section_of, parse, read_document
+from segfleet.preprocess.problems import InputError
+
+SPACES = Path(__file__).parent / "spaces"
+KINDS = ("grid", "choice", "uniform", "loguniform")
+
+
+class Budget(Section):
+    """When to stop handing out work. Nothing given: the whole grid."""
+
+    trials: Positive | None = Field(None, description="schedules, each with all its seeds and folds; random and optuna need it")
+    epochs: Positive | None = Field(None, description="epochs trained, every shared stage counted once")
+    hours: float | None = Field(None, gt=0, description="hours of the command; what runs then saves and stops")
+
+
+class Asha(Section):
+    """Asynchronous successive halving. Its time axis is epochs along the path from the first stage."""
+
+    grace: Positive = Field(1, description="epochs along the path before a node may be stopped")
+    factor: float = Field(3.0, gt=1, description="one in so many goes on at every rung")
+
+
+class Pbt(Section):
+    """Population based training: the axes of the only stage are its mutations; a generation is a stage of `interval` epochs."""
+
+    population: int = Field(4, ge=2, description="members trained side by side")
+    interval: Positive = Field(1, description="epochs of a generation")
+
+
+class SearchSpace(Section):
+    """Everything about a sweep that changes its outcome."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="names the sweep's folder")
+    base: str | dict[str, Any] = Field(description="a shipped recipe's name, a recipe file, or a recipe")
+    axes: dict[str, Any] = Field(default_factory=dict, description="recipe key -> values")
+    stages: tuple[dict[str, Any], ...] | None = Field(None, min_length=1, description="stages; every key may hold an axis")
+    seeds: tuple[int, ...] = Field((), description="replicates: the recipe's seed")
+    folds: tuple[int, ...] = Field((), description="replicates: data.fold")
+    search: Literal["grid", "random", "optuna"] = Field("grid", description="how points are chosen")
+    seed: int = Field(0, description="of random and optuna search")
+    forks: Positive = Field(1, description="random search: later stages drawn per draw of the rest, which those share")
+    scheduler: Literal["none", "asha", "pbt"] = Field("none", description="early stopping, through Ray Tune")
+    asha: Asha = Field(default_factory=Asha, description="options of asha")
+    pbt: Pbt = Field(default_factory=Pbt, description="options of pbt")
+    budget: Budget = Field(default_factory=Budget, description="limits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """Values of one key, or of several that change together."""
+
+    keys: tuple[str, ...]
+    kind: str
+    values: tuple[Any, ...]
+
+    @property
+    def label(self) -> str:
+        return ", ".join(self.keys)
+
+    @property
+    def continuous(self) -> bool:
+        return self.kind in ("uniform", "loguniform")
+
+    @property
+    def stage(self) -> int:
+        """The first stage that this axis changes."""
+        parts = [key.split(".") for key in self.keys]
+        return min(int(p[1]) if p[0] == "stages" and len(p) > 2 else 0 for p in parts)
+
+    def draw(self, generator: random.Random) -> Any:
+        if not self.continuous:
+            return generator.choice(self.values)
+        low, high = self.values
+        return generator.uniform(low, high) if self.kind == "uniform" else math.exp(generator.uniform(math.log(low), math.log(high)))
+
+
+Point = dict[str, Any]  # axis label -> value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One recipe of the sweep. Trials of one `point` are replicates: they differ in seed and fold alone."""
+
+    number: int
+    point: Point
+    recipe: Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """A checked space: its axes and the document they change."""
+
+    space: SearchSpace
+    base: dict[str, Any]
+    axes: tuple[Axis, ...]
+
+    @property
+    def identity(self) -> str:
+        """Hash of everything that decides which trials there are."""
+        facts = [self.space.model_dump(mode="json"), self.base]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def points(self) -> list[Point]:
+        """All points of a grid or random search, in a fixed order, none twice. Optuna's come one by one."""
+        trials = self.space.budget.trials
+        if self.space.search == "grid":
+            every = [dict(zip(self._labels(), values, strict=True)) for values in itertools.product(*(axis.values for axis in self.axes))]
+            return every[:trials]
+        generator, found, seen, early = random.Random(self.space.seed), [], set(), {}
+        for attempt in range(100 * trials):
+            if attempt % self.space.forks == 0:
+                early = {axis.label: axis.draw(generator) for axis in self.axes if axis.stage == 0}
+            late = {axis.label: axis.draw(generator) for axis in self.axes if axis.stage}
+            point = {label: {**early, **late}[label] for label in self._labels()}
+            if (key := json.dumps(point, sort_keys=True)) not in seen:
+                seen.add(key)
+                found.append(point)
+            if len(found) == trials:
+                break
+        return found
+
+    def trials(self, point: Point, first: int = 0) -> list[Trial]:
+        """The trials of a point, one per seed and fold. Raises InputError if the recipe is not valid there."""
+        document = json.loads(json.dumps(self.base))
+        for axis in self.axes:
+            values = point[axis.label] if len(axis.keys) > 1 else [point[axis.label]]
+            for key, value in zip(axis.keys, values, strict=True):
+                put(document, key, value)
+        where = f"sweep {self.space.name} at {describe(point)}"
+        recipe = parse(document, where)
+        recipes = [
+            recipe.model_copy(update={"seed": seed, "data": recipe.data.model_copy(update={"fold": fold})})
+            for seed in self.space.seeds or (recipe.seed,)
+            for fold in self.space.folds or (recipe.data.fold,)
+        ]
+        return [Trial(number=first + i, point=point, recipe=recipe) for i, recipe in enumerate(recipes)]
+
+    def _labels(self) -> list[str]:
+        return [axis.label for axis in self.axes]
+
+
+def describe(point: Point) -> str:
+    """A point in one line: `model.name=unext, stages.0.lr=0.001`."""
+    return ", ".join(f"{label}={short(value)}" for label, value in point.items()) or "the base recipe"
+
+
+def short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def space_names() -> list[str]:
+    """Names of the shipped spaces."""
+    return sorted(path.stem for path in SPACES.glob("*.yaml"))
+
+
+def load_search(source: str, changes: list[str] | None = None) -> Search:
+    """Read and check a space. `changes` are key.path=value of the base recipe. Raises InputError."""
+    path = Path(source)
+    if not path.is_file():
+        path = SPACES / f"{source}.yaml"
+        if not path.is_file() or "/" in source:
+            raise InputError(f"sweep: found no file '{source}' and no shipped space of that name; shipped: {', '.join(space_names())}")
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"sweep: {path} is no YAML document: {' '.join(str(error).split())}") from None
+    return parse_search(document, source, changes)
+
+
+def parse_search(document: Any, source: str = "sweep", changes: list[str] | None = None) -> Search:
+    """A checked search from a space's document. Raises InputError that names the key, the value and the legal ones."""
+    from segfleet.pipeline.recipe import override
+
+    try:
+        space = SearchSpace.model_validate(document)
+    except ValidationError as error:
+        raise InputError(f"{source} is not valid:\n" + "\n".join(_sentence(fault) for fault in error.errors())) from None
+    base = override(read_document(space.base) if isinstance(space.base, str) else space.base, changes or [])
+    axes = [_axis(label, values) for label, values in space.axes.items()]
+    if space.stages is not None:
+        base["stages"] = []
+        for index, stage in enumerate(space.stages):
+            found = [_axis(f"stages.{index}.{key}", value) for key, value in stage.items() if _is_axis(key, value)]
+            axes += found
+            varied = {key.split(".")[-1]: axis.values[0] for axis in found for key in axis.keys}
+            base["stages"].append({**stage, **varied})
+    if space.seeds and any(axis.keys == ("seed",) for axis in axes):
+        raise InputError("sweep: 'seed' is an axis and 'seeds' is given; keep 'seeds', its runs are counted as replicates")
+    search = Search(space=space, base=base, axes=tuple(axes))
+    _check(search)
+    return search
+
+
+def _check(search: Search) -> None:
+    """What only shows when everything is known."""
+    space = search.space
+    if space.search != "grid" and space.budget.trials is None and space.scheduler != "pbt":
+        raise InputError(f"sweep {space.name}: search '{space.search}' needs budget.trials")
+    labels = [key for axis in search.axes for key in axis.keys]
+    if twice := next((label for label in labels if labels.count(label) > 1), None):
+        raise InputError(f"sweep {space.name}: '{twice}' is an axis twice; keep one of them")
+    for axis in search.axes:
+        if axis.continuous and space.search == "grid" and space.scheduler != "pbt":
+            raise InputError(f"sweep {space.name}: {axis.label}: '{axis.kind}' has no grid; list values, or set search to random or optuna")
+    point = {axis.label: axis.values[0] for axis in search.axes}
+    stages = search.trials(point)[0].recipe.stages
+    for key in labels:  # after the stages are known: an index beyond them
+        parts = key.split(".")
+        if parts[0] == "stages" and len(parts) > 2 and not (parts[1].isdigit() and int(parts[1]) < len(stages)):
+            raise InputError(f"sweep {space.name}: {key}: there are {len(stages)} stages, expected stages.0 to stages.{len(stages) - 1}")
+    if space.scheduler == "asha" and not search.trials(point)[0].recipe.evaluation.every:
+        raise InputError(f"sweep {space.name}: asha compares validations: set evaluation.every of the base recipe, found 0")
+    if space.scheduler == "pbt" and (len(stages) != 1 or not labels or any(key[:9] != "stages.0." for key in labels)):
+        raise InputError(f"sweep {space.name}: pbt needs a recipe of one stage, and axes of that stage alone (stages.0.lr and the like)")
+    short_of = space.budget.epochs
+    if short_of and space.search != "optuna":
+        least = min(sum(stage.epochs for stage in search.trials(point)[0].recipe.stages) for point in search.points())
+        if short_of < least:
+            raise InputError(f"sweep {space.name}: budget.epochs is {short_of}, less than one trial: the shortest takes {least} epochs")
+
+
+def _is_axis(key: str, value: Any) -> bool:
+    """A list, or a mapping that names a kind; `freeze` is itself a list, so only a list of lists is an axis of it."""
+    if isinstance(value, dict):
+        return True
+    return isinstance(value, list) and (key != "freeze" or bool(value) and isinstance(value[0], list))
+
+
+def _axis(label: str, given: Any) -> Axis:
+    keys = tuple(key.strip() for key in label.split(","))
+    for key in keys:
+        check_key(key)
+    kind, values = next(iter(given.items())) if isinstance(given, dict) and len(given) == 1 else ("grid", given)
+    if kind not in KINDS:
+        raise InputError(f"axis {label}: found '{kind}', expected one of: {', '.join(KINDS)}")
+    if not isinstance(values, list) or not values:
+        raise InputError(f"axis {label}: found {values!r}, expected a list of at least one value")
+    if len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
+        raise InputError(f"axis {label}: a value stands twice in {values}")
+    if len(keys) > 1 and not all(isinstance(value, list) and len(value) == len(keys) for value in values):
+        raise InputError(f"axis {label}: every value must be a list of {len(keys)}, one per key")
+    if kind in ("uniform", "loguniform"):
+        numbers = len(values) == 2 and all(isinstance(value, int | float) for value in values)
+        if not numbers or not values[0] < values[1] or (kind == "loguniform" and values[0] <= 0):
+            raise InputError(f"axis {label}: found {kind} {values}, expected [low, high]{' above 0' if kind == 'loguniform' else ''}")
+    return Axis(keys=keys, kind=kind, values=tuple(values))
+
+
+def check_key(key: str) -> None:
+    """Raises InputError unless `key` is a path into a recipe."""
+    kind: Any = Recipe
+    parts = key.split(".")
+    for place, part in enumerate(parts):
+        if kind is Stage and parts[place - 1] == "stages":  # an index
+            if not part.isdigit():
+                raise InputError(f"axis {key}: found '{part}', expected the number of a stage, for example stages.0.lr")
+            parts[place] = ""
+            continue
+        if kind is None:  # inside options: any key
+            return
+        if part not in kind.model_fields:
+            raise InputError(f"axis {key}: '{part}' is an unknown key; expected one of: {', '.join(kind.model_fields)}")
+        annotation = kind.model_fields[part].annotation
+        section = _section_of(annotation)
+        rest = parts[place + 1 :]
+        if section is None and rest and part != "options":
+            raise InputError(f"axis {key}: '{part}' has no keys below it")
+        kind = section
+
+
+def put(document: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key path of a recipe document."""
+    *parents, last = key.split(".")
+    node: Any = document
+    for part in parents:
+        if isinstance(node, list):
+            node = node[int(part)] if int(part) < len(node) else {}
+        else:
+            if not isinstance(node.get(part), dict | list):
+                node[part] = {}
+            node = node[part]
+    if isinstance(node, list):
+        if int(last) < len(node):
+            node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _sentence(fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"]) or "space"
+    if fault["type"] == "extra_forbidden":
+        kind = _section_of(SearchSpace.model_fields[fault["loc"][0]].annotation) if len(fault["loc"]) > 1 else SearchSpace
+        return f"  {where}: unknown key; expected one of: {', '.join(kind.model_fields)}"
+    return f"  {where}: missing" if fault["type"] == "missing" else f"  {where}: found {fault['input']!r}. {fault['msg']}"
