@@ -68,27 +68,27 @@ def kfold(members: Sequence[Member], folds: int, seed: int) -> Folds:
     )
 
 
-def random_split(ids: Sequence[str], share: float, seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(rest, drawn) of the sorted ids, as scikit-learn's `train_test_split(sorted(ids), test_size=share, random_state=seed)` draws them.
+def random_split(names: Sequence[str], share: float, seed: int) -> tuple[list[str], list[str]]:
+    """(rest, drawn), both shuffled, as scikit-learn's `train_test_split(names, test_size=share, random_state=seed)` gives them.
 
-    This is how the published random splits were made; ids come back in sorted order. It knows nothing of patients.
+    This is how the published random splits were made. It knows nothing of patients.
     """
-    names = sorted(ids)
     order = np.random.RandomState(seed).permutation(len(names))  # the legacy stream, which never changes
-    drawn = {int(i) for i in order[: math.ceil(share * len(names))]}
-    return tuple(n for i, n in enumerate(names) if i not in drawn), tuple(n for i, n in enumerate(names) if i in drawn)
+    count = math.ceil(share * len(names))
+    return [names[i] for i in order[count:]], [names[i] for i in order[:count]]
 
 
 def published(ids: Sequence[str]) -> dict[str, Folds]:
-    """The random splits 2D papers use, by name: 80/20 with their seeds, and 70/15/15, whose test part is a split of its own.
+    """The random splits of sorted names 2D papers use: 80/20 with their seeds, and 70/15/15, whose test part is a split of its own.
 
     Source: specification `datasets_2d` (UNeXt: seed 41; U-KAN and Rolling-UNet: 2981, 6142, 1187) and `unet_lite` (70/15/15, seed 42).
     """
-    found = {f"80-20-seed{seed}": random_split(ids, 0.2, seed) for seed in SEEDS}
-    rest, test = random_split(ids, 0.15, 42)
+    names = sorted(ids)
+    found = {f"80-20-seed{seed}": random_split(names, 0.2, seed) for seed in SEEDS}
+    rest, test = random_split(names, 0.15, 42)
     train, val = random_split(rest, 0.15 / 0.85, 42)
     found |= {"70-15-15-seed42": (train, val), "70-15-15-seed42-test": (train, test)}
-    return {name: ({"train": left, "val": right},) for name, (left, right) in found.items() if left and right}
+    return {name: ({"train": tuple(sorted(a)), "val": tuple(sorted(b))},) for name, (a, b) in found.items() if a and b}
 
 
 def disjoint(fold: Mapping[str, Sequence[str]], members: Sequence[Member]) -> bool:

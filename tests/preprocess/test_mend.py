@@ -1,0 +1,146 @@
+"""Mended copies and 2.5D slices: what is changed, what is not, and that the raw folder stays as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from segfleet.preprocess.build import build
+from segfleet.preprocess.check import survey
+from segfleet.preprocess.mend import mend
+from segfleet.preprocess.phantom import PHANTOMS
+from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.readers.base import open_reader
+from segfleet.preprocess.slices import stacks, write_slices
+
+
+def digest(root: Path) -> str:
+    return hashlib.sha256(b"".join(str(p).encode() + p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file())).hexdigest()
+
+
+def change(path: Path, edit=lambda a: a, affine=None) -> None:
+    image = nib.load(path)
+    array, where = edit(np.asarray(image.dataobj).copy()), image.affine if affine is None else affine
+    path.unlink()
+    nib.save(nib.Nifti1Image(array, where), path)
+
+
+@pytest.fixture
+def binary(tmp_path) -> Path:
+    """A Decathlon folder with one label, saved as 0 and 255 in the first case, and with a shifted affine in the second."""
+    root = PHANTOMS["msd"](tmp_path / "raw", cases=3, size=(8, 16, 16))
+    document = json.loads((root / "dataset.json").read_text())
+    document["labels"] = {"0": "background", "1": "blob"}
+    (root / "dataset.json").write_text(json.dumps(document))
+    paths = sorted((root / "labelsTr").iterdir())
+    for path in paths:
+        change(path, lambda a: (a > 0).astype(np.uint8))
+    change(paths[0], lambda a: a * 255)
+    change(paths[1], affine=nib.load(paths[1]).affine + np.diag([0.3, 0, 0, 0]))
+    return root
+
+
+def test_masks_of_255_and_copied_geometry_are_mended_in_a_copy(binary, tmp_path):
+    before, reader = digest(binary), open_reader("msd", binary)
+    assert len(survey(reader, workers=1).problems) == 2
+    done = mend(reader, tmp_path / "out")
+    assert [(change["case"], change["field"]) for change in done] == [("phantom_000", "label values"), ("phantom_001", "label spacing")]
+    assert done[0]["was"] == "255" and done[0]["now"] == "1"
+    assert digest(binary) == before and not survey(open_reader("msd", tmp_path / "out"), workers=1).problems
+    third = "labelsTr/phantom_002.nii.gz"
+    assert (tmp_path / "out" / third).samefile(binary / third), "what needs nothing is linked"
+    one, other = (nib.load(folder / "labelsTr/phantom_000.nii.gz") for folder in (binary, tmp_path / "out"))
+    assert np.array_equal(np.asarray(one.dataobj) > 0, np.asarray(other.dataobj) == 1) and np.allclose(one.affine, other.affine)
+    assert {p.name for p in tmp_path.iterdir()} == {"raw", "out"}
+
+
+def test_labels_are_renumbered_as_told(tmp_path):
+    root = PHANTOMS["msd"](tmp_path / "raw", cases=2, size=(8, 16, 16))
+    path = root / "labelsTr/phantom_001.nii.gz"
+    change(path, lambda a: np.where(a == 2, 4, a).astype(np.uint8))
+    reader = open_reader("msd", root)
+    assert mend(reader, tmp_path / "nothing") == [] and not (tmp_path / "nothing").exists(), "4 could mean anything"
+    (done,) = mend(reader, tmp_path / "out", {4: 2})
+    assert done == {"case": "phantom_001", "field": "label values", "was": "4", "now": "2"}
+    assert not survey(open_reader("msd", tmp_path / "out"), workers=1).problems
+
+
+def test_renumbering_exchanges_values(tmp_path):
+    root = PHANTOMS["msd"](tmp_path / "raw", cases=1, size=(8, 16, 16))
+    before = open_reader("msd", root).label(open_reader("msd", root).refs()[0])[0]
+    mend(open_reader("msd", root), tmp_path / "out", {1: 2, 2: 1})
+    reader = open_reader("msd", tmp_path / "out")
+    after = reader.label(reader.refs()[0])[0]
+    assert np.array_equal(after == 1, before == 2) and np.array_equal(after == 2, before == 1)
+
+
+def test_places_that_are_taken_are_refused(binary, tmp_path):
+    (tmp_path / "mine").mkdir()
+    for place, message in ((tmp_path / "mine", "exists"), (binary / "new", "lies in the raw folder")):
+        with pytest.raises(InputError, match=f"to: .* {message}. Choose a new folder"):
+            mend(open_reader("msd", binary), place)
+
+
+def test_the_command_mends_then_checks(binary, tmp_path):
+    command = [sys.executable, "-m", "segfleet.cli.main", "datasets", "msd", "check", str(binary), "--fix", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["root"] == f"{binary}-mended" and len(document["mended"]) == 2 and document["problems"] == []
+    (binary / "labelsTr/phantom_002.nii.gz").unlink()
+    done = subprocess.run([*command[:-1], "--to", str(tmp_path / "other")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "2 label(s) mended in the copy" in done.stdout.replace("\n", " ") and "phantom_002" in done.stderr
+
+
+def test_slices_keep_every_annotated_one(tmp_path):
+    image = np.arange(6, dtype=np.float32)[:, None, None] * 100 * np.ones((6, 4, 5), np.float32) - 250
+    label = np.zeros((6, 4, 5), np.uint8)
+    label[0, 1, 1], label[2, 0, 0] = 1, 2
+    found = list(stacks(image, label, -200, 200))
+    assert [z for z, _, _ in found] == [0, 1, 2], "the empty one between them too"
+    assert found[0][1].shape == (4, 5, 3) and found[0][1].dtype == np.float32
+    assert [v for _, triple, _ in found for v in triple[0, 0]] == pytest.approx([-1, -1, -0.75, -1, -0.75, -0.25, -0.75, -0.25, 0.25])
+    assert np.array_equal(found[2][2], label[2]) and list(stacks(image, label * 0, -200, 200)) == []
+    label[5] = 1
+    assert list(stacks(image, label, -200, 200))[-1][1][0, 0].tolist() == pytest.approx([0.75, 1, 1])
+
+
+def test_volumes_become_slices_become_a_store(tmp_path):
+    raw = PHANTOMS["lits"](tmp_path / "raw", cases=4)
+    reader = open_reader("lits", raw)
+    count = write_slices(reader, tmp_path / "slices", crop=24)
+    labels = {ref.id: reader.label(ref)[0] for ref in reader.refs()}
+    spans = {case: np.flatnonzero(label.any(axis=(1, 2))) for case, label in labels.items()}
+    assert count == sum(z[-1] - z[0] + 1 for z in spans.values())
+    manifest = build("npy", tmp_path / "slices", tmp_path / "store", workers=1, options={"regions": "any-tumour"})
+    assert len(manifest.cases) == count and {entry.group for entry in manifest.cases} == {*labels} and manifest.dataset.dims == 2
+    assert manifest.plan.normalisation == ("none",) * 3 and manifest.cases[0].raw_shape == (1, 24, 24)
+    assert manifest.dataset.regions == {"any": (1, 2), "tumour": (2,)}
+    total = sum(entry.voxels.get(2, 0) for entry in manifest.cases)
+    assert total == sum(int((label[:, 4:-4, 4:-4] == 2).sum()) for label in labels.values())
+    with pytest.raises(InputError, match="Choose a new folder for the slices"):
+        write_slices(reader, tmp_path / "slices")
+    with pytest.raises(InputError, match="crop: found 99, but case 'volume-0' has 32 x 32"):
+        write_slices(reader, tmp_path / "other", crop=99)
+    assert not (tmp_path / "other").exists() and not list(tmp_path.glob("*.partial"))
+    with pytest.raises(InputError, match="2D with 3 channel"):
+        write_slices(open_reader("npy", tmp_path / "slices"), tmp_path / "again")
+
+
+def test_slices_of_flipped_volumes_lie_alike(tmp_path):
+    raw = PHANTOMS["lits"](tmp_path / "raw", cases=1)
+    path = raw / "Training Batch 1" / "volume-0.nii"
+    write_slices(open_reader("lits", raw), tmp_path / "one")
+    for name in (path, path.with_name("segmentation-0.nii")):
+        affine = nib.load(name).affine @ np.diag([-1, 1, 1, 1])
+        change(name, lambda a: a[::-1].copy(), affine)
+    write_slices(open_reader("lits", raw), tmp_path / "two")
+    for one in sorted((tmp_path / "one").rglob("*.npy")):
+        assert np.array_equal(np.load(one), np.load(tmp_path / "two" / one.relative_to(tmp_path / "one")))
