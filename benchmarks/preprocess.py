@@ -1,0 +1,193 @@
+"""Preprocessing of the same raw volumes by segfleet and by nnU-Net v2: voxels per processor second, memory, and a run killed half way.
+
+    python benchmarks/preprocess.py [--cases 8] [--venv DIR] [--folder DIR] [--out benchmarks/results/preprocess.json]
+
+Two synthetic sets in nnU-Net's layout, CT and MR, with differing spacings, so that every case is resampled. Both programs check, measure,
+plan, resample and write with one process; processor time is that of all their processes. Programs take a while to start: the cost of a
+voxel is taken between a run over all cases and a run over two ("marginal"), and the whole run is reported as well. Memory is the largest
+sum of proportional set sizes (PSS) of all processes of a run. nnU-Net is installed into an environment of its own (--venv, kept between
+runs; without its optional packages, so that no other torch comes along).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+
+TORCH = "torch==2.13.0"
+BARE = ("nnunetv2", "acvl-utils", "dynamic-network-architectures", "batchgenerators", "batchgeneratorsv2", "fft-conv-pytorch")
+WITH = (
+    "connected-components-3d dicom2nifti nibabel SimpleITK scikit-image scikit-learn scipy pandas tifffile imagecodecs einops blosc2 tqdm"
+)
+WITH += " matplotlib seaborn requests yacs graphviz threadpoolctl"
+SETS = {"CT": (901, "CT", (2.5, 0.8, 0.8)), "MR": (902, "MRI", (1.2, 1.0, 1.0))}  # name -> id, channel, middle spacing in mm
+SHAPE = (96, 224, 224)
+FEW = 2
+INTERVAL = 0.05  # s between two looks at memory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=8)
+    parser.add_argument("--venv", type=Path, default=Path.home() / ".cache/segfleet/nnunet")
+    parser.add_argument("--folder", type=Path, default=None, help="scratch; removed at the end")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/preprocess.json")
+    options = parser.parse_args()
+    nnunet = install(options.venv)
+    folder = Path(tempfile.mkdtemp(prefix="preprocess-", dir=options.folder))
+    try:
+        found = {name: measure(name, folder, options.cases, nnunet) for name in SETS}
+        found["killed half way"] = killed(folder, options.cases)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+    document = {"machine": machine, "nnunetv2": version(nnunet), "shape": SHAPE, "cases": options.cases, "results": found}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(document, indent=1))
+
+
+def install(venv: Path) -> Path:
+    """The bin folder of an environment with nnU-Net v2."""
+    place = venv / "bin"
+    if not (place / "nnUNetv2_plan_and_preprocess").is_file():
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+        for packages in ([TORCH], ["--no-deps", *BARE], WITH.split()):
+            subprocess.run([str(place / "pip"), "install", "--quiet", *packages], check=True)
+    return place
+
+
+def version(place: Path) -> str:
+    command = [str(place / "python"), "-c", "from importlib.metadata import version; print(version('nnunetv2'))"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def measure(name: str, folder: Path, cases: int, nnunet: Path) -> dict:
+    """Both programs over all cases and over few."""
+    number, _, _ = SETS[name]
+    out: dict = {}
+    for count in (FEW, cases):
+        raw = write_set(folder / f"raw-{count}", name, count)
+        ours = run(segfleet(raw, folder / f"store-{name}-{count}"))
+        places = {f"nnUNet_{kind}": str(folder / f"{kind}-{count}") for kind in ("raw", "preprocessed", "results")}
+        command = [str(nnunet / "nnUNetv2_plan_and_preprocess"), "-d", str(number), "-c", "3d_fullres", "-npfp", "1", "-np", "1"]
+        theirs = run([*command, "--verify_dataset_integrity"], places)
+        out[count] = {"voxels": count * int(np.prod(SHAPE)), "segfleet": ours, "nnunetv2": theirs}
+    result: dict = {"runs": out}
+    for who in ("segfleet", "nnunetv2"):
+        cost = out[cases][who]["cpu_s"] - out[FEW][who]["cpu_s"]
+        result[f"{who} voxels per cpu second"] = round((out[cases]["voxels"] - out[FEW]["voxels"]) / cost)
+    result["ratio marginal"] = round(result["segfleet voxels per cpu second"] / result["nnunetv2 voxels per cpu second"], 2)
+    result["ratio whole run"] = round(out[cases]["nnunetv2"]["cpu_s"] / out[cases]["segfleet"]["cpu_s"], 2)
+    result["memory, nnunetv2 over segfleet"] = round(out[cases]["nnunetv2"]["peak_mb"] / out[cases]["segfleet"]["peak_mb"], 2)
+    return result
+
+
+def killed(folder: Path, cases: int) -> dict:
+    """Kill segfleet after half of the time a whole run takes; what the same command then needs to finish."""
+    raw = write_set(folder / f"raw-{cases}", "CT", cases)
+    whole = run(segfleet(raw, folder / "whole"))
+    run(segfleet(raw, folder / "halved"), stop_after=whole["wall_s"] / 2)
+    assert not (folder / "halved").exists(), "it was faster than its half"
+    rest = run(segfleet(raw, folder / "halved"))
+    same = (folder / "halved/manifest.json").read_bytes() == (folder / "whole/manifest.json").read_bytes()
+    return {"whole": whole, "rest": rest, "same store": same, "rest over whole": round(rest["wall_s"] / whole["wall_s"], 2)}
+
+
+def segfleet(raw: Path, out: Path) -> list[str]:
+    return [sys.executable, "-m", "segfleet.cli.main", "preprocess", "nnunet", "--raw", str(raw), "--out", str(out), "--workers", "1"]
+
+
+def run(command: list[str], environ: dict[str, str] | None = None, stop_after: float | None = None) -> dict[str, float]:
+    """Processor and wall seconds and peak memory of a command and all its processes."""
+    single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, env={**os.environ, **single, **(environ or {})}, **pipe)
+    peak, done = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(INTERVAL):
+            peak[0] = max(peak[0], pss_mb(process.pid))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        _, errors = process.communicate(timeout=stop_after)
+        if process.returncode:
+            raise SystemExit(f"{command[0]} failed:\n{errors[-3000:]}")
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    finally:
+        done.set()
+        watcher.join()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"cpu_s": round(cpu, 2), "wall_s": round(time.monotonic() - start, 2), "peak_mb": round(peak[0])}
+
+
+def pss_mb(session: int) -> float:
+    """Of all processes of a session."""
+    total = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(folder.name)) == session:
+                lines = (folder / "smaps_rollup").read_text().splitlines()
+                total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        except (OSError, ValueError):
+            continue  # it has ended
+    return total / 1024
+
+
+def write_set(raw: Path, name: str, cases: int) -> Path:
+    """A data set in nnU-Net's layout; the same files for both programs."""
+    number, channel, spacing = SETS[name]
+    root = raw / f"Dataset{number}_{name}"
+    if (root / "dataset.json").is_file():
+        return root
+    for part in ("imagesTr", "labelsTr"):
+        (root / part).mkdir(parents=True)
+    for index in range(cases):
+        draw = np.random.default_rng([number, index])
+        image, label = volume(draw, channel == "CT")
+        own = np.array(spacing) * draw.uniform(0.8, 1.25, 3)
+        affine = np.diag([*own[::-1], 1.0])
+        nib.save(nib.Nifti1Image(image.T, affine), root / "imagesTr" / f"case{index:03d}_0000.nii.gz")
+        nib.save(nib.Nifti1Image(label.T, affine), root / "labelsTr" / f"case{index:03d}.nii.gz")
+    labels = {"background": 0, "organ": 1, "tumour": 2}
+    facts = {"channel_names": {"0": channel}, "labels": labels, "numTraining": cases, "file_ending": ".nii.gz"}
+    (root / "dataset.json").write_text(json.dumps(facts), encoding="utf-8")
+    return root
+
+
+def volume(draw: np.random.Generator, ct: bool) -> tuple[np.ndarray, np.ndarray]:
+    """int16 (Z, Y, X): a body with organs and noise, in air (CT) or in an empty margin (MR); and its labels."""
+    z, y, x = np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in SHAPE), indexing="ij")
+    image, label = np.where((x / 0.85) ** 2 + (y / 0.7) ** 2 < 1, np.float32(40), np.float32(-1000)), np.zeros(SHAPE, np.uint8)
+    body = image > 0
+    for organ in range(8):
+        centre, radius = draw.uniform(-0.4, 0.4, 3), draw.uniform(0.08, 0.3, 3)
+        inside = sum(((axis - c) / r) ** 2 for axis, c, r in zip((z, y, x), centre, radius, strict=True)) < 1
+        image[inside], label[inside] = draw.uniform(-80, 250), 1 + organ % 2
+    image += ndimage.gaussian_filter(draw.standard_normal(SHAPE, dtype=np.float32), 1) * 60
+    return (image if ct else np.where(body, image + 400, 0)).astype(np.int16), label
+
+
+if __name__ == "__main__":
+    main()
