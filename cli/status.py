@@ -11,8 +11,8 @@ from segfleet.cli.output import Json, show, table
 
 
 def command(runs: Annotated[Path, typer.Argument(help="Folder of all runs.")] = Path("runs"), as_json: Json = False) -> None:
-    """Show every run under RUNS: state, stage, step, loss, speed, remaining time, restarts."""
-    from segfleet.pipeline.status import status
+    """Show every run under RUNS: state, stage, step, loss, speed, remaining time, restarts; for submitted ones job, node and reason."""
+    from segfleet.slurm.status import status
 
     show(status(runs), as_json, render)
 
@@ -23,6 +23,13 @@ def render(rows: list[dict]) -> None:
         return
     columns = ("run", "recipe", "state", "stage", "step", "loss", "samples/s", "left", "restarts")
     table(columns, [cells(row) for row in rows])
+    if jobs := [row for row in rows if row["job"]]:
+        typer.echo()
+        table(("run", "job", "queue", "node"), [(row["run"], row["job"], row["queue"] or "-", row["node"] or "-") for row in jobs])
+    for row in rows:
+        if row["reason"]:
+            lines = row["reason"].strip().splitlines()  # a traceback is whole in --json and in `segfleet logs`
+            typer.echo(f"\n{row['run']} is {row['state']}: {' '.join(dict.fromkeys((lines[0], lines[-1])))}")
 
 
 def cells(row: dict) -> tuple:

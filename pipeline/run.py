@@ -6,18 +6,21 @@ Equal identity means equal result: the hash takes in everything that changes it 
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from segfleet.pipeline import checkpoint
 from segfleet.pipeline.recipe import Recipe, parse
 from segfleet.preprocess.manifest import Manifest, write_atomically
 from segfleet.preprocess.problems import InputError
+
+if TYPE_CHECKING:  # it needs torch, which a process that only looks at runs must not load
+    from segfleet.pipeline import checkpoint
 
 NUMERICS = 1  # raised whenever a change of the code changes what the same recipe computes
 RECIPE, DONE, LOCK = "recipe.json", "done.json", "lock"
@@ -50,9 +53,20 @@ def stage_uids(recipe: Recipe, manifest: Manifest) -> list[str]:
     """One uid per stage; equal prefixes of two recipes have equal uids."""
     uids: list[str] = []
     for index in range(len(recipe.stages)):
-        facts = [uids[-1] if uids else None, stage_facts(recipe, manifest, index)]
-        uids.append(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12])
+        uids.append(stage_uid(uids[-1] if uids else None, stage_facts(recipe, manifest, index)))
     return uids
+
+
+def stage_uid(parent: str | None, facts: dict[str, Any]) -> str:
+    """The uid of a stage from its parent's uid and its own facts: a hash of `json.dumps([parent, facts], sort_keys=True)`."""
+    head = json.dumps([parent, {key: value for key, value in facts.items() if key != "train"}], sort_keys=True)
+    whole = f'{head[:-2]}, "train": {_encoded(tuple(facts["train"]))}}}]'  # "train" is the last key, long, and the same for many stages
+    return hashlib.sha256(whole.encode()).hexdigest()[:12]
+
+
+@functools.lru_cache(maxsize=64)
+def _encoded(ids: tuple[str, ...]) -> str:
+    return json.dumps(ids)
 
 
 def stage_steps(recipe: Recipe, manifest: Manifest) -> list[int]:
@@ -81,6 +95,8 @@ class StageFolder:
 
     def final(self) -> checkpoint.Checkpoint:
         """The checkpoint of a finished stage. Raises CheckpointError."""
+        from segfleet.pipeline import checkpoint
+
         done = self.done()
         if done is None:
             raise checkpoint.CheckpointError(f"checkpoint: stage {self.index + 1} in {self.path} is not finished; train it first")

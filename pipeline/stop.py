@@ -14,15 +14,19 @@ class Interrupted(RuntimeError):
 
 
 class StopRequest:
-    """Set by SIGINT, SIGTERM, SIGUSR1 or SIGUSR2, by the file `watch`, or by the clock at `deadline` (of time.monotonic()).
+    """Set by SIGINT, SIGTERM, SIGUSR1 or SIGUSR2, a file named `stop` in the run folder, or a deadline. A second SIGINT stops at once.
 
-    A second SIGINT stops at once.
+    `deadline` is a time of day (seconds since 1970) by which all must be saved; the request comes `margin` seconds before it, or three
+    times the longest pause between two looks if that is more: such a pause holds a step, a save and a validation.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Path | None = None):
         self.reason: str | None = None
-        self.watch: Path | None = None
+        self.watch = watch
         self.deadline: float | None = None
+        self.margin = 60.0
+        self._start = self._looked = time.time()
+        self._longest = 0.0
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, self._on_signal)
 
@@ -33,7 +37,14 @@ class StopRequest:
 
     def asked(self) -> bool:
         if self.reason is None and self.watch is not None and self.watch.exists():
-            self.reason = f"the file {self.watch}"
-        if self.reason is None and self.deadline is not None and time.monotonic() > self.deadline:
+            self.reason = f"the file {self.watch.name}"
+        if self.reason is None and self.deadline is not None and self._too_late():
             self.reason = "the time limit"
         return self.reason is not None
+
+    def _too_late(self) -> bool:
+        now = time.time()
+        self._longest, self._looked = max(self._longest, now - self._looked), now
+        # Never more than a third of the time there is, or a slow start would leave none for work.
+        lead = min(max(self.margin, 3 * self._longest), (self.deadline - self._start) / 3)
+        return now > self.deadline - lead

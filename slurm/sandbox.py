@@ -178,9 +178,8 @@ class Sandbox:
     def _daemon(self, *command: str) -> None:
         # Not from inside a job: a daemon that inherits a job's variables hands them on.
         clean = {name: value for name, value in self.environment.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
-        done = subprocess.run(
-            command, env=clean, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+        silent = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+        done = subprocess.run(command, env=clean, stderr=subprocess.PIPE, text=True, start_new_session=True, **silent)
         if done.returncode:
             raise RuntimeError(f"slurm-sandbox: {' '.join(command)} failed: {done.stderr.strip()}; logs in {self.folder}/log")
 

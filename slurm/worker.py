@@ -10,44 +10,67 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from segfleet.pipeline.stop import StopRequest
-from segfleet.preprocess.problems import explain
 from segfleet.slurm.local import die_with_parent
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "recv failed", "Socket closed")
+LOST += ("Connection refused", "Socket Timeout", "NCCL communicator was aborted", "NCCL error: remote process exited")
 
 
 def main(meeting: Path) -> int:
     if parent := os.environ.get("SEGFLEET_PARENT"):
         die_with_parent(int(parent))
-    rank = int(os.environ.get("RANK", "0"))
     stop = StopRequest()  # before the slow imports, so that no early signal is lost
-    try:
-        from segfleet.pipeline import gang, jobs
-
-        job = json.loads((meeting / "job.json").read_text(encoding="utf-8"))
-        jobs.run_job(job, gang.join_gang(meeting / "address"), stop)
-        return 0
-    except BaseException as error:
-        return report(meeting, rank, error)
-
-
-def report(meeting: Path, rank: int, error: BaseException) -> int:
-    """Leave the reason for the launcher, the message for the user's mistakes and the traceback for ours; the exit code."""
-    full = traceback.format_exc()
-    message, code = explain(error) or (f"rank {rank} failed:\n{full}", 1)
-    lost = code == 1 and any(sign in full for sign in LOST)
-    facts = {"rank": rank, "time": time.time(), "exit_code": code, "message": message, "lost_partner": lost}
-    partial = meeting / f".failed-{rank}"
-    partial.write_text(json.dumps(facts), encoding="utf-8")
-    os.replace(partial, meeting / f"failed-{rank}.json")
+    code, _ = work(meeting, meeting / "job.json", stop)
     return code
 
 
-if __name__ == "__main__":
-    code = main(Path(sys.argv[1]))
+def work(meeting: Path, job: Path, stop: StopRequest, first: Callable[[Any], None] = lambda gang: None) -> tuple[int, BaseException | None]:
+    """Meet in the folder `meeting`, do `first` with the gang, then the job in the file `job`; the exit code and what went wrong."""
+    try:
+        from segfleet.pipeline import gang, jobs
+
+        document = json.loads(job.read_text(encoding="utf-8"))
+        members = gang.join_gang(meeting / "address")
+        first(members)
+        jobs.run_job(document, members, stop)
+        return 0, None
+    except BaseException as error:
+        report(meeting, int(os.environ.get("RANK", "0")), error)
+        return getattr(error, "exit_code", 1), error
+
+
+def report(meeting: Path, rank: int, error: BaseException) -> None:
+    """Leave the reason for the launcher: the message for the user's mistakes, the traceback for ours."""
+    code = getattr(error, "exit_code", 1)
+    full = "".join(traceback.format_exception(error))
+    facts = {
+        "rank": rank,
+        "time": time.time(),
+        "exit_code": code,
+        "message": str(error) if code != 1 else f"rank {rank} failed:\n{full}",
+        "lost_partner": lost_partner(error),
+    }
+    partial = meeting / f".failed-{rank}"
+    partial.write_text(json.dumps(facts), encoding="utf-8")
+    os.replace(partial, meeting / f"failed-{rank}.json")
+
+
+def lost_partner(error: BaseException) -> bool:
+    """Whether a rank failed only because another one went."""
+    return getattr(error, "exit_code", 1) == 1 and any(sign in "".join(traceback.format_exception(error)) for sign in LOST)
+
+
+def leave(code: int) -> None:
+    """End this process at once: threads and process groups of a broken gang must not hold a failed rank back."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # threads and process groups of a broken gang must not hold a failed rank back
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main(Path(sys.argv[1])))

@@ -1,0 +1,58 @@
+"""segfleet logs RUN"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    run: Annotated[str, typer.Argument(help="A run folder, the beginning of its uid, or its recipe's name.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
+    rank: Annotated[int | None, typer.Option(min=0, help="One rank; by default all, each line with its rank if there are several.")] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+) -> None:
+    """Print what the ranks of a submitted run have printed, over all restarts."""
+    from segfleet.pipeline.run import find_run
+    from segfleet.preprocess.problems import InputError
+    from segfleet.slurm.jobspec import JobSpec
+    from segfleet.slurm.slurm_job import attach
+
+    job = attach(find_run(run, runs))
+    count = JobSpec.model_validate(job.submission.spec).ranks
+    if rank is not None and rank >= count:
+        raise InputError(f"--rank: found {rank}, expected 0 to {count - 1}")
+    ranks = range(count) if rank is None else [rank]
+    tails = [Tail(job.submission.log(number), f"{number}: " if len(ranks) > 1 else "") for number in ranks]
+    while True:
+        over = not follow or job.state() not in ("queued", "running")
+        for tail in tails:
+            tail.copy(last=over)
+        sys.stdout.flush()
+        if over:
+            return
+        time.sleep(1)
+
+
+class Tail:
+    """Copies what was added to a file since the last look, whole lines with a prefix."""
+
+    def __init__(self, path: Path, prefix: str):
+        self.path, self.prefix, self.offset = path, prefix, 0
+
+    def copy(self, last: bool) -> None:
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                new = file.read()
+        except FileNotFoundError:
+            return
+        if not last:
+            new = new[: new.rfind(b"\n") + 1]
+        self.offset += len(new)
+        for line in new.decode(errors="replace").splitlines():
+            sys.stdout.write(f"{self.prefix}{line}\n")

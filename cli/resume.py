@@ -1,0 +1,43 @@
+"""segfleet resume RUN"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from segfleet.cli.output import Json, show
+
+
+def command(
+    run: Annotated[str, typer.Argument(help="A run folder, the beginning of its uid, or its recipe's name.")],
+    time: Annotated[str | None, typer.Option(help="Another time limit.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Another partition.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Another amount of memory.")] = None,
+    exclude: Annotated[str | None, typer.Option(help="Nodes that must not be used.")] = None,
+    live: Annotated[bool, typer.Option("--live", help="Run the code as it is when the job starts, not as it is now.")] = False,
+    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Submit a run once more, with the recipe and resources it had and the code as it is now. It goes on from its latest checkpoint."""
+    changes = {"time": time, "partition": partition, "memory": memory, "exclude": exclude, "dependency": None}
+    from segfleet.cli.submit import render, row
+    from segfleet.pipeline.run import find_run
+    from segfleet.slurm import prepare
+    from segfleet.slurm.jobspec import make_spec
+    from segfleet.slurm.slurm_job import attach, refuse_if_active
+    from segfleet.slurm.submitit_launcher import SlurmLauncher
+
+    folder = find_run(run, runs)
+    before = attach(folder).submission
+    if prepare.finished(folder):
+        document = row(folder, None)
+    else:
+        refuse_if_active(folder)
+        kept = {name: value for name, value in before.spec.items() if value is not None and name != "dependency"}
+        spec = make_spec({**kept, **{name: value for name, value in changes.items() if value is not None}}, places=())
+        job = json.loads((Path(before.folder) / "job.json").read_text(encoding="utf-8"))
+        document = row(folder, SlurmLauncher(live=live).submit(folder, job["recipe"], Path(job["root"]), spec))
+    show(document, as_json, lambda document: render([document]))

@@ -1,0 +1,135 @@
+"""segfleet submit RECIPE [key=value ...]"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from segfleet.cli.output import Json, show, table
+
+
+def command(
+    recipe: Annotated[str, typer.Argument(help="A recipe file or the name of a shipped recipe.")],
+    changes: Annotated[list[str] | None, typer.Argument(help="Changes of the recipe, key.path=value.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="Profile in ./clusters.yaml or ~/.config/segfleet/clusters.yaml.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of every node; one rank for each.")] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(help="Ranks of every node, on CPUs.")] = None,
+    cpus: Annotated[int | None, typer.Option(help="CPU cores per rank.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory per node, for example 64G.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit: minutes, 12h, 1d6h, 12:00:00, 1-06:00:00; the job comes back.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Account.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Quality of service.")] = None,
+    constraint: Annotated[str | None, typer.Option(help="Features a node must have.")] = None,
+    exclude: Annotated[str | None, typer.Option(help="Nodes that must not be used.")] = None,
+    nodelist: Annotated[str | None, typer.Option(help="Nodes that must be used.")] = None,
+    reservation: Annotated[str | None, typer.Option(help="Reservation.")] = None,
+    mail: Annotated[str | None, typer.Option(help="Mail address.")] = None,
+    mail_on: Annotated[str | None, typer.Option(help="When to write: END,FAIL and others of SLURM's words.")] = None,
+    dependency: Annotated[str | None, typer.Option(help="SLURM's own words: afterok:123, singleton.")] = None,
+    after: Annotated[str | None, typer.Option(help="A run that must be done first.")] = None,
+    array: Annotated[list[str] | None, typer.Option(help="One run for each value: data.fold=0..4 or seed=1,2,3. May be repeated.")] = None,
+    throttle: Annotated[int | None, typer.Option(help="Members of the array that may run at once.")] = None,
+    sbatch: Annotated[list[str] | None, typer.Option(help="A further option of sbatch, for example --sbatch=--licenses=x.")] = None,
+    setup: Annotated[list[str] | None, typer.Option(help="A shell line run before the ranks start.")] = None,
+    container: Annotated[str | None, typer.Option(help="Command that runs what follows it in a container.")] = None,
+    python: Annotated[str | None, typer.Option(help="Python on the nodes.")] = None,
+    warning: Annotated[int | None, typer.Option(help="Seconds before the time limit at which the ranks save.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Short for engine.name=...")] = None,
+    live: Annotated[bool, typer.Option("--live", help="Run the code as it is when the job starts, not as it is now.")] = False,
+    check: Annotated[bool, typer.Option(help="Build the network once here, to find mistakes before the job waits.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sbatch script and, if there is a controller, ask it.")] = False,
+    runs: Annotated[Path, typer.Option(help="Folder of all runs; all nodes must see it.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Submit RECIPE to SLURM. The job saves and comes back by itself after time limits, preemption and node failures."""
+    given = dict(locals())
+    from segfleet.preprocess.problems import InputError
+    from segfleet.slurm import prepare
+    from segfleet.slurm.jobspec import JobSpec, make_spec
+    from segfleet.slurm.slurm_job import refuse_if_active
+    from segfleet.slurm.submitit_launcher import SlurmLauncher
+
+    root = runs.resolve()
+    options = {name: given[name] for name in JobSpec.model_fields if given.get(name) not in (None, [])}
+    options |= {"dependency": dependency_on(after, root)} if after else {}
+    if after and dependency:
+        raise InputError("--after and --dependency say the same twice; give one")
+    spec = make_spec(options, cluster)
+    changes = [*(changes or []), *([f"engine.name={engine}"] if engine else [])]
+    chosen = {}
+    for more in prepare.members(array or []):
+        made, run = prepare.prepare(recipe, [*changes, *more], root)
+        chosen[run] = prepare.describe(made)
+    open_ones = {run: made for run, made in chosen.items() if not prepare.finished(run)}
+    for run in open_ones:
+        refuse_if_active(run) if not dry_run else None
+    launcher = SlurmLauncher(live=live)
+    if dry_run:
+        document = rehearse(launcher, list(open_ones or chosen), root, spec)
+        show(document, as_json, render_script)
+        return
+    if check and open_ones:
+        from segfleet.slurm.check import check_recipe
+
+        check_recipe(next(iter(open_ones.values())), spec.ranks)
+    jobs = {job.run: job for job in launcher.submit_array(list(open_ones.items()), root, spec)} if open_ones else {}
+    rows = [row(run, jobs.get(run)) for run in chosen]
+    show(rows if array else rows[0], as_json, lambda _: render(rows))
+
+
+def row(run: Path, job: Any) -> dict[str, Any]:
+    if job is None:
+        return {"run": str(run), "state": "done", "job": None, "log": None, "code": None, "commit": None}
+    kept = job.submission
+    return {"run": str(run), "state": "queued", "job": job.id, "log": str(kept.log(0)), "code": kept.code, "commit": kept.commit}
+
+
+def render(rows: list[dict]) -> None:
+    table(("run", "state", "job"), [(Path(row["run"]).name, row["state"], row["job"] or "-") for row in rows])
+    if first := next((row for row in rows if row["job"]), None):
+        typer.echo(f"`segfleet status` shows all runs, `segfleet logs {Path(first['run']).name} -f` what this one prints")
+
+
+def render_script(document: dict) -> None:
+    typer.echo("\n".join([document["script"], *(f"# {line}" for line in document["controller"])]))
+
+
+def dependency_on(after: str, root: Path) -> str | None:
+    """SLURM's words for: when that run is done. None if it is."""
+    from segfleet.pipeline.run import find_run
+    from segfleet.preprocess.problems import InputError
+    from segfleet.slurm import prepare
+    from segfleet.slurm.slurm_job import attach
+
+    run = find_run(after, root)
+    if prepare.finished(run):
+        return None
+    job = attach(run)
+    if (state := job.state()) not in ("queued", "running"):
+        raise InputError(f"--after: run {run.name} is {state}, so it would never be done; `segfleet resume {run.name}` first")
+    return f"afterok:{job.id}"
+
+
+def rehearse(launcher, chosen: list[Path], root: Path, spec) -> dict[str, Any]:
+    """The script, and what the controller says to it."""
+    import tempfile
+
+    from segfleet.preprocess.problems import InputError
+    from segfleet.slurm import cluster
+
+    script = launcher.script(chosen[0], root, spec, len(chosen))
+    words = ["no SLURM controller answers here: not asked"]
+    if cluster.there_is_one():
+        cluster.check(spec)
+        with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+            file.write(script)
+            file.flush()
+            try:
+                words = cluster.call("bash", "-c", f"sbatch --test-only {file.name} 2>&1").splitlines()
+            except InputError as error:
+                raise InputError("SLURM would refuse the job: " + str(error).partition("says: ")[2]) from None
+    return {"script": script, "controller": words, "runs": [str(run) for run in chosen]}

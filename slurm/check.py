@@ -1,0 +1,44 @@
+"""Everything about a recipe that can be known before a job waits in a queue. `python -m segfleet.slurm.check RANKS < recipe.json`.
+
+In a process of its own, because it builds the network and so needs torch, which the submitting process does without.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+from segfleet.preprocess.problems import InputError
+
+
+def check_recipe(recipe: dict[str, Any], ranks: int) -> None:
+    """Network, loss, patch, batch and ranks fit together and to the store. Raises InputError."""
+    command = [sys.executable, "-m", "segfleet.slurm.check", str(ranks)]
+    done = subprocess.run(command, input=json.dumps(recipe), capture_output=True, text=True)
+    if done.returncode == 2:
+        raise InputError(done.stderr.strip())
+    if done.returncode:
+        raise RuntimeError(f"the check of the recipe failed:\n{done.stderr}")
+
+
+def main() -> int:
+    from segfleet.pipeline import loader, parts
+    from segfleet.pipeline.recipe import parse
+    from segfleet.preprocess.manifest import load_manifest
+
+    try:
+        recipe = parse(json.load(sys.stdin))
+        parts.check_recipe(recipe, load_manifest(recipe.data.store))
+        loader.check_shares(recipe.data.batch, int(sys.argv[1]), recipe.engine.accumulate)
+    except ValueError as error:
+        if getattr(error, "exit_code", None) != 2:
+            raise
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""What a cluster has and knows: partitions, limits and jobs, asked of SLURM's own programs in a cleaned environment."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from segfleet.preprocess.problems import InputError
+from segfleet.slurm.jobspec import JobSpec, minutes
+
+INHERITED = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "PMI", "PMIX_", "OMPI_", "SEGFLEET_LIFE", "SUBMITIT_")
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "SEGFLEET_PARENT")
+RANKS += ("SEGFLEET_MASTER_HOST", "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ENVIRONMENT")
+KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER")
+
+
+def clean_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment without what a surrounding job or gang left in it: it would pin cores, ranks and GPUs of the new job."""
+    found = os.environ if environment is None else environment
+    return {name: value for name, value in found.items() if name in KEPT or not (name.startswith(INHERITED) or name in RANKS)}
+
+
+def call(*command: str, timeout: float = 60) -> str:
+    """Output of one of SLURM's programs. Raises InputError with its own words."""
+    try:
+        done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=timeout)
+    except FileNotFoundError:
+        raise InputError(f"{command[0]}: not found; this machine has no SLURM. `segfleet train` runs here without one") from None
+    except subprocess.TimeoutExpired:
+        raise InputError(f"{command[0]}: SLURM did not answer within {timeout:.0f} s; see `scontrol ping`") from None
+    if done.returncode:
+        raise InputError(f"{command[0]} says: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
+
+
+def there_is_one() -> bool:
+    """Whether there is a controller that answers."""
+    if shutil.which("sinfo") is None:
+        return False
+    try:
+        return "UP" in call("scontrol", "ping", timeout=20)
+    except InputError:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """A partition's limits: the best of any node in it."""
+
+    name: str
+    default: bool
+    minutes: int | None  # None: no limit
+    nodes: int
+    cpus: int
+    megabytes: int
+    gpus: int
+    features: frozenset[str]
+
+
+def partitions() -> dict[str, Partition]:
+    """Partitions by name, as sinfo tells them. Raises InputError."""
+    found: dict[str, Partition] = {}
+    for line in call("sinfo", "-h", "-o", "%P|%l|%D|%c|%m|%G|%f").splitlines():
+        name, limit, nodes, cpus, memory, gres, features = line.split("|")
+        default, name = name.endswith("*"), name.rstrip("*")
+        here = Partition(
+            name=name,
+            default=default,
+            minutes=None if limit in ("infinite", "n/a") else minutes(limit),
+            nodes=int(nodes),
+            cpus=int(re.match(r"\d+", cpus)[0]),
+            megabytes=int(re.match(r"\d+", memory)[0]),
+            gpus=sum(int(count) for count in re.findall(r"gpu(?::[^:,(]+)?:(\d+)", gres)),
+            features=frozenset(features.split(",")) - {"(null)"},
+        )
+        found[name] = _joined(found[name], here) if name in found else here
+    return found
+
+
+def _joined(a: Partition, b: Partition) -> Partition:
+    """Nodes of different kinds in one partition are told on several lines."""
+    best = {key: max(getattr(a, key), getattr(b, key)) for key in ("cpus", "megabytes", "gpus")}
+    return Partition(name=a.name, default=a.default, minutes=a.minutes, nodes=a.nodes + b.nodes, features=a.features | b.features, **best)
+
+
+def check(spec: JobSpec) -> None:
+    """Refuse what the cluster can never run, with the legal values. Of several partitions one must do. Raises InputError."""
+    known = partitions()
+    names = spec.partition.split(",") if spec.partition else [part.name for part in known.values() if part.default]
+    if not names or (unknown := [name for name in names if name not in known]):
+        found = f"found '{unknown[0]}'" if names else "missing, and the cluster has no default"
+        raise InputError(f"partition: {found}; expected one of: {', '.join(known)}")
+    faults = min((_misfits(spec, known[name]) for name in names), key=len)
+    if spec.reservation and spec.reservation not in (legal := reservations()):
+        faults.append(f"reservation: found '{spec.reservation}', expected one of: {', '.join(legal) or 'none exists'}")
+    for option in ("qos", "account"):
+        if (value := getattr(spec, option)) and (legal := accounting(option)) and value not in legal:
+            faults.append(f"{option}: found '{value}', expected one of: {', '.join(legal)}")
+    if faults:
+        raise InputError("the cluster cannot run this job:\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+def _misfits(spec: JobSpec, part: Partition) -> list[str]:
+    faults, node = [], f"a node of partition {part.name} has"
+    if spec.nodes > part.nodes:
+        faults.append(f"nodes: found {spec.nodes}, partition {part.name} has {part.nodes}")
+    if spec.gpus_per_node > part.gpus:
+        faults.append(f"gpus_per_node: found {spec.gpus_per_node}, {node} {part.gpus}")
+    if (cores := (spec.cpus or 1) * spec.ranks_on_a_node) > part.cpus:
+        faults.append(f"cpus: {spec.ranks_on_a_node} rank(s) x {spec.cpus or 1} are {cores}, {node} {part.cpus}")
+    if (spec.megabytes or 0) > part.megabytes:
+        faults.append(f"memory: found {spec.memory}, {node} {part.megabytes}M")
+    if part.minutes is not None and spec.minutes > part.minutes:
+        faults.append(f"time: found {spec.time}, partition {part.name} allows {part.minutes} minutes")
+    wanted = set(re.split(r"[&|,\[\]()*]+", spec.constraint or "")) - {""}
+    if unknown := sorted(word for word in wanted - part.features if not word.isdigit()):
+        legal = ", ".join(sorted(part.features)) or "none"
+        faults.append(f"constraint: found '{unknown[0]}', features in partition {part.name}: {legal}")
+    return faults
+
+
+def reservations() -> list[str]:
+    return re.findall(r"ReservationName=(\S+)", call("scontrol", "show", "reservation", "-o"))
+
+
+def accounting(what: str) -> list[str]:
+    """Names of all `qos` or `account`; none where there is no accounting."""
+    try:
+        return sorted(set(call("sacctmgr", "-n", "-P", "show", what, "format=name", timeout=20).split()))
+    except InputError:
+        return []
+
+
+def queue() -> dict[str, dict[str, Any]]:
+    """My jobs by id, array members as 12_3, with name, state, reason and nodes: what SLURM's controller remembers."""
+    # One question for all jobs: an id it has forgotten would be an error.
+    return _jobs(call("squeue", "--states=all", "-r", "-h", "-u", getpass.getuser(), "-o", "%i|%j|%T|%r|%N"))
+
+
+def account(ids: list[str]) -> dict[str, dict[str, Any]]:
+    """The same from the accounting database; empty where there is none."""
+    if not ids or shutil.which("sacct") is None:
+        return {}
+    try:
+        return _jobs(call("sacct", "-n", "-P", "-X", "-j", ",".join(ids), "-o", "JobID,JobName,State,Reason,NodeList"))
+    except InputError:
+        return {}
+
+
+def _jobs(text: str) -> dict[str, dict[str, Any]]:
+    found = {}
+    for line in text.splitlines():
+        job, name, state, reason, nodes = line.split("|", 4)
+        found[job] = {"name": name, "state": state.split()[0], "reason": None if reason == "None" else reason, "node": nodes or None}
+    return found

@@ -1,0 +1,52 @@
+"""Whether a node can do what it was given for, before a run spends hours on it; and the list of those that could not."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from segfleet.pipeline.gang import Gang
+
+REMEMBERED = 7 * 24 * 3600  # seconds a bad node is left out of new jobs
+FREE = 0.5  # share of a granted GPU's memory that must be free
+
+
+class BadNode(RuntimeError):
+    """A node failed the health check. New jobs leave it out for a week."""
+
+
+def examine(gang: Gang, gpus: int, node: str) -> None:
+    """A granted GPU is visible and nearly empty, multiplies rightly, and all ranks reach each other. Raises BadNode."""
+    import torch
+
+    device = gang.device
+    if gpus and device.type != "cuda" and os.environ.get("SEGFLEET_DEVICE", "cuda") == "cuda":
+        hint = "a driver, or torch built for CPUs? To run on CPUs all the same: SEGFLEET_DEVICE=cpu"
+        raise BadNode(f"node {node}: {gpus} GPU(s) were granted and torch sees none ({hint})")
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        if free < FREE * total:
+            share = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB"
+            raise BadNode(f"node {node}: only {share} of {device} are free; a leftover process holds the rest")
+    values = torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(0))
+    exact = values[0].double() @ values[1].double()
+    found = (values[0].to(device) @ values[1].to(device)).double().cpu()
+    if not (found - exact).norm() < 1e-2 * exact.norm():
+        raise BadNode(f"node {node}: {device} multiplies two matrices wrongly")
+    if (count := int(gang.sum(torch.ones(1, device=device)).item())) != gang.size:
+        raise BadNode(f"node {node}: the ranks add up to {count}, expected {gang.size}")
+
+
+def remember(root: Path, node: str, why: str) -> None:
+    folder = root / ".bad-nodes"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / node).write_text(why + "\n", encoding="utf-8")
+
+
+def bad_nodes(root: Path) -> list[str]:
+    """Nodes that failed the check within the last week. Remove a node's file in RUNS/.bad-nodes to use it again."""
+    now = time.time()
+    return sorted(path.name for path in (root / ".bad-nodes").glob("*") if now - path.stat().st_mtime < REMEMBERED)

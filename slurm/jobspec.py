@@ -1,0 +1,184 @@
+"""What a job asks of a cluster. Profiles of clusters, in ./clusters.yaml or ~/.config/segfleet/clusters.yaml, hold what is always the same:
+
+default: alpha
+clusters:
+  alpha: {partition: gpu, account: hearts, gpus_per_node: 4, time: "12:00:00", setup: ["module load CUDA/12"]}
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from segfleet.preprocess.problems import InputError
+
+TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
+LETTERS = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?")
+MEMORY = re.compile(r"(\d+)([KMGT]?)B?", re.IGNORECASE)
+MAIL = ("NONE", "BEGIN", "END", "FAIL", "REQUEUE", "ALL", "TIME_LIMIT", "TIME_LIMIT_90", "TIME_LIMIT_80", "TIME_LIMIT_50", "ARRAY_TASKS")
+OURS = ("output", "error", "job-name", "signal", "open-mode", "requeue", "no-requeue", "array", "ntasks", "export", "wrap", "parsable")
+PLACES = (Path("clusters.yaml"), Path("~/.config/segfleet/clusters.yaml"))
+
+Count = Annotated[int, Field(gt=0)]
+Word = Annotated[str, Field(pattern=r"^[^\s\n]+$")]
+
+
+class JobSpec(BaseModel):
+    """Resources and manners of one job. Every field may stand in a profile; the command line overrides it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    nodes: Count = Field(1, description="nodes")
+    gpus_per_node: Annotated[int, Field(ge=0)] = Field(0, description="GPUs of every node; one rank for each. 0: a job on CPUs")
+    ranks_per_node: Count = Field(1, description="ranks of every node when there are no GPUs")
+    cpus: Count | None = Field(None, description="CPU cores per rank; none: the cluster's default")
+    memory: str | None = Field(None, description="memory per node, for example 64G; none: the cluster's default")
+    time: str | int = Field(60, description="time limit: minutes, 12h, 1d6h, hours:minutes:seconds or days-hours:minutes:seconds")
+    partition: Word | None = Field(None, description="partition")
+    account: Word | None = Field(None, description="account")
+    qos: Word | None = Field(None, description="quality of service")
+    constraint: Word | None = Field(None, description="features a node must have")
+    exclude: Word | None = Field(None, description="nodes that must not be used")
+    nodelist: Word | None = Field(None, description="nodes that must be used")
+    reservation: Word | None = Field(None, description="reservation")
+    mail: Word | None = Field(None, description="mail address")
+    mail_on: str = Field("END,FAIL", description="when to write a mail")
+    throttle: Count | None = Field(None, description="members of an array that may run at once")
+    dependency: Word | None = Field(None, description="SLURM's own words: afterok:123, singleton, ...")
+    sbatch: tuple[str, ...] = Field((), description="further options of sbatch, for example --licenses=matlab")
+    setup: tuple[str, ...] = Field((), description="shell lines run on the first node before the ranks start")
+    container: str | None = Field(None, description="command that runs what follows it in a container: apptainer exec --nv image.sif")
+    python: str | None = Field(None, description="Python on the nodes; none: this one, in a container python3")
+    warning: Count = Field(120, description="seconds before the time limit at which the ranks save; at most a third of it")
+    fruitless: Count = Field(3, description="restarts without a step of progress after which the job gives up")
+
+    @field_validator("time")
+    @classmethod
+    def _legal_time(cls, value: str | int) -> str | int:
+        minutes(value)
+        return value
+
+    @field_validator("memory")
+    @classmethod
+    def _legal_memory(cls, value: str | None) -> str | None:
+        if value is not None and not MEMORY.fullmatch(value):
+            raise ValueError("expected a number with K, M, G or T, for example 64G")
+        return value
+
+    @field_validator("mail_on")
+    @classmethod
+    def _legal_mail(cls, value: str) -> str:
+        if wrong := [word for word in value.split(",") if word not in MAIL]:
+            raise ValueError(f"'{wrong[0]}' is none of: {', '.join(MAIL)}")
+        return value
+
+    @field_validator("sbatch")
+    @classmethod
+    def _legal_options(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for option in value:
+            if not re.fullmatch(r"--[a-z][a-z-]*(=[^\n]+)?", option):
+                raise ValueError(f"'{option}': expected --option or --option=value")
+            if (name := option[2:].partition("=")[0]) in OURS or name.replace("-", "_") in JobSpec.model_fields:
+                raise ValueError(f"'{option}': --{name} is set by segfleet itself")
+        return value
+
+    @field_validator("setup")
+    @classmethod
+    def _legal_setup(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any("\n" in line for line in value):
+            raise ValueError("expected one shell line per item")
+        return value
+
+    @property
+    def ranks_on_a_node(self) -> int:
+        return self.gpus_per_node or self.ranks_per_node
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_on_a_node
+
+    @property
+    def minutes(self) -> int:
+        return minutes(self.time)
+
+    @property
+    def lead(self) -> int:
+        """Seconds before the end at which SLURM is to send the warning."""
+        return max(1, min(self.warning, self.minutes * 60 // 3))
+
+    @property
+    def megabytes(self) -> int | None:
+        if self.memory is None:
+            return None
+        number, unit = MEMORY.fullmatch(self.memory).groups()
+        return math.ceil(int(number) * {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}[unit.upper()])
+
+
+def minutes(text: str | int) -> int:
+    """A time limit in minutes, rounded up as SLURM does. Raises ValueError."""
+    text = str(text).strip()
+    seconds = 0
+    if text and (match := LETTERS.fullmatch(text)) and any(match.groups()):
+        days, hours, rest = (int(group or 0) for group in match.groups())
+        seconds = ((days * 24 + hours) * 60 + rest) * 60
+    elif match := TIME.fullmatch(text):
+        fields = [int(field) for field in match["fields"].split(":")]
+        if match["days"] is not None:  # days-hours[:minutes[:seconds]]
+            hours, rest, last = (*fields, 0, 0)[:3]
+            seconds = ((int(match["days"]) * 24 + hours) * 60 + rest) * 60 + last
+        elif len(fields) == 3:
+            seconds = (fields[0] * 60 + fields[1]) * 60 + fields[2]
+        else:  # minutes[:seconds]
+            seconds = fields[0] * 60 + (fields[1] if len(fields) > 1 else 0)
+    if not seconds:
+        raise ValueError("expected minutes, 12h, 1d6h, hours:minutes:seconds or days-hours:minutes:seconds, and more than nothing")
+    return math.ceil(seconds / 60)
+
+
+def make_spec(options: dict[str, Any], cluster: str | None = None, places: tuple[Path, ...] = PLACES) -> JobSpec:
+    """The profile of `cluster` (none: the file's default, if any) with `options` over it. Raises InputError that names every fault."""
+    return _validated({**read_profile(cluster, places), **options}, "job")
+
+
+def read_profile(cluster: str | None, places: tuple[Path, ...] = PLACES) -> dict[str, Any]:
+    """The options of a cluster's profile; of the first file that exists. Raises InputError."""
+    path = next((place.expanduser() for place in places if place.expanduser().is_file()), None)
+    if path is None:
+        if cluster:
+            raise InputError(f"--cluster: found '{cluster}', but there is no file {' or '.join(map(str, places))}")
+        return {}
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no YAML document: {' '.join(str(error).split())}") from None
+    profiles = document.get("clusters") if isinstance(document, dict) else None
+    if not isinstance(profiles, dict) or (unknown := sorted(set(document) - {"default", "clusters"})):
+        found = f"found the key '{unknown[0]}'" if isinstance(profiles, dict) else "found no mapping `clusters`"
+        raise InputError(f"{path}: {found}; expected the keys: default, clusters")
+    for name, options in profiles.items():
+        if not isinstance(options, dict):
+            raise InputError(f"{path}: clusters.{name}: found {options!r}, expected a mapping of options to values")
+        _validated(options, f"{path}: clusters.{name}")
+    name = cluster or document.get("default")
+    if name is not None and name not in profiles:
+        raise InputError(f"{path}: found no cluster '{name}'; expected one of: {', '.join(map(str, profiles)) or 'none'}")
+    return profiles[name] if name is not None else {}
+
+
+def _validated(options: dict[str, Any], where: str) -> JobSpec:
+    try:
+        return JobSpec.model_validate(options)
+    except ValidationError as error:
+        raise InputError(f"{where} is not valid:\n" + "\n".join(_sentence(fault) for fault in error.errors())) from None
+
+
+def _sentence(fault: Any) -> str:
+    name = str(fault["loc"][0])
+    if fault["type"] == "extra_forbidden":
+        return f"  {name}: unknown option; expected one of: {', '.join(JobSpec.model_fields)}"
+    return f"  {name}: found {fault['input']!r}. {fault['msg']} ({JobSpec.model_fields[name].description})"

@@ -1,0 +1,112 @@
+"""What SLURM starts on every rank, through submitit: find out who we are, do the job, and say by the exit code whether to come back.
+
+75 from rank 0: interrupted, all is saved, the batch script requeues the job. 0 from the others then, lest they take rank 0 down with them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from segfleet.pipeline.stop import Interrupted, StopRequest
+from segfleet.slurm import worker
+
+INTERRUPTED = 75
+PATIENCE = 900  # seconds a rank that lost its partner gives SLURM to find out that a node died, before it calls it a failure
+
+
+class Fruitless(RuntimeError):
+    """The job was restarted again and again without a step of progress."""
+
+
+def run_rank(folder: str) -> None:
+    """Do the job of a submission folder and end the process. What came out stands in files, never in submitit's pickles."""
+    stop = StopRequest()  # in place of submitit's handlers: theirs act at once and on rank 0 alone
+    become_rank()
+    submission, life = Path(folder), Path(os.environ["SEGFLEET_LIFE"])
+    document = json.loads((submission / "job.json").read_text(encoding="utf-8"))
+    rank, spec = int(os.environ["RANK"]), document["spec"]
+    end = int(os.environ.get("SEGFLEET_END") or 0)
+    stop.deadline, stop.margin = (float(end) if end else None), spec["lead"] / 2
+    if rank == 0:
+        try:
+            begin(life, Path(document["run"]), spec["fruitless"])
+        except Fruitless as error:
+            worker.report(life, rank, error)
+            sys.stderr.write(f"segfleet: {error}\n")
+            worker.leave(1)
+
+    def first(gang: Any) -> None:
+        from segfleet.slurm import health
+
+        node = os.environ["SLURMD_NODENAME"]
+        try:
+            health.examine(gang, spec["gpus_per_node"], node)
+        except health.BadNode as error:
+            health.remember(Path(document["root"]), node, str(error))
+            raise
+
+    code, error = worker.work(life, submission / "job.json", stop, first)
+    if error is None:
+        if rank == 0:
+            (life / "ended.json").write_text(json.dumps({"time": time.time()}), encoding="utf-8")
+        worker.leave(0)
+    sys.stderr.write(json.loads((life / f"failed-{rank}.json").read_text(encoding="utf-8"))["message"] + "\n")
+    if isinstance(error, Interrupted):
+        if rank == 0 and stop.reason and stop.reason.startswith("the file"):
+            (life / "stay").touch()  # a person wants it to stop, so it does not come back
+        code = INTERRUPTED if rank == 0 else 0
+    elif worker.lost_partner(error):
+        sys.stderr.flush()
+        wait_for_slurm()
+    worker.leave(code)
+
+
+def become_rank() -> None:
+    """SLURM's words for rank, size and node in the gang's words."""
+    e = os.environ
+    e["RANK"], e["LOCAL_RANK"] = e["SLURM_PROCID"], e["SLURM_LOCALID"]
+    e["WORLD_SIZE"] = e.get("SLURM_STEP_NUM_TASKS") or e["SLURM_NTASKS"]
+    e["SEGFLEET_MASTER_HOST"] = own_address()
+    e.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def own_address() -> str:
+    """A name or address of this node that resolves: what SLURM calls it, else the host's name."""
+    for name in (os.environ.get("SLURMD_NODENAME"), os.environ.get("SLURM_TOPOLOGY_ADDR", "").rpartition(".")[2], socket.gethostname()):
+        try:
+            if name and socket.getaddrinfo(name, None):
+                return name
+        except OSError:
+            continue
+    return "127.0.0.1"
+
+
+def begin(life: Path, run: Path, limit: int) -> None:
+    """Note how far the run was when this start began. Raises Fruitless after `limit` restarts without progress."""
+    from segfleet.slurm.submission import steps_done
+
+    steps = steps_done(run)
+    facts = {"time": time.time(), "steps": steps, "node": os.environ.get("SLURMD_NODENAME")}
+    (life / "life.json").write_text(json.dumps(facts), encoding="utf-8")
+    job = life.name.rpartition(".")[0]
+    begun = sorted(life.parent.glob(f"{job}.*/life.json"), key=lambda path: int(path.parent.name.rpartition(".")[2]))
+    before = [json.loads(path.read_text(encoding="utf-8"))["steps"] for path in begun]
+    if len(before) > limit and set(before[-limit - 1 :]) == {steps}:
+        raise Fruitless(
+            f"the job was restarted {limit} times at step {steps} and never got further; last node: {os.environ.get('SLURMD_NODENAME')}. "
+            "Give it more time or save more often (save_every), then: segfleet resume"
+        )
+
+
+def wait_for_slurm() -> None:
+    """The rank that truly failed ends the step by its exit code, and a dead node makes SLURM requeue: both end us while we wait."""
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(PATIENCE)

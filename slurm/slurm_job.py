@@ -1,0 +1,105 @@
+"""A run that was submitted to SLURM, as its queue, its accounting and the run's own files know it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from segfleet.preprocess.problems import InputError
+from segfleet.slurm import cluster
+from segfleet.slurm.submission import Submission, latest, submissions
+
+WORDS = {
+    "queued": ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"),
+    "running": ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"),
+    "done": ("COMPLETED",),
+    "cancelled": ("CANCELLED", "REVOKED"),
+    "failed": ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED"),
+}
+STATES = {word: state for state, words in WORDS.items() for word in words}
+HINTS = {
+    "OUT_OF_MEMORY": "ask for more memory (--memory)",
+    "TIMEOUT": "the ranks did not stop in time; `segfleet resume` goes on from the last checkpoint",
+    "DependencyNeverSatisfied": "the run it waits for failed; cancel this one",
+    "QOSMaxJobsPerUserLimit": "as many of your jobs run as the quality of service allows",
+}
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    run: Path
+    submission: Submission
+
+    @property
+    def id(self) -> str:
+        return self.submission.id
+
+    def state(self) -> str:
+        return self.look()["state"]
+
+    def reason(self) -> str | None:
+        return self.look()["reason"]
+
+    def look(self, queue: Mapping[str, Any] | None = None, accounts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """{"job", "queue", "state", "reason", "node", "starts"}. Tables already fetched for many jobs may be passed."""
+        queue = _or_nothing(cluster.queue) if queue is None else queue
+        row = self._mine(queue.get(self.id))
+        if row is None:
+            row = self._mine((cluster.account([self.id]) if accounts is None else accounts).get(self.id))
+        outcome, why = self.submission.outcome()
+        state = STATES.get(row["state"], "running") if row else (outcome or "lost")
+        reason = row["reason"] if row and state in ("queued", "running") else None
+        if state in ("failed", "stopped"):
+            reason = why or (row and row["state"]) or None
+            if outcome == "stopped":
+                state = "stopped"
+        elif state == "lost":
+            reason = "SLURM has forgotten this job and its ranks left no word; segfleet resume goes on"
+        hint = HINTS.get((row or {}).get("state", "")) or HINTS.get(reason or "")
+        return {
+            "job": self.id,
+            "queue": row["state"] if row else None,
+            "state": state,
+            "reason": f"{reason}: {hint}" if hint else reason,
+            "node": row["node"] if row else None,
+            "starts": len(self.submission.lives),
+        }
+
+    def _mine(self, row: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Ids come again on a new cluster; the name tells."""
+        return row if row and row["name"] == self.submission.name else None
+
+    def cancel(self) -> None:
+        if self.state() in ("queued", "running"):
+            cluster.call("scancel", self.id)
+
+    def wait(self, timeout: float, poll: float = 0.5) -> str:
+        """The state in which it ended. Raises TimeoutError."""
+        deadline = time.monotonic() + timeout
+        while (state := self.state()) in ("queued", "running"):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"job {self.id} is still {state} after {timeout:.0f} s")
+            time.sleep(poll)
+        return state
+
+
+def attach(run: Path) -> SlurmJob:
+    """The latest submission of a run. Raises InputError if there is none."""
+    return SlurmJob(run, latest(run))
+
+
+def refuse_if_active(run: Path) -> None:
+    """Raises InputError if a job of this run waits or runs."""
+    for made in submissions(run)[-1:]:
+        if (found := SlurmJob(run, made).look())["state"] in ("queued", "running"):
+            raise InputError(f"run: {run.name} is {found['state']} already as job {made.id}; `segfleet cancel {run.name}` first")
+
+
+def _or_nothing(ask):
+    with suppress(InputError):
+        return ask()
+    return {}

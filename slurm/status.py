@@ -1,0 +1,37 @@
+"""Where every run stands: its own files, and for submitted ones SLURM's queue and accounting, asked once for all."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from segfleet.pipeline import status as own
+from segfleet.preprocess.problems import InputError
+from segfleet.slurm import cluster
+from segfleet.slurm.slurm_job import SlurmJob
+from segfleet.slurm.submission import submissions
+
+NOTHING = {"job": None, "queue": None, "reason": None, "node": None}
+
+
+def status(root: Path) -> list[dict[str, Any]]:
+    """The rows of pipeline.status, with job, queue (SLURM's own word), reason, node. Works without accounting and without SLURM."""
+    rows = own.status(root)
+    jobs = {row["run"]: SlurmJob(Path(row["path"]), found[-1]) for row in rows if (found := submissions(Path(row["path"])))}
+    queue, accounts = {}, {}
+    if jobs:
+        with suppress(InputError):
+            queue = cluster.queue()
+        accounts = cluster.account([job.id for job in jobs.values() if job.id not in queue])
+    return [_joined(row, jobs[row["run"]].look(queue, accounts)) if row["run"] in jobs else {**row, **NOTHING} for row in rows]
+
+
+def _joined(row: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
+    """A run that is done is done, whatever became of its job; else the job knows better than a lock that other nodes may not see."""
+    if row["state"] == "done" or row["state"] == "training" and job["state"] != "running":
+        state = row["state"]
+    else:
+        state = {"running": "training" if row["steps"] else "starting"}.get(job["state"], job["state"])
+    restarts = max(row["restarts"], job["starts"] - 1)
+    return {**row, "state": state, "restarts": restarts, **{key: job[key] for key in NOTHING}}

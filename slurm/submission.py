@@ -1,0 +1,133 @@
+"""What is kept of a submitted run, in its own folder, so that any later shell can attach.
+
+RUN/slurm/0001/            one submission; a later one of the same run is 0002
+  job.json                 what every rank does
+  submission.json          job id, resources, code version, where the logs are
+  code.diff                what the code had that its commit had not
+  <job>_<rank>_log.out     what the ranks print (members of an array: in RUNS/.arrays/<time>/)
+  life-<job>.<restarts>/   one start of the job: where the ranks met, life.json, failed-<rank>.json, ended.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from segfleet.pipeline.run import RECIPE, StageFolder, open_run, write_atomically
+from segfleet.preprocess.problems import InputError
+from segfleet.slurm.jobspec import JobSpec
+
+LIFE = "SEGFLEET_LIFE"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """submission.json."""
+
+    folder: str  # RUN/slurm/0001
+    logs: str  # folder of logs and lives
+    id: str  # SLURM's, 12_3 for a member of an array
+    name: str
+    launcher: str
+    spec: dict[str, Any]
+    time: float
+    code: str | None  # folder of the frozen code; None: live
+    commit: str | None
+
+    def save(self) -> None:
+        write_atomically(Path(self.folder) / "submission.json", json.dumps(asdict(self), indent=1))
+
+    @property
+    def lives(self) -> list[Path]:
+        """Starts of the job, first to last."""
+        return sorted(Path(self.logs).glob(f"life-{self.id}.*"), key=lambda path: int(path.name.rpartition(".")[2]))
+
+    def log(self, rank: int) -> Path:
+        return Path(self.logs) / f"{self.id}_{rank}_log.out"
+
+    def outcome(self) -> tuple[str | None, str | None]:
+        """("done" | "failed" | "stopped" | None: not ended as far as its own files know, why) of the latest start."""
+        if not self.lives:
+            return None, None
+        life = self.lives[-1]
+        if (life / "ended.json").exists():
+            return "done", None
+        found = failure(life)
+        return (None, None) if found is None else ("stopped" if found["exit_code"] == 75 else "failed", found["message"])
+
+
+def submissions(run: Path) -> list[Submission]:
+    """All submissions of a run, first to last."""
+    return [Submission(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted((run / "slurm").glob("*/submission.json"))]
+
+
+def latest(run: Path) -> Submission:
+    """Raises InputError if the run was never submitted."""
+    if found := submissions(run):
+        return found[-1]
+    raise InputError(f"run: {run.name} was never submitted; `segfleet submit RECIPE` does")
+
+
+def new_folder(run: Path) -> Path:
+    """The folder of the next submission, made. Two shells never get the same one."""
+    for number in range(1, 10_000):
+        folder = run / "slurm" / f"{number:04d}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise InputError(f"run: {run} was submitted 9999 times; remove old folders under {run / 'slurm'}")
+
+
+def write_job(run: Path, recipe: dict[str, Any], root: Path, spec: JobSpec) -> Path:
+    """A new submission folder that holds the frozen job; the run is seen by `status` from now on."""
+    folder = new_folder(run)
+    write_atomically(run / RECIPE, json.dumps(recipe, indent=1))
+    asked = {"gpus_per_node": spec.gpus_per_node, "lead": spec.lead, "fruitless": spec.fruitless}
+    job = {"do": "train", "recipe": recipe, "root": str(root), "run": str(run), "spec": asked}
+    write_atomically(folder / "job.json", json.dumps(job, indent=1))
+    return folder
+
+
+def record(
+    folder: Path, *, id: str, name: str, launcher: str, spec: JobSpec, logs: Path, code: Path | None, commit: str | None
+) -> Submission:
+    """Write down a submission that was accepted."""
+    kept = spec.model_dump(mode="json")
+    made = Submission(
+        folder=str(folder), logs=str(logs), id=id, name=name, launcher=launcher, spec=kept, time=time.time(),
+        code=str(code) if code else None, commit=commit,
+    )  # fmt: skip
+    made.save()
+    return made
+
+
+def failure(life: Path) -> dict[str, Any] | None:
+    """What went wrong first in a start: the report of the rank that failed by itself, else of one that lost its partner."""
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in life.glob("failed-*.json")]
+    own = [report for report in reports if not report["lost_partner"]]
+    if own:
+        return min(own, key=lambda report: report["time"])
+    if not reports:
+        return None
+    first = min(reports, key=lambda report: report["time"])
+    silent = f"rank {first['rank']} lost its partner, which went without a word (killed? out of memory? its node?)"
+    return {**first, "message": f"{silent}\n{first['message']}"}
+
+
+def steps_done(run: Path) -> int:
+    """Optimizer steps of all stages that are safe on disk."""
+    _, folders = open_run(run)
+    return sum(map(_steps_of, folders))
+
+
+def _steps_of(stage: StageFolder) -> int:
+    if done := stage.done():
+        return int(done["checkpoint"].rpartition("-")[2])
+    names = os.listdir(stage.checkpoints) if stage.checkpoints.is_dir() else []
+    return max((int(name.rpartition("-")[2]) for name in names if name.startswith("step-")), default=0)

@@ -1,0 +1,183 @@
+"""Jobs for SLURM, handed over by submitit. The only file that knows submitit.
+
+submitit writes the sbatch script, submits it, and starts `run_rank` in every task. What it would do later is not used, for it acts on
+rank 0 alone and remembers in pickles: the ranks agree on a stop themselves, the script requeues, and what came out stands in files.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from segfleet.preprocess.problems import InputError
+from segfleet.slurm import cluster, health, snapshot, submission
+from segfleet.slurm.jobspec import JobSpec
+from segfleet.slurm.rank import INTERRUPTED, run_rank
+from segfleet.slurm.slurm_job import SlurmJob
+
+_environment = threading.Lock()
+END = r"""$(date -d "$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')" +%s 2>/dev/null || echo 0)"""
+STATE = r"""$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmLauncher:
+    """`live`: run the code as it is when the job starts, not as it is now. `ask`: validate with the controller first."""
+
+    live: bool = False
+    ask: bool = True
+
+    def submit(self, run: Path, recipe: dict[str, Any], root: Path, spec: JobSpec) -> SlurmJob:
+        return self.submit_array([(run, recipe)], root, spec)[0]
+
+    def submit_array(self, members: Sequence[tuple[Path, dict[str, Any]]], root: Path, spec: JobSpec) -> list[SlurmJob]:
+        """One job, or an array of several runs with the same resources. Raises InputError with SLURM's own words."""
+        spec = without_bad_nodes(spec, root)
+        if self.ask:
+            cluster.check(spec)
+        code = None if self.live else snapshot.freeze_code(root)
+        commit = snapshot.commit()
+        folders = [submission.write_job(run, recipe, root, spec) for run, recipe in members]
+        logs = folders[0] if len(folders) == 1 else root / ".arrays" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        logs.mkdir(parents=True, exist_ok=True)
+        name = job_name([run for run, _ in members])
+        try:
+            jobs = self._hand_over([str(folder) for folder in folders], logs, name, spec, code)
+        except BaseException:
+            for folder in folders:  # nothing was submitted, so nothing must look like it
+                (folder / "job.json").unlink(missing_ok=True)
+            raise
+        made = []
+        for folder, (run, _), job in zip(folders, members, jobs, strict=True):
+            if commit["diff"]:
+                (folder / "code.diff").write_text(commit["diff"], encoding="utf-8")
+            facts = {"id": job.job_id, "name": name, "launcher": "slurm", "spec": spec, "logs": logs, "code": code}
+            made.append(SlurmJob(run, submission.record(folder, commit=commit["commit"], **facts)))
+        return made
+
+    def _hand_over(self, folders: list[str], logs: Path, name: str, spec: JobSpec, code: Path | None) -> list[Any]:
+        import submitit
+
+        with cleaned_environment():
+            chosen = executor(logs, name, spec, code)
+            try:
+                return [chosen.submit(run_rank, folders[0])] if len(folders) == 1 else chosen.map_array(run_rank, folders)
+            except submitit.core.utils.FailedJobError as error:
+                words = [line for line in str(error).splitlines() if "sbatch: error" in line] or [str(error)]
+                raise InputError("SLURM refused the job: " + " ".join(line.partition("error: ")[2] or line for line in words)) from None
+
+    def script(self, run: Path, root: Path, spec: JobSpec, members: int = 1) -> str:
+        """The sbatch script that would be submitted."""
+        spec = without_bad_nodes(spec, root)
+        logs = run / "slurm" / "0001" if members == 1 else root / ".arrays" / "dry-run"
+        code = None if self.live else root / ".code" / "frozen"
+        with cleaned_environment():
+            chosen = executor(logs, job_name([run] * members), spec, code)
+            if members > 1:
+                chosen.parameters["map_count"] = members  # what map_array does
+            return chosen._make_submission_file_text(chosen._submitit_command_str, "dry-run")
+
+
+def executor(logs: Path, name: str, spec: JobSpec, code: Path | None) -> Any:
+    """submitit's executor with everything a job needs."""
+    from submitit.slurm.slurm import SlurmExecutor
+
+    try:
+        made = SlurmExecutor(folder=logs, python=python(spec))
+    except RuntimeError:
+        raise InputError("srun: not found; this machine has no SLURM. `segfleet train` runs here without one") from None
+    further = {"requeue": True, "kill-on-invalid-dep": "yes"}
+    further |= {key: value for key in ("reservation",) if (value := getattr(spec, key))}
+    if spec.memory:
+        further["mem"] = spec.memory
+    for option in spec.sbatch:
+        key, equals, value = option[2:].partition("=")
+        further[key] = value if equals else True
+    ranks = ["--kill-on-bad-exit=1", "--wait=0"]
+    if spec.cpus:
+        ranks.append(f"--cpus-per-task={spec.cpus}")  # since 22.05 srun no longer takes it over from sbatch
+    options = {
+        "job_name": name,
+        "nodes": spec.nodes,
+        "ntasks_per_node": spec.ranks_on_a_node,
+        "cpus_per_task": spec.cpus,
+        "gpus_per_node": spec.gpus_per_node or None,
+        "time": spec.minutes,
+        "signal_delay_s": spec.lead,
+        "mail_user": spec.mail,
+        "mail_type": spec.mail_on if spec.mail else None,
+        "array_parallelism": spec.throttle or 256,
+        "stderr_to_stdout": True,
+        "wckey": None,
+        "additional_parameters": further,
+        "srun_args": ranks,
+        "setup": before(logs, spec, code),
+        "teardown": after(),
+    }
+    options |= {key: getattr(spec, key) for key in ("partition", "account", "qos", "constraint", "exclude", "nodelist", "dependency")}
+    made.update_parameters(**options)
+    return made
+
+
+def python(spec: JobSpec) -> str:
+    """How the nodes start Python. Early signals are ignored, not deadly: until Python listens, a warning is lost and the deadline kept."""
+    program = shlex.quote(spec.python or ("python3" if spec.container else sys.executable))
+    return f"""bash -c 'trap "" USR1 USR2; exec "$@"' rank {spec.container + " " if spec.container else ""}{program}"""
+
+
+def before(logs: Path, spec: JobSpec, code: Path | None) -> list[str]:
+    """Shell lines ahead of the ranks: a fresh meeting folder for every start, the deadline, the frozen code, the user's own lines."""
+    lines = [
+        "trap : TERM  # the ranks save first; this script goes when they are gone",
+        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}",
+        f"export {submission.LIFE}={shlex.quote(str(logs))}/life-${{job:-$SLURM_JOB_ID}}.${{SLURM_RESTART_COUNT:-0}}",
+        f'rm -rf "${submission.LIFE}" && mkdir -p "${submission.LIFE}" || exit 1',
+        f"export SEGFLEET_END=${{SLURM_JOB_END_TIME:-{END}}}",
+        "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",
+    ]
+    if code is not None:
+        lines.append(f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}")
+    return [*lines, *spec.setup]
+
+
+def after() -> list[str]:
+    """Shell lines behind the ranks: an interrupted job that still runs comes back; the exit code stays the ranks' own."""
+    return [
+        "code=$?",
+        f'if [ $code = {INTERRUPTED} ] && [ ! -e "${submission.LIFE}/stay" ] && [ "{STATE}" = RUNNING ]; then',
+        '  scontrol requeue "$SLURM_JOB_ID" && sleep 60  # SLURM ends this script',
+        "fi",
+        "exit $code",
+    ]
+
+
+def without_bad_nodes(spec: JobSpec, root: Path) -> JobSpec:
+    """The nodes that failed the health check of a run under `root` are left out."""
+    bad = [node for node in health.bad_nodes(root) if node not in (spec.exclude or "").split(",")]
+    return spec.model_copy(update={"exclude": ",".join([*([spec.exclude] if spec.exclude else []), *bad])}) if bad else spec
+
+
+def job_name(runs: Sequence[Path]) -> str:
+    return f"segfleet-{runs[0].name}" + (f"-and-{len(runs) - 1}" if len(runs) > 1 else "")
+
+
+@contextmanager
+def cleaned_environment() -> Iterator[None]:
+    """submitit submits with this process's environment, which a job inherits."""
+    with _environment:
+        kept = dict(os.environ)
+        os.environ.clear()
+        os.environ.update(cluster.clean_environment(kept))
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(kept)
