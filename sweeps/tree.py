@@ -6,8 +6,6 @@ that names its folder. Stages of a constant rate that differ only in length form
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -137,5 +135,4 @@ def family_of(parent: str | None, facts: dict, stage: Stage) -> str | None:
     endless = stage.schedule == "constant" or (stage.schedule == "cosine" and stage.period)
     if not endless or stage.patience:
         return None
-    lengthless = {**facts, "stage": {key: value for key, value in facts["stage"].items() if key != "epochs"}}
-    return hashlib.sha256(json.dumps([parent, lengthless], sort_keys=True).encode()).hexdigest()[:16]
+    return stage_uid(parent, {**facts, "stage": {key: value for key, value in facts["stage"].items() if key != "epochs"}})

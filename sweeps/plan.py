@@ -1,0 +1,186 @@
+"""From a search space to a checked plan: trials, tree, what it will cost, and what is odd about it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from segfleet.pipeline.recipe import Recipe
+from segfleet.pipeline.run import stage_steps
+from segfleet.preprocess.manifest import Manifest, load_manifest, write_atomically
+from segfleet.preprocess.problems import InputError
+from segfleet.sweeps.space import Point, Search, Trial, describe
+from segfleet.sweeps.tree import StageNode, StageTree
+
+SPACE = "space.json"
+
+
+@dataclass
+class Stores:
+    """Manifests of the stores in use, each read once."""
+
+    known: dict[str, Manifest] = field(default_factory=dict)
+
+    def __call__(self, recipe: Recipe) -> Manifest:
+        if recipe.data.store not in self.known:
+            self.known[recipe.data.store] = load_manifest(Path(recipe.data.store))
+        return self.known[recipe.data.store]
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """A sweep that could start now. `trials` and `tree` grow under Optuna."""
+
+    search: Search
+    runs: Path
+    stores: Stores
+    tree: StageTree
+    warnings: list[str]
+
+    @property
+    def folder(self) -> Path:
+        return self.runs / "sweeps" / self.search.space.name
+
+    @property
+    def trials(self) -> list[Trial]:
+        return list(self.tree.trials.values())
+
+    def grow(self, point: Point) -> list[Trial]:
+        """Add a point's trials to the tree."""
+        made = with_stores(self.search.trials(point, first=len(self.tree.trials)))
+        self.tree.add(made)
+        return made
+
+    def name(self, node: StageNode) -> str:
+        """What the node's run is called in `segfleet status`."""
+        number = f"t{node.leaf_of[0]:03d}" if node.leaf_of else f"stage{node.index + 1}-{node.uid[:6]}"
+        return f"{self.search.space.name}-{number}"
+
+    def order(self, node: StageNode, *, ranks: int = 1, threads: int = 1, on: str = "local", **more: Any) -> dict[str, Any]:
+        """What a trial needs to train `node`: plain JSON, see `trial.py`."""
+        recipe = node.recipe.model_copy(update={"name": self.name(node)})
+        trunk = self.tree.nodes[node.trunk] if node.trunk else None
+        job = {"do": "train", "recipe": recipe.model_dump(mode="json"), "root": str(self.runs), "score": bool(node.leaf_of)}
+        return {
+            "job": job, "node": node.uid, "path": str(self.runs / node.path), "sweep": str(self.folder), "begin": node.begin,
+            "steps": stage_steps(recipe, self.stores(recipe))[-1], "start": trunk.stage.epochs if trunk else 0,
+            "trunk": str(self.runs / trunk.path) if trunk else None, "ranks": ranks, "threads": threads, "on": on, **more,
+        }  # fmt: skip
+
+
+def make_plan(search: Search, runs: Path) -> Plan:
+    """Everything that can be known before anything runs. Raises InputError or ModelError."""
+    runs, stores, tree_trials = Path(runs).resolve(), Stores(), []
+    points = search.points() if search.space.search != "optuna" and search.space.scheduler != "pbt" else []
+    for point in points:
+        tree_trials += with_stores(search.trials(point, first=len(tree_trials)))
+    tree_trials, warnings = within_budget(tree_trials, stores, search)
+    check(tree_trials, stores)
+    plan = Plan(search=search, runs=runs, stores=stores, tree=StageTree(tree_trials, stores), warnings=warnings)
+    plan.warnings += oddities(plan)
+    return plan
+
+
+def with_stores(trials: Iterable[Trial]) -> list[Trial]:
+    """The same trials with absolute store folders, so that any working folder will do."""
+    found = []
+    for trial in trials:
+        if not trial.recipe.data.store:
+            raise InputError("data.store: missing; name the folder of a store, for example data.store=stores/hippocampus")
+        data = trial.recipe.data.model_copy(update={"store": str(Path(trial.recipe.data.store).resolve())})
+        found.append(Trial(number=trial.number, point=trial.point, recipe=trial.recipe.model_copy(update={"data": data})))
+    return found
+
+
+def within_budget(trials: list[Trial], stores: Stores, search: Search) -> tuple[list[Trial], list[str]]:
+    """The first trials whose tree fits into budget.epochs."""
+    most = search.space.budget.epochs
+    if not most or not trials:
+        return trials, []
+    kept: list[Trial] = []
+    tree = StageTree([], stores)
+    for trial in trials:
+        tree.add([trial])
+        if tree.shared_epochs > most:
+            break
+        kept.append(trial)
+    if not kept:
+        least = min(sum(stage.epochs for stage in trial.recipe.stages) for trial in trials)
+        raise InputError(f"sweep {search.space.name}: budget.epochs is {most}, less than one trial: the first takes {least} epochs")
+    cut = f"budget.epochs {most} keeps the first {len(kept)} of {len(trials)} trials"
+    return kept, [cut] if len(kept) < len(trials) else []
+
+
+def check(trials: list[Trial], stores: Stores) -> None:
+    """Every network once against its data set; nothing is trained before all of them fit."""
+    from segfleet.models.registry import ModelError
+    from segfleet.pipeline.parts import check_recipe
+
+    seen = set()
+    for trial in trials:
+        recipe = trial.recipe
+        key = json.dumps([recipe.model.model_dump(), recipe.loss.model_dump(), recipe.data.patch, recipe.data.store, recipe.data.fold])
+        if key not in seen:
+            seen.add(key)
+            try:
+                check_recipe(recipe, stores(recipe))
+            except (InputError, ModelError) as error:
+                raise InputError(f"sweep at {describe(trial.point)}: {error}") from None
+
+
+def oddities(plan: Plan) -> list[str]:
+    """What is legal and probably not meant."""
+    tree, search, found = plan.tree, plan.search, []
+    by_leaf: dict[str, list[Trial]] = {}
+    for trial in plan.trials:
+        by_leaf.setdefault(tree.leaves[trial.number], []).append(trial)
+    same = [members for members in by_leaf.values() if len(members) > 1]
+    if same:
+        first, second = same[0][:2]
+        labels = [label for label in first.point if first.point[label] != second.point[label]]
+        found.append(f"{sum(map(len, same))} trials fall together in {len(same)}: {', '.join(labels)} does not change what is trained")
+    if search.space.search == "grid" and len(search.points()) == search.space.budget.trials:
+        found.append(f"budget.trials keeps the first {search.space.budget.trials} points of the grid")
+    if len(plan.trials) > 1 and tree.shared_epochs == tree.naive_epochs:
+        found.append(f"no two trials share a stage: {_why_not(plan)}")
+    return found
+
+
+def _why_not(plan: Plan) -> str:
+    stages = plan.trials[0].recipe.stages
+    early = next((axis for axis in plan.search.axes if axis.continuous and axis.stage == 0), None)
+    if early:
+        return f"{early.label} is drawn anew for every trial; set forks to draw later stages several times per draw of it"
+    longer = any(key == "stages.0.epochs" for axis in plan.search.axes for key in axis.keys)
+    if longer and stages[0].schedule != "constant":
+        return f"stages.0.epochs varies, and lengths of a {stages[0].schedule} schedule have no common beginning (a constant one has)"
+    if len(stages) == 1:
+        return "there is one stage; what differs must come in a later one"
+    return "every axis changes the first stage"
+
+
+def claim(plan: Plan) -> None:
+    """Make the sweep's folder, or check that it is this sweep's. Raises InputError."""
+    if fault := foreign(plan):
+        raise InputError(fault)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    facts = {"identity": plan.search.identity, "space": plan.search.space.model_dump(mode="json"), "base": plan.search.base}
+    write_atomically(plan.folder / SPACE, json.dumps(facts, indent=1))
+
+
+def foreign(plan: Plan) -> str | None:
+    """Why the folder cannot be used, or None."""
+    try:
+        known = json.loads((plan.folder / SPACE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    if known["identity"] == plan.search.identity:
+        return None
+    differing = [key for key, value in plan.search.space.model_dump(mode="json").items() if known["space"].get(key) != value] or ["base"]
+    return (
+        f"sweep: {plan.folder} belongs to another space of the same name (they differ in: {', '.join(differing)}). "
+        "Give this one another name; stages that both need are trained once all the same."
+    )

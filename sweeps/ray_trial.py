@@ -1,0 +1,15 @@
+"""The function that Ray Tune runs for a node: it holds no GPU memory and no model, the ranks do."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ray import tune
+
+from segfleet.sweeps.trial import perform
+
+
+def trial(config: dict[str, Any]) -> None:
+    """Train the node of `config`; every validation and the outcome go to Tune."""
+    tune.report(perform(json.loads(config["order"]), tune.report))

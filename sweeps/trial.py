@@ -1,0 +1,144 @@
+"""One node of the tree, trained: ranks are started by a launcher, their events followed. No Ray and no torch here.
+
+The order is plain JSON:
+    job: what the ranks do · path: the node's folder · sweep: the sweep's folder · node: uid · begin: epochs along the path before it
+    steps: optimizer steps of an epoch · start: epoch of the stage where a trunk ended · trunk: its folder or null
+    ranks, threads, on: how and where
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from segfleet.pipeline.events import NAME as EVENTS
+from segfleet.pipeline.events import read_events
+from segfleet.preprocess.manifest import sync_folder, write_atomically
+from segfleet.preprocess.problems import InputError
+from segfleet.slurm.local import INTERRUPTED, RankFailed, run_ranks
+
+Order = dict[str, Any]
+Report = Callable[[dict[str, Any]], None]
+RETRIES = 1  # after a fault of the machine (a killed rank, say); it goes on from the last checkpoint
+BUSY = "is being trained by"
+
+
+class Backend(Protocol):
+    """Where the ranks of a node run."""
+
+    def run(self, order: Order, poll: Callable[[], None]) -> None:
+        """Do order["job"], calling `poll` often. Raises RankFailed. Whatever ends this call ends the ranks."""
+
+
+class Local:
+    """Ranks on this machine."""
+
+    def run(self, order: Order, poll: Callable[[], None]) -> None:
+        os.environ["OMP_NUM_THREADS"] = str(order["threads"])  # Ray sets it to the CPUs of its own worker
+        run_ranks(order["job"], order["ranks"], poll, order["threads"])
+
+
+BACKENDS: dict[str, type[Backend]] = {"local": Local}
+
+
+def backend(name: str) -> Backend:
+    if name not in BACKENDS:
+        raise InputError(f"sweep: --on: found '{name}', expected one of: {', '.join(BACKENDS)}")
+    return BACKENDS[name]()
+
+
+def perform(order: Order, report: Report) -> dict[str, Any]:
+    """Train a node: {"state": done | stopped | busy | failed, "message": ...}. `report` gets every validation as it comes."""
+    path, sweep = Path(order["path"]), Path(order["sweep"])
+    if (sweep / "stop").exists():
+        return {"state": "stopped"}
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "stop").unlink(missing_ok=True)
+    if order["trunk"]:
+        continue_from(Path(order["trunk"]), path, order["job"]["recipe"]["stages"][-1]["epochs"] * order["steps"])
+    follow = Follower(path, order, report)
+
+    def poll() -> None:
+        if (sweep / "stop").exists() and not (path / "stop").exists():
+            (path / "stop").touch()
+        follow.poll()
+
+    try:
+        return _run(order, poll)
+    finally:
+        (path / "stop").unlink(missing_ok=True)
+
+
+def _run(order: Order, poll: Callable[[], None]) -> dict[str, Any]:
+    where = backend(order["on"])
+    for attempt in range(RETRIES + 1):
+        try:
+            where.run(order, poll)
+            poll()
+            return {"state": "done"}
+        except (RankFailed, InputError) as error:
+            if error.exit_code == INTERRUPTED:
+                return {"state": "stopped"}
+            if BUSY in str(error):
+                return {"state": "busy"}
+            if error.exit_code != 1 or attempt == RETRIES:
+                return {"state": "failed", "message": str(error)}
+    raise AssertionError("unreachable")
+
+
+def continue_from(trunk: Path, path: Path, steps: int) -> None:
+    """Let the stage in `path` start from the last checkpoint of a shorter one that differs in length alone. Does nothing the second time.
+
+    Exact, because order, rate and randomness of a step depend on its number and not on the stage's length.
+    """
+    checkpoints = path / "checkpoints"
+    if any(checkpoints.glob("step-*")):
+        return
+    name = json.loads((trunk / "done.json").read_text(encoding="utf-8"))["checkpoint"]
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    partial = checkpoints / f".{name}.{os.getpid()}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(trunk / "checkpoints" / name, partial, copy_function=_link)
+    events = [{**event, "steps": steps} if event["event"] == "stage_start" else event for event in read_events(trunk)]
+    write_atomically(path / EVENTS, "".join(json.dumps(event) + "\n" for event in events))
+    os.replace(partial, checkpoints / name)
+    sync_folder(checkpoints)
+
+
+def _link(source: str, target: str) -> None:
+    """No second copy of the bytes where the file system can: a published checkpoint never changes."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+class Follower:
+    """Reads a node's events as they are written and reports its validations, each once."""
+
+    def __init__(self, path: Path, order: Order, report: Report):
+        self.file, self.begin, self.steps, self.report = path / EVENTS, order["begin"], order["steps"], report
+        self.reported = order["start"]  # epochs of the stage; those of a trunk were reported by the trunk
+        self.offset = 0
+
+    def poll(self) -> None:
+        try:
+            with open(self.file, encoding="utf-8") as file:
+                if os.fstat(file.fileno()).st_size < self.offset:  # cut back by a resume
+                    self.offset = 0
+                file.seek(self.offset)
+                lines = []
+                while (line := file.readline()).endswith("\n"):
+                    lines.append(line)
+                    self.offset = file.tell()
+        except FileNotFoundError:
+            return
+        for event in map(json.loads, lines):
+            epochs = event.get("step", 0) // self.steps
+            if event["event"] == "validation" and epochs > self.reported:
+                self.reported = epochs
+                self.report({"epochs": self.begin + epochs, "dice": event["dice"] or 0.0})
