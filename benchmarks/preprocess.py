@@ -1,6 +1,6 @@
 """Preprocessing of the same raw volumes by segfleet and by nnU-Net v2: voxels per processor second, memory, and a run killed half way.
 
-    python benchmarks/preprocess.py [--cases 8] [--venv DIR] [--folder DIR] [--out benchmarks/results/preprocess.json]
+    python benchmarks/preprocess.py [--cases 8] [--killed-cases 24] [--venv DIR] [--folder DIR] [--out benchmarks/results/preprocess.json]
 
 Two synthetic sets in nnU-Net's layout, CT and MR, with differing spacings, so that every case is resampled. Both programs check, measure,
 plan, resample and write with one process; processor time is that of all their processes. Programs take a while to start: the cost of a
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel as nib
@@ -31,10 +32,8 @@ from scipy import ndimage
 
 TORCH = "torch==2.13.0"
 BARE = ("nnunetv2", "acvl-utils", "dynamic-network-architectures", "batchgenerators", "batchgeneratorsv2", "fft-conv-pytorch")
-WITH = (
-    "connected-components-3d dicom2nifti nibabel SimpleITK scikit-image scikit-learn scipy pandas tifffile imagecodecs einops blosc2 tqdm"
-)
-WITH += " matplotlib seaborn requests yacs graphviz threadpoolctl"
+WITH = "connected-components-3d dicom2nifti nibabel SimpleITK scikit-image scikit-learn scipy pandas tifffile imagecodecs einops blosc2"
+WITH += " tqdm matplotlib seaborn requests yacs graphviz threadpoolctl"
 SETS = {"CT": (901, "CT", (2.5, 0.8, 0.8)), "MR": (902, "MRI", (1.2, 1.0, 1.0))}  # name -> id, channel, middle spacing in mm
 SHAPE = (96, 224, 224)
 FEW = 2
@@ -44,6 +43,7 @@ INTERVAL = 0.05  # s between two looks at memory
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=8)
+    parser.add_argument("--killed-cases", type=int, default=24)
     parser.add_argument("--venv", type=Path, default=Path.home() / ".cache/segfleet/nnunet")
     parser.add_argument("--folder", type=Path, default=None, help="scratch; removed at the end")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/preprocess.json")
@@ -52,7 +52,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="preprocess-", dir=options.folder))
     try:
         found = {name: measure(name, folder, options.cases, nnunet) for name in SETS}
-        found["killed half way"] = killed(folder, options.cases)
+        found["killed half way"] = killed(folder, options.killed_cases)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
@@ -99,22 +99,23 @@ def measure(name: str, folder: Path, cases: int, nnunet: Path) -> dict:
 
 
 def killed(folder: Path, cases: int) -> dict:
-    """Kill segfleet after half of the time a whole run takes; what the same command then needs to finish."""
+    """Kill segfleet after half of the processor time a whole run takes; what the same command then needs to finish."""
     raw = write_set(folder / f"raw-{cases}", "CT", cases)
     whole = run(segfleet(raw, folder / "whole"))
-    run(segfleet(raw, folder / "halved"), stop_after=whole["wall_s"] / 2)
+    run(segfleet(raw, folder / "halved"), stop_at=whole["cpu_s"] / 2)
     assert not (folder / "halved").exists(), "it was faster than its half"
     rest = run(segfleet(raw, folder / "halved"))
     same = (folder / "halved/manifest.json").read_bytes() == (folder / "whole/manifest.json").read_bytes()
-    return {"whole": whole, "rest": rest, "same store": same, "rest over whole": round(rest["wall_s"] / whole["wall_s"], 2)}
+    ratios = {f"rest over whole, {kind}": round(rest[kind] / whole[kind], 2) for kind in ("cpu_s", "wall_s")}
+    return {"cases": cases, "whole": whole, "rest": rest, "same store": same, **ratios}
 
 
 def segfleet(raw: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "segfleet.cli.main", "preprocess", "nnunet", "--raw", str(raw), "--out", str(out), "--workers", "1"]
 
 
-def run(command: list[str], environ: dict[str, str] | None = None, stop_after: float | None = None) -> dict[str, float]:
-    """Processor and wall seconds and peak memory of a command and all its processes."""
+def run(command: list[str], environ: dict[str, str] | None = None, stop_at: float | None = None) -> dict[str, float]:
+    """Processor and wall seconds and peak memory of a command and all its processes, which are killed at `stop_at` processor seconds."""
     single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
@@ -124,16 +125,16 @@ def run(command: list[str], environ: dict[str, str] | None = None, stop_after: f
     def watch() -> None:
         while not done.wait(INTERVAL):
             peak[0] = max(peak[0], pss_mb(process.pid))
+            if stop_at is not None and cpu_s(process.pid) >= stop_at:
+                os.killpg(process.pid, signal.SIGKILL)
+                return
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        _, errors = process.communicate(timeout=stop_after)
-        if process.returncode:
+        _, errors = process.communicate()
+        if process.returncode and (stop_at is None or process.returncode != -signal.SIGKILL):
             raise SystemExit(f"{command[0]} failed:\n{errors[-3000:]}")
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
     finally:
         done.set()
         watcher.join()
@@ -144,15 +145,25 @@ def run(command: list[str], environ: dict[str, str] | None = None, stop_after: f
 
 def pss_mb(session: int) -> float:
     """Of all processes of a session."""
-    total = 0
+    return (
+        sum(int(line.split()[1]) for text in each(session, "smaps_rollup") for line in text.splitlines() if line.startswith("Pss:")) / 1024
+    )
+
+
+def cpu_s(session: int) -> float:
+    """Of all processes of a session that still run: user and system time."""
+    ticks = sum(sum(map(int, text.rpartition(")")[2].split()[11:13])) for text in each(session, "stat"))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def each(session: int, name: str) -> Iterator[str]:
+    """A file of /proc of every process of a session."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if os.getsid(int(folder.name)) == session:
-                lines = (folder / "smaps_rollup").read_text().splitlines()
-                total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-        except (OSError, ValueError):
+                yield (folder / name).read_text()
+        except OSError:
             continue  # it has ended
-    return total / 1024
 
 
 def write_set(raw: Path, name: str, cases: int) -> Path:
