@@ -153,7 +153,7 @@ def peek(path: Path) -> tuple[int, int, int, int]:
 
         with Image.open(path) as picture:
             width, height = picture.size
-            return (len(picture.getbands()), 1, height, width)
+            return (3 if picture.mode == "P" else len(picture.getbands()), 1, height, width)
     except Exception:
         return (0, 0, 0, 0)
 

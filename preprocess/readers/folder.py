@@ -28,7 +28,7 @@ SUFFIX = re.compile(r"_(mask|segmentation|anno|lesion|gt)$", re.IGNORECASE)
 
 
 class Reader(PairReader):
-    about = "Your own images/ and masks/, 2D or 3D, any lossless format."
+    about = "Your own images/ and masks/, 2D or 3D, in any known format."
     layout = "images/STEM.png and masks/STEM.png, or train|val|test/{images,masks}; optionally labels.json with the classes"
     facts = Facts(dims="2D, 3D", modality="any")
     structure = "foreground"
@@ -93,11 +93,11 @@ class Reader(PairReader):
     def label(self, ref: CaseRef, digest: Any = None) -> tuple[np.ndarray, Geometry]:
         classes = next((folders for part, folders in self.classes.items() if inside(ref, part)), [])
         if len(classes) > 1:
-            together, geometry = None, None
+            _, geometry = union(ref.labels, digest)  # which compares the sizes
+            label = np.zeros(geometry.shape, np.uint8)
             for path in ref.labels:
-                mask, geometry = union([path], digest)
-                together = mask if together is None else np.where(mask, classes.index(path.parent) + 1, together).astype(np.uint8)
-            return together, geometry
+                label[read_mask(path)[0]] = classes.index(path.parent) + 1
+            return label, geometry
         return read_label(ref.labels[0], digest) if self.declared else _binary(ref.labels[0], digest)
 
     def splits(self) -> dict[str, Folds]:

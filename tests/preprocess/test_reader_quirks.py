@@ -207,6 +207,12 @@ def test_folder_with_a_mask_folder_per_class(tmp_path):
     reader = open_reader("folder", tmp_path)
     assert reader.dataset().labels == {"background": 0, "class 0": 1, "class 1": 2} and not reader.problems()
     assert [int(v) for v in reader.label(reader.refs()[0])[0][0, :, 0]] == [0] * 2 + [1] * 6 + [2] * 8 + [0] * 4
+    (tmp_path / "masks/0/a_mask.png").rename(tmp_path / "masks/0/b_mask.png")
+    reader = open_reader("folder", tmp_path)
+    assert [int(v) for v in reader.label(reader.refs()[0])[0][0, :, 0]] == [0] * 8 + [2] * 8 + [0] * 4, "a class without a mask here"
+    assert [(p.case, p.field) for p in survey(reader, workers=1).problems] == [("b", "image")]
+    Image.new("L", (20, 19)).save(tmp_path / "masks/0/a.png")
+    assert "shape of mask" in survey(open_reader("folder", tmp_path), workers=1).problems[0].field
 
 
 def test_npy_slices_are_grouped_by_volume(tmp_path):
