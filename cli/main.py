@@ -19,6 +19,7 @@ COMMANDS = {  # name -> (module, one line); the lines stand here so that --help 
     "preprocess": ("preprocess", "Turn a raw data set into an immutable shard store."),
     "recipe": ("recipe", "List, show and validate recipes; print their schema."),
     "train": ("train", "Train every stage of a recipe on this machine; continues where it stopped."),
+    "sweep": ("sweep", "Compare schedules and networks; every common beginning is trained once."),
     "evaluate": ("evaluate", "Score a run on whole cases at their original resolution."),
     "predict": ("predict", "Segment raw images with a run."),
     "report": ("report", "Write a run's report as one HTML file."),

@@ -11,7 +11,6 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -147,8 +146,8 @@ def as_csv(document: dict[str, Any]) -> str:
     for row in rows:
         values = [value if isinstance(value, int | float | str) else json.dumps(value) for value in row["point"].values()]
         for run in row["runs"]:
-            last = [run["seed"], run["fold"], run["state"], run["dice"], row["score"], *(row["ci95"] or (None, None)), row["epochs"], run["run"]]
-            writer.writerow([row["rank"], *values, *last])
+            measured = [run["dice"], row["score"], *(row["ci95"] or (None, None))]
+            writer.writerow([row["rank"], *values, run["seed"], run["fold"], run["state"], *measured, row["epochs"], run["run"]])
     return out.getvalue()
 
 
@@ -162,6 +161,3 @@ def best_recipe(plan: Plan, document: dict[str, Any]) -> str:
     head += f"# at {best['name']}\n# It was chosen on its own validation cases, so the score is optimistic.\n"
     return head + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
-
-def outcome_path(folder: Path) -> Path:
-    return folder / "outcome.json"

@@ -15,7 +15,7 @@ from segfleet.preprocess.problems import InputError
 from segfleet.sweeps.space import Point, Search, Trial, describe
 from segfleet.sweeps.tree import StageNode, StageTree
 
-SPACE = "space.json"
+SPACE, POINTS = "space.json", "points.jsonl"
 
 
 @dataclass
@@ -74,14 +74,25 @@ class Plan:
 def make_plan(search: Search, runs: Path) -> Plan:
     """Everything that can be known before anything runs. Raises InputError or ModelError."""
     runs, stores, tree_trials = Path(runs).resolve(), Stores(), []
-    points = search.points() if search.space.search != "optuna" and search.space.scheduler != "pbt" else []
-    for point in points:
+    for point in search.points() if search.planned else ():
         tree_trials += with_stores(search.trials(point, first=len(tree_trials)))
     tree_trials, warnings = within_budget(tree_trials, stores, search)
     check(tree_trials, stores)
     plan = Plan(search=search, runs=runs, stores=stores, tree=StageTree(tree_trials, stores), warnings=warnings)
+    if search.space.search == "optuna" and foreign(plan) is None:
+        for point in read_points(plan.folder):
+            plan.grow(point)
     plan.warnings += oddities(plan)
     return plan
+
+
+def read_points(folder: Path) -> list[Point]:
+    """Points that Optuna suggested so far; a last line cut off by a kill is left out."""
+    try:
+        lines = (folder / POINTS).read_text(encoding="utf-8").splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def with_stores(trials: Iterable[Trial]) -> list[Trial]:
@@ -142,7 +153,7 @@ def oddities(plan: Plan) -> list[str]:
         first, second = same[0][:2]
         labels = [label for label in first.point if first.point[label] != second.point[label]]
         found.append(f"{sum(map(len, same))} trials fall together in {len(same)}: {', '.join(labels)} does not change what is trained")
-    if search.space.search == "grid" and len(search.points()) == search.space.budget.trials:
+    if search.planned and search.space.search == "grid" and len(search.points()) == search.space.budget.trials:
         found.append(f"budget.trials keeps the first {search.space.budget.trials} points of the grid")
     if len(plan.trials) > 1 and tree.shared_epochs == tree.naive_epochs:
         found.append(f"no two trials share a stage: {_why_not(plan)}")

@@ -10,10 +10,9 @@ from ray import tune
 from ray.tune.search.optuna import OptunaSearch
 
 from segfleet.sweeps.ledger import EVALUATION, Ledger
-from segfleet.sweeps.plan import Plan, check
-from segfleet.sweeps.space import Axis, Point, Trial
+from segfleet.sweeps.plan import POINTS, Plan, check
+from segfleet.sweeps.space import Axis, Trial
 
-POINTS = "points.jsonl"
 FAILED = -1.0  # the score of a point that did not end: below any Dice
 
 
@@ -31,8 +30,9 @@ class Suggestions:
         self.waiting: dict[str, list[Trial]] = {}  # Optuna's id -> trials
         self.search = OptunaSearch(seed=space.seed)
         self.search.set_search_properties("score", "max", {axis.label: domain(axis) for axis in self.axes})
-        for number, point in enumerate(self._read()):
-            self._add(f"old-{number}", point)
+        for trial in plan.trials:  # of an earlier run of the sweep
+            self.waiting.setdefault("old-" + json.dumps(trial.point, sort_keys=True), []).append(trial)
+        self.left -= len(self.waiting)
 
     def __call__(self) -> bool:
         if self.left <= 0:
@@ -41,8 +41,9 @@ class Suggestions:
         name = f"new-{self.left}"
         flat = self.search.suggest(name)
         point = {axis.label: value_at(axis, flat[axis.label]) for axis in self.axes}
-        made = self._add(name, point)
-        check(made, self.plan.stores)
+        self.left -= 1
+        self.waiting[name] = self.plan.grow(point)
+        check(self.waiting[name], self.plan.stores)
         with open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(point) + "\n")
         most = self.plan.search.space.budget.epochs
@@ -62,15 +63,6 @@ class Suggestions:
             else:
                 point = trials[0].point
                 self.search.add_evaluated_point({axis.label: place_of(axis, point[axis.label]) for axis in self.axes}, score)
-
-    def _add(self, name: str, point: Point) -> list[Trial]:
-        self.left -= 1
-        self.waiting[name] = self.plan.grow(point)
-        return self.waiting[name]
-
-    def _read(self) -> list[Point]:
-        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if self.file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def domain(axis: Axis) -> Any:

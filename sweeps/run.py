@@ -61,8 +61,8 @@ def run_sweep(plan: Plan, resources: Resources, tick: Callable[[int, int], None]
         if plan.search.space.scheduler == "pbt":
             from segfleet.sweeps.ray_population import run_population
 
-            with ray_session(resources, plan.folder):
-                return run_population(plan, resources, tick)
+            with ray_session(resources, plan.folder) as storage:
+                return run_population(plan, resources, tick, storage)
         ledger, grow = Ledger(plan.tree, plan.runs, plan.folder), None
         ledger.forget_failures()
         if plan.search.space.search == "optuna":

@@ -127,6 +127,11 @@ class Search:
         facts = [self.space.model_dump(mode="json"), self.base]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
+    @property
+    def planned(self) -> bool:
+        """Whether all points are known before anything runs."""
+        return self.space.search != "optuna" and self.space.scheduler != "pbt"
+
     def points(self) -> list[Point]:
         """All points of a grid or random search, in a fixed order, none twice. Optuna's come one by one."""
         trials = self.space.budget.trials
@@ -238,11 +243,11 @@ def _check(search: Search) -> None:
         if parts[0] == "stages" and len(parts) > 2 and not (parts[1].isdigit() and int(parts[1]) < len(stages)):
             raise InputError(f"sweep {space.name}: {key}: there are {len(stages)} stages, expected stages.0 to stages.{len(stages) - 1}")
     if space.scheduler == "asha" and not search.trials(point)[0].recipe.evaluation.every:
-        raise InputError(f"sweep {space.name}: asha compares validations: set evaluation.every of the base recipe, found 0")
+        raise InputError(f"sweep {space.name}: asha compares validations: evaluation.every of the base recipe: found 0, expected 1 or more")
     if space.scheduler == "pbt" and (len(stages) != 1 or not labels or any(key[:9] != "stages.0." for key in labels)):
         raise InputError(f"sweep {space.name}: pbt needs a recipe of one stage, and axes of that stage alone (stages.0.lr and the like)")
     short_of = space.budget.epochs
-    if short_of and space.search != "optuna":
+    if short_of and search.planned:
         least = min(sum(stage.epochs for stage in search.trials(point)[0].recipe.stages) for point in search.points())
         if short_of < least:
             raise InputError(f"sweep {space.name}: budget.epochs is {short_of}, less than one trial: the shortest takes {least} epochs")

@@ -1,0 +1,150 @@
+"""segfleet sweep SPACE [key=value ...] and segfleet sweep status SPACE"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from segfleet.cli.output import Json, progress, show, table
+
+MOST_LINES = 60  # of a tree that is printed for people
+
+
+def command(
+    space: Annotated[str, typer.Argument(help="A space file or the name of a shipped space; or `status` and then one of these.")],
+    changes: Annotated[list[str] | None, typer.Argument(help="Changes of the base recipe, key.path=value.")] = None,
+    on: Annotated[str, typer.Option(help="Where trials run: local or slurm.")] = "local",
+    slots: Annotated[int | None, typer.Option(min=1, help="Stages trained at a time; by default as many as fit.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that train one stage together.")] = 1,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster; by default Ray starts here for this sweep alone.")] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the tree and what it costs; train nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train every schedule of SPACE, each common beginning once; rank them. The same command continues or does nothing."""
+    from segfleet.sweeps.plan import foreign, make_plan
+    from segfleet.sweeps.space import load_search
+
+    words = changes or []
+    asking = space == "status"
+    if asking:
+        if not words:
+            raise typer.BadParameter("segfleet sweep status SPACE")
+        space, *words = words
+    plan = make_plan(load_search(space, words), runs)
+    if asking:
+        show(standing(plan), as_json, render_standing)
+        return
+    if dry_run:
+        from segfleet.slurm.local import available_cores
+
+        document = forecast(plan, slots or max(1, available_cores() // ranks))
+        document["warnings"] += [fault] if (fault := foreign(plan)) else []
+        show(document, as_json, render_forecast)
+        return
+    from segfleet.sweeps.outcome import write_outcome
+    from segfleet.sweeps.run import Resources, run_sweep
+
+    warn(plan.warnings)
+    with progress("epochs") as tick:
+        ledger = run_sweep(plan, Resources(slots=slots, ranks=ranks, on=on, address=address), tick)
+    document = write_outcome(plan, ledger)
+    show({**document, "folder": str(plan.folder), "report": str(plan.folder / "report.html")}, as_json, render)
+    if document["failed"]:
+        raise typer.Exit(1)
+
+
+def warn(lines: list[str]) -> None:
+    for line in lines:
+        typer.echo(f"segfleet: {line}", err=True)
+
+
+def forecast(plan: Any, slots: int) -> dict[str, Any]:
+    """What --dry-run prints."""
+    from segfleet.sweeps.estimate import estimate
+    from segfleet.sweeps.ledger import Ledger
+
+    ledger = Ledger(plan.tree, plan.runs, plan.folder)
+    nodes = [describe(plan, ledger, node) for node in plan.tree.walk()]
+    return {"sweep": plan.search.space.name, "folder": str(plan.folder), **estimate(plan, slots), "warnings": plan.warnings, "tree": nodes}
+
+
+def describe(plan: Any, ledger: Any, node: Any) -> dict[str, Any]:
+    tree, stage = plan.tree, node.stage
+    depth, above = 0, tree.before(node)
+    while above:
+        depth, above = depth + 1, tree.before(above)
+    return {
+        "uid": node.uid, "after": node.after, "trunk": node.trunk is not None, "depth": depth, "stage": node.index + 1, "name": stage.name,
+        "model": node.recipe.model.name, "seed": node.recipe.seed, "fold": node.recipe.data.fold, "lr": stage.lr, "epochs": stage.epochs,
+        "epochs_to_train": tree.epochs(node), "remaining_epochs": tree.remaining[node.uid], "trials": node.trials, "leaf_of": node.leaf_of,
+        "state": ledger.state(node), "path": str(ledger.path(node)),
+    }  # fmt: skip
+
+
+def render_forecast(document: dict[str, Any]) -> None:
+    warn(document["warnings"])
+    for node in document["tree"][:MOST_LINES]:
+        goes_on = f" (goes on from {node['epochs'] - node['epochs_to_train']})" if node["trunk"] else ""
+        what = f"{node['model']} seed {node['seed']} fold {node['fold']}  " if not node["depth"] else ""
+        ends = f"  ends {len(node['leaf_of'])} trial(s)" if node["leaf_of"] else ""
+        line = f"{node['uid']}  {what}{node['name']}: {node['epochs']} epochs{goes_on}, lr {node['lr']:g}{ends}  {node['state']}"
+        typer.echo("  " * node["depth"] + line)
+    if len(document["tree"]) > MOST_LINES:
+        typer.echo(f"... {len(document['tree']) - MOST_LINES} more; --json prints all")
+    hours, disk = document["hours"], document["disk_bytes"]
+    typer.echo(
+        f"{document['trials']} trials, {document['nodes']} stages to train instead of {document['stage_trainings_naive']}\n"
+        f"{document['epochs_shared']:,} epochs instead of {document['epochs_naive']:,}: {document['ratio']:.2f} times fewer\n"
+        f"{document['nodes_missing']} stages and {document['epochs_missing']:,} epochs are missing"
+        + (f", about {hours:.1f} hours" if hours is not None else "; no past run tells how long they take")
+        + f"\nabout {disk / 1e9:.2f} GB of checkpoints in {document['folder']}"
+    )
+
+
+def standing(plan: Any) -> dict[str, Any]:
+    """What `status` prints: every node's state, from disk alone."""
+    from segfleet.pipeline.status import run_status
+    from segfleet.sweeps.ledger import Ledger
+
+    ledger = Ledger(plan.tree, plan.runs, plan.folder)
+    nodes = [describe(plan, ledger, node) for node in plan.tree.walk()]
+    for row in nodes:
+        running = row["state"] == "running" and (Path(row["path"]) / "recipe.json").exists()
+        row |= {key: run_status(Path(row["path"]))[key] for key in ("step", "steps", "loss")} if running else {}
+    states = [node["state"] for node in nodes]
+    return {
+        "sweep": plan.search.space.name,
+        "folder": str(plan.folder),
+        "states": {state: states.count(state) for state in sorted(set(states))},
+        "epochs_done": ledger.epochs_done(),
+        "epochs": plan.tree.shared_epochs,
+        "nodes": nodes,
+    }
+
+
+def render_standing(document: dict[str, Any]) -> None:
+    rows = [
+        (node["uid"], node["model"], node["stage"], node["epochs"], f"{node['lr']:g}", node["state"], f"{node.get('step', '')}")
+        for node in document["nodes"]
+    ]
+    table(("stage", "model", "number", "epochs", "lr", "state", "step"), rows)
+    counts = ", ".join(f"{count} {state}" for state, count in document["states"].items())
+    typer.echo(f"{document['epochs_done']:,} of {document['epochs']:,} epochs; {counts or 'nothing was planned yet'}")
+
+
+def render(document: dict[str, Any]) -> None:
+    rows = [(row["rank"], row["name"], f"{row['score']:.4f}", interval(row["ci95"])) for row in document["ranking"]]
+    table(("rank", "point", "Dice", "95 % interval"), rows)
+    for uid, reason in document["failed"].items():
+        typer.echo(f"segfleet: stage {uid} failed: {reason}", err=True)
+    savings = document["savings"]
+    typer.echo(f"{savings['epochs_shared']:,} epochs instead of {savings['epochs_naive']:,}\nreport  {document['report']}")
+    if document["best"]:
+        typer.echo(f"best    {document['folder']}/best.yaml")
+
+
+def interval(bounds: list[float] | None) -> str:
+    return f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else ""

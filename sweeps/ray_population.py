@@ -1,0 +1,130 @@
+"""Population based training through Ray Tune. Every generation of a member is a stage, so the population is a stage tree as well.
+
+A member that is replaced goes on from its better's checkpoint because its stages, so far, are the better's stages; the new rates make a new
+child. Generations are compared by the Dice of all validation cases. Started again, the same draws find what is already on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray import tune
+from ray.tune.schedulers import PopulationBasedTraining
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+from segfleet.pipeline.recipe import Recipe, parse
+from segfleet.preprocess.problems import InputError
+from segfleet.sweeps.ledger import EVALUATION, STOP, Ledger
+from segfleet.sweeps.plan import Plan, check, with_stores
+from segfleet.sweeps.space import Trial, put
+from segfleet.sweeps.trial import perform
+
+MEMBERS = "members"  # folder of <member>.json: its stages so far
+
+
+def run_population(plan: Plan, resources: Any, tick: Callable[[int, int], None], storage: Path) -> Ledger:
+    """Train the population to the epochs of the base recipe's stage; the members' paths become the plan's tree."""
+    from segfleet.sweeps.run import NAMES, listening, share, threads_of
+
+    space = plan.search.space
+    generator = random.Random(space.seed)
+    firsts = [{axis.label: axis.draw(generator) for axis in plan.search.axes} for _ in range(space.pbt.population)]
+    bases = with_stores(plan.search.trials(firsts[0]))
+    check(bases, plan.stores)
+    base = bases[0].recipe
+    generations = base.stages[0].epochs // space.pbt.interval
+    if generations < 2:
+        found = f"{base.stages[0].epochs} epochs make {generations} generation(s) of {space.pbt.interval}"
+        raise InputError(f"sweep {space.name}: pbt: {found}, expected at least 2; mend stages.0.epochs or pbt.interval")
+    (plan.folder / MEMBERS).mkdir(exist_ok=True)
+    for path in (plan.folder / MEMBERS).glob("*.json"):
+        path.unlink()
+    order = {
+        "recipe": base.model_dump(mode="json"), "generations": generations, "interval": space.pbt.interval, "runs": str(plan.runs),
+        "sweep": str(plan.folder), "name": space.name, "ranks": resources.ranks, "threads": threads_of(resources), "on": resources.on,
+        "options": resources.options or {},
+    }  # fmt: skip
+    random.seed(space.seed)  # Tune's scheduler draws from these
+    np.random.seed(space.seed)
+    mutations = {axis.label: (list(axis.values) if not axis.continuous else domain(axis)) for axis in plan.search.axes}
+    scheduler = PopulationBasedTraining(
+        time_attr="generation", metric="dice", mode="max", perturbation_interval=1, hyperparam_mutations=mutations, synch=True
+    )
+    starts = [{**first, "member": number} for number, first in enumerate(firsts)]
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(member, order=json.dumps(order)), share(resources)),
+        param_space={"member": tune.randint(0, 1), **{axis.label: tune.choice([None]) for axis in plan.search.axes}},
+        tune_config=tune.TuneConfig(
+            search_alg=BasicVariantGenerator(points_to_evaluate=starts), scheduler=scheduler, num_samples=len(starts), **NAMES
+        ),
+        run_config=tune.RunConfig(name="tune", storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=2)),
+    )
+    with listening(plan.folder), redirect_stdout(sys.stderr):
+        tuner.fit()
+    trials = []
+    for path in sorted((plan.folder / MEMBERS).glob("*.json"), key=lambda path: int(path.stem)):
+        recipe = parse({**order["recipe"], "stages": json.loads(path.read_text(encoding="utf-8"))})
+        point = {"member": int(path.stem)} | {axis.label: schedule(recipe, axis.label) for axis in plan.search.axes}
+        trials.append(Trial(number=len(trials), point=point, recipe=recipe))
+    plan.tree.add(trials)
+    tick(plan.tree.shared_epochs, plan.tree.shared_epochs)
+    return Ledger(plan.tree, plan.runs, plan.folder)
+
+
+def schedule(recipe: Recipe, label: str) -> str:
+    """What an axis became, generation by generation."""
+    values = [getattr(stage, label.split(".")[2]) for stage in recipe.stages]
+    return " > ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
+
+
+def domain(axis: Any) -> Any:
+    return {"uniform": tune.uniform, "loguniform": tune.loguniform}[axis.kind](*axis.values)
+
+
+def member(config: dict[str, Any], order: str) -> None:
+    """One member: a stage per generation, after the stages of whoever it was copied from."""
+    from segfleet.pipeline.run import stage_folders, stage_steps
+    from segfleet.preprocess.manifest import load_manifest, write_atomically
+
+    facts = json.loads(order)
+    stages: list[dict[str, Any]] = []
+    if checkpoint := tune.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            stages = json.loads((Path(folder) / "stages.json").read_text())
+    while len(stages) < facts["generations"]:
+        document = json.loads(json.dumps(facts["recipe"]))
+        for label, value in config.items():
+            if label != "member":
+                put(document, label, value)
+        stage = {**document["stages"][0], "epochs": facts["interval"], "name": f"generation {len(stages) + 1}"}
+        stages = [*stages, {**stage, "inherit": "weights+optimizer"}]
+        recipe = parse({**document, "stages": stages, "name": f"{facts['name']}-m{config['member']}"})
+        manifest = load_manifest(Path(recipe.data.store))
+        leaf = stage_folders(Path(facts["runs"]), recipe, manifest)[-1]
+        job = {"do": "train", "recipe": recipe.model_dump(mode="json"), "root": facts["runs"]}
+        rest = {key: facts[key] for key in ("sweep", "ranks", "threads", "on", "options")}
+        place = {"node": leaf.path.name, "path": str(leaf.path), "begin": 0, "start": 0, "trunk": None}
+        place["steps"] = stage_steps(recipe, manifest)[-1]
+        while (result := perform({"job": job, **place, **rest}, lambda _: None))["state"] == "busy":
+            time.sleep(1.0)
+        if result["state"] == "stopped":
+            return
+        if result["state"] == "failed":
+            raise RuntimeError(result["message"])
+        summary = json.loads((leaf.path / EVALUATION).read_text(encoding="utf-8"))["summary"]
+        write_atomically(Path(facts["sweep"]) / MEMBERS / f"{config['member']}.json", json.dumps(stages))
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "stages.json").write_text(json.dumps(stages))
+            dice = summary["mean_foreground_dice"] or 0.0
+            tune.report({"dice": dice, "generation": len(stages)}, checkpoint=tune.Checkpoint.from_directory(folder))
+        if (Path(facts["sweep"]) / STOP).exists():
+            return
