@@ -19,7 +19,7 @@ setup(
     python_requires=">=3.11",
     packages=packages,
     package_dir={f"segfleet.{room}": room for room in ROOMS},
-    package_data={"segfleet.pipeline": ["recipes/*.yaml"], "segfleet.models": ["scan/*.cpp"]},
+    package_data={"segfleet.pipeline": ["recipes/*.yaml"], "segfleet.models": ["scan/*.cpp"], "segfleet.sweeps": ["spaces/*.yaml"]},
     entry_points={"console_scripts": ["segfleet = segfleet.cli.main:main"]},
     install_requires=[
         "torch>=2.6",
