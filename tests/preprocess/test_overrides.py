@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from segfleet.preprocess.manifest import Dataset
 from segfleet.preprocess.phantom import PHANTOMS
 from segfleet.preprocess.plan import Overrides
 from segfleet.preprocess.problems import InputError
-from segfleet.preprocess.readers.base import open_reader
+from segfleet.preprocess.readers.base import open_reader, readers
 from segfleet.preprocess.resample import resample_image
 from segfleet.preprocess.stores.base import open_store
 from segfleet.preprocess.transforms import resample_probabilities
@@ -116,3 +118,14 @@ def test_the_table_of_data_sets_says_where_they_come_from():
     (busi,) = [found for found in json.loads(run("datasets", "--json").stdout) if found["name"] == "busi"]
     assert busi["complete"] == 780 and busi["download"].startswith("http") and busi["options"] == {"normals": ["keep", "drop"]}
     assert run("datasets").returncode == 0
+
+
+def test_the_guide_names_every_layout_and_its_splits(tmp_path):
+    """The table of docs/datasets.md against the readers; official splits are those a phantom brings."""
+    guide = (Path(__file__).resolve().parents[2] / "docs/datasets.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)$", guide, re.MULTILINE))
+    assert sorted(rows) == readers()
+    for name, row in rows.items():
+        brought = open_reader(name, PHANTOMS[name](tmp_path / name, seed=1)).splits()
+        assert all(split in row for split in brought if not split.startswith(("80-20-seed", "70-15-15")) and split != "nnunet"), name
+        assert ("80-20-seed" in row) == ("80-20-seed41" in brought), name
