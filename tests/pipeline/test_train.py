@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -328,3 +329,27 @@ def test_identity_holds_what_changes_the_result_and_nothing_else(tiny_store, tmp
     assert run.stage_uids(later, manifest)[0] == base[0] and run.stage_uids(later, manifest)[1] != base[1]
     hdf5 = open_store(tiny_store(dims=2, format="hdf5")).manifest
     assert run.stage_uids(recipe_of(store), hdf5) == base  # the store's format is no part of it
+
+
+def test_a_hanging_run_shows_where_it_hangs(tiny_store, tmp_path):
+    program = tmp_path / "hang.py"
+    program.write_text(
+        "import sys, time, pathlib, torch\n"
+        "from segfleet.pipeline import run, train\n"
+        "from segfleet.pipeline.engines import ddp\n"
+        "from segfleet.pipeline.gang import Gang\n"
+        "from segfleet.pipeline.recipe import parse\n"
+        "from segfleet.preprocess.stores.base import open_store\n"
+        "import json\n"
+        "recipe = parse(json.loads(sys.argv[1]))\n"
+        "store = open_store(recipe.data.store)\n"
+        "def hang_here(self, micro, lr): time.sleep(2); raise SystemExit\n"
+        "ddp.Engine.step = hang_here\n"
+        "never, gang = (lambda: False), Gang()\n"
+        "folders = run.stage_folders(pathlib.Path(sys.argv[2]), recipe, store.manifest)\n"
+        "train.train(train.Run(recipe=recipe, store=store, folders=folders, gang=gang, asked_to_stop=never, warn=print, validate=print))\n"
+    )
+    recipe = recipe_of(tiny_store(dims=2), stages=1)
+    command = [sys.executable, str(program), json.dumps(recipe.model_dump(mode="json")), str(tmp_path / "runs")]
+    done = subprocess.run(command, env={**os.environ, "SEGFLEET_WATCHDOG": "0.7"}, capture_output=True, text=True, timeout=100)
+    assert "Timeout" in done.stderr and "in hang_here" in done.stderr and "in train_stage" in done.stderr
