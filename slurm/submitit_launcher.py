@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 import threading
 import time
@@ -66,6 +67,8 @@ class SlurmLauncher:
     def _hand_over(self, folders: list[str], logs: Path, name: str, spec: JobSpec, code: Path | None) -> list[Any]:
         import submitit
 
+        if shutil.which("sbatch") is None:
+            raise InputError("sbatch: not found; this machine has no SLURM. `segfleet train` runs here without one")
         with cleaned_environment():
             chosen = executor(logs, name, spec, code)
             try:
@@ -90,10 +93,12 @@ def executor(logs: Path, name: str, spec: JobSpec, code: Path | None) -> Any:
     """submitit's executor with everything a job needs."""
     from submitit.slurm.slurm import SlurmExecutor
 
-    try:
-        made = SlurmExecutor(folder=logs, python=python(spec))
-    except RuntimeError:
-        raise InputError("srun: not found; this machine has no SLURM. `segfleet train` runs here without one") from None
+    class Executor(SlurmExecutor):
+        @classmethod
+        def affinity(cls) -> int:
+            return 2  # a script can be written where there is no SLURM
+
+    made = Executor(folder=logs, python=python(spec))
     further = {"requeue": True, "kill-on-invalid-dep": "yes"}
     further |= {key: value for key in ("reservation",) if (value := getattr(spec, key))}
     if spec.memory:

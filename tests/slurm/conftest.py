@@ -1,0 +1,226 @@
+"""A real SLURM for the whole session, and a folder with a recipe to send to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from segfleet.slurm.sandbox import NODES, Sandbox, missing
+
+STAGES = [
+    {"name": "base", "epochs": 2, "steps": 80, "lr": 1e-2},
+    {"name": "tune", "epochs": 1, "steps": 20, "lr": 1e-3, "inherit": "weights+optimizer"},
+]
+
+
+@pytest.fixture(scope="session")
+def sandbox():
+    """The daemons. Where SLURM is missing the test is skipped and says so; in CI it fails."""
+    if why := missing():
+        assert not os.environ.get("CI"), f"no SLURM: {why}"
+        pytest.skip(f"no SLURM: {why}")
+    folder = Path(tempfile.mkdtemp(prefix="segfleet-slurm-"))  # a short path, for munge's socket
+    made = Sandbox(folder)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+        assert not made.pids()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Cluster:
+    """`segfleet` commands against the sandbox, in a folder of their own."""
+
+    python = sys.executable
+
+    def __init__(self, sandbox: Sandbox, folder: Path, environment: dict[str, str]):
+        self.sandbox, self.folder = sandbox, folder
+        self.environment = {**environment, "OMP_NUM_THREADS": "1"}
+
+    def segfleet(self, *arguments, code: int = 0, **more) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "segfleet.cli.main", *map(str, arguments)]
+        environment = {**self.environment, **more}
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == code, f"exit code {done.returncode}, expected {code}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def submit(self, *arguments, runs="runs", **more) -> dict:
+        """Submit the recipe; the document that --json prints."""
+        document = json.loads(self.segfleet("submit", "tiny.yaml", *arguments, "--runs", runs, "--json", **more).stdout)
+        return document
+
+    def row(self, document: dict, runs="runs") -> dict:
+        """What `segfleet status` says of a run."""
+        rows = json.loads(self.segfleet("status", self.folder / runs, "--json").stdout)
+        return next(row for row in rows if row["path"] == document["run"])
+
+    def queue(self, job: str) -> tuple[str, str]:
+        """SLURM's own words: state and reason."""
+        rows = [line.split("|") for line in self.call("squeue", "--states=all", "-r", "-h", "-o", "%i|%T|%r").splitlines()]
+        return next(((state, reason) for found, state, reason in rows if found == job), ("", ""))
+
+    def call(self, *command: str) -> str:
+        return self.sandbox.call(*command)
+
+    def wait(self, condition, timeout=120.0, what="") -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, f"{what} did not come within {timeout:.0f} s:\n{self.call('squeue', '--states=all')}"
+            time.sleep(0.2)
+
+    def wait_for_state(self, document: dict, *states: str, timeout=120.0) -> str:
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        found = []
+
+        def arrived() -> bool:
+            found.append(self.queue(document["job"])[0])
+            return found[-1] in (*states, *over)
+
+        self.wait(arrived, timeout, f"job {document['job']}: {states}")
+        assert found[-1] in states, f"{found[-1]}, expected {states}:\n{self.output(document)}"
+        return found[-1]
+
+    def wait_for_step(self, document: dict, step: int, timeout=120.0) -> Path:
+        """Wait until the first stage has logged `step` in whatever life; its folder."""
+        stage = Path(document["run"]).parent
+
+        def reached() -> bool:
+            ended = self.queue(document["job"])[0] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+            assert not ended, self.output(document)
+            return any(event["step"] >= step for event in events(stage, "step"))
+
+        self.wait(reached, timeout, f"step {step}")
+        return stage
+
+    def release(self, document: dict) -> None:
+        """SLURM holds a requeued job back for two minutes; a test waits only until nothing of its last life is left."""
+        self.wait(lambda: self.queue(document["job"])[0] == "PENDING", 60, "requeue")
+        self.wait(lambda: not self.helpers(document), 60, "the end of the last life")
+        time.sleep(1.5)  # a job that starts within the second of its requeue is refused: "Job credential revoked"
+        deadline = time.monotonic() + 60
+        while self.queue(document["job"])[0] == "PENDING":
+            assert time.monotonic() < deadline, self.call("scontrol", "show", "job", document["job"])
+            try:
+                self.call("scontrol", "update", f"jobid={document['job']}", "StartTime=now")
+            except subprocess.CalledProcessError:
+                pass  # it has just started
+            time.sleep(0.5)
+
+    def same_result(self, document: dict, straight: dict) -> None:
+        """Bitwise equal weights of all stages, equal score, and every step logged exactly once."""
+        import torch
+
+        for mine, theirs in zip((Path(document["run"]).parent, Path(document["run"])), map(Path, straight["stages"]), strict=True):
+            first, second = final_weights(mine), final_weights(theirs)
+            assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+            undisturbed, found = ([event["step"] for event in events(stage, "step")] for stage in (theirs, mine))
+            assert found == sorted(set(found)) and set(undisturbed) <= set(found)
+        scores = json.loads((Path(document["run"]) / "evaluation.json").read_text())["summary"]
+        assert scores["mean_foreground_dice"] == straight["mean_foreground_dice"]
+
+    def events(self, stage: Path, kind: str) -> list[dict]:
+        return events(stage, kind)
+
+    def resumed(self, document: dict) -> list[int]:
+        """Steps from which the first stage went on."""
+        return [event["from_step"] for event in events(Path(document["run"]).parent, "resumed")]
+
+    def stopped(self, document: dict) -> list[int]:
+        """Steps at which the first stage stopped in order."""
+        return [event["at_step"] for event in events(Path(document["run"]).parent, "stopped")]
+
+    def helpers(self, document: dict, node: str | None = None) -> list[psutil.Process]:
+        """SLURM's own processes that hold a job's steps, on one node or all."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.name() == "slurmstepd" and f"[{document['job']}." in " ".join(process.cmdline()):
+                    nodes = {child.environ().get("SLURMD_NODENAME") for child in process.children()}
+                    found += [process] if node is None or node in nodes else []
+        return found
+
+    def output(self, document: dict) -> str:
+        """What ranks and controller have said of a job."""
+        files = sorted(Path(document["log"]).parent.glob(f"{document['job']}_*_log.out"))
+        controller = (self.sandbox.folder / "log" / "slurmctld.log").read_text().splitlines()
+        said = "\n".join(line for line in controller if document["job"].partition("_")[0] in line)
+        return "\n".join([*(f"== {path.name}\n{path.read_text()}" for path in files), "== slurmctld.log", said])
+
+
+def events(stage: Path, kind: str) -> list[dict]:
+    path = stage / "events.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    whole = []
+    for line in lines:
+        try:
+            whole.append(json.loads(line))
+        except json.JSONDecodeError:  # being written
+            continue
+    return [event for event in whole if event["event"] == kind]
+
+
+@pytest.fixture(scope="session")
+def work(tiny_store, tmp_path_factory):
+    """A folder with a recipe for a tiny network on a tiny store."""
+    folder = tmp_path_factory.mktemp("slurm-work")
+    document = {
+        "name": "tiny",
+        "data": {"store": str(tiny_store(dims=2)), "batch": 8, "patch": [16, 16]},
+        "model": {"name": "unet_lite_standard", "options": {"width": 4}},
+        "stages": STAGES,
+        "save_every": 5,
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(document))
+    return folder
+
+
+@pytest.fixture
+def cluster(sandbox, work):
+    """Every test finds all nodes idle and leaves no job behind."""
+    made = Cluster(sandbox, work, sandbox.environment)
+    yield made
+    made.call("scancel", "--user=root")
+    made.wait(lambda: not made.call("squeue", "-h").strip(), 30, "an empty queue")
+    for node in NODES:
+        if f"slurmd {node}" not in sandbox.pids():
+            sandbox.start_node(node)
+    made.wait(lambda: made.call("sinfo", "-h", "-p", "main", "-o", "%T %D").split() == ["idle", "4"], 40, "four idle nodes")
+
+
+@pytest.fixture(scope="session")
+def straight(work):
+    """`straight(ranks)`: what --json prints of the same recipe on local ranks that nobody disturbed."""
+    made: dict[tuple, dict] = {}
+
+    def run(ranks: int, *changes: str) -> dict:
+        if (ranks, changes) not in made:
+            runs = f"straight{len(made)}"
+            options = ("--ranks", str(ranks), "--runs", runs, "--json")
+            command = [sys.executable, "-m", "segfleet.cli.main", "train", "tiny.yaml", *changes, *options]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=200)
+            assert done.returncode == 0, done.stderr
+            made[ranks, changes] = json.loads(done.stdout)
+        return made[ranks, changes]
+
+    return run
+
+
+def final_weights(stage: Path) -> dict:
+    from safetensors.torch import load_file
+
+    done = json.loads((stage / "done.json").read_text())
+    return load_file(stage / "checkpoints" / done["checkpoint"] / "weights.safetensors")

@@ -1,0 +1,128 @@
+"""Misfortunes of jobs on a real SLURM: each comes back by itself and ends with the weights of the run nobody disturbed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+TWO = ("--nodes", "2", "--ranks-per-node", "1", "--no-check")
+NODE = "127.0.0.12"  # the second node of every job here
+SLOW = """
+import os
+if "SLURM_PROCID" in os.environ:
+    import time
+    from segfleet.pipeline import sampler
+    draw = sampler.PatchSampler.draw
+    def slow(*arguments):
+        time.sleep(0.12)
+        return draw(*arguments)
+    sampler.PatchSampler.draw = slow
+"""
+
+
+def warned(cluster, job):
+    """What the time limit, or a preemption with grace time, sends first."""
+    cluster.call("scancel", "--signal=USR2", job["job"])
+
+
+def asked_to_end(cluster, job):
+    """A TERM from somebody who does not cancel."""
+    cluster.call("scancel", "--signal=TERM", job["job"])
+
+
+def requeued_while_saving(cluster, job):
+    """SLURM ends the job in the middle of writing a checkpoint."""
+    cluster.wait(lambda: list(Path(job["run"]).parent.glob("checkpoints/.step-*")), 30, "a save")
+    cluster.call("scontrol", "requeue", job["job"])
+
+
+def node_down(cluster, job):
+    cluster.call("scontrol", "update", f"nodename={NODE}", "state=DOWN", "reason=test")
+
+
+def preempted(cluster, job):
+    cluster.call("sbatch", "-N4", "--exclusive", "-t", "1", "-o", "/dev/null", "--wrap", "sleep 2")
+
+
+def node_killed(cluster, job):
+    """The daemon, its helpers and the rank of one node, all at once, as a power cut would."""
+    daemon = psutil.Process(cluster.sandbox.pids()[f"slurmd {NODE}"])
+    helpers = cluster.helpers(job, NODE)
+    assert helpers
+    for process in [daemon, *helpers, *[victim for helper in helpers for victim in helper.children(recursive=True)]]:
+        os.kill(process.pid, signal.SIGKILL)
+
+
+def test_a_warning_and_a_lost_node_change_nothing(cluster, straight):
+    """Two nodes with two ranks each, two misfortunes in one job: the same weights as on four local ranks."""
+    start = time.time()
+    job = cluster.submit("--nodes", "2", "--ranks-per-node", "2")
+    stage = cluster.wait_for_step(job, 5)
+    first = next(event["time"] for event in cluster.events(stage, "step"))
+    warned(cluster, job)
+    cluster.release(job)
+    assert len(cluster.stopped(job)) == 1
+    cluster.wait(lambda: cluster.resumed(job), what="the second start")
+    node_down(cluster, job)
+    cluster.release(job)
+    cluster.wait_for_state(job, "COMPLETED")
+    resumed = cluster.resumed(job)
+    assert resumed[0] == cluster.stopped(job)[0] and len(resumed) >= 2
+    cluster.same_result(job, straight(4))
+    row = cluster.row(job)
+    assert row["state"] == "done" and row["restarts"] == 2
+    print(f"submit to the first logged steps: {first - start:.1f} s")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("fault", "partition"),
+    [
+        (warned, "main"),
+        (asked_to_end, "main"),
+        (requeued_while_saving, "main"),
+        (node_down, "main"),
+        (preempted, "low"),
+        (preempted, "low0"),
+        (node_killed, "main"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_misfortune_changes_nothing(cluster, straight, fault, partition):
+    runs = f"{fault.__name__}-{partition}"
+    job = cluster.submit(*TWO, "--partition", partition, runs=runs)
+    cluster.wait_for_step(job, 10)
+    fault(cluster, job)
+    cluster.release(job)
+    cluster.wait_for_state(job, "COMPLETED")
+    cluster.same_result(job, straight(2))
+    row = cluster.row(job, runs)
+    assert row["state"] == "done" and row["restarts"] == 1
+    assert len(cluster.resumed(job)) == 1
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_time_limits_change_nothing(cluster, straight, tmp_path):
+    """A limit of one minute, a training of two: it saves before the limit, comes back, and ends exactly."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    job = cluster.submit(*TWO, "--time", "1", "--warning", "15", runs="limits", PYTHONPATH=str(tmp_path))
+    for stops in (1, 2):
+        cluster.wait(lambda stops=stops: len(cluster.stopped(job)) == stops, 120, f"stop {stops}")
+        cluster.release(job)
+    while cluster.wait_for_state(job, "COMPLETED", "PENDING", timeout=150) == "PENDING":
+        cluster.release(job)
+    assert cluster.resumed(job) == cluster.stopped(job)
+    cluster.same_result(job, straight(2))
+
+
+@pytest.mark.long
+def test_zero_one_on_two_nodes(cluster, straight):
+    job = cluster.submit("--nodes", "2", "--ranks-per-node", "2", "--engine", "deepspeed", "--no-check", runs="zero")
+    cluster.wait_for_state(job, "COMPLETED", timeout=200)
+    cluster.same_result(job, straight(4, "engine.name=deepspeed"))

@@ -1,0 +1,125 @@
+"""Jobs on a real SLURM as a user meets them: failures, arrays, cancelling, submitting from a job, mistakes."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+SHORT = ("stages.0.epochs=1", "stages.0.steps=3", "stages.1.steps=2", "--no-check")
+BROKEN = """
+import os
+if os.environ.get("SLURM_PROCID") == "1":
+    from segfleet.pipeline import sampler
+    def draw(*_): raise RuntimeError("broken on purpose")
+    sampler.PatchSampler.draw = draw
+"""
+
+
+def test_a_failing_rank_ends_the_job_with_its_own_traceback(cluster, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BROKEN)
+    job = cluster.submit("--nodes", "2", "--no-check", runs="broken", PYTHONPATH=str(tmp_path))
+    life = Path(job["log"]).parent / f"life-{job['job']}.0"
+    cluster.wait(lambda: (life / "failed-1.json").exists(), what="the failure")
+    failed = time.monotonic()
+    cluster.wait_for_state(job, "FAILED")
+    assert time.monotonic() - failed < 15
+    row = cluster.row(job, "broken")
+    assert row["state"] == "failed" and "rank 1 failed" in row["reason"] and "broken on purpose" in row["reason"]
+    assert f"{job['code']}/segfleet/pipeline" in row["reason"], "the frozen code runs, not the checkout"
+    cluster.wait(lambda: not cluster.helpers(job), 15, "the end of all ranks")
+    ranks = [p for p in psutil.process_iter(["cmdline"]) if str(Path(job["log"]).parent) in " ".join(p.info["cmdline"] or [])]
+    assert not ranks
+    out = cluster.segfleet("logs", job["run"], "--rank", "1").stdout
+    assert "broken on purpose" in out
+    assert "is failed: rank 1 failed: RuntimeError: broken on purpose" in cluster.segfleet("status", "broken").stdout
+
+
+def test_an_array_shares_a_node(cluster):
+    """Two members with two ranks each on one node at once: no port collides; each has its own run."""
+    node = ("--ranks-per-node", "2", "--nodelist", "127.0.0.13", "--array", "seed=1..2")
+    document = json.loads(cluster.segfleet("submit", "tiny.yaml", *SHORT, *node, "--runs", "array", "--json").stdout)
+    first, second = (row["job"] for row in document)
+    assert first.endswith("_0") and second.endswith("_1") and document[0]["run"] != document[1]["run"]
+    for row in document:
+        cluster.wait_for_state(row, "COMPLETED")
+        assert cluster.row(row, "array")["state"] == "done"
+        assert json.loads((Path(row["run"]) / "evaluation.json").read_text())["summary"]
+    again = json.loads(cluster.segfleet("submit", "tiny.yaml", *SHORT, *node, "--runs", "array", "--json").stdout)
+    assert [row["state"] for row in again] == ["done", "done"] and again[0]["job"] is None
+
+
+def test_cancel_saves_and_resume_goes_on(cluster):
+    job = cluster.submit("--no-check", runs="cancelled")
+    cluster.wait_for_step(job, 5)
+    twice = cluster.segfleet("submit", "tiny.yaml", "--no-check", "--runs", "cancelled", code=2).stderr
+    assert f"already as job {job['job']}" in twice
+    assert json.loads(cluster.segfleet("cancel", job["run"], "--json").stdout)["cancelled"]
+    cluster.wait_for_state(job, "CANCELLED")
+    cluster.wait(lambda: cluster.stopped(job), 20, "the save")
+    cluster.wait(lambda: not cluster.helpers(job), 20, "the end")
+    row = cluster.row(job, "cancelled")
+    assert row["state"] in ("cancelled", "stopped") and row["restarts"] == 0
+    waiting = cluster.submit("seed=9", *SHORT, "--after", cluster.submit("seed=8", *SHORT, runs="after")["run"], runs="after")
+    assert cluster.queue(waiting["job"]) == ("PENDING", "Dependency")
+    resumed = json.loads(cluster.segfleet("resume", job["run"], "--time", "20", "--json").stdout)
+    assert resumed["job"] != job["job"]
+    cluster.wait_for_state(resumed, "COMPLETED")
+    assert cluster.resumed(job) == cluster.stopped(job)
+    cluster.wait_for_state(waiting, "COMPLETED")
+
+
+def test_a_job_may_submit_jobs(cluster, work):
+    """From inside a job with other resources; the new one takes over none of them, and outlives the shell that submitted it."""
+    inner = f"submit tiny.yaml {' '.join(SHORT)} seed=5 --ranks-per-node 2 --runs inner --json"
+    (work / "outer.sh").write_text(f"#!/bin/bash\ncd {work} && python -m segfleet.cli.main {inner} > inner.json\n")
+    python = Path(cluster.python).parent
+    outer = cluster.call(
+        "sbatch", "--parsable", "-n1", "-c3", "--mem=500", "-t", "3", "-o", str(work / "outer.log"),
+        f"--export=ALL,PATH={python}:/usr/bin:/bin,RANK=7,WORLD_SIZE=9,LOCAL_RANK=7", str(work / "outer.sh"),
+    ).strip()  # fmt: skip
+    cluster.wait(lambda: cluster.queue(outer)[0] in ("COMPLETED", "FAILED"), what="the outer job")
+    assert cluster.queue(outer)[0] == "COMPLETED", (work / "outer.log").read_text()
+    job = json.loads((work / "inner.json").read_text())
+    cluster.wait_for_state(job, "COMPLETED")
+    facts = cluster.call("scontrol", "show", "job", "-o", job["job"])
+    assert "NumTasks=2" in facts and "CPUs/Task=1" in facts and "MinMemoryNode=500" not in facts
+
+
+MISTAKES = [
+    (["--partition", "gpus"], "partition: found 'gpus'; expected one of: main, low, low0"),
+    (["--gpus-per-node", "9"], "gpus_per_node: found 9, a node of partition main has 4"),
+    (["--nodes", "9"], "nodes: found 9, partition main has 4"),
+    (["--time", "2 days"], "time: found '2 days'"),
+    (["--constraint", "a100"], "constraint: found 'a100', features in partition main: fake"),
+    (["--after", "nothing"], "found no run 'nothing'"),
+    (["data.store=nowhere"], "nowhere holds no manifest.json"),
+    (["--sbatch=--licenses"], "SLURM refused the job"),
+    (["--cluster", "alpha"], "--cluster: found 'alpha', but there is no file"),
+    (["--array", "seed"], "--array: found 'seed', expected key.path=1,2,3"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=[words[:20] for _, words in MISTAKES])
+def test_a_mistake_is_refused_before_submission(cluster, arguments, words):
+    before = cluster.call("squeue", "--states=all", "-h")
+    done = cluster.segfleet("submit", "tiny.yaml", *arguments, "--no-check", "--runs", "mistakes", code=2)
+    assert words in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+    assert cluster.call("squeue", "--states=all", "-h") == before
+    assert not list((cluster.folder / "mistakes").rglob("submission.json"))
+
+
+def test_a_network_that_cannot_be_built_never_waits_in_a_queue(cluster):
+    done = cluster.segfleet("submit", "tiny.yaml", "model.options.wide=3", "--runs", "mistakes", code=2)
+    assert "'wide' is no option of unet_lite_standard" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_dry_run_asks_the_controller(cluster):
+    document = json.loads(
+        cluster.segfleet("submit", "tiny.yaml", "--nodes", "2", "--gpus-per-node", "2", "--dry-run", "--runs", "rehearsed", "--json").stdout
+    )
+    assert "#SBATCH --gpus-per-node=2" in document["script"] and "4 processors on nodes" in document["controller"][0]
+    assert not (cluster.folder / "rehearsed").exists()
