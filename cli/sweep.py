@@ -33,7 +33,7 @@ def command(
         if not words:
             raise typer.BadParameter("segfleet sweep status SPACE")
         space, *words = words
-    plan = make_plan(load_search(space, words), runs)
+    plan = make_plan(load_search(space, words), runs, build=not asking)
     if asking:
         show(standing(plan), as_json, render_standing)
         return

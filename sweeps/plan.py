@@ -71,13 +71,14 @@ class Plan:
         }  # fmt: skip
 
 
-def make_plan(search: Search, runs: Path) -> Plan:
-    """Everything that can be known before anything runs. Raises InputError or ModelError."""
+def make_plan(search: Search, runs: Path, build: bool = True) -> Plan:
+    """Everything that can be known before anything runs; `build`: also whether every network fits its data. Raises InputError."""
     runs, stores, tree_trials = Path(runs).resolve(), Stores(), []
     for point in search.points() if search.planned else ():
         tree_trials += with_stores(search.trials(point, first=len(tree_trials)))
     tree_trials, warnings = within_budget(tree_trials, stores, search)
-    check(tree_trials, stores)
+    if build:
+        check(tree_trials, stores)
     plan = Plan(search=search, runs=runs, stores=stores, tree=StageTree(tree_trials, stores), warnings=warnings)
     if search.space.search == "optuna" and foreign(plan) is None:
         for point in read_points(plan.folder):

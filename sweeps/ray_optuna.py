@@ -23,6 +23,9 @@ class Suggestions:
     """
 
     def __init__(self, plan: Plan, ledger: Ledger):
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         space = plan.search.space
         self.plan, self.ledger, self.file = plan, ledger, plan.folder / POINTS
         self.axes = plan.search.axes

@@ -64,12 +64,18 @@ def run_population(plan: Plan, resources: Any, tick: Callable[[int, int], None],
         tune.with_resources(tune.with_parameters(member, order=json.dumps(order)), share(resources)),
         param_space={"member": tune.randint(0, 1), **{axis.label: tune.choice([None]) for axis in plan.search.axes}},
         tune_config=tune.TuneConfig(
-            search_alg=BasicVariantGenerator(points_to_evaluate=starts), scheduler=scheduler, num_samples=len(starts), **NAMES
+            search_alg=BasicVariantGenerator(points_to_evaluate=starts),
+            scheduler=scheduler,
+            num_samples=len(starts),
+            reuse_actors=True,
+            **NAMES,
         ),
         run_config=tune.RunConfig(name="tune", storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=2)),
     )
     with listening(plan.folder), redirect_stdout(sys.stderr):
-        tuner.fit()
+        results = tuner.fit()
+    if results.errors:
+        raise RuntimeError(f"{len(results.errors)} member(s) of the population failed; the first: {results.errors[0]}")
     trials = []
     for path in sorted((plan.folder / MEMBERS).glob("*.json"), key=lambda path: int(path.stem)):
         recipe = parse({**order["recipe"], "stages": json.loads(path.read_text(encoding="utf-8"))})

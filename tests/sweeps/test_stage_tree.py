@@ -1,0 +1,110 @@
+"""The stage tree: every prefix once, trunks, order, and what a failure takes with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+
+import pytest
+
+from segfleet.pipeline.run import stage_facts, stage_uid, stage_uids
+from segfleet.preprocess.manifest import load_manifest
+from segfleet.sweeps.ledger import Ledger
+from segfleet.sweeps.plan import make_plan
+from segfleet.sweeps.tree import StageTree
+
+
+@pytest.fixture
+def plan(search, tmp_path):
+    return lambda **changes: make_plan(search(**changes), tmp_path / "runs")
+
+
+def finish(ledger, node):
+    """What a rank leaves behind."""
+    folder = ledger.path(node)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "done.json").write_text('{"checkpoint": "step-00000001"}')
+    if node.leaf_of:
+        (folder / "evaluation.json").write_text("{}")
+
+
+def test_sixteen_nodes_instead_of_twenty_four(plan):
+    tree = plan().tree
+    assert len(tree.trials) == 12 and len(tree.nodes) == 16
+    assert (tree.naive_epochs, tree.shared_epochs) == (1440, 640)
+    assert sorted(len(node.trials) for node in tree.nodes.values()) == [1] * 12 + [3] * 4
+    for trial in tree.trials.values():  # the folders of a node are those of `segfleet train`
+        uids = stage_uids(trial.recipe, load_manifest(trial.recipe.data.store))
+        assert tree.nodes[tree.leaves[trial.number]].path.as_posix() == "/".join(uids)
+
+
+def test_a_uid_is_the_plain_hash_of_its_facts(plan):
+    trial = plan().trials[0]
+    facts = stage_facts(trial.recipe, load_manifest(trial.recipe.data.store), 1)
+    assert sorted(facts)[-1] == "train"
+    assert stage_uid("p", facts) == hashlib.sha256(json.dumps(["p", facts], sort_keys=True).encode()).hexdigest()[:12]
+
+
+@pytest.mark.parametrize("schedule", [{"schedule": "constant"}, {"schedule": "cosine", "period": 10}])
+def test_lengths_of_an_endless_rate_are_one_trunk(plan, schedule):
+    stages = [{"epochs": [150, 50, 100], "lr": 1e-3, **schedule}, {"epochs": 20, "lr": [1e-3, 1e-4]}]
+    tree = plan(axes={}, stages=stages).tree
+    trunk = {node.stage.epochs: node for node in tree.nodes.values() if node.index == 0}
+    assert trunk[50].trunk is None and trunk[100].trunk == trunk[50].uid and trunk[150].trunk == trunk[100].uid
+    assert [tree.epochs(trunk[n]) for n in (50, 100, 150)] == [50, 50, 50]
+    assert tree.shared_epochs == 150 + 6 * 20 and tree.naive_epochs == 2 * (300 + 60)
+    assert tree.remaining[trunk[50].uid] == 170 and next(iter(tree.walk())) is trunk[50]
+
+
+@pytest.mark.parametrize("changes", [{"schedule": "poly"}, {"schedule": "cosine"}, {"patience": 3}])
+def test_lengths_that_decide_the_rate_or_may_end_early_share_nothing(search, space, tmp_path, changes):
+    space["base"]["evaluation"] = {"every": 1}
+    tree = make_plan(search(axes={}, stages=[{"epochs": [50, 100], "lr": 1e-3, **changes}]), tmp_path).tree
+    assert all(node.trunk is None for node in tree.nodes.values()) and tree.shared_epochs == 150
+
+
+def test_longest_path_first_and_children_only_after_their_parent(plan, tmp_path):
+    made = plan(axes={}, stages=[{"epochs": 10, "lr": [1e-2, 1e-3]}, {"epochs": [5, 30], "lr": 1e-4, "schedule": "poly"}])
+    ledger = Ledger(made.tree, made.runs, made.folder)
+    first, second = ledger.next(), ledger.next()
+    assert {first.index, second.index} == {0} and ledger.next() is None and ledger.open()
+    finish(ledger, first)
+    ledger.taken.discard(first.uid)
+    child = ledger.next()
+    assert child.parent == first.uid and child.stage.epochs == 30 and ledger.state(first) == "done"
+
+
+def test_a_failed_node_takes_only_its_own_subtree(plan):
+    made = plan()
+    ledger = Ledger(made.tree, made.runs, made.folder)
+    victim = ledger.next()
+    ledger.mark(victim, "failed", message="broken")
+    while node := ledger.next():
+        finish(ledger, node)
+        ledger.taken.discard(node.uid)
+    states = list(ledger.states().values())
+    assert (states.count("failed"), states.count("lost"), states.count("done")) == (1, 3, 12) and not ledger.open()
+    again = Ledger(made.tree, made.runs, made.folder)  # another process, later
+    assert again.states() == ledger.states()
+    again.forget_failures()
+    assert again.next() is victim
+
+
+def test_a_thousand_nodes_are_planned_in_two_seconds(search):
+    made = search(
+        axes={"optimizer.weight_decay": [i / 1000 for i in range(10)]},
+        stages=[
+            {"epochs": [50, 100], "lr": [1e-3 * (i + 1) for i in range(5)]},
+            {"epochs": 20, "lr": [1e-4 * (i + 1) for i in range(9)]},
+        ],
+    )
+    manifest = load_manifest(made.base["data"]["store"])
+    start, before = time.perf_counter(), time.process_time()
+    trials = []
+    for point in made.points():
+        trials += made.trials(point, first=len(trials))
+    tree = StageTree(trials, lambda _: manifest)
+    list(tree.in_order(tree.nodes.values()))
+    assert len(tree.nodes) == 1000
+    assert time.process_time() - before < 2.0, f"{time.perf_counter() - start:.2f} s on the clock"

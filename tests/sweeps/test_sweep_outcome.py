@@ -1,0 +1,80 @@
+"""Ranking, intervals, paired differences, files. The scores are written by hand."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from segfleet.pipeline.recipe import load_recipe
+from segfleet.sweeps.ledger import Ledger
+from segfleet.sweeps.outcome import as_csv, outcome, paired, student, write_outcome
+from segfleet.sweeps.plan import make_plan
+
+
+def test_students_interval():
+    assert student([0.7, 0.8, 0.9]) == pytest.approx([0.8 - 0.24841, 0.8 + 0.24841], abs=1e-4)  # t(0.975, 2) = 4.3027
+
+
+def test_paired_differences():
+    generator = np.random.default_rng(0)
+    clear = paired([[0.1 + generator.normal(0, 0.01)] for _ in range(20)])
+    assert clear["mean"] == pytest.approx(0.1, abs=0.01) and 0.09 < clear["ci95"][0] < clear["ci95"][1] < 0.11 and clear["p"] < 0.001
+    nothing = paired([[generator.normal(0, 0.1)] for _ in range(20)])
+    assert nothing["ci95"][0] < 0 < nothing["ci95"][1] and nothing["p"] > 0.05
+    assert paired([[0.1, 0.3]]) == {"mean": pytest.approx(0.2), "ci95": None, "p": None}
+    assert paired([[0.0]] * 5)["p"] == 1.0
+
+
+@pytest.fixture
+def scored(search, tmp_path):
+    """A sweep with two seeds, all scored but one point whose first seed is missing; the best has lr 1e-3, then 3e-4."""
+    plan = make_plan(search(axes={}, seeds=[0, 1]), tmp_path / "runs")
+    ledger = Ledger(plan.tree, plan.runs, plan.folder)
+    plan.folder.mkdir(parents=True)
+    for node in plan.tree.nodes.values():
+        folder = ledger.path(node)
+        folder.mkdir(parents=True)
+        first, *rest = [stage.lr for stage in node.recipe.stages]
+        if rest == [1e-4] and first == 1e-2 and node.recipe.seed == 0:
+            continue
+        (folder / "done.json").write_text('{"checkpoint": "step-00000001"}')
+        base = 0.5 + 0.2 * (first == 1e-3) + 0.1 * (rest == [3e-4]) + 0.01 * node.recipe.seed
+        if rest:
+            cases = [{"id": f"c{i}", "group": f"p{i // 2}", "mean_dice": base + 0.02 * i} for i in range(6)]
+            mean = sum(case["mean_dice"] for case in cases) / 6
+            summary = {"mean_foreground_dice": mean, "mean_foreground_dice_ci95": [mean - 0.1, mean + 0.1], "patients": 3}
+            document = {"cases": cases, "summary": summary, "store": "s", "parameters": 7}
+            (folder / "evaluation.json").write_text(json.dumps(document))
+    return plan, ledger
+
+
+def test_ranking(scored):
+    plan, ledger = scored
+    document = outcome(plan, ledger)
+    assert [row["rank"] for row in document["ranking"]] == [1, 2, 3, 4, 5] and len(document["unranked"]) == 1
+    best, second = document["ranking"][:2]
+    assert best["point"] == {"stages.0.lr": 1e-3, "stages.1.lr": 3e-4}
+    assert best["score"] == pytest.approx(0.855) and best["over"] == "2 runs" and best["ci95"][0] < 0.855 < best["ci95"][1]
+    assert second["against_best"]["mean"] == pytest.approx(0.1) and second["against_best"]["patients"] == 3
+    assert second["against_best"]["shared_stages"] == 1 and document["ranking"][-1]["against_best"]["shared_stages"] == 0
+    missing = document["unranked"][0]
+    assert missing["score"] is None and sorted(run["state"] for run in missing["runs"]) == ["done", "ready"]
+    assert document["nodes"] == {"done": 15, "ready": 1}
+
+
+def test_files(scored, monkeypatch):
+    plan, ledger = scored
+    document = write_outcome(plan, ledger)
+    assert json.loads((plan.folder / "outcome.json").read_text()) == document
+    lines = as_csv(document).splitlines()
+    assert lines[0].startswith("rank,stages.0.lr,stages.1.lr,seed,fold,state,dice") and len(lines) == 1 + 12
+    best = load_recipe(str(plan.folder / "best.yaml"))
+    assert [stage.lr for stage in best.stages] == [1e-3, 3e-4] and best.name == "tiny-best"
+    uid = plan.tree.leaves[next(trial.number for trial in plan.trials if trial.point == document["best"]["point"])]
+    assert plan.tree.nodes[uid].recipe.model_copy(update={"name": best.name}) == best
+    page = (plan.folder / "report.html").read_text()
+    assert page.count("<svg") >= 3 and "Content-Security-Policy" in page and "http" not in page.replace("http-equiv", "")
+    for words in ("2.25 times fewer", "tiny", "stages.1.lr", "chosen on the cases it is scored on"):
+        assert words in page, words

@@ -1,0 +1,100 @@
+"""What Ray Tune is told: which node next, and ASHA's rungs along the path. No Ray is started here."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from segfleet.sweeps.ledger import Ledger
+from segfleet.sweeps.plan import make_plan
+from segfleet.sweeps.ray_searcher import PathAsha, TreeSearcher
+
+
+@pytest.fixture
+def ledger(search, space, tmp_path):
+    space["base"]["evaluation"] = {"every": 1}
+    plan = make_plan(search(), tmp_path / "runs")
+    plan.folder.mkdir(parents=True)
+    made = Ledger(plan.tree, plan.runs, plan.folder)
+    made.order_of = plan.order
+    return made
+
+
+def finish(ledger, uid):
+    folder = ledger.path(ledger.tree.nodes[uid])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "done.json").write_text('{"checkpoint": "step-00000001"}')
+    (folder / "evaluation.json").write_text("{}")
+
+
+def test_a_whole_sweep_runs_every_node_once(ledger):
+    searcher, ran, waited = TreeSearcher(ledger, ledger.order_of, slots=3), [], 0
+    running = []
+    for number in range(1000):
+        given = searcher.suggest(f"t{number}")
+        if given == "FINISHED":
+            break
+        if given is not None:
+            order = json.loads(given["order"])
+            assert given["begin"] == order["begin"] == (0 if len(order["job"]["recipe"]["stages"]) == 1 else 100)
+            assert order["job"]["score"] == (order["begin"] == 100)
+            running.append((f"t{number}", given["node"]))
+        waited += given is None
+        if given is None or len(running) == 3:
+            name, uid = running.pop(0)
+            finish(ledger, uid)
+            ran.append(uid)
+            searcher.on_trial_complete(name, {"state": "done"})
+    assert sorted(ran) == sorted(ledger.tree.nodes) and waited and not running
+
+
+def test_every_ending_is_noted(ledger):
+    searcher = TreeSearcher(ledger, ledger.order_of)
+    nodes = [searcher.suggest(f"t{i}")["node"] for i in range(4)]
+    assert searcher.suggest("wait") is None
+    searcher.on_trial_complete("t0", {"state": "failed", "message": "why"})
+    searcher.on_trial_complete("t1", {"epochs": 3, "dice": 0.1})  # stopped by the scheduler
+    searcher.on_trial_complete("t2", None, error=True)
+    searcher.on_trial_complete("t3", {"state": "busy"})
+    assert [ledger.state(ledger.tree.nodes[uid]) for uid in nodes] == ["failed", "pruned", "failed", "ready"]
+    assert ledger.note(ledger.tree.nodes[nodes[1]], "pruned")["epochs"] == 3
+    assert searcher.suggest("t4")["node"] == nodes[3]
+    (ledger.folder / "stop").touch()
+    assert searcher.suggest("t5") == "FINISHED"
+
+
+def asha():
+    made = PathAsha(time_attr="epochs", metric="dice", mode="max", max_t=100, grace_period=10, reduction_factor=2, stop_last_trials=False)
+    made.rungs = dict(made._brackets[0]._rungs)
+    return made
+
+
+def trial_of(name, begin):
+    return SimpleNamespace(trial_id=name, config={"begin": begin})
+
+
+def test_a_child_counts_only_at_rungs_of_its_own_epochs():
+    scheduler = asha()
+    assert sorted(scheduler.rungs) == [10, 20, 40, 80]
+    scheduler.on_trial_add(None, trial_of("parent", 0))
+    for epochs in (10, 20):
+        assert scheduler.on_trial_result(None, trial_of("parent", 0), {"epochs": epochs, "dice": 0.5}) == "CONTINUE"
+    for name, dice, expected in (("good", 0.9, "CONTINUE"), ("bad", 0.3, "STOP")):
+        scheduler.on_trial_add(None, trial_of(name, 20))
+        assert scheduler.on_trial_result(None, trial_of(name, 20), {"epochs": 30, "dice": dice}) == "CONTINUE"  # no rung at 30
+        assert scheduler.on_trial_result(None, trial_of(name, 20), {"epochs": 40, "dice": dice}) == expected
+    own = {milestone: {n for n, v in recorded.items() if not math.isnan(v)} for milestone, recorded in scheduler.rungs.items()}
+    assert own == {10: {"parent"}, 20: {"parent"}, 40: {"good", "bad"}, 80: set()}
+
+
+def test_rungs_are_remembered_from_disk(ledger):
+    first = ledger.next()
+    finish(ledger, first.uid)
+    lines = [{"event": "validation", "step": step, "dice": step / 100} for step in range(5, 101, 5)]  # one step is an epoch
+    (ledger.path(first) / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scheduler = asha()
+    scheduler.remember(ledger, ledger.order_of)
+    assert scheduler.rungs == {milestone: {first.uid: milestone / 100} for milestone in (10, 20, 40, 80)}

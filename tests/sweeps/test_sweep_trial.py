@@ -1,0 +1,138 @@
+"""One node, trained by real ranks: trunks are exact, failures are told apart, a stop saves."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from segfleet.pipeline.events import read_events
+from segfleet.slurm.local import RankFailed, run_ranks
+from segfleet.sweeps import trial
+from segfleet.sweeps.plan import make_plan
+
+
+def final(folder: Path, group: str = "weights") -> dict[str, torch.Tensor]:
+    done = json.loads((folder / "done.json").read_text())
+    return load_file(folder / "checkpoints" / done["checkpoint"] / f"{group}.safetensors")
+
+
+def same(first: Path, second: Path) -> bool:
+    pairs = [(final(first, group), final(second, group)) for group in ("weights", "optimizer")]
+    return all(ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours) for ours, theirs in pairs)
+
+
+@pytest.fixture
+def plan(search, space, tmp_path):
+    """Two lengths of a constant rate; validated every epoch."""
+    space["base"]["evaluation"] = {"every": 1}
+    return make_plan(search(axes={}, stages=[{"epochs": [1, 3], "steps": 2, "lr": 1e-2, "warmup": 3}]), tmp_path / "runs")
+
+
+@pytest.mark.slow
+def test_a_trunk_goes_on_bitwise_like_the_long_stage_alone(plan, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    short, long = plan.tree.walk()
+    assert long.trunk == short.uid
+    plan.folder.mkdir(parents=True)
+    reports = {short.uid: [], long.uid: []}
+    for node in (short, long):
+        assert trial.perform(plan.order(node), reports[node.uid].append) == {"state": "done"}
+    assert [report["epochs"] for report in reports[short.uid]] == [1] and [report["epochs"] for report in reports[long.uid]] == [2, 3]
+    events = list(read_events(plan.runs / long.path))
+    assert [event["from_step"] for event in events if event["event"] == "resumed"] == [2]  # not one step of the trunk again
+    assert [event["steps"] for event in events if event["event"] == "stage_start"] == [6]
+    run_ranks({**plan.order(long)["job"], "root": str(tmp_path / "straight"), "score": False}, 1, threads=1)
+    assert same(plan.runs / long.path, tmp_path / "straight" / long.path)
+    assert not (tmp_path / "straight" / long.path / "evaluation.json").exists() and (plan.runs / long.path / "evaluation.json").exists()
+    before = final(plan.runs / short.path)
+    assert len(list((plan.runs / short.path / "checkpoints").glob("step-*"))) == 1 and before  # the branch point is kept
+
+
+class Scripted:
+    """A back end that does what it is told, in turn."""
+
+    def __init__(self, *acts):
+        self.acts, self.runs = list(acts), 0
+
+    def run(self, order, poll):
+        self.runs += 1
+        poll()
+        act = self.acts.pop(0)
+        if isinstance(act, Exception):
+            raise act
+
+
+@pytest.mark.parametrize(
+    ("acts", "runs", "expected"),
+    [
+        ([RankFailed("rank 0 was killed by SIGKILL", 1), None], 2, {"state": "done"}),  # a fault of the machine is tried again
+        ([RankFailed("broken", 1), RankFailed("broken", 1)], 2, {"state": "failed", "message": "broken"}),
+        ([RankFailed("freeze: no parameter", 2)], 1, {"state": "failed", "message": "freeze: no parameter"}),
+        ([RankFailed("saved", 75)], 1, {"state": "stopped"}),
+        ([RankFailed("run: x is being trained by process 7", 2)], 1, {"state": "busy"}),
+    ],
+)
+def test_how_a_trial_ends(plan, monkeypatch, acts, runs, expected):
+    scripted = Scripted(*acts)
+    monkeypatch.setitem(trial.BACKENDS, "local", lambda: scripted)
+    node = next(iter(plan.tree.walk()))
+    assert trial.perform(plan.order(node), print) == expected and scripted.runs == runs
+    assert not (plan.runs / node.path / "stop").exists()
+
+
+def test_the_sweeps_stop_file_reaches_the_ranks(plan, monkeypatch):
+    node = next(iter(plan.tree.walk()))
+    path, seen = plan.runs / node.path, []
+
+    class Stopping:
+        def run(self, order, poll):
+            poll()
+            seen.append((path / "stop").exists())
+            (plan.folder / "stop").touch()
+            poll()
+            seen.append((path / "stop").exists())
+            raise RankFailed("saved", 75)
+
+    plan.folder.mkdir(parents=True)
+    monkeypatch.setitem(trial.BACKENDS, "local", Stopping)
+    assert trial.perform(plan.order(node), print) == {"state": "stopped"}
+    assert seen == [False, True] and not (path / "stop").exists()
+    assert trial.perform(plan.order(node), print) == {"state": "stopped"} and len(seen) == 2  # nothing is started any more
+
+
+def test_validations_are_reported_once_whatever_is_rewritten(plan):
+    short, long = plan.tree.walk()
+    path, reports = plan.runs / long.path, []
+    path.mkdir(parents=True)
+    order = {**plan.order(long), "begin": 10}
+    follow = trial.Follower(path, order, reports.append)
+    line = '{"event": "validation", "step": %d, "epoch": 0, "dice": 0.5}\n'
+    follow.poll()
+    (path / "events.jsonl").write_text(line % 2 + line % 4 + (line % 6)[:20])
+    follow.poll()
+    (path / "events.jsonl").write_text(line % 2)  # a resume cut it back
+    follow.poll()
+    (path / "events.jsonl").write_text(line % 2 + line % 4 + line % 6)
+    follow.poll()
+    assert [report["epochs"] for report in reports] == [12, 13]  # the trunk's own epoch is the trunk's to report
+
+
+def test_ranks_can_be_started_outside_the_main_thread(tmp_path):
+    """Ray runs a trial in a thread, where no signal handler can be set."""
+    caught = []
+
+    def work():
+        try:
+            run_ranks({"do": "nothing"}, 1, threads=1)
+        except RankFailed as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(caught) == 1 and caught[0].exit_code == 2 and "found 'nothing'" in str(caught[0])
