@@ -18,6 +18,8 @@ def command(
     on: Annotated[str, typer.Option(help="Where trials run: local or slurm.")] = "local",
     slots: Annotated[int | None, typer.Option(min=1, help="Stages trained at a time; by default as many as fit.")] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Processes that train one stage together.")] = 1,
+    cluster: Annotated[str | None, typer.Option(help="With --on slurm: a profile of clusters.yaml.")] = None,
+    resource: Annotated[list[str] | None, typer.Option(help="With --on slurm: a field of the job, gpus_per_node=4. Repeatable.")] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster; by default Ray starts here for this sweep alone.")] = None,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the tree and what it costs; train nothing.")] = False,
@@ -49,11 +51,26 @@ def command(
 
     warn(plan.warnings)
     with progress("epochs") as tick:
-        ledger = run_sweep(plan, Resources(slots=slots, ranks=ranks, on=on, address=address), tick)
+        ledger = run_sweep(plan, Resources(slots=slots, ranks=ranks, on=on, address=address, options=job_options(cluster, resource)), tick)
     document = write_outcome(plan, ledger)
     show({**document, "folder": str(plan.folder), "report": str(plan.folder / "report.html")}, as_json, render)
     if document["failed"]:
         raise typer.Exit(1)
+
+
+def job_options(cluster: str | None, resources: list[str] | None) -> dict[str, Any]:
+    """{"cluster": ..., "spec": fields of a JobSpec} from the command line."""
+    import yaml
+
+    from segfleet.preprocess.problems import InputError
+
+    spec = {}
+    for text in resources or []:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--resource: found '{text}', expected field=value, for example gpus_per_node=4")
+        spec[key] = value if ":" in value else yaml.safe_load(value)
+    return {"cluster": cluster, "spec": spec}
 
 
 def warn(lines: list[str]) -> None:

@@ -24,6 +24,7 @@ from segfleet.sweeps.ledger import STOP, Ledger
 from segfleet.sweeps.plan import Plan, claim
 from segfleet.sweeps.trial import backend
 
+JOBS = 16  # in SLURM's queue at a time, if nobody says how many
 SETTINGS = {  # of Ray and Tune: no telemetry, no files, no flood; the tree on disk is the state
     "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -51,12 +52,16 @@ class Resources:
 
     @property
     def at_once(self) -> int:
-        return self.slots or max(1, available_cores() // self.ranks)
+        return self.slots or (JOBS if self.on == "slurm" else max(1, available_cores() // self.ranks))
 
 
 def run_sweep(plan: Plan, resources: Resources, tick: Callable[[int, int], None] = lambda done, total: None) -> Ledger:
     """Train and score what is missing. Raises InputError for the user's mistakes, Interrupted after an agreed stop."""
     backend(resources.on)
+    if resources.on == "slurm":
+        from segfleet.sweeps.slurm_backend import check
+
+        check(resources.options or {})
     claim(plan)
     lock = Lock(plan.folder)
     try:

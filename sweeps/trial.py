@@ -42,7 +42,13 @@ class Local:
         run_ranks(order["job"], order["ranks"], poll, order["threads"])
 
 
-BACKENDS: dict[str, type[Backend]] = {"local": Local}
+def slurm() -> Backend:
+    from segfleet.sweeps.slurm_backend import Slurm
+
+    return Slurm()
+
+
+BACKENDS: dict[str, Callable[[], Backend]] = {"local": Local, "slurm": slurm}
 
 
 def backend(name: str) -> Backend:
