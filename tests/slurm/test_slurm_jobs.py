@@ -118,8 +118,7 @@ def test_a_network_that_cannot_be_built_never_waits_in_a_queue(cluster):
 
 
 def test_a_dry_run_asks_the_controller(cluster):
-    document = json.loads(
-        cluster.segfleet("submit", "tiny.yaml", "--nodes", "2", "--gpus-per-node", "2", "--dry-run", "--runs", "rehearsed", "--json").stdout
-    )
+    options = ("--nodes", "2", "--gpus-per-node", "2", "--dry-run", "--runs", "rehearsed", "--json")
+    document = json.loads(cluster.segfleet("submit", "tiny.yaml", *options).stdout)
     assert "#SBATCH --gpus-per-node=2" in document["script"] and "4 processors on nodes" in document["controller"][0]
     assert not (cluster.folder / "rehearsed").exists()
