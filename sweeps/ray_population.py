@@ -106,6 +106,7 @@ def member(config: dict[str, Any], order: str) -> None:
     if checkpoint := tune.get_checkpoint():
         with checkpoint.as_directory() as folder:
             stages = json.loads((Path(folder) / "stages.json").read_text())
+        write_atomically(Path(facts["sweep"]) / MEMBERS / f"{config['member']}.json", json.dumps(stages))  # perhaps another's by now
     while len(stages) < facts["generations"]:
         document = json.loads(json.dumps(facts["recipe"]))
         for label, value in config.items():
