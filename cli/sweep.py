@@ -85,7 +85,9 @@ def forecast(plan: Any, slots: int) -> dict[str, Any]:
 
     ledger = Ledger(plan.tree, plan.runs, plan.folder)
     nodes = [describe(plan, ledger, node) for node in plan.tree.walk()]
-    return {"sweep": plan.search.space.name, "folder": str(plan.folder), **estimate(plan, slots), "warnings": plan.warnings, "tree": nodes}
+    notes = [] if plan.search.planned else ["its points come one after another; what is shown is what earlier runs of it have asked for"]
+    facts = {"sweep": plan.search.space.name, "folder": str(plan.folder), **estimate(plan, slots)}
+    return {**facts, "warnings": [*plan.warnings, *notes], "tree": nodes}
 
 
 def describe(plan: Any, ledger: Any, node: Any) -> dict[str, Any]:

@@ -34,6 +34,7 @@ SETTINGS = {  # of Ray and Tune: no telemetry, no files, no flood; the tree on d
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_worker_niceness": "0",  # Ray's default of 15 would be the ranks' as well
     "RAY_gcs_rpc_server_reconnect_timeout_s": "300",  # a machine under load is slow, not dead
     "RAY_health_check_timeout_ms": "60000",
     "RAY_raylet_start_wait_time_s": "120",
