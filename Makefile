@@ -24,8 +24,11 @@ $(VENV)/tests-ready: $(VENV)/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt dynamic-network-architectures
 	touch $@
 
-# A browser for the report's test, where we may install one.
+# A real SLURM for the tests of submitted jobs, and a browser for the report's test, where we may install them.
 system:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v slurmctld && command -v slurmd && command -v sbatch && command -v munged; } >/dev/null; then
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null || echo "SLURM could not be installed: its tests will be skipped, and fail where CI is set"
+	fi
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium >/dev/null; then
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null || echo "chromium could not be installed: the browser test will be skipped"
 	fi

@@ -88,14 +88,17 @@ class SlurmJob:
 
 
 def attach(run: Path) -> SlurmJob:
-    """The latest submission of a run. Raises InputError if there is none."""
-    return SlurmJob(run, latest(run))
+    """The latest submission of a run to SLURM. Raises InputError if there is none."""
+    found = latest(run)
+    if found.launcher != "slurm":
+        raise InputError(f"run: {run.name} was started on this machine, not by SLURM")
+    return SlurmJob(run, found)
 
 
 def refuse_if_active(run: Path) -> None:
     """Raises InputError if a job of this run waits or runs."""
     for made in submissions(run)[-1:]:
-        if (found := SlurmJob(run, made).look())["state"] in ("queued", "running"):
+        if made.launcher == "slurm" and (found := SlurmJob(run, made).look())["state"] in ("queued", "running"):
             raise InputError(f"run: {run.name} is {found['state']} already as job {made.id}; `segfleet cancel {run.name}` first")
 
 

@@ -18,7 +18,8 @@ NOTHING = {"job": None, "queue": None, "reason": None, "node": None}
 def status(root: Path) -> list[dict[str, Any]]:
     """The rows of pipeline.status, with job, queue (SLURM's own word), reason, node. Works without accounting and without SLURM."""
     rows = own.status(root)
-    jobs = {row["run"]: SlurmJob(Path(row["path"]), found[-1]) for row in rows if (found := submissions(Path(row["path"])))}
+    found = {row["run"]: submissions(Path(row["path"]))[-1:] for row in rows}
+    jobs = {row["run"]: SlurmJob(Path(row["path"]), last) for row in rows for last in found[row["run"]] if last.launcher == "slurm"}
     queue, accounts = {}, {}
     if jobs:
         with suppress(InputError):

@@ -1,0 +1,231 @@
+"""What a job asks for: parsing, profiles, and the text of the sbatch script for every option."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from segfleet.pipeline.stop import StopRequest
+from segfleet.preprocess.problems import InputError
+from segfleet.slurm import cluster, health, rank, snapshot, submission
+from segfleet.slurm.jobspec import JobSpec, make_spec, minutes
+from segfleet.slurm.prepare import members
+from segfleet.slurm.submitit_launcher import SlurmLauncher, cleaned_environment, without_bad_nodes
+
+RUN, ROOT = Path("/runs/aaa/bbb"), Path("/runs")
+LINES = [
+    ({"nodes": 3}, ["#SBATCH --nodes=3"]),
+    ({"gpus_per_node": 4}, ["#SBATCH --gpus-per-node=4", "#SBATCH --ntasks-per-node=4"]),
+    ({"ranks_per_node": 2}, ["#SBATCH --ntasks-per-node=2"]),
+    ({"cpus": 6}, ["#SBATCH --cpus-per-task=6", "--cpus-per-task=6 bash"]),
+    ({"memory": "64G"}, ["#SBATCH --mem=64G"]),
+    ({"time": "1-02:00:00"}, ["#SBATCH --time=1560", "#SBATCH --signal=USR2@120"]),
+    ({"time": 3}, ["#SBATCH --signal=USR2@60"]),
+    ({"time": "12h", "warning": 300}, ["#SBATCH --signal=USR2@300"]),
+    ({"partition": "gpu"}, ["#SBATCH --partition=gpu"]),
+    ({"account": "hearts"}, ["#SBATCH --account=hearts"]),
+    ({"qos": "high"}, ["#SBATCH --qos=high"]),
+    ({"constraint": "a100&nvme"}, ["#SBATCH --constraint='a100&nvme'"]),
+    ({"exclude": "n[1-3]"}, ["#SBATCH --exclude='n[1-3]'"]),
+    ({"nodelist": "n7"}, ["#SBATCH --nodelist=n7"]),
+    ({"reservation": "course"}, ["#SBATCH --reservation=course"]),
+    ({"mail": "a@b.org"}, ["#SBATCH --mail-user=a@b.org", "#SBATCH --mail-type=END,FAIL"]),
+    ({"mail": "a@b.org", "mail_on": "REQUEUE"}, ["#SBATCH --mail-user=a@b.org", "#SBATCH --mail-type=REQUEUE"]),
+    ({"dependency": "afterok:12"}, ["#SBATCH --dependency=afterok:12", "#SBATCH --kill-on-invalid-dep=yes"]),
+    ({"sbatch": ("--licenses=x:2", "--exclusive")}, ["#SBATCH --licenses=x:2", "#SBATCH --exclusive\n"]),
+    ({"setup": ("module load CUDA/12", "ulimit -n 65536")}, ["\nmodule load CUDA/12\nulimit -n 65536\n"]),
+    ({"container": "apptainer exec --nv i.sif"}, ["rank apptainer exec --nv i.sif python3 -u -m submitit.core._submit"]),
+    ({"python": "/opt/my env/python"}, ["rank '/opt/my env/python' -u -m submitit.core._submit"]),
+    (
+        {},
+        [
+            "#SBATCH --requeue",
+            "--kill-on-bad-exit=1",
+            "#SBATCH --open-mode=append",
+            "\nexit $code",
+            "PYTHONPATH=/runs/.code/",
+            "#SBATCH --time=60",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), LINES, ids=[",".join(options) or "always" for options, _ in LINES])
+def test_every_option_is_in_the_script(options, expected):
+    script = SlurmLauncher().script(RUN, ROOT, make_spec(options, places=()))
+    for line in expected:
+        assert line in script, script
+    ours = script[: script.index("# setup")]
+    for name in ("partition", "account", "qos", "mem", "mail-user", "reservation", "dependency", "wckey"):
+        assert f"--{name}=" not in ours or any(f"--{name}=" in line for line in expected), "nothing is set that nobody asked for"
+
+
+def test_an_array_and_live_code_in_the_script():
+    script = SlurmLauncher(live=True).script(RUN, ROOT, make_spec({"throttle": 3}, places=()), members=7)
+    assert "#SBATCH --array=0-6%3" in script and "%A_%a_%t_log.out" in script and "PYTHONPATH" not in script
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"time": "tomorrow"}, "time: found 'tomorrow'"),
+        ({"time": 0}, "more than nothing"),
+        ({"nodes": 0}, "nodes: found 0"),
+        ({"memory": "much"}, "for example 64G"),
+        ({"mail_on": "EVER"}, "'EVER' is none of: NONE, BEGIN"),
+        ({"sbatch": ("licenses=x",)}, "expected --option or --option=value"),
+        ({"sbatch": ("--output=x",)}, "--output is set by segfleet itself"),
+        ({"setup": ("a\nb",)}, "one shell line per item"),
+        ({"partition": "a b"}, "partition: found 'a b'"),
+        ({"gpu": 1}, "gpu: unknown option; expected one of: nodes, gpus_per_node"),
+    ],
+)
+def test_a_wrong_option_is_named(options, words):
+    with pytest.raises(InputError) as error:
+        make_spec(options, places=())
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(5, 5), ("90", 90), ("0:15", 1), ("1:00:00", 60), ("1-0", 1440), ("1-2:30", 1590), ("12h", 720), ("1d6h", 1800), ("90m", 90)],
+)
+def test_time_limits(text, expected):
+    assert minutes(text) == expected
+
+
+def test_profiles(tmp_path):
+    place = tmp_path / "clusters.yaml"
+    place.write_text("default: alpha\nclusters:\n  alpha: {partition: gpu, gpus_per_node: 4}\n  beta: {time: 5}\n")
+    assert make_spec({"nodes": 2}, places=(place,)) == JobSpec(nodes=2, partition="gpu", gpus_per_node=4)
+    assert make_spec({"time": 7}, "beta", (place,)).minutes == 7
+    for text, words in [
+        ("clusters: {alpha: {parttion: gpu}}", "parttion: unknown option"),
+        ("clusters: {alpha: 3}", "clusters.alpha: found 3"),
+        ("cluster: {}", "found no mapping `clusters`"),
+        ("clusters: {}\nfoo: 1", "found the key 'foo'"),
+        ("default: x\nclusters: {a: {}}", "found no cluster 'x'; expected one of: a"),
+        ("clusters: [", "is no YAML document"),
+    ]:
+        place.write_text(text)
+        with pytest.raises(InputError, match=words.split("'")[0].replace("(", ".")) as error:
+            make_spec({}, places=(place,))
+        assert words in str(error.value)
+
+
+def test_a_surrounding_job_leaves_nothing_in_the_environment(monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_CPU_BIND", "SBATCH_PARTITION", "SRUN_DEBUG", "PMI_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("MINE", "1")
+    with cleaned_environment():
+        assert os.environ["SLURM_CONF"] == "/etc/slurm.conf" and os.environ["MINE"] == "1"
+        assert not [
+            name for name in os.environ if name.startswith(("SLURM_J", "SLURM_CPU", "SBATCH", "SRUN", "PMI")) or name in cluster.RANKS
+        ]
+    assert os.environ["RANK"] == "7"
+
+
+def test_members_of_an_array():
+    assert members([]) == [[]]
+    assert members(["seed=1,2", "data.fold=0..1"]) == [
+        ["seed=1", "data.fold=0"], ["seed=1", "data.fold=1"], ["seed=2", "data.fold=0"], ["seed=2", "data.fold=1"],
+    ]  # fmt: skip
+
+
+def test_bad_nodes_are_left_out_for_a_week(tmp_path):
+    assert without_bad_nodes(JobSpec(), tmp_path).exclude is None
+    health.remember(tmp_path, "n3", "no GPU")
+    health.remember(tmp_path, "n4", "no GPU")
+    os.utime(tmp_path / ".bad-nodes" / "n4", (0, time.time() - 8 * 24 * 3600))
+    assert without_bad_nodes(JobSpec(exclude="n1"), tmp_path).exclude == "n1,n3"
+
+
+def test_a_granted_gpu_that_torch_does_not_see_is_a_bad_node(monkeypatch):
+    import torch
+
+    from segfleet.pipeline.gang import Gang
+
+    monkeypatch.delenv("SEGFLEET_DEVICE", raising=False)
+    gang = Gang(torch.device("cpu"))
+    health.examine(gang, 0, "n1")
+    with pytest.raises(health.BadNode, match="node n1: 2 GPU"):
+        health.examine(gang, 2, "n1")
+
+
+def test_restarts_without_progress_end(tmp_path, monkeypatch):
+    steps = iter([0, 5, 5, 5, 5])
+    monkeypatch.setattr(submission, "steps_done", lambda run: next(steps))
+    for life in range(5):
+        folder = tmp_path / f"life-12.{life}"
+        folder.mkdir()
+        if life < 4:
+            rank.begin(folder, tmp_path, 3)
+        else:
+            with pytest.raises(rank.Fruitless, match="restarted 3 times at step 5"):
+                rank.begin(folder, tmp_path, 3)
+
+
+def test_results_of_another_job_of_the_same_id_never_count(tmp_path):
+    """A new cluster counts from one again; a requeued job had failures in an earlier life."""
+    facts = {"launcher": "slurm", "spec": JobSpec(), "code": None, "commit": None, "name": "x", "id": "1"}
+    first, second = (submission.record(f, logs=f, **facts) for f in (submission.new_folder(tmp_path), submission.new_folder(tmp_path)))
+    life = Path(first.logs) / "life-1.0"
+    life.mkdir()
+    (life / "failed-0.json").write_text(json.dumps({"rank": 0, "time": 1, "exit_code": 1, "message": "old", "lost_partner": False}))
+    assert first.outcome() == ("failed", "old") and second.outcome() == (None, None)
+    (Path(first.logs) / "life-1.10").mkdir()
+    assert first.outcome() == (None, None)
+    assert submission.latest(tmp_path) == second
+
+
+def test_the_first_own_failure_is_shown(tmp_path):
+    for number, (lost, moment) in enumerate([(True, 1.0), (False, 3.0), (False, 2.0)]):
+        report = {"rank": number, "time": moment, "exit_code": 1, "message": f"rank {number}", "lost_partner": lost}
+        (tmp_path / f"failed-{number}.json").write_text(json.dumps(report))
+    assert submission.failure(tmp_path)["message"] == "rank 2"
+
+
+def test_code_is_frozen_once(tmp_path):
+    first = snapshot.freeze_code(tmp_path)
+    assert snapshot.freeze_code(tmp_path) == first
+    assert (first / "segfleet" / "slurm" / "rank.py").read_bytes() == Path(rank.__file__).read_bytes()
+    assert (first / "segfleet" / "pipeline" / "recipes").is_dir()
+
+
+def test_a_deadline_asks_to_stop_in_time(monkeypatch):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        now = [1000.0]
+        monkeypatch.setattr("segfleet.pipeline.stop.time", SimpleNamespace(time=lambda: now[0]))
+        stop = StopRequest()
+        stop.deadline, stop.margin = 2000.0, 60.0
+        for now[0] in (1010.0, 1050.0, 1870.0):  # the longest pause was 820 s, and a third of the time is 333 s
+            asked = stop.asked()
+        assert asked and stop.reason == "the time limit"
+        calm = StopRequest()
+        calm.deadline, calm.margin = 3000.0, 60.0
+        for now[0] in range(1870, 2939):
+            assert not calm.asked()
+        now[0] = 2941.0
+        assert calm.asked()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_submitting_loads_no_torch():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from segfleet.cli import submit, resume, logs, cancel, status; from segfleet.slurm import submitit_launcher, prepare"
+    )
+    code += "; import segfleet.slurm.status; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
