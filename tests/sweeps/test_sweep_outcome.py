@@ -64,7 +64,16 @@ def test_ranking(scored):
     assert document["nodes"] == {"done": 15, "ready": 1}
 
 
-def test_files(scored, monkeypatch):
+def test_a_failed_stage_is_named_with_what_it_took(scored):
+    plan, ledger = scored
+    ready = next(node for node in plan.tree.nodes.values() if ledger.state(node) == "ready")
+    ledger.mark(ready, "failed", message="rank 0 <broke>")
+    document = write_outcome(plan, ledger)
+    assert document["failed"] == {ready.uid: "rank 0 <broke>"} and document["nodes"] == {"done": 15, "failed": 1}
+    assert "rank 0 &lt;broke&gt;" in (plan.folder / "report.html").read_text()
+
+
+def test_files(scored):
     plan, ledger = scored
     document = write_outcome(plan, ledger)
     assert json.loads((plan.folder / "outcome.json").read_text()) == document
