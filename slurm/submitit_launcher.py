@@ -154,12 +154,17 @@ def before(logs: Path, spec: JobSpec, code: Path | None) -> list[str]:
 
 
 def after() -> list[str]:
-    """Shell lines behind the ranks: an interrupted job that still runs comes back; the exit code stays the ranks' own."""
+    """Shell lines behind the ranks: an interrupted job comes back, unless a person ended it; the exit code stays the ranks' own.
+
+    A job whose time is up is being ended by SLURM, no longer running; it comes back if its ranks stopped or were killed, not if one failed.
+    """
+    life = f"${submission.LIFE}"
     return [
-        "code=$?",
-        f'if [ $code = {INTERRUPTED} ] && [ ! -e "${submission.LIFE}/stay" ] && [ "{STATE}" = RUNNING ]; then',
-        '  scontrol requeue "$SLURM_JOB_ID" && sleep 60  # SLURM ends this script',
-        "fi",
+        "code=$? again=no",
+        f'[ $code = {INTERRUPTED} ] && [ "{STATE}" = RUNNING ] && again=yes',
+        f'[ -e "{life}/life.json" ] && {{ [ $code = {INTERRUPTED} ] || [ $code -gt 128 ]; }} && \\',
+        '  [ "${SEGFLEET_END:-0}" -gt 0 ] && [ "$(date +%s)" -ge "$SEGFLEET_END" ] && again=yes',
+        f'[ $again = yes ] && [ ! -e "{life}/stay" ] && scontrol requeue "$SLURM_JOB_ID" && sleep 60  # SLURM ends this script',
         "exit $code",
     ]
 

@@ -75,13 +75,13 @@ class Cluster:
     def call(self, *command: str) -> str:
         return self.sandbox.call(*command)
 
-    def wait(self, condition, timeout=120.0, what="") -> None:
+    def wait(self, condition, timeout=240.0, what="") -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < deadline, f"{what} did not come within {timeout:.0f} s:\n{self.call('squeue', '--states=all')}"
             time.sleep(0.2)
 
-    def wait_for_state(self, document: dict, *states: str, timeout=120.0) -> str:
+    def wait_for_state(self, document: dict, *states: str, timeout=240.0) -> str:
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         found = []
 
@@ -93,7 +93,7 @@ class Cluster:
         assert found[-1] in states, f"{found[-1]}, expected {states}:\n{self.output(document)}"
         return found[-1]
 
-    def wait_for_step(self, document: dict, step: int, timeout=120.0) -> Path:
+    def wait_for_step(self, document: dict, step: int, timeout=240.0) -> Path:
         """Wait until the first stage has logged `step` in whatever life; its folder."""
         stage = Path(document["run"]).parent
 

@@ -113,7 +113,7 @@ def test_time_limits_change_nothing(cluster, straight, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(SLOW)
     job = cluster.submit(*TWO, "--time", "1", "--warning", "15", runs="limits", PYTHONPATH=str(tmp_path))
     for stops in (1, 2):
-        cluster.wait(lambda stops=stops: len(cluster.stopped(job)) == stops, 120, f"stop {stops}")
+        cluster.wait(lambda stops=stops: len(cluster.stopped(job)) == stops, 150, f"stop {stops}")
         cluster.release(job)
     while cluster.wait_for_state(job, "COMPLETED", "PENDING", timeout=150) == "PENDING":
         cluster.release(job)
@@ -124,5 +124,5 @@ def test_time_limits_change_nothing(cluster, straight, tmp_path):
 @pytest.mark.long
 def test_zero_one_on_two_nodes(cluster, straight):
     job = cluster.submit("--nodes", "2", "--ranks-per-node", "2", "--engine", "deepspeed", "--no-check", runs="zero")
-    cluster.wait_for_state(job, "COMPLETED", timeout=200)
+    cluster.wait_for_state(job, "COMPLETED", timeout=280)
     cluster.same_result(job, straight(4, "engine.name=deepspeed"))
