@@ -3,6 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SEG := $(VENV)/bin/segfleet
 SHELL := /bin/bash
+export PYTHONUTF8 := 1
 .ONESHELL:
 .SHELLFLAGS := -euo pipefail -c
 .PHONY: demo test install system lint long clean-demo

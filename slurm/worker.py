@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.pipeline.stop import StopRequest
+from segfleet.preprocess.problems import explain
 from segfleet.slurm.local import die_with_parent
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "recv failed", "Socket closed")
@@ -40,29 +41,23 @@ def work(meeting: Path, job: Path, stop: StopRequest, first: Callable[[Any], Non
         jobs.run_job(document, members, stop)
         return 0, None
     except BaseException as error:
-        report(meeting, int(os.environ.get("RANK", "0")), error)
-        return getattr(error, "exit_code", 1), error
+        return report(meeting, int(os.environ.get("RANK", "0")), error), error
 
 
-def report(meeting: Path, rank: int, error: BaseException) -> None:
-    """Leave the reason for the launcher: the message for the user's mistakes, the traceback for ours."""
-    code = getattr(error, "exit_code", 1)
-    full = "".join(traceback.format_exception(error))
-    facts = {
-        "rank": rank,
-        "time": time.time(),
-        "exit_code": code,
-        "message": str(error) if code != 1 else f"rank {rank} failed:\n{full}",
-        "lost_partner": lost_partner(error),
-    }
+def report(meeting: Path, rank: int, error: BaseException) -> int:
+    """Leave the reason for the launcher, the message for the user's mistakes and the traceback for ours; the exit code."""
+    known = explain(error)
+    message, code = known or (f"rank {rank} failed:\n{''.join(traceback.format_exception(error))}", 1)
+    facts = {"rank": rank, "time": time.time(), "exit_code": code, "message": message, "lost_partner": lost_partner(error)}
     partial = meeting / f".failed-{rank}"
     partial.write_text(json.dumps(facts), encoding="utf-8")
     os.replace(partial, meeting / f"failed-{rank}.json")
+    return code
 
 
 def lost_partner(error: BaseException) -> bool:
     """Whether a rank failed only because another one went."""
-    return getattr(error, "exit_code", 1) == 1 and any(sign in "".join(traceback.format_exception(error)) for sign in LOST)
+    return explain(error) is None and any(sign in "".join(traceback.format_exception(error)) for sign in LOST)
 
 
 def leave(code: int) -> None:

@@ -63,7 +63,10 @@ def test_exit_codes(capsys):
 
 def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path):
     command = [sys.executable, "-m", "segfleet.cli.main", "models"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell in the background starts its children with SIGINT ignored; a user's terminal does not.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
     time.sleep(1.0)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -274,14 +275,19 @@ def test_patience_ends_a_stage_early_and_the_next_one_starts_from_there(tiny_sto
 
 
 def test_stop_file_and_time_limit(tmp_path):
-    stop = StopRequest.__new__(StopRequest)  # without its signal handlers
-    stop.reason, stop.watch, stop.deadline = None, tmp_path / "stop", None
-    assert not stop.asked()
-    stop.deadline = time.monotonic() - 1
-    assert stop.asked() and stop.reason == "the time limit"
-    stop.reason = stop.deadline = None
-    (tmp_path / "stop").touch()
-    assert stop.asked() and stop.reason.endswith("stop")
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        stop = StopRequest(tmp_path / "stop")
+        assert not stop.asked()
+        stop.deadline = time.time() - 1
+        assert stop.asked() and stop.reason == "the time limit"
+        stop.reason = stop.deadline = None
+        (tmp_path / "stop").touch()
+        assert stop.asked() and stop.reason == "the file stop"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_frozen_parameters_stay(tiny_store, tmp_path):
