@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from segfleet.pipeline.recipe import Recipe
+from segfleet.pipeline.recipe import Recipe, parse
 from segfleet.pipeline.run import stage_steps
 from segfleet.preprocess.manifest import Manifest, load_manifest, write_atomically
 from segfleet.preprocess.problems import InputError
 from segfleet.sweeps.space import Point, Search, Trial, describe
 from segfleet.sweeps.tree import StageNode, StageTree
 
-SPACE, POINTS = "space.json", "points.jsonl"
+SPACE, POINTS, POPULATION = "space.json", "points.jsonl", "population.json"
 
 
 @dataclass
@@ -54,6 +54,17 @@ class Plan:
         self.tree.add(made)
         return made
 
+    def add_members(self, members: list[list[dict[str, Any]]]) -> None:
+        """Add the paths that the members of a population took: their stages."""
+        first = self.search.trials({axis.label: axis.values[0] for axis in self.search.axes})
+        recipe = with_stores(first)[0].recipe
+        trials = []
+        for number, stages in enumerate(members):
+            walked = parse({**recipe.model_dump(mode="json"), "stages": stages})
+            point = {"member": number} | {axis.label: walk_of(walked, axis.label) for axis in self.search.axes}
+            trials.append(Trial(number=number, point=point, recipe=walked))
+        self.tree.add(trials)
+
     def name(self, node: StageNode) -> str:
         """What the node's run is called in `segfleet status`."""
         number = f"t{node.leaf_of[0]:03d}" if node.leaf_of else f"stage{node.index + 1}-{node.uid[:6]}"
@@ -83,8 +94,16 @@ def make_plan(search: Search, runs: Path, build: bool = True) -> Plan:
     if search.space.search == "optuna" and foreign(plan) is None:
         for point in read_points(plan.folder):
             plan.grow(point)
+    if search.space.scheduler == "pbt" and foreign(plan) is None and (plan.folder / POPULATION).exists():
+        plan.add_members(json.loads((plan.folder / POPULATION).read_text(encoding="utf-8")))
     plan.warnings += oddities(plan)
     return plan
+
+
+def walk_of(recipe: Recipe, label: str) -> str:
+    """What an axis of a population became, generation by generation."""
+    values = [getattr(stage, label.split(".")[2]) for stage in recipe.stages]
+    return " > ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
 
 
 def read_points(folder: Path) -> list[Point]:
@@ -156,7 +175,7 @@ def oddities(plan: Plan) -> list[str]:
         found.append(f"{sum(map(len, same))} trials fall together in {len(same)}: {', '.join(labels)} does not change what is trained")
     if search.planned and search.space.search == "grid" and len(search.points()) == search.space.budget.trials:
         found.append(f"budget.trials keeps the first {search.space.budget.trials} points of the grid")
-    if len(plan.trials) > 1 and tree.shared_epochs == tree.naive_epochs:
+    if search.planned and len(plan.trials) > 1 and tree.shared_epochs == tree.naive_epochs:
         found.append(f"no two trials share a stage: {_why_not(plan)}")
     return found
 

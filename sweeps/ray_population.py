@@ -1,7 +1,8 @@
 """Population based training through Ray Tune. Every generation of a member is a stage, so the population is a stage tree as well.
 
 A member that is replaced goes on from its better's checkpoint because its stages, so far, are the better's stages; the new rates make a new
-child. Generations are compared by the Dice of all validation cases. Started again, the same draws find what is already on disk.
+child. Generations are compared by the Dice of all validation cases. A finished population is never run again; one that was killed starts
+again, and what it happens to draw again is on disk already.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from segfleet.pipeline.recipe import Recipe, parse
+from segfleet.pipeline.recipe import parse
+from segfleet.pipeline.stop import Interrupted
+from segfleet.preprocess.manifest import load_manifest, write_atomically
 from segfleet.preprocess.problems import InputError
 from segfleet.sweeps.ledger import EVALUATION, STOP, Ledger
-from segfleet.sweeps.plan import Plan, check, with_stores
-from segfleet.sweeps.space import Trial, put
+from segfleet.sweeps.plan import POPULATION, Plan, check, with_stores
+from segfleet.sweeps.space import put
 from segfleet.sweeps.trial import perform
 
 MEMBERS = "members"  # folder of <member>.json: its stages so far
@@ -76,20 +79,14 @@ def run_population(plan: Plan, resources: Any, tick: Callable[[int, int], None],
         results = tuner.fit()
     if results.errors:
         raise RuntimeError(f"{len(results.errors)} member(s) of the population failed; the first: {results.errors[0]}")
-    trials = []
-    for path in sorted((plan.folder / MEMBERS).glob("*.json"), key=lambda path: int(path.stem)):
-        recipe = parse({**order["recipe"], "stages": json.loads(path.read_text(encoding="utf-8"))})
-        point = {"member": int(path.stem)} | {axis.label: schedule(recipe, axis.label) for axis in plan.search.axes}
-        trials.append(Trial(number=len(trials), point=point, recipe=recipe))
-    plan.tree.add(trials)
+    if (plan.folder / STOP).exists():
+        raise Interrupted("the population stopped in order; all saved. Run the same command again; no stage is trained twice.")
+    paths = sorted((plan.folder / MEMBERS).glob("*.json"), key=lambda path: int(path.stem))
+    members = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    write_atomically(plan.folder / POPULATION, json.dumps(members, indent=1))
+    plan.add_members(members)
     tick(plan.tree.shared_epochs, plan.tree.shared_epochs)
     return Ledger(plan.tree, plan.runs, plan.folder)
-
-
-def schedule(recipe: Recipe, label: str) -> str:
-    """What an axis became, generation by generation."""
-    values = [getattr(stage, label.split(".")[2]) for stage in recipe.stages]
-    return " > ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
 
 
 def domain(axis: Any) -> Any:
@@ -99,7 +96,6 @@ def domain(axis: Any) -> Any:
 def member(config: dict[str, Any], order: str) -> None:
     """One member: a stage per generation, after the stages of whoever it was copied from."""
     from segfleet.pipeline.run import stage_folders, stage_steps
-    from segfleet.preprocess.manifest import load_manifest, write_atomically
 
     facts = json.loads(order)
     stages: list[dict[str, Any]] = []

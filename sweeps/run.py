@@ -67,7 +67,7 @@ def run_sweep(plan: Plan, resources: Resources, tick: Callable[[int, int], None]
     lock = Lock(plan.folder)
     try:
         (plan.folder / STOP).unlink(missing_ok=True)
-        if plan.search.space.scheduler == "pbt":
+        if plan.search.space.scheduler == "pbt" and not plan.trials:
             from segfleet.sweeps.ray_population import run_population
 
             with ray_session(resources, plan.folder) as storage:

@@ -144,7 +144,7 @@ def test_a_signal_stops_in_order(space, tmp_path, number):
     space["base"]["save_every"] = 1000
     (tmp_path / "space.yaml").write_text(yaml.safe_dump({**space, "axes": {}, "stages": stages}))
     process = segfleet("sweep", "space.yaml", "--slots", 2, cwd=tmp_path)
-    wait_until(lambda: any("step" in path.read_text() for path in tmp_path.rglob("events.jsonl")), process)
+    wait_until(lambda: any(events(path.parent, "step") for path in tmp_path.rglob("events.jsonl")), process)
     process.send_signal(number)
     code, _, err = finished(process)
     assert code == 75 and "all saved" in err and "Traceback" not in err, err
@@ -154,7 +154,7 @@ def test_a_signal_stops_in_order(space, tmp_path, number):
     assert code == 0, err
     for folder in stopped:
         at = events(folder, "stopped")[-1]["at_step"]
-        assert [event["from_step"] for event in events(folder, "resumed")] == [at]
+        assert [event["from_step"] for event in events(folder, "resumed")] == ([at] if at else [])  # at 0 there was nothing to save
 
 
 @pytest.mark.long
@@ -172,16 +172,16 @@ def test_schedulers_and_searches_run_and_run_again_for_nothing(space, tmp_path, 
     space["base"]["evaluation"] = {"every": 1}
     stages = [{"epochs": 2, "steps": 2, "lr": [1e-2, 1e-3]}, {"epochs": 2, "steps": 2, "lr": [1e-3, 1e-4]}]
     (tmp_path / "space.yaml").write_text(yaml.safe_dump({**space, "axes": {}, "stages": stages, **changes}))
-    documents = []
+    documents, written = [], []
     for _ in range(2):
         code, out, err = finished(segfleet("sweep", "space.yaml", "--slots", 2, "--json", cwd=tmp_path), timeout=800)
         assert code == 0, err
         documents.append(json.loads(out))
-        states = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("done.json")}
+        written.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("done.json")})
     first, second = documents
-    assert first["best"] == second["best"] and len(states) == sum(first["nodes"][state] for state in ("done",))
+    assert first == second and written[0] == written[1]
     assert first["best"]["score"] >= max(row["score"] for row in first["ranking"])
     if "search" in changes:
         assert len(first["ranking"]) == 3
     if changes.get("scheduler") == "pbt":
-        assert len(first["ranking"]) == 3 and first["savings"]["ratio"] > 1  # somebody was replaced
+        assert len(first["ranking"]) == 3 and {row["epochs"] for row in first["ranking"]} == {3}
