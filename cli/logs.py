@@ -9,12 +9,15 @@ from typing import Annotated
 
 import typer
 
+from segfleet.cli.output import Json, show
+
 
 def command(
     run: Annotated[str, typer.Argument(help="A run folder, the beginning of its uid, or its recipe's name.")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
     rank: Annotated[int | None, typer.Option(min=0, help="One rank; by default all, each line with its rank if there are several.")] = None,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    as_json: Json = False,
 ) -> None:
     """Print what the ranks of a submitted run have printed, over all restarts."""
     from segfleet.pipeline.run import find_run
@@ -27,6 +30,10 @@ def command(
     if rank is not None and rank >= count:
         raise InputError(f"--rank: found {rank}, expected 0 to {count - 1}")
     ranks = range(count) if rank is None else [rank]
+    if as_json:
+        texts = {str(number): text_of(job.submission.log(number)) for number in ranks}
+        show({"run": str(job.submission.folder), "ranks": texts}, True, print)
+        return
     tails = [Tail(job.submission.log(number), f"{number}: " if len(ranks) > 1 else "") for number in ranks]
     while True:
         over = not follow or job.state() not in ("queued", "running")
@@ -36,6 +43,10 @@ def command(
         if over:
             return
         time.sleep(1)
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 class Tail:
