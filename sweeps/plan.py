@@ -169,7 +169,7 @@ def oddities(plan: Plan) -> list[str]:
     for trial in plan.trials:
         by_leaf.setdefault(tree.leaves[trial.number], []).append(trial)
     same = [members for members in by_leaf.values() if len(members) > 1]
-    if same:
+    if same and search.planned:
         first, second = same[0][:2]
         labels = [label for label in first.point if first.point[label] != second.point[label]]
         found.append(f"{sum(map(len, same))} trials fall together in {len(same)}: {', '.join(labels)} does not change what is trained")

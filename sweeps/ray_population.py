@@ -31,7 +31,7 @@ from segfleet.sweeps.plan import POPULATION, Plan, check, with_stores
 from segfleet.sweeps.space import put
 from segfleet.sweeps.trial import perform
 
-MEMBERS = "members"  # folder of <member>.json: its stages so far
+MEMBERS = "members"  # folder of <trial>.json: its stages so far
 
 
 def run_population(plan: Plan, resources: Any, tick: Callable[[int, int], None], storage: Path) -> Ledger:
@@ -81,7 +81,7 @@ def run_population(plan: Plan, resources: Any, tick: Callable[[int, int], None],
         raise RuntimeError(f"{len(results.errors)} member(s) of the population failed; the first: {results.errors[0]}")
     if (plan.folder / STOP).exists():
         raise Interrupted("the population stopped in order; all saved. Run the same command again; no stage is trained twice.")
-    paths = sorted((plan.folder / MEMBERS).glob("*.json"), key=lambda path: int(path.stem))
+    paths = sorted((plan.folder / MEMBERS).glob("*.json"))
     members = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     write_atomically(plan.folder / POPULATION, json.dumps(members, indent=1))
     plan.add_members(members)
@@ -97,12 +97,12 @@ def member(config: dict[str, Any], order: str) -> None:
     """One member: a stage per generation, after the stages of whoever it was copied from."""
     from segfleet.pipeline.run import stage_folders, stage_steps
 
-    facts = json.loads(order)
+    facts, trial = json.loads(order), tune.get_context().get_trial_id()  # config["member"] becomes that of whoever was copied
     stages: list[dict[str, Any]] = []
     if checkpoint := tune.get_checkpoint():
         with checkpoint.as_directory() as folder:
             stages = json.loads((Path(folder) / "stages.json").read_text())
-        write_atomically(Path(facts["sweep"]) / MEMBERS / f"{config['member']}.json", json.dumps(stages))  # perhaps another's by now
+        write_atomically(Path(facts["sweep"]) / MEMBERS / f"{trial}.json", json.dumps(stages))
     while len(stages) < facts["generations"]:
         document = json.loads(json.dumps(facts["recipe"]))
         for label, value in config.items():
@@ -124,7 +124,7 @@ def member(config: dict[str, Any], order: str) -> None:
         if result["state"] == "failed":
             raise RuntimeError(result["message"])
         summary = json.loads((leaf.path / EVALUATION).read_text(encoding="utf-8"))["summary"]
-        write_atomically(Path(facts["sweep"]) / MEMBERS / f"{config['member']}.json", json.dumps(stages))
+        write_atomically(Path(facts["sweep"]) / MEMBERS / f"{trial}.json", json.dumps(stages))
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "stages.json").write_text(json.dumps(stages))
             dice = summary["mean_foreground_dice"] or 0.0
