@@ -37,6 +37,7 @@ def command(
     setup: Annotated[list[str] | None, typer.Option(help="A shell line run before the ranks start.")] = None,
     container: Annotated[str | None, typer.Option(help="Command that runs what follows it in a container.")] = None,
     python: Annotated[str | None, typer.Option(help="Python on the nodes.")] = None,
+    stage_to: Annotated[str | None, typer.Option(help="Read the store from a copy on every node's disk: a folder, or '$TMPDIR'.")] = None,
     warning: Annotated[int | None, typer.Option(help="Seconds before the time limit at which the ranks save.")] = None,
     engine: Annotated[str | None, typer.Option(help="Short for engine.name=...")] = None,
     live: Annotated[bool, typer.Option("--live", help="Run the code as it is when the job starts, not as it is now.")] = False,

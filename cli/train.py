@@ -20,6 +20,7 @@ def command(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads per rank; by default the cores are shared out.")] = None,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     max_time: Annotated[float | None, typer.Option(min=0, help="Hours after which it stops in order; the same command goes on.")] = None,
+    stage_to: Annotated[str | None, typer.Option(help="Read the store from a copy on a local disk: a folder, or '$TMPDIR'.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train every stage of RECIPE that is not finished, score it and write its report. The same command continues or does nothing."""
@@ -41,7 +42,8 @@ def command(
         totals = [stage.epochs * steps for stage, steps in zip(chosen.stages, stage_steps(chosen, manifest), strict=True)]
         follow = Follower(folders, totals, tick)
         job = {"do": "train", "recipe": chosen.model_dump(mode="json"), "root": str(runs.resolve())}
-        run_ranks(job | ({"max_seconds": 3600 * max_time} if max_time else {}), ranks, follow.poll, threads)
+        job |= ({"max_seconds": 3600 * max_time} if max_time else {}) | ({"stage_to": stage_to} if stage_to else {})
+        run_ranks(job, ranks, follow.poll, threads)
     scores = json.loads((leaf / "evaluation.json").read_text(encoding="utf-8"))["summary"]
     document = {
         "run": str(leaf),

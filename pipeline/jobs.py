@@ -2,6 +2,7 @@
 
 {"do": "train", "recipe": {...}, "root": "runs"}: train what is missing of every stage, then score it;
     "max_seconds": 3600 stops in order after that time; "score": false leaves the scoring out.
+    "stage_to": "$TMPDIR" reads the store from a copy there, variables as the node has them. How data are reached changes no result.
 {"do": "score", ...}: only score; "again": true, even if it is scored already.
 """
 
@@ -9,10 +10,12 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from segfleet.pipeline import gang as gangs
+from segfleet.pipeline.local_store import on_node
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.run import stage_folders
 from segfleet.pipeline.score import Scorer
@@ -33,12 +36,15 @@ def run_job(job: dict[str, Any], gang: gangs.Gang, stop: StopRequest) -> None:
     folders = stage_folders(Path(job["root"]), recipe, store.manifest)
     stop.watch = folders[-1].path / "stop"
     if job.get("max_seconds"):
-        stop.deadline = time.monotonic() + job["max_seconds"]
-    scorer = Scorer(recipe=recipe, store=store, gang=gang, stop=stop)
-    if job["do"] == "train":
-        train(Run(recipe=recipe, store=store, folders=folders, gang=gang, asked_to_stop=stop.asked, warn=warn, validate=scorer.validate))
-    if job.get("score", True):
-        scorer.score(folders, again=job.get("again", False))
+        stop.deadline = time.time() + job["max_seconds"]
+    near = job.get("stage_to") if job["do"] == "train" and folders[-1].done() is None else None  # scoring reads every case once
+    with on_node(store, near, gang, stop, warn) if near else nullcontext(store) as store:
+        scorer = Scorer(recipe=recipe, store=store, gang=gang, stop=stop)
+        if job["do"] == "train":
+            parts = {"folders": folders, "gang": gang, "asked_to_stop": stop.asked, "warn": warn, "validate": scorer.validate}
+            train(Run(recipe=recipe, store=store, **parts))
+        if job.get("score", True):
+            scorer.score(folders, again=job.get("again", False))
 
 
 def warn(message: str) -> None:

@@ -54,6 +54,9 @@ class JobSpec(BaseModel):
     setup: tuple[str, ...] = Field((), description="shell lines run on the first node before the ranks start")
     container: str | None = Field(None, description="command that runs what follows it in a container: apptainer exec --nv image.sif")
     python: str | None = Field(None, description="Python on the nodes; none: this one, in a container python3")
+    stage_to: Annotated[str, Field(pattern=r"^[/$~]")] | None = Field(
+        None, description="copy the store to this folder of every node first, for example $TMPDIR; its variables are the node's"
+    )
     warning: Count = Field(120, description="seconds before the time limit at which the ranks save; at most a third of it")
     fruitless: Count = Field(3, description="restarts without a step of progress after which the job gives up")
 

@@ -89,7 +89,7 @@ def write_job(run: Path, recipe: dict[str, Any], root: Path, spec: JobSpec) -> P
     folder = new_folder(run)
     write_atomically(run / RECIPE, json.dumps(recipe, indent=1))
     asked = {"gpus_per_node": spec.gpus_per_node, "lead": spec.lead, "fruitless": spec.fruitless}
-    job = {"do": "train", "recipe": recipe, "root": str(root), "run": str(run), "spec": asked}
+    job = {"do": "train", "recipe": recipe, "root": str(root), "run": str(run), "spec": asked, "stage_to": spec.stage_to}
     write_atomically(folder / "job.json", json.dumps(job, indent=1))
     return folder
 

@@ -1,0 +1,59 @@
+"""The store as this node's ranks read it: where it is, or from a copy on a disk of the node."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from segfleet.pipeline.gang import Gang
+from segfleet.pipeline.stop import Interrupted, StopRequest
+from segfleet.preprocess.local_copy import LocalCopy, Unwanted, local_copy
+from segfleet.preprocess.stores.base import ShardStore, open_store
+
+
+@contextmanager
+def on_node(store: ShardStore, folder: str, gang: Gang, stop: StopRequest, tell: Callable[[str], None]) -> Iterator[ShardStore]:
+    """`store` from its copy below `folder`, which the first rank of the node makes while the others wait; or `store` itself if there is no
+    room. Same content, hence same results. Raises InputError for a folder that cannot be used, Interrupted when all agree to stop.
+    """
+    copy = local_copy(store.root, folder)
+    maker = Maker(copy, tell) if gang.local_rank == 0 else None
+    while gang.any(maker is not None and maker.busy()):  # agreed again and again: no collective waits as long as a copy may take
+        if gang.any(stop.asked()):
+            if maker:
+                maker.end()
+            raise Interrupted("stopped while the store was copied; the same command goes on with the copy")
+    if maker and maker.error:
+        raise maker.error
+    with copy.kept() as root:
+        near = open_store(root) if copy.whole() else store
+        try:
+            yield near
+        finally:
+            near.close()
+
+
+class Maker:
+    """Makes the copy in a thread."""
+
+    def __init__(self, copy: LocalCopy, tell: Callable[[str], None]):
+        self.copy, self.tell, self.error, self.ended = copy, tell, None, threading.Event()
+        self.thread = threading.Thread(target=self._make, daemon=True)
+        self.thread.start()
+
+    def busy(self) -> bool:
+        self.thread.join(0.1)
+        return self.thread.is_alive()
+
+    def end(self) -> None:
+        self.ended.set()
+        self.thread.join()
+
+    def _make(self) -> None:
+        try:
+            self.copy.make(self.tell, self.ended.is_set)
+        except Unwanted:
+            pass
+        except BaseException as error:
+            self.error = error
