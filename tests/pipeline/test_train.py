@@ -81,6 +81,10 @@ def logged_steps(folder):
     return [event["step"] for event in events.read_events(folder.path) if event["event"] == "step"]
 
 
+def logged_losses(folder):
+    return [event["loss"] for event in events.read_events(folder.path) if event["event"] == "step"]
+
+
 def test_twice_the_same_weights_and_nothing_twice(tiny_store, tmp_path):
     recipe = recipe_of(tiny_store(dims=2))
     one, two = go(recipe, tmp_path / "a"), go(recipe, tmp_path / "b")
@@ -290,6 +294,19 @@ def test_stop_file_and_time_limit(tmp_path):
             signal.signal(number, handler)
 
 
+@pytest.mark.compile
+def test_compiled_steps_are_those_of_the_eager_network_and_resume_exactly(tiny_store, tmp_path):
+    eager, compiled = (recipe_of(tiny_store(dims=2), engine={"compile": choice}) for choice in (False, True))
+    plain, straight = go(eager, tmp_path / "eager"), go(compiled, tmp_path / "straight")
+    assert plain[0].path.name != straight[0].path.name  # the last bits differ
+    for one, two in zip(plain, straight, strict=True):
+        assert [*logged_losses(two)] == pytest.approx([*logged_losses(one)], rel=1e-3)
+    assert weights(plain[-1]).keys() == weights(straight[-1]).keys()  # a checkpoint knows nothing of it
+    go(compiled, tmp_path / "stopped", stop_after=3)
+    for name, value in weights(go(compiled, tmp_path / "stopped")[-1]).items():
+        assert torch.equal(value, weights(straight[-1])[name]), name
+
+
 def test_frozen_parameters_stay(tiny_store, tmp_path):
     recipe = recipe_of(tiny_store(dims=2))
     second = recipe.stages[1].model_copy(update={"freeze": ("inc", "down1")})
@@ -307,7 +324,7 @@ def test_loss_falls(tiny_store, tmp_path):
     recipe = recipe_of(tiny_store(dims=3), stages=1, model={"name": "resenc_unet_3d", "options": {"features": [8, 16]}})
     recipe = recipe.model_copy(update={"stages": (recipe.stages[0].model_copy(update={"epochs": 8, "steps": 5}),)})
     folder = go(recipe, tmp_path)[0]
-    losses = [event["loss"] for event in events.read_events(folder.path) if event["event"] == "step"]
+    losses = logged_losses(folder)
     assert losses[-1] < 0.75 * losses[0]
     assert list((folder.path / "tensorboard").iterdir())
 
