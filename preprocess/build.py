@@ -7,17 +7,15 @@ goes on with what is missing, and a changed plan or source invalidates just what
 from __future__ import annotations
 
 import errno
-import fcntl
-import hashlib
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from segfleet.preprocess.check import Survey, memory_of, survey
+from segfleet.preprocess.claim import claimed
 from segfleet.preprocess.fingerprint import CaseFacts, Fingerprint, fingerprint
+from segfleet.preprocess.journal import Journals
 from segfleet.preprocess.manifest import NAME as MANIFEST
 from segfleet.preprocess.manifest import (
     CaseEntry,
@@ -32,7 +30,7 @@ from segfleet.preprocess.parallel import run
 from segfleet.preprocess.plan import Overrides, make_plan
 from segfleet.preprocess.problems import InputError
 from segfleet.preprocess.readers.base import CaseRef, RawReader, open_reader, source_sha256
-from segfleet.preprocess.shard_job import REVISION, SHARD_BYTES, STATE, ShardJob, finished, shard_jobs, write_shard
+from segfleet.preprocess.shard_job import SHARD_BYTES, STATE, ShardJob, finished, shard_jobs, write_shard
 from segfleet.preprocess.splits import Member, make_splits
 from segfleet.preprocess.stores.base import store_module
 
@@ -63,9 +61,9 @@ def build(
     (overrides or Overrides()).check(reader.dataset())
     if (out / MANIFEST).is_file():
         return compare(reader, out, format=format, split_seed=split_seed, workers=workers, progress=tell, overrides=overrides)
-    _check_place(out, reader.root)
+    check_place(out, reader.root)
     partial = out.with_name(out.name + ".partial")
-    with _claimed(partial, out):
+    with claimed(partial, out):
         facts = _survey(reader, partial, workers, tell)
         found = fingerprint(facts.dataset, facts.facts, split_seed)
         plan = make_plan(facts.dataset, found, overrides=overrides)
@@ -143,29 +141,13 @@ def _source(ref: CaseRef) -> str:
 
 def _survey(reader: RawReader, partial: Path, workers: int | None, tell: Progress) -> Survey:
     """The one pass over the raw files; its facts are written down as they come, so a killed run need not look twice."""
-    asked = json.dumps([REVISION, reader.dataset().model_dump(mode="json"), len(reader.refs())])
-    journal = partial / STATE / f"survey-{hashlib.sha256(asked.encode()).hexdigest()[:12]}.jsonl"
-    known = list(_journal(journal))
-    with open(journal, "a", encoding="utf-8") as file:
-
-        def keep(facts: CaseFacts) -> None:
-            file.write("\n" + facts.model_dump_json())
-            file.flush()
-
-        facts = survey(reader, workers=workers, progress=lambda done, total: tell("check", done, total), known=known, keep=keep)
-    if facts.problems:
-        journal.unlink()
-        facts.raise_problems()
-    return facts
-
-
-def _journal(path: Path) -> Iterator[CaseFacts]:
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                yield CaseFacts.model_validate_json(line)
-            except ValueError:
-                continue  # the line the killed process was writing
+    journals = Journals(reader, partial)
+    with journals.append() as keep:
+        found = survey(reader, workers=workers, progress=lambda done, total: tell("check", done, total), known=journals.read(), keep=keep)
+    if found.problems:
+        journals.remove()
+        found.raise_problems()
+    return found
 
 
 def _write(jobs: Sequence[ShardJob], partial: Path, workers: int | None, tell: Progress) -> tuple[tuple[CaseEntry, ...], dict]:
@@ -175,7 +157,7 @@ def _write(jobs: Sequence[ShardJob], partial: Path, workers: int | None, tell: P
     total = sum(len(job.refs) for job in jobs)
     done = total - sum(len(jobs[index].refs) for index in todo)
     tell("write", done, total)
-    weights = [max(memory_of(ref) for ref in jobs[index].refs) + 8 * jobs[index].stored_bytes for index in todo]
+    weights = [weight_of(jobs[index]) for index in todo]
     try:
         for position, record in run(
             write_shard, [jobs[i] for i in todo], weights=weights, names=[f"{jobs[i].refs[0].id} ..." for i in todo], workers=workers
@@ -196,6 +178,11 @@ def _write(jobs: Sequence[ShardJob], partial: Path, workers: int | None, tell: P
     return entries, {path: facts for record in records for path, facts in record["files"].items()}
 
 
+def weight_of(job: ShardJob) -> int:
+    """Bytes of memory that making a shard takes."""
+    return max(memory_of(ref) for ref in job.refs) + 8 * job.stored_bytes
+
+
 def _tidy(partial: Path, records: Sequence[dict]) -> None:
     """Remove shards that no valid record speaks for."""
     kept = {Path(path).parts[1] for record in records for path in record["files"]}
@@ -208,27 +195,12 @@ def _members(facts: Sequence[CaseFacts], dataset: Dataset) -> list[Member]:
     return [Member(id=case.id, group=case.group or case.id, foreground=case.foreground(dataset.ignore_label)) for case in facts]
 
 
-def _check_place(out: Path, raw: Path) -> None:
+def check_place(out: Path, raw: Path) -> None:
+    """Raises InputError if no store can be made in `out`."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"out: {out} exists and is neither an empty folder nor a store. Choose another --out.")
     if out.resolve() == raw.resolve() or out.resolve() in raw.resolve().parents:
         raise InputError(f"out: {out} is the raw data's own folder. Choose another --out.")
-
-
-@contextmanager
-def _claimed(partial: Path, out: Path):
-    """Hold OUT.partial for this process alone. The claim ends with the process, however that ends."""
-    (partial / STATE / "done").mkdir(parents=True, exist_ok=True)
-    with open(partial / STATE / "claim", "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"out: another process is preprocessing into {out}. Wait for it, or choose another --out.") from None
-        try:
-            yield
-        finally:
-            if partial.exists() and not any(path.is_file() and path.name != "claim" for path in partial.rglob("*")):
-                shutil.rmtree(partial)
 
 
 def _is_full(error: OSError) -> bool:

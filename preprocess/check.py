@@ -56,20 +56,8 @@ def survey(
         keep: is given each new case's facts as soon as they are there.
     """
     dataset, refs = reader.dataset(), reader.refs()
-    earlier = {facts.stamp: facts for facts in known}
-    facts: list[CaseFacts | None] = [earlier.get(stamp(ref, reader.root)) for ref in refs]
-    todo = [index for index, found in enumerate(facts) if found is None]
-    look = partial(check_case, reader, dataset, samples_per_case(len(refs)))
-    done = len(refs) - len(todo)
-    weights = [memory_of(refs[index]) for index in todo]
-    tell = progress or (lambda done, total: None)
-    tell(done, len(refs))
-    for position, found in run(look, [refs[i] for i in todo], weights=weights, names=[refs[i].id for i in todo], workers=workers):
-        facts[todo[position]] = found
-        if keep is not None:
-            keep(found)
-        done += 1
-        tell(done, len(refs))
+    found = look_at(reader, range(len(refs)), workers=workers, progress=progress, known=known, keep=keep)
+    facts = [found[index] for index in range(len(refs))]
     problems = [*reader.problems(), *(problem for case in facts for problem in case.problems)]
     if any(kind == "rgb_to_0_1" for kind in normalisation(dataset)):
         problems += _depths(facts)
@@ -84,6 +72,37 @@ def survey(
     return Survey(
         where=str(reader.root), dataset=dataset, refs=tuple(refs), facts=tuple(facts), problems=tuple(problems), warnings=tuple(warnings)
     )
+
+
+def look_at(
+    reader: RawReader,
+    cases: Sequence[int],
+    *,
+    workers: int | None = None,
+    progress: Tick | None = None,
+    known: Sequence[CaseFacts] = (),
+    keep: Callable[[CaseFacts], None] | None = None,
+) -> dict[int, CaseFacts]:
+    """The facts of the cases with these numbers, as `survey` takes and keeps them."""
+    dataset, refs = reader.dataset(), reader.refs()
+    found, todo = recall(reader, cases, known)
+    look = partial(check_case, reader, dataset, samples_per_case(len(refs)))
+    weights = [memory_of(refs[index]) for index in todo]
+    tell = progress or (lambda done, total: None)
+    tell(len(found), len(cases))
+    for position, facts in run(look, [refs[i] for i in todo], weights=weights, names=[refs[i].id for i in todo], workers=workers):
+        found[todo[position]] = facts
+        if keep is not None:
+            keep(facts)
+        tell(len(found), len(cases))
+    return found
+
+
+def recall(reader: RawReader, cases: Sequence[int], known: Sequence[CaseFacts]) -> tuple[dict[int, CaseFacts], list[int]]:
+    """Facts whose files have not changed since, by case number, and the numbers of all other cases."""
+    refs, earlier = reader.refs(), {facts.stamp: facts for facts in known}
+    found = {index: facts for index in cases if (facts := earlier.get(stamp(refs[index], reader.root)))}
+    return found, [index for index in cases if index not in found]
 
 
 def check_case(reader: RawReader, dataset: Dataset, samples: int, ref: CaseRef) -> CaseFacts:

@@ -9,11 +9,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, TypeVar
 
 from segfleet.preprocess.memory import cpus, memory_budget
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
+WATCHED = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2} if hasattr(signal, "sigwaitinfo") else set()
 WORTH_A_PROCESS = 256 * 2**20  # bytes of work; a process takes about a second to start
 
 
@@ -44,6 +46,7 @@ def run(
         return
     budget = memory_budget() if budget is None else budget
     context = multiprocessing.get_context("forkserver")
+    _start_forkserver()
     with ProcessPoolExecutor(min(workers, len(items)), mp_context=context, initializer=_follow_parent) as pool:
         waiting, flying, weight = list(range(len(items)))[::-1], {}, 0
         try:
@@ -65,8 +68,21 @@ def run(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _start_forkserver() -> None:
+    """With signals blocked, for it and all that it starts: SLURM sends warnings to every process of a job, and the parent decides."""
+    if not WATCHED:
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
+    try:
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)  # the tracker lets SIGTERM through when it has started
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _follow_parent() -> None:
-    """Ctrl-C is the parent's affair; when the parent is killed, its workers end at once rather than write on."""
+    """Ctrl-C and other signals are the parent's affair; when it is killed, its workers end at once rather than write on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent: Any = multiprocessing.parent_process()
 
@@ -74,4 +90,10 @@ def _follow_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    def obey() -> None:  # the pool ends its workers by SIGTERM when one of them has died
+        while signal.sigwaitinfo(WATCHED).si_pid != parent.pid:
+            pass
+        os._exit(1)
+
+    for task in (watch, obey) if WATCHED else (watch,):
+        threading.Thread(target=task, daemon=True).start()

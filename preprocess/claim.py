@@ -1,0 +1,31 @@
+"""Who may work at a store in the making: one process alone, or several that share the work."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.shard_job import STATE
+
+
+@contextmanager
+def claimed(partial: Path, out: Path, shared: bool = False) -> Iterator[None]:
+    """Hold OUT.partial for this process alone, or `shared` with others that share, never with one that is alone.
+
+    The claim ends with the process, however that ends. Raises InputError if it cannot be had.
+    """
+    (partial / STATE / "done").mkdir(parents=True, exist_ok=True)
+    with open(partial / STATE / "claim", "a+", encoding="utf-8") as file:  # NFS wants it readable to share, writable to be alone
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"out: another process is preprocessing into {out}. Wait for it, or choose another --out.") from None
+        try:
+            yield
+        finally:
+            if not shared and partial.exists() and not any(path.is_file() and path.name != "claim" for path in partial.rglob("*")):
+                shutil.rmtree(partial)

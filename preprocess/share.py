@@ -1,0 +1,86 @@
+"""A member's share of a store in the making, when several processes on several nodes work at one.
+
+All members first look at their cases; when all facts are there, each makes its shards. What a member leaves undone, `build` does, which
+alone publishes and alone reports problems: its result is the same whoever did what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from segfleet.preprocess.build import SPLIT_SEED, Progress, check_place, weight_of
+from segfleet.preprocess.check import look_at, recall, survey
+from segfleet.preprocess.claim import claimed
+from segfleet.preprocess.fingerprint import fingerprint
+from segfleet.preprocess.journal import Journals
+from segfleet.preprocess.manifest import NAME as MANIFEST
+from segfleet.preprocess.parallel import run
+from segfleet.preprocess.plan import Overrides, make_plan
+from segfleet.preprocess.readers.base import open_reader
+from segfleet.preprocess.shard_job import SHARD_BYTES, finished, shard_jobs, write_shard
+
+
+def survey_share(
+    reader_name: str, raw: str | Path, out: str | Path, share: tuple[int, int], *, workers: int | None = None,
+    progress: Progress | None = None, options: Mapping[str, str] | None = None,
+) -> int:  # fmt: skip
+    """Check and measure every n-th case from the i-th on, `share` = (i, n); how many are known afterwards. Raises InputError."""
+    out, tell = Path(out), progress or (lambda phase, done, total: None)
+    if (out / MANIFEST).is_file():
+        return 0
+    reader = open_reader(reader_name, raw, **(options or {}))
+    check_place(out, reader.root)
+    partial = out.with_name(out.name + ".partial")
+    with claimed(partial, out, shared=True):
+        journals, cases = Journals(reader, partial), range(share[0], len(reader.refs()), share[1])
+        with journals.append() as keep:
+            known = journals.read()
+            found = look_at(reader, cases, workers=workers, progress=lambda *at: tell("check", *at), known=known, keep=keep)
+    return len(found)
+
+
+def write_share(
+    reader_name: str, raw: str | Path, out: str | Path, share: tuple[int, int], *, format: str = "zarr", workers: int | None = None,
+    split_seed: int = SPLIT_SEED, progress: Progress | None = None, shard_bytes: int = SHARD_BYTES,
+    options: Mapping[str, str] | None = None, overrides: Overrides | None = None,
+) -> int:  # fmt: skip
+    """Make every n-th shard from the i-th on; how many of them are finished afterwards.
+
+    0 where cases were not surveyed or have problems: looking at them is not repeated here, and `build` reports. A shard that fails does
+    not keep the others from being made; the first such error is raised at the end. Raises InputError.
+    """
+    out, tell = Path(out), progress or (lambda phase, done, total: None)
+    if (out / MANIFEST).is_file():
+        return 0
+    reader = open_reader(reader_name, raw, **(options or {}))
+    check_place(out, reader.root)
+    partial = out.with_name(out.name + ".partial")
+    with claimed(partial, out, shared=True):
+        known = Journals(reader, partial).read()
+        if recall(reader, range(len(reader.refs())), known)[1]:
+            return 0
+        facts = survey(reader, known=known)
+        if facts.problems:
+            return 0
+        plan = make_plan(facts.dataset, fingerprint(facts.dataset, facts.facts, split_seed), overrides=overrides)
+        mine = shard_jobs(reader, facts, plan, format, partial, shard_bytes)[share[0] :: share[1]]
+        todo = [job for job in mine if finished(job) is None]
+        done, failed = len(mine) - len(todo), []
+        tell("write", done, len(mine))
+        names = [f"{job.refs[0].id} ..." for job in todo]
+        for _, error in run(_attempt, todo, weights=[weight_of(job) for job in todo], names=names, workers=workers):
+            failed += [error] if error else []
+            done += not error
+            tell("write", done, len(mine))
+    if failed:
+        raise failed[0]
+    return done
+
+
+def _attempt(job) -> Exception | None:
+    try:
+        write_shard(job)
+    except Exception as error:
+        return error
+    return None

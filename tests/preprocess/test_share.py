@@ -1,0 +1,146 @@
+"""Several processes make one store: each its share, nothing twice, the bytes of a store that one process made."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import segfleet.preprocess.check as check
+import segfleet.preprocess.shard_job as shard_job
+import segfleet.preprocess.share as share
+from segfleet.preprocess.build import build
+from segfleet.preprocess.claim import claimed
+from segfleet.preprocess.parallel import run
+from segfleet.preprocess.phantom import write_msd_phantom
+from segfleet.preprocess.problems import DataError, InputError
+
+SMALL = {"shard_bytes": 1, "workers": 1}  # a shard for every case
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Path:
+    return write_msd_phantom(tmp_path_factory.mktemp("raw") / "msd", cases=7, size=(8, 16, 16))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often cases were looked at and shards made."""
+    counts = {"looked": [], "made": []}
+    look, make = check.check_case, shard_job.write_shard
+
+    def looking(reader, dataset, samples, ref):
+        counts["looked"].append(ref.id)
+        return look(reader, dataset, samples, ref)
+
+    def making(job):
+        counts["made"].append(job.shard)
+        return make(job)
+
+    monkeypatch.setattr(check, "check_case", looking)
+    monkeypatch.setattr(share, "write_shard", making)
+    monkeypatch.setattr("segfleet.preprocess.build.write_shard", making)
+    return counts
+
+
+def test_shares_make_the_store_of_one_process(raw, tmp_path, counted):
+    straight = build("msd", raw, tmp_path / "straight", **SMALL)
+    counted["looked"].clear(), counted["made"].clear()
+    for index in (2, 0, 1, 1):  # one member comes twice, as after a requeue
+        share.survey_share("msd", raw, tmp_path / "shared", (index, 3), workers=1)
+    assert sorted(counted["looked"]) == sorted(set(counted["looked"])) and len(counted["looked"]) == 7
+    assert [share.write_share("msd", raw, tmp_path / "shared", (index, 3), **SMALL) for index in (1, 2, 1)] == [2, 2, 2]
+    assert len(counted["made"]) == 4 and not (tmp_path / "shared").exists()
+    assert build("msd", raw, tmp_path / "shared", **SMALL).id == straight.id
+    assert len(counted["looked"]) == 7 and len(counted["made"]) == 7, "what the members did is not done again"
+    assert files(tmp_path / "shared") == files(tmp_path / "straight")
+    assert share.survey_share("msd", raw, tmp_path / "shared", (0, 3)) == share.write_share("msd", raw, tmp_path / "shared", (0, 3)) == 0
+
+
+def test_no_member_looks_at_what_another_left_undone(raw, tmp_path, counted):
+    share.survey_share("msd", raw, tmp_path / "store", (0, 2), workers=1)
+    assert share.write_share("msd", raw, tmp_path / "store", (0, 2), **SMALL) == 0
+    assert len(counted["looked"]) == 4 and not counted["made"]
+    build("msd", raw, tmp_path / "store", **SMALL)
+    assert len(counted["looked"]) == 7
+
+
+def test_all_problems_are_told_by_the_build(tmp_path, counted):
+    raw = write_msd_phantom(tmp_path / "raw", cases=5, size=(8, 16, 16))
+    for number in (0, 3):
+        (raw / "imagesTr" / f"phantom_{number:03d}.nii.gz").write_bytes(b"no image")
+    for index in (0, 1):
+        share.survey_share("msd", raw, tmp_path / "store", (index, 2), workers=1)
+        share.write_share("msd", raw, tmp_path / "store", (index, 2), **SMALL)
+    with pytest.raises(DataError) as error:
+        build("msd", raw, tmp_path / "store", **SMALL)
+    assert {problem.case for problem in error.value.problems} == {"phantom_000", "phantom_003"}
+    assert len(counted["looked"]) == 5 and not (tmp_path / "store").exists()
+
+
+def test_one_failing_shard_does_not_stop_the_others(raw, tmp_path, monkeypatch):
+    make = shard_job.write_shard
+
+    def broken(job):
+        if job.shard.endswith("00000"):
+            raise RuntimeError("broken on purpose")
+        return make(job)
+
+    monkeypatch.setattr(share, "write_shard", broken)
+    share.survey_share("msd", raw, tmp_path / "store", (0, 1), workers=1)
+    with pytest.raises(RuntimeError, match="broken on purpose"):
+        share.write_share("msd", raw, tmp_path / "store", (0, 1), **SMALL)
+    assert len(list((tmp_path / "store.partial" / ".state" / "done").glob("*.json"))) == 6
+
+
+def test_members_share_the_claim_and_refuse_all_others(raw, tmp_path):
+    out, partial = tmp_path / "store", tmp_path / "store.partial"
+    with claimed(partial, out, shared=True), claimed(partial, out, shared=True):
+        share.survey_share("msd", raw, out, (0, 2), workers=1)
+        with pytest.raises(InputError, match="another process is preprocessing into"):
+            build("msd", raw, out, **SMALL)
+    with claimed(partial, out), pytest.raises(InputError, match="another process is preprocessing into"):
+        share.survey_share("msd", raw, out, (0, 2), workers=1)
+    build("msd", raw, out, **SMALL)
+
+
+def nap(_) -> int:
+    time.sleep(0.5)
+    return os.getpid()
+
+
+def test_signals_to_all_processes_reach_only_the_parent():
+    """As SLURM sends them: workers and their servers go on, the parent's handler decides."""
+    import psutil
+
+    heard: list[int] = []
+    watched = (signal.SIGTERM, signal.SIGUSR2)
+    before = {number: signal.signal(number, lambda number, _: heard.append(number)) for number in watched}
+
+    def disturb() -> None:
+        me = psutil.Process()
+        pids = [me.pid, *(child.pid for child in me.children(recursive=True))]
+        code = f"import os; [os.kill(pid, number) for pid in {pids} for number in {[int(number) for number in watched]}]"
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    try:
+        found = run(nap, range(6), weights=[1] * 6, names=list("abcdef"), workers=2, budget=10)
+        pids = [next(found)[1]]
+        thread = threading.Thread(target=disturb)
+        thread.start()
+        pids += [pid for _, pid in found]
+        thread.join()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert len(pids) == 6 and len(set(pids)) == 2 and set(heard) == set(watched)
