@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,23 +19,30 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Score a finished run on the whole cases of its validation fold, at their original resolution; write its report anew."""
+    from segfleet.slurm.local import run_ranks
+
+    job = job_of(run, changes or [], runs)
+    run_ranks(job, ranks)
+    show(json.loads((Path(job["run"]) / "evaluation.json").read_text(encoding="utf-8")), as_json, render)
+
+
+def job_of(run: str, changes: list[str], runs: Path) -> dict[str, Any]:
+    """What the ranks of an evaluation do. Raises InputError if they cannot."""
     from segfleet.pipeline.recipe import override, parse
     from segfleet.pipeline.run import find_run, open_run, stage_folders
     from segfleet.preprocess.manifest import load_manifest
     from segfleet.preprocess.problems import InputError
-    from segfleet.slurm.local import run_ranks
 
     folder = find_run(run, runs)
     recipe, folders = open_run(folder)
     root = folders[0].path.parent
-    changed = parse(override(recipe.model_dump(mode="json"), changes or []), run)
+    changed = parse(override(recipe.model_dump(mode="json"), changes), run)
     there = stage_folders(root, changed, load_manifest(Path(changed.data.store)))[-1].path
     if there.resolve() != folder:
         raise InputError("evaluate: only evaluation.* and data.workers can be changed here; what changes training makes another run")
     for stage in folders:
-        stage.final()
-    run_ranks({"do": "score", "again": True, "recipe": changed.model_dump(mode="json"), "root": str(root)}, ranks)
-    show(json.loads((folder / "evaluation.json").read_text(encoding="utf-8")), as_json, render)
+        stage.check_done()
+    return {"do": "score", "again": True, "recipe": changed.model_dump(mode="json"), "root": str(root), "run": str(folder)}
 
 
 def render(document: dict) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,35 +18,28 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Segment images with a finished run; every prediction lies exactly on its image. Continues where it stopped."""
+    job = job_of(run, images, out, runs)
     from segfleet.pipeline.gang import Gang
-    from segfleet.pipeline.parts import patch_of
-    from segfleet.pipeline.predict import predict_files
+    from segfleet.pipeline.jobs import predict
+
+    with progress("predicting") as tick:
+        document = predict(job, Gang(), tick)
+    show(document, as_json, render)
+    raise typer.Exit(document["exit_code"])
+
+
+def job_of(run: str, images: list[Path], out: Path, runs: Path) -> dict[str, Any]:
+    """What the ranks of a prediction do. Raises InputError if they cannot."""
+    from segfleet.pipeline.inputs import check_out, collect
     from segfleet.pipeline.run import find_run, open_run
-    from segfleet.pipeline.score import forward_of, load_network
     from segfleet.preprocess.manifest import load_manifest
 
     folder = find_run(run, runs)
     recipe, folders = open_run(folder)
-    manifest, device = load_manifest(Path(recipe.data.store)), Gang().device
-    model, task, name = load_network(recipe, manifest, folders, device)
-    with progress("predicting") as tick:
-        document = predict_files(
-            forward_of(model, task, recipe, device),
-            manifest.plan,
-            manifest.dataset,
-            task,
-            images,
-            out,
-            patch=patch_of(recipe, manifest),
-            overlap=recipe.evaluation.overlap,
-            mirror_axes=recipe.evaluation.mirror,
-            batch=recipe.evaluation.batch,
-            device=device,
-            made_by=f"{folder.name} {name}",
-            progress=tick,
-        )
-    show(document, as_json, render)
-    raise typer.Exit(document["exit_code"])
+    for stage in folders:
+        stage.check_done()
+    check_out(out, collect(images, len(load_manifest(Path(recipe.data.store)).dataset.channels)), folder.name)
+    return {"do": "predict", "run": str(folder), "images": [str(path) for path in images], "out": str(out)}
 
 
 def render(document: dict) -> None:

@@ -93,6 +93,11 @@ class StageFolder:
         except (FileNotFoundError, json.JSONDecodeError):
             return None
 
+    def check_done(self) -> None:
+        """Raises InputError if the stage is not finished; looks into no checkpoint."""
+        if self.done() is None:
+            raise InputError(f"checkpoint: stage {self.index + 1} in {self.path} is not finished; train it first")
+
     def final(self) -> checkpoint.Checkpoint:
         """The checkpoint of a finished stage. Raises CheckpointError."""
         from segfleet.pipeline import checkpoint

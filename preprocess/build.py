@@ -56,12 +56,9 @@ def build(
     Raises InputError: DataError with every problem of the data, no space, `out` taken.
     """
     out, tell = Path(out), progress or (lambda phase, done, total: None)
-    store_module(format)
-    reader = open_reader(reader_name, raw, **(options or {}))
-    (overrides or Overrides()).check(reader.dataset())
+    reader = open_raw(reader_name, raw, out, format=format, options=options, overrides=overrides)
     if (out / MANIFEST).is_file():
         return compare(reader, out, format=format, split_seed=split_seed, workers=workers, progress=tell, overrides=overrides)
-    check_place(out, reader.root)
     partial = out.with_name(out.name + ".partial")
     with claimed(partial, out):
         facts = _survey(reader, partial, workers, tell)
@@ -87,6 +84,19 @@ def build(
         sync_folder(out.parent)
         shutil.rmtree(out / STATE)
     return load_manifest(out)
+
+
+def open_raw(
+    reader_name: str, raw: str | Path, out: Path, *, format: str = "zarr", options: Mapping[str, str] | None = None,
+    overrides: Overrides | None = None,
+) -> RawReader:  # fmt: skip
+    """The reader, after every check that looks into no image. Raises InputError."""
+    store_module(format)
+    reader = open_reader(reader_name, raw, **(options or {}))
+    (overrides or Overrides()).check(reader.dataset())
+    if not (out / MANIFEST).is_file():
+        _check_place(out, reader.root)
+    return reader
 
 
 def compare(
@@ -195,8 +205,7 @@ def _members(facts: Sequence[CaseFacts], dataset: Dataset) -> list[Member]:
     return [Member(id=case.id, group=case.group or case.id, foreground=case.foreground(dataset.ignore_label)) for case in facts]
 
 
-def check_place(out: Path, raw: Path) -> None:
-    """Raises InputError if no store can be made in `out`."""
+def _check_place(out: Path, raw: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"out: {out} exists and is neither an empty folder nor a store. Choose another --out.")
     if out.resolve() == raw.resolve() or out.resolve() in raw.resolve().parents:

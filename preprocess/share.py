@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from segfleet.preprocess.build import SPLIT_SEED, Progress, check_place, weight_of
+from segfleet.preprocess.build import SPLIT_SEED, Progress, open_raw, weight_of
 from segfleet.preprocess.check import look_at, recall, survey
 from segfleet.preprocess.claim import claimed
 from segfleet.preprocess.fingerprint import fingerprint
@@ -17,7 +17,6 @@ from segfleet.preprocess.journal import Journals
 from segfleet.preprocess.manifest import NAME as MANIFEST
 from segfleet.preprocess.parallel import run
 from segfleet.preprocess.plan import Overrides, make_plan
-from segfleet.preprocess.readers.base import open_reader
 from segfleet.preprocess.shard_job import SHARD_BYTES, finished, shard_jobs, write_shard
 
 
@@ -27,10 +26,9 @@ def survey_share(
 ) -> int:  # fmt: skip
     """Check and measure every n-th case from the i-th on, `share` = (i, n); how many are known afterwards. Raises InputError."""
     out, tell = Path(out), progress or (lambda phase, done, total: None)
+    reader = open_raw(reader_name, raw, out, options=options)
     if (out / MANIFEST).is_file():
         return 0
-    reader = open_reader(reader_name, raw, **(options or {}))
-    check_place(out, reader.root)
     partial = out.with_name(out.name + ".partial")
     with claimed(partial, out, shared=True):
         journals, cases = Journals(reader, partial), range(share[0], len(reader.refs()), share[1])
@@ -51,10 +49,9 @@ def write_share(
     not keep the others from being made; the first such error is raised at the end. Raises InputError.
     """
     out, tell = Path(out), progress or (lambda phase, done, total: None)
+    reader = open_raw(reader_name, raw, out, format=format, options=options, overrides=overrides)
     if (out / MANIFEST).is_file():
         return 0
-    reader = open_reader(reader_name, raw, **(options or {}))
-    check_place(out, reader.root)
     partial = out.with_name(out.name + ".partial")
     with claimed(partial, out, shared=True):
         known = Journals(reader, partial).read()

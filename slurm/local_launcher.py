@@ -60,7 +60,7 @@ class LocalLauncher:
     """Starts the ranks in the background; they outlive the process that started them."""
 
     def submit(self, run: Path, recipe: dict[str, Any], root: Path, spec: JobSpec) -> LocalJob:
-        folder = submission.write_job(run, recipe, root, spec)
+        folder = submission.write_job(run, submission.train_job(run, recipe, root), spec)
         with open(folder / "log.out", "ab") as log:
             command = [sys.executable, "-m", "segfleet.slurm.local_launcher", str(folder), str(spec.ranks)]
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)

@@ -36,7 +36,7 @@ def run_rank(folder: str) -> None:
     stop.deadline, stop.margin = (float(end) if end else None), spec["lead"] / 2
     if rank == 0:
         try:
-            begin(life, Path(document["run"]), spec["fruitless"])
+            begin(life, document, spec["fruitless"])
         except Fruitless as error:
             worker.report(life, rank, error)
             sys.stderr.write(f"segfleet: {error}\n")
@@ -88,21 +88,22 @@ def own_address() -> str:
     return "127.0.0.1"
 
 
-def begin(life: Path, run: Path, limit: int) -> None:
-    """Note how far the run was when this start began. Raises Fruitless after `limit` restarts without progress."""
-    from segfleet.slurm.submission import steps_done
+def begin(life: Path, document: dict[str, Any], limit: int) -> None:
+    """Note how far the job was when this start began. Raises Fruitless after `limit` restarts without progress."""
+    from segfleet.slurm.submission import progress_of
 
-    steps = steps_done(run)
+    steps = progress_of(document)
     facts = {"time": time.time(), "steps": steps, "node": os.environ.get("SLURMD_NODENAME")}
     (life / "life.json").write_text(json.dumps(facts), encoding="utf-8")
     job = life.name.rpartition(".")[0]
     begun = sorted(life.parent.glob(f"{job}.*/life.json"), key=lambda path: int(path.parent.name.rpartition(".")[2]))
     before = [json.loads(path.read_text(encoding="utf-8"))["steps"] for path in begun]
     if len(before) > limit and set(before[-limit - 1 :]) == {steps}:
-        raise Fruitless(
-            f"the job was restarted {limit} times at step {steps} and never got further; last node: {os.environ.get('SLURMD_NODENAME')}. "
-            "Give it more time or save more often (save_every), then: segfleet resume"
-        )
+        where, mend = "", "Give it more time and submit it again"
+        if document["do"] == "train":
+            where, mend = f" at step {steps}", "Give it more time or save more often (save_every), then: segfleet resume"
+        node = os.environ.get("SLURMD_NODENAME")
+        raise Fruitless(f"the job was restarted {limit} times{where} and never got further; last node: {node}. {mend}")
 
 
 def wait_for_slurm() -> None:

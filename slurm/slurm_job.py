@@ -11,7 +11,7 @@ from typing import Any
 
 from segfleet.preprocess.problems import InputError
 from segfleet.slurm import cluster
-from segfleet.slurm.submission import Submission, latest, submissions
+from segfleet.slurm.submission import Submission, latest, submissions, together
 
 WORDS = {
     "queued": ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"),
@@ -96,10 +96,27 @@ def attach(run: Path) -> SlurmJob:
 
 
 def refuse_if_active(run: Path) -> None:
-    """Raises InputError if a job of this run waits or runs."""
-    for made in submissions(run)[-1:]:
-        if made.launcher == "slurm" and (found := SlurmJob(run, made).look())["state"] in ("queued", "running"):
-            raise InputError(f"run: {run.name} is {found['state']} already as job {made.id}; `segfleet cancel {run.name}` first")
+    """Raises InputError if a job of this run, or of what is made beside it, waits or runs."""
+    for job, found in look_at_all([SlurmJob(run, made) for made in submissions(run) if made.launcher == "slurm"]):
+        if found["state"] in ("queued", "running"):
+            name = run.name.removesuffix(".jobs")
+            cancel = name if name == run.name else run.with_suffix("")
+            raise InputError(f"run: {name} is {found['state']} already as job {job.id}; `segfleet cancel {cancel}` first")
+
+
+def look_at_all(jobs: list[SlurmJob]) -> list[tuple[SlurmJob, dict[str, Any]]]:
+    """What `look` says of each; SLURM is asked once for all."""
+    if not jobs:
+        return []
+    queue = _or_nothing(cluster.queue)
+    accounts = cluster.account([job.id for job in jobs if job.id not in queue])
+    return [(job, job.look(queue, accounts)) for job in jobs]
+
+
+def jobs_of(run: Path) -> list[SlurmJob]:
+    """The latest submission to SLURM and the jobs it waits for. Raises InputError if there is none."""
+    attach(run)
+    return [SlurmJob(run, made) for made in together(run)]
 
 
 def _or_nothing(ask):

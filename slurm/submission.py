@@ -1,4 +1,5 @@
-"""What is kept of a submitted run, in its own folder, so that any later shell can attach.
+"""What is kept of a submitted run, in its own folder, so that any later shell can attach. A store or a folder of predictions is no run:
+what is kept of its jobs lies beside it, in OUT.jobs/slurm/, and may be removed when they are over.
 
 RUN/slurm/0001/            one submission; a later one of the same run is 0002
   job.json                 what every rank does
@@ -41,6 +42,10 @@ class Submission:
     def save(self) -> None:
         write_atomically(Path(self.folder) / "submission.json", json.dumps(asdict(self), indent=1))
 
+    def job(self) -> dict[str, Any]:
+        """What every rank does."""
+        return json.loads((Path(self.folder) / "job.json").read_text(encoding="utf-8"))
+
     @property
     def lives(self) -> list[Path]:
         """Starts of the job, first to last."""
@@ -62,14 +67,31 @@ class Submission:
 
 def submissions(run: Path) -> list[Submission]:
     """All submissions of a run, first to last."""
-    return [Submission(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted((run / "slurm").glob("*/submission.json"))]
+    return [_load(path) for path in sorted((run / "slurm").glob("*/submission.json"))]
+
+
+def _load(path: Path) -> Submission:
+    return Submission(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def home_of(out: Path) -> Path:
+    """Where the jobs are kept that make `out`, which is no run."""
+    out = Path(out).resolve()
+    return out.with_name(out.name + ".jobs")
+
+
+def together(run: Path) -> list[Submission]:
+    """The latest submission and those it waits for, which were submitted with it. Raises InputError if there is none."""
+    last = latest(run)
+    before = last.job().get("before", [])
+    return [*(_load(run / "slurm" / name / "submission.json") for name in before), last]
 
 
 def latest(run: Path) -> Submission:
     """Raises InputError if the run was never submitted."""
     if found := submissions(run):
         return found[-1]
-    raise InputError(f"run: {run.name} was never submitted; `segfleet submit RECIPE` does")
+    raise InputError(f"run: {run.name} was never submitted; `segfleet submit` does")
 
 
 def new_folder(run: Path) -> Path:
@@ -84,13 +106,18 @@ def new_folder(run: Path) -> Path:
     raise InputError(f"run: {run} was submitted 9999 times; remove old folders under {run / 'slurm'}")
 
 
-def write_job(run: Path, recipe: dict[str, Any], root: Path, spec: JobSpec) -> Path:
-    """A new submission folder that holds the frozen job; the run is seen by `status` from now on."""
-    folder = new_folder(run)
+def train_job(run: Path, recipe: dict[str, Any], root: Path) -> dict[str, Any]:
+    """What every rank of a training does; the run is seen by `status` from now on."""
+    run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / RECIPE, json.dumps(recipe, indent=1))
+    return {"do": "train", "recipe": recipe, "root": str(root), "run": str(run)}
+
+
+def write_job(home: Path, job: dict[str, Any], spec: JobSpec) -> Path:
+    """A new submission folder that holds the frozen job."""
+    folder = new_folder(home)
     asked = {"gpus_per_node": spec.gpus_per_node, "lead": spec.lead, "fruitless": spec.fruitless}
-    job = {"do": "train", "recipe": recipe, "root": str(root), "run": str(run), "spec": asked, "stage_to": spec.stage_to}
-    write_atomically(folder / "job.json", json.dumps(job, indent=1))
+    write_atomically(folder / "job.json", json.dumps({**job, "spec": asked}, indent=1))
     return folder
 
 
@@ -118,6 +145,17 @@ def failure(life: Path) -> dict[str, Any] | None:
     first = min(reports, key=lambda report: report["time"])
     silent = f"rank {first['rank']} lost its partner, which went without a word (killed? out of memory? its node?)"
     return {**first, "message": f"{silent}\n{first['message']}"}
+
+
+def progress_of(job: dict[str, Any]) -> int:
+    """A number that grows as long as a job gets anywhere: a training's steps, the images predicted, the cases preprocessed."""
+    from segfleet.preprocess import jobs
+
+    if job["do"] in jobs.JOBS:
+        return jobs.progress_of(job)
+    if job["do"] == "predict":
+        return sum(1 for path in Path(job["out"]).glob("[!.]*"))
+    return steps_done(Path(job["run"]))
 
 
 def steps_done(run: Path) -> int:

@@ -25,8 +25,9 @@ from segfleet.slurm.rank import INTERRUPTED, run_rank
 from segfleet.slurm.slurm_job import SlurmJob
 
 _environment = threading.Lock()
-END = r"""$(date -d "$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')" +%s 2>/dev/null || echo 0)"""
-STATE = r"""$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')"""
+# $job is 12_3 for a member of an array: one of them has the number of the whole array as its own.
+END = r"""$(date -d "$(scontrol show job -o "$job" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')" +%s 2>/dev/null || echo 0)"""
+STATE = r"""$(scontrol show job -o "$job" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,28 +41,35 @@ class SlurmLauncher:
         return self.submit_array([(run, recipe)], root, spec)[0]
 
     def submit_array(self, members: Sequence[tuple[Path, dict[str, Any]]], root: Path, spec: JobSpec) -> list[SlurmJob]:
-        """One job, or an array of several runs with the same resources. Raises InputError with SLURM's own words."""
-        spec = without_bad_nodes(spec, root)
+        """One training, or an array of several with the same resources. Raises InputError with SLURM's own words."""
         if self.ask:
-            cluster.check(spec)
+            cluster.check(without_bad_nodes(spec, root))
+        jobs = [(run, submission.train_job(run, recipe, root)) for run, recipe in members]
+        return self.submit_jobs(jobs, root, spec, job_name([run for run, _ in members]), root / ".arrays")
+
+    def submit_jobs(self, jobs: Sequence[tuple[Path, dict[str, Any]]], root: Path, spec: JobSpec, name: str, logs: Path) -> list[SlurmJob]:
+        """One job, or an array of jobs with the same resources, each kept in its home; an array's logs go into a new folder in `logs`.
+
+        The cluster is not asked before. Raises InputError with SLURM's own words.
+        """
+        spec = without_bad_nodes(spec, root)
         code = None if self.live else snapshot.freeze_code(root)
         commit = snapshot.commit()
-        folders = [submission.write_job(run, recipe, root, spec) for run, recipe in members]
-        logs = folders[0] if len(folders) == 1 else root / ".arrays" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        folders = [submission.write_job(home, job, spec) for home, job in jobs]
+        logs = folders[0] if len(folders) == 1 else logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         logs.mkdir(parents=True, exist_ok=True)
-        name = job_name([run for run, _ in members])
         try:
-            jobs = self._hand_over([str(folder) for folder in folders], logs, name, spec, code)
+            taken = self._hand_over([str(folder) for folder in folders], logs, name, spec, code)
         except BaseException:
             for folder in folders:  # nothing was submitted, so nothing must look like it
                 (folder / "job.json").unlink(missing_ok=True)
             raise
         made = []
-        for folder, (run, _), job in zip(folders, members, jobs, strict=True):
+        for folder, (home, _), job in zip(folders, jobs, taken, strict=True):
             if commit["diff"]:
                 (folder / "code.diff").write_text(commit["diff"], encoding="utf-8")
             facts = {"id": job.job_id, "name": name, "launcher": "slurm", "spec": spec, "logs": logs, "code": code}
-            made.append(SlurmJob(run, submission.record(folder, commit=commit["commit"], **facts)))
+            made.append(SlurmJob(home, submission.record(folder, commit=commit["commit"], **facts)))
         return made
 
     def _hand_over(self, folders: list[str], logs: Path, name: str, spec: JobSpec, code: Path | None) -> list[Any]:
@@ -77,13 +85,13 @@ class SlurmLauncher:
                 words = [line for line in str(error).splitlines() if "sbatch: error" in line] or [str(error)]
                 raise InputError("SLURM refused the job: " + " ".join(line.partition("error: ")[2] or line for line in words)) from None
 
-    def script(self, run: Path, root: Path, spec: JobSpec, members: int = 1) -> str:
+    def script(self, run: Path, root: Path, spec: JobSpec, members: int = 1, name: str | None = None) -> str:
         """The sbatch script that would be submitted."""
         spec = without_bad_nodes(spec, root)
         logs = run / "slurm" / "0001" if members == 1 else root / ".arrays" / "dry-run"
         code = None if self.live else root / ".code" / "frozen"
         with cleaned_environment():
-            chosen = executor(logs, job_name([run] * members), spec, code)
+            chosen = executor(logs, name or job_name([run] * members), spec, code)
             if members > 1:
                 chosen.parameters["map_count"] = members  # what map_array does
             return chosen._make_submission_file_text(chosen._submitit_command_str, "dry-run")
@@ -142,8 +150,8 @@ def before(logs: Path, spec: JobSpec, code: Path | None) -> list[str]:
     """Shell lines ahead of the ranks: a fresh meeting folder for every start, the deadline, the frozen code, the user's own lines."""
     lines = [
         "trap : TERM  # the ranks save first; this script goes when they are gone",
-        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}",
-        f"export {submission.LIFE}={shlex.quote(str(logs))}/life-${{job:-$SLURM_JOB_ID}}.${{SLURM_RESTART_COUNT:-0}}",
+        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}} job=${job:-$SLURM_JOB_ID}",
+        f"export {submission.LIFE}={shlex.quote(str(logs))}/life-$job.${{SLURM_RESTART_COUNT:-0}}",
         f'rm -rf "${submission.LIFE}" && mkdir -p "${submission.LIFE}" || exit 1',
         f"export SEGFLEET_END=${{SLURM_JOB_END_TIME:-{END}}}",
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",
@@ -164,7 +172,7 @@ def after() -> list[str]:
         f'[ $code = {INTERRUPTED} ] && [ "{STATE}" = RUNNING ] && again=yes',
         f'[ -e "{life}/life.json" ] && {{ [ $code = {INTERRUPTED} ] || [ $code -gt 128 ]; }} && \\',
         '  [ "${SEGFLEET_END:-0}" -gt 0 ] && [ "$(date +%s)" -ge "$SEGFLEET_END" ] && again=yes',
-        f'[ $again = yes ] && [ ! -e "{life}/stay" ] && scontrol requeue "$SLURM_JOB_ID" && sleep 60  # SLURM ends this script',
+        f'[ $again = yes ] && [ ! -e "{life}/stay" ] && scontrol requeue "$job" && sleep 60  # SLURM ends this script',
         "exit $code",
     ]
 

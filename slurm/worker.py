@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from segfleet.pipeline.stop import StopRequest
+from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.preprocess.problems import explain
 from segfleet.slurm.local import die_with_parent
 
@@ -33,15 +33,35 @@ def main(meeting: Path) -> int:
 def work(meeting: Path, job: Path, stop: StopRequest, first: Callable[[Any], None] = lambda gang: None) -> tuple[int, BaseException | None]:
     """Meet in the folder `meeting`, do `first` with the gang, then the job in the file `job`; the exit code and what went wrong."""
     try:
-        from segfleet.pipeline import gang, jobs
+        from segfleet.preprocess import jobs as preprocessing
 
         document = json.loads(job.read_text(encoding="utf-8"))
+        if document["do"] in preprocessing.JOBS:  # one process without torch
+            preprocessing.run_job(document, Told(stop))
+            return 0, None
+        from segfleet.pipeline import gang, jobs
+
         members = gang.join_gang(meeting / "address")
         first(members)
         jobs.run_job(document, members, stop)
         return 0, None
     except BaseException as error:
         return report(meeting, int(os.environ.get("RANK", "0")), error), error
+
+
+class Told:
+    """The progress of preprocessing: a line now and then, and the moment at which a stop can be obeyed."""
+
+    def __init__(self, stop: StopRequest):
+        self.stop, self.phase, self.time = stop, "", 0.0
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if phase != self.phase or done == total or time.monotonic() - self.time > 10:
+            sys.stdout.write(f"{phase}: {done} of {total}\n")
+            sys.stdout.flush()
+            self.phase, self.time = phase, time.monotonic()
+        if self.stop.asked() and done < total:
+            raise Interrupted(f"stopped after {done} of {total} ({phase}); what is finished is kept, the same job goes on")
 
 
 def report(meeting: Path, rank: int, error: BaseException) -> int:

@@ -166,10 +166,10 @@ def test_restarts_without_progress_end(tmp_path, monkeypatch):
         folder = tmp_path / f"life-12.{life}"
         folder.mkdir()
         if life < 4:
-            rank.begin(folder, tmp_path, 3)
+            rank.begin(folder, {"do": "train", "run": str(tmp_path)}, 3)
         else:
             with pytest.raises(rank.Fruitless, match="restarted 3 times at step 5"):
-                rank.begin(folder, tmp_path, 3)
+                rank.begin(folder, {"do": "train", "run": str(tmp_path)}, 3)
 
 
 def test_results_of_another_job_of_the_same_id_never_count(tmp_path):

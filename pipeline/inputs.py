@@ -1,0 +1,115 @@
+"""Which images are to be segmented, and where their labels go. Needs no torch, so it can be asked before a job waits in a queue."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from segfleet.preprocess.images import ENDINGS, ending, stem
+from segfleet.preprocess.manifest import write_atomically
+from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.readers.base import natural, visible
+from segfleet.preprocess.writer import WRITABLE
+
+RECORD = "predictions.json"
+CHANNEL = re.compile(r"(.+)_(\d{4})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """One image to segment: its files, one per channel or one for all. `problem` says why it cannot be used."""
+
+    id: str
+    images: tuple[Path, ...]
+    problem: str = ""
+
+    @property
+    def output(self) -> str:
+        """Name of the label file: the image's own ending if labels survive it, else .png."""
+        kind = ending(self.images[0])
+        return self.id + (kind if kind in WRITABLE else ".png")
+
+
+def collect(inputs: Sequence[str | Path], channels: int) -> list[Input]:
+    """The images among files and folders, in natural order. CASE_0000, CASE_0001, ... are channels of CASE when exactly the channels of
+    the data set are there, or only 0000 (one channel, or all in one file); any other file is an image of its own.
+
+    Raises InputError when a path does not exist or nothing is found.
+    """
+    files: list[Path] = []
+    for path in map(Path, inputs):
+        if not path.exists():
+            raise InputError(f"input: found no file or folder {path}")
+        files += [p for p in visible(path) if p.is_file() and p.name.lower().endswith(ENDINGS)] if path.is_dir() else [path]
+    if not files:
+        where = ", ".join(map(str, inputs)) or "nothing"
+        raise InputError(f"input: found no image in {where}; expected files ending in {', '.join(ENDINGS)}")
+    cases: dict[tuple[Path, str, str], dict[int, Path]] = {}
+    alone: list[Input] = []
+    for path in dict.fromkeys(files):
+        match = CHANNEL.fullmatch(stem(path))
+        if match:
+            cases.setdefault((path.parent, match[1], ending(path)), {})[int(match[2])] = path
+        else:
+            alone.append(Input(id=stem(path), images=(path,)))
+    for (_, name, _), parts in cases.items():
+        alone += _channels(name, dict(sorted(parts.items())), channels)
+    return _distinct(sorted(alone, key=lambda one: natural(one.id)))
+
+
+def _channels(name: str, parts: dict[int, Path], channels: int) -> list[Input]:
+    if set(parts) in ({0}, set(range(channels))):
+        return [Input(id=name, images=tuple(parts.values()))]
+    if channels == 1:  # numbered images of one channel, not channels
+        return [Input(id=stem(path), images=(path,)) for path in parts.values()]
+    have = ", ".join(f"{index:04d}" for index in parts)
+    where = next(iter(parts.values())).parent / name
+    problem = f"{where}: channels: found {have}, expected 0000 to {channels - 1:04d}. Add or remove files."
+    return [Input(id=name, images=tuple(parts.values()), problem=problem)]
+
+
+def _distinct(found: list[Input]) -> list[Input]:
+    """Two images that would be written to one file: the second is a problem."""
+    seen: dict[str, Input] = {}
+    result = []
+    for one in found:
+        first = seen.setdefault(one.output, one)
+        if first is not one:
+            problem = f"{one.images[0]}: its prediction would be called {one.output}, as that of {first.images[0]}. Rename one of them."
+            one = Input(id=one.id, images=one.images, problem=problem)
+        result.append(one)
+    return result
+
+
+def check_out(out: Path, found: list[Input], run: str) -> str | None:
+    """Who made the predictions in `out`, if there are any. Raises InputError if new ones of `run` would mix with those of another run, or
+    overwrite images."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"out: {out} is a file, expected a folder")
+    images = {path.resolve() for one in found for path in one.images}
+    for one in found:
+        if (out / one.output).resolve() in images:
+            raise InputError(f"out: the prediction {one.output} would overwrite the image in {out}; choose another folder")
+    record = out / RECORD
+    try:
+        known = json.loads(record.read_text(encoding="utf-8"))["made_by"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"out: {record} is damaged; choose another folder, or remove the file if the predictions may be kept") from None
+    if known.partition(" ")[0] != run.partition(" ")[0]:
+        raise InputError(f"out: {out} holds predictions made by {known!r}, expected {run!r}; choose another folder")
+    return known
+
+
+def claim(out: Path, found: list[Input], made_by: str) -> None:
+    """Make the folder, and note whose predictions it holds: "run, checkpoint and settings". Raises InputError as `check_out` does."""
+    known = check_out(out, found, made_by)
+    if known not in (None, made_by):
+        raise InputError(f"out: {out} holds predictions made by {known!r}, expected {made_by!r}; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    if known is None:
+        write_atomically(out / RECORD, json.dumps({"made_by": made_by}))
