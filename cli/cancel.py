@@ -11,24 +11,32 @@ from segfleet.cli.output import Json, show
 
 
 def command(
-    run: Annotated[str, typer.Argument(help="A run folder, the beginning of its uid, or its recipe's name.")],
+    run: Annotated[str, typer.Argument(help="A run folder, the beginning of its uid, its recipe's name; a store; predictions.")],
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
     """Cancel a submitted run. Its ranks save first, so `segfleet resume` goes on where it stopped."""
-    from segfleet.pipeline.run import find_run
-    from segfleet.slurm.slurm_job import attach
+    from segfleet.slurm import cluster
+    from segfleet.slurm.slurm_job import jobs_of, look_at_all
+    from segfleet.slurm.submission import find_home
 
-    job = attach(find_run(run, runs))
-    before = job.state()
-    job.cancel()
-    document = {"run": str(job.run), "job": job.id, "before": before, "cancelled": before in ("queued", "running")}
+    home = find_home(run, runs)
+    found = look_at_all(jobs_of(home))
+    active = [job.id for job, facts in found if facts["state"] in ("queued", "running")]
+    if active:
+        cluster.call("scancel", *active)
+    job, last = found[-1]
+    before = "running" if any(facts["state"] == "running" for _, facts in found) else last["state"]
+    document = {"run": str(home), "job": job.id, "before": before, "cancelled": bool(active), "jobs": active}
     show(document, as_json, render)
 
 
 def render(document: dict) -> None:
     name = Path(document["run"]).name
+    jobs, again = document["jobs"], f"`segfleet resume {name}`"
+    if name.endswith(".jobs"):
+        name, again = name.removesuffix(".jobs"), "the same submission"
     if document["cancelled"]:
-        typer.echo(f"job {document['job']} of run {name} was {document['before']} and is cancelled; `segfleet resume {name}` goes on")
+        typer.echo(f"job {', '.join(jobs)} of {name} was {document['before']} and is cancelled; {again} goes on")
     else:
-        typer.echo(f"run {name} is {document['before']}; nothing to cancel")
+        typer.echo(f"{name} is {document['before']}; nothing to cancel")

@@ -13,30 +13,30 @@ from segfleet.cli.output import Json, show
 
 
 def command(
-    run: Annotated[str, typer.Argument(help="A run folder, the beginning of its uid, or its recipe's name.")],
+    run: Annotated[str, typer.Argument(help="A run folder, the beginning of its uid, its recipe's name; a store; predictions.")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
     rank: Annotated[int | None, typer.Option(min=0, help="One rank; by default all, each line with its rank if there are several.")] = None,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
     """Print what the ranks of a submitted run have printed, over all restarts."""
-    from segfleet.pipeline.run import find_run
     from segfleet.preprocess.problems import InputError
     from segfleet.slurm.jobspec import JobSpec
-    from segfleet.slurm.slurm_job import attach
+    from segfleet.slurm.slurm_job import jobs_of, look_at_all
+    from segfleet.slurm.submission import find_home
 
-    job = attach(find_run(run, runs))
-    count = JobSpec.model_validate(job.submission.spec).ranks
+    jobs = jobs_of(find_home(run, runs))
+    count = JobSpec.model_validate(jobs[-1].submission.spec).ranks
     if rank is not None and rank >= count:
         raise InputError(f"--rank: found {rank}, expected 0 to {count - 1}")
     ranks = range(count) if rank is None else [rank]
+    logs = {job.label or str(number): job.submission.log(number) for job in jobs for number in ranks}
     if as_json:
-        texts = {str(number): text_of(job.submission.log(number)) for number in ranks}
-        show({"run": str(job.submission.folder), "ranks": texts}, True, print)
+        show({"run": jobs[-1].submission.folder, "ranks": {name: text_of(path) for name, path in logs.items()}}, True, print)
         return
-    tails = [Tail(job.submission.log(number), f"{number}: " if len(ranks) > 1 else "") for number in ranks]
+    tails = [Tail(path, f"{name}: " if len(logs) > 1 else "") for name, path in logs.items()]
     while True:
-        over = not follow or job.state() not in ("queued", "running")
+        over = not follow or all(found["state"] not in ("queued", "running") for _, found in look_at_all(jobs))
         for tail in tails:
             tail.copy(last=over)
         sys.stdout.flush()

@@ -38,18 +38,30 @@ def command(
     A run that was stopped goes on where it was; a second run on a finished store only compares.
     """
     from segfleet.preprocess.build import build
-    from segfleet.preprocess.plan import Overrides
+    from segfleet.preprocess.jobs import overrides_of
 
-    overrides = Overrides(size=size, patch=numbers("patch", patch, int), spacing=numbers("spacing", spacing, float))
+    store = job_of(name, raw, out, format, workers, seed, option, size, patch, spacing, verify)["store"]
     first: dict[str, int] = {}
     with bars(first) as tick:
-        manifest = build(
-            name, raw, out, format=format, workers=workers, split_seed=seed, progress=tick, options=chosen(option), overrides=overrides
-        )
+        manifest = build(**{**store, "overrides": overrides_of(store)}, progress=tick)
     if verify:
         check_store(out)
     status = "up to date" if "write" not in first else "continued" if first["write"] else "written"
     show(document(manifest, out, status, verify), as_json, render)
+
+
+def job_of(
+    name: str, raw: Path, out: Path, format: str, workers: int | None, seed: int, option: list[str] | None, size: tuple[int, int] | None,
+    patch: str | None, spacing: str | None, verify: bool, **_: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """What preprocessing does, as preprocess.jobs says. Raises InputError for what shows before any image is read."""
+    from segfleet.preprocess.build import open_raw
+    from segfleet.preprocess.jobs import overrides_of
+
+    overrides = {"size": size, "patch": numbers("patch", patch, int), "spacing": numbers("spacing", spacing, float)}
+    store = {"reader_name": name, "raw": str(raw), "out": str(out), "format": format, "options": chosen(option), "overrides": overrides}
+    open_raw(name, raw, out, format=format, options=store["options"], overrides=overrides_of(store))
+    return {"do": "preprocess", "store": {**store, "workers": workers, "split_seed": seed}, "verify": verify}
 
 
 def numbers(name: str, text: str | None, kind: type) -> tuple | None:

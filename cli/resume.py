@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -24,20 +23,29 @@ def command(
     """Submit a run once more, with the recipe and resources it had and the code as it is now. It goes on from its latest checkpoint."""
     changes = {"time": time, "partition": partition, "memory": memory, "exclude": exclude, "dependency": None}
     from segfleet.cli.submit import render, row
-    from segfleet.pipeline.run import find_run
-    from segfleet.slurm import prepare
+    from segfleet.preprocess.problems import InputError
+    from segfleet.slurm import cluster, prepare
     from segfleet.slurm.jobspec import make_spec
     from segfleet.slurm.slurm_job import attach, refuse_if_active
+    from segfleet.slurm.submission import find_home
     from segfleet.slurm.submitit_launcher import SlurmLauncher
 
-    folder = find_run(run, runs)
-    before = attach(folder).submission
-    if prepare.finished(folder):
+    folder = find_home(run, runs)
+    last = attach(folder)
+    before, job = last.submission, last.submission.job()
+    if job["do"] not in ("train", "score", "predict"):
+        raise InputError("resume: give the same `segfleet submit ... -- preprocess ...` again; it goes on where it stopped")
+    if prepare.finished(folder) if job["do"] == "train" else last.state() == "done":
         document = row(folder, None)
     else:
         refuse_if_active(folder)
         kept = {name: value for name, value in before.spec.items() if value is not None and name != "dependency"}
         spec = make_spec({**kept, **{name: value for name, value in changes.items() if value is not None}}, places=())
-        job = json.loads((Path(before.folder) / "job.json").read_text(encoding="utf-8"))
-        document = row(folder, SlurmLauncher(live=live).submit(folder, job["recipe"], Path(job["root"]), spec))
+        launcher, root = SlurmLauncher(live=live), Path(job["root"])
+        if job["do"] == "train":
+            made = launcher.submit(folder, job["recipe"], root, spec)
+        else:
+            cluster.check(spec)
+            made = launcher.submit_jobs([(folder, job)], root, spec, before.name, folder)[0]
+        document = row(folder, made)
     show(document, as_json, lambda document: render([document]))

@@ -10,11 +10,25 @@ import typer
 from segfleet.cli.output import Json, show, table
 
 
-def command(runs: Annotated[Path, typer.Argument(help="Folder of all runs.")] = Path("runs"), as_json: Json = False) -> None:
+def command(
+    runs: Annotated[Path, typer.Argument(help="Folder of all runs; or a store or predictions whose jobs were submitted.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
     """Show every run under RUNS: state, stage, step, loss, speed, remaining time, restarts; for submitted ones job, node and reason."""
-    from segfleet.slurm.status import status
+    from segfleet.slurm.status import jobs, status
+    from segfleet.slurm.submission import home_of
 
-    show(status(runs), as_json, render)
+    if (home_of(runs) / "slurm").is_dir():
+        show(jobs(home_of(runs)), as_json, render_jobs)
+    else:
+        show(status(runs), as_json, render)
+
+
+def render_jobs(rows: list[dict]) -> None:
+    table(("what", "job", "state", "node", "starts"), [(r["name"], r["job"], r["state"], r["node"] or "-", r["starts"]) for r in rows])
+    for row in rows:
+        if row["reason"]:
+            typer.echo(f"\n{row['name']} is {row['state']}: {row['reason'].strip()}")
 
 
 def render(rows: list[dict]) -> None:

@@ -1,4 +1,4 @@
-"""segfleet submit RECIPE [key=value ...]"""
+"""segfleet submit RECIPE [key=value ...]; segfleet submit -- preprocess | evaluate | predict ... (submit_words.py)"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from segfleet.cli.output import Json, show, table
 
 
 def command(
-    recipe: Annotated[str, typer.Argument(help="A recipe file or the name of a shipped recipe.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe file or the name of a shipped recipe. Or -- and a command.")],
     changes: Annotated[list[str] | None, typer.Argument(help="Changes of the recipe, key.path=value.")] = None,
     cluster: Annotated[str | None, typer.Option(help="Profile in ./clusters.yaml or ~/.config/segfleet/clusters.yaml.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Nodes.")] = None,
@@ -31,7 +31,7 @@ def command(
     mail_on: Annotated[str | None, typer.Option(help="When to write: END,FAIL and others of SLURM's words.")] = None,
     dependency: Annotated[str | None, typer.Option(help="SLURM's own words: afterok:123, singleton.")] = None,
     after: Annotated[str | None, typer.Option(help="A run that must be done first.")] = None,
-    array: Annotated[list[str] | None, typer.Option(help="One run for each value: data.fold=0..4 or seed=1,2,3. May be repeated.")] = None,
+    array: Annotated[list[str] | None, typer.Option(help="One run for each value, as data.fold=0..4; or N jobs of preprocess.")] = None,
     throttle: Annotated[int | None, typer.Option(help="Members of the array that may run at once.")] = None,
     sbatch: Annotated[list[str] | None, typer.Option(help="A further option of sbatch, for example --sbatch=--licenses=x.")] = None,
     setup: Annotated[list[str] | None, typer.Option(help="A shell line run before the ranks start.")] = None,
@@ -46,8 +46,12 @@ def command(
     runs: Annotated[Path, typer.Option(help="Folder of all runs; all nodes must see it.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Submit RECIPE to SLURM. The job saves and comes back by itself after time limits, preemption and node failures."""
+    """Submit RECIPE to SLURM. The job saves and comes back by itself after time limits, preemption and node failures.
+
+    After --, one of the commands preprocess, evaluate and predict with all its words: it is checked now, and done by SLURM.
+    """
     given = dict(locals())
+    from segfleet.cli import submit_words
     from segfleet.preprocess.problems import InputError
     from segfleet.slurm import prepare
     from segfleet.slurm.jobspec import JobSpec, make_spec
@@ -56,9 +60,12 @@ def command(
 
     root = runs.resolve()
     options = {name: given[name] for name in JobSpec.model_fields if given.get(name) not in (None, [])}
-    options |= {"dependency": dependency_on(after, root)} if after else {}
     if after and dependency:
         raise InputError("--after and --dependency say the same twice; give one")
+    options |= {"dependency": dependency_on(after, root)} if after else {}
+    if recipe in submit_words.COMMANDS:
+        submit_words.submit([recipe, *(changes or [])], options, given)
+        return
     spec = make_spec(options, cluster)
     changes = [*(changes or []), *([f"engine.name={engine}"] if engine else [])]
     chosen = {}
@@ -117,20 +124,28 @@ def dependency_on(after: str, root: Path) -> str | None:
 
 def rehearse(launcher, chosen: list[Path], root: Path, spec) -> dict[str, Any]:
     """The script, and what the controller says to it."""
+    from segfleet.slurm import cluster
+
+    script = launcher.script(chosen[0], root, spec, len(chosen))
+    if cluster.there_is_one():
+        cluster.check(spec)
+    return {"script": script, "controller": ask_controller(script), "runs": [str(run) for run in chosen]}
+
+
+def ask_controller(script: str) -> list[str]:
+    """What SLURM says to a script, without submitting it. Raises InputError where it would refuse."""
     import tempfile
 
     from segfleet.preprocess.problems import InputError
     from segfleet.slurm import cluster
 
-    script = launcher.script(chosen[0], root, spec, len(chosen))
-    words = ["no SLURM controller answers here: not asked"]
-    if cluster.there_is_one():
-        cluster.check(spec)
-        with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
-            file.write(script)
-            file.flush()
-            try:
-                words = cluster.call("bash", "-c", f"sbatch --test-only {file.name} 2>&1").splitlines()
-            except InputError as error:
-                raise InputError("SLURM would refuse the job: " + str(error).partition("says: ")[2]) from None
-    return {"script": script, "controller": words, "runs": [str(run) for run in chosen]}
+    if not cluster.there_is_one():
+        return ["no SLURM controller answers here: not asked"]
+    known = "".join(line for line in script.splitlines(keepends=True) if "afterany:<" not in line)  # a job that is not yet there
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(known)
+        file.flush()
+        try:
+            return cluster.call("bash", "-c", f"sbatch --test-only {file.name} 2>&1").splitlines()
+        except InputError as error:
+            raise InputError("SLURM would refuse the job: " + str(error).partition("says: ")[2]) from None

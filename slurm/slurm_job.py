@@ -38,6 +38,14 @@ class SlurmJob:
     def id(self) -> str:
         return self.submission.id
 
+    @property
+    def label(self) -> str:
+        """What a job of a store does, such as "survey 0"; empty for the others, whose ranks are told apart."""
+        job = self.submission.job()
+        if job["do"] in ("survey", "write"):
+            return f"{job['do']} {job['share'][0]}"
+        return ("publish" if job.get("before") else "preprocess") if job["do"] == "preprocess" else ""
+
     def state(self) -> str:
         return self.look()["state"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from segfleet.pipeline import status as own
 from segfleet.preprocess.problems import InputError
 from segfleet.slurm import cluster
-from segfleet.slurm.slurm_job import SlurmJob
+from segfleet.slurm.slurm_job import SlurmJob, jobs_of, look_at_all
 from segfleet.slurm.submission import submissions
 
 NOTHING = {"job": None, "queue": None, "reason": None, "node": None}
@@ -28,11 +28,17 @@ def status(root: Path) -> list[dict[str, Any]]:
     return [_joined(row, jobs[row["run"]].look(queue, accounts)) if row["run"] in jobs else {**row, **NOTHING} for row in rows]
 
 
+def jobs(home: Path) -> list[dict[str, Any]]:
+    """Rows of the jobs that make a store or a folder of predictions."""
+    return [{"name": job.label or job.submission.name, **found} for job, found in look_at_all(jobs_of(home))]
+
+
 def _joined(row: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     """A run that is done is done, whatever became of its job; else the job knows better than a lock that other nodes may not see."""
     if row["state"] == "done" or row["state"] == "training" and job["state"] != "running":
         state = row["state"]
     else:
-        state = {"running": "training" if row["steps"] else "starting"}.get(job["state"], job["state"])
+        busy = "scoring" if row["state"] == "trained" else "training" if row["steps"] else "starting"
+        state = busy if job["state"] == "running" else job["state"]
     restarts = max(row["restarts"], job["starts"] - 1)
     return {**row, "state": state, "restarts": restarts, **{key: job[key] for key in NOTHING}}

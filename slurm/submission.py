@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from segfleet.pipeline.run import RECIPE, StageFolder, open_run, write_atomically
+from segfleet.pipeline.run import RECIPE, StageFolder, find_run, open_run, write_atomically
 from segfleet.preprocess.problems import InputError
 from segfleet.slurm.jobspec import JobSpec
 
@@ -78,6 +78,12 @@ def home_of(out: Path) -> Path:
     """Where the jobs are kept that make `out`, which is no run."""
     out = Path(out).resolve()
     return out.with_name(out.name + ".jobs")
+
+
+def find_home(text: str, root: Path) -> Path:
+    """Where jobs are kept: a run folder, as `find_run` finds it below `root`, or what lies beside a store or a folder of predictions."""
+    beside = home_of(Path(text))
+    return beside if (beside / "slurm").is_dir() else find_run(text, root)
 
 
 def together(run: Path) -> list[Submission]:

@@ -1,0 +1,168 @@
+"""segfleet submit [options] -- preprocess | evaluate | predict ...: the ordinary command, checked here and done by SLURM."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from segfleet.cli.output import show, table
+
+COMMANDS = ("preprocess", "evaluate", "predict")
+ONE_PROCESS = {"nodes": 1, "gpus_per_node": 0, "ranks_per_node": 1}
+Step = tuple[str, list[dict[str, Any]]]  # name, jobs: one, or an array
+
+
+def submit(words: list[str], options: dict[str, Any], given: dict[str, Any]) -> None:
+    """`options`: fields of a JobSpec; `given`: the further options of `segfleet submit`. Raises InputError."""
+    from segfleet.preprocess.problems import InputError
+    from segfleet.slurm import cluster
+    from segfleet.slurm.jobspec import make_spec
+    from segfleet.slurm.slurm_job import refuse_if_active
+    from segfleet.slurm.submitit_launcher import SlurmLauncher, without_bad_nodes
+
+    name, root = words[0], given["runs"].resolve()
+    told = parse(name, words[1:], given["runs"])
+    if given["engine"]:
+        raise InputError(f"--engine: is chosen for a training, not for {name}")
+    launcher = SlurmLauncher(live=given["live"])
+    if name == "preprocess":
+        steps, home = preprocessing(told, given["array"])
+        if wrong := [key for key in ONE_PROCESS if key in options]:
+            option = wrong[0].replace("_", "-")
+            raise InputError(f"--{option}: a job of preprocess is one process; --array N shares the cases, --cpus gives each cores")
+        spec = make_spec({**options, **ONE_PROCESS}, given["cluster"])
+        spec = spec.model_copy(update={"cpus": spec.cpus or told["workers"] or 1})
+    else:
+        if given["array"]:
+            raise InputError(f"--array: {name} shares its cases among the ranks of one job; ask for --nodes and ranks instead")
+        steps, home, root = (evaluation if name == "evaluate" else prediction)(told)
+        spec = make_spec(options, given["cluster"])
+    as_json = given["as_json"] or told["as_json"]
+    if given["dry_run"]:
+        from segfleet.cli.submit import ask_controller
+
+        asked = zip(steps, chained(steps, spec), strict=True)
+        scripts = [launcher.script(home, root, one, len(jobs), title) for (title, jobs), one in asked]
+        if cluster.there_is_one():
+            cluster.check(without_bad_nodes(spec, root))
+        document = {"scripts": scripts, "controller": [line for script in scripts for line in ask_controller(script)]}
+        show(document, as_json, render_scripts)
+        return
+    if steps:
+        refuse_if_active(home)
+        if name == "preprocess":
+            refuse_if_claimed(told["out"])
+        cluster.check(without_bad_nodes(spec, root))
+    show(send(launcher, steps, home, root, spec), as_json, render)
+
+
+def parse(name: str, words: list[str], runs: Path) -> dict[str, Any]:
+    """The command's arguments, read as the command itself reads them. Typer's own error for what it cannot read."""
+    command = importlib.import_module(f"segfleet.cli.{name}").command
+    found: dict[str, Any] = {}
+    reader = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    reader.command(name=name)(functools.wraps(command)(lambda **arguments: found.update(arguments)))
+    whole = words if name == "preprocess" else ["--runs", str(runs), *words]  # the words' own --runs comes last and wins
+    code = typer.main.get_command(reader).main(whole, prog_name=f"segfleet {name}", standalone_mode=False)
+    if not found:  # --help
+        raise typer.Exit(code or 0)
+    return found
+
+
+def preprocessing(told: dict[str, Any], array: list[str] | None) -> tuple[list[Step], Path]:
+    """The jobs that make a store: one, or with an array of N members who survey, N who write, and one that does the rest and publishes."""
+    from segfleet.cli.preprocess import job_of
+    from segfleet.preprocess.manifest import NAME
+    from segfleet.preprocess.problems import InputError
+    from segfleet.preprocess.readers.base import open_reader
+    from segfleet.slurm.submission import home_of
+
+    told = {**told, "raw": told["raw"].absolute(), "out": told["out"].absolute()}
+    if array and not (len(array) == 1 and array[0].isdigit() and int(array[0]) > 0):
+        raise InputError(f"--array: found '{' '.join(array)}', expected the number of jobs that share the cases, for example 8")
+    job, out = job_of(**told), told["out"]
+    home = home_of(out)
+    if (out / NAME).is_file():
+        return [], home
+    count = min(int(array[0]), len(open_reader(told["name"], told["raw"], **job["store"]["options"]).refs())) if array else 0
+    steps = [(title("publish" if count else "preprocess", out), [job])]
+    for what in ("write", "survey") if count else ():
+        steps.insert(0, (title(what, out), [{"do": what, "store": job["store"], "share": [i, count]} for i in range(count)]))
+    return steps, home
+
+
+def refuse_if_claimed(out: Path) -> None:
+    """Raises InputError if a process of this or another node is making the store."""
+    from segfleet.preprocess.claim import claimed
+
+    with claimed(out.with_name(out.name + ".partial"), out, shared=True):
+        pass
+
+
+def evaluation(told: dict[str, Any]) -> tuple[list[Step], Path, Path]:
+    from segfleet.cli.evaluate import job_of
+    from segfleet.preprocess.problems import InputError
+
+    if told["ranks"] != 1:
+        raise InputError("--ranks: a job has nodes x gpus-per-node ranks; say --gpus-per-node or --ranks-per-node before the --")
+    job = job_of(told["run"], told["changes"] or [], told["runs"])
+    data = job["recipe"]["data"]
+    data["store"] = str(Path(data["store"]).resolve())
+    run = Path(job["run"])
+    return [(title("evaluate", run), [job])], run, Path(job["root"])
+
+
+def prediction(told: dict[str, Any]) -> tuple[list[Step], Path, Path]:
+    from segfleet.cli.predict import job_of
+    from segfleet.slurm.submission import home_of
+
+    images, out = [path.absolute() for path in told["images"]], told["out"].absolute()
+    job = {**job_of(told["run"], images, out, told["runs"]), "root": str(told["runs"].resolve())}
+    return [(title("predict", out), [job])], home_of(out), Path(job["root"])
+
+
+def title(what: str, out: Path) -> str:
+    return f"segfleet-{what}-{re.sub(r'[^A-Za-z0-9._-]', '_', out.name)}"
+
+
+def chained(steps: list[Step], spec) -> list[Any]:
+    """The resources of every step; each but the first waits until all of the one before have ended, however that was."""
+    waits = [spec.dependency, *(f"afterany:<{name}>" for name, _ in steps)]
+    return [spec.model_copy(update={"dependency": wait}) for wait, _ in zip(waits, steps, strict=False)]
+
+
+def send(launcher, steps: list[Step], home: Path, root: Path, spec) -> dict[str, Any]:
+    """Submit all steps or none."""
+    from segfleet.slurm import cluster
+
+    sent: list[Any] = []
+    try:
+        for name, jobs in steps:
+            members = [(home, {**job, "root": str(root), "before": [Path(one.submission.folder).name for one in sent]}) for job in jobs]
+            sent += (taken := launcher.submit_jobs(members, root, spec, name, home / "logs"))
+            spec = spec.model_copy(update={"dependency": f"afterany:{taken[0].id.partition('_')[0]}"})
+    except BaseException:
+        if sent:
+            cluster.call("scancel", *dict.fromkeys(job.id.partition("_")[0] for job in sent))
+        raise
+    out = str(home.with_suffix("")) if home.suffix == ".jobs" else str(home)
+    rows = [{"name": job.submission.name, "job": job.id, "log": str(job.submission.log(0))} for job in sent]
+    return {"out": out, "state": "queued" if sent else "done", "job": None, "log": None, **(rows[-1] if rows else {}), "jobs": rows}
+
+
+def render(document: dict) -> None:
+    out = document["out"]
+    if not document["jobs"]:
+        typer.echo(f"{out} is a finished store; `segfleet preprocess` without submit compares it with the raw files")
+        return
+    table(("job", "id"), [(row["name"], row["job"]) for row in document["jobs"]])
+    typer.echo(f"`segfleet status {out}` shows the jobs, `segfleet logs {out} -f` what they print, `segfleet cancel {out}` ends them")
+
+
+def render_scripts(document: dict) -> None:
+    typer.echo("\n".join([*document["scripts"], *(f"# {line}" for line in document["controller"])]))
