@@ -16,15 +16,12 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Cancel a submitted run. Its ranks save first, so `segfleet resume` goes on where it stopped."""
-    from segfleet.slurm import cluster
-    from segfleet.slurm.slurm_job import jobs_of, look_at_all
+    from segfleet.slurm import slurm_job
     from segfleet.slurm.submission import find_home
 
     home = find_home(run, runs)
-    found = look_at_all(jobs_of(home))
-    active = [job.id for job, facts in found if facts["state"] in ("queued", "running")]
-    if active:
-        cluster.call("scancel", *active)
+    found = slurm_job.look_at_all(slurm_job.jobs_of(home))
+    active = slurm_job.cancel(found)
     job, last = found[-1]
     before = "running" if any(facts["state"] == "running" for _, facts in found) else last["state"]
     document = {"run": str(home), "job": job.id, "before": before, "cancelled": bool(active), "jobs": active}

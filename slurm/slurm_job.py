@@ -21,6 +21,7 @@ WORDS = {
     "failed": ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED"),
 }
 STATES = {word: state for state, words in WORDS.items() for word in words}
+CANCELLED = "cancelled"  # a file in the submission's folder
 HINTS = {
     "OUT_OF_MEMORY": "ask for more memory (--memory)",
     "TIMEOUT": "the ranks did not stop in time; `segfleet resume` goes on from the last checkpoint",
@@ -55,11 +56,12 @@ class SlurmJob:
     def look(self, queue: Mapping[str, Any] | None = None, accounts: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """{"job", "queue", "state", "reason", "node", "starts"}. Tables already fetched for many jobs may be passed."""
         queue = _or_nothing(cluster.queue) if queue is None else queue
-        row = self._mine(queue.get(self.id))
+        row = self._mine(queue.get(self.id) or queue.get(self.id.partition("_")[0]))  # an array that was cancelled whole has one row
         if row is None:
             row = self._mine((cluster.account([self.id]) if accounts is None else accounts).get(self.id))
         outcome, why = self.submission.outcome()
-        state = STATES.get(row["state"], "running") if row else (outcome or "lost")
+        ended = "cancelled" if (Path(self.submission.folder) / CANCELLED).exists() else "lost"
+        state = STATES.get(row["state"], "running") if row else (outcome or ended)
         reason = row["reason"] if row and state in ("queued", "running") else None
         if state in ("failed", "stopped"):
             reason = why or (row and row["state"]) or None
@@ -82,8 +84,7 @@ class SlurmJob:
         return row if row and row["name"] == self.submission.name else None
 
     def cancel(self) -> None:
-        if self.state() in ("queued", "running"):
-            cluster.call("scancel", self.id)
+        cancel([(self, self.look())])
 
     def wait(self, timeout: float, poll: float = 0.5) -> str:
         """The state in which it ended. Raises TimeoutError."""
@@ -119,6 +120,16 @@ def look_at_all(jobs: list[SlurmJob]) -> list[tuple[SlurmJob, dict[str, Any]]]:
     queue = _or_nothing(cluster.queue)
     accounts = cluster.account([job.id for job in jobs if job.id not in queue])
     return [(job, job.look(queue, accounts)) for job in jobs]
+
+
+def cancel(jobs: list[tuple[SlurmJob, dict[str, Any]]]) -> list[str]:
+    """Cancel those that wait or run, with what `look` said of each; their ids. SLURM forgets what never started, so a mark is left."""
+    active = [job for job, found in jobs if found["state"] in ("queued", "running")]
+    if active:
+        cluster.call("scancel", *(job.id for job in active))
+    for job in active:
+        (Path(job.submission.folder) / CANCELLED).touch()
+    return [job.id for job in active]
 
 
 def jobs_of(run: Path) -> list[SlurmJob]:
