@@ -16,9 +16,10 @@ from segfleet.pipeline.restore import restore
 from segfleet.pipeline.sliding_window import Forward, sliding_window
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.case import Case
-from segfleet.preprocess.images import read_image
+from segfleet.preprocess.images import ImageError, read_image
 from segfleet.preprocess.manifest import Dataset, Plan
 from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.readers.pairs import colours
 from segfleet.preprocess.shard_reader import to_float32
 from segfleet.preprocess.transforms import preprocess_case, resample_axis
 from segfleet.preprocess.writer import write_label
@@ -95,8 +96,11 @@ def _answer(forward: Forward, plan: Plan, task: Task, one: Input, path: Path, wi
 
 def _predict(forward: Forward, plan: Plan, task: Task, one: Input, path: Path, window: dict[str, Any]) -> None:
     image, geometry = read_image(one.images)
-    if len(image) == 1 and plan.normalisation == ("rgb_to_0_1",) * 3:
-        image = np.repeat(image, 3, axis=0)  # a grey picture among colour ones
+    if plan.normalisation == ("rgb_to_0_1",) * 3:
+        image, geometry = colours(image, geometry)  # as all layouts of colour pictures do
+    if len(image) != (channels := len(plan.normalisation)):
+        mend = "Save the image with the channels the network was trained on."
+        raise ImageError(one.images[0], "channels", str(len(image)), str(channels), mend)
     if image.dtype.kind == "f" and not np.isfinite(image).all():
         raise InputError(f"{one.images[0]}: image: found voxels that are nan or infinite, expected finite ones. Mend the image.")
     case = Case(id=one.id, image_CZYX=image, label_ZYX=None, geometry=geometry)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -15,6 +17,7 @@ from segfleet.pipeline.evaluate import predict_case
 from segfleet.pipeline.predict import collect, predict_files
 from segfleet.pipeline.task import make_task
 from segfleet.preprocess.build import build
+from segfleet.preprocess.images import read_label
 from segfleet.preprocess.phantom import write_dsb_phantom, write_msd_phantom, write_nnunet_phantom
 from segfleet.preprocess.problems import InputError
 from segfleet.preprocess.stores.base import open_store
@@ -229,3 +232,53 @@ def test_a_grey_picture_among_colour_ones(sets, tmp_path):
     a, b = (np.asarray(Image.open(entry["file"])) for entry in found["done"])
     assert a.shape == (40, 30) and a.any()
     np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["LA", "L16", "RGBA", "P", "P with alpha", "CMYK", "RGBA.tif", "RGB16.tif", "L.tif"])
+def test_pictures_of_every_kind_are_read_as_preprocessing_reads_them(sets, kind, tmp_path):
+    """Grey ones are repeated, alpha is dropped, palettes are looked up, whites of 16 bit are white."""
+    store, _ = sets["dsb2018"]
+    draw = np.random.default_rng(0)
+    colour = np.repeat(np.repeat(draw.integers(0, 5, (10, 8, 3)), 4, 0), 4, 1).astype(np.uint8) * 60
+    grey, alpha = colour[..., 0], draw.integers(0, 255, (40, 32, 1), dtype=np.uint8)
+    plain, odd = tmp_path / "plain.png", tmp_path / f"odd.{'tif' if kind.endswith('tif') else 'png'}"
+    if kind in ("LA", "L16", "L.tif"):
+        colour = np.repeat(grey[..., None], 3, -1)
+    if kind == "LA":
+        Image.fromarray(np.concatenate([grey[..., None], alpha], -1)).save(odd)
+    elif kind == "L16":
+        Image.fromarray(grey.astype(np.uint16) * 257).save(odd)
+    elif kind in ("RGBA", "RGBA.tif"):
+        Image.fromarray(np.concatenate([colour, alpha], -1)).save(odd)
+    elif kind == "P":
+        Image.fromarray(colour).quantize(256).save(odd)
+    elif kind == "P with alpha":
+        Image.fromarray(colour).quantize(256).save(odd, transparency=3)
+    elif kind == "CMYK":
+        odd = tmp_path / "odd.jpg"
+        Image.fromarray(colour).convert("CMYK").save(odd, quality=100, subsampling=0)
+        colour = np.asarray(Image.open(odd).convert("RGB"))
+    elif kind == "RGB16.tif":
+        tifffile.imwrite(odd, colour.astype(np.uint16) * 257, photometric="rgb")
+    else:
+        tifffile.imwrite(odd, grey)
+    Image.fromarray(colour).save(plain)
+    found = predict(store, [plain, odd], tmp_path / "out")
+    assert not found["failed"]
+    files = {entry["id"]: entry["file"] for entry in found["done"]}
+    one, other = (np.squeeze(read_label(Path(files[name]))[0]) for name in ("plain", "odd"))
+    assert one.any() and not one.all()
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("name", "found"), [("dsb2018", 5), ("msd", 2)])
+def test_a_wrong_number_of_channels_names_the_file(sets, name, found, tmp_path):
+    store, _ = sets[name]
+    path = tmp_path / ("five.tif" if name == "dsb2018" else "two.nii.gz")
+    if name == "dsb2018":
+        tifffile.imwrite(path, np.zeros((5, 20, 20), np.uint8), metadata={"axes": "CYX"})
+    else:
+        nib.save(nib.Nifti1Image(np.ones((20, 20, 8, 2), np.float32), np.eye(4)), path)
+    (failed,) = predict(store, [path], tmp_path / "out")["failed"]
+    assert failed["problem"].startswith(f"{path}: channels: found {found}, expected {len(store.manifest.dataset.channels)}. Save")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["predictions.json"]
