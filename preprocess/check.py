@@ -20,6 +20,7 @@ from segfleet.preprocess.parallel import run
 from segfleet.preprocess.plan import normalisation
 from segfleet.preprocess.problems import DataError, Problem
 from segfleet.preprocess.readers.base import CaseRef, RawReader
+from segfleet.preprocess.voxels import pieces, values
 
 BYTES_PER_VALUE = 24  # of memory per voxel and channel: the file, decoded, as float32, and what cropping and resampling add
 Tick = Callable[[int, int], None]
@@ -173,27 +174,24 @@ def image_problems(case: str, image: np.ndarray, geometry: Geometry, dataset: Da
 
 
 def label_problems(case: str, label: np.ndarray, dataset: Dataset) -> list[Problem]:
-    if label.dtype.kind == "f":
-        broken = ~np.isfinite(label)
-        if not broken.any():
-            broken = label != np.rint(label)
-        if broken.any():
-            found = f"{int(broken.sum())} voxel(s) that are no integers, such as {label[broken][0]:g}"
-            mend = "Resample labels with nearest neighbour and save them as integers."
-            return [Problem(case=case, field="label", found=found, expected="integers", mend=mend)]
+    broken = []
+    for _, piece in pieces(label) if label.dtype.kind == "f" else ():
+        bad = ~np.isfinite(piece) | (piece != np.rint(piece))
+        broken += [(int(bad.sum()), piece[bad][0])] if bad.any() else []
+    if broken:
+        found = f"{sum(n for n, _ in broken)} voxel(s) that are no integers, such as {broken[0][1]:g}"
+        mend = "Resample labels with nearest neighbour and save them as integers."
+        return [Problem(case=case, field="label", found=found, expected="integers", mend=mend)]
     declared = {*dataset.labels.values(), *(v for region in dataset.regions.values() for v in region)}
     if dataset.ignore_label is not None:
         declared.add(dataset.ignore_label)
-    small = label.dtype == np.uint8
-    present = np.flatnonzero(np.bincount(label.ravel(), minlength=1)) if small else np.unique(label)
-    values = {int(v) for v in present}
-    problems = []
-    if unknown := sorted(values - declared):
+    present, problems = values(label), []
+    if unknown := sorted(present - declared):
         found = ", ".join(map(str, unknown[:10])) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
         expected = f"only the declared values {', '.join(map(str, sorted(declared)))}"
         mend = "Declare them in the labels of the data set, or correct the mask."
         problems.append(Problem(case=case, field="label values", found=found, expected=expected, mend=mend))
-    if beyond := sorted(v for v in values & declared if v > 255):
+    if beyond := sorted(v for v in present & declared if v > 255):
         mend = "Number the labels from 0 on."
         problems.append(Problem(case=case, field="label values", found=f"{beyond[0]}", expected="0 to 255", mend=mend))
     return problems

@@ -12,6 +12,7 @@ from segfleet.preprocess.case import Case
 from segfleet.preprocess.manifest import Dataset, Frozen
 from segfleet.preprocess.problems import Problem
 from segfleet.preprocess.transforms import crop_box
+from segfleet.preprocess.voxels import counts, draw
 
 MOST_SAMPLES = 2_000_000  # foreground voxels of the whole data set
 
@@ -60,15 +61,11 @@ def samples_per_case(cases: int) -> int:
 
 def statistics(case: Case, normalisation: Sequence[str], ignore_label: int | None, samples: int) -> dict:
     """The fields of CaseFacts that follow from the arrays of a sound case. The draw depends on the case's id alone."""
-    label = case.label_ZYX.astype(np.uint8)
-    counts = np.bincount(label.ravel(), minlength=1)
-    inside = label > 0
-    if ignore_label is not None:
-        inside &= label != ignore_label
-    where = np.flatnonzero(inside.ravel())
-    if len(where) > samples:
-        seed = int.from_bytes(hashlib.sha256(f"intensity {case.id}".encode()).digest()[:8], "little")
-        where = np.sort(np.random.default_rng(seed).choice(where, samples, replace=False))
+    label = case.label_ZYX.astype(np.uint8, copy=False)
+    found = counts(label)
+    seed = int.from_bytes(hashlib.sha256(f"intensity {case.id}".encode()).digest()[:8], "little")
+    ignored = 0 if ignore_label is None else ignore_label
+    where = draw(label, lambda piece: (piece > 0) & (piece != ignored), samples, np.random.default_rng(seed))
     drawn = np.stack([channel.ravel()[where] for channel in case.image_CZYX], axis=-1).astype("<f4")
     return {
         "raw_shape": case.geometry.shape,
@@ -76,7 +73,7 @@ def statistics(case: Case, normalisation: Sequence[str], ignore_label: int | Non
         "spacing": case.geometry.spacing,
         "dtype": str(case.image_CZYX.dtype),
         "orientation": orientation(case.geometry.affine),
-        "voxels": {int(value): int(counts[value]) for value in np.flatnonzero(counts)},
+        "voxels": {int(value): int(found[value]) for value in np.flatnonzero(found)},
         "samples": base64.b64encode(drawn.tobytes()).decode("ascii"),
     }
 

@@ -153,7 +153,7 @@ def peek(path: Path) -> tuple[int, int, int, int]:
 
         with Image.open(path) as picture:
             width, height = picture.size
-            return (3 if picture.mode == "P" else len(picture.getbands()), 1, height, width)
+            return (3 if picture.mode in ("P", "CMYK") else len(picture.getbands()), 1, height, width)
     except Exception:
         return (0, 0, 0, 0)
 
@@ -195,11 +195,21 @@ def _nifti(data: bytes, packed: bool) -> tuple[np.ndarray, Geometry]:
         picture = nib.Nifti2Image.from_bytes(raw)
     except nib.spatialimages.HeaderDataError as error:
         raise ValueError(str(error)) from None
-    array = np.asanyarray(picture.dataobj)
+    array = _voxels(picture.dataobj)
     shape = _czyx(array.shape)
     zooms = (*map(float, picture.header.get_zooms()[:3]), 1.0, 1.0)[:3]
     array = array.reshape(shape[::-1], order="F").T
     return array, Geometry(shape=shape[1:], spacing=zooms[::-1], affine=_rows(picture.affine))
+
+
+def _voxels(data: Any) -> np.ndarray:
+    """The array of a NIfTI file in the file's order. Slopes make it real numbers: eight bytes each, so that is done slice by slice."""
+    if (data.slope, data.inter) == (1.0, 0.0) or len(data.shape) < 3:
+        return np.asanyarray(data)
+    array = np.empty(data.shape, np.float32, order="F")
+    for last in range(data.shape[-1]):
+        array[..., last] = data[..., last]
+    return array
 
 
 def _itk(path: Path) -> tuple[np.ndarray, Geometry]:
@@ -259,7 +269,7 @@ def _natural(data: bytes, label: bool) -> tuple[np.ndarray, Geometry]:
         warnings.simplefilter("ignore")  # large images are no attack here
         picture = Image.open(io.BytesIO(data))
         picture.load()
-    if picture.mode == "1" or picture.mode == "P" and not label:
+    if picture.mode == "1" or picture.mode in ("P", "CMYK", "YCbCr") and not label:
         picture = picture.convert("L" if picture.mode == "1" else "RGB")
         values = np.asarray(picture)
         array = (values > 0).astype(np.uint8) if label else values

@@ -1,8 +1,11 @@
-"""Resampling as one sparse matrix per axis: cubic splines are separable, and the matrices are made once per pair of lengths."""
+"""Resampling as one sparse matrix per axis: cubic splines are separable, and the matrices are made once per pair of lengths.
+
+It goes slab by slab, so that beside the old and the new array there is little else in memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -10,6 +13,8 @@ from scipy import ndimage, sparse
 
 PADDING = 12  # voxels of edge before a spline is fitted; its influence beyond is below 1e-6
 NEGLIGIBLE = 1e-6
+SLAB = 2**24  # voxels made at a time
+THINNEST = 64  # slices of a slab: those around it that its edges need as well are resampled in plane more than once
 
 
 def resample_image(image_CZYX: np.ndarray, new_shape: Sequence[int], anisotropic_axis: int | None = None) -> np.ndarray:
@@ -30,19 +35,19 @@ def resample_label(label_ZYX: np.ndarray, new_shape: Sequence[int], anisotropic_
     """(*new_shape) of the same dtype: the 0/1 map of every label is resampled linearly, the largest wins, of equals the smaller label."""
     if tuple(new_shape) == label_ZYX.shape:
         return label_ZYX
-    values = np.unique(label_ZYX)
-    out = np.full(tuple(new_shape), values[0], label_ZYX.dtype)
-    if len(values) == 1:
-        return out
-    best = None
-    for value in values:
-        here = _resample((label_ZYX == value)[None], new_shape, anisotropic_axis, 1)[0]
-        if best is None:
-            best = here
-            continue
-        wins = here > best + NEGLIGIBLE
-        out[wins] = value
-        np.maximum(best, here, out=best)
+    out = np.empty(tuple(new_shape), label_ZYX.dtype)
+    for here, there, steps in _slabs(label_ZYX.shape, new_shape, anisotropic_axis, 1):
+        part = label_ZYX[there]
+        values = np.unique(part)
+        out[here] = values[0]
+        best = None
+        for value in values if len(values) > 1 else ():
+            map_ZYX = _apply(steps, (part == value)[None])[0]
+            if best is None:
+                best = map_ZYX
+                continue
+            out[here][map_ZYX > best + NEGLIGIBLE] = value
+            np.maximum(best, map_ZYX, out=best)
     return out
 
 
@@ -50,19 +55,51 @@ def _resample(array: np.ndarray, new_shape: Sequence[int], nearest_axis: int | N
     assert array.ndim == 4 and len(new_shape) == 3, f"expected (C, Z, Y, X) and three lengths, found {array.shape} and {new_shape}"
     if tuple(new_shape) == array.shape[1:]:
         return array
-    out = array
-    for axis in sorted(range(3), key=lambda a: new_shape[a] / array.shape[1 + a]):  # shrink first: less to do for the rest
-        old, new = array.shape[1 + axis], int(new_shape[axis])
-        if old == new:
-            continue
-        if axis == nearest_axis or old == 1:
-            out = np.take(out, nearest(old, new), axis=1 + axis)
+    out = np.empty((len(array), *new_shape), np.float32)
+    for here, there, steps in _slabs(array.shape[1:], new_shape, nearest_axis, order):
+        for channel, into in zip(array, out, strict=True):
+            into[here] = _apply(steps, channel[None, there])[0]
+    return out
+
+
+Step = tuple[int, np.ndarray | sparse.csr_array]  # axis; the lines to take, or the matrix that makes new lines of the old
+
+
+def _slabs(
+    shape: Sequence[int], new_shape: Sequence[int], nearest_axis: int | None, order: int
+) -> Iterator[tuple[slice, slice, list[Step]]]:
+    """(slices of the new grid, slices of the old grid they depend on, what leads from these to those)."""
+    steps: list[Step] = []
+    for axis in sorted(range(3), key=lambda a: new_shape[a] / shape[a]):  # shrink first: less to do for the rest
+        old, new = shape[axis], int(new_shape[axis])
+        if old != new:
+            whole = axis == nearest_axis or old == 1
+            steps.append((axis, nearest(old, new) if whole else operator(old, new, order)))
+    widest = max(shape[1] * shape[2], new_shape[1] * new_shape[2])
+    thick = max(THINNEST if any(axis == 0 for axis, _ in steps) else 1, SLAB // widest)
+    for start in range(0, new_shape[0], thick):
+        here = slice(start, min(start + thick, new_shape[0]))
+        there, own = here, []
+        for axis, how in steps:
+            if axis == 0:
+                lines = how[here]
+                used = lines if isinstance(lines, np.ndarray) else lines.indices
+                there = slice(int(used.min()), int(used.max()) + 1)
+                how = lines - there.start if isinstance(lines, np.ndarray) else lines[:, there]
+            own.append((axis, how))
+        yield here, there, own
+
+
+def _apply(steps: Sequence[Step], part_CZYX: np.ndarray) -> np.ndarray:
+    out = part_CZYX
+    for axis, how in steps:
+        if isinstance(how, np.ndarray):
+            out = np.take(out, how, axis=1 + axis)
             continue
         lines = np.moveaxis(out, 1 + axis, 0).astype(np.float32)
         rest = lines.shape[1:]
-        lines = operator(old, new, order) @ lines.reshape(old, -1)
-        out = np.moveaxis(lines.reshape(new, *rest), 0, 1 + axis)
-    return np.ascontiguousarray(out, dtype=np.float32)
+        out = np.moveaxis((how @ lines.reshape(len(lines), -1)).reshape(-1, *rest), 0, 1 + axis)
+    return out.astype(np.float32, copy=False)
 
 
 def nearest(old: int, new: int) -> np.ndarray:

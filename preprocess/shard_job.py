@@ -20,7 +20,7 @@ from segfleet.preprocess.transforms import preprocess_case, stored_grid
 
 SHARD_BYTES = 16 * 2**20  # cases share a shard until it holds this much
 STATE = ".state"  # inside OUT.partial: records of what is finished
-REVISION = 2  # of the transforms: another one makes finished shards of a killed run void
+REVISION = 3  # of the transforms: another one makes finished shards of a killed run void
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ def shard_jobs(reader: RawReader, facts: Survey, plan: Plan, format: str, root: 
     sizes: list[int] = []
     for index, case in enumerate(facts.facts):
         shape, _ = stored_grid(case.crop_shape, case.spacing, plan)
-        truth = int(np.prod(case.raw_shape)) if shape != case.raw_shape else 0
+        truth = 0 if shape == case.raw_shape == case.crop_shape else int(np.prod(case.raw_shape))
         size = int(np.prod(shape)) * (channels * width + 1) + truth
         if bundles and sizes[-1] + size <= shard_bytes:
             bundles[-1].append(index)

@@ -6,7 +6,8 @@ Source: specification `datasets_3d`, section 6.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from segfleet.preprocess.case import Case
 from segfleet.preprocess.manifest import Plan
 from segfleet.preprocess.problems import InputError
 from segfleet.preprocess.resample import resample_image, resample_label, resample_probabilities
+from segfleet.preprocess.voxels import counts, draw
 
 __all__ = [
     "nonzero_box",
@@ -59,7 +61,7 @@ def preprocess_case(case: Case, plan: Plan, *, ignore_label: int | None = None) 
     else:
         image = resample_image(normalise(image, plan), shape, axis)
     image = _cast(image, plan.dtype)
-    label = None if case.label_ZYX is None else resample_label(case.label_ZYX[box].astype(np.uint8), shape, axis)
+    label = None if case.label_ZYX is None else resample_label(case.label_ZYX[box].astype(np.uint8, copy=False), shape, axis)
     facts: dict[str, Any] = {
         "shape": shape,
         "spacing": spacing,
@@ -69,7 +71,7 @@ def preprocess_case(case: Case, plan: Plan, *, ignore_label: int | None = None) 
         "affine": case.geometry.affine,
     }
     if label is not None:
-        facts["has_truth"] = label.shape != raw.shape[1:]
+        facts["has_truth"] = changes_grid(raw.shape[1:], crop, shape)
         facts["voxels"], facts["foreground"] = foreground(label, case.id, ignore_label)
     return image, None if label is None else np.ascontiguousarray(label), facts
 
@@ -121,28 +123,40 @@ def normalise(image_CZYX: np.ndarray, plan: Plan, mask_ZYX: np.ndarray | None = 
         mask_ZYX = nonzero_mask(image_CZYX)
     out = np.empty(image_CZYX.shape, np.float32)
     for c, (channel, kind) in enumerate(zip(image_CZYX, plan.normalisation, strict=True)):
-        if kind == "zscore":
-            inside = channel if mask_ZYX is None or not plan.nonzero_mask else channel[mask_ZYX]
-            mean, std = (inside.mean(dtype=np.float64), inside.std(dtype=np.float64)) if inside.size else (0.0, 1.0)
-            out[c] = channel
-            out[c] -= mean
-            out[c] /= max(std, 1e-8)
-            if mask_ZYX is not None and plan.nonzero_mask:
-                out[c][~mask_ZYX] = 0
-        elif kind == "ct":
-            facts = plan.intensity[c]
-            clipped = np.clip(channel.astype(np.float32), facts["percentile_00_5"], facts["percentile_99_5"])
-            out[c] = (clipped - facts["mean"]) / max(facts["std"], 1e-8)
-        elif kind == "rgb_to_0_1":
-            out[c] = channel / np.float32(np.iinfo(channel.dtype).max if channel.dtype.kind in "ui" else 255)
-        elif kind == "rescale_to_0_1":
-            low, high = float(channel.min()), float(channel.max())
-            out[c] = (channel - low) / max(high - low, 1e-8)
-        elif kind == "none":
-            out[c] = channel
-        else:
-            raise InputError(f"plan: normalisation: found '{kind}', expected zscore, ct, rgb_to_0_1, rescale_to_0_1 or none")
+        mask = mask_ZYX if plan.nonzero_mask and kind == "zscore" else None
+        scale = _scale(channel, kind, plan.intensity[c] if kind == "ct" else {}, mask)
+        for z in range(len(channel)):  # slice by slice, for it needs memory of its own
+            out[c, z] = scale(channel[z])
+            if mask is not None:
+                out[c, z][~mask[z]] = 0
     return out
+
+
+def _scale(channel: np.ndarray, kind: str, facts: Mapping[str, float], mask: np.ndarray | None) -> Callable[[np.ndarray], np.ndarray]:
+    """What `normalise` does to every voxel of a channel."""
+    if kind == "zscore":
+        inside = channel if mask is None else channel[mask]
+        mean, std = (inside.mean(dtype=np.float64), inside.std(dtype=np.float64)) if inside.size else (0.0, 1.0)
+
+        def zscore(part: np.ndarray) -> np.ndarray:
+            part = part.astype(np.float32)
+            part -= mean
+            part /= max(std, 1e-8)
+            return part
+
+        return zscore
+    if kind == "ct":
+        low, high, mean, std = facts["percentile_00_5"], facts["percentile_99_5"], facts["mean"], max(facts["std"], 1e-8)
+        return lambda part: (np.clip(part.astype(np.float32), low, high) - mean) / std
+    if kind == "rgb_to_0_1":
+        white = np.float32(np.iinfo(channel.dtype).max if channel.dtype.kind in "ui" else 255)
+        return lambda part: part / white
+    if kind == "rescale_to_0_1":
+        low, high = float(channel.min()), float(channel.max())
+        return lambda part: (part - low) / max(high - low, 1e-8)
+    if kind == "none":
+        return lambda part: part
+    raise InputError(f"plan: normalisation: found '{kind}', expected zscore, ct, rgb_to_0_1, rescale_to_0_1 or none")
 
 
 def stored_grid(
@@ -160,6 +174,11 @@ def stored_grid(
     return tuple(new_shape), tuple(new_spacing)
 
 
+def changes_grid(raw_shape: Sequence[int], crop: Crop, shape: Sequence[int]) -> bool:
+    """Whether the stored grid is not the raw one, so that the truth is stored as well. A crop that is enlarged may have the old shape."""
+    return tuple(shape) != tuple(raw_shape) or crop != tuple((0, n) for n in raw_shape)
+
+
 def resample_axis(spacing: tuple[float, float, float], plan: Plan) -> int | None:
     """The axis to resample apart: the coarsest of an anisotropic raw grid, else that of the plan."""
     own = anisotropic_axis(spacing)
@@ -172,16 +191,13 @@ def anisotropic_axis(spacing: Sequence[float]) -> int | None:
 
 def foreground(label_ZYX: np.ndarray, case_id: str, ignore_label: int | None) -> tuple[dict[int, int], dict[int, tuple[int, ...]]]:
     """Voxels per label value, and up to 256 flat indices per foreground label, drawn by a generator that the case's id seeds."""
-    flat = label_ZYX.ravel()
-    counts = np.bincount(flat, minlength=1)
+    found = counts(label_ZYX)
     generator = np.random.default_rng(int.from_bytes(hashlib.sha256(case_id.encode()).digest()[:8], "little"))
     drawn = {}
-    for value in np.flatnonzero(counts):
+    for value in np.flatnonzero(found):
         if value and value != ignore_label:
-            where = np.flatnonzero(flat == value)
-            chosen = where if len(where) <= SAMPLES else generator.choice(where, SAMPLES, replace=False)
-            drawn[int(value)] = tuple(int(v) for v in np.sort(chosen))
-    return {int(v): int(counts[v]) for v in np.flatnonzero(counts)}, drawn
+            drawn[int(value)] = tuple(int(v) for v in draw(label_ZYX, partial(np.equal, value), SAMPLES, generator))
+    return {int(v): int(found[v]) for v in np.flatnonzero(found)}, drawn
 
 
 def paste(label_cropped: np.ndarray, crop: Crop, raw_shape: Sequence[int]) -> np.ndarray:
@@ -201,7 +217,10 @@ def _to_uint8(image: np.ndarray) -> np.ndarray:
 def _cast(image: np.ndarray, dtype: str) -> np.ndarray:
     """Contiguous and of the stored type; what lies beyond its range is set to the border."""
     kind = np.dtype(dtype)
-    if image.dtype != kind:
-        limits = np.iinfo(kind) if kind.kind in "ui" else np.finfo(kind)
-        image = np.clip(image, limits.min, limits.max)
-    return np.ascontiguousarray(image, kind)
+    if image.dtype == kind:
+        return np.ascontiguousarray(image)
+    limits = np.iinfo(kind) if kind.kind in "ui" else np.finfo(kind)
+    out = np.empty(image.shape, kind)
+    for c, z in np.ndindex(image.shape[:2]):
+        out[c, z] = np.clip(image[c, z], limits.min, limits.max)
+    return out

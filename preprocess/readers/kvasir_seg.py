@@ -39,5 +39,7 @@ class Reader(PairReader):
         if not all(path.is_file() for path in lists):
             return super().splits()
         known = {ref.id for ref in self.refs()}
-        train, val = (tuple(name for name in path.read_text(encoding="utf-8").split() if name in known) for path in lists)
+        train, val = (
+            tuple(name for name in path.read_text(encoding="utf-8-sig", errors="replace").split() if name in known) for path in lists
+        )
         return {"official": ({"train": tuple(n for n in train if n not in set(val)), "val": val},), **super().splits()}

@@ -159,6 +159,18 @@ def test_a_case_is_cropped_normalised_and_resampled():
     assert np.array_equal(alone, out) and nothing is None and prediction["crop"] == facts["crop"] and "voxels" not in prediction
 
 
+@pytest.mark.parametrize(("spacing", "shape"), [((1.0, 1.0, 1.0), (6, 8, 8)), ((2.0, 1.5, 1.5), (12, 12, 12))])
+def test_the_truth_is_stored_for_every_other_grid(spacing, shape):
+    """Also where a crop keeps the spacing, and where what it leaves is resampled to the old shape."""
+    image, label = np.zeros((1, 12, 12, 12), np.float32), np.zeros((12, 12, 12), np.uint8)
+    image[:, 3:9, 2:10, 2:10] = 1 + RANDOM.random((1, 6, 8, 8))
+    label[4:8, 4:8, 4:8] = 1
+    _, stored, facts = preprocess_case(case(image, label, spacing), plan())
+    assert stored.shape == facts["shape"] == shape and facts["has_truth"]
+    whole = preprocess_case(case(image + 1, label), plan())
+    assert not whole[2]["has_truth"] and np.array_equal(whole[1], label)
+
+
 def test_foreground_samples_are_limited_and_distinct():
     label = np.zeros((1, 40, 40), np.uint8)
     label[0, :20], label[0, 39, :3] = 1, 2
