@@ -88,8 +88,9 @@ def missing() -> str | None:
 class Sandbox:
     """The daemons of one folder. `environment` is what programs need to talk to them."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, first_job: int | None = None):
         self.folder = Path(folder).resolve()
+        self.first_job = first_job or random.SystemRandom().randrange(1000, 900_000)  # ids of an earlier sandbox do not come again
         self.configuration = self.folder / "etc" / "slurm.conf"
 
     @property
@@ -111,6 +112,8 @@ class Sandbox:
         if len(str(self.folder)) > 80:
             raise InputError(f"slurm-sandbox: {self.folder} is too long a path for a socket; give a shorter one")
         self._write()
+        if closed := next((path for path in self.folder.parents if not path.stat().st_mode & 0o001), None):
+            raise InputError(f"slurm-sandbox: not everybody may enter {closed}, and munge insists on that; give another folder")
         munge = self.folder / "munge"
         files = (f"--{name}={munge}/{file}" for name, file in FILES.items())
         self._daemon("munged", *files)
@@ -168,7 +171,7 @@ class Sandbox:
             port=port,
             first_port=port + 11,
             last_port=port + 14,
-            first_job=random.SystemRandom().randrange(1000, 900_000),  # ids of an earlier sandbox do not come again
+            first_job=self.first_job,
         )
         self.configuration.write_text(text)
         names = ",".join(NODES)

@@ -123,7 +123,7 @@ def write_job(home: Path, job: dict[str, Any], spec: JobSpec) -> Path:
     """A new submission folder that holds the frozen job."""
     folder = new_folder(home)
     asked = {"gpus_per_node": spec.gpus_per_node, "lead": spec.lead, "fruitless": spec.fruitless}
-    write_atomically(folder / "job.json", json.dumps({**job, "spec": asked}, indent=1))
+    write_atomically(folder / "job.json", json.dumps({**job, "spec": asked, "stage_to": spec.stage_to}, indent=1))
     return folder
 
 

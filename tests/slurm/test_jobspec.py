@@ -66,6 +66,14 @@ def test_every_option_is_in_the_script(options, expected):
         assert f"--{name}=" not in ours or any(f"--{name}=" in line for line in expected), "nothing is set that nobody asked for"
 
 
+def test_every_option_has_its_line(tmp_path):
+    elsewhere = {"throttle", "fruitless", "stage_to"}  # of an array's script, below; of the job that every rank reads
+    assert {name for options, _ in LINES for name in options} | elsewhere == set(JobSpec.model_fields)
+    spec = make_spec({"fruitless": 7, "time": 3, "stage_to": "$TMPDIR"}, places=())
+    job = json.loads((submission.write_job(tmp_path, {"do": "train"}, spec) / "job.json").read_text())
+    assert job == {"do": "train", "stage_to": "$TMPDIR", "spec": {"gpus_per_node": 0, "lead": 60, "fruitless": 7}}
+
+
 def test_an_array_and_live_code_in_the_script():
     script = SlurmLauncher(live=True).script(RUN, ROOT, make_spec({"throttle": 3}, places=()), members=7)
     assert "#SBATCH --array=0-6%3" in script and "%A_%a_%t_log.out" in script and "PYTHONPATH" not in script

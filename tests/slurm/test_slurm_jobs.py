@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+
+from segfleet.slurm.sandbox import Sandbox
 
 SHORT = ("stages.0.epochs=1", "stages.0.steps=3", "stages.1.steps=2", "--no-check")
 BROKEN = """
@@ -48,6 +56,9 @@ def test_an_array_shares_a_node(cluster):
         cluster.wait_for_state(row, "COMPLETED")
         assert cluster.row(row, "array")["state"] == "done"
         assert json.loads((Path(row["run"]) / "evaluation.json").read_text())["summary"]
+    lives = [Path(row["log"]).parent / f"life-{row['job']}.0" for row in document]
+    begun, ended = ([json.loads((life / name).read_text())["time"] for life in lives] for name in ("life.json", "ended.json"))
+    assert max(begun) < min(ended), "both ran at the same time"
     again = json.loads(cluster.segfleet("submit", "tiny.yaml", *SHORT, *node, "--runs", "array", "--json").stdout)
     assert [row["state"] for row in again] == ["done", "done"] and again[0]["job"] is None
 
@@ -89,6 +100,57 @@ def test_a_job_may_submit_jobs(cluster, work):
     assert "NumTasks=2" in facts and "CPUs/Task=1" in facts and "MinMemoryNode=500" not in facts
 
 
+def test_a_job_outlives_the_shell_that_submitted_it(cluster, work):
+    """A login session that is killed with all its processes as soon as the job is accepted; another shell attaches."""
+    answer = work / "answer.json"
+    submit = shlex.join([cluster.python, "-m", "segfleet.cli.main", "submit", "tiny.yaml", *SHORT, "seed=11", "--runs", "shell", "--json"])
+    script = f"{submit} > answer.partial && mv answer.partial answer.json; sleep 300"
+    shell = subprocess.Popen(["bash", "-c", script], cwd=work, env=cluster.environment, start_new_session=True)
+    try:
+        cluster.wait(answer.exists, what="the submission")
+    finally:
+        os.killpg(shell.pid, signal.SIGKILL)
+        shell.wait()
+    job = json.loads(answer.read_text())
+    cluster.wait_for_state(job, "COMPLETED")
+    row = cluster.row(job, "shell")
+    assert row["state"] == "done" and row["job"] == job["job"]
+
+
+def test_a_store_that_the_node_does_not_see(cluster, work, tiny_store):
+    """Gone between submission and start, as on a disk that a node has not mounted: the job fails at once and says which store."""
+    store = work / "elsewhere"
+    shutil.copytree(tiny_store(dims=2), store)
+    job = cluster.submit(*SHORT, f"data.store={store}", "--sbatch=--hold", runs="unseen")
+    shutil.rmtree(store)
+    cluster.call("scontrol", "release", job["job"])
+    cluster.wait_for_state(job, "FAILED")
+    row = cluster.row(job, "unseen")
+    assert row["state"] == "failed" and f"store: {store} holds no manifest.json" in row["reason"] and "Traceback" not in row["reason"]
+
+
+@pytest.mark.long
+def test_ids_that_start_again_at_one(cluster, work, tmp_path):
+    """A run failed as job 1 of a cluster that was set up anew; as job 1 of the new one it is done, and nothing of the first is shown."""
+    (tmp_path / "sitecustomize.py").write_text(BROKEN.replace('== "1"', '== "0"'))
+    jobs, rows = [], []
+    for broken in (True, False):
+        folder = Path(tempfile.mkdtemp(prefix="segfleet-slurm-"))
+        sandbox = Sandbox(folder, first_job=1)
+        sandbox.start()
+        try:
+            there = type(cluster)(sandbox, work, sandbox.environment)
+            jobs.append(there.submit(*SHORT, "seed=12", runs="again", **({"PYTHONPATH": str(tmp_path)} if broken else {})))
+            there.wait_for_state(jobs[-1], "FAILED" if broken else "COMPLETED")
+            rows.append(there.row(jobs[-1], "again"))
+        finally:
+            sandbox.stop()
+            shutil.rmtree(folder)
+    assert [job["job"] for job in jobs] == ["1", "1"] and jobs[0]["run"] == jobs[1]["run"] and jobs[0]["log"] != jobs[1]["log"]
+    assert rows[0]["state"] == "failed" and "broken on purpose" in rows[0]["reason"]
+    assert rows[1]["state"] == "done" and rows[1]["reason"] is None and rows[1]["restarts"] == 0
+
+
 MISTAKES = [
     (["--partition", "gpus"], "partition: found 'gpus'; expected one of: main, low, low0"),
     (["--gpus-per-node", "9"], "gpus_per_node: found 9, a node of partition main has 4"),
@@ -110,6 +172,11 @@ def test_a_mistake_is_refused_before_submission(cluster, arguments, words):
     assert words in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
     assert cluster.call("squeue", "--states=all", "-h") == before
     assert not list((cluster.folder / "mistakes").rglob("submission.json"))
+
+
+def test_a_recipe_that_is_not_there(cluster):
+    done = cluster.segfleet("submit", "nowhere.yaml", "--runs", "mistakes", code=2)
+    assert "nowhere.yaml" in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
 
 
 def test_a_network_that_cannot_be_built_never_waits_in_a_queue(cluster):
