@@ -190,7 +190,7 @@ def _write(jobs: Sequence[ShardJob], partial: Path, workers: int | None, tell: P
 
 def weight_of(job: ShardJob) -> int:
     """Bytes of memory that making a shard takes."""
-    return max(memory_of(ref) for ref in job.refs) + 8 * job.stored_bytes
+    return max(memory_of(ref) for ref in job.refs) + 2 * job.stored_bytes
 
 
 def _tidy(partial: Path, records: Sequence[dict]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 from pathlib import Path
 
@@ -324,3 +325,54 @@ def test_the_same_image_twice_is_kept_on_one_side(name, phantoms, tmp_path):
     assert not found.problems
     (warning,) = [w for w in found.warnings if w.case == first.id and w.field == "image"]
     assert last.id in warning.found and {ref.id: ref.group for ref in found.refs}[last.id] == (first.group or first.id)
+
+
+def empty_image(reader: RawReader) -> None:
+    victim(reader).images[0].write_bytes(b"")
+
+
+def truncated_mask(reader: RawReader) -> None:
+    path = victim(reader).labels[0]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 5])
+
+
+def folder_for_a_file(reader: RawReader) -> None:
+    for path in victim(reader).labels:
+        path.unlink()
+        path.mkdir()
+
+
+@pytest.mark.parametrize("fault", [empty_image, truncated_mask, folder_for_a_file], ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("name", NAMES)
+def test_further_faults_name_the_case(name, fault, broken, phantoms, tmp_path):
+    case = victim(open_reader(name, phantoms(name))).id
+    error = refused(name, broken(name, fault), tmp_path / "store")
+    assert case in {p.case for p in error.problems} <= {case, "numTraining", "dataset.json"}, error
+    assert all(p.found and p.mend for p in error.problems)
+
+
+SIDECARS = (".json", ".csv", ".cfg", ".txt", ".xlsx")
+JUNK = {"binary": b"\xff\xfe\x00\x9d" * 40, "nothing": b"", "half": b'{"training": [{"image"', "list": b"[1, 2, 3]\n"}
+
+
+@pytest.mark.parametrize("junk", JUNK)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_damaged_description_is_a_message_or_no_matter(name, junk, phantoms, tmp_path):
+    """Descriptions beside the images: JSON, lists, tables. Also those the phantom has none of, in every place a reader may look."""
+    reader = open_reader(name, phantoms(name))
+    there = [path.relative_to(reader.root) for path in reader.root.rglob("*") if path.suffix.lower() in SIDECARS]
+    inner = {path.parent.relative_to(reader.root) for ref in reader.refs() for path in (*ref.images, *ref.labels)}
+    folders = {place for folder in inner for place in (folder, *folder.parents)}
+    optional = ("labels.json", "splits_final.json", "metadata.csv", "train.txt", "val.txt", "Grade.csv", "dataset.json")
+    extra = [folder / file for folder in folders for file in optional]
+    for number, path in enumerate(dict.fromkeys([*there, *extra])):
+        root = tmp_path / f"raw{number}"
+        shutil.copytree(reader.root, root, copy_function=os.link)
+        (root / path).unlink(missing_ok=True)
+        (root / path).write_bytes(JUNK[junk])
+        try:
+            found = open_reader(name, root)
+            found.dataset(), found.refs(), found.problems(), found.splits()
+        except InputError as error:
+            assert path.name in str(error) or "holds no" in str(error), error
+        shutil.rmtree(root)
