@@ -233,7 +233,8 @@ def test_submitting_loads_no_torch():
     import sys
 
     code = (
-        "import sys; from segfleet.cli import submit, resume, logs, cancel, status; from segfleet.slurm import submitit_launcher, prepare"
+        "import sys; from segfleet.cli import submit, resume, logs, cancel, status, submit_words, preprocess, evaluate, predict\n"
+        "from segfleet.slurm import submitit_launcher, prepare; import segfleet.pipeline.inputs, segfleet.preprocess.jobs"
     )
     code += "; import segfleet.slurm.status; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
