@@ -7,6 +7,8 @@ plan, resample and write with one process; processor time is that of all their p
 voxel is taken between a run over all cases and a run over two ("marginal"), and the whole run is reported as well. Memory is the largest
 sum of proportional set sizes (PSS) of all processes of a run. nnU-Net is installed into an environment of its own (--venv, kept between
 runs; without its optional packages, so that no other torch comes along).
+
+    python benchmarks/preprocess.py --memory      segfleet alone on one CT of 1000 x 512 x 512 voxels: results/preprocess_memory.json
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ WITH = "connected-components-3d dicom2nifti nibabel SimpleITK scikit-image sciki
 WITH += " tqdm matplotlib seaborn requests yacs graphviz threadpoolctl"
 SETS = {"CT": (901, "CT", (2.5, 0.8, 0.8)), "MR": (902, "MRI", (1.2, 1.0, 1.0))}  # name -> id, channel, middle spacing in mm
 SHAPE = (96, 224, 224)
+LONG = (1000, 512, 512)  # a whole-body CT
 FEW = 2
 INTERVAL = 0.05  # s between two looks at memory
 
@@ -47,7 +50,10 @@ def main() -> None:
     parser.add_argument("--venv", type=Path, default=Path.home() / ".cache/segfleet/nnunet")
     parser.add_argument("--folder", type=Path, default=None, help="scratch; removed at the end")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/preprocess.json")
+    parser.add_argument("--memory", action="store_true", help="only measure the peak memory of one long CT")
     options = parser.parse_args()
+    if options.memory:
+        return long_ct(options.folder, options.out.with_name("preprocess_memory.json"))
     nnunet = install(options.venv)
     folder = Path(tempfile.mkdtemp(prefix="preprocess-", dir=options.folder))
     try:
@@ -96,6 +102,30 @@ def measure(name: str, folder: Path, cases: int, nnunet: Path) -> dict:
     result["ratio whole run"] = round(out[cases]["nnunetv2"]["cpu_s"] / out[cases]["segfleet"]["cpu_s"], 2)
     result["memory, nnunetv2 over segfleet"] = round(out[cases]["nnunetv2"]["peak_mb"] / out[cases]["segfleet"]["peak_mb"], 2)
     return result
+
+
+def long_ct(place: Path | None, out: Path) -> None:
+    """Peak memory of one worker on LONG, resampled to a finer grid; the result goes to `out`."""
+    with tempfile.TemporaryDirectory(prefix="preprocess-", dir=place) as name:
+        root = Path(name) / "Dataset903_Long"
+        image, label = np.empty(LONG, np.int16), np.zeros(LONG, np.uint8)
+        draw, (y, x) = np.random.default_rng(0), np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in LONG[1:]), indexing="ij")
+        noise = (30 * draw.standard_normal((16, *LONG[1:]), dtype=np.float32)).astype(np.int16)
+        for z in range(len(image)):
+            side = 0.3 * np.sin(6 * z / len(image))
+            label[z] = (((x - side) / 0.3) ** 2 + (y / 0.25) ** 2 < 1).astype(np.uint8) + (((x - side) / 0.08) ** 2 + (y / 0.08) ** 2 < 1)
+            image[z] = np.where((x / 0.85) ** 2 + (y / 0.7) ** 2 < 1, 40, -1000) + 60 * label[z] + noise[draw.integers(16)]
+        for path, array in (("imagesTr/case000_0000", image), ("labelsTr/case000", label)):
+            (root / path).parent.mkdir(parents=True)
+            nib.save(nib.Nifti1Image(array.T, np.diag([0.8, 0.8, 1.0, 1.0])), root / f"{path}.nii.gz")
+        del image, label, array
+        describe(root, "CT", 1)
+        found = run([*segfleet(root, Path(name) / "store"), "--spacing", "1.0x0.75x0.75"])
+        shape = json.loads((Path(name) / "store/manifest.json").read_text(encoding="utf-8"))["cases"][0]["shape"]
+    volume = 4 * np.prod(LONG) / 2**20
+    document = {"shape": LONG, "stored_shape": shape, **found, "as_float32_mb": round(volume), "ratio": round(found["peak_mb"] / volume, 2)}
+    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(document, indent=1))
 
 
 def killed(folder: Path, cases: int) -> dict:
@@ -181,10 +211,14 @@ def write_set(raw: Path, name: str, cases: int) -> Path:
         affine = np.diag([*own[::-1], 1.0])
         nib.save(nib.Nifti1Image(image.T, affine), root / "imagesTr" / f"case{index:03d}_0000.nii.gz")
         nib.save(nib.Nifti1Image(label.T, affine), root / "labelsTr" / f"case{index:03d}.nii.gz")
+    describe(root, channel, cases)
+    return root
+
+
+def describe(root: Path, channel: str, cases: int) -> None:
     labels = {"background": 0, "organ": 1, "tumour": 2}
     facts = {"channel_names": {"0": channel}, "labels": labels, "numTraining": cases, "file_ending": ".nii.gz"}
     (root / "dataset.json").write_text(json.dumps(facts), encoding="utf-8")
-    return root
 
 
 def volume(draw: np.random.Generator, ct: bool) -> tuple[np.ndarray, np.ndarray]:
