@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from segfleet.preprocess.case import Case, Geometry
-from segfleet.preprocess.duplicates import leaks, link
+from segfleet.preprocess.duplicates import leaks, link, thumbnail
 from segfleet.preprocess.fingerprint import CaseFacts, samples_per_case, statistics
 from segfleet.preprocess.images import ImageError, disagreement, peek
 from segfleet.preprocess.manifest import Dataset
@@ -131,8 +131,10 @@ def check_case(reader: RawReader, dataset: Dataset, samples: int, ref: CaseRef) 
     if problems:
         return CaseFacts(**identity, problems=tuple(problems))
     case = Case(id=ref.id, group=ref.group, image_CZYX=image, label_ZYX=label, geometry=geometry)
-    facts = statistics(case, normalisation(dataset), dataset.ignore_label, samples)
-    found = CaseFacts(**identity, **facts, source_sha256=digest.hexdigest(), image_sha256=_pixels(image))
+    kinds = normalisation(dataset)
+    facts = statistics(case, kinds, dataset.ignore_label, samples)
+    facts |= {"source_sha256": digest.hexdigest(), "image_sha256": _pixels(image)}
+    found = CaseFacts(**identity, **facts, thumbnail=thumbnail(image) if dataset.dims == 2 and "rgb_to_0_1" in kinds else "")
     if found.foreground(dataset.ignore_label) or reader.may_be_empty(ref):
         return found
     mend = "Nothing to do if the case is really empty: it is kept."

@@ -25,6 +25,7 @@ class CaseFacts(Frozen):
     stamp: tuple[tuple[str, int, int], ...] = ()  # files: name, bytes, time of change in ns
     source_sha256: str = ""
     image_sha256: str = ""  # of the pixels, so that another compression or an alpha channel does not hide a copy
+    thumbnail: str = ""  # of a colour picture: base64 of 16 x 16 grey values, uint16
     raw_shape: tuple[int, int, int] = (0, 0, 0)
     crop_shape: tuple[int, int, int] = (0, 0, 0)
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
