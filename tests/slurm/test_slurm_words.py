@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from segfleet.preprocess.phantom import write_msd_phantom
+from segfleet.preprocess.problems import InputError
 
 SHORT = ("stages.0.epochs=1", "stages.0.steps=3", "stages.1.steps=2")
 SLOW = """
@@ -97,6 +99,26 @@ def test_evaluation_and_prediction_on_two_ranks(cluster, straight, tmp_path):
     assert {key: after[key] for key in ("cases", "summary", "settings")} == {key: before[key] for key in ("cases", "summary", "settings")}
     row = next(row for row in json.loads(cluster.segfleet("status", run.parents[1], "--json").stdout) if row["path"] == str(run))
     assert row["state"] == "done" and row["job"] == scored["job"]
+    assert json.loads(cluster.segfleet("resume", tmp_path / "there", "--json").stdout)["state"] == "done"
+
+
+def test_a_prediction_goes_on_and_lists_what_cannot_be_segmented(straight, tmp_path):
+    """The job of one rank, in this process: stopped after its first image, then done but for a file that is no image."""
+    from segfleet.pipeline import jobs
+    from segfleet.pipeline.gang import Gang
+    from segfleet.pipeline.stop import Interrupted
+
+    pictures = [tmp_path / f"picture{index}.png" for index in range(3)]
+    for path in pictures:
+        Image.fromarray(np.full((30, 40), 9, np.uint8)).save(path)
+    pictures[1].write_bytes(b"no image")
+    job = {"do": "predict", "run": straight(1, *SHORT)["stages"][-1], "images": list(map(str, pictures)), "out": str(tmp_path / "out")}
+    with pytest.raises(Interrupted, match="stopped after 1 of 3 images"):
+        jobs.run_job(job, Gang(), SimpleNamespace(asked=lambda: True))
+    first = (tmp_path / "out" / "picture0.png").stat().st_mtime_ns
+    with pytest.raises(InputError, match=r"1 image\(s\) could not be segmented; all others are\npicture1: .*picture1.png"):
+        jobs.run_job(job, Gang(), SimpleNamespace(asked=lambda: False))
+    assert (tmp_path / "out" / "picture0.png").stat().st_mtime_ns == first and (tmp_path / "out" / "picture2.png").exists()
 
 
 def test_what_waits_is_neither_submitted_again_nor_left_behind(cluster, raw, tmp_path):
@@ -105,6 +127,7 @@ def test_what_waits_is_neither_submitted_again_nor_left_behind(cluster, raw, tmp
     assert set(states(cluster, tmp_path / "store").values()) == {("queued", 0)}
     again = cluster.segfleet("submit", *words, code=2).stderr
     assert f"store is queued already as job {made['jobs'][0]['job']}" in again and "segfleet cancel" in again
+    assert "give the same `segfleet submit" in cluster.segfleet("resume", tmp_path / "store", code=2).stderr
     assert len(json.loads(cluster.segfleet("cancel", tmp_path / "store", "--json").stdout)["jobs"]) == 5
     assert not cluster.call("squeue", "-h").strip()
     assert set(states(cluster, tmp_path / "store").values()) == {("cancelled", 0)}
