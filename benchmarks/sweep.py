@@ -53,7 +53,8 @@ def plain(document: dict, runs: Path, slots: int) -> None:
     from ray import tune
 
     from segfleet.sweeps.plan import make_plan
-    from segfleet.sweeps.run import NAMES, Resources, ray_session
+    from segfleet.sweeps.ray_controller import NAMES, ray_session
+    from segfleet.sweeps.run import Resources
     from segfleet.sweeps.space import parse_search
 
     plan = make_plan(parse_search(document), runs)

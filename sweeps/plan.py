@@ -39,6 +39,7 @@ class Plan:
     stores: Stores
     tree: StageTree
     warnings: list[str]
+    suggested: int = 0  # points of Optuna read from disk
 
     @property
     def folder(self) -> Path:
@@ -53,6 +54,24 @@ class Plan:
         made = with_stores(self.search.trials(point, first=len(self.tree.trials)))
         self.tree.add(made)
         return made
+
+    @property
+    def complete(self) -> bool:
+        """Whether no trial can be added any more."""
+        if self.search.space.scheduler == "pbt":
+            return bool(self.tree.trials)
+        budget = self.search.space.budget
+        return self.search.planned or self.suggested >= budget.trials or bool(budget.epochs and self.tree.shared_epochs >= budget.epochs)
+
+    def catch_up(self) -> None:
+        """Add the trials that came up while the sweep ran, from disk: Optuna's points, a finished population."""
+        if self.search.space.search == "optuna":
+            points = read_points(self.folder)
+            for point in points[self.suggested :]:
+                self.grow(point)
+            self.suggested = len(points)
+        if self.search.space.scheduler == "pbt" and not self.tree.trials and (self.folder / POPULATION).exists():
+            self.add_members(json.loads((self.folder / POPULATION).read_text(encoding="utf-8")))
 
     def add_members(self, members: list[list[dict[str, Any]]]) -> None:
         """Add the paths that the members of a population took: their stages."""
@@ -91,11 +110,8 @@ def make_plan(search: Search, runs: Path, build: bool = True) -> Plan:
     if build:
         check(tree_trials, stores)
     plan = Plan(search=search, runs=runs, stores=stores, tree=StageTree(tree_trials, stores), warnings=warnings)
-    if search.space.search == "optuna" and foreign(plan) is None:
-        for point in read_points(plan.folder):
-            plan.grow(point)
-    if search.space.scheduler == "pbt" and foreign(plan) is None and (plan.folder / POPULATION).exists():
-        plan.add_members(json.loads((plan.folder / POPULATION).read_text(encoding="utf-8")))
+    if foreign(plan) is None:
+        plan.catch_up()
     plan.warnings += oddities(plan)
     return plan
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,9 @@ from ray.tune.schedulers import PopulationBasedTraining
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from segfleet.pipeline.recipe import parse
-from segfleet.pipeline.stop import Interrupted
 from segfleet.preprocess.manifest import load_manifest, write_atomically
 from segfleet.preprocess.problems import InputError
-from segfleet.sweeps.ledger import EVALUATION, STOP, Ledger
+from segfleet.sweeps.ledger import EVALUATION, STOP
 from segfleet.sweeps.plan import POPULATION, Plan, check, with_stores
 from segfleet.sweeps.space import put
 from segfleet.sweeps.trial import perform
@@ -34,9 +31,9 @@ from segfleet.sweeps.trial import perform
 MEMBERS = "members"  # folder of <trial>.json: its stages so far
 
 
-def run_population(plan: Plan, resources: Any, tick: Callable[[int, int], None], storage: Path) -> Ledger:
-    """Train the population to the epochs of the base recipe's stage; the members' paths become the plan's tree."""
-    from segfleet.sweeps.run import NAMES, listening, share, threads_of
+def run_population(plan: Plan, resources: Any, tick: Callable[[int, int], None], storage: Path) -> None:
+    """Train the population to the epochs of the base recipe's stage; the members' paths become the plan's tree, unless it is stopped."""
+    from segfleet.sweeps.ray_controller import NAMES, share, threads_of
 
     space = plan.search.space
     generator = random.Random(space.seed)
@@ -75,18 +72,16 @@ def run_population(plan: Plan, resources: Any, tick: Callable[[int, int], None],
         ),
         run_config=tune.RunConfig(name="tune", storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=2)),
     )
-    with listening(plan.folder), redirect_stdout(sys.stderr):
-        results = tuner.fit()
+    results = tuner.fit()
     if results.errors:
         raise RuntimeError(f"{len(results.errors)} member(s) of the population failed; the first: {results.errors[0]}")
     if (plan.folder / STOP).exists():
-        raise Interrupted("the population stopped in order; all saved. Run the same command again; no stage is trained twice.")
+        return
     paths = sorted((plan.folder / MEMBERS).glob("*.json"))
     members = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     write_atomically(plan.folder / POPULATION, json.dumps(members, indent=1))
-    plan.add_members(members)
+    plan.catch_up()
     tick(plan.tree.shared_epochs, plan.tree.shared_epochs)
-    return Ledger(plan.tree, plan.runs, plan.folder)
 
 
 def domain(axis: Any) -> Any:

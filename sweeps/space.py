@@ -209,10 +209,14 @@ def parse_search(document: Any, source: str = "sweep", changes: list[str] | None
         space = SearchSpace.model_validate(document)
     except ValidationError as error:
         raise InputError(f"{source} is not valid:\n" + "\n".join(_sentence(fault) for fault in error.errors())) from None
-    base = override(read_document(space.base) if isinstance(space.base, str) else space.base, changes or [])
+    return search_of(space, override(read_document(space.base) if isinstance(space.base, str) else space.base, changes or []))
+
+
+def search_of(space: SearchSpace, base: dict[str, Any]) -> Search:
+    """A checked search from a valid space and its base recipe."""
     axes = [_axis(label, values) for label, values in space.axes.items()]
     if space.stages is not None:
-        base["stages"] = []
+        base = {**base, "stages": []}
         for index, stage in enumerate(space.stages):
             found = [_axis(f"stages.{index}.{key}", value) for key, value in stage.items() if _is_axis(key, value)]
             axes += found

@@ -1,0 +1,183 @@
+"""The process that talks to Ray: `run.py` starts it, watches it, and starts another one if Ray or this process dies.
+
+It reads an order from stdin, {"space", "base", "runs", "resources", "seconds"}, and writes a line of JSON for everything that happens:
+{"epochs": [done, total]}, {"closing": true} before Ray is shut down in order, {"error": message, "code": exit code}. All state is on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from segfleet.preprocess.problems import explain
+from segfleet.slurm.local import available_cores, die_with_parent
+from segfleet.sweeps.ledger import Ledger
+from segfleet.sweeps.plan import Plan, make_plan
+from segfleet.sweeps.space import SearchSpace, search_of
+
+SETTINGS = {  # of Ray and Tune: no telemetry, no files, no flood; the tree on disk is the state
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_worker_niceness": "0",  # Ray's default of 15 would be the ranks' as well
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "300",  # a machine under load is slow, not dead
+    "RAY_health_check_timeout_ms": "60000",
+    "RAY_raylet_start_wait_time_s": "120",
+}
+NAMES = {"trial_name_creator": lambda trial: trial.trial_id, "trial_dirname_creator": lambda trial: trial.trial_id}
+
+
+def main() -> int:
+    die_with_parent(int(os.environ["SEGFLEET_PARENT"]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent asks for a stop by a file
+    tell = speak()
+    try:
+        drive(json.loads(sys.stdin.read()), tell)
+        return 0
+    except BaseException as error:
+        traceback.print_exc()
+        message, code = explain(error) or (f"{type(error).__name__}: {error}", 1)
+        tell(error=message, code=code)
+        return code
+
+
+def speak() -> Callable[..., None]:
+    """A function that writes one line to what was stdout; whatever else is printed goes to stderr, the log."""
+    number = os.dup(1)  # not a file object: Tune pickles whatever its searcher holds
+    os.dup2(2, 1)
+
+    def tell(**facts: Any) -> None:
+        os.write(number, (json.dumps(facts) + "\n").encode())
+
+    return tell
+
+
+def drive(order: dict[str, Any], tell: Callable[..., None]) -> None:
+    """Train and score what is missing, until nothing is left or the file `stop` appears."""
+    from segfleet.sweeps.run import Resources
+
+    plan = make_plan(search_of(SearchSpace.model_validate(order["space"]), order["base"]), Path(order["runs"]), build=False)
+    resources = Resources(**order["resources"])
+
+    def tick(done: int, total: int) -> None:
+        tell(epochs=[done, total])
+
+    with ray_session(resources, plan.folder) as storage:
+        try:
+            if plan.search.space.scheduler == "pbt":
+                from segfleet.sweeps.ray_population import run_population
+
+                run_population(plan, resources, tick, storage)
+            else:
+                tune_tree(plan, resources, storage, tick, order["seconds"])
+        finally:
+            tell(closing=True)
+
+
+def tune_tree(plan: Plan, resources: Any, storage: Path, tick: Callable[[int, int], None], seconds: float | None) -> None:
+    """Every node of the tree is a trial of Tune. `seconds`: after that no node is handed out, and those at work save and stop."""
+    from ray import tune
+
+    from segfleet.sweeps.ray_searcher import PathAsha, TreeSearcher
+    from segfleet.sweeps.ray_trial import trial
+
+    ledger, grow = Ledger(plan.tree, plan.runs, plan.folder), None
+    if plan.search.space.search == "optuna":
+        from segfleet.sweeps.ray_optuna import Suggestions
+
+        grow = Suggestions(plan, ledger)
+    deadline = time.monotonic() + seconds if seconds else None
+
+    def order(node) -> dict[str, Any]:
+        made = plan.order(node, ranks=resources.ranks, threads=threads_of(resources), on=resources.on, options=resources.options or {})
+        if deadline:
+            made["job"]["max_seconds"] = max(1.0, deadline - time.monotonic())
+        return made
+
+    def told() -> None:
+        tick(ledger.epochs_done(), plan.tree.shared_epochs)
+
+    searcher = TreeSearcher(ledger, order, slots=resources.at_once, grow=grow, tick=told, deadline=deadline)
+    scheduler, measure = None, {}
+    if plan.search.space.scheduler == "asha":
+        options, longest = plan.search.space.asha, max((node.end for node in plan.tree.nodes.values()), default=100)
+        measure = {"metric": "dice", "mode": "max"}
+        scheduler = PathAsha(
+            time_attr="epochs", max_t=longest + 1, grace_period=options.grace, reduction_factor=options.factor, stop_last_trials=False
+        )
+        scheduler.remember(ledger, order)
+    told()
+    tuner = tune.Tuner(
+        tune.with_resources(trial, share(resources)),
+        tune_config=tune.TuneConfig(search_alg=searcher, scheduler=scheduler, num_samples=-1, reuse_actors=True, **measure, **NAMES),
+        run_config=tune.RunConfig(name="tune", storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=2)),
+    )
+    tuner.fit()
+
+
+def threads_of(resources: Any) -> int:
+    return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, available_cores() // (resources.at_once * resources.ranks))
+
+
+def share(resources: Any) -> dict[str, float]:
+    """What a trial takes of the Ray cluster: a slot, and its share of the GPUs if there are any."""
+    import ray
+
+    cluster = ray.cluster_resources()
+    gpus = cluster.get("GPU", 0) if resources.on == "local" else 0
+    each = min(resources.ranks, gpus / resources.at_once)
+    return {"cpu": resources.ranks if resources.address else 1, "gpu": math.floor(each) if each >= 1 else each}
+
+
+@contextmanager
+def ray_session(resources: Any, folder: Path) -> Iterator[Path]:
+    """Ray for this sweep alone, in a short temporary folder that goes with it; a folder for Tune's own files."""
+    os.environ.update({key: os.environ.get(key, value) for key, value in SETTINGS.items()})
+    sweep_away(folder)
+    temporary = Path(tempfile.mkdtemp(prefix="sf-", dir="/tmp" if Path("/tmp").is_dir() else None))
+    (folder / "ray.json").write_text(json.dumps({"temporary": str(temporary), "process": os.getpid()}))
+    import ray
+
+    try:
+        if resources.address:
+            ray.init(address=resources.address, log_to_driver=False, logging_level="ERROR")
+        else:
+            ray.init(
+                address="local", num_cpus=resources.at_once, include_dashboard=False, object_store_memory=80 * 2**20,
+                _temp_dir=str(temporary), log_to_driver=False, logging_level="ERROR",
+            )  # fmt: skip
+        yield temporary / "tune"
+    finally:
+        ray.shutdown()
+        shutil.rmtree(temporary, ignore_errors=True)
+        (folder / "ray.json").unlink(missing_ok=True)
+
+
+def sweep_away(folder: Path) -> None:
+    """The temporary folder of a session that was killed. The sweep's lock is ours, so nobody uses it."""
+    with suppress(FileNotFoundError, json.JSONDecodeError):
+        left = Path(json.loads((folder / "ray.json").read_text())["temporary"])
+        if left.name.startswith("sf-"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # all is on disk; Ray's threads must not hold this process back
