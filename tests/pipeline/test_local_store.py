@@ -24,6 +24,8 @@ from segfleet.preprocess.local_copy import local_copy
 from segfleet.preprocess.problems import InputError
 from segfleet.preprocess.stores.base import open_store
 from segfleet.preprocess.verify import verify
+from segfleet.slurm.jobspec import make_spec
+from segfleet.slurm.submission import write_job
 
 NEVER = SimpleNamespace(asked=lambda: False)
 ALL_FREE = shutil.disk_usage
@@ -163,3 +165,11 @@ def test_two_ranks_copy_once_and_train_the_same(tiny_store, tmp_path):
     assert len({uid for uid, _, _ in made.values()}) == 1
     plain, near = (load_file(next(run.glob("checkpoints/*/weights.safetensors"))) for _, run, _ in (made["plain"], made["near"]))
     assert all(torch.equal(plain[name], near[name]) for name in plain)
+
+
+def test_a_submitted_job_carries_the_variable_itself(tmp_path):
+    spec = make_spec({"stage_to": "$TMPDIR/stores"}, None, places=())
+    folder = write_job(tmp_path / "run", {"do": "train"}, spec)
+    assert json.loads((folder / "job.json").read_text())["stage_to"] == "$TMPDIR/stores"
+    with pytest.raises(InputError, match="stage_to: found 'here'"):
+        make_spec({"stage_to": "here"}, None, places=())
