@@ -4,7 +4,9 @@
 
 Space: 2 networks x 2 first rates x 3 second rates on a synthetic 2D store; the first stage has five times the steps of the second, as in
 100 + 20 epochs. Plain: `tune.Tuner` over the same grid, a function trainable that runs both stages from the start (the same ranks, the same
-checkpoints, the same scoring), nothing shared. Every leaf of both must have bitwise equal weights. Turn about, so that load hits both.
+checkpoints, the same scoring), nothing shared. Every leaf of both must have bitwise equal weights.
+
+Overhead of the controller: the sweep with one slot against the same 16 stages started one after another without Ray, per stage (target: 2 s).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import psutil
 
+SHORT = 5  # steps of an epoch where only the controller is looked at
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
@@ -76,6 +79,17 @@ def plain(document: dict, runs: Path, slots: int) -> None:
         ).fit()
 
 
+def alone(document: dict, runs: Path, slots: int) -> None:
+    """The same stages one after another, without Ray and without a controller."""
+    from segfleet.slurm.local import run_ranks
+    from segfleet.sweeps.plan import make_plan
+    from segfleet.sweeps.space import parse_search
+
+    plan = make_plan(parse_search(document), runs)
+    for node in plan.tree.walk():
+        run_ranks(plan.order(node)["job"], 1, threads=1)
+
+
 def weights(root: Path) -> dict[str, str]:
     """sha256 of the last weights of every finished stage, by uid."""
     found = {}
@@ -127,9 +141,12 @@ def main(steps: int, slots: int) -> None:
         ours, theirs = (measured(how, steps, slots, store, root / how) for how in ("shared", "plain"))
         first, second = weights(root / "shared"), weights(root / "plain")
         assert first == second and len(first) == 16, "shared and separate training must agree bitwise"
+        one, bare = (measured(how, SHORT, 1, store, root / f"{how}-1") for how in ("shared", "alone"))
     result = {
         "steps_of_an_epoch": steps, "slots": slots, "cores": os.cpu_count(), "shared": ours, "plain": theirs,
-        "ratio": {key: round(theirs[key] / ours[key], 3) for key in ours}, "equal_stages": len(first), "load": os.getloadavg(),
+        "ratio": {key: round(theirs[key] / ours[key], 3) for key in ours}, "equal_stages": len(first),
+        "controller_seconds_per_stage": round((one["wall_seconds"] - bare["wall_seconds"]) / 16, 2),
+        "one_slot": {"steps_of_an_epoch": SHORT, "sweep": one, "alone": bare}, "load": os.getloadavg(),
     }  # fmt: skip
     (HERE / "results" / "sweep.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
@@ -138,6 +155,6 @@ def main(steps: int, slots: int) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         how, steps, slots, store, runs = sys.argv[2:]
-        {"shared": shared, "plain": plain}[how](space(Path(store), int(steps)), Path(runs), int(slots))
+        {"shared": shared, "plain": plain, "alone": alone}[how](space(Path(store), int(steps)), Path(runs), int(slots))
     else:
         main(*(int(word) for word in (sys.argv[1:] + ["150", "2"][len(sys.argv) - 1 :])))
