@@ -3,7 +3,8 @@
     python benchmarks/submit.py [--repeats 5] [--nodes 2] [--ranks-per-node 2]
 
 Starts a `segfleet slurm-sandbox` of its own, submits a tiny training again and again, one at a time, each with another seed. Counted from
-the moment the command is started (`command`, an ordinary shell command, Python's start included) and from the moment SLURM has accepted the job (`accepted`); needs Debian's SLURM packages and root. Writes results/submit.json.
+the moment the command is started (`command`, an ordinary shell command, Python's start included) and from the moment SLURM has accepted
+the job (`accepted`); needs Debian's SLURM packages and root. Writes results/submit.json.
 """
 
 from __future__ import annotations

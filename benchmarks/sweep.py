@@ -6,7 +6,7 @@ Space: 2 networks x 2 first rates x 3 second rates on a synthetic 2D store; the 
 100 + 20 epochs. Plain: `tune.Tuner` over the same grid, a function trainable that runs both stages from the start (the same ranks, the same
 checkpoints, the same scoring), nothing shared. Every leaf of both must have bitwise equal weights.
 
-Overhead of the controller, per stage: the sweep with one slot against the same 16 stages started one after another without Ray. Target: 2 s.
+Overhead of the controller, per stage (target: 2 s): the sweep with one slot against its 16 stages started one by one without Ray.
 """
 
 from __future__ import annotations
