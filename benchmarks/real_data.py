@@ -1,15 +1,16 @@
 """Accuracy on real data: preprocess, train and score a shipped recipe through the command line, timed.
 
-    python benchmarks/real_data.py hippocampus [key=value ...]
+    python benchmarks/real_data.py hippocampus [--work DIR] [key=value ...]
     python benchmarks/real_data.py dsb2018
 
 The data sets are looked for in $SEGFLEET_TEST_DATA, else in ../shared/data beside the repository. Two ranks of one thread each.
 Targets, after at most 15 minutes of training on 2 cores (30 core-minutes): hippocampus, 208 cases, fold 0: mean foreground Dice of whole
-volumes >= 0.885; dsb2018, 402 images, fold 0: mean Dice per image >= 0.92.
+volumes >= 0.885; dsb2018, 402 images, fold 0: mean Dice per image >= 0.92. With --work the store and the run are kept there.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -40,9 +42,9 @@ def events(folder: str) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "events.jsonl").read_text().splitlines()]
 
 
-def main(name: str, changes: list[str]) -> None:
+def main(name: str, work: str | None, changes: list[str]) -> None:
     reader, folder, target = SETS[name]
-    with tempfile.TemporaryDirectory(prefix="segfleet-") as scratch:
+    with nullcontext(work) if work else tempfile.TemporaryDirectory(prefix="segfleet-") as scratch:
         store, runs = f"{scratch}/store", f"{scratch}/runs"
         start = time.time()
         made = segfleet("preprocess", reader, "--raw", DATA / folder, "--out", store)
@@ -74,4 +76,9 @@ def main(name: str, changes: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name", choices=SETS)
+    parser.add_argument("changes", nargs="*")
+    parser.add_argument("--work")
+    options = parser.parse_intermixed_args()
+    main(options.name, options.work, options.changes)
