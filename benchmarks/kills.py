@@ -9,6 +9,7 @@ per kill (between the last step logged and the step resumed from) against the ch
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -124,18 +125,27 @@ def main() -> None:
         work = Path(scratch)
         store = write_tiny_store(work / "store", 2, "zarr", 6, 2, 24, 1)
         (work / "kills.yaml").write_text(yaml.safe_dump(recipe(store)))
-        for number, engine in enumerate(options.engines):
-            kills = options.kills // len(options.engines) + (number < options.kills % len(options.engines))
+        for place, engine in enumerate(options.engines):
+            kills = options.kills // len(options.engines) + (place < options.kills % len(options.engines))
             begin = time.monotonic()
             process = start(work, work / f"straight-{engine}", ENGINES[engine])
             if process.communicate()[0] is None and process.returncode:
                 raise SystemExit(f"the undisturbed run of {engine} failed")
-            row = disturbed(work, work / f"killed-{engine}", ENGINES[engine], kills, time.monotonic() - begin, rng)
-            right, found = weights(work / f"straight-{engine}"), weights(work / f"killed-{engine}")
-            equal = right.keys() == found.keys() and all(torch.equal(right[name], found[name]) for name in right)
-            worst = max((right[name].double() - found[name].double()).abs().max().item() for name in right)
-            rows.append({"engine": engine, **row, "bitwise_equal": equal, "largest_difference": worst})
-            print(json.dumps(rows[-1]), flush=True)
+            longest, left = time.monotonic() - begin, kills
+            right = weights(work / f"straight-{engine}")
+            for number in itertools.count():  # a run may be done before all of its kills have come; the next one takes the rest
+                if not left:
+                    break
+                runs = work / f"killed-{engine}-{number}"
+                row = disturbed(work, runs, ENGINES[engine], left, longest, rng)
+                if not row["kills"]:
+                    continue
+                left -= row["kills"]
+                found = weights(runs)
+                equal = right.keys() == found.keys() and all(torch.equal(right[name], found[name]) for name in right)
+                worst = max((right[name].double() - found[name].double()).abs().max().item() for name in right)
+                rows.append({"engine": engine, **row, "bitwise_equal": equal, "largest_difference": worst})
+                print(json.dumps(rows[-1]), flush=True)
     result = {"ranks": RANKS, "checkpoint_interval": INTERVAL, "kills": sum(row["kills"] for row in rows), "engines": rows}
     (HERE / "results" / "kills.json").write_text(json.dumps(result, indent=1) + "\n")
 
