@@ -60,9 +60,9 @@ def main(name: str, work: str | None, changes: list[str]) -> None:
         "changes": changes,
         "store": made["id"],
         "cases_scored": summary["cases"],
-        "preprocessing_seconds": round(preprocessing, 1),
+        "preprocessing_seconds": round(preprocessing, 1) if made["status"] == "written" else None,
         "training_minutes": round((logs[-1]["time"] - logs[0]["time"]) / 60, 2),
-        "core_minutes_training_and_scoring": round(cores / 60, 2),
+        "core_minutes_training_and_scoring": round(cores / 60, 2) if logs[0]["time"] > start else None,  # None: it was there already
         "load_average": os.getloadavg(),
         "mean_foreground_dice": summary["mean_foreground_dice"],
         "confidence_95": summary["mean_foreground_dice_ci95"],
