@@ -71,7 +71,7 @@ def main(name: str, work: str | None, changes: list[str]) -> None:
         "reached": summary["mean_foreground_dice"] >= target,
         "losses": [round(event["loss"], 4) for event in logs if event["event"] == "step"][:: max(1, len(logs) // 20)],
     }
-    (HERE / "results" / f"real_data_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (HERE / "results" / f"real_data_{'_'.join([name, *changes])}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 
