@@ -13,6 +13,7 @@ from segfleet.cli.output import Json, show
 def command(
     action: Annotated[str, typer.Argument(help="start or stop.")],
     folder: Annotated[Path, typer.Argument(help="Where the sandbox keeps all its state.")],
+    accounting: Annotated[bool, typer.Option("--accounting", help="With slurmdbd and a private MariaDB, for sacct and sacctmgr.")] = False,
     as_json: Json = False,
 ) -> None:
     """Start or stop a real SLURM of four nodes with pretended GPUs on this machine alone. Needs root and Debian's SLURM packages."""
@@ -21,7 +22,7 @@ def command(
 
     if action not in ("start", "stop"):
         raise InputError(f"slurm-sandbox: found '{action}', expected start or stop")
-    sandbox = Sandbox(folder)
+    sandbox = Sandbox(folder, accounting=accounting)
     if action == "start":
         sandbox.start()
     else:

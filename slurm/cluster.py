@@ -100,7 +100,7 @@ def check(spec: JobSpec) -> None:
     if spec.reservation and spec.reservation not in (legal := reservations()):
         faults.append(f"reservation: found '{spec.reservation}', expected one of: {', '.join(legal) or 'none exists'}")
     for option in ("qos", "account"):
-        if (value := getattr(spec, option)) and (legal := accounting(option)) and value not in legal:
+        if (value := getattr(spec, option)) and (legal := accounting(option)) and value.lower() not in legal:
             faults.append(f"{option}: found '{value}', expected one of: {', '.join(legal)}")
     if faults:
         raise InputError("the cluster cannot run this job:\n" + "\n".join(f"  {fault}" for fault in faults))
@@ -130,9 +130,10 @@ def reservations() -> list[str]:
 
 
 def accounting(what: str) -> list[str]:
-    """Names of all `qos` or `account`; none where there is no accounting."""
+    """Names of all `qos` or `account`, which SLURM keeps in lower case; none where there is no accounting."""
+    field = {"qos": "name", "account": "account"}[what]  # an unknown field is no error but an empty column
     try:
-        return sorted(set(call("sacctmgr", "-n", "-P", "show", what, "format=name", timeout=20).split()))
+        return sorted(set(call("sacctmgr", "-n", "-P", "show", what, f"format={field}", timeout=20).split()))
     except InputError:
         return []
 
@@ -144,11 +145,12 @@ def queue() -> dict[str, dict[str, Any]]:
 
 
 def account(ids: list[str]) -> dict[str, dict[str, Any]]:
-    """The same from the accounting database; empty where there is none."""
+    """The same of these jobs, and of all members of their arrays, from the accounting database; empty where there is none."""
     if not ids or shutil.which("sacct") is None:
         return {}
+    whole = sorted({job.partition("_")[0] for job in ids})  # a member that never started has no row of its own
     try:
-        return _jobs(call("sacct", "-n", "-P", "-X", "-j", ",".join(ids), "-o", "JobID,JobName,State,Reason,NodeList"))
+        return _jobs(call("sacct", "-n", "-P", "-X", "-j", ",".join(whole), "-o", "JobID,JobName,State,Reason,NodeList,ExitCode"))
     except InputError:
         return {}
 
@@ -156,6 +158,23 @@ def account(ids: list[str]) -> dict[str, dict[str, Any]]:
 def _jobs(text: str) -> dict[str, dict[str, Any]]:
     found = {}
     for line in text.splitlines():
-        job, name, state, reason, nodes = line.split("|", 4)
-        found[job] = {"name": name, "state": state.split()[0], "reason": None if reason == "None" else reason, "node": nodes or None}
+        job, name, state, reason, nodes, *code = line.split("|")
+        nodes = None if nodes in ("", "None assigned") else nodes
+        reason = (_ending(*code) if code else None) if reason == "None" else reason
+        found |= dict.fromkeys(_members(job), {"name": name, "state": state.split()[0], "reason": reason, "node": nodes})
     return found
+
+
+def _ending(code: str) -> str | None:
+    """What sacct's exit code says: "3:0" is one, "0:9" a signal."""
+    number, _, signal = code.partition(":")
+    return f"signal {signal}" if signal not in ("", "0") else f"exit code {number}" if number != "0" else None
+
+
+def _members(job: str) -> list[str]:
+    """The ids behind sacct's "12_[0-2,5%1]": members of an array that have not started."""
+    whole, bracket, rest = job.partition("_[")
+    if not bracket:
+        return [job]
+    pieces = re.findall(r"(\d+)(?:-(\d+))?", rest.partition("%")[0])
+    return [f"{whole}_{number}" for first, last in pieces for number in range(int(first), int(last or first) + 1)]

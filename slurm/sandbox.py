@@ -1,7 +1,7 @@
 """A real SLURM of four nodes with four pretended GPUs each, on this machine alone, for tests and for trying things out.
 
 Debian's packages slurmctld, slurmd, slurm-client and munge are enough; nothing of the machine's own configuration is touched: all state
-lies in one folder, and only processes named by its pid files are ever stopped. There is no accounting database. Needs root.
+lies in one folder, and only processes named by its pid files are ever stopped. An accounting database only if asked for. Needs root.
 Nodes are loopback addresses, so that ranks find each other without an entry in /etc/hosts; partitions: `main`, and `low` and `low0`,
 which `main` preempts after a grace time of 8 s and at once.
 """
@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from segfleet.preprocess.problems import InputError
+from segfleet.slurm import sandbox_database
+from segfleet.slurm.sandbox_database import Database
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
 PACKAGES = "slurmctld slurmd slurm-client munge"
@@ -57,7 +59,7 @@ JobRequeue=1
 KillWait=5
 SlurmdTimeout=10
 SlurmctldTimeout=10
-MinJobAge=300
+MinJobAge={remembers}
 PropagateResourceLimits=NONE
 MailProg=/bin/true
 PreemptType=preempt/partition_prio
@@ -67,7 +69,7 @@ PriorityType=priority/basic
 GresTypes=gpu
 JobCompType=jobcomp/filetxt
 JobCompLoc={folder}/log/jobcomp.txt
-AccountingStorageType=accounting_storage/none
+{accounting}
 NodeName=127.0.0.[11-14] NodeHostname={host} Port=[{first_port}-{last_port}] CPUs=8 RealMemory=8000 Gres=gpu:4 Feature=fake State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF State=UP
 PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=8 State=UP
@@ -75,21 +77,28 @@ PartitionName=low0 Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE
 """
 
 
-def missing() -> str | None:
-    """Why there can be no sandbox here, or None."""
-    absent = [name for name in PROGRAMS if shutil.which(name, path=SEARCH) is None]
+def missing(accounting: bool = False) -> str | None:
+    """Why there can be no sandbox here, or none with accounting, or None."""
+    programs, packages = PROGRAMS, PACKAGES
+    if accounting:
+        programs, packages = programs + sandbox_database.PROGRAMS, f"{packages} {sandbox_database.PACKAGES}"
+    absent = [name for name in programs if shutil.which(name, path=SEARCH) is None]
     if absent:
-        return f"{', '.join(absent)} not found; as root: apt-get install --no-install-recommends {PACKAGES}"
+        return f"{', '.join(absent)} not found; as root: apt-get install --no-install-recommends {packages}"
     if os.geteuid() != 0:
         return "the sandbox's daemons run as root; start it as root or in a container"
     return None
 
 
 class Sandbox:
-    """The daemons of one folder. `environment` is what programs need to talk to them."""
+    """The daemons of one folder. `environment` is what programs need to talk to them.
 
-    def __init__(self, folder: Path, first_job: int | None = None):
+    `accounting`: with slurmdbd and a database of its own. `remembers`: seconds for which the controller knows a job that has ended.
+    """
+
+    def __init__(self, folder: Path, first_job: int | None = None, accounting: bool = False, remembers: int = 300):
         self.folder = Path(folder).resolve()
+        self.accounting, self.remembers = accounting, remembers
         self.first_job = first_job or random.SystemRandom().randrange(1000, 900_000)  # ids of an earlier sandbox do not come again
         self.configuration = self.folder / "etc" / "slurm.conf"
 
@@ -103,7 +112,7 @@ class Sandbox:
 
     def start(self) -> None:
         """Write the configuration and start all daemons; back when the nodes are idle. Raises InputError."""
-        if why := missing():
+        if why := missing(self.accounting):
             raise InputError(f"slurm-sandbox: {why}")
         if self.pids():
             raise InputError(f"slurm-sandbox: one runs in {self.folder} already; stop it first")
@@ -111,12 +120,16 @@ class Sandbox:
             raise InputError(f"slurm-sandbox: {self.folder} is not empty and holds no sandbox; give a new folder")
         if len(str(self.folder)) > 80:
             raise InputError(f"slurm-sandbox: {self.folder} is too long a path for a socket; give a shorter one")
-        self._write()
+        database = self._write()
         if closed := next((path for path in self.folder.parents if not path.stat().st_mode & 0o001), None):
             raise InputError(f"slurm-sandbox: not everybody may enter {closed}, and munge insists on that; give another folder")
         munge = self.folder / "munge"
         files = (f"--{name}={munge}/{file}" for name, file in FILES.items())
         self._daemon("munged", *files)
+        if database:
+            database.start(SEARCH)
+            self._daemon("slurmdbd")
+            self._register()
         self._daemon("slurmctld")
         for node in NODES:
             self._daemon("slurmd", "-N", node)
@@ -134,13 +147,14 @@ class Sandbox:
             while self.call("squeue", "-h", timeout=10).strip() and time.monotonic() < deadline:
                 time.sleep(0.1)
         pids = self.pids()
-        munged = pids.pop("munged", None)  # last: the others' farewells are signed by it
-        for group in (pids, {"munged": munged} if munged else {}):
-            _end(list(group.values()), patience)
+        # Each tells the next what it still has to say, and munged signs it.
+        for names in ([f"slurmd {node}" for node in NODES], ["slurmctld"], ["slurmdbd"], ["mariadbd"], ["munged"]):
+            _end([pids[name] for name in names if name in pids], patience)
 
     def pids(self) -> dict[str, int]:
         """Running daemons of this folder by name. A pid file that another process inherited is passed over."""
         files = {"munged": self.folder / "munge" / "pid", "slurmctld": self.folder / "ctld.pid"}
+        files |= {"slurmdbd": self.folder / "dbd.pid", "mariadbd": self.folder / "db" / "pid"}
         files |= {f"slurmd {node}": self.folder / "spool" / f"slurmd-{node}.pid" for node in NODES}
         found = {}
         for name, file in files.items():
@@ -151,7 +165,8 @@ class Sandbox:
                     found[name] = pid
         return found
 
-    def _write(self) -> None:
+    def _write(self) -> Database | None:
+        """All files but the database's; the database, if there shall be one."""
         for name in ("munge", "ctld", "log", "dev", "etc", *(f"spool/{node}" for node in NODES)):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         for path in (self.folder, self.folder / "munge"):
@@ -165,6 +180,7 @@ class Sandbox:
             if not device.exists():
                 os.mknod(device, 0o666 | 0o020000, os.makedev(1, 3))  # a second /dev/null: only its being a device matters
         port = free_ports(15)
+        database = Database(self.folder, port + 2, port + 1) if self.accounting else None
         text = CONFIGURATION.format(
             folder=self.folder,
             host=socket.gethostname().split(".")[0],
@@ -172,11 +188,14 @@ class Sandbox:
             first_port=port + 11,
             last_port=port + 14,
             first_job=self.first_job,
+            remembers=self.remembers,
+            accounting=database.controller if database else "AccountingStorageType=accounting_storage/none",
         )
         self.configuration.write_text(text)
         names = ",".join(NODES)
         (self.folder / "etc" / "gres.conf").write_text(f"NodeName={names} Name=gpu Count=4 File={self.folder}/dev/nvidia[0-3]\n")
         (self.folder / "etc" / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # else slurmd wants a mounted cgroup
+        return database
 
     def _daemon(self, *command: str) -> None:
         # Not from inside a job: a daemon that inherits a job's variables hands them on.
@@ -185,6 +204,19 @@ class Sandbox:
         done = subprocess.run(command, env=clean, stderr=subprocess.PIPE, text=True, start_new_session=True, **silent)
         if done.returncode:
             raise RuntimeError(f"slurm-sandbox: {' '.join(command)} failed: {done.stderr.strip()}; logs in {self.folder}/log")
+
+    def _register(self, patience: float = 30) -> None:
+        """Tell slurmdbd of this cluster as soon as it answers."""
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                if "sandbox" not in self.call("sacctmgr", "-n", "-P", "list", "cluster", "format=cluster").split():
+                    self.call("sacctmgr", "-i", "add", "cluster", "sandbox")
+                return
+            except subprocess.SubprocessError:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"slurm-sandbox: slurmdbd does not answer; log in {self.folder}/log/slurmdbd.log") from None
+            time.sleep(0.1)
 
     def _await_idle(self, patience: float = 30) -> None:
         deadline = time.monotonic() + patience

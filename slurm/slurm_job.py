@@ -56,15 +56,13 @@ class SlurmJob:
     def look(self, queue: Mapping[str, Any] | None = None, accounts: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """{"job", "queue", "state", "reason", "node", "starts"}. Tables already fetched for many jobs may be passed."""
         queue = _or_nothing(cluster.queue) if queue is None else queue
-        row = self._mine(queue.get(self.id) or queue.get(self.id.partition("_")[0]))  # an array that was cancelled whole has one row
-        if row is None:
-            row = self._mine((cluster.account([self.id]) if accounts is None else accounts).get(self.id))
+        row = self._row(queue) or self._row(cluster.account([self.id]) if accounts is None else accounts)
         outcome, why = self.submission.outcome()
         ended = "cancelled" if (Path(self.submission.folder) / CANCELLED).exists() else "lost"
         state = STATES.get(row["state"], "running") if row else (outcome or ended)
         reason = row["reason"] if row and state in ("queued", "running") else None
         if state in ("failed", "stopped"):
-            reason = why or (row and row["state"]) or None
+            reason = why or (row and ": ".join(filter(None, (row["state"], row["reason"])))) or None
             if outcome == "stopped":
                 state = "stopped"
         elif state == "lost":
@@ -79,8 +77,9 @@ class SlurmJob:
             "starts": len(self.submission.lives),
         }
 
-    def _mine(self, row: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Ids come again on a new cluster; the name tells."""
+    def _row(self, table: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What a table knows of this job: by its name too, for ids come again on a new cluster."""
+        row = table.get(self.id) or table.get(self.id.partition("_")[0])  # an array that was cancelled whole has one row
         return row if row and row["name"] == self.submission.name else None
 
     def cancel(self) -> None:
