@@ -3,7 +3,7 @@
     python benchmarks/sweep_real.py [WORK]
 
 The data set is looked for in $SEGFLEET_TEST_DATA, else in ../shared/data beside the repository. Images are resized to 128 x 128 (scores
-stay native); the budget is small: 150 + 50 steps of 8 images. With WORK, a folder that is kept, the same command goes on after anything.
+stay native); the budget is small: 150 + 50 steps of 8 patches of 64 x 64. With WORK, a folder that is kept, the same command goes on after anything.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ SPACE = {
     "name": "lite_on_dsb2018",
     "base": {
         "name": "lite_on_dsb2018",
-        "data": {"store": "store", "batch": 8, "patch": [128, 128], "augment": {"rot90": True, "noise": 0.0}},
+        "data": {"store": "store", "batch": 8, "patch": [64, 64], "augment": {"rot90": True, "noise": 0.0}},
         "model": {"name": "unet_lite_standard"},
         "optimizer": {"name": "adamw", "weight_decay": 1e-2},
         "stages": [{"epochs": 1, "lr": 1e-3}],
         "engine": {"precision": "bf16", "channels_last": True},
-        "evaluation": {"mirror": [1, 2]},
     },
     "axes": {"model.name": [*(f"unet_lite_{name}" for name in LITE), "plain_unet_2d"]},
     "stages": [
