@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +13,6 @@ import segfleet.preprocess.shard_job as shard_job
 import segfleet.preprocess.share as share
 from segfleet.preprocess.build import build
 from segfleet.preprocess.claim import claimed
-from segfleet.preprocess.parallel import run
 from segfleet.preprocess.phantom import write_msd_phantom
 from segfleet.preprocess.problems import DataError, InputError
 
@@ -114,33 +109,37 @@ def test_members_share_the_claim_and_refuse_all_others(raw, tmp_path):
     build("msd", raw, out, **SMALL)
 
 
-def nap(_) -> int:
+DISTURBED = """
+import os, signal, subprocess, sys, threading, time
+import psutil
+from segfleet.preprocess.parallel import run
+
+def nap(_):
     time.sleep(0.5)
     return os.getpid()
 
+def disturb():
+    me = psutil.Process()
+    pids = [me.pid, *(child.pid for child in me.children(recursive=True))]
+    code = f"import os; [os.kill(pid, number) for pid in {pids} for number in {[int(number) for number in watched]}]"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
-def test_signals_to_all_processes_reach_only_the_parent():
-    """As SLURM sends them: workers and their servers go on, the parent's handler decides."""
-    import psutil
+if __name__ == "__main__":
+    heard, watched = [], (signal.SIGTERM, signal.SIGUSR2)
+    for number in watched:
+        signal.signal(number, lambda number, _: heard.append(number))
+    found = run(nap, range(6), weights=[1] * 6, names=list("abcdef"), workers=2, budget=10)
+    pids = [next(found)[1]]
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    pids += [pid for _, pid in found]
+    thread.join()
+    print(len(pids), len(set(pids)), set(heard) == set(watched))
+"""
 
-    heard: list[int] = []
-    watched = (signal.SIGTERM, signal.SIGUSR2)
-    before = {number: signal.signal(number, lambda number, _: heard.append(number)) for number in watched}
 
-    def disturb() -> None:
-        me = psutil.Process()
-        pids = [me.pid, *(child.pid for child in me.children(recursive=True))]
-        code = f"import os; [os.kill(pid, number) for pid in {pids} for number in {[int(number) for number in watched]}]"
-        subprocess.run([sys.executable, "-c", code], check=True)
-
-    try:
-        found = run(nap, range(6), weights=[1] * 6, names=list("abcdef"), workers=2, budget=10)
-        pids = [next(found)[1]]
-        thread = threading.Thread(target=disturb)
-        thread.start()
-        pids += [pid for _, pid in found]
-        thread.join()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    assert len(pids) == 6 and len(set(pids)) == 2 and set(heard) == set(watched)
+def test_signals_to_all_processes_reach_only_the_parent(tmp_path):
+    """As SLURM sends them: workers and their servers go on, the parent's handler decides. In a process that started no servers before."""
+    (tmp_path / "disturbed.py").write_text(DISTURBED)
+    done = subprocess.run([sys.executable, tmp_path / "disturbed.py"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.split() == ["6", "2", "True"] and not done.stderr, done.stderr
