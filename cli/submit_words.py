@@ -100,8 +100,10 @@ def refuse_if_claimed(out: Path) -> None:
     """Raises InputError if a process of this or another node is making the store."""
     from segfleet.preprocess.claim import claimed
 
-    with claimed(out.with_name(out.name + ".partial"), out, shared=True):
-        pass
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists():  # or asking would make it, and leave it behind when the job is refused
+        with claimed(partial, out, shared=True):
+            pass
 
 
 def evaluation(told: dict[str, Any]) -> tuple[list[Step], Path, Path]:

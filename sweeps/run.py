@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from segfleet.pipeline.run import Lock
+from segfleet.pipeline.run import DONE, Lock
 from segfleet.pipeline.stop import Interrupted
 from segfleet.preprocess.problems import InputError
 from segfleet.slurm.local import RankFailed, available_cores
@@ -65,7 +65,8 @@ def run_sweep(plan: Plan, resources: Resources, tick: Callable[[int, int], None]
                 _run_sessions(plan, resources, tick)
             plan.catch_up()
             ledger = Ledger(plan.tree, plan.runs, plan.folder)
-        if (plan.folder / STOP).exists() and not all(state in ("done", "pruned", "lost", "failed") for state in ledger.states().values()):
+        ended = plan.complete and all(state in ("done", "pruned", "lost", "failed") for state in ledger.states().values())
+        if (plan.folder / STOP).exists() and not ended:
             raise Interrupted("the sweep stopped in order; all saved. Run the same command again to go on.")
         return ledger
     finally:
@@ -82,7 +83,7 @@ def _run_sessions(plan: Plan, resources: Resources, tick: Callable[[int, int], N
         fault = Session(plan, resources, seconds).follow(tick)
         if fault is None:
             return
-        finished = len(list(plan.runs.rglob("done.json")))
+        finished = len(list(plan.runs.rglob(DONE)))
         died, known = (1 if finished > known else died + 1), finished
         log = plan.folder / LOG
         if died == FRUITLESS:
@@ -111,7 +112,7 @@ class Session:
         self.parts: dict[str, Any] = {}  # of Ray -> its process
 
     def follow(self, tick: Callable[[int, int], None]) -> str | None:
-        """Until it ends. None, or what died. Raises what the process reports as the user's mistake, or as a fault of ours."""
+        """Until it ends. None, or what went wrong: a Ray that dies also shows as an error of whoever talked to it. Raises InputError."""
         listener = threading.Thread(target=self._listen, args=(tick,), daemon=True)
         listener.start()
         fault = None
@@ -122,8 +123,9 @@ class Session:
         finally:
             self._end()
             listener.join()
-        if self.error:
-            raise InputError(self.error["error"]) if self.error["code"] == 2 else RankFailed(self.error["error"], self.error["code"])
+        if self.error and self.error["code"] == 2:
+            raise InputError(self.error["error"])
+        fault = fault or (self.error and self.error["error"])
         return fault or (f"the process that drives Ray ended with exit code {self.process.returncode}" if self.process.returncode else None)
 
     def _listen(self, tick: Callable[[int, int], None]) -> None:
@@ -184,9 +186,13 @@ def listening(folder: Path) -> Iterator[None]:
         yield
         return
 
+    asked = False
+
     def ask(*_) -> None:
-        if (folder / STOP).exists():
+        nonlocal asked
+        if asked:
             raise KeyboardInterrupt
+        asked = True
         (folder / STOP).touch()
         sys.stderr.write("segfleet: stopping; the ranks save first (once more: stop at once)\n")
 

@@ -1,0 +1,56 @@
+"""What `run_sweep` makes of the sessions of Ray it watches; the sessions themselves are tested in test_sweep_command.py."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from segfleet.pipeline.stop import Interrupted
+from segfleet.slurm.local import RankFailed
+from segfleet.sweeps import run
+from segfleet.sweeps.ledger import STOP
+from segfleet.sweeps.plan import make_plan
+
+
+class Ends(run.Session):
+    """A session that is over: what it said, and how often there was one."""
+
+    error, count = None, 0
+
+    def __init__(self, plan, resources, seconds):
+        type(self).count += 1
+        self.process, self.closing, self.watching, self.parts = run.subprocess.Popen(["true"], stdout=run.subprocess.PIPE), True, False, {}
+
+
+def test_ctrl_c_asks_first_and_then_insists(tmp_path):
+    (tmp_path / STOP).touch()  # somebody else asked already: the first Ctrl-C is still the first
+    with run.listening(tmp_path):
+        (tmp_path / STOP).unlink()
+        signal.raise_signal(signal.SIGINT)
+        assert (tmp_path / STOP).exists()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / STOP).touch()
+    with run.listening(tmp_path / "other"):
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("kind", ["pbt", "optuna"])
+def test_a_search_that_is_stopped_before_its_end_says_so(search, tmp_path, monkeypatch, kind):
+    changes = {"scheduler": "pbt"} if kind == "pbt" else {"search": "optuna", "budget": {"trials": 3}}
+    stages = [{"epochs": 2, "steps": 1, "lr": {"loguniform": [1e-4, 1e-2]}}]
+    plan = make_plan(search(axes={}, stages=stages, **changes), tmp_path, build=False)
+    monkeypatch.setattr(run, "_run_sessions", lambda plan, resources, tick: (plan.folder / STOP).touch())
+    with pytest.raises(Interrupted, match="Run the same command again"):
+        run.run_sweep(plan, run.Resources(slots=1))
+
+
+def test_a_session_that_fails_is_started_again_and_at_last_its_words_are_shown(search, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Ends, "error", {"error": "the raylet went away", "code": 1})
+    monkeypatch.setattr(run, "Session", Ends)
+    plan = make_plan(search(), tmp_path, build=False)
+    with pytest.raises(RankFailed, match="the raylet went away, 3 times without a stage done"):
+        run.run_sweep(plan, run.Resources(slots=1))
+    assert Ends.count == run.FRUITLESS and capsys.readouterr().err.count("started again") == run.FRUITLESS - 1
