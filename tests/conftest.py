@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
@@ -85,3 +86,22 @@ def write_tiny_store(root: Path, dims: int, format: str, count: int, classes: in
     )
     m.save_manifest(root, made)
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_store, tmp_path_factory):
+    """`tiny_recipe(stages, batch)`: a folder that holds tiny.yaml, a recipe for a tiny network on a tiny store."""
+
+    def write(stages: list[dict], batch: int) -> Path:
+        folder = tmp_path_factory.mktemp("work")
+        document = {
+            "name": "tiny",
+            "data": {"store": str(tiny_store(dims=2)), "batch": batch, "patch": [16, 16]},
+            "model": {"name": "unet_lite_standard", "options": {"width": 4}},
+            "stages": stages,
+            "save_every": 5,
+        }
+        (folder / "tiny.yaml").write_text(yaml.safe_dump(document))
+        return folder
+
+    return write

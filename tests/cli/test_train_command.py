@@ -13,7 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 STAGES = [
@@ -23,18 +22,9 @@ STAGES = [
 
 
 @pytest.fixture(scope="module")
-def work(tiny_store, tmp_path_factory):
+def work(tiny_recipe):
     """A folder with a recipe for a tiny network on a tiny store."""
-    folder = tmp_path_factory.mktemp("work")
-    document = {
-        "name": "tiny",
-        "data": {"store": str(tiny_store(dims=2)), "batch": 4, "patch": [16, 16]},
-        "model": {"name": "unet_lite_standard", "options": {"width": 4}},
-        "stages": STAGES,
-        "save_every": 5,
-    }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(document))
-    return folder
+    return tiny_recipe(STAGES, batch=4)
 
 
 def segfleet(*arguments, cwd):

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 
 from segfleet.slurm.sandbox import NODES, Sandbox, missing
 
@@ -173,18 +172,9 @@ def events(stage: Path, kind: str) -> list[dict]:
 
 
 @pytest.fixture(scope="session")
-def work(tiny_store, tmp_path_factory):
+def work(tiny_recipe):
     """A folder with a recipe for a tiny network on a tiny store."""
-    folder = tmp_path_factory.mktemp("slurm-work")
-    document = {
-        "name": "tiny",
-        "data": {"store": str(tiny_store(dims=2)), "batch": 8, "patch": [16, 16]},
-        "model": {"name": "unet_lite_standard", "options": {"width": 4}},
-        "stages": STAGES,
-        "save_every": 5,
-    }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(document))
-    return folder
+    return tiny_recipe(STAGES, batch=8)
 
 
 @pytest.fixture

@@ -169,4 +169,4 @@ def test_a_mistake_is_refused_at_once(cluster, raw, tmp_path, words, message):
     named += ["--out", str(tmp_path / "out")] if "preprocess" in named else []
     done = cluster.segfleet("submit", *named, code=2)
     assert message in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
-    assert cluster.call("squeue", "--states=all", "-h") == before and not list(tmp_path.rglob("submission.json"))
+    assert cluster.call("squeue", "--states=all", "-h") == before and not list(tmp_path.iterdir())
