@@ -48,6 +48,6 @@ setup(
     ],
     extras_require={
         "mamba": ["mamba-ssm>=2.2.4; platform_system=='Linux'", "causal-conv1d>=1.4; platform_system=='Linux'"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.13", "triton>=3.5"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.13", "triton>=3.5", "hdf5plugin>=5"],
     },
 )

@@ -4,8 +4,9 @@
 
 One process, one thread, warm page cache. Every reader returns the same float32 patch (checked) and takes its turn in every round.
 Reported are medians of the processor time of one read, which a busy machine does not falsify as it does the clock (also listed), and the
-ratio to nnU-Net's layout. That one needs `pip install blosc2`; without it the ratio is to raw npy. Only our stores, and zarr-python and
-h5py on their files, verify checksums as they read.
+ratio to nnU-Net's layout. That one needs `pip install blosc2`; without it the ratio is to raw npy. h5py on our files needs `pip install
+hdf5plugin`. Only our stores, and zarr-python on their files, verify checksums as they read. Last, the same with 1 and 2 reading processes,
+as loaders have them: our stores and nnU-Net's in turns.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shutil
@@ -37,6 +39,10 @@ try:
     import blosc2
 except ImportError:
     blosc2 = None
+try:
+    import hdf5plugin  # for h5py on our files
+except ImportError:
+    hdf5plugin = None
 
 SHAPE, VOLUMES = (128, 256, 256), 4
 PATCHES = {"3D": (64, 96, 96), "cube": (128, 128, 128)}
@@ -103,6 +109,8 @@ def ours(folder: Path, fmt: str, images: list, labels: list, chunk: tuple[int, i
 
     title = f"segfleet {fmt} {'x'.join(map(str, chunk))}"
     found = [Contender(title, read, lambda i, box: store.label(cases[i], box), on_disk, len(files), wrote)]
+    if fmt == "hdf5" and hdf5plugin is None:
+        return found
     copy = shutil.copytree(folder, folder.with_name(folder.name + "-copy"))
     if fmt == "zarr":
         arrays = [zarr.open_group(copy / f"{case.shard}.zarr", mode="r") for case in cases]
@@ -265,6 +273,44 @@ def measure(found: list[Contender], patch: tuple[int, int, int], images: list, l
     ]
 
 
+def read_many(contender: Contender, patch: tuple[int, int, int], seed: int, count: int, tell) -> None:
+    """In a process of its own: ms of processor time per patch and label, the opening of the files not counted."""
+    some = boxes(patch, seed)
+    for _ in range(8):
+        i, box = next(some)
+        contender.patch(i, box), contender.label(i, box)
+    began = time.process_time()
+    for _ in range(count):
+        i, box = next(some)
+        contender.patch(i, box), contender.label(i, box)
+    tell.put(1e3 * (time.process_time() - began) / count)
+
+
+def measure_workers(found: list[Contender], patch: tuple[int, int, int], rounds: int = 9, count: int = 60) -> list[dict]:
+    """Medians over rounds in which our stores and nnU-Net's are read by the same number of processes, one contender after another."""
+    context = multiprocessing.get_context("fork")
+    chosen = [c for c in found if c.name == NNUNET]
+    chosen += [next(c for c in found if c.name.startswith(f"segfleet {fmt}")) for fmt in ("zarr", "hdf5")]
+    rows = []
+    for workers in (1, 2):
+        taken: dict[str, list[float]] = {c.name: [] for c in chosen}
+        for turn in range(rounds):
+            for contender in chosen[turn % len(chosen) :] + chosen[: turn % len(chosen)]:
+                tell = context.SimpleQueue()
+                orders = [(contender, patch, 100 * turn + w, count, tell) for w in range(workers)]
+                children = [context.Process(target=read_many, args=order) for order in orders]
+                for child in children:
+                    child.start()
+                taken[contender.name] += [tell.get() for _ in children]
+                for child in children:
+                    child.join()
+        medians = {name: statistics.median(ms) for name, ms in taken.items()}
+        for name, ms in medians.items():
+            speed = round(medians[chosen[0].name] / ms, 2)
+            rows.append({"reader": name, "workers": workers, "ms": round(ms, 3), "speed": speed, "rounds": rounds})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=1.5, help="per reader, patch size and dtype")
@@ -279,7 +325,7 @@ def main() -> None:
     }
     machine = {"cpu_cores": os.cpu_count(), "python": platform.python_version(), "zarr": zarr.__version__, "h5py": h5py.__version__}
     machine |= {"hdf5": h5py.version.hdf5_version, "blosc2": getattr(blosc2, "__version__", None)}
-    result = {"machine": machine, "shape": SHAPE, "volumes": VOLUMES, "tables": {}}
+    result = {"machine": machine, "shape": SHAPE, "volumes": VOLUMES, "tables": {}, "workers": {}}
     folder = Path(tempfile.mkdtemp(prefix="stores-", dir=arguments.folder))
     try:
         for dtype, images in variants.items():
@@ -292,6 +338,9 @@ def main() -> None:
                 for r in rows:
                     times = f"{r['image_ms']:8.2f} {r['label_ms']:8.2f} {r['wall_ms']:7.2f} {r['speed']:6.2f}"
                     print(f"{r['reader']:58} {times} {r['MB']:6.1f} {r['size']:6.2f} {r['files']:5d} {r['write_MB_s']:10d}")
+                result["workers"][title] = measure_workers(found, patch)
+                for r in result["workers"][title]:
+                    print(f"{r['workers']} reading: {r['reader']:47} {r['ms']:8.2f} {r['speed']:24.2f}")
     finally:
         shutil.rmtree(folder)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,8 @@
     python benchmarks/sweep_real.py [WORK]
 
 The data set is looked for in $SEGFLEET_TEST_DATA, else in ../shared/data beside the repository. Images are resized to 128 x 128 (scores
-stay native); the budget is small: 150 + 50 steps of 8 patches of 64 x 64. With WORK, a folder that is kept, the same command goes on after anything.
+stay native); the budget is small: 150 + 50 steps of 8 patches of 64 x 64. With WORK, a folder that is kept, the same command goes on after
+anything.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One Zarr v3 array that is one shard file: written case by case, read chunk by chunk. zarr-python reads the same files.
+"""One Zarr v3 array that is one shard file: written case by case, its index read once. zarr-python reads the same files.
 
 Zarr v3 core and its sharding codec: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html
 An inner chunk is [bytes little-endian, blosc, crc32c]; the index, 16 bytes per chunk and a crc32c, ends the file. Chunks of zeros are
@@ -11,34 +11,18 @@ import json
 import math
 import os
 import struct
-from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
-from numcodecs import blosc
 
+from segfleet.preprocess.packed import MISSING, OpenFile, PackedArray, Packing, crc32c, pieces
 from segfleet.preprocess.shard_reader import DamagedShard
 
-blosc.set_nthreads(1)  # loaders bring their own processes
-
-MISSING = 2**64 - 1
 FILE = "c."  # followed by 0.0.0: the one outer chunk, in a flat folder
-FILTERS = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 
 
-def crc32c(data: bytes | np.ndarray) -> bytes:
-    return struct.pack("<I", google_crc32c.value(data))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Packing:
-    """A configuration of the blosc codec."""
-
-    codec: str
-    level: int
-    filter: str
+def checksum(data: bytes) -> bytes:
+    return struct.pack("<I", crc32c(data))
 
 
 class ArrayWriter:
@@ -60,21 +44,17 @@ class ArrayWriter:
             raise ValueError(f"an array with {lead} channels after arrays with {self.lead}")
         self.lead = lead
         first = -(-self.stop // self.chunk[0])
-        for at in product(*(range(-(-n // c)) for n, c in zip(grid, self.chunk, strict=True))):
-            part = array[(..., *(slice(i * c, (i + 1) * c) for i, c in zip(at, self.chunk, strict=True)))]
-            piece = np.zeros((*lead, *self.chunk), self.dtype)
-            piece[tuple(slice(n) for n in part.shape)] = part
-            if piece.reshape(-1).view(np.uint8).any():
-                self._add((first + at[0], *at[1:]), piece)
+        for at, piece in pieces(array, self.chunk, self.dtype):
+            self._add((first + at[0], *at[1:]), piece)
         start = first * self.chunk[0]
         self.stop = start + grid[0]
         self.extent = (max(self.extent[0], grid[1]), max(self.extent[1], grid[2]))
         return start
 
     def _add(self, at: tuple[int, ...], piece: np.ndarray) -> None:
-        packed = blosc.compress(piece, self.packing.codec.encode(), self.packing.level, FILTERS[self.packing.filter])
+        packed = self.packing.pack(piece)
         self.file.write(packed)
-        self.file.write(crc32c(packed))
+        self.file.write(checksum(packed))
         self.entries[at] = self.position, len(packed) + 4
         self.position += len(packed) + 4
 
@@ -86,7 +66,7 @@ class ArrayWriter:
         if self.entries:
             index[tuple(np.array(list(self.entries)).T)] = list(self.entries.values())
         packed = index.tobytes()
-        self.file.write(packed + crc32c(packed))
+        self.file.write(packed + checksum(packed))
         self.file.close()
         lead = self.lead or ()
         name = FILE + ".".join("0" * (len(lead) + 3))
@@ -125,67 +105,23 @@ class ArrayWriter:
         }
 
 
-class ArrayReader:
-    """Random access to an array of `ArrayWriter`; `facts` is its zarr.json. Raises DamagedShard, OSError. Safe in threads."""
-
-    file = -1
-
-    def __init__(self, folder: Path, facts: dict):
-        try:
-            sharding = facts["codecs"][0]["configuration"]
-            codecs = [codec["name"] for codec in sharding["codecs"]]
-            inner, shape = sharding["chunk_shape"], facts["shape"]
-            if codecs != ["bytes", "blosc", "crc32c"] or sharding["index_location"] != "end":
-                raise DamagedShard(f"{folder.name}: codecs {codecs}, expected bytes, blosc, crc32c")
-            self.dtype = np.dtype(facts["data_type"]).newbyteorder("<")
-            self.chunk, self.lead = tuple(inner[-3:]), tuple(inner[:-3])
-            chunks = tuple(-(-n // c) for n, c in zip(shape[-3:], self.chunk, strict=True))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise DamagedShard(f"{folder.name}/zarr.json: {type(error).__name__} {error}") from None
-        self.name = folder.name
-        self.file = os.open(folder / (FILE + ".".join("0" * len(shape))), os.O_RDONLY | os.O_CLOEXEC)
-        size, length = os.fstat(self.file).st_size, 16 * math.prod(chunks) + 4
-        tail = os.pread(self.file, length, max(0, size - length))
-        if len(tail) != length or crc32c(tail[:-4]) != tail[-4:]:
-            raise DamagedShard(f"{self.name}: checksum of the chunk index")
-        self.index = np.frombuffer(tail, "<u8", len(tail) // 8).reshape(*chunks, 2)
-
-    def __del__(self):
-        if self.file >= 0:
-            os.close(self.file)
-
-    def read(self, start: tuple[int, int, int], size: list[int]) -> np.ndarray:
-        """The box (..., z, y, x) of `size` voxels from `start` of the stack on; the chunks it touches are read, checked and decoded."""
-        out = np.empty((*self.lead, *size), self.dtype)
-        axes = [_overlaps(s, s + n, c) for s, n, c in zip(start, size, self.chunk, strict=True)]
-        near = tuple(slice(axis[0][0], axis[-1][0] + 1) for axis in axes)
-        entries = self.index[near].reshape(-1, 2).tolist()
-        self._announce(entries)
-        piece = np.empty((*self.lead, *self.chunk), self.dtype)
-        for ((i, fz, tz), (j, fy, ty), (k, fx, tx)), (offset, count) in zip(product(*axes), entries, strict=True):
-            if offset == MISSING:
-                out[..., tz, ty, tx] = 0
-                continue
-            packed = np.frombuffer(os.pread(self.file, count, offset), np.uint8)
-            if len(packed) != count or count < 4 or crc32c(packed[:-4]) != packed[-4:].tobytes():
-                raise DamagedShard(f"{self.name}: checksum of chunk {(i, j, k)}")
-            blosc.decompress(packed[:-4], piece)
-            out[..., tz, ty, tx] = piece[..., fz, fy, fx]
-        return out
-
-    def _announce(self, entries: list[list[int]]) -> None:
-        """Let the kernel fetch all chunks at once: twice as fast from a cold disk, 4 % slower from memory (Linux)."""
-        if hasattr(os, "posix_fadvise") and len(entries) > 1:
-            for offset, count in entries:
-                if offset != MISSING:
-                    os.posix_fadvise(self.file, offset, count, os.POSIX_FADV_WILLNEED)
-
-
-def _overlaps(start: int, stop: int, chunk: int) -> list[tuple[int, slice, slice]]:
-    """Along one axis, of every chunk that [start, stop) touches: its number, the part of it that is wanted, where that goes."""
-    found = []
-    for number in range(start // chunk, -(-stop // chunk)):
-        origin = number * chunk
-        low, high = max(start, origin), min(stop, origin + chunk)
-        found.append((number, slice(low - origin, high - origin), slice(low - start, high - start)))
-    return found
+def open_array(folder: Path, facts: dict) -> PackedArray:
+    """An array of `ArrayWriter`; `facts` is its zarr.json. Raises DamagedShard, OSError."""
+    try:
+        sharding = facts["codecs"][0]["configuration"]
+        codecs = [codec["name"] for codec in sharding["codecs"]]
+        inner, shape = sharding["chunk_shape"], facts["shape"]
+        if codecs != ["bytes", "blosc", "crc32c"] or sharding["index_location"] != "end":
+            raise DamagedShard(f"{folder.name}: codecs {codecs}, expected bytes, blosc, crc32c")
+        dtype = np.dtype(facts["data_type"]).newbyteorder("<")
+        chunk, lead = tuple(inner[-3:]), tuple(inner[:-3])
+        chunks = tuple(-(-n // c) for n, c in zip(shape[-3:], chunk, strict=True))
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise DamagedShard(f"{folder.name}/zarr.json: {type(error).__name__} {error}") from None
+    file = OpenFile(folder / (FILE + ".".join("0" * len(shape))))
+    size, length = os.fstat(file.number).st_size, 16 * math.prod(chunks) + 4
+    tail = os.pread(file.number, length, max(0, size - length))
+    if len(tail) != length or checksum(tail[:-4]) != tail[-4:]:
+        raise DamagedShard(f"{folder.name}: checksum of the chunk index")
+    index = np.frombuffer(tail, "<u8", len(tail) // 8).reshape(*chunks, 2)
+    return PackedArray(file=file, name=folder.name, lead=lead, chunk=chunk, dtype=dtype, index=index)

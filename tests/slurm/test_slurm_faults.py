@@ -79,7 +79,6 @@ def test_a_warning_and_a_lost_node_change_nothing(cluster, straight):
     print(f"submit to the first logged steps: {first - start:.1f} s")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("fault", "partition"),
     [
@@ -106,7 +105,6 @@ def test_a_misfortune_changes_nothing(cluster, straight, fault, partition):
     assert len(cluster.resumed(job)) == 1
 
 
-@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_time_limits_change_nothing(cluster, straight, tmp_path):
     """A limit of one minute, a training of two: it saves before the limit, comes back, and ends exactly."""
@@ -121,7 +119,6 @@ def test_time_limits_change_nothing(cluster, straight, tmp_path):
     cluster.same_result(job, straight(2))
 
 
-@pytest.mark.long
 def test_zero_one_on_two_nodes(cluster, straight):
     job = cluster.submit("--nodes", "2", "--ranks-per-node", "2", "--engine", "deepspeed", "--no-check", runs="zero")
     cluster.wait_for_state(job, "COMPLETED", timeout=280)

@@ -129,7 +129,6 @@ def test_a_store_that_the_node_does_not_see(cluster, work, tiny_store):
     assert row["state"] == "failed" and f"store: {store} holds no manifest.json" in row["reason"] and "Traceback" not in row["reason"]
 
 
-@pytest.mark.long
 def test_ids_that_start_again_at_one(cluster, work, tmp_path):
     """A run failed as job 1 of a cluster that was set up anew; as job 1 of the new one it is done, and nothing of the first is shown."""
     (tmp_path / "sitecustomize.py").write_text(BROKEN.replace('== "1"', '== "0"'))

@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 
-@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_a_sweep_of_jobs_survives_a_requeue_and_a_killed_controller(cluster):
     document = yaml.safe_load((cluster.folder / "tiny.yaml").read_text())
