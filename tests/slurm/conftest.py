@@ -133,6 +133,10 @@ class Cluster:
     def events(self, stage: Path, kind: str) -> list[dict]:
         return events(stage, kind)
 
+    def weights(self, stage: Path) -> dict:
+        """The final ones of a stage, by name."""
+        return final_weights(stage)
+
     def resumed(self, document: dict) -> list[int]:
         """Steps from which the first stage went on."""
         return [event["from_step"] for event in events(Path(document["run"]).parent, "resumed")]

@@ -12,17 +12,6 @@ import pytest
 
 TWO = ("--nodes", "2", "--ranks-per-node", "1", "--no-check")
 NODE = "127.0.0.12"  # the second node of every job here
-SLOW = """
-import os
-if "SLURM_PROCID" in os.environ:
-    import time
-    from segfleet.pipeline import sampler
-    draw = sampler.PatchSampler.draw
-    def slow(*arguments):
-        time.sleep(0.12)
-        return draw(*arguments)
-    sampler.PatchSampler.draw = slow
-"""
 
 
 def warned(cluster, job):
@@ -103,23 +92,3 @@ def test_a_misfortune_changes_nothing(cluster, straight, fault, partition):
     row = cluster.row(job, runs)
     assert row["state"] == "done" and row["restarts"] == 1
     assert len(cluster.resumed(job)) == 1
-
-
-@pytest.mark.timeout(600)
-def test_time_limits_change_nothing(cluster, straight, tmp_path):
-    """A limit of one minute, a training of two: it saves before the limit, comes back, and ends exactly."""
-    (tmp_path / "sitecustomize.py").write_text(SLOW)
-    job = cluster.submit(*TWO, "--time", "1", "--warning", "15", runs="limits", PYTHONPATH=str(tmp_path))
-    for stops in (1, 2):
-        cluster.wait(lambda stops=stops: len(cluster.stopped(job)) == stops, 150, f"stop {stops}")
-        cluster.release(job)
-    while cluster.wait_for_state(job, "COMPLETED", "PENDING", timeout=150) == "PENDING":
-        cluster.release(job)
-    assert cluster.resumed(job) == cluster.stopped(job)
-    cluster.same_result(job, straight(2))
-
-
-def test_zero_one_on_two_nodes(cluster, straight):
-    job = cluster.submit("--nodes", "2", "--ranks-per-node", "2", "--engine", "deepspeed", "--no-check", runs="zero")
-    cluster.wait_for_state(job, "COMPLETED", timeout=280)
-    cluster.same_result(job, straight(4, "engine.name=deepspeed"))

@@ -96,8 +96,11 @@ def test_a_sweep_is_killed_and_goes_on_and_a_failing_stage_takes_only_its_own(sp
     assert set(after) == set(nodes) - lost - {victim["uid"]}
     assert all(after[uid] == when for uid, when in before.items())  # no finished stage ran again
     for uid in after:
-        assert len(events(Path(nodes[uid]["path"]), "stage_start")) == 1
-        assert not events(Path(nodes[uid]["path"]), "resumed") or uid not in before
+        stage = Path(nodes[uid]["path"])
+        steps = [event["step"] for event in events(stage, "step")]
+        assert steps == sorted(set(steps)), "no step was trained twice"
+        if uid in before:
+            assert len(events(stage, "stage_start")) == 1 and not events(stage, "resumed")
     assert [row["rank"] for row in document["ranking"]] == list(range(1, 10)) and len(document["unranked"]) == 3
 
     leaves = [node for node in planned["tree"] if node["leaf_of"] and node["uid"] in after]
