@@ -5,7 +5,6 @@ Source: specification `datasets_2d`, the rules that hold for all.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -153,4 +152,4 @@ def sides(train: Sequence[CaseRef], val: Sequence[CaseRef]) -> Folds:
 
 def inside(ref: CaseRef, folder: Path) -> bool:
     """Whether a case's image lies in a folder."""
-    return os.path.commonpath([folder, ref.images[0]]) == str(folder)
+    return ref.images[0].is_relative_to(folder)

@@ -230,6 +230,18 @@ def test_a_phantom_becomes_a_store(name, phantoms, tmp_path):
     assert sorted(case for fold in manifest.splits["kfold"] for case in fold["val"]) == sorted(everybody)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_root_may_be_the_working_folder(name, phantoms, monkeypatch):
+    whole = open_reader(name, phantoms(name))
+    monkeypatch.chdir(whole.root)
+    here = open_reader(name, ".")
+    assert here.dataset() == whole.dataset() and here.splits() == whole.splits() and here.problems() == whole.problems()
+    for one, other in zip(whole.refs(), here.refs(), strict=True):
+        files = [[path.resolve() for path in (*ref.images, *ref.labels)] for ref in (one, other)]
+        assert (one.id, one.group, files[0]) == (other.id, other.group, files[1])
+        assert np.array_equal(whole.label(one)[0], here.label(other)[0]) and whole.read(one).extra == here.read(other).extra
+
+
 FAULTS = {  # what was done -> the field that is named, what is found, what is expected: parts of the texts
     missing_mask: ("label", "no file", ""),
     missing_image: (("image", "channel 0"), "no file", ""),

@@ -198,7 +198,7 @@ def test_folder_with_classes_and_parts(tmp_path):
         open_reader("folder", tmp_path).dataset()
 
 
-def test_folder_with_a_mask_folder_per_class(tmp_path):
+def test_folder_with_a_mask_folder_per_class(tmp_path, monkeypatch):
     for folder, box in (("images", (0, 20)), ("masks/0", (2, 12)), ("masks/1", (8, 16))):
         (tmp_path / folder).mkdir(parents=True)
         array = np.zeros((20, 20), np.uint8)
@@ -207,6 +207,10 @@ def test_folder_with_a_mask_folder_per_class(tmp_path):
     reader = open_reader("folder", tmp_path)
     assert reader.dataset().labels == {"background": 0, "class 0": 1, "class 1": 2} and not reader.problems()
     assert [int(v) for v in reader.label(reader.refs()[0])[0][0, :, 0]] == [0] * 2 + [1] * 6 + [2] * 8 + [0] * 4
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        here = open_reader("folder", ".")
+        assert np.array_equal(here.label(here.refs()[0])[0], reader.label(reader.refs()[0])[0]), "no class is lost"
     (tmp_path / "masks/0/a_mask.png").rename(tmp_path / "masks/0/b_mask.png")
     reader = open_reader("folder", tmp_path)
     assert [int(v) for v in reader.label(reader.refs()[0])[0][0, :, 0]] == [0] * 8 + [2] * 8 + [0] * 4, "a class without a mask here"
