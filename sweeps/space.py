@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from segfleet.preprocess.problems import InputError
 
 SPACES = Path(__file__).parent / "spaces"
 KINDS = ("grid", "choice", "uniform", "loguniform")
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1 reads 1e-3 as text and 1.0e-3 as a number
 
 
 class Budget(Section):
@@ -268,6 +270,7 @@ def _axis(label: str, given: Any) -> Axis:
     keys = tuple(key.strip() for key in label.split(","))
     for key in keys:
         check_key(key)
+    given = numbers(given)
     kind, values = next(iter(given.items())) if isinstance(given, dict) and len(given) == 1 else ("grid", given)
     if kind not in KINDS:
         raise InputError(f"axis {label}: found '{kind}', expected one of: {', '.join(KINDS)}")
@@ -278,10 +281,19 @@ def _axis(label: str, given: Any) -> Axis:
     if len(keys) > 1 and not all(isinstance(value, list) and len(value) == len(keys) for value in values):
         raise InputError(f"axis {label}: every value must be a list of {len(keys)}, one per key")
     if kind in ("uniform", "loguniform"):
-        numbers = len(values) == 2 and all(isinstance(value, int | float) for value in values)
-        if not numbers or not values[0] < values[1] or (kind == "loguniform" and values[0] <= 0):
+        two = len(values) == 2 and all(isinstance(value, int | float) for value in values)
+        if not two or not values[0] < values[1] or (kind == "loguniform" and values[0] <= 0):
             raise InputError(f"axis {label}: found {kind} {values}, expected [low, high]{' above 0' if kind == 'loguniform' else ''}")
     return Axis(keys=keys, kind=kind, values=tuple(values))
+
+
+def numbers(given: Any) -> Any:
+    """The same with every text like 1e-3 as the number that was meant."""
+    if isinstance(given, dict):
+        return {key: numbers(value) for key, value in given.items()}
+    if isinstance(given, list):
+        return [numbers(value) for value in given]
+    return float(given) if isinstance(given, str) and NUMBER.fullmatch(given) else given
 
 
 def check_key(key: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import yaml
 
 from segfleet.pipeline.recipe import load_recipe
 from segfleet.preprocess.manifest import load_manifest
@@ -62,6 +63,16 @@ def test_freeze_is_an_axis_only_as_a_list_of_lists(search):
     stages[1]["freeze"] = [[], ["down"]]
     made = search(axes={}, stages=stages)
     assert {made.trials(point)[0].recipe.stages[1].freeze for point in made.points()} == {(), ("down",)}
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(space, tmp_path):
+    text = "{axes: {optimizer.weight_decay: {loguniform: [1e-5, 1E-2]}}, stages: [{epochs: 1, lr: [1e-3, 3e-4]}], search: random}"
+    points = parse_search({**space, **yaml.safe_load(text), "budget": {"trials": 3}}).points()
+    assert all(1e-5 < point["optimizer.weight_decay"] < 1e-2 and point["stages.0.lr"] in (1e-3, 3e-4) for point in points)
+    joint = parse_search({**space, "axes": {"loss, optimizer.clip": [[{"name": "dice_ce"}, "1e1"]]}}).points()[0]
+    assert joint["loss, optimizer.clip"] == [{"name": "dice_ce"}, 10.0]
+    with pytest.raises(InputError, match="a value stands twice"):
+        parse_search({**space, "axes": {"optimizer.clip": ["1e-3", 0.001]}})
 
 
 MISTAKES = [
