@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segfleet.pipeline import bf16, checkpoint, loader, run
+from segfleet.pipeline import bf16, checkpoint, loader, run, sync_norm
 from segfleet.pipeline.engines.base import Engine, Setup, build_engine
 from segfleet.pipeline.events import EventLog
 from segfleet.pipeline.gang import Gang
@@ -57,7 +57,9 @@ class Progress:
 
     @classmethod
     def of(cls, saved: checkpoint.Checkpoint) -> Progress:
-        return cls(**saved.state["progress"])
+        found = cls(**saved.state["progress"])
+        found.best = found.best if found.best.get("dice") is not None else {}
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,10 +195,10 @@ def validation_due(recipe: Recipe, progress: Progress, steps: int) -> bool:
 def validate(this: Run, engine: Engine, progress: Progress, epoch: int, log: EventLog | None) -> None:
     """Score the network as it stands and remember whether it is the best so far."""
     scores = this.validate(engine)
-    progress.validated = progress.step
-    if (scores["dice"] or 0.0) > progress.best.get("dice", -1.0):
-        progress.best, progress.stale = {"dice": scores["dice"], "step": progress.step}, 0
-    else:
+    progress.validated, dice = progress.step, scores["dice"]
+    if dice is not None and dice > progress.best.get("dice", -1.0):
+        progress.best, progress.stale = {"dice": dice, "step": progress.step}, 0
+    elif dice is not None:  # None: no structure in truth or prediction, which says neither better nor worse
         progress.stale += 1
     if log:
         log.write("validation", step=progress.step, epoch=epoch, **scores)
@@ -208,6 +210,7 @@ def build(this: Run, index: int) -> tuple[Engine, Progress]:
     stage, folder = recipe.stages[index], this.folders[index]
     task = make_task(manifest.dataset, recipe.model.head)
     model = build_network(recipe, manifest, task).to(gang.device)
+    sync_norm.synchronise(model, gang)
     if recipe.engine.channels_last:
         flat = patch_of(recipe, manifest)[0] == 1
         model = model.to(memory_format=torch.channels_last if flat else torch.channels_last_3d)

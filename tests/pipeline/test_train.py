@@ -278,6 +278,22 @@ def test_patience_ends_a_stage_early_and_the_next_one_starts_from_there(tiny_sto
         parse({**recipe.model_dump(mode="json"), "evaluation": {}})
 
 
+def test_a_dice_that_is_not_defined_is_no_best_and_no_reason_to_end(tiny_store, tmp_path, monkeypatch):
+    recipe = recipe_of(tiny_store(dims=2), stages=1, evaluation={"every": 1, "weights": "best"})
+    recipe = recipe.model_copy(update={"stages": (recipe.stages[0].model_copy(update={"epochs": 6, "patience": 2}),)})
+    scores = iter([None, None, None, 0.4, None, 0.3])
+    folder = go(recipe, tmp_path / "a", validate=lambda engine: {"dice": next(scores)})[0]
+    assert folder.done()["steps"] == 18 and folder.done()["best"] == {"dice": 0.4, "step": 12}
+    # a checkpoint that an older version wrote, with a best of None
+    original = training.Progress.state
+    spoilt = lambda self, *rest: {**original(self, *rest), "progress": {**training.asdict(self), "best": {"dice": None, "step": 3}}}  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Progress, "state", spoilt)
+        go(recipe, tmp_path / "b", stop_after=4, validate=lambda engine: {"dice": None})
+    folder = go(recipe, tmp_path / "b", validate=lambda engine: {"dice": 0.2})[0]
+    assert folder.done()["best"] == {"dice": 0.2, "step": 6}
+
+
 def test_stop_file_and_time_limit(tmp_path):
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.getsignal(number) for number in numbers}
