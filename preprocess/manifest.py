@@ -8,11 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from segfleet.preprocess.problems import InputError
 
 VERSION = 1
+LAYOUTS = {"hdf5": 2}  # store format -> revision of its shard files, where it has changed since the first: another one cannot be read
 NAME = "manifest.json"
 
 
@@ -74,6 +75,7 @@ class CaseEntry(Frozen):
 class Manifest(Frozen):
     version: int = VERSION
     format: str  # zarr | hdf5
+    layout: int  # revision of the shard files
     id: str  # content id: hash of data set, plan and case contents; the same for every format
     dataset: Dataset
     plan: Plan
@@ -82,6 +84,11 @@ class Manifest(Frozen):
     splits: dict[str, tuple[dict[str, tuple[str, ...]], ...]] = Field(default_factory=dict)  # name -> folds of {"train": ids, "val": ids}
     split_seed: int = 0
     files: dict[str, dict[str, Any]] = Field(default_factory=dict)  # path -> {"bytes": n, "sha256": hex}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _present_layout(cls, facts: Any) -> Any:
+        return {"layout": layout_of(facts.get("format")), **facts} if isinstance(facts, dict) else facts
 
     def case(self, case_id: str) -> CaseEntry:
         for entry in self.cases:
@@ -99,6 +106,11 @@ class Manifest(Frozen):
         return folds[fold]
 
 
+def layout_of(format: str) -> int:
+    """The present revision of a format's shard files."""
+    return LAYOUTS.get(format, 1)
+
+
 def content_id(dataset: Dataset, plan: Plan, cases: tuple[CaseEntry, ...]) -> str:
     """Identity of a store's content, independent of format, folder and time."""
     facts = [dataset.model_dump(mode="json"), plan.model_dump(mode="json"), sorted((c.id, c.group, c.sha256) for c in cases)]
@@ -106,7 +118,7 @@ def content_id(dataset: Dataset, plan: Plan, cases: tuple[CaseEntry, ...]) -> st
 
 
 def load_manifest(store: Path) -> Manifest:
-    """Read STORE/manifest.json. Raises InputError if there is none or it is damaged."""
+    """Read STORE/manifest.json. Raises InputError if there is none, it is damaged, or its shards are of another revision."""
     path = Path(store) / NAME
     if not path.is_file():
         raise InputError(f"store: {store} holds no {NAME}: it is no store, or its preprocessing never finished. Run `segfleet preprocess`.")
@@ -114,8 +126,11 @@ def load_manifest(store: Path) -> Manifest:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw.get("version") != VERSION:
             raise InputError(f"store: {path} has version {raw.get('version')}, expected {VERSION}. Preprocess the raw data again.")
+        if (layout := raw.get("layout", 1)) != layout_of(raw.get("format")):
+            age = "an earlier" if layout < layout_of(raw.get("format")) else "a later"
+            raise InputError(f"store: {store} was made by {age} version of segfleet. Preprocess the raw data again into a new folder.")
         return Manifest.model_validate(raw)
-    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
         raise InputError(f"store: {path} is damaged ({str(error).splitlines()[0]}). Preprocess the raw data again.") from None
 
 

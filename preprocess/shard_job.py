@@ -12,7 +12,7 @@ import numpy as np
 from segfleet.preprocess.check import Survey
 from segfleet.preprocess.chunks import chunk_of
 from segfleet.preprocess.digest import content_sha256
-from segfleet.preprocess.manifest import CaseEntry, Dataset, Plan, write_atomically
+from segfleet.preprocess.manifest import CaseEntry, Dataset, Plan, layout_of, write_atomically
 from segfleet.preprocess.problems import InputError
 from segfleet.preprocess.readers.base import CaseRef, RawReader
 from segfleet.preprocess.stores.base import store_module
@@ -20,7 +20,7 @@ from segfleet.preprocess.transforms import preprocess_case, stored_grid
 
 SHARD_BYTES = 16 * 2**20  # cases share a shard until it holds this much
 STATE = ".state"  # inside OUT.partial: records of what is finished
-REVISION = 3  # of the transforms: another one makes finished shards of a killed run void
+REVISION = 4  # of the transforms: another one makes finished shards of a killed run void
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def shard_jobs(reader: RawReader, facts: Survey, plan: Plan, format: str, root: 
         refs = tuple(facts.refs[index] for index in bundle)
         sources = tuple(facts.facts[index].source_sha256 for index in bundle)
         cases = [(ref.id, ref.group, source) for ref, source in zip(refs, sources, strict=True)]
-        content = [REVISION, facts.dataset.model_dump(mode="json"), plan.model_dump(mode="json"), format, chunk, cases]
+        content = [REVISION, facts.dataset.model_dump(mode="json"), plan.model_dump(mode="json"), format, layout_of(format), chunk, cases]
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         jobs.append(
             ShardJob(

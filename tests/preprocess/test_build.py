@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import segfleet.preprocess.manifest as manifest_module
 import segfleet.preprocess.shard_job as shard_job
 from segfleet.preprocess.build import build
 from segfleet.preprocess.parallel import run
@@ -148,7 +149,7 @@ def settle(folder: Path) -> None:
     assert sorted(folder.iterdir()) == before, "a worker outlived its parent"
 
 
-def interrupted(raw: Path, out: Path, monkeypatch, case: str, error: BaseException) -> Exception:
+def interrupted(raw: Path, out: Path, monkeypatch, case: str, error: BaseException, format: str = "zarr") -> Exception:
     """Build with one case per shard and a writer that fails at `case`; what was raised."""
     real = shard_job._write_case
 
@@ -160,7 +161,7 @@ def interrupted(raw: Path, out: Path, monkeypatch, case: str, error: BaseExcepti
 
     with monkeypatch.context() as patch, pytest.raises(Exception) as caught:
         patch.setattr(shard_job, "_write_case", fail)
-        build("msd", raw, out, workers=1, shard_bytes=1)
+        build("msd", raw, out, format, workers=1, shard_bytes=1)
     return caught.value
 
 
@@ -184,6 +185,20 @@ def test_a_changed_plan_makes_everything_anew(raw, tmp_path, monkeypatch):
     build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1, progress=told)
     assert told.processed("check") == told.processed("write") == 6
     assert files(tmp_path / "out") == files(build_at(raw, tmp_path / "fresh"))
+
+
+def test_shards_of_an_earlier_layout_are_made_anew(raw, tmp_path, monkeypatch):
+    """What a killed run of an older version left, and what it finished."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest_module, "LAYOUTS", {})
+        interrupted(raw, out, monkeypatch, "phantom_004", OSError(errno.EIO, "broken"), format="hdf5")
+        build("msd", raw, tmp_path / "old", "hdf5", workers=1)
+    told = Told()
+    build("msd", raw, out, "hdf5", workers=1, shard_bytes=1, progress=told)
+    assert told.processed("write") == 6 and not verify(out, chunks=True)
+    with pytest.raises(InputError, match="old was made by an earlier version of segfleet"):
+        build("msd", raw, tmp_path / "old", "hdf5", workers=1)
 
 
 def build_at(raw: Path, out: Path) -> Path:

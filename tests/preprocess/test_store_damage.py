@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import h5py
@@ -113,3 +114,15 @@ def test_verify_finds_content_that_is_not_the_manifests(store):
     assert verify(store.root) == []
     (problem,) = verify(store.root, chunks=True)
     assert problem.case == "case-1" and problem.expected.endswith("0000")
+
+
+def test_a_store_of_an_earlier_layout_says_so(store):
+    """Manifests once had no such field. Zarr's layout is still the first; HDF5's is not."""
+    path = store.root / "manifest.json"
+    facts = json.loads(path.read_text())
+    assert facts.pop("layout") == {"zarr": 1, "hdf5": 2}[facts["format"]]
+    path.write_text(json.dumps(facts))
+    if facts["format"] == "zarr":
+        return read_all(store.root)
+    with pytest.raises(InputError, match="made by an earlier version of segfleet. Preprocess the raw data again into a new folder"):
+        open_store(store.root)
