@@ -19,9 +19,10 @@ import json
 import math
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -31,6 +32,7 @@ from segfleet.preprocess.problems import InputError
 
 SPACES = Path(__file__).parent / "spaces"
 KINDS = ("grid", "choice", "uniform", "loguniform")
+Natural = Annotated[int, Field(ge=0)]
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1 reads 1e-3 as text and 1.0e-3 as a number
 
 
@@ -63,8 +65,8 @@ class SearchSpace(Section):
     base: str | dict[str, Any] = Field(description="a shipped recipe's name, a recipe file, or a recipe")
     axes: dict[str, Any] = Field(default_factory=dict, description="recipe key -> values")
     stages: tuple[dict[str, Any], ...] | None = Field(None, min_length=1, description="stages; every key may hold an axis")
-    seeds: tuple[int, ...] = Field((), description="replicates: the recipe's seed")
-    folds: tuple[int, ...] = Field((), description="replicates: data.fold")
+    seeds: tuple[Natural, ...] = Field((), description="replicates: the recipe's seed; each once")
+    folds: tuple[Natural, ...] = Field((), description="replicates: data.fold; each once")
     search: Literal["grid", "random", "optuna"] = Field("grid", description="how points are chosen")
     seed: int = Field(0, description="of random and optuna search")
     forks: Positive = Field(1, description="random search: later stages drawn per draw of the rest, which those share")
@@ -236,6 +238,11 @@ def _check(search: Search) -> None:
     space = search.space
     if space.search != "grid" and space.budget.trials is None and space.scheduler != "pbt":
         raise InputError(f"sweep {space.name}: search '{space.search}' needs budget.trials")
+    for name, given in (("seeds", space.seeds), ("folds", space.folds)):
+        if twice := [value for value in given if given.count(value) > 1]:
+            raise InputError(f"sweep {space.name}: {name}: found {twice[0]} twice in {list(given)}; a run and its copy are no replicates")
+    if space.forks > 1 and space.search != "random":
+        raise InputError(f"sweep {space.name}: forks: found {space.forks} with search '{space.search}'; only search 'random' forks")
     labels = [key for axis in search.axes for key in axis.keys]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise InputError(f"sweep {space.name}: '{twice}' is an axis twice; keep one of them")
@@ -250,13 +257,27 @@ def _check(search: Search) -> None:
             raise InputError(f"sweep {space.name}: {key}: there are {len(stages)} stages, expected stages.0 to stages.{len(stages) - 1}")
     if space.scheduler == "asha" and not search.trials(point)[0].recipe.evaluation.every:
         raise InputError(f"sweep {space.name}: asha compares validations: evaluation.every of the base recipe: found 0, expected 1 or more")
-    if space.scheduler == "pbt" and (len(stages) != 1 or not labels or any(key[:9] != "stages.0." for key in labels)):
-        raise InputError(f"sweep {space.name}: pbt needs a recipe of one stage, and axes of that stage alone (stages.0.lr and the like)")
+    if space.scheduler == "pbt":
+        _check_population(search, stages)
     short_of = space.budget.epochs
     if short_of and search.planned:
         least = min(sum(stage.epochs for stage in search.trials(point)[0].recipe.stages) for point in search.points())
         if short_of < least:
             raise InputError(f"sweep {space.name}: budget.epochs is {short_of}, less than one trial: the shortest takes {least} epochs")
+
+
+def _check_population(search: Search, stages: Sequence[Stage]) -> None:
+    """What Tune cannot mutate, or a generation would overwrite."""
+    space, labels = search.space, [key for axis in search.axes for key in axis.keys]
+    if len(stages) != 1 or not labels or any(key[:9] != "stages.0." for key in labels):
+        raise InputError(f"sweep {space.name}: pbt needs a recipe of one stage, and axes of that stage alone (stages.0.lr and the like)")
+    for name, given in (("seeds", space.seeds), ("folds", space.folds)):
+        if len(given) > 1:
+            raise InputError(f"sweep {space.name}: {name}: found {list(given)}; pbt trains one population, expected one value or none")
+    if joint := next((axis for axis in search.axes if len(axis.keys) > 1), None):
+        raise InputError(f"sweep {space.name}: {joint.label}: keys that change together cannot be mutated by pbt; give each its own axis")
+    if fixed := next((key for key in labels if key[9:] in ("epochs", "name", "inherit")), None):
+        raise InputError(f"sweep {space.name}: {fixed}: pbt sets it for every generation (epochs: pbt.interval), so it cannot be an axis")
 
 
 def _is_axis(key: str, value: Any) -> bool:

@@ -75,6 +75,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(space, tmp_path):
         parse_search({**space, "axes": {"optimizer.clip": ["1e-3", 0.001]}})
 
 
+PBT = {"scheduler": "pbt", "axes": {}, "stages": [{"epochs": 4, "lr": [1e-3, 1e-4]}]}
 MISTAKES = [
     ({"axis": {}}, "axis: unknown key; expected one of: name, base, axes"),
     ({"budget": {"trails": 3}}, "budget.trails: unknown key; expected one of: trials, epochs, hours"),
@@ -94,6 +95,15 @@ MISTAKES = [
     ({"scheduler": "asha"}, "evaluation.every of the base recipe: found 0"),
     ({"scheduler": "pbt"}, "pbt needs a recipe of one stage"),
     ({"seeds": [1], "axes": {"seed": [1, 2]}}, "'seed' is an axis and 'seeds' is given"),
+    ({"seeds": [2, 1, 2]}, "seeds: found 2 twice in [2, 1, 2]"),
+    ({"seeds": [0, 0]}, "seeds: found 0 twice"),
+    ({"folds": [1, 1]}, "folds: found 1 twice"),
+    ({"seeds": [0, -1]}, "seeds.1: found -1"),
+    ({"forks": 3}, "forks: found 3 with search 'grid'"),
+    ({**PBT, "seeds": [0, 1]}, "seeds: found [0, 1]; pbt trains one population"),
+    ({**PBT, "folds": [0, 1]}, "folds: found [0, 1]; pbt trains one population"),
+    ({**PBT, "axes": {"stages.0.epochs": [2, 4]}}, "stages.0.epochs: pbt sets it for every generation"),
+    ({**PBT, "axes": {"stages.0.steps, stages.0.warmup": [[2, 0], [4, 1]]}}, "keys that change together cannot be mutated by pbt"),
     ({"name": "a b"}, "name: found 'a b'"),
     ({"base": "nope"}, "no shipped recipe of that name"),
 ]
