@@ -91,6 +91,28 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> No
         value.copy_(tensors[name])
 
 
+class Running:
+    """What the forward pass itself changes (running statistics and their counters): put back when a step was not finite."""
+
+    def __init__(self, model: nn.Module):
+        buffers = list(model.buffers())
+        self.groups = [[buffer for buffer in buffers if buffer.dtype == dtype] for dtype in dict.fromkeys(b.dtype for b in buffers)]
+        self.kept: list[Tensor] = []
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Remember them as they are before a step."""
+        self.kept = [torch.cat([buffer.flatten() for buffer in group]) for group in self.groups]
+
+    @torch.no_grad()
+    def settle(self, norm: Tensor) -> None:
+        """Put them back unless the gradient's norm is finite; decided on the device."""
+        for group, kept in zip(self.groups, self.kept, strict=True):
+            moved = torch.cat([buffer.flatten() for buffer in group])
+            values = torch.where(torch.isfinite(norm), moved, kept).split([buffer.numel() for buffer in group])
+            torch._foreach_copy_(group, [value.view_as(buffer) for value, buffer in zip(values, group, strict=True)])
+
+
 class Average:
     """Exponential moving average of all parameters by name; with decay 0 there is none and `values` is empty."""
 

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from segfleet.pipeline.checkpoint import Checkpoint, Tensors
 from segfleet.pipeline.engines.base import Setup, autocast
-from segfleet.pipeline.engines.common import Average, build_optimizer, load_optimizer, load_weights, optimizer_tensors, trainable
+from segfleet.pipeline.engines.common import Average, Running, build_optimizer, load_optimizer, load_weights, optimizer_tensors, trainable
 from segfleet.preprocess.problems import InputError
 
 
@@ -24,7 +24,7 @@ class Engine:
         self.named = trainable(self.model, setup.stage)
         self.optimizer = build_optimizer(self.named, setup.recipe.optimizer, setup.stage.lr)
         self.scaler = torch.amp.GradScaler(self.gang.device.type, enabled=self.options.precision == "fp16")
-        self.average = Average(self.model, self.options.ema)
+        self.average, self.running = Average(self.model, self.options.ema), Running(self.model)
         self.forward = torch.compile(self.model) if self.options.compile else self.model
         if self.gang.size > 1:
             # Without the search for unused parameters DDP regroups its buckets after the first step, and with it the order of sums in a
@@ -35,6 +35,7 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
+        self.running.keep()
         total, parts = torch.zeros((), device=self.gang.device), self.options.accumulate
         for part in range(parts):
             image, label = next(micro_batches)
@@ -53,6 +54,7 @@ class Engine:
         else:  # the fused optimizers read this flag on the device and then change nothing
             self.optimizer.found_inf, self.optimizer.grad_scale = (~torch.isfinite(norm)).float(), None
             self.optimizer.step()
+        self.running.settle(norm)
         self.average.update(self.model, norm)
         return total, norm
 

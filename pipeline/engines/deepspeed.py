@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from segfleet.pipeline import recipe as recipes
 from segfleet.pipeline.checkpoint import Checkpoint, Tensors
 from segfleet.pipeline.engines.base import Setup, autocast
-from segfleet.pipeline.engines.common import Average, build_optimizer, load_optimizer, load_weights, optimizer_tensors, trainable
+from segfleet.pipeline.engines.common import Average, Running, build_optimizer, load_optimizer, load_weights, optimizer_tensors, trainable
 from segfleet.pipeline.gang import Gang
 from segfleet.preprocess.problems import InputError
 
@@ -59,6 +59,7 @@ class Engine:
             self.inner, *_ = self.library.initialize(
                 model=Autocast(self.model, self.options), optimizer=self.optimizer, config=self._config(), dist_init_required=False
             )
+        self.running = Running(self.model)
         if self.zero == 0:
             for parameter, value in before:
                 parameter.data = value
@@ -96,6 +97,7 @@ class Engine:
             self.start({})
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.running.keep()
         self._share_buffers()
         total, parts = torch.zeros((), device=self.gang.device), self.options.accumulate
         for part in range(parts):
@@ -108,6 +110,7 @@ class Engine:
             self.inner.step()  # counts micro-batches: the optimizer steps after the last one, and with ZeRO only if the norm is finite
         if self.zero:
             norm = torch.as_tensor(self.inner.get_global_grad_norm(), dtype=torch.float32, device=self.gang.device)
+        self.running.settle(norm)
         if self.average.values:
             with self._whole():
                 self.average.update(self.model, norm)
