@@ -1,7 +1,7 @@
 """What a gang can be asked to do, as plain JSON. Launchers carry the job, every rank runs it.
 
 {"do": "train", "recipe": {...}, "root": "runs"}: train what is missing of every stage, then score it;
-    "max_seconds": 3600 stops in order after that time; "score": false leaves the scoring out.
+    "max_seconds": 3600 stops in order after that time, a file `stop` in the run folder at once; "score": false leaves the scoring out.
     "stage_to": "$TMPDIR" reads the store from a copy there, variables as the node has them. How data are reached changes no result.
 {"do": "score", ...}: only score; "again": true, even if it is scored already.
 {"do": "predict", "run": "runs/...", "images": [...], "out": "predictions"}: segment images with a finished run.
@@ -24,7 +24,7 @@ from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.run import open_run, stage_folders
 from segfleet.pipeline.score import Scorer, forward_of, load_network
 from segfleet.pipeline.stop import Interrupted, StopRequest
-from segfleet.pipeline.train import Run, train
+from segfleet.pipeline.train import Diverged, Run, train
 from segfleet.preprocess.manifest import load_manifest
 from segfleet.preprocess.problems import InputError
 from segfleet.preprocess.stores.base import open_store
@@ -46,13 +46,20 @@ def run_job(job: dict[str, Any], gang: gangs.Gang, stop: StopRequest) -> None:
     if job.get("max_seconds"):
         stop.deadline = time.time() + job["max_seconds"]
     near = job.get("stage_to") if job["do"] == "train" and folders[-1].done() is None else None  # scoring reads every case once
-    with on_node(store, near, gang, stop, warn) if near else nullcontext(store) as store:
-        scorer = Scorer(recipe=recipe, store=store, gang=gang, stop=stop)
-        if job["do"] == "train":
-            parts = {"folders": folders, "gang": gang, "asked_to_stop": stop.asked, "warn": warn, "validate": scorer.validate}
-            train(Run(recipe=recipe, store=store, **parts))
-        if job.get("score", True):
-            scorer.score(folders, again=job.get("again", False))
+    try:
+        with on_node(store, near, gang, stop, warn) if near else nullcontext(store) as store:
+            scorer = Scorer(recipe=recipe, store=store, gang=gang, stop=stop)
+            if job["do"] == "train":
+                parts = {"folders": folders, "gang": gang, "asked_to_stop": stop.asked, "warn": warn, "validate": scorer.validate}
+                train(Run(recipe=recipe, store=store, **parts))
+            if job.get("score", True):
+                scorer.score(folders, again=job.get("again", False))
+    except Interrupted as stopped:  # on all ranks
+        if file := gang.share(stop.obeyed() if gang.rank == 0 else None):
+            raise Interrupted(f"{str(stopped).rstrip('.')}. It was asked to by the file {file}, which is removed now.") from None
+        raise
+    except FloatingPointError as error:  # of a whole case: what the network says of it is not finite
+        raise Diverged(f"{error}. Lower stages.lr, or set optimizer.clip=1 or engine.precision=fp32, and train again.") from None
 
 
 def predict(job: dict[str, Any], gang: gangs.Gang, progress: Callable[[int, int], None]) -> dict[str, Any]:

@@ -42,6 +42,14 @@ class StopRequest:
             self.reason = "the time limit"
         return self.reason is not None
 
+    def obeyed(self) -> str | None:
+        """After an agreed stop, by one rank alone: the file that asked for it, if one did. It is removed: it has done its work."""
+        self.asked()  # another rank may have seen it first
+        if not (self.reason or "").startswith("the file"):
+            return None
+        self.watch.unlink(missing_ok=True)
+        return str(self.watch)
+
     def _too_late(self) -> bool:
         now = time.time()
         self._longest, self._looked = max(self._longest, now - self._looked), now

@@ -37,7 +37,7 @@ Validate = Callable[[Engine], dict[str, Any]]  # scores while training: {"dice":
 
 
 class Diverged(InputError):
-    """The loss stayed non-finite. The last checkpoint is from before."""
+    """The loss stayed non-finite, or the network's output for a whole case is. The last checkpoint is from before."""
 
 
 @dataclass

@@ -16,6 +16,7 @@ from segfleet.pipeline.jobs import run_job
 from segfleet.pipeline.parts import Objective
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.stop import Interrupted, StopRequest
+from segfleet.pipeline.train import Diverged
 from segfleet.preprocess.stores.base import open_store
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -111,3 +112,30 @@ def test_a_signal_in_any_phase_changes_nothing(job, straight, tmp_path, monkeypa
     assert found["tensors"].keys() == straight["tensors"].keys()
     assert all(torch.equal(value, straight["tensors"][key]) for key, value in found["tensors"].items())
     assert {key: found[key] for key in ("validations", "best", "cases")} == {key: straight[key] for key in ("validations", "best", "cases")}
+
+
+def test_a_stop_file_is_named_and_stops_one_run_only(job, straight, tmp_path):
+    recipe = parse(job["recipe"])
+    leaf = run.stage_folders(tmp_path, recipe, open_store(recipe.data.store).manifest)[-1].path
+    leaf.mkdir(parents=True)
+    (leaf / "stop").touch()
+    with pytest.raises(Interrupted, match=rf"again to go on\. It was asked to by the file {leaf / 'stop'}, which is removed now"):
+        go(job, tmp_path)
+    assert result(go(job, tmp_path))["tensors"].keys() == straight["tensors"].keys()  # the same command went on to the end
+
+
+def test_a_stop_file_outlives_a_stop_it_did_not_cause(tmp_path):
+    stop = StopRequest(tmp_path / "stop")
+    os.kill(os.getpid(), signal.SIGTERM)
+    (tmp_path / "stop").touch()
+    assert stop.asked() and stop.obeyed() is None and (tmp_path / "stop").exists()  # SLURM would start the job again
+    stop = StopRequest(tmp_path / "stop")
+    assert stop.obeyed() == str(tmp_path / "stop") and not (tmp_path / "stop").exists()  # seen by another rank first
+
+
+@pytest.mark.parametrize("every", [1, 0], ids=["validation", "scoring"])
+def test_a_network_that_diverged_is_said_in_a_sentence(job, tmp_path, every):
+    recipe = {**job["recipe"], "evaluation": {"every": every}}
+    recipe["stages"] = [{**job["recipe"]["stages"][0], "lr": 1e30, "warmup": 0}]
+    with pytest.raises(Diverged, match=r"case 'case0\d': .* not finite .*: the training diverged\. Lower stages\.lr"):
+        go({"do": "train", "recipe": recipe}, tmp_path)
