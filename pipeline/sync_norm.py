@@ -40,13 +40,17 @@ class _Synchronised(_BatchNorm):
             momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean.to(self.running_mean), momentum)
             self.running_var.lerp_((variance * (count / (count - 1))).to(self.running_var), momentum)
-        return _Normalise.apply(x, self.weight, self.bias, mean.float(), variance.float(), self.eps, count)
+        return _Normalise.apply(x, self.weight, self.bias, mean.to(wide(x)), variance.to(wide(x)), self.eps, count)
+
+
+def wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
     """Mean and (biased) variance of every channel, float64, over the samples and voxels of all ranks, and how many values those are."""
     with torch.no_grad():
-        none = torch.zeros(x.shape[1], device=x.device)  # float32 in, float32 out, whatever x is
+        none = torch.zeros(x.shape[1], dtype=wide(x), device=x.device)  # in and out: at least float32, whatever x is
         mean, variance = torch.batch_norm_update_stats(x, none, none.clone(), 0.0)  # as a single rank does it
         own = torch.cat([mean.double(), variance.double(), mean.new_full((1,), x.numel() / x.shape[1], dtype=torch.float64)])
         every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
@@ -76,7 +80,7 @@ class _Normalise(Function):
         _, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
             gradient, x, torch.ones_like(mean) if weight is None else weight, None, None, mean, scale, True, ctx.eps, wanted
         )
-        sums = torch.stack([by_weight, by_bias]).float()
+        sums = torch.stack([by_weight, by_bias]).to(mean.dtype)
         dist.all_reduce(sums)
         normalised, plain = sums / ctx.count
         # gradient of x: weight * scale * (gradient - mean of gradient - (x - mean) * scale * mean of gradient * (x - mean) * scale)
@@ -85,7 +89,7 @@ class _Normalise(Function):
         slope = -factor * scale * normalised
         shift = -factor * plain - slope * mean
         factor, slope, shift = (value.view(shape) for value in (factor, slope, shift))
-        by_x = torch.mul(gradient.float(), factor).addcmul_(x.float(), slope).add_(shift).to(x.dtype)
+        by_x = torch.mul(gradient.to(mean.dtype), factor).addcmul_(x.to(mean.dtype), slope).add_(shift).to(x.dtype)
         wants = ctx.needs_input_grad
         return by_x, by_weight if wants[1] else None, by_bias if wants[2] else None, None, None, None, None
 
