@@ -15,6 +15,7 @@ from segfleet.preprocess.images import ImageError, disagreement, ending
 from segfleet.preprocess.manifest import Dataset
 from segfleet.preprocess.problems import InputError
 from segfleet.preprocess.readers.base import RawReader
+from segfleet.preprocess.voxels import pieces
 from segfleet.preprocess.writer import WRITABLE, write_label
 
 
@@ -22,19 +23,21 @@ def mend(reader: RawReader, out: Path, remap: Mapping[int, int] | None = None) -
     """Copy the raw folder to the new folder `out` with its labels mended; what was done, one entry per case and field.
 
     Mended are: values the user renumbers by `remap`; masks of 0 and another value, such as 255, where one label is declared; labels on the
-    right voxels but with another spacing or affine than the image, which get the image's. Files that need nothing are linked, not copied
-    (copied where links are impossible). `out` appears complete or, when nothing can be mended, not at all. Raises InputError
-    if it is taken.
+    right voxels but with another spacing or affine than the image, which get the image's. A label that would still hold anything but
+    integers from 0 to 255 is left alone, and so is one outside the raw folder: the check tells. Files that need nothing are linked, not
+    copied (copied where links are impossible). `out` appears complete or, when nothing can be mended, not at all.
+    Raises InputError if it is taken.
     """
-    out, root = Path(out), reader.root.resolve()
-    if out.exists() or out.resolve().is_relative_to(root):
+    out, root = Path(out), Path(os.path.abspath(reader.root))
+    if out.exists() or out.resolve().is_relative_to(root.resolve()):
         raise InputError(f"to: {out} {'exists' if out.exists() else 'lies in the raw folder'}. Choose a new folder for the mended copy.")
     dataset, partial = reader.dataset(), out.with_name(out.name + ".partial")
     done: list[dict[str, str]] = []
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed run
     try:
         for ref in reader.refs():
-            path = ref.labels[0]
-            if len(ref.labels) != 1 or not path.is_file() or not _writable(path):
+            path = Path(os.path.abspath(ref.labels[0]))  # a link counts as a file of the folder it lies in
+            if len(ref.labels) != 1 or not path.is_file() or not path.is_relative_to(root) or not _writable(path):
                 continue
             try:
                 label, grid = reader.label(ref)
@@ -45,7 +48,7 @@ def mend(reader: RawReader, out: Path, remap: Mapping[int, int] | None = None) -
                 continue
             if not done:
                 _link_tree(root, partial)
-            _write(partial / path.resolve().relative_to(root), mended, here)
+            _write(partial / path.relative_to(root), mended, here)
             done += [{"case": ref.id, **change} for change in changes]
         if done:
             os.replace(partial, out)
@@ -57,8 +60,13 @@ def mend(reader: RawReader, out: Path, remap: Mapping[int, int] | None = None) -
 def mended_label(
     label: np.ndarray, grid: Geometry, image: Geometry | None, dataset: Dataset, remap: Mapping[int, int]
 ) -> tuple[np.ndarray, Geometry, list[dict[str, str]]]:
-    """The label (Z, Y, X) with legal values on the image's grid, and what was changed: {"field", "was", "now"}."""
-    changes = []
+    """The label (Z, Y, X) with legal values on the image's grid, and what was changed: {"field", "was", "now"}.
+
+    Nothing is changed where a voxel is no finite integer, or where the result could not be stored as uint8.
+    """
+    if label.dtype.kind == "f" and not all((np.isfinite(piece) & (piece == np.rint(piece))).all() for _, piece in pieces(label)):
+        return label, grid, []
+    untouched, changes = (label, grid, []), []
     declared = {*dataset.labels.values(), *(v for region in dataset.regions.values() for v in region), dataset.ignore_label}
     present = {float(v) for v in np.unique(label)}
     rules = {old: new for old, new in remap.items() if old in present}
@@ -67,7 +75,7 @@ def mended_label(
     if not rules and len(foreground) == 1 and present - {0.0} == {*odd} and len(odd) == 1:
         rules = {odd[0]: foreground[0]}
     if rules:
-        original, label = label, label.copy()
+        original, label = label, label.astype(np.promote_types(label.dtype, np.int16))  # which holds the new values
         for old, new in rules.items():
             label[original == old] = new
         pairs = (", ".join(f"{side:g}" for side in sides) for sides in (rules, rules.values()))
@@ -76,7 +84,7 @@ def mended_label(
         field, was, now = difference
         changes.append({"field": f"label {field}", "was": was, "now": now})
         grid = replace(grid, spacing=image.spacing, affine=image.affine)
-    return label, grid, changes
+    return (label, grid, changes) if 0 <= label.min() and label.max() <= 255 else untouched
 
 
 def _grid(reader: RawReader, ref) -> Geometry | None:
@@ -92,18 +100,19 @@ def _writable(path: Path) -> bool:
 
 def _write(path: Path, label: np.ndarray, grid: Geometry) -> None:
     """Never through a link: the new file replaces it."""
-    whole = np.rint(label) if label.dtype.kind == "f" else label
     if path.suffix == ".npy":
         path.unlink()
-        np.save(path, whole[0].astype(np.uint8))
+        np.save(path, label[0].astype(np.uint8))
     else:
-        write_label(path, whole, grid)
+        write_label(path, label.astype(np.uint8), grid)
 
 
 def _link_tree(root: Path, out: Path) -> None:
     def link(source: str, target: str) -> None:
+        if not os.path.exists(source):  # a link to nowhere
+            return
         try:
-            os.link(source, target)
+            os.link(os.path.realpath(source), target)
         except OSError:
             shutil.copy2(source, target)
 

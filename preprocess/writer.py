@@ -11,6 +11,7 @@ import numpy as np
 
 from segfleet.preprocess.case import Geometry
 from segfleet.preprocess.images import LPS, ending, stem
+from segfleet.preprocess.manifest import write_atomically
 from segfleet.preprocess.problems import InputError
 
 WRITABLE = (".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff", ".png", ".bmp")  # lossless
@@ -39,7 +40,7 @@ def write_label(path: Path, label_ZYX: np.ndarray, geometry: Geometry) -> None:
 
             tifffile.imwrite(temporary, label[0] if len(label) == 1 else label, compression="zlib", photometric="minisblack")
             if len(label) > 1:
-                path.with_name(f"{stem(path)}.json").write_text(json.dumps({"spacing": list(geometry.spacing)}), encoding="utf-8")
+                write_atomically(path.with_name(f"{stem(path)}.json"), json.dumps({"spacing": list(geometry.spacing)}))
         else:
             from PIL import Image
 

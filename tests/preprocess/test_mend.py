@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 from segfleet.preprocess.build import build
+from segfleet.preprocess.case import Geometry
 from segfleet.preprocess.check import survey
 from segfleet.preprocess.mend import mend
 from segfleet.preprocess.phantom import PHANTOMS
 from segfleet.preprocess.problems import InputError
 from segfleet.preprocess.readers.base import open_reader
 from segfleet.preprocess.slices import stacks, write_slices
+from segfleet.preprocess.writer import write_label
 
 
 def digest(root: Path) -> str:
@@ -79,6 +81,62 @@ def test_renumbering_exchanges_values(tmp_path):
     reader = open_reader("msd", tmp_path / "out")
     after = reader.label(reader.refs()[0])[0]
     assert np.array_equal(after == 1, before == 2) and np.array_equal(after == 2, before == 1)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.5])
+def test_labels_that_are_no_integers_are_left_alone(value, binary, tmp_path):
+    """Beside one that can be mended. The values 0 and nan must not make nan the one declared class."""
+    alone, mixed = (binary / f"labelsTr/phantom_00{i}.nii.gz" for i in (1, 2))
+    change(alone, lambda a: np.where(a > 0, value, 0).astype(np.float32))
+    change(mixed, lambda a: np.where(a.cumsum().reshape(a.shape) == 3, value, a.astype(np.float32)))
+    assert {done["case"] for done in mend(open_reader("msd", binary), tmp_path / "out")} == {"phantom_000"}
+    assert all(path.samefile(tmp_path / "out/labelsTr" / path.name) for path in (alone, mixed))
+    problems = survey(open_reader("msd", tmp_path / "out"), workers=1).problems
+    assert {p.case for p in problems if "no integers" in p.found} == {"phantom_001", "phantom_002"}
+
+
+@pytest.mark.parametrize("value", [-1, 300])
+def test_values_that_would_wrap_are_left_alone(value, binary, tmp_path):
+    path = binary / "labelsTr/phantom_001.nii.gz"  # whose geometry could be mended
+    change(path, lambda a: np.where(a.cumsum().reshape(a.shape) == 3, value, a.astype(np.int16)))
+    assert {done["case"] for done in mend(open_reader("msd", binary), tmp_path / "out")} == {"phantom_000"}
+    remap = {value: 1} if value > 0 else {}
+    assert ("phantom_001" in {done["case"] for done in mend(open_reader("msd", binary), tmp_path / "told", remap)}) == bool(remap)
+
+
+def test_labels_behind_links_and_leftovers_are_no_obstacle(binary, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for number in (0, 2):  # one that is mended, one that is not
+        path = binary / f"labelsTr/phantom_00{number}.nii.gz"
+        path.rename(elsewhere / path.name)
+        path.symlink_to(Path("../../elsewhere") / path.name)
+    (binary / "lost").symlink_to("nowhere")
+    (tmp_path / "deep/out.partial/labelsTr").mkdir(parents=True)
+    before = digest(elsewhere)
+    assert len(mend(open_reader("msd", binary), tmp_path / "deep/out")) == 2
+    assert digest(elsewhere) == before and not survey(open_reader("msd", tmp_path / "deep/out"), workers=1).problems
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_a_label_outside_the_raw_folder_is_left_alone(binary, tmp_path):
+    path = binary / "labelsTr/phantom_000.nii.gz"
+    (tmp_path / "beside").mkdir()
+    path.rename(tmp_path / "beside" / path.name)
+    text = (binary / "dataset.json").read_text()
+    (binary / "dataset.json").write_text(text.replace(f"./labelsTr/{path.name}", f"../beside/{path.name}"))
+    assert "../beside" in (binary / "dataset.json").read_text()
+    before = digest(tmp_path / "beside")
+    assert [c["case"] for c in mend(open_reader("msd", binary), tmp_path / "out")] == ["phantom_001"]
+    assert digest(tmp_path / "beside") == before
+
+
+def test_a_sidecar_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/a.json").write_text("{}")
+    (tmp_path / "a.json").hardlink_to(tmp_path / "raw/a.json")
+    write_label(tmp_path / "a.tif", np.zeros((2, 3, 4), np.uint8), Geometry(shape=(2, 3, 4), spacing=(3.0, 1.0, 1.0)))
+    assert (tmp_path / "raw/a.json").read_text() == "{}" and json.loads((tmp_path / "a.json").read_text()) == {"spacing": [3, 1, 1]}
 
 
 def test_places_that_are_taken_are_refused(binary, tmp_path):
