@@ -44,7 +44,7 @@ def command(
     elif action == "phantom":
         phantom(known(name), path, cases, seed, as_json)
     elif action == "slices":
-        slices(open_reader(name, path, **chosen(option)), beside(path, to, "slices"), window, crop, as_json)
+        slices(open_reader(name, path, **chosen(option)), beside(path, to, "slices"), window, crop, workers, as_json)
     elif fix:
         fixed(name, path, chosen(option), beside(path, to, "mended"), renumbered(remap or []), workers, as_json)
     else:
@@ -181,11 +181,11 @@ def phantom(name: str, root: Path, cases: int | None, seed: int, as_json: bool) 
     show(document, as_json, lambda found: table(("", ""), list(found.items())))
 
 
-def slices(reader, out: Path, window: tuple[float, float], crop: int | None, as_json: bool) -> None:
-    """Volumes to slices of three neighbours, for the layout npy."""
+def slices(reader, out: Path, window: tuple[float, float], crop: int | None, workers: int | None, as_json: bool) -> None:
+    """Volumes, once they are checked, to slices of three neighbours, for the layout npy."""
     from segfleet.preprocess.slices import write_slices
 
-    with progress("slicing volumes") as tick:
-        count = write_slices(reader, out, window, crop, tick)
+    with progress("checking and slicing volumes") as tick:
+        count = write_slices(reader, out, window, crop, tick, workers)
     document = {"root": str(out), "layout": "npy", "slices": count, "next": f"segfleet preprocess npy --raw {out} --out STORE"}
     show(document, as_json, lambda found: table(("", ""), list(found.items())))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from segfleet.preprocess.check import survey
 from segfleet.preprocess.problems import InputError
 from segfleet.preprocess.readers.base import RawReader
 
@@ -25,12 +26,13 @@ def write_slices(
     window: tuple[float, float] = WINDOW,
     crop: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    workers: int | None = None,
 ) -> int:
-    """Write OUT/train_image and OUT/train_label; the number of slices. One volume is in memory at a time.
+    """Check all cases, then write OUT/train_image and OUT/train_label; the number of slices. One volume is in memory when writing.
 
     Kept are the slices from the first to the last with any label, clipped to `window` and scaled to [-1, 1]; rows and columns are turned
-    so that they lead the same way in every volume, and cropped to the middle `crop` ones. Raises InputError for data that are no CT-like
-    volumes of one channel, and if `out` is taken.
+    so that they lead the same way in every volume, and cropped to the middle `crop` ones. Raises DataError with every problem of the
+    data, InputError for data that are no CT-like volumes of one channel, and if `out` is taken.
     """
     dataset, out = reader.dataset(), Path(out)
     low, high = window
@@ -41,6 +43,8 @@ def write_slices(
     if out.exists():
         raise InputError(f"to: {out} exists. Choose a new folder for the slices.")
     partial = out.with_name(out.name + ".partial")
+    tell = progress or (lambda done, total: None)
+    survey(reader, workers=workers, progress=lambda done, total: tell(done, 2 * total)).raise_problems()
     shutil.rmtree(partial, ignore_errors=True)
     try:
         written, refs = 0, reader.refs()
@@ -56,8 +60,7 @@ def write_slices(
                 np.save(partial / "train_image" / name, triple)
                 np.save(partial / "train_label" / name, mask)
                 written += 1
-            if progress is not None:
-                progress(index + 1, len(refs))
+            tell(len(refs) + index + 1, 2 * len(refs))
         if not written:
             raise InputError(f"slices: no case of {reader.root} has a label")
         os.replace(partial, out)

@@ -17,7 +17,7 @@ from segfleet.preprocess.case import Geometry
 from segfleet.preprocess.check import survey
 from segfleet.preprocess.mend import mend
 from segfleet.preprocess.phantom import PHANTOMS
-from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.problems import DataError, InputError
 from segfleet.preprocess.readers.base import open_reader
 from segfleet.preprocess.slices import stacks, write_slices
 from segfleet.preprocess.writer import write_label
@@ -202,3 +202,25 @@ def test_slices_of_flipped_volumes_lie_alike(tmp_path):
     write_slices(open_reader("lits", raw), tmp_path / "two")
     for one in sorted((tmp_path / "one").rglob("*.npy")):
         assert np.array_equal(np.load(one), np.load(tmp_path / "two" / one.relative_to(tmp_path / "one")))
+
+
+def deeper(path: Path) -> None:
+    change(path, lambda a: np.concatenate([a, a[..., :3]], axis=-1))
+
+
+FAULTS = {  # what is done to a segmentation -> the field that is named
+    "three slices more": (deeper, "label shape"),
+    "narrower": (lambda path: change(path, lambda a: a[:-2]), "label shape"),
+    "undeclared": (lambda path: change(path, lambda a: np.where(a > 0, 258, a.astype(np.int16))), "label values"),
+    "fractional": (lambda path: change(path, lambda a: a * np.float32(0.5)), "label"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_nothing_is_sliced_of_a_broken_data_set(fault, tmp_path):
+    reader, (hurt, field) = open_reader("lits", PHANTOMS["lits"](tmp_path / "raw", cases=3)), FAULTS[fault]
+    hurt(reader.refs()[1].labels[0])
+    with pytest.raises(DataError) as caught:
+        write_slices(reader, tmp_path / "slices")
+    assert [(p.case, p.field) for p in caught.value.problems] == [("volume-1", field)] and caught.value.exit_code == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["raw"]
