@@ -16,6 +16,7 @@ from typing import Any
 from segfleet.pipeline.events import read_events
 from segfleet.pipeline.report_curves import curve, strips
 from segfleet.pipeline.report_html import cell, e, facts, interval, page, section, table, words
+from segfleet.pipeline.scored import optimism
 from segfleet.preprocess.manifest import write_atomically
 from segfleet.preprocess.problems import InputError
 
@@ -127,9 +128,7 @@ def _facts(recipe: dict[str, Any], document: dict[str, Any] | None, stages: list
         ]
     )
     skipped = max((event.get("skipped", 0) for event in events if event.get("event") == "non_finite"), default=0)
-    warnings = []
-    if document.get("selected_on_these_cases"):
-        warnings.append("The checkpoint was chosen by its Dice on the very cases that are scored here: the scores are optimistic.")
+    warnings = optimism(document)
     if skipped:
         warnings.append(f"{skipped} training step(s) had a gradient that was not finite and were skipped.")
     return found + "".join(f'<p class="warning" role="note">{e(text)}</p>' for text in warnings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from segfleet.models import registry
-from segfleet.pipeline import checkpoint
+from segfleet.pipeline import checkpoint, scored
 from segfleet.pipeline.engines.base import Engine, autocast
 from segfleet.pipeline.engines.common import load_weights
 from segfleet.pipeline.evaluate import case_probabilities, evaluate_cases
@@ -28,7 +29,7 @@ from segfleet.pipeline.task import Task, make_task
 from segfleet.preprocess.manifest import Manifest, write_atomically
 from segfleet.preprocess.stores.base import ShardStore
 
-EVALUATION, SCORING = "evaluation.json", "scoring.json"  # the second: how many of rank 0's cases are scored, while it lasts
+EVALUATION, SCORING = scored.EVALUATION, "scoring.json"  # the second: how many of rank 0's cases are scored, while it lasts
 
 
 def forward_of(model: nn.Module, task: Task, recipe: Recipe, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -49,8 +50,8 @@ def forward_of(model: nn.Module, task: Task, recipe: Recipe, device: torch.devic
 def chosen_checkpoint(recipe: Recipe, folders: list[StageFolder]) -> checkpoint.Checkpoint:
     """The checkpoint a run is judged by: the last one, or the best on validation if the recipe says so."""
     last = folders[-1].final()
-    best = folders[-1].done()["best"] if recipe.evaluation.weights == "best" else {}
-    return checkpoint.load(folders[-1].checkpoints / checkpoint.folder_name(best["step"])) if best else last
+    chosen = folders[-1].checkpoints / checkpoint.folder_name(scored.chosen_step(recipe, folders[-1].done()))
+    return last if chosen == last.path else checkpoint.load(chosen)
 
 
 def load_network(recipe: Recipe, manifest: Manifest, folders: list[StageFolder], device: torch.device) -> tuple[nn.Module, Task, str]:
@@ -86,27 +87,44 @@ class Scorer:
         return {"dice": document["summary"]["mean_foreground_dice"], **structures}
 
     def score(self, folders: list[StageFolder], again: bool = False) -> None:
-        """Write evaluation.json, overlays and report of a finished run, unless its checkpoint is already scored."""
-        leaf = folders[-1].path
-        model, task, name = load_network(self.recipe, self.store.manifest, folders, self.gang.device)
+        """Write evaluation.json, overlays and report of a finished run, unless exactly this score is there already."""
+        leaf, manifest = folders[-1].path, self.store.manifest
         known = leaf / EVALUATION
-        if not again and self.gang.share(known.exists() and json.loads(known.read_text(encoding="utf-8")).get("checkpoint") == name):
-            return
+        if again or not self.gang.share(scored.is_scored(leaf, self.recipe, manifest)):
+            self._score(folders)
+        if self.gang.rank == 0:
+            for sentence in scored.optimism(json.loads(known.read_text(encoding="utf-8"))):
+                sys.stderr.write(f"segfleet: {sentence}\n")
+
+    def _score(self, folders: list[StageFolder]) -> None:
+        leaf, manifest, ids = folders[-1].path, self.store.manifest, self._ids()
+        model, task, name = load_network(self.recipe, manifest, folders, self.gang.device)
         forward = forward_of(model, task, self.recipe, self.gang.device)
         tell = functools.partial(self._tell, leaf)
-        document = evaluate_cases(forward, self.store, self._ids(), task, gang=self.gang, progress=tell, **self._window())
+        document = evaluate_cases(forward, self.store, ids, task, gang=self.gang, progress=tell, **self._window())
         if self.gang.rank == 0:
             document |= {"checkpoint": name, "split": self.recipe.data.split, "fold": self.recipe.data.fold}
             document |= {"parameters": registry.count_parameters(model), "versions": checkpoint.versions()}
-            document["selected_on_these_cases"] = self.recipe.evaluation.weights == "best"
+            document["scored"] = scored.score_facts(self.recipe, manifest, folders[-1].done())
+            document["seen_in_training"] = scored.seen_in_training(ids, self.recipe, manifest)
+            document["selected_on_these_cases"] = self._selected(folders[-1], name)
             save_overlays(leaf, document, self.store, task, lambda case: case_probabilities(forward, self.store, case, **self._window()))
-            write_atomically(known, json.dumps(document, indent=1))
+            write_atomically(leaf / EVALUATION, json.dumps(document, indent=1))
             write_report(leaf)
             (leaf / SCORING).unlink(missing_ok=True)
         self.gang.barrier()
 
+    def _selected(self, folder: StageFolder, name: str) -> bool:
+        """Whether the checkpoint that is scored was chosen for its Dice on some of the cases that are scored."""
+        if self.recipe.evaluation.weights != "best" or not folder.done()["best"]:
+            return False
+        made_by = json.loads((folder.checkpoints / name / "state.json").read_text(encoding="utf-8"))["recipe"]  # maybe of another split
+        data, cases = made_by["data"], made_by["evaluation"]["cases"]
+        validated = sorted(self.store.manifest.fold(data["split"], data["fold"])["val"])[:cases]
+        return not set(validated).isdisjoint(self._ids())
+
     def _ids(self) -> list[str]:
-        return sorted(self.store.manifest.fold(self.recipe.data.split, self.recipe.data.fold)["val"])
+        return scored.scored_ids(self.recipe, self.store.manifest)
 
     def _window(self) -> dict[str, Any]:
         options = self.recipe.evaluation

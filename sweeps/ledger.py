@@ -10,12 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from segfleet.pipeline import scored
 from segfleet.pipeline.run import DONE
 from segfleet.pipeline.status import locked
 from segfleet.preprocess.manifest import write_atomically
 from segfleet.sweeps.tree import StageNode, StageTree
 
-EVALUATION, STOP = "evaluation.json", "stop"
+EVALUATION, STOP = scored.EVALUATION, "stop"
 
 
 class Ledger:
@@ -38,10 +39,13 @@ class Ledger:
         return node.uid in self._trained
 
     def complete(self, node: StageNode) -> bool:
-        """Trained and, if a trial ends here, scored."""
-        if node.uid not in self._complete and self.trained(node) and (not node.leaf_of or (self.path(node) / EVALUATION).exists()):
+        """Trained and, if a trial ends here, scored as its recipe asks for."""
+        if node.uid not in self._complete and self.trained(node) and (not node.leaf_of or self._scored(node)):
             self._complete.add(node.uid)
         return node.uid in self._complete
+
+    def _scored(self, node: StageNode) -> bool:
+        return scored.is_scored(self.path(node), node.recipe, self.tree._manifests(node.recipe))
 
     def mark(self, node: StageNode, kind: str, **facts: Any) -> None:
         """Note that a node failed or was pruned; it survives this process."""

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from segfleet.pipeline.run import stage_facts, stage_uid, stage_uids
+from segfleet.pipeline.scored import score_facts
 from segfleet.preprocess.manifest import load_manifest
 from segfleet.sweeps.ledger import Ledger
 from segfleet.sweeps.plan import make_plan
@@ -20,13 +21,15 @@ def plan(search, tmp_path):
     return lambda **changes: make_plan(search(**changes), tmp_path / "runs")
 
 
-def finish(ledger, node):
-    """What a rank leaves behind."""
-    folder = ledger.path(node)
+def finish(ledger, node, **evaluation):
+    """What a rank leaves behind; `evaluation`: how it is scored, if not as the node asks for."""
+    folder, done = ledger.path(node), {"checkpoint": "step-00000001"}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "done.json").write_text('{"checkpoint": "step-00000001"}')
+    (folder / "done.json").write_text(json.dumps(done))
     if node.leaf_of:
-        (folder / "evaluation.json").write_text("{}")
+        recipe = node.recipe.model_copy(update={"evaluation": node.recipe.evaluation.model_copy(update=evaluation)})
+        facts = score_facts(recipe, load_manifest(recipe.data.store), done)
+        (folder / "evaluation.json").write_text(json.dumps({"scored": facts}))
 
 
 def test_sixteen_nodes_instead_of_twenty_four(plan):
@@ -73,6 +76,16 @@ def test_longest_path_first_and_children_only_after_their_parent(plan, tmp_path)
     ledger.taken.discard(first.uid)
     child = ledger.next()
     assert child.parent == first.uid and child.stage.epochs == 30 and ledger.state(first) == "done"
+
+
+def test_a_leaf_that_is_scored_in_another_way_is_not_complete(plan):
+    made = plan(axes={}, stages=[{"epochs": 1, "lr": 1e-3}])
+    (leaf,) = made.tree.nodes.values()
+    ledger = Ledger(made.tree, made.runs, made.folder)
+    finish(ledger, leaf, mirror=(1, 2))
+    assert ledger.trained(leaf) and ledger.state(leaf) == "ready"
+    finish(ledger, leaf)
+    assert ledger.state(leaf) == "done"
 
 
 def test_a_failed_node_takes_only_its_own_subtree(plan):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from segfleet.pipeline.recipe import load_recipe
+from segfleet.pipeline.scored import score_facts
 from segfleet.sweeps.ledger import Ledger
 from segfleet.sweeps.outcome import as_csv, outcome, paired, student, write_outcome
 from segfleet.sweeps.plan import make_plan
@@ -39,13 +40,15 @@ def scored(search, tmp_path):
         first, *rest = [stage.lr for stage in node.recipe.stages]
         if rest == [1e-4] and first == 1e-2 and node.recipe.seed == 0:
             continue
-        (folder / "done.json").write_text('{"checkpoint": "step-00000001"}')
+        done = {"checkpoint": "step-00000001"}
+        (folder / "done.json").write_text(json.dumps(done))
         base = 0.5 + 0.2 * (first == 1e-3) + 0.1 * (rest == [3e-4]) + 0.01 * node.recipe.seed
         if rest:
             cases = [{"id": f"c{i}", "group": f"p{i // 2}", "mean_dice": base + 0.02 * i} for i in range(6)]
             mean = sum(case["mean_dice"] for case in cases) / 6
             summary = {"mean_foreground_dice": mean, "mean_foreground_dice_ci95": [mean - 0.1, mean + 0.1], "patients": 3}
             document = {"cases": cases, "summary": summary, "store": "s", "parameters": 7}
+            document["scored"] = score_facts(node.recipe, plan.stores(node.recipe), done)
             (folder / "evaluation.json").write_text(json.dumps(document))
     return plan, ledger
 

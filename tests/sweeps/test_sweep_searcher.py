@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from segfleet.pipeline.scored import score_facts
+from segfleet.preprocess.manifest import load_manifest
 from segfleet.sweeps.ledger import Ledger
 from segfleet.sweeps.plan import make_plan
 from segfleet.sweeps.ray_searcher import PathAsha, TreeSearcher
@@ -24,10 +26,12 @@ def ledger(search, space, tmp_path):
 
 
 def finish(ledger, uid):
-    folder = ledger.path(ledger.tree.nodes[uid])
+    node, done = ledger.tree.nodes[uid], {"checkpoint": "step-00000001"}
+    folder = ledger.path(node)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "done.json").write_text('{"checkpoint": "step-00000001"}')
-    (folder / "evaluation.json").write_text("{}")
+    (folder / "done.json").write_text(json.dumps(done))
+    facts = score_facts(node.recipe, load_manifest(node.recipe.data.store), done)
+    (folder / "evaluation.json").write_text(json.dumps({"scored": facts}))
 
 
 def test_a_whole_sweep_runs_every_node_once(ledger):

@@ -1,0 +1,97 @@
+"""What a run's score was taken of, and how. Without torch, so that launchers and sweeps can ask whether a run is scored.
+
+Runs whose splits have the same training cases share a folder, and options of the evaluation are no part of a run's uid. So a score is a
+run's own only if evaluation.json says under "scored" exactly what the recipe asks for.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from segfleet.pipeline.recipe import Recipe
+from segfleet.pipeline.run import StageFolder
+from segfleet.preprocess.manifest import Manifest
+
+EVALUATION = "evaluation.json"
+
+
+def scored_ids(recipe: Recipe, manifest: Manifest) -> list[str]:
+    """The cases a run is scored on, in the order of their ids."""
+    return sorted(manifest.fold(recipe.data.split, recipe.data.fold)["val"])
+
+
+def chosen_step(recipe: Recipe, done: dict[str, Any]) -> int:
+    """Step of the checkpoint a finished run is judged by: the last, or the best on validation if the recipe says so and there is one."""
+    best = done.get("best") if recipe.evaluation.weights == "best" else None
+    return best["step"] if best else int(done["checkpoint"].rpartition("-")[2])
+
+
+def score_facts(recipe: Recipe, manifest: Manifest, done: dict[str, Any]) -> dict[str, Any]:
+    """Everything that decides the score of a finished run, besides what its uid holds; `done`: its done.json. Plain JSON."""
+    options = recipe.evaluation
+    return {
+        "store": manifest.id,
+        "split": recipe.data.split,
+        "fold": recipe.data.fold,
+        "cases": _digest(tuple(scored_ids(recipe, manifest))),
+        "weights": options.weights,
+        "step": chosen_step(recipe, done),
+        "overlap": options.overlap,
+        "mirror": sorted(options.mirror),
+    }
+
+
+def is_scored(run: Path, recipe: Recipe, manifest: Manifest) -> bool:
+    """Whether the run in the folder `run` is finished and its evaluation.json holds the score that `recipe` asks for."""
+    done = StageFolder(path=Path(run), index=len(recipe.stages) - 1).done()
+    if done is None:
+        return False
+    path = Path(run) / EVALUATION
+    try:
+        facts = path.stat()
+        known = _known(str(path), facts.st_ino, facts.st_mtime_ns)
+    except FileNotFoundError:
+        return False
+    return known is not None and known == json.dumps(score_facts(recipe, manifest, done), sort_keys=True)
+
+
+def seen_in_training(ids: Sequence[str], recipe: Recipe, manifest: Manifest) -> dict[str, int]:
+    """How many of the cases `ids` the network was trained on, and how many others are of patients it was trained on."""
+    patient = {case.id: case.group or case.id for case in manifest.cases}
+    trained = set(manifest.fold(recipe.data.split, recipe.data.fold)["train"])
+    patients = {patient.get(case, case) for case in trained}
+    others = [case for case in ids if case not in trained and patient.get(case, case) in patients]
+    return {"cases": len(trained & set(ids)), "others_of_the_same_patients": len(others)}
+
+
+def optimism(document: dict[str, Any]) -> list[str]:
+    """Sentences on why the scores of an evaluation.json are better than those of new patients would be."""
+    seen, total, found = document.get("seen_in_training") or {}, len(document.get("cases", ())), []
+    if count := seen.get("cases"):
+        found.append(f"{count} of the {total} scored cases are training cases: the scores are optimistic.")
+    if count := seen.get("others_of_the_same_patients"):
+        found.append(f"{count} of the {total} scored cases are of patients with training cases: the scores are optimistic.")
+    if document.get("selected_on_these_cases"):
+        found.append("The checkpoint was chosen by its Dice on the very cases that are scored here: the scores are optimistic.")
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _known(path: str, inode: int, changed: int) -> str | None:
+    """What an evaluation.json says it was taken of; the file is replaced as a whole, so inode and time tell its versions apart."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    facts = document.get("scored") if isinstance(document, dict) else None
+    return json.dumps(facts, sort_keys=True) if facts else None
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(ids: tuple[str, ...]) -> str:
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()

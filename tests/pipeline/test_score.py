@@ -1,0 +1,98 @@
+"""A run's score is of its own cases, taken as its recipe says; what makes a score optimistic is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from segfleet.pipeline import scored
+from segfleet.pipeline.gang import Gang
+from segfleet.pipeline.jobs import run_job
+from segfleet.pipeline.recipe import override, parse
+from segfleet.pipeline.run import stage_folders
+from segfleet.pipeline.stop import StopRequest
+from segfleet.preprocess.manifest import load_manifest, save_manifest
+
+RECIPE = {
+    "name": "scores",
+    "data": {"batch": 2, "patch": [16, 16], "split": "a", "augment": None},
+    "model": {"name": "unet_lite_standard", "options": {"width": 4}},
+    "stages": [{"epochs": 2, "steps": 1, "lr": 1e-2}],
+}
+
+
+@pytest.fixture(scope="module")
+def store(tiny_store, tmp_path_factory):
+    """Six cases, the first and the fifth of one patient; the splits "a" and "a-test" have the same training cases."""
+    root = tmp_path_factory.mktemp("scores") / "store"
+    shutil.copytree(tiny_store(dims=2), root)
+    manifest = load_manifest(root)
+    ids = tuple(case.id for case in manifest.cases)
+    cases = [case.model_copy(update={"group": ids[0] if case.id == ids[4] else case.id}) for case in manifest.cases]
+    splits = {name: ({"train": ids[:3], "val": val},) for name, val in (("a", ids[3:4]), ("a-test", ids[4:]))}
+    save_manifest(root, manifest.model_copy(update={"cases": tuple(cases), "splits": {**manifest.splits, **splits}}))
+    return root
+
+
+@pytest.fixture
+def train(store, tmp_path):
+    """`train(*changes, do="train")`: the run's folder and its evaluation.json."""
+
+    def go(*changes, **job):
+        recipe = parse(override(RECIPE, [f"data.store={store}", *changes]))
+        job = {"do": "train", **job, "recipe": recipe.model_dump(mode="json"), "root": str(tmp_path)}
+        run_job(job, Gang(torch.device("cpu")), StopRequest())
+        leaf = stage_folders(tmp_path, recipe, load_manifest(store))[-1].path
+        assert scored.is_scored(leaf, recipe, load_manifest(store))
+        return leaf, json.loads((leaf / "evaluation.json").read_text())
+
+    return go
+
+
+def ids(document):
+    return [case["id"] for case in document["cases"]]
+
+
+def test_a_score_of_other_cases_or_other_settings_is_not_taken_over(train):
+    leaf, first = train()
+    changed = (leaf / "evaluation.json").stat().st_mtime_ns
+    assert ids(first) == ["case03"] and train("data.batch=2", "data.workers=0", "evaluation.batch=3") == (leaf, first)
+    assert (leaf / "evaluation.json").stat().st_mtime_ns == changed, "nothing is scored twice"
+    there, test = train("data.split=a-test")
+    assert there == leaf and ids(test) == ["case04", "case05"] and test["split"] == "a-test"
+    assert ids(train()[1]) == ["case03"]
+    assert train("evaluation.mirror=[2,1]")[1]["settings"]["mirror_axes"] == [2, 1]
+    assert train("evaluation.overlap=0.25")[1]["settings"]["overlap"] == 0.25
+    assert ids(train("data.split=a-test", do="score", again=True)[1]) == ["case04", "case05"]
+    assert train()[1]["cases"] == first["cases"]
+    (leaf / "evaluation.json").write_text("{")
+    assert train()[1]["cases"] == first["cases"]
+
+
+def test_scores_of_training_cases_and_patients_are_said_to_be_optimistic(train, capfd):
+    leaf, document = train("data.split=all")
+    assert document["seen_in_training"] == {"cases": 6, "others_of_the_same_patients": 0}
+    assert "6 of the 6 scored cases are training cases: the scores are optimistic" in capfd.readouterr().err
+    assert "6 of the 6 scored cases are training cases" in (leaf / "report.html").read_text()
+    train("data.split=all")
+    assert "6 of the 6" in capfd.readouterr().err, "also when the score is there already"
+    leaf, document = train("data.split=a-test")
+    assert document["seen_in_training"] == {"cases": 0, "others_of_the_same_patients": 1}
+    assert "1 of the 2 scored cases are of patients with training cases" in (leaf / "report.html").read_text()
+    capfd.readouterr()
+    leaf, document = train()
+    assert document["seen_in_training"] == {"cases": 0, "others_of_the_same_patients": 0}
+    assert "optimistic" not in (leaf / "report.html").read_text() and capfd.readouterr().err == ""
+
+
+def test_selection_is_said_where_a_best_checkpoint_was_chosen_on_the_scored_cases(train):
+    leaf, document = train("evaluation.weights=best")
+    assert json.loads((leaf / "done.json").read_text())["best"] == {} and document["selected_on_these_cases"] is False
+    every = ("evaluation.every=1", "seed=1")
+    best, last = train(*every, "evaluation.weights=best")[1], train(*every)[1]
+    assert best["selected_on_these_cases"] is True and last["selected_on_these_cases"] is False
+    other = train(*every, "evaluation.weights=best", "data.split=a-test")[1]
+    assert other["selected_on_these_cases"] is False, "it was chosen on the cases of the split 'a'"
