@@ -31,7 +31,7 @@ from segfleet.preprocess.plan import Overrides, make_plan
 from segfleet.preprocess.problems import InputError
 from segfleet.preprocess.readers.base import CaseRef, RawReader, open_reader, source_sha256
 from segfleet.preprocess.shard_job import SHARD_BYTES, STATE, ShardJob, finished, shard_jobs, write_shard
-from segfleet.preprocess.splits import Member, make_splits
+from segfleet.preprocess.splits import OWN, Folds, Member, make_splits
 from segfleet.preprocess.stores.base import store_module
 
 SPLIT_SEED = 12345
@@ -75,6 +75,7 @@ def build(
             cases=entries,
             splits=make_splits(_members(facts.facts, facts.dataset), split_seed, reader.splits()),
             split_seed=split_seed,
+            joined={case: patient for case, patient in _patients(reader.refs()).items() if patient != _patients(facts.refs)[case]},
             files=files,
         )
         save_manifest(partial, manifest)
@@ -127,11 +128,13 @@ def compare(
     if manifest.split_seed != split_seed:
         differences.append(f"split seed {manifest.split_seed}, now {split_seed}")
     if changed := [case for case in sorted({*stored, *hashes}) if stored.get(case) != hashes.get(case)]:
-        differences.append(f"raw files of {len(changed)} case(s): {', '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}")
+        differences.append(f"raw files of {len(changed)} case(s): {_few(changed)}")
     elif manifest.dataset != reader.dataset():
         differences.append("the description of the data set")
     elif manifest.plan != make_plan(manifest.dataset, Fingerprint.model_validate(manifest.fingerprint), overrides=overrides):
         differences.append("the plan")
+    if not changed:
+        differences += _regrouped(manifest, _patients(refs)) + _resplit(manifest, reader.splits())
     if differences:
         raise InputError(
             f"out: {out} is a finished store made from something else: {'; '.join(differences)}. "
@@ -140,6 +143,37 @@ def compare(
     if (out / STATE).is_dir():  # killed between publishing and tidying up
         shutil.rmtree(out / STATE)
     return manifest
+
+
+def _patients(refs: Sequence[CaseRef]) -> dict[str, str]:
+    return {ref.id: ref.group or ref.id for ref in refs}
+
+
+def _regrouped(manifest: Manifest, now: Mapping[str, str]) -> list[str]:
+    """What differs in who is whose patient. Stores that do not record joined patients show only that one was divided."""
+    stored = {entry.id: entry.group for entry in manifest.cases}
+    if manifest.joined is None:
+        homes: dict[str, set[str]] = {}
+        for case, patient in now.items():
+            homes.setdefault(patient, set()).add(stored[case])
+        moved = [case for case, patient in now.items() if len(homes[patient]) > 1]
+    else:
+        moved = [case for case, patient in now.items() if {**stored, **manifest.joined}[case] != patient]
+    return [f"patients of {len(moved)} case(s): {_few(moved)}"] if moved else []
+
+
+def _resplit(manifest: Manifest, brought: Mapping[str, Folds]) -> list[str]:
+    """What differs in the splits the data set comes with; the others follow from patients, files and seed."""
+    then, now = (
+        {name: [{side: list(ids) for side, ids in fold.items()} for fold in folds] for name, folds in splits.items() if name not in OWN}
+        for splits in (manifest.splits, brought)
+    )
+    words = {name: "new" if name not in then else "gone" if name not in now else "changed" for name in {**then, **now}}
+    return [f"split {name}: {word}" for name, word in words.items() if then.get(name) != now.get(name)]
+
+
+def _few(cases: Sequence[str]) -> str:
+    return f"{', '.join(cases[:5])}{' ...' if len(cases) > 5 else ''}"
 
 
 def _source(ref: CaseRef) -> str:

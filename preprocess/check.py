@@ -100,9 +100,10 @@ def look_at(
 
 
 def recall(reader: RawReader, cases: Sequence[int], known: Sequence[CaseFacts]) -> tuple[dict[int, CaseFacts], list[int]]:
-    """Facts whose files have not changed since, by case number, and the numbers of all other cases."""
+    """Facts whose files have not changed since, by case number, and the numbers of all other cases. Patients are those of today."""
     refs, earlier = reader.refs(), {facts.stamp: facts for facts in known}
-    found = {index: facts for index in cases if (facts := earlier.get(stamp(refs[index], reader.root)))}
+    kept = {index: facts for index in cases if (facts := earlier.get(stamp(refs[index], reader.root)))}
+    found = {index: facts.model_copy(update={"group": refs[index].group}) for index, facts in kept.items()}
     return found, [index for index in cases if index not in found]
 
 

@@ -83,6 +83,7 @@ class Manifest(Frozen):
     cases: tuple[CaseEntry, ...]
     splits: dict[str, tuple[dict[str, tuple[str, ...]], ...]] = Field(default_factory=dict)  # name -> folds of {"train": ids, "val": ids}
     split_seed: int = 0
+    joined: dict[str, str] | None = None  # case id -> its patient in the layout, where equal images made it another's; None: not recorded
     files: dict[str, dict[str, Any]] = Field(default_factory=dict)  # path -> {"bytes": n, "sha256": hex}
 
     @model_validator(mode="before")

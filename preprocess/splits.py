@@ -11,6 +11,7 @@ import numpy as np
 
 Folds = tuple[dict[str, tuple[str, ...]], ...]
 FOLDS = 5
+OWN = ("all", "kfold")  # the splits of ours, which no data set brings
 SEEDS = (41, 2981, 6142, 1187)  # of the published 80/20 splits
 
 

@@ -149,7 +149,9 @@ def settle(folder: Path) -> None:
     assert sorted(folder.iterdir()) == before, "a worker outlived its parent"
 
 
-def interrupted(raw: Path, out: Path, monkeypatch, case: str, error: BaseException, format: str = "zarr") -> Exception:
+def interrupted(
+    raw: Path, out: Path, monkeypatch, case: str, error: BaseException, format: str = "zarr", name: str = "msd"
+) -> Exception:  # fmt: skip
     """Build with one case per shard and a writer that fails at `case`; what was raised."""
     real = shard_job._write_case
 
@@ -161,7 +163,7 @@ def interrupted(raw: Path, out: Path, monkeypatch, case: str, error: BaseExcepti
 
     with monkeypatch.context() as patch, pytest.raises(Exception) as caught:
         patch.setattr(shard_job, "_write_case", fail)
-        build("msd", raw, out, format, workers=1, shard_bytes=1)
+        build(name, raw, out, format, workers=1, shard_bytes=1)
     return caught.value
 
 
@@ -313,6 +315,56 @@ def test_a_finished_store_is_never_changed_and_says_what_differs(raw, tmp_path):
     with pytest.raises(InputError, match=r"raw files of 1 case\(s\): phantom_001"):
         build("msd", raw, tmp_path / "out", workers=1)
     assert files(tmp_path / "out") == before
+
+
+def test_other_patients_or_splits_are_told(tmp_path):
+    raw = PHANTOMS["cvc_clinicdb"](tmp_path / "cvc", cases=11)
+    table = raw / "CVC-ClinicDB/metadata.csv"
+    text = table.read_text()
+    table.unlink()
+    images = raw / "CVC-ClinicDB/Original"
+    (images / "2.tif").write_bytes((images / "1.tif").read_bytes())  # one patient for another reason
+    assert "kfold" not in build("cvc_clinicdb", raw, tmp_path / "out", workers=1).splits
+    table.write_text(text)
+    with pytest.raises(InputError, match=r"something else: patients of 8 case\(s\): 4, 5, 6, 7, 8 .... Published .* another --out"):
+        build("cvc_clinicdb", raw, tmp_path / "out", workers=1)
+    assert build("cvc_clinicdb", raw, tmp_path / "new", workers=1) == build("cvc_clinicdb", raw, tmp_path / "new", workers=1)
+    raw = write_nnunet_phantom(tmp_path / "nnunet", cases=4)
+    build("nnunet", raw, tmp_path / "other", workers=1)
+    ids = [ref.id for ref in open_reader("nnunet", raw).refs()]
+    (raw / "splits_final.json").write_text(json.dumps([{"train": ids[:2], "val": ids[2:]}]))
+    with pytest.raises(InputError, match="something else: split nnunet: new. "):
+        build("nnunet", raw, tmp_path / "other", workers=1)
+
+
+def test_an_older_store_does_not_say_who_was_joined(tmp_path):
+    """Its joined patients are no difference; a divided one is."""
+    raw = PHANTOMS["cvc_clinicdb"](tmp_path / "cvc", cases=6)
+    images = raw / "CVC-ClinicDB/Original"
+    (images / "6.tif").write_bytes((images / "1.tif").read_bytes())
+    made = build("cvc_clinicdb", raw, tmp_path / "out", workers=1)
+    assert set(made.joined.values()) == {"sequence2"} and {entry.group for entry in made.cases} == {"sequence1"}
+    old = made.model_dump(mode="json", exclude={"joined", "layout"})
+    (tmp_path / "out/manifest.json").write_text(json.dumps(old))
+    assert build("cvc_clinicdb", raw, tmp_path / "out", workers=1).joined is None
+    for entry in old["cases"][:2]:
+        entry["group"] = "sequence0"
+    (tmp_path / "out/manifest.json").write_text(json.dumps(old))
+    with pytest.raises(InputError, match=r"patients of 3 case\(s\): 1, 2, 3\."):
+        build("cvc_clinicdb", raw, tmp_path / "out", workers=1)
+
+
+def test_a_resumed_build_has_the_patients_of_today(tmp_path, monkeypatch):
+    raw = PHANTOMS["cvc_clinicdb"](tmp_path / "raw", cases=8)
+    table = raw / "CVC-ClinicDB/metadata.csv"
+    text = table.read_text()
+    table.unlink()
+    interrupted(raw, tmp_path / "out", monkeypatch, "4", OSError(errno.EIO, "broken"), name="cvc_clinicdb")
+    table.write_text(text)
+    told = Told()
+    manifest = build("cvc_clinicdb", raw, tmp_path / "out", workers=1, progress=told)
+    assert told.processed("check") == 0 and len(manifest.splits["kfold"]) == 3
+    assert manifest == build("cvc_clinicdb", raw, tmp_path / "fresh", workers=1)
 
 
 def test_splits_that_come_along_are_in_the_manifest(tmp_path):
