@@ -30,6 +30,8 @@ def command(
     from segfleet.preprocess.problems import InputError
     from segfleet.slurm.local import run_ranks
 
+    if max_time is not None and not max_time > 0:
+        raise InputError(f"--max-time: found {max_time:g}, expected more than 0 hours; leave it out for no limit")
     chosen = load_recipe(recipe, changes)
     if not chosen.data.store:
         raise InputError("data.store: missing; name the folder of a store, for example data.store=stores/hippocampus")

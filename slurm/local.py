@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 INTERRUPTED = 75  # exit code of an agreed stop
+HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 GRACE = 120.0  # seconds the ranks have to save and go after they were asked to
 
 
@@ -37,16 +38,24 @@ def die_with_parent(parent: int) -> None:
 def run_ranks(job: dict, ranks: int, poll: Callable[[], None] = lambda: None, threads: int | None = None) -> None:
     """Run `segfleet.slurm.worker` on `ranks` local processes until all end. `job` is what the worker gets, plain JSON.
 
-    Ctrl-C and SIGTERM are passed on as a request to stop in order (in the main thread; others get no signals). Raises RankFailed with the
-    first failing rank's own message; the other ranks are killed with it.
+    Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP (unless it is ignored, as under nohup) are passed on as a request to stop in order (in the
+    main thread; others get no signals). Raises RankFailed with the first failing rank's own message; the other ranks are killed with it.
+    `threads`: of each rank; by default OMP_NUM_THREADS or an equal share of the cores.
     """
+    terminals = [stream for stream in (1, 2) if os.isatty(stream)]
     with tempfile.TemporaryDirectory(prefix="segfleet-") as folder:
         meeting = Path(folder)
         (meeting / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        threads = threads or max(1, available_cores() // ranks)
-        processes = [_start(meeting, rank, ranks, threads) for rank in range(ranks)]
-        heard = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        before = {number: signal.signal(number, lambda *_: _ask(processes)) for number in heard}
+        share = str(threads) if threads else os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // ranks))
+        processes = [_start(meeting, rank, ranks, share) for rank in range(ranks)]
+
+        def hear(number: int, _) -> None:
+            if number == signal.SIGHUP:
+                _let_go(terminals)
+            _ask(processes, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)  # a second Ctrl-C stops at once
+
+        heard = HEARD if threading.current_thread() is threading.main_thread() else ()
+        before = {number: signal.signal(number, hear) for number in heard if not _ignored_hangup(number)}
         try:
             codes = _watch(processes, poll)
         finally:
@@ -64,13 +73,13 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start(meeting: Path, rank: int, ranks: int, threads: int) -> subprocess.Popen:
+def _start(meeting: Path, rank: int, ranks: int, threads: str) -> subprocess.Popen:
     environment = {
         **os.environ,
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         "LOCAL_RANK": str(rank),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        "OMP_NUM_THREADS": threads,
         "SEGFLEET_PARENT": str(os.getpid()),
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),  # DDP's advice on a flag that is set on purpose
     }
@@ -78,10 +87,22 @@ def _start(meeting: Path, rank: int, ranks: int, threads: int) -> subprocess.Pop
     return subprocess.Popen([sys.executable, "-m", "segfleet.slurm.worker", str(meeting)], env=environment, start_new_session=True)
 
 
-def _ask(processes: list[subprocess.Popen]) -> None:
+def _ask(processes: list[subprocess.Popen], number: int) -> None:
     for process in processes:
         if process.poll() is None:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
+
+
+def _ignored_hangup(number: int) -> bool:
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+
+
+def _let_go(terminals: list[int]) -> None:
+    """A terminal that was closed refuses every word, and an error while the ranks save would cut them off."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in terminals:
+        os.dup2(nowhere, stream)
+    os.close(nowhere)
 
 
 def _watch(processes: list[subprocess.Popen], poll: Callable[[], None]) -> list[int | None]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -116,6 +118,54 @@ def test_a_signal_loses_nothing(work, straight, number):
     assert_same_result(json.loads(out), straight)
 
 
+def assert_saved(folder):
+    """An agreed stop lost no step."""
+    at = events(folder, "stopped")[-1]["at_step"]
+    assert max(event["step"] for event in events(folder, "step")) == at
+    assert max(path.name for path in (folder / "checkpoints").iterdir()) == f"step-{at:08d}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP])
+def test_other_signals_to_the_command_lose_nothing_either(work, number):
+    runs = f"other{number}"
+    process = segfleet("train", "tiny.yaml", "stages.0.epochs=50", "--runs", runs, cwd=work)
+    folder = wait_for_step(work, runs, 10, process)
+    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)  # only a second Ctrl-C means at once
+    code, _, err = finished(process)
+    assert code == 75 and "all saved" in err and "Traceback" not in err, err
+    assert_saved(folder)
+
+
+def test_a_closed_terminal_loses_nothing(work):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(work)
+        os.environ["OMP_NUM_THREADS"] = "1"
+        command = ["-m", "segfleet.cli.main", "train", "tiny.yaml", "stages.0.epochs=50", "--runs", "closed"]
+        os.execv(sys.executable, [sys.executable, *command])
+    os.set_blocking(terminal, False)
+    deadline, begun = time.monotonic() + 60, []
+    while not begun:
+        assert time.monotonic() < deadline
+        with suppress(BlockingIOError):
+            os.read(terminal, 100_000)
+        begun = [path.parent for path in (work / "closed").rglob("events.jsonl") if events(path.parent, "step")]
+        time.sleep(0.02)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+    assert_saved(begun[0])
+
+
+def test_a_run_under_nohup_does_not_hear_that_the_terminal_is_closed(work):
+    command = [sys.executable, "-m", "segfleet.cli.main", "train", "tiny.yaml", "stages.0.epochs=1", "--runs", "nohup"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(["nohup", *command], cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_step(work, "nohup", 5, process)
+    process.send_signal(signal.SIGHUP)
+    assert finished(process)[0] == 0
+
+
 def test_three_ranks_resume_to_the_bit(work):
     """From three on, the order of sums in a ring depends on how gradients are put into buckets."""
     runs, changes, documents = (
@@ -211,6 +261,7 @@ MISTAKES = [
     (["tiny.yaml", "data.fold=9"], "data.fold: found 9, expected 0 to 0"),
     (["tiny.yaml", "loss.name=dce"], "loss.name: found 'dce', expected one of: bce_dice, dice_ce"),
     (["tiny.yaml", "engine.name=horovod"], "engine.name: found 'horovod', expected one of: ddp"),
+    (["tiny.yaml", "--max-time", "0"], "--max-time: found 0, expected more than 0 hours"),
     (["tiny.yaml", "data.batch=3", "--ranks", "2"], "data.batch: found 3, which 2 rank(s)"),
     (["tiny.yaml", "model.name=resenc_unet_3d", "data.patch=[16,16]"], "resenc_unet_3d is a 3D network"),
 ]
