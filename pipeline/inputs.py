@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from segfleet.preprocess.images import ENDINGS, ending, stem
 from segfleet.preprocess.manifest import write_atomically
@@ -14,7 +16,7 @@ from segfleet.preprocess.problems import InputError
 from segfleet.preprocess.readers.base import natural, visible
 from segfleet.preprocess.writer import WRITABLE
 
-RECORD = "predictions.json"
+RECORD, NOTES = "predictions.json", ".predictions"  # of the folder; of every file in it: what it was made of
 CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
@@ -31,6 +33,19 @@ class Input:
         """Name of the label file: the image's own ending if labels survive it, else .png."""
         kind = ending(self.images[0])
         return self.id + (kind if kind in WRITABLE else ".png")
+
+
+    def content(self) -> str:
+        """sha256 of everything that is read of this image. Raises OSError."""
+        files = list(self.images)
+        for path in self.images if ending(self.images[0]) in (".tif", ".tiff") else ():  # their spacing stands beside them
+            names = (stem(path), CHANNEL.sub(r"\1", stem(path)))
+            files += [file for name in names if (file := path.with_name(f"{name}.json")).is_file()]
+        digest = hashlib.sha256()
+        for path in dict.fromkeys(files):
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
 
 def collect(inputs: Sequence[str | Path], channels: int) -> list[Input]:
@@ -113,3 +128,28 @@ def claim(out: Path, found: list[Input], made_by: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if known is None:
         write_atomically(out / RECORD, json.dumps({"made_by": made_by}))
+
+
+def is_made(out: Path, one: Input, facts: dict[str, Any]) -> bool:
+    """Whether the prediction of `one` is in `out` and was made of `facts`. Raises InputError for a file that is no prediction of ours."""
+    if not (out / one.output).exists():
+        return False
+    try:
+        return json.loads(_note(out, one).read_text(encoding="utf-8")) == facts
+    except FileNotFoundError:
+        mend = "Move it away or choose another folder."
+        raise InputError(f"{out / one.output} is there already, and no note says what it was made of. {mend}") from None
+    except ValueError:
+        return False
+
+
+def note(out: Path, one: Input, facts: dict[str, Any]) -> None:
+    """Note what the prediction of `one` is made of, just before it is written. An older one goes first: no note ever vouches for a file
+    it was not written for, however the process ends. One note per file, so ranks never write to the same one."""
+    (out / one.output).unlink(missing_ok=True)
+    _note(out, one).parent.mkdir(exist_ok=True)
+    write_atomically(_note(out, one), json.dumps(facts))
+
+
+def _note(out: Path, one: Input) -> Path:
+    return out / NOTES / f"{one.output}.json"

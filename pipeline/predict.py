@@ -11,11 +11,11 @@ import torch
 
 from segfleet.pipeline.evaluate import portable
 from segfleet.pipeline.gang import Gang
-from segfleet.pipeline.inputs import Input, claim, collect
+from segfleet.pipeline.inputs import Input, claim, collect, is_made, note
 from segfleet.pipeline.restore import restore
 from segfleet.pipeline.sliding_window import Forward, sliding_window
 from segfleet.pipeline.task import Task
-from segfleet.preprocess.case import Case
+from segfleet.preprocess.case import Case, Geometry
 from segfleet.preprocess.images import ImageError, read_image
 from segfleet.preprocess.manifest import Dataset, Plan
 from segfleet.preprocess.problems import InputError
@@ -45,13 +45,15 @@ def predict_files(
 ) -> dict[str, Any]:
     """Segment the images `inputs` (files and folders) into the folder `out`; one label file each, written whole or not at all.
 
-    Files that are there already are kept, so an interrupted call goes on; `made_by` (network and settings) is recorded in `out`, and a
-    folder made by another is refused. Every rank of `gang` segments its share, `progress(done, total)` counts that, and every rank gets
-    the whole answer: {"done", "kept": [{"id", "file"}], "failed": [{"id", "files", "problem"}], "exit_code"}: 2 if any failed, else 0.
+    Files that were made of the same image in the same way are kept, so an interrupted call goes on; those of another image of that name
+    or of other settings are written again, and a file that is no prediction is left alone and listed. A folder of another `made_by` (run
+    and checkpoint) is refused. Every rank of `gang` segments its share, `progress(done, total)` counts that, and every rank gets the
+    whole answer: {"done", "kept": [{"id", "file"}], "failed": [{"id", "files", "problem"}], "exit_code"}: 2 if any failed, else 0.
     Raises InputError when nothing can be done at all; an error of one rank is raised on all.
     """
     gang, found, out = gang or Gang(), collect(inputs, len(dataset.channels)), Path(out)
     window = {"patch": patch, "overlap": overlap, "mirror_axes": mirror_axes, "batch": batch, "dims": dims or (2 if patch[0] == 1 else 3)}
+    settings = {"made_by": made_by, "patch": list(patch), "overlap": overlap, "mirror_axes": sorted(mirror_axes), "dims": window["dims"]}
     window |= {"device": device, "keep_on": "cpu"}
     error = _caught(lambda: claim(out, found, made_by)) if gang.rank == 0 else None
     if error := gang.share(error):
@@ -60,7 +62,7 @@ def predict_files(
 
     def segment() -> None:
         for index in share:
-            answers[index] = _answer(forward, plan, task, found[index], out / found[index].output, window)
+            answers[index] = _answer(forward, plan, task, found[index], out, settings, window)
             if progress:
                 progress(len(answers), len(share))
 
@@ -82,19 +84,24 @@ def _caught(function: Callable[[], None]) -> Exception | None:
     return None
 
 
-def _answer(forward: Forward, plan: Plan, task: Task, one: Input, path: Path, window: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _answer(
+    forward: Forward, plan: Plan, task: Task, one: Input, out: Path, settings: dict[str, Any], window: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
     try:
         if one.problem:
             raise InputError(one.problem)
-        if path.exists():
-            return "kept", {"id": one.id, "file": str(path)}
-        _predict(forward, plan, task, one, path, window)
-        return "done", {"id": one.id, "file": str(path)}
+        facts = {"image": one.content(), **settings}
+        if is_made(out, one, facts):
+            return "kept", {"id": one.id, "file": str(out / one.output)}
+        label, geometry = _predict(forward, plan, task, one, window)
+        note(out, one, facts)
+        write_label(out / one.output, label, geometry)
+        return "done", {"id": one.id, "file": str(out / one.output)}
     except (InputError, OSError, FloatingPointError, MemoryError) as error:
         return "failed", {"id": one.id, "files": [str(p) for p in one.images], "problem": str(error) or type(error).__name__}
 
 
-def _predict(forward: Forward, plan: Plan, task: Task, one: Input, path: Path, window: dict[str, Any]) -> None:
+def _predict(forward: Forward, plan: Plan, task: Task, one: Input, window: dict[str, Any]) -> tuple[np.ndarray, Geometry]:
     image, geometry = read_image(one.images)
     if plan.normalisation == ("rgb_to_0_1",) * 3:
         image, geometry = colours(image, geometry)  # as all layouts of colour pictures do
@@ -107,4 +114,4 @@ def _predict(forward: Forward, plan: Plan, task: Task, one: Input, path: Path, w
     stored, _, facts = preprocess_case(case, plan)
     found = sliding_window(forward, torch.from_numpy(to_float32(stored, plan.scale)), **window)
     axis = resample_axis(geometry.spacing, plan)
-    write_label(path, restore(found, task, crop=facts["crop"], raw_shape=geometry.shape, anisotropic_axis=axis), geometry)
+    return restore(found, task, crop=facts["crop"], raw_shape=geometry.shape, anisotropic_axis=axis), geometry

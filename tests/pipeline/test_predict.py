@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -147,7 +148,8 @@ def test_a_bad_image_is_listed_and_the_rest_is_done(sets, tmp_path):
     assert "damaged or truncated" in problems[good[0].removesuffix(".nii.gz")]
     assert "nan" in problems[good[1].removesuffix(".nii.gz")]
     assert "channels: found 3, expected 1" in problems["three"]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*good[2:], "predictions.json"]), "nothing half-written"
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*good[2:], ".predictions", "predictions.json"])
+    assert sorted(p.name for p in (tmp_path / "out" / ".predictions").iterdir()) == [f"{name}.json" for name in good[2:]]
     json.dumps(found, allow_nan=False)
 
 
@@ -175,6 +177,62 @@ def test_finished_files_are_kept_and_other_networks_are_refused(sets, tmp_path):
     assert len(predict(store, [folder], out, forward, made_by="run a")["kept"]) == 4 and not calls
     with pytest.raises(InputError, match="made by 'run a'"):
         predict(store, [folder], out, forward, made_by="run b")
+
+
+def picture(path, seed):
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
+    os.utime(path, (1e9, 1e9))  # as out of an archive
+    return path
+
+
+def counts(found):
+    return len(found["done"]), len(found["kept"]), len(found["failed"])
+
+
+def test_a_prediction_of_another_image_or_of_other_settings_is_written_again(sets, tmp_path):
+    store, out = sets["dsb2018"][0], tmp_path / "out"
+    first, other = picture(tmp_path / "a" / "x.bmp", 0), picture(tmp_path / "b" / "x.bmp", 1)
+    assert first.stat().st_size == other.stat().st_size and first.stat().st_mtime_ns == other.stat().st_mtime_ns
+    wanted = {path: np.asarray(Image.open(predict(store, [path], path.parent / "alone")["done"][0]["file"])) for path in (first, other)}
+    assert not np.array_equal(*wanted.values())
+    for path, expected in ((first, (1, 0, 0)), (first, (0, 1, 0)), (other, (1, 0, 0)), (other, (0, 1, 0)), (first, (1, 0, 0))):
+        assert counts(predict(store, [path], out)) == expected
+        np.testing.assert_array_equal(np.asarray(Image.open(out / "x.bmp")), wanted[path])
+    picture(first, 2)  # changed in place
+    assert counts(predict(store, [first], out)) == (1, 0, 0)
+    assert counts(predict(store, [first], out, mirror_axes=(1, 2))) == (1, 0, 0)
+    assert counts(predict(store, [first], out, mirror_axes=(2, 1), batch=3)) == (0, 1, 0)
+    assert counts(predict(store, [first], out, mirror_axes=(1, 2), overlap=0.25)) == (1, 0, 0)
+
+
+def test_the_spacing_beside_a_tiff_belongs_to_the_image(tmp_path):
+    tifffile.imwrite(tmp_path / "x_0000.tif", np.zeros((4, 8, 8), np.uint8))
+    (one,) = collect([tmp_path], 1)
+    before = one.content()
+    for name in ("x.json", "x_0000.json"):
+        (tmp_path / name).write_text('{"spacing": [2, 1, 1]}')
+        assert one.content() != before
+        before = one.content()
+
+
+def test_a_kill_between_the_steps_of_a_rewrite_leaves_no_old_file_under_a_new_note(sets, tmp_path, monkeypatch):
+    store, out = sets["dsb2018"][0], tmp_path / "out"
+    first, other = picture(tmp_path / "a" / "x.png", 0), picture(tmp_path / "b" / "x.png", 1)
+    predict(store, [first], out)
+    with monkeypatch.context() as patch:
+        patch.setattr("segfleet.pipeline.predict.write_label", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            predict(store, [other], out)
+    assert not (out / "x.png").exists() and counts(predict(store, [other], out)) == (1, 0, 0)
+
+
+def test_a_file_that_is_no_prediction_is_left_alone(sets, tmp_path):
+    store, out = sets["dsb2018"][0], tmp_path / "out"
+    path, truth = picture(tmp_path / "a" / "x.png", 0), picture(tmp_path / "out" / "x.png", 1).read_bytes()
+    found = predict(store, [path], out)
+    assert counts(found) == (0, 0, 1) and "x.png is there already, and no note says what it was made of" in found["failed"][0]["problem"]
+    assert (out / "x.png").read_bytes() == truth
 
 
 def test_images_are_never_overwritten(sets, tmp_path):
