@@ -118,3 +118,25 @@ def join_gang(meeting: Path) -> Gang:
         host, port = meeting.read_text().split()
         store = dist.TCPStore(host, int(port), size, is_master=False, timeout=TIMEOUT, wait_for_workers=False)
     return ProcessGang(rank, size, local_rank, store)
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Sum over all ranks, with gradients: for what a loss takes over the whole batch. One collective each in forward and backward.
+
+    Every rank then has the loss of the whole batch. The engines average gradients over the ranks, which is right for it.
+    """
+    return _Sum.apply(value) if dist.is_initialized() and dist.get_world_size() > 1 else value
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: Tensor) -> Tensor:
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total

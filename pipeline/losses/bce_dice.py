@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from segfleet.pipeline.soft_dice import check_dice_options, soft_dice_loss
+from segfleet.pipeline.soft_dice import check_dice_options, soft_dice_loss, weighted_mean
 from segfleet.preprocess.problems import InputError
 
 
@@ -41,10 +41,7 @@ class Loss(nn.Module):
         """logits (B, K, *S), target (B, K, *S) of zeros and ones, valid (B, *S) bool or None -> scalar float32."""
         logits, target = logits.float(), target.float()
         surprise = binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
-        if valid is None:
-            bce = surprise.mean()
-        else:
-            bce = (surprise * valid).sum() / valid.sum().clamp(min=1)
+        bce = surprise.mean() if valid is None else weighted_mean(surprise, valid)
         probabilities = self._chosen(logits).sigmoid()
         dice = soft_dice_loss(probabilities, self._chosen(target), valid, pool=self.pool, smooth=self.smooth)
         return self.bce_weight * bce + self.dice_weight * dice

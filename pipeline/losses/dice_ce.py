@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from segfleet.pipeline.soft_dice import check_dice_options, soft_dice_loss
+from segfleet.pipeline.soft_dice import check_dice_options, soft_dice_loss, weighted_mean
 from segfleet.preprocess.problems import InputError
 
 
@@ -56,5 +56,4 @@ class Loss(nn.Module):
                 found, classes = len(self.class_weights), log_p.shape[1]
                 raise InputError(f"loss.options.class_weights: found {found} weights, expected {classes}, one per class")
             weight = weight * self.class_weights[target]
-        total = weight.sum()
-        return (surprise * weight).sum() / torch.where(total > 0, total, 1.0)
+        return weighted_mean(surprise, weight)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from segfleet.pipeline.soft_dice import check_dice_options
+from segfleet.pipeline.gang import sum_over_ranks
+from segfleet.pipeline.soft_dice import check_dice_options, weighted_mean
 from segfleet.preprocess.problems import InputError
 
 
@@ -59,8 +60,8 @@ class Loss(nn.Module):
         else:
             truth = target.float()
             surprise, p = binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1), logits.sigmoid()
+        cross_entropy = surprise.mean() if valid is None else weighted_mean(surprise, valid)
         valid = torch.ones_like(surprise) if valid is None else valid.float()
-        cross_entropy = (surprise * valid).sum() / valid.sum().clamp(min=1)
         return self.ce_weight * cross_entropy - self.ss_weight * self._score(p[:, self.first :], truth[:, self.first :], valid)
 
     def _score(self, p: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
@@ -70,11 +71,12 @@ class Loss(nn.Module):
         overlap, predicted, present = ((quantity.sum(axes)) for quantity in (p * truth, p, truth))
         voxels = valid.flatten(1).sum(1, keepdim=True)
         if self.batch:
-            overlap, predicted, present, voxels = (quantity.sum(0, keepdim=True) for quantity in (overlap, predicted, present, voxels))
+            sums = torch.cat([overlap, predicted, present, voxels], 1).sum(0, keepdim=True)
+            overlap, predicted, present, voxels = sum_over_ranks(sums).split([*[p.shape[1]] * 3, 1], 1)
         dice = (2 * overlap + self.smooth) / (predicted + present + self.smooth)
         volumes = (predicted, present)
         if self.normalised:
             volumes = tuple(volume / voxels.clamp(min=1) for volume in volumes)
         scores = (volume_agreement(*volumes, self.smooth) * dice).mean(1)
         counts = (voxels > 0).flatten().to(scores.dtype)
-        return (scores * counts).sum() / counts.sum().clamp(min=1)
+        return weighted_mean(scores, counts)

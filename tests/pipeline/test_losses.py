@@ -6,9 +6,10 @@ from math import log
 
 import pytest
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
 from segfleet.pipeline.deep_supervision import DeepSupervision, nearest
+from segfleet.pipeline.gang import Gang
 from segfleet.pipeline.losses.base import build_loss, losses
 from segfleet.pipeline.soft_dice import soft_dice, soft_dice_loss
 from segfleet.preprocess.problems import InputError
@@ -212,3 +213,38 @@ def test_a_dropped_head_still_gets_a_gradient_of_zeros():
     total.backward()
     assert torch.isfinite(total) and heads[0].grad.abs().sum() > 0
     assert torch.equal(heads[1].grad, torch.zeros(1, 2, 2, 2))
+
+
+OVER_RANKS = {
+    "a mean of equal shares": ("dice_ce", "softmax", {}, False),
+    "ignored voxels": ("dice_ce", "softmax", {}, True),
+    "weighted classes": ("dice_ce", "softmax", {"class_weights": [1.0, 2.0, 5.0], "batch": True}, False),
+    "one Dice of the batch": ("bce_dice", "sigmoid", {"pool": "batch", "smooth": 1.0}, False),
+    "ignored voxels, sigmoid": ("bce_dice", "sigmoid", {}, True),
+    "scale-sensitive": ("ss", "softmax", {"batch": True, "normalised": True}, True),
+    "scale-sensitive, per sample": ("ss", "sigmoid", {}, True),
+}
+
+
+def losses_of_a_share(gang) -> dict[str, list[torch.Tensor]]:
+    """Loss and gradient of this rank's part of a batch of four, one sample of which has no valid voxel."""
+    found = {}
+    for name, (kind, head, options, ignoring) in OVER_RANKS.items():
+        draw = torch.Generator().manual_seed(7)
+        logits, labels = torch.randn(4, 3, 6, 5, generator=draw), torch.randint(3, (4, 6, 5), generator=draw)
+        valid = torch.rand(4, 6, 5, generator=draw) < torch.tensor([0.9, 0.3, 0.0, 0.6]).view(4, 1, 1)
+        target = labels if head == "softmax" else one_hot(labels, 3).movedim(-1, 1).float()
+        logits, target, valid = (value.chunk(gang.size)[gang.rank] for value in (logits, target, valid))
+        logits = logits.clone().requires_grad_()
+        value = build_loss(kind, head=head, options=options)(logits, target, valid if ignoring else None)
+        value.backward()
+        found[name] = [value.detach(), logits.grad]
+    return found
+
+
+def test_a_loss_is_that_of_the_whole_batch_on_any_number_of_ranks(run_gang):
+    alone, shares = losses_of_a_share(Gang(torch.device("cpu"))), run_gang("test_losses.py:losses_of_a_share", 2)
+    for name, (value, gradient) in alone.items():
+        values, gradients = zip(*(share[name] for share in shares), strict=True)
+        torch.testing.assert_close(sum(values) / 2, value, msg=name)
+        torch.testing.assert_close(torch.cat(gradients) / 2, gradient, msg=name)  # the engines average over the ranks
