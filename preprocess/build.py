@@ -28,7 +28,7 @@ from segfleet.preprocess.manifest import (
 )
 from segfleet.preprocess.parallel import run
 from segfleet.preprocess.plan import Overrides, make_plan
-from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.problems import InputError, explain
 from segfleet.preprocess.readers.base import CaseRef, RawReader, open_reader, source_sha256
 from segfleet.preprocess.shard_job import SHARD_BYTES, STATE, ShardJob, finished, shard_jobs, write_shard
 from segfleet.preprocess.splits import OWN, Folds, Member, make_splits
@@ -202,10 +202,14 @@ def _write(jobs: Sequence[ShardJob], partial: Path, workers: int | None, tell: P
     done = total - sum(len(jobs[index].refs) for index in todo)
     tell("write", done, total)
     weights = [weight_of(jobs[index]) for index in todo]
+    failed: dict[int, Exception] = {}
     try:
         for position, record in run(
-            write_shard, [jobs[i] for i in todo], weights=weights, names=[f"{jobs[i].refs[0].id} ..." for i in todo], workers=workers
+            attempt, [jobs[i] for i in todo], weights=weights, names=[f"{jobs[i].refs[0].id} ..." for i in todo], workers=workers
         ):
+            if isinstance(record, Exception):
+                failed[todo[position]] = record
+                continue
             records[todo[position]] = record
             done += len(jobs[todo[position]].refs)
             tell("write", done, total)
@@ -218,8 +222,32 @@ def _write(jobs: Sequence[ShardJob], partial: Path, workers: int | None, tell: P
             f"out: no space left in {partial.parent}: the remaining {sum(len(jobs[i].refs) for i in missing)} case(s) need about "
             f"{_bytes(needed)}, {_bytes(free)} are free. Free some and run the same command again: finished cases are kept."
         ) from None
+    if failed:
+        raise failure([(jobs[index], failed[index]) for index in sorted(failed)])
     entries = tuple(CaseEntry.model_validate(case) for record in records for case in record["cases"])
     return entries, {path: facts for record in records for path, facts in record["files"].items()}
+
+
+def attempt(job: ShardJob) -> dict | Exception:
+    """The record of a shard, or why there is none: one that fails does not keep the others from being made. A full disk is raised."""
+    try:
+        return write_shard(job)
+    except Exception as error:
+        if isinstance(error, OSError) and _is_full(error):
+            raise
+        return error
+
+
+def failure(failed: Sequence[tuple[ShardJob, Exception]]) -> Exception:
+    """One error for all of them: a user's, if each is."""
+    if len(failed) == 1:
+        return failed[0][1]
+    known = [explain(error) for _, error in failed]
+    lines = [f"{len(failed)} shards could not be written; all others are, and are kept for the next run."]
+    for (job, error), told in zip(failed, known, strict=True):
+        lines.append(f"{_few([ref.id for ref in job.refs])}: {told[0] if told else str(error) or type(error).__name__}")
+    text = "\n".join(lines)
+    return InputError(text) if all(told and told[1] == 2 for told in known) else RuntimeError(text)
 
 
 def weight_of(job: ShardJob) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from segfleet.preprocess.build import SPLIT_SEED, Progress, open_raw, weight_of
+from segfleet.preprocess.build import SPLIT_SEED, Progress, attempt, failure, open_raw, weight_of
 from segfleet.preprocess.check import look_at, recall, survey
 from segfleet.preprocess.claim import claimed
 from segfleet.preprocess.fingerprint import fingerprint
@@ -17,7 +17,7 @@ from segfleet.preprocess.journal import Journals
 from segfleet.preprocess.manifest import NAME as MANIFEST
 from segfleet.preprocess.parallel import run
 from segfleet.preprocess.plan import Overrides, make_plan
-from segfleet.preprocess.shard_job import SHARD_BYTES, finished, shard_jobs, write_shard
+from segfleet.preprocess.shard_job import SHARD_BYTES, finished, shard_jobs
 
 
 def survey_share(
@@ -46,7 +46,7 @@ def write_share(
     """Make every n-th shard from the i-th on; how many of them are finished afterwards.
 
     0 where cases were not surveyed or have problems: looking at them is not repeated here, and `build` reports. A shard that fails does
-    not keep the others from being made; the first such error is raised at the end. Raises InputError.
+    not keep the others from being made; all such errors are raised at the end, a full disk at once. Raises InputError.
     """
     out, tell = Path(out), progress or (lambda phase, done, total: None)
     reader = open_raw(reader_name, raw, out, format=format, options=options, overrides=overrides)
@@ -66,18 +66,10 @@ def write_share(
         done, failed = len(mine) - len(todo), []
         tell("write", done, len(mine))
         names = [f"{job.refs[0].id} ..." for job in todo]
-        for _, error in run(_attempt, todo, weights=[weight_of(job) for job in todo], names=names, workers=workers):
-            failed += [error] if error else []
-            done += not error
+        for at, made in run(attempt, todo, weights=[weight_of(job) for job in todo], names=names, workers=workers):
+            failed += [(todo[at], made)] if isinstance(made, Exception) else []
+            done += not isinstance(made, Exception)
             tell("write", done, len(mine))
     if failed:
-        raise failed[0]
+        raise failure(failed)
     return done
-
-
-def _attempt(job) -> Exception | None:
-    try:
-        write_shard(job)
-    except Exception as error:
-        return error
-    return None

@@ -175,7 +175,7 @@ def test_a_changed_source_makes_only_its_shard_anew(raw, tmp_path, monkeypatch):
     told = Told()
     build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1, progress=told)
     assert told.processed("check") == 2, "both were looked at again"
-    assert told.processed("write") == 3, "the changed one, and the two that were never reached"
+    assert told.processed("write") == 2, "the changed one, and the one that failed; those after it were written all the same"
     assert files(tmp_path / "out") == files(build_at(raw, tmp_path / "fresh"))
 
 
@@ -256,6 +256,39 @@ def test_a_crash_names_the_case(raw, tmp_path, monkeypatch):
         with pytest.raises(RuntimeError, match="case 'phantom_002': ZeroDivisionError: in the middle"):
             build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_all_failures_are_told_once_the_others_are_written(workers, raw, tmp_path, monkeypatch):
+    """Two cases that fail, one a user's fault, one ours; then two of the user's."""
+    raw = Path(shutil.copytree(raw, tmp_path / "raw"))
+    if workers == 1:
+        real = shard_job.preprocess_case
+
+        def crash(case, *args, **options):
+            if case.id in ("phantom_001", "phantom_003"):
+                raise ZeroDivisionError("in the middle")
+            return real(case, *args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(shard_job, "preprocess_case", crash)
+            with pytest.raises(RuntimeError, match="2 shards could not be written.*\nphantom_001: .*ZeroDiv.*\nphantom_003: "):
+                build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)
+        assert len(list((tmp_path / "out.partial/shards").iterdir())) == 4
+    paths = [raw / f"imagesTr/phantom_00{number}.nii.gz" for number in (1, 3)]
+
+    def vanish(phase, done, total):
+        if phase == "write" and done <= 4:
+            [path.unlink(missing_ok=True) for path in paths]
+
+    whole = [path.read_bytes() for path in paths]
+    with pytest.raises(InputError, match=r"2 shards could not be written.*\nphantom_001: .*No such file.*\nphantom_003: .*No such file"):
+        build("msd", raw, tmp_path / "out", workers=workers, shard_bytes=1, progress=vanish)
+    for path, data in zip(paths, whole, strict=True):
+        path.write_bytes(data)
+    told = Told()
+    build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1, progress=told)
+    assert told.processed("write") == 2 and not verify(tmp_path / "out", chunks=True)
 
 
 def test_a_worker_that_dies_names_its_cases():

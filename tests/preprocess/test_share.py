@@ -43,7 +43,6 @@ def counted(monkeypatch):
         return make(job)
 
     monkeypatch.setattr(check, "check_case", looking)
-    monkeypatch.setattr(share, "write_shard", making)
     monkeypatch.setattr("segfleet.preprocess.build.write_shard", making)
     return counts
 
@@ -91,7 +90,7 @@ def test_one_failing_shard_does_not_stop_the_others(raw, tmp_path, monkeypatch):
             raise RuntimeError("broken on purpose")
         return make(job)
 
-    monkeypatch.setattr(share, "write_shard", broken)
+    monkeypatch.setattr("segfleet.preprocess.build.write_shard", broken)
     share.survey_share("msd", raw, tmp_path / "store", (0, 1), workers=1)
     with pytest.raises(RuntimeError, match="broken on purpose"):
         share.write_share("msd", raw, tmp_path / "store", (0, 1), **SMALL)
