@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -143,20 +144,21 @@ def with_stores(trials: Iterable[Trial]) -> list[Trial]:
 
 
 def within_budget(trials: list[Trial], stores: Stores, search: Search) -> tuple[list[Trial], list[str]]:
-    """The first trials whose tree fits into budget.epochs."""
+    """The first points, with all their replicates, whose tree fits into budget.epochs."""
     most = search.space.budget.epochs
     if not most or not trials:
         return trials, []
     kept: list[Trial] = []
     tree = StageTree([], stores)
-    for trial in trials:
-        tree.add([trial])
+    for _, replicates in itertools.groupby(trials, key=lambda trial: trial.point):
+        point = list(replicates)
+        tree.add(point, link=False)
         if tree.shared_epochs > most:
             break
-        kept.append(trial)
+        kept += point
     if not kept:
-        least = min(sum(stage.epochs for stage in trial.recipe.stages) for trial in trials)
-        raise InputError(f"sweep {search.space.name}: budget.epochs is {most}, less than one trial: the first takes {least} epochs")
+        found = f"budget.epochs is {most}, less than one point: the first takes {tree.shared_epochs} epochs with its {len(point)} run(s)"
+        raise InputError(f"sweep {search.space.name}: {found}")
     cut = f"budget.epochs {most} keeps the first {len(kept)} of {len(trials)} trials"
     return kept, [cut] if len(kept) < len(trials) else []
 

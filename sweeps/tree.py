@@ -56,15 +56,15 @@ class StageTree:
         self.trials: dict[int, Trial] = {}
         self.leaves: dict[int, str] = {}  # trial number -> uid of its last stage
         self._manifests = manifests
-        for trial in trials:
-            self._insert(trial)
-        self._link()
+        self._lengths: dict[str, int] = {}  # family, or a node that has none -> epochs of its longest stage
+        self.add(trials)
 
-    def add(self, trials: Iterable[Trial]) -> None:
-        """More trials, in the middle of a sweep."""
+    def add(self, trials: Iterable[Trial], link: bool = True) -> None:
+        """More trials, in the middle of a sweep. Without links only `shared_epochs` is right, but a point costs the same in any tree."""
         for trial in trials:
             self._insert(trial)
-        self._link()
+        if link:
+            self._link()
 
     def _insert(self, trial: Trial) -> None:
         recipe, manifest = trial.recipe, self._manifests(trial.recipe)
@@ -77,6 +77,8 @@ class StageTree:
                 cut = recipe.model_copy(update={"stages": recipe.stages[: index + 1]})
                 family = family_of(parent, facts, stage)
                 self.nodes[uid] = StageNode(uid=uid, path=path, parent=parent, index=index, recipe=cut, begin=begin, family=family)
+                alike = family or uid
+                self._lengths[alike] = max(stage.epochs, self._lengths.get(alike, 0))
             self.nodes[uid].trials.append(trial.number)
             begin += stage.epochs
         self.nodes[uid].leaf_of.append(trial.number)
@@ -118,7 +120,7 @@ class StageTree:
 
     @property
     def shared_epochs(self) -> int:
-        return sum(self.epochs(node) for node in self.nodes.values())
+        return sum(self._lengths.values())
 
     @property
     def naive_epochs(self) -> int:

@@ -11,8 +11,9 @@ import pytest
 from segfleet.pipeline.run import stage_facts, stage_uid, stage_uids
 from segfleet.pipeline.scored import score_facts
 from segfleet.preprocess.manifest import load_manifest
+from segfleet.preprocess.problems import InputError
 from segfleet.sweeps.ledger import Ledger
-from segfleet.sweeps.plan import make_plan
+from segfleet.sweeps.plan import make_plan, within_budget
 from segfleet.sweeps.tree import StageTree
 
 
@@ -67,6 +68,16 @@ def test_lengths_that_decide_the_rate_or_may_end_early_share_nothing(search, spa
     assert all(node.trunk is None for node in tree.nodes.values()) and tree.shared_epochs == 150
 
 
+def test_a_budget_of_epochs_keeps_whole_points(plan):
+    stages = {"axes": {}, "stages": [{"epochs": [1, 2], "lr": [1e-2, 1e-3]}], "seeds": [0, 1, 2]}
+    made = plan(**stages, budget={"epochs": 8})  # lengths of one rate are a trunk: 3 seeds x 1 epoch, + 3 x 1 of the second rate, then 9
+    kept = [(trial.point["stages.0.epochs"], trial.point["stages.0.lr"], trial.recipe.seed) for trial in made.trials]
+    assert kept == [(1, lr, seed) for lr in (1e-2, 1e-3) for seed in (0, 1, 2)]
+    assert made.tree.shared_epochs == 6 and made.warnings[0] == "budget.epochs 8 keeps the first 6 of 12 trials"
+    with pytest.raises(InputError, match=r"less than one point: the first takes 3 epochs with its 3 run\(s\)"):
+        plan(**stages, budget={"epochs": 2})
+
+
 def test_longest_path_first_and_children_only_after_their_parent(plan, tmp_path):
     made = plan(axes={}, stages=[{"epochs": 10, "lr": [1e-2, 1e-3]}, {"epochs": [5, 30], "lr": 1e-4, "schedule": "poly"}])
     ledger = Ledger(made.tree, made.runs, made.folder)
@@ -104,19 +115,22 @@ def test_a_failed_node_takes_only_its_own_subtree(plan):
     assert again.next() is victim
 
 
-def test_a_thousand_nodes_are_planned_in_two_seconds(search):
+@pytest.mark.parametrize("epochs", [None, 10**6])
+def test_a_thousand_nodes_are_planned_in_two_seconds(search, epochs):
     made = search(
         axes={"optimizer.weight_decay": [i / 1000 for i in range(10)]},
         stages=[
             {"epochs": [50, 100], "lr": [1e-3 * (i + 1) for i in range(5)]},
             {"epochs": 20, "lr": [1e-4 * (i + 1) for i in range(9)]},
         ],
+        budget={"epochs": epochs},
     )
     manifest = load_manifest(made.base["data"]["store"])
     start, before = time.perf_counter(), time.process_time()
     trials = []
     for point in made.points():
         trials += made.trials(point, first=len(trials))
+    trials, _ = within_budget(trials, lambda _: manifest, made)
     tree = StageTree(trials, lambda _: manifest)
     list(tree.in_order(tree.nodes.values()))
     assert len(tree.nodes) == 1000
