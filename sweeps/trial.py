@@ -99,20 +99,32 @@ def _run(order: Order, poll: Callable[[], None]) -> dict[str, Any]:
 def continue_from(trunk: Path, path: Path, steps: int) -> None:
     """Let the stage in `path` start from the last checkpoint of a shorter one that differs in length alone. Does nothing the second time.
 
-    Exact, because order, rate and randomness of a step depend on its number and not on the stage's length.
+    Exact, because order, rate and randomness of a step depend on its number and not on the stage's length. The best checkpoint so far comes
+    along: the longer stage may find none better.
     """
     checkpoints = path / "checkpoints"
-    if any(checkpoints.glob("step-*")):
+    done = json.loads((trunk / "done.json").read_text(encoding="utf-8"))
+    name, step = done["checkpoint"], done["best"].get("step")
+    best = f"step-{step:08d}" if step is not None else name
+    known = {found.name for found in checkpoints.glob("step-*")}
+    if known - ({best} - {name}):  # the best one comes first: alone, it was left by a kill
         return
-    name = json.loads((trunk / "done.json").read_text(encoding="utf-8"))["checkpoint"]
     checkpoints.mkdir(parents=True, exist_ok=True)
-    partial = checkpoints / f".{name}.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(trunk / "checkpoints" / name, partial, copy_function=_link)
+    if best != name and not known:
+        os.replace(_copied(trunk / "checkpoints" / best, checkpoints), checkpoints / best)
+    partial = _copied(trunk / "checkpoints" / name, checkpoints)
     events = [{**event, "steps": steps} if event["event"] == "stage_start" else event for event in read_events(trunk)]
     write_atomically(path / EVENTS, "".join(json.dumps(event) + "\n" for event in events))
     os.replace(partial, checkpoints / name)
     sync_folder(checkpoints)
+
+
+def _copied(checkpoint: Path, checkpoints: Path) -> Path:
+    """A checkpoint under a temporary name in another folder."""
+    partial = checkpoints / f".{checkpoint.name}.{os.getpid()}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(checkpoint, partial, copy_function=_link)
+    return partial
 
 
 def _link(source: str, target: str) -> None:

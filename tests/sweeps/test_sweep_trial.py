@@ -53,6 +53,26 @@ def test_a_trunk_goes_on_bitwise_like_the_long_stage_alone(plan, tmp_path, monke
     assert len(list((plan.runs / short.path / "checkpoints").glob("step-*"))) == 1 and before  # the branch point is kept
 
 
+@pytest.mark.slow
+def test_a_trunk_brings_its_best_checkpoint_along(search, space, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    space["base"]["evaluation"] = {"every": 1, "weights": "best"}
+    stages = [{"epochs": [2, 3], "steps": 1, "lr": 1e-12}]  # nothing is learned: the first validation stays the best
+    plan = make_plan(search(axes={}, stages=stages), tmp_path / "runs")
+    short, long = plan.tree.walk()
+    plan.folder.mkdir(parents=True)
+    assert trial.perform(plan.order(short), print) == {"state": "done"}
+    checkpoints = plan.runs / long.path / "checkpoints"
+    trial.continue_from(plan.runs / short.path, plan.runs / long.path, 3)
+    (checkpoints / "step-00000002").rename(tmp_path / "gone")  # as if killed between the two
+    assert trial.perform(plan.order(long), print) == {"state": "done"}
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000001", "step-00000003"]
+    run_ranks({**plan.order(long)["job"], "root": str(tmp_path / "straight")}, 1, threads=1)
+    assert same(plan.runs / long.path, tmp_path / "straight" / long.path)
+    ours, straight = (json.loads((root / long.path / "evaluation.json").read_text()) for root in (plan.runs, tmp_path / "straight"))
+    assert ours["checkpoint"] == "step-00000001" and ours["cases"] == straight["cases"] and ours["summary"] == straight["summary"]
+
+
 class Scripted:
     """A back end that does what it is told, in turn."""
 
