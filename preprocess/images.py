@@ -24,6 +24,11 @@ ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff", ".png", ".bmp", 
 NATURAL = (".png", ".bmp", ".jpg", ".jpeg")  # 2D, several channels in one file, no geometry
 TOLERANCE = 1e-3  # of geometry: mm for spacing and affine
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's world axes seen from NIfTI's, and back
+BY_PILLOW = {  # compression of a TIFF -> colours -> bits
+    **dict.fromkeys((2, 3, 4), {"MINISWHITE": (1,), "MINISBLACK": (1,)}),  # CCITT
+    5: {"MINISWHITE": (1, 8), "MINISBLACK": (1, 8, 16), "PALETTE": (8,), "RGB": (8,)},  # LZW
+    7: {"MINISBLACK": (8,), "RGB": (8,), "YCBCR": (8,)},  # JPEG
+}
 
 
 class ImageError(InputError):
@@ -110,6 +115,8 @@ def read_file(path: Path, digest: Any = None, *, label: bool = False) -> tuple[n
             array, geometry = _tiff(data, path)
         else:
             array, geometry = _natural(data, label)
+    except ImageError:
+        raise
     except Exception as error:  # decoders raise anything when a file is not what its name says
         found = f"{path.name} damaged or truncated ({_short(error)})"
         raise ImageError(path, "file", found, "a readable image", "Copy or download the file again.") from None
@@ -237,10 +244,37 @@ def _tiff(data: bytes, path: Path) -> tuple[np.ndarray, Geometry]:
     import tifffile
 
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        series = file.series[0]
+        series, page = file.series[0], file.series[0].keyframe
         shape, order = _tiff_axes(series.shape, series.axes)
-        array = series.asarray().transpose(order).reshape(shape)
+        try:
+            array = series.asarray().transpose(order).reshape(shape)
+            if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and array.dtype.kind in "bu":
+                array = ~array if array.dtype.kind == "b" else 2**page.bitspersample - 1 - array
+        except ValueError as error:
+            if "imagecodecs" not in str(error):
+                raise
+            array = _tiff_by_pillow(data, page) if len(file.pages) == 1 else None
+            if array is None or array.shape != shape:
+                found = f"{path.name} with unsupported compression {page.compression.name}"
+                mend = "Save it uncompressed, or `pip install imagecodecs`."
+                raise ImageError(path, "file", found, "none, deflate or LZW", mend) from None
     return array, Geometry(shape=shape[1:], spacing=_sidecar(path))
+
+
+def _tiff_by_pillow(data: bytes, page: Any) -> np.ndarray | None:
+    """(C, 1, Y, X) of the only page of a file that tifffile alone cannot unpack; None where Pillow would give other pixels, or none."""
+    from PIL import Image
+
+    colours = page.photometric.name
+    depth = page.bitspersample if page.dtype is not None and page.dtype.kind in "bu" else 0
+    if page.compression not in BY_PILLOW or depth not in BY_PILLOW[page.compression].get(colours, ()):
+        return None
+    turned = "Orientation" in page.tags and page.tags["Orientation"].value != 1  # which Pillow turns back
+    if turned or 1 in page.extrasamples:  # colours multiplied by alpha, which Pillow divides again
+        return None
+    with Image.open(io.BytesIO(data)) as picture:
+        array = np.asarray(picture)
+    return (array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0))[:, None]
 
 
 def _tiff_axes(shape: Sequence[int], axes: str) -> tuple[tuple[int, int, int, int], list[int]]:

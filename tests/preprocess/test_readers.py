@@ -217,6 +217,54 @@ def test_a_flat_label_is_written_back(ending, tmp_path):
     assert np.array_equal(label, LABEL[:1]) and geometry == Geometry(shape=(1, 5, 4)) and peek(tmp_path / f"a{ending}") == (1, 1, 5, 4)
 
 
+SMOOTH = np.add.outer(np.arange(20), np.arange(30))
+RGB = np.stack([SMOOTH, 2 * SMOOTH, 255 - SMOOTH], -1).astype(np.uint8)
+MASK = (SMOOTH > 20) & (SMOOTH < 40)
+PACKED = {  # Pillow's name of the compression, array, largest difference
+    "tiff_lzw": [(RGB, 0), (RGB[..., 0], 0), (RGB[..., 0].astype(np.uint16) * 257, 0), (MASK, 0), (RGB[..., [0, 1, 2, 0]], 0)],
+    "group3": [(MASK, 0)],
+    "group4": [(MASK, 0)],
+    "jpeg": [(RGB, 8), (RGB[..., 0], 3)],
+}
+
+
+@pytest.mark.parametrize("compression", PACKED)
+def test_packed_tiffs_have_the_pixels_of_plain_ones(compression, tmp_path):
+    """tifffile asks for imagecodecs, which is not installed."""
+    for array, apart in PACKED[compression]:
+        for name, how in (("plain", None), ("packed", compression)):
+            Image.fromarray(array).save(tmp_path / f"{name}.tif", compression=how)
+        plain, packed = (read_image([tmp_path / f"{name}.tif"])[0] for name in ("plain", "packed"))
+        assert plain.shape == packed.shape == (*peek(tmp_path / "packed.tif"),) and plain.dtype == packed.dtype
+        assert np.array_equal(plain.squeeze(), np.moveaxis(array, -1, 0) if array.ndim == 3 else array)
+        assert np.abs(plain.astype(int) - packed).max() <= apart
+    if compression == "group4":
+        assert np.array_equal(read_label(tmp_path / "packed.tif")[0][0], MASK)
+
+
+@pytest.mark.parametrize("compression", [None, "group4"])
+def test_white_is_the_higher_value_of_a_tiff(compression, tmp_path):
+    """Many programs write bilevel masks with 0 for white."""
+    Image.fromarray(MASK).save(tmp_path / "a.tif", compression=compression, tiffinfo={262: 0})
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        assert file.pages[0].photometric.name == "MINISWHITE"
+    with Image.open(tmp_path / "a.tif") as picture:
+        assert np.array_equal(read_label(tmp_path / "a.tif")[0][0], np.asarray(picture))
+
+
+def test_a_compression_that_cannot_be_read_is_named(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "a.tif", compression="tiff_lzw", save_all=True, append_images=[Image.fromarray(RGB)])
+    Image.fromarray(RGB).save(tmp_path / "b.tif", compression="tiff_lzw", tiffinfo={274: 6})
+    for name in "ab":
+        with pytest.raises(ImageError, match=f"file: found {name}.tif with unsupported compression LZW, .* `pip install imagecodecs`"):
+            read_image([tmp_path / f"{name}.tif"])
+    noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "c.tif", compression="tiff_lzw")
+    (tmp_path / "c.tif").write_bytes((tmp_path / "c.tif").read_bytes()[:2000])
+    with pytest.raises(ImageError, match="damaged or truncated"):
+        read_image([tmp_path / "c.tif"])
+
+
 def test_a_tiff_volume_keeps_its_spacing_in_a_sidecar(tmp_path):
     write_label(tmp_path / "a.tif", LABEL, GEOMETRY)
     label, geometry = read_label(tmp_path / "a.tif")
