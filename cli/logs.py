@@ -22,7 +22,7 @@ def command(
     """Print what the ranks of a submitted run have printed, over all restarts."""
     from segfleet.preprocess.problems import InputError
     from segfleet.slurm.jobspec import JobSpec
-    from segfleet.slurm.slurm_job import jobs_of, look_at_all
+    from segfleet.slurm.slurm_job import OPEN, jobs_of, look_at_all
     from segfleet.slurm.submission import find_home
 
     jobs = jobs_of(find_home(run, runs))
@@ -35,8 +35,14 @@ def command(
         show({"run": jobs[-1].submission.folder, "ranks": {name: text_of(path) for name, path in logs.items()}}, True, print)
         return
     tails = [Tail(path, f"{name}: " if len(logs) > 1 else "") for name, path in logs.items()]
+    told = False
     while True:
-        over = not follow or all(found["state"] not in ("queued", "running") for _, found in look_at_all(jobs))
+        found = [facts for _, facts in look_at_all(jobs)] if follow else []
+        over = all(facts["state"] not in OPEN for facts in found)
+        silent = next((facts["reason"] for facts in found if facts["state"] == "unknown"), None)
+        if silent and not told:
+            sys.stderr.write(f"segfleet: {silent}; whether the job still runs is unknown, waiting\n")
+        told = bool(silent)
         for tail in tails:
             tail.copy(last=over)
         sys.stdout.flush()

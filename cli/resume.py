@@ -23,29 +23,31 @@ def command(
     """Submit a run once more, with the recipe and resources it had and the code as it is now. It goes on from its latest checkpoint."""
     changes = {"time": time, "partition": partition, "memory": memory, "exclude": exclude, "dependency": None}
     from segfleet.cli.submit import render, row
+    from segfleet.pipeline.run import DONE
     from segfleet.preprocess.problems import InputError
     from segfleet.slurm import cluster, prepare
     from segfleet.slurm.jobspec import make_spec
     from segfleet.slurm.slurm_job import attach, refuse_if_active
     from segfleet.slurm.submission import find_home
-    from segfleet.slurm.submitit_launcher import SlurmLauncher
+    from segfleet.slurm.submitit_launcher import SlurmLauncher, job_name, without_bad_nodes
 
     folder = find_home(run, runs)
     last = attach(folder)
     before, job = last.submission, last.submission.job()
     if job["do"] not in ("train", "score", "predict"):
         raise InputError("resume: give the same `segfleet submit ... -- preprocess ...` again; it goes on where it stopped")
-    if prepare.finished(folder) if job["do"] == "train" else last.state() == "done":
+    if job["do"] == "train":  # a stage inside a sweep is not scored
+        over = prepare.finished(folder) if job.get("score", True) else (folder / DONE).exists()
+    else:
+        over = last.state() == "done"
+    if over:
         document = row(folder, None)
     else:
         refuse_if_active(folder)
         kept = {name: value for name, value in before.spec.items() if value is not None and name != "dependency"}
         spec = make_spec({**kept, **{name: value for name, value in changes.items() if value is not None}}, places=())
         launcher, root = SlurmLauncher(live=live), Path(job["root"])
-        if job["do"] == "train":
-            made = launcher.submit(folder, job["recipe"], root, spec)
-        else:
-            cluster.check(spec)
-            made = launcher.submit_jobs([(folder, job)], root, spec, before.name, folder)[0]
-        document = row(folder, made)
+        cluster.check(without_bad_nodes(spec, root))
+        name = job_name([folder]) if job["do"] == "train" else before.name  # not that of the array it was in
+        document = row(folder, launcher.submit_jobs([(folder, job)], root, spec, name, folder)[0])
     show(document, as_json, lambda document: render([document]))

@@ -26,9 +26,16 @@ def command(
 
 def render_jobs(rows: list[dict]) -> None:
     table(("what", "job", "state", "node", "starts"), [(r["name"], r["job"], r["state"], r["node"] or "-", r["starts"]) for r in rows])
+    tell_unknown(rows)
     for row in rows:
-        if row["reason"]:
+        if row["reason"] and row["queue"] != "unknown":
             typer.echo(f"\n{row['name']} is {row['state']}: {row['reason'].strip()}")
+
+
+def tell_unknown(rows: list[dict]) -> None:
+    """SLURM's silence is told once for all."""
+    if unknown := [row for row in rows if row["queue"] == "unknown"]:
+        typer.echo(f"\nwhat became of {len(unknown)} job(s) is unknown: {unknown[0]['reason'].strip()}")
 
 
 def render(rows: list[dict]) -> None:
@@ -40,8 +47,9 @@ def render(rows: list[dict]) -> None:
     if jobs := [row for row in rows if row["job"]]:
         typer.echo()
         table(("run", "job", "queue", "node"), [(row["run"], row["job"], row["queue"] or "-", row["node"] or "-") for row in jobs])
+    tell_unknown(rows)
     for row in rows:
-        if row["reason"]:
+        if row["reason"] and row["queue"] != "unknown":
             lines = row["reason"].strip().splitlines()  # a traceback is whole in --json and in `segfleet logs`
             typer.echo(f"\n{row['run']} is {row['state']}: {' '.join(dict.fromkeys((lines[0], lines[-1])))}")
 

@@ -117,7 +117,10 @@ def dependency_on(after: str, root: Path) -> str | None:
     if prepare.finished(run):
         return None
     job = attach(run)
-    if (state := job.state()) not in ("queued", "running"):
+    found = job.look()
+    if (state := found["state"]) == "unknown":
+        raise InputError(f"--after: whether run {run.name} will be done is unknown; {found['reason']}")
+    if state not in ("queued", "running"):
         raise InputError(f"--after: run {run.name} is {state}, so it would never be done; `segfleet resume {run.name}` first")
     return f"afterok:{job.id}"
 

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from segfleet.slurm.jobspec import JobSpec
 
-STATES = ("queued", "running", "done", "stopped", "cancelled", "failed", "lost")  # stopped: saved, resumable; lost: nobody knows of it
+# stopped: saved, resumable; lost: nobody knows of it; unknown: whoever knows does not answer
+STATES = ("queued", "running", "done", "stopped", "cancelled", "failed", "lost", "unknown")
 
 
 class JobHandle(Protocol):

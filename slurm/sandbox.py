@@ -139,6 +139,10 @@ class Sandbox:
         """Bring a killed node's daemon back."""
         self._daemon("slurmd", "-N", node)
 
+    def start_controller(self) -> None:
+        """Bring a killed controller back."""
+        self._daemon("slurmctld")
+
     def stop(self, patience: float = 15) -> None:
         """Cancel all jobs, end the daemons by their process ids, and wait until they are gone. The folder stays."""
         with suppress(subprocess.SubprocessError, OSError):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ WORDS = {
     "failed": ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED"),
 }
 STATES = {word: state for state, words in WORDS.items() for word in words}
+OPEN = ("queued", "running", "unknown")  # not known to have ended; unknown: SLURM does not answer
 CANCELLED = "cancelled"  # a file in the submission's folder
 HINTS = {
     "OUT_OF_MEMORY": "ask for more memory (--memory)",
@@ -53,12 +54,17 @@ class SlurmJob:
     def reason(self) -> str | None:
         return self.look()["reason"]
 
-    def look(self, queue: Mapping[str, Any] | None = None, accounts: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """{"job", "queue", "state", "reason", "node", "starts"}. Tables already fetched for many jobs may be passed."""
-        queue = _or_nothing(cluster.queue) if queue is None else queue
-        row = self._row(queue) or self._row(cluster.account([self.id]) if accounts is None else accounts)
+    def look(self) -> dict[str, Any]:
+        """{"job", "queue", "state", "reason", "node", "starts"}"""
+        return look_at_all([self])[0][1]
+
+    def judge(self, queue: Mapping[str, Any], accounts: Mapping[str, Any], silence: str | None) -> dict[str, Any]:
+        """The same from tables fetched for many jobs. `silence`: SLURM's words, where it did not tell its queue."""
+        row = self._row(queue) or self._row(accounts)
         outcome, why = self.submission.outcome()
-        ended = "cancelled" if (Path(self.submission.folder) / CANCELLED).exists() else "lost"
+        ended = "cancelled" if (Path(self.submission.folder) / CANCELLED).exists() else "unknown" if silence else "lost"
+        if silence and outcome != "done" and shutil.which("squeue"):  # it may have come back since: only its end is certain
+            outcome, ended = None, "unknown"
         state = STATES.get(row["state"], "running") if row else (outcome or ended)
         reason = row["reason"] if row and state in ("queued", "running") else None
         if state in ("failed", "stopped"):
@@ -67,10 +73,12 @@ class SlurmJob:
                 state = "stopped"
         elif state == "lost":
             reason = "SLURM has forgotten this job and its ranks left no word; segfleet resume goes on"
+        elif state == "unknown":
+            reason = silence
         hint = HINTS.get((row or {}).get("state", "")) or HINTS.get(reason or "")
         return {
             "job": self.id,
-            "queue": row["state"] if row else None,
+            "queue": row["state"] if row else ("unknown" if state == "unknown" else None),
             "state": state,
             "reason": f"{reason}: {hint}" if hint else reason,
             "node": row["node"] if row else None,
@@ -88,7 +96,7 @@ class SlurmJob:
     def wait(self, timeout: float, poll: float = 0.5) -> str:
         """The state in which it ended. Raises TimeoutError."""
         deadline = time.monotonic() + timeout
-        while (state := self.state()) in ("queued", "running"):
+        while (state := self.state()) in OPEN:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"job {self.id} is still {state} after {timeout:.0f} s")
             time.sleep(poll)
@@ -110,20 +118,28 @@ def refuse_if_active(run: Path) -> None:
             name = run.name.removesuffix(".jobs")
             cancel = name if name == run.name else run.with_suffix("")
             raise InputError(f"run: {name} is {found['state']} already as job {job.id}; `segfleet cancel {cancel}` first")
+        if found["state"] == "unknown":
+            raise InputError(f"run: whether {run.name.removesuffix('.jobs')} still runs as job {job.id} is unknown; {found['reason']}")
 
 
 def look_at_all(jobs: list[SlurmJob]) -> list[tuple[SlurmJob, dict[str, Any]]]:
     """What `look` says of each; SLURM is asked once for all."""
     if not jobs:
         return []
-    queue = _or_nothing(cluster.queue)
-    accounts = cluster.account([job.id for job in jobs if job.id not in queue])
-    return [(job, job.look(queue, accounts)) for job in jobs]
+    try:
+        queue, silence = cluster.queue(), None
+    except InputError as error:
+        queue, silence = {}, str(error)
+    accounts = {} if silence else cluster.account([job.id for job in jobs if job.id not in queue])
+    return [(job, job.judge(queue, accounts, silence)) for job in jobs]
 
 
 def cancel(jobs: list[tuple[SlurmJob, dict[str, Any]]]) -> list[str]:
-    """Cancel those that wait or run, with what `look` said of each; their ids. SLURM forgets what never started, so a mark is left."""
-    active = [job for job, found in jobs if found["state"] in ("queued", "running")]
+    """Cancel those that wait or run, with what `look` said of each; their ids. SLURM forgets what never started, so a mark is left.
+
+    Raises InputError with SLURM's own words if it does not answer.
+    """
+    active = [job for job, found in jobs if found["state"] in OPEN]
     if active:
         cluster.call("scancel", *(job.id for job in active))
     for job in active:
@@ -135,9 +151,3 @@ def jobs_of(run: Path) -> list[SlurmJob]:
     """The latest submission to SLURM and the jobs it waits for. Raises InputError if there is none."""
     attach(run)
     return [SlurmJob(run, made) for made in together(run)]
-
-
-def _or_nothing(ask):
-    with suppress(InputError):
-        return ask()
-    return {}

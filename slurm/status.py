@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from segfleet.pipeline import status as own
-from segfleet.preprocess.problems import InputError
-from segfleet.slurm import cluster
 from segfleet.slurm.slurm_job import SlurmJob, jobs_of, look_at_all
 from segfleet.slurm.submission import submissions
 
@@ -18,14 +15,10 @@ NOTHING = {"job": None, "queue": None, "reason": None, "node": None}
 def status(root: Path) -> list[dict[str, Any]]:
     """The rows of pipeline.status, with job, queue (SLURM's own word), reason, node. Works without accounting and without SLURM."""
     rows = own.status(root)
-    found = {row["run"]: submissions(Path(row["path"]))[-1:] for row in rows}
-    jobs = {row["run"]: SlurmJob(Path(row["path"]), last) for row in rows for last in found[row["run"]] if last.launcher == "slurm"}
-    queue, accounts = {}, {}
-    if jobs:
-        with suppress(InputError):
-            queue = cluster.queue()
-        accounts = cluster.account([job.id for job in jobs.values() if job.id not in queue])
-    return [_joined(row, jobs[row["run"]].look(queue, accounts)) if row["run"] in jobs else {**row, **NOTHING} for row in rows]
+    runs = [Path(row["path"]) for row in rows]
+    found = look_at_all([SlurmJob(run, last) for run in runs for last in submissions(run)[-1:] if last.launcher == "slurm"])
+    jobs = {str(job.run): facts for job, facts in found}
+    return [_joined(row, jobs[row["path"]]) if row["path"] in jobs else {**row, **NOTHING} for row in rows]
 
 
 def jobs(home: Path) -> list[dict[str, Any]]:
@@ -41,4 +34,6 @@ def _joined(row: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
         busy = "scoring" if row["state"] == "trained" else "training" if row["steps"] else "starting"
         state = busy if job["state"] == "running" else job["state"]
     restarts = max(row["restarts"], job["starts"] - 1)
+    if state == "done" and job["state"] == "unknown":
+        job = {**job, **NOTHING, "job": job["job"]}
     return {**row, "state": state, "restarts": restarts, **{key: job[key] for key in NOTHING}}

@@ -1,11 +1,13 @@
 """Nodes of the tree as SLURM jobs. The controller holds no GPU: each of Tune's trials submits one job and waits for it.
 
 A job outlives its controller. Started again, the sweep finds it by the node's own folder and waits for it instead of submitting another.
-Preemption and time limits are the job's own business: it saves, comes back and stays the same trial.
+Preemption and time limits are the job's own business: it saves, comes back and stays the same trial. While SLURM is silent, this waits.
 """
 
 from __future__ import annotations
 
+import math
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,24 +18,38 @@ from segfleet.preprocess.problems import InputError
 from segfleet.slurm import cluster
 from segfleet.slurm.jobspec import JobSpec, make_spec
 from segfleet.slurm.local import INTERRUPTED, RankFailed
-from segfleet.slurm.slurm_job import SlurmJob, attach
-from segfleet.slurm.submitit_launcher import SlurmLauncher
+from segfleet.slurm.slurm_job import OPEN, SlurmJob, attach
+from segfleet.slurm.submission import train_job
+from segfleet.slurm.submitit_launcher import SlurmLauncher, job_name
 
 LOOK = 5.0  # seconds between looks at the queue
-ALIVE = ("queued", "running")
 
 
 class Slurm:
     """order["options"]: {"cluster": a profile's name or null, "spec": fields of a JobSpec}."""
 
+    end: float | None = None  # of time.monotonic(); the first attempt sets it for all
+
     def run(self, order: dict[str, Any], poll: Callable[[], None]) -> None:
-        job = self._known(Path(order["path"])) or self._submit(order)
+        stop = Path(order["path"]) / "stop"  # the ranks look at it, and do not come back then
+        if self.end is None:
+            self.end = time.monotonic() + order["job"].get("max_seconds", math.inf)
+
+        def tick() -> None:
+            poll()
+            if time.monotonic() > self.end:
+                stop.touch()
+
+        job = self._known(stop.parent) or self._submit(order, tick, stop)
         try:
             looked, state = 0.0, "queued"
-            while state in ALIVE:
-                poll()
+            while state in OPEN:
+                tick()
                 if time.monotonic() - looked > LOOK:
                     state, looked = job.state(), time.monotonic()
+                    if state == "queued" and stop.exists():  # nothing runs that would save and stop
+                        with suppress(InputError):
+                            job.cancel()
                 time.sleep(0.2)
         except BaseException:  # stopped by the scheduler, or by a fault of ours: nobody waits for the job any more
             with suppress(InputError):
@@ -49,11 +65,23 @@ class Slurm:
             job = attach(path)
         except InputError:
             return None
-        return job if job.state() in ALIVE else None
+        return job if job.state() in OPEN else None
 
-    def _submit(self, order: dict[str, Any]) -> SlurmJob:
-        job, spec = order["job"], spec_of(order["options"])
-        return SlurmLauncher(ask=False).submit(Path(order["path"]), job["recipe"], Path(job["root"]), spec)
+    def _submit(self, order: dict[str, Any], tick: Callable[[], None], stop: Path) -> SlurmJob:
+        path, spec, root = Path(order["path"]), spec_of(order["options"]), Path(order["job"]["root"])
+        job = {**order["job"], **train_job(path, order["job"]["recipe"], root)}
+        job.pop("max_seconds", None)  # kept by `run`: every start of the job would have all of it again
+        while True:
+            try:
+                return SlurmLauncher().submit_jobs([(path, job)], root, spec, job_name([path]), path)[0]
+            except InputError:
+                if cluster.there_is_one() or shutil.which("sinfo") is None:  # that was the answer
+                    raise
+            while not cluster.there_is_one():
+                tick()
+                if stop.exists():
+                    raise RankFailed("stopped before SLURM took the job", INTERRUPTED)
+                time.sleep(LOOK)
 
 
 def spec_of(options: dict[str, Any]) -> JobSpec:

@@ -238,3 +238,32 @@ def test_submitting_loads_no_torch():
     )
     code += "; import segfleet.slurm.status; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_silence_of_slurm_is_not_the_end_of_a_job(tmp_path, monkeypatch, capsys):
+    """Told once for all runs; only what a job itself wrote down as its end counts meanwhile."""
+    from segfleet.cli import status as words
+    from segfleet.slurm import slurm_job
+
+    facts = {"launcher": "slurm", "spec": JobSpec(), "code": None, "commit": None, "name": "x"}
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    jobs = []
+    for number in range(4):
+        folder = submission.write_job(tmp_path / f"run{number}", {"do": "train"}, JobSpec())
+        made = submission.record(folder, id=str(number), logs=folder, **facts)
+        jobs.append(slurm_job.SlurmJob(tmp_path / f"run{number}", made))
+    for number, name in enumerate(["ended.json", "failed-0.json"]):
+        life = tmp_path / f"run{number}" / "slurm" / "0001" / f"life-{number}.0"
+        life.mkdir()
+        (life / name).write_text(json.dumps({"rank": 0, "time": 1, "exit_code": 1, "message": "the node died", "lost_partner": True}))
+    found = [facts for _, facts in slurm_job.look_at_all(jobs)]
+    assert [(facts["state"], facts["queue"]) for facts in found] == [("done", None), *[("unknown", "unknown")] * 3]
+    assert all("squeue says: slurm_load_jobs error" in facts["reason"] for facts in found[1:])
+    words.render_jobs([{"name": str(number), **facts} for number, facts in enumerate(found)])
+    assert capsys.readouterr().out.count("3 job(s) is unknown: squeue says:") == 1
+    with pytest.raises(InputError, match="whether run2 still runs as job 2 is unknown; squeue says"):
+        slurm_job.refuse_if_active(tmp_path / "run2")
+    monkeypatch.setenv("PATH", "/nowhere")  # a machine without SLURM: the runs' own files speak
+    assert [facts["state"] for _, facts in slurm_job.look_at_all(jobs)] == ["done", "failed", "unknown", "unknown"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import torch
 import yaml
 
 from segfleet.pipeline.recipe import load_recipe
-from segfleet.slurm.local import run_ranks
+from segfleet.slurm.local import RankFailed, run_ranks
+from segfleet.slurm.prepare import prepare
+from segfleet.sweeps import slurm_backend
 
 SMALL = {"architectures": ["unet_lite_standard"], "tune": [1e-3, 1e-4]}
 # Two architectures, two first rates, three second ones: the sweep of the local tests.
@@ -76,3 +79,87 @@ def test_a_sweep_of_jobs_survives_preemption_and_a_killed_controller(cluster, si
     run_ranks({"do": "train", "recipe": recipe, "root": str(tmp_path), "score": False}, 1, threads=1)
     ours, alone = cluster.weights(below), cluster.weights(tmp_path / below.relative_to(runs))
     assert ours.keys() == alone.keys() and all(torch.equal(ours[name], alone[name]) for name in ours)
+
+
+@pytest.fixture
+def stage(cluster, monkeypatch):
+    """`stage(seed, steps)`: what a trial is told of an inner stage of one epoch."""
+    for name in ("PATH", "SLURM_CONF", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    monkeypatch.setattr(slurm_backend, "LOOK", 0.0)
+
+    def order(seed: int, steps: int, **more) -> dict:
+        root = cluster.folder / "stages"
+        text = json.dumps([{"epochs": 1, "steps": steps, "lr": 1e-2}])
+        recipe, path = prepare(str(cluster.folder / "tiny.yaml"), [f"seed={seed}", f"stages={text}"], root)
+        job = {"do": "train", "recipe": recipe.model_dump(mode="json"), "root": str(root), "score": False, **more}
+        return {"path": str(path), "job": job, "options": {"cluster": None, "spec": {}}}
+
+    return order
+
+
+@pytest.mark.slow
+def test_a_silent_controller_is_waited_for(cluster, stage):
+    """While it is away a job is submitted later, neither taken for lost nor submitted again, and nothing untrue is said of it."""
+    order, told = stage(1, 100_000), []
+    run = Path(order["path"])
+
+    def silence() -> None:
+        os.kill(cluster.sandbox.pids()["slurmctld"], signal.SIGTERM)
+        cluster.wait(lambda: "slurmctld" not in cluster.sandbox.pids(), 20, "the controller's end")
+
+    def poll() -> None:
+        if "slurmctld" not in cluster.sandbox.pids():  # it was asked once in the silence: to take the job, how it is
+            cluster.sandbox.start_controller()
+            if told:
+                (run / "stop").touch()
+        if told or not cluster.events(run, "step"):
+            return
+        silence()
+        words = [("status", "stages"), ("cancel", run), ("resume", run), ("logs", run, "-f")]
+        commands = [[sys.executable, "-m", "segfleet.cli.main", *map(str, one)] for one in words]
+        asked = [
+            subprocess.Popen(one, cwd=cluster.folder, env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for one in commands
+        ]
+        told.extend((process.communicate(), process.returncode) for process in asked[:3])
+        assert asked[3].poll() is None, "logs -f goes on"
+        told.append(asked[3])
+
+    silence()
+    with pytest.raises(RankFailed, match="is stopped") as stopped:
+        slurm_backend.Slurm().run(order, poll)
+    assert stopped.value.exit_code == 75
+    (status, code), (cancel, refused), (resume, again), logs = told
+    assert code == 0 and status[0].count("1 job(s) is unknown: squeue says:") == 1 and "forgotten" not in status[0]
+    assert refused == 2 and "Unable to contact slurm controller" in cancel[1]
+    assert again == 2 and "is unknown; squeue says:" in resume[1]
+    assert len(list((run / "slurm").glob("*/submission.json"))) == 1, "it was not submitted again"
+    _, errors = logs.communicate(timeout=60)
+    assert logs.returncode == 0 and errors.count("whether the job still runs is unknown") == 1
+
+
+@pytest.mark.slow
+def test_the_hours_of_a_budget_end_a_job_for_good(cluster, stage):
+    """One that runs saves and stays away, one that still waits is cancelled. An inner stage is not scored, submitted again neither."""
+    order = stage(2, 3)
+    slurm_backend.Slurm().run(order, lambda: None)
+    assert (Path(order["path"]) / "done.json").exists() and not (Path(order["path"]) / "evaluation.json").exists()
+    order = stage(2, 100_000, max_seconds=20)
+    run = Path(order["path"])
+    with pytest.raises(RankFailed) as stopped:
+        slurm_backend.Slurm().run(order, lambda: None)
+    assert stopped.value.exit_code == 75 and "is stopped" in str(stopped.value) and len(cluster.events(run, "stopped")) == 1
+    first = json.loads((run / "slurm" / "0001" / "job.json").read_text())
+    assert "max_seconds" not in first and first["score"] is False
+    (run / "stop").unlink(missing_ok=True)
+    again = json.loads(cluster.segfleet("resume", run, "--json").stdout)
+    assert json.loads((run / "slurm" / "0002" / "job.json").read_text()) == first
+    cluster.segfleet("cancel", run)
+    cluster.wait(lambda: cluster.queue(again["job"])[0] == "CANCELLED", 30, "the end")
+
+    order = stage(3, 100_000, max_seconds=2)
+    order["options"]["spec"]["sbatch"] = ("--hold",)
+    with pytest.raises(RankFailed, match="is cancelled") as stopped:
+        slurm_backend.Slurm().run(order, lambda: None)
+    assert stopped.value.exit_code == 75
