@@ -1,8 +1,9 @@
 """What came out of a sweep: a ranking with intervals, paired differences, the best recipe, CSV and JSON.
 
-score: mean over a point's runs (seeds, folds) of the mean foreground Dice. Its 95 % interval is Student's over those runs if there are
-several, else the bootstrap interval over the patients of the one run. Differences to the best point are paired: case by case, then
-resampled by patient. Points that share a stage also share its luck, which makes that difference sharper and says nothing of other seeds.
+score: mean over a point's runs (seeds, folds) of the mean foreground Dice. Its 95 % interval is Student's over the folds, or over the seeds
+of the one fold; else the bootstrap interval over the patients of the one run. Seeds of a fold share its cases: their mean is one value.
+Differences to the best point are paired: case by case, then resampled by patient. Points that share a stage also share its luck, which makes
+that difference sharper and says nothing of other seeds.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def outcome(plan: Plan, ledger: Ledger) -> dict[str, Any]:
 
 
 def _row(ledger: Ledger, trials: Sequence[Trial]) -> dict[str, Any]:
-    """One point. `score` is None until all its runs are scored."""
+    """One point. `score` is None until all its runs are scored. Trials with the same last stage are one run."""
+    trials = list({ledger.tree.leaves[trial.number]: trial for trial in trials}.values())
     leaves = [ledger.tree.nodes[ledger.tree.leaves[trial.number]] for trial in trials]
     states = [ledger.state(leaf) for leaf in leaves]
     documents = [
@@ -75,12 +77,24 @@ def _row(ledger: Ledger, trials: Sequence[Trial]) -> dict[str, Any]:
     score = float(np.mean(values)) if None not in values else None
     interval, over = None, None
     if score is not None and len(values) > 1:
-        interval, over = student(values), f"{len(values)} runs"
+        interval, over = replicates(runs)
     elif score is not None:
         interval, over = documents[0]["summary"]["mean_foreground_dice_ci95"], f"{documents[0]['summary']['patients']} patients"
     row = {"rank": None, "point": trials[0].point, "name": describe(trials[0].point), "score": score, "ci95": interval, "over": over}
     row |= {"runs": runs, "epochs": leaves[0].end, "stages": [leaf.path.as_posix().split("/") for leaf in leaves], "against_best": None}
     return {**row, "parameters": documents[0]["parameters"] if documents[0] else None, "_documents": documents}
+
+
+def replicates(runs: Sequence[dict[str, Any]]) -> tuple[list[float], str]:
+    """The interval over several runs' `dice`, and what it is over: independent values only."""
+    folds: dict[int, list[float]] = {}
+    for run in runs:
+        folds.setdefault(run["fold"], []).append(run["dice"])
+    if len(folds) == 1:
+        return student([run["dice"] for run in runs]), f"{len(runs)} seeds"
+    seeds = len({run["seed"] for run in runs})
+    over = f"{len(folds)} folds" + (f" of {seeds} seeds" if seeds > 1 else "")
+    return student([float(np.mean(values)) for values in folds.values()]), over
 
 
 def student(values: Sequence[float]) -> list[float]:

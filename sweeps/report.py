@@ -79,9 +79,9 @@ def _ranking(document: dict[str, Any]) -> str:
         )  # fmt: skip
         lines.append(f"<tr>{cells}</tr>")
     text = (
-        "Dice with its 95 % interval (Student's over seeds and folds; over patients where there is one run). Differences are paired case "
-        "by case, intervals and sign-flip p over patients, not corrected for the number of points. Points that share a stage share its "
-        "luck: comparing first stages needs several seeds."
+        "Dice with its 95 % interval (Student's over folds, or over the seeds of one fold; over patients where there is one run). "
+        "Differences are paired case by case, intervals and sign-flip p over patients, not corrected for the number of points. "
+        "Points that share a stage share its luck: comparing first stages needs several seeds."
     )
     return table(head, lines, text, "Ranking of all points")
 

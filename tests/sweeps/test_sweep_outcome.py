@@ -10,8 +10,9 @@ import pytest
 from segfleet.pipeline.recipe import load_recipe
 from segfleet.pipeline.scored import score_facts
 from segfleet.sweeps.ledger import Ledger
-from segfleet.sweeps.outcome import as_csv, outcome, paired, student, write_outcome
+from segfleet.sweeps.outcome import as_csv, outcome, paired, replicates, student, write_outcome
 from segfleet.sweeps.plan import make_plan
+from segfleet.sweeps.space import Trial
 
 
 def test_students_interval():
@@ -26,6 +27,18 @@ def test_paired_differences():
     assert nothing["ci95"][0] < 0 < nothing["ci95"][1] and nothing["p"] > 0.05
     assert paired([[0.1, 0.3]]) == {"mean": pytest.approx(0.2), "ci95": None, "p": None}
     assert paired([[0.0]] * 5)["p"] == 1.0
+
+
+def test_seeds_of_a_fold_are_one_value():
+    dice = {0: [0.60, 0.62, 0.64], 1: [0.70, 0.72, 0.74], 2: [0.80, 0.82, 0.84]}
+    runs = [{"seed": seed, "fold": fold, "dice": value} for fold, values in dice.items() for seed, value in enumerate(values)]
+    for given, values, words in (
+        (runs, [0.62, 0.72, 0.82], "3 folds of 3 seeds"),
+        ([run for run in runs if run["seed"] == 1], [0.62, 0.72, 0.82], "3 folds"),
+        ([run for run in runs if run["fold"] == 1], [0.70, 0.72, 0.74], "3 seeds"),
+    ):
+        interval, over = replicates(given)
+        assert interval == pytest.approx(student(values)) and over == words
 
 
 @pytest.fixture
@@ -59,12 +72,20 @@ def test_ranking(scored):
     assert [row["rank"] for row in document["ranking"]] == [1, 2, 3, 4, 5] and len(document["unranked"]) == 1
     best, second = document["ranking"][:2]
     assert best["point"] == {"stages.0.lr": 1e-3, "stages.1.lr": 3e-4}
-    assert best["score"] == pytest.approx(0.855) and best["over"] == "2 runs" and best["ci95"][0] < 0.855 < best["ci95"][1]
+    assert best["score"] == pytest.approx(0.855) and best["over"] == "2 seeds" and best["ci95"][0] < 0.855 < best["ci95"][1]
     assert second["against_best"]["mean"] == pytest.approx(0.1) and second["against_best"]["patients"] == 3
     assert second["against_best"]["shared_stages"] == 1 and document["ranking"][-1]["against_best"]["shared_stages"] == 0
     missing = document["unranked"][0]
     assert missing["score"] is None and sorted(run["state"] for run in missing["runs"]) == ["done", "ready"]
     assert document["nodes"] == {"done": 15, "ready": 1}
+
+
+def test_a_run_and_its_copy_are_no_replicates(scored):
+    plan, ledger = scored
+    copies = [Trial(number=100 + trial.number, point=trial.point, recipe=trial.recipe) for trial in plan.trials if trial.recipe.seed == 0]
+    before = outcome(plan, ledger)
+    plan.tree.add(copies)
+    assert outcome(plan, ledger)["ranking"] == before["ranking"]
 
 
 def test_a_failed_stage_is_named_with_what_it_took(scored):
