@@ -9,6 +9,7 @@ import os
 import pkgutil
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -188,6 +189,18 @@ def duplicates(ids: list[str]) -> list[Problem]:
         for case, n in seen.items()
         if n > 1
     ]
+
+
+def fold_problems(file: str, place: str, fold: Mapping[str, Iterable[str]], ids: set[str], folder: str) -> list[Problem]:
+    """Cases of a split's list that are not there, or on both of its sides."""
+    found = []
+    unknown = sorted({*fold["train"], *fold["val"]} - ids, key=natural)
+    both = sorted({*fold["train"]} & {*fold["val"]}, key=natural)
+    for cases, expected in ((unknown, f"cases of {folder}"), (both, "no case in both train and val")):
+        if cases:
+            text = ", ".join(cases[:5]) + (f" and {len(cases) - 5} more" if len(cases) > 5 else "")
+            found.append(Problem(case=file, field=place, found=text, expected=expected, mend="Correct the file or remove it."))
+    return found
 
 
 def count_problem(found: int, declared: Any, key: str = "numTraining") -> list[Problem]:

@@ -11,6 +11,7 @@ from typing import ClassVar
 from segfleet.preprocess.readers.base import CaseRef, Facts, Folds
 from segfleet.preprocess.readers.pairs import LOSSY, PairReader, inside, paired, pictures, sides, without
 from segfleet.preprocess.readers.places import locate
+from segfleet.preprocess.splits import published
 
 SUFFIX = "_segmentation"
 
@@ -55,4 +56,5 @@ class Reader(PairReader):
         refs = self.refs()
         part = {name: [ref for ref in refs if inside(ref, self.folder / images)] for name, (images, _) in self.parts.items()}
         found = {"official": sides(part["training"], part["validation"]), "official-test": sides(part["training"], part["test"])}
-        return {**{name: folds for name, folds in found.items() if folds[0]["train"] and folds[0]["val"]}, **super().splits()}
+        found = {name: folds for name, folds in found.items() if folds[0]["train"] and folds[0]["val"]}
+        return {**found, **published([ref.id for ref in part["training"] or refs])}  # papers draw from the training part

@@ -5,9 +5,12 @@ Source: specification `datasets_2d`, section 3.
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
-from segfleet.preprocess.readers.base import CaseRef, Facts, Folds
+from segfleet.preprocess.images import ENDINGS
+from segfleet.preprocess.problems import Problem
+from segfleet.preprocess.readers.base import CaseRef, Facts, Folds, fold_problems
 from segfleet.preprocess.readers.pairs import PairReader, paired, pictures
 from segfleet.preprocess.readers.places import locate
 
@@ -33,13 +36,27 @@ class Reader(PairReader):
         images, masks = self.folder / "images", self.folder / "masks"
         return paired(pictures(images), pictures(masks), f"{images}/{{}}.jpg", f"{masks}/{{}}.jpg")
 
+    @cached_property
+    def lists(self) -> dict[str, tuple[str, ...]]:
+        """The authors' "train" and "val", names with or without an ending; none unless both files are there."""
+        files = {side: self.folder / f"{side}.txt" for side in ("train", "val")}
+        if not all(path.is_file() for path in files.values()):
+            return {}
+        return {side: tuple(map(_id, path.read_text(encoding="utf-8-sig", errors="replace").split())) for side, path in files.items()}
+
+    def problems(self) -> list[Problem]:
+        lists = fold_problems("train.txt, val.txt", "names", self.lists, {ref.id for ref in self.refs()}, "images") if self.lists else []
+        return super().problems() + lists
+
     def splits(self) -> dict[str, Folds]:
         """The authors' lists (880 and 120), where their files lie beside the images, and the random ones of papers."""
-        lists = [self.folder / name for name in ("train.txt", "val.txt")]
-        if not all(path.is_file() for path in lists):
-            return super().splits()
         known = {ref.id for ref in self.refs()}
-        train, val = (
-            tuple(name for name in path.read_text(encoding="utf-8-sig", errors="replace").split() if name in known) for path in lists
-        )
-        return {"official": ({"train": tuple(n for n in train if n not in set(val)), "val": val},), **super().splits()}
+        train, val = (tuple(name for name in self.lists.get(side, ()) if name in known) for side in ("train", "val"))
+        train = tuple(name for name in train if name not in set(val))
+        return {**({"official": ({"train": train, "val": val},)} if train and val else {}), **super().splits()}
+
+
+def _id(name: str) -> str:
+    """Of a list's entry: images/ID.jpg or ID."""
+    name = name.rpartition("/")[2]
+    return next((name[: -len(end)] for end in ENDINGS if name.lower().endswith(end)), name)

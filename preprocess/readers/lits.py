@@ -6,6 +6,7 @@ Source: specification `datasets_2d`, section 9, and `datasets_3d`, section 4.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 from segfleet.preprocess.manifest import Dataset
@@ -47,7 +48,8 @@ class Reader(RawReader):
         refs = []
         for number, path in volumes:
             beside = path.with_name(re.sub("volume", "segmentation", path.name, flags=re.IGNORECASE))
-            refs.append(CaseRef(id=f"volume-{number}", images=(path,), labels=(masks.get(number, [beside])[0],)))
+            label = min(masks.get(number, [beside]), key=lambda mask: mask.parent != path.parent)  # beside the volume, if there is one
+            refs.append(CaseRef(id=f"volume-{number}", images=(path,), labels=(label,)))
         for number in sorted({*masks} - {number for number, _ in volumes}, key=int):
             path = masks[number][0]
             image = path.with_name(re.sub("segmentation", "volume", path.name, flags=re.IGNORECASE))
@@ -55,7 +57,16 @@ class Reader(RawReader):
         return sorted(refs, key=lambda ref: natural(ref.id))
 
     def problems(self) -> list[Problem]:
-        return duplicates([ref.id for ref in self.refs()])
+        found = duplicates([ref.id for ref in self.refs()])
+        volumes = Counter(number for number, _ in _sorted(self.folder, "volume"))
+        masks: dict[str, list[str]] = {}
+        for number, path in _sorted(self.folder, "segmentation"):
+            masks.setdefault(number, []).append(path.relative_to(self.folder).as_posix())
+        for number, paths in masks.items():
+            if len(paths) > max(1, volumes[number]):
+                facts = {"expected": "one", "mend": "Keep the right one."}
+                found.append(Problem(case=f"volume-{number}", field="label", found=f"{len(paths)} masks: {', '.join(paths)}", **facts))
+        return found
 
 
 def _files(folder: Path) -> list[Path]:

@@ -20,6 +20,7 @@ from segfleet.preprocess.readers.base import (
     RawReader,
     count_problem,
     field,
+    fold_problems,
     natural,
     number,
     patient_of,
@@ -159,16 +160,8 @@ class Reader(RawReader):
         return found + self._split_problems({ref.id for ref in refs})
 
     def _split_problems(self, ids: set[str]) -> list[Problem]:
-        found = []
-        for index, fold in enumerate(self.splits().get("nnunet", ())):
-            unknown = sorted({*fold["train"], *fold["val"]} - ids, key=natural)
-            both = sorted({*fold["train"]} & {*fold["val"]}, key=natural)
-            for cases, expected in ((unknown, "cases of imagesTr"), (both, "no case in both train and val")):
-                if cases:
-                    text = ", ".join(cases[:5]) + (f" and {len(cases) - 5} more" if len(cases) > 5 else "")
-                    facts = {"found": text, "expected": expected, "mend": "Correct the file or remove it."}
-                    found.append(Problem(case="splits_final.json", field=f"fold {index}", **facts))
-        return found
+        folds = self.splits().get("nnunet", ())
+        return [p for index, fold in enumerate(folds) for p in fold_problems("splits_final.json", f"fold {index}", fold, ids, "imagesTr")]
 
     def splits(self) -> dict[str, Folds]:
         path = self.root / "splits_final.json"

@@ -71,6 +71,22 @@ def test_kvasir_masks_are_jpeg_and_ring(tmp_path):
     assert [len(side) for side in reader.splits()["official"][0].values()] == [7, 1]
 
 
+def test_kvasir_lists_may_have_endings_and_name_what_is_there(tmp_path):
+    reader = opened("kvasir_seg", tmp_path / "raw")
+    official = reader.splits()["official"]
+    for side in ("train", "val"):
+        path = reader.folder / f"{side}.txt"
+        path.write_text("\n".join(f"images/{name}.jpg" for name in path.read_text().split()))
+    again = open_reader("kvasir_seg", reader.root)
+    assert again.splits()["official"] == official and not again.problems()
+    (reader.folder / "val.txt").write_text("nobody.jpg other")
+    (problem,) = open_reader("kvasir_seg", reader.root).problems()
+    assert (problem.case, problem.found, problem.expected) == ("train.txt, val.txt", "nobody, other", "cases of images")
+    assert "official" not in open_reader("kvasir_seg", reader.root).splits()
+    (reader.folder / "val.txt").write_text(official[0]["train"][0])
+    assert [p.expected for p in open_reader("kvasir_seg", reader.root).problems()] == ["no case in both train and val"]
+
+
 def test_an_empty_jpeg_mask_stays_empty(tmp_path):
     reader = opened("kvasir_seg", tmp_path / "raw")
     noise = np.random.default_rng(0).integers(0, 20, (48, 48)).astype(np.uint8)
@@ -99,6 +115,8 @@ def test_isic_parts(name, tmp_path):
     assert len(refs) == 12 and all(ref.images[0].suffix == ".jpg" and "segmentation" in ref.labels[0].name.lower() for ref in refs)
     assert [len(side) for side in reader.splits()["official"][0].values()] == [6, 3]
     assert reader.splits()["official-test"][0]["val"] == tuple(ref.id for ref in refs[9:])
+    drawn = reader.splits()["80-20-seed41"][0]
+    assert sorted(drawn["train"] + drawn["val"]) == sorted(ref.id for ref in refs[:6]), "of the training part only"
     shutil.rmtree(reader.root / reader.parts["test"][1])
     fewer = open_reader(name, reader.root)
     assert len(fewer.refs()) == 9 and "official-test" not in fewer.splits() and not fewer.problems()
@@ -135,6 +153,19 @@ def test_lits_batches(tmp_path):
     assert not survey(open_reader("lits", reader.root), workers=1).problems
     regions = open_reader("lits", reader.root, regions="liver-tumour").dataset()
     assert regions.regions == {"liver": (1, 2), "tumour": (2,)} and regions.region_order == (1, 2) and not reader.dataset().regions
+
+
+def test_a_second_segmentation_is_told_and_does_not_win(tmp_path):
+    reader = opened("lits", tmp_path / "raw", 6)
+    last = reader.refs()[-1]
+    other = next(ref.images[0].parent for ref in reader.refs() if ref.images[0].parent != last.images[0].parent)
+    assert other < last.images[0].parent
+    shutil.copy(reader.refs()[0].labels[0], other / last.labels[0].name)
+    again = open_reader("lits", reader.root)
+    assert again.refs() == reader.refs(), "the one beside the volume"
+    (problem,) = again.problems()
+    assert (problem.case, problem.field) == (last.id, "label")
+    assert problem.found == "2 masks: Training Batch 1/segmentation-5.nii, Training Batch 2/segmentation-5.nii"
 
 
 def test_acdc_reads_the_frames_of_info_cfg(tmp_path):
