@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -42,6 +43,15 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" at {error.filename}" if error.filename else ""
         return f"no space left on the device{where}. Free some and run the same command again: it goes on.", 2
+    if isinstance(error, NotADirectoryError | FileExistsError) and (file := _file_above(error.filename)):
+        return f"{file} is a file, expected a folder. Choose another folder, or move the file away.", 2
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return f"{error.filename or 'output'}: the file system can only be read. Choose a folder you may write to.", 2
     if isinstance(error, PermissionError):
         return f"{error.filename}: permission denied. Choose a folder you may write to, or mend its permissions.", 2
     return None
+
+
+def _file_above(path: str | None) -> Path | None:
+    """What is no folder in a path that ought to be made of folders."""
+    return next((part for part in (Path(path), *Path(path).parents) if part.exists() and not part.is_dir()), None) if path else None

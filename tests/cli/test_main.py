@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -59,6 +60,24 @@ def test_exit_codes(capsys):
     assert main.exit_code(KeyboardInterrupt()) == 75
     with pytest.raises(ZeroDivisionError):
         main.exit_code(ZeroDivisionError())
+
+
+def test_a_path_that_cannot_be_made_is_one_sentence(tmp_path, capsys):
+    """The system's own errors, as the commands meet them."""
+    file = tmp_path / "afile"
+    file.touch()
+    attempts = ((file / "x" / "y").mkdir, file.mkdir, (file / "x.json").read_text)
+    for attempt in attempts:
+        with pytest.raises(OSError) as caught:
+            attempt()
+        assert main.exit_code(caught.value) == 2
+        assert capsys.readouterr().err.startswith(f"segfleet: {file} is a file, expected a folder. Choose another folder")
+    assert main.exit_code(OSError(errno.EROFS, "Read-only file system", "/x")) == 2
+    assert "/x: the file system can only be read" in capsys.readouterr().err
+    with pytest.raises(FileExistsError) as ours:  # a folder that is there is no mistake of the user
+        tmp_path.mkdir()
+    with pytest.raises(FileExistsError):
+        main.exit_code(ours.value)
 
 
 def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path):
