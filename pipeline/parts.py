@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from segfleet.models import registry
 from segfleet.pipeline.deep_supervision import DeepSupervision
+from segfleet.pipeline.engines.common import trainable
 from segfleet.pipeline.losses.base import build_loss
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.task import Task, make_task
@@ -78,5 +79,12 @@ def check_recipe(recipe: Recipe, manifest: Manifest) -> Task:
     with torch.device("meta"), torch.no_grad():
         network, patch = build_network(recipe, manifest, task).eval(), patch_of(recipe, manifest)
         network(torch.empty(1, len(manifest.dataset.channels), *(patch[1:] if patch[0] == 1 else patch)))
+    if patch[0] == 1 and 0 in recipe.evaluation.mirror:
+        raise InputError(f"evaluation.mirror: found {list(recipe.evaluation.mirror)}, but the network is 2D; expected 1 (y) and 2 (x)")
+    for index, stage in enumerate(recipe.stages):
+        try:
+            trainable(network, stage)
+        except InputError as error:
+            raise InputError(f"stages.{index}.{error}") from None
     Objective(recipe, task)
     return task

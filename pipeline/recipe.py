@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from segfleet.preprocess.problems import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
 
 Positive = Annotated[int, Field(gt=0)]
+Above = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1 reads 1e-3 as text and 1.0e-3 as a number
+TEXTS = ("name", "split", "store")  # keys whose values stay text
+
+
+def _distinct(axes: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(axes)) < len(axes):
+        raise ValueError("An axis stands twice")
+    return axes
+
+
+def _rising(ends: tuple[float, float]) -> tuple[float, float]:
+    if ends[0] > ends[1]:
+        raise ValueError("The first value should not be greater than the second")
+    return ends
+
+
+Axes = Annotated[tuple[Annotated[int, Field(ge=0, le=2)], ...], AfterValidator(_distinct)]
 
 
 class Section(BaseModel):
@@ -24,14 +44,16 @@ class Section(BaseModel):
 class Augment(Section):
     """Probabilities are per sample. Spatial transforms are drawn before reading and cost one resampling pass together."""
 
-    flip: tuple[int, ...] | None = Field(None, description="axes that may be mirrored (0 z, 1 y, 2 x); none: all")
+    flip: Axes | None = Field(None, description="axes that may be mirrored (0 z, 1 y, 2 x); none: all")
     rotation: Share = Field(0.2, description="probability of a rotation")
     angle: Annotated[float, Field(ge=0, le=180)] = Field(30.0, description="largest angle in degrees; in plane only when the patch is flat")
     rot90: bool = Field(False, description="turn by a multiple of 90 degrees in plane; the patch's y and x sizes must agree")
     scale: Share = Field(0.2, description="probability of a change of scale")
-    scale_range: tuple[float, float] = Field((0.7, 1.4), description="smallest and largest magnification")
+    scale_range: Annotated[tuple[Above, Above], AfterValidator(_rising)] = Field(
+        (0.7, 1.4), description="smallest and largest magnification"
+    )
     elastic: Share = Field(0.0, description="probability of an elastic deformation")
-    elastic_size: float = Field(8.0, description="typical displacement in voxels")
+    elastic_size: Annotated[float, Field(ge=0)] = Field(8.0, description="typical displacement in voxels")
     gamma: Share = Field(0.3, description="probability of a gamma transform")
     contrast: Share = Field(0.15, description="probability of a change of contrast")
     brightness: Share = Field(0.15, description="probability of a change of brightness")
@@ -70,7 +92,7 @@ class Loss(Section):
 class Optimizer(Section):
     name: Literal["adamw", "adam", "sgd"] = Field("adamw", description="update rule")
     weight_decay: Annotated[float, Field(ge=0)] = Field(1e-2, description="not applied to biases, norms and parameters marked no-decay")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="Adam's decay rates")
     momentum: Share = Field(0.99, description="SGD's momentum")
     nesterov: bool = Field(True, description="SGD with Nesterov's momentum")
     clip: Annotated[float, Field(ge=0)] = Field(12.0, description="largest norm of the gradient; 0: no clipping")
@@ -82,9 +104,9 @@ class Stage(Section):
     name: str = Field("train", description="shown in logs and reports; does not change the result")
     epochs: Positive = Field(description="epochs of this stage")
     steps: Positive | None = Field(None, description="optimizer steps of an epoch; none: one pass over the training cases")
-    lr: Annotated[float, Field(gt=0)] = Field(description="peak learning rate")
+    lr: Above = Field(description="peak learning rate")
     schedule: Literal["constant", "poly", "cosine"] = Field("constant", description="how the rate falls to `floor` over the stage")
-    power: float = Field(0.9, description="exponent of the poly schedule")
+    power: Above = Field(0.9, description="exponent of the poly schedule")
     period: Positive | None = Field(None, description="epochs in which the cosine falls; then it rises as long, and so on; none: the stage")
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up from 0")
     floor: Annotated[float, Field(ge=0)] = Field(0.0, description="lowest rate of the cosine and poly schedules")
@@ -102,7 +124,7 @@ class Engine(Section):
     channels_last: bool = Field(True, description="memory format of weights and images")
     compile: bool = Field(False, description="torch.compile")
     checkpoint_activations: bool = Field(False, description="recompute activations in backward: less memory, more time")
-    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of an exponential moving average of the weights; 0: none")
+    ema: Decay = Field(0.0, description="decay of an exponential moving average of the weights; 0: none")
     options: dict[str, Any] = Field(default_factory=dict, description="options of that engine")
 
 
@@ -110,7 +132,7 @@ class Evaluation(Section):
     every: Annotated[int, Field(ge=0)] = Field(0, description="validate every so many epochs while training; 0: only at the end")
     cases: Positive | None = Field(None, description="validate while training on so many cases at most; the final score always uses all")
     overlap: Annotated[float, Field(ge=0, lt=1)] = Field(0.5, description="overlap of neighbouring tiles")
-    mirror: tuple[int, ...] = Field((), description="axes mirrored at test time (0 z, 1 y, 2 x)")
+    mirror: Axes = Field((), description="axes mirrored at test time (0 z, 1 y, 2 x)")
     batch: Positive = Field(1, description="tiles per forward pass")
     weights: Literal["last", "best"] = Field("last", description="checkpoint that is scored; best is chosen on the validation cases")
 
@@ -119,7 +141,7 @@ class Recipe(Section):
     """Everything about a run."""
 
     name: str = Field(description="for people; does not change the result")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of weights, sampling and augmentation")
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(0, description="of weights, sampling and augmentation")
     data: Data = Field(default_factory=Data, description="cases and patches")
     model: Model = Field(description="which network")
     loss: Loss = Field(default_factory=Loss, description="what is minimised")
@@ -152,29 +174,50 @@ def read_document(source: str) -> dict[str, Any]:
             raise InputError(f"recipe: found no file '{source}' and no shipped recipe of that name; shipped: {', '.join(recipe_names())}")
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that does not exist
         raise InputError(f"recipe: {path} is no YAML document: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise InputError(f"recipe: {path} holds {type(document).__name__}, expected a mapping of keys to values")
-    return document
+    return number_like(_plain(document, f"recipe: {path}"))
+
+
+def number_like(value: Any) -> Any:
+    """What YAML 1.1 reads as text and is meant as a number, such as 1e-5, as that number, wherever it stands but in `TEXTS`."""
+    if isinstance(value, dict):
+        return {key: one if key in TEXTS else number_like(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [number_like(one) for one in value]
+    return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A copy that knows only what JSON knows; what YAML takes for a date is text. Raises InputError."""
+    try:
+        return json.loads(json.dumps(value, default=str))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{where} holds a key that is no text, or an alias of itself: {error}") from None
 
 
 def override(document: dict[str, Any], changes: list[str]) -> dict[str, Any]:
     """Apply `key.path=value` (values are YAML; list items by index, `stages.0.lr=1e-3`). Raises InputError."""
-    document = json.loads(json.dumps(document))
+    document = _plain(document, "recipe")
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals or not key:
             raise InputError(f"override: found '{change}', expected key.path=value, for example stages.0.lr=1e-3")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             raise InputError(f"override: the value of '{change}' is no YAML") from None
-        node: Any = document
         *parents, last = key.split(".")
-        for part in parents:
+        value = _plain(value, f"override: '{change}'")
+        value = value if last in TEXTS else number_like(value)
+        node: Any = document
+        for place, part in enumerate(parents, 1):
             if isinstance(node, list):
                 node = node[_index(node, part, change)]
+                if not isinstance(node, dict | list):
+                    raise InputError(f"override: '{change}': {'.'.join(parents[:place])} is {json.dumps(node)}, which has no keys below it")
             else:
                 if not isinstance(node.get(part), dict | list):
                     node[part] = {}
@@ -187,7 +230,7 @@ def override(document: dict[str, Any], changes: list[str]) -> dict[str, Any]:
 
 
 def _index(node: list, part: str, change: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
+    if not part.isdecimal() or int(part) >= len(node):
         raise InputError(f"override: '{part}' in '{change}' is no index of a list of {len(node)}; expected 0 to {len(node) - 1}")
     return int(part)
 
@@ -212,7 +255,7 @@ def _sentence(fault: Any) -> str:
         return f"  {where}: unknown key; expected one of: {', '.join(_legal_keys(fault['loc'][:-1]))}"
     if fault["type"] == "missing":
         return f"  {where}: missing"
-    return f"  {where}: found {fault['input']!r}. {fault['msg']}"
+    return f"  {where}: found {fault['input']!r}. {fault['msg'].removeprefix('Value error, ')}"
 
 
 def _legal_keys(location: tuple) -> list[str]:

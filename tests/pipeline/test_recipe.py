@@ -10,10 +10,10 @@ import typer
 import yaml
 
 from segfleet.pipeline import recipe as recipes
-from segfleet.pipeline.parts import Objective, build_network
+from segfleet.pipeline.parts import Objective, build_network, check_recipe
 from segfleet.pipeline.schedule import learning_rate
 from segfleet.pipeline.task import make_task
-from segfleet.preprocess.manifest import Dataset, Manifest, Plan
+from segfleet.preprocess.manifest import Dataset, Manifest, Plan, load_manifest
 from segfleet.preprocess.problems import InputError
 from segfleet.preprocess.readers.base import open_reader, readers
 
@@ -44,6 +44,18 @@ def test_unknown_keys_and_illegal_values_are_all_named_at_once():
         ({"engine": {"precision": "int8"}}, "engine.precision: found 'int8'"),
         ({"evaluation": {"overlap": 1.0}}, "evaluation.overlap: found 1.0"),
         ({"model": {}}, "model.name: missing"),
+        ({"seed": 2**63}, "seed: found 9223372036854775808"),
+        ({"evaluation": {"mirror": [5]}}, "evaluation.mirror.0: found 5. Input should be less than or equal to 2"),
+        ({"evaluation": {"mirror": [1, 1]}}, "evaluation.mirror: found [1, 1]. An axis stands twice"),
+        ({"data": {"augment": {"flip": [7]}}}, "data.augment.flip.0: found 7"),
+        ({"data": {"augment": {"elastic_size": -5}}}, "data.augment.elastic_size: found -5"),
+        ({"data": {"augment": {"scale_range": [0, 0]}}}, "data.augment.scale_range.0: found 0. Input should be greater than 0"),
+        ({"data": {"augment": {"scale_range": [-1, -0.5]}}}, "data.augment.scale_range.0: found -1"),
+        ({"data": {"augment": {"scale_range": [2, 1]}}}, "data.augment.scale_range: found [2, 1]. The first value should not be greater"),
+        ({"optimizer": {"betas": [2, 3]}}, "optimizer.betas.0: found 2"),
+        ({"optimizer": {"betas": [1.0, 1.0]}}, "optimizer.betas.1: found 1.0. Input should be less than 1"),
+        ({"optimizer": {"betas": [0.9, -1]}}, "optimizer.betas.1: found -1"),
+        ({"stages": [{"epochs": 1, "lr": 1, "power": -2}]}, "stages.0.power: found -2"),
     ],
 )
 def test_illegal_values(change, words):
@@ -59,6 +71,52 @@ def test_overrides():
     for bad, words in (("lr", "expected key.path=value"), ("stages.7.lr=1", index), ("seed=[", "no YAML")):
         with pytest.raises(InputError, match=words.replace("[", r"\[")):
             recipes.override(MINIMAL, [bad])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["stages.0=5", "stages.0.lr=3"], "'stages.0.lr=3': stages.0 is 5, which has no keys below it"),
+        (["evaluation.mirror=[1]", "evaluation.mirror.0.x=3"], "evaluation.mirror.0 is 1, which has no keys below it"),
+        (["stages.\u00b2.lr=1"], "no index of a list of 1"),
+        (["name=2026-13-01"], "no YAML"),
+        (["name={2026-01-01: 2}"], "a key that is no text"),
+    ],
+)
+def test_overrides_that_fit_nowhere(changes, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        recipes.override(MINIMAL, changes)
+
+
+def test_values_that_yaml_reads_otherwise_than_meant(tmp_path):
+    path = tmp_path / "r.yaml"
+    text = "name: 2026-01-01\nmodel: {name: 1e5, options: {a: 1e-5, b: [-.5E+2, 1e, x1e3]}}\nstages: [{epochs: 1e1, lr: 1e-5}]\n"
+    path.write_text(text + "data: {split: 1e5}\n")
+    recipe = recipes.load_recipe(str(path), ["model.options.c=3e-2", "stages.0.name=2026-01-02", "data.store=1e5"])
+    assert (recipe.name, recipe.model.name, recipe.data.split, recipe.data.store) == ("2026-01-01", "1e5", "1e5", "1e5")
+    assert recipe.model.options == {"a": 1e-5, "b": [-50.0, "1e", "x1e3"], "c": 0.03}
+    assert (recipe.stages[0].name, recipe.stages[0].epochs, recipe.stages[0].lr) == ("2026-01-02", 10, 1e-5)
+    for wrong, words in (("name: 2026-13-01", "no YAML document: month"), ("2026-01-01: 1", "no text"), ("name: &a [*a]", "an alias")):
+        path.write_text(wrong)
+        with pytest.raises(InputError, match=words):
+            recipes.load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["stages.1.freeze=[nosuch]"], "stages.1.freeze: no parameter name begins with 'nosuch'; names begin with: down1"),
+        (["stages.0.freeze=['']"], "stages.0.freeze:  leaves nothing to train"),
+        (["evaluation.mirror=[0]"], "evaluation.mirror: found [0], but the network is 2D"),
+    ],
+)
+def test_what_would_show_only_after_training_is_found_before(tiny_recipe, changes, words):
+    folder = tiny_recipe([{"epochs": 1, "lr": 1e-3, "freeze": ["inc"]}, {"epochs": 1, "lr": 1e-3, "freeze": ["down1", "up4"]}], batch=2)
+    sound = recipes.load_recipe(str(folder / "tiny.yaml"), ["evaluation.mirror=[2,1]", f"seed={2**63 - 1}"])
+    manifest = load_manifest(sound.data.store)
+    check_recipe(sound, manifest)
+    with pytest.raises(InputError, match=re.escape(words)):
+        check_recipe(recipes.load_recipe(str(folder / "tiny.yaml"), changes), manifest)
 
 
 def test_files(tmp_path):
