@@ -75,15 +75,15 @@ def command(
     open_ones = {run: made for run, made in chosen.items() if not prepare.finished(run)}
     for run in open_ones:
         refuse_if_active(run) if not dry_run else None
+    if check and open_ones:
+        from segfleet.slurm.check import check_recipes
+
+        check_recipes(list(open_ones.values()), spec.ranks)
     launcher = SlurmLauncher(live=live)
     if dry_run:
         document = rehearse(launcher, list(open_ones or chosen), root, spec)
         show(document, as_json, render_script)
         return
-    if check and open_ones:
-        from segfleet.slurm.check import check_recipe
-
-        check_recipe(next(iter(open_ones.values())), spec.ranks)
     jobs = {job.run: job for job in launcher.submit_array(list(open_ones.items()), root, spec)} if open_ones else {}
     rows = [row(run, jobs.get(run)) for run in chosen]
     show(rows if array else rows[0], as_json, lambda _: render(rows))

@@ -1,4 +1,4 @@
-"""Everything about a recipe that can be known before a job waits in a queue. `python -m segfleet.slurm.check RANKS < recipe.json`.
+"""Everything about a recipe that can be known before a job waits in a queue. `python -m segfleet.slurm.check RANKS < recipes.json`.
 
 In a process of its own, because it builds the network and so needs torch, which the submitting process does without.
 """
@@ -13,14 +13,20 @@ from typing import Any
 from segfleet.preprocess.problems import InputError
 
 
-def check_recipe(recipe: dict[str, Any], ranks: int) -> None:
-    """Network, loss, patch, batch and ranks fit together and to the store. Raises InputError."""
+def check_recipes(recipes: list[dict[str, Any]], ranks: int) -> None:
+    """Network, loss, patch, batch and ranks fit together and to the store, in every recipe. Raises InputError."""
+    recipes = list({json.dumps(_parts(recipe)): recipe for recipe in recipes}.values())
     command = [sys.executable, "-m", "segfleet.slurm.check", str(ranks)]
-    done = subprocess.run(command, input=json.dumps(recipe), capture_output=True, text=True)
+    done = subprocess.run(command, input=json.dumps(recipes), capture_output=True, text=True)
     if done.returncode == 2:
         raise InputError(done.stderr.strip())
     if done.returncode:
         raise RuntimeError(f"the check of the recipe failed:\n{done.stderr}")
+
+
+def _parts(recipe: dict[str, Any]) -> list[Any]:
+    """What is checked of a recipe: of two that agree in it, one is enough."""
+    return [recipe["model"], recipe["loss"], recipe["engine"], *(recipe["data"][key] for key in ("store", "patch", "batch"))]
 
 
 def main() -> int:
@@ -29,9 +35,9 @@ def main() -> int:
     from segfleet.preprocess.manifest import load_manifest
 
     try:
-        recipe = parse(json.load(sys.stdin))
-        parts.check_recipe(recipe, load_manifest(recipe.data.store))
-        loader.check_shares(recipe.data.batch, int(sys.argv[1]), recipe.engine.accumulate)
+        for recipe in map(parse, json.load(sys.stdin)):
+            parts.check_recipe(recipe, load_manifest(recipe.data.store))
+            loader.check_shares(recipe.data.batch, int(sys.argv[1]), recipe.engine.accumulate)
     except ValueError as error:
         if getattr(error, "exit_code", None) != 2:
             raise

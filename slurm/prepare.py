@@ -35,6 +35,8 @@ def _values(axis: str) -> list[str]:
         raise InputError(f"--array: found '{axis}', expected key.path=1,2,3 or key.path=0..4, for example data.fold=0..4")
     if match := re.fullmatch(r"(\d+)\.\.(\d+)", text):
         first, last = map(int, match.groups())
+        if first > last:
+            raise InputError(f"--array: found '{axis}', which holds no value; expected the smaller number first: {key}={last}..{first}")
         return [f"{key}={value}" for value in range(first, last + 1)]
     return [f"{key}={value}" for value in text.split(",")]
 

@@ -145,6 +145,8 @@ def test_members_of_an_array():
     assert members(["seed=1,2", "data.fold=0..1"]) == [
         ["seed=1", "data.fold=0"], ["seed=1", "data.fold=1"], ["seed=2", "data.fold=0"], ["seed=2", "data.fold=1"],
     ]  # fmt: skip
+    with pytest.raises(InputError, match="found 'data.fold=4..0', which holds no value; .* data.fold=0..4"):
+        members(["data.fold=4..0"])
 
 
 def test_bad_nodes_are_left_out_for_a_week(tmp_path):
@@ -267,3 +269,22 @@ def test_silence_of_slurm_is_not_the_end_of_a_job(tmp_path, monkeypatch, capsys)
         slurm_job.refuse_if_active(tmp_path / "run2")
     monkeypatch.setenv("PATH", "/nowhere")  # a machine without SLURM: the runs' own files speak
     assert [facts["state"] for _, facts in slurm_job.look_at_all(jobs)] == ["done", "failed", "unknown", "unknown"]
+
+
+def test_a_run_that_cannot_be_read_hides_no_other(tmp_path, capsys):
+    """Its recipe was written by a version that knew another key; another one is damaged."""
+    from segfleet.cli import status as words
+    from segfleet.slurm.status import status
+
+    recipe = {"name": "tiny", "data": {"store": "s"}, "model": {"name": "m"}, "stages": [{"epochs": 1, "lr": 1e-2}]}
+    for name, text in [("a", json.dumps({**recipe, "gone": 1})), ("b", json.dumps(recipe)), ("c", "{")]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.json").write_text(text)
+    folder = submission.write_job(tmp_path / "a", {"do": "train"}, JobSpec())
+    submission.record(folder, id="1", name="x", launcher="slurm", spec=JobSpec(), logs=folder, code=None, commit=None)
+    rows = status(tmp_path)
+    assert [row["state"] for row in rows] == ["unreadable", "waiting", "unreadable"]
+    assert "gone: unknown key" in rows[0]["reason"] and "c/recipe.json or a file beside it is damaged" in rows[2]["reason"]
+    assert rows[0]["job"] == "1" and rows[0].keys() == rows[1].keys()
+    words.render(rows)
+    assert "a is unreadable: " in capsys.readouterr().out

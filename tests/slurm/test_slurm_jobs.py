@@ -161,6 +161,7 @@ MISTAKES = [
     (["--sbatch=--licenses"], "SLURM refused the job"),
     (["--cluster", "alpha"], "--cluster: found 'alpha', but there is no file"),
     (["--array", "seed"], "--array: found 'seed', expected key.path=1,2,3"),
+    (["--array", "seed=4..0"], "--array: found 'seed=4..0', which holds no value; expected the smaller number first: seed=0..4"),
 ]
 
 
@@ -181,6 +182,10 @@ def test_a_recipe_that_is_not_there(cluster):
 def test_a_network_that_cannot_be_built_never_waits_in_a_queue(cluster):
     done = cluster.segfleet("submit", "tiny.yaml", "model.options.wide=3", "--runs", "mistakes", code=2)
     assert "'wide' is no option of unet_lite_standard" in done.stderr and "Traceback" not in done.stderr
+    for more in (["--array", "model.name=unet_lite_standard,nosuchnet"], ["model.name=nosuchnet", "--dry-run"]):
+        done = cluster.segfleet("submit", "tiny.yaml", *more, "--runs", "mistakes", code=2)
+        assert "nosuchnet" in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+    assert not list((cluster.folder / "mistakes").rglob("submission.json"))
 
 
 def test_a_dry_run_asks_the_controller(cluster):
