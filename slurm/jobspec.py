@@ -21,8 +21,24 @@ TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
 LETTERS = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?")
 MEMORY = re.compile(r"(\d+)([KMGT]?)B?", re.IGNORECASE)
 MAIL = ("NONE", "BEGIN", "END", "FAIL", "REQUEUE", "ALL", "TIME_LIMIT", "TIME_LIMIT_90", "TIME_LIMIT_80", "TIME_LIMIT_50", "ARRAY_TASKS")
-OURS = ("output", "error", "job-name", "signal", "open-mode", "requeue", "no-requeue", "array", "ntasks", "export", "wrap", "parsable")
+OURS = ("output", "error", "job-name", "signal", "open-mode", "requeue", "no-requeue", "array", "export", "wrap", "parsable")
+INSTEAD = {  # of sbatch's option: a field of ours, which writes more than that one line
+    **dict.fromkeys(("mem", "mem-per-cpu", "mem-per-gpu"), "memory"),
+    **dict.fromkeys(("ntasks", "ntasks-per-node", "tasks-per-node", "ntasks-per-core", "ntasks-per-socket"), "ranks_per_node"),
+    **dict.fromkeys(("gpus", "gpus-per-task", "gpus-per-socket", "ntasks-per-gpu"), "gpus_per_node"),
+    **dict.fromkeys(("cpus-per-task", "cpus-per-gpu"), "cpus"),
+    "mail-user": "mail",
+    "mail-type": "mail_on",
+}
 PLACES = (Path("clusters.yaml"), Path("~/.config/segfleet/clusters.yaml"))
+
+
+class Loader(yaml.SafeLoader):
+    """12:00:00 is a time; YAML 1.1 would make 43200 of it, a number to the base of 60."""
+
+
+TIMES = ("tag:yaml.org,2002:str", re.compile(r"[-+]?\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?$"))
+Loader.yaml_implicit_resolvers = {first: [TIMES, *found] for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
 Count = Annotated[int, Field(gt=0)]
 Word = Annotated[str, Field(pattern=r"^[^\s\n]+$")]
@@ -86,7 +102,10 @@ class JobSpec(BaseModel):
         for option in value:
             if not re.fullmatch(r"--[a-z][a-z-]*(=[^\n]+)?", option):
                 raise ValueError(f"'{option}': expected --option or --option=value")
-            if (name := option[2:].partition("=")[0]) in OURS or name.replace("-", "_") in JobSpec.model_fields:
+            name = option[2:].partition("=")[0]
+            if (field := INSTEAD.get(name, name.replace("-", "_"))) in JobSpec.model_fields:
+                raise ValueError(f"'{option}': give --{field.replace('_', '-')} instead ({field} in clusters.yaml)")
+            if name in OURS:
                 raise ValueError(f"'{option}': --{name} is set by segfleet itself")
         return value
 
@@ -156,7 +175,7 @@ def read_profile(cluster: str | None, places: tuple[Path, ...] = PLACES) -> dict
             raise InputError(f"--cluster: found '{cluster}', but there is no file {' or '.join(map(str, places))}")
         return {}
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no YAML document: {' '.join(str(error).split())}") from None
     profiles = document.get("clusters") if isinstance(document, dict) else None

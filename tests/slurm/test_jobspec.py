@@ -89,6 +89,12 @@ def test_an_array_and_live_code_in_the_script():
         ({"mail_on": "EVER"}, "'EVER' is none of: NONE, BEGIN"),
         ({"sbatch": ("licenses=x",)}, "expected --option or --option=value"),
         ({"sbatch": ("--output=x",)}, "--output is set by segfleet itself"),
+        ({"sbatch": ("--mem=4G",), "memory": "64G"}, "'--mem=4G': give --memory instead (memory in clusters.yaml)"),
+        ({"sbatch": ("--ntasks-per-node=3",), "gpus_per_node": 4}, "give --ranks-per-node instead"),
+        ({"sbatch": ("--ntasks=3",)}, "give --ranks-per-node instead"),
+        ({"sbatch": ("--cpus-per-task=3",)}, "give --cpus instead"),
+        ({"sbatch": ("--mail-type=ALL",)}, "give --mail-on instead (mail_on in clusters.yaml)"),
+        ({"sbatch": ("--gpus-per-node=3",)}, "give --gpus-per-node instead"),
         ({"setup": ("a\nb",)}, "one shell line per item"),
         ({"partition": "a b"}, "partition: found 'a b'"),
         ({"gpu": 1}, "gpu: unknown option; expected one of: nodes, gpus_per_node"),
@@ -113,6 +119,9 @@ def test_profiles(tmp_path):
     place.write_text("default: alpha\nclusters:\n  alpha: {partition: gpu, gpus_per_node: 4}\n  beta: {time: 5}\n")
     assert make_spec({"nodes": 2}, places=(place,)) == JobSpec(nodes=2, partition="gpu", gpus_per_node=4)
     assert make_spec({"time": 7}, "beta", (place,)).minutes == 7
+    for text, expected in [("12:00:00", 720), ("1:30:00", 90), ("90", 90), ("1-06:00:00", 1800), ("10:30", 11)]:
+        place.write_text(f"default: a\nclusters:\n  a: {{time: {text}, nodes: 2}}\n")
+        assert make_spec({}, places=(place,)).minutes == expected and make_spec({}, places=(place,)).nodes == 2
     for text, words in [
         ("clusters: {alpha: {parttion: gpu}}", "parttion: unknown option"),
         ("clusters: {alpha: 3}", "clusters.alpha: found 3"),
