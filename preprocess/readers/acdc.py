@@ -18,6 +18,7 @@ from segfleet.preprocess.readers.places import locate, subfolders
 
 PARTS = ("training", "testing")
 EVALUATED = (2, 3, 8, 9, 12, 14, 17, 24, 42, 48, 49, 53, 55, 64, 67, 79, 81, 88, 92, 95)  # by TransUNet, nnFormer, UNETR++, E2MISeg
+VALIDATED = (89, 90, 91, 93, 94, 96, 97, 98, 99, 100)  # by TransUNet and nnFormer, whose code lists them; the other 70 train
 NNUNET_SEED = 1234
 
 
@@ -69,14 +70,19 @@ class Reader(RawReader):
 
     def splits(self) -> dict[str, Folds]:
         """official: 100 training, 50 testing patients. evaluated-20: the published 20 of the training patients against the other 80.
-        nnunet: 5 folds of the training patients, shuffled, every fifth."""
+        transunet: 70 against 10 of those 80; transunet-test: the 70 against the 20. nnunet: 5 folds of the training patients, shuffled,
+        every fifth."""
         refs = self.refs()
         train = [ref for ref in refs if inside(ref, self.folder / "training")]
         test = [ref for ref in refs if inside(ref, self.folder / "testing")]
-        evaluated = {f"patient{number:03d}" for number in EVALUATED}
+        evaluated, validated = ({f"patient{number:03d}" for number in numbers} for numbers in (EVALUATED, VALIDATED))
+        twenty, ten = ([r for r in train if r.group in patients] for patients in (evaluated, validated))
+        seventy = [r for r in train if r.group not in evaluated | validated]
         found = {
             "official": sides(train, test),
-            "evaluated-20": sides([r for r in train if r.group not in evaluated], [r for r in train if r.group in evaluated]),
+            "evaluated-20": sides([r for r in train if r.group not in evaluated], twenty),
+            "transunet": sides(seventy, ten),
+            "transunet-test": sides(seventy if ten else [], twenty),
             "nnunet": _every_fifth(train),
         }
         return {name: folds for name, folds in found.items() if all(fold["train"] and fold["val"] for fold in folds)}

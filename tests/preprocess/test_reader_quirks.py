@@ -184,6 +184,19 @@ def test_acdc_reads_the_frames_of_info_cfg(tmp_path):
     assert len(older.refs()) == 12 and "official" not in older.splits() and not survey(older, workers=1).problems
 
 
+def test_acdc_as_transunet_divides_it(tmp_path):
+    """70, 10 and 20 patients, disjoint; two volumes of each."""
+    for number in range(1, 101):
+        folder = tmp_path / f"training/patient{number:03d}"
+        folder.mkdir(parents=True)
+        (folder / "Info.cfg").write_text("ED: 1\nES: 12\n")
+    splits = open_reader("acdc", tmp_path).splits()
+    (fold,), (test,), (twenty,) = (splits[name] for name in ("transunet", "transunet-test", "evaluated-20"))
+    assert [len(side) for side in (fold["train"], fold["val"], test["val"])] == [140, 20, 40] and test["train"] == fold["train"]
+    assert len({*fold["train"], *fold["val"], *test["val"]}) == 200 and test["val"] == twenty["val"]
+    assert {fold["train"][-1][:10], fold["val"][0][:10], fold["val"][-1][:10]} == {"patient087", "patient089", "patient100"}
+
+
 def test_acdc_without_its_info(tmp_path):
     reader = opened("acdc", tmp_path / "raw", 8)
     (reader.root / "training/patient001/Info.cfg").unlink()
