@@ -26,7 +26,7 @@ def command(
     crop: Annotated[int | None, typer.Option(help="slices: keep the middle N x N pixels.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes of the check at most.")] = None,
     cases: Annotated[int | None, typer.Option(min=1, help="Cases of the phantom.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the phantom.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the phantom.")] = 0,
     as_json: Json = False,
 ) -> None:
     """List raw layouts; check a raw folder (exit code 2 if it has problems); write a synthetic data set or 2.5D slices."""
@@ -110,8 +110,12 @@ def recipes() -> list[tuple[str, str]]:
 
 
 def render_layouts(found: list[dict[str, Any]]) -> None:
-    rows = [(d["name"], f"{d['dims']} {d['modality']}", d["complete"] or "", d["licence"], d["download"]) for d in found]
-    table(("name", "what", "cases", "licence", "download (more: segfleet datasets NAME)"), rows)
+    columns = ("name", "what", "cases", "recipes", "licence and download")
+    rows = []
+    for d in found:
+        source = f"{d['licence']}\n{d['download']}".strip()
+        rows.append((d["name"], f"{d['dims']} {d['modality']}", d["complete"] or "", "\n".join(d["recipes"]), source))
+    table(columns, rows, title="all that is known of one: segfleet datasets NAME")
 
 
 def render_layout(found: dict[str, Any]) -> None:

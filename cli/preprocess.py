@@ -21,7 +21,7 @@ def command(
     out: Annotated[Path, typer.Option(help="Store to make. It appears when it is complete.")],
     format: Annotated[str, typer.Option(help="zarr | hdf5. HDF5 for very many small images or when inodes are scarce.")] = "zarr",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes at most; default: what cores, memory and work suggest.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the five-fold split.")] = 12345,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the five-fold split.")] = 12345,
     option: Options = None,
     size: Annotated[
         tuple[int, int] | None, typer.Option(help="Resize every 2D image to Y X pixels, as papers do; scores stay native.")

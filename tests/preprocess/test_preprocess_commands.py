@@ -31,6 +31,10 @@ def test_layouts_are_listed():
     out, _ = segfleet("datasets", "--json")
     found = {layout["name"]: layout for layout in json.loads(out)}
     assert {"msd", "nnunet", "dsb2018"} <= set(found) and all(layout["about"] and layout["layout"] for layout in found.values())
+    text, _ = segfleet("datasets")
+    recipes = {recipe for layout in found.values() for recipe in layout["recipes"]}
+    assert len(recipes) > 10 and all(recipe in text for recipe in recipes if len(recipe) < 18), "names are not folded at 80 columns"
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_preprocess_writes_then_finds_nothing_to_do(raw, tmp_path):
@@ -70,6 +74,8 @@ def test_problems_are_one_table_and_exit_code_two(raw, tmp_path):
         (("datasets", "msd", "chekc", "x"), "found the action 'chekc', expected one of: check, phantom"),
         (("datasets", "msd", "check"), "check needs a path"),
         (("datasets", "msd", "check", "/nowhere"), "/nowhere is not a folder"),
+        (("preprocess", "msd", "--raw", ".", "--out", "x", "--seed", "-1"), "Invalid value for '--seed'"),
+        (("datasets", "msd", "phantom", "x", "--seed", "-1"), "Invalid value for '--seed'"),
         (("preprocess", "msd", "--raw", ".", "--out", "x", "--format", "zip"), "format: found 'zip', expected one of: hdf5, zarr"),
     ],
 )
