@@ -2,8 +2,8 @@
 
 score: mean over a point's runs (seeds, folds) of the mean foreground Dice. Its 95 % interval is Student's over the folds, or over the seeds
 of the one fold; else the bootstrap interval over the patients of the one run. Seeds of a fold share its cases: their mean is one value.
-Differences to the best point are paired: case by case, then resampled by patient. Points that share a stage also share its luck, which makes
-that difference sharper and says nothing of other seeds.
+Differences to the best point are paired: case by case, then resampled by patient. Points that share a stage also share its luck, which
+makes that difference sharper and says nothing of other seeds.
 """
 
 from __future__ import annotations

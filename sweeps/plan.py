@@ -62,7 +62,8 @@ class Plan:
         if self.search.space.scheduler == "pbt":
             return bool(self.tree.trials)
         budget = self.search.space.budget
-        return self.search.planned or self.suggested >= budget.trials or bool(budget.epochs and self.tree.shared_epochs >= budget.epochs)
+        enough = self.search.planned or self.suggested >= min(budget.trials, self.search.size)
+        return enough or bool(budget.epochs and self.tree.shared_epochs >= budget.epochs)
 
     def catch_up(self) -> None:
         """Add the trials that came up while the sweep ran, from disk: Optuna's points, a finished population."""

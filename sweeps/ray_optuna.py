@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,15 +13,17 @@ from ray.tune.search.optuna import OptunaSearch
 
 from segfleet.sweeps.ledger import EVALUATION, Ledger
 from segfleet.sweeps.plan import POINTS, Plan, check
-from segfleet.sweeps.space import Axis, Trial
+from segfleet.sweeps.space import Axis, Point, Trial
 
+ASKED = 30  # times, at most, for a point that is not known yet
 FAILED = -1.0  # the score of a point that did not end: below any Dice
 
 
 class Suggestions:
-    """Call it for one more point: it asks Optuna, adds the point's trials to the tree, and says False when the budget is used up.
+    """Call it for one more point: it asks Optuna, adds the point's trials to the tree, and says False when budget or space are used up.
 
     Before every question, Optuna is told the scores of the points that have ended since; the score is the mean Dice of the replicates.
+    A point that it suggests again is no new one: it is told that point's score once more and asked for another.
     """
 
     def __init__(self, plan: Plan, ledger: Ledger):
@@ -29,23 +33,22 @@ class Suggestions:
         space = plan.search.space
         self.plan, self.ledger, self.file = plan, ledger, plan.folder / POINTS
         self.axes = plan.search.axes
-        self.left: int = space.budget.trials or 0
-        self.waiting: dict[str, list[Trial]] = {}  # Optuna's id -> trials
-        self.search = OptunaSearch(seed=space.seed)
-        self.search.set_search_properties("score", "max", {axis.label: domain(axis) for axis in self.axes})
+        self.asked = 0
+        self.known: dict[str, list[Trial]] = {}  # point -> its trials
         for trial in plan.trials:  # of an earlier run of the sweep
-            self.waiting.setdefault("old-" + json.dumps(trial.point, sort_keys=True), []).append(trial)
-        self.left -= len(self.waiting)
+            self.known.setdefault(key_of(trial.point), []).append(trial)
+        self.waiting = {f"old-{key}": trials for key, trials in self.known.items()}  # Optuna's id, or a name of ours -> trials
+        self.left = min(space.budget.trials, plan.search.size) - len(self.known)
+        # Another seed for every restart: the same one would draw the same points again.
+        self.search = OptunaSearch(seed=random.Random(f"{space.seed} {len(self.known)}").getrandbits(32))
+        self.search.set_search_properties("score", "max", {axis.label: domain(axis) for axis in self.axes})
 
     def __call__(self) -> bool:
-        if self.left <= 0:
+        if self.left <= 0 or (found := self.new_point()) is None:
             return False
-        self.tell()
-        name = f"new-{self.left}"
-        flat = self.search.suggest(name)
-        point = {axis.label: value_at(axis, flat[axis.label]) for axis in self.axes}
+        name, point = found
         self.left -= 1
-        self.waiting[name] = self.plan.grow(point)
+        self.waiting[name] = self.known[key_of(point)] = self.plan.grow(point)
         check(self.waiting[name], self.plan.stores)
         with open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(point) + "\n")
@@ -53,6 +56,21 @@ class Suggestions:
         if most and self.plan.tree.shared_epochs >= most:
             self.left = 0
         return True
+
+    def new_point(self) -> tuple[str, Point] | None:
+        """A point that is not known yet, with its name here. If Optuna keeps to known ones: the next of a finite space, or None."""
+        for _ in range(ASKED):
+            self.tell()
+            self.asked += 1
+            name = f"new-{self.asked}"
+            flat = self.search.suggest(name)
+            point = {axis.label: value_at(axis, flat[axis.label]) for axis in self.axes}
+            if key_of(point) not in self.known:
+                return name, point
+            self.waiting[name] = self.known[key_of(point)]
+        if math.isinf(self.plan.search.size):
+            return None
+        return next((f"old-{key_of(point)}", point) for point in self.plan.search.every_point() if key_of(point) not in self.known)
 
     def tell(self) -> None:
         """Scores of the points that have ended since the last time."""
@@ -66,6 +84,10 @@ class Suggestions:
             else:
                 point = trials[0].point
                 self.search.add_evaluated_point({axis.label: place_of(axis, point[axis.label]) for axis in self.axes}, score)
+
+
+def key_of(point: Point) -> str:
+    return json.dumps(point, sort_keys=True)
 
 
 def domain(axis: Axis) -> Any:

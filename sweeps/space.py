@@ -19,7 +19,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -136,12 +136,20 @@ class Search:
         """Whether all points are known before anything runs."""
         return self.space.search != "optuna" and self.space.scheduler != "pbt"
 
+    @property
+    def size(self) -> float:
+        """How many points there are; infinite with a continuous axis."""
+        return math.inf if any(axis.continuous for axis in self.axes) else math.prod(len(axis.values) for axis in self.axes)
+
+    def every_point(self) -> Iterator[Point]:
+        """All points of a space without continuous axes."""
+        return (dict(zip(self._labels(), values, strict=True)) for values in itertools.product(*(axis.values for axis in self.axes)))
+
     def points(self) -> list[Point]:
         """All points of a grid or random search, in a fixed order, none twice. Optuna's come one by one."""
         trials = self.space.budget.trials
         if self.space.search == "grid":
-            every = [dict(zip(self._labels(), values, strict=True)) for values in itertools.product(*(axis.values for axis in self.axes))]
-            return every[:trials]
+            return list(itertools.islice(self.every_point(), trials))
         generator, found, seen, early = random.Random(self.space.seed), [], set(), {}
         for attempt in range(100 * trials):
             if attempt % self.space.forks == 0:

@@ -12,6 +12,7 @@ from segfleet.pipeline.scored import score_facts
 from segfleet.preprocess.manifest import load_manifest
 from segfleet.sweeps.ledger import Ledger
 from segfleet.sweeps.plan import make_plan
+from segfleet.sweeps.ray_optuna import Suggestions
 from segfleet.sweeps.ray_searcher import PathAsha, TreeSearcher
 
 
@@ -25,13 +26,13 @@ def ledger(search, space, tmp_path):
     return made
 
 
-def finish(ledger, uid):
+def finish(ledger, uid, **evaluation):
     node, done = ledger.tree.nodes[uid], {"checkpoint": "step-00000001"}
     folder = ledger.path(node)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "done.json").write_text(json.dumps(done))
     facts = score_facts(node.recipe, load_manifest(node.recipe.data.store), done)
-    (folder / "evaluation.json").write_text(json.dumps({"scored": facts}))
+    (folder / "evaluation.json").write_text(json.dumps({"scored": facts, **evaluation}))
 
 
 def test_a_whole_sweep_runs_every_node_once(ledger):
@@ -68,6 +69,39 @@ def test_every_ending_is_noted(ledger):
     assert searcher.suggest("t4")["node"] == nodes[3]
     (ledger.folder / "stop").touch()
     assert searcher.suggest("t5") == "FINISHED"
+
+
+@pytest.fixture
+def suggestions(search, tmp_path):
+    """`suggestions(count, **space)`: a session of Optuna that is asked so often, every point scored at once; the plan as read again."""
+
+    def session(count, **changes):
+        made = search(axes={}, search="optuna", stages=[{"epochs": 1, **changes.pop("stage")}], **changes)
+        plan = make_plan(made, tmp_path / "runs", build=False)
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        ledger = Ledger(plan.tree, plan.runs, plan.folder)
+        ask = Suggestions(plan, ledger)
+        for _ in range(count):
+            if not ask():
+                break
+            finish(ledger, next(reversed(plan.tree.nodes)), summary={"mean_foreground_dice": 0.5})
+        return make_plan(made, tmp_path / "runs", build=False)
+
+    return session
+
+
+@pytest.mark.parametrize("sessions", [[9], [1, 1, 9]])
+def test_optuna_never_gets_a_point_twice_and_a_finite_space_ends(suggestions, sessions):
+    for count in sessions:
+        plan = suggestions(count, stage={"lr": {"choice": [1e-3, 3e-4, 1e-4]}, "warmup": [0, 1]}, budget={"trials": 9})
+    points = [(trial.point["stages.0.lr"], trial.point["stages.0.warmup"]) for trial in plan.trials]
+    assert sorted(points) == [(lr, warmup) for lr in (1e-4, 3e-4, 1e-3) for warmup in (0, 1)] and plan.complete
+
+
+def test_a_restart_continues_what_optuna_draws(suggestions):
+    for _ in range(2):
+        plan = suggestions(3, stage={"lr": {"loguniform": [1e-5, 1e-2]}}, budget={"trials": 6})
+    assert len({trial.point["stages.0.lr"] for trial in plan.trials}) == len(plan.trials) == 6 and plan.complete
 
 
 def asha():
