@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from segfleet.preprocess.problems import InputError
 
 if TYPE_CHECKING:
     from segfleet.pipeline.gang import Gang
@@ -19,13 +22,19 @@ class BadNode(RuntimeError):
 
 
 def examine(gang: Gang, gpus: int, node: str) -> None:
-    """A granted GPU is visible and nearly empty, multiplies rightly, and all ranks reach each other. Raises BadNode."""
+    """A granted GPU is visible and nearly empty, multiplies rightly, and all ranks reach each other.
+
+    Raises BadNode, or InputError if this Python cannot use a GPU on any node.
+    """
     import torch
 
     device = gang.device
     if gpus and device.type != "cuda" and os.environ.get("SEGFLEET_DEVICE", "cuda") == "cuda":
-        hint = "a driver, or torch built for CPUs? To run on CPUs all the same: SEGFLEET_DEVICE=cpu"
-        raise BadNode(f"node {node}: {gpus} GPU(s) were granted and torch sees none ({hint})")
+        cpu = "To run on CPUs all the same: SEGFLEET_DEVICE=cpu"
+        if torch.version.cuda is None and torch.version.hip is None:
+            where = f"torch {torch.__version__} of {sys.executable}"
+            raise InputError(f"node {node}: {gpus} GPU(s) were granted, but {where} is built for CPUs; install a CUDA build. {cpu}")
+        raise BadNode(f"node {node}: {gpus} GPU(s) were granted and torch sees none (a driver? {cpu})")
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         if free < FREE * total:

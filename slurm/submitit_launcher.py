@@ -52,14 +52,13 @@ class SlurmLauncher:
 
         The cluster is not asked before. Raises InputError with SLURM's own words.
         """
-        spec = without_bad_nodes(spec, root)
         code = None if self.live else snapshot.freeze_code(root)
         commit = snapshot.commit()
         folders = [submission.write_job(home, job, spec) for home, job in jobs]
         logs = folders[0] if len(folders) == 1 else logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         logs.mkdir(parents=True, exist_ok=True)
         try:
-            taken = self._hand_over([str(folder) for folder in folders], logs, name, spec, code)
+            taken = self._hand_over([str(folder) for folder in folders], logs, name, without_bad_nodes(spec, root), code)
         except BaseException:
             for folder in folders:  # nothing was submitted, so nothing must look like it
                 (folder / "job.json").unlink(missing_ok=True)
@@ -68,6 +67,7 @@ class SlurmLauncher:
         for folder, (home, _), job in zip(folders, jobs, taken, strict=True):
             if commit["diff"]:
                 (folder / "code.diff").write_text(commit["diff"], encoding="utf-8")
+            # The spec as it was asked for: a node that is bad today must not be left out of a later `resume`.
             facts = {"id": job.job_id, "name": name, "launcher": "slurm", "spec": spec, "logs": logs, "code": code}
             made.append(SlurmJob(home, submission.record(folder, commit=commit["commit"], **facts)))
         return made

@@ -174,6 +174,11 @@ def test_a_granted_gpu_that_torch_does_not_see_is_a_bad_node(monkeypatch):
     monkeypatch.delenv("SEGFLEET_DEVICE", raising=False)
     gang = Gang(torch.device("cpu"))
     health.examine(gang, 0, "n1")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    with pytest.raises(InputError, match=r"n1: 2 GPU\(s\) were granted, but torch .* is built for CPUs; install a CUDA build"):
+        health.examine(gang, 2, "n1")  # no node's fault
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
     with pytest.raises(health.BadNode, match="node n1: 2 GPU"):
         health.examine(gang, 2, "n1")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -81,6 +82,22 @@ def test_cancel_saves_and_resume_goes_on(cluster):
     cluster.wait_for_state(resumed, "COMPLETED")
     assert cluster.resumed(job) == cluster.stopped(job)
     cluster.wait_for_state(waiting, "COMPLETED")
+
+
+def test_resume_leaves_out_what_is_bad_today(cluster):
+    def excluded(job: dict) -> list[str]:
+        facts = cluster.call("scontrol", "show", "job", "-o", job["job"])
+        return cluster.call("scontrol", "show", "hostnames", re.search(r"ExcNodeList=(\S+)", facts)[1]).split()
+
+    bad = cluster.folder / "bad" / ".bad-nodes" / "127.0.0.14"
+    bad.parent.mkdir(parents=True)
+    bad.write_text("no GPU")
+    job = cluster.submit(*SHORT, "--exclude", "127.0.0.13", "--sbatch=--hold", runs="bad")
+    assert excluded(job) == ["127.0.0.13", "127.0.0.14"]
+    cluster.segfleet("cancel", job["run"])
+    bad.unlink()
+    again = json.loads(cluster.segfleet("resume", job["run"], "--json").stdout)
+    assert excluded(again) == ["127.0.0.13"]
 
 
 def test_a_job_may_submit_jobs(cluster, work):
