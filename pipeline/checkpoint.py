@@ -152,11 +152,12 @@ def load(path: Path) -> Checkpoint:
 
 def latest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest complete checkpoint. A damaged one is named through `warn` and the one before it is taken."""
-    for path in reversed(steps(root)):
+    found = steps(root)
+    for path in reversed(found):
         try:
             return load(path)
         except CheckpointError as error:
-            warn(f"{error}; using the one before it")
+            warn(f"{error}; " + ("none is left, starting from the beginning" if path == found[0] else "using the one before it"))
     return None
 
 

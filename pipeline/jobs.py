@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -51,7 +52,8 @@ def run_job(job: dict[str, Any], gang: gangs.Gang, stop: StopRequest) -> None:
             scorer = Scorer(recipe=recipe, store=store, gang=gang, stop=stop)
             if job["do"] == "train":
                 parts = {"folders": folders, "gang": gang, "asked_to_stop": stop.asked, "warn": warn, "validate": scorer.validate}
-                train(Run(recipe=recipe, store=store, **parts))
+                # Members of an array start together; nobody is there to start a refused one again.
+                train(Run(recipe=recipe, store=store, waits="SLURM_JOB_ID" in os.environ, **parts))
             if job.get("score", True):
                 scorer.score(folders, again=job.get("again", False))
     except Interrupted as stopped:  # on all ranks

@@ -105,7 +105,16 @@ class StageFolder:
         done = self.done()
         if done is None:
             raise checkpoint.CheckpointError(f"checkpoint: stage {self.index + 1} in {self.path} is not finished; train it first")
-        return checkpoint.load(self.checkpoints / done["checkpoint"])
+        return self.load(done["checkpoint"])
+
+    def load(self, name: str) -> checkpoint.Checkpoint:
+        """A checkpoint that a finished stage must have, by its folder's name. Raises CheckpointError that says how to mend it."""
+        from segfleet.pipeline import checkpoint
+
+        try:
+            return checkpoint.load(self.checkpoints / name)
+        except checkpoint.CheckpointError as error:
+            raise checkpoint.CheckpointError(f"{error}; run `segfleet train` again: it trains this stage again") from None
 
     def finish(self, name: str, **facts: Any) -> None:
         write_atomically(self.path / DONE, json.dumps({"checkpoint": name, **facts}, indent=1))
@@ -149,6 +158,9 @@ def run_folders(root: Path) -> list[Path]:
     return sorted(path.parent for path in Path(root).rglob(RECIPE))
 
 
+ADVICE = "; wait or stop it, then run the same command again"
+
+
 class Lock:
     """One process at a time trains a stage. The system frees the lock when its holder dies."""
 
@@ -161,7 +173,7 @@ class Lock:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()
-            raise InputError(f"run: {folder} is being trained by {holder}; wait or stop it, then run the same command again") from None
+            raise InputError(f"run: {folder} is being trained by {holder}{ADVICE}") from None
         self._file.seek(0)
         self._file.truncate()
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -6,6 +6,7 @@ import faulthandler
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -31,6 +32,7 @@ from segfleet.preprocess.stores.base import ShardStore
 
 LOG_EVERY = 10  # steps between fetches of the losses: between them nothing waits for the device
 PATIENCE = 20  # non-finite steps in a row before a run gives up
+LOOK = 1.0  # seconds between looks at a lock that is waited for
 KEEP = 2  # newest checkpoints kept besides the best one
 
 Validate = Callable[[Engine], dict[str, Any]]  # scores while training: {"dice": ..., ...}, the same on every rank
@@ -73,6 +75,7 @@ class Run:
     asked_to_stop: Callable[[], bool]
     warn: Callable[[str], None]
     validate: Validate
+    waits: bool = False  # for a stage that another run, which shares it, is training; never for the last one, which is this very run's
 
 
 def train(this: Run) -> Path:
@@ -80,32 +83,97 @@ def train(this: Run) -> Path:
     recipe, gang, last = this.recipe, this.gang, this.folders[-1].path
     check_recipe(recipe, this.store.manifest)
     loader.check_shares(recipe.data.batch, gang.size, recipe.engine.accumulate)
-    if gang.rank == 0:
-        last.mkdir(parents=True, exist_ok=True)
-        run.write_atomically(last / run.RECIPE, json.dumps(recipe.model_dump(mode="json"), indent=1))
-    for folder in this.folders:
-        if gang.share(folder.done()) is None:
-            with locked(folder, gang):
-                train_stage(this, folder.index)
+    for index in gang.share(missing(this) if gang.rank == 0 else None):
+        with locked(this, this.folders[index]):
+            if gang.share(reopened(this, this.folders[index]) if gang.rank == 0 else None):
+                note_recipe(this)
+                train_stage(this, index)
+    if gang.share(gang.rank == 0 and not noted(this)):
+        with locked(this, this.folders[-1]):
+            note_recipe(this)
     return last
 
 
-class locked:
-    """Rank 0 holds the stage's lock; all ranks fail together if somebody else has it."""
+def missing(this: Run) -> list[int]:
+    """Stages to be trained: those that are not finished, and finished ones whose checkpoint is needed for what follows but is damaged."""
+    found, needed = [], True
+    for folder in reversed(this.folders):
+        needed = folder.done() is None or (needed and bool(damaged(this, folder)))
+        if needed:
+            found.append(folder.index)
+    return found[::-1]
 
-    def __init__(self, folder: run.StageFolder, gang: Gang):
-        self.folder, self.gang, self.lock = folder, gang, None
+
+def damaged(this: Run, folder: run.StageFolder) -> dict[str, str]:
+    """Checkpoint (its folder's name) -> what is wrong with it, of those that a finished stage must have."""
+    done = folder.done() or {}
+    names = {done["checkpoint"]}
+    if done.get("best") and folder is this.folders[-1] and this.recipe.evaluation.weights == "best":
+        names.add(checkpoint.folder_name(done["best"]["step"]))
+    return {name: fault for name in sorted(names) if (fault := checkpoint.damage(folder.checkpoints / name))}
+
+
+def reopened(this: Run, folder: run.StageFolder) -> bool:
+    """Whether a stage is to be trained, now that its lock is held. A finished one that is damaged is no longer finished then."""
+    if folder.done() is None:
+        return True
+    if not (faults := damaged(this, folder)):
+        return False  # another process has trained it meanwhile
+    first, fault = next(iter(faults.items()))
+    (folder.path / run.DONE).unlink()
+    if folder is this.folders[-1]:
+        (folder.path / "evaluation.json").unlink(missing_ok=True)  # on a GPU the last bits may come out differently
+    for path in checkpoint.steps(folder.checkpoints):
+        if path.name >= first:
+            shutil.rmtree(path)
+    start = "the checkpoint before it" if checkpoint.steps(folder.checkpoints) else "its beginning, for no other is left"
+    where = f"checkpoint: {folder.checkpoints / first} of a finished stage is damaged: {fault}"
+    this.warn(f"{where}; stage {folder.index + 1} is trained again from {start}")
+    return True
+
+
+def noted(this: Run) -> bool:
+    """Whether the run's folder holds its recipe as it is now."""
+    try:
+        return json.loads((this.folders[-1].path / run.RECIPE).read_text(encoding="utf-8")) == this.recipe.model_dump(mode="json")
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def note_recipe(this: Run) -> None:
+    """Only under a lock: a process that is refused must not change the recipe of the one that trains."""
+    if this.gang.rank == 0 and not noted(this):
+        this.folders[-1].path.mkdir(parents=True, exist_ok=True)
+        run.write_atomically(this.folders[-1].path / run.RECIPE, json.dumps(this.recipe.model_dump(mode="json"), indent=1))
+
+
+class locked:
+    """Rank 0 holds the stage's lock. If somebody else has it, all ranks fail together, or wait together if the run waits for such."""
+
+    def __init__(self, this: Run, folder: run.StageFolder):
+        self.this, self.folder, self.gang, self.lock = this, folder, this.gang, None
 
     def __enter__(self) -> None:
-        refusal = None
-        if self.gang.rank == 0:
-            try:
-                self.lock = run.Lock(self.folder.path)
-                checkpoint.clean(self.folder.checkpoints)
-            except InputError as error:
-                refusal = str(error)
-        if refusal := self.gang.share(refusal):
-            raise InputError(refusal)
+        waits, told = self.this.waits and self.folder is not self.this.folders[-1], False
+        while refusal := self.gang.share(self._taken() if self.gang.rank == 0 else None):
+            if not waits:
+                raise InputError(refusal)
+            if self.gang.rank == 0 and not told:
+                self.this.warn(f"{refusal.removesuffix(run.ADVICE)}; waiting for it")
+            told = True
+            if self.gang.any(self.this.asked_to_stop()):
+                stage = f"stage {self.folder.index + 1}, which another run is training"
+                raise Interrupted(f"stopped while waiting for {stage}; nothing is lost. Run the same command again to go on.")
+            time.sleep(LOOK)
+
+    def _taken(self) -> str | None:
+        """Take the lock, or say who has it."""
+        try:
+            self.lock = run.Lock(self.folder.path)
+        except InputError as error:
+            return str(error)
+        checkpoint.clean(self.folder.checkpoints)
+        return None
 
     def __exit__(self, *_) -> None:
         if self.lock is not None:

@@ -166,6 +166,36 @@ def test_a_run_under_nohup_does_not_hear_that_the_terminal_is_closed(work):
     assert finished(process)[0] == 0
 
 
+def test_jobs_of_a_cluster_wait_for_the_stage_they_share(work, monkeypatch):
+    """What members of an array do: the one that comes second waits, is stopped and comes again, and goes on from the shared stage."""
+
+    def start(rate, ranks):
+        return segfleet("train", "tiny.yaml", f"stages.1.lr={rate}", "--ranks", ranks, "--runs", "shared", "--json", cwd=work)
+
+    def heard(process):
+        while "waiting for it" not in (line := process.stderr.readline()):
+            assert line, process.wait()
+        return line
+
+    first = start(1e-3, 1)
+    folder = wait_for_step(work, "shared", 5, first)
+    rank = next(child for child in psutil.Process(first.pid).children() if "segfleet.slurm.worker" in child.cmdline())
+    rank.suspend()
+    assert first.poll() is None and not (folder / "done.json").exists()
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    second = start(1e-4, 2)
+    assert f"{folder} is being trained by process {rank.pid}" in heard(second)
+    second.send_signal(signal.SIGTERM)
+    code, _, err = finished(second)
+    assert code == 75 and "stopped while waiting for stage 1" in err and "waiting for it" not in err, err
+    second = start(1e-4, 1)
+    heard(second)
+    rank.resume()
+    documents = [json.loads(out) for code, out, err in map(finished, (first, second)) if code == 0]
+    assert len(documents) == 2 and documents[0]["stages"][0] == documents[1]["stages"][0] == str(folder)
+    assert len(events(folder, "stage_start")) == 1 and not events(folder, "resumed")
+
+
 def test_three_ranks_resume_to_the_bit(work):
     """From three on, the order of sums in a ring depends on how gradients are put into buckets."""
     runs, changes, documents = (

@@ -51,6 +51,15 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path, name, harm):
         checkpoint.load(newest.parent)
 
 
+def test_when_none_is_left_it_says_so(tmp_path):
+    for step in (1, 2):
+        (checkpoint.save(tmp_path, step, tensors(step), {}) / "weights.safetensors").write_bytes(b"")
+    said = []
+    assert checkpoint.latest(tmp_path, said.append) is None
+    assert ["using the one before it" in line for line in said] == [True, False]
+    assert "step-00000001 is damaged" in said[1] and "none is left, starting from the beginning" in said[1]
+
+
 def test_every_flipped_byte_of_the_manifest_is_harmless_or_found(tmp_path):
     path = checkpoint.save(tmp_path, 1, tensors(1), {})
     manifest = path / "manifest.json"

@@ -45,7 +45,7 @@ def recipe_of(store, stages=2, **changes):
     return parse(document)
 
 
-def go(recipe, root, stop_after=None, validate=lambda engine: {}, warn=pytest.fail):
+def go(recipe, root, stop_after=None, validate=lambda engine: {}, warn=pytest.fail, waits=False):
     """Train in this process; stop in order after so many steps."""
     store = open_store(recipe.data.store)
     folders = run.stage_folders(root, recipe, store.manifest)
@@ -60,6 +60,7 @@ def go(recipe, root, stop_after=None, validate=lambda engine: {}, warn=pytest.fa
                 asked_to_stop=lambda: stop_after is not None and next(asked) >= stop_after,
                 warn=warn,
                 validate=validate,
+                waits=waits,
             )
         )
     except Interrupted as stop:
@@ -183,6 +184,67 @@ def test_damaged_newest_checkpoint_is_named_and_the_run_still_ends_the_same(tiny
     assert_equal(weights(straight[0]), weights(folders[0]))
 
 
+def harm(path):
+    (path / "weights.safetensors").unlink()  # what was read from it is mapped, not copied
+    (path / "weights.safetensors").write_bytes(b"harmed")
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_finished_stage_whose_checkpoint_is_damaged_is_trained_again(tiny_store, tmp_path, stage):
+    recipe = recipe_of(tiny_store(dims=2))
+    straight = go(recipe, tmp_path / "straight")
+    changed = recipe.model_copy(update={"stages": (recipe.stages[0], recipe.stages[1].model_copy(update={"lr": 5e-4}))})
+    folders = go(recipe, tmp_path / "harmed")
+    harm(folders[stage].final().path)
+    with pytest.raises(checkpoint.CheckpointError, match=r"is damaged: weights.* run `segfleet train` again: it trains this stage again"):
+        folders[stage].final()
+    said = []
+    go(recipe if stage else changed, tmp_path / "harmed", warn=said.append)  # another second stage needs the first one
+    step = (6, 4)[stage]
+    assert len(said) == 1 and f"step-{step:08d} of a finished stage is damaged" in said[0], said
+    assert f"stage {stage + 1} is trained again from its beginning, for no other is left" in said[0]
+    for one, two in zip(straight, folders, strict=True):
+        assert_equal(weights(one), weights(two))
+    go(recipe, tmp_path / "harmed")  # the child was valid all along
+
+
+def test_a_damaged_best_checkpoint_comes_back_from_the_one_before(tiny_store, tmp_path):
+    recipe = recipe_of(tiny_store(dims=2), stages=1, evaluation={"every": 1, "weights": "best"})
+    recipe = recipe.model_copy(update={"stages": (recipe.stages[0].model_copy(update={"epochs": 4}),)})
+    scores = dict(zip((3, 6, 9, 12), (0.5, 0.9, 0.7, 0.6), strict=True))
+    dice = [*scores.values()]
+    folder = go(recipe, tmp_path, validate=lambda engine: {"dice": dice.pop(0)})[0]
+    best, last = checkpoint.steps(folder.checkpoints)
+    wanted = checkpoint.load(best).tensors("weights")
+    harm(best)
+    said, dice = [], [*scores.values()]
+    go(recipe, tmp_path, validate=lambda engine: {"dice": dice.pop(0)}, warn=said.append)
+    assert len(said) == 1 and "step-00000006 of a finished stage is damaged" in said[0] and not dice
+    assert_equal(wanted, checkpoint.load(best).tensors("weights"))
+    harm(last)
+    dice = [0.7, 0.6]  # goes on from the best one
+    go(recipe, tmp_path, validate=lambda engine: {"dice": dice.pop(0)}, warn=said.append)
+    assert "stage 1 is trained again from the checkpoint before it" in said[1] and len(said) == 2 and not dice
+    assert folder.done()["best"] == {"dice": 0.9, "step": 6}
+
+
+@pytest.mark.parametrize("state", ["training", "finished"])
+def test_a_refused_process_leaves_the_recipe_alone(tiny_store, tmp_path, state):
+    recipe = recipe_of(tiny_store(dims=2))
+    leaf = go(recipe, tmp_path, stop_after=None if state == "finished" else 8)[-1].path
+    other = recipe.model_copy(update={"name": "other", "save_every": 1})
+    lock = "held = Lock(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
+    code = f"import pathlib, sys; from segfleet.pipeline.run import Lock; {lock}"
+    with subprocess.Popen([sys.executable, "-c", code, str(leaf)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "1\n"
+        with pytest.raises(InputError, match="is being trained by"):
+            go(other, tmp_path)
+        assert run.open_run(leaf)[0] == recipe
+        holder.communicate("\n")
+    go(other, tmp_path)
+    assert run.open_run(leaf)[0] == other
+
+
 def test_one_process_at_a_time(tiny_store, tmp_path):
     recipe = recipe_of(tiny_store(dims=2), stages=1)
     folder = run.stage_folders(tmp_path, recipe, open_store(recipe.data.store).manifest)[0].path
@@ -190,8 +252,9 @@ def test_one_process_at_a_time(tiny_store, tmp_path):
     code = f"import pathlib, sys; from segfleet.pipeline.run import Lock; {lock}"
     with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "1\n"
-        with pytest.raises(InputError, match=f"is being trained by process {holder.pid}"):
-            go(recipe, tmp_path)
+        for waits in (False, True):  # nobody waits for its own run
+            with pytest.raises(InputError, match=f"is being trained by process {holder.pid}"):
+                go(recipe, tmp_path, waits=waits)
         holder.communicate("\n")
     go(recipe, tmp_path)
 
@@ -368,6 +431,23 @@ def test_identity_holds_what_changes_the_result_and_nothing_else(tiny_store, tmp
     assert run.stage_uids(later, manifest)[0] == base[0] and run.stage_uids(later, manifest)[1] != base[1]
     hdf5 = open_store(tiny_store(dims=2, format="hdf5")).manifest
     assert run.stage_uids(recipe_of(store), hdf5) == base  # the store's format is no part of it
+
+
+def test_options_without_effect_are_no_part_of_the_identity(tiny_store):
+    store = tiny_store(dims=2)
+    manifest = open_store(store).manifest
+
+    def uids(first: dict, optimizer: dict) -> list[str]:
+        made = recipe_of(store, optimizer=optimizer)
+        stages = (made.stages[0].model_copy(update=first), *made.stages[1:])
+        return run.stage_uids(made.model_copy(update={"stages": stages}), manifest)
+
+    base = uids({}, {})
+    assert uids({"power": 2.0, "floor": 1e-5, "period": 3, "inherit": "weights+optimizer"}, {"momentum": 0.5, "nesterov": False}) == base
+    poly, sgd = uids({"schedule": "poly"}, {}), uids({}, {"name": "sgd"})
+    assert uids({"schedule": "poly", "power": 2.0}, {}) != poly != uids({"schedule": "poly", "floor": 1e-5}, {})
+    assert uids({"schedule": "poly", "period": 3}, {}) == poly and uids({}, {"name": "sgd", "betas": (0.5, 0.9)}) == sgd
+    assert uids({}, {"name": "sgd", "momentum": 0.5}) != sgd and uids({}, {"betas": (0.5, 0.9)}) != base
 
 
 def test_a_hanging_run_shows_where_it_hangs(tiny_store, tmp_path):
