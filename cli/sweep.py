@@ -16,8 +16,8 @@ def command(
     space: Annotated[str, typer.Argument(help="A space file or the name of a shipped space; or `status` and then one of these.")],
     changes: Annotated[list[str] | None, typer.Argument(help="Changes of the base recipe, key.path=value.")] = None,
     on: Annotated[str, typer.Option(help="Where trials run: local or slurm.")] = "local",
-    slots: Annotated[int | None, typer.Option(min=1, help="Stages trained at a time; by default as many as fit.")] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Processes that train one stage together.")] = 1,
+    slots: Annotated[int | None, typer.Option(min=1, help="Stages trained at a time; by default what GPUs, or else cores, allow.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that train one stage together; with --on slurm the job says it.")] = 1,
     cluster: Annotated[str | None, typer.Option(help="With --on slurm: a profile of clusters.yaml.")] = None,
     resource: Annotated[list[str] | None, typer.Option(help="With --on slurm: a field of the job, gpus_per_node=4. Repeatable.")] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster; by default Ray starts here for this sweep alone.")] = None,
@@ -39,19 +39,20 @@ def command(
     if asking:
         show(standing(plan), as_json, render_standing)
         return
-    if dry_run:
-        from segfleet.slurm.local import available_cores
+    from segfleet.sweeps.run import Resources, run_sweep
 
-        document = forecast(plan, slots or max(1, available_cores() // ranks))
+    resources = Resources(slots=slots, ranks=ranks, on=on, address=address, options=job_options(cluster, resource))
+    if dry_run:
+        resources.check()
+        document = forecast(plan, resources.at_once)
         document["warnings"] += [fault] if (fault := foreign(plan)) else []
         show(document, as_json, render_forecast)
         return
     from segfleet.sweeps.outcome import write_outcome
-    from segfleet.sweeps.run import Resources, run_sweep
 
     warn(plan.warnings)
     with progress("epochs") as tick:
-        ledger = run_sweep(plan, Resources(slots=slots, ranks=ranks, on=on, address=address, options=job_options(cluster, resource)), tick)
+        ledger = run_sweep(plan, resources, tick)
     document = write_outcome(plan, ledger)
     show({**document, "folder": str(plan.folder), "report": str(plan.folder / "report.html")}, as_json, render)
     if document["failed"]:

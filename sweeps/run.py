@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,32 @@ class Resources:
 
     @property
     def at_once(self) -> int:
-        return self.slots or (JOBS if self.on == "slurm" else max(1, available_cores() // self.ranks))
+        return self.slots or (JOBS if self.on == "slurm" else max(1, (gpus() or available_cores()) // self.ranks))
+
+    def check(self) -> None:
+        """Raises InputError for what cannot run, before anything is written."""
+        backend(self.on)
+        if self.on == "slurm":
+            if self.ranks > 1:
+                advice = f"use --resource ranks_per_node={self.ranks}"
+                raise InputError(f"sweep: --ranks: found {self.ranks} with --on slurm, whose jobs say it; {advice}")
+            from segfleet.sweeps.slurm_backend import check
+
+            check(self.options or {})
+
+
+def gpus() -> int:
+    """GPUs that ranks here would train on, by the rule of `gang.pick_device`; CUDA_VISIBLE_DEVICES counts."""
+    if os.environ.get("SEGFLEET_DEVICE", "cuda") != "cuda":
+        return 0
+    import torch  # the check of the plan's networks has loaded it
+
+    return torch.cuda.device_count()
 
 
 def run_sweep(plan: Plan, resources: Resources, tick: Callable[[int, int], None] = lambda done, total: None) -> Ledger:
     """Train and score what is missing. Raises InputError for the user's mistakes, Interrupted after an agreed stop."""
-    backend(resources.on)
-    if resources.on == "slurm":
-        from segfleet.sweeps.slurm_backend import check
-
-        check(resources.options or {})
+    resources.check()
     claim(plan)
     lock = Lock(plan.folder)
     try:
@@ -97,7 +113,7 @@ class Session:
     def __init__(self, plan: Plan, resources: Resources, seconds: float | None):
         order = {
             "space": plan.search.space.model_dump(mode="json"), "base": plan.search.base, "runs": str(plan.runs),
-            "resources": asdict(resources), "seconds": seconds,
+            "resources": asdict(replace(resources, slots=resources.at_once)), "seconds": seconds,
         }  # fmt: skip
         environment = {**os.environ, "SEGFLEET_PARENT": str(os.getpid())}
         command = [sys.executable, "-m", "segfleet.sweeps.ray_controller"]

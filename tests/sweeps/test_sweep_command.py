@@ -138,6 +138,10 @@ MISTAKES = [
     (["nope"], "found no file 'nope' and no shipped space of that name; shipped: all_architectures_2d"),
     (["space.yaml", "data.store=nowhere"], "nowhere holds no manifest.json"),
     (["space.yaml", "--on", "cloud"], "--on: found 'cloud', expected one of: local"),
+    (["space.yaml", "--dry-run", "--on", "cloud"], "--on: found 'cloud', expected one of: local"),
+    (["space.yaml", "--dry-run", "--on", "slurm", "--resource", "tiem=12h"], "tiem"),
+    (["space.yaml", "--dry-run", "--on", "slurm", "--cluster", "nosuch"], "nosuch"),
+    (["space.yaml", "--on", "slurm", "--ranks", "4"], "found 4 with --on slurm, whose jobs say it; use --resource ranks_per_node=4"),
     (["status"], "segfleet sweep status SPACE"),
 ]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import sys
 
 import pytest
 
@@ -35,6 +37,33 @@ def test_ctrl_c_asks_first_and_then_insists(tmp_path):
     (tmp_path / "other" / STOP).touch()
     with run.listening(tmp_path / "other"):
         signal.raise_signal(signal.SIGTERM)
+
+
+def test_slots_are_gpus_where_there_are_some_cores_elsewhere_and_jobs_on_slurm(monkeypatch):
+    monkeypatch.delenv("SEGFLEET_DEVICE", raising=False)
+    monkeypatch.setattr(run, "available_cores", lambda: 6)
+
+    def slots(gpus, **given):
+        monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+        return run.Resources(**given).at_once
+
+    assert [slots(0), slots(0, ranks=4), slots(0, ranks=8)] == [6, 1, 1]
+    assert [slots(4), slots(4, ranks=2), slots(4, ranks=3), slots(1, ranks=2)] == [4, 2, 1, 1]
+    assert [slots(4, slots=9), slots(4, on="slurm")] == [9, run.JOBS]
+    monkeypatch.setenv("SEGFLEET_DEVICE", "cpu")
+    assert slots(4) == 6
+
+
+def test_the_process_that_drives_ray_is_told_the_slots(search, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "gpus", lambda: 3)
+    told = tmp_path / "order.json"
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text(f"#!/bin/sh\ncat > {told}\n")
+    (tmp_path / "python").chmod(0o755)
+    plan = make_plan(search(), tmp_path / "runs", build=False)
+    plan.folder.mkdir(parents=True)
+    assert run.Session(plan, run.Resources(), None).follow(print) is None
+    assert json.loads(told.read_text())["resources"]["slots"] == 3
 
 
 @pytest.mark.parametrize("kind", ["pbt", "optuna"])
