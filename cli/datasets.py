@@ -22,6 +22,7 @@ def command(
     fix: Annotated[bool, typer.Option("--fix", help="check: write a copy with mended labels (0/255, --remap, geometry).")] = False,
     remap: Annotated[list[str] | None, typer.Option(help="check --fix: renumber a label, OLD=NEW.")] = None,
     to: Annotated[Path | None, typer.Option(help="check --fix, slices: the new folder; default: ROOT-mended, ROOT-slices.")] = None,
+    against: Annotated[Path | None, typer.Option(help="check: name images that are in this store too, and on which side.")] = None,
     window: Annotated[tuple[float, float], typer.Option(help="slices: HU that become -1 and 1.")] = (-200.0, 200.0),
     crop: Annotated[int | None, typer.Option(help="slices: keep the middle N x N pixels.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes of the check at most.")] = None,
@@ -46,9 +47,9 @@ def command(
     elif action == "slices":
         slices(open_reader(name, path, **chosen(option)), beside(path, to, "slices"), window, crop, workers, as_json)
     elif fix:
-        fixed(name, path, chosen(option), beside(path, to, "mended"), renumbered(remap or []), workers, as_json)
+        fixed(name, path, chosen(option), beside(path, to, "mended"), renumbered(remap or []), workers, against, as_json)
     else:
-        check(name, path, chosen(option), workers, as_json)
+        check(name, path, chosen(option), workers, against, as_json)
 
 
 def known(name: str) -> str:
@@ -124,15 +125,21 @@ def render_layout(found: dict[str, Any]) -> None:
     table(("", ""), [(key, "yes" if value is True else value) for key, value in plain.items() if value])
 
 
-def check(name: str, root: Path, options: dict[str, str], workers: int | None, as_json: bool, mended: list[dict] | None = None) -> None:
+def check(
+    name: str, root: Path, options: dict[str, str], workers: int | None, against: Path | None, as_json: bool,
+    mended: list[dict] | None = None,
+) -> None:  # fmt: skip
     """One pass over all files. Exit code 2 if anything is wrong; warnings do not count."""
     from segfleet.preprocess.check import survey
+    from segfleet.preprocess.duplicates import shared
+    from segfleet.preprocess.manifest import load_manifest
     from segfleet.preprocess.problems import DataError
     from segfleet.preprocess.readers.base import open_reader
 
-    reader = open_reader(name, root, **options)
+    reader, other = open_reader(name, root, **options), load_manifest(against) if against else None
     with progress("checking raw files") as tick:
         found = survey(reader, workers=workers, progress=tick)
+    warnings = [*found.warnings, *(shared(found.facts, other) if other else ())]
     document = {
         "root": str(root),
         "layout": name,
@@ -142,21 +149,21 @@ def check(name: str, root: Path, options: dict[str, str], workers: int | None, a
         "patients": len({ref.group or ref.id for ref in found.refs}),
         "splits": {split: len(folds) for split, folds in reader.splits().items()},
         "problems": [problem.as_dict() for problem in found.problems],
-        "warnings": [warning.as_dict() for warning in found.warnings],
+        "warnings": [warning.as_dict() for warning in warnings],
     } | ({} if mended is None else {"mended": mended})
 
     def render(_: dict[str, Any]) -> None:
         if mended:
             rows = [tuple(change.values()) for change in mended]
             table(("case", "field", "was", "now"), rows, title=f"{len(rows)} label(s) mended in the copy {root}; the original is as it was")
-        if found.warnings:
-            rows = [(w.case, w.field, w.found, w.expected, w.mend) for w in found.warnings]
+        if warnings:
+            rows = [(w.case, w.field, w.found, w.expected, w.mend) for w in warnings]
             table(PROBLEM, rows, title=f"{len(rows)} warning(s)", stderr=True)
         if found.problems:
             problem_table(DataError(str(root), list(found.problems)))
         else:
             cases = f"{len(found.refs):,}" + (f" of {reader.facts.complete:,}" if reader.facts.complete else "")
-            row = (found.dataset.name, cases, document["patients"], 0, len(found.warnings), ", ".join(document["splits"]))
+            row = (found.dataset.name, cases, document["patients"], 0, len(warnings), ", ".join(document["splits"]))
             table(("data set", "cases", "patients", "problems", "warnings", "splits it comes with"), [row])
 
     show(document, as_json, render)
@@ -164,13 +171,16 @@ def check(name: str, root: Path, options: dict[str, str], workers: int | None, a
         raise typer.Exit(2)
 
 
-def fixed(name: str, root: Path, options: dict[str, str], out: Path, remap: dict[int, int], workers: int | None, as_json: bool) -> None:
+def fixed(
+    name: str, root: Path, options: dict[str, str], out: Path, remap: dict[int, int], workers: int | None, against: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Write a mended copy and check that; without anything to mend, check the original."""
     from segfleet.preprocess.mend import mend
     from segfleet.preprocess.readers.base import open_reader
 
     mended = mend(open_reader(name, root, **options), out, remap)
-    check(name, out if mended else root, options, workers, as_json, mended)
+    check(name, out if mended else root, options, workers, against, as_json, mended)
 
 
 def phantom(name: str, root: Path, cases: int | None, seed: int, as_json: bool) -> None:

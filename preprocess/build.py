@@ -66,13 +66,14 @@ def build(
         plan = make_plan(facts.dataset, found, overrides=overrides)
         jobs = shard_jobs(reader, facts, plan, format, partial, shard_bytes)
         entries, files = _write(jobs, partial, workers, tell)
+        pixels = {case.id: case.image_sha256 for case in facts.facts}
         manifest = Manifest(
             format=format,
             id=content_id(facts.dataset, plan, entries),
             dataset=facts.dataset,
             plan=plan,
             fingerprint=found.model_dump(mode="json"),
-            cases=entries,
+            cases=tuple(entry.model_copy(update={"image_sha256": pixels[entry.id]}) for entry in entries),
             splits=make_splits(_members(facts.facts, facts.dataset), split_seed, reader.splits()),
             split_seed=split_seed,
             joined={case: patient for case, patient in _patients(reader.refs()).items() if patient != _patients(facts.refs)[case]},

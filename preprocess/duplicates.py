@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from segfleet.preprocess.fingerprint import CaseFacts
-from segfleet.preprocess.problems import Problem
+from segfleet.preprocess.manifest import Manifest
+from segfleet.preprocess.problems import InputError, Problem
 from segfleet.preprocess.splits import Folds
 
 EDGE = 16  # of a thumbnail
@@ -92,6 +93,29 @@ def link(facts: Sequence[CaseFacts]) -> tuple[dict[str, str], list[Problem]]:
     joint = {root(patient) for patient in parent}
     patients = {case.id: root(case.group or case.id) for case in facts}
     return {case: patient for case, patient in patients.items() if patient in joint}, warnings
+
+
+def shared(facts: Sequence[CaseFacts], manifest: Manifest) -> list[Problem]:
+    """One warning per case whose image is in another data set's store too, as the same pixels. Raises InputError if that cannot be told."""
+    stored = {entry.image_sha256: entry.id for entry in manifest.cases if entry.image_sha256}
+    if not stored:
+        raise InputError("against: the store does not record its images' hashes. Preprocess its raw data again into a new folder.")
+    expected, mend = "an image of one of the two", "Do not train on one of the data sets and score on the other with it."
+    found = [(case.id, stored[case.image_sha256]) for case in facts if case.image_sha256 in stored]
+    texts = [(case, f"also in {manifest.dataset.name}: {other} ({_sides(other, manifest)})") for case, other in found]
+    return [Problem(case=case, field="image", found=text, expected=expected, mend=mend) for case, text in texts]
+
+
+def _sides(case: str, manifest: Manifest) -> str:
+    """Where a case is in every split but "all"; of several folds, in which it validates."""
+    places = []
+    for name, folds in manifest.splits.items():
+        sides = [next((side for side in ("train", "val") if case in fold[side]), "") for fold in folds]
+        if len(folds) > 1 and "val" in sides:
+            places.append(f"{name}: val of fold {sides.index('val')}")
+        elif name != "all" and any(sides):
+            places.append(f"{name}: {max(sides)}")
+    return ", ".join(places) or "in no split"
 
 
 def leaks(splits: Mapping[str, Folds], group: Mapping[str, str]) -> list[Problem]:

@@ -69,6 +69,7 @@ class CaseEntry(Frozen):
     foreground: dict[int, tuple[int, ...]] = Field(default_factory=dict)  # label value -> sampled flat voxel indices of the stored grid
     sha256: str = ""  # of the stored image and label bytes: the same for every store format
     source_sha256: str = ""  # of the raw files
+    image_sha256: str = ""  # of the raw image's pixels, whatever file they were in; empty: not recorded
     image_file: str = ""  # relative to the raw folder, for the reader of predictions and reports
 
 

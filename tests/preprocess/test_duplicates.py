@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from segfleet.preprocess.build import build
 from segfleet.preprocess.check import survey
-from segfleet.preprocess.duplicates import nearly, thumbnail
+from segfleet.preprocess.duplicates import nearly, shared, thumbnail
 from segfleet.preprocess.fingerprint import CaseFacts
+from segfleet.preprocess.phantom import PHANTOMS
+from segfleet.preprocess.problems import InputError
 from segfleet.preprocess.readers.base import open_reader
 from segfleet.preprocess.splits import Member, disjoint, make_splits
 
@@ -62,6 +68,25 @@ def test_a_recompressed_case_stays_on_its_side(tmp_path):
     members = [Member(id=ref.id, group=ref.group or ref.id, foreground={}) for ref in found.refs]
     assert {m.id for m in members if m.group == "case3"} == {"case3", "case10"}
     assert all(disjoint(fold, members) for fold in make_splits(members, 1)["kfold"])
+
+
+def test_images_of_another_data_set_are_named(tmp_path):
+    """As with ISIC 2017 and 2018: another file, the same pixels."""
+    newer, older = (open_reader(name, PHANTOMS[name](tmp_path / name, cases=8, seed=k)) for k, name in enumerate(("isic2018", "isic2017")))
+    manifest = build("isic2018", newer.root, tmp_path / "store", workers=1)
+    assert not shared(survey(older, workers=1).facts, manifest)
+    there, here = newer.refs()[-1], older.refs()[1]
+    here.images[0].write_bytes(there.images[0].read_bytes() + b"\0")
+    here.labels[0].write_bytes(there.labels[0].read_bytes())
+    command = ["datasets", "isic2017", "check", older.root, "--against", tmp_path / "store", "--json"]
+    done = subprocess.run([sys.executable, "-m", "segfleet.cli.main", *map(str, command)], capture_output=True, text=True, timeout=60)
+    (warning,) = [w for w in json.loads(done.stdout)["warnings"] if "also in" in w["found"]]
+    assert done.returncode == 0 and warning["case"] == here.id
+    fold = next(n for n, fold in enumerate(manifest.splits["kfold"]) if there.id in fold["val"])
+    assert f"isic2018: {there.id} (kfold: val of fold {fold}, official-test: val)" in warning["found"]
+    old = manifest.model_copy(update={"cases": tuple(entry.model_copy(update={"image_sha256": ""}) for entry in manifest.cases)})
+    with pytest.raises(InputError, match="against: the store does not record"):
+        shared(survey(older, workers=1).facts, old)
 
 
 @pytest.mark.long
