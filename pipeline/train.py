@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segfleet.pipeline import bf16, checkpoint, loader, run, sync_norm
+from segfleet.pipeline import bf16, checkpoint, loader, run, scored, sync_norm
 from segfleet.pipeline.engines.base import Engine, Setup, build_engine
 from segfleet.pipeline.events import EventLog
 from segfleet.pipeline.gang import Gang
@@ -106,10 +106,10 @@ def missing(this: Run) -> list[int]:
 
 def damaged(this: Run, folder: run.StageFolder) -> dict[str, str]:
     """Checkpoint (its folder's name) -> what is wrong with it, of those that a finished stage must have."""
-    done = folder.done() or {}
+    done = folder.done()
     names = {done["checkpoint"]}
-    if done.get("best") and folder is this.folders[-1] and this.recipe.evaluation.weights == "best":
-        names.add(checkpoint.folder_name(done["best"]["step"]))
+    if folder is this.folders[-1]:
+        names.add(checkpoint.folder_name(scored.chosen_step(this.recipe, done)))
     return {name: fault for name in sorted(names) if (fault := checkpoint.damage(folder.checkpoints / name))}
 
 
@@ -122,7 +122,7 @@ def reopened(this: Run, folder: run.StageFolder) -> bool:
     first, fault = next(iter(faults.items()))
     (folder.path / run.DONE).unlink()
     if folder is this.folders[-1]:
-        (folder.path / "evaluation.json").unlink(missing_ok=True)  # on a GPU the last bits may come out differently
+        (folder.path / scored.EVALUATION).unlink(missing_ok=True)  # on a GPU the last bits may come out differently
     for path in checkpoint.steps(folder.checkpoints):
         if path.name >= first:
             shutil.rmtree(path)
