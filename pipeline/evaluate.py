@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pickle
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +29,33 @@ from segfleet.preprocess.transforms import resample_axis
 VERSION = 1
 
 
+class Kept:
+    """Scores of single cases, line by line in a folder, for an evaluation that is interrupted. Lines of other `facts` do not count."""
+
+    def __init__(self, folder: Path, facts: dict[str, Any], rank: int):
+        self.folder, self.file = folder, folder / f"{rank}.jsonl"
+        self.facts = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def entries(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Those of `ids` that are there, by id. One rank asks, before any keeps one."""
+        found = {}
+        for path in sorted(self.folder.glob("*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with suppress(json.JSONDecodeError):  # a line whose writer was killed
+                    facts, entry = json.loads(line)
+                    if facts == self.facts:
+                        found[entry["id"]] = entry
+        return {case_id: found[case_id] for case_id in ids if case_id in found}
+
+    def keep(self, entry: dict[str, Any]) -> None:
+        self.folder.mkdir(exist_ok=True)
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write("\n" + json.dumps([self.facts, entry]) + "\n")
+
+    def forget(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
 def evaluate_cases(
     forward: Forward,
     store: ShardStore,
@@ -39,19 +71,22 @@ def evaluate_cases(
     distances: bool = True,
     gang: Gang | None = None,
     progress: Callable[[int, int], None] | None = None,
+    kept: Kept | None = None,
 ) -> dict[str, Any]:
     """Score `forward` ((B, C, *S) -> probabilities (B, K, *S)) on the cases: {"cases": [...], "summary": {...}, "definitions": {...}}.
 
     Every rank scores its share and gets the whole document, which does not depend on the number of ranks. `patch` and `mirror_axes`
     are in (z, y, x); a patch of one slice means a 2D network, unless `dims` says otherwise. `progress(done, total)` counts this
-    rank's cases. `distances=False` leaves out hd95, for validation while training. The document is strict JSON: what is not defined
-    is null. If a rank fails, its error is raised on all ranks.
+    rank's cases. `distances=False` leaves out hd95, for validation while training. Cases that `kept` has are not scored again. The
+    document is strict JSON: what is not defined is null. If a rank fails, its error is raised on all ranks.
     """
     gang, ids = gang or Gang(), list(case_ids)
     twice = sorted({i for i in ids if ids.count(i) > 1})
     if twice:
         raise InputError(f"evaluation: the case '{twice[0]}' is asked for twice")
-    share, scored, error = ids[gang.rank :: gang.size], [], None
+    before = gang.share(kept.entries(ids) if kept and gang.rank == 0 else {})
+    missing = [case_id for case_id in ids if case_id not in before]
+    share, scored, error = missing[gang.rank :: gang.size], [], None
     try:
         for case_id in share:
             case = store.manifest.case(case_id)
@@ -60,6 +95,8 @@ def evaluate_cases(
                 forward, store, case, task, patch=patch, overlap=overlap, mirror_axes=mirror_axes, batch=batch, dims=dims, device=device
             )
             scored.append(_entry(case, score_case(label, truth, spacing=case.raw_spacing, task=task, distances=distances)))
+            if kept:
+                kept.keep(scored[-1])
             if progress:
                 progress(len(scored), len(share))
     except Exception as caught:
@@ -70,7 +107,7 @@ def evaluate_cases(
     for _, elsewhere in answers:
         if elsewhere:
             raise elsewhere
-    known = {entry["id"]: entry for part, _ in answers for entry in part}
+    known = before | {entry["id"]: entry for part, _ in answers for entry in part}
     cases = [known[case_id] for case_id in ids]
     return {
         "version": VERSION,

@@ -17,7 +17,7 @@ from segfleet.models import registry
 from segfleet.pipeline import checkpoint, scored
 from segfleet.pipeline.engines.base import Engine, autocast
 from segfleet.pipeline.engines.common import load_weights
-from segfleet.pipeline.evaluate import case_probabilities, evaluate_cases
+from segfleet.pipeline.evaluate import Kept, case_probabilities, evaluate_cases
 from segfleet.pipeline.gang import Gang
 from segfleet.pipeline.overlay import save_overlays
 from segfleet.pipeline.parts import build_network, patch_of
@@ -30,6 +30,7 @@ from segfleet.preprocess.manifest import Manifest, write_atomically
 from segfleet.preprocess.stores.base import ShardStore
 
 EVALUATION, SCORING = scored.EVALUATION, "scoring.json"  # the second: how many of rank 0's cases are scored, while it lasts
+CASES = "scored"  # a folder of the cases that are scored already, while it lasts
 
 
 def forward_of(model: nn.Module, task: Task, recipe: Recipe, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -101,17 +102,20 @@ class Scorer:
         model, task, name = load_network(self.recipe, manifest, folders, self.gang.device)
         forward = forward_of(model, task, self.recipe, self.gang.device)
         tell = functools.partial(self._tell, leaf)
-        document = evaluate_cases(forward, self.store, ids, task, gang=self.gang, progress=tell, **self._window())
+        facts = scored.score_facts(self.recipe, manifest, folders[-1].done())
+        kept = Kept(leaf / CASES, facts | {"versions": checkpoint.versions()}, self.gang.rank)
+        document = evaluate_cases(forward, self.store, ids, task, gang=self.gang, progress=tell, kept=kept, **self._window())
         if self.gang.rank == 0:
             document |= {"checkpoint": name, "split": self.recipe.data.split, "fold": self.recipe.data.fold}
             document |= {"parameters": registry.count_parameters(model), "versions": checkpoint.versions()}
-            document["scored"] = scored.score_facts(self.recipe, manifest, folders[-1].done())
+            document["scored"] = facts
             document["seen_in_training"] = scored.seen_in_training(ids, self.recipe, manifest)
             document["selected_on_these_cases"] = self._selected(folders[-1], name)
             save_overlays(leaf, document, self.store, task, lambda case: case_probabilities(forward, self.store, case, **self._window()))
             write_atomically(leaf / EVALUATION, json.dumps(document, indent=1))
             write_report(leaf)
             (leaf / SCORING).unlink(missing_ok=True)
+            kept.forget()
         self.gang.barrier()
 
     def _selected(self, folder: StageFolder, name: str) -> bool:

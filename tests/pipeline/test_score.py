@@ -8,13 +8,14 @@ import shutil
 import pytest
 import torch
 
-from segfleet.pipeline import scored
+from segfleet.pipeline import evaluate, score, scored
 from segfleet.pipeline.gang import Gang
 from segfleet.pipeline.jobs import run_job
 from segfleet.pipeline.recipe import override, parse
 from segfleet.pipeline.run import stage_folders
-from segfleet.pipeline.stop import StopRequest
+from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.preprocess.manifest import load_manifest, save_manifest
+from segfleet.preprocess.stores.base import open_store
 
 RECIPE = {
     "name": "scores",
@@ -96,3 +97,47 @@ def test_selection_is_said_where_a_best_checkpoint_was_chosen_on_the_scored_case
     assert best["selected_on_these_cases"] is True and last["selected_on_these_cases"] is False
     other = train(*every, "evaluation.weights=best", "data.split=a-test")[1]
     assert other["selected_on_these_cases"] is False, "it was chosen on the cases of the split 'a'"
+
+
+class AfterTwo(StopRequest):
+    """Asks for a stop once two cases are scored."""
+
+    def __init__(self, predicted):
+        super().__init__()
+        self.predicted = predicted
+
+    def asked(self):
+        return len(self.predicted) >= 2
+
+
+def test_an_interrupted_score_goes_on_with_the_cases_that_are_missing(train, monkeypatch):
+    predicted, predict = [], evaluate.predict_case
+
+    def noted(forward, store, case, task, **window):
+        predicted.append(case.id)
+        return predict(forward, store, case, task, **window)
+
+    monkeypatch.setattr(evaluate, "predict_case", noted)
+    leaf, whole = train("data.split=all", "evaluation.overlap=0.25")
+    recipe, cases = parse(json.loads((leaf / "recipe.json").read_text())), ids(whole)
+    folders = stage_folders(leaf.parent, recipe, load_manifest(recipe.data.store))
+
+    def score_again(recipe, stop=None):
+        predicted.clear()
+        store, gang = open_store(recipe.data.store), Gang(torch.device("cpu"))
+        score.Scorer(recipe=recipe, store=store, gang=gang, stop=stop or StopRequest()).score(folders)
+        return list(predicted)
+
+    (leaf / "evaluation.json").unlink()
+    with pytest.raises(Interrupted):
+        score_again(recipe, AfterTwo(predicted))
+    assert predicted == cases[:2]
+    lines = (leaf / score.CASES / "0.jsonl").read_text()
+    (leaf / score.CASES / "0.jsonl").write_text(lines + lines[: len(lines) // 3])  # the writer was killed
+    assert score_again(recipe)[: len(cases) - 2] == cases[2:]
+    assert json.loads((leaf / "evaluation.json").read_text())["cases"] == whole["cases"] and not (leaf / score.CASES).exists()
+
+    with pytest.raises(Interrupted):
+        score_again(parse(override(recipe.model_dump(mode="json"), ["evaluation.overlap=0.5"])), AfterTwo(predicted))
+    (leaf / "evaluation.json").unlink()
+    assert score_again(recipe)[: len(cases)] == cases, "scored in another way"
