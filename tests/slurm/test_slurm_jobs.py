@@ -64,6 +64,19 @@ def test_an_array_shares_a_node(cluster):
     assert [row["state"] for row in again] == ["done", "done"] and again[0]["job"] is None
 
 
+def test_an_array_trains_the_stage_its_members_share_once(cluster):
+    rates = ("stages.0.epochs=1", "--array", "stages.1.lr=1e-3,1e-4", "--no-check")
+    document = json.loads(cluster.segfleet("submit", "tiny.yaml", *rates, "--runs", "sharing", "--json").stdout)
+    for row in document:
+        cluster.wait_for_state(row, "COMPLETED")
+        assert cluster.row(row, "sharing")["state"] == "done"
+    (shared,) = {Path(row["run"]).parent for row in document}
+    assert len(cluster.events(shared, "stage_start")) == 1 and not cluster.events(shared, "resumed")
+    steps = [event["step"] for event in cluster.events(shared, "step")]
+    assert steps == sorted(set(steps))
+    assert sum(f"{shared} is being trained by process" in Path(row["log"]).read_text() for row in document) == 1, "one waited"
+
+
 def test_cancel_saves_and_resume_goes_on(cluster):
     job = cluster.submit("--no-check", runs="cancelled")
     cluster.wait_for_step(job, 5)
