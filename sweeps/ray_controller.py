@@ -83,7 +83,7 @@ def drive(order: dict[str, Any], tell: Callable[..., None]) -> None:
             if plan.search.space.scheduler == "pbt":
                 from segfleet.sweeps.ray_population import run_population
 
-                run_population(plan, resources, tick, storage)
+                run_population(plan, resources, storage, tick, order["seconds"])
             else:
                 tune_tree(plan, resources, storage, tick, order["seconds"])
         finally:

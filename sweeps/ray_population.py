@@ -8,6 +8,7 @@ again, and what it happens to draw again is on disk already.
 from __future__ import annotations
 
 import json
+import math
 import random
 import tempfile
 import time
@@ -31,8 +32,11 @@ from segfleet.sweeps.trial import perform
 MEMBERS = "members"  # folder of <trial>.json: its stages so far
 
 
-def run_population(plan: Plan, resources: Any, tick: Callable[[int, int], None], storage: Path) -> None:
-    """Train the population to the epochs of the base recipe's stage; the members' paths become the plan's tree, unless it is stopped."""
+def run_population(plan: Plan, resources: Any, storage: Path, tick: Callable[[int, int], None], seconds: float | None) -> None:
+    """Train the population to the epochs of the base recipe's stage; the members' paths become the plan's tree, unless it is stopped.
+
+    `seconds`: after that the members save and stop.
+    """
     from segfleet.sweeps.ray_controller import NAMES, share, threads_of
 
     space = plan.search.space
@@ -51,7 +55,7 @@ def run_population(plan: Plan, resources: Any, tick: Callable[[int, int], None],
     order = {
         "recipe": base.model_dump(mode="json"), "generations": generations, "interval": space.pbt.interval, "runs": str(plan.runs),
         "sweep": str(plan.folder), "name": space.name, "ranks": resources.ranks, "threads": threads_of(resources), "on": resources.on,
-        "options": resources.options or {},
+        "options": resources.options or {}, "deadline": time.time() + seconds if seconds else None,
     }  # fmt: skip
     random.seed(space.seed)  # Tune's scheduler draws from these
     np.random.seed(space.seed)
@@ -75,10 +79,10 @@ def run_population(plan: Plan, resources: Any, tick: Callable[[int, int], None],
     results = tuner.fit()
     if results.errors:
         raise RuntimeError(f"{len(results.errors)} member(s) of the population failed; the first: {results.errors[0]}")
-    if (plan.folder / STOP).exists():
-        return
     paths = sorted((plan.folder / MEMBERS).glob("*.json"))
     members = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    if len(members) < len(starts) or any(len(stages) < generations for stages in members):
+        return
     write_atomically(plan.folder / POPULATION, json.dumps(members, indent=1))
     plan.catch_up()
     tick(plan.tree.shared_epochs, plan.tree.shared_epochs)
@@ -98,7 +102,12 @@ def member(config: dict[str, Any], order: str) -> None:
         with checkpoint.as_directory() as folder:
             stages = json.loads((Path(folder) / "stages.json").read_text())
         write_atomically(Path(facts["sweep"]) / MEMBERS / f"{trial}.json", json.dumps(stages))
-    while len(stages) < facts["generations"]:
+
+    def left() -> float:
+        """Seconds; none after a stop."""
+        return 0 if (Path(facts["sweep"]) / STOP).exists() else facts["deadline"] - time.time() if facts["deadline"] else math.inf
+
+    while len(stages) < facts["generations"] and (seconds := left()) > 0:
         document = json.loads(json.dumps(facts["recipe"]))
         for label, value in config.items():
             if label != "member":
@@ -109,6 +118,7 @@ def member(config: dict[str, Any], order: str) -> None:
         manifest = load_manifest(Path(recipe.data.store))
         leaf = stage_folders(Path(facts["runs"]), recipe, manifest)[-1]
         job = {"do": "train", "recipe": recipe.model_dump(mode="json"), "root": facts["runs"]}
+        job |= {} if math.isinf(seconds) else {"max_seconds": max(1.0, seconds)}
         rest = {key: facts[key] for key in ("sweep", "ranks", "threads", "on", "options")}
         place = {"node": leaf.path.name, "path": str(leaf.path), "begin": 0, "start": 0, "trunk": None}
         place["steps"] = stage_steps(recipe, manifest)[-1]
@@ -124,5 +134,3 @@ def member(config: dict[str, Any], order: str) -> None:
             (Path(folder) / "stages.json").write_text(json.dumps(stages))
             dice = summary["mean_foreground_dice"] or 0.0
             tune.report({"dice": dice, "generation": len(stages)}, checkpoint=tune.Checkpoint.from_directory(folder))
-        if (Path(facts["sweep"]) / STOP).exists():
-            return

@@ -84,6 +84,8 @@ def run_sweep(plan: Plan, resources: Resources, tick: Callable[[int, int], None]
         ended = plan.complete and all(state in ("done", "pruned", "lost", "failed") for state in ledger.states().values())
         if (plan.folder / STOP).exists() and not ended:
             raise Interrupted("the sweep stopped in order; all saved. Run the same command again to go on.")
+        if plan.search.space.budget.hours and not ended:
+            sys.stderr.write("segfleet: budget.hours is used up; all saved. Run the same command again to go on.\n")
         return ledger
     finally:
         lock.release()

@@ -176,6 +176,18 @@ def test_a_signal_stops_in_order(space, tmp_path, number):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_population_ends_with_the_hours_of_its_budget(space, tmp_path):
+    stages = [{"epochs": 40, "steps": 20, "lr": {"loguniform": [1e-4, 1e-2]}}]
+    space |= {"axes": {}, "stages": stages, "scheduler": "pbt", "pbt": {"population": 3}, "budget": {"hours": 60 / 3600}}
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
+    start = time.monotonic()
+    code, out, err = finished(segfleet("sweep", "space.yaml", "--slots", 1, "--json", cwd=tmp_path), timeout=400)
+    assert code == 0 and "budget.hours is used up; all saved" in err and "Traceback" not in err, err
+    assert json.loads(out)["ranking"] == [] and time.monotonic() - start < 300
+
+
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "changes",
