@@ -22,8 +22,12 @@ from segfleet.preprocess.problems import InputError
 if TYPE_CHECKING:  # it needs torch, which a process that only looks at runs must not load
     from segfleet.pipeline import checkpoint
 
-NUMERICS = 1  # raised whenever a change of the code changes what the same recipe computes
+NUMERICS = 2  # raised whenever a change of the code changes what the same recipe computes
 RECIPE, DONE, LOCK = "recipe.json", "done.json", "lock"
+
+# Options that some other option leaves without effect.
+IDLE_OF_OPTIMIZER = {"adamw": ("momentum", "nesterov"), "adam": ("momentum", "nesterov"), "sgd": ("betas",)}
+IDLE_OF_SCHEDULE = {"constant": ("power", "period", "floor"), "poly": ("period",), "cosine": ("power",)}
 
 
 def stage_facts(recipe: Recipe, manifest: Manifest, index: int) -> dict[str, Any]:
@@ -31,7 +35,9 @@ def stage_facts(recipe: Recipe, manifest: Manifest, index: int) -> dict[str, Any
     whole = recipe.model_dump(mode="json")
     data = {key: value for key, value in whole["data"].items() if key not in ("store", "workers", "split", "fold")}
     engine = {key: value for key, value in whole["engine"].items() if key not in ("name", "options", "checkpoint_activations")}
-    stage = {key: value for key, value in whole["stages"][index].items() if key != "name"}
+    idle = ("name", *IDLE_OF_SCHEDULE[recipe.stages[index].schedule], *(() if index else ("inherit",)))
+    stage = {key: value for key, value in whole["stages"][index].items() if key not in idle}
+    optimizer = {key: value for key, value in whole["optimizer"].items() if key not in IDLE_OF_OPTIMIZER[recipe.optimizer.name]}
     if stage.get("patience"):  # only then does validation decide how long a stage is
         stage["validation"] = [whole["evaluation"], list(manifest.fold(recipe.data.split, recipe.data.fold)["val"])]
     return {
@@ -42,7 +48,7 @@ def stage_facts(recipe: Recipe, manifest: Manifest, index: int) -> dict[str, Any
         "data": data,
         "model": whole["model"],
         "loss": whole["loss"],
-        "optimizer": whole["optimizer"],
+        "optimizer": optimizer,
         "engine": engine,
         "index": index,
         "stage": stage,
