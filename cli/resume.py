@@ -23,6 +23,7 @@ def command(
     """Submit a run once more, with the recipe and resources it had and the code as it is now. It goes on from its latest checkpoint."""
     changes = {"time": time, "partition": partition, "memory": memory, "exclude": exclude, "dependency": None}
     from segfleet.cli.submit import render, row
+    from segfleet.pipeline.recipe import parse
     from segfleet.pipeline.run import DONE
     from segfleet.preprocess.problems import InputError
     from segfleet.slurm import cluster, prepare
@@ -37,7 +38,7 @@ def command(
     if job["do"] not in ("train", "score", "predict"):
         raise InputError("resume: give the same `segfleet submit ... -- preprocess ...` again; it goes on where it stopped")
     if job["do"] == "train":  # a stage inside a sweep is not scored
-        over = prepare.finished(folder) if job.get("score", True) else (folder / DONE).exists()
+        over = prepare.finished(folder, parse(job["recipe"])) if job.get("score", True) else (folder / DONE).exists()
     else:
         over = last.state() == "done"
     if over:

@@ -68,11 +68,12 @@ def command(
         return
     spec = make_spec(options, cluster)
     changes = [*(changes or []), *([f"engine.name={engine}"] if engine else [])]
-    chosen = {}
+    chosen, open_ones = {}, {}
     for more in prepare.members(array or []):
         made, run = prepare.prepare(recipe, [*changes, *more], root)
         chosen[run] = prepare.describe(made)
-    open_ones = {run: made for run, made in chosen.items() if not prepare.finished(run)}
+        if not prepare.finished(run, made):
+            open_ones[run] = chosen[run]
     for run in open_ones:
         refuse_if_active(run) if not dry_run else None
     if check and open_ones:
@@ -108,13 +109,13 @@ def render_script(document: dict) -> None:
 
 def dependency_on(after: str, root: Path) -> str | None:
     """SLURM's words for: when that run is done. None if it is."""
-    from segfleet.pipeline.run import find_run
+    from segfleet.pipeline.run import find_run, open_run
     from segfleet.preprocess.problems import InputError
     from segfleet.slurm import prepare
     from segfleet.slurm.slurm_job import attach
 
     run = find_run(after, root)
-    if prepare.finished(run):
+    if prepare.finished(run, open_run(run)[0]):
         return None
     job = attach(run)
     found = job.look()

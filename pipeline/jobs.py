@@ -45,7 +45,8 @@ def run_job(job: dict[str, Any], gang: gangs.Gang, stop: StopRequest) -> None:
     folders = stage_folders(Path(job["root"]), recipe, store.manifest)
     stop.watch = folders[-1].path / "stop"
     if job.get("max_seconds"):
-        stop.deadline = time.time() + job["max_seconds"]
+        end = time.time() + job["max_seconds"]
+        stop.deadline = min(stop.deadline or end, end)
     near = job.get("stage_to") if job["do"] == "train" and folders[-1].done() is None else None  # scoring reads every case once
     try:
         with on_node(store, near, gang, stop, warn) if near else nullcontext(store) as store:

@@ -52,7 +52,7 @@ def chosen_checkpoint(recipe: Recipe, folders: list[StageFolder]) -> checkpoint.
     """The checkpoint a run is judged by: the last one, or the best on validation if the recipe says so."""
     last = folders[-1].final()
     chosen = folders[-1].checkpoints / checkpoint.folder_name(scored.chosen_step(recipe, folders[-1].done()))
-    return last if chosen == last.path else checkpoint.load(chosen)
+    return last if chosen == last.path else folders[-1].load(chosen.name)
 
 
 def load_network(recipe: Recipe, manifest: Manifest, folders: list[StageFolder], device: torch.device) -> tuple[nn.Module, Task, str]:

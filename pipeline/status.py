@@ -7,12 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.pipeline.events import read_events
-from segfleet.pipeline.run import LOCK, StageFolder, open_run, run_folders
-
-
-def status(root: Path) -> list[dict[str, Any]]:
-    """One row per run under `root`, in a fixed order."""
-    return [run_status(folder) for folder in run_folders(root)]
+from segfleet.pipeline.run import LOCK, StageFolder, open_run
 
 
 def run_status(path: Path) -> dict[str, Any]:

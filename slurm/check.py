@@ -26,7 +26,8 @@ def check_recipes(recipes: list[dict[str, Any]], ranks: int) -> None:
 
 def _parts(recipe: dict[str, Any]) -> list[Any]:
     """What is checked of a recipe: of two that agree in it, one is enough."""
-    return [recipe["model"], recipe["loss"], recipe["engine"], *(recipe["data"][key] for key in ("store", "patch", "batch"))]
+    parts = [recipe["model"], recipe["loss"], recipe["engine"], *(recipe["data"][key] for key in ("store", "patch", "batch"))]
+    return [*parts, recipe["evaluation"]["mirror"], [stage["freeze"] for stage in recipe["stages"]]]
 
 
 def main() -> int:

@@ -42,7 +42,7 @@ def run_ranks(job: dict, ranks: int, poll: Callable[[], None] = lambda: None, th
     main thread; others get no signals). Raises RankFailed with the first failing rank's own message; the other ranks are killed with it.
     `threads`: of each rank; by default OMP_NUM_THREADS or an equal share of the cores.
     """
-    terminals = [stream for stream in (1, 2) if os.isatty(stream)]
+    terminals = open_terminals()
     with tempfile.TemporaryDirectory(prefix="segfleet-") as folder:
         meeting = Path(folder)
         (meeting / "job.json").write_text(json.dumps(job), encoding="utf-8")
@@ -51,11 +51,10 @@ def run_ranks(job: dict, ranks: int, poll: Callable[[], None] = lambda: None, th
 
         def hear(number: int, _) -> None:
             if number == signal.SIGHUP:
-                _let_go(terminals)
+                let_go(terminals)
             _ask(processes, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)  # a second Ctrl-C stops at once
 
-        heard = HEARD if threading.current_thread() is threading.main_thread() else ()
-        before = {number: signal.signal(number, hear) for number in heard if not _ignored_hangup(number)}
+        before = {number: signal.signal(number, hear) for number in signals_heard()}
         try:
             codes = _watch(processes, poll)
         finally:
@@ -93,11 +92,18 @@ def _ask(processes: list[subprocess.Popen], number: int) -> None:
             process.send_signal(number)
 
 
-def _ignored_hangup(number: int) -> bool:
-    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+def signals_heard() -> tuple[int, ...]:
+    """Those that ask this process to stop in order. None outside the main thread, which alone may hear them."""
+    if threading.current_thread() is not threading.main_thread():
+        return ()
+    return tuple(number for number in HEARD if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN)
 
 
-def _let_go(terminals: list[int]) -> None:
+def open_terminals() -> list[int]:
+    return [stream for stream in (1, 2) if os.isatty(stream)]
+
+
+def let_go(terminals: list[int]) -> None:
     """A terminal that was closed refuses every word, and an error while the ranks save would cut them off."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in terminals:

@@ -10,6 +10,7 @@ from typing import Any
 
 from segfleet.pipeline.recipe import Recipe, load_recipe
 from segfleet.pipeline.run import stage_folders
+from segfleet.pipeline.scored import is_scored
 from segfleet.preprocess.manifest import load_manifest
 from segfleet.preprocess.problems import InputError
 
@@ -41,8 +42,9 @@ def _values(axis: str) -> list[str]:
     return [f"{key}={value}" for value in text.split(",")]
 
 
-def finished(run: Path) -> bool:
-    return (run / "done.json").exists() and (run / "evaluation.json").exists()
+def finished(run: Path, recipe: Recipe) -> bool:
+    """Trained, and scored as the recipe asks for."""
+    return is_scored(run, recipe, load_manifest(Path(recipe.data.store)))
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:

@@ -172,7 +172,8 @@ def check(trials: list[Trial], stores: Stores) -> None:
     seen = set()
     for trial in trials:
         recipe = trial.recipe
-        key = json.dumps([recipe.model.model_dump(), recipe.loss.model_dump(), recipe.data.patch, recipe.data.store, recipe.data.fold])
+        parts = [recipe.model.model_dump(), recipe.loss.model_dump(), recipe.data.patch, recipe.data.store, recipe.data.fold]
+        key = json.dumps([*parts, recipe.evaluation.mirror, [stage.freeze for stage in recipe.stages]])
         if key not in seen:
             seen.add(key)
             try:

@@ -21,7 +21,7 @@ from typing import Any
 from segfleet.pipeline.run import DONE, Lock
 from segfleet.pipeline.stop import Interrupted
 from segfleet.preprocess.problems import InputError
-from segfleet.slurm.local import RankFailed, available_cores
+from segfleet.slurm.local import RankFailed, available_cores, let_go, open_terminals, signals_heard
 from segfleet.sweeps.ledger import STOP, Ledger
 from segfleet.sweeps.plan import Plan, claim
 from segfleet.sweeps.trial import backend
@@ -199,22 +199,20 @@ class Session:
 
 @contextmanager
 def listening(folder: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask every rank to save and stop: the file `stop` in the sweep's folder. Anybody may write it. Twice: at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Ctrl-C and the like ask every rank to save and stop, by the file `stop` in the sweep's folder, which anybody may write. Ctrl-C twice: at once."""
+    asked, terminals = set(), open_terminals()
 
-    asked = False
-
-    def ask(*_) -> None:
-        nonlocal asked
-        if asked:
+    def ask(number: int, _) -> None:
+        if number == signal.SIGHUP:
+            let_go(terminals)
+        if number in asked and number in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
-        asked = True
-        (folder / STOP).touch()
-        sys.stderr.write("segfleet: stopping; the ranks save first (once more: stop at once)\n")
+        if not asked:
+            (folder / STOP).touch()
+            sys.stderr.write("segfleet: stopping; the ranks save first (once more: stop at once)\n")
+        asked.add(number)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in signals_heard()}
     try:
         yield
     finally:

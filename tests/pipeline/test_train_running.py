@@ -13,6 +13,7 @@ KINDS = ["ddp", *(["zero0", "zero1", "zero3"] if importlib.util.find_spec("deeps
 def poison(gang, store: str, kinds: list[str]) -> dict[str, Any]:
     """Two steps, then one with an infinite voxel in the last micro-batch of the last rank. -> kind -> its norm and what it changed."""
     import engine_programs as programs
+
     from segfleet.pipeline import checkpoint
 
     told = {}

@@ -33,7 +33,7 @@ def test_a_local_job_is_stopped_and_goes_on(work, monkeypatch):
     job.cancel()
     assert ended(job) == "stopped" and "all saved" in job.reason()
     again = LocalLauncher().submit(run, describe(recipe), work / "local", JobSpec(ranks_per_node=1))
-    assert ended(again) == "done" and again.reason() is None and finished(run)
+    assert ended(again) == "done" and again.reason() is None and finished(run, recipe)
 
 
 @pytest.mark.parametrize(("asked", "given"), [(2, "2"), (None, "3")])

@@ -37,6 +37,11 @@ def test_ctrl_c_asks_first_and_then_insists(tmp_path):
     (tmp_path / "other" / STOP).touch()
     with run.listening(tmp_path / "other"):
         signal.raise_signal(signal.SIGTERM)
+    (tmp_path / "third").mkdir()
+    with run.listening(tmp_path / "third"):
+        signal.raise_signal(signal.SIGUSR1)  # SLURM's warning to the job a sweep runs in
+        signal.raise_signal(signal.SIGTERM)
+    assert (tmp_path / "third" / STOP).exists()
 
 
 def test_slots_are_gpus_where_there_are_some_cores_elsewhere_and_jobs_on_slurm(monkeypatch):
