@@ -199,7 +199,7 @@ class Session:
 
 @contextmanager
 def listening(folder: Path) -> Iterator[None]:
-    """Ctrl-C and the like ask every rank to save and stop, by the file `stop` in the sweep's folder, which anybody may write. Ctrl-C twice: at once."""
+    """Ctrl-C and the like: the ranks save and stop, by the file `stop` in the folder, which anybody may write. Ctrl-C twice: at once."""
     asked, terminals = set(), open_terminals()
 
     def ask(number: int, _) -> None:
