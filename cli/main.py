@@ -91,6 +91,9 @@ def exit_code(error: BaseException) -> int:
 
 
 def main() -> None:
+    from segfleet.slurm.local import outlive_terminal
+
+    outlive_terminal()
     try:
         code = app(standalone_mode=False)
         if code == 130:  # what Typer makes of Ctrl-C

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import io
 import json
 import os
 import signal
@@ -42,7 +44,6 @@ def run_ranks(job: dict, ranks: int, poll: Callable[[], None] = lambda: None, th
     main thread; others get no signals). Raises RankFailed with the first failing rank's own message; the other ranks are killed with it.
     `threads`: of each rank; by default OMP_NUM_THREADS or an equal share of the cores.
     """
-    terminals = open_terminals()
     with tempfile.TemporaryDirectory(prefix="segfleet-") as folder:
         meeting = Path(folder)
         (meeting / "job.json").write_text(json.dumps(job), encoding="utf-8")
@@ -50,8 +51,6 @@ def run_ranks(job: dict, ranks: int, poll: Callable[[], None] = lambda: None, th
         processes = [_start(meeting, rank, ranks, share) for rank in range(ranks)]
 
         def hear(number: int, _) -> None:
-            if number == signal.SIGHUP:
-                let_go(terminals)
             _ask(processes, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)  # a second Ctrl-C stops at once
 
         before = {number: signal.signal(number, hear) for number in signals_heard()}
@@ -99,16 +98,25 @@ def signals_heard() -> tuple[int, ...]:
     return tuple(number for number in HEARD if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN)
 
 
-def open_terminals() -> list[int]:
-    return [stream for stream in (1, 2) if os.isatty(stream)]
+class _Terminal(io.FileIO):
+    """What is said to a terminal that was closed goes nowhere: an error would cut off ranks that save."""
+
+    def write(self, words) -> int:
+        try:
+            return super().write(words)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return len(words)
 
 
-def let_go(terminals: list[int]) -> None:
-    """A terminal that was closed refuses every word, and an error while the ranks save would cut them off."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in terminals:
-        os.dup2(nowhere, stream)
-    os.close(nowhere)
+def outlive_terminal() -> None:
+    """Let this process go on when the terminal it writes to is closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and stream.isatty():
+            raw = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True, write_through=name == "stderr"))
 
 
 def _watch(processes: list[subprocess.Popen], poll: Callable[[], None]) -> list[int | None]:

@@ -16,13 +16,14 @@ from typing import Any
 
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.preprocess.problems import explain
-from segfleet.slurm.local import die_with_parent
+from segfleet.slurm.local import die_with_parent, outlive_terminal
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "recv failed", "Socket closed")
 LOST += ("Connection refused", "Socket Timeout", "NCCL communicator was aborted", "NCCL error: remote process exited")
 
 
 def main(meeting: Path) -> int:
+    outlive_terminal()
     if parent := os.environ.get("SEGFLEET_PARENT"):
         die_with_parent(int(parent))
     stop = StopRequest()  # before the slow imports, so that no early signal is lost

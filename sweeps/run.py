@@ -21,7 +21,7 @@ from typing import Any
 from segfleet.pipeline.run import DONE, Lock
 from segfleet.pipeline.stop import Interrupted
 from segfleet.preprocess.problems import InputError
-from segfleet.slurm.local import RankFailed, available_cores, let_go, open_terminals, signals_heard
+from segfleet.slurm.local import RankFailed, available_cores, signals_heard
 from segfleet.sweeps.ledger import STOP, Ledger
 from segfleet.sweeps.plan import Plan, claim
 from segfleet.sweeps.trial import backend
@@ -200,11 +200,9 @@ class Session:
 @contextmanager
 def listening(folder: Path) -> Iterator[None]:
     """Ctrl-C and the like: the ranks save and stop, by the file `stop` in the folder, which anybody may write. Ctrl-C twice: at once."""
-    asked, terminals = set(), open_terminals()
+    asked: set[int] = set()
 
     def ask(number: int, _) -> None:
-        if number == signal.SIGHUP:
-            let_go(terminals)
         if number in asked and number in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
         if not asked:

@@ -68,17 +68,28 @@ def test_a_warning_and_a_lost_node_change_nothing(cluster, straight):
     print(f"submit to the first logged steps: {first - start:.1f} s")
 
 
+def test_misfortunes_in_a_row_change_nothing(cluster, straight):
+    """Asked to end, then requeued in the middle of a save, then a power cut on one node."""
+    job, step = cluster.submit(*TWO, runs="row"), 10
+    for number, fault in enumerate((asked_to_end, requeued_while_saving, node_killed), 1):
+        cluster.wait_for_step(job, step)
+        fault(cluster, job)
+        cluster.release(job)
+        cluster.wait(lambda number=number: len(cluster.resumed(job)) == number, what=f"start {number + 1}")
+        step = cluster.resumed(job)[-1] + 10
+    cluster.wait_for_state(job, "COMPLETED")
+    assert cluster.resumed(job)[-1] < 160, "every misfortune fell into the first stage"
+    cluster.same_result(job, straight(2))
+    row = cluster.row(job, "row")
+    assert row["state"] == "done" and row["restarts"] == 3
+
+
+ALONE = [(fault, "main") for fault in (warned, asked_to_end, requeued_while_saving, node_down, node_killed)]
+
+
 @pytest.mark.parametrize(
     ("fault", "partition"),
-    [
-        (warned, "main"),
-        (asked_to_end, "main"),
-        (requeued_while_saving, "main"),
-        (node_down, "main"),
-        (preempted, "low"),
-        (preempted, "low0"),
-        (node_killed, "main"),
-    ],
+    [(preempted, "low"), (preempted, "low0"), *(pytest.param(*each, marks=pytest.mark.long) for each in ALONE)],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_misfortune_changes_nothing(cluster, straight, fault, partition):

@@ -24,8 +24,9 @@ SMALL = {"architectures": ["unet_lite_standard"], "tune": [1e-3, 1e-4]}
 FULL = {"architectures": ["unet_lite_standard", "unet_lite_depthwise"], "tune": [1e-3, 3e-4, 1e-4]}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("size", [SMALL, pytest.param(FULL, marks=pytest.mark.long)], ids=["6", "16"])
+@pytest.mark.parametrize("size", [SMALL, FULL], ids=["6", "16"])
 def test_a_sweep_of_jobs_survives_preemption_and_a_killed_controller(cluster, size, tmp_path, monkeypatch):
     document = yaml.safe_load((cluster.folder / "tiny.yaml").read_text())
     stages = [
@@ -98,7 +99,7 @@ def stage(cluster, monkeypatch):
     return order
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_silent_controller_is_waited_for(cluster, stage):
     """While it is away a job is submitted later, neither taken for lost nor submitted again, and nothing untrue is said of it."""
     order, told = stage(1, 100_000), []
@@ -139,7 +140,7 @@ def test_a_silent_controller_is_waited_for(cluster, stage):
     assert logs.returncode == 0 and errors.count("whether the job still runs is unknown") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_hours_of_a_budget_end_a_job_for_good(cluster, stage):
     """One that runs saves and stays away, one that still waits is cancelled. An inner stage is not scored, submitted again neither."""
     order = stage(2, 3)
