@@ -36,7 +36,7 @@ system:
 
 # In the order of the folders, not the files with most tests first: the longest, of SLURM, have few.
 test: $(VENV)/tests-ready system
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 long: $(VENV)/tests-ready system
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m long

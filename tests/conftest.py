@@ -90,14 +90,15 @@ def write_tiny_store(root: Path, dims: int, format: str, count: int, classes: in
 
 @pytest.fixture(scope="session")
 def tiny_recipe(tiny_store, tmp_path_factory):
-    """`tiny_recipe(stages, batch)`: a folder that holds tiny.yaml, a recipe for a tiny network on a tiny store."""
+    """`tiny_recipe(stages, batch, model)`: a folder that holds tiny.yaml, a recipe for a tiny network on a tiny store."""
+    lite = {"name": "unet_lite_standard", "options": {"width": 4}}
 
-    def write(stages: list[dict], batch: int) -> Path:
+    def write(stages: list[dict], batch: int, model: dict = lite) -> Path:
         folder = tmp_path_factory.mktemp("work")
         document = {
             "name": "tiny",
             "data": {"store": str(tiny_store(dims=2)), "batch": batch, "patch": [16, 16]},
-            "model": {"name": "unet_lite_standard", "options": {"width": 4}},
+            "model": model,
             "stages": stages,
             "save_every": 5,
         }

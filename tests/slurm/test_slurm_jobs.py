@@ -211,8 +211,8 @@ def test_a_recipe_that_is_not_there(cluster):
 
 def test_a_network_that_cannot_be_built_never_waits_in_a_queue(cluster):
     done = cluster.segfleet("submit", "tiny.yaml", "model.options.wide=3", "--runs", "mistakes", code=2)
-    assert "'wide' is no option of unet_lite_standard" in done.stderr and "Traceback" not in done.stderr
-    for more in (["--array", "model.name=unet_lite_standard,nosuchnet"], ["model.name=nosuchnet", "--dry-run"]):
+    assert "'wide' is no option of plain_unet_2d" in done.stderr and "Traceback" not in done.stderr
+    for more in (["--array", "model.name=plain_unet_2d,nosuchnet"], ["model.name=nosuchnet", "--dry-run"]):
         done = cluster.segfleet("submit", "tiny.yaml", *more, "--runs", "mistakes", code=2)
         assert "nosuchnet" in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
     assert not list((cluster.folder / "mistakes").rglob("submission.json"))

@@ -19,9 +19,10 @@ from segfleet.slurm.local import RankFailed, run_ranks
 from segfleet.slurm.prepare import prepare
 from segfleet.sweeps import slurm_backend
 
-SMALL = {"architectures": ["unet_lite_standard"], "tune": [1e-3, 1e-4]}
+PLAIN, RESIDUAL = ({"name": f"{kind}_unet_2d", "options": {"features": [4, 8]}} for kind in ("plain", "resenc"))
+SMALL = {"architectures": [PLAIN], "tune": [1e-3, 1e-4]}
 # Two architectures, two first rates, three second ones: the sweep of the local tests.
-FULL = {"architectures": ["unet_lite_standard", "unet_lite_depthwise"], "tune": [1e-3, 3e-4, 1e-4]}
+FULL = {"architectures": [PLAIN, RESIDUAL], "tune": [1e-3, 3e-4, 1e-4]}
 
 
 @pytest.mark.long
@@ -34,7 +35,7 @@ def test_a_sweep_of_jobs_survives_preemption_and_a_killed_controller(cluster, si
         {"name": "tune", "epochs": 1, "steps": 2, "lr": size["tune"], "inherit": "weights+optimizer"},
     ]
     leaves, first_stages = 2 * len(size["architectures"]) * len(size["tune"]), 2 * len(size["architectures"])
-    space = {"name": "jobs", "base": document, "axes": {"model.name": size["architectures"]}, "stages": stages}
+    space = {"name": "jobs", "base": document, "axes": {"model": size["architectures"]}, "stages": stages}
     (cluster.folder / "space.yaml").write_text(yaml.safe_dump(space))
     folder = f"sweep{leaves}"
     command = ["sweep", "space.yaml", "--on", "slurm", "--resource", "partition=low", "--slots", "2", "--runs", folder, "--json"]
