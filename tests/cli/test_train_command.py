@@ -140,6 +140,7 @@ def test_other_signals_to_the_command_lose_nothing_either(work, number):
 def test_a_closed_terminal_loses_nothing(work):
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
         os.chdir(work)
         os.environ["OMP_NUM_THREADS"] = "1"
         command = ["-m", "segfleet.cli.main", "train", "tiny.yaml", "stages.0.epochs=50", "--runs", "closed"]
