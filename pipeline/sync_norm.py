@@ -31,7 +31,8 @@ class _Synchronised(_BatchNorm):
 
     @torch.compiler.disable  # collectives in the middle of a compiled graph
     def _normalise(self, x: Tensor) -> Tensor:
-        mean, variance, count = statistics(x)
+        mean, variance = statistics(x)
+        count = x.numel() // x.shape[1] * dist.get_world_size()
         if count < 2:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)} on every rank")
         if self.running_mean is not None:
@@ -47,19 +48,20 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Mean and (biased) variance of every channel, float64, over the samples and voxels of all ranks, and how many values those are."""
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of every channel, float64, over the samples and voxels of all ranks.
+
+    Ranks have equal shares of a batch (`loader.check_shares`), so nothing is counted, and nothing waits for the device.
+    """
     with torch.no_grad():
         none = torch.zeros(x.shape[1], dtype=wide(x), device=x.device)  # in and out: at least float32, whatever x is
         mean, variance = torch.batch_norm_update_stats(x, none, none.clone(), 0.0)  # as a single rank does it
-        own = torch.cat([mean.double(), variance.double(), mean.new_full((1,), x.numel() / x.shape[1], dtype=torch.float64)])
+        own = torch.stack([mean, variance]).double()
         every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(every, own)
-        means, variances, counts = torch.stack(every).split([len(mean), len(mean), 1], 1)
-        count = counts.sum()
-        mean = (means * counts).sum(0) / count
-        variance = ((variances + (means - mean) ** 2) * counts).sum(0) / count
-        return mean, variance, int(count)
+        means, variances = torch.stack(every).unbind(1)
+        mean = means.mean(0)
+        return mean, (variances + (means - mean) ** 2).mean(0)
 
 
 class _Normalise(Function):
