@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from segfleet.preprocess.digest import file_facts
 from segfleet.preprocess.images import ENDINGS, ending, stem
 from segfleet.preprocess.manifest import write_atomically
 from segfleet.preprocess.problems import InputError
@@ -34,18 +35,13 @@ class Input:
         kind = ending(self.images[0])
         return self.id + (kind if kind in WRITABLE else ".png")
 
-
     def content(self) -> str:
         """sha256 of everything that is read of this image. Raises OSError."""
         files = list(self.images)
         for path in self.images if ending(self.images[0]) in (".tif", ".tiff") else ():  # their spacing stands beside them
             names = (stem(path), CHANNEL.sub(r"\1", stem(path)))
             files += [file for name in names if (file := path.with_name(f"{name}.json")).is_file()]
-        digest = hashlib.sha256()
-        for path in dict.fromkeys(files):
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+        return hashlib.sha256("".join(str(file_facts(path)["sha256"]) for path in dict.fromkeys(files)).encode()).hexdigest()
 
 
 def collect(inputs: Sequence[str | Path], channels: int) -> list[Input]:

@@ -45,7 +45,7 @@ class Ledger:
         return node.uid in self._complete
 
     def _scored(self, node: StageNode) -> bool:
-        return scored.is_scored(self.path(node), node.recipe, self.tree._manifests(node.recipe))
+        return scored.is_scored(self.path(node), node.recipe, self.tree.manifests(node.recipe))
 
     def mark(self, node: StageNode, kind: str, **facts: Any) -> None:
         """Note that a node failed or was pruned; it survives this process."""

@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import random
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +26,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from segfleet.pipeline.recipe import Positive, Recipe, Section, Stage, _section_of, parse, read_document
+from segfleet.pipeline.recipe import Positive, Recipe, Section, Stage, _section_of, number_like, parse, read_document
 from segfleet.preprocess.problems import InputError
 
 SPACES = Path(__file__).parent / "spaces"
 KINDS = ("grid", "choice", "uniform", "loguniform")
 Natural = Annotated[int, Field(ge=0)]
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1 reads 1e-3 as text and 1.0e-3 as a number
 
 
 class Budget(Section):
@@ -299,7 +297,7 @@ def _axis(label: str, given: Any) -> Axis:
     keys = tuple(key.strip() for key in label.split(","))
     for key in keys:
         check_key(key)
-    given = numbers(given)
+    given = number_like(given)
     kind, values = next(iter(given.items())) if isinstance(given, dict) and len(given) == 1 else ("grid", given)
     if kind not in KINDS:
         raise InputError(f"axis {label}: found '{kind}', expected one of: {', '.join(KINDS)}")
@@ -314,15 +312,6 @@ def _axis(label: str, given: Any) -> Axis:
         if not two or not values[0] < values[1] or (kind == "loguniform" and values[0] <= 0):
             raise InputError(f"axis {label}: found {kind} {values}, expected [low, high]{' above 0' if kind == 'loguniform' else ''}")
     return Axis(keys=keys, kind=kind, values=tuple(values))
-
-
-def numbers(given: Any) -> Any:
-    """The same with every text like 1e-3 as the number that was meant."""
-    if isinstance(given, dict):
-        return {key: numbers(value) for key, value in given.items()}
-    if isinstance(given, list):
-        return [numbers(value) for value in given]
-    return float(given) if isinstance(given, str) and NUMBER.fullmatch(given) else given
 
 
 def check_key(key: str) -> None:

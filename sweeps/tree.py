@@ -55,7 +55,7 @@ class StageTree:
         self.nodes: dict[str, StageNode] = {}
         self.trials: dict[int, Trial] = {}
         self.leaves: dict[int, str] = {}  # trial number -> uid of its last stage
-        self._manifests = manifests
+        self.manifests = manifests
         self._lengths: dict[str, int] = {}  # family, or a node that has none -> epochs of its longest stage
         self.add(trials)
 
@@ -67,7 +67,7 @@ class StageTree:
             self._link()
 
     def _insert(self, trial: Trial) -> None:
-        recipe, manifest = trial.recipe, self._manifests(trial.recipe)
+        recipe, manifest = trial.recipe, self.manifests(trial.recipe)
         uid, path, begin = None, PurePosixPath(), 0
         for index, stage in enumerate(recipe.stages):
             facts = stage_facts(recipe, manifest, index)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -243,16 +244,23 @@ def test_a_full_disk_is_one_message_and_keeps_what_is_finished(raw, tmp_path, mo
     assert told.processed("write") == 3 and not verify(tmp_path / "out", chunks=True)
 
 
-def test_a_crash_names_the_case(raw, tmp_path, monkeypatch):
+@contextmanager
+def crashing(monkeypatch, *cases):
+    """Inside, preprocessing of these cases fails by a fault of ours."""
     real = shard_job.preprocess_case
 
     def crash(case, *args, **options):
-        if case.id == "phantom_002":
+        if case.id in cases:
             raise ZeroDivisionError("in the middle")
         return real(case, *args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(shard_job, "preprocess_case", crash)
+        yield
+
+
+def test_a_crash_names_the_case(raw, tmp_path, monkeypatch):
+    with crashing(monkeypatch, "phantom_002"):
         with pytest.raises(RuntimeError, match="case 'phantom_002': ZeroDivisionError: in the middle"):
             build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)
     assert not (tmp_path / "out").exists()
@@ -263,15 +271,7 @@ def test_all_failures_are_told_once_the_others_are_written(workers, raw, tmp_pat
     """Two cases that fail, one a user's fault, one ours; then two of the user's."""
     raw = Path(shutil.copytree(raw, tmp_path / "raw"))
     if workers == 1:
-        real = shard_job.preprocess_case
-
-        def crash(case, *args, **options):
-            if case.id in ("phantom_001", "phantom_003"):
-                raise ZeroDivisionError("in the middle")
-            return real(case, *args, **options)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(shard_job, "preprocess_case", crash)
+        with crashing(monkeypatch, "phantom_001", "phantom_003"):
             with pytest.raises(RuntimeError, match="2 shards could not be written.*\nphantom_001: .*ZeroDiv.*\nphantom_003: "):
                 build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)
         assert len(list((tmp_path / "out.partial/shards").iterdir())) == 4
