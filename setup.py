@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-ROOMS = ("cli", "models", "pipeline", "preprocess", "slurm", "sweeps")
+ROOMS = ("cli", "core", "models", "pipeline", "preprocess", "slurm", "sweeps")
 HERE = Path(__file__).parent
 
 packages = [f"segfleet.{name}" for room in ROOMS for name in (room, *(f"{room}.{sub}" for sub in find_packages(room)))]

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 from segfleet.pipeline import run
-from segfleet.pipeline.gang import Gang
+from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
-from segfleet.pipeline.train import Run, train
+from segfleet.pipeline.training.train import Run, train
 from segfleet.preprocess.stores.base import open_store
 
 HERE = Path(__file__).resolve().parent
@@ -41,7 +41,7 @@ def timed(store, folder: Path, save_every: int) -> tuple[float, float]:
     folders = run.stage_folders(folder, recipe, store.manifest)
     wall, cpu = time.perf_counter(), time.process_time()
     never, nothing = (lambda: False), (lambda engine: {})
-    train(Run(recipe=recipe, store=store, folders=folders, gang=Gang(), asked_to_stop=never, warn=print, validate=nothing))
+    train(Run(recipe=recipe, store=store, folders=folders, ranks=Ranks(), asked_to_stop=never, warn=print, validate=nothing))
     return time.perf_counter() - wall, time.process_time() - cpu
 
 

@@ -57,7 +57,7 @@ def start(work: Path, runs: Path, changes: list[str]) -> subprocess.Popen:
 
 def workers(process: subprocess.Popen) -> list[psutil.Process]:
     try:
-        return [child for child in psutil.Process(process.pid).children() if "segfleet.slurm.worker" in child.cmdline()]
+        return [child for child in psutil.Process(process.pid).children() if "segfleet.pipeline.launch.worker" in child.cmdline()]
     except psutil.NoSuchProcess:
         return []
 

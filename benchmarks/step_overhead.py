@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 
-from segfleet.pipeline import loader, run
-from segfleet.pipeline.gang import Gang
+from segfleet.pipeline import run
+from segfleet.pipeline.data import loader
 from segfleet.pipeline.parts import Objective, build_network
+from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.task import make_task
-from segfleet.pipeline.train import Run, train
+from segfleet.pipeline.training.train import Run, train
 from segfleet.preprocess.stores.base import open_store
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -64,7 +65,7 @@ def bare(recipe, store, batches) -> None:
 def ours(recipe, store, folder) -> None:
     folders = run.stage_folders(folder, recipe, store.manifest)
     never, nothing = (lambda: False), (lambda engine: {})
-    train(Run(recipe=recipe, store=store, folders=folders, gang=Gang(), asked_to_stop=never, warn=print, validate=nothing))
+    train(Run(recipe=recipe, store=store, folders=folders, ranks=Ranks(), asked_to_stop=never, warn=print, validate=nothing))
 
 
 def timed(work) -> tuple[float, float]:

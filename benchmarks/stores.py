@@ -31,9 +31,9 @@ import numpy as np
 import zarr
 from scipy import ndimage
 
-from segfleet.preprocess.chunks import chunk_of
-from segfleet.preprocess.manifest import CaseEntry, Dataset, Manifest, Plan
 from segfleet.preprocess.stores.base import store_module
+from segfleet.preprocess.stores.chunks import chunk_of
+from segfleet.preprocess.stores.manifest import CaseEntry, Dataset, Manifest, Plan
 
 try:
     import blosc2

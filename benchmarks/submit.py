@@ -22,7 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from segfleet.slurm.sandbox import Sandbox
+from segfleet.slurm.sandbox.sandbox import Sandbox
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))

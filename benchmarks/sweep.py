@@ -44,9 +44,9 @@ def space(store: Path, steps: int) -> dict:
 
 
 def shared(document: dict, runs: Path, slots: int) -> None:
-    from segfleet.sweeps.plan import make_plan
     from segfleet.sweeps.run import Resources, run_sweep
-    from segfleet.sweeps.space import parse_search
+    from segfleet.sweeps.space.plan import make_plan
+    from segfleet.sweeps.space.space import parse_search
 
     run_sweep(make_plan(parse_search(document), runs), Resources(slots=slots))
 
@@ -55,16 +55,16 @@ def plain(document: dict, runs: Path, slots: int) -> None:
     """What one writes without segfleet's tree: a grid and a function."""
     from ray import tune
 
-    from segfleet.sweeps.plan import make_plan
-    from segfleet.sweeps.ray_controller import NAMES, ray_session
+    from segfleet.sweeps.ray.controller import NAMES, ray_session
     from segfleet.sweeps.run import Resources
-    from segfleet.sweeps.space import parse_search
+    from segfleet.sweeps.space.plan import make_plan
+    from segfleet.sweeps.space.space import parse_search
 
     plan = make_plan(parse_search(document), runs)
     jobs = [{"do": "train", "recipe": trial.recipe.model_dump(mode="json"), "root": str(runs / str(trial.number))} for trial in plan.trials]
 
     def alone(config: dict) -> None:
-        from segfleet.slurm.local import run_ranks
+        from segfleet.pipeline.launch.local import run_ranks
 
         os.environ["OMP_NUM_THREADS"] = "1"
         run_ranks(json.loads(config["job"]), 1, threads=1)
@@ -81,9 +81,9 @@ def plain(document: dict, runs: Path, slots: int) -> None:
 
 def alone(document: dict, runs: Path, slots: int) -> None:
     """The same stages one after another, without Ray and without a controller."""
-    from segfleet.slurm.local import run_ranks
-    from segfleet.sweeps.plan import make_plan
-    from segfleet.sweeps.space import parse_search
+    from segfleet.pipeline.launch.local import run_ranks
+    from segfleet.sweeps.space.plan import make_plan
+    from segfleet.sweeps.space.space import parse_search
 
     plan = make_plan(parse_search(document), runs)
     for node in plan.tree.walk():
@@ -110,7 +110,7 @@ class Meter:
         for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
             with suppress(psutil.Error):
                 words, times = " ".join(process.cmdline()), process.cpu_times()
-                if "segfleet.slurm.worker" not in words:
+                if "segfleet.pipeline.launch.worker" not in words:
                     below = times.children_user + times.children_system if words.startswith("ray::") else 0.0
                     self.seen[process.pid] = times.user + times.system + below
 

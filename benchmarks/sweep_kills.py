@@ -27,7 +27,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 from conftest import write_tiny_store  # noqa: E402
 from sweep import space, weights  # noqa: E402
 
-PARTS = {"controller": None, "trial": "ray::", "raylet": "raylet/raylet", "control server": "gcs_server", "rank": "segfleet.slurm.worker"}
+PARTS = {"controller": None, "trial": "ray::", "raylet": "raylet/raylet", "control server": "gcs_server", "rank": "segfleet.pipeline.launch.worker"}
 PATIENCE = 900.0  # seconds one command may take
 
 

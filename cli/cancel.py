@@ -16,7 +16,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Cancel a submitted run. Its ranks save first, so `segfleet resume` goes on where it stopped."""
-    from segfleet.slurm import slurm_job
+    from segfleet.slurm import job as slurm_job
     from segfleet.slurm.submission import find_home
 
     home = find_home(run, runs)

@@ -31,7 +31,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """List raw layouts; check a raw folder (exit code 2 if it has problems); write a synthetic data set or 2.5D slices."""
-    from segfleet.preprocess.problems import InputError
+    from segfleet.core.errors import InputError
     from segfleet.preprocess.readers.base import open_reader
 
     if name is None:
@@ -62,7 +62,7 @@ def known(name: str) -> str:
 
 def chosen(options: list[str] | None) -> dict[str, str]:
     """NAME=VALUE pairs. Raises InputError."""
-    from segfleet.preprocess.problems import InputError
+    from segfleet.core.errors import InputError
 
     pairs = [option.partition("=") for option in options or []]
     for key, equals, value in pairs:
@@ -72,7 +72,7 @@ def chosen(options: list[str] | None) -> dict[str, str]:
 
 
 def renumbered(rules: list[str]) -> dict[int, int]:
-    from segfleet.preprocess.problems import InputError
+    from segfleet.core.errors import InputError
 
     pairs = [rule.partition("=") for rule in rules]
     for old, _, new in pairs:
@@ -88,7 +88,7 @@ def beside(root: Path, to: Path | None, suffix: str) -> Path:
 def layouts(names: list[str] | None = None) -> list[dict[str, Any]]:
     from dataclasses import asdict
 
-    from segfleet.preprocess.phantom import PHANTOMS
+    from segfleet.preprocess.phantoms.phantom import PHANTOMS
     from segfleet.preprocess.readers.base import reader_class, readers
 
     uses = recipes()
@@ -130,11 +130,11 @@ def check(
     mended: list[dict] | None = None,
 ) -> None:  # fmt: skip
     """One pass over all files. Exit code 2 if anything is wrong; warnings do not count."""
-    from segfleet.preprocess.check import survey
-    from segfleet.preprocess.duplicates import shared
-    from segfleet.preprocess.manifest import load_manifest
-    from segfleet.preprocess.problems import DataError
+    from segfleet.core.errors import DataError
+    from segfleet.preprocess.checking.check import survey
+    from segfleet.preprocess.checking.duplicates import shared
     from segfleet.preprocess.readers.base import open_reader
+    from segfleet.preprocess.stores.manifest import load_manifest
 
     reader, other = open_reader(name, root, **options), load_manifest(against) if against else None
     with progress("checking raw files") as tick:
@@ -176,7 +176,7 @@ def fixed(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Write a mended copy and check that; without anything to mend, check the original."""
-    from segfleet.preprocess.mend import mend
+    from segfleet.preprocess.checking.repair import mend
     from segfleet.preprocess.readers.base import open_reader
 
     mended = mend(open_reader(name, root, **options), out, remap)
@@ -184,8 +184,8 @@ def fixed(
 
 
 def phantom(name: str, root: Path, cases: int | None, seed: int, as_json: bool) -> None:
-    from segfleet.preprocess.phantom import PHANTOMS
-    from segfleet.preprocess.problems import InputError
+    from segfleet.core.errors import InputError
+    from segfleet.preprocess.phantoms.phantom import PHANTOMS
 
     if name not in PHANTOMS:
         raise InputError(f"datasets: there is no phantom in the layout '{name}', only in: {', '.join(PHANTOMS)}")
@@ -197,7 +197,7 @@ def phantom(name: str, root: Path, cases: int | None, seed: int, as_json: bool) 
 
 def slices(reader, out: Path, window: tuple[float, float], crop: int | None, workers: int | None, as_json: bool) -> None:
     """Volumes, once they are checked, to slices of three neighbours, for the layout npy."""
-    from segfleet.preprocess.slices import write_slices
+    from segfleet.preprocess.checking.slices import write_slices
 
     with progress("checking and slicing volumes") as tick:
         count = write_slices(reader, out, window, crop, tick, workers)

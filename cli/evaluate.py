@@ -19,7 +19,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Score a finished run on the whole cases of its validation fold, at their original resolution; write its report anew."""
-    from segfleet.slurm.local import run_ranks
+    from segfleet.pipeline.launch.local import run_ranks
 
     job = job_of(run, changes or [], runs)
     run_ranks(job, ranks)
@@ -28,10 +28,10 @@ def command(
 
 def job_of(run: str, changes: list[str], runs: Path) -> dict[str, Any]:
     """What the ranks of an evaluation do. Raises InputError if they cannot."""
+    from segfleet.core.errors import InputError
     from segfleet.pipeline.recipe import override, parse
     from segfleet.pipeline.run import find_run, open_run, stage_folders
-    from segfleet.preprocess.manifest import load_manifest
-    from segfleet.preprocess.problems import InputError
+    from segfleet.preprocess.stores.manifest import load_manifest
 
     folder = find_run(run, runs)
     recipe, folders = open_run(folder)

@@ -20,9 +20,9 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Print what the ranks of a submitted run have printed, over all restarts."""
-    from segfleet.preprocess.problems import InputError
+    from segfleet.core.errors import InputError
+    from segfleet.slurm.job import OPEN, jobs_of, look_at_all
     from segfleet.slurm.jobspec import JobSpec
-    from segfleet.slurm.slurm_job import OPEN, jobs_of, look_at_all
     from segfleet.slurm.submission import find_home
 
     jobs = jobs_of(find_home(run, runs))

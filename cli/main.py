@@ -71,7 +71,7 @@ def complain(message: str) -> None:
 
 def exit_code(error: BaseException) -> int:
     """Say what went wrong; the exit code. A fault of ours is re-raised with its traceback, for the bug report."""
-    from segfleet.preprocess.problems import explain
+    from segfleet.core.errors import explain
 
     if known := explain(error):
         if getattr(error, "problems", None):
@@ -91,9 +91,9 @@ def exit_code(error: BaseException) -> int:
 
 
 def main() -> None:
-    from segfleet.slurm.local import outlive_terminal
+    from segfleet.pipeline.launch.local import survive_hangup
 
-    outlive_terminal()
+    survive_hangup()
     try:
         code = app(standalone_mode=False)
         if code == 130:  # what Typer makes of Ctrl-C

@@ -19,20 +19,20 @@ def command(
 ) -> None:
     """Segment images with a finished run; every prediction lies exactly on its image. Continues where it stopped."""
     job = job_of(run, images, out, runs)
-    from segfleet.pipeline.gang import Gang
     from segfleet.pipeline.jobs import predict
+    from segfleet.pipeline.ranks import Ranks
 
     with progress("predicting") as tick:
-        document = predict(job, Gang(), tick)
+        document = predict(job, Ranks(), tick)
     show(document, as_json, render)
     raise typer.Exit(document["exit_code"])
 
 
 def job_of(run: str, images: list[Path], out: Path, runs: Path) -> dict[str, Any]:
     """What the ranks of a prediction do. Raises InputError if they cannot."""
-    from segfleet.pipeline.inputs import check_out, collect
+    from segfleet.pipeline.inference.inputs import check_out, collect
     from segfleet.pipeline.run import find_run, open_run
-    from segfleet.preprocess.manifest import load_manifest
+    from segfleet.preprocess.stores.manifest import load_manifest
 
     folder = find_run(run, runs)
     recipe, folders = open_run(folder)

@@ -37,7 +37,7 @@ def command(
 
     A run that was stopped goes on where it was; a second run on a finished store only compares.
     """
-    from segfleet.preprocess.build import build
+    from segfleet.preprocess.building.build import build
     from segfleet.preprocess.jobs import overrides_of
 
     store = job_of(name, raw, out, format, workers, seed, option, size, patch, spacing, verify)["store"]
@@ -55,7 +55,7 @@ def job_of(
     patch: str | None, spacing: str | None, verify: bool, **_: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What preprocessing does, as preprocess.jobs says. Raises InputError for what shows before any image is read."""
-    from segfleet.preprocess.build import open_raw
+    from segfleet.preprocess.building.build import open_raw
     from segfleet.preprocess.jobs import overrides_of
 
     overrides = {"size": size, "patch": numbers("patch", patch, int), "spacing": numbers("spacing", spacing, float)}
@@ -66,7 +66,7 @@ def job_of(
 
 def numbers(name: str, text: str | None, kind: type) -> tuple | None:
     """Numbers of "16x64x64" or "16,64,64". Raises InputError."""
-    from segfleet.preprocess.problems import InputError
+    from segfleet.core.errors import InputError
 
     if text is None:
         return None
@@ -93,8 +93,8 @@ def bars(first: dict[str, int]) -> Iterator[Callable[[str, int, int], None]]:
 
 def check_store(out: Path) -> None:
     """Raises DataError with every damaged file and case."""
-    from segfleet.preprocess.problems import DataError
-    from segfleet.preprocess.verify import verify
+    from segfleet.core.errors import DataError
+    from segfleet.preprocess.stores.verify import verify
 
     if problems := verify(out, chunks=True):
         raise DataError(str(out), problems)

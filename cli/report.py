@@ -16,7 +16,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Write a run's report as one HTML file and print its path."""
-    from segfleet.pipeline.report import write_report
+    from segfleet.pipeline.reports.report import write_report
     from segfleet.pipeline.run import find_run
 
     show({"report": str(write_report(find_run(run, runs)))}, as_json, lambda document: typer.echo(document["report"]))

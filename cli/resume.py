@@ -23,12 +23,12 @@ def command(
     """Submit a run once more, with the recipe and resources it had and the code as it is now. It goes on from its latest checkpoint."""
     changes = {"time": time, "partition": partition, "memory": memory, "exclude": exclude, "dependency": None}
     from segfleet.cli.submit import render, row
+    from segfleet.core.errors import InputError
     from segfleet.pipeline.recipe import parse
     from segfleet.pipeline.run import DONE
-    from segfleet.preprocess.problems import InputError
     from segfleet.slurm import cluster, prepare
+    from segfleet.slurm.job import attach, refuse_if_active
     from segfleet.slurm.jobspec import make_spec
-    from segfleet.slurm.slurm_job import attach, refuse_if_active
     from segfleet.slurm.submission import find_home
     from segfleet.slurm.submitit_launcher import SlurmLauncher, job_name, without_bad_nodes
 

@@ -17,8 +17,8 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Start or stop a real SLURM of four nodes with pretended GPUs on this machine alone. Needs root and Debian's SLURM packages."""
-    from segfleet.preprocess.problems import InputError
-    from segfleet.slurm.sandbox import NODES, Sandbox
+    from segfleet.core.errors import InputError
+    from segfleet.slurm.sandbox.sandbox import NODES, Sandbox
 
     if action not in ("start", "stop"):
         raise InputError(f"slurm-sandbox: found '{action}', expected start or stop")

@@ -52,10 +52,10 @@ def command(
     """
     given = dict(locals())
     from segfleet.cli import submit_words
-    from segfleet.preprocess.problems import InputError
+    from segfleet.core.errors import InputError
     from segfleet.slurm import prepare
+    from segfleet.slurm.job import refuse_if_active
     from segfleet.slurm.jobspec import JobSpec, make_spec
-    from segfleet.slurm.slurm_job import refuse_if_active
     from segfleet.slurm.submitit_launcher import SlurmLauncher
 
     root = runs.resolve()
@@ -77,7 +77,7 @@ def command(
     for run in open_ones:
         refuse_if_active(run) if not dry_run else None
     if check and open_ones:
-        from segfleet.slurm.check import check_recipes
+        from segfleet.slurm.preflight import check_recipes
 
         check_recipes(list(open_ones.values()), spec.ranks)
     launcher = SlurmLauncher(live=live)
@@ -109,10 +109,10 @@ def render_script(document: dict) -> None:
 
 def dependency_on(after: str, root: Path) -> str | None:
     """SLURM's words for: when that run is done. None if it is."""
+    from segfleet.core.errors import InputError
     from segfleet.pipeline.run import find_run, open_run
-    from segfleet.preprocess.problems import InputError
     from segfleet.slurm import prepare
-    from segfleet.slurm.slurm_job import attach
+    from segfleet.slurm.job import attach
 
     run = find_run(after, root)
     if prepare.finished(run, open_run(run)[0]):
@@ -140,7 +140,7 @@ def ask_controller(script: str) -> list[str]:
     """What SLURM says to a script, without submitting it. Raises InputError where it would refuse."""
     import tempfile
 
-    from segfleet.preprocess.problems import InputError
+    from segfleet.core.errors import InputError
     from segfleet.slurm import cluster
 
     if not cluster.there_is_one():

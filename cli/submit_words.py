@@ -19,10 +19,10 @@ Step = tuple[str, list[dict[str, Any]]]  # name, jobs: one, or an array
 
 def submit(words: list[str], options: dict[str, Any], given: dict[str, Any]) -> None:
     """`options`: fields of a JobSpec; `given`: the further options of `segfleet submit`. Raises InputError."""
-    from segfleet.preprocess.problems import InputError
+    from segfleet.core.errors import InputError
     from segfleet.slurm import cluster
+    from segfleet.slurm.job import refuse_if_active
     from segfleet.slurm.jobspec import make_spec
-    from segfleet.slurm.slurm_job import refuse_if_active
     from segfleet.slurm.submitit_launcher import SlurmLauncher, without_bad_nodes
 
     name, root = words[0], given["runs"].resolve()
@@ -77,9 +77,9 @@ def parse(name: str, words: list[str], runs: Path) -> dict[str, Any]:
 def preprocessing(told: dict[str, Any], array: list[str] | None) -> tuple[list[Step], Path]:
     """The jobs that make a store: one, or with an array of N members who survey, N who write, and one that does the rest and publishes."""
     from segfleet.cli.preprocess import job_of
-    from segfleet.preprocess.manifest import NAME
-    from segfleet.preprocess.problems import InputError
+    from segfleet.core.errors import InputError
     from segfleet.preprocess.readers.base import open_reader
+    from segfleet.preprocess.stores.manifest import NAME
     from segfleet.slurm.submission import home_of
 
     told = {**told, "raw": told["raw"].absolute(), "out": told["out"].absolute()}
@@ -98,7 +98,7 @@ def preprocessing(told: dict[str, Any], array: list[str] | None) -> tuple[list[S
 
 def refuse_if_claimed(out: Path) -> None:
     """Raises InputError if a process of this or another node is making the store."""
-    from segfleet.preprocess.claim import claimed
+    from segfleet.preprocess.building.lock import claimed
 
     partial = out.with_name(out.name + ".partial")
     if partial.exists():  # or asking would make it, and leave it behind when the job is refused
@@ -108,7 +108,7 @@ def refuse_if_claimed(out: Path) -> None:
 
 def evaluation(told: dict[str, Any]) -> tuple[list[Step], Path, Path]:
     from segfleet.cli.evaluate import job_of
-    from segfleet.preprocess.problems import InputError
+    from segfleet.core.errors import InputError
 
     if told["ranks"] != 1:
         raise InputError("--ranks: a job has nodes x gpus-per-node ranks; say --gpus-per-node or --ranks-per-node before the --")

@@ -26,8 +26,8 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Train every schedule of SPACE, each common beginning once; rank them. The same command continues or does nothing."""
-    from segfleet.sweeps.plan import foreign, make_plan
-    from segfleet.sweeps.space import load_search
+    from segfleet.sweeps.space.plan import foreign, make_plan
+    from segfleet.sweeps.space.space import load_search
 
     words = changes or []
     asking = space == "status"
@@ -48,7 +48,7 @@ def command(
         document["warnings"] += [fault] if (fault := foreign(plan)) else []
         show(document, as_json, render_forecast)
         return
-    from segfleet.sweeps.outcome import write_outcome
+    from segfleet.sweeps.results.outcome import write_outcome
 
     warn(plan.warnings)
     with progress("epochs") as tick:
@@ -63,7 +63,7 @@ def job_options(cluster: str | None, resources: list[str] | None) -> dict[str, A
     """{"cluster": ..., "spec": fields of a JobSpec} from the command line."""
     import yaml
 
-    from segfleet.preprocess.problems import InputError
+    from segfleet.core.errors import InputError
 
     spec = {}
     for text in resources or []:
@@ -81,8 +81,8 @@ def warn(lines: list[str]) -> None:
 
 def forecast(plan: Any, slots: int) -> dict[str, Any]:
     """What --dry-run prints."""
-    from segfleet.sweeps.estimate import estimate
-    from segfleet.sweeps.ledger import Ledger
+    from segfleet.sweeps.results.ledger import Ledger
+    from segfleet.sweeps.space.estimate import estimate
 
     ledger = Ledger(plan.tree, plan.runs, plan.folder)
     nodes = [describe(plan, ledger, node) for node in plan.tree.walk()]
@@ -127,7 +127,7 @@ def render_forecast(document: dict[str, Any]) -> None:
 def standing(plan: Any) -> dict[str, Any]:
     """What `status` prints: every node's state, from disk alone."""
     from segfleet.pipeline.status import run_status
-    from segfleet.sweeps.ledger import Ledger
+    from segfleet.sweeps.results.ledger import Ledger
 
     ledger = Ledger(plan.tree, plan.runs, plan.folder)
     nodes = [describe(plan, ledger, node) for node in plan.tree.walk()]

@@ -24,11 +24,11 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Train every stage of RECIPE that is not finished, score it and write its report. The same command continues or does nothing."""
+    from segfleet.core.errors import InputError
+    from segfleet.pipeline.launch.local import run_ranks
     from segfleet.pipeline.recipe import load_recipe
     from segfleet.pipeline.run import stage_folders, stage_steps
-    from segfleet.preprocess.manifest import load_manifest
-    from segfleet.preprocess.problems import InputError
-    from segfleet.slurm.local import run_ranks
+    from segfleet.preprocess.stores.manifest import load_manifest
 
     if max_time is not None and not max_time > 0:
         raise InputError(f"--max-time: found {max_time:g}, expected more than 0 hours; leave it out for no limit")

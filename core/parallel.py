@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver, resource_tracker
 from typing import Any, TypeVar
 
-from segfleet.preprocess.memory import cpus, memory_budget
+from segfleet.core.machine import cpus, memory_budget
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 WATCHED = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2} if hasattr(signal, "sigwaitinfo") else set()

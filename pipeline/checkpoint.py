@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segfleet.preprocess.manifest import sync_folder, write_atomically
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+from segfleet.core.files import sync_folder, write_atomically
 
 MANIFEST = "manifest.json"
 PREFIX = "step-"

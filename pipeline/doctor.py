@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from segfleet.pipeline.engines.base import autocast
-from segfleet.pipeline.gang import pick_device
+from segfleet.pipeline.ranks import pick_device
 
 PACKAGES = ("segfleet", "torch", "numpy", "zarr", "h5py", "deepspeed", "submitit", "ray", "mamba-ssm", "triton", "tensorboardX")
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 5e-3}  # relative error against float64
@@ -43,7 +43,7 @@ def _version(name: str) -> str | None:
 
 
 def _memory() -> int:
-    from segfleet.preprocess.memory import memory_budget
+    from segfleet.core.machine import memory_budget
 
     return memory_budget()
 

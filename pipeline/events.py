@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from segfleet.preprocess.manifest import write_atomically
+from segfleet.core.files import write_atomically
 
 NAME = "events.jsonl"
 

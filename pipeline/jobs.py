@@ -1,4 +1,4 @@
-"""What a gang can be asked to do, as plain JSON. Launchers carry the job, every rank runs it.
+"""What a group of ranks can be asked to do, as plain JSON. Launchers carry the job, every rank runs it.
 
 {"do": "train", "recipe": {...}, "root": "runs"}: train what is missing of every stage, then score it;
     "max_seconds": 3600 stops in order after that time, a file `stop` in the run folder at once; "score": false leaves the scoring out.
@@ -17,28 +17,28 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from segfleet.pipeline import gang as gangs
-from segfleet.pipeline.local_store import on_node
+from segfleet.core.errors import InputError
+from segfleet.pipeline.data.staged_store import on_node
+from segfleet.pipeline.inference.predict import predict_files
 from segfleet.pipeline.parts import patch_of
-from segfleet.pipeline.predict import predict_files
+from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.run import open_run, stage_folders
-from segfleet.pipeline.score import Scorer, forward_of, load_network
+from segfleet.pipeline.scoring.score import Scorer, forward_of, load_network
 from segfleet.pipeline.stop import Interrupted, StopRequest
-from segfleet.pipeline.train import Diverged, Run, train
-from segfleet.preprocess.manifest import load_manifest
-from segfleet.preprocess.problems import InputError
+from segfleet.pipeline.training.train import Diverged, Run, train
 from segfleet.preprocess.stores.base import open_store
+from segfleet.preprocess.stores.manifest import load_manifest
 
 JOBS = ("train", "score", "predict")
 
 
-def run_job(job: dict[str, Any], gang: gangs.Gang, stop: StopRequest) -> None:
-    """Do a job with a gang that has met. Raises InputError, ModelError, Interrupted or a fault."""
+def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
+    """Do a job with ranks that have joined. Raises InputError, ModelError, Interrupted or a fault."""
     if job["do"] not in JOBS:
         raise InputError(f"job: found '{job['do']}', expected one of: {', '.join(JOBS)}")
     if job["do"] == "predict":
-        run_prediction(job, gang, stop)
+        run_prediction(job, ranks, stop)
         return
     recipe = parse(job["recipe"])
     store = open_store(recipe.data.store)
@@ -49,29 +49,29 @@ def run_job(job: dict[str, Any], gang: gangs.Gang, stop: StopRequest) -> None:
         stop.deadline = min(stop.deadline or end, end)
     near = job.get("stage_to") if job["do"] == "train" and folders[-1].done() is None else None  # scoring reads every case once
     try:
-        with on_node(store, near, gang, stop, warn) if near else nullcontext(store) as store:
-            scorer = Scorer(recipe=recipe, store=store, gang=gang, stop=stop)
+        with on_node(store, near, ranks, stop, warn) if near else nullcontext(store) as store:
+            scorer = Scorer(recipe=recipe, store=store, ranks=ranks, stop=stop)
             if job["do"] == "train":
-                parts = {"folders": folders, "gang": gang, "asked_to_stop": stop.asked, "warn": warn, "validate": scorer.validate}
+                parts = {"folders": folders, "ranks": ranks, "asked_to_stop": stop.asked, "warn": warn, "validate": scorer.validate}
                 # Members of an array start together; nobody is there to start a refused one again.
                 train(Run(recipe=recipe, store=store, waits="SLURM_JOB_ID" in os.environ, **parts))
             if job.get("score", True):
                 scorer.score(folders, again=job.get("again", False))
     except Interrupted as stopped:  # on all ranks
-        if file := gang.share(stop.obeyed() if gang.rank == 0 else None):
+        if file := ranks.share(stop.obeyed() if ranks.rank == 0 else None):
             raise Interrupted(f"{str(stopped).rstrip('.')}. It was asked to by the file {file}, which is removed now.") from None
         raise
     except FloatingPointError as error:  # of a whole case: what the network says of it is not finite
         raise Diverged(f"{error}. Lower stages.lr, or set optimizer.clip=1 or engine.precision=fp32, and train again.") from None
 
 
-def predict(job: dict[str, Any], gang: gangs.Gang, progress: Callable[[int, int], None]) -> dict[str, Any]:
+def predict(job: dict[str, Any], ranks: Ranks, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """The answer of `predict_files` for a prediction's images. Raises InputError."""
     recipe, folders = open_run(Path(job["run"]))
     manifest = load_manifest(Path(recipe.data.store))
-    model, task, name = load_network(recipe, manifest, folders, gang.device)
+    model, task, name = load_network(recipe, manifest, folders, ranks.device)
     return predict_files(
-        forward_of(model, task, recipe, gang.device),
+        forward_of(model, task, recipe, ranks.device),
         manifest.plan,
         manifest.dataset,
         task,
@@ -81,14 +81,14 @@ def predict(job: dict[str, Any], gang: gangs.Gang, progress: Callable[[int, int]
         overlap=recipe.evaluation.overlap,
         mirror_axes=recipe.evaluation.mirror,
         batch=recipe.evaluation.batch,
-        device=gang.device,
+        device=ranks.device,
         made_by=f"{folders[-1].path.name} {name}",
-        gang=gang,
+        ranks=ranks,
         progress=progress,
     )
 
 
-def run_prediction(job: dict[str, Any], gang: gangs.Gang, stop: StopRequest) -> None:
+def run_prediction(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
     """Raises InputError with every image that could not be segmented, when all others are."""
 
     def tick(done: int, total: int) -> None:
@@ -97,8 +97,8 @@ def run_prediction(job: dict[str, Any], gang: gangs.Gang, stop: StopRequest) -> 
         if stop.asked() and done < total:
             raise Interrupted(f"stopped after {done} of {total} images; the same command goes on")
 
-    answer = predict(job, gang, tick)
-    if gang.rank == 0:
+    answer = predict(job, ranks, tick)
+    if ranks.rank == 0:
         written, kept, failed = (len(answer[key]) for key in ("done", "kept", "failed"))
         sys.stdout.write(f"{written} written, {kept} already there, {failed} failed: {job['out']}\n")
     if answer["failed"]:

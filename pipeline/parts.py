@@ -7,14 +7,14 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+from segfleet.core.errors import InputError
 from segfleet.models import registry
-from segfleet.pipeline.deep_supervision import DeepSupervision
 from segfleet.pipeline.engines.common import trainable
 from segfleet.pipeline.losses.base import build_loss
+from segfleet.pipeline.losses.deep_supervision import DeepSupervision
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.task import Task, make_task
-from segfleet.preprocess.manifest import Manifest
-from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.stores.manifest import Manifest
 
 
 def patch_of(recipe: Recipe, manifest: Manifest) -> tuple[int, int, int]:

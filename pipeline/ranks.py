@@ -1,4 +1,4 @@
-"""The ranks that train together. One process is a gang of one, so nobody asks whether a process group exists."""
+"""The ranks that train together. One process is a single rank, so nobody asks whether a process group exists."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 TIMEOUT = datetime.timedelta(minutes=30)
 
 
-class Gang:
-    """A gang of one."""
+class Ranks:
+    """A single rank."""
 
     rank, size, local_rank = 0, 1, 0
 
@@ -47,7 +47,7 @@ class Gang:
         pass
 
 
-class ProcessGang(Gang):
+class ProcessRanks(Ranks):
     """Ranks in processes: NCCL for tensors on GPUs, and gloo for decisions, which therefore never wait for a GPU."""
 
     def __init__(self, rank: int, size: int, local_rank: int, store: dist.Store, device: torch.device | None = None):
@@ -93,31 +93,31 @@ def pick_device(local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def join_gang(meeting: Path) -> Gang:
-    """The gang this process was started for: RANK, WORLD_SIZE and LOCAL_RANK say which; without them a gang of one.
+def join_ranks(rendezvous: Path) -> Ranks:
+    """The ranks this process was started for: RANK, WORLD_SIZE and LOCAL_RANK say which; without them a single rank.
 
-    Rank 0 lets the kernel choose a port and publishes it in the file `meeting`; nobody derives or guesses one.
+    Rank 0 lets the kernel choose a port and publishes it in the file `rendezvous`; nobody derives or guesses one.
     """
     if not all(name in os.environ for name in ENVIRONMENT):
-        return Gang()
+        return Ranks()
     rank, size, local_rank = (int(os.environ[name]) for name in ENVIRONMENT)
     if size == 1:
-        return Gang(pick_device(local_rank))
+        return Ranks(pick_device(local_rank))
     host = os.environ.get("SEGFLEET_MASTER_HOST", "127.0.0.1")
     if rank == 0:
         store = dist.TCPStore(host, 0, size, is_master=True, timeout=TIMEOUT, wait_for_workers=False)
-        partial = meeting.with_suffix(".partial")
+        partial = rendezvous.with_suffix(".partial")
         partial.write_text(f"{host} {store.port}")
-        os.replace(partial, meeting)
+        os.replace(partial, rendezvous)
     else:
         deadline = time.monotonic() + 300
-        while not meeting.exists():
+        while not rendezvous.exists():
             if time.monotonic() > deadline:
-                raise TimeoutError(f"rank {rank} waited 300 s for rank 0 to publish its address in {meeting}")
+                raise TimeoutError(f"rank {rank} waited 300 s for rank 0 to publish its address in {rendezvous}")
             time.sleep(0.02)
-        host, port = meeting.read_text().split()
+        host, port = rendezvous.read_text().split()
         store = dist.TCPStore(host, int(port), size, is_master=False, timeout=TIMEOUT, wait_for_workers=False)
-    return ProcessGang(rank, size, local_rank, store)
+    return ProcessRanks(rank, size, local_rank, store)
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
 

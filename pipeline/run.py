@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from segfleet.core.errors import InputError
+from segfleet.core.files import write_atomically
 from segfleet.pipeline.recipe import Recipe, parse
-from segfleet.preprocess.manifest import Manifest, write_atomically
-from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.stores.manifest import Manifest
 
 if TYPE_CHECKING:  # it needs torch, which a process that only looks at runs must not load
     from segfleet.pipeline import checkpoint

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from segfleet.preprocess.manifest import Dataset
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+from segfleet.preprocess.stores.manifest import Dataset
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from segfleet.preprocess.build import Progress, build
-from segfleet.preprocess.plan import Overrides
-from segfleet.preprocess.problems import DataError
-from segfleet.preprocess.shard_job import STATE
-from segfleet.preprocess.share import survey_share, write_share
-from segfleet.preprocess.verify import verify
+from segfleet.core.errors import DataError
+from segfleet.preprocess.building.build import Progress, build
+from segfleet.preprocess.building.shard_job import STATE
+from segfleet.preprocess.building.share import survey_share, write_share
+from segfleet.preprocess.planning.plan import Overrides
+from segfleet.preprocess.stores.verify import verify
 
 JOBS = ("preprocess", "survey", "write")
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
 from segfleet.slurm.jobspec import JobSpec, minutes
 
 INHERITED = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "PMI", "PMIX_", "OMPI_", "SEGFLEET_LIFE", "SUBMITIT_")
@@ -21,7 +21,7 @@ KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER")
 
 
 def clean_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment without what a surrounding job or gang left in it: it would pin cores, ranks and GPUs of the new job."""
+    """The environment without what a surrounding job or ranks left in it: it would pin cores, ranks and GPUs of the new job."""
     found = os.environ if environment is None else environment
     return {name: value for name, value in found.items() if name in KEPT or not (name.startswith(INHERITED) or name in RANKS)}
 

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
 
 if TYPE_CHECKING:
-    from segfleet.pipeline.gang import Gang
+    from segfleet.pipeline.ranks import Ranks
 
 REMEMBERED = 7 * 24 * 3600  # seconds a bad node is left out of new jobs
 FREE = 0.5  # share of a granted GPU's memory that must be free
@@ -21,14 +21,14 @@ class BadNode(RuntimeError):
     """A node failed the health check. New jobs leave it out for a week."""
 
 
-def examine(gang: Gang, gpus: int, node: str) -> None:
+def examine(ranks: Ranks, gpus: int, node: str) -> None:
     """A granted GPU is visible and nearly empty, multiplies rightly, and all ranks reach each other.
 
     Raises BadNode, or InputError if this Python cannot use a GPU on any node.
     """
     import torch
 
-    device = gang.device
+    device = ranks.device
     if gpus and device.type != "cuda" and os.environ.get("SEGFLEET_DEVICE", "cuda") == "cuda":
         cpu = "To run on CPUs all the same: SEGFLEET_DEVICE=cpu"
         if torch.version.cuda is None and torch.version.hip is None:
@@ -45,8 +45,8 @@ def examine(gang: Gang, gpus: int, node: str) -> None:
     found = (values[0].to(device) @ values[1].to(device)).double().cpu()
     if not (found - exact).norm() < 1e-2 * exact.norm():
         raise BadNode(f"node {node}: {device} multiplies two matrices wrongly")
-    if (count := int(gang.sum(torch.ones(1, device=device)).item())) != gang.size:
-        raise BadNode(f"node {node}: the ranks add up to {count}, expected {gang.size}")
+    if (count := int(ranks.sum(torch.ones(1, device=device)).item())) != ranks.size:
+        raise BadNode(f"node {node}: the ranks add up to {count}, expected {ranks.size}")
 
 
 def remember(root: Path, node: str, why: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
 from segfleet.slurm import cluster
 from segfleet.slurm.submission import Submission, latest, submissions, together
 

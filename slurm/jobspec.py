@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
 
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
 LETTERS = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?")

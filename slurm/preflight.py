@@ -1,4 +1,4 @@
-"""Everything about a recipe that can be known before a job waits in a queue. `python -m segfleet.slurm.check RANKS < recipes.json`.
+"""Everything about a recipe that can be known before a job waits in a queue. `python -m segfleet.slurm.preflight RANKS < recipes.json`.
 
 In a process of its own, because it builds the network and so needs torch, which the submitting process does without.
 """
@@ -10,13 +10,13 @@ import subprocess
 import sys
 from typing import Any
 
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
 
 
 def check_recipes(recipes: list[dict[str, Any]], ranks: int) -> None:
     """Network, loss, patch, batch and ranks fit together and to the store, in every recipe. Raises InputError."""
     recipes = list({json.dumps(_parts(recipe)): recipe for recipe in recipes}.values())
-    command = [sys.executable, "-m", "segfleet.slurm.check", str(ranks)]
+    command = [sys.executable, "-m", "segfleet.slurm.preflight", str(ranks)]
     done = subprocess.run(command, input=json.dumps(recipes), capture_output=True, text=True)
     if done.returncode == 2:
         raise InputError(done.stderr.strip())
@@ -31,9 +31,10 @@ def _parts(recipe: dict[str, Any]) -> list[Any]:
 
 
 def main() -> int:
-    from segfleet.pipeline import loader, parts
+    from segfleet.pipeline import parts
+    from segfleet.pipeline.data import loader
     from segfleet.pipeline.recipe import parse
-    from segfleet.preprocess.manifest import load_manifest
+    from segfleet.preprocess.stores.manifest import load_manifest
 
     try:
         for recipe in map(parse, json.load(sys.stdin)):

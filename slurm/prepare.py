@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from segfleet.core.errors import InputError
 from segfleet.pipeline.recipe import Recipe, load_recipe
 from segfleet.pipeline.run import stage_folders
-from segfleet.pipeline.scored import is_scored
-from segfleet.preprocess.manifest import load_manifest
-from segfleet.preprocess.problems import InputError
+from segfleet.pipeline.scoring.scored import is_scored
+from segfleet.preprocess.stores.manifest import load_manifest
 
 
 def prepare(source: str, changes: Sequence[str], root: Path) -> tuple[Recipe, Path]:

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from segfleet.pipeline.launch import worker
 from segfleet.pipeline.stop import Interrupted, StopRequest
-from segfleet.slurm import worker
 
 INTERRUPTED = 75
 PATIENCE = 900  # seconds a rank that lost its partner gives SLURM to find out that a node died, before it calls it a failure
@@ -40,14 +40,14 @@ def run_rank(folder: str) -> None:
         except Fruitless as error:
             worker.report(life, rank, error)
             sys.stderr.write(f"segfleet: {error}\n")
-            worker.leave(1)
+            worker.exit_now(1)
 
-    def first(gang: Any) -> None:
+    def first(ranks: Any) -> None:
         from segfleet.slurm import health
 
         node = os.environ["SLURMD_NODENAME"]
         try:
-            health.examine(gang, spec["gpus_per_node"], node)
+            health.examine(ranks, spec["gpus_per_node"], node)
         except health.BadNode as error:
             health.remember(Path(document["root"]), node, str(error))
             raise
@@ -56,20 +56,20 @@ def run_rank(folder: str) -> None:
     if error is None:
         if rank == 0:
             (life / "ended.json").write_text(json.dumps({"time": time.time()}), encoding="utf-8")
-        worker.leave(0)
+        worker.exit_now(0)
     sys.stderr.write(json.loads((life / f"failed-{rank}.json").read_text(encoding="utf-8"))["message"] + "\n")
     if isinstance(error, Interrupted):
         if rank == 0 and stop.reason and stop.reason.startswith("the file"):
             (life / "stay").touch()  # a person wants it to stop, so it does not come back
         code = INTERRUPTED if rank == 0 else 0
-    elif worker.lost_partner(error):
+    elif worker.peer_failure(error):
         sys.stderr.flush()
         wait_for_slurm()
-    worker.leave(code)
+    worker.exit_now(code)
 
 
 def become_rank() -> None:
-    """SLURM's words for rank, size and node in the gang's words."""
+    """SLURM's words for rank, size and node in the ranks's words."""
     e = os.environ
     e["RANK"], e["LOCAL_RANK"] = e["SLURM_PROCID"], e["SLURM_LOCALID"]
     e["WORLD_SIZE"] = e.get("SLURM_STEP_NUM_TASKS") or e["SLURM_NTASKS"]

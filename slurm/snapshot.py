@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-ROOMS = ("cli", "models", "pipeline", "preprocess", "slurm", "sweeps")
+ROOMS = ("cli", "core", "models", "pipeline", "preprocess", "slurm", "sweeps")
 SOURCE = Path(__file__).resolve().parents[1]  # the checkout, or the installed package
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from segfleet.core.errors import explain
 from segfleet.pipeline.run import RECIPE, run_folders
 from segfleet.pipeline.status import run_status
-from segfleet.preprocess.problems import explain
-from segfleet.slurm.slurm_job import SlurmJob, jobs_of, look_at_all
+from segfleet.slurm.job import SlurmJob, jobs_of, look_at_all
 from segfleet.slurm.submission import submissions
 
 NOTHING = {"job": None, "queue": None, "reason": None, "node": None}

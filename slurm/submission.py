@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from segfleet.core.errors import InputError
 from segfleet.pipeline.run import RECIPE, StageFolder, find_run, open_run, write_atomically
-from segfleet.preprocess.problems import InputError
 from segfleet.slurm.jobspec import JobSpec
 
 LIFE = "SEGFLEET_LIFE"
@@ -143,7 +143,7 @@ def record(
 def failure(life: Path) -> dict[str, Any] | None:
     """What went wrong first in a start: the report of the rank that failed by itself, else of one that lost its partner."""
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in life.glob("failed-*.json")]
-    own = [report for report in reports if not report["lost_partner"]]
+    own = [report for report in reports if not report["peer_failure"]]
     if own:
         return min(own, key=lambda report: report["time"])
     if not reports:

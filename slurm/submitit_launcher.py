@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
 from segfleet.slurm import cluster, health, snapshot, submission
+from segfleet.slurm.job import SlurmJob
 from segfleet.slurm.jobspec import JobSpec
 from segfleet.slurm.rank import INTERRUPTED, run_rank
-from segfleet.slurm.slurm_job import SlurmJob
 
 _environment = threading.Lock()
 # $job is 12_3 for a member of an array: one of them has the number of the whole array as its own.
@@ -147,7 +147,7 @@ def python(spec: JobSpec) -> str:
 
 
 def before(logs: Path, spec: JobSpec, code: Path | None) -> list[str]:
-    """Shell lines ahead of the ranks: a fresh meeting folder for every start, the deadline, the frozen code, the user's own lines."""
+    """Shell lines ahead of the ranks: a fresh rendezvous folder for every start, the deadline, the frozen code, the user's own lines."""
     lines = [
         "trap : TERM  # the ranks save first; this script goes when they are gone",
         "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}} job=${job:-$SLURM_JOB_ID}",

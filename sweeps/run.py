@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from segfleet.core.errors import InputError
+from segfleet.pipeline.launch.local import RankFailed, available_cores, signals_heard
 from segfleet.pipeline.run import DONE, Lock
 from segfleet.pipeline.stop import Interrupted
-from segfleet.preprocess.problems import InputError
-from segfleet.slurm.local import RankFailed, available_cores, signals_heard
-from segfleet.sweeps.ledger import STOP, Ledger
-from segfleet.sweeps.plan import Plan, claim
+from segfleet.sweeps.results.ledger import STOP, Ledger
+from segfleet.sweeps.space.plan import Plan, claim
 from segfleet.sweeps.trial import backend
 
 JOBS = 16  # in SLURM's queue at a time, if nobody says how many
@@ -59,7 +59,7 @@ class Resources:
 
 
 def gpus() -> int:
-    """GPUs that ranks here would train on, by the rule of `gang.pick_device`; CUDA_VISIBLE_DEVICES counts."""
+    """GPUs that ranks here would train on, by the rule of `ranks.pick_device`; CUDA_VISIBLE_DEVICES counts."""
     if os.environ.get("SEGFLEET_DEVICE", "cuda") != "cuda":
         return 0
     import torch  # the check of the plan's networks has loaded it
@@ -118,7 +118,7 @@ class Session:
             "resources": asdict(replace(resources, slots=resources.at_once)), "seconds": seconds,
         }  # fmt: skip
         environment = {**os.environ, "SEGFLEET_PARENT": str(os.getpid())}
-        command = [sys.executable, "-m", "segfleet.sweeps.ray_controller"]
+        command = [sys.executable, "-m", "segfleet.sweeps.ray.controller"]
         with open(plan.folder / LOG, "a", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True

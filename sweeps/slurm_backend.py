@@ -14,11 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+from segfleet.pipeline.launch.local import INTERRUPTED, RankFailed
 from segfleet.slurm import cluster
+from segfleet.slurm.job import OPEN, SlurmJob, attach
 from segfleet.slurm.jobspec import JobSpec, make_spec
-from segfleet.slurm.local import INTERRUPTED, RankFailed
-from segfleet.slurm.slurm_job import OPEN, SlurmJob, attach
 from segfleet.slurm.submission import train_job
 from segfleet.slurm.submitit_launcher import SlurmLauncher, job_name
 

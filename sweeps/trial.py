@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from segfleet.core.errors import InputError
+from segfleet.core.files import sync_folder, write_atomically
 from segfleet.pipeline.events import NAME as EVENTS
 from segfleet.pipeline.events import read_events
-from segfleet.preprocess.manifest import sync_folder, write_atomically
-from segfleet.preprocess.problems import InputError
-from segfleet.slurm.local import INTERRUPTED, RankFailed, run_ranks
+from segfleet.pipeline.launch.local import INTERRUPTED, RankFailed, run_ranks
 
 Order = dict[str, Any]
 Report = Callable[[dict[str, Any]], None]

@@ -43,7 +43,7 @@ def tiny_store(tmp_path_factory):
 def write_tiny_store(root: Path, dims: int, format: str, count: int, classes: int, size: int, channels: int) -> Path:
     import numpy as np
 
-    from segfleet.preprocess import manifest as m
+    from segfleet.preprocess.stores import manifest as m
     from segfleet.preprocess.stores.base import store_module
 
     rng = np.random.default_rng(7)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("cli", "models", "pipeline", "preprocess", "slurm", "sweeps")
+ROOMS = ("cli", "core", "models", "pipeline", "preprocess", "slurm", "sweeps")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segfleet.models.asc_encoder import conv
+from segfleet.models.asc_seg.encoder import conv
 from segfleet.models.registry import ModelError
 
 

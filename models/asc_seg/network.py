@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segfleet.models.asc_decoder import Connector, DecoderBlock, enlarge
-from segfleet.models.asc_encoder import EncoderBlock, conv
+from segfleet.models.asc_seg.decoder import Connector, DecoderBlock, enlarge
+from segfleet.models.asc_seg.encoder import EncoderBlock, conv
 from segfleet.models.registry import ModelError, check_input, register
 
 WIDTHS = (8, 16, 24, 32)

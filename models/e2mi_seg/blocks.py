@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segfleet.models.e2mi_attention import PairedAttention
+from segfleet.models.e2mi_seg.attention import PairedAttention
 from segfleet.models.norm import ChannelNorm
 from segfleet.models.registry import ModelError
 

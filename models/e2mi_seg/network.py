@@ -12,8 +12,8 @@ from math import gcd
 import torch
 from torch import Tensor, nn
 
-from segfleet.models.e2mi_attention import PairedAttention
-from segfleet.models.e2mi_blocks import GroupAggregation, HybridBlock, ResidualBlock
+from segfleet.models.e2mi_seg.attention import PairedAttention
+from segfleet.models.e2mi_seg.blocks import GroupAggregation, HybridBlock, ResidualBlock
 from segfleet.models.registry import ModelError, check_input, register
 
 

@@ -6,9 +6,15 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from segfleet.models.planned_unet import PlannedUNet, conv_stack, per_stage, planned_stage_of, stage_names
+from segfleet.models.nnunet.planned_unet import (
+    PlannedUNet,
+    conv_stack,
+    per_stage,
+    planned_stage_of,
+    stage_names,
+)
+from segfleet.models.nnunet.topology import DEFAULT_PATCH, topology_from_options
 from segfleet.models.registry import register
-from segfleet.models.topology import DEFAULT_PATCH, topology_from_options
 
 
 def _register(dims: int, parameters: int, stages: dict[str, int]) -> Callable[..., nn.Module]:

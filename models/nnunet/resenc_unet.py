@@ -7,9 +7,18 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segfleet.models.planned_unet import POOL, SLOPE, PlannedUNet, conv_norm, conv_norm_act, per_stage, planned_stage_of, stage_names
+from segfleet.models.nnunet.planned_unet import (
+    POOL,
+    SLOPE,
+    PlannedUNet,
+    conv_norm,
+    conv_norm_act,
+    per_stage,
+    planned_stage_of,
+    stage_names,
+)
+from segfleet.models.nnunet.topology import DEFAULT_PATCH, topology_from_options
 from segfleet.models.registry import register
-from segfleet.models.topology import DEFAULT_PATCH, topology_from_options
 
 DEFAULT_BLOCKS = (1, 3, 4)  # then 6 in every deeper stage: the published presets
 

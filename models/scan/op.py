@@ -1,6 +1,8 @@
 """The selective scan as a torch operator: traced by torch.compile as one node, differentiable once."""
 
-from typing import Optional  # torch reads these annotations as they stand: no `X | None`, no deferred evaluation
+from typing import (
+    Optional,  # torch reads these annotations as they stand: no `X | None`, no deferred evaluation
+)
 
 import torch
 from torch import Tensor

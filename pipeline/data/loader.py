@@ -12,11 +12,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from segfleet.pipeline import randomness
-from segfleet.pipeline.augment import apply_intensity, draw_intensity, draw_spatial, flat, mirror, resample, source_grid
+from segfleet.core.errors import InputError
+from segfleet.pipeline.data import randomness
+from segfleet.pipeline.data.augment import (
+    apply_intensity,
+    draw_intensity,
+    draw_spatial,
+    flat,
+    mirror,
+    resample,
+    source_grid,
+)
+from segfleet.pipeline.data.sampler import PatchSampler
 from segfleet.pipeline.recipe import Augment
-from segfleet.pipeline.sampler import PatchSampler
-from segfleet.preprocess.problems import InputError
 from segfleet.preprocess.stores.base import ShardStore
 
 

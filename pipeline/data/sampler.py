@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from segfleet.pipeline import randomness
-from segfleet.preprocess.manifest import CaseEntry
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+from segfleet.pipeline.data import randomness
+from segfleet.preprocess.stores.manifest import CaseEntry
 
 EVERY, FOREGROUND = 0, 1  # streams of cases
 

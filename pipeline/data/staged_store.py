@@ -6,21 +6,21 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from segfleet.pipeline.gang import Gang
+from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.stop import Interrupted, StopRequest
-from segfleet.preprocess.local_copy import LocalCopy, Unwanted, local_copy
 from segfleet.preprocess.stores.base import ShardStore, open_store
+from segfleet.preprocess.stores.staged_copy import LocalCopy, Unwanted, local_copy
 
 
 @contextmanager
-def on_node(store: ShardStore, folder: str, gang: Gang, stop: StopRequest, tell: Callable[[str], None]) -> Iterator[ShardStore]:
+def on_node(store: ShardStore, folder: str, ranks: Ranks, stop: StopRequest, tell: Callable[[str], None]) -> Iterator[ShardStore]:
     """`store` from its copy below `folder`, which the first rank of the node makes while the others wait; or `store` itself if there is no
     room. Same content, hence same results. Raises InputError for a folder that cannot be used, Interrupted when all agree to stop.
     """
     copy = local_copy(store.root, folder)
-    maker = Maker(copy, tell) if gang.local_rank == 0 else None
-    while gang.any(maker is not None and maker.busy()):  # agreed again and again: no collective waits as long as a copy may take
-        if gang.any(stop.asked()):
+    maker = Maker(copy, tell) if ranks.local_rank == 0 else None
+    while ranks.any(maker is not None and maker.busy()):  # agreed again and again: no collective waits as long as a copy may take
+        if ranks.any(stop.asked()):
             if maker:
                 maker.end()
             raise Interrupted("stopped while the store was copied; the same command goes on with the copy")

@@ -12,21 +12,21 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from segfleet.core.errors import InputError
 from segfleet.pipeline import recipe as recipes
 from segfleet.pipeline.checkpoint import Checkpoint, Tensors
-from segfleet.pipeline.gang import Gang
-from segfleet.preprocess.problems import InputError
+from segfleet.pipeline.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """What every engine is built from: the same on every rank."""
 
-    model: nn.Module  # already on the gang's device, same weights on every rank
+    model: nn.Module  # already on the ranks's device, same weights on every rank
     loss: nn.Module  # loss(output, label) -> scalar
     recipe: recipes.Recipe
     stage: recipes.Stage
-    gang: Gang
+    ranks: Ranks
 
 
 class Engine(Protocol):

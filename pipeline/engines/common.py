@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from segfleet.core.errors import InputError
 from segfleet.pipeline import recipe as recipes
 from segfleet.pipeline.checkpoint import CheckpointError
-from segfleet.preprocess.problems import InputError
 
 
 def trainable(model: nn.Module, stage: recipes.Stage) -> dict[str, nn.Parameter]:

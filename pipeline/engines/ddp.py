@@ -9,24 +9,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from segfleet.core.errors import InputError
 from segfleet.pipeline.checkpoint import Checkpoint, Tensors
 from segfleet.pipeline.engines.base import Setup, autocast
-from segfleet.pipeline.engines.common import Average, Running, build_optimizer, load_optimizer, load_weights, optimizer_tensors, trainable
-from segfleet.preprocess.problems import InputError
+from segfleet.pipeline.engines.common import (
+    Average,
+    Running,
+    build_optimizer,
+    load_optimizer,
+    load_weights,
+    optimizer_tensors,
+    trainable,
+)
 
 
 class Engine:
     def __init__(self, setup: Setup):
-        self.gang, self.loss, self.options = setup.gang, setup.loss, setup.recipe.engine
+        self.ranks, self.loss, self.options = setup.ranks, setup.loss, setup.recipe.engine
         if self.options.options:
             raise InputError(f"engine.options: found {', '.join(self.options.options)}, but ddp has no options; set engine.options={{}}")
         self.model, self.clip = setup.model, setup.recipe.optimizer.clip
         self.named = trainable(self.model, setup.stage)
         self.optimizer = build_optimizer(self.named, setup.recipe.optimizer, setup.stage.lr)
-        self.scaler = torch.amp.GradScaler(self.gang.device.type, enabled=self.options.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.ranks.device.type, enabled=self.options.precision == "fp16")
         self.average, self.running = Average(self.model, self.options.ema), Running(self.model)
         self.forward = torch.compile(self.model) if self.options.compile else self.model
-        if self.gang.size > 1:
+        if self.ranks.size > 1:
             # Without the search for unused parameters DDP regroups its buckets after the first step, and with it the order of sums in a
             # ring of three or more ranks: a resumed run would then differ from an uninterrupted one in the last bits.
             self.forward = DistributedDataParallel(self.forward, find_unused_parameters=True, gradient_as_bucket_view=True)
@@ -36,12 +44,12 @@ class Engine:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         self.running.keep()
-        total, parts = torch.zeros((), device=self.gang.device), self.options.accumulate
+        total, parts = torch.zeros((), device=self.ranks.device), self.options.accumulate
         for part in range(parts):
             image, label = next(micro_batches)
-            wait = part < parts - 1 and self.gang.size > 1
+            wait = part < parts - 1 and self.ranks.size > 1
             with self.forward.no_sync() if wait else nullcontext():
-                with autocast(self.options.precision, self.gang.device):
+                with autocast(self.options.precision, self.ranks.device):
                     output = self.forward(image)
                 loss = self.loss(output, label) / parts
                 self.scaler.scale(loss).backward()

@@ -1,4 +1,4 @@
-"""Data parallel training with DeepSpeed's ZeRO, stages 0 to 3, in a gang that stands already: none of DeepSpeed's launchers is used.
+"""Data parallel training with DeepSpeed's ZeRO, stages 0 to 3, in a process group that stands already: none of DeepSpeed's launchers is used.
 
 engine.options: `zero` 0 | 1 | 2 | 3 (default 1) says what is spread over the ranks: nothing; moments; and gradients; and weights.
 `offload` none | cpu keeps moments and the optimizer's copy of the weights in host memory, updated there by PyTorch's own optimizer.
@@ -23,12 +23,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from segfleet.core.errors import InputError
 from segfleet.pipeline import recipe as recipes
 from segfleet.pipeline.checkpoint import Checkpoint, Tensors
 from segfleet.pipeline.engines.base import Setup, autocast
-from segfleet.pipeline.engines.common import Average, Running, build_optimizer, load_optimizer, load_weights, optimizer_tensors, trainable
-from segfleet.pipeline.gang import Gang
-from segfleet.preprocess.problems import InputError
+from segfleet.pipeline.engines.common import (
+    Average,
+    Running,
+    build_optimizer,
+    load_optimizer,
+    load_weights,
+    optimizer_tensors,
+    trainable,
+)
+from segfleet.pipeline.ranks import Ranks
 
 LEGAL = {"zero": (0, 1, 2, 3), "offload": ("none", "cpu")}
 ALIGNMENT = 2  # ZeRO 1 and 2 pad a group to a multiple of this times the number of ranks
@@ -39,10 +47,10 @@ PERSISTENT = 10_000  # ZeRO 3 leaves parameters of fewer elements whole on every
 
 class Engine:
     def __init__(self, setup: Setup):
-        self.setup, self.gang, self.loss, self.model = setup, setup.gang, setup.loss, setup.model
+        self.setup, self.ranks, self.loss, self.model = setup, setup.ranks, setup.loss, setup.model
         self.recipe, self.options = setup.recipe, setup.recipe.engine
         self.zero, self.offload = read_options(self.options)
-        self.library = quiet_deepspeed(self.gang.device)
+        self.library = quiet_deepspeed(self.ranks.device)
         self.named = trainable(self.model, setup.stage)
         self.average = Average(self.model, self.options.ema)
         self.twin = copy.deepcopy(self.model)  # evaluated in place of the model, whose weights may be spread over the ranks
@@ -50,7 +58,7 @@ class Engine:
 
     def start(self, moments: dict[str, Tensor]) -> None:
         """Hand model and optimizer over to DeepSpeed and put the moments back. From here on the model's weights are DeepSpeed's."""
-        join_process_group(self.gang)
+        join_process_group(self.ranks)
         before = [(p, p.data) for p in self.model.parameters()]
         self.model.to(memory_format=torch.contiguous_format)  # DeepSpeed takes no other; images and activations keep theirs
         ages = {name: age(name, moments) for name in self.named}
@@ -72,7 +80,7 @@ class Engine:
                 if key == STEP:
                     self.optimizer.state[flat][key] = values[0]
                 else:
-                    self.optimizer.state[flat][key] = torch.empty_like(flat).copy_(cut(values, self.zero, self.gang.size)[self.gang.rank])
+                    self.optimizer.state[flat][key] = torch.empty_like(flat).copy_(cut(values, self.zero, self.ranks.size)[self.ranks.rank])
 
     def _config(self) -> dict[str, Any]:
         elements = sum(p.numel() for p in self.named.values())
@@ -82,7 +90,7 @@ class Engine:
         if self.offload == "cpu":
             zero["offload_optimizer"] = {"device": "cpu"}
         return {
-            "train_micro_batch_size_per_gpu": max(1, self.recipe.data.batch // self.gang.size // self.options.accumulate),
+            "train_micro_batch_size_per_gpu": max(1, self.recipe.data.batch // self.ranks.size // self.options.accumulate),
             "gradient_accumulation_steps": self.options.accumulate,
             "gradient_clipping": self.recipe.optimizer.clip if self.zero else 0.0,
             "zero_optimization": zero,
@@ -99,7 +107,7 @@ class Engine:
             group["lr"] = lr
         self.running.keep()
         self._share_buffers()
-        total, parts = torch.zeros((), device=self.gang.device), self.options.accumulate
+        total, parts = torch.zeros((), device=self.ranks.device), self.options.accumulate
         for part in range(parts):
             image, label = next(micro_batches)
             loss = self.inner.backward(self.loss(self.inner(image), label))
@@ -109,7 +117,7 @@ class Engine:
                 self.optimizer.found_inf, self.optimizer.grad_scale = (~torch.isfinite(norm)).float(), None
             self.inner.step()  # counts micro-batches: the optimizer steps after the last one, and with ZeRO only if the norm is finite
         if self.zero:
-            norm = torch.as_tensor(self.inner.get_global_grad_norm(), dtype=torch.float32, device=self.gang.device)
+            norm = torch.as_tensor(self.inner.get_global_grad_norm(), dtype=torch.float32, device=self.ranks.device)
         self.running.settle(norm)
         if self.average.values:
             with self._whole():
@@ -118,7 +126,7 @@ class Engine:
 
     def _share_buffers(self) -> None:
         """Rank 0's buffers (running statistics) on all ranks before a step, as DDP does."""
-        if self.gang.size > 1:
+        if self.ranks.size > 1:
             buffers = list(self.model.buffers())
             for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
                 alike = [buffer for buffer in buffers if buffer.dtype == dtype]
@@ -162,8 +170,8 @@ class Engine:
         return moments
 
     def _gather(self, names: list[str], piece: Tensor) -> list[Tensor]:
-        piece = piece.detach().to(self.gang.device)
-        pieces = [torch.empty_like(piece) for _ in range(self.gang.size)]
+        piece = piece.detach().to(self.ranks.device)
+        pieces = [torch.empty_like(piece) for _ in range(self.ranks.size)]
         dist.all_gather(pieces, piece)
         return join(torch.stack(pieces), [self.twin.get_parameter(name).shape for name in names], self.zero)
 
@@ -247,10 +255,10 @@ def age(name: str, moments: dict[str, Tensor]) -> Hashable:
     return "ageless" if any(key.rpartition(".")[0] == name for key in moments) else None
 
 
-def join_process_group(gang: Gang) -> None:
-    """DeepSpeed needs a process group even for one rank; a gang of one has none."""
+def join_process_group(ranks: Ranks) -> None:
+    """DeepSpeed needs a process group even for one rank; a single rank has none."""
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if gang.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
 

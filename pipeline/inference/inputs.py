@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segfleet.preprocess.digest import file_facts
-from segfleet.preprocess.images import ENDINGS, ending, stem
-from segfleet.preprocess.manifest import write_atomically
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+from segfleet.core.files import file_facts, write_atomically
+from segfleet.preprocess.files.images import ENDINGS, ending, stem
+from segfleet.preprocess.files.writer import WRITABLE
 from segfleet.preprocess.readers.base import natural, visible
-from segfleet.preprocess.writer import WRITABLE
 
 RECORD, NOTES = "predictions.json", ".predictions"  # of the folder; of every file in it: what it was made of
 CHANNEL = re.compile(r"(.+)_(\d{4})")

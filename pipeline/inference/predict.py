@@ -9,20 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from segfleet.pipeline.evaluate import portable
-from segfleet.pipeline.gang import Gang
-from segfleet.pipeline.inputs import Input, claim, collect, is_made, note
-from segfleet.pipeline.restore import restore
-from segfleet.pipeline.sliding_window import Forward, sliding_window
+from segfleet.core.errors import InputError
+from segfleet.pipeline.inference.inputs import Input, claim, collect, is_made, note
+from segfleet.pipeline.inference.restore import restore
+from segfleet.pipeline.inference.sliding_window import Forward, sliding_window
+from segfleet.pipeline.ranks import Ranks
+from segfleet.pipeline.scoring.evaluate import portable
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.case import Case, Geometry
-from segfleet.preprocess.images import ImageError, read_image
-from segfleet.preprocess.manifest import Dataset, Plan
-from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.files.images import ImageError, read_image
+from segfleet.preprocess.files.writer import write_label
 from segfleet.preprocess.readers.pairs import colours
-from segfleet.preprocess.shard_reader import to_float32
-from segfleet.preprocess.transforms import preprocess_case, resample_axis
-from segfleet.preprocess.writer import write_label
+from segfleet.preprocess.stores.manifest import Dataset, Plan
+from segfleet.preprocess.stores.shard_reader import to_float32
+from segfleet.preprocess.transforms.case_transforms import preprocess_case, resample_axis
 
 
 def predict_files(
@@ -40,25 +40,25 @@ def predict_files(
     dims: int | None = None,
     device: torch.device | str = "cpu",
     made_by: str = "",
-    gang: Gang | None = None,
+    ranks: Ranks | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Segment the images `inputs` (files and folders) into the folder `out`; one label file each, written whole or not at all.
 
     Files that were made of the same image in the same way are kept, so an interrupted call goes on; those of another image of that name
     or of other settings are written again, and a file that is no prediction is left alone and listed. A folder of another `made_by` (run
-    and checkpoint) is refused. Every rank of `gang` segments its share, `progress(done, total)` counts that, and every rank gets the
+    and checkpoint) is refused. Every rank of `ranks` segments its share, `progress(done, total)` counts that, and every rank gets the
     whole answer: {"done", "kept": [{"id", "file"}], "failed": [{"id", "files", "problem"}], "exit_code"}: 2 if any failed, else 0.
     Raises InputError when nothing can be done at all; an error of one rank is raised on all.
     """
-    gang, found, out = gang or Gang(), collect(inputs, len(dataset.channels)), Path(out)
+    ranks, found, out = ranks or Ranks(), collect(inputs, len(dataset.channels)), Path(out)
     window = {"patch": patch, "overlap": overlap, "mirror_axes": mirror_axes, "batch": batch, "dims": dims or (2 if patch[0] == 1 else 3)}
     settings = {"made_by": made_by, "patch": list(patch), "overlap": overlap, "mirror_axes": sorted(mirror_axes), "dims": window["dims"]}
     window |= {"device": device, "keep_on": "cpu"}
-    error = _caught(lambda: claim(out, found, made_by)) if gang.rank == 0 else None
-    if error := gang.share(error):
+    error = _caught(lambda: claim(out, found, made_by)) if ranks.rank == 0 else None
+    if error := ranks.share(error):
         raise error
-    share, answers = range(gang.rank, len(found), gang.size), {}
+    share, answers = range(ranks.rank, len(found), ranks.size), {}
 
     def segment() -> None:
         for index in share:
@@ -67,7 +67,7 @@ def predict_files(
                 progress(len(answers), len(share))
 
     error = _caught(segment)
-    gathered = gang.gather((answers, portable(error)))
+    gathered = ranks.gather((answers, portable(error)))
     for failure in (error, *(elsewhere for _, elsewhere in gathered)):
         if failure:
             raise failure

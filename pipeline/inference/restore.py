@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segfleet.pipeline.task import Task
-from segfleet.preprocess.resample import nearest
-from segfleet.preprocess.transforms import paste
+from segfleet.preprocess.transforms.case_transforms import paste
+from segfleet.preprocess.transforms.resample import nearest
 
 Crop = Sequence[tuple[int, int]]
 

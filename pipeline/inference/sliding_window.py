@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
 
 Forward = Callable[[Tensor], Tensor]
 

@@ -38,17 +38,17 @@ def die_with_parent(parent: int) -> None:
 
 
 def run_ranks(job: dict, ranks: int, poll: Callable[[], None] = lambda: None, threads: int | None = None) -> None:
-    """Run `segfleet.slurm.worker` on `ranks` local processes until all end. `job` is what the worker gets, plain JSON.
+    """Run `segfleet.pipeline.launch.worker` on `ranks` local processes until all end. `job` is what the worker gets, plain JSON.
 
     Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP (unless it is ignored, as under nohup) are passed on as a request to stop in order (in the
     main thread; others get no signals). Raises RankFailed with the first failing rank's own message; the other ranks are killed with it.
     `threads`: of each rank; by default OMP_NUM_THREADS or an equal share of the cores.
     """
     with tempfile.TemporaryDirectory(prefix="segfleet-") as folder:
-        meeting = Path(folder)
-        (meeting / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        rendezvous = Path(folder)
+        (rendezvous / "job.json").write_text(json.dumps(job), encoding="utf-8")
         share = str(threads) if threads else os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // ranks))
-        processes = [_start(meeting, rank, ranks, share) for rank in range(ranks)]
+        processes = [_start(rendezvous, rank, ranks, share) for rank in range(ranks)]
 
         def hear(number: int, _) -> None:
             _ask(processes, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)  # a second Ctrl-C stops at once
@@ -64,14 +64,14 @@ def run_ranks(job: dict, ranks: int, poll: Callable[[], None] = lambda: None, th
                     process.kill()
                 process.wait()
         if any(codes):
-            raise RankFailed(*_reason(meeting, codes))
+            raise RankFailed(*_reason(rendezvous, codes))
 
 
 def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start(meeting: Path, rank: int, ranks: int, threads: str) -> subprocess.Popen:
+def _start(rendezvous: Path, rank: int, ranks: int, threads: str) -> subprocess.Popen:
     environment = {
         **os.environ,
         "RANK": str(rank),
@@ -82,7 +82,7 @@ def _start(meeting: Path, rank: int, ranks: int, threads: str) -> subprocess.Pop
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),  # DDP's advice on a flag that is set on purpose
     }
     # A session of its own: Ctrl-C reaches us alone, and we pass it on once.
-    return subprocess.Popen([sys.executable, "-m", "segfleet.slurm.worker", str(meeting)], env=environment, start_new_session=True)
+    return subprocess.Popen([sys.executable, "-m", "segfleet.pipeline.launch.worker", str(rendezvous)], env=environment, start_new_session=True)
 
 
 def _ask(processes: list[subprocess.Popen], number: int) -> None:
@@ -110,7 +110,7 @@ class _Terminal(io.FileIO):
             return len(words)
 
 
-def outlive_terminal() -> None:
+def survive_hangup() -> None:
     """Let this process go on when the terminal it writes to is closed."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -135,10 +135,10 @@ def _watch(processes: list[subprocess.Popen], poll: Callable[[], None]) -> list[
         time.sleep(0.05)
 
 
-def _reason(meeting: Path, codes: list[int | None]) -> tuple[str, int]:
+def _reason(rendezvous: Path, codes: list[int | None]) -> tuple[str, int]:
     """Message and exit code of what went wrong first: a rank's own report, else a killed rank, else a rank that lost its partner."""
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(meeting.glob("failed-*.json"))]
-    own = sorted((report for report in reports if not report["lost_partner"]), key=lambda report: report["time"])
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(rendezvous.glob("failed-*.json"))]
+    own = sorted((report for report in reports if not report["peer_failure"]), key=lambda report: report["time"])
     killed = [(rank, signal.Signals(-code).name) for rank, code in enumerate(codes) if code and code < 0]
     if own:
         return own[0]["message"], own[0]["exit_code"]

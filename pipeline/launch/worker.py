@@ -1,4 +1,4 @@
-"""What every rank runs: join the gang, do the job, say what went wrong. `python -m segfleet.slurm.worker FOLDER`.
+"""What every rank runs: join the ranks, do the job, say what went wrong. `python -m segfleet.pipeline.launch.worker FOLDER`.
 
 FOLDER holds job.json; a rank that fails leaves failed-<rank>.json there for its launcher.
 """
@@ -14,43 +14,44 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from segfleet.core.errors import explain
+from segfleet.pipeline.launch.local import die_with_parent, survive_hangup
 from segfleet.pipeline.stop import Interrupted, StopRequest
-from segfleet.preprocess.problems import explain
-from segfleet.slurm.local import die_with_parent, outlive_terminal
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "recv failed", "Socket closed")
 LOST += ("Connection refused", "Socket Timeout", "NCCL communicator was aborted", "NCCL error: remote process exited")
 
 
-def main(meeting: Path) -> int:
-    outlive_terminal()
+def main(rendezvous: Path) -> int:
+    survive_hangup()
     if parent := os.environ.get("SEGFLEET_PARENT"):
         die_with_parent(int(parent))
     stop = StopRequest()  # before the slow imports, so that no early signal is lost
-    code, _ = work(meeting, meeting / "job.json", stop)
+    code, _ = work(rendezvous, rendezvous / "job.json", stop)
     return code
 
 
-def work(meeting: Path, job: Path, stop: StopRequest, first: Callable[[Any], None] = lambda gang: None) -> tuple[int, BaseException | None]:
-    """Meet in the folder `meeting`, do `first` with the gang, then the job in the file `job`; the exit code and what went wrong."""
+def work(rendezvous: Path, job: Path, stop: StopRequest, first: Callable[[Any], None] = lambda ranks: None) -> tuple[int, BaseException | None]:
+    """Meet in the folder `rendezvous`, do `first` with the ranks, then the job in the file `job`; the exit code and what went wrong."""
     try:
         from segfleet.preprocess import jobs as preprocessing
 
         document = json.loads(job.read_text(encoding="utf-8"))
         if document["do"] in preprocessing.JOBS:  # one process without torch
-            preprocessing.run_job(document, Told(stop))
+            preprocessing.run_job(document, ProgressMessages(stop))
             return 0, None
-        from segfleet.pipeline import gang, jobs
+        from segfleet.pipeline import jobs
+        from segfleet.pipeline.ranks import join_ranks
 
-        members = gang.join_gang(meeting / "address")
-        first(members)
-        jobs.run_job(document, members, stop)
+        ranks = join_ranks(rendezvous / "address")
+        first(ranks)
+        jobs.run_job(document, ranks, stop)
         return 0, None
     except BaseException as error:
-        return report(meeting, int(os.environ.get("RANK", "0")), error), error
+        return report(rendezvous, int(os.environ.get("RANK", "0")), error), error
 
 
-class Told:
+class ProgressMessages:
     """The progress of preprocessing: a line now and then, and the moment at which a stop can be obeyed."""
 
     def __init__(self, stop: StopRequest):
@@ -65,28 +66,28 @@ class Told:
             raise Interrupted(f"stopped after {done} of {total} ({phase}); what is finished is kept, the same job goes on")
 
 
-def report(meeting: Path, rank: int, error: BaseException) -> int:
+def report(rendezvous: Path, rank: int, error: BaseException) -> int:
     """Leave the reason for the launcher, the message for the user's mistakes and the traceback for ours; the exit code."""
     known = explain(error)
     message, code = known or (f"rank {rank} failed:\n{''.join(traceback.format_exception(error))}", 1)
-    facts = {"rank": rank, "time": time.time(), "exit_code": code, "message": message, "lost_partner": lost_partner(error)}
-    partial = meeting / f".failed-{rank}"
+    facts = {"rank": rank, "time": time.time(), "exit_code": code, "message": message, "peer_failure": peer_failure(error)}
+    partial = rendezvous / f".failed-{rank}"
     partial.write_text(json.dumps(facts), encoding="utf-8")
-    os.replace(partial, meeting / f"failed-{rank}.json")
+    os.replace(partial, rendezvous / f"failed-{rank}.json")
     return code
 
 
-def lost_partner(error: BaseException) -> bool:
+def peer_failure(error: BaseException) -> bool:
     """Whether a rank failed only because another one went."""
     return explain(error) is None and any(sign in "".join(traceback.format_exception(error)) for sign in LOST)
 
 
-def leave(code: int) -> None:
-    """End this process at once: threads and process groups of a broken gang must not hold a failed rank back."""
+def exit_now(code: int) -> None:
+    """End this process at once: threads and process groups of a broken group must not hold a failed rank back."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 if __name__ == "__main__":
-    leave(main(Path(sys.argv[1])))
+    exit_now(main(Path(sys.argv[1])))

@@ -10,13 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+
+SHARED = ("base", "deep_supervision", "soft_dice")
 
 
 def losses() -> list[str]:
     import segfleet.pipeline.losses as room
 
-    return sorted(m.name for m in pkgutil.iter_modules(room.__path__) if m.name != "base")
+    return sorted(m.name for m in pkgutil.iter_modules(room.__path__) if m.name not in SHARED)
 
 
 def build_loss(name: str, *, head: str, options: Mapping[str, Any] | None = None) -> nn.Module:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from segfleet.pipeline.soft_dice import check_dice_options, soft_dice_loss, weighted_mean
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+from segfleet.pipeline.losses.soft_dice import check_dice_options, soft_dice_loss, weighted_mean
 
 
 class Loss(nn.Module):

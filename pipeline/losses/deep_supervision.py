@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
 
 
 class DeepSupervision(nn.Module):

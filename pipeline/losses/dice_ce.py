@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from segfleet.pipeline.soft_dice import check_dice_options, soft_dice_loss, weighted_mean
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+from segfleet.pipeline.losses.soft_dice import check_dice_options, soft_dice_loss, weighted_mean
 
 
 class Loss(nn.Module):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from segfleet.pipeline.gang import sum_over_ranks
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+from segfleet.pipeline.ranks import sum_over_ranks
 
 POOLS = ("sample", "batch")
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from segfleet.pipeline.gang import sum_over_ranks
-from segfleet.pipeline.soft_dice import check_dice_options, weighted_mean
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+from segfleet.pipeline.losses.soft_dice import check_dice_options, weighted_mean
+from segfleet.pipeline.ranks import sum_over_ranks
 
 
 def volume_agreement(predicted: Tensor, present: Tensor, smooth: float = 1e-5) -> Tensor:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from segfleet.pipeline.report_html import e
+from segfleet.pipeline.reports.html import e
 
 Point = tuple[float, float]
 WIDTH, HEIGHT = 480, 260

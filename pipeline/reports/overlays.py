@@ -14,9 +14,10 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
+from segfleet.core.files import write_atomically
 from segfleet.pipeline.task import Task
-from segfleet.preprocess.manifest import CaseEntry, write_atomically
 from segfleet.preprocess.stores.base import ShardStore
+from segfleet.preprocess.stores.manifest import CaseEntry
 
 FOLDER, INDEX = "overlays", "index.json"
 

@@ -13,12 +13,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from segfleet.core.errors import InputError
+from segfleet.core.files import write_atomically
 from segfleet.pipeline.events import read_events
-from segfleet.pipeline.report_curves import curve, strips
-from segfleet.pipeline.report_html import cell, e, facts, interval, page, section, table, words
-from segfleet.pipeline.scored import optimism
-from segfleet.preprocess.manifest import write_atomically
-from segfleet.preprocess.problems import InputError
+from segfleet.pipeline.reports.curves import curve, strips
+from segfleet.pipeline.reports.html import cell, e, facts, interval, page, section, table, words
+from segfleet.pipeline.scoring.scored import optimism
 
 NAME = "report.html"
 

@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segfleet.pipeline.gang import Gang
-from segfleet.pipeline.metrics import score_case
-from segfleet.pipeline.restore import restore
-from segfleet.pipeline.sliding_window import Forward, sliding_window
-from segfleet.pipeline.summary import definitions, summarise
+from segfleet.core.errors import InputError
+from segfleet.pipeline.inference.restore import restore
+from segfleet.pipeline.inference.sliding_window import Forward, sliding_window
+from segfleet.pipeline.ranks import Ranks
+from segfleet.pipeline.scoring.metrics import score_case
+from segfleet.pipeline.scoring.summary import definitions, summarise
 from segfleet.pipeline.task import Task
-from segfleet.preprocess.manifest import CaseEntry
-from segfleet.preprocess.problems import InputError
 from segfleet.preprocess.stores.base import ShardStore
-from segfleet.preprocess.transforms import resample_axis
+from segfleet.preprocess.stores.manifest import CaseEntry
+from segfleet.preprocess.transforms.case_transforms import resample_axis
 
 VERSION = 1
 
@@ -69,7 +69,7 @@ def evaluate_cases(
     dims: int | None = None,
     device: torch.device | str = "cpu",
     distances: bool = True,
-    gang: Gang | None = None,
+    ranks: Ranks | None = None,
     progress: Callable[[int, int], None] | None = None,
     kept: Kept | None = None,
 ) -> dict[str, Any]:
@@ -80,13 +80,13 @@ def evaluate_cases(
     rank's cases. `distances=False` leaves out hd95, for validation while training. Cases that `kept` has are not scored again. The
     document is strict JSON: what is not defined is null. If a rank fails, its error is raised on all ranks.
     """
-    gang, ids = gang or Gang(), list(case_ids)
+    ranks, ids = ranks or Ranks(), list(case_ids)
     twice = sorted({i for i in ids if ids.count(i) > 1})
     if twice:
         raise InputError(f"evaluation: the case '{twice[0]}' is asked for twice")
-    before = gang.share(kept.entries(ids) if kept and gang.rank == 0 else {})
+    before = ranks.share(kept.entries(ids) if kept and ranks.rank == 0 else {})
     missing = [case_id for case_id in ids if case_id not in before]
-    share, scored, error = missing[gang.rank :: gang.size], [], None
+    share, scored, error = missing[ranks.rank :: ranks.size], [], None
     try:
         for case_id in share:
             case = store.manifest.case(case_id)
@@ -101,7 +101,7 @@ def evaluate_cases(
                 progress(len(scored), len(share))
     except Exception as caught:
         error = caught
-    answers = gang.gather((scored, portable(error)))
+    answers = ranks.gather((scored, portable(error)))
     if error:
         raise error
     for _, elsewhere in answers:

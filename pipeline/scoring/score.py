@@ -13,21 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from segfleet.core.files import write_atomically
 from segfleet.models import registry
-from segfleet.pipeline import checkpoint, scored
+from segfleet.pipeline import checkpoint
 from segfleet.pipeline.engines.base import Engine, autocast
 from segfleet.pipeline.engines.common import load_weights
-from segfleet.pipeline.evaluate import Kept, case_probabilities, evaluate_cases
-from segfleet.pipeline.gang import Gang
-from segfleet.pipeline.overlay import save_overlays
 from segfleet.pipeline.parts import build_network, patch_of
+from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe
-from segfleet.pipeline.report import write_report
+from segfleet.pipeline.reports.overlays import save_overlays
+from segfleet.pipeline.reports.report import write_report
 from segfleet.pipeline.run import StageFolder
+from segfleet.pipeline.scoring import scored
+from segfleet.pipeline.scoring.evaluate import Kept, case_probabilities, evaluate_cases
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.pipeline.task import Task, make_task
-from segfleet.preprocess.manifest import Manifest, write_atomically
 from segfleet.preprocess.stores.base import ShardStore
+from segfleet.preprocess.stores.manifest import Manifest
 
 EVALUATION, SCORING = scored.EVALUATION, "scoring.json"  # the second: how many of rank 0's cases are scored, while it lasts
 CASES = "scored"  # a folder of the cases that are scored already, while it lasts
@@ -74,7 +76,7 @@ class Scorer:
 
     recipe: Recipe
     store: ShardStore
-    gang: Gang
+    ranks: Ranks
     stop: StopRequest
 
     def validate(self, engine: Engine) -> dict[str, Any]:
@@ -82,8 +84,8 @@ class Scorer:
         task = make_task(self.store.manifest.dataset, self.recipe.model.head)
         with engine.evaluation() as model:
             ids = self._ids()[: self.recipe.evaluation.cases]
-            forward = forward_of(model, task, self.recipe, self.gang.device)
-            document = evaluate_cases(forward, self.store, ids, task, distances=False, gang=self.gang, **self._window())
+            forward = forward_of(model, task, self.recipe, self.ranks.device)
+            document = evaluate_cases(forward, self.store, ids, task, distances=False, ranks=self.ranks, **self._window())
         structures = {f"dice_{name}": scores["dice"]["mean"] for name, scores in document["summary"]["structures"].items()}
         return {"dice": document["summary"]["mean_foreground_dice"], **structures}
 
@@ -91,21 +93,21 @@ class Scorer:
         """Write evaluation.json, overlays and report of a finished run, unless exactly this score is there already."""
         leaf, manifest = folders[-1].path, self.store.manifest
         known = leaf / EVALUATION
-        if again or not self.gang.share(scored.is_scored(leaf, self.recipe, manifest)):
+        if again or not self.ranks.share(scored.is_scored(leaf, self.recipe, manifest)):
             self._score(folders)
-        if self.gang.rank == 0:
+        if self.ranks.rank == 0:
             for sentence in scored.optimism(json.loads(known.read_text(encoding="utf-8"))):
                 sys.stderr.write(f"segfleet: {sentence}\n")
 
     def _score(self, folders: list[StageFolder]) -> None:
         leaf, manifest, ids = folders[-1].path, self.store.manifest, self._ids()
-        model, task, name = load_network(self.recipe, manifest, folders, self.gang.device)
-        forward = forward_of(model, task, self.recipe, self.gang.device)
+        model, task, name = load_network(self.recipe, manifest, folders, self.ranks.device)
+        forward = forward_of(model, task, self.recipe, self.ranks.device)
         tell = functools.partial(self._tell, leaf)
         facts = scored.score_facts(self.recipe, manifest, folders[-1].done())
-        kept = Kept(leaf / CASES, facts | {"versions": checkpoint.versions()}, self.gang.rank)
-        document = evaluate_cases(forward, self.store, ids, task, gang=self.gang, progress=tell, kept=kept, **self._window())
-        if self.gang.rank == 0:
+        kept = Kept(leaf / CASES, facts | {"versions": checkpoint.versions()}, self.ranks.rank)
+        document = evaluate_cases(forward, self.store, ids, task, ranks=self.ranks, progress=tell, kept=kept, **self._window())
+        if self.ranks.rank == 0:
             document |= {"checkpoint": name, "split": self.recipe.data.split, "fold": self.recipe.data.fold}
             document |= {"parameters": registry.count_parameters(model), "versions": checkpoint.versions()}
             document["scored"] = facts
@@ -116,7 +118,7 @@ class Scorer:
             write_report(leaf)
             (leaf / SCORING).unlink(missing_ok=True)
             kept.forget()
-        self.gang.barrier()
+        self.ranks.barrier()
 
     def _selected(self, folder: StageFolder, name: str) -> bool:
         """Whether the checkpoint that is scored was chosen for its Dice on some of the cases that are scored."""
@@ -138,11 +140,11 @@ class Scorer:
             "overlap": options.overlap,
             "mirror_axes": options.mirror,
             "batch": options.batch,
-            "device": self.gang.device,
+            "device": self.ranks.device,
         }
 
     def _tell(self, leaf: Path, done: int, total: int) -> None:
-        if self.gang.rank == 0:
+        if self.ranks.rank == 0:
             (leaf / SCORING).write_text(json.dumps([done, total]))
         if self.stop.asked():
             raise Interrupted("stopped while scoring; run the same command again to score")

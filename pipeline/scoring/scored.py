@@ -15,7 +15,7 @@ from typing import Any
 
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.run import StageFolder
-from segfleet.preprocess.manifest import Manifest
+from segfleet.preprocess.stores.manifest import Manifest
 
 EVALUATION = "evaluation.json"
 

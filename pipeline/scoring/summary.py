@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from segfleet.pipeline.metrics import METRICS, ratio
+from segfleet.pipeline.scoring.metrics import METRICS, ratio
 
 RESAMPLES, SEED = 2000, 12345
 

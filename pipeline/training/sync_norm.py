@@ -1,6 +1,6 @@
 """Batch normalisation over the whole batch, however many ranks share it. The result must not depend on the number of ranks.
 
-`torch.nn.SyncBatchNorm` does it on GPUs only. This one is made of PyTorch's own kernels and runs wherever the gang does.
+`torch.nn.SyncBatchNorm` does it on GPUs only. This one is made of PyTorch's own kernels and runs wherever the ranks does.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from segfleet.pipeline.gang import Gang
+from segfleet.pipeline.ranks import Ranks
 
 
-def synchronise(model: nn.Module, gang: Gang) -> None:
+def synchronise(model: nn.Module, ranks: Ranks) -> None:
     """Batch normalisations of `model` take their statistics over all ranks while training. Names and evaluation stay as they are."""
-    if gang.size > 1:
+    if ranks.size > 1:
         for module in model.modules():
             if type(module) in SYNCHRONISED:
                 module.__class__ = SYNCHRONISED[type(module)]

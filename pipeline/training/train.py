@@ -17,17 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segfleet.pipeline import bf16, checkpoint, loader, run, scored, sync_norm
+from segfleet.core.errors import InputError
+from segfleet.pipeline import checkpoint, run
+from segfleet.pipeline.data import loader
+from segfleet.pipeline.data.sampler import PatchSampler
 from segfleet.pipeline.engines.base import Engine, Setup, build_engine
 from segfleet.pipeline.events import EventLog
-from segfleet.pipeline.gang import Gang
 from segfleet.pipeline.parts import Objective, build_network, check_recipe, patch_of
+from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe
-from segfleet.pipeline.sampler import PatchSampler
-from segfleet.pipeline.schedule import learning_rate
+from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.stop import Interrupted
 from segfleet.pipeline.task import make_task
-from segfleet.preprocess.problems import InputError
+from segfleet.pipeline.training import precision as bf16
+from segfleet.pipeline.training import sync_norm
+from segfleet.pipeline.training.schedule import learning_rate
 from segfleet.preprocess.stores.base import ShardStore
 
 LOG_EVERY = 10  # steps between fetches of the losses: between them nothing waits for the device
@@ -71,7 +75,7 @@ class Run:
     recipe: Recipe
     store: ShardStore
     folders: list[run.StageFolder]
-    gang: Gang
+    ranks: Ranks
     asked_to_stop: Callable[[], bool]
     warn: Callable[[str], None]
     validate: Validate
@@ -80,15 +84,15 @@ class Run:
 
 def train(this: Run) -> Path:
     """Train every stage that is not finished yet; the folder of the last one. Raises Interrupted after an agreed stop."""
-    recipe, gang, last = this.recipe, this.gang, this.folders[-1].path
+    recipe, ranks, last = this.recipe, this.ranks, this.folders[-1].path
     check_recipe(recipe, this.store.manifest)
-    loader.check_shares(recipe.data.batch, gang.size, recipe.engine.accumulate)
-    for index in gang.share(missing(this) if gang.rank == 0 else None):
+    loader.check_shares(recipe.data.batch, ranks.size, recipe.engine.accumulate)
+    for index in ranks.share(missing(this) if ranks.rank == 0 else None):
         with locked(this, this.folders[index]):
-            if gang.share(reopened(this, this.folders[index]) if gang.rank == 0 else None):
+            if ranks.share(reopened(this, this.folders[index]) if ranks.rank == 0 else None):
                 note_recipe(this)
                 train_stage(this, index)
-    if gang.share(gang.rank == 0 and not noted(this)):
+    if ranks.share(ranks.rank == 0 and not noted(this)):
         with locked(this, this.folders[-1]):
             note_recipe(this)
     return last
@@ -142,7 +146,7 @@ def noted(this: Run) -> bool:
 
 def note_recipe(this: Run) -> None:
     """Only under a lock: a process that is refused must not change the recipe of the one that trains."""
-    if this.gang.rank == 0 and not noted(this):
+    if this.ranks.rank == 0 and not noted(this):
         this.folders[-1].path.mkdir(parents=True, exist_ok=True)
         run.write_atomically(this.folders[-1].path / run.RECIPE, json.dumps(this.recipe.model_dump(mode="json"), indent=1))
 
@@ -151,17 +155,17 @@ class locked:
     """Rank 0 holds the stage's lock. If somebody else has it, all ranks fail together, or wait together if the run waits for such."""
 
     def __init__(self, this: Run, folder: run.StageFolder):
-        self.this, self.folder, self.gang, self.lock = this, folder, this.gang, None
+        self.this, self.folder, self.ranks, self.lock = this, folder, this.ranks, None
 
     def __enter__(self) -> None:
         waits, told = self.this.waits and self.folder is not self.this.folders[-1], False
-        while refusal := self.gang.share(self._taken() if self.gang.rank == 0 else None):
+        while refusal := self.ranks.share(self._taken() if self.ranks.rank == 0 else None):
             if not waits:
                 raise InputError(refusal)
-            if self.gang.rank == 0 and not told:
+            if self.ranks.rank == 0 and not told:
                 self.this.warn(f"{refusal.removesuffix(run.ADVICE)}; waiting for it")
             told = True
-            if self.gang.any(self.this.asked_to_stop()):
+            if self.ranks.any(self.this.asked_to_stop()):
                 stage = f"stage {self.folder.index + 1}, which another run is training"
                 raise Interrupted(f"stopped while waiting for {stage}; nothing is lost. Run the same command again to go on.")
             time.sleep(LOOK)
@@ -182,7 +186,7 @@ class locked:
 
 def train_stage(this: Run, index: int) -> None:
     """Train one stage from where its folder stands to its end."""
-    recipe, gang, manifest = this.recipe, this.gang, this.store.manifest
+    recipe, ranks, manifest = this.recipe, this.ranks, this.store.manifest
     folder, stage = this.folders[index], recipe.stages[index]
     ids = set(manifest.fold(recipe.data.split, recipe.data.fold)["train"])
     cases = tuple(case for case in manifest.cases if case.id in ids)
@@ -193,33 +197,33 @@ def train_stage(this: Run, index: int) -> None:
     total = stage.epochs * steps
 
     engine, progress = build(this, index)
-    log = EventLog(folder.path, progress.step) if gang.rank == 0 else None
+    log = EventLog(folder.path, progress.step) if ranks.rank == 0 else None
     if log and progress.step == 0:
-        log.write("stage_start", step=0, stage=index, name=stage.name, steps=total, ranks=gang.size)
+        log.write("stage_start", step=0, stage=index, name=stage.name, steps=total, ranks=ranks.size)
     elif log:
-        log.write("resumed", stage=index, from_step=progress.step, ranks=gang.size)
+        log.write("resumed", stage=index, from_step=progress.step, ranks=ranks.size)
     saver = checkpoint.Saver(folder.checkpoints)
     place = loader.Place(stage=index, epoch=progress.step // steps, step=progress.step % steps)
-    schedule = loader.Schedule(place, stage.epochs, steps, recipe.data.batch, recipe.engine.accumulate, gang.rank, gang.size)
-    patches = loader.Patches(this.store, sampler, index, steps, recipe.data.augment, gang.device.type != "cpu")
-    stream = Stream(loader.batches(patches, schedule, recipe.data.workers), gang.device, recipe.engine.channels_last)
+    schedule = loader.Schedule(place, stage.epochs, steps, recipe.data.batch, recipe.engine.accumulate, ranks.rank, ranks.size)
+    patches = loader.Patches(this.store, sampler, index, steps, recipe.data.augment, ranks.device.type != "cpu")
+    stream = Stream(loader.batches(patches, schedule, recipe.data.workers), ranks.device, recipe.engine.channels_last)
     window = Window(stream, recipe.data.batch)
 
     saved = progress.step
     try:
         while True:
             watch_for_hangs()
-            stopping = progress.step < total and gang.any(this.asked_to_stop())
+            stopping = progress.step < total and ranks.any(this.asked_to_stop())
             if stopping or progress.step == total or any(progress.step % period == 0 for period in (LOG_EVERY, steps, recipe.save_every)):
-                window.report(progress, gang, log)
+                window.report(progress, ranks, log)
             if not stopping and validation_due(recipe, progress, steps):
                 validate(this, engine, progress, progress.step // steps - 1, log)
             ended = progress.step == total or 0 < stage.patience <= progress.stale
             due = ended or stopping or progress.step % recipe.save_every == 0 or progress.best.get("step") == progress.step
             if due and progress.step > saved:
-                save(engine, saver, progress, recipe, index, gang)
+                save(engine, saver, progress, recipe, index, ranks)
                 saved = progress.step
-            if (saver.wait() if ended or stopping else saver.poll()) and gang.rank == 0:
+            if (saver.wait() if ended or stopping else saver.poll()) and ranks.rank == 0:
                 checkpoint.prune(folder.checkpoints, KEEP, protected(progress))
             if ended:
                 break
@@ -230,7 +234,7 @@ def train_stage(this: Run, index: int) -> None:
                 raise Interrupted(f"stopped after {where}; all saved. Run the same command again to go on.")
 
             epoch, lr = progress.step // steps, learning_rate(stage, progress.step, total)
-            torch.manual_seed(step_seed(recipe.seed, index, progress.step, gang.rank))  # dropout and the like
+            torch.manual_seed(step_seed(recipe.seed, index, progress.step, ranks.rank))  # dropout and the like
             window.add(*engine.step(stream, lr), epoch, lr)
             progress.step += 1
     except BaseException:
@@ -241,12 +245,12 @@ def train_stage(this: Run, index: int) -> None:
         faulthandler.cancel_dump_traceback_later()
         if log:
             log.close()
-    gang.barrier()
-    if gang.rank == 0:
+    ranks.barrier()
+    if ranks.rank == 0:
         last = checkpoint.folder_name(progress.step)
         folder.finish(last, steps=progress.step, best=progress.best, skipped=progress.skipped)
         checkpoint.prune(folder.checkpoints, 1, protected(progress))
-    gang.barrier()
+    ranks.barrier()
 
 
 def watch_for_hangs() -> None:
@@ -274,11 +278,11 @@ def validate(this: Run, engine: Engine, progress: Progress, epoch: int, log: Eve
 
 def build(this: Run, index: int) -> tuple[Engine, Progress]:
     """The engine of a stage with the right weights in it: the stage's own checkpoint, its parent's, or fresh ones."""
-    recipe, gang, manifest = this.recipe, this.gang, this.store.manifest
+    recipe, ranks, manifest = this.recipe, this.ranks, this.store.manifest
     stage, folder = recipe.stages[index], this.folders[index]
     task = make_task(manifest.dataset, recipe.model.head)
-    model = build_network(recipe, manifest, task).to(gang.device)
-    sync_norm.synchronise(model, gang)
+    model = build_network(recipe, manifest, task).to(ranks.device)
+    sync_norm.synchronise(model, ranks)
     if recipe.engine.channels_last:
         flat = patch_of(recipe, manifest)[0] == 1
         model = model.to(memory_format=torch.channels_last if flat else torch.channels_last_3d)
@@ -286,10 +290,10 @@ def build(this: Run, index: int) -> tuple[Engine, Progress]:
         from segfleet.models.checkpointing import activation_checkpointing
 
         activation_checkpointing(model)
-    bf16.guard(model, recipe.engine.precision, gang.device)
-    objective = Objective(recipe, task).to(gang.device)
-    engine = build_engine(Setup(model=model, loss=objective, recipe=recipe, stage=stage, gang=gang))
-    found = gang.share(str(saved.path) if gang.rank == 0 and (saved := checkpoint.latest(folder.checkpoints, this.warn)) else None)
+    bf16.guard(model, recipe.engine.precision, ranks.device)
+    objective = Objective(recipe, task).to(ranks.device)
+    engine = build_engine(Setup(model=model, loss=objective, recipe=recipe, stage=stage, ranks=ranks))
+    found = ranks.share(str(saved.path) if ranks.rank == 0 and (saved := checkpoint.latest(folder.checkpoints, this.warn)) else None)
     if found:
         own = checkpoint.Checkpoint(path=Path(found), state=json.loads((Path(found) / "state.json").read_text(encoding="utf-8")))
         engine.load(own, "all")
@@ -299,10 +303,10 @@ def build(this: Run, index: int) -> tuple[Engine, Progress]:
     return engine, Progress()
 
 
-def save(engine: Engine, saver: checkpoint.Saver, progress: Progress, recipe: Recipe, index: int, gang: Gang) -> None:
+def save(engine: Engine, saver: checkpoint.Saver, progress: Progress, recipe: Recipe, index: int, ranks: Ranks) -> None:
     """Every rank takes part in gathering the tensors; rank 0 writes them."""
     tensors = engine.tensors()
-    if gang.rank == 0:
+    if ranks.rank == 0:
         saver.save(progress.step, checkpoint.copies(tensors), progress.state(recipe, index))
 
 
@@ -350,12 +354,12 @@ class Window:
         self.cases.append(self.stream.cases)
         self.stream.cases, self.epoch, self.lr = (), epoch, lr
 
-    def report(self, progress: Progress, gang: Gang, log: EventLog | None) -> None:
+    def report(self, progress: Progress, ranks: Ranks, log: EventLog | None) -> None:
         """Fetch, log, count the skipped steps. Raises Diverged after too many in a row, on all ranks together."""
         if not self.losses:
             return
         norms = torch.stack(self.norms).tolist()
-        losses = (gang.sum(torch.stack(self.losses)) / gang.size).tolist()
+        losses = (ranks.sum(torch.stack(self.losses)) / ranks.size).tolist()
         seconds = time.perf_counter() - self.start
         bad: list[str] = []
         for norm, cases in zip(norms, self.cases, strict=True):
@@ -363,7 +367,7 @@ class Window:
                 progress.skipped_in_a_row = 0
                 continue
             progress.skipped, progress.skipped_in_a_row = progress.skipped + 1, progress.skipped_in_a_row + 1
-            bad += [case for share in gang.gather(cases) for case in share]
+            bad += [case for share in ranks.gather(cases) for case in share]
         good = [loss for loss, norm in zip(losses, norms, strict=True) if norm - norm == 0]
         if log:
             if good:

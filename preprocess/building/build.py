@@ -12,27 +12,34 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from segfleet.preprocess.check import Survey, memory_of, survey
-from segfleet.preprocess.claim import claimed
-from segfleet.preprocess.fingerprint import CaseFacts, Fingerprint, fingerprint
-from segfleet.preprocess.journal import Journals
-from segfleet.preprocess.manifest import NAME as MANIFEST
-from segfleet.preprocess.manifest import (
+from segfleet.core.errors import InputError, explain
+from segfleet.core.files import sync_folder
+from segfleet.core.parallel import run
+from segfleet.preprocess.building.journal import Journals
+from segfleet.preprocess.building.lock import claimed
+from segfleet.preprocess.building.shard_job import (
+    SHARD_BYTES,
+    STATE,
+    ShardJob,
+    finished,
+    shard_jobs,
+    write_shard,
+)
+from segfleet.preprocess.checking.check import Survey, memory_of, survey
+from segfleet.preprocess.checking.fingerprint import CaseFacts, Fingerprint, fingerprint
+from segfleet.preprocess.planning.plan import Overrides, make_plan
+from segfleet.preprocess.planning.splits import OWN, Folds, Member, make_splits
+from segfleet.preprocess.readers.base import CaseRef, RawReader, open_reader, source_sha256
+from segfleet.preprocess.stores.base import store_module
+from segfleet.preprocess.stores.manifest import NAME as MANIFEST
+from segfleet.preprocess.stores.manifest import (
     CaseEntry,
     Dataset,
     Manifest,
     content_id,
     load_manifest,
     save_manifest,
-    sync_folder,
 )
-from segfleet.preprocess.parallel import run
-from segfleet.preprocess.plan import Overrides, make_plan
-from segfleet.preprocess.problems import InputError, explain
-from segfleet.preprocess.readers.base import CaseRef, RawReader, open_reader, source_sha256
-from segfleet.preprocess.shard_job import SHARD_BYTES, STATE, ShardJob, finished, shard_jobs, write_shard
-from segfleet.preprocess.splits import OWN, Folds, Member, make_splits
-from segfleet.preprocess.stores.base import store_module
 
 SPLIT_SEED = 12345
 Progress = Callable[[str, int, int], None]  # phase ("check" | "write" | "compare"), done, total

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from segfleet.preprocess.fingerprint import CaseFacts
+from segfleet.preprocess.building.shard_job import REVISION, STATE
+from segfleet.preprocess.checking.fingerprint import CaseFacts
 from segfleet.preprocess.readers.base import RawReader
-from segfleet.preprocess.shard_job import REVISION, STATE
 
 
 class Journals:

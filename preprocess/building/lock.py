@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from segfleet.preprocess.problems import InputError
-from segfleet.preprocess.shard_job import STATE
+from segfleet.core.errors import InputError
+from segfleet.preprocess.building.shard_job import STATE
 
 
 @contextmanager

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from segfleet.preprocess.check import Survey
-from segfleet.preprocess.chunks import chunk_of
-from segfleet.preprocess.digest import content_sha256
-from segfleet.preprocess.manifest import CaseEntry, Dataset, Plan, layout_of, write_atomically
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+from segfleet.core.files import write_atomically
+from segfleet.preprocess.checking.check import Survey
 from segfleet.preprocess.readers.base import CaseRef, RawReader
 from segfleet.preprocess.stores.base import store_module
-from segfleet.preprocess.transforms import preprocess_case, stored_grid
+from segfleet.preprocess.stores.chunks import chunk_of
+from segfleet.preprocess.stores.content import content_sha256
+from segfleet.preprocess.stores.manifest import CaseEntry, Dataset, Plan, layout_of
+from segfleet.preprocess.transforms.case_transforms import preprocess_case, stored_grid
 
 SHARD_BYTES = 16 * 2**20  # cases share a shard until it holds this much
 STATE = ".state"  # inside OUT.partial: records of what is finished

@@ -9,15 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from segfleet.preprocess.build import SPLIT_SEED, Progress, attempt, failure, open_raw, weight_of
-from segfleet.preprocess.check import look_at, recall, survey
-from segfleet.preprocess.claim import claimed
-from segfleet.preprocess.fingerprint import fingerprint
-from segfleet.preprocess.journal import Journals
-from segfleet.preprocess.manifest import NAME as MANIFEST
-from segfleet.preprocess.parallel import run
-from segfleet.preprocess.plan import Overrides, make_plan
-from segfleet.preprocess.shard_job import SHARD_BYTES, finished, shard_jobs
+from segfleet.core.parallel import run
+from segfleet.preprocess.building.build import (
+    SPLIT_SEED,
+    Progress,
+    attempt,
+    failure,
+    open_raw,
+    weight_of,
+)
+from segfleet.preprocess.building.journal import Journals
+from segfleet.preprocess.building.lock import claimed
+from segfleet.preprocess.building.shard_job import SHARD_BYTES, finished, shard_jobs
+from segfleet.preprocess.checking.check import look_at, recall, survey
+from segfleet.preprocess.checking.fingerprint import fingerprint
+from segfleet.preprocess.planning.plan import Overrides, make_plan
+from segfleet.preprocess.stores.manifest import NAME as MANIFEST
 
 
 def survey_share(

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
+from segfleet.core.errors import DataError, Problem
+from segfleet.core.parallel import run
 from segfleet.preprocess.case import Case, Geometry
-from segfleet.preprocess.duplicates import leaks, link, thumbnail
-from segfleet.preprocess.fingerprint import CaseFacts, samples_per_case, statistics
-from segfleet.preprocess.images import ImageError, disagreement, peek
-from segfleet.preprocess.manifest import Dataset
-from segfleet.preprocess.parallel import run
-from segfleet.preprocess.plan import normalisation
-from segfleet.preprocess.problems import DataError, Problem
+from segfleet.preprocess.checking.duplicates import leaks, link, thumbnail
+from segfleet.preprocess.checking.fingerprint import CaseFacts, samples_per_case, statistics
+from segfleet.preprocess.files.images import ImageError, disagreement, peek
+from segfleet.preprocess.planning.plan import normalisation
 from segfleet.preprocess.readers.base import CaseRef, RawReader
-from segfleet.preprocess.voxels import pieces, values
+from segfleet.preprocess.stores.manifest import Dataset
+from segfleet.preprocess.transforms.voxels import pieces, values
 
 BYTES_PER_VALUE = 24  # of memory per voxel and channel: the file, decoded, as float32, and what cropping and resampling add
 Tick = Callable[[int, int], None]

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from segfleet.preprocess.fingerprint import CaseFacts
-from segfleet.preprocess.manifest import Manifest
-from segfleet.preprocess.problems import InputError, Problem
-from segfleet.preprocess.splits import Folds
+from segfleet.core.errors import InputError, Problem
+from segfleet.preprocess.checking.fingerprint import CaseFacts
+from segfleet.preprocess.planning.splits import Folds
+from segfleet.preprocess.stores.manifest import Manifest
 
 EDGE = 16  # of a thumbnail
 FINE = 256  # steps of a grey level

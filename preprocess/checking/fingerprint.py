@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from segfleet.core.errors import Problem
 from segfleet.preprocess.case import Case
-from segfleet.preprocess.manifest import Dataset, Frozen
-from segfleet.preprocess.problems import Problem
-from segfleet.preprocess.transforms import crop_box
-from segfleet.preprocess.voxels import counts, draw
+from segfleet.preprocess.stores.manifest import Dataset, Frozen
+from segfleet.preprocess.transforms.case_transforms import crop_box
+from segfleet.preprocess.transforms.voxels import counts, draw
 
 MOST_SAMPLES = 2_000_000  # foreground voxels of the whole data set
 

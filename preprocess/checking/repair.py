@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from segfleet.core.errors import InputError
 from segfleet.preprocess.case import Geometry
-from segfleet.preprocess.images import ImageError, disagreement, ending
-from segfleet.preprocess.manifest import Dataset
-from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.files.images import ImageError, disagreement, ending
+from segfleet.preprocess.files.writer import WRITABLE, write_label
 from segfleet.preprocess.readers.base import RawReader
-from segfleet.preprocess.voxels import pieces
-from segfleet.preprocess.writer import WRITABLE, write_label
+from segfleet.preprocess.stores.manifest import Dataset
+from segfleet.preprocess.transforms.voxels import pieces
 
 
 def mend(reader: RawReader, out: Path, remap: Mapping[int, int] | None = None) -> list[dict[str, str]]:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from segfleet.preprocess.check import survey
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+from segfleet.preprocess.checking.check import survey
 from segfleet.preprocess.readers.base import RawReader
 
 WINDOW = (-200.0, 200.0)  # HU

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from segfleet.core.errors import InputError, Problem
 from segfleet.preprocess.case import Geometry
-from segfleet.preprocess.problems import InputError, Problem
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff", ".png", ".bmp", ".jpg", ".jpeg")
 NATURAL = (".png", ".bmp", ".jpg", ".jpeg")  # 2D, several channels in one file, no geometry

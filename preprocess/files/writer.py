@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from segfleet.core.errors import InputError
+from segfleet.core.files import write_atomically
 from segfleet.preprocess.case import Geometry
-from segfleet.preprocess.images import LPS, ending, stem
-from segfleet.preprocess.manifest import write_atomically
-from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.files.images import LPS, ending, stem
 
 WRITABLE = (".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff", ".png", ".bmp")  # lossless
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
 
 ORIGIN = (-20.0, 15.0, 7.5)  # mm, of every volume
 

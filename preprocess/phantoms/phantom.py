@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-import segfleet.preprocess.phantom_pictures as pictures
-import segfleet.preprocess.phantom_volumes as volumes
-from segfleet.preprocess.drawing import blobs, fresh, write_nifti
+import segfleet.preprocess.phantoms.pictures as pictures
+import segfleet.preprocess.phantoms.volumes as volumes
+from segfleet.preprocess.phantoms.drawing import blobs, fresh, write_nifti
 
 
 def write_msd_phantom(root: str | Path, cases: int = 12, seed: int = 0, size: Sequence[int] = (16, 40, 40)) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segfleet.preprocess.drawing import blot, fresh, junk, write_picture
+from segfleet.preprocess.phantoms.drawing import blot, fresh, junk, write_picture
 
 SKIN, LESION = (210, 170, 150), (110, 70, 60)
 MUCOSA, POLYP = (180, 70, 60), (220, 140, 120)

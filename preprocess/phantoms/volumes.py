@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segfleet.preprocess.drawing import ORIGIN, blobs, fresh, junk, write_nifti
+from segfleet.preprocess.phantoms.drawing import ORIGIN, blobs, fresh, junk, write_nifti
 
 
 def write_lits_phantom(root: str | Path, cases: int = 8, seed: int = 0, size: tuple[int, int, int] = (12, 32, 32)) -> Path:

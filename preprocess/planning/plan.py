@@ -11,10 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from segfleet.preprocess.fingerprint import Fingerprint
-from segfleet.preprocess.manifest import Dataset, Plan
-from segfleet.preprocess.problems import InputError
-from segfleet.preprocess.transforms import ANISOTROPIC, anisotropic_axis, stored_grid
+from segfleet.core.errors import InputError
+from segfleet.preprocess.checking.fingerprint import Fingerprint
+from segfleet.preprocess.stores.manifest import Dataset, Plan
+from segfleet.preprocess.transforms.case_transforms import (
+    ANISOTROPIC,
+    anisotropic_axis,
+    stored_grid,
+)
 
 MIN_EDGE = 4  # voxels at the bottom of the network
 FEATURES = 32  # of the first stage

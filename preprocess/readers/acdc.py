@@ -10,11 +10,19 @@ from pathlib import Path
 
 import numpy as np
 
-from segfleet.preprocess.manifest import Dataset
-from segfleet.preprocess.problems import Problem
-from segfleet.preprocess.readers.base import CaseRef, Facts, Folds, RawReader, duplicates, natural, visible
+from segfleet.core.errors import Problem
+from segfleet.preprocess.readers.base import (
+    CaseRef,
+    Facts,
+    Folds,
+    RawReader,
+    duplicates,
+    natural,
+    visible,
+)
 from segfleet.preprocess.readers.pairs import inside, sides
 from segfleet.preprocess.readers.places import locate, subfolders
+from segfleet.preprocess.stores.manifest import Dataset
 
 PARTS = ("training", "testing")
 EVALUATED = (2, 3, 8, 9, 12, 14, 17, 24, 42, 48, 49, 53, 55, 64, 67, 79, 81, 88, 92, 95)  # by TransUNet, nnFormer, UNETR++, E2MISeg

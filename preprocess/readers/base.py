@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from segfleet.core.errors import InputError, Problem
 from segfleet.preprocess.case import Case, Geometry
-from segfleet.preprocess.images import read_image, read_label
-from segfleet.preprocess.manifest import Dataset
-from segfleet.preprocess.problems import InputError, Problem
+from segfleet.preprocess.files.images import read_image, read_label
+from segfleet.preprocess.stores.manifest import Dataset
 
 Folds = tuple[dict[str, tuple[str, ...]], ...]
 SHARED = ("base", "pairs", "places")  # what several layouts use

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from segfleet.preprocess.images import stem
+from segfleet.preprocess.files.images import stem
 from segfleet.preprocess.readers.base import CaseRef, Facts
 from segfleet.preprocess.readers.pairs import PairReader, paired, pictures
 from segfleet.preprocess.readers.places import locate

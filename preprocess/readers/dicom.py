@@ -8,13 +8,23 @@ from typing import Any
 
 import numpy as np
 
+from segfleet.core.errors import InputError, Problem
 from segfleet.preprocess.case import Geometry
-from segfleet.preprocess.images import LPS, ImageError
-from segfleet.preprocess.manifest import Dataset
-from segfleet.preprocess.problems import InputError, Problem
-from segfleet.preprocess.readers.base import CaseRef, Facts, RawReader, duplicates, natural, number, patient_of, read_json, visible
+from segfleet.preprocess.files.images import LPS, ImageError
+from segfleet.preprocess.readers.base import (
+    CaseRef,
+    Facts,
+    RawReader,
+    duplicates,
+    natural,
+    number,
+    patient_of,
+    read_json,
+    visible,
+)
 from segfleet.preprocess.readers.pairs import pictures
 from segfleet.preprocess.readers.places import locate, subfolders
+from segfleet.preprocess.stores.manifest import Dataset
 
 VOLUMES = (".nii.gz", ".nii", ".nrrd", ".mha")
 MODALITY, POSITION = "0008|0060", "0020|0032"

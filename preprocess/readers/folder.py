@@ -14,14 +14,31 @@ from typing import Any
 
 import numpy as np
 
+from segfleet.core.errors import InputError, Problem
 from segfleet.preprocess.case import Geometry
-from segfleet.preprocess.images import NATURAL, ending, peek, read_image, read_label, stem
-from segfleet.preprocess.manifest import Dataset
-from segfleet.preprocess.problems import InputError, Problem
-from segfleet.preprocess.readers.base import CaseRef, Facts, Folds, number, patient_of, read_json, visible
-from segfleet.preprocess.readers.pairs import PairReader, colours, inside, paired, pictures, read_mask, sides, union
+from segfleet.preprocess.files.images import NATURAL, ending, peek, read_image, read_label, stem
+from segfleet.preprocess.planning.splits import published
+from segfleet.preprocess.readers.base import (
+    CaseRef,
+    Facts,
+    Folds,
+    number,
+    patient_of,
+    read_json,
+    visible,
+)
+from segfleet.preprocess.readers.pairs import (
+    PairReader,
+    colours,
+    inside,
+    paired,
+    pictures,
+    read_mask,
+    sides,
+    union,
+)
 from segfleet.preprocess.readers.places import locate, subfolders
-from segfleet.preprocess.splits import published
+from segfleet.preprocess.stores.manifest import Dataset
 
 PARTS = ("train", "val", "test")
 SUFFIX = re.compile(r"_(mask|segmentation|anno|lesion|gt)$", re.IGNORECASE)

@@ -13,9 +13,17 @@ from typing import Any
 import numpy as np
 
 from segfleet.preprocess.case import Geometry
-from segfleet.preprocess.images import ImageError, stem
+from segfleet.preprocess.files.images import ImageError, stem
 from segfleet.preprocess.readers.base import CaseRef, Facts, Folds, visible
-from segfleet.preprocess.readers.pairs import PairReader, paired, pictures, read_grey, sides, union, without
+from segfleet.preprocess.readers.pairs import (
+    PairReader,
+    paired,
+    pictures,
+    read_grey,
+    sides,
+    union,
+    without,
+)
 from segfleet.preprocess.readers.places import locate
 
 SUFFIX = "_anno"

@@ -8,10 +8,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+from segfleet.preprocess.planning.splits import published
 from segfleet.preprocess.readers.base import CaseRef, Facts, Folds
-from segfleet.preprocess.readers.pairs import LOSSY, PairReader, inside, paired, pictures, sides, without
+from segfleet.preprocess.readers.pairs import (
+    LOSSY,
+    PairReader,
+    inside,
+    paired,
+    pictures,
+    sides,
+    without,
+)
 from segfleet.preprocess.readers.places import locate
-from segfleet.preprocess.splits import published
 
 SUFFIX = "_segmentation"
 

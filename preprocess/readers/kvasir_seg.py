@@ -8,8 +8,8 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from segfleet.preprocess.images import ENDINGS
-from segfleet.preprocess.problems import Problem
+from segfleet.core.errors import Problem
+from segfleet.preprocess.files.images import ENDINGS
 from segfleet.preprocess.readers.base import CaseRef, Facts, Folds, fold_problems
 from segfleet.preprocess.readers.pairs import PairReader, paired, pictures
 from segfleet.preprocess.readers.places import locate

@@ -9,10 +9,10 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from segfleet.preprocess.manifest import Dataset
-from segfleet.preprocess.problems import Problem
+from segfleet.core.errors import Problem
 from segfleet.preprocess.readers.base import CaseRef, Facts, RawReader, duplicates, natural
 from segfleet.preprocess.readers.places import locate
+from segfleet.preprocess.stores.manifest import Dataset
 
 FILE = re.compile(r"(volume|segmentation)-(\d+)\.nii(\.gz)?", re.IGNORECASE)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
-from segfleet.preprocess.images import stem
-from segfleet.preprocess.manifest import Dataset
-from segfleet.preprocess.problems import InputError, Problem
+from segfleet.core.errors import InputError, Problem
+from segfleet.preprocess.files.images import stem
 from segfleet.preprocess.readers.base import (
     CaseRef,
     Facts,
@@ -20,6 +19,7 @@ from segfleet.preprocess.readers.base import (
     read_json,
     visible,
 )
+from segfleet.preprocess.stores.manifest import Dataset
 
 REGIONS = {  # of known tasks, in their numbering, largest first: names, label values, and the label each paints
     "BrainTumour": {"whole tumour": (1, 2, 3), "tumour core": (2, 3), "enhancing tumour": (3,)},

@@ -10,9 +10,8 @@ import re
 from functools import cached_property
 from pathlib import Path
 
-from segfleet.preprocess.images import ENDINGS, NATURAL, peek
-from segfleet.preprocess.manifest import Dataset
-from segfleet.preprocess.problems import InputError, Problem
+from segfleet.core.errors import InputError, Problem
+from segfleet.preprocess.files.images import ENDINGS, NATURAL, peek
 from segfleet.preprocess.readers.base import (
     CaseRef,
     Facts,
@@ -27,6 +26,7 @@ from segfleet.preprocess.readers.base import (
     read_json,
     visible,
 )
+from segfleet.preprocess.stores.manifest import Dataset
 
 MANY_CHANNELS = (*NATURAL, ".tif", ".tiff")  # one file may hold all channels
 

@@ -11,13 +11,21 @@ from typing import Any
 
 import numpy as np
 
+from segfleet.core.errors import Problem
 from segfleet.preprocess.case import Geometry
-from segfleet.preprocess.images import ImageError
-from segfleet.preprocess.manifest import Dataset
-from segfleet.preprocess.problems import Problem
-from segfleet.preprocess.readers.base import CaseRef, Facts, Folds, RawReader, duplicates, natural, visible
+from segfleet.preprocess.files.images import ImageError
+from segfleet.preprocess.readers.base import (
+    CaseRef,
+    Facts,
+    Folds,
+    RawReader,
+    duplicates,
+    natural,
+    visible,
+)
 from segfleet.preprocess.readers.pairs import inside, sides
 from segfleet.preprocess.readers.places import locate
+from segfleet.preprocess.stores.manifest import Dataset
 
 PARTS = ("train", "test")
 

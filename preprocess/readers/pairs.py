@@ -11,12 +11,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from segfleet.core.errors import Problem
 from segfleet.preprocess.case import Geometry
-from segfleet.preprocess.images import ENDINGS, ImageError, ending, read_file, read_image, stem
-from segfleet.preprocess.manifest import Dataset
-from segfleet.preprocess.problems import Problem
+from segfleet.preprocess.files.images import (
+    ENDINGS,
+    ImageError,
+    ending,
+    read_file,
+    read_image,
+    stem,
+)
+from segfleet.preprocess.planning.splits import published
 from segfleet.preprocess.readers.base import CaseRef, Folds, RawReader, duplicates, natural, visible
-from segfleet.preprocess.splits import published
+from segfleet.preprocess.stores.manifest import Dataset
 
 LOSSY = (".jpg", ".jpeg")
 UNDECIDED = 0.1  # share of pixels a mask may have that are neither black nor white

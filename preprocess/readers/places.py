@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
 
 DEPTH = 5  # levels searched for the hint
 

@@ -9,8 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
-from segfleet.preprocess.manifest import CaseEntry, Manifest, load_manifest
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+from segfleet.preprocess.stores.manifest import CaseEntry, Manifest, load_manifest
 
 Box = tuple[slice, slice, slice]  # (z, y, x), in voxels of the stored grid; may reach outside it
 
@@ -50,10 +50,13 @@ class ShardWriter(Protocol):
         ...
 
 
+SHARED = ("base", "chunks", "content", "manifest", "packed", "shard_reader", "shard_writer", "staged_copy", "verify", "zarr_array")
+
+
 def formats() -> list[str]:
     import segfleet.preprocess.stores as room
 
-    return sorted(m.name for m in pkgutil.iter_modules(room.__path__) if m.name != "base")
+    return sorted(m.name for m in pkgutil.iter_modules(room.__path__) if m.name not in SHARED)
 
 
 def store_module(name: str):

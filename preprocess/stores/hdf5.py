@@ -18,9 +18,18 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from segfleet.preprocess.packed import IMAGES, LABELS, MISSING, OpenFile, PackedArray, Packing, crc32c, pieces
-from segfleet.preprocess.shard_reader import DamagedShard, ShardReader
-from segfleet.preprocess.shard_writer import ShardWriter
+from segfleet.preprocess.stores.packed import (
+    IMAGES,
+    LABELS,
+    MISSING,
+    OpenFile,
+    PackedArray,
+    Packing,
+    crc32c,
+    pieces,
+)
+from segfleet.preprocess.stores.shard_reader import DamagedShard, ShardReader
+from segfleet.preprocess.stores.shard_writer import ShardWriter
 
 SUFFIX = ".h5"
 FORMAT = ("v110", "v110")  # the first with checksums on everything

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+from segfleet.core.files import write_atomically
 
 VERSION = 1
 LAYOUTS = {"hdf5": 2}  # store format -> revision of its shard files, where it has changed since the first: another one cannot be read
@@ -134,29 +134,6 @@ def load_manifest(store: Path) -> Manifest:
         return Manifest.model_validate(raw)
     except (ValidationError, json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
         raise InputError(f"store: {path} is damaged ({str(error).splitlines()[0]}). Preprocess the raw data again.") from None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` so that a reader sees the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save_manifest(store: Path, manifest: Manifest) -> None:

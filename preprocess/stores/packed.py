@@ -16,7 +16,7 @@ import google_crc32c
 import numpy as np
 from numcodecs import blosc
 
-from segfleet.preprocess.shard_reader import DamagedShard
+from segfleet.preprocess.stores.shard_reader import DamagedShard
 
 blosc.set_nthreads(1)  # loaders bring their own processes
 

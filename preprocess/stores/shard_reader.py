@@ -11,8 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from segfleet.preprocess.manifest import CaseEntry, Manifest
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+from segfleet.preprocess.stores.manifest import CaseEntry, Manifest
 
 OPEN_SHARDS = 64  # per process; a shard holds at most three file handles
 BLOCK = 2**15  # voxels converted at a time: they stay in the cache between the passes

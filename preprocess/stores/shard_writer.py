@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from segfleet.preprocess.digest import file_facts
-from segfleet.preprocess.manifest import sync_folder
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+from segfleet.core.files import file_facts, sync_folder
 
 
 class ShardWriter:

@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segfleet.preprocess.digest import file_facts
-from segfleet.preprocess.manifest import NAME, Manifest, load_manifest, sync_folder, write_atomically
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+from segfleet.core.files import file_facts, sync_folder, write_atomically
+from segfleet.preprocess.stores.manifest import NAME, Manifest, load_manifest
 
 BLOCK = 2**22  # bytes copied at a time
 SPARE = 2**26  # bytes that are left free

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from segfleet.preprocess.digest import content_sha256, file_facts
-from segfleet.preprocess.manifest import CaseEntry
-from segfleet.preprocess.problems import InputError, Problem
-from segfleet.preprocess.shard_reader import MEND
+from segfleet.core.errors import InputError, Problem
+from segfleet.core.files import file_facts
 from segfleet.preprocess.stores.base import open_store
+from segfleet.preprocess.stores.content import content_sha256
+from segfleet.preprocess.stores.manifest import CaseEntry
+from segfleet.preprocess.stores.shard_reader import MEND
 
 
 def verify(root: str | Path, *, chunks: bool = False) -> list[Problem]:

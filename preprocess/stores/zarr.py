@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from segfleet.preprocess.packed import IMAGES, LABELS, PackedArray, Packing
-from segfleet.preprocess.shard_reader import DamagedShard, ShardReader
-from segfleet.preprocess.shard_writer import ShardWriter
-from segfleet.preprocess.zarr_array import ArrayWriter, open_array
+from segfleet.preprocess.stores.packed import IMAGES, LABELS, PackedArray, Packing
+from segfleet.preprocess.stores.shard_reader import DamagedShard, ShardReader
+from segfleet.preprocess.stores.shard_writer import ShardWriter
+from segfleet.preprocess.stores.zarr_array import ArrayWriter, open_array
 
 SUFFIX = ".zarr"
 

@@ -15,8 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from segfleet.preprocess.packed import MISSING, OpenFile, PackedArray, Packing, crc32c, pieces
-from segfleet.preprocess.shard_reader import DamagedShard
+from segfleet.preprocess.stores.packed import (
+    MISSING,
+    OpenFile,
+    PackedArray,
+    Packing,
+    crc32c,
+    pieces,
+)
+from segfleet.preprocess.stores.shard_reader import DamagedShard
 
 FILE = "c."  # followed by 0.0.0: the one outer chunk, in a flat folder
 

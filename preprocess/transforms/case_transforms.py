@@ -13,11 +13,15 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from segfleet.core.errors import InputError
 from segfleet.preprocess.case import Case
-from segfleet.preprocess.manifest import Plan
-from segfleet.preprocess.problems import InputError
-from segfleet.preprocess.resample import resample_image, resample_label, resample_probabilities
-from segfleet.preprocess.voxels import counts, draw
+from segfleet.preprocess.stores.manifest import Plan
+from segfleet.preprocess.transforms.resample import (
+    resample_image,
+    resample_label,
+    resample_probabilities,
+)
+from segfleet.preprocess.transforms.voxels import counts, draw
 
 __all__ = [
     "nonzero_box",

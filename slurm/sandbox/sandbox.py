@@ -18,9 +18,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from segfleet.preprocess.problems import InputError
-from segfleet.slurm import sandbox_database
-from segfleet.slurm.sandbox_database import Database
+from segfleet.core.errors import InputError
+from segfleet.slurm.sandbox import database as sandbox_database
+from segfleet.slurm.sandbox.database import Database
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
 PACKAGES = "slurmctld slurmd slurm-client munge"

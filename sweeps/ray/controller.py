@@ -20,11 +20,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from segfleet.preprocess.problems import explain
-from segfleet.slurm.local import available_cores, die_with_parent
-from segfleet.sweeps.ledger import Ledger
-from segfleet.sweeps.plan import Plan, make_plan
-from segfleet.sweeps.space import SearchSpace, search_of
+from segfleet.core.errors import explain
+from segfleet.pipeline.launch.local import available_cores, die_with_parent
+from segfleet.sweeps.results.ledger import Ledger
+from segfleet.sweeps.space.plan import Plan, make_plan
+from segfleet.sweeps.space.space import SearchSpace, search_of
 
 SETTINGS = {  # of Ray and Tune: no telemetry, no files, no flood; the tree on disk is the state
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -81,7 +81,7 @@ def drive(order: dict[str, Any], tell: Callable[..., None]) -> None:
     with ray_session(resources, plan.folder) as storage:
         try:
             if plan.search.space.scheduler == "pbt":
-                from segfleet.sweeps.ray_population import run_population
+                from segfleet.sweeps.ray.population import run_population
 
                 run_population(plan, resources, storage, tick, order["seconds"])
             else:
@@ -94,12 +94,12 @@ def tune_tree(plan: Plan, resources: Any, storage: Path, tick: Callable[[int, in
     """Every node of the tree is a trial of Tune. `seconds`: after that no node is handed out, and those at work save and stop."""
     from ray import tune
 
-    from segfleet.sweeps.ray_searcher import PathAsha, TreeSearcher
-    from segfleet.sweeps.ray_trial import trial
+    from segfleet.sweeps.ray.searcher import PathAsha, TreeSearcher
+    from segfleet.sweeps.ray.trial import trial
 
     ledger, grow = Ledger(plan.tree, plan.runs, plan.folder), None
     if plan.search.space.search == "optuna":
-        from segfleet.sweeps.ray_optuna import Suggestions
+        from segfleet.sweeps.ray.optuna import Suggestions
 
         grow = Suggestions(plan, ledger)
     deadline = time.monotonic() + seconds if seconds else None

@@ -11,9 +11,9 @@ from typing import Any
 from ray import tune
 from ray.tune.search.optuna import OptunaSearch
 
-from segfleet.sweeps.ledger import EVALUATION, Ledger
-from segfleet.sweeps.plan import POINTS, Plan, check
-from segfleet.sweeps.space import Axis, Point, Trial
+from segfleet.sweeps.results.ledger import EVALUATION, Ledger
+from segfleet.sweeps.space.plan import POINTS, Plan, check
+from segfleet.sweeps.space.space import Axis, Point, Trial
 
 ASKED = 30  # times, at most, for a point that is not known yet
 FAILED = -1.0  # the score of a point that did not end: below any Dice

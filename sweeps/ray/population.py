@@ -21,12 +21,13 @@ from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
+from segfleet.core.errors import InputError
+from segfleet.core.files import write_atomically
 from segfleet.pipeline.recipe import parse
-from segfleet.preprocess.manifest import load_manifest, write_atomically
-from segfleet.preprocess.problems import InputError
-from segfleet.sweeps.ledger import EVALUATION, STOP
-from segfleet.sweeps.plan import POPULATION, Plan, check, with_stores
-from segfleet.sweeps.space import put
+from segfleet.preprocess.stores.manifest import load_manifest
+from segfleet.sweeps.results.ledger import EVALUATION, STOP
+from segfleet.sweeps.space.plan import POPULATION, Plan, check, with_stores
+from segfleet.sweeps.space.space import put
 from segfleet.sweeps.trial import perform
 
 MEMBERS = "members"  # folder of <trial>.json: its stages so far
@@ -37,7 +38,7 @@ def run_population(plan: Plan, resources: Any, storage: Path, tick: Callable[[in
 
     `seconds`: after that the members save and stop.
     """
-    from segfleet.sweeps.ray_controller import NAMES, share, threads_of
+    from segfleet.sweeps.ray.controller import NAMES, share, threads_of
 
     space = plan.search.space
     generator = random.Random(space.seed)

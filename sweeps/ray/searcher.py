@@ -12,8 +12,8 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import Searcher
 
 from segfleet.pipeline.events import read_events
-from segfleet.sweeps.ledger import STOP, Ledger
-from segfleet.sweeps.tree import StageNode
+from segfleet.sweeps.results.ledger import STOP, Ledger
+from segfleet.sweeps.space.tree import StageNode
 
 Grow = Callable[[], bool]  # adds a point to the tree; False when there are no more
 

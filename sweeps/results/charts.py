@@ -6,8 +6,19 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from segfleet.pipeline.report_curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, number, shortened, thinned, ticks
-from segfleet.pipeline.report_html import e
+from segfleet.pipeline.reports.curves import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    number,
+    shortened,
+    thinned,
+    ticks,
+)
+from segfleet.pipeline.reports.html import e
 
 HUES = (210, 28, 140, 330, 265, 55, 185, 0, 95, 300)
 Point = tuple[float, float]

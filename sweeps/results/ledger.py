@@ -10,11 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from segfleet.pipeline import scored
+from segfleet.core.files import write_atomically
 from segfleet.pipeline.run import DONE
+from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.status import locked
-from segfleet.preprocess.manifest import write_atomically
-from segfleet.sweeps.tree import StageNode, StageTree
+from segfleet.sweeps.space.tree import StageNode, StageTree
 
 EVALUATION, STOP = scored.EVALUATION, "stop"
 

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from segfleet.pipeline.summary import SEED, bootstrap_weights
-from segfleet.preprocess.manifest import write_atomically
-from segfleet.sweeps.ledger import EVALUATION, Ledger
-from segfleet.sweeps.plan import Plan
-from segfleet.sweeps.space import Trial, describe
+from segfleet.core.files import write_atomically
+from segfleet.pipeline.scoring.summary import SEED, bootstrap_weights
+from segfleet.sweeps.results.ledger import EVALUATION, Ledger
+from segfleet.sweeps.space.plan import Plan
+from segfleet.sweeps.space.space import Trial, describe
 
 FLIPS = 4000
 
@@ -139,7 +139,7 @@ def paired(by_patient: Sequence[Sequence[float]]) -> dict[str, Any]:
 
 def write_outcome(plan: Plan, ledger: Ledger) -> dict[str, Any]:
     """outcome.json, ranking.csv, best.yaml and report.html in the sweep's folder; the document."""
-    from segfleet.sweeps.report import write_sweep_report
+    from segfleet.sweeps.results.report import write_sweep_report
 
     document = outcome(plan, ledger)
     write_atomically(plan.folder / "outcome.json", json.dumps(document, indent=1))

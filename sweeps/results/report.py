@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from segfleet.core.files import write_atomically
 from segfleet.pipeline.events import read_events
-from segfleet.pipeline.report_html import cell, e, facts, interval, page, section, table
+from segfleet.pipeline.reports.html import cell, e, facts, interval, page, section, table
 from segfleet.pipeline.run import stage_steps
-from segfleet.preprocess.manifest import write_atomically
-from segfleet.sweeps.charts import bars, branches, legend, parallel, scatter
-from segfleet.sweeps.ledger import Ledger
-from segfleet.sweeps.plan import Plan
-from segfleet.sweeps.space import short
+from segfleet.sweeps.results.charts import bars, branches, legend, parallel, scatter
+from segfleet.sweeps.results.ledger import Ledger
+from segfleet.sweeps.space.plan import Plan
+from segfleet.sweeps.space.space import short
 
 NAME = "report.html"
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from segfleet.pipeline.events import read_events
 from segfleet.pipeline.run import run_folders, stage_steps
-from segfleet.sweeps.ledger import Ledger
-from segfleet.sweeps.plan import Plan
-from segfleet.sweeps.tree import StageNode
+from segfleet.sweeps.results.ledger import Ledger
+from segfleet.sweeps.space.plan import Plan
+from segfleet.sweeps.space.tree import StageNode
 
 
 def estimate(plan: Plan, slots: int) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from segfleet.core.errors import InputError
+from segfleet.core.files import write_atomically
 from segfleet.pipeline.recipe import Recipe, parse
 from segfleet.pipeline.run import stage_steps
-from segfleet.preprocess.manifest import Manifest, load_manifest, write_atomically
-from segfleet.preprocess.problems import InputError
-from segfleet.sweeps.space import Point, Search, Trial, describe
-from segfleet.sweeps.tree import StageNode, StageTree
+from segfleet.preprocess.stores.manifest import Manifest, load_manifest
+from segfleet.sweeps.space.space import Point, Search, Trial, describe
+from segfleet.sweeps.space.tree import StageNode, StageTree
 
 SPACE, POINTS, POPULATION = "space.json", "points.jsonl", "population.json"
 

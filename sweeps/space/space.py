@@ -26,8 +26,17 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from segfleet.pipeline.recipe import Positive, Recipe, Section, Stage, _section_of, number_like, parse, read_document
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+from segfleet.pipeline.recipe import (
+    Positive,
+    Recipe,
+    Section,
+    Stage,
+    _section_of,
+    number_like,
+    parse,
+    read_document,
+)
 
 SPACES = Path(__file__).parent / "spaces"
 KINDS = ("grid", "choice", "uniform", "loguniform")

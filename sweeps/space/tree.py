@@ -12,8 +12,8 @@ from pathlib import PurePosixPath
 
 from segfleet.pipeline.recipe import Recipe, Stage
 from segfleet.pipeline.run import stage_facts, stage_uid
-from segfleet.preprocess.manifest import Manifest
-from segfleet.sweeps.space import Trial
+from segfleet.preprocess.stores.manifest import Manifest
+from segfleet.sweeps.space.space import Trial
 
 Manifests = Callable[[Recipe], Manifest]
 

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from segfleet.cli import main
-from segfleet.preprocess.problems import DataError, InputError, Problem
+from segfleet.core.errors import DataError, InputError, Problem
 
 
 def run(*arguments, **options):

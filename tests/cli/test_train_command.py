@@ -180,7 +180,7 @@ def test_jobs_of_a_cluster_wait_for_the_stage_they_share(work, monkeypatch):
 
     first = start(1e-3, 1)
     folder = wait_for_step(work, "shared", 5, first)
-    rank = next(child for child in psutil.Process(first.pid).children() if "segfleet.slurm.worker" in child.cmdline())
+    rank = next(child for child in psutil.Process(first.pid).children() if "segfleet.pipeline.launch.worker" in child.cmdline())
     rank.suspend()
     assert first.poll() is None and not (folder / "done.json").exists()
     monkeypatch.setenv("SLURM_JOB_ID", "1")
@@ -222,7 +222,7 @@ def test_a_killed_rank_takes_the_other_down_and_the_run_goes_on_exactly(work, st
     runs = f"killed{victim}"
     process = train(work, runs)
     folder = wait_for_step(work, runs, 10, process)
-    ranks = [child for child in psutil.Process(process.pid).children() if "segfleet.slurm.worker" in child.cmdline()]
+    ranks = [child for child in psutil.Process(process.pid).children() if "segfleet.pipeline.launch.worker" in child.cmdline()]
     assert len(ranks) == 2
     ranks[victim].kill()
     killed = time.monotonic()

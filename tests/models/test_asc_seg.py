@@ -7,8 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from segfleet.models.asc_decoder import ChannelGate, Connector, DecoderBlock, Denoise, MultiScale, SpatialGate
-from segfleet.models.asc_encoder import DeformableGate, EncoderBlock, GatedConv, ParallelMixer, RasterMamba
+from segfleet.models.asc_seg.decoder import (
+    ChannelGate,
+    Connector,
+    DecoderBlock,
+    Denoise,
+    MultiScale,
+    SpatialGate,
+)
+from segfleet.models.asc_seg.encoder import (
+    DeformableGate,
+    EncoderBlock,
+    GatedConv,
+    ParallelMixer,
+    RasterMamba,
+)
 from segfleet.models.profile import count_macs
 from segfleet.models.registry import ModelError, build_model, count_parameters, spec
 from segfleet.models.scan import Mamba

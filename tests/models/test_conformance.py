@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segfleet.models.checkpointing import activation_checkpointing, checkpointed_stages
-from segfleet.models.registry import ModelError, ModelSpec, build_model, count_parameters, spec, specs, stage_table
+from segfleet.models.registry import (
+    ModelError,
+    ModelSpec,
+    build_model,
+    count_parameters,
+    spec,
+    specs,
+    stage_table,
+)
 
 NAMES = list(specs())
 BATCH = 2

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from segfleet.models.e2mi_attention import PairedAttention
-from segfleet.models.e2mi_blocks import GroupAggregation, HybridBlock, ResidualBlock
-from segfleet.models.e2mi_seg import SMALL, E2MISeg
+from segfleet.models.e2mi_seg.attention import PairedAttention
+from segfleet.models.e2mi_seg.blocks import GroupAggregation, HybridBlock, ResidualBlock
+from segfleet.models.e2mi_seg.network import SMALL, E2MISeg
 from segfleet.models.profile import count_macs
 from segfleet.models.registry import ModelError, build_model, count_parameters, spec, stage_table
 

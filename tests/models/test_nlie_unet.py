@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from segfleet.models.nlie_unet import Bridge, ChannelGate, CyclicBlock, CyclicDeformable, InterwovenFusion, NlieUNet, Resample
+from segfleet.models.nlie_unet import (
+    Bridge,
+    ChannelGate,
+    CyclicBlock,
+    CyclicDeformable,
+    InterwovenFusion,
+    NlieUNet,
+    Resample,
+)
 from segfleet.models.registry import ModelError, build_model, count_parameters, spec, stage_table
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from segfleet.models.nnunet.topology import topology_from_options, topology_from_plan
 from segfleet.models.registry import ModelError, build_model, count_parameters
-from segfleet.models.topology import topology_from_options, topology_from_plan
 
 SMALL = {  # an anisotropic 3D plan and a 2D plan, narrow
     2: {"patch": [32, 48], "features": [4, 8, 12]},

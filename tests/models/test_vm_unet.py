@@ -12,7 +12,15 @@ from einops import rearrange
 from segfleet.models.profile import count_macs
 from segfleet.models.registry import ModelError, build_model, count_parameters, spec
 from segfleet.models.scan import selective_scan_ref
-from segfleet.models.vm_unet import SS2D, DropPath, PatchExpand, PatchMerge, VSSBlock, fold_directions, unfold_directions
+from segfleet.models.vm_unet import (
+    SS2D,
+    DropPath,
+    PatchExpand,
+    PatchMerge,
+    VSSBlock,
+    fold_directions,
+    unfold_directions,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What the ranks of the engine tests do. Each program runs in real processes, started by `gang_runner.run_gang`.
+"""What the ranks of the engine tests do. Each program runs in real processes, started by `rank_runner.run_in_ranks`.
 
 Starting DeepSpeed costs seconds, so a program does all it can in one start and hands back plain facts; the tests judge them.
 """
@@ -18,11 +18,11 @@ from segfleet.models.registry import build_model
 from segfleet.pipeline import checkpoint, run
 from segfleet.pipeline.engines.base import Engine, Setup, build_engine
 from segfleet.pipeline.events import read_events
-from segfleet.pipeline.gang import ENVIRONMENT, Gang
 from segfleet.pipeline.parts import Objective, make_task
+from segfleet.pipeline.ranks import ENVIRONMENT, Ranks
 from segfleet.pipeline.recipe import Recipe, parse
 from segfleet.pipeline.stop import Interrupted
-from segfleet.pipeline.train import Run, train
+from segfleet.pipeline.training.train import Run, train
 from segfleet.preprocess.stores.base import open_store
 
 KINDS = {"ddp": {"name": "ddp"}} | {f"zero{stage}": {"name": "deepspeed", "options": {"zero": stage}} for stage in range(4)}
@@ -49,7 +49,7 @@ def recipe_of(kind: str, model: dict = RESENC, stage: dict | None = None, optimi
     )
 
 
-def make_engine(gang: Gang, store: str, recipe: Recipe) -> Engine:
+def make_engine(ranks: Ranks, store: str, recipe: Recipe) -> Engine:
     if recipe.engine.name == "deepspeed":
         from segfleet.pipeline.engines import deepspeed
 
@@ -62,10 +62,10 @@ def make_engine(gang: Gang, store: str, recipe: Recipe) -> Engine:
         model = model.to(memory_format=torch.channels_last if flat else torch.channels_last_3d)
     if recipe.engine.checkpoint_activations:
         model = activation_checkpointing(model)
-    return build_engine(Setup(model=model, loss=Objective(recipe, task), recipe=recipe, stage=recipe.stages[0], gang=gang))
+    return build_engine(Setup(model=model, loss=Objective(recipe, task), recipe=recipe, stage=recipe.stages[0], ranks=ranks))
 
 
-def micro_batches(gang: Gang, step: int, recipe: Recipe, poison: int | None = None):
+def micro_batches(ranks: Ranks, step: int, recipe: Recipe, poison: int | None = None):
     """This rank's share of the global batch of a step. `poison`: the sample with an infinite voxel."""
     parts = recipe.engine.accumulate
     generator = torch.Generator().manual_seed(step)
@@ -75,26 +75,26 @@ def micro_batches(gang: Gang, step: int, recipe: Recipe, poison: int | None = No
     image += label[:, None]
     if poison is not None:
         image[poison].flatten()[7] = float("inf")
-    share = BATCH // parts // gang.size
+    share = BATCH // parts // ranks.size
     for part in range(parts):
-        first = (part * gang.size + gang.rank) * share
+        first = (part * ranks.size + ranks.rank) * share
         yield image[first : first + share], label[first : first + share]
 
 
-def run_steps(gang: Gang, engine: Engine, recipe: Recipe, steps: range, lr: float = LR, **options: Any) -> list[list[float]]:
+def run_steps(ranks: Ranks, engine: Engine, recipe: Recipe, steps: range, lr: float = LR, **options: Any) -> list[list[float]]:
     """[mean loss over the ranks, norm] of every step."""
     told = []
     for step in steps:
-        loss, norm = engine.step(micro_batches(gang, step, recipe, **options), lr)
-        told.append([float(gang.sum(loss.clone()) / gang.size), float(norm)])
+        loss, norm = engine.step(micro_batches(ranks, step, recipe, **options), lr)
+        told.append([float(ranks.sum(loss.clone()) / ranks.size), float(norm)])
     return told
 
 
-def save(gang: Gang, engine: Engine, root: Path, step: int) -> None:
+def save(ranks: Ranks, engine: Engine, root: Path, step: int) -> None:
     tensors = engine.tensors()
-    if gang.rank == 0:
+    if ranks.rank == 0:
         checkpoint.save(root, step, checkpoint.copies(tensors), {})
-    gang.barrier()
+    ranks.barrier()
 
 
 def saved(root: Path, step: int) -> checkpoint.Checkpoint:
@@ -123,45 +123,45 @@ def groups_of(found: checkpoint.Checkpoint) -> checkpoint.Tensors:
 # ------------------------------------------------------------------------------------------------------------------------- programs
 
 
-def train_all(gang: Gang, store: str, root: str) -> dict[str, Any]:
+def train_all(ranks: Ranks, store: str, root: str) -> dict[str, Any]:
     """Every kind: 20 steps without a stop, checkpoints after 10 and 20. -> kind -> [loss, norm] of every step."""
     told = {}
     for kind in KINDS:
         recipe = recipe_of(kind, ema=0.9)
-        engine = make_engine(gang, store, recipe)
-        first = run_steps(gang, engine, recipe, range(10))
-        save(gang, engine, Path(root, kind), 10)
-        told[kind] = first + run_steps(gang, engine, recipe, range(10, 20))
-        save(gang, engine, Path(root, kind), 20)
+        engine = make_engine(ranks, store, recipe)
+        first = run_steps(ranks, engine, recipe, range(10))
+        save(ranks, engine, Path(root, kind), 10)
+        told[kind] = first + run_steps(ranks, engine, recipe, range(10, 20))
+        save(ranks, engine, Path(root, kind), 20)
     return told
 
 
-def go_on(gang: Gang, store: str, root: str, kinds: list[str], writers: list[str]) -> dict[str, Any]:
+def go_on(ranks: Ranks, store: str, root: str, kinds: list[str], writers: list[str]) -> dict[str, Any]:
     """New processes. Every kind reads step 10 of every writer; those of its own, of ddp's and those ddp reads are continued."""
-    if gang.size == 1:  # as in a process that no launcher started
+    if ranks.size == 1:  # as in a process that no launcher started
         for name in ENVIRONMENT:
             del os.environ[name]
     resumed, read, losses = {}, {}, {}
     for kind in kinds:
         for writer in writers:
             recipe = recipe_of(kind, ema=0.9)
-            engine = make_engine(gang, store, recipe)
+            engine = make_engine(ranks, store, recipe)
             engine.load(saved(Path(root, writer), 10), "all")
             read[f"{writer} read by {kind}"] = difference(engine.tensors(), groups_of(saved(Path(root, writer), 10)))
-            if writer == kind and gang.size == 2:
-                losses[f"{writer} {kind}"] = run_steps(gang, engine, recipe, range(10, 20))
+            if writer == kind and ranks.size == 2:
+                losses[f"{writer} {kind}"] = run_steps(ranks, engine, recipe, range(10, 20))
                 resumed[kind] = difference(engine.tensors(), groups_of(saved(Path(root, kind), 20)))
-            elif BATCH % gang.size == 0:
-                losses[f"{writer} {kind}"] = run_steps(gang, engine, recipe, range(10, 11))
-    return {"resumed": resumed, "read": read, "losses": losses, "size": gang.size}
+            elif BATCH % ranks.size == 0:
+                losses[f"{writer} {kind}"] = run_steps(ranks, engine, recipe, range(10, 11))
+    return {"resumed": resumed, "read": read, "losses": losses, "size": ranks.size}
 
 
-def all_sorts(gang: Gang, store: str, flat_store: str, root: str) -> dict[str, Any]:
+def all_sorts(ranks: Ranks, store: str, flat_store: str, root: str) -> dict[str, Any]:
     """The three programs below in one start."""
     return {
-        "variants": {f"{variant} {kind}": vary(gang, store, kind, changes) for variant, changes in VARIANTS.items() for kind in KINDS},
-        "careful": {kind: be_careful(gang, store, kind) for kind in KINDS},
-        "loop": change_engines(gang, flat_store, Path(root)),
+        "variants": {f"{variant} {kind}": vary(ranks, store, kind, changes) for variant, changes in VARIANTS.items() for kind in KINDS},
+        "careful": {kind: be_careful(ranks, store, kind) for kind in KINDS},
+        "loop": change_engines(ranks, flat_store, Path(root)),
     }
 
 
@@ -178,14 +178,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def vary(gang: Gang, store: str, kind: str, changes: dict[str, Any]) -> dict[str, Any]:
+def vary(ranks: Ranks, store: str, kind: str, changes: dict[str, Any]) -> dict[str, Any]:
     """3 steps of a recipe with something changed, and what a checkpoint would hold."""
     if kind == "zero0" and "options" in changes:
         kind = "ddp"  # ZeRO 0 has nothing to offload
     recipe = recipe_of(kind, **changes)
-    engine = make_engine(gang, store, recipe)
+    engine = make_engine(ranks, store, recipe)
     start = checkpoint.copies(engine.tensors())["weights"]
-    steps = run_steps(gang, engine, recipe, range(3))
+    steps = run_steps(ranks, engine, recipe, range(3))
     tensors = checkpoint.copies(engine.tensors())
     return {
         "steps": steps,
@@ -195,45 +195,45 @@ def vary(gang: Gang, store: str, kind: str, changes: dict[str, Any]) -> dict[str
     }
 
 
-def be_careful(gang: Gang, store: str, kind: str) -> dict[str, Any]:
+def be_careful(ranks: Ranks, store: str, kind: str) -> dict[str, Any]:
     """Steps that must change nothing, evaluation, learning rate, parameters that thaw."""
     facts: dict[str, Any] = {}
     recipe = recipe_of(kind, ema=0.5, accumulate=2)
-    engine = make_engine(gang, store, recipe)
-    run_steps(gang, engine, recipe, range(2))
+    engine = make_engine(ranks, store, recipe)
+    run_steps(ranks, engine, recipe, range(2))
     before = checkpoint.copies(engine.tensors())
     # an infinite voxel in the first micro-batch of rank 0, then in the last one of rank 1
-    facts["norms"] = [run_steps(gang, engine, recipe, range(2, 3), poison=sample)[0][1] for sample in (0, 3)]
+    facts["norms"] = [run_steps(ranks, engine, recipe, range(2, 3), poison=sample)[0][1] for sample in (0, 3)]
     facts["skipped"] = difference(engine.tensors(), before)
-    image, _ = next(micro_batches(gang, 9, recipe))
+    image, _ = next(micro_batches(ranks, 9, recipe))
     with torch.no_grad(), engine.evaluation() as model:
         facts["in eval mode"] = not any(module.training for module in model.modules())
         facts["evaluated"] = difference({"ema": dict(model.named_parameters())}, {"ema": before["ema"]})
-        if gang.rank == 0:  # tiles are shared unevenly: a rank must be able to work alone
+        if ranks.rank == 0:  # tiles are shared unevenly: a rank must be able to work alone
             facts["output"] = model(image)
     facts["restored"] = difference(engine.tensors(), before)
-    again = run_steps(gang, engine, recipe, range(2, 4))
-    undisturbed = make_engine(gang, store, recipe)
-    straight = run_steps(gang, undisturbed, recipe, range(4))
+    again = run_steps(ranks, engine, recipe, range(2, 4))
+    undisturbed = make_engine(ranks, store, recipe)
+    straight = run_steps(ranks, undisturbed, recipe, range(4))
     facts["same losses after"] = straight[2:] == again
     facts["after"] = difference(engine.tensors(), checkpoint.copies(undisturbed.tensors()))
     settled = checkpoint.copies(engine.tensors())["weights"]
-    run_steps(gang, engine, recipe, range(5, 6), lr=0.0)
+    run_steps(ranks, engine, recipe, range(5, 6), lr=0.0)
     facts["lr 0"] = difference({"weights": engine.tensors()["weights"]}, {"weights": settled})
-    facts["thawed"], facts["counters"] = thaw(gang, store, kind)
+    facts["thawed"], facts["counters"] = thaw(ranks, store, kind)
     return facts
 
 
-def thaw(gang: Gang, store: str, kind: str) -> tuple[list[list[float]], dict[str, float]]:
+def thaw(ranks: Ranks, store: str, kind: str) -> tuple[list[list[float]], dict[str, float]]:
     """Stage 2 trains what stage 1 froze and inherits the moments of the rest: counters differ within one network."""
     recipe = recipe_of(kind, stage={"freeze": ["encoder", "heads"]})
-    engine = make_engine(gang, store, recipe)
-    run_steps(gang, engine, recipe, range(3))
+    engine = make_engine(ranks, store, recipe)
+    run_steps(ranks, engine, recipe, range(3))
     tensors = checkpoint.copies(engine.tensors())
     recipe = recipe_of(kind)
-    engine = make_engine(gang, store, recipe)
+    engine = make_engine(ranks, store, recipe)
     engine.load(InMemory(tensors), "weights+optimizer")
-    told = run_steps(gang, engine, recipe, range(3, 6))
+    told = run_steps(ranks, engine, recipe, range(3, 6))
     return told, {name: float(value) for name, value in engine.tensors()["optimizer"].items() if name.endswith(".step")}
 
 
@@ -249,7 +249,7 @@ class InMemory:
         return self.groups.get(group, {})
 
 
-def change_engines(gang: Gang, store: str, root: Path) -> dict[str, Any]:
+def change_engines(ranks: Ranks, store: str, root: Path) -> dict[str, Any]:
     """The real loop over two stages: once straight through with ddp, once stopped in each stage and continued with another engine."""
     document = {
         "name": "test",
@@ -271,7 +271,7 @@ def change_engines(gang: Gang, store: str, root: Path) -> dict[str, Any]:
                     recipe=recipe,
                     store=opened,
                     folders=folders,
-                    gang=gang,
+                    ranks=ranks,
                     asked_to_stop=lambda: next(asked) >= stop_after - 1,
                     warn=lambda message: None,
                     validate=lambda engine: {},

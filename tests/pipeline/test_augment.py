@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from segfleet.pipeline import augment
+from segfleet.pipeline.data import augment
 from segfleet.pipeline.recipe import Augment
 
 OFF = ("rotation", "scale", "elastic", "gamma", "contrast", "brightness", "noise", "blur", "low_resolution")

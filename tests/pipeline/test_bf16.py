@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from segfleet.pipeline.bf16 import guard
+from segfleet.pipeline.training.precision import guard
 
 
 @pytest.mark.parametrize("slices", [1, 2, 3])

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from segfleet.core.errors import InputError
 from segfleet.pipeline.engines import ddp
 from segfleet.pipeline.engines.base import engines
 from segfleet.pipeline.engines.deepspeed import cut, join, quiet_deepspeed, read_options
 from segfleet.pipeline.recipe import Engine
-from segfleet.preprocess.problems import InputError
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
@@ -33,20 +33,20 @@ def place(tiny_store, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(place, run_gang):
+def trained(place, run_in_ranks):
     """Two ranks, 20 steps of every kind; checkpoints of steps 10 and 20 in `place.root`."""
-    return run_gang("engine_programs.py:train_all", 2, store=place.store, root=str(place.root))
+    return run_in_ranks("engine_programs.py:train_all", 2, store=place.store, root=str(place.root))
 
 
 @pytest.fixture(scope="module")
-def sorts(place, run_gang):
-    return run_gang("engine_programs.py:all_sorts", 2, store=place.store, flat_store=place.flat, root=str(place.root))
+def sorts(place, run_in_ranks):
+    return run_in_ranks("engine_programs.py:all_sorts", 2, store=place.store, flat_store=place.flat, root=str(place.root))
 
 
 @pytest.fixture(scope="module")
-def continued(place, trained, run_gang):
+def continued(place, trained, run_in_ranks):
     def go(ranks, kinds, writers):
-        return run_gang("engine_programs.py:go_on", ranks, store=place.store, root=str(place.root), kinds=kinds, writers=writers)
+        return run_in_ranks("engine_programs.py:go_on", ranks, store=place.store, root=str(place.root), kinds=kinds, writers=writers)
 
     few = ["zero1", "zero3"]
     return {2: go(2, KINDS, KINDS), 1: go(1, KINDS, ["ddp", "zero3"]), 3: go(3, few, few)}
@@ -188,7 +188,7 @@ def test_what_it_cannot_do_is_refused_by_name(engine, message):
 
 def test_ddp_refuses_options():
     with pytest.raises(InputError, match="engine.options: found zero, but ddp has no options"):
-        ddp.Engine(SimpleNamespace(gang=None, loss=None, model=None, recipe=SimpleNamespace(engine=Engine(options={"zero": 1}))))
+        ddp.Engine(SimpleNamespace(ranks=None, loss=None, model=None, recipe=SimpleNamespace(engine=Engine(options={"zero": 1}))))
 
 
 def test_defaults_and_names():

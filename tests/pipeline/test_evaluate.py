@@ -11,13 +11,25 @@ import pytest
 import torch
 from PIL import Image
 
-from segfleet.pipeline.evaluate import case_probabilities, evaluate_cases, truth_of
-from segfleet.pipeline.gang import Gang
-from segfleet.pipeline.overlay import BOTH, PREDICTION, TRUTH, busiest_slice, chosen_cases, draw_overlay, save_overlays
+from segfleet.core.errors import InputError
+from segfleet.pipeline.ranks import Ranks
+from segfleet.pipeline.reports.overlays import (
+    BOTH,
+    PREDICTION,
+    TRUTH,
+    busiest_slice,
+    chosen_cases,
+    draw_overlay,
+    save_overlays,
+)
+from segfleet.pipeline.scoring.evaluate import case_probabilities, evaluate_cases, truth_of
 from segfleet.pipeline.task import make_task
-from segfleet.preprocess.build import build
-from segfleet.preprocess.phantom import write_dsb_phantom, write_msd_phantom, write_nnunet_phantom
-from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.building.build import build
+from segfleet.preprocess.phantoms.phantom import (
+    write_dsb_phantom,
+    write_msd_phantom,
+    write_nnunet_phantom,
+)
 from segfleet.preprocess.readers.base import open_reader
 from segfleet.preprocess.stores.base import open_store
 
@@ -116,7 +128,7 @@ def test_the_document_is_strict_json_with_every_case_in_order(stores, name):
     assert evaluate_cases(threshold(task.channels), store, ids, task, **window(store)) == document, "same bits again"
 
 
-class ThreadGang(Gang):
+class ThreadRanks(Ranks):
     """Ranks in threads of one process: the same promises, no sockets."""
 
     def __init__(self, rank, size, board, barrier):
@@ -133,7 +145,7 @@ def on_ranks(size, work):
 
     def run(rank):
         try:
-            results[rank] = work(ThreadGang(rank, size, board, gate))
+            results[rank] = work(ThreadRanks(rank, size, board, gate))
         except Exception as error:
             results[rank] = error
 
@@ -151,7 +163,7 @@ def test_the_result_does_not_depend_on_the_number_of_ranks(stores, size):
     task = make_task(store.manifest.dataset)
     ids = [case.id for case in store.manifest.cases]
     alone = evaluate_cases(threshold(task.channels), store, ids, task, **window(store))
-    for document in on_ranks(size, lambda gang: evaluate_cases(threshold(task.channels), store, ids, task, **window(store), gang=gang)):
+    for document in on_ranks(size, lambda ranks: evaluate_cases(threshold(task.channels), store, ids, task, **window(store), ranks=ranks)):
         assert document == alone
 
 
@@ -159,7 +171,7 @@ def test_an_error_on_one_rank_is_raised_on_all(stores):
     store, _ = stores["msd"]
     task = make_task(store.manifest.dataset)
     ids = [store.manifest.cases[0].id, "nobody"]
-    errors = on_ranks(2, lambda gang: evaluate_cases(threshold(task.channels), store, ids, task, **window(store), gang=gang))
+    errors = on_ranks(2, lambda ranks: evaluate_cases(threshold(task.channels), store, ids, task, **window(store), ranks=ranks))
     assert all(isinstance(error, InputError) and "nobody" in str(error) for error in errors)
 
 

@@ -14,9 +14,9 @@ import yaml
 
 from segfleet.models.registry import ModelSpec, spec, specs
 from segfleet.pipeline import events
-from segfleet.pipeline.gang import Gang
 from segfleet.pipeline.jobs import run_job
 from segfleet.pipeline.parts import build_network
+from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe, parse
 from segfleet.pipeline.run import stage_folders
 from segfleet.pipeline.stop import StopRequest
@@ -66,7 +66,7 @@ def test_trains_one_epoch_and_is_scored(name, tiny_store, tmp_path, stop):
     chosen = spec(name)
     recipe = recipe_for(chosen, store_for(chosen, tiny_store))
     manifest = open_store(recipe.data.store).manifest
-    run_job({"do": "train", "recipe": recipe.model_dump(mode="json"), "root": str(tmp_path)}, Gang(torch.device("cpu")), stop)
+    run_job({"do": "train", "recipe": recipe.model_dump(mode="json"), "root": str(tmp_path)}, Ranks(torch.device("cpu")), stop)
 
     folder = stage_folders(tmp_path, recipe, manifest)[-1]
     steps = [event for event in events.read_events(folder.path) if event["event"] == "step"]

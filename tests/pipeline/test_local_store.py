@@ -16,14 +16,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from segfleet.pipeline.gang import Gang
-from segfleet.pipeline.local_store import on_node
+from segfleet.core.errors import InputError
+from segfleet.pipeline.data.staged_store import on_node
+from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.stop import Interrupted
-from segfleet.preprocess import local_copy as module
-from segfleet.preprocess.local_copy import local_copy
-from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.stores import staged_copy as module
 from segfleet.preprocess.stores.base import open_store
-from segfleet.preprocess.verify import verify
+from segfleet.preprocess.stores.staged_copy import local_copy
+from segfleet.preprocess.stores.verify import verify
 from segfleet.slurm.jobspec import make_spec
 from segfleet.slurm.submission import write_job
 
@@ -90,7 +90,7 @@ def test_a_killed_copy_is_gone_on_with(tiny_store, tmp_path, copied):
 def test_without_room_one_warning_and_the_source(tiny_store, tmp_path, monkeypatch):
     source, told = tiny_store(dims=2), []
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: ALL_FREE(path)._replace(free=1000))
-    with on_node(open_store(source), str(tmp_path), Gang(), NEVER, told.append) as store:
+    with on_node(open_store(source), str(tmp_path), Ranks(), NEVER, told.append) as store:
         assert store.root == source
     assert len(told) == 1 and "no room" in told[0] and str(source) in told[0]
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]
@@ -143,7 +143,7 @@ def test_a_stop_ends_the_waiting_for_another_copier(tiny_store, tmp_path):
     asked = SimpleNamespace(asked=lambda: True)
     with open(copy.place / f"{copy.key}.making", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(Interrupted), on_node(open_store(source), str(tmp_path), Gang(), asked, print):
+        with pytest.raises(Interrupted), on_node(open_store(source), str(tmp_path), Ranks(), asked, print):
             pass
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
-from segfleet.pipeline.deep_supervision import DeepSupervision, nearest
-from segfleet.pipeline.gang import Gang
+from segfleet.core.errors import InputError
 from segfleet.pipeline.losses.base import build_loss, losses
-from segfleet.pipeline.soft_dice import soft_dice, soft_dice_loss
-from segfleet.preprocess.problems import InputError
+from segfleet.pipeline.losses.deep_supervision import DeepSupervision, nearest
+from segfleet.pipeline.losses.soft_dice import soft_dice, soft_dice_loss
+from segfleet.pipeline.ranks import Ranks
 
 
 def dice_ce(**options):
@@ -226,7 +226,7 @@ OVER_RANKS = {
 }
 
 
-def losses_of_a_share(gang) -> dict[str, list[torch.Tensor]]:
+def losses_of_a_share(ranks) -> dict[str, list[torch.Tensor]]:
     """Loss and gradient of this rank's part of a batch of four, one sample of which has no valid voxel."""
     found = {}
     for name, (kind, head, options, ignoring) in OVER_RANKS.items():
@@ -234,7 +234,7 @@ def losses_of_a_share(gang) -> dict[str, list[torch.Tensor]]:
         logits, labels = torch.randn(4, 3, 6, 5, generator=draw), torch.randint(3, (4, 6, 5), generator=draw)
         valid = torch.rand(4, 6, 5, generator=draw) < torch.tensor([0.9, 0.3, 0.0, 0.6]).view(4, 1, 1)
         target = labels if head == "softmax" else one_hot(labels, 3).movedim(-1, 1).float()
-        logits, target, valid = (value.chunk(gang.size)[gang.rank] for value in (logits, target, valid))
+        logits, target, valid = (value.chunk(ranks.size)[ranks.rank] for value in (logits, target, valid))
         logits = logits.clone().requires_grad_()
         value = build_loss(kind, head=head, options=options)(logits, target, valid if ignoring else None)
         value.backward()
@@ -242,8 +242,8 @@ def losses_of_a_share(gang) -> dict[str, list[torch.Tensor]]:
     return found
 
 
-def test_a_loss_is_that_of_the_whole_batch_on_any_number_of_ranks(run_gang):
-    alone, shares = losses_of_a_share(Gang(torch.device("cpu"))), run_gang("test_losses.py:losses_of_a_share", 2)
+def test_a_loss_is_that_of_the_whole_batch_on_any_number_of_ranks(run_in_ranks):
+    alone, shares = losses_of_a_share(Ranks(torch.device("cpu"))), run_in_ranks("test_losses.py:losses_of_a_share", 2)
     for name, (value, gradient) in alone.items():
         values, gradients = zip(*(share[name] for share in shares), strict=True)
         torch.testing.assert_close(sum(values) / 2, value, msg=name)

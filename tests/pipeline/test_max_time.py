@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from segfleet.pipeline import stop as module
-from segfleet.pipeline.gang import Gang
 from segfleet.pipeline.jobs import run_job
+from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.stop import Interrupted, StopRequest
 
@@ -24,7 +24,7 @@ def test_a_run_has_its_time(seconds, ends, tiny_store, tmp_path, monkeypatch):
     job = {"do": "train", "recipe": recipe.model_dump(mode="json"), "root": str(tmp_path), "score": False, "max_seconds": seconds}
     if ends:
         with pytest.raises(Interrupted):
-            run_job(job, Gang(torch.device("cpu")), StopRequest())
+            run_job(job, Ranks(torch.device("cpu")), StopRequest())
     else:
-        run_job(job, Gang(torch.device("cpu")), StopRequest())
+        run_job(job, Ranks(torch.device("cpu")), StopRequest())
     assert bool(list(tmp_path.glob("*/done.json"))) is not ends

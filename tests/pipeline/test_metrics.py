@@ -8,8 +8,14 @@ import math
 import numpy as np
 import pytest
 
-from segfleet.pipeline.metrics import METRICS, score_case, score_structure, surface_distances, surface_percentiles
-from segfleet.pipeline.summary import VARIANTS, bootstrap_weights, definitions, summarise
+from segfleet.pipeline.scoring.metrics import (
+    METRICS,
+    score_case,
+    score_structure,
+    surface_distances,
+    surface_percentiles,
+)
+from segfleet.pipeline.scoring.summary import VARIANTS, bootstrap_weights, definitions, summarise
 from segfleet.pipeline.task import Task
 
 SPACING = (2.0, 0.5, 0.8)

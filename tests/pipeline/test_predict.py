@@ -14,13 +14,17 @@ import tifffile
 import torch
 from PIL import Image
 
-from segfleet.pipeline.evaluate import predict_case
-from segfleet.pipeline.predict import collect, predict_files
+from segfleet.core.errors import InputError
+from segfleet.pipeline.inference.predict import collect, predict_files
+from segfleet.pipeline.scoring.evaluate import predict_case
 from segfleet.pipeline.task import make_task
-from segfleet.preprocess.build import build
-from segfleet.preprocess.images import read_label
-from segfleet.preprocess.phantom import write_dsb_phantom, write_msd_phantom, write_nnunet_phantom
-from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.building.build import build
+from segfleet.preprocess.files.images import read_label
+from segfleet.preprocess.phantoms.phantom import (
+    write_dsb_phantom,
+    write_msd_phantom,
+    write_nnunet_phantom,
+)
 from segfleet.preprocess.stores.base import open_store
 
 
@@ -221,7 +225,7 @@ def test_a_kill_between_the_steps_of_a_rewrite_leaves_no_old_file_under_a_new_no
     first, other = picture(tmp_path / "a" / "x.png", 0), picture(tmp_path / "b" / "x.png", 1)
     predict(store, [first], out)
     with monkeypatch.context() as patch:
-        patch.setattr("segfleet.pipeline.predict.write_label", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("segfleet.pipeline.inference.predict.write_label", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             predict(store, [other], out)
     assert not (out / "x.png").exists() and counts(predict(store, [other], out)) == (1, 0, 0)

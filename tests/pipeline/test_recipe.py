@@ -9,13 +9,13 @@ import torch
 import typer
 import yaml
 
+from segfleet.core.errors import InputError
 from segfleet.pipeline import recipe as recipes
 from segfleet.pipeline.parts import Objective, build_network, check_recipe
-from segfleet.pipeline.schedule import learning_rate
 from segfleet.pipeline.task import make_task
-from segfleet.preprocess.manifest import Dataset, Manifest, Plan, load_manifest
-from segfleet.preprocess.problems import InputError
+from segfleet.pipeline.training.schedule import learning_rate
 from segfleet.preprocess.readers.base import open_reader, readers
+from segfleet.preprocess.stores.manifest import Dataset, Manifest, Plan, load_manifest
 
 MINIMAL = {"name": "x", "model": {"name": "resenc_unet_3d"}, "stages": [{"epochs": 2, "lr": 1e-3}]}
 
@@ -224,7 +224,7 @@ def test_header_commands_make_the_data_of_the_recipe(name, tmp_path):
     """Every command is legal; the layout it names brings the split, the channels and the structures that the recipe asks for."""
     from segfleet.cli.main import app
     from segfleet.models import registry
-    from segfleet.preprocess.phantom import PHANTOMS
+    from segfleet.preprocess.phantoms.phantom import PHANTOMS
 
     recipe, group = recipes.load_recipe(name), typer.main.get_command(app)
     splits = {recipe.data.split}

@@ -12,15 +12,15 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from segfleet.pipeline.evaluate import case_probabilities, evaluate_cases
-from segfleet.pipeline.overlay import save_overlays
-from segfleet.pipeline.report import write_report
-from segfleet.pipeline.report_curves import MOST, broken, curve, running_mean, thinned, ticks
-from segfleet.pipeline.report_html import cell
+from segfleet.core.errors import InputError
+from segfleet.pipeline.reports.curves import MOST, broken, curve, running_mean, thinned, ticks
+from segfleet.pipeline.reports.html import cell
+from segfleet.pipeline.reports.overlays import save_overlays
+from segfleet.pipeline.reports.report import write_report
+from segfleet.pipeline.scoring.evaluate import case_probabilities, evaluate_cases
 from segfleet.pipeline.task import make_task
-from segfleet.preprocess.build import build
-from segfleet.preprocess.phantom import write_msd_phantom
-from segfleet.preprocess.problems import InputError
+from segfleet.preprocess.building.build import build
+from segfleet.preprocess.phantoms.phantom import write_msd_phantom
 from segfleet.preprocess.stores.base import open_store
 
 RECIPE = {

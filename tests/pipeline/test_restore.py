@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from segfleet.pipeline.metrics import masks, ratio
-from segfleet.pipeline.restore import resampled, restore
+from segfleet.pipeline.inference.restore import resampled, restore
+from segfleet.pipeline.scoring.metrics import masks, ratio
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.case import Case, Geometry
-from segfleet.preprocess.manifest import Plan
-from segfleet.preprocess.transforms import preprocess_case, resample_axis, resample_probabilities
+from segfleet.preprocess.stores.manifest import Plan
+from segfleet.preprocess.transforms.case_transforms import (
+    preprocess_case,
+    resample_axis,
+    resample_probabilities,
+)
 
 SOFTMAX = Task(head="softmax", names=("shell", "core"), members=((1,), (2,)), values=(0, 1, 2))
 REGIONS = Task(head="sigmoid", names=("whole", "core"), members=((1, 2), (2,)), values=(1, 2))

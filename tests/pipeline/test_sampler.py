@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from segfleet.pipeline import loader
+from segfleet.core.errors import InputError
+from segfleet.pipeline.data import loader
+from segfleet.pipeline.data.sampler import PatchSampler
 from segfleet.pipeline.recipe import Augment
-from segfleet.pipeline.sampler import PatchSampler
-from segfleet.preprocess.problems import InputError
 from segfleet.preprocess.stores.base import open_store
 
 EVERYTHING = Augment(rotation=1, scale=1, elastic=1, gamma=1, contrast=1, brightness=1, noise=1, blur=1, low_resolution=1)

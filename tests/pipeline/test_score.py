@@ -8,14 +8,14 @@ import shutil
 import pytest
 import torch
 
-from segfleet.pipeline import evaluate, score, scored
-from segfleet.pipeline.gang import Gang
 from segfleet.pipeline.jobs import run_job
+from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import override, parse
 from segfleet.pipeline.run import stage_folders
+from segfleet.pipeline.scoring import evaluate, score, scored
 from segfleet.pipeline.stop import Interrupted, StopRequest
-from segfleet.preprocess.manifest import load_manifest, save_manifest
 from segfleet.preprocess.stores.base import open_store
+from segfleet.preprocess.stores.manifest import load_manifest, save_manifest
 
 RECIPE = {
     "name": "scores",
@@ -45,7 +45,7 @@ def train(store, tmp_path):
     def go(*changes, **job):
         recipe = parse(override(RECIPE, [f"data.store={store}", *changes]))
         job = {"do": "train", **job, "recipe": recipe.model_dump(mode="json"), "root": str(tmp_path)}
-        run_job(job, Gang(torch.device("cpu")), StopRequest())
+        run_job(job, Ranks(torch.device("cpu")), StopRequest())
         leaf = stage_folders(tmp_path, recipe, load_manifest(store))[-1].path
         assert scored.is_scored(leaf, recipe, load_manifest(store))
         return leaf, json.loads((leaf / "evaluation.json").read_text())
@@ -124,8 +124,8 @@ def test_an_interrupted_score_goes_on_with_the_cases_that_are_missing(train, mon
 
     def score_again(recipe, stop=None):
         predicted.clear()
-        store, gang = open_store(recipe.data.store), Gang(torch.device("cpu"))
-        score.Scorer(recipe=recipe, store=store, gang=gang, stop=stop or StopRequest()).score(folders)
+        store, ranks = open_store(recipe.data.store), Ranks(torch.device("cpu"))
+        score.Scorer(recipe=recipe, store=store, ranks=ranks, stop=stop or StopRequest()).score(folders)
         return list(predicted)
 
     (leaf / "evaluation.json").unlink()

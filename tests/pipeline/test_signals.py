@@ -10,13 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from segfleet.pipeline import checkpoint, events, loader, run, score
-from segfleet.pipeline.gang import Gang
+from segfleet.pipeline import checkpoint, events, run
+from segfleet.pipeline.data import loader
 from segfleet.pipeline.jobs import run_job
 from segfleet.pipeline.parts import Objective
+from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
+from segfleet.pipeline.scoring import score
 from segfleet.pipeline.stop import Interrupted, StopRequest
-from segfleet.pipeline.train import Diverged
+from segfleet.pipeline.training.train import Diverged
 from segfleet.preprocess.stores.base import open_store
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -60,7 +62,7 @@ def job(tiny_store):
 
 
 def go(job, root) -> list[run.StageFolder]:
-    run_job({**job, "root": str(root)}, Gang(torch.device("cpu")), StopRequest())
+    run_job({**job, "root": str(root)}, Ranks(torch.device("cpu")), StopRequest())
     recipe = parse(job["recipe"])
     return run.stage_folders(root, recipe, open_store(recipe.data.store).manifest)
 

@@ -7,8 +7,13 @@ import math
 import pytest
 import torch
 
-from segfleet.pipeline.sliding_window import importance, mirrored, sliding_window, tile_starts
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+from segfleet.pipeline.inference.sliding_window import (
+    importance,
+    mirrored,
+    sliding_window,
+    tile_starts,
+)
 
 
 def image(*shape: int) -> torch.Tensor:

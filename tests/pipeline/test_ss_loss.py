@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
+from segfleet.core.errors import InputError
 from segfleet.pipeline.losses.base import build_loss
 from segfleet.pipeline.losses.ss import volume_agreement
-from segfleet.preprocess.problems import InputError
 
 
 def ss(head="softmax", **options):

@@ -12,12 +12,12 @@ import time
 import pytest
 import torch
 
+from segfleet.core.errors import InputError
 from segfleet.pipeline import checkpoint, events, run
-from segfleet.pipeline import train as training
-from segfleet.pipeline.gang import Gang
+from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.stop import Interrupted, StopRequest
-from segfleet.preprocess.problems import InputError
+from segfleet.pipeline.training import train as training
 from segfleet.preprocess.stores.base import open_store
 
 
@@ -56,7 +56,7 @@ def go(recipe, root, stop_after=None, validate=lambda engine: {}, warn=pytest.fa
                 recipe=recipe,
                 store=store,
                 folders=folders,
-                gang=Gang(torch.device("cpu")),
+                ranks=Ranks(torch.device("cpu")),
                 asked_to_stop=lambda: stop_after is not None and next(asked) >= stop_after,
                 warn=warn,
                 validate=validate,
@@ -456,7 +456,7 @@ def test_a_hanging_run_shows_where_it_hangs(tiny_store, tmp_path):
         "import sys, time, pathlib, torch\n"
         "from segfleet.pipeline import run, train\n"
         "from segfleet.pipeline.engines import ddp\n"
-        "from segfleet.pipeline.gang import Gang\n"
+        "from segfleet.pipeline.ranks import Ranks\n"
         "from segfleet.pipeline.recipe import parse\n"
         "from segfleet.preprocess.stores.base import open_store\n"
         "import json\n"
@@ -464,9 +464,9 @@ def test_a_hanging_run_shows_where_it_hangs(tiny_store, tmp_path):
         "store = open_store(recipe.data.store)\n"
         "def hang_here(self, micro, lr): time.sleep(2); raise SystemExit\n"
         "ddp.Engine.step = hang_here\n"
-        "never, gang = (lambda: False), Gang()\n"
+        "never, ranks = (lambda: False), Ranks()\n"
         "folders = run.stage_folders(pathlib.Path(sys.argv[2]), recipe, store.manifest)\n"
-        "train.train(train.Run(recipe=recipe, store=store, folders=folders, gang=gang, asked_to_stop=never, warn=print, validate=print))\n"
+        "train.train(train.Run(recipe=recipe, store=store, folders=folders, ranks=ranks, asked_to_stop=never, warn=print, validate=print))\n"
     )
     recipe = recipe_of(tiny_store(dims=2), stages=1)
     command = [sys.executable, str(program), json.dumps(recipe.model_dump(mode="json")), str(tmp_path / "runs")]

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from segfleet.preprocess.digest import content_sha256
-from segfleet.preprocess.manifest import CaseEntry, Dataset, Manifest, Plan, save_manifest
 from segfleet.preprocess.stores.base import formats, open_store, store_module
+from segfleet.preprocess.stores.content import content_sha256
+from segfleet.preprocess.stores.manifest import CaseEntry, Dataset, Manifest, Plan, save_manifest
 
 CHUNK = (4, 8, 16)
 SHAPE = (9, 21, 34)  # no multiple of the chunk

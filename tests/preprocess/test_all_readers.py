@@ -14,14 +14,14 @@ import pytest
 import tifffile
 from PIL import Image
 
-from segfleet.preprocess.build import build
-from segfleet.preprocess.check import survey
-from segfleet.preprocess.phantom import PHANTOMS
-from segfleet.preprocess.problems import DataError, InputError
+from segfleet.core.errors import DataError, InputError
+from segfleet.preprocess.building.build import build
+from segfleet.preprocess.checking.check import survey
+from segfleet.preprocess.phantoms.phantom import PHANTOMS
+from segfleet.preprocess.planning.splits import Member, disjoint
 from segfleet.preprocess.readers.base import CaseRef, RawReader, open_reader, reader_class, readers
-from segfleet.preprocess.splits import Member, disjoint
 from segfleet.preprocess.stores.base import open_store
-from segfleet.preprocess.verify import verify
+from segfleet.preprocess.stores.verify import verify
 
 NAMES = readers()
 PICTURES = [name for name in NAMES if reader_class(name).facts.dims == "2D" and name != "npy"] + ["folder"]

@@ -17,17 +17,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import segfleet.preprocess.manifest as manifest_module
-import segfleet.preprocess.shard_job as shard_job
-from segfleet.preprocess.build import build
-from segfleet.preprocess.parallel import run
-from segfleet.preprocess.phantom import PHANTOMS, write_msd_phantom, write_nnunet_phantom
-from segfleet.preprocess.problems import InputError
+import segfleet.preprocess.building.shard_job as shard_job
+import segfleet.preprocess.stores.manifest as manifest_module
+from segfleet.core.errors import InputError
+from segfleet.core.parallel import run
+from segfleet.preprocess.building.build import build
+from segfleet.preprocess.phantoms.phantom import PHANTOMS, write_msd_phantom, write_nnunet_phantom
 from segfleet.preprocess.readers.base import open_reader
-from segfleet.preprocess.shard_writer import ShardWriter
 from segfleet.preprocess.stores.base import open_store
-from segfleet.preprocess.transforms import paste, preprocess_case, resample_axis, resample_probabilities
-from segfleet.preprocess.verify import verify
+from segfleet.preprocess.stores.shard_writer import ShardWriter
+from segfleet.preprocess.stores.verify import verify
+from segfleet.preprocess.transforms.case_transforms import (
+    paste,
+    preprocess_case,
+    resample_axis,
+    resample_probabilities,
+)
 
 FORMATS = ("zarr", "hdf5")
 
@@ -37,7 +42,7 @@ def raw(tmp_path_factory) -> Path:
     return write_msd_phantom(tmp_path_factory.mktemp("raw") / "msd", cases=6, size=(10, 20, 20))
 
 
-class Told:
+class ProgressMessages:
     """Remembers what the build reported."""
 
     def __init__(self):
@@ -83,7 +88,7 @@ def test_layouts_in_every_format(name, format, tmp_path):
 def test_a_second_run_does_nothing(format, raw, tmp_path):
     first = build("msd", raw, tmp_path / "out", format, workers=1)
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    told = Told()
+    told = ProgressMessages()
     assert build("msd", raw, tmp_path / "out", format, workers=1, progress=told) == first
     assert told.processed("compare") == 6 and told.processed("check") is None and told.processed("write") is None
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == stamps
@@ -118,7 +123,7 @@ def test_a_flipped_byte_is_found(format, raw, tmp_path):
 def test_a_killed_run_goes_on_with_what_is_missing(workers, tmp_path):
     raw = write_msd_phantom(tmp_path / "raw", cases=40, size=(16, 40, 40))
     out, state = tmp_path / "out", tmp_path / "out.partial/.state/done"
-    script = f"from segfleet.preprocess.build import build; build('msd', {str(raw)!r}, {str(out)!r}, workers={workers}, shard_bytes=1)"
+    script = f"from segfleet.preprocess.building.build import build; build('msd', {str(raw)!r}, {str(out)!r}, workers={workers}, shard_bytes=1)"
     process = subprocess.Popen([sys.executable, "-c", script])
     wait_for(lambda: len(list(state.glob("*.json"))) >= 5 or process.poll() is not None)
     process.send_signal(signal.SIGKILL)
@@ -127,7 +132,7 @@ def test_a_killed_run_goes_on_with_what_is_missing(workers, tmp_path):
     settle(state)
     finished = {path.name: path.stat().st_mtime_ns for path in state.glob("*.json")}
     assert 5 <= len(finished) < 40
-    told = Told()
+    told = ProgressMessages()
     manifest = build("msd", raw, out, workers=1, shard_bytes=1, progress=told)
     assert told.processed("check") == 0, "facts of the first pass were kept"
     assert told.processed("write") == 40 - len(finished) and ("write", 40, 40) == told.events[-1]
@@ -173,7 +178,7 @@ def test_a_changed_source_makes_only_its_shard_anew(raw, tmp_path, monkeypatch):
     interrupted(raw, tmp_path / "out", monkeypatch, "phantom_004", OSError(errno.EIO, "broken"))
     rewrite(raw / "imagesTr/phantom_001.nii.gz")
     (raw / "imagesTr/phantom_002.nii.gz").touch()
-    told = Told()
+    told = ProgressMessages()
     build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1, progress=told)
     assert told.processed("check") == 2, "both were looked at again"
     assert told.processed("write") == 2, "the changed one, and the one that failed; those after it were written all the same"
@@ -184,7 +189,7 @@ def test_a_changed_plan_makes_everything_anew(raw, tmp_path, monkeypatch):
     raw = Path(shutil.copytree(raw, tmp_path / "raw"))
     interrupted(raw, tmp_path / "out", monkeypatch, "phantom_004", OSError(errno.EIO, "broken"))
     (raw / "dataset.json").write_text((raw / "dataset.json").read_text().replace('"MRI"', '"CT"'))
-    told = Told()
+    told = ProgressMessages()
     build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1, progress=told)
     assert told.processed("check") == told.processed("write") == 6
     assert files(tmp_path / "out") == files(build_at(raw, tmp_path / "fresh"))
@@ -197,7 +202,7 @@ def test_shards_of_an_earlier_layout_are_made_anew(raw, tmp_path, monkeypatch):
         patch.setattr(manifest_module, "LAYOUTS", {})
         interrupted(raw, out, monkeypatch, "phantom_004", OSError(errno.EIO, "broken"), format="hdf5")
         build("msd", raw, tmp_path / "old", "hdf5", workers=1)
-    told = Told()
+    told = ProgressMessages()
     build("msd", raw, out, "hdf5", workers=1, shard_bytes=1, progress=told)
     assert told.processed("write") == 6 and not verify(out, chunks=True)
     with pytest.raises(InputError, match="old was made by an earlier version of segfleet"):
@@ -239,7 +244,7 @@ def test_a_full_disk_is_one_message_and_keeps_what_is_finished(raw, tmp_path, mo
             build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)
     shards = sorted(path.name for path in (tmp_path / "out.partial/shards").iterdir())
     assert shards == ["00000.zarr", "00001.zarr", "00002.zarr"], "nothing of the shard that failed"
-    told = Told()
+    told = ProgressMessages()
     build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1, progress=told)
     assert told.processed("write") == 3 and not verify(tmp_path / "out", chunks=True)
 
@@ -286,7 +291,7 @@ def test_all_failures_are_told_once_the_others_are_written(workers, raw, tmp_pat
         build("msd", raw, tmp_path / "out", workers=workers, shard_bytes=1, progress=vanish)
     for path, data in zip(paths, whole, strict=True):
         path.write_bytes(data)
-    told = Told()
+    told = ProgressMessages()
     build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1, progress=told)
     assert told.processed("write") == 2 and not verify(tmp_path / "out", chunks=True)
 
@@ -394,7 +399,7 @@ def test_a_resumed_build_has_the_patients_of_today(tmp_path, monkeypatch):
     table.unlink()
     interrupted(raw, tmp_path / "out", monkeypatch, "4", OSError(errno.EIO, "broken"), name="cvc_clinicdb")
     table.write_text(text)
-    told = Told()
+    told = ProgressMessages()
     manifest = build("cvc_clinicdb", raw, tmp_path / "out", workers=1, progress=told)
     assert told.processed("check") == 0 and len(manifest.splits["kfold"]) == 3
     assert manifest == build("cvc_clinicdb", raw, tmp_path / "fresh", workers=1)

@@ -11,10 +11,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from segfleet.preprocess.build import build
-from segfleet.preprocess.check import survey
-from segfleet.preprocess.phantom import write_dsb_phantom, write_msd_phantom, write_nnunet_phantom
-from segfleet.preprocess.problems import DataError, InputError
+from segfleet.core.errors import DataError, InputError
+from segfleet.preprocess.building.build import build
+from segfleet.preprocess.checking.check import survey
+from segfleet.preprocess.phantoms.phantom import (
+    write_dsb_phantom,
+    write_msd_phantom,
+    write_nnunet_phantom,
+)
 from segfleet.preprocess.readers.base import open_reader
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from segfleet.preprocess.chunks import LARGEST, SMALLEST, chunk_of
+from segfleet.preprocess.stores.chunks import LARGEST, SMALLEST, chunk_of
 
 
 @pytest.mark.parametrize(

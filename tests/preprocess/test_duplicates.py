@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segfleet.preprocess.build import build
-from segfleet.preprocess.check import survey
-from segfleet.preprocess.duplicates import nearly, shared, thumbnail
-from segfleet.preprocess.fingerprint import CaseFacts
-from segfleet.preprocess.phantom import PHANTOMS
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+from segfleet.preprocess.building.build import build
+from segfleet.preprocess.checking.check import survey
+from segfleet.preprocess.checking.duplicates import nearly, shared, thumbnail
+from segfleet.preprocess.checking.fingerprint import CaseFacts
+from segfleet.preprocess.phantoms.phantom import PHANTOMS
+from segfleet.preprocess.planning.splits import Member, disjoint, make_splits
 from segfleet.preprocess.readers.base import open_reader
-from segfleet.preprocess.splits import Member, disjoint, make_splits
 
 
 def facts(number: int, image_YXC: np.ndarray, group: str = "") -> CaseFacts:

@@ -10,18 +10,19 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from segfleet.preprocess.check import memory_of
-from segfleet.preprocess.manifest import load_manifest
+from segfleet.preprocess.checking.check import memory_of
 from segfleet.preprocess.readers.base import open_reader
+from segfleet.preprocess.stores.manifest import load_manifest
 
 SHAPE = (64, 192, 192)
 MEASURE = """
 import sys
 from pathlib import Path
 import SimpleITK, scipy.ndimage, nibabel, h5py, segfleet.preprocess.stores.zarr
-from segfleet.preprocess import resample, voxels
-from segfleet.preprocess.build import build
-from segfleet.preprocess.plan import Overrides
+from segfleet.preprocess.transforms import resample
+from segfleet.preprocess.transforms import voxels
+from segfleet.preprocess.building.build import build
+from segfleet.preprocess.planning.plan import Overrides
 resample.SLAB, resample.THINNEST, voxels.PIECE = 2**18, 16, 2**16  # in proportion to a small volume
 words = lambda: Path("/proc/self/status").read_text().split()
 peak = lambda: int(words()[words().index("VmHWM:") + 1]) * 1024  # ru_maxrss would begin with that of whoever started us

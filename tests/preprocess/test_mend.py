@@ -12,15 +12,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from segfleet.preprocess.build import build
+from segfleet.core.errors import DataError, InputError
+from segfleet.preprocess.building.build import build
 from segfleet.preprocess.case import Geometry
-from segfleet.preprocess.check import survey
-from segfleet.preprocess.mend import mend
-from segfleet.preprocess.phantom import PHANTOMS
-from segfleet.preprocess.problems import DataError, InputError
+from segfleet.preprocess.checking.check import survey
+from segfleet.preprocess.checking.repair import mend
+from segfleet.preprocess.checking.slices import stacks, write_slices
+from segfleet.preprocess.files.writer import write_label
+from segfleet.preprocess.phantoms.phantom import PHANTOMS
 from segfleet.preprocess.readers.base import open_reader
-from segfleet.preprocess.slices import stacks, write_slices
-from segfleet.preprocess.writer import write_label
 
 
 def digest(root: Path) -> str:

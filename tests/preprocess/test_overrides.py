@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from segfleet.preprocess.build import build
-from segfleet.preprocess.manifest import Dataset
-from segfleet.preprocess.phantom import PHANTOMS
-from segfleet.preprocess.plan import Overrides
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+from segfleet.preprocess.building.build import build
+from segfleet.preprocess.phantoms.phantom import PHANTOMS
+from segfleet.preprocess.planning.plan import Overrides
 from segfleet.preprocess.readers.base import open_reader, readers
-from segfleet.preprocess.resample import resample_image
 from segfleet.preprocess.stores.base import open_store
-from segfleet.preprocess.transforms import resample_probabilities
+from segfleet.preprocess.stores.manifest import Dataset
+from segfleet.preprocess.transforms.case_transforms import resample_probabilities
+from segfleet.preprocess.transforms.resample import resample_image
 
 
 @pytest.fixture(scope="module")

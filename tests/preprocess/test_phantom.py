@@ -7,9 +7,9 @@ import hashlib
 import numpy as np
 import pytest
 
-from segfleet.preprocess.check import survey
-from segfleet.preprocess.phantom import PHANTOMS, write_msd_phantom
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+from segfleet.preprocess.checking.check import survey
+from segfleet.preprocess.phantoms.phantom import PHANTOMS, write_msd_phantom
 from segfleet.preprocess.readers.base import open_reader
 
 

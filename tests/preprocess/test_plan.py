@@ -7,12 +7,24 @@ import json
 import numpy as np
 import pytest
 
-from segfleet.preprocess.check import survey
-from segfleet.preprocess.fingerprint import Fingerprint, fingerprint, samples_per_case, summary
-from segfleet.preprocess.manifest import Dataset
-from segfleet.preprocess.memory import cpus, memory_budget
-from segfleet.preprocess.plan import feature_maps, make_plan, normalisation, plan_patch, poolings, target_spacing
+from segfleet.core.machine import cpus, memory_budget
+from segfleet.preprocess.checking.check import survey
+from segfleet.preprocess.checking.fingerprint import (
+    Fingerprint,
+    fingerprint,
+    samples_per_case,
+    summary,
+)
+from segfleet.preprocess.planning.plan import (
+    feature_maps,
+    make_plan,
+    normalisation,
+    plan_patch,
+    poolings,
+    target_spacing,
+)
 from segfleet.preprocess.readers.base import open_reader
+from segfleet.preprocess.stores.manifest import Dataset
 
 FACTS = {"mean": 100.0, "std": 20.0, "median": 99.0, "min": -50.0, "max": 300.0, "percentile_00_5": -17.0, "percentile_99_5": 201.0}
 

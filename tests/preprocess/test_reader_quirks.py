@@ -12,16 +12,16 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image
 
-from segfleet.preprocess.build import build
-from segfleet.preprocess.check import survey
-from segfleet.preprocess.images import peek
-from segfleet.preprocess.phantom import PHANTOMS
-from segfleet.preprocess.problems import DataError, InputError
+from segfleet.core.errors import DataError, InputError
+from segfleet.preprocess.building.build import build
+from segfleet.preprocess.checking.check import survey
+from segfleet.preprocess.files.images import peek
+from segfleet.preprocess.phantoms.phantom import PHANTOMS
+from segfleet.preprocess.planning.splits import published
 from segfleet.preprocess.readers.base import open_reader
 from segfleet.preprocess.readers.cvc_clinicdb import LAST_FRAMES
-from segfleet.preprocess.splits import published
 from segfleet.preprocess.stores.base import open_store
-from segfleet.preprocess.verify import verify
+from segfleet.preprocess.stores.verify import verify
 
 
 def opened(name: str, root: Path, cases: int = 8, **options):

@@ -13,12 +13,22 @@ import SimpleITK as sitk
 import tifffile
 from PIL import Image
 
+from segfleet.core.errors import InputError
 from segfleet.preprocess.case import Geometry
-from segfleet.preprocess.images import ImageError, peek, read_image, read_label
-from segfleet.preprocess.phantom import write_dsb_phantom, write_msd_phantom, write_nnunet_phantom
-from segfleet.preprocess.problems import InputError
-from segfleet.preprocess.readers.base import natural, open_reader, patient_of, readers, source_sha256
-from segfleet.preprocess.writer import write_label
+from segfleet.preprocess.files.images import ImageError, peek, read_image, read_label
+from segfleet.preprocess.files.writer import write_label
+from segfleet.preprocess.phantoms.phantom import (
+    write_dsb_phantom,
+    write_msd_phantom,
+    write_nnunet_phantom,
+)
+from segfleet.preprocess.readers.base import (
+    natural,
+    open_reader,
+    patient_of,
+    readers,
+    source_sha256,
+)
 
 RANDOM = np.random.default_rng(7)
 

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
 from segfleet.preprocess.stores.base import store_module
 
 CHUNK = (4, 8, 16)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-import segfleet.preprocess.check as check
-import segfleet.preprocess.shard_job as shard_job
-import segfleet.preprocess.share as share
-from segfleet.preprocess.build import build
-from segfleet.preprocess.claim import claimed
-from segfleet.preprocess.phantom import write_msd_phantom
-from segfleet.preprocess.problems import DataError, InputError
+import segfleet.preprocess.building.shard_job as shard_job
+import segfleet.preprocess.building.share as share
+import segfleet.preprocess.checking.check as check
+from segfleet.core.errors import DataError, InputError
+from segfleet.preprocess.building.build import build
+from segfleet.preprocess.building.lock import claimed
+from segfleet.preprocess.phantoms.phantom import write_msd_phantom
 
 SMALL = {"shard_bytes": 1, "workers": 1}  # a shard for every case
 
@@ -43,7 +43,7 @@ def counted(monkeypatch):
         return make(job)
 
     monkeypatch.setattr(check, "check_case", looking)
-    monkeypatch.setattr("segfleet.preprocess.build.write_shard", making)
+    monkeypatch.setattr("segfleet.preprocess.building.build.write_shard", making)
     return counts
 
 
@@ -90,7 +90,7 @@ def test_one_failing_shard_does_not_stop_the_others(raw, tmp_path, monkeypatch):
             raise RuntimeError("broken on purpose")
         return make(job)
 
-    monkeypatch.setattr("segfleet.preprocess.build.write_shard", broken)
+    monkeypatch.setattr("segfleet.preprocess.building.build.write_shard", broken)
     share.survey_share("msd", raw, tmp_path / "store", (0, 1), workers=1)
     with pytest.raises(RuntimeError, match="broken on purpose"):
         share.write_share("msd", raw, tmp_path / "store", (0, 1), **SMALL)
@@ -111,7 +111,7 @@ def test_members_share_the_claim_and_refuse_all_others(raw, tmp_path):
 DISTURBED = """
 import os, signal, subprocess, sys, threading, time
 import psutil
-from segfleet.preprocess.parallel import run
+from segfleet.core.parallel import run
 
 def nap(_):
     time.sleep(0.5)

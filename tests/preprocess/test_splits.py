@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from segfleet.preprocess.phantom import write_nnunet_phantom
+from segfleet.preprocess.phantoms.phantom import write_nnunet_phantom
+from segfleet.preprocess.planning.splits import Member, disjoint, make_splits
 from segfleet.preprocess.readers.base import open_reader
-from segfleet.preprocess.splits import Member, disjoint, make_splits
 
 
 def members(patients: int, visits: int = 1, foreground=lambda p: {1: 100 + p}) -> list[Member]:

@@ -9,11 +9,11 @@ import h5py
 import numpy as np
 import pytest
 
-from segfleet.preprocess.digest import content_sha256
-from segfleet.preprocess.manifest import load_manifest, save_manifest
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
 from segfleet.preprocess.stores.base import formats, open_store
-from segfleet.preprocess.verify import verify
+from segfleet.preprocess.stores.content import content_sha256
+from segfleet.preprocess.stores.manifest import load_manifest, save_manifest
+from segfleet.preprocess.stores.verify import verify
 
 
 def data_file(store, name="image") -> Path:

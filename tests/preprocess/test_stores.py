@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import zarr
 
-from segfleet.preprocess.digest import content_sha256
-from segfleet.preprocess.problems import InputError
-from segfleet.preprocess.shard_reader import to_float32
+from segfleet.core.errors import InputError
 from segfleet.preprocess.stores.base import formats, open_store
+from segfleet.preprocess.stores.content import content_sha256
+from segfleet.preprocess.stores.shard_reader import to_float32
 
 CHUNK, SHAPE = (4, 8, 16), (9, 21, 34)  # as in the fixtures
 

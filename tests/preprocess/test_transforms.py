@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from segfleet.core.errors import InputError
 from segfleet.preprocess.case import Case, Geometry
-from segfleet.preprocess.manifest import Plan
-from segfleet.preprocess.problems import InputError
-from segfleet.preprocess.resample import nearest
-from segfleet.preprocess.transforms import (
+from segfleet.preprocess.stores.manifest import Plan
+from segfleet.preprocess.transforms.case_transforms import (
     crop_box,
     nonzero_box,
     nonzero_mask,
@@ -23,6 +22,7 @@ from segfleet.preprocess.transforms import (
     resample_probabilities,
     stored_grid,
 )
+from segfleet.preprocess.transforms.resample import nearest
 
 RANDOM = np.random.default_rng(3)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from segfleet.slurm.sandbox import NODES, Sandbox, missing
+from segfleet.slurm.sandbox.sandbox import NODES, Sandbox, missing
 
 MODEL = {"name": "plain_unet_2d", "options": {"features": [4, 8]}}
 STAGES = [

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from segfleet.core.errors import InputError
 from segfleet.pipeline.stop import StopRequest
-from segfleet.preprocess.problems import InputError
 from segfleet.slurm import cluster, health, rank, snapshot, submission
 from segfleet.slurm.jobspec import JobSpec, make_spec, minutes
 from segfleet.slurm.prepare import members
@@ -169,18 +169,18 @@ def test_bad_nodes_are_left_out_for_a_week(tmp_path):
 def test_a_granted_gpu_that_torch_does_not_see_is_a_bad_node(monkeypatch):
     import torch
 
-    from segfleet.pipeline.gang import Gang
+    from segfleet.pipeline.ranks import Ranks
 
     monkeypatch.delenv("SEGFLEET_DEVICE", raising=False)
-    gang = Gang(torch.device("cpu"))
-    health.examine(gang, 0, "n1")
+    ranks = Ranks(torch.device("cpu"))
+    health.examine(ranks, 0, "n1")
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
     with pytest.raises(InputError, match=r"n1: 2 GPU\(s\) were granted, but torch .* is built for CPUs; install a CUDA build"):
-        health.examine(gang, 2, "n1")  # no node's fault
+        health.examine(ranks, 2, "n1")  # no node's fault
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     with pytest.raises(health.BadNode, match="node n1: 2 GPU"):
-        health.examine(gang, 2, "n1")
+        health.examine(ranks, 2, "n1")
 
 
 def test_restarts_without_progress_end(tmp_path, monkeypatch):
@@ -202,7 +202,7 @@ def test_results_of_another_job_of_the_same_id_never_count(tmp_path):
     first, second = (submission.record(f, logs=f, **facts) for f in (submission.new_folder(tmp_path), submission.new_folder(tmp_path)))
     life = Path(first.logs) / "life-1.0"
     life.mkdir()
-    (life / "failed-0.json").write_text(json.dumps({"rank": 0, "time": 1, "exit_code": 1, "message": "old", "lost_partner": False}))
+    (life / "failed-0.json").write_text(json.dumps({"rank": 0, "time": 1, "exit_code": 1, "message": "old", "peer_failure": False}))
     assert first.outcome() == ("failed", "old") and second.outcome() == (None, None)
     (Path(first.logs) / "life-1.10").mkdir()
     assert first.outcome() == (None, None)
@@ -211,7 +211,7 @@ def test_results_of_another_job_of_the_same_id_never_count(tmp_path):
 
 def test_the_first_own_failure_is_shown(tmp_path):
     for number, (lost, moment) in enumerate([(True, 1.0), (False, 3.0), (False, 2.0)]):
-        report = {"rank": number, "time": moment, "exit_code": 1, "message": f"rank {number}", "lost_partner": lost}
+        report = {"rank": number, "time": moment, "exit_code": 1, "message": f"rank {number}", "peer_failure": lost}
         (tmp_path / f"failed-{number}.json").write_text(json.dumps(report))
     assert submission.failure(tmp_path)["message"] == "rank 2"
 
@@ -250,7 +250,7 @@ def test_submitting_loads_no_torch():
 
     code = (
         "import sys; from segfleet.cli import submit, resume, logs, cancel, status, submit_words, preprocess, evaluate, predict\n"
-        "from segfleet.slurm import submitit_launcher, prepare; import segfleet.pipeline.inputs, segfleet.preprocess.jobs"
+        "from segfleet.slurm import submitit_launcher, prepare; import segfleet.pipeline.inference.inputs, segfleet.preprocess.jobs"
     )
     code += "; import segfleet.slurm.status; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
@@ -259,7 +259,7 @@ def test_submitting_loads_no_torch():
 def test_silence_of_slurm_is_not_the_end_of_a_job(tmp_path, monkeypatch, capsys):
     """Told once for all runs; only what a job itself wrote down as its end counts meanwhile."""
     from segfleet.cli import status as words
-    from segfleet.slurm import slurm_job
+    from segfleet.slurm import job as slurm_job
 
     facts = {"launcher": "slurm", "spec": JobSpec(), "code": None, "commit": None, "name": "x"}
     (tmp_path / "squeue").write_text("#!/bin/sh\necho slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1\n")
@@ -273,7 +273,7 @@ def test_silence_of_slurm_is_not_the_end_of_a_job(tmp_path, monkeypatch, capsys)
     for number, name in enumerate(["ended.json", "failed-0.json"]):
         life = tmp_path / f"run{number}" / "slurm" / "0001" / f"life-{number}.0"
         life.mkdir()
-        (life / name).write_text(json.dumps({"rank": 0, "time": 1, "exit_code": 1, "message": "the node died", "lost_partner": True}))
+        (life / name).write_text(json.dumps({"rank": 0, "time": 1, "exit_code": 1, "message": "the node died", "peer_failure": True}))
     found = [facts for _, facts in slurm_job.look_at_all(jobs)]
     assert [(facts["state"], facts["queue"]) for facts in found] == [("done", None), *[("unknown", "unknown")] * 3]
     assert all("squeue says: slurm_load_jobs error" in facts["reason"] for facts in found[1:])

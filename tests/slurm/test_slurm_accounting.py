@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
 from segfleet.slurm import cluster as slurm
-from segfleet.slurm import sandbox as sandboxes
-from segfleet.slurm.sandbox import Sandbox, missing
+from segfleet.slurm.sandbox import sandbox as sandboxes
+from segfleet.slurm.sandbox.sandbox import Sandbox, missing
 
 SHORT = ("stages.0.epochs=1", "stages.0.steps=3", "stages.1.steps=2", "--no-check")
 HELD = ("--array", "seed=4..6", "--sbatch=--hold", "--no-check", "--runs", "runs", "--json")

@@ -16,13 +16,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from segfleet.slurm.sandbox import Sandbox
+from segfleet.slurm.sandbox.sandbox import Sandbox
 
 SHORT = ("stages.0.epochs=1", "stages.0.steps=3", "stages.1.steps=2", "--no-check")
 BROKEN = """
 import os
 if os.environ.get("SLURM_PROCID") == "1":
-    from segfleet.pipeline import sampler
+    from segfleet.pipeline.data import sampler
     def draw(*_): raise RuntimeError("broken on purpose")
     sampler.PatchSampler.draw = draw
 """

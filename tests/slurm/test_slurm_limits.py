@@ -12,7 +12,7 @@ SLOW = """
 import os
 if "SLURM_PROCID" in os.environ:
     import time
-    from segfleet.pipeline import sampler
+    from segfleet.pipeline.data import sampler
     draw = sampler.PatchSampler.draw
     def slow(*arguments):
         time.sleep(0.12)

@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 
+from segfleet.pipeline.launch.local import RankFailed, run_ranks
 from segfleet.pipeline.recipe import load_recipe
-from segfleet.slurm.local import RankFailed, run_ranks
 from segfleet.slurm.prepare import prepare
 from segfleet.sweeps import slurm_backend
 

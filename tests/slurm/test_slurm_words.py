@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segfleet.preprocess.phantom import write_msd_phantom
-from segfleet.preprocess.problems import InputError
+from segfleet.core.errors import InputError
+from segfleet.preprocess.phantoms.phantom import write_msd_phantom
 
 SHORT = ("stages.0.epochs=1", "stages.0.steps=3", "stages.1.steps=2")
 SLOW = """
 import os
 if os.environ.get("SLURM_ARRAY_TASK_ID") == "2" and os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and "SLURM_PROCID" in os.environ:
     import time
-    from segfleet.preprocess import check
+    from segfleet.preprocess.checking import check
     look = check.check_case
     def slow(*arguments):
         found = look(*arguments)
@@ -105,7 +105,7 @@ def test_evaluation_and_prediction_on_two_ranks(cluster, straight, tmp_path):
 def test_a_prediction_goes_on_and_lists_what_cannot_be_segmented(straight, tmp_path):
     """The job of one rank, in this process: stopped after its first image, then done but for a file that is no image."""
     from segfleet.pipeline import jobs
-    from segfleet.pipeline.gang import Gang
+    from segfleet.pipeline.ranks import Ranks
     from segfleet.pipeline.stop import Interrupted
 
     pictures = [tmp_path / f"picture{index}.png" for index in range(3)]
@@ -114,10 +114,10 @@ def test_a_prediction_goes_on_and_lists_what_cannot_be_segmented(straight, tmp_p
     pictures[1].write_bytes(b"no image")
     job = {"do": "predict", "run": straight(1, *SHORT)["stages"][-1], "images": list(map(str, pictures)), "out": str(tmp_path / "out")}
     with pytest.raises(Interrupted, match="stopped after 1 of 3 images"):
-        jobs.run_job(job, Gang(), SimpleNamespace(asked=lambda: True))
+        jobs.run_job(job, Ranks(), SimpleNamespace(asked=lambda: True))
     first = (tmp_path / "out" / "picture0.png").stat().st_mtime_ns
     with pytest.raises(InputError, match=r"1 image\(s\) could not be segmented; all others are\npicture1: .*picture1.png"):
-        jobs.run_job(job, Gang(), SimpleNamespace(asked=lambda: False))
+        jobs.run_job(job, Ranks(), SimpleNamespace(asked=lambda: False))
     assert (tmp_path / "out" / "picture0.png").stat().st_mtime_ns == first and (tmp_path / "out" / "picture2.png").exists()
 
 

@@ -7,12 +7,12 @@ import math
 import pytest
 import yaml
 
+from segfleet.core.errors import InputError
 from segfleet.pipeline.recipe import load_recipe
-from segfleet.preprocess.manifest import load_manifest
-from segfleet.preprocess.problems import InputError
-from segfleet.sweeps.plan import claim, foreign, make_plan, with_stores
-from segfleet.sweeps.space import load_search, parse_search, space_names
-from segfleet.sweeps.tree import StageTree
+from segfleet.preprocess.stores.manifest import load_manifest
+from segfleet.sweeps.space.plan import claim, foreign, make_plan, with_stores
+from segfleet.sweeps.space.space import load_search, parse_search, space_names
+from segfleet.sweeps.space.tree import StageTree
 
 
 def test_a_grid_is_the_product_of_its_axes_and_replicates(search):

@@ -8,13 +8,13 @@ import time
 
 import pytest
 
+from segfleet.core.errors import InputError
 from segfleet.pipeline.run import stage_facts, stage_uid, stage_uids
-from segfleet.pipeline.scored import score_facts
-from segfleet.preprocess.manifest import load_manifest
-from segfleet.preprocess.problems import InputError
-from segfleet.sweeps.ledger import Ledger
-from segfleet.sweeps.plan import make_plan, within_budget
-from segfleet.sweeps.tree import StageTree
+from segfleet.pipeline.scoring.scored import score_facts
+from segfleet.preprocess.stores.manifest import load_manifest
+from segfleet.sweeps.results.ledger import Ledger
+from segfleet.sweeps.space.plan import make_plan, within_budget
+from segfleet.sweeps.space.tree import StageTree
 
 
 @pytest.fixture

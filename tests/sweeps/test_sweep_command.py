@@ -16,8 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from segfleet.pipeline.launch.local import run_ranks
 from segfleet.pipeline.recipe import load_recipe
-from segfleet.slurm.local import run_ranks
 
 TREE = 16
 SHORT = [
@@ -130,7 +130,7 @@ def command_of(process: psutil.Process) -> list[str]:
 def is_ours(process: psutil.Process) -> bool:
     """Ray's two agents look for their raylet now and then, and go by themselves within a minute or so."""
     words = " ".join(command_of(process))
-    parts = ("segfleet.slurm.worker", "segfleet.sweeps.ray_controller", "raylet/raylet", "gcs_server", "ray::")
+    parts = ("segfleet.pipeline.launch.worker", "segfleet.sweeps.ray.controller", "raylet/raylet", "gcs_server", "ray::")
     return any(part in words for part in parts) and "Agent" not in words
 
 

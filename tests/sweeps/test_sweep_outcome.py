@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 
 from segfleet.pipeline.recipe import load_recipe
-from segfleet.pipeline.scored import score_facts
-from segfleet.sweeps.ledger import Ledger
-from segfleet.sweeps.outcome import as_csv, outcome, paired, replicates, student, write_outcome
-from segfleet.sweeps.plan import make_plan
-from segfleet.sweeps.space import Trial
+from segfleet.pipeline.scoring.scored import score_facts
+from segfleet.sweeps.results.ledger import Ledger
+from segfleet.sweeps.results.outcome import (
+    as_csv,
+    outcome,
+    paired,
+    replicates,
+    student,
+    write_outcome,
+)
+from segfleet.sweeps.space.plan import make_plan
+from segfleet.sweeps.space.space import Trial
 
 
 def test_students_interval():

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
+from segfleet.pipeline.launch.local import RankFailed
 from segfleet.pipeline.stop import Interrupted
-from segfleet.slurm.local import RankFailed
 from segfleet.sweeps import run
-from segfleet.sweeps.ledger import STOP
-from segfleet.sweeps.plan import make_plan
+from segfleet.sweeps.results.ledger import STOP
+from segfleet.sweeps.space.plan import make_plan
 
 
 class Ends(run.Session):

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from segfleet.pipeline.scored import score_facts
-from segfleet.preprocess.manifest import load_manifest
-from segfleet.sweeps.ledger import Ledger
-from segfleet.sweeps.plan import make_plan
-from segfleet.sweeps.ray_optuna import Suggestions
-from segfleet.sweeps.ray_searcher import PathAsha, TreeSearcher
+from segfleet.pipeline.scoring.scored import score_facts
+from segfleet.preprocess.stores.manifest import load_manifest
+from segfleet.sweeps.ray.optuna import Suggestions
+from segfleet.sweeps.ray.searcher import PathAsha, TreeSearcher
+from segfleet.sweeps.results.ledger import Ledger
+from segfleet.sweeps.space.plan import make_plan
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from segfleet.pipeline.events import read_events
-from segfleet.slurm.local import RankFailed, run_ranks
+from segfleet.pipeline.launch.local import RankFailed, run_ranks
 from segfleet.sweeps import trial
-from segfleet.sweeps.plan import make_plan
+from segfleet.sweeps.space.plan import make_plan
 
 
 def final(folder: Path, group: str = "weights") -> dict[str, torch.Tensor]:

@@ -1,9 +1,8 @@
-"""Content hashes: of arrays, the same whatever format stores them, and of files."""
+"""What a case is known by: the hash of its stored arrays, the same whatever format stores them."""
 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 
@@ -16,9 +15,3 @@ def content_sha256(image: np.ndarray, label: np.ndarray) -> str:
         digest.update(f"{array.dtype.name} {array.shape}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def file_facts(path: Path) -> dict[str, int | str]:
-    """{"bytes": size, "sha256": hex} of one file: what the manifest keeps about it. Raises OSError."""
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -1,6 +1,6 @@
-"""Run a function on real processes that form a gang.
+"""Run a function on real processes that form a process group.
 
-`run_gang("engine_programs.py:train_all", 2, store=...)` calls `train_all(gang, store=...)` of that file beside this one in two processes
+`run_in_ranks("engine_programs.py:train_all", 2, store=...)` calls `train_all(ranks, store=...)` of that file beside this one in two processes
 and returns what the ranks returned. Arguments are plain JSON, results what `torch.save` takes. In the ranks warnings are errors, as in
 pytest, and whatever reaches stdout is a failure: stdout belongs to the command line.
 """
@@ -22,11 +22,11 @@ HARMLESS = (":DeprecationWarning", ":PendingDeprecationWarning", ":ResourceWarni
 STRICT = ["-W", "error", *(part for kind in HARMLESS for part in ("-W", f"ignore:{kind}"))]
 
 
-def run_gang(program: str, ranks: int, timeout: float = 240.0, **arguments: Any) -> list[Any]:
+def run_in_ranks(program: str, ranks: int, timeout: float = 240.0, **arguments: Any) -> list[Any]:
     """Results, rank by rank. Raises AssertionError with the output of every rank that failed; no process is left behind."""
     import torch
 
-    with tempfile.TemporaryDirectory(prefix="gang-") as name:
+    with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
         (folder / "job.json").write_text(json.dumps({"program": program, "arguments": arguments}))
         processes = [_start(folder, rank, ranks) for rank in range(ranks)]
@@ -58,19 +58,19 @@ def _start(folder: Path, rank: int, ranks: int) -> subprocess.Popen:
 def _work(folder: Path) -> int:
     import torch
 
-    from segfleet.pipeline.gang import join_gang
+    from segfleet.pipeline.ranks import join_ranks
 
     rank = os.environ["RANK"]
     try:
         job = json.loads((folder / "job.json").read_text())
         file, _, function = job["program"].rpartition(":")
-        spec = importlib.util.spec_from_file_location("gang_program", Path(__file__).parent / file)
+        spec = importlib.util.spec_from_file_location("rank_program", Path(__file__).parent / file)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        gang = join_gang(folder / "address")
-        result = getattr(module, function)(gang, **job["arguments"])
+        ranks = join_ranks(folder / "address")
+        result = getattr(module, function)(ranks, **job["arguments"])
         torch.save(result, folder / f"{rank}.pt")
-        gang.barrier()
+        ranks.barrier()
         return 0
     except BaseException:
         traceback.print_exc()

@@ -1,0 +1,1 @@
+"""What every room needs and nobody owns: errors, files, the machine, parallel work."""

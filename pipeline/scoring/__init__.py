@@ -1,0 +1,1 @@
+"""Scores of whole cases on their raw grid."""

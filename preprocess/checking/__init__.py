@@ -1,0 +1,1 @@
+"""The one pass over raw files: problems, facts, copies, repaired labels, slices."""

@@ -1,0 +1,1 @@
+"""Single image files in and out."""

@@ -1,0 +1,1 @@
+"""A real SLURM with pretended GPUs on one machine."""

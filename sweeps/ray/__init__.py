@@ -1,0 +1,1 @@
+"""A stage tree driven by Ray Tune."""

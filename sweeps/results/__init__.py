@@ -1,0 +1,1 @@
+"""Where a sweep stands and what came out."""

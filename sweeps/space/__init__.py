@@ -1,0 +1,1 @@
+"""From a search space to a tree of stages."""
