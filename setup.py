@@ -1,4 +1,5 @@
-"""Metadata of segfleet. The folders at the root are the import package: `models/` is `segfleet.models`."""
+"""Metadata of segfleet. The folders at the root are the import package: `models/` is
+`segfleet.models`."""
 
 from pathlib import Path
 
@@ -7,19 +8,28 @@ from setuptools import find_packages, setup
 ROOMS = ("cli", "core", "models", "pipeline", "preprocess", "slurm", "sweeps")
 HERE = Path(__file__).parent
 
-packages = [f"segfleet.{name}" for room in ROOMS for name in (room, *(f"{room}.{sub}" for sub in find_packages(room)))]
+packages = [
+    f"segfleet.{name}"
+    for room in ROOMS
+    for name in (room, *(f"{room}.{sub}" for sub in find_packages(room)))
+]
 
 setup(
     name="segfleet",
     version="0.1.0",
-    description="Train medical image segmentation networks at scale: shards, exact resume, SLURM, sweeps, honest scores",
+    description="Train medical image segmentation networks at scale: shards, exact resume, SLURM, "
+    "sweeps, honest scores",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=packages,
     package_dir={f"segfleet.{room}": room for room in ROOMS},
-    package_data={"segfleet.pipeline": ["recipes/*.yaml"], "segfleet.models": ["scan/*.cpp"], "segfleet.sweeps": ["spaces/*.yaml"]},
+    package_data={
+        "segfleet.pipeline": ["recipes/*.yaml"],
+        "segfleet.models": ["scan/*.cpp"],
+        "segfleet.sweeps": ["spaces/*.yaml"],
+    },
     entry_points={"console_scripts": ["segfleet = segfleet.cli.main:main"]},
     install_requires=[
         "torch>=2.6",
@@ -47,7 +57,18 @@ setup(
         "psutil>=5.9",
     ],
     extras_require={
-        "mamba": ["mamba-ssm>=2.2.4; platform_system=='Linux'", "causal-conv1d>=1.4; platform_system=='Linux'"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.13", "triton>=3.5", "hdf5plugin>=5"],
+        "mamba": [
+            "mamba-ssm>=2.2.4; platform_system=='Linux'",
+            "causal-conv1d>=1.4; platform_system=='Linux'",
+        ],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "mypy>=1.13",
+            "triton>=3.5",
+            "hdf5plugin>=5",
+        ],
     },
 )

@@ -1,8 +1,10 @@
-"""What saving every 50 steps costs: the same training with and without it, turn about, in CPU time and on the clock.
+"""What saving every 50 steps costs: the same training with and without it, turn about, in CPU time
+and on the clock.
 
     python benchmarks/checkpoint.py
 
-Network: plain 3D U-Net 16/32/64 (batch 2, 32 voxels cubed), its optimizer moments, fsync, sha256. Target: at most 1 % of training time.
+Network: plain 3D U-Net 16/32/64 (batch 2, 32 voxels cubed), its optimizer moments, fsync, sha256.
+Target: at most 1 % of training time.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ def timed(store, folder: Path, save_every: int) -> tuple[float, float]:
         {
             "name": "saving",
             "data": {"store": str(store.root), "batch": 2, "augment": None, "patch": [32, 32, 32]},
-            "model": {"name": "plain_unet_3d", "options": {"features": [16, 32, 64], "deep_supervision": False}},
+            "model": {
+                "name": "plain_unet_3d",
+                "options": {"features": [16, 32, 64], "deep_supervision": False},
+            },
             "stages": [{"epochs": 1, "steps": STEPS, "lr": 1e-3}],
             "engine": {"precision": "bf16"},
             "save_every": save_every,
@@ -41,7 +46,17 @@ def timed(store, folder: Path, save_every: int) -> tuple[float, float]:
     folders = run.stage_folders(folder, recipe, store.manifest)
     wall, cpu = time.perf_counter(), time.process_time()
     never, nothing = (lambda: False), (lambda engine: {})
-    train(Run(recipe=recipe, store=store, folders=folders, ranks=Ranks(), asked_to_stop=never, warn=print, validate=nothing))
+    train(
+        Run(
+            recipe=recipe,
+            store=store,
+            folders=folders,
+            ranks=Ranks(),
+            asked_to_stop=never,
+            warn=print,
+            validate=nothing,
+        )
+    )
     return time.perf_counter() - wall, time.process_time() - cpu
 
 

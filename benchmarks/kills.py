@@ -1,9 +1,11 @@
-"""Kill -9 of a random rank at random moments, until a run is done; its weights must be bitwise those of an undisturbed run.
+"""Kill -9 of a random rank at random moments, until a run is done; its weights must be bitwise
+those of an undisturbed run.
 
     python benchmarks/kills.py [--kills 30] [--engines ddp zero0 zero1 zero2 zero3]
 
-Two local ranks, fp32, a tiny network with batch normalisation, two stages. The kills are shared out among the engines. Counted: steps lost
-per kill (between the last step logged and the step resumed from) against the checkpoint interval.
+Two local ranks, fp32, a tiny network with batch normalisation, two stages. The kills are shared out
+among the engines. Counted: steps lost per kill (between the last step logged and the step resumed
+from) against the checkpoint interval.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ from conftest import write_tiny_store  # noqa: E402
 INTERVAL, RANKS = 5, 2
 ENGINES = {
     "ddp": [],
-    **{f"zero{stage}": ["engine.name=deepspeed", f"engine.options.zero={stage}"] for stage in range(4)},
+    **{
+        f"zero{stage}": ["engine.name=deepspeed", f"engine.options.zero={stage}"]
+        for stage in range(4)
+    },
 }
 
 
@@ -49,15 +54,32 @@ def recipe(store: Path) -> dict:
 
 
 def start(work: Path, runs: Path, changes: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "segfleet.cli.main", "train", str(work / "kills.yaml"), *changes]
+    command = [
+        sys.executable,
+        "-m",
+        "segfleet.cli.main",
+        "train",
+        str(work / "kills.yaml"),
+        *changes,
+    ]
     options = ["--ranks", str(RANKS), "--runs", str(runs)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, *options], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*command, *options],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def workers(process: subprocess.Popen) -> list[psutil.Process]:
     try:
-        return [child for child in psutil.Process(process.pid).children() if "segfleet.pipeline.launch.worker" in child.cmdline()]
+        return [
+            child
+            for child in psutil.Process(process.pid).children()
+            if "segfleet.pipeline.launch.worker" in child.cmdline()
+        ]
     except psutil.NoSuchProcess:
         return []
 
@@ -65,7 +87,11 @@ def workers(process: subprocess.Popen) -> list[psutil.Process]:
 def events(runs: Path, kind: str) -> list[dict]:
     found = []
     for path in sorted(runs.rglob("events.jsonl"), key=lambda path: len(path.parts)):
-        found += [{**event, "stage": len(path.parts)} for event in map(json.loads, path.read_text().splitlines()) if event["event"] == kind]
+        found += [
+            {**event, "stage": len(path.parts)}
+            for event in map(json.loads, path.read_text().splitlines())
+            if event["event"] == kind
+        ]
     return found
 
 
@@ -80,7 +106,9 @@ def weights(runs: Path) -> dict[str, torch.Tensor]:
     return load_file(leaf / "checkpoints" / done["checkpoint"] / "weights.safetensors")
 
 
-def disturbed(work: Path, runs: Path, changes: list[str], kills: int, longest: float, rng: random.Random) -> dict:
+def disturbed(
+    work: Path, runs: Path, changes: list[str], kills: int, longest: float, rng: random.Random
+) -> dict:
     """One run, killed `kills` times, restarted each time until it is done."""
     lost, moments = [], []
     while True:
@@ -110,7 +138,11 @@ def disturbed(work: Path, runs: Path, changes: list[str], kills: int, longest: f
 
 def restart_point(runs: Path) -> tuple[int, int] | None:
     """(depth, step) of the newest complete checkpoint."""
-    steps = [(len(path.parts) - 2, int(path.name.split("-")[1])) for path in runs.rglob("step-*") if (path / "manifest.json").exists()]
+    steps = [
+        (len(path.parts) - 2, int(path.name.split("-")[1]))
+        for path in runs.rglob("step-*")
+        if (path / "manifest.json").exists()
+    ]
     return max(steps, default=None)
 
 
@@ -126,14 +158,18 @@ def main() -> None:
         store = write_tiny_store(work / "store", 2, "zarr", 6, 2, 24, 1)
         (work / "kills.yaml").write_text(yaml.safe_dump(recipe(store)))
         for place, engine in enumerate(options.engines):
-            kills = options.kills // len(options.engines) + (place < options.kills % len(options.engines))
+            kills = options.kills // len(options.engines) + (
+                place < options.kills % len(options.engines)
+            )
             begin = time.monotonic()
             process = start(work, work / f"straight-{engine}", ENGINES[engine])
             if process.communicate()[0] is None and process.returncode:
                 raise SystemExit(f"the undisturbed run of {engine} failed")
             longest, left = time.monotonic() - begin, kills
             right = weights(work / f"straight-{engine}")
-            for number in itertools.count():  # a run may be done before all of its kills have come; the next one takes the rest
+            for number in (
+                itertools.count()
+            ):  # a run may be done before all of its kills have come; the next one takes the rest
                 if not left:
                     break
                 runs = work / f"killed-{engine}-{number}"
@@ -142,11 +178,23 @@ def main() -> None:
                     continue
                 left -= row["kills"]
                 found = weights(runs)
-                equal = right.keys() == found.keys() and all(torch.equal(right[name], found[name]) for name in right)
-                worst = max((right[name].double() - found[name].double()).abs().max().item() for name in right)
-                rows.append({"engine": engine, **row, "bitwise_equal": equal, "largest_difference": worst})
+                equal = right.keys() == found.keys() and all(
+                    torch.equal(right[name], found[name]) for name in right
+                )
+                worst = max(
+                    (right[name].double() - found[name].double()).abs().max().item()
+                    for name in right
+                )
+                rows.append(
+                    {"engine": engine, **row, "bitwise_equal": equal, "largest_difference": worst}
+                )
                 print(json.dumps(rows[-1]), flush=True)
-    result = {"ranks": RANKS, "checkpoint_interval": INTERVAL, "kills": sum(row["kills"] for row in rows), "engines": rows}
+    result = {
+        "ranks": RANKS,
+        "checkpoint_interval": INTERVAL,
+        "kills": sum(row["kills"] for row in rows),
+        "engines": rows,
+    }
     (HERE / "results" / "kills.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

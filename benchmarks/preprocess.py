@@ -1,12 +1,16 @@
-"""Preprocessing of the same raw volumes by segfleet and by nnU-Net v2: voxels per processor second, memory, and a run killed half way.
+"""Preprocessing of the same raw volumes by segfleet and by nnU-Net v2: voxels per processor second,
+memory, and a run killed half way.
 
-    python benchmarks/preprocess.py [--cases 8] [--killed-cases 24] [--venv DIR] [--folder DIR] [--out benchmarks/results/preprocess.json]
+    python benchmarks/preprocess.py [--cases 8] [--killed-cases 24] [--venv DIR] [--folder DIR]
+    [--out benchmarks/results/preprocess.json]
 
-Two synthetic sets in nnU-Net's layout, CT and MR, with differing spacings, so that every case is resampled. Both programs check, measure,
-plan, resample and write with one process; processor time is that of all their processes. Programs take a while to start: the cost of a
-voxel is taken between a run over all cases and a run over two ("marginal"), and the whole run is reported as well. Memory is the largest
-sum of proportional set sizes (PSS) of all processes of a run. nnU-Net is installed into an environment of its own (--venv, kept between
-runs; without its optional packages, so that no other torch comes along).
+Two synthetic sets in nnU-Net's layout, CT and MR, with differing spacings, so that every case is
+resampled. Both programs check, measure, plan, resample and write with one process; processor time
+is that of all their processes. Programs take a while to start: the cost of a voxel is taken between
+a run over all cases and a run over two ("marginal"), and the whole run is reported as well. Memory
+is the largest sum of proportional set sizes (PSS) of all processes of a run. nnU-Net is installed
+into an environment of its own (--venv, kept between runs; without its optional packages, so that no
+other torch comes along).
 
     python benchmarks/preprocess.py --memory      segfleet alone on one CT of 1000 x 512 x 512 voxels: results/preprocess_memory.json
 """
@@ -33,10 +37,20 @@ import numpy as np
 from scipy import ndimage
 
 TORCH = "torch==2.13.0"
-BARE = ("nnunetv2", "acvl-utils", "dynamic-network-architectures", "batchgenerators", "batchgeneratorsv2", "fft-conv-pytorch")
+BARE = (
+    "nnunetv2",
+    "acvl-utils",
+    "dynamic-network-architectures",
+    "batchgenerators",
+    "batchgeneratorsv2",
+    "fft-conv-pytorch",
+)
 WITH = "connected-components-3d dicom2nifti nibabel SimpleITK scikit-image scikit-learn scipy pandas tifffile imagecodecs einops blosc2"
 WITH += " tqdm matplotlib seaborn requests yacs graphviz threadpoolctl"
-SETS = {"CT": (901, "CT", (2.5, 0.8, 0.8)), "MR": (902, "MRI", (1.2, 1.0, 1.0))}  # name -> id, channel, middle spacing in mm
+SETS = {
+    "CT": (901, "CT", (2.5, 0.8, 0.8)),
+    "MR": (902, "MRI", (1.2, 1.0, 1.0)),
+}  # name -> id, channel, middle spacing in mm
 SHAPE = (96, 224, 224)
 LONG = (1000, 512, 512)  # a whole-body CT
 FEW = 2
@@ -49,8 +63,12 @@ def main() -> None:
     parser.add_argument("--killed-cases", type=int, default=24)
     parser.add_argument("--venv", type=Path, default=Path.home() / ".cache/segfleet/nnunet")
     parser.add_argument("--folder", type=Path, default=None, help="scratch; removed at the end")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/preprocess.json")
-    parser.add_argument("--memory", action="store_true", help="only measure the peak memory of one long CT")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results/preprocess.json"
+    )
+    parser.add_argument(
+        "--memory", action="store_true", help="only measure the peak memory of one long CT"
+    )
     options = parser.parse_args()
     if options.memory:
         return long_ct(options.folder, options.out.with_name("preprocess_memory.json"))
@@ -61,8 +79,18 @@ def main() -> None:
         found["killed half way"] = killed(folder, options.killed_cases)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-    document = {"machine": machine, "nnunetv2": version(nnunet), "shape": SHAPE, "cases": options.cases, "results": found}
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+    }
+    document = {
+        "machine": machine,
+        "nnunetv2": version(nnunet),
+        "shape": SHAPE,
+        "cases": options.cases,
+        "results": found,
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(document, indent=1))
@@ -79,7 +107,11 @@ def install(venv: Path) -> Path:
 
 
 def version(place: Path) -> str:
-    command = [str(place / "python"), "-c", "from importlib.metadata import version; print(version('nnunetv2'))"]
+    command = [
+        str(place / "python"),
+        "-c",
+        "from importlib.metadata import version; print(version('nnunetv2'))",
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -90,17 +122,38 @@ def measure(name: str, folder: Path, cases: int, nnunet: Path) -> dict:
     for count in (FEW, cases):
         raw = write_set(folder / f"raw-{count}", name, count)
         ours = run(segfleet(raw, folder / f"store-{name}-{count}"))
-        places = {f"nnUNet_{kind}": str(folder / f"{kind}-{count}") for kind in ("raw", "preprocessed", "results")}
-        command = [str(nnunet / "nnUNetv2_plan_and_preprocess"), "-d", str(number), "-c", "3d_fullres", "-npfp", "1", "-np", "1"]
+        places = {
+            f"nnUNet_{kind}": str(folder / f"{kind}-{count}")
+            for kind in ("raw", "preprocessed", "results")
+        }
+        command = [
+            str(nnunet / "nnUNetv2_plan_and_preprocess"),
+            "-d",
+            str(number),
+            "-c",
+            "3d_fullres",
+            "-npfp",
+            "1",
+            "-np",
+            "1",
+        ]
         theirs = run([*command, "--verify_dataset_integrity"], places)
         out[count] = {"voxels": count * int(np.prod(SHAPE)), "segfleet": ours, "nnunetv2": theirs}
     result: dict = {"runs": out}
     for who in ("segfleet", "nnunetv2"):
         cost = out[cases][who]["cpu_s"] - out[FEW][who]["cpu_s"]
-        result[f"{who} voxels per cpu second"] = round((out[cases]["voxels"] - out[FEW]["voxels"]) / cost)
-    result["ratio marginal"] = round(result["segfleet voxels per cpu second"] / result["nnunetv2 voxels per cpu second"], 2)
-    result["ratio whole run"] = round(out[cases]["nnunetv2"]["cpu_s"] / out[cases]["segfleet"]["cpu_s"], 2)
-    result["memory, nnunetv2 over segfleet"] = round(out[cases]["nnunetv2"]["peak_mb"] / out[cases]["segfleet"]["peak_mb"], 2)
+        result[f"{who} voxels per cpu second"] = round(
+            (out[cases]["voxels"] - out[FEW]["voxels"]) / cost
+        )
+    result["ratio marginal"] = round(
+        result["segfleet voxels per cpu second"] / result["nnunetv2 voxels per cpu second"], 2
+    )
+    result["ratio whole run"] = round(
+        out[cases]["nnunetv2"]["cpu_s"] / out[cases]["segfleet"]["cpu_s"], 2
+    )
+    result["memory, nnunetv2 over segfleet"] = round(
+        out[cases]["nnunetv2"]["peak_mb"] / out[cases]["segfleet"]["peak_mb"], 2
+    )
     return result
 
 
@@ -109,46 +162,93 @@ def long_ct(place: Path | None, out: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="preprocess-", dir=place) as name:
         root = Path(name) / "Dataset903_Long"
         image, label = np.empty(LONG, np.int16), np.zeros(LONG, np.uint8)
-        draw, (y, x) = np.random.default_rng(0), np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in LONG[1:]), indexing="ij")
+        draw, (y, x) = (
+            np.random.default_rng(0),
+            np.meshgrid(
+                *(np.linspace(-1, 1, n, dtype=np.float32) for n in LONG[1:]), indexing="ij"
+            ),
+        )
         noise = (30 * draw.standard_normal((16, *LONG[1:]), dtype=np.float32)).astype(np.int16)
         for z in range(len(image)):
             side = 0.3 * np.sin(6 * z / len(image))
-            label[z] = (((x - side) / 0.3) ** 2 + (y / 0.25) ** 2 < 1).astype(np.uint8) + (((x - side) / 0.08) ** 2 + (y / 0.08) ** 2 < 1)
-            image[z] = np.where((x / 0.85) ** 2 + (y / 0.7) ** 2 < 1, 40, -1000) + 60 * label[z] + noise[draw.integers(16)]
+            label[z] = (((x - side) / 0.3) ** 2 + (y / 0.25) ** 2 < 1).astype(np.uint8) + (
+                ((x - side) / 0.08) ** 2 + (y / 0.08) ** 2 < 1
+            )
+            image[z] = (
+                np.where((x / 0.85) ** 2 + (y / 0.7) ** 2 < 1, 40, -1000)
+                + 60 * label[z]
+                + noise[draw.integers(16)]
+            )
         for path, array in (("imagesTr/case000_0000", image), ("labelsTr/case000", label)):
             (root / path).parent.mkdir(parents=True)
-            nib.save(nib.Nifti1Image(array.T, np.diag([0.8, 0.8, 1.0, 1.0])), root / f"{path}.nii.gz")
+            nib.save(
+                nib.Nifti1Image(array.T, np.diag([0.8, 0.8, 1.0, 1.0])), root / f"{path}.nii.gz"
+            )
         del image, label, array
         describe(root, "CT", 1)
         found = run([*segfleet(root, Path(name) / "store"), "--spacing", "1.0x0.75x0.75"])
-        shape = json.loads((Path(name) / "store/manifest.json").read_text(encoding="utf-8"))["cases"][0]["shape"]
+        shape = json.loads((Path(name) / "store/manifest.json").read_text(encoding="utf-8"))[
+            "cases"
+        ][0]["shape"]
     volume = 4 * np.prod(LONG) / 2**20
-    document = {"shape": LONG, "stored_shape": shape, **found, "as_float32_mb": round(volume), "ratio": round(found["peak_mb"] / volume, 2)}
+    document = {
+        "shape": LONG,
+        "stored_shape": shape,
+        **found,
+        "as_float32_mb": round(volume),
+        "ratio": round(found["peak_mb"] / volume, 2),
+    }
     out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(document, indent=1))
 
 
 def killed(folder: Path, cases: int) -> dict:
-    """Kill segfleet after half of the processor time a whole run takes; what the same command then needs to finish."""
+    """Kill segfleet after half of the processor time a whole run takes; what the same command then
+    needs to finish."""
     raw = write_set(folder / f"raw-{cases}", "CT", cases)
     whole = run(segfleet(raw, folder / "whole"))
     run(segfleet(raw, folder / "halved"), stop_at=whole["cpu_s"] / 2)
     assert not (folder / "halved").exists(), "it was faster than its half"
     rest = run(segfleet(raw, folder / "halved"))
-    same = (folder / "halved/manifest.json").read_bytes() == (folder / "whole/manifest.json").read_bytes()
-    ratios = {f"rest over whole, {kind}": round(rest[kind] / whole[kind], 2) for kind in ("cpu_s", "wall_s")}
+    same = (folder / "halved/manifest.json").read_bytes() == (
+        folder / "whole/manifest.json"
+    ).read_bytes()
+    ratios = {
+        f"rest over whole, {kind}": round(rest[kind] / whole[kind], 2)
+        for kind in ("cpu_s", "wall_s")
+    }
     return {"cases": cases, "whole": whole, "rest": rest, "same store": same, **ratios}
 
 
 def segfleet(raw: Path, out: Path) -> list[str]:
-    return [sys.executable, "-m", "segfleet.cli.main", "preprocess", "nnunet", "--raw", str(raw), "--out", str(out), "--workers", "1"]
+    return [
+        sys.executable,
+        "-m",
+        "segfleet.cli.main",
+        "preprocess",
+        "nnunet",
+        "--raw",
+        str(raw),
+        "--out",
+        str(out),
+        "--workers",
+        "1",
+    ]
 
 
-def run(command: list[str], environ: dict[str, str] | None = None, stop_at: float | None = None) -> dict[str, float]:
-    """Processor and wall seconds and peak memory of a command and all its processes, which are killed at `stop_at` processor seconds."""
+def run(
+    command: list[str], environ: dict[str, str] | None = None, stop_at: float | None = None
+) -> dict[str, float]:
+    """Processor and wall seconds and peak memory of a command and all its processes, which are
+    killed at `stop_at` processor seconds."""
     single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    pipe = {
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "start_new_session": True,
+    }
     process = subprocess.Popen(command, env={**os.environ, **single, **(environ or {})}, **pipe)
     peak, done = [0.0], threading.Event()
 
@@ -170,19 +270,31 @@ def run(command: list[str], environ: dict[str, str] | None = None, stop_at: floa
         watcher.join()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"cpu_s": round(cpu, 2), "wall_s": round(time.monotonic() - start, 2), "peak_mb": round(peak[0])}
+    return {
+        "cpu_s": round(cpu, 2),
+        "wall_s": round(time.monotonic() - start, 2),
+        "peak_mb": round(peak[0]),
+    }
 
 
 def pss_mb(session: int) -> float:
     """Of all processes of a session."""
     return (
-        sum(int(line.split()[1]) for text in each(session, "smaps_rollup") for line in text.splitlines() if line.startswith("Pss:")) / 1024
+        sum(
+            int(line.split()[1])
+            for text in each(session, "smaps_rollup")
+            for line in text.splitlines()
+            if line.startswith("Pss:")
+        )
+        / 1024
     )
 
 
 def cpu_s(session: int) -> float:
     """Of all processes of a session that still run: user and system time."""
-    ticks = sum(sum(map(int, text.rpartition(")")[2].split()[11:13])) for text in each(session, "stat"))
+    ticks = sum(
+        sum(map(int, text.rpartition(")")[2].split()[11:13])) for text in each(session, "stat")
+    )
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
@@ -209,7 +321,9 @@ def write_set(raw: Path, name: str, cases: int) -> Path:
         image, label = volume(draw, channel == "CT")
         own = np.array(spacing) * draw.uniform(0.8, 1.25, 3)
         affine = np.diag([*own[::-1], 1.0])
-        nib.save(nib.Nifti1Image(image.T, affine), root / "imagesTr" / f"case{index:03d}_0000.nii.gz")
+        nib.save(
+            nib.Nifti1Image(image.T, affine), root / "imagesTr" / f"case{index:03d}_0000.nii.gz"
+        )
         nib.save(nib.Nifti1Image(label.T, affine), root / "labelsTr" / f"case{index:03d}.nii.gz")
     describe(root, channel, cases)
     return root
@@ -217,18 +331,30 @@ def write_set(raw: Path, name: str, cases: int) -> Path:
 
 def describe(root: Path, channel: str, cases: int) -> None:
     labels = {"background": 0, "organ": 1, "tumour": 2}
-    facts = {"channel_names": {"0": channel}, "labels": labels, "numTraining": cases, "file_ending": ".nii.gz"}
+    facts = {
+        "channel_names": {"0": channel},
+        "labels": labels,
+        "numTraining": cases,
+        "file_ending": ".nii.gz",
+    }
     (root / "dataset.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
 def volume(draw: np.random.Generator, ct: bool) -> tuple[np.ndarray, np.ndarray]:
-    """int16 (Z, Y, X): a body with organs and noise, in air (CT) or in an empty margin (MR); and its labels."""
+    """int16 (Z, Y, X): a body with organs and noise, in air (CT) or in an empty margin (MR); and
+    its labels."""
     z, y, x = np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in SHAPE), indexing="ij")
-    image, label = np.where((x / 0.85) ** 2 + (y / 0.7) ** 2 < 1, np.float32(40), np.float32(-1000)), np.zeros(SHAPE, np.uint8)
+    image, label = (
+        np.where((x / 0.85) ** 2 + (y / 0.7) ** 2 < 1, np.float32(40), np.float32(-1000)),
+        np.zeros(SHAPE, np.uint8),
+    )
     body = image > 0
     for organ in range(8):
         centre, radius = draw.uniform(-0.4, 0.4, 3), draw.uniform(0.08, 0.3, 3)
-        inside = sum(((axis - c) / r) ** 2 for axis, c, r in zip((z, y, x), centre, radius, strict=True)) < 1
+        inside = (
+            sum(((axis - c) / r) ** 2 for axis, c, r in zip((z, y, x), centre, radius, strict=True))
+            < 1
+        )
         image[inside], label[inside] = draw.uniform(-80, 250), 1 + organ % 2
     image += ndimage.gaussian_filter(draw.standard_normal(SHAPE, dtype=np.float32), 1) * 60
     return (image if ct else np.where(body, image + 400, 0)).astype(np.int16), label

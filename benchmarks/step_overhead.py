@@ -1,8 +1,10 @@
-"""What the training loop costs on top of a bare PyTorch loop: same network, same tensors, same optimizer, logging on.
+"""What the training loop costs on top of a bare PyTorch loop: same network, same tensors, same
+optimizer, logging on.
 
     python benchmarks/step_overhead.py
 
-Both loops run in this process, turn about, on batches already in memory; medians of CPU seconds per step. Target: at most 3 % more.
+Both loops run in this process, turn about, on batches already in memory; medians of CPU seconds per
+step. Target: at most 3 % more.
 """
 
 from __future__ import annotations
@@ -37,7 +39,10 @@ def recipe_of(store: Path):
         {
             "name": "overhead",
             "data": {"store": str(store), "batch": 2, "augment": None, "patch": [32, 32, 32]},
-            "model": {"name": "plain_unet_3d", "options": {"features": [16, 32, 64], "deep_supervision": False}},
+            "model": {
+                "name": "plain_unet_3d",
+                "options": {"features": [16, 32, 64], "deep_supervision": False},
+            },
             "stages": [{"epochs": 1, "steps": STEPS, "lr": 1e-3}],
             "engine": {"precision": "bf16"},
             "save_every": 10**6,
@@ -65,7 +70,17 @@ def bare(recipe, store, batches) -> None:
 def ours(recipe, store, folder) -> None:
     folders = run.stage_folders(folder, recipe, store.manifest)
     never, nothing = (lambda: False), (lambda engine: {})
-    train(Run(recipe=recipe, store=store, folders=folders, ranks=Ranks(), asked_to_stop=never, warn=print, validate=nothing))
+    train(
+        Run(
+            recipe=recipe,
+            store=store,
+            folders=folders,
+            ranks=Ranks(),
+            asked_to_stop=never,
+            warn=print,
+            validate=nothing,
+        )
+    )
 
 
 def timed(work) -> tuple[float, float]:
@@ -80,13 +95,17 @@ def main() -> None:
         recipe = recipe_of(store.root)
         kept: list[loader.Batch] = []
         original = loader.batches
-        loader.batches = lambda patches, schedule, workers: iter(kept) if kept else record(original(patches, schedule, workers), kept)
+        loader.batches = lambda patches, schedule, workers: (
+            iter(kept) if kept else record(original(patches, schedule, workers), kept)
+        )
         ours(recipe, store, Path(scratch) / "warm-up")
         bare(recipe, store, kept)
         rows = []
         for round_ in range(ROUNDS):
             pair = {"bare": timed(lambda: bare(recipe, store, kept))}
-            pair["segfleet"] = timed(lambda name=f"runs{round_}": ours(recipe, store, Path(scratch) / name))
+            pair["segfleet"] = timed(
+                lambda name=f"runs{round_}": ours(recipe, store, Path(scratch) / name)
+            )
             rows.append(pair)
     result = {
         "steps": STEPS,
@@ -96,7 +115,8 @@ def main() -> None:
         "cpu_ratio": statistics.median(row["segfleet"][1] / row["bare"][1] for row in rows),
         "wall_ratio": statistics.median(row["segfleet"][0] / row["bare"][0] for row in rows),
         "target": "at most 1.03",
-        "note": "set-up, event log, TensorBoard file and the final checkpoint of every run are counted in",
+        "note": "set-up, event log, TensorBoard file and the final checkpoint of every run are "
+        "counted in",
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

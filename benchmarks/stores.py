@@ -1,12 +1,16 @@
-"""Random 3D patches from both store formats against zarr-python, h5py, raw npy and nnU-Net v2's blosc2 layout.
+"""Random 3D patches from both store formats against zarr-python, h5py, raw npy and nnU-Net v2's
+blosc2 layout.
 
-    python benchmarks/stores.py [--seconds 1.5] [--folder DIR] [--out benchmarks/results/stores.json]
+    python benchmarks/stores.py [--seconds 1.5] [--folder DIR] [--out
+    benchmarks/results/stores.json]
 
-One process, one thread, warm page cache. Every reader returns the same float32 patch (checked) and takes its turn in every round.
-Reported are medians of the processor time of one read, which a busy machine does not falsify as it does the clock (also listed), and the
-ratio to nnU-Net's layout. That one needs `pip install blosc2`; without it the ratio is to raw npy. h5py on our files needs `pip install
-hdf5plugin`. Only our stores, and zarr-python on their files, verify checksums as they read. Last, the same with 1 and 2 reading processes,
-as loaders have them: our stores and nnU-Net's in turns.
+One process, one thread, warm page cache. Every reader returns the same float32 patch (checked) and
+takes its turn in every round. Reported are medians of the processor time of one read, which a busy
+machine does not falsify as it does the clock (also listed), and the ratio to nnU-Net's layout. That
+one needs `pip install blosc2`; without it the ratio is to raw npy. h5py on our files needs `pip
+install hdf5plugin`. Only our stores, and zarr-python on their files, verify checksums as they read.
+Last, the same with 1 and 2 reading processes, as loaders have them: our stores and nnU-Net's in
+turns.
 """
 
 from __future__ import annotations
@@ -51,7 +55,8 @@ NNUNET = "nnU-Net layout, kept open"
 
 @dataclass
 class Contender:
-    """A way to read: `patch(volume, box)` gives float32 (C, z, y, x), `label(volume, box)` uint8; `bytes` on disk of image and label."""
+    """A way to read: `patch(volume, box)` gives float32 (C, z, y, x), `label(volume, box)` uint8;
+    `bytes` on disk of image and label."""
 
     name: str
     patch: Callable
@@ -62,21 +67,28 @@ class Contender:
 
 
 def synthetic_ct(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """int16 HU (Z, Y, X): a body in air, organs, smooth texture and 12 HU of noise; and the uint8 label of the organs."""
+    """int16 HU (Z, Y, X): a body in air, organs, smooth texture and 12 HU of noise; and the uint8
+    label of the organs."""
     draw = np.random.default_rng(seed)
     z, y, x = np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in SHAPE), indexing="ij")
     body = (x / 0.8) ** 2 + (y / 0.6) ** 2 < 1
     hu, label = np.where(body, np.float32(40), np.float32(-1000)), np.zeros(SHAPE, np.uint8)
     for organ in range(12):
         centre, radius = draw.uniform(-0.5, 0.5, 3), draw.uniform(0.05, 0.3, 3)
-        inside = ((z - centre[0]) / radius[0]) ** 2 + ((y - centre[1]) / radius[1]) ** 2 + ((x - centre[2]) / radius[2]) ** 2 < 1
+        inside = ((z - centre[0]) / radius[0]) ** 2 + ((y - centre[1]) / radius[1]) ** 2 + (
+            (x - centre[2]) / radius[2]
+        ) ** 2 < 1
         hu[inside], label[inside] = draw.uniform(-100, 300), 1 + organ % 4
     texture = ndimage.gaussian_filter(draw.standard_normal(SHAPE, dtype=np.float32), 3)
-    hu += texture / texture.std() * 20 + draw.standard_normal(SHAPE, dtype=np.float32) * np.where(body, 12, 4)
+    hu += texture / texture.std() * 20 + draw.standard_normal(SHAPE, dtype=np.float32) * np.where(
+        body, 12, 4
+    )
     return np.clip(hu, -1024, 3000).round().astype(np.int16), label
 
 
-def boxes(patch: tuple[int, int, int], seed: int = 1) -> Iterator[tuple[int, tuple[slice, slice, slice]]]:
+def boxes(
+    patch: tuple[int, int, int], seed: int = 1
+) -> Iterator[tuple[int, tuple[slice, slice, slice]]]:
     draw = np.random.default_rng(seed)
     while True:
         at = [int(draw.integers(0, n - p + 1)) for n, p in zip(SHAPE, patch, strict=True)]
@@ -88,8 +100,11 @@ def size(folder: Path, has: str = "") -> int:
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and has in f.as_posix())
 
 
-def ours(folder: Path, fmt: str, images: list, labels: list, chunk: tuple[int, int, int]) -> list[Contender]:
-    """Our store of a format, and the library that reads a copy of the files (HDF5 would share open files between the two)."""
+def ours(
+    folder: Path, fmt: str, images: list, labels: list, chunk: tuple[int, int, int]
+) -> list[Contender]:
+    """Our store of a format, and the library that reads a copy of the files (HDF5 would share open
+    files between the two)."""
     began, module = time.process_time(), store_module(fmt)
     files: dict[str, dict] = {}
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -97,25 +112,50 @@ def ours(folder: Path, fmt: str, images: list, labels: list, chunk: tuple[int, i
         writer.write("case", image[None], label, None)
         files |= writer.publish()
     wrote = time.process_time() - began
-    facts = {"spacing": (1, 1, 1), "crop": ((0, 1),) * 3, "raw_shape": SHAPE, "raw_spacing": (1, 1, 1), "key": "case", "shape": SHAPE}
-    cases = tuple(CaseEntry(id=f"case-{i}", group=str(i), shard=f"data/case-{i}", **facts) for i in range(VOLUMES))
-    dataset = Dataset(name="synthetic", reader="none", dims=3, channels=("ct",), labels={"background": 0})
-    plan = Plan(target_spacing=(1, 1, 1), patch=PATCHES["3D"], normalisation=("none",), dtype=images[0].dtype.name)
-    store = module.Store(folder, Manifest(format=fmt, id="", dataset=dataset, plan=plan, cases=cases, files=files))
+    facts = {
+        "spacing": (1, 1, 1),
+        "crop": ((0, 1),) * 3,
+        "raw_shape": SHAPE,
+        "raw_spacing": (1, 1, 1),
+        "key": "case",
+        "shape": SHAPE,
+    }
+    cases = tuple(
+        CaseEntry(id=f"case-{i}", group=str(i), shard=f"data/case-{i}", **facts)
+        for i in range(VOLUMES)
+    )
+    dataset = Dataset(
+        name="synthetic", reader="none", dims=3, channels=("ct",), labels={"background": 0}
+    )
+    plan = Plan(
+        target_spacing=(1, 1, 1),
+        patch=PATCHES["3D"],
+        normalisation=("none",),
+        dtype=images[0].dtype.name,
+    )
+    store = module.Store(
+        folder, Manifest(format=fmt, id="", dataset=dataset, plan=plan, cases=cases, files=files)
+    )
     on_disk = (size(folder) if fmt == "hdf5" else size(folder, "/image/"), size(folder, "/label/"))
 
     def read(i, box):
         return store.image(cases[i], box)
 
     title = f"segfleet {fmt} {'x'.join(map(str, chunk))}"
-    found = [Contender(title, read, lambda i, box: store.label(cases[i], box), on_disk, len(files), wrote)]
+    found = [
+        Contender(
+            title, read, lambda i, box: store.label(cases[i], box), on_disk, len(files), wrote
+        )
+    ]
     if fmt == "hdf5" and hdf5plugin is None:
         return found
     copy = shutil.copytree(folder, folder.with_name(folder.name + "-copy"))
     if fmt == "zarr":
         arrays = [zarr.open_group(copy / f"{case.shard}.zarr", mode="r") for case in cases]
     else:
-        arrays = [h5py.File(copy / f"{case.shard}.h5", "r", rdcc_nbytes=2**20)["case"] for case in cases]
+        arrays = [
+            h5py.File(copy / f"{case.shard}.h5", "r", rdcc_nbytes=2**20)["case"] for case in cases
+        ]
     library = "zarr-python" if fmt == "zarr" else "h5py"
     image, label = [a["image"] for a in arrays], [a["label"] for a in arrays]
     found.append(
@@ -137,7 +177,10 @@ def raw_npy(folder: Path, images: list, labels: list) -> Contender:
         np.save(folder / f"image-{i}.npy", image)
         np.save(folder / f"label-{i}.npy", label)
     wrote = time.process_time() - began
-    image, label = ([np.load(folder / f"{kind}-{i}.npy", mmap_mode="r") for i in range(VOLUMES)] for kind in ("image", "label"))
+    image, label = (
+        [np.load(folder / f"{kind}-{i}.npy", mmap_mode="r") for i in range(VOLUMES)]
+        for kind in ("image", "label")
+    )
     return Contender(
         "npy memmap, uncompressed",
         lambda i, box: image[i][box][None].astype(np.float32),
@@ -148,8 +191,11 @@ def raw_npy(folder: Path, images: list, labels: list) -> Contender:
     )
 
 
-def nnunet_partition(patch: tuple[int, int, int], itemsize: int, block_bytes: float, chunk_bytes: float) -> tuple[tuple, tuple]:
-    """Chunk and block (C, z, y, x) by nnU-Net v2's rule: the block fits the inner cache, the chunk the outer one and 1.5 patches."""
+def nnunet_partition(
+    patch: tuple[int, int, int], itemsize: int, block_bytes: float, chunk_bytes: float
+) -> tuple[tuple, tuple]:
+    """Chunk and block (C, z, y, x) by nnU-Net v2's rule: the block fits the inner cache, the chunk
+    the outer one and 1.5 patches."""
     block = [2 ** math.ceil(math.log2(p)) for p in patch]
     while math.prod(block) * itemsize > block_bytes:
         axis = max(range(3), key=lambda a: block[a] / patch[a])
@@ -164,16 +210,38 @@ def nnunet_partition(patch: tuple[int, int, int], itemsize: int, block_bytes: fl
     return (1, *chunk), (1, *block)
 
 
-def nnunet(folder: Path, images: list, labels: list, name: str, *, codec: str, level: int, block: float, chunk: float) -> list[Contender]:
-    """One .b2nd per image and per label (int16, as nnU-Net keeps it), memory-mapped; the filter that packs the first image better."""
+def nnunet(
+    folder: Path,
+    images: list,
+    labels: list,
+    name: str,
+    *,
+    codec: str,
+    level: int,
+    block: float,
+    chunk: float,
+) -> list[Contender]:
+    """One .b2nd per image and per label (int16, as nnU-Net keeps it), memory-mapped; the filter
+    that packs the first image better."""
     blosc2.set_nthreads(1)
     began = time.process_time()
 
     def save(array: np.ndarray, kind: str, i: int, bits: str) -> Path:
         chunks, blocks = nnunet_partition(PATCHES["3D"], array.itemsize, block, chunk)
         path = folder / f"{kind}-{i}-{bits}.b2nd"
-        packing = {"codec": blosc2.Codec[codec], "clevel": level, "filters": [blosc2.Filter[bits]], "nthreads": 1}
-        blosc2.asarray(np.ascontiguousarray(array[None]), urlpath=str(path), chunks=chunks, blocks=blocks, cparams=packing)
+        packing = {
+            "codec": blosc2.Codec[codec],
+            "clevel": level,
+            "filters": [blosc2.Filter[bits]],
+            "nthreads": 1,
+        }
+        blosc2.asarray(
+            np.ascontiguousarray(array[None]),
+            urlpath=str(path),
+            chunks=chunks,
+            blocks=blocks,
+            cparams=packing,
+        )
         return path
 
     trial = {bits: save(images[0], "trial", 0, bits) for bits in ("SHUFFLE", "BITSHUFFLE")}
@@ -181,7 +249,10 @@ def nnunet(folder: Path, images: list, labels: list, name: str, *, codec: str, l
     for path in trial.values():
         path.unlink()
     arrays = {"image": images, "label": [label.astype(np.int16) for label in labels]}
-    paths = {kind: [save(array, kind, i, bits) for i, array in enumerate(some)] for kind, some in arrays.items()}
+    paths = {
+        kind: [save(array, kind, i, bits) for i, array in enumerate(some)]
+        for kind, some in arrays.items()
+    }
     wrote = time.process_time() - began
 
     def opened(path: Path):
@@ -199,7 +270,9 @@ def nnunet(folder: Path, images: list, labels: list, name: str, *, codec: str, l
     )
     each = Contender(
         f"{name}, opened per patch as it does",
-        lambda i, box: opened(paths["image"][i])[(slice(None), *box)].astype(np.float32, copy=False),
+        lambda i, box: opened(paths["image"][i])[(slice(None), *box)].astype(
+            np.float32, copy=False
+        ),
         lambda i, box: opened(paths["label"][i])[(slice(None), *box)][0].astype(np.uint8),
         on_disk,
         2 * VOLUMES,
@@ -220,10 +293,14 @@ def contenders(folder: Path, images: list, labels: list) -> list[Contender]:
         new = {"codec": "LZ4HC", "level": 9, "block": 128 * 2**10, "chunk": 6 * 2**20}
         old = {"codec": "ZSTD", "level": 8, "block": 0.8 * 2**15, "chunk": 0.8 * 1.375 * 2**20}
         found += nnunet(place("b2nd"), images, labels, "nnU-Net layout", **new)
-        found += nnunet(place("b2nd-2025"), images, labels, "nnU-Net layout of 2025 (zstd)", **old)[:1]
+        found += nnunet(place("b2nd-2025"), images, labels, "nnU-Net layout of 2025 (zstd)", **old)[
+            :1
+        ]
         if dtype != np.float32:
             floats = [image.astype(np.float32) for image in images]
-            found += nnunet(place("b2nd-f32"), floats, labels, "nnU-Net layout in float32, its dtype", **new)[:1]
+            found += nnunet(
+                place("b2nd-f32"), floats, labels, "nnU-Net layout in float32, its dtype", **new
+            )[:1]
     found.append(raw_npy(place("npy"), images, labels))
     chosen = chunk_of(PATCHES["3D"], SHAPE, dtype.itemsize)
     for chunk in dict.fromkeys((chosen, (32, 32, 32), (32, 64, 64), (64, 64, 64))):
@@ -233,7 +310,9 @@ def contenders(folder: Path, images: list, labels: list) -> list[Contender]:
     return found
 
 
-def measure(found: list[Contender], patch: tuple[int, int, int], images: list, labels: list, seconds: float) -> list[dict]:
+def measure(
+    found: list[Contender], patch: tuple[int, int, int], images: list, labels: list, seconds: float
+) -> list[dict]:
     """Medians in ms over rounds in which every contender reads the same patch."""
     image_ms, label_ms, wall_ms = ({c.name: [] for c in found} for _ in range(3))
     deadline = time.perf_counter() + seconds * len(found)
@@ -245,7 +324,9 @@ def measure(found: list[Contender], patch: tuple[int, int, int], images: list, l
             label = contender.label(i, box)
             done, wall = time.process_time(), time.perf_counter() - wall
             if turn < 8:
-                right = np.array_equal(image[0], images[i][box].astype(np.float32)) and np.array_equal(label, labels[i][box])
+                right = np.array_equal(
+                    image[0], images[i][box].astype(np.float32)
+                ) and np.array_equal(label, labels[i][box])
                 assert right and image.dtype == np.float32, contender.name
             else:
                 image_ms[contender.name].append(1e3 * (between - began))
@@ -255,14 +336,20 @@ def measure(found: list[Contender], patch: tuple[int, int, int], images: list, l
             break
     median = {c.name: statistics.median(image_ms[c.name]) for c in found}
     median_label = {c.name: statistics.median(label_ms[c.name]) for c in found}
-    reference = next((c for c in found if c.name == NNUNET), next(c for c in found if c.name.startswith("npy")))
+    reference = next(
+        (c for c in found if c.name == NNUNET), next(c for c in found if c.name.startswith("npy"))
+    )
     return [
         {
             "reader": c.name,
             "image_ms": round(median[c.name], 3),
             "label_ms": round(median_label[c.name], 3),
             "wall_ms": round(statistics.median(wall_ms[c.name]), 3),
-            "speed": round((median[reference.name] + median_label[reference.name]) / (median[c.name] + median_label[c.name]), 2),
+            "speed": round(
+                (median[reference.name] + median_label[reference.name])
+                / (median[c.name] + median_label[c.name]),
+                2,
+            ),
             "MB": round(sum(c.bytes) / 1e6, 1),
             "size": round(sum(c.bytes) / sum(reference.bytes), 2),
             "files": c.files,
@@ -273,8 +360,11 @@ def measure(found: list[Contender], patch: tuple[int, int, int], images: list, l
     ]
 
 
-def read_many(contender: Contender, patch: tuple[int, int, int], seed: int, count: int, tell) -> None:
-    """In a process of its own: ms of processor time per patch and label, the opening of the files not counted."""
+def read_many(
+    contender: Contender, patch: tuple[int, int, int], seed: int, count: int, tell
+) -> None:
+    """In a process of its own: ms of processor time per patch and label, the opening of the files
+    not counted."""
     some = boxes(patch, seed)
     for _ in range(8):
         i, box = next(some)
@@ -286,11 +376,16 @@ def read_many(contender: Contender, patch: tuple[int, int, int], seed: int, coun
     tell.put(1e3 * (time.process_time() - began) / count)
 
 
-def measure_workers(found: list[Contender], patch: tuple[int, int, int], rounds: int = 9, count: int = 60) -> list[dict]:
-    """Medians over rounds in which our stores and nnU-Net's are read by the same number of processes, one contender after another."""
+def measure_workers(
+    found: list[Contender], patch: tuple[int, int, int], rounds: int = 9, count: int = 60
+) -> list[dict]:
+    """Medians over rounds in which our stores and nnU-Net's are read by the same number of
+    processes, one contender after another."""
     context = multiprocessing.get_context("fork")
     chosen = [c for c in found if c.name == NNUNET]
-    chosen += [next(c for c in found if c.name.startswith(f"segfleet {fmt}")) for fmt in ("zarr", "hdf5")]
+    chosen += [
+        next(c for c in found if c.name.startswith(f"segfleet {fmt}")) for fmt in ("zarr", "hdf5")
+    ]
     rows = []
     for workers in (1, 2):
         taken: dict[str, list[float]] = {c.name: [] for c in chosen}
@@ -307,15 +402,29 @@ def measure_workers(found: list[Contender], patch: tuple[int, int, int], rounds:
         medians = {name: statistics.median(ms) for name, ms in taken.items()}
         for name, ms in medians.items():
             speed = round(medians[chosen[0].name] / ms, 2)
-            rows.append({"reader": name, "workers": workers, "ms": round(ms, 3), "speed": speed, "rounds": rounds})
+            rows.append(
+                {
+                    "reader": name,
+                    "workers": workers,
+                    "ms": round(ms, 3),
+                    "speed": speed,
+                    "rounds": rounds,
+                }
+            )
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=1.5, help="per reader, patch size and dtype")
-    parser.add_argument("--folder", type=Path, help="the disk to measure; default: a temporary folder")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "stores.json")
+    parser.add_argument(
+        "--seconds", type=float, default=1.5, help="per reader, patch size and dtype"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="the disk to measure; default: a temporary folder"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "stores.json"
+    )
     arguments = parser.parse_args()
     made = [synthetic_ct(seed) for seed in range(VOLUMES)]
     labels = [label for _, label in made]
@@ -323,7 +432,12 @@ def main() -> None:
         "int16": [hu for hu, _ in made],
         "float16": [((hu - hu.mean()) / hu.std()).astype(np.float16) for hu, _ in made],
     }
-    machine = {"cpu_cores": os.cpu_count(), "python": platform.python_version(), "zarr": zarr.__version__, "h5py": h5py.__version__}
+    machine = {
+        "cpu_cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "zarr": zarr.__version__,
+        "h5py": h5py.__version__,
+    }
     machine |= {"hdf5": h5py.version.hdf5_version, "blosc2": getattr(blosc2, "__version__", None)}
     result = {"machine": machine, "shape": SHAPE, "volumes": VOLUMES, "tables": {}, "workers": {}}
     folder = Path(tempfile.mkdtemp(prefix="stores-", dir=arguments.folder))
@@ -334,13 +448,22 @@ def main() -> None:
                 title = f"{dtype}, patch {'x'.join(map(str, patch))}"
                 rows = measure(found, patch, images, labels, arguments.seconds)
                 result["tables"][title] = rows
-                print(f"\n{title}\n{'reader':58} image ms label ms  (wall)  speed     MB   size files write MB/s")
+                print(
+                    f"\n{title}\n{'reader':58} image ms label ms  (wall)  speed     MB   size "
+                    "files write MB/s"
+                )
                 for r in rows:
                     times = f"{r['image_ms']:8.2f} {r['label_ms']:8.2f} {r['wall_ms']:7.2f} {r['speed']:6.2f}"
-                    print(f"{r['reader']:58} {times} {r['MB']:6.1f} {r['size']:6.2f} {r['files']:5d} {r['write_MB_s']:10d}")
+                    print(
+                        f"{r['reader']:58} {times} {r['MB']:6.1f} {r['size']:6.2f} "
+                        f"{r['files']:5d} {r['write_MB_s']:10d}"
+                    )
                 result["workers"][title] = measure_workers(found, patch)
                 for r in result["workers"][title]:
-                    print(f"{r['workers']} reading: {r['reader']:47} {r['ms']:8.2f} {r['speed']:24.2f}")
+                    print(
+                        f"{r['workers']} reading: {r['reader']:47} {r['ms']:8.2f} "
+                        f"{r['speed']:24.2f}"
+                    )
     finally:
         shutil.rmtree(folder)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

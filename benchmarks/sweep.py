@@ -1,12 +1,16 @@
-"""A two-stage sweep with shared stages against plain Ray Tune, one trial per schedule: wall-clock and core-seconds.
+"""A two-stage sweep with shared stages against plain Ray Tune, one trial per schedule: wall-clock
+and core-seconds.
 
     python benchmarks/sweep.py [STEPS] [SLOTS]
 
-Space: 2 networks x 2 first rates x 3 second rates on a synthetic 2D store; the first stage has five times the steps of the second, as in
-100 + 20 epochs. Plain: `tune.Tuner` over the same grid, a function trainable that runs both stages from the start (the same ranks, the same
-checkpoints, the same scoring), nothing shared. Every leaf of both must have bitwise equal weights.
+Space: 2 networks x 2 first rates x 3 second rates on a synthetic 2D store; the first stage has five
+times the steps of the second, as in
+100 + 20 epochs. Plain: `tune.Tuner` over the same grid, a function trainable that runs both stages
+from the start (the same ranks, the same checkpoints, the same scoring), nothing shared. Every leaf
+of both must have bitwise equal weights.
 
-Overhead of the controller, per stage (target: 2 s): the sweep with one slot against its 16 stages started one by one without Ray.
+Overhead of the controller, per stage (target: 2 s): the sweep with one slot against its 16 stages
+started one by one without Ray.
 """
 
 from __future__ import annotations
@@ -61,7 +65,14 @@ def plain(document: dict, runs: Path, slots: int) -> None:
     from segfleet.sweeps.space.space import parse_search
 
     plan = make_plan(parse_search(document), runs)
-    jobs = [{"do": "train", "recipe": trial.recipe.model_dump(mode="json"), "root": str(runs / str(trial.number))} for trial in plan.trials]
+    jobs = [
+        {
+            "do": "train",
+            "recipe": trial.recipe.model_dump(mode="json"),
+            "root": str(runs / str(trial.number)),
+        }
+        for trial in plan.trials
+    ]
 
     def alone(config: dict) -> None:
         from segfleet.pipeline.launch.local import run_ranks
@@ -95,13 +106,16 @@ def weights(root: Path) -> dict[str, str]:
     found = {}
     for done in root.rglob("done.json"):
         name = json.loads(done.read_text())["checkpoint"]
-        files = json.loads((done.parent / "checkpoints" / name / "manifest.json").read_text())["files"]
+        files = json.loads((done.parent / "checkpoints" / name / "manifest.json").read_text())[
+            "files"
+        ]
         found[done.parent.name] = files["weights.safetensors"]["sha256"]
     return found
 
 
 class Meter:
-    """Core seconds of a process and all below it. A rank counts when it ends, through the process that waited for it."""
+    """Core seconds of a process and all below it. A rank counts when it ends, through the process
+    that waited for it."""
 
     def __init__(self):
         self.seen: dict[int, float] = {}
@@ -111,24 +125,43 @@ class Meter:
             with suppress(psutil.Error):
                 words, times = " ".join(process.cmdline()), process.cpu_times()
                 if "segfleet.pipeline.launch.worker" not in words:
-                    below = times.children_user + times.children_system if words.startswith("ray::") else 0.0
+                    below = (
+                        times.children_user + times.children_system
+                        if words.startswith("ray::")
+                        else 0.0
+                    )
                     self.seen[process.pid] = times.user + times.system + below
 
 
 def measured(how: str, steps: int, slots: int, store: Path, runs: Path) -> dict[str, float]:
-    """In a process of its own: wall seconds, and core seconds of everything it starts, Ray's own processes included."""
+    """In a process of its own: wall seconds, and core seconds of everything it starts, Ray's own
+    processes included."""
     import subprocess
 
     start, meter = time.perf_counter(), Meter()
-    command = [sys.executable, __file__, "--child", how, str(steps), str(slots), str(store), str(runs)]
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        how,
+        str(steps),
+        str(slots),
+        str(store),
+        str(runs),
+    ]
     with open(runs.with_suffix(".log"), "w") as log:
-        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
+        )
         while process.poll() is None:
             meter.look(process.pid)
             time.sleep(0.3)
     assert process.returncode == 0, runs.with_suffix(".log").read_text()
     steps_run = sum(json.loads(path.read_text())["steps"] for path in runs.rglob("done.json"))
-    seconds = {"wall_seconds": round(time.perf_counter() - start, 1), "core_seconds": round(sum(meter.seen.values()), 1)}
+    seconds = {
+        "wall_seconds": round(time.perf_counter() - start, 1),
+        "core_seconds": round(sum(meter.seen.values()), 1),
+    }
     return {**seconds, "optimizer_steps": steps_run}
 
 
@@ -138,10 +171,16 @@ def main(steps: int, slots: int) -> None:
     with tempfile.TemporaryDirectory(prefix="sweep-") as scratch:
         root = Path(scratch)
         store = write_tiny_store(root / "store", 2, "zarr", 6, 2, 40, 1)
-        ours, theirs = (measured(how, steps, slots, store, root / how) for how in ("shared", "plain"))
+        ours, theirs = (
+            measured(how, steps, slots, store, root / how) for how in ("shared", "plain")
+        )
         first, second = weights(root / "shared"), weights(root / "plain")
-        assert first == second and len(first) == 16, "shared and separate training must agree bitwise"
-        one, bare = (measured(how, SHORT, 1, store, root / f"{how}-1") for how in ("shared", "alone"))
+        assert first == second and len(first) == 16, (
+            "shared and separate training must agree bitwise"
+        )
+        one, bare = (
+            measured(how, SHORT, 1, store, root / f"{how}-1") for how in ("shared", "alone")
+        )
     result = {
         "steps_of_an_epoch": steps, "slots": slots, "cores": os.cpu_count(), "shared": ours, "plain": theirs,
         "ratio": {key: round(theirs[key] / ours[key], 3) for key in ours}, "equal_stages": len(first),
@@ -155,6 +194,8 @@ def main(steps: int, slots: int) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         how, steps, slots, store, runs = sys.argv[2:]
-        {"shared": shared, "plain": plain, "alone": alone}[how](space(Path(store), int(steps)), Path(runs), int(slots))
+        {"shared": shared, "plain": plain, "alone": alone}[how](
+            space(Path(store), int(steps)), Path(runs), int(slots)
+        )
     else:
         main(*(int(word) for word in (sys.argv[1:] + ["150", "2"][len(sys.argv) - 1 :])))

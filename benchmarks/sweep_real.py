@@ -1,10 +1,11 @@
-"""A sweep on real data: the seven U-Net-Lite variants and the plain U-Net on 2018 DSB nuclei, one first stage, two fine-tunings each.
+"""A sweep on real data: the seven U-Net-Lite variants and the plain U-Net on 2018 DSB nuclei, one
+first stage, two fine-tunings each.
 
     python benchmarks/sweep_real.py [WORK]
 
-The data set is looked for in $SEGFLEET_TEST_DATA, else in ../shared/data beside the repository. Images are resized to 128 x 128 (scores
-stay native); the budget is small: 150 + 50 steps of 8 patches of 64 x 64. With WORK, a folder that is kept, the same command goes on after
-anything.
+The data set is looked for in $SEGFLEET_TEST_DATA, else in ../shared/data beside the repository.
+Images are resized to 128 x 128 (scores stay native); the budget is small: 150 + 50 steps of 8
+patches of 64 x 64. With WORK, a folder that is kept, the same command goes on after anything.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ SPACE = {
     "name": "lite_on_dsb2018",
     "base": {
         "name": "lite_on_dsb2018",
-        "data": {"store": "store", "batch": 8, "patch": [64, 64], "augment": {"rot90": True, "noise": 0.0}},
+        "data": {
+            "store": "store",
+            "batch": 8,
+            "patch": [64, 64],
+            "augment": {"rot90": True, "noise": 0.0},
+        },
         "model": {"name": "unet_lite_standard"},
         "optimizer": {"name": "adamw", "weight_decay": 1e-2},
         "stages": [{"epochs": 1, "lr": 1e-3}],
@@ -35,7 +41,14 @@ SPACE = {
     "axes": {"model.name": [*(f"unet_lite_{name}" for name in LITE), "plain_unet_2d"]},
     "stages": [
         {"name": "train", "epochs": 6, "steps": 25, "lr": 1e-3, "warmup": 25},
-        {"name": "finetune", "epochs": 2, "steps": 25, "lr": [1e-3, 1e-4], "schedule": "cosine", "inherit": "weights+optimizer"},
+        {
+            "name": "finetune",
+            "epochs": 2,
+            "steps": 25,
+            "lr": [1e-3, 1e-4],
+            "schedule": "cosine",
+            "inherit": "weights+optimizer",
+        },
     ],
 }
 
@@ -43,7 +56,11 @@ SPACE = {
 def segfleet(work: Path, *arguments: str | Path) -> dict:
     command = [sys.executable, "-m", "segfleet.cli.main", *map(str, arguments), "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return json.loads(subprocess.run(command, cwd=work, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout)
+    return json.loads(
+        subprocess.run(
+            command, cwd=work, env=environment, stdout=subprocess.PIPE, check=True, text=True
+        ).stdout
+    )
 
 
 def main(work: Path) -> None:
@@ -60,7 +77,12 @@ def main(work: Path) -> None:
         }
         for row in done["ranking"]
     ]
-    result = {"minutes": round((time.time() - start) / 60, 1), "load": os.getloadavg(), "savings": done["savings"], "ranking": rows}
+    result = {
+        "minutes": round((time.time() - start) / 60, 1),
+        "load": os.getloadavg(),
+        "savings": done["savings"],
+        "ranking": rows,
+    }
     (HERE / "results" / "sweep_real.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

@@ -11,11 +11,17 @@ from segfleet.cli.output import Json, show
 
 
 def command(
-    run: Annotated[str, typer.Argument(help="A run folder, the beginning of its uid, its recipe's name; a store; predictions.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="A run folder, the beginning of its uid, its recipe's name; a store; predictions."
+        ),
+    ],
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Cancel a submitted run. Its ranks save first, so `segfleet resume` goes on where it stopped."""
+    """Cancel a submitted run. Its ranks save first, so `segfleet resume` goes on where it
+    stopped."""
     from segfleet.slurm import job as slurm_job
     from segfleet.slurm.submission import find_home
 
@@ -24,7 +30,13 @@ def command(
     active = slurm_job.cancel(found)
     job, last = found[-1]
     before = "running" if any(facts["state"] == "running" for _, facts in found) else last["state"]
-    document = {"run": str(home), "job": job.id, "before": before, "cancelled": bool(active), "jobs": active}
+    document = {
+        "run": str(home),
+        "job": job.id,
+        "before": before,
+        "cancelled": bool(active),
+        "jobs": active,
+    }
     show(document, as_json, render)
 
 
@@ -34,6 +46,9 @@ def render(document: dict) -> None:
     if name.endswith(".jobs"):
         name, again = name.removesuffix(".jobs"), "the same submission"
     if document["cancelled"]:
-        typer.echo(f"job {', '.join(jobs)} of {name} was {document['before']} and is cancelled; {again} goes on")
+        typer.echo(
+            f"job {', '.join(jobs)} of {name} was {document['before']} and is cancelled; {again} "
+            "goes on"
+        )
     else:
         typer.echo(f"{name} is {document['before']}; nothing to cancel")

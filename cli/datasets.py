@@ -1,4 +1,5 @@
-"""`segfleet datasets [NAME [check ROOT | phantom OUT | slices ROOT]]`: known raw layouts, their check, synthetic sets, 2.5D slices."""
+"""`segfleet datasets [NAME [check ROOT | phantom OUT | slices ROOT]]`: known raw layouts, their
+check, synthetic sets, 2.5D slices."""
 
 from __future__ import annotations
 
@@ -9,28 +10,66 @@ import typer
 
 from segfleet.cli.output import Json, problem_table, progress, show, table
 
-ACTIONS = {"check": "the raw folder", "phantom": "a new folder", "slices": "the raw folder"}  # action -> its path
+ACTIONS = {
+    "check": "the raw folder",
+    "phantom": "a new folder",
+    "slices": "the raw folder",
+}  # action -> its path
 PROBLEM = ("case", "field", "found", "expected", "how to mend")
-Options = Annotated[list[str] | None, typer.Option("--option", help="An option of the layout, NAME=VALUE; `datasets NAME` lists them.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option", help="An option of the layout, NAME=VALUE; `datasets NAME` lists them."
+    ),
+]
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(help="A layout; without one, all are listed.")] = None,
-    action: Annotated[str | None, typer.Argument(help="check: list all problems. phantom: write a synthetic set. slices: 2.5D.")] = None,
-    path: Annotated[Path | None, typer.Argument(help="check, slices: the raw folder. phantom: a new folder.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A layout; without one, all are listed.")
+    ] = None,
+    action: Annotated[
+        str | None,
+        typer.Argument(
+            help="check: list all problems. phantom: write a synthetic set. slices: 2.5D."
+        ),
+    ] = None,
+    path: Annotated[
+        Path | None, typer.Argument(help="check, slices: the raw folder. phantom: a new folder.")
+    ] = None,
     option: Options = None,
-    fix: Annotated[bool, typer.Option("--fix", help="check: write a copy with mended labels (0/255, --remap, geometry).")] = False,
-    remap: Annotated[list[str] | None, typer.Option(help="check --fix: renumber a label, OLD=NEW.")] = None,
-    to: Annotated[Path | None, typer.Option(help="check --fix, slices: the new folder; default: ROOT-mended, ROOT-slices.")] = None,
-    against: Annotated[Path | None, typer.Option(help="check: name images that are in this store too, and on which side.")] = None,
-    window: Annotated[tuple[float, float], typer.Option(help="slices: HU that become -1 and 1.")] = (-200.0, 200.0),
+    fix: Annotated[
+        bool,
+        typer.Option(
+            "--fix", help="check: write a copy with mended labels (0/255, --remap, geometry)."
+        ),
+    ] = False,
+    remap: Annotated[
+        list[str] | None, typer.Option(help="check --fix: renumber a label, OLD=NEW.")
+    ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            help="check --fix, slices: the new folder; default: ROOT-mended, ROOT-slices."
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="check: name images that are in this store too, and on which side."),
+    ] = None,
+    window: Annotated[
+        tuple[float, float], typer.Option(help="slices: HU that become -1 and 1.")
+    ] = (-200.0, 200.0),
     crop: Annotated[int | None, typer.Option(help="slices: keep the middle N x N pixels.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes of the check at most.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes of the check at most.")
+    ] = None,
     cases: Annotated[int | None, typer.Option(min=1, help="Cases of the phantom.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the phantom.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """List raw layouts; check a raw folder (exit code 2 if it has problems); write a synthetic data set or 2.5D slices."""
+    """List raw layouts; check a raw folder (exit code 2 if it has problems); write a synthetic data
+    set or 2.5D slices."""
     from segfleet.core.errors import InputError
     from segfleet.preprocess.readers.base import open_reader
 
@@ -39,15 +78,36 @@ def command(
     elif action is None:
         show(layouts([known(name)])[0], as_json, render_layout)
     elif action not in ACTIONS:
-        raise InputError(f"datasets: found the action '{action}', expected one of: {', '.join(ACTIONS)}")
+        raise InputError(
+            f"datasets: found the action '{action}', expected one of: {', '.join(ACTIONS)}"
+        )
     elif path is None:
-        raise InputError(f"datasets: {action} needs a path, {ACTIONS[action]}: segfleet datasets {name} {action} PATH")
+        raise InputError(
+            f"datasets: {action} needs a path, {ACTIONS[action]}: segfleet datasets {name} "
+            f"{action} PATH"
+        )
     elif action == "phantom":
         phantom(known(name), path, cases, seed, as_json)
     elif action == "slices":
-        slices(open_reader(name, path, **chosen(option)), beside(path, to, "slices"), window, crop, workers, as_json)
+        slices(
+            open_reader(name, path, **chosen(option)),
+            beside(path, to, "slices"),
+            window,
+            crop,
+            workers,
+            as_json,
+        )
     elif fix:
-        fixed(name, path, chosen(option), beside(path, to, "mended"), renumbered(remap or []), workers, against, as_json)
+        fixed(
+            name,
+            path,
+            chosen(option),
+            beside(path, to, "mended"),
+            renumbered(remap or []),
+            workers,
+            against,
+            as_json,
+        )
     else:
         check(name, path, chosen(option), workers, against, as_json)
 
@@ -95,7 +155,12 @@ def layouts(names: list[str] | None = None) -> list[dict[str, Any]]:
     found = []
     for name in names or readers():
         cls = reader_class(name)
-        facts = {"about": cls.about, "layout": cls.layout, **asdict(cls.facts), "options": {k: list(v) for k, v in cls.options.items()}}
+        facts = {
+            "about": cls.about,
+            "layout": cls.layout,
+            **asdict(cls.facts),
+            "options": {k: list(v) for k, v in cls.options.items()},
+        }
         using = [recipe for recipe, text in uses if f"preprocess {name} " in text]
         found.append({"name": name, **facts, "recipes": using, "phantom": name in PHANTOMS})
     return found
@@ -106,8 +171,16 @@ def recipes() -> list[tuple[str, str]]:
     import importlib.util
 
     spec = importlib.util.find_spec("segfleet.pipeline")
-    folders = [Path(place) / "recipes" for place in (spec.submodule_search_locations or [])] if spec else []
-    return [(path.stem, path.read_text(encoding="utf-8")) for folder in folders for path in sorted(folder.glob("*.yaml"))]
+    folders = (
+        [Path(place) / "recipes" for place in (spec.submodule_search_locations or [])]
+        if spec
+        else []
+    )
+    return [
+        (path.stem, path.read_text(encoding="utf-8"))
+        for folder in folders
+        for path in sorted(folder.glob("*.yaml"))
+    ]
 
 
 def render_layouts(found: list[dict[str, Any]]) -> None:
@@ -115,14 +188,27 @@ def render_layouts(found: list[dict[str, Any]]) -> None:
     rows = []
     for d in found:
         source = f"{d['licence']}\n{d['download']}".strip()
-        rows.append((d["name"], f"{d['dims']} {d['modality']}", d["complete"] or "", "\n".join(d["recipes"]), source))
+        rows.append(
+            (
+                d["name"],
+                f"{d['dims']} {d['modality']}",
+                d["complete"] or "",
+                "\n".join(d["recipes"]),
+                source,
+            )
+        )
     table(columns, rows, title="all that is known of one: segfleet datasets NAME")
 
 
 def render_layout(found: dict[str, Any]) -> None:
-    options = "; ".join(f"{name}: {' | '.join(values)}" for name, values in found["options"].items())
+    options = "; ".join(
+        f"{name}: {' | '.join(values)}" for name, values in found["options"].items()
+    )
     plain = {**found, "options": options, "recipes": ", ".join(found["recipes"])}
-    table(("", ""), [(key, "yes" if value is True else value) for key, value in plain.items() if value])
+    table(
+        ("", ""),
+        [(key, "yes" if value is True else value) for key, value in plain.items() if value],
+    )
 
 
 def check(
@@ -155,16 +241,32 @@ def check(
     def render(_: dict[str, Any]) -> None:
         if mended:
             rows = [tuple(change.values()) for change in mended]
-            table(("case", "field", "was", "now"), rows, title=f"{len(rows)} label(s) mended in the copy {root}; the original is as it was")
+            table(
+                ("case", "field", "was", "now"),
+                rows,
+                title=f"{len(rows)} label(s) mended in the copy {root}; the original is as it was",
+            )
         if warnings:
             rows = [(w.case, w.field, w.found, w.expected, w.mend) for w in warnings]
             table(PROBLEM, rows, title=f"{len(rows)} warning(s)", stderr=True)
         if found.problems:
             problem_table(DataError(str(root), list(found.problems)))
         else:
-            cases = f"{len(found.refs):,}" + (f" of {reader.facts.complete:,}" if reader.facts.complete else "")
-            row = (found.dataset.name, cases, document["patients"], 0, len(warnings), ", ".join(document["splits"]))
-            table(("data set", "cases", "patients", "problems", "warnings", "splits it comes with"), [row])
+            cases = f"{len(found.refs):,}" + (
+                f" of {reader.facts.complete:,}" if reader.facts.complete else ""
+            )
+            row = (
+                found.dataset.name,
+                cases,
+                document["patients"],
+                0,
+                len(warnings),
+                ", ".join(document["splits"]),
+            )
+            table(
+                ("data set", "cases", "patients", "problems", "warnings", "splits it comes with"),
+                [row],
+            )
 
     show(document, as_json, render)
     if found.problems:
@@ -188,18 +290,40 @@ def phantom(name: str, root: Path, cases: int | None, seed: int, as_json: bool) 
     from segfleet.preprocess.phantoms.phantom import PHANTOMS
 
     if name not in PHANTOMS:
-        raise InputError(f"datasets: there is no phantom in the layout '{name}', only in: {', '.join(PHANTOMS)}")
-    options = {"seed": seed} if cases is None else {"seed": seed, "images" if name == "dsb2018" else "cases": cases}
+        raise InputError(
+            f"datasets: there is no phantom in the layout '{name}', only in: {', '.join(PHANTOMS)}"
+        )
+    options = (
+        {"seed": seed}
+        if cases is None
+        else {"seed": seed, "images" if name == "dsb2018" else "cases": cases}
+    )
     PHANTOMS[name](root, **options)
-    document = {"root": str(root), "layout": name, "next": f"segfleet preprocess {name} --raw {root} --out STORE"}
+    document = {
+        "root": str(root),
+        "layout": name,
+        "next": f"segfleet preprocess {name} --raw {root} --out STORE",
+    }
     show(document, as_json, lambda found: table(("", ""), list(found.items())))
 
 
-def slices(reader, out: Path, window: tuple[float, float], crop: int | None, workers: int | None, as_json: bool) -> None:
+def slices(
+    reader,
+    out: Path,
+    window: tuple[float, float],
+    crop: int | None,
+    workers: int | None,
+    as_json: bool,
+) -> None:
     """Volumes, once they are checked, to slices of three neighbours, for the layout npy."""
     from segfleet.preprocess.checking.slices import write_slices
 
     with progress("checking and slicing volumes") as tick:
         count = write_slices(reader, out, window, crop, tick, workers)
-    document = {"root": str(out), "layout": "npy", "slices": count, "next": f"segfleet preprocess npy --raw {out} --out STORE"}
+    document = {
+        "root": str(out),
+        "layout": "npy",
+        "slices": count,
+        "next": f"segfleet preprocess npy --raw {out} --out STORE",
+    }
     show(document, as_json, lambda found: table(("", ""), list(found.items())))

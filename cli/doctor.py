@@ -8,7 +8,8 @@ from segfleet.cli.output import Json, show, table
 
 
 def command(as_json: Json = False) -> None:
-    """Say what this machine can do; time and check a 3D convolution in every precision. Exit code 1 if a result is wrong."""
+    """Say what this machine can do; time and check a 3D convolution in every precision. Exit code 1
+    if a result is wrong."""
     from segfleet.pipeline.doctor import examine
 
     found = examine()
@@ -18,11 +19,23 @@ def command(as_json: Json = False) -> None:
 
 
 def render(found: dict) -> None:
-    typer.echo(f"Python {found['python']}, {found['cores']} cores, {found['memory_gib']} GiB usable memory, {found['device']}")
-    table(("package", "version"), [(name, number or "not installed") for name, number in found["packages"].items()])
-    table(("program", "where"), [(name, place or "not found") for name, place in found["programs"].items()])
+    typer.echo(
+        f"Python {found['python']}, {found['cores']} cores, {found['memory_gib']} GiB usable "
+        f"memory, {found['device']}"
+    )
+    table(
+        ("package", "version"),
+        [(name, number or "not installed") for name, number in found["packages"].items()],
+    )
+    table(
+        ("program", "where"),
+        [(name, place or "not found") for name, place in found["programs"].items()],
+    )
     rows = []
     for row in found["convolutions"]:
-        memory, right = "channels last" if row["channels_last"] else "contiguous", "yes" if row["right"] else row.get("why", "NO")
+        memory, right = (
+            "channels last" if row["channels_last"] else "contiguous",
+            "yes" if row["right"] else row.get("why", "NO"),
+        )
         rows.append((row["precision"], memory, row["ms"] or "-", right))
     table(("3D convolution", "memory", "ms", "right"), rows)

@@ -12,18 +12,30 @@ from segfleet.cli.output import Json, show, table
 
 
 def command(
-    run: Annotated[str, typer.Argument(help="A run folder, the beginning of its uid, or its recipe's name.")],
-    changes: Annotated[list[str] | None, typer.Argument(help="Changes of the evaluation, such as evaluation.mirror=[1,2].")] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine that share the cases.")] = 1,
+    run: Annotated[
+        str, typer.Argument(help="A run folder, the beginning of its uid, or its recipe's name.")
+    ],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes of the evaluation, such as evaluation.mirror=[1,2]."),
+    ] = None,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine that share the cases.")
+    ] = 1,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Score a finished run on the whole cases of its validation fold, at their original resolution; write its report anew."""
+    """Score a finished run on the whole cases of its validation fold, at their original resolution;
+    write its report anew."""
     from segfleet.pipeline.launch.local import run_ranks
 
     job = job_of(run, changes or [], runs)
     run_ranks(job, ranks)
-    show(json.loads((Path(job["run"]) / "evaluation.json").read_text(encoding="utf-8")), as_json, render)
+    show(
+        json.loads((Path(job["run"]) / "evaluation.json").read_text(encoding="utf-8")),
+        as_json,
+        render,
+    )
 
 
 def job_of(run: str, changes: list[str], runs: Path) -> dict[str, Any]:
@@ -39,10 +51,19 @@ def job_of(run: str, changes: list[str], runs: Path) -> dict[str, Any]:
     changed = parse(override(recipe.model_dump(mode="json"), changes), run)
     there = stage_folders(root, changed, load_manifest(Path(changed.data.store)))[-1].path
     if there.resolve() != folder:
-        raise InputError("evaluate: only evaluation.* and data.workers can be changed here; what changes training makes another run")
+        raise InputError(
+            "evaluate: only evaluation.* and data.workers can be changed here; what changes "
+            "training makes another run"
+        )
     for stage in folders:
         stage.check_done()
-    return {"do": "score", "again": True, "recipe": changed.model_dump(mode="json"), "root": str(root), "run": str(folder)}
+    return {
+        "do": "score",
+        "again": True,
+        "recipe": changed.model_dump(mode="json"),
+        "root": str(root),
+        "run": str(folder),
+    }
 
 
 def render(document: dict) -> None:

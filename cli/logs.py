@@ -13,9 +13,21 @@ from segfleet.cli.output import Json, show
 
 
 def command(
-    run: Annotated[str, typer.Argument(help="A run folder, the beginning of its uid, its recipe's name; a store; predictions.")],
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
-    rank: Annotated[int | None, typer.Option(min=0, help="One rank; by default all, each line with its rank if there are several.")] = None,
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="A run folder, the beginning of its uid, its recipe's name; a store; predictions."
+        ),
+    ],
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")
+    ] = False,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="One rank; by default all, each line with its rank if there are several."
+        ),
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
@@ -26,13 +38,24 @@ def command(
     from segfleet.slurm.submission import find_home
 
     jobs = jobs_of(find_home(run, runs))
-    count = JobSpec.model_construct(**jobs[-1].submission.spec).ranks  # legal in the version that submitted it
+    count = JobSpec.model_construct(
+        **jobs[-1].submission.spec
+    ).ranks  # legal in the version that submitted it
     if rank is not None and rank >= count:
         raise InputError(f"--rank: found {rank}, expected 0 to {count - 1}")
     ranks = range(count) if rank is None else [rank]
-    logs = {job.label or str(number): job.submission.log(number) for job in jobs for number in ranks}
+    logs = {
+        job.label or str(number): job.submission.log(number) for job in jobs for number in ranks
+    }
     if as_json:
-        show({"run": jobs[-1].submission.folder, "ranks": {name: text_of(path) for name, path in logs.items()}}, True, print)
+        show(
+            {
+                "run": jobs[-1].submission.folder,
+                "ranks": {name: text_of(path) for name, path in logs.items()},
+            },
+            True,
+            print,
+        )
         return
     tails = [Tail(path, f"{name}: " if len(logs) > 1 else "") for name, path in logs.items()]
     told = False
@@ -41,7 +64,9 @@ def command(
         over = all(facts["state"] not in OPEN for facts in found)
         silent = next((facts["reason"] for facts in found if facts["state"] == "unknown"), None)
         if silent and not told:
-            sys.stderr.write(f"segfleet: {silent}; whether the job still runs is unknown, waiting\n")
+            sys.stderr.write(
+                f"segfleet: {silent}; whether the job still runs is unknown, waiting\n"
+            )
         told = bool(silent)
         for tail in tails:
             tail.copy(last=over)

@@ -1,6 +1,8 @@
-"""`segfleet`: finds the command's file, runs it, and turns what goes wrong into one message and an exit code.
+"""`segfleet`: finds the command's file, runs it, and turns what goes wrong into one message and an
+exit code.
 
-Exit codes: 0 done, 1 a fault of segfleet or of the machine, 2 the user's input is wrong, 75 interrupted and resumable.
+Exit codes: 0 done, 1 a fault of segfleet or of the machine, 2 the user's input is wrong, 75
+interrupted and resumable.
 """
 
 from __future__ import annotations
@@ -13,22 +15,37 @@ import typer
 from typer.core import TyperGroup
 
 COMMANDS = {  # name -> (module, one line); the lines stand here so that --help imports no command
-    "doctor": ("doctor", "What this machine can do: packages, cores, memory, GPUs, timed convolutions."),
+    "doctor": (
+        "doctor",
+        "What this machine can do: packages, cores, memory, GPUs, timed convolutions.",
+    ),
     "models": ("models", "Registered networks: parameters, multiply-adds, input rules."),
     "datasets": ("datasets", "Known raw layouts; check a raw folder; write a synthetic set."),
     "preprocess": ("preprocess", "Turn a raw data set into an immutable shard store."),
     "recipe": ("recipe", "List, show and validate recipes; print their schema."),
-    "train": ("train", "Train every stage of a recipe on this machine; continues where it stopped."),
+    "train": (
+        "train",
+        "Train every stage of a recipe on this machine; continues where it stopped.",
+    ),
     "sweep": ("sweep", "Compare schedules and networks; every common beginning is trained once."),
     "evaluate": ("evaluate", "Score a run on whole cases at their original resolution."),
     "predict": ("predict", "Segment raw images with a run."),
     "report": ("report", "Write a run's report as one HTML file."),
-    "submit": ("submit", "Send a recipe to a SLURM cluster; the job comes back by itself after limits and failures."),
+    "submit": (
+        "submit",
+        "Send a recipe to a SLURM cluster; the job comes back by itself after limits and failures.",
+    ),
     "status": ("status", "Every run under a folder: state, progress, loss, speed."),
     "logs": ("logs", "What the ranks of a submitted run print."),
     "cancel": ("cancel", "Cancel a submitted run; it saves first."),
-    "resume": ("resume", "Submit a run again as it was submitted before; it goes on from its latest checkpoint."),
-    "slurm-sandbox": ("slurm_sandbox", "A real SLURM with pretended GPUs on this machine, to try everything out."),
+    "resume": (
+        "resume",
+        "Submit a run again as it was submitted before; it goes on from its latest checkpoint.",
+    ),
+    "slurm-sandbox": (
+        "slurm_sandbox",
+        "A real SLURM with pretended GPUs on this machine, to try everything out.",
+    ),
 }
 INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again and it goes on
 
@@ -52,12 +69,21 @@ class LazyGroup(TyperGroup):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
 
-app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=LazyGroup,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 
 @app.callback(invoke_without_command=True)
-def top(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
-    """Train medical image segmentation networks at scale: shards, exact resume, SLURM, sweeps, honest scores."""
+def top(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    """Train medical image segmentation networks at scale: shards, exact resume, SLURM, sweeps,
+    honest scores."""
     if version:
         from importlib.metadata import version as installed
 
@@ -70,7 +96,8 @@ def complain(message: str) -> None:
 
 
 def exit_code(error: BaseException) -> int:
-    """Say what went wrong; the exit code. A fault of ours is re-raised with its traceback, for the bug report."""
+    """Say what went wrong; the exit code. A fault of ours is re-raised with its traceback, for the
+    bug report."""
     from segfleet.core.errors import explain
 
     if known := explain(error):

@@ -11,10 +11,13 @@ from segfleet.cli.output import Json, show, table
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(help="One network: its stages, options and source.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="One network: its stages, options and source.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Registered networks: parameters, multiply-adds, input rules. With NAME: parameters per stage, options, memory, source."""
+    """Registered networks: parameters, multiply-adds, input rules. With NAME: parameters per stage,
+    options, memory, source."""
     from segfleet.models.registry import spec, specs
 
     if name is None:
@@ -35,7 +38,9 @@ def summary(chosen) -> dict[str, Any]:
         "input": list(chosen.paper_input),
         "in_channels": chosen.in_channels,
         "classes": chosen.num_classes,
-        "divisor": [chosen.divisor] * len(chosen.paper_input) if isinstance(chosen.divisor, int) else list(chosen.divisor),
+        "divisor": [chosen.divisor] * len(chosen.paper_input)
+        if isinstance(chosen.divisor, int)
+        else list(chosen.divisor),
         "fixed_patch": chosen.fixed_patch,
         "deep_supervision": chosen.deep_supervision,
     }
@@ -58,7 +63,9 @@ def details(chosen) -> dict[str, Any]:
 def render_all(rows: Sequence[dict[str, Any]]) -> None:
     columns = ("name", "dims", "parameters", "GMAC", "at", "step", "deep")
     table(columns, [(r["name"], *_cells(r)) for r in rows])
-    typer.echo("GMAC: one forward at batch 1. step: sizes must be multiples of it. deep: deep supervision.")
+    typer.echo(
+        "GMAC: one forward at batch 1. step: sizes must be multiples of it. deep: deep supervision."
+    )
 
 
 def render_one(found: dict[str, Any]) -> None:
@@ -66,11 +73,13 @@ def render_one(found: dict[str, Any]) -> None:
     facts = {
         "about": found["about"],
         "source": found["source"],
-        "input": f"{found['in_channels']} channel(s), {dims}, size " + ("fixed when built" if rule == "fixed" else f"in steps of {rule}"),
+        "input": f"{found['in_channels']} channel(s), {dims}, size "
+        + ("fixed when built" if rule == "fixed" else f"in steps of {rule}"),
         "output": f"{found['classes']} class(es), deep supervision: {deep}",
         "parameters": f"{parameters:,}",
         "multiply-adds": f"{gmac} G at {size}, batch 1, forward",
-        "training memory": f"{found['training_bytes'] / 2**20:,.0f} MiB at {size}, batch 1, fp32, without optimizer state",
+        "training memory": f"{found['training_bytes'] / 2**20:,.0f} MiB at {size}, batch 1, fp32, "
+        "without optimizer state",
         "options": ", ".join(found["options"]) or "none",
     }
     table((found["name"], ""), list(facts.items()))
@@ -80,5 +89,18 @@ def render_one(found: dict[str, Any]) -> None:
 def _cells(row: dict[str, Any]) -> tuple[Any, ...]:
     dims = "/".join(f"{d}D" for d in row["dims"])
     by = row["divisor"]
-    rule = "fixed" if row["fixed_patch"] else str(by[0]) if len(set(by)) == 1 else "x".join(map(str, by))
-    return dims, row["parameters"], row["gmac"], "x".join(map(str, row["input"])), rule, "yes" if row["deep_supervision"] else "no"
+    rule = (
+        "fixed"
+        if row["fixed_patch"]
+        else str(by[0])
+        if len(set(by)) == 1
+        else "x".join(map(str, by))
+    )
+    return (
+        dims,
+        row["parameters"],
+        row["gmac"],
+        "x".join(map(str, row["input"])),
+        rule,
+        "yes" if row["deep_supervision"] else "no",
+    )

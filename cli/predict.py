@@ -11,13 +11,16 @@ from segfleet.cli.output import Json, progress, show, table
 
 
 def command(
-    run: Annotated[str, typer.Argument(help="A run folder, the beginning of its uid, or its recipe's name.")],
+    run: Annotated[
+        str, typer.Argument(help="A run folder, the beginning of its uid, or its recipe's name.")
+    ],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     out: Annotated[Path, typer.Option(help="Folder of the predictions.")],
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Segment images with a finished run; every prediction lies exactly on its image. Continues where it stopped."""
+    """Segment images with a finished run; every prediction lies exactly on its image. Continues
+    where it stopped."""
     job = job_of(run, images, out, runs)
     from segfleet.pipeline.jobs import predict
     from segfleet.pipeline.ranks import Ranks
@@ -38,8 +41,17 @@ def job_of(run: str, images: list[Path], out: Path, runs: Path) -> dict[str, Any
     recipe, folders = open_run(folder)
     for stage in folders:
         stage.check_done()
-    check_out(out, collect(images, len(load_manifest(Path(recipe.data.store)).dataset.channels)), folder.name)
-    return {"do": "predict", "run": str(folder), "images": [str(path) for path in images], "out": str(out)}
+    check_out(
+        out,
+        collect(images, len(load_manifest(Path(recipe.data.store)).dataset.channels)),
+        folder.name,
+    )
+    return {
+        "do": "predict",
+        "run": str(folder),
+        "images": [str(path) for path in images],
+        "out": str(out),
+    }
 
 
 def render(document: dict) -> None:

@@ -1,4 +1,5 @@
-"""`segfleet preprocess NAME --raw DIR --out STORE`: a raw data set becomes an immutable shard store."""
+"""`segfleet preprocess NAME --raw DIR --out STORE`: a raw data set becomes an immutable shard
+store."""
 
 from __future__ import annotations
 
@@ -12,25 +13,50 @@ import typer
 from segfleet.cli.datasets import Options, chosen
 from segfleet.cli.output import Json, progress, show, table
 
-PHASES = {"check": "checking raw files", "write": "writing cases", "compare": "comparing raw files with the store"}
+PHASES = {
+    "check": "checking raw files",
+    "write": "writing cases",
+    "compare": "comparing raw files with the store",
+}
 
 
 def command(
-    name: Annotated[str, typer.Argument(help="Layout of the raw data; `segfleet datasets` lists them.")],
+    name: Annotated[
+        str, typer.Argument(help="Layout of the raw data; `segfleet datasets` lists them.")
+    ],
     raw: Annotated[Path, typer.Option(help="Folder of the raw data set.")],
     out: Annotated[Path, typer.Option(help="Store to make. It appears when it is complete.")],
-    format: Annotated[str, typer.Option(help="zarr | hdf5. HDF5 for very many small images or when inodes are scarce.")] = "zarr",
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes at most; default: what cores, memory and work suggest.")] = None,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="zarr | hdf5. HDF5 for very many small images or when inodes are scarce."
+        ),
+    ] = "zarr",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes at most; default: what cores, memory and work suggest."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the five-fold split.")] = 12345,
     option: Options = None,
     size: Annotated[
-        tuple[int, int] | None, typer.Option(help="Resize every 2D image to Y X pixels, as papers do; scores stay native.")
+        tuple[int, int] | None,
+        typer.Option(help="Resize every 2D image to Y X pixels, as papers do; scores stay native."),
     ] = None,
     patch: Annotated[
-        str | None, typer.Option(help="Patch instead of the planned one, voxels: 64x128x128 (z, y, x), 256x256 in 2D.")
+        str | None,
+        typer.Option(
+            help="Patch instead of the planned one, voxels: 64x128x128 (z, y, x), 256x256 in 2D."
+        ),
     ] = None,
-    spacing: Annotated[str | None, typer.Option(help="Target spacing instead of the planned one, mm: 2.5x1x1 (z, y, x).")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Then read every chunk back and compare all checksums.")] = False,
+    spacing: Annotated[
+        str | None,
+        typer.Option(help="Target spacing instead of the planned one, mm: 2.5x1x1 (z, y, x)."),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Then read every chunk back and compare all checksums.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check a raw data set, plan, and write it as shards with a manifest.
@@ -40,7 +66,9 @@ def command(
     from segfleet.preprocess.building.build import build
     from segfleet.preprocess.jobs import overrides_of
 
-    store = job_of(name, raw, out, format, workers, seed, option, size, patch, spacing, verify)["store"]
+    store = job_of(name, raw, out, format, workers, seed, option, size, patch, spacing, verify)[
+        "store"
+    ]
     first: dict[str, int] = {}
     with bars(first) as tick:
         manifest = build(**{**store, "overrides": overrides_of(store)}, progress=tick)
@@ -54,14 +82,30 @@ def job_of(
     name: str, raw: Path, out: Path, format: str, workers: int | None, seed: int, option: list[str] | None, size: tuple[int, int] | None,
     patch: str | None, spacing: str | None, verify: bool, **_: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """What preprocessing does, as preprocess.jobs says. Raises InputError for what shows before any image is read."""
+    """What preprocessing does, as preprocess.jobs says. Raises InputError for what shows before any
+    image is read."""
     from segfleet.preprocess.building.build import open_raw
     from segfleet.preprocess.jobs import overrides_of
 
-    overrides = {"size": size, "patch": numbers("patch", patch, int), "spacing": numbers("spacing", spacing, float)}
-    store = {"reader_name": name, "raw": str(raw), "out": str(out), "format": format, "options": chosen(option), "overrides": overrides}
+    overrides = {
+        "size": size,
+        "patch": numbers("patch", patch, int),
+        "spacing": numbers("spacing", spacing, float),
+    }
+    store = {
+        "reader_name": name,
+        "raw": str(raw),
+        "out": str(out),
+        "format": format,
+        "options": chosen(option),
+        "overrides": overrides,
+    }
     open_raw(name, raw, out, format=format, options=store["options"], overrides=overrides_of(store))
-    return {"do": "preprocess", "store": {**store, "workers": workers, "split_seed": seed}, "verify": verify}
+    return {
+        "do": "preprocess",
+        "store": {**store, "workers": workers, "split_seed": seed},
+        "verify": verify,
+    }
 
 
 def numbers(name: str, text: str | None, kind: type) -> tuple | None:
@@ -73,12 +117,16 @@ def numbers(name: str, text: str | None, kind: type) -> tuple | None:
     try:
         return tuple(kind(part) for part in text.replace(",", "x").split("x"))
     except ValueError:
-        raise InputError(f"{name}: found '{text}', expected {'whole ' if kind is int else ''}numbers such as 16x64x64") from None
+        raise InputError(
+            f"{name}: found '{text}', expected {'whole ' if kind is int else ''}numbers such as "
+            "16x64x64"
+        ) from None
 
 
 @contextmanager
 def bars(first: dict[str, int]) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar per phase, over what this run does. `first` learns how much of each phase was done before it."""
+    """A progress bar per phase, over what this run does. `first` learns how much of each phase was
+    done before it."""
     with ExitStack() as stack:
         tick: dict[str, Callable[[int, int], None]] = {}
 
@@ -119,18 +167,41 @@ def document(manifest, out: Path, status: str, verified: bool) -> dict[str, Any]
 
 def render(found: dict[str, Any]) -> None:
     plan, dataset = found["plan"], found["dataset"]
-    anisotropic = "" if plan["anisotropic_axis"] is None else f", axis {'zyx'[plan['anisotropic_axis']]} resampled apart"
+    anisotropic = (
+        ""
+        if plan["anisotropic_axis"] is None
+        else f", axis {'zyx'[plan['anisotropic_axis']]} resampled apart"
+    )
     spacing = " x ".join(f"{s:g}" for s in plan["target_spacing"]) + f" mm (z, y, x){anisotropic}"
     rows = [
-        ("store", f"{found['store']} ({found['status']}{', verified' if found['verified'] else ''})"),
+        (
+            "store",
+            f"{found['store']} ({found['status']}{', verified' if found['verified'] else ''})",
+        ),
         ("id", found["id"]),
-        ("data set", f"{dataset['name']}, {dataset['dims']}D, {found['cases']} cases of {found['patients']} patients"),
+        (
+            "data set",
+            f"{dataset['name']}, {dataset['dims']}D, {found['cases']} cases of "
+            f"{found['patients']} patients",
+        ),
         ("labels", ", ".join(dataset["regions"] or dataset["labels"])),
-        ("channels", ", ".join(f"{c} ({n})" for c, n in zip(dataset["channels"], plan["normalisation"], strict=True))),
-        ("size", " x ".join(map(str, plan["size"][1:])) + " for every image") if plan["size"] else ("spacing", spacing),
+        (
+            "channels",
+            ", ".join(
+                f"{c} ({n})"
+                for c, n in zip(dataset["channels"], plan["normalisation"], strict=True)
+            ),
+        ),
+        ("size", " x ".join(map(str, plan["size"][1:])) + " for every image")
+        if plan["size"]
+        else ("spacing", spacing),
         ("median case", " x ".join(map(str, plan["median_shape"]))),
         ("patch", " x ".join(map(str, plan["patch"]))),
         ("splits", ", ".join(f"{name} ({n})" for name, n in found["splits"].items())),
-        ("size", f"{found['bytes'] / 2**20:.1f} MiB in {found['files']} files ({found['format']}, {plan['dtype']})"),
+        (
+            "size",
+            f"{found['bytes'] / 2**20:.1f} MiB in {found['files']} files ({found['format']}, "
+            f"{plan['dtype']})",
+        ),
     ]
     table(("", ""), rows)

@@ -10,9 +10,19 @@ from segfleet.cli.output import Json, show, table
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(help="A recipe file or the name of a shipped recipe; none: list the shipped ones.")] = None,
-    changes: Annotated[list[str] | None, typer.Argument(help="Changes of the recipe, key.path=value.")] = None,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of all recipes, a line on every key.")] = False,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="A recipe file or the name of a shipped recipe; none: list the shipped ones."
+        ),
+    ] = None,
+    changes: Annotated[
+        list[str] | None, typer.Argument(help="Changes of the recipe, key.path=value.")
+    ] = None,
+    schema: Annotated[
+        bool,
+        typer.Option("--schema", help="Print the JSON schema of all recipes, a line on every key."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """List the shipped recipes, or validate one and print it with all defaults filled in."""
@@ -21,13 +31,24 @@ def command(
     if schema:
         show(recipes.Recipe.model_json_schema(), True, lambda _: None)
     elif name is None:
-        rows = [{"name": found, "about": about(recipes.RECIPES / f"{found}.yaml")} for found in recipes.recipe_names()]
-        show(rows, as_json, lambda rows: table(("name", "about"), [(row["name"], row["about"]) for row in rows]))
+        rows = [
+            {"name": found, "about": about(recipes.RECIPES / f"{found}.yaml")}
+            for found in recipes.recipe_names()
+        ]
+        show(
+            rows,
+            as_json,
+            lambda rows: table(("name", "about"), [(row["name"], row["about"]) for row in rows]),
+        )
     else:
         import yaml
 
         document = recipes.load_recipe(name, changes).model_dump(mode="json")
-        show(document, as_json, lambda document: typer.echo(yaml.safe_dump(document, sort_keys=False).rstrip()))
+        show(
+            document,
+            as_json,
+            lambda document: typer.echo(yaml.safe_dump(document, sort_keys=False).rstrip()),
+        )
 
 
 def about(path) -> str:

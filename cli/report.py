@@ -11,7 +11,9 @@ from segfleet.cli.output import Json, show
 
 
 def command(
-    run: Annotated[str, typer.Argument(help="A run folder, the beginning of its uid, or its recipe's name.")],
+    run: Annotated[
+        str, typer.Argument(help="A run folder, the beginning of its uid, or its recipe's name.")
+    ],
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
@@ -19,4 +21,8 @@ def command(
     from segfleet.pipeline.reports.report import write_report
     from segfleet.pipeline.run import find_run
 
-    show({"report": str(write_report(find_run(run, runs)))}, as_json, lambda document: typer.echo(document["report"]))
+    show(
+        {"report": str(write_report(find_run(run, runs)))},
+        as_json,
+        lambda document: typer.echo(document["report"]),
+    )

@@ -11,17 +11,29 @@ from segfleet.cli.output import Json, show
 
 
 def command(
-    run: Annotated[str, typer.Argument(help="A run folder, the beginning of its uid, or its recipe's name.")],
+    run: Annotated[
+        str, typer.Argument(help="A run folder, the beginning of its uid, or its recipe's name.")
+    ],
     time: Annotated[str | None, typer.Option(help="Another time limit.")] = None,
     partition: Annotated[str | None, typer.Option(help="Another partition.")] = None,
     memory: Annotated[str | None, typer.Option(help="Another amount of memory.")] = None,
     exclude: Annotated[str | None, typer.Option(help="Nodes that must not be used.")] = None,
-    live: Annotated[bool, typer.Option("--live", help="Run the code as it is when the job starts, not as it is now.")] = False,
+    live: Annotated[
+        bool,
+        typer.Option("--live", help="Run the code as it is when the job starts, not as it is now."),
+    ] = False,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Submit a run once more, with the recipe and resources it had and the code as it is now. It goes on from its latest checkpoint."""
-    changes = {"time": time, "partition": partition, "memory": memory, "exclude": exclude, "dependency": None}
+    """Submit a run once more, with the recipe and resources it had and the code as it is now. It
+    goes on from its latest checkpoint."""
+    changes = {
+        "time": time,
+        "partition": partition,
+        "memory": memory,
+        "exclude": exclude,
+        "dependency": None,
+    }
     from segfleet.cli.submit import render, row
     from segfleet.core.errors import InputError
     from segfleet.pipeline.recipe import parse
@@ -36,19 +48,35 @@ def command(
     last = attach(folder)
     before, job = last.submission, last.submission.job()
     if job["do"] not in ("train", "score", "predict"):
-        raise InputError("resume: give the same `segfleet submit ... -- preprocess ...` again; it goes on where it stopped")
+        raise InputError(
+            "resume: give the same `segfleet submit ... -- preprocess ...` again; it goes on "
+            "where it stopped"
+        )
     if job["do"] == "train":  # a stage inside a sweep is not scored
-        over = prepare.finished(folder, parse(job["recipe"])) if job.get("score", True) else (folder / DONE).exists()
+        over = (
+            prepare.finished(folder, parse(job["recipe"]))
+            if job.get("score", True)
+            else (folder / DONE).exists()
+        )
     else:
         over = last.state() == "done"
     if over:
         document = row(folder, None)
     else:
         refuse_if_active(folder)
-        kept = {name: value for name, value in before.spec.items() if value is not None and name != "dependency"}
-        spec = make_spec({**kept, **{name: value for name, value in changes.items() if value is not None}}, places=())
+        kept = {
+            name: value
+            for name, value in before.spec.items()
+            if value is not None and name != "dependency"
+        }
+        spec = make_spec(
+            {**kept, **{name: value for name, value in changes.items() if value is not None}},
+            places=(),
+        )
         launcher, root = SlurmLauncher(live=live), Path(job["root"])
         cluster.check(without_bad_nodes(spec, root))
-        name = job_name([folder]) if job["do"] == "train" else before.name  # not that of the array it was in
+        name = (
+            job_name([folder]) if job["do"] == "train" else before.name
+        )  # not that of the array it was in
         document = row(folder, launcher.submit_jobs([(folder, job)], root, spec, name, folder)[0])
     show(document, as_json, lambda document: render([document]))

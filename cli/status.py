@@ -11,10 +11,16 @@ from segfleet.cli.output import Json, show, table
 
 
 def command(
-    runs: Annotated[Path, typer.Argument(help="Folder of all runs; or a store or predictions whose jobs were submitted.")] = Path("runs"),
+    runs: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of all runs; or a store or predictions whose jobs were submitted."
+        ),
+    ] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Show every run under RUNS: state, stage, step, loss, speed, remaining time, restarts; for submitted ones job, node and reason."""
+    """Show every run under RUNS: state, stage, step, loss, speed, remaining time, restarts; for
+    submitted ones job, node and reason."""
     from segfleet.slurm.status import jobs, status
     from segfleet.slurm.submission import home_of
 
@@ -25,7 +31,10 @@ def command(
 
 
 def render_jobs(rows: list[dict]) -> None:
-    table(("what", "job", "state", "node", "starts"), [(r["name"], r["job"], r["state"], r["node"] or "-", r["starts"]) for r in rows])
+    table(
+        ("what", "job", "state", "node", "starts"),
+        [(r["name"], r["job"], r["state"], r["node"] or "-", r["starts"]) for r in rows],
+    )
     tell_unknown(rows)
     for row in rows:
         if row["reason"] and row["queue"] != "unknown":
@@ -35,7 +44,9 @@ def render_jobs(rows: list[dict]) -> None:
 def tell_unknown(rows: list[dict]) -> None:
     """SLURM's silence is told once for all."""
     if unknown := [row for row in rows if row["queue"] == "unknown"]:
-        typer.echo(f"\nwhat became of {len(unknown)} job(s) is unknown: {unknown[0]['reason'].strip()}")
+        typer.echo(
+            f"\nwhat became of {len(unknown)} job(s) is unknown: {unknown[0]['reason'].strip()}"
+        )
 
 
 def render(rows: list[dict]) -> None:
@@ -46,17 +57,39 @@ def render(rows: list[dict]) -> None:
     table(columns, [cells(row) for row in rows])
     if jobs := [row for row in rows if row["job"]]:
         typer.echo()
-        table(("run", "job", "queue", "node"), [(row["run"], row["job"], row["queue"] or "-", row["node"] or "-") for row in jobs])
+        table(
+            ("run", "job", "queue", "node"),
+            [(row["run"], row["job"], row["queue"] or "-", row["node"] or "-") for row in jobs],
+        )
     tell_unknown(rows)
     for row in rows:
         if row["reason"] and row["queue"] != "unknown":
-            lines = row["reason"].strip().splitlines()  # a traceback is whole in --json and in `segfleet logs`
-            typer.echo(f"\n{row['run']} is {row['state']}: {' '.join(dict.fromkeys((lines[0], lines[-1])))}")
+            lines = (
+                row["reason"].strip().splitlines()
+            )  # a traceback is whole in --json and in `segfleet logs`
+            typer.echo(
+                f"\n{row['run']} is {row['state']}: "
+                f"{' '.join(dict.fromkeys((lines[0], lines[-1])))}"
+            )
 
 
 def cells(row: dict) -> tuple:
     loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
-    left = "-" if row["remaining_seconds"] is None or row["state"] != "training" else f"{row['remaining_seconds']} s"
+    left = (
+        "-"
+        if row["remaining_seconds"] is None or row["state"] != "training"
+        else f"{row['remaining_seconds']} s"
+    )
     steps = f"{row['step']}/{row['steps'] or '?'}"
     speed = row["samples_per_second"] or "-"
-    return row["run"], row["recipe"], row["state"], f"{row['stage']}/{row['stages']}", steps, loss, speed, left, row["restarts"]
+    return (
+        row["run"],
+        row["recipe"],
+        row["state"],
+        f"{row['stage']}/{row['stages']}",
+        steps,
+        loss,
+        speed,
+        left,
+        row["restarts"],
+    )

@@ -1,4 +1,5 @@
-"""segfleet submit RECIPE [key=value ...]; segfleet submit -- preprocess | evaluate | predict ... (submit_words.py)"""
+"""segfleet submit RECIPE [key=value ...]; segfleet submit -- preprocess | evaluate | predict ...
+(submit_words.py)"""
 
 from __future__ import annotations
 
@@ -11,15 +12,32 @@ from segfleet.cli.output import Json, show, table
 
 
 def command(
-    recipe: Annotated[str, typer.Argument(help="A recipe file or the name of a shipped recipe. Or -- and a command.")],
-    changes: Annotated[list[str] | None, typer.Argument(help="Changes of the recipe, key.path=value.")] = None,
-    cluster: Annotated[str | None, typer.Option(help="Profile in ./clusters.yaml or ~/.config/segfleet/clusters.yaml.")] = None,
+    recipe: Annotated[
+        str,
+        typer.Argument(help="A recipe file or the name of a shipped recipe. Or -- and a command."),
+    ],
+    changes: Annotated[
+        list[str] | None, typer.Argument(help="Changes of the recipe, key.path=value.")
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="Profile in ./clusters.yaml or ~/.config/segfleet/clusters.yaml."),
+    ] = None,
     nodes: Annotated[int | None, typer.Option(help="Nodes.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of every node; one rank for each.")] = None,
-    ranks_per_node: Annotated[int | None, typer.Option(help="Ranks of every node, on CPUs.")] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(help="GPUs of every node; one rank for each.")
+    ] = None,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(help="Ranks of every node, on CPUs.")
+    ] = None,
     cpus: Annotated[int | None, typer.Option(help="CPU cores per rank.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory per node, for example 64G.")] = None,
-    time: Annotated[str | None, typer.Option(help="Time limit: minutes, 12h, 1d6h, 12:00:00, 1-06:00:00; the job comes back.")] = None,
+    time: Annotated[
+        str | None,
+        typer.Option(
+            help="Time limit: minutes, 12h, 1d6h, 12:00:00, 1-06:00:00; the job comes back."
+        ),
+    ] = None,
     partition: Annotated[str | None, typer.Option(help="Partition.")] = None,
     account: Annotated[str | None, typer.Option(help="Account.")] = None,
     qos: Annotated[str | None, typer.Option(help="Quality of service.")] = None,
@@ -28,27 +46,65 @@ def command(
     nodelist: Annotated[str | None, typer.Option(help="Nodes that must be used.")] = None,
     reservation: Annotated[str | None, typer.Option(help="Reservation.")] = None,
     mail: Annotated[str | None, typer.Option(help="Mail address.")] = None,
-    mail_on: Annotated[str | None, typer.Option(help="When to write: END,FAIL and others of SLURM's words.")] = None,
-    dependency: Annotated[str | None, typer.Option(help="SLURM's own words: afterok:123, singleton.")] = None,
+    mail_on: Annotated[
+        str | None, typer.Option(help="When to write: END,FAIL and others of SLURM's words.")
+    ] = None,
+    dependency: Annotated[
+        str | None, typer.Option(help="SLURM's own words: afterok:123, singleton.")
+    ] = None,
     after: Annotated[str | None, typer.Option(help="A run that must be done first.")] = None,
-    array: Annotated[list[str] | None, typer.Option(help="One run for each value, as data.fold=0..4; or N jobs of preprocess.")] = None,
-    throttle: Annotated[int | None, typer.Option(help="Members of the array that may run at once.")] = None,
-    sbatch: Annotated[list[str] | None, typer.Option(help="A further option of sbatch, for example --sbatch=--licenses=x.")] = None,
-    setup: Annotated[list[str] | None, typer.Option(help="A shell line run before the ranks start.")] = None,
-    container: Annotated[str | None, typer.Option(help="Command that runs what follows it in a container.")] = None,
+    array: Annotated[
+        list[str] | None,
+        typer.Option(help="One run for each value, as data.fold=0..4; or N jobs of preprocess."),
+    ] = None,
+    throttle: Annotated[
+        int | None, typer.Option(help="Members of the array that may run at once.")
+    ] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(help="A further option of sbatch, for example --sbatch=--licenses=x."),
+    ] = None,
+    setup: Annotated[
+        list[str] | None, typer.Option(help="A shell line run before the ranks start.")
+    ] = None,
+    container: Annotated[
+        str | None, typer.Option(help="Command that runs what follows it in a container.")
+    ] = None,
     python: Annotated[str | None, typer.Option(help="Python on the nodes.")] = None,
-    stage_to: Annotated[str | None, typer.Option(help="Read the store from a copy on every node's disk: a folder, or '$TMPDIR'.")] = None,
-    warning: Annotated[int | None, typer.Option(help="Seconds before the time limit at which the ranks save.")] = None,
+    stage_to: Annotated[
+        str | None,
+        typer.Option(
+            help="Read the store from a copy on every node's disk: a folder, or '$TMPDIR'."
+        ),
+    ] = None,
+    warning: Annotated[
+        int | None, typer.Option(help="Seconds before the time limit at which the ranks save.")
+    ] = None,
     engine: Annotated[str | None, typer.Option(help="Short for engine.name=...")] = None,
-    live: Annotated[bool, typer.Option("--live", help="Run the code as it is when the job starts, not as it is now.")] = False,
-    check: Annotated[bool, typer.Option(help="Build the network once here, to find mistakes before the job waits.")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sbatch script and, if there is a controller, ask it.")] = False,
-    runs: Annotated[Path, typer.Option(help="Folder of all runs; all nodes must see it.")] = Path("runs"),
+    live: Annotated[
+        bool,
+        typer.Option("--live", help="Run the code as it is when the job starts, not as it is now."),
+    ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(help="Build the network once here, to find mistakes before the job waits."),
+    ] = True,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the sbatch script and, if there is a controller, ask it."
+        ),
+    ] = False,
+    runs: Annotated[Path, typer.Option(help="Folder of all runs; all nodes must see it.")] = Path(
+        "runs"
+    ),
     as_json: Json = False,
 ) -> None:
-    """Submit RECIPE to SLURM. The job saves and comes back by itself after time limits, preemption and node failures.
+    """Submit RECIPE to SLURM. The job saves and comes back by itself after time limits, preemption
+    and node failures.
 
-    After --, one of the commands preprocess, evaluate and predict with all its words: it is checked now, and done by SLURM.
+    After --, one of the commands preprocess, evaluate and predict with all its words: it is checked
+    now, and done by SLURM.
     """
     given = dict(locals())
     from segfleet.cli import submit_words
@@ -59,7 +115,9 @@ def command(
     from segfleet.slurm.submitit_launcher import SlurmLauncher
 
     root = runs.resolve()
-    options = {name: given[name] for name in JobSpec.model_fields if given.get(name) not in (None, [])}
+    options = {
+        name: given[name] for name in JobSpec.model_fields if given.get(name) not in (None, [])
+    }
     if after and dependency:
         raise InputError("--after and --dependency say the same twice; give one")
     options |= {"dependency": dependency_on(after, root)} if after else {}
@@ -85,22 +143,46 @@ def command(
         document = rehearse(launcher, list(open_ones or chosen), root, spec)
         show(document, as_json, render_script)
         return
-    jobs = {job.run: job for job in launcher.submit_array(list(open_ones.items()), root, spec)} if open_ones else {}
+    jobs = (
+        {job.run: job for job in launcher.submit_array(list(open_ones.items()), root, spec)}
+        if open_ones
+        else {}
+    )
     rows = [row(run, jobs.get(run)) for run in chosen]
     show(rows if array else rows[0], as_json, lambda _: render(rows))
 
 
 def row(run: Path, job: Any) -> dict[str, Any]:
     if job is None:
-        return {"run": str(run), "state": "done", "job": None, "log": None, "code": None, "commit": None}
+        return {
+            "run": str(run),
+            "state": "done",
+            "job": None,
+            "log": None,
+            "code": None,
+            "commit": None,
+        }
     kept = job.submission
-    return {"run": str(run), "state": "queued", "job": job.id, "log": str(kept.log(0)), "code": kept.code, "commit": kept.commit}
+    return {
+        "run": str(run),
+        "state": "queued",
+        "job": job.id,
+        "log": str(kept.log(0)),
+        "code": kept.code,
+        "commit": kept.commit,
+    }
 
 
 def render(rows: list[dict]) -> None:
-    table(("run", "state", "job"), [(Path(row["run"]).name, row["state"], row["job"] or "-") for row in rows])
+    table(
+        ("run", "state", "job"),
+        [(Path(row["run"]).name, row["state"], row["job"] or "-") for row in rows],
+    )
     if first := next((row for row in rows if row["job"]), None):
-        typer.echo(f"`segfleet status` shows all runs, `segfleet logs {Path(first['run']).name} -f` what this one prints")
+        typer.echo(
+            f"`segfleet status` shows all runs, `segfleet logs {Path(first['run']).name} -f` what "
+            "this one prints"
+        )
 
 
 def render_script(document: dict) -> None:
@@ -120,9 +202,14 @@ def dependency_on(after: str, root: Path) -> str | None:
     job = attach(run)
     found = job.look()
     if (state := found["state"]) == "unknown":
-        raise InputError(f"--after: whether run {run.name} will be done is unknown; {found['reason']}")
+        raise InputError(
+            f"--after: whether run {run.name} will be done is unknown; {found['reason']}"
+        )
     if state not in ("queued", "running"):
-        raise InputError(f"--after: run {run.name} is {state}, so it would never be done; `segfleet resume {run.name}` first")
+        raise InputError(
+            f"--after: run {run.name} is {state}, so it would never be done; `segfleet resume "
+            f"{run.name}` first"
+        )
     return f"afterok:{job.id}"
 
 
@@ -133,11 +220,16 @@ def rehearse(launcher, chosen: list[Path], root: Path, spec) -> dict[str, Any]:
     script = launcher.script(chosen[0], root, spec, len(chosen))
     if cluster.there_is_one():
         cluster.check(spec)
-    return {"script": script, "controller": ask_controller(script), "runs": [str(run) for run in chosen]}
+    return {
+        "script": script,
+        "controller": ask_controller(script),
+        "runs": [str(run) for run in chosen],
+    }
 
 
 def ask_controller(script: str) -> list[str]:
-    """What SLURM says to a script, without submitting it. Raises InputError where it would refuse."""
+    """What SLURM says to a script, without submitting it. Raises InputError where it would
+    refuse."""
     import tempfile
 
     from segfleet.core.errors import InputError
@@ -145,11 +237,15 @@ def ask_controller(script: str) -> list[str]:
 
     if not cluster.there_is_one():
         return ["no SLURM controller answers here: not asked"]
-    known = "".join(line for line in script.splitlines(keepends=True) if "afterany:<" not in line)  # a job that is not yet there
+    known = "".join(
+        line for line in script.splitlines(keepends=True) if "afterany:<" not in line
+    )  # a job that is not yet there
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(known)
         file.flush()
         try:
             return cluster.call("bash", "-c", f"sbatch --test-only {file.name} 2>&1").splitlines()
         except InputError as error:
-            raise InputError("SLURM would refuse the job: " + str(error).partition("says: ")[2]) from None
+            raise InputError(
+                "SLURM would refuse the job: " + str(error).partition("says: ")[2]
+            ) from None

@@ -1,4 +1,5 @@
-"""segfleet submit [options] -- preprocess | evaluate | predict ...: the ordinary command, checked here and done by SLURM."""
+"""segfleet submit [options] -- preprocess | evaluate | predict ...: the ordinary command, checked
+here and done by SLURM."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ Step = tuple[str, list[dict[str, Any]]]  # name, jobs: one, or an array
 
 
 def submit(words: list[str], options: dict[str, Any], given: dict[str, Any]) -> None:
-    """`options`: fields of a JobSpec; `given`: the further options of `segfleet submit`. Raises InputError."""
+    """`options`: fields of a JobSpec; `given`: the further options of `segfleet submit`. Raises
+    InputError."""
     from segfleet.core.errors import InputError
     from segfleet.slurm import cluster
     from segfleet.slurm.job import refuse_if_active
@@ -34,12 +36,18 @@ def submit(words: list[str], options: dict[str, Any], given: dict[str, Any]) -> 
         steps, home = preprocessing(told, given["array"])
         if wrong := [key for key in ONE_PROCESS if key in options]:
             option = wrong[0].replace("_", "-")
-            raise InputError(f"--{option}: a job of preprocess is one process; --array N shares the cases, --cpus gives each cores")
+            raise InputError(
+                f"--{option}: a job of preprocess is one process; --array N shares the cases, "
+                "--cpus gives each cores"
+            )
         spec = make_spec({**options, **ONE_PROCESS}, given["cluster"])
         spec = spec.model_copy(update={"cpus": spec.cpus or told["workers"] or 1})
     else:
         if given["array"]:
-            raise InputError(f"--array: {name} shares its cases among the ranks of one job; ask for --nodes and ranks instead")
+            raise InputError(
+                f"--array: {name} shares its cases among the ranks of one job; ask for --nodes "
+                "and ranks instead"
+            )
         steps, home, root = (evaluation if name == "evaluate" else prediction)(told)
         spec = make_spec(options, given["cluster"])
     as_json = given["as_json"] or told["as_json"]
@@ -47,10 +55,15 @@ def submit(words: list[str], options: dict[str, Any], given: dict[str, Any]) -> 
         from segfleet.cli.submit import ask_controller
 
         asked = zip(steps, chained(steps, spec), strict=True)
-        scripts = [launcher.script(home, root, one, len(jobs), title) for (title, jobs), one in asked]
+        scripts = [
+            launcher.script(home, root, one, len(jobs), title) for (title, jobs), one in asked
+        ]
         if cluster.there_is_one():
             cluster.check(without_bad_nodes(spec, root))
-        document = {"scripts": scripts, "controller": [line for script in scripts for line in ask_controller(script)]}
+        document = {
+            "scripts": scripts,
+            "controller": [line for script in scripts for line in ask_controller(script)],
+        }
         show(document, as_json, render_scripts)
         return
     if steps:
@@ -62,20 +75,26 @@ def submit(words: list[str], options: dict[str, Any], given: dict[str, Any]) -> 
 
 
 def parse(name: str, words: list[str], runs: Path) -> dict[str, Any]:
-    """The command's arguments, read as the command itself reads them. Typer's own error for what it cannot read."""
+    """The command's arguments, read as the command itself reads them. Typer's own error for what it
+    cannot read."""
     command = importlib.import_module(f"segfleet.cli.{name}").command
     found: dict[str, Any] = {}
     reader = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     reader.command(name=name)(functools.wraps(command)(lambda **arguments: found.update(arguments)))
-    whole = words if name == "preprocess" else ["--runs", str(runs), *words]  # the words' own --runs comes last and wins
-    code = typer.main.get_command(reader).main(whole, prog_name=f"segfleet {name}", standalone_mode=False)
+    whole = (
+        words if name == "preprocess" else ["--runs", str(runs), *words]
+    )  # the words' own --runs comes last and wins
+    code = typer.main.get_command(reader).main(
+        whole, prog_name=f"segfleet {name}", standalone_mode=False
+    )
     if not found:  # --help
         raise typer.Exit(code or 0)
     return found
 
 
 def preprocessing(told: dict[str, Any], array: list[str] | None) -> tuple[list[Step], Path]:
-    """The jobs that make a store: one, or with an array of N members who survey, N who write, and one that does the rest and publishes."""
+    """The jobs that make a store: one, or with an array of N members who survey, N who write, and
+    one that does the rest and publishes."""
     from segfleet.cli.preprocess import job_of
     from segfleet.core.errors import InputError
     from segfleet.preprocess.readers.base import open_reader
@@ -84,15 +103,31 @@ def preprocessing(told: dict[str, Any], array: list[str] | None) -> tuple[list[S
 
     told = {**told, "raw": told["raw"].absolute(), "out": told["out"].absolute()}
     if array and not (len(array) == 1 and array[0].isdigit() and int(array[0]) > 0):
-        raise InputError(f"--array: found '{' '.join(array)}', expected the number of jobs that share the cases, for example 8")
+        raise InputError(
+            f"--array: found '{' '.join(array)}', expected the number of jobs that share the "
+            "cases, for example 8"
+        )
     job, out = job_of(**told), told["out"]
     home = home_of(out)
     if (out / NAME).is_file():
         return [], home
-    count = min(int(array[0]), len(open_reader(told["name"], told["raw"], **job["store"]["options"]).refs())) if array else 0
+    count = (
+        min(
+            int(array[0]),
+            len(open_reader(told["name"], told["raw"], **job["store"]["options"]).refs()),
+        )
+        if array
+        else 0
+    )
     steps = [(title("publish" if count else "preprocess", out), [job])]
     for what in ("write", "survey") if count else ():
-        steps.insert(0, (title(what, out), [{"do": what, "store": job["store"], "share": [i, count]} for i in range(count)]))
+        steps.insert(
+            0,
+            (
+                title(what, out),
+                [{"do": what, "store": job["store"], "share": [i, count]} for i in range(count)],
+            ),
+        )
     return steps, home
 
 
@@ -111,7 +146,10 @@ def evaluation(told: dict[str, Any]) -> tuple[list[Step], Path, Path]:
     from segfleet.core.errors import InputError
 
     if told["ranks"] != 1:
-        raise InputError("--ranks: a job has nodes x gpus-per-node ranks; say --gpus-per-node or --ranks-per-node before the --")
+        raise InputError(
+            "--ranks: a job has nodes x gpus-per-node ranks; say --gpus-per-node or "
+            "--ranks-per-node before the --"
+        )
     job = job_of(told["run"], told["changes"] or [], told["runs"])
     data = job["recipe"]["data"]
     data["store"] = str(Path(data["store"]).resolve())
@@ -133,9 +171,12 @@ def title(what: str, out: Path) -> str:
 
 
 def chained(steps: list[Step], spec) -> list[Any]:
-    """The resources of every step; each but the first waits until all of the one before have ended, however that was."""
+    """The resources of every step; each but the first waits until all of the one before have ended,
+    however that was."""
     waits = [spec.dependency, *(f"afterany:<{name}>" for name, _ in steps)]
-    return [spec.model_copy(update={"dependency": wait}) for wait, _ in zip(waits, steps, strict=False)]
+    return [
+        spec.model_copy(update={"dependency": wait}) for wait, _ in zip(waits, steps, strict=False)
+    ]
 
 
 def send(launcher, steps: list[Step], home: Path, root: Path, spec) -> dict[str, Any]:
@@ -145,25 +186,53 @@ def send(launcher, steps: list[Step], home: Path, root: Path, spec) -> dict[str,
     sent: list[Any] = []
     try:
         for name, jobs in steps:
-            members = [(home, {**job, "root": str(root), "before": [Path(one.submission.folder).name for one in sent]}) for job in jobs]
+            members = [
+                (
+                    home,
+                    {
+                        **job,
+                        "root": str(root),
+                        "before": [Path(one.submission.folder).name for one in sent],
+                    },
+                )
+                for job in jobs
+            ]
             sent += (taken := launcher.submit_jobs(members, root, spec, name, home / "logs"))
-            spec = spec.model_copy(update={"dependency": f"afterany:{taken[0].id.partition('_')[0]}"})
+            spec = spec.model_copy(
+                update={"dependency": f"afterany:{taken[0].id.partition('_')[0]}"}
+            )
     except BaseException:
         if sent:
             cluster.call("scancel", *dict.fromkeys(job.id.partition("_")[0] for job in sent))
         raise
     out = str(home.with_suffix("")) if home.suffix == ".jobs" else str(home)
-    rows = [{"name": job.submission.name, "job": job.id, "log": str(job.submission.log(0))} for job in sent]
-    return {"out": out, "state": "queued" if sent else "done", "job": None, "log": None, **(rows[-1] if rows else {}), "jobs": rows}
+    rows = [
+        {"name": job.submission.name, "job": job.id, "log": str(job.submission.log(0))}
+        for job in sent
+    ]
+    return {
+        "out": out,
+        "state": "queued" if sent else "done",
+        "job": None,
+        "log": None,
+        **(rows[-1] if rows else {}),
+        "jobs": rows,
+    }
 
 
 def render(document: dict) -> None:
     out = document["out"]
     if not document["jobs"]:
-        typer.echo(f"{out} is a finished store; `segfleet preprocess` without submit compares it with the raw files")
+        typer.echo(
+            f"{out} is a finished store; `segfleet preprocess` without submit compares it with "
+            "the raw files"
+        )
         return
     table(("job", "id"), [(row["name"], row["job"]) for row in document["jobs"]])
-    typer.echo(f"`segfleet status {out}` shows the jobs, `segfleet logs {out} -f` what they print, `segfleet cancel {out}` ends them")
+    typer.echo(
+        f"`segfleet status {out}` shows the jobs, `segfleet logs {out} -f` what they print, "
+        f"`segfleet cancel {out}` ends them"
+    )
 
 
 def render_scripts(document: dict) -> None:

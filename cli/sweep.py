@@ -13,19 +13,49 @@ MOST_LINES = 60  # of a tree that is printed for people
 
 
 def command(
-    space: Annotated[str, typer.Argument(help="A space file or the name of a shipped space; or `status` and then one of these.")],
-    changes: Annotated[list[str] | None, typer.Argument(help="Changes of the base recipe, key.path=value.")] = None,
+    space: Annotated[
+        str,
+        typer.Argument(
+            help="A space file or the name of a shipped space; or `status` and then one of these."
+        ),
+    ],
+    changes: Annotated[
+        list[str] | None, typer.Argument(help="Changes of the base recipe, key.path=value.")
+    ] = None,
     on: Annotated[str, typer.Option(help="Where trials run: local or slurm.")] = "local",
-    slots: Annotated[int | None, typer.Option(min=1, help="Stages trained at a time; by default what GPUs, or else cores, allow.")] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Processes that train one stage together; with --on slurm the job says it.")] = 1,
-    cluster: Annotated[str | None, typer.Option(help="With --on slurm: a profile of clusters.yaml.")] = None,
-    resource: Annotated[list[str] | None, typer.Option(help="With --on slurm: a field of the job, gpus_per_node=4. Repeatable.")] = None,
-    address: Annotated[str | None, typer.Option(help="A running Ray cluster; by default Ray starts here for this sweep alone.")] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Stages trained at a time; by default what GPUs, or else cores, allow."
+        ),
+    ] = None,
+    ranks: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Processes that train one stage together; with --on slurm the job says it."
+        ),
+    ] = 1,
+    cluster: Annotated[
+        str | None, typer.Option(help="With --on slurm: a profile of clusters.yaml.")
+    ] = None,
+    resource: Annotated[
+        list[str] | None,
+        typer.Option(help="With --on slurm: a field of the job, gpus_per_node=4. Repeatable."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="A running Ray cluster; by default Ray starts here for this sweep alone."
+        ),
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the tree and what it costs; train nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the tree and what it costs; train nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train every schedule of SPACE, each common beginning once; rank them. The same command continues or does nothing."""
+    """Train every schedule of SPACE, each common beginning once; rank them. The same command
+    continues or does nothing."""
     from segfleet.sweeps.space.plan import foreign, make_plan
     from segfleet.sweeps.space.space import load_search
 
@@ -41,7 +71,9 @@ def command(
         return
     from segfleet.sweeps.run import Resources, run_sweep
 
-    resources = Resources(slots=slots, ranks=ranks, on=on, address=address, options=job_options(cluster, resource))
+    resources = Resources(
+        slots=slots, ranks=ranks, on=on, address=address, options=job_options(cluster, resource)
+    )
     if dry_run:
         resources.check()
         document = forecast(plan, resources.at_once)
@@ -54,7 +86,11 @@ def command(
     with progress("epochs") as tick:
         ledger = run_sweep(plan, resources, tick)
     document = write_outcome(plan, ledger)
-    show({**document, "folder": str(plan.folder), "report": str(plan.folder / "report.html")}, as_json, render)
+    show(
+        {**document, "folder": str(plan.folder), "report": str(plan.folder / "report.html")},
+        as_json,
+        render,
+    )
     if document["failed"]:
         raise typer.Exit(1)
 
@@ -69,7 +105,9 @@ def job_options(cluster: str | None, resources: list[str] | None) -> dict[str, A
     for text in resources or []:
         key, equals, value = text.partition("=")
         if not equals:
-            raise InputError(f"--resource: found '{text}', expected field=value, for example gpus_per_node=4")
+            raise InputError(
+                f"--resource: found '{text}', expected field=value, for example gpus_per_node=4"
+            )
         spec[key] = value if ":" in value else yaml.safe_load(value)
     return {"cluster": cluster, "spec": spec}
 
@@ -86,7 +124,14 @@ def forecast(plan: Any, slots: int) -> dict[str, Any]:
 
     ledger = Ledger(plan.tree, plan.runs, plan.folder)
     nodes = [describe(plan, ledger, node) for node in plan.tree.walk()]
-    notes = [] if plan.search.planned else ["its points come one after another; what is shown is what earlier runs of it have asked for"]
+    notes = (
+        []
+        if plan.search.planned
+        else [
+            "its points come one after another; what is shown is what earlier runs of it have "
+            "asked for"
+        ]
+    )
     facts = {"sweep": plan.search.space.name, "folder": str(plan.folder), **estimate(plan, slots)}
     return {**facts, "warnings": [*plan.warnings, *notes], "tree": nodes}
 
@@ -107,8 +152,14 @@ def describe(plan: Any, ledger: Any, node: Any) -> dict[str, Any]:
 def render_forecast(document: dict[str, Any]) -> None:
     warn(document["warnings"])
     for node in document["tree"][:MOST_LINES]:
-        goes_on = f" (goes on from {node['epochs'] - node['epochs_to_train']})" if node["trunk"] else ""
-        what = f"{node['model']} seed {node['seed']} fold {node['fold']}  " if not node["depth"] else ""
+        goes_on = (
+            f" (goes on from {node['epochs'] - node['epochs_to_train']})" if node["trunk"] else ""
+        )
+        what = (
+            f"{node['model']} seed {node['seed']} fold {node['fold']}  "
+            if not node["depth"]
+            else ""
+        )
         ends = f"  ends {len(node['leaf_of'])} trial(s)" if node["leaf_of"] else ""
         line = f"{node['uid']}  {what}{node['name']}: {node['epochs']} epochs{goes_on}, lr {node['lr']:g}{ends}  {node['state']}"
         typer.echo("  " * node["depth"] + line)
@@ -116,10 +167,16 @@ def render_forecast(document: dict[str, Any]) -> None:
         typer.echo(f"... {len(document['tree']) - MOST_LINES} more; --json prints all")
     hours, disk = document["hours"], document["disk_bytes"]
     typer.echo(
-        f"{document['trials']} trials, {document['nodes']} stages to train instead of {document['stage_trainings_naive']}\n"
-        f"{document['epochs_shared']:,} epochs instead of {document['epochs_naive']:,}: {document['ratio']:.2f} times fewer\n"
+        f"{document['trials']} trials, {document['nodes']} stages to train instead of "
+        f"{document['stage_trainings_naive']}\n"
+        f"{document['epochs_shared']:,} epochs instead of {document['epochs_naive']:,}: "
+        f"{document['ratio']:.2f} times fewer\n"
         f"{document['nodes_missing']} stages and {document['epochs_missing']:,} epochs are missing"
-        + (f", about {hours:.1f} hours" if hours is not None else "; no past run tells how long they take")
+        + (
+            f", about {hours:.1f} hours"
+            if hours is not None
+            else "; no past run tells how long they take"
+        )
         + f"\nabout {disk / 1e9:.2f} GB of checkpoints in {document['folder']}"
     )
 
@@ -133,7 +190,11 @@ def standing(plan: Any) -> dict[str, Any]:
     nodes = [describe(plan, ledger, node) for node in plan.tree.walk()]
     for row in nodes:
         running = row["state"] == "running" and (Path(row["path"]) / "recipe.json").exists()
-        row |= {key: run_status(Path(row["path"]))[key] for key in ("step", "steps", "loss")} if running else {}
+        row |= (
+            {key: run_status(Path(row["path"]))[key] for key in ("step", "steps", "loss")}
+            if running
+            else {}
+        )
     states = [node["state"] for node in nodes]
     return {
         "sweep": plan.search.space.name,
@@ -147,21 +208,38 @@ def standing(plan: Any) -> dict[str, Any]:
 
 def render_standing(document: dict[str, Any]) -> None:
     rows = [
-        (node["uid"], node["model"], node["stage"], node["epochs"], f"{node['lr']:g}", node["state"], f"{node.get('step', '')}")
+        (
+            node["uid"],
+            node["model"],
+            node["stage"],
+            node["epochs"],
+            f"{node['lr']:g}",
+            node["state"],
+            f"{node.get('step', '')}",
+        )
         for node in document["nodes"]
     ]
     table(("stage", "model", "number", "epochs", "lr", "state", "step"), rows)
     counts = ", ".join(f"{count} {state}" for state, count in document["states"].items())
-    typer.echo(f"{document['epochs_done']:,} of {document['epochs']:,} epochs; {counts or 'nothing was planned yet'}")
+    typer.echo(
+        f"{document['epochs_done']:,} of {document['epochs']:,} epochs; "
+        f"{counts or 'nothing was planned yet'}"
+    )
 
 
 def render(document: dict[str, Any]) -> None:
-    rows = [(row["rank"], row["name"], f"{row['score']:.4f}", interval(row["ci95"])) for row in document["ranking"]]
+    rows = [
+        (row["rank"], row["name"], f"{row['score']:.4f}", interval(row["ci95"]))
+        for row in document["ranking"]
+    ]
     table(("rank", "point", "Dice", "95 % interval"), rows)
     for uid, reason in document["failed"].items():
         typer.echo(f"segfleet: stage {uid} failed: {reason}", err=True)
     savings = document["savings"]
-    typer.echo(f"{savings['epochs_shared']:,} epochs instead of {savings['epochs_naive']:,}\nreport  {document['report']}")
+    typer.echo(
+        f"{savings['epochs_shared']:,} epochs instead of {savings['epochs_naive']:,}\nreport  "
+        f"{document['report']}"
+    )
     if document["best"]:
         typer.echo(f"best    {document['folder']}/best.yaml")
 

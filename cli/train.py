@@ -15,15 +15,29 @@ from segfleet.cli.output import Json, progress, show
 
 def command(
     recipe: Annotated[str, typer.Argument(help="A recipe file or the name of a shipped recipe.")],
-    changes: Annotated[list[str] | None, typer.Argument(help="Changes of the recipe, key.path=value.")] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine that train together.")] = 1,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads per rank; by default the cores are shared out.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Argument(help="Changes of the recipe, key.path=value.")
+    ] = None,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine that train together.")
+    ] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads per rank; by default the cores are shared out."),
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
-    max_time: Annotated[float | None, typer.Option(min=0, help="Hours after which it stops in order; the same command goes on.")] = None,
-    stage_to: Annotated[str | None, typer.Option(help="Read the store from a copy on a local disk: a folder, or '$TMPDIR'.")] = None,
+    max_time: Annotated[
+        float | None,
+        typer.Option(min=0, help="Hours after which it stops in order; the same command goes on."),
+    ] = None,
+    stage_to: Annotated[
+        str | None,
+        typer.Option(help="Read the store from a copy on a local disk: a folder, or '$TMPDIR'."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train every stage of RECIPE that is not finished, score it and write its report. The same command continues or does nothing."""
+    """Train every stage of RECIPE that is not finished, score it and write its report. The same
+    command continues or does nothing."""
     from segfleet.core.errors import InputError
     from segfleet.pipeline.launch.local import run_ranks
     from segfleet.pipeline.recipe import load_recipe
@@ -31,20 +45,32 @@ def command(
     from segfleet.preprocess.stores.manifest import load_manifest
 
     if max_time is not None and not max_time > 0:
-        raise InputError(f"--max-time: found {max_time:g}, expected more than 0 hours; leave it out for no limit")
+        raise InputError(
+            f"--max-time: found {max_time:g}, expected more than 0 hours; leave it out for no limit"
+        )
     chosen = load_recipe(recipe, changes)
     if not chosen.data.store:
-        raise InputError("data.store: missing; name the folder of a store, for example data.store=stores/hippocampus")
+        raise InputError(
+            "data.store: missing; name the folder of a store, for example "
+            "data.store=stores/hippocampus"
+        )
     store = Path(chosen.data.store).resolve()
-    chosen = chosen.model_copy(update={"data": chosen.data.model_copy(update={"store": str(store)})})
+    chosen = chosen.model_copy(
+        update={"data": chosen.data.model_copy(update={"store": str(store)})}
+    )
     manifest = load_manifest(store)
     folders = stage_folders(runs.resolve(), chosen, manifest)
     leaf = folders[-1].path
     with progress("training") as tick:
-        totals = [stage.epochs * steps for stage, steps in zip(chosen.stages, stage_steps(chosen, manifest), strict=True)]
+        totals = [
+            stage.epochs * steps
+            for stage, steps in zip(chosen.stages, stage_steps(chosen, manifest), strict=True)
+        ]
         follow = Follower(folders, totals, tick)
         job = {"do": "train", "recipe": chosen.model_dump(mode="json"), "root": str(runs.resolve())}
-        job |= ({"max_seconds": 3600 * max_time} if max_time else {}) | ({"stage_to": stage_to} if stage_to else {})
+        job |= ({"max_seconds": 3600 * max_time} if max_time else {}) | (
+            {"stage_to": stage_to} if stage_to else {}
+        )
         run_ranks(job, ranks, follow.poll, threads)
     scores = json.loads((leaf / "evaluation.json").read_text(encoding="utf-8"))["summary"]
     document = {
@@ -58,15 +84,22 @@ def command(
 
 def render(document: dict) -> None:
     dice = document["mean_foreground_dice"]
-    typer.echo(f"run     {document['run']}\nreport  {document['report']}\nDice    {'not defined' if dice is None else f'{dice:.4f}'}")
+    typer.echo(
+        f"run     {document['run']}\nreport  {document['report']}\nDice    "
+        f"{'not defined' if dice is None else f'{dice:.4f}'}"
+    )
 
 
 class Follower:
-    """Reads the run's own files, as any other shell could, and moves the bar: steps of all stages, then the cases being scored."""
+    """Reads the run's own files, as any other shell could, and moves the bar: steps of all stages,
+    then the cases being scored."""
 
     def __init__(self, folders, totals, tick):
         self.folders, self.total, self.tick = folders, sum(totals), tick
-        self.steps = {folder.path: total if folder.done() else 0 for folder, total in zip(folders, totals, strict=True)}
+        self.steps = {
+            folder.path: total if folder.done() else 0
+            for folder, total in zip(folders, totals, strict=True)
+        }
         self.offsets, self.shown = {}, None
 
     def poll(self) -> None:

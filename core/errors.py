@@ -8,14 +8,16 @@ from pathlib import Path
 
 
 class InputError(ValueError):
-    """The user's input is wrong. The message is all the user sees; the command line exits with `exit_code`."""
+    """The user's input is wrong. The message is all the user sees; the command line exits with
+    `exit_code`."""
 
     exit_code = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One fault of a data set: which case, which field, what was found, what was expected and how to mend it."""
+    """One fault of a data set: which case, which field, what was found, what was expected and how
+    to mend it."""
 
     case: str
     field: str
@@ -32,26 +34,58 @@ class DataError(InputError):
 
     def __init__(self, where: str, problems: list[Problem]):
         self.where, self.problems = where, problems
-        lines = [f"{p.case}: {p.field}: found {p.found}, expected {p.expected}. {p.mend}" for p in problems]
+        lines = [
+            f"{p.case}: {p.field}: found {p.found}, expected {p.expected}. {p.mend}"
+            for p in problems
+        ]
         super().__init__(f"{len(problems)} problem(s) in {where}\n" + "\n".join(lines))
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
-    """(message, exit code) of an error that is no fault of ours, in one sentence the user can act on; None for any other."""
+    """(message, exit code) of an error that is no fault of ours, in one sentence the user can act
+    on; None for any other."""
     if (code := getattr(error, "exit_code", None)) is not None:
         return str(error), code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" at {error.filename}" if error.filename else ""
-        return f"no space left on the device{where}. Free some and run the same command again: it goes on.", 2
-    if isinstance(error, NotADirectoryError | FileExistsError) and (file := _file_above(error.filename)):
-        return f"{file} is a file, expected a folder. Choose another folder, or move the file away.", 2
+        return (
+            f"no space left on the device{where}. Free some and run the same command again: it "
+            "goes on.",
+            2,
+        )
+    if isinstance(error, NotADirectoryError | FileExistsError) and (
+        file := _file_above(error.filename)
+    ):
+        return (
+            f"{file} is a file, expected a folder. Choose another folder, or move the file away.",
+            2,
+        )
     if isinstance(error, OSError) and error.errno == errno.EROFS:
-        return f"{error.filename or 'output'}: the file system can only be read. Choose a folder you may write to.", 2
+        return (
+            f"{error.filename or 'output'}: the file system can only be read. Choose a folder you "
+            "may write to.",
+            2,
+        )
     if isinstance(error, PermissionError):
-        return f"{error.filename}: permission denied. Choose a folder you may write to, or mend its permissions.", 2
+        return (
+            f"{error.filename}: permission denied. Choose a folder you may write to, or mend its "
+            "permissions.",
+            2,
+        )
     return None
 
 
 def _file_above(path: str | None) -> Path | None:
     """What is no folder in a path that ought to be made of folders."""
-    return next((part for part in (Path(path), *Path(path).parents) if part.exists() and not part.is_dir()), None) if path else None
+    return (
+        next(
+            (
+                part
+                for part in (Path(path), *Path(path).parents)
+                if part.exists() and not part.is_dir()
+            ),
+            None,
+        )
+        if path
+        else None
+    )

@@ -31,6 +31,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def file_facts(path: Path) -> dict[str, int | str]:
-    """{"bytes": size, "sha256": hex} of one file: what the manifest keeps about it. Raises OSError."""
+    """{"bytes": size, "sha256": hex} of one file: what the manifest keeps about it. Raises
+    OSError."""
     with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }

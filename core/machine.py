@@ -10,8 +10,11 @@ RESERVE = 0.8  # share of what is free that a job takes for itself
 
 
 def cpus(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
-    """Cores this process may use: the smallest of its affinity, the cgroup's quota and SLURM's allocation."""
-    found = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    """Cores this process may use: the smallest of its affinity, the cgroup's quota and SLURM's
+    allocation."""
+    found = [
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ]
     if environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
         found.append(int(environ["SLURM_CPUS_PER_TASK"]))
     for folder in _cgroups(root, ""):
@@ -26,7 +29,8 @@ def cpus(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int
 
 
 def memory_budget(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
-    """Bytes this process and its children may still take: 80 % of the least that machine, cgroup (v2, v1) and SLURM leave free."""
+    """Bytes this process and its children may still take: 80 % of the least that machine, cgroup
+    (v2, v1) and SLURM leave free."""
     free = []
     for line in _text(root / "proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
@@ -34,26 +38,39 @@ def memory_budget(environ: Mapping[str, str] = os.environ, root: Path = Path("/"
     for folder in _cgroups(root, ""):
         free += _left(folder / "memory.max", folder / "memory.current", folder / "memory.stat")
     for folder in _cgroups(root, "memory"):
-        free += _left(folder / "memory.limit_in_bytes", folder / "memory.usage_in_bytes", folder / "memory.stat")
+        free += _left(
+            folder / "memory.limit_in_bytes",
+            folder / "memory.usage_in_bytes",
+            folder / "memory.stat",
+        )
     if environ.get("SLURM_MEM_PER_NODE", "").isdigit() and int(environ["SLURM_MEM_PER_NODE"]):
         free.append(int(environ["SLURM_MEM_PER_NODE"]) * 2**20)
     elif environ.get("SLURM_MEM_PER_CPU", "").isdigit():
         on_node = environ.get("SLURM_CPUS_ON_NODE", environ.get("SLURM_CPUS_PER_TASK", "1"))
-        free.append(int(environ["SLURM_MEM_PER_CPU"]) * (int(on_node) if on_node.isdigit() else 1) * 2**20)
+        free.append(
+            int(environ["SLURM_MEM_PER_CPU"]) * (int(on_node) if on_node.isdigit() else 1) * 2**20
+        )
     return int(RESERVE * min(free, default=2 * 2**30))
 
 
 def _left(limit: Path, used: Path, stat: Path) -> list[int]:
     """Bytes below a limit; page cache counts as free, since the kernel gives it back."""
-    if not _text(limit).isdigit() or int(_text(limit)) > 2**60:  # "max", or version 1's way to say so
+    if (
+        not _text(limit).isdigit() or int(_text(limit)) > 2**60
+    ):  # "max", or version 1's way to say so
         return []
-    cache = [int(line.split()[1]) for line in _text(stat).splitlines() if line.startswith(("inactive_file ", "total_inactive_file "))]
+    cache = [
+        int(line.split()[1])
+        for line in _text(stat).splitlines()
+        if line.startswith(("inactive_file ", "total_inactive_file "))
+    ]
     taken = int(_text(used)) if _text(used).isdigit() else 0
     return [max(0, int(_text(limit)) - taken + max(cache, default=0))]
 
 
 def _cgroups(root: Path, controller: str) -> list[Path]:
-    """The folders of this process's cgroup and all above it: version 2 for controller "", else version 1."""
+    """The folders of this process's cgroup and all above it: version 2 for controller "", else
+    version 1."""
     mount = root / "sys/fs/cgroup" / controller
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)

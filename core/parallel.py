@@ -15,7 +15,9 @@ from typing import Any, TypeVar
 from segfleet.core.machine import cpus, memory_budget
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
-WATCHED = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2} if hasattr(signal, "sigwaitinfo") else set()
+WATCHED = (
+    {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2} if hasattr(signal, "sigwaitinfo") else set()
+)
 WORTH_A_PROCESS = 256 * 2**20  # bytes of work; a process takes about a second to start
 
 
@@ -31,8 +33,10 @@ def run(
     """Yield (index, function(item)) as they finish.
 
     Args:
-        function: importable, as are the items: they cross a process border. One worker: everything runs in this process.
-        weights: bytes each item needs. An item starts when the sum stays below the budget; one that is larger than all of it runs alone.
+        function: importable, as are the items: they cross a process border. One worker: everything
+        runs in this process.
+        weights: bytes each item needs. An item starts when the sum stays below the budget; one that
+        is larger than all of it runs alone.
         names: what to call the items when a worker dies.
         workers: processes at most; None: as many as there are cores and work for.
         budget: bytes; None: what the machine, the cgroup or SLURM leave.
@@ -47,11 +51,17 @@ def run(
     budget = memory_budget() if budget is None else budget
     context = multiprocessing.get_context("forkserver")
     _start_forkserver()
-    with ProcessPoolExecutor(min(workers, len(items)), mp_context=context, initializer=_follow_parent) as pool:
+    with ProcessPoolExecutor(
+        min(workers, len(items)), mp_context=context, initializer=_follow_parent
+    ) as pool:
         waiting, flying, weight = list(range(len(items)))[::-1], {}, 0
         try:
             while waiting or flying:
-                while waiting and len(flying) < workers and (not flying or weight + weights[waiting[-1]] <= budget):
+                while (
+                    waiting
+                    and len(flying) < workers
+                    and (not flying or weight + weights[waiting[-1]] <= budget)
+                ):
                     index = waiting.pop()
                     weight += weights[index]
                     flying[pool.submit(function, items[index])] = index
@@ -63,26 +73,33 @@ def run(
                     yield index, result
         except BrokenProcessPool:
             suspects = ", ".join(names[index] for index in sorted(flying.values()))
-            raise RuntimeError(f"a worker process died (killed, or out of memory) while it worked on one of: {suspects}") from None
+            raise RuntimeError(
+                "a worker process died (killed, or out of memory) while it worked on one of: "
+                f"{suspects}"
+            ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_forkserver() -> None:
-    """With signals blocked, for it and all that it starts: SLURM sends warnings to every process of a job, and the parent decides."""
+    """With signals blocked, for it and all that it starts: SLURM sends warnings to every process of
+    a job, and the parent decides."""
     if not WATCHED:
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
     try:
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)  # the tracker lets SIGTERM through when it has started
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, WATCHED
+        )  # the tracker lets SIGTERM through when it has started
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _follow_parent() -> None:
-    """Ctrl-C and other signals are the parent's affair; when it is killed, its workers end at once rather than write on."""
+    """Ctrl-C and other signals are the parent's affair; when it is killed, its workers end at once
+    rather than write on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent: Any = multiprocessing.parent_process()
 

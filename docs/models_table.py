@@ -1,4 +1,5 @@
-"""The table of docs/models.md, from `segfleet models --json` and the shipped recipes. `python docs/models_table.py` writes it anew."""
+"""The table of docs/models.md, from `segfleet models --json` and the shipped recipes. `python
+docs/models_table.py` writes it anew."""
 
 from __future__ import annotations
 
@@ -15,11 +16,22 @@ COLUMNS = ("network", "dims", "parameters", "GMAC", "at", "sizes", "deep supervi
 
 
 def table(rows: Iterable[Mapping[str, Any]], recipes: Mapping[str, Sequence[str]]) -> str:
-    """A Markdown table of `segfleet models --json`'s rows; `recipes` maps a network to the recipes that train it."""
+    """A Markdown table of `segfleet models --json`'s rows; `recipes` maps a network to the recipes
+    that train it."""
     lines = [COLUMNS, ("---", "---", "---:", "---:", "---", "---", "---", "---")]
     for row in rows:
-        rule = "x".join(map(str, row["divisor"])) if len(set(row["divisor"])) > 1 else str(row["divisor"][0])
-        sizes = "fixed when built" if row["fixed_patch"] else "any" if rule == "1" else f"multiples of {rule}"
+        rule = (
+            "x".join(map(str, row["divisor"]))
+            if len(set(row["divisor"])) > 1
+            else str(row["divisor"][0])
+        )
+        sizes = (
+            "fixed when built"
+            if row["fixed_patch"]
+            else "any"
+            if rule == "1"
+            else f"multiples of {rule}"
+        )
         channels = f"{row['in_channels']} → {row['classes']}"
         lines.append(
             (
@@ -54,5 +66,15 @@ def with_table(page: str, made: str) -> str:
 
 
 if __name__ == "__main__":
-    told = subprocess.run([sys.executable, "-m", "segfleet.cli.main", "models", "--json"], check=True, capture_output=True, text=True)
-    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), table(json.loads(told.stdout), recipes_by_network())), encoding="utf-8")
+    told = subprocess.run(
+        [sys.executable, "-m", "segfleet.cli.main", "models", "--json"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    PAGE.write_text(
+        with_table(
+            PAGE.read_text(encoding="utf-8"), table(json.loads(told.stdout), recipes_by_network())
+        ),
+        encoding="utf-8",
+    )

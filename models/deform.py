@@ -1,4 +1,5 @@
-"""Deformable convolution (Dai et al. 2017, un-modulated) from one bilinear gather and one matrix product; no compiled operator."""
+"""Deformable convolution (Dai et al. 2017, un-modulated) from one bilinear gather and one matrix
+product; no compiled operator."""
 
 from __future__ import annotations
 
@@ -20,44 +21,66 @@ def deform_conv2d(
     layout: str = "rows_columns",
     recompute: bool = True,
 ) -> Tensor:
-    """Convolution, stride 1 and same size, whose taps are displaced by `offset` pixels and read bilinearly, zeros outside the image.
+    """Convolution, stride 1 and same size, whose taps are displaced by `offset` pixels and read
+    bilinearly, zeros outside the image.
 
-    weight (O, C/groups, k, k), k odd; groups = C is the depthwise case. offset (B, 2k², Y, X), tap t = k·row + column:
-    layout "rows_columns": channels 0..k²-1 are the row offsets of the taps, the next k² their column offsets;
-    layout "interleaved": row and column offset of tap 0, then of tap 1, ... (torchvision's order).
-    Positions and samples are float32 (float64 for float64 input) under autocast too. The k² samples per pixel are not kept for the
-    backward pass but read again, unless `recompute` is False. Raises ModelError when the shapes do not fit.
+    weight (O, C/groups, k, k), k odd; groups = C is the depthwise case. offset (B, 2k², Y, X), tap
+    t = k·row + column: layout "rows_columns": channels 0..k²-1 are the row offsets of the taps, the
+    next k² their column offsets; layout "interleaved": row and column offset of tap 0, then of tap
+    1, ... (torchvision's order). Positions and samples are float32 (float64 for float64 input)
+    under autocast too. The k² samples per pixel are not kept for the backward pass but read again,
+    unless `recompute` is False. Raises ModelError when the shapes do not fit.
     """
     k = weight_OCyx.shape[-1]
     expected = (x_BCYX.shape[0], 2 * k * k, *x_BCYX.shape[2:])
     if tuple(offset_BTYX.shape) != expected:
         found = tuple(offset_BTYX.shape)
-        raise ModelError(f"deform_conv2d needs offsets of shape {expected} for an input of shape {tuple(x_BCYX.shape)}, found {found}")
+        raise ModelError(
+            f"deform_conv2d needs offsets of shape {expected} for an input of shape "
+            f"{tuple(x_BCYX.shape)}, found {found}"
+        )
     if layout not in ("rows_columns", "interleaved"):
-        raise ModelError(f"deform_conv2d: layout is '{layout}', expected one of: rows_columns, interleaved")
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_BCYX, offset_BTYX, weight_OCyx, bias_O))
+        raise ModelError(
+            f"deform_conv2d: layout is '{layout}', expected one of: rows_columns, interleaved"
+        )
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x_BCYX, offset_BTYX, weight_OCyx, bias_O)
+    )
     arguments = (x_BCYX, offset_BTYX, weight_OCyx, bias_O, groups, layout)
     if recompute and needs_grad:
-        return checkpoint(_gather_and_convolve, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(
+            _gather_and_convolve, *arguments, use_reentrant=False, preserve_rng_state=False
+        )
     return _gather_and_convolve(*arguments)
 
 
-def _gather_and_convolve(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, groups: int, layout: str) -> Tensor:
+def _gather_and_convolve(
+    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, groups: int, layout: str
+) -> Tensor:
     batch, _, rows, columns = x.shape
-    samples = F.grid_sample(x.to(_exact(x)), _grid(offset, weight.shape[-1], layout), padding_mode="zeros", align_corners=False)
+    samples = F.grid_sample(
+        x.to(_exact(x)),
+        _grid(offset, weight.shape[-1], layout),
+        padding_mode="zeros",
+        align_corners=False,
+    )
     # reshape: images and weights may be in channels-last memory
-    out = weight.reshape(groups, weight.shape[0] // groups, -1) @ samples.reshape(batch, groups, -1, rows * columns)
+    out = weight.reshape(groups, weight.shape[0] // groups, -1) @ samples.reshape(
+        batch, groups, -1, rows * columns
+    )
     out = out.reshape(batch, -1, rows, columns)
     return out if bias is None else out + bias.to(out.dtype).view(-1, 1, 1)
 
 
 def _exact(t: Tensor) -> torch.dtype:
-    """float32, or float64 where it was asked for: half precision cannot tell neighbouring pixels apart."""
+    """float32, or float64 where it was asked for: half precision cannot tell neighbouring pixels
+    apart."""
     return torch.promote_types(t.dtype, torch.float32)
 
 
 def _grid(offset: Tensor, k: int, layout: str) -> Tensor:
-    """Sampling positions (B, k²·Y, X, 2) as `grid_sample` wants them: (column, row), -1 and 1 at the image's outer edges."""
+    """Sampling positions (B, k²·Y, X, 2) as `grid_sample` wants them: (column, row), -1 and 1 at
+    the image's outer edges."""
     batch, _, rows, columns = offset.shape
     dtype, device = _exact(offset), offset.device
     offset = offset.to(dtype)
@@ -74,18 +97,23 @@ def _grid(offset: Tensor, k: int, layout: str) -> Tensor:
 
 
 class DeformConv2d(nn.Module):
-    """Deformable k×k convolution with its own offset branch: a plain k×k convolution with bias, C -> 2k² ("rows_columns").
+    """Deformable k×k convolution with its own offset branch: a plain k×k convolution with bias, C
+    -> 2k² ("rows_columns").
 
-    The offset branch's weight starts at zero; its bias too, so that the block starts as an ordinary convolution, or at the framework's
-    default draw (`offset_bias="random"`).
+    The offset branch's weight starts at zero; its bias too, so that the block starts as an ordinary
+    convolution, or at the framework's default draw (`offset_bias="random"`).
     """
 
-    def __init__(self, channels: int, out_channels: int, *, kernel: int = 3, offset_bias: str = "zero") -> None:
+    def __init__(
+        self, channels: int, out_channels: int, *, kernel: int = 3, offset_bias: str = "zero"
+    ) -> None:
         super().__init__()
         if offset_bias not in ("zero", "random"):
             raise ModelError(f"offset_bias: found '{offset_bias}', expected one of: zero, random")
         self.offset = nn.Conv2d(channels, 2 * kernel * kernel, kernel, padding=kernel // 2)
-        self.kernel = nn.Conv2d(channels, out_channels, kernel, bias=False)  # holds and initialises the weight; never called
+        self.kernel = nn.Conv2d(
+            channels, out_channels, kernel, bias=False
+        )  # holds and initialises the weight; never called
         nn.init.zeros_(self.offset.weight)
         if offset_bias == "zero":
             nn.init.zeros_(self.offset.bias)

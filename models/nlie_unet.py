@@ -1,7 +1,8 @@
-"""NLIE-UNet: a U-Net with cyclic deformable blocks, and a bridge that rewrites every skip from its neighbouring levels.
+"""NLIE-UNet: a U-Net with cyclic deformable blocks, and a bridge that rewrites every skip from its
+neighbouring levels.
 
-Source: "Dynamic Neighborhood-Enhanced UNet with Interwoven Fusion"; topology and counts from the repository's specification of the
-released network. Sizes T, S, B, L differ in the widths only.
+Source: "Dynamic Neighborhood-Enhanced UNet with Interwoven Fusion"; topology and counts from the
+repository's specification of the released network. Sizes T, S, B, L differ in the widths only.
 """
 
 from __future__ import annotations
@@ -29,14 +30,20 @@ def double_conv(a: int, b: int) -> nn.Sequential:
 
 
 class CyclicDeformable(nn.Module):
-    """Chain of deformable convolutions over `groups` channel groups: each group adds the last one's output; the last group passes."""
+    """Chain of deformable convolutions over `groups` channel groups: each group adds the last one's
+    output; the last group passes."""
 
     def __init__(self, channels: int, groups: int, offset_bias: str) -> None:
         super().__init__()
         if groups < 2 or channels % groups:
-            raise ModelError(f"nlie_unet: scales must be at least 2 and divide the width, found {groups} for width {channels}")
+            raise ModelError(
+                f"nlie_unet: scales must be at least 2 and divide the width, found {groups} for "
+                f"width {channels}"
+            )
         self.groups, width = groups, channels // groups
-        self.kernels = nn.ModuleList(DeformConv2d(width, width, offset_bias=offset_bias) for _ in range(groups - 1))
+        self.kernels = nn.ModuleList(
+            DeformConv2d(width, width, offset_bias=offset_bias) for _ in range(groups - 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         *parts, last = x.chunk(self.groups, 1)
@@ -74,7 +81,8 @@ class CyclicBlock(nn.Module):
 
 
 class SpatialPath(nn.Module):
-    """Depthwise 3, then the sum of depthwise 3, 5, 7, 9 (and of the identity, for the base branch), then 1x1."""
+    """Depthwise 3, then the sum of depthwise 3, 5, 7, 9 (and of the identity, for the base branch),
+    then 1x1."""
 
     def __init__(self, channels: int, *, identity: bool) -> None:
         super().__init__()
@@ -90,12 +98,15 @@ class SpatialPath(nn.Module):
 
 
 class InterwovenFusion(nn.Module):
-    """HIFM: refine the base `x` with one or two neighbours of the same shape: `relu(x · gate) + x + mean of the spatial paths`."""
+    """HIFM: refine the base `x` with one or two neighbours of the same shape: `relu(x · gate) + x +
+    mean of the spatial paths`."""
 
     def __init__(self, channels: int, neighbours: int) -> None:
         super().__init__()
         self.channel = nn.ModuleList(nn.Linear(channels, channels) for _ in range(neighbours + 1))
-        self.spatial = nn.ModuleList(SpatialPath(channels, identity=i == 0) for i in range(neighbours + 1))
+        self.spatial = nn.ModuleList(
+            SpatialPath(channels, identity=i == 0) for i in range(neighbours + 1)
+        )
 
     def forward(self, x: Tensor, *neighbours: Tensor) -> Tensor:
         inputs = (x, *neighbours)
@@ -106,11 +117,16 @@ class InterwovenFusion(nn.Module):
 
 
 class Resample(nn.Module):
-    """Halve (conv 3, stride 2) or double (transposed conv 2) the size, then add a depthwise 11 of the normalised result."""
+    """Halve (conv 3, stride 2) or double (transposed conv 2) the size, then add a depthwise 11 of
+    the normalised result."""
 
     def __init__(self, a: int, b: int) -> None:
         super().__init__()
-        self.resize = nn.Conv2d(a, b, 3, stride=2, padding=1) if b > a else nn.ConvTranspose2d(a, b, 2, stride=2)
+        self.resize = (
+            nn.Conv2d(a, b, 3, stride=2, padding=1)
+            if b > a
+            else nn.ConvTranspose2d(a, b, 2, stride=2)
+        )
         self.norm = nn.BatchNorm2d(b)
         self.wide = depthwise(b, 11)
 
@@ -120,7 +136,8 @@ class Resample(nn.Module):
 
 
 class Bridge(nn.Module):
-    """NEB: bring the five levels to the third, fuse each with its neighbours there, and send them back."""
+    """NEB: bring the five levels to the third, fuse each with its neighbours there, and send them
+    back."""
 
     def __init__(self, widths: tuple[int, ...], level1_base: str) -> None:
         super().__init__()
@@ -135,7 +152,9 @@ class Bridge(nn.Module):
                 nn.Sequential(Resample(c5, c4), Resample(c4, c3)),
             )
         )
-        self.fuse = nn.ModuleList(InterwovenFusion(c3, neighbours) for neighbours in (1, 2, 2, 2, 1))
+        self.fuse = nn.ModuleList(
+            InterwovenFusion(c3, neighbours) for neighbours in (1, 2, 2, 2, 1)
+        )
         self.send = nn.ModuleList(
             (
                 nn.Sequential(Resample(c3, c2), Resample(c2, c1)),
@@ -150,7 +169,10 @@ class Bridge(nn.Module):
         a1, a2, a3, a4, a5 = (gather(e) for gather, e in zip(self.gather, levels, strict=True))
         first = (a2, a1) if self.level1_base == "level2" else (a1, a2)
         groups = (first, (a2, a1, a3), (a3, a2, a4), (a4, a3, a5), (a5, a4))  # the base comes first
-        return [send(fuse(*group)) for send, fuse, group in zip(self.send, self.fuse, groups, strict=True)]
+        return [
+            send(fuse(*group))
+            for send, fuse, group in zip(self.send, self.fuse, groups, strict=True)
+        ]
 
 
 class DecoderStep(nn.Module):
@@ -169,8 +191,10 @@ class DecoderStep(nn.Module):
 class NlieUNet(nn.Module):
     """x (B, C, Y, X), Y and X multiples of 16 -> logits (B, K, Y, X).
 
-    widths: channels of the five levels, strictly increasing. scales: channel groups of the cyclic blocks at levels 3, 4, 5.
-    offset_bias: "zero" (every deformable block starts as an ordinary convolution) or "random" (as released).
+    widths: channels of the five levels, strictly increasing. scales: channel groups of the cyclic
+    blocks at levels 3, 4, 5.
+    offset_bias: "zero" (every deformable block starts as an ordinary convolution) or "random" (as
+    released).
     level1_base: the map that the first fusion refines, "level2" (as released) or "own".
     Raises ModelError for a wrong option or input.
     """
@@ -186,11 +210,15 @@ class NlieUNet(nn.Module):
     ) -> None:
         super().__init__()
         if len(widths) != 5 or list(widths) != sorted(set(widths)):
-            raise ModelError(f"nlie_unet: widths must be five increasing numbers, found {list(widths)}")
+            raise ModelError(
+                f"nlie_unet: widths must be five increasing numbers, found {list(widths)}"
+            )
         if len(scales) != 3:
             raise ModelError(f"nlie_unet: scales must be three numbers, found {list(scales)}")
         if level1_base not in ("level2", "own"):
-            raise ModelError(f"nlie_unet: level1_base is '{level1_base}', expected one of: level2, own")
+            raise ModelError(
+                f"nlie_unet: level1_base is '{level1_base}', expected one of: level2, own"
+            )
         c1, c2, c3, c4, c5 = widths
         s3, s4, s5 = scales
         self.in_channels = in_channels
@@ -253,6 +281,8 @@ for _size, (_widths, _total, _counts) in SIZES.items():
         stages=dict(zip(STAGES, _counts, strict=True)),
         stage_of=stage_of,
         reduced={"widths": (12, 14, 16, 18, 20), "scales": (2, 3, 4)},
-        source="NLIE-UNet (dynamic neighbourhood-enhanced U-Net with interwoven fusion), released network, MIT",
-        about=f"deformable blocks and a bridge across all levels; size {_size.upper()}, widths {'-'.join(map(str, _widths))}",
+        source="NLIE-UNet (dynamic neighbourhood-enhanced U-Net with interwoven fusion), released "
+        "network, MIT",
+        about=f"deformable blocks and a bridge across all levels; size {_size.upper()}, widths "
+        f"{'-'.join(map(str, _widths))}",
     )(partial(NlieUNet, widths=_widths))

@@ -1,4 +1,5 @@
-"""What a network costs: exact multiply-accumulates and peak tensor memory, found on the meta device without computing anything."""
+"""What a network costs: exact multiply-accumulates and peak tensor memory, found on the meta device
+without computing anything."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ class Profile:
     stages: Mapping[str, int]  # parameters of each stage
     size: tuple[int, ...]  # spatial, voxels
     macs: int  # of one forward in evaluation, batch 1; see `count_macs`
-    peak_bytes: int | None  # of one training step; see `peak_training_bytes`; None when not asked for
+    peak_bytes: (
+        int | None
+    )  # of one training step; see `peak_training_bytes`; None when not asked for
 
 
 def profile(
@@ -36,14 +39,20 @@ def profile(
     options: Mapping[str, Any] | None = None,
     batch: int = 0,
 ) -> Profile:
-    """Costs of a registered network, by default as published. With `batch` > 0 also the peak memory of a training step at that batch.
+    """Costs of a registered network, by default as published. With `batch` > 0 also the peak memory
+    of a training step at that batch.
 
     Raises ModelError when the network refuses the options or the size.
     """
     channels = in_channels or chosen.in_channels
     size = tuple(size or chosen.paper_input)
     with torch.device("meta"):
-        model = build_model(chosen.name, in_channels=channels, num_classes=num_classes or chosen.num_classes, options=options)
+        model = build_model(
+            chosen.name,
+            in_channels=channels,
+            num_classes=num_classes or chosen.num_classes,
+            options=options,
+        )
     return Profile(
         parameters=count_parameters(model),
         stages=stage_table(model, chosen),
@@ -54,10 +63,11 @@ def profile(
 
 
 def count_macs(model: nn.Module, shape: Sequence[int]) -> int:
-    """Multiply-accumulates of one forward in evaluation: convolutions (transposed ones too), linear layers, matrix products, attention.
+    """Multiply-accumulates of one forward in evaluation: convolutions (transposed ones too), linear
+    layers, matrix products, attention.
 
-    Exact for these; normalisations, activations, interpolation and other elementwise work are not counted. `model` must lie on the meta
-    device; shape: (B, C, [Z,] Y, X).
+    Exact for these; normalisations, activations, interpolation and other elementwise work are not
+    counted. `model` must lie on the meta device; shape: (B, C, [Z,] Y, X).
     """
     counter = _Flops()
     was_training = model.training
@@ -68,9 +78,11 @@ def count_macs(model: nn.Module, shape: Sequence[int]) -> int:
 
 
 def peak_training_bytes(model: nn.Module, shape: Sequence[int]) -> int:
-    """Largest sum of live tensors during forward and backward in fp32: weights, buffers, input, activations, gradients.
+    """Largest sum of live tensors during forward and backward in fp32: weights, buffers, input,
+    activations, gradients.
 
-    Optimizer state and the scratch space of kernels come on top. `model` must lie on the meta device; shape: (B, C, [Z,] Y, X).
+    Optimizer state and the scratch space of kernels come on top. `model` must lie on the meta
+    device; shape: (B, C, [Z,] Y, X).
     """
     was_training = model.training
     meter = _LiveBytes()
@@ -86,7 +98,8 @@ def peak_training_bytes(model: nn.Module, shape: Sequence[int]) -> int:
 
 
 class _Flops(TorchDispatchMode):
-    """Adds up torch's own formulas, two flops per multiply-accumulate; FlopCounterMode without its table of modules."""
+    """Adds up torch's own formulas, two flops per multiply-accumulate; FlopCounterMode without its
+    table of modules."""
 
     def __init__(self) -> None:
         super().__init__()

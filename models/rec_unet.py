@@ -1,7 +1,9 @@
-"""REC-UNet: an attention U-Net whose blocks average two convolutions, the second under cross-dimensional attention.
+"""REC-UNet: an attention U-Net whose blocks average two convolutions, the second under
+cross-dimensional attention.
 
-Source: REC-UNet (liver tumour segmentation) on Attention U-Net (Oktay et al. 2018) and triplet attention (Misra et al. 2021); topology
-and counts from the repository's specification of the released network.
+Source: REC-UNet (liver tumour segmentation) on Attention U-Net (Oktay et al. 2018) and triplet
+attention (Misra et al. 2021); topology and counts from the repository's specification of the
+released network.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ def conv_bn_relu(a: int, b: int) -> nn.Sequential:
 
 
 class PlaneGate(nn.Module):
-    """Pool one axis of (B, C, Y, X) away by max and mean, and weigh the plane that is left: conv 7 (2 -> 1), BN, sigmoid.
+    """Pool one axis of (B, C, Y, X) away by max and mean, and weigh the plane that is left: conv 7
+    (2 -> 1), BN, sigmoid.
 
-    The plane keeps the order of the axes, or is `turned`. The gate has size 1 along the pooled axis.
+    The plane keeps the order of the axes, or is `turned`. The gate has size 1 along the pooled
+    axis.
     """
 
     def __init__(self, axis: int, *, turned: bool = False) -> None:
@@ -38,7 +42,8 @@ class PlaneGate(nn.Module):
 
 
 class TripletAttention(nn.Module):
-    """EM: `x · (A + B + S)/3` with gates over the planes channel × column, row × channel and row × column."""
+    """EM: `x · (A + B + S)/3` with gates over the planes channel × column, row × channel and row ×
+    column."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,14 +70,17 @@ class EnhancementBlock(nn.Module):
 
 
 class Calibration(nn.Module):
-    """CM: gate the skip by an additive attention with the decoder map, then concatenate: gated skip first."""
+    """CM: gate the skip by an additive attention with the decoder map, then concatenate: gated skip
+    first."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         inner = channels // 2
         self.deep = nn.Sequential(nn.Conv2d(channels, inner, 1), nn.BatchNorm2d(inner))
         self.skip = nn.Sequential(nn.Conv2d(channels, inner, 1), nn.BatchNorm2d(inner))
-        self.gate = nn.Sequential(nn.ReLU(), nn.Conv2d(inner, 1, 1), nn.BatchNorm2d(1), nn.Sigmoid())
+        self.gate = nn.Sequential(
+            nn.ReLU(), nn.Conv2d(inner, 1, 1), nn.BatchNorm2d(1), nn.Sigmoid()
+        )
 
     def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
         return torch.cat((skip * self.gate(self.deep(deep) + self.skip(skip)), deep), 1)
@@ -92,11 +100,13 @@ class DecoderStep(nn.Module):
 
 
 class RecUNet(nn.Module):
-    """x (B, C, Y, X), Y and X multiples of 16 -> logits (B, K, Y, X), made for two independent sigmoid channels.
+    """x (B, C, Y, X), Y and X multiples of 16 -> logits (B, K, Y, X), made for two independent
+    sigmoid channels.
 
-    slices: "middle" (as released: of C neighbouring slices only the middle one is seen, so C must be odd) or "all".
-    residual: average each block's two convolutions (the tumour network), or not (the "EM" variant, for the liver).
-    Raises ModelError for a wrong option or input.
+    slices: "middle" (as released: of C neighbouring slices only the middle one is seen, so C must
+    be odd) or "all".
+    residual: average each block's two convolutions (the tumour network), or not (the "EM" variant,
+    for the liver). Raises ModelError for a wrong option or input.
     """
 
     def __init__(
@@ -111,7 +121,10 @@ class RecUNet(nn.Module):
         if slices not in ("middle", "all"):
             raise ModelError(f"rec_unet: slices is '{slices}', expected one of: middle, all")
         if slices == "middle" and in_channels % 2 == 0:
-            raise ModelError(f"rec_unet: {in_channels} input channels have no middle slice; use an odd number or slices: all")
+            raise ModelError(
+                f"rec_unet: {in_channels} input channels have no middle slice; use an odd number "
+                "or slices: all"
+            )
         if len(widths) != 5 or any(width % 2 for width in widths):
             raise ModelError(f"rec_unet: widths must be five even numbers, found {list(widths)}")
         w1, w2, w3, w4, w5 = widths
@@ -156,7 +169,12 @@ STAGES = {
 }
 # fmt: on
 for _name, _residual, _about in (
-    ("rec_unet", True, "attention U-Net with averaged residuals and triplet attention; sees the middle of three slices"),
+    (
+        "rec_unet",
+        True,
+        "attention U-Net with averaged residuals and triplet attention; sees the middle of three "
+        "slices",
+    ),
     ("rec_unet_em", False, "rec_unet without the residual, prescribed for the liver of LiTS"),
 ):
     register(
@@ -170,6 +188,7 @@ for _name, _residual, _about in (
         stages=STAGES,
         stage_of=stage_of,
         reduced={"widths": (16, 16, 16, 16, 16)},
-        source="REC-UNet (residual cross-dimensional attention for liver tumours), released network",
+        source="REC-UNet (residual cross-dimensional attention for liver tumours), released "
+        "network",
         about=_about,
     )(partial(RecUNet, residual=_residual))

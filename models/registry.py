@@ -23,8 +23,9 @@ class ModelError(ValueError):
 class ModelSpec:
     """What the rest of segfleet must know of a registered network.
 
-    build(in_channels, num_classes, **options) -> nn.Module that maps (B, C, [Z,] Y, X) to logits (B, K, [Z,] Y, X) or, with deep
-    supervision in train mode, to a list of logits, finest first, each at its own resolution or the full one.
+    build(in_channels, num_classes, **options) -> nn.Module that maps (B, C, [Z,] Y, X) to logits
+    (B, K, [Z,] Y, X) or, with deep supervision in train mode, to a list of logits, finest first,
+    each at its own resolution or the full one.
     """
 
     name: str
@@ -37,16 +38,23 @@ class ModelSpec:
     divisor: int | tuple[int, ...] = 1  # the input's spatial sizes must be multiples of it
     deep_supervision: bool = False
     fixed_patch: bool = False  # the weights depend on the input size (options must carry `patch`)
-    stages: Mapping[str, int] = field(default_factory=dict)  # parameters of each stage, as in the specification
-    stage_of: Callable[[str], str] | None = None  # parameter name -> stage name; default: the part before the first dot
+    stages: Mapping[str, int] = field(
+        default_factory=dict
+    )  # parameters of each stage, as in the specification
+    stage_of: Callable[[str], str] | None = (
+        None  # parameter name -> stage name; default: the part before the first dot
+    )
     reduced: Mapping[str, Any] = field(default_factory=dict)  # options of a small twin for tests
-    reduced_input: tuple[int, ...] = ()  # spatial size the small twin is tested at; default: see `small_input`
+    reduced_input: tuple[
+        int, ...
+    ] = ()  # spatial size the small twin is tested at; default: see `small_input`
     source: str = ""  # paper or specification
     about: str = ""
 
     @property
     def small_input(self) -> tuple[int, ...]:
-        """Spatial size for tests: `reduced_input`, else the small twin's `patch`, else the smallest legal size >= 32 (2D) or 16 (3D)."""
+        """Spatial size for tests: `reduced_input`, else the small twin's `patch`, else the smallest
+        legal size >= 32 (2D) or 16 (3D)."""
         if self.reduced_input or "patch" in self.reduced:
             return tuple(self.reduced_input or self.reduced["patch"])
         rank = len(self.paper_input)
@@ -92,32 +100,53 @@ def spec(name: str) -> ModelSpec:
 
 def legal_options(chosen: ModelSpec) -> list[str]:
     """Names of the options that the builder takes."""
-    return [p.name for p in inspect.signature(chosen.build).parameters.values() if p.name not in ("in_channels", "num_classes")]
+    return [
+        p.name
+        for p in inspect.signature(chosen.build).parameters.values()
+        if p.name not in ("in_channels", "num_classes")
+    ]
 
 
-def build_model(name: str, *, in_channels: int, num_classes: int, options: Mapping[str, Any] | None = None) -> nn.Module:
+def build_model(
+    name: str, *, in_channels: int, num_classes: int, options: Mapping[str, Any] | None = None
+) -> nn.Module:
     """Build a registered network. Raises ModelError for an unknown name or option."""
     chosen, options = spec(name), dict(options or {})
     legal = legal_options(chosen)
     for key in options:
         if key not in legal:
-            raise ModelError(f"model.options: '{key}' is no option of {name}; expected one of: {', '.join(legal) or 'none'}")
+            raise ModelError(
+                f"model.options: '{key}' is no option of {name}; expected one of: "
+                f"{', '.join(legal) or 'none'}"
+            )
     return chosen.build(in_channels=in_channels, num_classes=num_classes, **options)
 
 
-def check_input(x: Tensor, *, name: str, dims: int, in_channels: int, divisor: int | tuple[int, ...] = 1) -> None:
-    """Refuse an input of the wrong shape with a sentence that names the rule. Call it first in `forward`."""
+def check_input(
+    x: Tensor, *, name: str, dims: int, in_channels: int, divisor: int | tuple[int, ...] = 1
+) -> None:
+    """Refuse an input of the wrong shape with a sentence that names the rule. Call it first in
+    `forward`."""
     if torch.compiler.is_compiling():
         return
     axes = "BCYX" if dims == 2 else "BCZYX"
     if x.ndim != dims + 2:
-        raise ModelError(f"{name} takes a {dims + 2}-dimensional input ({', '.join(axes)}), found shape {tuple(x.shape)}")
+        raise ModelError(
+            f"{name} takes a {dims + 2}-dimensional input ({', '.join(axes)}), found shape "
+            f"{tuple(x.shape)}"
+        )
     if x.shape[1] != in_channels:
-        raise ModelError(f"{name} was built for {in_channels} input channel(s), found {x.shape[1]} in shape {tuple(x.shape)}")
+        raise ModelError(
+            f"{name} was built for {in_channels} input channel(s), found {x.shape[1]} in shape "
+            f"{tuple(x.shape)}"
+        )
     divisors = (divisor,) * dims if isinstance(divisor, int) else divisor
     for axis, size, d in zip(axes[2:], x.shape[2:], divisors, strict=True):
         if size % d or size == 0:
-            raise ModelError(f"{name} needs an input whose {axis} size is a multiple of {d}, found {size} in shape {tuple(x.shape)}")
+            raise ModelError(
+                f"{name} needs an input whose {axis} size is a multiple of {d}, found {size} in "
+                f"shape {tuple(x.shape)}"
+            )
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -1,6 +1,8 @@
-"""U-NetLite: the 2D U-Net in seven weights, from the standard one (31 M parameters) to an ultra-light grouped one (0.24 M).
+"""U-NetLite: the 2D U-Net in seven weights, from the standard one (31 M parameters) to an
+ultra-light grouped one (0.24 M).
 
-Source: specification `unet_lite` (tapjason/U-NetLite). The variants differ only in the block that fills the common skeleton.
+Source: specification `unet_lite` (tapjason/U-NetLite). The variants differ only in the block that
+fills the common skeleton.
 """
 
 from __future__ import annotations
@@ -19,12 +21,17 @@ def standard_block(a: int, mid: int, b: int) -> nn.Sequential:
     """(Conv 3 - BN - ReLU) x 2, a -> mid -> b channels."""
     layers: list[nn.Module] = []
     for c_in, c_out in ((a, mid), (mid, b)):
-        layers += [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
+        layers += [
+            nn.Conv2d(c_in, c_out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(c_out),
+            nn.ReLU(inplace=True),
+        ]
     return nn.Sequential(*layers)
 
 
 def light_block(a: int, mid: int, b: int, groups: int = 1) -> nn.Sequential:
-    """(depthwise 3 - pointwise - BN - ReLU) x 2; the pointwise convolutions in `groups` groups, without channel shuffle."""
+    """(depthwise 3 - pointwise - BN - ReLU) x 2; the pointwise convolutions in `groups` groups,
+    without channel shuffle."""
     layers: list[nn.Module] = []
     for c_in, c_out in ((a, mid), (mid, b)):
         layers += [
@@ -37,12 +44,16 @@ def light_block(a: int, mid: int, b: int, groups: int = 1) -> nn.Sequential:
 
 
 class SqueezeExcitation(nn.Module):
-    """Weights each of c channels by a sigmoid of all channel means; 2 c^2 / reduction parameters."""
+    """Weights each of c channels by a sigmoid of all channel means; 2 c^2 / reduction
+    parameters."""
 
     def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
         if channels % reduction:
-            raise ModelError(f"model.options: squeeze-excitation divides the width by {reduction}, found {channels}; give a multiple")
+            raise ModelError(
+                f"model.options: squeeze-excitation divides the width by {reduction}, found "
+                f"{channels}; give a multiple"
+            )
         self.gate = nn.Sequential(
             nn.Linear(channels, channels // reduction, bias=False),
             nn.ReLU(inplace=True),
@@ -55,7 +66,8 @@ class SqueezeExcitation(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Weights each pixel by a sigmoid of a 7 x 7 convolution over the channel mean and the channel maximum; 98 parameters."""
+    """Weights each pixel by a sigmoid of a 7 x 7 convolution over the channel mean and the channel
+    maximum; 98 parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,11 +87,16 @@ class Blocks:
     reduction: int = 0  # squeeze-excitation after the block when > 0
     spatial: bool = False  # spatial attention after each encoder stage but the deepest
 
-    def __call__(self, a: int, b: int, *, mid: int | None = None, first: bool = False, attend: bool = False) -> nn.Sequential:
+    def __call__(
+        self, a: int, b: int, *, mid: int | None = None, first: bool = False, attend: bool = False
+    ) -> nn.Sequential:
         if self.light:
             groups = 1 if first else self.groups
             if any(channels % groups for channels in (a, mid or b, b)):
-                raise ModelError(f"model.options.width: {a} -> {b} channels do not split in {groups} groups; give a multiple of {groups}")
+                raise ModelError(
+                    f"model.options.width: {a} -> {b} channels do not split in {groups} groups; "
+                    f"give a multiple of {groups}"
+                )
             block = light_block(a, mid or b, b, groups)
         else:
             block = standard_block(a, mid or b, b)
@@ -91,7 +108,8 @@ class Blocks:
 
 
 class Up(nn.Module):
-    """Doubles the deep map, zero-pads it to the skip's size (left and top get the smaller half), joins [skip, up], one block."""
+    """Doubles the deep map, zero-pads it to the skip's size (left and top get the smaller half),
+    joins [skip, up], one block."""
 
     def __init__(self, a: int, b: int, blocks: Blocks, bilinear: bool) -> None:
         super().__init__()
@@ -111,12 +129,18 @@ class Up(nn.Module):
 
 
 class UNetLite(nn.Module):
-    """(B, in_channels, Y, X) -> logits (B, num_classes, Y, X); any Y, X >= 16. Raises ModelError for another shape."""
+    """(B, in_channels, Y, X) -> logits (B, num_classes, Y, X); any Y, X >= 16. Raises ModelError
+    for another shape."""
 
-    def __init__(self, in_channels: int, num_classes: int, *, blocks: Blocks, width: int, bilinear: bool) -> None:
+    def __init__(
+        self, in_channels: int, num_classes: int, *, blocks: Blocks, width: int, bilinear: bool
+    ) -> None:
         super().__init__()
         if width < 2 or width % 2:
-            raise ModelError(f"model.options.width: found {width}, expected an even number of channels of at least 2")
+            raise ModelError(
+                f"model.options.width: found {width}, expected an even number of channels of at "
+                "least 2"
+            )
         self.in_channels = in_channels
         w, half = width, 2 if bilinear else 1
         self.inc = blocks(in_channels, w, first=True, attend=True)
@@ -133,7 +157,10 @@ class UNetLite(nn.Module):
     def forward(self, x_BCYX: Tensor) -> Tensor:
         check_input(x_BCYX, name="unet_lite", dims=2, in_channels=self.in_channels)
         if min(x_BCYX.shape[2:]) < 16:
-            raise ModelError(f"unet_lite halves its input four times and needs Y and X of at least 16, found shape {tuple(x_BCYX.shape)}")
+            raise ModelError(
+                "unet_lite halves its input four times and needs Y and X of at least 16, found "
+                f"shape {tuple(x_BCYX.shape)}"
+            )
         x1 = self.inc(x_BCYX)
         x2 = self.down1(x1)
         x3 = self.down2(x2)
@@ -145,11 +172,20 @@ class UNetLite(nn.Module):
 
 
 def _variant(
-    name: str, about: str, parameters: int, per_stage: tuple[int, ...], blocks: Blocks, *, width: int = 64, small: int = 16
+    name: str,
+    about: str,
+    parameters: int,
+    per_stage: tuple[int, ...],
+    blocks: Blocks,
+    *,
+    width: int = 64,
+    small: int = 16,
 ) -> Callable[..., nn.Module]:
     default = width
 
-    def build(in_channels: int, num_classes: int, *, width: int = default, bilinear: bool = False) -> nn.Module:
+    def build(
+        in_channels: int, num_classes: int, *, width: int = default, bilinear: bool = False
+    ) -> nn.Module:
         return UNetLite(in_channels, num_classes, blocks=blocks, width=width, bilinear=bilinear)
 
     build.__doc__ = f"{about}. `width`: channels of the first stage; `bilinear`: upsample by interpolation, half the deepest width."
@@ -208,7 +244,8 @@ unet_lite_se_depthwise_r32 = _variant(
 )
 unet_lite_spatial = _variant(
     "spatial",
-    "U-Net with depthwise-separable blocks, squeeze-excitation and spatial attention in the encoder",
+    "U-Net with depthwise-separable blocks, squeeze-excitation and spatial attention in the "
+    "encoder",
     6_206_756,
     (5_757, 28_962, 111_074, 435_042, 1_721_856, 2_932_736, 737_280, 186_368, 47_616, 65),
     Blocks(light=True, reduction=16, spatial=True),

@@ -1,6 +1,8 @@
-"""UNeXt: a small U-Net whose two deepest levels mix pixels by shifting channels between linear layers.
+"""UNeXt: a small U-Net whose two deepest levels mix pixels by shifting channels between linear
+layers.
 
-Source: UNeXt (Valanarasu and Patel, 2022); widths of the released code (16-32-128-160-256), the paper prints another first stage.
+Source: UNeXt (Valanarasu and Patel, 2022); widths of the released code (16-32-128-160-256), the
+paper prints another first stage.
 """
 
 from __future__ import annotations
@@ -16,14 +18,22 @@ from segfleet.models.registry import ModelError, check_input, register
 
 
 def shift(x_BCYX: Tensor, axis: int) -> Tensor:
-    """Move five channel chunks by -2..2 pixels along `axis` (2 rows, 3 columns); zeros enter at the border."""
+    """Move five channel chunks by -2..2 pixels along `axis` (2 rows, 3 columns); zeros enter at the
+    border."""
     size = x_BCYX.shape[axis]
     padded = F.pad(x_BCYX, (0, 0, 2, 2) if axis == 2 else (2, 2, 0, 0))
-    return torch.cat([chunk.narrow(axis, 2 - step, size) for step, chunk in zip(range(-2, 3), padded.chunk(5, 1), strict=True)], 1)
+    return torch.cat(
+        [
+            chunk.narrow(axis, 2 - step, size)
+            for step, chunk in zip(range(-2, 3), padded.chunk(5, 1), strict=True)
+        ],
+        1,
+    )
 
 
 class TokenMLP(nn.Module):
-    """`x + linear(shift columns(gelu(depthwise(linear(shift rows(norm(x)))))))`; the linear layers act on the channels."""
+    """`x + linear(shift columns(gelu(depthwise(linear(shift rows(norm(x)))))))`; the linear layers
+    act on the channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -43,16 +53,21 @@ def _on_channels(linear: nn.Linear, x_BCYX: Tensor) -> Tensor:
 
 
 def conv_encoder(a: int, b: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.MaxPool2d(2), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.MaxPool2d(2), nn.ReLU()
+    )
 
 
 def token_encoder(a: int, b: int) -> nn.Sequential:
     """Patch embedding (conv 3, stride 2, norm), token MLP, norm."""
-    return nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), ChannelNorm(b), TokenMLP(b), ChannelNorm(b))
+    return nn.Sequential(
+        nn.Conv2d(a, b, 3, stride=2, padding=1), ChannelNorm(b), TokenMLP(b), ChannelNorm(b)
+    )
 
 
 class DecoderStep(nn.Module):
-    """Conv 3 -> BN -> bilinear ×2 -> ReLU, plus the skip, then (deep levels) a token MLP and a norm."""
+    """Conv 3 -> BN -> bilinear ×2 -> ReLU, plus the skip, then (deep levels) a token MLP and a
+    norm."""
 
     def __init__(self, a: int, b: int, *, norm: bool = True, tokens: bool = False) -> None:
         super().__init__()
@@ -68,13 +83,21 @@ class DecoderStep(nn.Module):
 class UNeXt(nn.Module):
     """x (B, C, Y, X), Y and X multiples of 32 -> logits (B, K, Y, X).
 
-    widths: channels of the five levels, at 1/2 to 1/32 of the input's size. Raises ModelError for wrong widths or input.
+    widths: channels of the five levels, at 1/2 to 1/32 of the input's size. Raises ModelError for
+    wrong widths or input.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, widths: tuple[int, ...] = (16, 32, 128, 160, 256)) -> None:
+    def __init__(
+        self, in_channels: int, num_classes: int, widths: tuple[int, ...] = (16, 32, 128, 160, 256)
+    ) -> None:
         super().__init__()
-        if len(widths) != 5 or any(len(range(width)[:: math.ceil(width / 5)]) != 5 for width in widths[2:]):
-            raise ModelError(f"unext: widths must be five numbers, the last three divisible into five channel chunks, found {list(widths)}")
+        if len(widths) != 5 or any(
+            len(range(width)[:: math.ceil(width / 5)]) != 5 for width in widths[2:]
+        ):
+            raise ModelError(
+                "unext: widths must be five numbers, the last three divisible into five channel "
+                f"chunks, found {list(widths)}"
+            )
         w1, w2, w3, w4, w5 = widths
         self.in_channels = in_channels
         self.enc1 = conv_encoder(in_channels, w1)
@@ -123,5 +146,6 @@ register(
     reduced={"widths": (16, 16, 20, 20, 20)},
     reduced_input=(64, 64),
     source="UNeXt: MLP-based rapid medical image segmentation network (2022), released widths",
-    about="convolutional U-Net with tokenised, shifted MLP at the two deepest levels; widths 16-32-128-160-256",
+    about="convolutional U-Net with tokenised, shifted MLP at the two deepest levels; widths "
+    "16-32-128-160-256",
 )(UNeXt)

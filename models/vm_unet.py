@@ -1,7 +1,9 @@
-"""VM-UNet: a U-shaped network of visual state space blocks that scan an image in four directions; 27.4 M parameters, 2D.
+"""VM-UNet: a U-shaped network of visual state space blocks that scan an image in four directions;
+27.4 M parameters, 2D.
 
-Source: specification `asc_seg` section 9 (Ruan et al., arXiv 2402.02491; selective scan in 2D from VMamba, arXiv 2401.10166).
-Maps are channels last, (B, Y, X, C), inside. Parameters of the scan carry VMamba's names.
+Source: specification `asc_seg` section 9 (Ruan et al., arXiv 2402.02491; selective scan in 2D from
+VMamba, arXiv 2401.10166). Maps are channels last, (B, Y, X, C), inside. Parameters of the scan
+carry VMamba's names.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ DIVISOR = 32
 
 
 def unfold_directions(x_BDYX: Tensor) -> Tensor:
-    """The map as four sequences (B, 4, D, Y·X): row by row, column by column, and both backwards."""
+    """The map as four sequences (B, 4, D, Y·X): row by row, column by column, and both
+    backwards."""
     forwards = torch.stack([x_BDYX.flatten(2), x_BDYX.transpose(2, 3).flatten(2)], 1)
     return torch.cat([forwards, forwards.flip(-1)], 1)
 
@@ -31,11 +34,14 @@ def fold_directions(y_BKDL: Tensor, size: tuple[int, int]) -> Tensor:
     rows, columns = size
     both = y_BKDL[:, :2] + y_BKDL[:, 2:].flip(-1)
     by_row, by_column = both.unbind(1)
-    return by_row.unflatten(-1, (rows, columns)) + by_column.unflatten(-1, (columns, rows)).transpose(2, 3)
+    return by_row.unflatten(-1, (rows, columns)) + by_column.unflatten(
+        -1, (columns, rows)
+    ).transpose(2, 3)
 
 
 class SS2D(nn.Module):
-    """Selective scan of a map in four directions, each with its own projections, in one grouped scan. (B, Y, X, C) -> the same shape."""
+    """Selective scan of a map in four directions, each with its own projections, in one grouped
+    scan. (B, Y, X, C) -> the same shape."""
 
     def __init__(self, width: int, state: int = 16) -> None:
         super().__init__()
@@ -43,7 +49,9 @@ class SS2D(nn.Module):
         self.rank, self.state = rank, state
         self.in_proj = nn.Linear(width, 2 * inner, bias=False)
         self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
-        self.x_proj_weight = nn.Parameter(_uniform(DIRECTIONS, rank + 2 * state, inner, bound=inner**-0.5))
+        self.x_proj_weight = nn.Parameter(
+            _uniform(DIRECTIONS, rank + 2 * state, inner, bound=inner**-0.5)
+        )
         self.dt_projs_weight = nn.Parameter(_uniform(DIRECTIONS, inner, rank, bound=rank**-0.5))
         self.dt_projs_bias = nn.Parameter(_step_bias(DIRECTIONS, inner))
         self.A_logs = nn.Parameter(torch.arange(1.0, state + 1).log().repeat(DIRECTIONS * inner, 1))
@@ -60,13 +68,16 @@ class SS2D(nn.Module):
         return self.out_proj(y * F.silu(z))
 
     def scan(self, x_BDYX: Tensor) -> Tensor:
-        """Sum over the directions of the selective scans of a map (B, D, Y, X), without gate; float32 or better."""
+        """Sum over the directions of the selective scans of a map (B, D, Y, X), without gate;
+        float32 or better."""
         u_BKDL = unfold_directions(x_BDYX)
         projected = torch.einsum("bkdl,kcd->bkcl", u_BKDL, self.x_proj_weight)
         steps, B_BKNL, C_BKNL = projected.split([self.rank, self.state, self.state], 2)
         delta_BKDL = torch.einsum("bkrl,kdr->bkdl", steps, self.dt_projs_weight)
         y = selective_scan_fn(
-            u_BKDL.flatten(1, 2).to(torch.promote_types(u_BKDL.dtype, torch.float32)),  # the type of y, and of the sum over directions
+            u_BKDL.flatten(1, 2).to(
+                torch.promote_types(u_BKDL.dtype, torch.float32)
+            ),  # the type of y, and of the sum over directions
             delta_BKDL.flatten(1, 2),
             -self.A_logs.exp(),
             B_BKNL,
@@ -89,7 +100,8 @@ def _step_bias(*shape: int, low: float = 1e-3, high: float = 1e-1) -> Tensor:
 
 
 class DropPath(nn.Module):
-    """In training, leaves out a residual branch for a sample with probability `rate` and scales the kept ones by 1/(1 - rate)."""
+    """In training, leaves out a residual branch for a sample with probability `rate` and scales the
+    kept ones by 1/(1 - rate)."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -107,7 +119,11 @@ class VSSBlock(nn.Module):
 
     def __init__(self, width: int, state: int, drop_path: float) -> None:
         super().__init__()
-        self.norm, self.mixer, self.drop_path = nn.LayerNorm(width), SS2D(width, state), DropPath(drop_path)
+        self.norm, self.mixer, self.drop_path = (
+            nn.LayerNorm(width),
+            SS2D(width, state),
+            DropPath(drop_path),
+        )
 
     def forward(self, x_BYXC: Tensor) -> Tensor:
         return x_BYXC + self.drop_path(self.mixer(self.norm(x_BYXC)))
@@ -125,11 +141,15 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerge(nn.Module):
-    """(B, Y, X, C) -> (B, Y/2, X/2, 2C): the pixels (0,0), (1,0), (0,1), (1,1) of each 2×2 square joined, LayerNorm, Linear."""
+    """(B, Y, X, C) -> (B, Y/2, X/2, 2C): the pixels (0,0), (1,0), (0,1), (1,1) of each 2×2 square
+    joined, LayerNorm, Linear."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm, self.linear = nn.LayerNorm(4 * width), nn.Linear(4 * width, 2 * width, bias=False)
+        self.norm, self.linear = (
+            nn.LayerNorm(4 * width),
+            nn.Linear(4 * width, 2 * width, bias=False),
+        )
 
     def forward(self, x_BYXC: Tensor) -> Tensor:
         square = [x_BYXC[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
@@ -137,7 +157,8 @@ class PatchMerge(nn.Module):
 
 
 class PatchExpand(nn.Module):
-    """(B, Y, X, a) -> (B, factor·Y, factor·X, c): Linear, each token's features dealt out to factor² pixels, LayerNorm."""
+    """(B, Y, X, a) -> (B, factor·Y, factor·X, c): Linear, each token's features dealt out to
+    factor² pixels, LayerNorm."""
 
     def __init__(self, a: int, c: int, factor: int) -> None:
         super().__init__()
@@ -145,14 +166,18 @@ class PatchExpand(nn.Module):
         self.linear, self.norm = nn.Linear(a, factor * factor * c, bias=False), nn.LayerNorm(c)
 
     def forward(self, x_BYXC: Tensor) -> Tensor:
-        pixels = self.linear(x_BYXC).unflatten(-1, (self.factor, self.factor, -1))  # (B, Y, X, row, column, c)
+        pixels = self.linear(x_BYXC).unflatten(
+            -1, (self.factor, self.factor, -1)
+        )  # (B, Y, X, row, column, c)
         return self.norm(pixels.transpose(2, 3).flatten(3, 4).flatten(1, 2))
 
 
 class VMUNet(nn.Module):
-    """(B, in_channels, Y, X) -> logits (B, num_classes, Y, X); Y and X multiples of 32. Raises ModelError for another shape.
+    """(B, in_channels, Y, X) -> logits (B, num_classes, Y, X); Y and X multiples of 32. Raises
+    ModelError for another shape.
 
-    The embedding takes the channels there are; repeating a grey image to three channels, as published, is the same function.
+    The embedding takes the channels there are; repeating a grey image to three channels, as
+    published, is the same function.
     """
 
     def __init__(
@@ -171,20 +196,30 @@ class VMUNet(nn.Module):
             raise ModelError(f"model.options.width: found {width}, expected a multiple of 4")
         for name, found in (("depths", depths), ("decoder_depths", decoder_depths)):
             if len(found) != 4 or min(found) < 1:
-                raise ModelError(f"model.options.{name}: found {list(found)}, expected four numbers of blocks, each at least 1")
+                raise ModelError(
+                    f"model.options.{name}: found {list(found)}, expected four numbers of blocks, "
+                    "each at least 1"
+                )
         if not 0 <= drop_path < 1:
-            raise ModelError(f"model.options.drop_path: found {drop_path}, expected a probability in [0, 1)")
+            raise ModelError(
+                f"model.options.drop_path: found {drop_path}, expected a probability in [0, 1)"
+            )
         self.in_channels = in_channels
         widths = [width * 2**stage for stage in range(4)]
         self.embed = PatchEmbed(in_channels, width)
         rates = _rates(depths, drop_path)
         for stage, (c, stage_rates) in enumerate(zip(widths, rates, strict=True)):
             blocks = [VSSBlock(c, state, rate) for rate in stage_rates]
-            self.add_module(f"encoder{stage}", nn.Sequential(*blocks, *([PatchMerge(c)] if stage < 3 else [])))
+            self.add_module(
+                f"encoder{stage}", nn.Sequential(*blocks, *([PatchMerge(c)] if stage < 3 else []))
+            )
         rates = _rates(decoder_depths[::-1], drop_path)[::-1]
         for stage, (c, stage_rates) in enumerate(zip(widths[::-1], rates, strict=True)):
             blocks = [VSSBlock(c, state, rate) for rate in stage_rates[::-1]]
-            self.add_module(f"decoder{stage}", nn.Sequential(*([PatchExpand(2 * c, c, 2)] if stage else []), *blocks))
+            self.add_module(
+                f"decoder{stage}",
+                nn.Sequential(*([PatchExpand(2 * c, c, 2)] if stage else []), *blocks),
+            )
         self.expand = PatchExpand(width, width // 4, 4)
         self.head = nn.Conv2d(width // 4, num_classes, 1)
         for module in self.modules():
@@ -247,7 +282,14 @@ def vm_unet(
     state: int = 16,
     drop_path: float = 0.2,
 ) -> nn.Module:
-    """`depths`, `decoder_depths`: blocks per stage; `state`: size of the scan's state; `drop_path`: highest rate of left-out branches."""
+    """`depths`, `decoder_depths`: blocks per stage; `state`: size of the scan's state; `drop_path`:
+    highest rate of left-out branches."""
     return VMUNet(
-        in_channels, num_classes, width=width, depths=depths, decoder_depths=decoder_depths, state=state, drop_path=drop_path
+        in_channels,
+        num_classes,
+        width=width,
+        depths=depths,
+        decoder_depths=decoder_depths,
+        state=state,
+        drop_path=drop_path,
     )

@@ -1,4 +1,5 @@
-"""Checkpoints: one folder of named tensors and plain JSON for every engine, complete or not there at all.
+"""Checkpoints: one folder of named tensors and plain JSON for every engine, complete or not there
+at all.
 
     step-00000120/
       weights.safetensors      parameters and buffers by name, full tensors, whatever the engine
@@ -71,17 +72,25 @@ def write(root: Path, step: int, tensors: Tensors, state: dict[str, Any]) -> Pat
     try:
         for group, named in tensors.items():
             try:
-                save_file({name: value.contiguous() for name, value in named.items()}, partial / f"{group}.safetensors")
+                save_file(
+                    {name: value.contiguous() for name, value in named.items()},
+                    partial / f"{group}.safetensors",
+                )
             except OSError:
                 raise
             except Exception as error:  # safetensors wraps the system's error in its own
                 _raise_as_oserror(error, partial)
                 raise
-        (partial / "state.json").write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
+        (partial / "state.json").write_text(
+            json.dumps({**state, "step": step}, indent=1), encoding="utf-8"
+        )
         facts = {}
         for path in sorted(partial.iterdir()):
             with open(path, "rb") as file:
-                facts[path.name] = {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+                facts[path.name] = {
+                    "bytes": path.stat().st_size,
+                    "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+                }
                 os.fsync(file.fileno())
         write_atomically(partial / MANIFEST, json.dumps({"files": facts}, indent=1))
     except BaseException:
@@ -91,7 +100,8 @@ def write(root: Path, step: int, tensors: Tensors, state: dict[str, Any]) -> Pat
 
 
 def _raise_as_oserror(error: Exception, where: Path) -> None:
-    """safetensors reports a full disk as its own error type; the number of the system's error is in the text."""
+    """safetensors reports a full disk as its own error type; the number of the system's error is in
+    the text."""
     import errno
 
     for code in (errno.ENOSPC, errno.EDQUOT):
@@ -140,29 +150,44 @@ def damage(path: Path) -> str | None:
 
 def steps(root: Path) -> list[Path]:
     """Published checkpoint folders, oldest first; complete or damaged."""
-    return sorted(path for path in root.glob(f"{PREFIX}*") if path.is_dir() and path.name[len(PREFIX) :].isdigit())
+    return sorted(
+        path
+        for path in root.glob(f"{PREFIX}*")
+        if path.is_dir() and path.name[len(PREFIX) :].isdigit()
+    )
 
 
 def load(path: Path) -> Checkpoint:
     """A verified checkpoint. Raises CheckpointError that names the damage."""
     if fault := damage(path):
         raise CheckpointError(f"checkpoint: {path} is damaged: {fault}")
-    return Checkpoint(path=path, state=json.loads((path / "state.json").read_text(encoding="utf-8")))
+    return Checkpoint(
+        path=path, state=json.loads((path / "state.json").read_text(encoding="utf-8"))
+    )
 
 
 def latest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest complete checkpoint. A damaged one is named through `warn` and the one before it is taken."""
+    """The newest complete checkpoint. A damaged one is named through `warn` and the one before it
+    is taken."""
     found = steps(root)
     for path in reversed(found):
         try:
             return load(path)
         except CheckpointError as error:
-            warn(f"{error}; " + ("none is left, starting from the beginning" if path == found[0] else "using the one before it"))
+            warn(
+                f"{error}; "
+                + (
+                    "none is left, starting from the beginning"
+                    if path == found[0]
+                    else "using the one before it"
+                )
+            )
     return None
 
 
 def prune(root: Path, keep: int, protect: Collection[str] = ()) -> None:
-    """Remove all but the newest `keep` checkpoints and the protected ones (folder names), and leftovers of killed saves."""
+    """Remove all but the newest `keep` checkpoints and the protected ones (folder names), and
+    leftovers of killed saves."""
     for path in steps(root)[:-keep]:
         if path.name not in protect:
             gone = path.with_name(f".{path.name}.{os.getpid()}.old")
@@ -177,9 +202,11 @@ def clean(root: Path) -> None:
 
 
 class Saver:
-    """Saves while training goes on: tensors are copied at once, written in a thread, published at a step boundary.
+    """Saves while training goes on: tensors are copied at once, written in a thread, published at a
+    step boundary.
 
-    `save` waits for the save before it. `poll` publishes a finished one; `wait` finishes and publishes. Both raise what the thread raised.
+    `save` waits for the save before it. `poll` publishes a finished one; `wait` finishes and
+    publishes. Both raise what the thread raised.
     """
 
     def __init__(self, root: Path):
@@ -217,7 +244,10 @@ class Saver:
 
 def copies(tensors: Tensors) -> Tensors:
     """Host copies that training will not change."""
-    return {group: {name: value.detach().to("cpu", copy=True) for name, value in named.items()} for group, named in tensors.items()}
+    return {
+        group: {name: value.detach().to("cpu", copy=True) for name, value in named.items()}
+        for group, named in tensors.items()
+    }
 
 
 def versions() -> dict[str, str]:

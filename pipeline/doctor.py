@@ -1,4 +1,5 @@
-"""What this machine can do: versions, cores, memory, devices, and a 3D convolution timed and checked in every precision."""
+"""What this machine can do: versions, cores, memory, devices, and a 3D convolution timed and
+checked in every precision."""
 
 from __future__ import annotations
 
@@ -15,7 +16,19 @@ import torch
 from segfleet.pipeline.engines.base import autocast
 from segfleet.pipeline.ranks import pick_device
 
-PACKAGES = ("segfleet", "torch", "numpy", "zarr", "h5py", "deepspeed", "submitit", "ray", "mamba-ssm", "triton", "tensorboardX")
+PACKAGES = (
+    "segfleet",
+    "torch",
+    "numpy",
+    "zarr",
+    "h5py",
+    "deepspeed",
+    "submitit",
+    "ray",
+    "mamba-ssm",
+    "triton",
+    "tensorboardX",
+)
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 5e-3}  # relative error against float64
 PROGRAMS = ("sbatch", "c++", "nvidia-smi")
 
@@ -27,11 +40,19 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "programs": {name: shutil.which(name) for name in PROGRAMS},
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "memory_gib": round(_memory() / 2**30, 1),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
         "gpus": torch.cuda.device_count(),
-        "convolutions": [_convolution(precision, last, device) for precision in TOLERANCE for last in (False, True)],
+        "convolutions": [
+            _convolution(precision, last, device)
+            for precision in TOLERANCE
+            for last in (False, True)
+        ],
     }
 
 
@@ -49,9 +70,13 @@ def _memory() -> int:
 
 
 def _convolution(precision: str, channels_last: bool, device: torch.device) -> dict[str, Any]:
-    """Median time of a 3x3x3 convolution, 16 -> 16 channels on 16 x 32 x 32 voxels, and its relative error."""
+    """Median time of a 3x3x3 convolution, 16 -> 16 channels on 16 x 32 x 32 voxels, and its
+    relative error."""
     generator = torch.Generator().manual_seed(0)
-    image, weight = torch.randn(1, 16, 16, 32, 32, generator=generator), torch.randn(16, 16, 3, 3, 3, generator=generator) / 20
+    image, weight = (
+        torch.randn(1, 16, 16, 32, 32, generator=generator),
+        torch.randn(16, 16, 3, 3, 3, generator=generator) / 20,
+    )
     exact = torch.nn.functional.conv3d(image[:, :, :8, :8, :8].double(), weight.double(), padding=0)
     layout = torch.channels_last_3d if channels_last else torch.contiguous_format
     image, weight = (value.to(device).contiguous(memory_format=layout) for value in (image, weight))
@@ -67,6 +92,17 @@ def _convolution(precision: str, channels_last: bool, device: torch.device) -> d
             seconds.append(time.perf_counter() - start)
         inner = found[:, :, 1:7, 1:7, 1:7].double().cpu()
         error = ((inner - exact).norm() / exact.norm()).item()
-        return {**facts, "ms": round(statistics.median(seconds) * 1e3, 2), "error": error, "right": error < TOLERANCE[precision]}
+        return {
+            **facts,
+            "ms": round(statistics.median(seconds) * 1e3, 2),
+            "error": error,
+            "right": error < TOLERANCE[precision],
+        }
     except RuntimeError as error:
-        return {**facts, "ms": None, "error": None, "right": False, "why": str(error).splitlines()[0]}
+        return {
+            **facts,
+            "ms": None,
+            "error": None,
+            "right": False,
+            "why": str(error).splitlines()[0],
+        }

@@ -1,4 +1,5 @@
-"""What happened in a stage: JSON lines in `events.jsonl`, the same numbers for TensorBoard in `tensorboard/`. Written by rank 0 alone."""
+"""What happened in a stage: JSON lines in `events.jsonl`, the same numbers for TensorBoard in
+`tensorboard/`. Written by rank 0 alone."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def read_events(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 class EventLog:
-    """Appends events. Opened at a step, it forgets what a killed process logged after the checkpoint of that step."""
+    """Appends events. Opened at a step, it forgets what a killed process logged after the
+    checkpoint of that step."""
 
     def __init__(self, folder: Path, step: int):
         self.path = folder / NAME
@@ -40,20 +42,28 @@ class EventLog:
 
     def write(self, event: str, **facts: Any) -> None:
         """One event. Numbers of events that have a step also go to TensorBoard."""
-        self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **facts}) + "\n")
+        self._file.write(
+            json.dumps({"event": event, "time": round(time.time(), 3), **facts}) + "\n"
+        )
         self._file.flush()
         step = facts.get("step")
         if step is None:
             return
         for name, value in facts.items():
-            if name not in ("step", "epoch") and isinstance(value, int | float) and not isinstance(value, bool):
+            if (
+                name not in ("step", "epoch")
+                and isinstance(value, int | float)
+                and not isinstance(value, bool)
+            ):
                 self._tensorboard().add_scalar(f"{event}/{name}", value, step)
 
     def _tensorboard(self):
         if self._board is None:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._step + 1, flush_secs=30)
+            self._board = SummaryWriter(
+                str(self._folder / "tensorboard"), purge_step=self._step + 1, flush_secs=30
+            )
         return self._board
 
     def close(self) -> None:

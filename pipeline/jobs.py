@@ -1,10 +1,14 @@
-"""What a group of ranks can be asked to do, as plain JSON. Launchers carry the job, every rank runs it.
+"""What a group of ranks can be asked to do, as plain JSON. Launchers carry the job, every rank runs
+it.
 
-{"do": "train", "recipe": {...}, "root": "runs"}: train what is missing of every stage, then score it;
-    "max_seconds": 3600 stops in order after that time, a file `stop` in the run folder at once; "score": false leaves the scoring out.
-    "stage_to": "$TMPDIR" reads the store from a copy there, variables as the node has them. How data are reached changes no result.
+{"do": "train", "recipe": {...}, "root": "runs"}: train what is missing of every stage, then score
+it;
+    "max_seconds": 3600 stops in order after that time, a file `stop` in the run folder at once;
+    "score": false leaves the scoring out. "stage_to": "$TMPDIR" reads the store from a copy there,
+    variables as the node has them. How data are reached changes no result.
 {"do": "score", ...}: only score; "again": true, even if it is scored already.
-{"do": "predict", "run": "runs/...", "images": [...], "out": "predictions"}: segment images with a finished run.
+{"do": "predict", "run": "runs/...", "images": [...], "out": "predictions"}: segment images with a
+finished run.
 """
 
 from __future__ import annotations
@@ -34,7 +38,8 @@ JOBS = ("train", "score", "predict")
 
 
 def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
-    """Do a job with ranks that have joined. Raises InputError, ModelError, Interrupted or a fault."""
+    """Do a job with ranks that have joined. Raises InputError, ModelError, Interrupted or a
+    fault."""
     if job["do"] not in JOBS:
         raise InputError(f"job: found '{job['do']}', expected one of: {', '.join(JOBS)}")
     if job["do"] == "predict":
@@ -47,25 +52,43 @@ def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
     if job.get("max_seconds"):
         end = time.time() + job["max_seconds"]
         stop.deadline = min(stop.deadline or end, end)
-    near = job.get("stage_to") if job["do"] == "train" and folders[-1].done() is None else None  # scoring reads every case once
+    near = (
+        job.get("stage_to") if job["do"] == "train" and folders[-1].done() is None else None
+    )  # scoring reads every case once
     try:
         with on_node(store, near, ranks, stop, warn) if near else nullcontext(store) as store:
             scorer = Scorer(recipe=recipe, store=store, ranks=ranks, stop=stop)
             if job["do"] == "train":
-                parts = {"folders": folders, "ranks": ranks, "asked_to_stop": stop.asked, "warn": warn, "validate": scorer.validate}
+                parts = {
+                    "folders": folders,
+                    "ranks": ranks,
+                    "asked_to_stop": stop.asked,
+                    "warn": warn,
+                    "validate": scorer.validate,
+                }
                 # Members of an array start together; nobody is there to start a refused one again.
                 train(Run(recipe=recipe, store=store, waits="SLURM_JOB_ID" in os.environ, **parts))
             if job.get("score", True):
                 scorer.score(folders, again=job.get("again", False))
     except Interrupted as stopped:  # on all ranks
         if file := ranks.share(stop.obeyed() if ranks.rank == 0 else None):
-            raise Interrupted(f"{str(stopped).rstrip('.')}. It was asked to by the file {file}, which is removed now.") from None
+            raise Interrupted(
+                f"{str(stopped).rstrip('.')}. It was asked to by the file {file}, which is "
+                "removed now."
+            ) from None
         raise
-    except FloatingPointError as error:  # of a whole case: what the network says of it is not finite
-        raise Diverged(f"{error}. Lower stages.lr, or set optimizer.clip=1 or engine.precision=fp32, and train again.") from None
+    except (
+        FloatingPointError
+    ) as error:  # of a whole case: what the network says of it is not finite
+        raise Diverged(
+            f"{error}. Lower stages.lr, or set optimizer.clip=1 or engine.precision=fp32, and "
+            "train again."
+        ) from None
 
 
-def predict(job: dict[str, Any], ranks: Ranks, progress: Callable[[int, int], None]) -> dict[str, Any]:
+def predict(
+    job: dict[str, Any], ranks: Ranks, progress: Callable[[int, int], None]
+) -> dict[str, Any]:
     """The answer of `predict_files` for a prediction's images. Raises InputError."""
     recipe, folders = open_run(Path(job["run"]))
     manifest = load_manifest(Path(recipe.data.store))
@@ -100,10 +123,15 @@ def run_prediction(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None
     answer = predict(job, ranks, tick)
     if ranks.rank == 0:
         written, kept, failed = (len(answer[key]) for key in ("done", "kept", "failed"))
-        sys.stdout.write(f"{written} written, {kept} already there, {failed} failed: {job['out']}\n")
+        sys.stdout.write(
+            f"{written} written, {kept} already there, {failed} failed: {job['out']}\n"
+        )
     if answer["failed"]:
         lines = "\n".join(f"{one['id']}: {one['problem']}" for one in answer["failed"])
-        raise InputError(f"predict: {len(answer['failed'])} image(s) could not be segmented; all others are\n{lines}")
+        raise InputError(
+            f"predict: {len(answer['failed'])} image(s) could not be segmented; all others "
+            f"are\n{lines}"
+        )
 
 
 def warn(message: str) -> None:

@@ -1,4 +1,5 @@
-"""The ranks that train together. One process is a single rank, so nobody asks whether a process group exists."""
+"""The ranks that train together. One process is a single rank, so nobody asks whether a process
+group exists."""
 
 from __future__ import annotations
 
@@ -48,16 +49,26 @@ class Ranks:
 
 
 class ProcessRanks(Ranks):
-    """Ranks in processes: NCCL for tensors on GPUs, and gloo for decisions, which therefore never wait for a GPU."""
+    """Ranks in processes: NCCL for tensors on GPUs, and gloo for decisions, which therefore never
+    wait for a GPU."""
 
-    def __init__(self, rank: int, size: int, local_rank: int, store: dist.Store, device: torch.device | None = None):
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        local_rank: int,
+        store: dist.Store,
+        device: torch.device | None = None,
+    ):
         self.rank, self.size, self.local_rank = rank, size, local_rank
         self.device = device or pick_device(local_rank)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-        self.control = dist.new_group(backend="gloo") if self.device.type == "cuda" else dist.group.WORLD
+        self.control = (
+            dist.new_group(backend="gloo") if self.device.type == "cuda" else dist.group.WORLD
+        )
         self._flag = torch.zeros(1, dtype=torch.int32)
 
     def sum(self, value: Tensor) -> Tensor:
@@ -94,9 +105,11 @@ def pick_device(local_rank: int) -> torch.device:
 
 
 def join_ranks(rendezvous: Path) -> Ranks:
-    """The ranks this process was started for: RANK, WORLD_SIZE and LOCAL_RANK say which; without them a single rank.
+    """The ranks this process was started for: RANK, WORLD_SIZE and LOCAL_RANK say which; without
+    them a single rank.
 
-    Rank 0 lets the kernel choose a port and publishes it in the file `rendezvous`; nobody derives or guesses one.
+    Rank 0 lets the kernel choose a port and publishes it in the file `rendezvous`; nobody derives
+    or guesses one.
     """
     if not all(name in os.environ for name in ENVIRONMENT):
         return Ranks()
@@ -105,7 +118,9 @@ def join_ranks(rendezvous: Path) -> Ranks:
         return Ranks(pick_device(local_rank))
     host = os.environ.get("SEGFLEET_MASTER_HOST", "127.0.0.1")
     if rank == 0:
-        store = dist.TCPStore(host, 0, size, is_master=True, timeout=TIMEOUT, wait_for_workers=False)
+        store = dist.TCPStore(
+            host, 0, size, is_master=True, timeout=TIMEOUT, wait_for_workers=False
+        )
         partial = rendezvous.with_suffix(".partial")
         partial.write_text(f"{host} {store.port}")
         os.replace(partial, rendezvous)
@@ -113,17 +128,23 @@ def join_ranks(rendezvous: Path) -> Ranks:
         deadline = time.monotonic() + 300
         while not rendezvous.exists():
             if time.monotonic() > deadline:
-                raise TimeoutError(f"rank {rank} waited 300 s for rank 0 to publish its address in {rendezvous}")
+                raise TimeoutError(
+                    f"rank {rank} waited 300 s for rank 0 to publish its address in {rendezvous}"
+                )
             time.sleep(0.02)
         host, port = rendezvous.read_text().split()
-        store = dist.TCPStore(host, int(port), size, is_master=False, timeout=TIMEOUT, wait_for_workers=False)
+        store = dist.TCPStore(
+            host, int(port), size, is_master=False, timeout=TIMEOUT, wait_for_workers=False
+        )
     return ProcessRanks(rank, size, local_rank, store)
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """Sum over all ranks, with gradients: for what a loss takes over the whole batch. One collective each in forward and backward.
+    """Sum over all ranks, with gradients: for what a loss takes over the whole batch. One
+    collective each in forward and backward.
 
-    Every rank then has the loss of the whole batch. The engines average gradients over the ranks, which is right for it.
+    Every rank then has the loss of the whole batch. The engines average gradients over the ranks,
+    which is right for it.
     """
     return _Sum.apply(value) if dist.is_initialized() and dist.get_world_size() > 1 else value
 

@@ -1,4 +1,5 @@
-"""The recipe: one YAML document that says everything about a run. Strict: an unknown key or an illegal value is refused by name."""
+"""The recipe: one YAML document that says everything about a run. Strict: an unknown key or an
+illegal value is refused by name."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ Positive = Annotated[int, Field(gt=0)]
 Above = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1 reads 1e-3 as text and 1.0e-3 as a number
+NUMBER = re.compile(
+    r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"
+)  # YAML 1.1 reads 1e-3 as text and 1.0e-3 as a number
 TEXTS = ("name", "split", "store")  # keys whose values stay text
 
 
@@ -42,18 +45,29 @@ class Section(BaseModel):
 
 
 class Augment(Section):
-    """Probabilities are per sample. Spatial transforms are drawn before reading and cost one resampling pass together."""
+    """Probabilities are per sample. Spatial transforms are drawn before reading and cost one
+    resampling pass together."""
 
-    flip: Axes | None = Field(None, description="axes that may be mirrored (0 z, 1 y, 2 x); none: all")
+    flip: Axes | None = Field(
+        None, description="axes that may be mirrored (0 z, 1 y, 2 x); none: all"
+    )
     rotation: Share = Field(0.2, description="probability of a rotation")
-    angle: Annotated[float, Field(ge=0, le=180)] = Field(30.0, description="largest angle in degrees; in plane only when the patch is flat")
-    rot90: bool = Field(False, description="turn by a multiple of 90 degrees in plane; the patch's y and x sizes must agree")
+    angle: Annotated[float, Field(ge=0, le=180)] = Field(
+        30.0, description="largest angle in degrees; in plane only when the patch is flat"
+    )
+    rot90: bool = Field(
+        False,
+        description="turn by a multiple of 90 degrees in plane; the patch's y and x sizes must "
+        "agree",
+    )
     scale: Share = Field(0.2, description="probability of a change of scale")
     scale_range: Annotated[tuple[Above, Above], AfterValidator(_rising)] = Field(
         (0.7, 1.4), description="smallest and largest magnification"
     )
     elastic: Share = Field(0.0, description="probability of an elastic deformation")
-    elastic_size: Annotated[float, Field(ge=0)] = Field(8.0, description="typical displacement in voxels")
+    elastic_size: Annotated[float, Field(ge=0)] = Field(
+        8.0, description="typical displacement in voxels"
+    )
     gamma: Share = Field(0.3, description="probability of a gamma transform")
     contrast: Share = Field(0.15, description="probability of a change of contrast")
     brightness: Share = Field(0.15, description="probability of a change of brightness")
@@ -68,34 +82,55 @@ class Data(Section):
     store: str = Field("", description="folder of the shard store; relative to the working folder")
     split: str = Field("kfold", description="name of a split stored in the manifest")
     fold: Annotated[int, Field(ge=0)] = Field(0, description="fold of that split")
-    patch: tuple[Positive, ...] | None = Field(None, description="patch size in voxels, (z, y, x) or (y, x); none: the plan's")
-    batch: Positive = Field(2, description="patches of one optimizer step, over all ranks and accumulation steps")
-    foreground: Share = Field(1 / 3, description="share of every batch whose patch is centred on a foreground voxel; exact per batch")
+    patch: tuple[Positive, ...] | None = Field(
+        None, description="patch size in voxels, (z, y, x) or (y, x); none: the plan's"
+    )
+    batch: Positive = Field(
+        2, description="patches of one optimizer step, over all ranks and accumulation steps"
+    )
+    foreground: Share = Field(
+        1 / 3,
+        description="share of every batch whose patch is centred on a foreground voxel; exact per "
+        "batch",
+    )
     augment: Augment | None = Field(Augment(), description="augmentation; null switches it off")
-    workers: Annotated[int, Field(ge=0)] = Field(0, description="loader processes per rank; never changes the samples")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        0, description="loader processes per rank; never changes the samples"
+    )
 
 
 class Model(Section):
     name: str = Field(description="a registered network: `segfleet models`")
     options: dict[str, Any] = Field(default_factory=dict, description="options of that network")
-    head: Literal["auto", "softmax", "sigmoid"] = Field("auto", description="softmax over classes or one sigmoid per region")
+    head: Literal["auto", "softmax", "sigmoid"] = Field(
+        "auto", description="softmax over classes or one sigmoid per region"
+    )
 
 
 class Loss(Section):
-    name: str = Field("auto", description="a file of pipeline/losses; auto: dice_ce for a softmax head, bce_dice for a sigmoid head")
+    name: str = Field(
+        "auto",
+        description="a file of pipeline/losses; auto: dice_ce for a softmax head, bce_dice for a "
+        "sigmoid head",
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="options of that loss")
     deep_supervision: Literal["nnunet"] | tuple[float, ...] = Field(
-        "nnunet", description="weights of the outputs, finest first; nnunet: halving, the coarsest dropped"
+        "nnunet",
+        description="weights of the outputs, finest first; nnunet: halving, the coarsest dropped",
     )
 
 
 class Optimizer(Section):
     name: Literal["adamw", "adam", "sgd"] = Field("adamw", description="update rule")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(1e-2, description="not applied to biases, norms and parameters marked no-decay")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        1e-2, description="not applied to biases, norms and parameters marked no-decay"
+    )
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="Adam's decay rates")
     momentum: Share = Field(0.99, description="SGD's momentum")
     nesterov: bool = Field(True, description="SGD with Nesterov's momentum")
-    clip: Annotated[float, Field(ge=0)] = Field(12.0, description="largest norm of the gradient; 0: no clipping")
+    clip: Annotated[float, Field(ge=0)] = Field(
+        12.0, description="largest norm of the gradient; 0: no clipping"
+    )
 
 
 class Stage(Section):
@@ -103,45 +138,80 @@ class Stage(Section):
 
     name: str = Field("train", description="shown in logs and reports; does not change the result")
     epochs: Positive = Field(description="epochs of this stage")
-    steps: Positive | None = Field(None, description="optimizer steps of an epoch; none: one pass over the training cases")
+    steps: Positive | None = Field(
+        None, description="optimizer steps of an epoch; none: one pass over the training cases"
+    )
     lr: Above = Field(description="peak learning rate")
-    schedule: Literal["constant", "poly", "cosine"] = Field("constant", description="how the rate falls to `floor` over the stage")
+    schedule: Literal["constant", "poly", "cosine"] = Field(
+        "constant", description="how the rate falls to `floor` over the stage"
+    )
     power: Above = Field(0.9, description="exponent of the poly schedule")
-    period: Positive | None = Field(None, description="epochs in which the cosine falls; then it rises as long, and so on; none: the stage")
+    period: Positive | None = Field(
+        None,
+        description="epochs in which the cosine falls; then it rises as long, and so on; none: "
+        "the stage",
+    )
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up from 0")
-    floor: Annotated[float, Field(ge=0)] = Field(0.0, description="lowest rate of the cosine and poly schedules")
-    patience: Annotated[int, Field(ge=0)] = Field(0, description="end the stage after so many validations without a better Dice; 0: never")
-    inherit: Literal["weights", "weights+optimizer"] = Field("weights", description="what is taken over from the stage before")
-    freeze: tuple[str, ...] = Field((), description="parameter name prefixes that are not trained in this stage")
+    floor: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="lowest rate of the cosine and poly schedules"
+    )
+    patience: Annotated[int, Field(ge=0)] = Field(
+        0, description="end the stage after so many validations without a better Dice; 0: never"
+    )
+    inherit: Literal["weights", "weights+optimizer"] = Field(
+        "weights", description="what is taken over from the stage before"
+    )
+    freeze: tuple[str, ...] = Field(
+        (), description="parameter name prefixes that are not trained in this stage"
+    )
 
 
 class Engine(Section):
-    """How a step is computed. Workers, logging and launcher are not here: they never change the result."""
+    """How a step is computed. Workers, logging and launcher are not here: they never change the
+    result."""
 
     name: str = Field("ddp", description="a file of pipeline/engines")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type; weights and optimizer stay fp32")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="autocast type; weights and optimizer stay fp32"
+    )
     accumulate: Positive = Field(1, description="micro-batches per step")
     channels_last: bool = Field(True, description="memory format of weights and images")
     compile: bool = Field(False, description="torch.compile")
-    checkpoint_activations: bool = Field(False, description="recompute activations in backward: less memory, more time")
-    ema: Decay = Field(0.0, description="decay of an exponential moving average of the weights; 0: none")
+    checkpoint_activations: bool = Field(
+        False, description="recompute activations in backward: less memory, more time"
+    )
+    ema: Decay = Field(
+        0.0, description="decay of an exponential moving average of the weights; 0: none"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="options of that engine")
 
 
 class Evaluation(Section):
-    every: Annotated[int, Field(ge=0)] = Field(0, description="validate every so many epochs while training; 0: only at the end")
-    cases: Positive | None = Field(None, description="validate while training on so many cases at most; the final score always uses all")
-    overlap: Annotated[float, Field(ge=0, lt=1)] = Field(0.5, description="overlap of neighbouring tiles")
+    every: Annotated[int, Field(ge=0)] = Field(
+        0, description="validate every so many epochs while training; 0: only at the end"
+    )
+    cases: Positive | None = Field(
+        None,
+        description="validate while training on so many cases at most; the final score always "
+        "uses all",
+    )
+    overlap: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.5, description="overlap of neighbouring tiles"
+    )
     mirror: Axes = Field((), description="axes mirrored at test time (0 z, 1 y, 2 x)")
     batch: Positive = Field(1, description="tiles per forward pass")
-    weights: Literal["last", "best"] = Field("last", description="checkpoint that is scored; best is chosen on the validation cases")
+    weights: Literal["last", "best"] = Field(
+        "last", description="checkpoint that is scored; best is chosen on the validation cases"
+    )
 
 
 class Recipe(Section):
     """Everything about a run."""
 
     name: str = Field(description="for people; does not change the result")
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(0, description="of weights, sampling and augmentation")
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(
+        0, description="of weights, sampling and augmentation"
+    )
     data: Data = Field(default_factory=Data, description="cases and patches")
     model: Model = Field(description="which network")
     loss: Loss = Field(default_factory=Loss, description="what is minimised")
@@ -154,7 +224,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         if self.data.batch % self.engine.accumulate:
-            raise ValueError(f"data.batch {self.data.batch} must be a multiple of engine.accumulate {self.engine.accumulate}")
+            raise ValueError(
+                f"data.batch {self.data.batch} must be a multiple of engine.accumulate "
+                f"{self.engine.accumulate}"
+            )
         if any(stage.patience for stage in self.stages) and not self.evaluation.every:
             raise ValueError("a stage with patience needs evaluation.every > 0")
         return self
@@ -171,18 +244,29 @@ def read_document(source: str) -> dict[str, Any]:
     if not path.is_file():
         path = RECIPES / f"{source}.yaml"
         if not path.is_file() or "/" in source:
-            raise InputError(f"recipe: found no file '{source}' and no shipped recipe of that name; shipped: {', '.join(recipe_names())}")
+            raise InputError(
+                f"recipe: found no file '{source}' and no shipped recipe of that name; shipped: "
+                f"{', '.join(recipe_names())}"
+            )
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that does not exist
-        raise InputError(f"recipe: {path} is no YAML document: {' '.join(str(error).split())}") from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+    ) as error:  # ValueError: no UTF-8, or a date that does not exist
+        raise InputError(
+            f"recipe: {path} is no YAML document: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(document, dict):
-        raise InputError(f"recipe: {path} holds {type(document).__name__}, expected a mapping of keys to values")
+        raise InputError(
+            f"recipe: {path} holds {type(document).__name__}, expected a mapping of keys to values"
+        )
     return number_like(_plain(document, f"recipe: {path}"))
 
 
 def number_like(value: Any) -> Any:
-    """What YAML 1.1 reads as text and is meant as a number, such as 1e-5, as that number, wherever it stands but in `TEXTS`."""
+    """What YAML 1.1 reads as text and is meant as a number, such as 1e-5, as that number, wherever
+    it stands but in `TEXTS`."""
     if isinstance(value, dict):
         return {key: one if key in TEXTS else number_like(one) for key, one in value.items()}
     if isinstance(value, list):
@@ -191,20 +275,26 @@ def number_like(value: Any) -> Any:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """A copy that knows only what JSON knows; what YAML takes for a date is text. Raises InputError."""
+    """A copy that knows only what JSON knows; what YAML takes for a date is text. Raises
+    InputError."""
     try:
         return json.loads(json.dumps(value, default=str))
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{where} holds a key that is no text, or an alias of itself: {error}") from None
+        raise InputError(
+            f"{where} holds a key that is no text, or an alias of itself: {error}"
+        ) from None
 
 
 def override(document: dict[str, Any], changes: list[str]) -> dict[str, Any]:
-    """Apply `key.path=value` (values are YAML; list items by index, `stages.0.lr=1e-3`). Raises InputError."""
+    """Apply `key.path=value` (values are YAML; list items by index, `stages.0.lr=1e-3`). Raises
+    InputError."""
     document = _plain(document, "recipe")
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals or not key:
-            raise InputError(f"override: found '{change}', expected key.path=value, for example stages.0.lr=1e-3")
+            raise InputError(
+                f"override: found '{change}', expected key.path=value, for example stages.0.lr=1e-3"
+            )
         try:
             value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError):
@@ -217,7 +307,10 @@ def override(document: dict[str, Any], changes: list[str]) -> dict[str, Any]:
             if isinstance(node, list):
                 node = node[_index(node, part, change)]
                 if not isinstance(node, dict | list):
-                    raise InputError(f"override: '{change}': {'.'.join(parents[:place])} is {json.dumps(node)}, which has no keys below it")
+                    raise InputError(
+                        f"override: '{change}': {'.'.join(parents[:place])} is "
+                        f"{json.dumps(node)}, which has no keys below it"
+                    )
             else:
                 if not isinstance(node.get(part), dict | list):
                     node[part] = {}
@@ -231,17 +324,27 @@ def override(document: dict[str, Any], changes: list[str]) -> dict[str, Any]:
 
 def _index(node: list, part: str, change: str) -> int:
     if not part.isdecimal() or int(part) >= len(node):
-        raise InputError(f"override: '{part}' in '{change}' is no index of a list of {len(node)}; expected 0 to {len(node) - 1}")
+        raise InputError(
+            f"override: '{part}' in '{change}' is no index of a list of {len(node)}; expected 0 "
+            f"to {len(node) - 1}"
+        )
     return int(part)
 
 
 def parse(document: dict[str, Any], source: str = "recipe") -> Recipe:
-    """A validated recipe. Raises InputError that names every wrong key, its value and the legal ones."""
+    """A validated recipe. Raises InputError that names every wrong key, its value and the legal
+    ones."""
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        faults = [fault for fault in error.errors() if fault["type"] != "too_short" or len(error.errors()) == 1]
-        raise InputError(f"{source} is not valid:\n" + "\n".join(_sentence(fault) for fault in faults)) from None
+        faults = [
+            fault
+            for fault in error.errors()
+            if fault["type"] != "too_short" or len(error.errors()) == 1
+        ]
+        raise InputError(
+            f"{source} is not valid:\n" + "\n".join(_sentence(fault) for fault in faults)
+        ) from None
 
 
 def load_recipe(source: str, changes: list[str] | None = None) -> Recipe:
@@ -252,7 +355,9 @@ def load_recipe(source: str, changes: list[str] | None = None) -> Recipe:
 def _sentence(fault: Any) -> str:
     where = ".".join(str(part) for part in fault["loc"]) or "recipe"
     if fault["type"] == "extra_forbidden":
-        return f"  {where}: unknown key; expected one of: {', '.join(_legal_keys(fault['loc'][:-1]))}"
+        return (
+            f"  {where}: unknown key; expected one of: {', '.join(_legal_keys(fault['loc'][:-1]))}"
+        )
     if fault["type"] == "missing":
         return f"  {where}: missing"
     return f"  {where}: found {fault['input']!r}. {fault['msg'].removeprefix('Value error, ')}"

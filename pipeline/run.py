@@ -1,6 +1,8 @@
-"""Identity and folders of a run. `runs/<uid of stage 1>/<uid of stage 2>/...`: the tree on disk is the state.
+"""Identity and folders of a run. `runs/<uid of stage 1>/<uid of stage 2>/...`: the tree on disk is
+the state.
 
-Equal identity means equal result: the hash takes in everything that changes it and nothing else (no workers, launcher, logging).
+Equal identity means equal result: the hash takes in everything that changes it and nothing else (no
+workers, launcher, logging).
 """
 
 from __future__ import annotations
@@ -27,20 +29,47 @@ NUMERICS = 2  # raised whenever a change of the code changes what the same recip
 RECIPE, DONE, LOCK = "recipe.json", "done.json", "lock"
 
 # Options that some other option leaves without effect.
-IDLE_OF_OPTIMIZER = {"adamw": ("momentum", "nesterov"), "adam": ("momentum", "nesterov"), "sgd": ("betas",)}
-IDLE_OF_SCHEDULE = {"constant": ("power", "period", "floor"), "poly": ("period",), "cosine": ("power",)}
+IDLE_OF_OPTIMIZER = {
+    "adamw": ("momentum", "nesterov"),
+    "adam": ("momentum", "nesterov"),
+    "sgd": ("betas",),
+}
+IDLE_OF_SCHEDULE = {
+    "constant": ("power", "period", "floor"),
+    "poly": ("period",),
+    "cosine": ("power",),
+}
 
 
 def stage_facts(recipe: Recipe, manifest: Manifest, index: int) -> dict[str, Any]:
     """Everything about stage `index` that changes its result, its parents left out."""
     whole = recipe.model_dump(mode="json")
-    data = {key: value for key, value in whole["data"].items() if key not in ("store", "workers", "split", "fold")}
-    engine = {key: value for key, value in whole["engine"].items() if key not in ("name", "options", "checkpoint_activations")}
-    idle = ("name", *IDLE_OF_SCHEDULE[recipe.stages[index].schedule], *(() if index else ("inherit",)))
+    data = {
+        key: value
+        for key, value in whole["data"].items()
+        if key not in ("store", "workers", "split", "fold")
+    }
+    engine = {
+        key: value
+        for key, value in whole["engine"].items()
+        if key not in ("name", "options", "checkpoint_activations")
+    }
+    idle = (
+        "name",
+        *IDLE_OF_SCHEDULE[recipe.stages[index].schedule],
+        *(() if index else ("inherit",)),
+    )
     stage = {key: value for key, value in whole["stages"][index].items() if key not in idle}
-    optimizer = {key: value for key, value in whole["optimizer"].items() if key not in IDLE_OF_OPTIMIZER[recipe.optimizer.name]}
+    optimizer = {
+        key: value
+        for key, value in whole["optimizer"].items()
+        if key not in IDLE_OF_OPTIMIZER[recipe.optimizer.name]
+    }
     if stage.get("patience"):  # only then does validation decide how long a stage is
-        stage["validation"] = [whole["evaluation"], list(manifest.fold(recipe.data.split, recipe.data.fold)["val"])]
+        stage["validation"] = [
+            whole["evaluation"],
+            list(manifest.fold(recipe.data.split, recipe.data.fold)["val"]),
+        ]
     return {
         "numerics": NUMERICS,
         "store": manifest.id,
@@ -65,9 +94,13 @@ def stage_uids(recipe: Recipe, manifest: Manifest) -> list[str]:
 
 
 def stage_uid(parent: str | None, facts: dict[str, Any]) -> str:
-    """The uid of a stage from its parent's uid and its own facts: a hash of `json.dumps([parent, facts], sort_keys=True)`."""
-    head = json.dumps([parent, {key: value for key, value in facts.items() if key != "train"}], sort_keys=True)
-    whole = f'{head[:-2]}, "train": {_encoded(tuple(facts["train"]))}}}]'  # "train" is the last key, long, and the same for many stages
+    """The uid of a stage from its parent's uid and its own facts: a hash of `json.dumps([parent,
+    facts], sort_keys=True)`."""
+    head = json.dumps(
+        [parent, {key: value for key, value in facts.items() if key != "train"}], sort_keys=True
+    )
+    # "train" is the last key, long, and the same for many stages
+    whole = f'{head[:-2]}, "train": {_encoded(tuple(facts["train"]))}}}]'
     return hashlib.sha256(whole.encode()).hexdigest()[:12]
 
 
@@ -103,7 +136,9 @@ class StageFolder:
     def check_done(self) -> None:
         """Raises InputError if the stage is not finished; looks into no checkpoint."""
         if self.done() is None:
-            raise InputError(f"checkpoint: stage {self.index + 1} in {self.path} is not finished; train it first")
+            raise InputError(
+                f"checkpoint: stage {self.index + 1} in {self.path} is not finished; train it first"
+            )
 
     def final(self) -> checkpoint.Checkpoint:
         """The checkpoint of a finished stage. Raises CheckpointError."""
@@ -111,17 +146,22 @@ class StageFolder:
 
         done = self.done()
         if done is None:
-            raise checkpoint.CheckpointError(f"checkpoint: stage {self.index + 1} in {self.path} is not finished; train it first")
+            raise checkpoint.CheckpointError(
+                f"checkpoint: stage {self.index + 1} in {self.path} is not finished; train it first"
+            )
         return self.load(done["checkpoint"])
 
     def load(self, name: str) -> checkpoint.Checkpoint:
-        """A checkpoint that a finished stage must have, by its folder's name. Raises CheckpointError that says how to mend it."""
+        """A checkpoint that a finished stage must have, by its folder's name. Raises
+        CheckpointError that says how to mend it."""
         from segfleet.pipeline import checkpoint
 
         try:
             return checkpoint.load(self.checkpoints / name)
         except checkpoint.CheckpointError as error:
-            raise checkpoint.CheckpointError(f"{error}; run `segfleet train` again: it trains this stage again") from None
+            raise checkpoint.CheckpointError(
+                f"{error}; run `segfleet train` again: it trains this stage again"
+            ) from None
 
     def finish(self, name: str, **facts: Any) -> None:
         write_atomically(self.path / DONE, json.dumps({"checkpoint": name, **facts}, indent=1))
@@ -140,22 +180,34 @@ def open_run(path: Path) -> tuple[Recipe, list[StageFolder]]:
     """Recipe and stage folders of the run whose last stage is in `path`. Raises InputError."""
     path = Path(path).resolve()
     if not (path / RECIPE).is_file():
-        raise InputError(f"run: {path} holds no {RECIPE}, so it is no run folder; `segfleet status` lists the runs under a folder")
+        raise InputError(
+            f"run: {path} holds no {RECIPE}, so it is no run folder; `segfleet status` lists the "
+            "runs under a folder"
+        )
     recipe = parse(json.loads((path / RECIPE).read_text(encoding="utf-8")), str(path / RECIPE))
     chain = [path, *path.parents][: len(recipe.stages)][::-1]
     return recipe, [StageFolder(path=folder, index=index) for index, folder in enumerate(chain)]
 
 
 def find_run(text: str, root: Path) -> Path:
-    """A run folder from its path, the beginning of its uid, or its recipe's name below `root`. Raises InputError."""
+    """A run folder from its path, the beginning of its uid, or its recipe's name below `root`.
+    Raises InputError."""
     if (Path(text) / RECIPE).is_file():
         return Path(text).resolve()
-    names = {folder: json.loads((folder / RECIPE).read_text(encoding="utf-8")).get("name", "") for folder in run_folders(root)}
-    found = [folder for folder, name in names.items() if folder.name.startswith(text) or name == text]
+    names = {
+        folder: json.loads((folder / RECIPE).read_text(encoding="utf-8")).get("name", "")
+        for folder in run_folders(root)
+    }
+    found = [
+        folder for folder, name in names.items() if folder.name.startswith(text) or name == text
+    ]
     if len(found) == 1:
         return found[0].resolve()
     if found:
-        raise InputError(f"run: '{text}' fits {len(found)} runs under {root}: {', '.join(f.name for f in found)}; give the uid")
+        raise InputError(
+            f"run: '{text}' fits {len(found)} runs under {root}: "
+            f"{', '.join(f.name for f in found)}; give the uid"
+        )
     known = ", ".join(f"{folder.name} ({name})" for folder, name in names.items()) or "none"
     raise InputError(f"run: found no run '{text}'; runs under {root}: {known}")
 

@@ -11,20 +11,42 @@ from segfleet.pipeline.run import LOCK, StageFolder, open_run
 
 
 def run_status(path: Path) -> dict[str, Any]:
-    """State of one run: done, training, stopped or waiting; the stage it is in; loss, speed and remaining seconds of that stage."""
+    """State of one run: done, training, stopped or waiting; the stage it is in; loss, speed and
+    remaining seconds of that stage."""
     recipe, folders = open_run(path)
-    row: dict[str, Any] = {"run": path.name, "path": str(path), "recipe": recipe.name, "stages": len(folders)}
+    row: dict[str, Any] = {
+        "run": path.name,
+        "path": str(path),
+        "recipe": recipe.name,
+        "stages": len(folders),
+    }
     stage = next((folder for folder in folders if folder.done() is None), None)
     if stage is None:
         scored = (path / "evaluation.json").exists()
-        return {**row, "state": "done" if scored else "trained", "stage": len(folders), **_progress(folders[-1])}
+        return {
+            **row,
+            "state": "done" if scored else "trained",
+            "stage": len(folders),
+            **_progress(folders[-1]),
+        }
     found = _progress(stage)
-    state = "training" if locked(stage.path) else ("stopped" if found["step"] or stage.index else "waiting")
+    state = (
+        "training"
+        if locked(stage.path)
+        else ("stopped" if found["step"] or stage.index else "waiting")
+    )
     return {**row, "state": state, "stage": stage.index + 1, **found}
 
 
 def _progress(stage: StageFolder) -> dict[str, Any]:
-    facts: dict[str, Any] = {"step": 0, "steps": None, "loss": None, "samples_per_second": None, "remaining_seconds": None, "restarts": 0}
+    facts: dict[str, Any] = {
+        "step": 0,
+        "steps": None,
+        "loss": None,
+        "samples_per_second": None,
+        "remaining_seconds": None,
+        "restarts": 0,
+    }
     last = None
     for event in read_events(stage.path):
         if event["event"] == "stage_start":

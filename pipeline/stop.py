@@ -14,10 +14,12 @@ class Interrupted(RuntimeError):
 
 
 class StopRequest:
-    """Set by SIGINT, SIGTERM, SIGUSR1 or SIGUSR2, a file named `stop` in the run folder, or a deadline. A second SIGINT stops at once.
+    """Set by SIGINT, SIGTERM, SIGUSR1 or SIGUSR2, a file named `stop` in the run folder, or a
+    deadline. A second SIGINT stops at once.
 
-    `deadline` is a time of day (seconds since 1970) by which all must be saved; the request comes `margin` seconds before it, or three
-    times the longest pause between two looks if that is more: such a pause holds a step, a save and a validation.
+    `deadline` is a time of day (seconds since 1970) by which all must be saved; the request comes
+    `margin` seconds before it, or three times the longest pause between two looks if that is more:
+    such a pause holds a step, a save and a validation.
     """
 
     def __init__(self, watch: Path | None = None):
@@ -43,7 +45,8 @@ class StopRequest:
         return self.reason is not None
 
     def obeyed(self) -> str | None:
-        """After an agreed stop, by one rank alone: the file that asked for it, if one did. It is removed: it has done its work."""
+        """After an agreed stop, by one rank alone: the file that asked for it, if one did. It is
+        removed: it has done its work."""
         self.asked()  # another rank may have seen it first
         if not (self.reason or "").startswith("the file"):
             return None

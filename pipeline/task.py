@@ -1,4 +1,5 @@
-"""What a network is asked to predict: softmax over classes, or independent sigmoids over regions."""
+"""What a network is asked to predict: softmax over classes, or independent sigmoids over
+regions."""
 
 from __future__ import annotations
 
@@ -13,15 +14,19 @@ from segfleet.preprocess.stores.manifest import Dataset
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """`head` "softmax": one channel per label, background first. "sigmoid": one channel per region, no background.
+    """`head` "softmax": one channel per label, background first. "sigmoid": one channel per region,
+    no background.
 
-    `names` are the scored structures in order; `members[i]` the label values that make up `names[i]`.
+    `names` are the scored structures in order; `members[i]` the label values that make up
+    `names[i]`.
     """
 
     head: str
     names: tuple[str, ...]
     members: tuple[tuple[int, ...], ...]
-    values: tuple[int, ...]  # softmax: label value of each channel; sigmoid: label painted for each region
+    values: tuple[
+        int, ...
+    ]  # softmax: label value of each channel; sigmoid: label painted for each region
     ignore_label: int | None = None
 
     @property
@@ -30,14 +35,18 @@ class Task:
         return len(self.values)
 
     def target(self, label: Tensor) -> Tensor:
-        """(B, *S) integer labels -> (B, *S) int64 channel indices (softmax) or (B, R, *S) float32 (sigmoid). Ignored voxels become 0."""
+        """(B, *S) integer labels -> (B, *S) int64 channel indices (softmax) or (B, R, *S) float32
+        (sigmoid). Ignored voxels become 0."""
         if self.head == "softmax":
             target = torch.zeros_like(label, dtype=torch.int64)
             for channel, value in enumerate(self.values):
                 if channel:
                     target[label == value] = channel
             return target
-        regions = [torch.isin(label, torch.tensor(group, dtype=label.dtype, device=label.device)) for group in self.members]
+        regions = [
+            torch.isin(label, torch.tensor(group, dtype=label.dtype, device=label.device))
+            for group in self.members
+        ]
         return torch.stack(regions, 1).float()
 
     def valid(self, label: Tensor) -> Tensor | None:
@@ -49,8 +58,11 @@ class Task:
         return logits.float().softmax(1) if self.head == "softmax" else logits.float().sigmoid()
 
     def labels(self, probabilities: Tensor) -> Tensor:
-        """(K, *S) probabilities -> (*S) uint8 label values; of equals the first; later regions are painted over earlier ones."""
-        if self.head == "softmax":  # channel by channel: torch's argmax over the slowest axis takes ten times as long on a CPU
+        """(K, *S) probabilities -> (*S) uint8 label values; of equals the first; later regions are
+        painted over earlier ones."""
+        if (
+            self.head == "softmax"
+        ):  # channel by channel: torch's argmax over the slowest axis takes ten times as long on a CPU
             best = probabilities[0].clone()
             label = torch.full_like(best, self.values[0], dtype=torch.uint8)
             for channel, value in enumerate(self.values[1:], start=1):
@@ -64,13 +76,17 @@ class Task:
 
 
 def make_task(dataset: Dataset, head: str = "auto") -> Task:
-    """The task of a data set. `auto`: regions when it has them, sigmoid for a single foreground label, else softmax."""
+    """The task of a data set. `auto`: regions when it has them, sigmoid for a single foreground
+    label, else softmax."""
     if head not in ("auto", "softmax", "sigmoid"):
         raise InputError(f"model.head: found '{head}', expected one of: auto, softmax, sigmoid")
     foreground = {name: value for name, value in dataset.labels.items() if value != 0}
     if dataset.regions:
         if head == "softmax":
-            raise InputError(f"model.head: found 'softmax', but {dataset.name} has overlapping regions, which need 'sigmoid' (or 'auto')")
+            raise InputError(
+                f"model.head: found 'softmax', but {dataset.name} has overlapping regions, which "
+                "need 'sigmoid' (or 'auto')"
+            )
         return Task(
             head="sigmoid",
             names=tuple(dataset.regions),
@@ -81,5 +97,17 @@ def make_task(dataset: Dataset, head: str = "auto") -> Task:
     names, values = tuple(foreground), tuple(foreground.values())
     members = tuple((value,) for value in values)
     if head == "sigmoid" or (head == "auto" and len(foreground) == 1):
-        return Task(head="sigmoid", names=names, members=members, values=values, ignore_label=dataset.ignore_label)
-    return Task(head="softmax", names=names, members=members, values=(0, *values), ignore_label=dataset.ignore_label)
+        return Task(
+            head="sigmoid",
+            names=names,
+            members=members,
+            values=values,
+            ignore_label=dataset.ignore_label,
+        )
+    return Task(
+        head="softmax",
+        names=names,
+        members=members,
+        values=(0, *values),
+        ignore_label=dataset.ignore_label,
+    )

@@ -11,8 +11,9 @@ import numpy as np
 class Geometry:
     """Where a voxel grid lies. Axes are in array order (z, y, x); a 2D image has one slice.
 
-    `spacing` is in mm per axis (z, y, x). `affine` is the 4x4 voxel-to-world matrix of the file in *file* order
-    (x, y, z), or None where the format has none (PNG); it is what predictions are written back with.
+    `spacing` is in mm per axis (z, y, x). `affine` is the 4x4 voxel-to-world matrix of the file in
+    *file* order (x, y, z), or None where the format has none (PNG); it is what predictions are
+    written back with.
     """
 
     shape: tuple[int, int, int]
@@ -22,7 +23,8 @@ class Geometry:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """`image_CZYX` float32 or the file's integer type, `label_ZYX` integers or None (prediction)."""
+    """`image_CZYX` float32 or the file's integer type, `label_ZYX` integers or None
+    (prediction)."""
 
     id: str
     image_CZYX: np.ndarray

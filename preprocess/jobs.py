@@ -1,4 +1,5 @@
-"""What preprocessing can be asked to do, as plain JSON. Launchers carry the job; one process does it.
+"""What preprocessing can be asked to do, as plain JSON. Launchers carry the job; one process does
+it.
 
 {"do": "preprocess", "store": {...}, "verify": false}   a whole store, or what is missing of it
 {"do": "survey", "store": {...}, "share": [i, n]}       a member's share of the first look at the raw files
@@ -31,16 +32,25 @@ def run_job(job: dict[str, Any], progress: Progress) -> None:
         say(f"{count} case(s) looked at")
     elif job["do"] == "write":
         count = write_share(**store, share=tuple(job["share"]), progress=progress)
-        say(f"{count} shard(s) finished" if count else "nothing to write here: the last job does what is missing and reports")
+        say(
+            f"{count} shard(s) finished"
+            if count
+            else "nothing to write here: the last job does what is missing and reports"
+        )
     else:
         manifest = build(**store, progress=progress)
         if job.get("verify") and (problems := verify(store["out"], chunks=True)):
             raise DataError(str(store["out"]), problems)
-        say(f"{store['out']}: {len(manifest.cases)} cases, id {manifest.id}{', verified' if job.get('verify') else ''}")
+        say(
+            f"{store['out']}: {len(manifest.cases)} cases, id "
+            f"{manifest.id}{', verified' if job.get('verify') else ''}"
+        )
 
 
 def overrides_of(store: dict[str, Any]) -> Overrides:
-    return Overrides(**{name: value and tuple(value) for name, value in (store.get("overrides") or {}).items()})
+    return Overrides(
+        **{name: value and tuple(value) for name, value in (store.get("overrides") or {}).items()}
+    )
 
 
 def progress_of(job: dict[str, Any]) -> int:

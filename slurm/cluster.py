@@ -1,4 +1,5 @@
-"""What a cluster has and knows: partitions, limits and jobs, asked of SLURM's own programs in a cleaned environment."""
+"""What a cluster has and knows: partitions, limits and jobs, asked of SLURM's own programs in a
+cleaned environment."""
 
 from __future__ import annotations
 
@@ -14,26 +15,65 @@ from typing import Any
 from segfleet.core.errors import InputError
 from segfleet.slurm.jobspec import JobSpec, minutes
 
-INHERITED = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "PMI", "PMIX_", "OMPI_", "SEGFLEET_LIFE", "SUBMITIT_")
-RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "SEGFLEET_PARENT")
-RANKS += ("SEGFLEET_MASTER_HOST", "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ENVIRONMENT")
+INHERITED = (
+    "SLURM_",
+    "SLURMD_",
+    "SBATCH_",
+    "SRUN_",
+    "SALLOC_",
+    "PMI",
+    "PMIX_",
+    "OMPI_",
+    "SEGFLEET_LIFE",
+    "SUBMITIT_",
+)
+RANKS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "SEGFLEET_PARENT",
+)
+RANKS += (
+    "SEGFLEET_MASTER_HOST",
+    "CUDA_VISIBLE_DEVICES",
+    "GPU_DEVICE_ORDINAL",
+    "ROCR_VISIBLE_DEVICES",
+    "ENVIRONMENT",
+)
 KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER")
 
 
 def clean_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment without what a surrounding job or ranks left in it: it would pin cores, ranks and GPUs of the new job."""
+    """The environment without what a surrounding job or ranks left in it: it would pin cores, ranks
+    and GPUs of the new job."""
     found = os.environ if environment is None else environment
-    return {name: value for name, value in found.items() if name in KEPT or not (name.startswith(INHERITED) or name in RANKS)}
+    return {
+        name: value
+        for name, value in found.items()
+        if name in KEPT or not (name.startswith(INHERITED) or name in RANKS)
+    }
 
 
 def call(*command: str, timeout: float = 60) -> str:
     """Output of one of SLURM's programs. Raises InputError with its own words."""
     try:
-        done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            command, env=clean_environment(), capture_output=True, text=True, timeout=timeout
+        )
     except FileNotFoundError:
-        raise InputError(f"{command[0]}: not found; this machine has no SLURM. `segfleet train` runs here without one") from None
+        raise InputError(
+            f"{command[0]}: not found; this machine has no SLURM. `segfleet train` runs here "
+            "without one"
+        ) from None
     except subprocess.TimeoutExpired:
-        raise InputError(f"{command[0]}: SLURM did not answer within {timeout:.0f} s; see `scontrol ping`") from None
+        raise InputError(
+            f"{command[0]}: SLURM did not answer within {timeout:.0f} s; see `scontrol ping`"
+        ) from None
     if done.returncode:
         raise InputError(f"{command[0]} says: {(done.stderr or done.stdout).strip()}")
     return done.stdout
@@ -86,24 +126,45 @@ def partitions() -> dict[str, Partition]:
 def _joined(a: Partition, b: Partition) -> Partition:
     """Nodes of different kinds in one partition are told on several lines."""
     best = {key: max(getattr(a, key), getattr(b, key)) for key in ("cpus", "megabytes", "gpus")}
-    return Partition(name=a.name, default=a.default, minutes=a.minutes, nodes=a.nodes + b.nodes, features=a.features | b.features, **best)
+    return Partition(
+        name=a.name,
+        default=a.default,
+        minutes=a.minutes,
+        nodes=a.nodes + b.nodes,
+        features=a.features | b.features,
+        **best,
+    )
 
 
 def check(spec: JobSpec) -> None:
-    """Refuse what the cluster can never run, with the legal values. Of several partitions one must do. Raises InputError."""
+    """Refuse what the cluster can never run, with the legal values. Of several partitions one must
+    do. Raises InputError."""
     known = partitions()
-    names = spec.partition.split(",") if spec.partition else [part.name for part in known.values() if part.default]
+    names = (
+        spec.partition.split(",")
+        if spec.partition
+        else [part.name for part in known.values() if part.default]
+    )
     if not names or (unknown := [name for name in names if name not in known]):
         found = f"found '{unknown[0]}'" if names else "missing, and the cluster has no default"
         raise InputError(f"partition: {found}; expected one of: {', '.join(known)}")
     faults = min((_misfits(spec, known[name]) for name in names), key=len)
     if spec.reservation and spec.reservation not in (legal := reservations()):
-        faults.append(f"reservation: found '{spec.reservation}', expected one of: {', '.join(legal) or 'none exists'}")
+        faults.append(
+            f"reservation: found '{spec.reservation}', expected one of: "
+            f"{', '.join(legal) or 'none exists'}"
+        )
     for option in ("qos", "account"):
-        if (value := getattr(spec, option)) and (legal := accounting(option)) and value.lower() not in legal:
+        if (
+            (value := getattr(spec, option))
+            and (legal := accounting(option))
+            and value.lower() not in legal
+        ):
             faults.append(f"{option}: found '{value}', expected one of: {', '.join(legal)}")
     if faults:
-        raise InputError("the cluster cannot run this job:\n" + "\n".join(f"  {fault}" for fault in faults))
+        raise InputError(
+            "the cluster cannot run this job:\n" + "\n".join(f"  {fault}" for fault in faults)
+        )
 
 
 def _misfits(spec: JobSpec, part: Partition) -> list[str]:
@@ -113,15 +174,22 @@ def _misfits(spec: JobSpec, part: Partition) -> list[str]:
     if spec.gpus_per_node > part.gpus:
         faults.append(f"gpus_per_node: found {spec.gpus_per_node}, {node} {part.gpus}")
     if (cores := (spec.cpus or 1) * spec.ranks_on_a_node) > part.cpus:
-        faults.append(f"cpus: {spec.ranks_on_a_node} rank(s) x {spec.cpus or 1} are {cores}, {node} {part.cpus}")
+        faults.append(
+            f"cpus: {spec.ranks_on_a_node} rank(s) x {spec.cpus or 1} are {cores}, {node} "
+            f"{part.cpus}"
+        )
     if (spec.megabytes or 0) > part.megabytes:
         faults.append(f"memory: found {spec.memory}, {node} {part.megabytes}M")
     if part.minutes is not None and spec.minutes > part.minutes:
-        faults.append(f"time: found {spec.time}, partition {part.name} allows {part.minutes} minutes")
+        faults.append(
+            f"time: found {spec.time}, partition {part.name} allows {part.minutes} minutes"
+        )
     wanted = set(re.split(r"[&|,\[\]()*]+", spec.constraint or "")) - {""}
     if unknown := sorted(word for word in wanted - part.features if not word.isdigit()):
         legal = ", ".join(sorted(part.features)) or "none"
-        faults.append(f"constraint: found '{unknown[0]}', features in partition {part.name}: {legal}")
+        faults.append(
+            f"constraint: found '{unknown[0]}', features in partition {part.name}: {legal}"
+        )
     return faults
 
 
@@ -130,27 +198,49 @@ def reservations() -> list[str]:
 
 
 def accounting(what: str) -> list[str]:
-    """Names of all `qos` or `account`, which SLURM keeps in lower case; none where there is no accounting."""
-    field = {"qos": "name", "account": "account"}[what]  # an unknown field is no error but an empty column
+    """Names of all `qos` or `account`, which SLURM keeps in lower case; none where there is no
+    accounting."""
+    field = {"qos": "name", "account": "account"}[
+        what
+    ]  # an unknown field is no error but an empty column
     try:
-        return sorted(set(call("sacctmgr", "-n", "-P", "show", what, f"format={field}", timeout=20).split()))
+        return sorted(
+            set(call("sacctmgr", "-n", "-P", "show", what, f"format={field}", timeout=20).split())
+        )
     except InputError:
         return []
 
 
 def queue() -> dict[str, dict[str, Any]]:
-    """My jobs by id, array members as 12_3, with name, state, reason and nodes: what SLURM's controller remembers."""
+    """My jobs by id, array members as 12_3, with name, state, reason and nodes: what SLURM's
+    controller remembers."""
     # One question for all jobs: an id it has forgotten would be an error.
-    return _jobs(call("squeue", "--states=all", "-r", "-h", "-u", getpass.getuser(), "-o", "%i|%j|%T|%r|%N"))
+    return _jobs(
+        call("squeue", "--states=all", "-r", "-h", "-u", getpass.getuser(), "-o", "%i|%j|%T|%r|%N")
+    )
 
 
 def account(ids: list[str]) -> dict[str, dict[str, Any]]:
-    """The same of these jobs, and of all members of their arrays, from the accounting database; empty where there is none."""
+    """The same of these jobs, and of all members of their arrays, from the accounting database;
+    empty where there is none."""
     if not ids or shutil.which("sacct") is None:
         return {}
-    whole = sorted({job.partition("_")[0] for job in ids})  # a member that never started has no row of its own
+    whole = sorted(
+        {job.partition("_")[0] for job in ids}
+    )  # a member that never started has no row of its own
     try:
-        return _jobs(call("sacct", "-n", "-P", "-X", "-j", ",".join(whole), "-o", "JobID,JobName,State,Reason,NodeList,ExitCode"))
+        return _jobs(
+            call(
+                "sacct",
+                "-n",
+                "-P",
+                "-X",
+                "-j",
+                ",".join(whole),
+                "-o",
+                "JobID,JobName,State,Reason,NodeList,ExitCode",
+            )
+        )
     except InputError:
         return {}
 
@@ -161,14 +251,23 @@ def _jobs(text: str) -> dict[str, dict[str, Any]]:
         job, name, state, reason, nodes, *code = line.split("|")
         nodes = None if nodes in ("", "None assigned") else nodes
         reason = (_ending(*code) if code else None) if reason == "None" else reason
-        found |= dict.fromkeys(_members(job), {"name": name, "state": state.split()[0], "reason": reason, "node": nodes})
+        found |= dict.fromkeys(
+            _members(job),
+            {"name": name, "state": state.split()[0], "reason": reason, "node": nodes},
+        )
     return found
 
 
 def _ending(code: str) -> str | None:
     """What sacct's exit code says: "3:0" is one, "0:9" a signal."""
     number, _, signal = code.partition(":")
-    return f"signal {signal}" if signal not in ("", "0") else f"exit code {number}" if number != "0" else None
+    return (
+        f"signal {signal}"
+        if signal not in ("", "0")
+        else f"exit code {number}"
+        if number != "0"
+        else None
+    )
 
 
 def _members(job: str) -> list[str]:
@@ -177,4 +276,8 @@ def _members(job: str) -> list[str]:
     if not bracket:
         return [job]
     pieces = re.findall(r"(\d+)(?:-(\d+))?", rest.partition("%")[0])
-    return [f"{whole}_{number}" for first, last in pieces for number in range(int(first), int(last or first) + 1)]
+    return [
+        f"{whole}_{number}"
+        for first, last in pieces
+        for number in range(int(first), int(last or first) + 1)
+    ]

@@ -1,4 +1,5 @@
-"""Whether a node can do what it was given for, before a run spends hours on it; and the list of those that could not."""
+"""Whether a node can do what it was given for, before a run spends hours on it; and the list of
+those that could not."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class BadNode(RuntimeError):
 
 
 def examine(ranks: Ranks, gpus: int, node: str) -> None:
-    """A granted GPU is visible and nearly empty, multiplies rightly, and all ranks reach each other.
+    """A granted GPU is visible and nearly empty, multiplies rightly, and all ranks reach each
+    other.
 
     Raises BadNode, or InputError if this Python cannot use a GPU on any node.
     """
@@ -33,13 +35,20 @@ def examine(ranks: Ranks, gpus: int, node: str) -> None:
         cpu = "To run on CPUs all the same: SEGFLEET_DEVICE=cpu"
         if torch.version.cuda is None and torch.version.hip is None:
             where = f"torch {torch.__version__} of {sys.executable}"
-            raise InputError(f"node {node}: {gpus} GPU(s) were granted, but {where} is built for CPUs; install a CUDA build. {cpu}")
-        raise BadNode(f"node {node}: {gpus} GPU(s) were granted and torch sees none (a driver? {cpu})")
+            raise InputError(
+                f"node {node}: {gpus} GPU(s) were granted, but {where} is built for CPUs; install "
+                f"a CUDA build. {cpu}"
+            )
+        raise BadNode(
+            f"node {node}: {gpus} GPU(s) were granted and torch sees none (a driver? {cpu})"
+        )
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         if free < FREE * total:
             share = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB"
-            raise BadNode(f"node {node}: only {share} of {device} are free; a leftover process holds the rest")
+            raise BadNode(
+                f"node {node}: only {share} of {device} are free; a leftover process holds the rest"
+            )
     values = torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(0))
     exact = values[0].double() @ values[1].double()
     found = (values[0].to(device) @ values[1].to(device)).double().cpu()
@@ -56,6 +65,11 @@ def remember(root: Path, node: str, why: str) -> None:
 
 
 def bad_nodes(root: Path) -> list[str]:
-    """Nodes that failed the check within the last week. Remove a node's file in RUNS/.bad-nodes to use it again."""
+    """Nodes that failed the check within the last week. Remove a node's file in RUNS/.bad-nodes to
+    use it again."""
     now = time.time()
-    return sorted(path.name for path in (root / ".bad-nodes").glob("*") if now - path.stat().st_mtime < REMEMBERED)
+    return sorted(
+        path.name
+        for path in (root / ".bad-nodes").glob("*")
+        if now - path.stat().st_mtime < REMEMBERED
+    )

@@ -1,4 +1,5 @@
-"""A run that was submitted to SLURM, as its queue, its accounting and the run's own files know it."""
+"""A run that was submitted to SLURM, as its queue, its accounting and the run's own files know
+it."""
 
 from __future__ import annotations
 
@@ -14,11 +15,35 @@ from segfleet.slurm import cluster
 from segfleet.slurm.submission import Submission, latest, submissions, together
 
 WORDS = {
-    "queued": ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"),
-    "running": ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"),
+    "queued": (
+        "PENDING",
+        "REQUEUED",
+        "REQUEUE_HOLD",
+        "REQUEUE_FED",
+        "SPECIAL_EXIT",
+        "RESV_DEL_HOLD",
+    ),
+    "running": (
+        "RUNNING",
+        "COMPLETING",
+        "CONFIGURING",
+        "SUSPENDED",
+        "STOPPED",
+        "RESIZING",
+        "SIGNALING",
+        "STAGE_OUT",
+    ),
     "done": ("COMPLETED",),
     "cancelled": ("CANCELLED", "REVOKED"),
-    "failed": ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED"),
+    "failed": (
+        "FAILED",
+        "TIMEOUT",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "BOOT_FAIL",
+        "DEADLINE",
+        "PREEMPTED",
+    ),
 }
 STATES = {word: state for state, words in WORDS.items() for word in words}
 OPEN = ("queued", "running", "unknown")  # not known to have ended; unknown: SLURM does not answer
@@ -42,11 +67,14 @@ class SlurmJob:
 
     @property
     def label(self) -> str:
-        """What a job of a store does, such as "survey 0"; empty for the others, whose ranks are told apart."""
+        """What a job of a store does, such as "survey 0"; empty for the others, whose ranks are
+        told apart."""
         job = self.submission.job()
         if job["do"] in ("survey", "write"):
             return f"{job['do']} {job['share'][0]}"
-        return ("publish" if job.get("before") else "preprocess") if job["do"] == "preprocess" else ""
+        return (
+            ("publish" if job.get("before") else "preprocess") if job["do"] == "preprocess" else ""
+        )
 
     def state(self) -> str:
         return self.look()["state"]
@@ -58,12 +86,23 @@ class SlurmJob:
         """{"job", "queue", "state", "reason", "node", "starts"}"""
         return look_at_all([self])[0][1]
 
-    def judge(self, queue: Mapping[str, Any], accounts: Mapping[str, Any], silence: str | None) -> dict[str, Any]:
-        """The same from tables fetched for many jobs. `silence`: SLURM's words, where it did not tell its queue."""
+    def judge(
+        self, queue: Mapping[str, Any], accounts: Mapping[str, Any], silence: str | None
+    ) -> dict[str, Any]:
+        """The same from tables fetched for many jobs. `silence`: SLURM's words, where it did not
+        tell its queue."""
         row = self._row(queue) or self._row(accounts)
         outcome, why = self.submission.outcome()
-        ended = "cancelled" if (Path(self.submission.folder) / CANCELLED).exists() else "unknown" if silence else "lost"
-        if silence and outcome != "done" and shutil.which("squeue"):  # it may have come back since: only its end is certain
+        ended = (
+            "cancelled"
+            if (Path(self.submission.folder) / CANCELLED).exists()
+            else "unknown"
+            if silence
+            else "lost"
+        )
+        if (
+            silence and outcome != "done" and shutil.which("squeue")
+        ):  # it may have come back since: only its end is certain
             outcome, ended = None, "unknown"
         state = STATES.get(row["state"], "running") if row else (outcome or ended)
         reason = row["reason"] if row and state in ("queued", "running") else None
@@ -72,7 +111,9 @@ class SlurmJob:
             if outcome == "stopped":
                 state = "stopped"
         elif state == "lost":
-            reason = "SLURM has forgotten this job and its ranks left no word; segfleet resume goes on"
+            reason = (
+                "SLURM has forgotten this job and its ranks left no word; segfleet resume goes on"
+            )
         elif state == "unknown":
             reason = silence
         hint = HINTS.get((row or {}).get("state", "")) or HINTS.get(reason or "")
@@ -87,7 +128,9 @@ class SlurmJob:
 
     def _row(self, table: Mapping[str, Any]) -> dict[str, Any] | None:
         """What a table knows of this job: by its name too, for ids come again on a new cluster."""
-        row = table.get(self.id) or table.get(self.id.partition("_")[0])  # an array that was cancelled whole has one row
+        row = table.get(self.id) or table.get(
+            self.id.partition("_")[0]
+        )  # an array that was cancelled whole has one row
         return row if row and row["name"] == self.submission.name else None
 
     def cancel(self) -> None:
@@ -113,13 +156,21 @@ def attach(run: Path) -> SlurmJob:
 
 def refuse_if_active(run: Path) -> None:
     """Raises InputError if a job of this run, or of what is made beside it, waits or runs."""
-    for job, found in look_at_all([SlurmJob(run, made) for made in submissions(run) if made.launcher == "slurm"]):
+    for job, found in look_at_all(
+        [SlurmJob(run, made) for made in submissions(run) if made.launcher == "slurm"]
+    ):
         if found["state"] in ("queued", "running"):
             name = run.name.removesuffix(".jobs")
             cancel = name if name == run.name else run.with_suffix("")
-            raise InputError(f"run: {name} is {found['state']} already as job {job.id}; `segfleet cancel {cancel}` first")
+            raise InputError(
+                f"run: {name} is {found['state']} already as job {job.id}; `segfleet cancel "
+                f"{cancel}` first"
+            )
         if found["state"] == "unknown":
-            raise InputError(f"run: whether {run.name.removesuffix('.jobs')} still runs as job {job.id} is unknown; {found['reason']}")
+            raise InputError(
+                f"run: whether {run.name.removesuffix('.jobs')} still runs as job {job.id} is "
+                f"unknown; {found['reason']}"
+            )
 
 
 def look_at_all(jobs: list[SlurmJob]) -> list[tuple[SlurmJob, dict[str, Any]]]:
@@ -135,7 +186,8 @@ def look_at_all(jobs: list[SlurmJob]) -> list[tuple[SlurmJob, dict[str, Any]]]:
 
 
 def cancel(jobs: list[tuple[SlurmJob, dict[str, Any]]]) -> list[str]:
-    """Cancel those that wait or run, with what `look` said of each; their ids. SLURM forgets what never started, so a mark is left.
+    """Cancel those that wait or run, with what `look` said of each; their ids. SLURM forgets what
+    never started, so a mark is left.
 
     Raises InputError with SLURM's own words if it does not answer.
     """
@@ -148,6 +200,7 @@ def cancel(jobs: list[tuple[SlurmJob, dict[str, Any]]]) -> list[str]:
 
 
 def jobs_of(run: Path) -> list[SlurmJob]:
-    """The latest submission to SLURM and the jobs it waits for. Raises InputError if there is none."""
+    """The latest submission to SLURM and the jobs it waits for. Raises InputError if there is
+    none."""
     attach(run)
     return [SlurmJob(run, made) for made in together(run)]

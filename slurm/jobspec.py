@@ -1,8 +1,10 @@
-"""What a job asks of a cluster. Profiles of clusters, in ./clusters.yaml or ~/.config/segfleet/clusters.yaml, hold what is always the same:
+"""What a job asks of a cluster. Profiles of clusters, in ./clusters.yaml or
+~/.config/segfleet/clusters.yaml, hold what is always the same:
 
 default: alpha
 clusters:
-  alpha: {partition: gpu, account: hearts, gpus_per_node: 4, time: "12:00:00", setup: ["module load CUDA/12"]}
+  alpha: {partition: gpu, account: hearts, gpus_per_node: 4, time: "12:00:00", setup: ["module load
+  CUDA/12"]}
 """
 
 from __future__ import annotations
@@ -20,12 +22,41 @@ from segfleet.core.errors import InputError
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
 LETTERS = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?")
 MEMORY = re.compile(r"(\d+)([KMGT]?)B?", re.IGNORECASE)
-MAIL = ("NONE", "BEGIN", "END", "FAIL", "REQUEUE", "ALL", "TIME_LIMIT", "TIME_LIMIT_90", "TIME_LIMIT_80", "TIME_LIMIT_50", "ARRAY_TASKS")
-OURS = ("output", "error", "job-name", "signal", "open-mode", "requeue", "no-requeue", "array", "export", "wrap", "parsable")
+MAIL = (
+    "NONE",
+    "BEGIN",
+    "END",
+    "FAIL",
+    "REQUEUE",
+    "ALL",
+    "TIME_LIMIT",
+    "TIME_LIMIT_90",
+    "TIME_LIMIT_80",
+    "TIME_LIMIT_50",
+    "ARRAY_TASKS",
+)
+OURS = (
+    "output",
+    "error",
+    "job-name",
+    "signal",
+    "open-mode",
+    "requeue",
+    "no-requeue",
+    "array",
+    "export",
+    "wrap",
+    "parsable",
+)
 INSTEAD = {  # of sbatch's option: a field of ours, which writes more than that one line
     **dict.fromkeys(("mem", "mem-per-cpu", "mem-per-gpu"), "memory"),
-    **dict.fromkeys(("ntasks", "ntasks-per-node", "tasks-per-node", "ntasks-per-core", "ntasks-per-socket"), "ranks_per_node"),
-    **dict.fromkeys(("gpus", "gpus-per-task", "gpus-per-socket", "ntasks-per-gpu"), "gpus_per_node"),
+    **dict.fromkeys(
+        ("ntasks", "ntasks-per-node", "tasks-per-node", "ntasks-per-core", "ntasks-per-socket"),
+        "ranks_per_node",
+    ),
+    **dict.fromkeys(
+        ("gpus", "gpus-per-task", "gpus-per-socket", "ntasks-per-gpu"), "gpus_per_node"
+    ),
     **dict.fromkeys(("cpus-per-task", "cpus-per-gpu"), "cpus"),
     "mail-user": "mail",
     "mail-type": "mail_on",
@@ -38,23 +69,34 @@ class Loader(yaml.SafeLoader):
 
 
 TIMES = ("tag:yaml.org,2002:str", re.compile(r"[-+]?\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?$"))
-Loader.yaml_implicit_resolvers = {first: [TIMES, *found] for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+Loader.yaml_implicit_resolvers = {
+    first: [TIMES, *found] for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 Count = Annotated[int, Field(gt=0)]
 Word = Annotated[str, Field(pattern=r"^[^\s\n]+$")]
 
 
 class JobSpec(BaseModel):
-    """Resources and manners of one job. Every field may stand in a profile; the command line overrides it."""
+    """Resources and manners of one job. Every field may stand in a profile; the command line
+    overrides it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     nodes: Count = Field(1, description="nodes")
-    gpus_per_node: Annotated[int, Field(ge=0)] = Field(0, description="GPUs of every node; one rank for each. 0: a job on CPUs")
+    gpus_per_node: Annotated[int, Field(ge=0)] = Field(
+        0, description="GPUs of every node; one rank for each. 0: a job on CPUs"
+    )
     ranks_per_node: Count = Field(1, description="ranks of every node when there are no GPUs")
     cpus: Count | None = Field(None, description="CPU cores per rank; none: the cluster's default")
-    memory: str | None = Field(None, description="memory per node, for example 64G; none: the cluster's default")
-    time: str | int = Field(60, description="time limit: minutes, 12h, 1d6h, hours:minutes:seconds or days-hours:minutes:seconds")
+    memory: str | None = Field(
+        None, description="memory per node, for example 64G; none: the cluster's default"
+    )
+    time: str | int = Field(
+        60,
+        description="time limit: minutes, 12h, 1d6h, hours:minutes:seconds or "
+        "days-hours:minutes:seconds",
+    )
     partition: Word | None = Field(None, description="partition")
     account: Word | None = Field(None, description="account")
     qos: Word | None = Field(None, description="quality of service")
@@ -65,16 +107,35 @@ class JobSpec(BaseModel):
     mail: Word | None = Field(None, description="mail address")
     mail_on: str = Field("END,FAIL", description="when to write a mail")
     throttle: Count | None = Field(None, description="members of an array that may run at once")
-    dependency: Word | None = Field(None, description="SLURM's own words: afterok:123, singleton, ...")
-    sbatch: tuple[str, ...] = Field((), description="further options of sbatch, for example --licenses=matlab")
-    setup: tuple[str, ...] = Field((), description="shell lines run on the first node before the ranks start")
-    container: str | None = Field(None, description="command that runs what follows it in a container: apptainer exec --nv image.sif")
-    python: str | None = Field(None, description="Python on the nodes; none: this one, in a container python3")
-    stage_to: Annotated[str, Field(pattern=r"^[/$~]")] | None = Field(
-        None, description="copy the store to this folder of every node first, for example $TMPDIR; its variables are the node's"
+    dependency: Word | None = Field(
+        None, description="SLURM's own words: afterok:123, singleton, ..."
     )
-    warning: Count = Field(120, description="seconds before the time limit at which the ranks save; at most a third of it")
-    fruitless: Count = Field(3, description="restarts without a step of progress after which the job gives up")
+    sbatch: tuple[str, ...] = Field(
+        (), description="further options of sbatch, for example --licenses=matlab"
+    )
+    setup: tuple[str, ...] = Field(
+        (), description="shell lines run on the first node before the ranks start"
+    )
+    container: str | None = Field(
+        None,
+        description="command that runs what follows it in a container: apptainer exec --nv "
+        "image.sif",
+    )
+    python: str | None = Field(
+        None, description="Python on the nodes; none: this one, in a container python3"
+    )
+    stage_to: Annotated[str, Field(pattern=r"^[/$~]")] | None = Field(
+        None,
+        description="copy the store to this folder of every node first, for example $TMPDIR; its "
+        "variables are the node's",
+    )
+    warning: Count = Field(
+        120,
+        description="seconds before the time limit at which the ranks save; at most a third of it",
+    )
+    fruitless: Count = Field(
+        3, description="restarts without a step of progress after which the job gives up"
+    )
 
     @field_validator("time")
     @classmethod
@@ -104,7 +165,10 @@ class JobSpec(BaseModel):
                 raise ValueError(f"'{option}': expected --option or --option=value")
             name = option[2:].partition("=")[0]
             if (field := INSTEAD.get(name, name.replace("-", "_"))) in JobSpec.model_fields:
-                raise ValueError(f"'{option}': give --{field.replace('_', '-')} instead ({field} in clusters.yaml)")
+                raise ValueError(
+                    f"'{option}': give --{field.replace('_', '-')} instead ({field} in "
+                    "clusters.yaml)"
+                )
             if name in OURS:
                 raise ValueError(f"'{option}': --{name} is set by segfleet itself")
         return value
@@ -138,7 +202,9 @@ class JobSpec(BaseModel):
         if self.memory is None:
             return None
         number, unit = MEMORY.fullmatch(self.memory).groups()
-        return math.ceil(int(number) * {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}[unit.upper()])
+        return math.ceil(
+            int(number) * {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}[unit.upper()]
+        )
 
 
 def minutes(text: str | int) -> int:
@@ -158,12 +224,18 @@ def minutes(text: str | int) -> int:
         else:  # minutes[:seconds]
             seconds = fields[0] * 60 + (fields[1] if len(fields) > 1 else 0)
     if not seconds:
-        raise ValueError("expected minutes, 12h, 1d6h, hours:minutes:seconds or days-hours:minutes:seconds, and more than nothing")
+        raise ValueError(
+            "expected minutes, 12h, 1d6h, hours:minutes:seconds or days-hours:minutes:seconds, "
+            "and more than nothing"
+        )
     return math.ceil(seconds / 60)
 
 
-def make_spec(options: dict[str, Any], cluster: str | None = None, places: tuple[Path, ...] = PLACES) -> JobSpec:
-    """The profile of `cluster` (none: the file's default, if any) with `options` over it. Raises InputError that names every fault."""
+def make_spec(
+    options: dict[str, Any], cluster: str | None = None, places: tuple[Path, ...] = PLACES
+) -> JobSpec:
+    """The profile of `cluster` (none: the file's default, if any) with `options` over it. Raises
+    InputError that names every fault."""
     return _validated({**read_profile(cluster, places), **options}, "job")
 
 
@@ -172,23 +244,38 @@ def read_profile(cluster: str | None, places: tuple[Path, ...] = PLACES) -> dict
     path = next((place.expanduser() for place in places if place.expanduser().is_file()), None)
     if path is None:
         if cluster:
-            raise InputError(f"--cluster: found '{cluster}', but there is no file {' or '.join(map(str, places))}")
+            raise InputError(
+                f"--cluster: found '{cluster}', but there is no file "
+                f"{' or '.join(map(str, places))}"
+            )
         return {}
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no YAML document: {' '.join(str(error).split())}") from None
     profiles = document.get("clusters") if isinstance(document, dict) else None
-    if not isinstance(profiles, dict) or (unknown := sorted(set(document) - {"default", "clusters"})):
-        found = f"found the key '{unknown[0]}'" if isinstance(profiles, dict) else "found no mapping `clusters`"
+    if not isinstance(profiles, dict) or (
+        unknown := sorted(set(document) - {"default", "clusters"})
+    ):
+        found = (
+            f"found the key '{unknown[0]}'"
+            if isinstance(profiles, dict)
+            else "found no mapping `clusters`"
+        )
         raise InputError(f"{path}: {found}; expected the keys: default, clusters")
     for name, options in profiles.items():
         if not isinstance(options, dict):
-            raise InputError(f"{path}: clusters.{name}: found {options!r}, expected a mapping of options to values")
+            raise InputError(
+                f"{path}: clusters.{name}: found {options!r}, expected a mapping of options to "
+                "values"
+            )
         _validated(options, f"{path}: clusters.{name}")
     name = cluster or document.get("default")
     if name is not None and name not in profiles:
-        raise InputError(f"{path}: found no cluster '{name}'; expected one of: {', '.join(map(str, profiles)) or 'none'}")
+        raise InputError(
+            f"{path}: found no cluster '{name}'; expected one of: "
+            f"{', '.join(map(str, profiles)) or 'none'}"
+        )
     return profiles[name] if name is not None else {}
 
 
@@ -196,7 +283,9 @@ def _validated(options: dict[str, Any], where: str) -> JobSpec:
     try:
         return JobSpec.model_validate(options)
     except ValidationError as error:
-        raise InputError(f"{where} is not valid:\n" + "\n".join(_sentence(fault) for fault in error.errors())) from None
+        raise InputError(
+            f"{where} is not valid:\n" + "\n".join(_sentence(fault) for fault in error.errors())
+        ) from None
 
 
 def _sentence(fault: Any) -> str:

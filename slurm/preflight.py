@@ -1,6 +1,8 @@
-"""Everything about a recipe that can be known before a job waits in a queue. `python -m segfleet.slurm.preflight RANKS < recipes.json`.
+"""Everything about a recipe that can be known before a job waits in a queue. `python -m
+segfleet.slurm.preflight RANKS < recipes.json`.
 
-In a process of its own, because it builds the network and so needs torch, which the submitting process does without.
+In a process of its own, because it builds the network and so needs torch, which the submitting
+process does without.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from segfleet.core.errors import InputError
 
 
 def check_recipes(recipes: list[dict[str, Any]], ranks: int) -> None:
-    """Network, loss, patch, batch and ranks fit together and to the store, in every recipe. Raises InputError."""
+    """Network, loss, patch, batch and ranks fit together and to the store, in every recipe. Raises
+    InputError."""
     recipes = list({json.dumps(_parts(recipe)): recipe for recipe in recipes}.values())
     command = [sys.executable, "-m", "segfleet.slurm.preflight", str(ranks)]
     done = subprocess.run(command, input=json.dumps(recipes), capture_output=True, text=True)
@@ -26,7 +29,12 @@ def check_recipes(recipes: list[dict[str, Any]], ranks: int) -> None:
 
 def _parts(recipe: dict[str, Any]) -> list[Any]:
     """What is checked of a recipe: of two that agree in it, one is enough."""
-    parts = [recipe["model"], recipe["loss"], recipe["engine"], *(recipe["data"][key] for key in ("store", "patch", "batch"))]
+    parts = [
+        recipe["model"],
+        recipe["loss"],
+        recipe["engine"],
+        *(recipe["data"][key] for key in ("store", "patch", "batch")),
+    ]
     return [*parts, recipe["evaluation"]["mirror"], [stage["freeze"] for stage in recipe["stages"]]]
 
 

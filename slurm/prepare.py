@@ -1,4 +1,5 @@
-"""From a recipe to the run folders it will fill, without torch: what every launcher needs before it starts anything."""
+"""From a recipe to the run folders it will fill, without torch: what every launcher needs before it
+starts anything."""
 
 from __future__ import annotations
 
@@ -16,28 +17,41 @@ from segfleet.preprocess.stores.manifest import load_manifest
 
 
 def prepare(source: str, changes: Sequence[str], root: Path) -> tuple[Recipe, Path]:
-    """The validated recipe with an absolute store, and the folder of its run below `root`. Raises InputError."""
+    """The validated recipe with an absolute store, and the folder of its run below `root`. Raises
+    InputError."""
     recipe = load_recipe(source, list(changes))
     if not recipe.data.store:
-        raise InputError("data.store: missing; name the folder of a store, for example data.store=stores/hippocampus")
+        raise InputError(
+            "data.store: missing; name the folder of a store, for example "
+            "data.store=stores/hippocampus"
+        )
     store = Path(recipe.data.store).resolve()
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"store": str(store)})})
+    recipe = recipe.model_copy(
+        update={"data": recipe.data.model_copy(update={"store": str(store)})}
+    )
     return recipe, stage_folders(root.resolve(), recipe, load_manifest(store))[-1].path
 
 
 def members(axes: Sequence[str]) -> list[list[str]]:
-    """Every combination of the changes that axes name: key.path=1,2,3 or key.path=0..4. No axes: one member without changes."""
+    """Every combination of the changes that axes name: key.path=1,2,3 or key.path=0..4. No axes:
+    one member without changes."""
     return [list(choice) for choice in itertools.product(*map(_values, axes))]
 
 
 def _values(axis: str) -> list[str]:
     key, equals, text = axis.partition("=")
     if not equals or not key or not text:
-        raise InputError(f"--array: found '{axis}', expected key.path=1,2,3 or key.path=0..4, for example data.fold=0..4")
+        raise InputError(
+            f"--array: found '{axis}', expected key.path=1,2,3 or key.path=0..4, for example "
+            "data.fold=0..4"
+        )
     if match := re.fullmatch(r"(\d+)\.\.(\d+)", text):
         first, last = map(int, match.groups())
         if first > last:
-            raise InputError(f"--array: found '{axis}', which holds no value; expected the smaller number first: {key}={last}..{first}")
+            raise InputError(
+                f"--array: found '{axis}', which holds no value; expected the smaller number "
+                f"first: {key}={last}..{first}"
+            )
         return [f"{key}={value}" for value in range(first, last + 1)]
     return [f"{key}={value}" for value in text.split(",")]
 

@@ -1,6 +1,8 @@
-"""What SLURM starts on every rank, through submitit: find out who we are, do the job, and say by the exit code whether to come back.
+"""What SLURM starts on every rank, through submitit: find out who we are, do the job, and say by
+the exit code whether to come back.
 
-75 from rank 0: interrupted, all is saved, the batch script requeues the job. 0 from the others then, lest they take rank 0 down with them.
+75 from rank 0: interrupted, all is saved, the batch script requeues the job. 0 from the others
+then, lest they take rank 0 down with them.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from segfleet.pipeline.launch import worker
 from segfleet.pipeline.stop import Interrupted, StopRequest
 
 INTERRUPTED = 75
-PATIENCE = 900  # seconds a rank that lost its partner gives SLURM to find out that a node died, before it calls it a failure
+# seconds a rank that lost its partner gives SLURM to find out that a node died, before it calls it
+# a failure
+PATIENCE = 900
 
 
 class Fruitless(RuntimeError):
@@ -26,7 +30,8 @@ class Fruitless(RuntimeError):
 
 
 def run_rank(folder: str) -> None:
-    """Do the job of a submission folder and end the process. What came out stands in files, never in submitit's pickles."""
+    """Do the job of a submission folder and end the process. What came out stands in files, never
+    in submitit's pickles."""
     stop = StopRequest()  # in place of submitit's handlers: theirs act at once and on rank 0 alone
     become_rank()
     submission, life = Path(folder), Path(os.environ["SEGFLEET_LIFE"])
@@ -57,7 +62,9 @@ def run_rank(folder: str) -> None:
         if rank == 0:
             (life / "ended.json").write_text(json.dumps({"time": time.time()}), encoding="utf-8")
         worker.exit_now(0)
-    sys.stderr.write(json.loads((life / f"failed-{rank}.json").read_text(encoding="utf-8"))["message"] + "\n")
+    sys.stderr.write(
+        json.loads((life / f"failed-{rank}.json").read_text(encoding="utf-8"))["message"] + "\n"
+    )
     if isinstance(error, Interrupted):
         if rank == 0 and stop.reason and stop.reason.startswith("the file"):
             (life / "stay").touch()  # a person wants it to stop, so it does not come back
@@ -79,7 +86,11 @@ def become_rank() -> None:
 
 def own_address() -> str:
     """A name or address of this node that resolves: what SLURM calls it, else the host's name."""
-    for name in (os.environ.get("SLURMD_NODENAME"), os.environ.get("SLURM_TOPOLOGY_ADDR", "").rpartition(".")[2], socket.gethostname()):
+    for name in (
+        os.environ.get("SLURMD_NODENAME"),
+        os.environ.get("SLURM_TOPOLOGY_ADDR", "").rpartition(".")[2],
+        socket.gethostname(),
+    ):
         try:
             if name and socket.getaddrinfo(name, None):
                 return name
@@ -89,25 +100,36 @@ def own_address() -> str:
 
 
 def begin(life: Path, document: dict[str, Any], limit: int) -> None:
-    """Note how far the job was when this start began. Raises Fruitless after `limit` restarts without progress."""
+    """Note how far the job was when this start began. Raises Fruitless after `limit` restarts
+    without progress."""
     from segfleet.slurm.submission import progress_of
 
     steps = progress_of(document)
     facts = {"time": time.time(), "steps": steps, "node": os.environ.get("SLURMD_NODENAME")}
     (life / "life.json").write_text(json.dumps(facts), encoding="utf-8")
     job = life.name.rpartition(".")[0]
-    begun = sorted(life.parent.glob(f"{job}.*/life.json"), key=lambda path: int(path.parent.name.rpartition(".")[2]))
+    begun = sorted(
+        life.parent.glob(f"{job}.*/life.json"),
+        key=lambda path: int(path.parent.name.rpartition(".")[2]),
+    )
     before = [json.loads(path.read_text(encoding="utf-8"))["steps"] for path in begun]
     if len(before) > limit and set(before[-limit - 1 :]) == {steps}:
         where, mend = "", "Give it more time and submit it again"
         if document["do"] == "train":
-            where, mend = f" at step {steps}", "Give it more time or save more often (save_every), then: segfleet resume"
+            where, mend = (
+                f" at step {steps}",
+                "Give it more time or save more often (save_every), then: segfleet resume",
+            )
         node = os.environ.get("SLURMD_NODENAME")
-        raise Fruitless(f"the job was restarted {limit} times{where} and never got further; last node: {node}. {mend}")
+        raise Fruitless(
+            f"the job was restarted {limit} times{where} and never got further; last node: "
+            f"{node}. {mend}"
+        )
 
 
 def wait_for_slurm() -> None:
-    """The rank that truly failed ends the step by its exit code, and a dead node makes SLURM requeue: both end us while we wait."""
+    """The rank that truly failed ends the step by its exit code, and a dead node makes SLURM
+    requeue: both end us while we wait."""
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
     time.sleep(PATIENCE)

@@ -1,4 +1,5 @@
-"""The code as it is now, kept for jobs that start later: RUNS/.code/<hash>/segfleet/, one folder per version, shared by all runs."""
+"""The code as it is now, kept for jobs that start later: RUNS/.code/<hash>/segfleet/, one folder
+per version, shared by all runs."""
 
 from __future__ import annotations
 
@@ -14,11 +15,19 @@ SOURCE = Path(__file__).resolve().parents[1]  # the checkout, or the installed p
 
 
 def freeze_code(root: Path, source: Path = SOURCE) -> Path:
-    """Copy segfleet to `root`/.code/<hash of its content>, unless it is there; the folder to put on the Python path."""
-    files = sorted(path for room in ROOMS for path in (source / room).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    """Copy segfleet to `root`/.code/<hash of its content>, unless it is there; the folder to put on
+    the Python path."""
+    files = sorted(
+        path
+        for room in ROOMS
+        for path in (source / room).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    )
     digest = hashlib.sha256()
     for path in files:
-        digest.update(f"{path.relative_to(source)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+        digest.update(
+            f"{path.relative_to(source)}\0{path.stat().st_size}\0".encode() + path.read_bytes()
+        )
     target = root / ".code" / digest.hexdigest()[:12]
     if target.is_dir():
         return target
@@ -36,13 +45,16 @@ def freeze_code(root: Path, source: Path = SOURCE) -> Path:
 
 
 def commit(source: Path = SOURCE) -> dict[str, Any]:
-    """{"commit", "diff"} if the code is a git checkout: its last commit and what has changed since; else both None."""
+    """{"commit", "diff"} if the code is a git checkout: its last commit and what has changed since;
+    else both None."""
     if not (source / ".git").exists():
         return {"commit": None, "diff": None}
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(source), *words], capture_output=True, text=True, timeout=60)
+            done = subprocess.run(
+                ["git", "-C", str(source), *words], capture_output=True, text=True, timeout=60
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout if done.returncode == 0 else None

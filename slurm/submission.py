@@ -1,5 +1,6 @@
-"""What is kept of a submitted run, in its own folder, so that any later shell can attach. A store or a folder of predictions is no run:
-what is kept of its jobs lies beside it, in OUT.jobs/slurm/, and may be removed when they are over.
+"""What is kept of a submitted run, in its own folder, so that any later shell can attach. A store
+or a folder of predictions is no run: what is kept of its jobs lies beside it, in OUT.jobs/slurm/,
+and may be removed when they are over.
 
 RUN/slurm/0001/            one submission; a later one of the same run is 0002
   job.json                 what every rank does
@@ -49,20 +50,28 @@ class Submission:
     @property
     def lives(self) -> list[Path]:
         """Starts of the job, first to last."""
-        return sorted(Path(self.logs).glob(f"life-{self.id}.*"), key=lambda path: int(path.name.rpartition(".")[2]))
+        return sorted(
+            Path(self.logs).glob(f"life-{self.id}.*"),
+            key=lambda path: int(path.name.rpartition(".")[2]),
+        )
 
     def log(self, rank: int) -> Path:
         return Path(self.logs) / f"{self.id}_{rank}_log.out"
 
     def outcome(self) -> tuple[str | None, str | None]:
-        """("done" | "failed" | "stopped" | None: not ended as far as its own files know, why) of the latest start."""
+        """("done" | "failed" | "stopped" | None: not ended as far as its own files know, why) of
+        the latest start."""
         if not self.lives:
             return None, None
         life = self.lives[-1]
         if (life / "ended.json").exists():
             return "done", None
         found = failure(life)
-        return (None, None) if found is None else ("stopped" if found["exit_code"] == 75 else "failed", found["message"])
+        return (
+            (None, None)
+            if found is None
+            else ("stopped" if found["exit_code"] == 75 else "failed", found["message"])
+        )
 
 
 def submissions(run: Path) -> list[Submission]:
@@ -81,13 +90,15 @@ def home_of(out: Path) -> Path:
 
 
 def find_home(text: str, root: Path) -> Path:
-    """Where jobs are kept: a run folder, as `find_run` finds it below `root`, or what lies beside a store or a folder of predictions."""
+    """Where jobs are kept: a run folder, as `find_run` finds it below `root`, or what lies beside a
+    store or a folder of predictions."""
     beside = home_of(Path(text))
     return beside if (beside / "slurm").is_dir() else find_run(text, root)
 
 
 def together(run: Path) -> list[Submission]:
-    """The latest submission and those it waits for, which were submitted with it. Raises InputError if there is none."""
+    """The latest submission and those it waits for, which were submitted with it. Raises InputError
+    if there is none."""
     last = latest(run)
     before = last.job().get("before", [])
     return [*(_load(run / "slurm" / name / "submission.json") for name in before), last]
@@ -109,7 +120,9 @@ def new_folder(run: Path) -> Path:
             return folder
         except FileExistsError:
             continue
-    raise InputError(f"run: {run} was submitted 9999 times; remove old folders under {run / 'slurm'}")
+    raise InputError(
+        f"run: {run} was submitted 9999 times; remove old folders under {run / 'slurm'}"
+    )
 
 
 def train_job(run: Path, recipe: dict[str, Any], root: Path) -> dict[str, Any]:
@@ -123,12 +136,22 @@ def write_job(home: Path, job: dict[str, Any], spec: JobSpec) -> Path:
     """A new submission folder that holds the frozen job."""
     folder = new_folder(home)
     asked = {"gpus_per_node": spec.gpus_per_node, "lead": spec.lead, "fruitless": spec.fruitless}
-    write_atomically(folder / "job.json", json.dumps({**job, "spec": asked, "stage_to": spec.stage_to}, indent=1))
+    write_atomically(
+        folder / "job.json", json.dumps({**job, "spec": asked, "stage_to": spec.stage_to}, indent=1)
+    )
     return folder
 
 
 def record(
-    folder: Path, *, id: str, name: str, launcher: str, spec: JobSpec, logs: Path, code: Path | None, commit: str | None
+    folder: Path,
+    *,
+    id: str,
+    name: str,
+    launcher: str,
+    spec: JobSpec,
+    logs: Path,
+    code: Path | None,
+    commit: str | None,
 ) -> Submission:
     """Write down a submission that was accepted."""
     kept = spec.model_dump(mode="json")
@@ -141,7 +164,8 @@ def record(
 
 
 def failure(life: Path) -> dict[str, Any] | None:
-    """What went wrong first in a start: the report of the rank that failed by itself, else of one that lost its partner."""
+    """What went wrong first in a start: the report of the rank that failed by itself, else of one
+    that lost its partner."""
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in life.glob("failed-*.json")]
     own = [report for report in reports if not report["peer_failure"]]
     if own:
@@ -154,7 +178,8 @@ def failure(life: Path) -> dict[str, Any] | None:
 
 
 def progress_of(job: dict[str, Any]) -> int:
-    """A number that grows as long as a job gets anywhere: a training's steps, the images predicted, the cases preprocessed."""
+    """A number that grows as long as a job gets anywhere: a training's steps, the images predicted,
+    the cases preprocessed."""
     from segfleet.preprocess import jobs
 
     if job["do"] in jobs.JOBS:
@@ -174,4 +199,6 @@ def _steps_of(stage: StageFolder) -> int:
     if done := stage.done():
         return int(done["checkpoint"].rpartition("-")[2])
     names = os.listdir(stage.checkpoints) if stage.checkpoints.is_dir() else []
-    return max((int(name.rpartition("-")[2]) for name in names if name.startswith("step-")), default=0)
+    return max(
+        (int(name.rpartition("-")[2]) for name in names if name.startswith("step-")), default=0
+    )

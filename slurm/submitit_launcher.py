@@ -1,7 +1,8 @@
 """Jobs for SLURM, handed over by submitit. The only file that knows submitit.
 
-submitit writes the sbatch script, submits it, and starts `run_rank` in every task. What it would do later is not used, for it acts on
-rank 0 alone and remembers in pickles: the ranks agree on a stop themselves, the script requeues, and what came out stands in files.
+submitit writes the sbatch script, submits it, and starts `run_rank` in every task. What it would do
+later is not used, for it acts on rank 0 alone and remembers in pickles: the ranks agree on a stop
+themselves, the script requeues, and what came out stands in files.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ STATE = r"""$(scontrol show job -o "$job" | sed -n 's/.*JobState=\([A-Z_]*\).*/\
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmLauncher:
-    """`live`: run the code as it is when the job starts, not as it is now. `ask`: validate with the controller first."""
+    """`live`: run the code as it is when the job starts, not as it is now. `ask`: validate with the
+    controller first."""
 
     live: bool = False
     ask: bool = True
@@ -40,25 +42,44 @@ class SlurmLauncher:
     def submit(self, run: Path, recipe: dict[str, Any], root: Path, spec: JobSpec) -> SlurmJob:
         return self.submit_array([(run, recipe)], root, spec)[0]
 
-    def submit_array(self, members: Sequence[tuple[Path, dict[str, Any]]], root: Path, spec: JobSpec) -> list[SlurmJob]:
-        """One training, or an array of several with the same resources. Raises InputError with SLURM's own words."""
+    def submit_array(
+        self, members: Sequence[tuple[Path, dict[str, Any]]], root: Path, spec: JobSpec
+    ) -> list[SlurmJob]:
+        """One training, or an array of several with the same resources. Raises InputError with
+        SLURM's own words."""
         if self.ask:
             cluster.check(without_bad_nodes(spec, root))
         jobs = [(run, submission.train_job(run, recipe, root)) for run, recipe in members]
-        return self.submit_jobs(jobs, root, spec, job_name([run for run, _ in members]), root / ".arrays")
+        return self.submit_jobs(
+            jobs, root, spec, job_name([run for run, _ in members]), root / ".arrays"
+        )
 
-    def submit_jobs(self, jobs: Sequence[tuple[Path, dict[str, Any]]], root: Path, spec: JobSpec, name: str, logs: Path) -> list[SlurmJob]:
-        """One job, or an array of jobs with the same resources, each kept in its home; an array's logs go into a new folder in `logs`.
+    def submit_jobs(
+        self,
+        jobs: Sequence[tuple[Path, dict[str, Any]]],
+        root: Path,
+        spec: JobSpec,
+        name: str,
+        logs: Path,
+    ) -> list[SlurmJob]:
+        """One job, or an array of jobs with the same resources, each kept in its home; an array's
+        logs go into a new folder in `logs`.
 
         The cluster is not asked before. Raises InputError with SLURM's own words.
         """
         code = None if self.live else snapshot.freeze_code(root)
         commit = snapshot.commit()
         folders = [submission.write_job(home, job, spec) for home, job in jobs]
-        logs = folders[0] if len(folders) == 1 else logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        logs = (
+            folders[0]
+            if len(folders) == 1
+            else logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        )
         logs.mkdir(parents=True, exist_ok=True)
         try:
-            taken = self._hand_over([str(folder) for folder in folders], logs, name, without_bad_nodes(spec, root), code)
+            taken = self._hand_over(
+                [str(folder) for folder in folders], logs, name, without_bad_nodes(spec, root), code
+            )
         except BaseException:
             for folder in folders:  # nothing was submitted, so nothing must look like it
                 (folder / "job.json").unlink(missing_ok=True)
@@ -67,25 +88,49 @@ class SlurmLauncher:
         for folder, (home, _), job in zip(folders, jobs, taken, strict=True):
             if commit["diff"]:
                 (folder / "code.diff").write_text(commit["diff"], encoding="utf-8")
-            # The spec as it was asked for: a node that is bad today must not be left out of a later `resume`.
-            facts = {"id": job.job_id, "name": name, "launcher": "slurm", "spec": spec, "logs": logs, "code": code}
+            # The spec as it was asked for: a node that is bad today must not be left out of a later
+            # `resume`.
+            facts = {
+                "id": job.job_id,
+                "name": name,
+                "launcher": "slurm",
+                "spec": spec,
+                "logs": logs,
+                "code": code,
+            }
             made.append(SlurmJob(home, submission.record(folder, commit=commit["commit"], **facts)))
         return made
 
-    def _hand_over(self, folders: list[str], logs: Path, name: str, spec: JobSpec, code: Path | None) -> list[Any]:
+    def _hand_over(
+        self, folders: list[str], logs: Path, name: str, spec: JobSpec, code: Path | None
+    ) -> list[Any]:
         import submitit
 
         if shutil.which("sbatch") is None:
-            raise InputError("sbatch: not found; this machine has no SLURM. `segfleet train` runs here without one")
+            raise InputError(
+                "sbatch: not found; this machine has no SLURM. `segfleet train` runs here without "
+                "one"
+            )
         with cleaned_environment():
             chosen = executor(logs, name, spec, code)
             try:
-                return [chosen.submit(run_rank, folders[0])] if len(folders) == 1 else chosen.map_array(run_rank, folders)
+                return (
+                    [chosen.submit(run_rank, folders[0])]
+                    if len(folders) == 1
+                    else chosen.map_array(run_rank, folders)
+                )
             except submitit.core.utils.FailedJobError as error:
-                words = [line for line in str(error).splitlines() if "sbatch: error" in line] or [str(error)]
-                raise InputError("SLURM refused the job: " + " ".join(line.partition("error: ")[2] or line for line in words)) from None
+                words = [line for line in str(error).splitlines() if "sbatch: error" in line] or [
+                    str(error)
+                ]
+                raise InputError(
+                    "SLURM refused the job: "
+                    + " ".join(line.partition("error: ")[2] or line for line in words)
+                ) from None
 
-    def script(self, run: Path, root: Path, spec: JobSpec, members: int = 1, name: str | None = None) -> str:
+    def script(
+        self, run: Path, root: Path, spec: JobSpec, members: int = 1, name: str | None = None
+    ) -> str:
         """The sbatch script that would be submitted."""
         spec = without_bad_nodes(spec, root)
         logs = run / "slurm" / "0001" if members == 1 else root / ".arrays" / "dry-run"
@@ -116,7 +161,9 @@ def executor(logs: Path, name: str, spec: JobSpec, code: Path | None) -> Any:
         further[key] = value if equals else True
     ranks = ["--kill-on-bad-exit=1", "--wait=0"]
     if spec.cpus:
-        ranks.append(f"--cpus-per-task={spec.cpus}")  # since 22.05 srun no longer takes it over from sbatch
+        ranks.append(
+            f"--cpus-per-task={spec.cpus}"
+        )  # since 22.05 srun no longer takes it over from sbatch
     options = {
         "job_name": name,
         "nodes": spec.nodes,
@@ -135,22 +182,36 @@ def executor(logs: Path, name: str, spec: JobSpec, code: Path | None) -> Any:
         "setup": before(logs, spec, code),
         "teardown": after(),
     }
-    options |= {key: getattr(spec, key) for key in ("partition", "account", "qos", "constraint", "exclude", "nodelist", "dependency")}
+    options |= {
+        key: getattr(spec, key)
+        for key in (
+            "partition",
+            "account",
+            "qos",
+            "constraint",
+            "exclude",
+            "nodelist",
+            "dependency",
+        )
+    }
     made.update_parameters(**options)
     return made
 
 
 def python(spec: JobSpec) -> str:
-    """How the nodes start Python. Early signals are ignored, not deadly: until Python listens, a warning is lost and the deadline kept."""
+    """How the nodes start Python. Early signals are ignored, not deadly: until Python listens, a
+    warning is lost and the deadline kept."""
     program = shlex.quote(spec.python or ("python3" if spec.container else sys.executable))
     return f"""bash -c 'trap "" USR1 USR2; exec "$@"' rank {spec.container + " " if spec.container else ""}{program}"""
 
 
 def before(logs: Path, spec: JobSpec, code: Path | None) -> list[str]:
-    """Shell lines ahead of the ranks: a fresh rendezvous folder for every start, the deadline, the frozen code, the user's own lines."""
+    """Shell lines ahead of the ranks: a fresh rendezvous folder for every start, the deadline, the
+    frozen code, the user's own lines."""
     lines = [
         "trap : TERM  # the ranks save first; this script goes when they are gone",
-        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}} job=${job:-$SLURM_JOB_ID}",
+        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}} "
+        "job=${job:-$SLURM_JOB_ID}",
         f"export {submission.LIFE}={shlex.quote(str(logs))}/life-$job.${{SLURM_RESTART_COUNT:-0}}",
         f'rm -rf "${submission.LIFE}" && mkdir -p "${submission.LIFE}" || exit 1',
         f"export SEGFLEET_END=${{SLURM_JOB_END_TIME:-{END}}}",
@@ -162,9 +223,11 @@ def before(logs: Path, spec: JobSpec, code: Path | None) -> list[str]:
 
 
 def after() -> list[str]:
-    """Shell lines behind the ranks: an interrupted job comes back, unless a person ended it; the exit code stays the ranks' own.
+    """Shell lines behind the ranks: an interrupted job comes back, unless a person ended it; the
+    exit code stays the ranks' own.
 
-    A job whose time is up is being ended by SLURM, no longer running; it comes back if its ranks stopped or were killed, not if one failed.
+    A job whose time is up is being ended by SLURM, no longer running; it comes back if its ranks
+    stopped or were killed, not if one failed.
     """
     life = f"${submission.LIFE}"
     return [
@@ -172,7 +235,8 @@ def after() -> list[str]:
         f'[ $code = {INTERRUPTED} ] && [ "{STATE}" = RUNNING ] && again=yes',
         f'[ -e "{life}/life.json" ] && {{ [ $code = {INTERRUPTED} ] || [ $code -gt 128 ]; }} && \\',
         '  [ "${SEGFLEET_END:-0}" -gt 0 ] && [ "$(date +%s)" -ge "$SEGFLEET_END" ] && again=yes',
-        f'[ $again = yes ] && [ ! -e "{life}/stay" ] && scontrol requeue "$job" && sleep 60  # SLURM ends this script',
+        f'[ $again = yes ] && [ ! -e "{life}/stay" ] && scontrol requeue "$job" && sleep 60  # '
+        "SLURM ends this script",
         "exit $code",
     ]
 
@@ -180,7 +244,13 @@ def after() -> list[str]:
 def without_bad_nodes(spec: JobSpec, root: Path) -> JobSpec:
     """The nodes that failed the health check of a run under `root` are left out."""
     bad = [node for node in health.bad_nodes(root) if node not in (spec.exclude or "").split(",")]
-    return spec.model_copy(update={"exclude": ",".join([*([spec.exclude] if spec.exclude else []), *bad])}) if bad else spec
+    return (
+        spec.model_copy(
+            update={"exclude": ",".join([*([spec.exclude] if spec.exclude else []), *bad])}
+        )
+        if bad
+        else spec
+    )
 
 
 def job_name(runs: Sequence[Path]) -> str:

@@ -1,6 +1,8 @@
-"""A sweep from start to end. Run it, kill it, run it again: only what is missing on disk is trained.
+"""A sweep from start to end. Run it, kill it, run it again: only what is missing on disk is
+trained.
 
-Ray lives in a process of its own (`ray_controller.py`). If that dies, or Ray does, another one is started and goes on from what is on disk.
+Ray lives in a process of its own (`ray_controller.py`). If that dies, or Ray does, another one is
+started and goes on from what is on disk.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ LOG = "ray.log"
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """`slots` nodes of the tree at a time, each with `ranks` processes. `address`: a Ray cluster to attach to; none: one of our own."""
+    """`slots` nodes of the tree at a time, each with `ranks` processes. `address`: a Ray cluster to
+    attach to; none: one of our own."""
 
     slots: int | None = None
     ranks: int = 1
@@ -44,7 +47,9 @@ class Resources:
 
     @property
     def at_once(self) -> int:
-        return self.slots or (JOBS if self.on == "slurm" else max(1, (gpus() or available_cores()) // self.ranks))
+        return self.slots or (
+            JOBS if self.on == "slurm" else max(1, (gpus() or available_cores()) // self.ranks)
+        )
 
     def check(self) -> None:
         """Raises InputError for what cannot run, before anything is written."""
@@ -52,14 +57,18 @@ class Resources:
         if self.on == "slurm":
             if self.ranks > 1:
                 advice = f"use --resource ranks_per_node={self.ranks}"
-                raise InputError(f"sweep: --ranks: found {self.ranks} with --on slurm, whose jobs say it; {advice}")
+                raise InputError(
+                    f"sweep: --ranks: found {self.ranks} with --on slurm, whose jobs say it; "
+                    f"{advice}"
+                )
             from segfleet.sweeps.slurm_backend import check
 
             check(self.options or {})
 
 
 def gpus() -> int:
-    """GPUs that ranks here would train on, by the rule of `ranks.pick_device`; CUDA_VISIBLE_DEVICES counts."""
+    """GPUs that ranks here would train on, by the rule of `ranks.pick_device`; CUDA_VISIBLE_DEVICES
+    counts."""
     if os.environ.get("SEGFLEET_DEVICE", "cuda") != "cuda":
         return 0
     import torch  # the check of the plan's networks has loaded it
@@ -67,8 +76,11 @@ def gpus() -> int:
     return torch.cuda.device_count()
 
 
-def run_sweep(plan: Plan, resources: Resources, tick: Callable[[int, int], None] = lambda done, total: None) -> Ledger:
-    """Train and score what is missing. Raises InputError for the user's mistakes, Interrupted after an agreed stop."""
+def run_sweep(
+    plan: Plan, resources: Resources, tick: Callable[[int, int], None] = lambda done, total: None
+) -> Ledger:
+    """Train and score what is missing. Raises InputError for the user's mistakes, Interrupted after
+    an agreed stop."""
     resources.check()
     claim(plan)
     lock = Lock(plan.folder)
@@ -81,11 +93,18 @@ def run_sweep(plan: Plan, resources: Resources, tick: Callable[[int, int], None]
                 _run_sessions(plan, resources, tick)
             plan.catch_up()
             ledger = Ledger(plan.tree, plan.runs, plan.folder)
-        ended = plan.complete and all(state in ("done", "pruned", "lost", "failed") for state in ledger.states().values())
+        ended = plan.complete and all(
+            state in ("done", "pruned", "lost", "failed") for state in ledger.states().values()
+        )
         if (plan.folder / STOP).exists() and not ended:
-            raise Interrupted("the sweep stopped in order; all saved. Run the same command again to go on.")
+            raise Interrupted(
+                "the sweep stopped in order; all saved. Run the same command again to go on."
+            )
         if plan.search.space.budget.hours and not ended:
-            sys.stderr.write("segfleet: budget.hours is used up; all saved. Run the same command again to go on.\n")
+            sys.stderr.write(
+                "segfleet: budget.hours is used up; all saved. Run the same command again to go "
+                "on.\n"
+            )
         return ledger
     finally:
         lock.release()
@@ -105,7 +124,11 @@ def _run_sessions(plan: Plan, resources: Resources, tick: Callable[[int, int], N
         died, known = (1 if finished > known else died + 1), finished
         log = plan.folder / LOG
         if died == FRUITLESS:
-            raise RankFailed(f"sweep: {fault}, {FRUITLESS} times without a stage done in between; Ray's own words are in {log}", 1)
+            raise RankFailed(
+                f"sweep: {fault}, {FRUITLESS} times without a stage done in between; Ray's own "
+                f"words are in {log}",
+                1,
+            )
         sys.stderr.write(f"segfleet: {fault}; started again, what is done stays done ({log})\n")
 
 
@@ -121,7 +144,13 @@ class Session:
         command = [sys.executable, "-m", "segfleet.sweeps.ray.controller"]
         with open(plan.folder / LOG, "a", encoding="utf-8") as log:
             self.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
             )
         with suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(order))
@@ -130,7 +159,8 @@ class Session:
         self.parts: dict[str, Any] = {}  # of Ray -> its process
 
     def follow(self, tick: Callable[[int, int], None]) -> str | None:
-        """Until it ends. None, or what went wrong: a Ray that dies also shows as an error of whoever talked to it. Raises InputError."""
+        """Until it ends. None, or what went wrong: a Ray that dies also shows as an error of
+        whoever talked to it. Raises InputError."""
         listener = threading.Thread(target=self._listen, args=(tick,), daemon=True)
         listener.start()
         fault = None
@@ -144,7 +174,11 @@ class Session:
         if self.error and self.error["code"] == 2:
             raise InputError(self.error["error"])
         fault = fault or (self.error and self.error["error"])
-        return fault or (f"the process that drives Ray ended with exit code {self.process.returncode}" if self.process.returncode else None)
+        return fault or (
+            f"the process that drives Ray ended with exit code {self.process.returncode}"
+            if self.process.returncode
+            else None
+        )
 
     def _listen(self, tick: Callable[[int, int], None]) -> None:
         for line in self.process.stdout:
@@ -162,7 +196,9 @@ class Session:
 
         if self.watching and len(self.parts) < len(RAY):
             for process, words in self._family():
-                self.parts |= {part: process for part in RAY if any(part in word for word in words[:1])}
+                self.parts |= {
+                    part: process for part in RAY if any(part in word for word in words[:1])
+                }
         for part, process in self.parts.items():
             try:
                 gone = process.status() == psutil.STATUS_ZOMBIE
@@ -199,7 +235,8 @@ class Session:
 
 @contextmanager
 def listening(folder: Path) -> Iterator[None]:
-    """Ctrl-C and the like: the ranks save and stop, by the file `stop` in the folder, which anybody may write. Ctrl-C twice: at once."""
+    """Ctrl-C and the like: the ranks save and stop, by the file `stop` in the folder, which anybody
+    may write. Ctrl-C twice: at once."""
     asked: set[int] = set()
 
     def ask(number: int, _) -> None:

@@ -1,7 +1,9 @@
-"""Nodes of the tree as SLURM jobs. The controller holds no GPU: each of Tune's trials submits one job and waits for it.
+"""Nodes of the tree as SLURM jobs. The controller holds no GPU: each of Tune's trials submits one
+job and waits for it.
 
-A job outlives its controller. Started again, the sweep finds it by the node's own folder and waits for it instead of submitting another.
-Preemption and time limits are the job's own business: it saves, comes back and stays the same trial. While SLURM is silent, this waits.
+A job outlives its controller. Started again, the sweep finds it by the node's own folder and waits
+for it instead of submitting another. Preemption and time limits are the job's own business: it
+saves, comes back and stays the same trial. While SLURM is silent, this waits.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class Slurm:
                         with suppress(InputError):
                             job.cancel()
                 time.sleep(0.2)
-        except BaseException:  # stopped by the scheduler, or by a fault of ours: nobody waits for the job any more
+        except (
+            BaseException
+        ):  # stopped by the scheduler, or by a fault of ours: nobody waits for the job any more
             with suppress(InputError):
                 job.cancel()
             raise
@@ -68,12 +72,20 @@ class Slurm:
         return job if job.state() in OPEN else None
 
     def _submit(self, order: dict[str, Any], tick: Callable[[], None], stop: Path) -> SlurmJob:
-        path, spec, root = Path(order["path"]), spec_of(order["options"]), Path(order["job"]["root"])
+        path, spec, root = (
+            Path(order["path"]),
+            spec_of(order["options"]),
+            Path(order["job"]["root"]),
+        )
         job = {**order["job"], **train_job(path, order["job"]["recipe"], root)}
-        job.pop("max_seconds", None)  # kept by `run`: every start of the job would have all of it again
+        job.pop(
+            "max_seconds", None
+        )  # kept by `run`: every start of the job would have all of it again
         while True:
             try:
-                return SlurmLauncher().submit_jobs([(path, job)], root, spec, job_name([path]), path)[0]
+                return SlurmLauncher().submit_jobs(
+                    [(path, job)], root, spec, job_name([path]), path
+                )[0]
             except InputError:
                 if cluster.there_is_one() or shutil.which("sinfo") is None:  # that was the answer
                     raise
@@ -89,7 +101,8 @@ def spec_of(options: dict[str, Any]) -> JobSpec:
 
 
 def check(options: dict[str, Any]) -> JobSpec:
-    """The resources of every job, asked of the controller once. Raises InputError with SLURM's own words."""
+    """The resources of every job, asked of the controller once. Raises InputError with SLURM's own
+    words."""
     spec = spec_of(options)
     cluster.check(spec)
     return spec

@@ -1,8 +1,11 @@
-"""One node of the tree, trained: ranks are started by a launcher, their events followed. No Ray and no torch here.
+"""One node of the tree, trained: ranks are started by a launcher, their events followed. No Ray and
+no torch here.
 
 The order is plain JSON:
-    job: what the ranks do · path: the node's folder · sweep: the sweep's folder · node: uid · begin: epochs along the path before it
-    steps: optimizer steps of an epoch · start: epoch of the stage where a trunk ended · trunk: its folder or null
+    job: what the ranks do · path: the node's folder · sweep: the sweep's folder · node: uid ·
+    begin: epochs along the path before it
+    steps: optimizer steps of an epoch · start: epoch of the stage where a trunk ended · trunk: its
+    folder or null
     ranks, threads, on: how and where
 """
 
@@ -23,7 +26,9 @@ from segfleet.pipeline.launch.local import INTERRUPTED, RankFailed, run_ranks
 
 Order = dict[str, Any]
 Report = Callable[[dict[str, Any]], None]
-RETRIES = 1  # after a fault of the machine (a killed rank, say); it goes on from the last checkpoint
+RETRIES = (
+    1  # after a fault of the machine (a killed rank, say); it goes on from the last checkpoint
+)
 BUSY = "is being trained by"
 
 
@@ -31,14 +36,17 @@ class Backend(Protocol):
     """Where the ranks of a node run."""
 
     def run(self, order: Order, poll: Callable[[], None]) -> None:
-        """Do order["job"], calling `poll` often. Raises RankFailed. Whatever ends this call ends the ranks."""
+        """Do order["job"], calling `poll` often. Raises RankFailed. Whatever ends this call ends
+        the ranks."""
 
 
 class Local:
     """Ranks on this machine."""
 
     def run(self, order: Order, poll: Callable[[], None]) -> None:
-        os.environ["OMP_NUM_THREADS"] = str(order["threads"])  # Ray sets it to the CPUs of its own worker
+        os.environ["OMP_NUM_THREADS"] = str(
+            order["threads"]
+        )  # Ray sets it to the CPUs of its own worker
         run_ranks(order["job"], order["ranks"], poll, order["threads"])
 
 
@@ -58,14 +66,19 @@ def backend(name: str) -> Backend:
 
 
 def perform(order: Order, report: Report) -> dict[str, Any]:
-    """Train a node: {"state": done | stopped | busy | failed, "message": ...}. `report` gets every validation as it comes."""
+    """Train a node: {"state": done | stopped | busy | failed, "message": ...}. `report` gets every
+    validation as it comes."""
     path, sweep = Path(order["path"]), Path(order["sweep"])
     if (sweep / "stop").exists():
         return {"state": "stopped"}
     path.mkdir(parents=True, exist_ok=True)
     (path / "stop").unlink(missing_ok=True)
     if order["trunk"]:
-        continue_from(Path(order["trunk"]), path, order["job"]["recipe"]["stages"][-1]["epochs"] * order["steps"])
+        continue_from(
+            Path(order["trunk"]),
+            path,
+            order["job"]["recipe"]["stages"][-1]["epochs"] * order["steps"],
+        )
     follow = Follower(path, order, report)
 
     def poll() -> None:
@@ -97,9 +110,11 @@ def _run(order: Order, poll: Callable[[], None]) -> dict[str, Any]:
 
 
 def continue_from(trunk: Path, path: Path, steps: int) -> None:
-    """Let the stage in `path` start from the last checkpoint of a shorter one that differs in length alone. Does nothing the second time.
+    """Let the stage in `path` start from the last checkpoint of a shorter one that differs in
+    length alone. Does nothing the second time.
 
-    Exact, because order, rate and randomness of a step depend on its number and not on the stage's length. The best checkpoint so far comes
+    Exact, because order, rate and randomness of a step depend on its number and not on the stage's
+    length. The best checkpoint so far comes
     along: the longer stage may find none better.
     """
     checkpoints = path / "checkpoints"
@@ -113,7 +128,10 @@ def continue_from(trunk: Path, path: Path, steps: int) -> None:
     if best != name and not known:
         os.replace(_copied(trunk / "checkpoints" / best, checkpoints), checkpoints / best)
     partial = _copied(trunk / "checkpoints" / name, checkpoints)
-    events = [{**event, "steps": steps} if event["event"] == "stage_start" else event for event in read_events(trunk)]
+    events = [
+        {**event, "steps": steps} if event["event"] == "stage_start" else event
+        for event in read_events(trunk)
+    ]
     write_atomically(path / EVENTS, "".join(json.dumps(event) + "\n" for event in events))
     os.replace(partial, checkpoints / name)
     sync_folder(checkpoints)
@@ -128,7 +146,8 @@ def _copied(checkpoint: Path, checkpoints: Path) -> Path:
 
 
 def _link(source: str, target: str) -> None:
-    """No second copy of the bytes where the file system can: a published checkpoint never changes."""
+    """No second copy of the bytes where the file system can: a published checkpoint never
+    changes."""
     try:
         os.link(source, target)
     except OSError:
@@ -139,8 +158,15 @@ class Follower:
     """Reads a node's events as they are written and reports its validations, each once."""
 
     def __init__(self, path: Path, order: Order, report: Report):
-        self.file, self.begin, self.steps, self.report = path / EVENTS, order["begin"], order["steps"], report
-        self.reported = order["start"]  # epochs of the stage; those of a trunk were reported by the trunk
+        self.file, self.begin, self.steps, self.report = (
+            path / EVENTS,
+            order["begin"],
+            order["steps"],
+            report,
+        )
+        self.reported = order[
+            "start"
+        ]  # epochs of the stage; those of a trunk were reported by the trunk
         self.offset = 0
 
     def poll(self) -> None:

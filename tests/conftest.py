@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def shared_data():
-    """`shared_data("Task04_Hippocampus")` is the folder of a real data set, or the test is skipped and says so."""
+    """`shared_data("Task04_Hippocampus")` is the folder of a real data set, or the test is skipped
+    and says so."""
 
     def find(name: str) -> Path:
         folder = Path(os.environ.get("SEGFLEET_TEST_DATA", ROOT.parent / "shared" / "data")) / name
@@ -28,10 +29,18 @@ def shared_data():
 
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory):
-    """`tiny_store(dims=3)`: a published store of small synthetic cases, made without the raw-data code. Cached per set of options."""
+    """`tiny_store(dims=3)`: a published store of small synthetic cases, made without the raw-data
+    code. Cached per set of options."""
     made: dict = {}
 
-    def make(dims: int = 3, format: str = "zarr", cases: int = 6, classes: int = 2, size: int = 24, channels: int = 1) -> Path:
+    def make(
+        dims: int = 3,
+        format: str = "zarr",
+        cases: int = 6,
+        classes: int = 2,
+        size: int = 24,
+        channels: int = 1,
+    ) -> Path:
         key = (dims, format, cases, classes, size, channels)
         if key not in made:
             made[key] = write_tiny_store(tmp_path_factory.mktemp("store"), *key)
@@ -40,7 +49,9 @@ def tiny_store(tmp_path_factory):
     return make
 
 
-def write_tiny_store(root: Path, dims: int, format: str, count: int, classes: int, size: int, channels: int) -> Path:
+def write_tiny_store(
+    root: Path, dims: int, format: str, count: int, classes: int, size: int, channels: int
+) -> Path:
     import numpy as np
 
     from segfleet.preprocess.stores import manifest as m
@@ -49,12 +60,20 @@ def write_tiny_store(root: Path, dims: int, format: str, count: int, classes: in
     rng = np.random.default_rng(7)
     patch = (16, 16, 16) if dims == 3 else (1, 32, 32)
     labels = {"background": 0, **{f"blob{k}": k for k in range(1, classes + 1)}}
-    dataset = m.Dataset(name="tiny", reader="msd", dims=dims, channels=tuple("abcd"[:channels]), labels=labels)
+    dataset = m.Dataset(
+        name="tiny", reader="msd", dims=dims, channels=tuple("abcd"[:channels]), labels=labels
+    )
     plan = m.Plan(target_spacing=(1.0, 1.0, 1.0), patch=patch, normalisation=("zscore",) * channels)
-    writer = store_module(format).Writer(root, "data/bundle-0000", chunk=(1, 16, 16) if dims == 2 else (16, 16, 16), dtype=plan.dtype)
+    writer = store_module(format).Writer(
+        root, "data/bundle-0000", chunk=(1, 16, 16) if dims == 2 else (16, 16, 16), dtype=plan.dtype
+    )
     entries, ids = [], [f"case{k:02d}" for k in range(count)]
     for number, name in enumerate(ids):
-        shape = (1 if dims == 2 else size + number, size + 2 * (number % 3) + 10 * (dims == 2), size + 10 * (dims == 2))
+        shape = (
+            1 if dims == 2 else size + number,
+            size + 2 * (number % 3) + 10 * (dims == 2),
+            size + 10 * (dims == 2),
+        )
         label = np.zeros(shape, np.uint8)
         for value in range(1, classes + 1):
             corner = [int(rng.integers(0, max(1, s - 9))) for s in shape]
@@ -74,15 +93,26 @@ def write_tiny_store(root: Path, dims: int, format: str, count: int, classes: in
                 raw_shape=shape,
                 raw_spacing=(1.0, 1.0, 1.0),
                 voxels={v: len(f) for v, f in flat.items()},
-                foreground={v: tuple(int(i) for i in f[:: max(1, len(f) // 50)]) for v, f in flat.items()},
+                foreground={
+                    v: tuple(int(i) for i in f[:: max(1, len(f) // 50)]) for v, f in flat.items()
+                },
                 sha256=f"{number}",
             )
         )
     files = writer.publish()
-    splits = {"kfold": ({"train": tuple(ids[:-2]), "val": tuple(ids[-2:])},), "all": ({"train": tuple(ids), "val": tuple(ids)},)}
+    splits = {
+        "kfold": ({"train": tuple(ids[:-2]), "val": tuple(ids[-2:])},),
+        "all": ({"train": tuple(ids), "val": tuple(ids)},),
+    }
     cases = tuple(entries)
     made = m.Manifest(
-        format=format, id=m.content_id(dataset, plan, cases), dataset=dataset, plan=plan, cases=cases, splits=splits, files=files
+        format=format,
+        id=m.content_id(dataset, plan, cases),
+        dataset=dataset,
+        plan=plan,
+        cases=cases,
+        splits=splits,
+        files=files,
     )
     m.save_manifest(root, made)
     return root
@@ -90,7 +120,8 @@ def write_tiny_store(root: Path, dims: int, format: str, count: int, classes: in
 
 @pytest.fixture(scope="session")
 def tiny_recipe(tiny_store, tmp_path_factory):
-    """`tiny_recipe(stages, batch, model)`: a folder that holds tiny.yaml, a recipe for a tiny network on a tiny store."""
+    """`tiny_recipe(stages, batch, model)`: a folder that holds tiny.yaml, a recipe for a tiny
+    network on a tiny store."""
     lite = {"name": "unet_lite_standard", "options": {"width": 4}}
 
     def write(stages: list[dict], batch: int, model: dict = lite) -> Path:

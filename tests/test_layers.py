@@ -49,7 +49,9 @@ def test_arrows(path):
         if room in ("core", "preprocess"):
             assert first != "torch", f"no torch in {room}"
         if first in HEAVY:
-            assert not at_top or first in (path.parent.name, path.stem.split("_")[0]), f"{first} is imported where it is not needed"
+            assert not at_top or first in (path.parent.name, path.stem.split("_")[0]), (
+                f"{first} is imported where it is not needed"
+            )
 
 
 def test_tests_use_full_names():
@@ -60,6 +62,8 @@ def test_tests_use_full_names():
 
 def test_help_imports_nothing_heavy():
     code = "import sys; from segfleet.cli import main; main.app(['--help'], standalone_mode=False); print(sorted(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     for module in ("torch", "numpy", "pydantic", "rich.console", "zarr"):
         assert f"'{module}'" not in out, f"--help imports {module}"

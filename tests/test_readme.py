@@ -13,12 +13,26 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LESS = ["stages.0.epochs=1", "stages.0.steps=2", "model.options.features=[4,8,8]", "data.patch=[8,16,16]", "data.batch=2"]  # not 15 minutes
-BY_OTHER_TESTS = ("submit", "logs", "cancel", "resume", "slurm-sandbox", "sweep")  # tests/slurm, tests/sweeps
+LESS = [
+    "stages.0.epochs=1",
+    "stages.0.steps=2",
+    "model.options.features=[4,8,8]",
+    "data.patch=[8,16,16]",
+    "data.batch=2",
+]  # not 15 minutes
+BY_OTHER_TESTS = (
+    "submit",
+    "logs",
+    "cancel",
+    "resume",
+    "slurm-sandbox",
+    "sweep",
+)  # tests/slurm, tests/sweeps
 
 
 def commands() -> list[list[str]]:
-    """The segfleet commands of all code blocks and in the text, comments cut off; those with a placeholder like NAME left out."""
+    """The segfleet commands of all code blocks and in the text, comments cut off; those with a
+    placeholder like NAME left out."""
     blocks = re.findall(r"^```\n(.*?)^```", README, flags=re.M | re.S)
     inline = re.findall(r"`(segfleet [^`]+)`", README)
     lines = [*"\n".join(blocks).splitlines(), *inline]
@@ -29,7 +43,9 @@ def commands() -> list[list[str]]:
 def segfleet(*arguments: str, cwd: Path) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "segfleet.cli.main", *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -46,13 +62,31 @@ def test_commands_of_the_readme(tmp_path):
             rest = [*rest[:1], *LESS, *rest[1:]]
         segfleet(name, *rest, cwd=tmp_path)
         ran.append(name)
-    assert {"doctor", "datasets", "preprocess", "train", "status", "predict", "recipe", "evaluate", "models"} <= set(ran)
-    assert len(list((tmp_path / "predictions").glob("*.nii.gz"))) == len(list((tmp_path / "new_images").glob("[!.]*.nii.gz")))
+    assert {
+        "doctor",
+        "datasets",
+        "preprocess",
+        "train",
+        "status",
+        "predict",
+        "recipe",
+        "evaluate",
+        "models",
+    } <= set(ran)
+    assert len(list((tmp_path / "predictions").glob("*.nii.gz"))) == len(
+        list((tmp_path / "new_images").glob("[!.]*.nii.gz"))
+    )
 
 
 def test_make_targets_of_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in set(re.findall(r"^make (\w+)", README + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.M)):
+    for target in set(
+        re.findall(
+            r"^make (\w+)",
+            README + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
+            flags=re.M,
+        )
+    ):
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
 
 
@@ -63,5 +97,9 @@ def test_links_of_the_documents_lead_somewhere():
 
 
 def test_no_path_of_one_machine():
-    found = subprocess.run(["git", "-C", str(ROOT), "grep", "-lE", "/wor[k]/|/opt/pyp[i]"], capture_output=True, text=True)
+    found = subprocess.run(
+        ["git", "-C", str(ROOT), "grep", "-lE", "/wor[k]/|/opt/pyp[i]"],
+        capture_output=True,
+        text=True,
+    )
     assert found.stdout == ""

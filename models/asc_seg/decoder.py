@@ -1,4 +1,5 @@
-"""The decoder blocks of ASC-Seg: the gate that lets deep features into a skip, and the cross-scale noise suppression decoder.
+"""The decoder blocks of ASC-Seg: the gate that lets deep features into a skip, and the cross-scale
+noise suppression decoder.
 
 Source: specification `asc_seg` sections 3 and 4.
 """
@@ -15,13 +16,19 @@ from segfleet.models.registry import ModelError
 
 def enlarge(x_BCYX: Tensor, factor: int) -> Tensor:
     """Bilinear, corners aligned."""
-    return x_BCYX if factor == 1 else F.interpolate(x_BCYX, scale_factor=factor, mode="bilinear", align_corners=True)
+    return (
+        x_BCYX
+        if factor == 1
+        else F.interpolate(x_BCYX, scale_factor=factor, mode="bilinear", align_corners=True)
+    )
 
 
 class Connector(nn.Module):
-    """FAC: σ(BN(up(conv1(deep)))) · σ(skip) + skip. deep (B, a, Y/2, X/2), skip (B, c, Y, X) -> (B, c, Y, X).
+    """FAC: σ(BN(up(conv1(deep)))) · σ(skip) + skip. deep (B, a, Y/2, X/2), skip (B, c, Y, X) -> (B,
+    c, Y, X).
 
-    Published with the convolution after the upsampling: the same function, as bilinear weights sum to one, at four times the cost.
+    Published with the convolution after the upsampling: the same function, as bilinear weights sum
+    to one, at four times the cost.
     """
 
     def __init__(self, a: int, c: int) -> None:
@@ -34,9 +41,11 @@ class Connector(nn.Module):
 
 
 class MultiScale(nn.Module):
-    """MSFA: eight dilated branches at the map's own, the doubled and the halved size, joined. (B, C, Y, X) -> the same shape, Y and X even.
+    """MSFA: eight dilated branches at the map's own, the doubled and the halved size, joined. (B,
+    C, Y, X) -> the same shape, Y and X even.
 
-    The grouped fusion reads four neighbouring channels, all of one branch; scales meet in the last 1×1 convolution only.
+    The grouped fusion reads four neighbouring channels, all of one branch; scales meet in the last
+    1×1 convolution only.
     """
 
     DILATIONS = (1, 2, 3, 4, 1, 3, 1, 3)  # branches 0-3 at the own size, 4-5 doubled, 6-7 halved
@@ -55,7 +64,11 @@ class MultiScale(nn.Module):
             for dilation in self.DILATIONS
         )
         self.fuse = nn.Sequential(
-            conv(4 * c, c, 3, groups=c), nn.BatchNorm2d(c), nn.ReLU(inplace=True), conv(c, c), nn.BatchNorm2d(c)
+            conv(4 * c, c, 3, groups=c),
+            nn.BatchNorm2d(c),
+            nn.ReLU(inplace=True),
+            conv(c, c),
+            nn.BatchNorm2d(c),
         )
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
@@ -67,13 +80,17 @@ class MultiScale(nn.Module):
 
 
 class Denoise(nn.Module):
-    """DFB: s = BN(A₇(n) + A₅(n) + A₃(n)) of n = BN(x), then s + s · σ(BN(conv1(s - mean of its 3×3 neighbours)))."""
+    """DFB: s = BN(A₇(n) + A₅(n) + A₃(n)) of n = BN(x), then s + s · σ(BN(conv1(s - mean of its 3×3
+    neighbours)))."""
 
     def __init__(self, c: int) -> None:
         super().__init__()
         self.enter = nn.BatchNorm2d(c)
         self.scales = nn.ModuleList(
-            nn.Sequential(conv(c, c, k, groups=c), nn.BatchNorm2d(c), nn.GELU(), conv(c, c), nn.BatchNorm2d(c)) for k in (7, 5, 3)
+            nn.Sequential(
+                conv(c, c, k, groups=c), nn.BatchNorm2d(c), nn.GELU(), conv(c, c), nn.BatchNorm2d(c)
+            )
+            for k in (7, 5, 3)
         )
         self.join = nn.BatchNorm2d(c)
         self.gate = nn.Sequential(conv(c, c), nn.BatchNorm2d(c), nn.Sigmoid())
@@ -95,7 +112,9 @@ class SpatialGate(nn.Module):
 
     @staticmethod
     def _path(c: int) -> nn.Sequential:
-        return nn.Sequential(conv(c, c), nn.BatchNorm2d(c), nn.GELU(), conv(c, 1), nn.BatchNorm2d(1))
+        return nn.Sequential(
+            conv(c, c), nn.BatchNorm2d(c), nn.GELU(), conv(c, 1), nn.BatchNorm2d(1)
+        )
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
         mean = self.mean(F.avg_pool2d(x_BCYX, 3, stride=1, padding=1))
@@ -106,21 +125,29 @@ class SpatialGate(nn.Module):
 class ChannelGate(nn.Module):
     """CAB: x + x · g, g one number per channel from the sum of its mean and its maximum.
 
-    `norm` "batch" normalises these single numbers over the batch, as published; "group" over the channels of each sample.
+    `norm` "batch" normalises these single numbers over the batch, as published; "group" over the
+    channels of each sample.
     """
 
     def __init__(self, c: int, norm: str) -> None:
         super().__init__()
         norms = [nn.BatchNorm2d(c) if norm == "batch" else nn.GroupNorm(1, c) for _ in range(2)]
-        self.gate = nn.Sequential(conv(c, c), norms[0], nn.GELU(), conv(c, c), norms[1], nn.Sigmoid())
+        self.gate = nn.Sequential(
+            conv(c, c), norms[0], nn.GELU(), conv(c, c), norms[1], nn.Sigmoid()
+        )
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
         if self.training and len(x_BCYX) == 1 and isinstance(self.gate[1], nn.BatchNorm2d):
             raise ModelError(
-                "asc_seg normalises one number per channel over the batch and cannot train on a batch of 1; "
+                "asc_seg normalises one number per channel over the batch and cannot train on a "
+                "batch of 1; "
                 "train on 2 or more samples per process, or set model.options.gate_norm=group"
             )
-        return self.gate(x_BCYX.amax((2, 3), keepdim=True) + x_BCYX.mean((2, 3), keepdim=True)) * x_BCYX + x_BCYX
+        return (
+            self.gate(x_BCYX.amax((2, 3), keepdim=True) + x_BCYX.mean((2, 3), keepdim=True))
+            * x_BCYX
+            + x_BCYX
+        )
 
 
 class DecoderBlock(nn.Module):
@@ -128,7 +155,12 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, c: int, gate_norm: str) -> None:
         super().__init__()
-        self.msfa, self.dfb, self.sab, self.cab = MultiScale(c), Denoise(c), SpatialGate(c), ChannelGate(c, gate_norm)
+        self.msfa, self.dfb, self.sab, self.cab = (
+            MultiScale(c),
+            Denoise(c),
+            SpatialGate(c),
+            ChannelGate(c, gate_norm),
+        )
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
         return F.relu(self.cab(self.sab(self.dfb(self.msfa(x_BCYX)))) + x_BCYX)

@@ -1,6 +1,8 @@
-"""The encoder block of ASC-Seg: an inverted pyramid of convolutions, then a token mixer beside a deformable convolution.
+"""The encoder block of ASC-Seg: an inverted pyramid of convolutions, then a token mixer beside a
+deformable convolution.
 
-Source: specification `asc_seg` section 2. Convolutions have a bias and keep the size; GELU is the exact one.
+Source: specification `asc_seg` section 2. Convolutions have a bias and keep the size; GELU is the
+exact one.
 """
 
 from __future__ import annotations
@@ -19,22 +21,27 @@ GROUPS = 4  # channel groups that share one token mixer
 
 def conv(a: int, b: int, kernel: int = 1, *, dilation: int = 1, groups: int = 1) -> nn.Conv2d:
     """Same-size convolution with bias, a -> b channels."""
-    return nn.Conv2d(a, b, kernel, padding=dilation * (kernel // 2), dilation=dilation, groups=groups)
+    return nn.Conv2d(
+        a, b, kernel, padding=dilation * (kernel // 2), dilation=dilation, groups=groups
+    )
 
 
 class RasterMamba(Mamba):
-    """Mamba over the pixels of a map, row by row from the top left: one causal direction. (B, Y, X, C) -> the same shape."""
+    """Mamba over the pixels of a map, row by row from the top left: one causal direction. (B, Y, X,
+    C) -> the same shape."""
 
     def forward(self, x_BYXC: Tensor) -> Tensor:
         return super().forward(x_BYXC.flatten(1, 2)).view_as(x_BYXC)
 
 
 class GatedConv(nn.Module):
-    """What is left of a Mamba layer when its causal convolution and scan give way to a depthwise 7×7 convolution.
+    """What is left of a Mamba layer when its causal convolution and scan give way to a depthwise
+    7×7 convolution.
 
-    out(SiLU(dwconv7(u)) · SiLU(z)) with (u, z) = in(x), inner width 2C: the gated convolution of MambaOut (Yu and Wang, arXiv
-    2405.07992). 6C² + 100C parameters against Mamba's 6C² + 114C, for C <= 16. It looks 3 pixels far in every direction, where
-    Mamba looks at all pixels before. (B, Y, X, C) -> the same shape.
+    out(SiLU(dwconv7(u)) · SiLU(z)) with (u, z) = in(x), inner width 2C: the gated convolution of
+    MambaOut (Yu and Wang, arXiv
+    2405.07992). 6C² + 100C parameters against Mamba's 6C² + 114C, for C <= 16. It looks 3 pixels
+    far in every direction, where Mamba looks at all pixels before. (B, Y, X, C) -> the same shape.
     """
 
     def __init__(self, channels: int) -> None:
@@ -64,7 +71,8 @@ class Pyramid(nn.Sequential):
 
 
 class ParallelMixer(nn.Module):
-    """PMB: four channel groups through one shared token mixer, then a convolutional tail. (B, C, Y, X) -> the same shape.
+    """PMB: four channel groups through one shared token mixer, then a convolutional tail. (B, C, Y,
+    X) -> the same shape.
 
     One LayerNorm serves at three places. The residuals end before the tail, as published.
     """
@@ -82,15 +90,18 @@ class ParallelMixer(nn.Module):
         return self.tail(self.norm(mixed).movedim(-1, 1))
 
     def mix(self, n_BYXC: Tensor) -> Tensor:
-        """mixer(n_j) + n_j for each of the four channel groups; one call, with the groups on the batch axis."""
+        """mixer(n_j) + n_j for each of the four channel groups; one call, with the groups on the
+        batch axis."""
         n = torch.cat(n_BYXC.chunk(GROUPS, -1))
         return torch.cat((self.mixer(n) + n).chunk(GROUPS), -1)
 
 
 class DeformableGate(nn.Module):
-    """DCB: x + x · g(x), where g reads the map through a depthwise deformable 3×3 convolution. (B, C, Y, X) -> the same shape.
+    """DCB: x + x · g(x), where g reads the map through a depthwise deformable 3×3 convolution. (B,
+    C, Y, X) -> the same shape.
 
-    The offsets are batch-normalised, so they start about a pixel long; `zero_offsets` starts them at zero.
+    The offsets are batch-normalised, so they start about a pixel long; `zero_offsets` starts them
+    at zero.
     """
 
     def __init__(self, c: int, zero_offsets: bool) -> None:
@@ -105,12 +116,15 @@ class DeformableGate(nn.Module):
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
         q = self.enter(x_BCYX)
-        w = deform_conv2d(q, self.offset(q), self.deform.weight, groups=q.shape[1], layout="interleaved")
+        w = deform_conv2d(
+            q, self.offset(q), self.deform.weight, groups=q.shape[1], layout="interleaved"
+        )
         return self.leave(w) * x_BCYX + x_BCYX
 
 
 class EncoderBlock(nn.Module):
-    """ASE: a = IPCB(x), then PMB(a) + DCB(a), with no residual around. (B, a, Y, X) -> (B, c, Y, X)."""
+    """ASE: a = IPCB(x), then PMB(a) + DCB(a), with no residual around. (B, a, Y, X) -> (B, c, Y,
+    X)."""
 
     def __init__(self, a: int, c: int, *, mixer: str, zero_offsets: bool) -> None:
         super().__init__()

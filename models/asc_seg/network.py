@@ -1,7 +1,9 @@
-"""ASC-Seg: adaptive structure encoding with parallel Mamba and deformable convolution, cross-scale decoding; 0.22 M parameters, 2D.
+"""ASC-Seg: adaptive structure encoding with parallel Mamba and deformable convolution, cross-scale
+decoding; 0.22 M parameters, 2D.
 
-Source: specification `asc_seg` (repository ILoveBSPC/ASC-Seg, 2025). The published parameter count, 0.2187 M, misses Mamba's and the
-deformable convolutions' weights. Its training sums the losses of the four heads: deep supervision weights [1, 1, 1, 1].
+Source: specification `asc_seg` (repository ILoveBSPC/ASC-Seg, 2025). The published parameter count,
+0.2187 M, misses Mamba's and the deformable convolutions' weights. Its training sums the losses of
+the four heads: deep supervision weights [1, 1, 1, 1].
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ DIVISOR = 16  # level 4 is at an eighth, and its decoder halves it once more
 
 
 class AscSeg(nn.Module):
-    """(B, in_channels, Y, X) -> logits (B, num_classes, Y, X); in training with deep supervision the four heads' logits, level 1 first,
-    all at full size. Y and X multiples of 16. Raises ModelError for another shape, and for training on a batch of one sample.
+    """(B, in_channels, Y, X) -> logits (B, num_classes, Y, X); in training with deep supervision
+    the four heads' logits, level 1 first, all at full size. Y and X multiples of 16. Raises
+    ModelError for another shape, and for training on a batch of one sample.
     """
 
     def __init__(
@@ -37,13 +40,20 @@ class AscSeg(nn.Module):
     ) -> None:
         super().__init__()
         if len(widths) != 4 or any(width <= 0 or width % 8 for width in widths):
-            raise ModelError(f"model.options.widths: found {list(widths)}, expected four multiples of 8, as in {list(WIDTHS)}")
+            raise ModelError(
+                f"model.options.widths: found {list(widths)}, expected four multiples of 8, as in "
+                f"{list(WIDTHS)}"
+            )
         if gate_norm not in ("batch", "group"):
-            raise ModelError(f"model.options.gate_norm: found '{gate_norm}', expected one of: batch, group")
+            raise ModelError(
+                f"model.options.gate_norm: found '{gate_norm}', expected one of: batch, group"
+            )
         self.in_channels, self.deep_supervision = in_channels, deep_supervision
         inputs = (in_channels, *widths)
         for level, (a, c) in enumerate(zip(inputs, widths, strict=False), 1):
-            self.add_module(f"encoder{level}", EncoderBlock(a, c, mixer=mixer, zero_offsets=zero_offsets))
+            self.add_module(
+                f"encoder{level}", EncoderBlock(a, c, mixer=mixer, zero_offsets=zero_offsets)
+            )
         for level in (4, 3, 2, 1):
             if level < 4:
                 self.add_module(f"connect{level}", Connector(widths[level], widths[level - 1]))
@@ -112,7 +122,8 @@ COMMON = {
     name="asc_seg",
     parameters=222_408,
     stages=_stages(PER_LEVEL),
-    about="Light encoder of Mamba and deformable convolution at full resolution, cross-scale noise suppressing decoder",
+    about="Light encoder of Mamba and deformable convolution at full resolution, cross-scale "
+    "noise suppressing decoder",
     **COMMON,
 )
 def asc_seg(
@@ -124,8 +135,14 @@ def asc_seg(
     zero_offsets: bool = False,
     gate_norm: str = "batch",
 ) -> nn.Module:
-    """`zero_offsets`: deformable convolutions start as plain ones; `gate_norm`: "group" allows training on single samples."""
-    options = {"widths": widths, "deep_supervision": deep_supervision, "zero_offsets": zero_offsets, "gate_norm": gate_norm}
+    """`zero_offsets`: deformable convolutions start as plain ones; `gate_norm`: "group" allows
+    training on single samples."""
+    options = {
+        "widths": widths,
+        "deep_supervision": deep_supervision,
+        "zero_offsets": zero_offsets,
+        "gate_norm": gate_norm,
+    }
     return AscSeg(in_channels, num_classes, mixer="mamba", **options)
 
 
@@ -133,7 +150,8 @@ def asc_seg(
     name="asc_seg_nomamba",
     parameters=222_128,
     stages=_stages(PER_LEVEL | {"encoder.pmb": (856, 2_144, 3_864, 6_016)}),
-    about="ASC-Seg with a gated 7×7 depthwise convolution in the place of Mamba: 0.13 % fewer parameters, no scan",
+    about="ASC-Seg with a gated 7×7 depthwise convolution in the place of Mamba: 0.13 % fewer "
+    "parameters, no scan",
     **COMMON,
 )
 def asc_seg_nomamba(
@@ -146,5 +164,10 @@ def asc_seg_nomamba(
     gate_norm: str = "batch",
 ) -> nn.Module:
     """Options as of `asc_seg`."""
-    options = {"widths": widths, "deep_supervision": deep_supervision, "zero_offsets": zero_offsets, "gate_norm": gate_norm}
+    options = {
+        "widths": widths,
+        "deep_supervision": deep_supervision,
+        "zero_offsets": zero_offsets,
+        "gate_norm": gate_norm,
+    }
     return AscSeg(in_channels, num_classes, mixer="gated_conv", **options)

@@ -1,6 +1,8 @@
-"""The attention of E2MISeg: channel and spatial attention in one, with queries and keys from a convolutional branch.
+"""The attention of E2MISeg: channel and spatial attention in one, with queries and keys from a
+convolutional branch.
 
-Source: E2MISeg (Jiang et al. 2026) and its specification in this project; the pairing comes from UNETR++ (Shaker et al. 2023).
+Source: E2MISeg (Jiang et al. 2026) and its specification in this project; the pairing comes from
+UNETR++ (Shaker et al. 2023).
 """
 
 from __future__ import annotations
@@ -19,15 +21,21 @@ LEGAL = {
 
 
 class PairedAttention(nn.Module):
-    """Tokens t (B, N, C) and a local map y (B, C, N) -> tokens (B, N, C); cost grows as N · projected, not N².
+    """Tokens t (B, N, C) and a local map y (B, C, N) -> tokens (B, N, C); cost grows as N ·
+    projected, not N².
 
-    Per head, with q = k = y: channel attention softmax(τ1 q̂ k̂ᵀ) v_C over d × d, spatial attention softmax(τ2 q̂ᵀ k_p) v_pᵀ over
-    N × projected, where k_p and v_p project the token axis of k and v_S, and ^ divides by the norm along the tokens.
+    Per head, with q = k = y: channel attention softmax(τ1 q̂ k̂ᵀ) v_C over d × d, spatial attention
+    softmax(τ2 q̂ᵀ k_p) v_pᵀ over N × projected, where k_p and v_p project the token axis of k and
+    v_S, and ^ divides by the norm along the tokens.
 
-    projection: two linear maps of the token axis ("separate"), one for keys and values ("shared"), or one without bias.
-    merge: "concat" reduces each attention to C/2 channels, "sum" adds them. qk_source "tokens": queries and keys are linear maps of t.
-    legacy_qkvv: hold the 4C-wide projection of the released network although half of it is not used (nor computed).
-    legacy_scramble: lay out the spatial attention as the released code does, which mixes tokens with channels.
+    projection: two linear maps of the token axis ("separate"), one for keys and values ("shared"),
+    or one without bias.
+    merge: "concat" reduces each attention to C/2 channels, "sum" adds them. qk_source "tokens":
+    queries and keys are linear maps of t.
+    legacy_qkvv: hold the 4C-wide projection of the released network although half of it is not used
+    (nor computed).
+    legacy_scramble: lay out the spatial attention as the released code does, which mixes tokens
+    with channels.
     """
 
     def __init__(
@@ -45,27 +53,47 @@ class PairedAttention(nn.Module):
         legacy_scramble: bool,
     ) -> None:
         super().__init__()
-        for option, value in (("projection", projection), ("merge", merge), ("qk_source", qk_source)):
+        for option, value in (
+            ("projection", projection),
+            ("merge", merge),
+            ("qk_source", qk_source),
+        ):
             if value not in LEGAL[option]:
-                raise ModelError(f"e2mi_seg: {option} is '{value}', expected one of: {', '.join(LEGAL[option])}")
+                raise ModelError(
+                    f"e2mi_seg: {option} is '{value}', expected one of: {', '.join(LEGAL[option])}"
+                )
         if channels % heads:
-            raise ModelError(f"e2mi_seg: every width must be a multiple of the {heads} heads, found {channels}")
+            raise ModelError(
+                f"e2mi_seg: every width must be a multiple of the {heads} heads, found {channels}"
+            )
         self.heads, self.dropout = heads, dropout
         self.from_tokens, self.scramble = qk_source == "tokens", legacy_scramble
-        self.qkvv = nn.Linear(channels, channels * (4 if legacy_qkvv or self.from_tokens else 2), bias=False)
+        self.qkvv = nn.Linear(
+            channels, channels * (4 if legacy_qkvv or self.from_tokens else 2), bias=False
+        )
         self.key_projection = nn.Linear(tokens, projected, bias=projection != "shared_no_bias")
         self.value_projection = nn.Linear(tokens, projected) if projection == "separate" else None
         self.channel_scale = nn.Parameter(torch.ones(heads, 1, 1))
         self.spatial_scale = nn.Parameter(torch.ones(heads, 1, 1))
-        self.merge = nn.ModuleList(nn.Linear(channels, channels // 2) for _ in range(2)) if merge == "concat" else None
+        self.merge = (
+            nn.ModuleList(nn.Linear(channels, channels // 2) for _ in range(2))
+            if merge == "concat"
+            else None
+        )
 
     def forward(self, t_BNC: Tensor, y_BCN: Tensor) -> Tensor:
         batch, tokens, channels = t_BNC.shape
         used = 4 if self.from_tokens else 2  # the last parts are the values
         parts = F.linear(t_BNC, self.qkvv.weight[-used * channels :])
-        parts = parts.view(batch, tokens, used, self.heads, -1).permute(2, 0, 3, 4, 1)  # (used, B, h, d, N)
+        parts = parts.view(batch, tokens, used, self.heads, -1).permute(
+            2, 0, 3, 4, 1
+        )  # (used, B, h, d, N)
         value_c, value_s = parts[-2], parts[-1]
-        q, k = (parts[0], parts[1]) if self.from_tokens else (y_BCN.view(batch, self.heads, -1, tokens),) * 2
+        q, k = (
+            (parts[0], parts[1])
+            if self.from_tokens
+            else (y_BCN.view(batch, self.heads, -1, tokens),) * 2
+        )
         k_p = self.key_projection(k)  # (B, h, d, p), of the keys before normalisation
         v_p = (self.value_projection or self.key_projection)(value_s)
         q_unit = _unit(q)
@@ -77,7 +105,9 @@ class PairedAttention(nn.Module):
 
         scores = (self.spatial_scale * (q_unit.mT @ k_p)).softmax(-1)
         by_space = F.dropout(scores, self.dropout, self.training) @ v_p.mT  # (B, h, N, d)
-        by_space = by_space.permute((0, 3, 1, 2) if self.scramble else (0, 2, 1, 3)).reshape(t_BNC.shape)
+        by_space = by_space.permute((0, 3, 1, 2) if self.scramble else (0, 2, 1, 3)).reshape(
+            t_BNC.shape
+        )
 
         if self.merge is None:
             return by_space + by_channel
@@ -85,5 +115,8 @@ class PairedAttention(nn.Module):
 
 
 def _unit(x: Tensor) -> Tensor:
-    """`x` over its norm along the tokens, summed in float32 at least: there are tens of thousands of them."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-12).to(x.dtype)
+    """`x` over its norm along the tokens, summed in float32 at least: there are tens of thousands
+    of them."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-12).to(
+        x.dtype
+    )

@@ -1,4 +1,5 @@
-"""The blocks of E2MISeg: residual convolutions, hybrid feature representation, group aggregation of skips.
+"""The blocks of E2MISeg: residual convolutions, hybrid feature representation, group aggregation of
+skips.
 
 Source: E2MISeg (Jiang et al. 2026) and its specification in this project.
 """
@@ -25,21 +26,26 @@ def conv3(a: int, b: int) -> nn.Conv3d:
 
 
 class ResidualBlock(nn.Module):
-    """`leaky(norm(conv3(leaky(norm(conv3(x))))) + shortcut)`; the shortcut is the identity, or a normalised 1x1 where the width changes."""
+    """`leaky(norm(conv3(leaky(norm(conv3(x))))) + shortcut)`; the shortcut is the identity, or a
+    normalised 1x1 where the width changes."""
 
     def __init__(self, a: int, b: int, norm: type[nn.Module] | partial = nn.InstanceNorm3d) -> None:
         super().__init__()
         self.convs = nn.Sequential(conv3(a, b), norm(b), nn.LeakyReLU(0.01), conv3(b, b), norm(b))
-        self.shortcut = nn.Identity() if a == b else nn.Sequential(nn.Conv3d(a, b, 1, bias=False), norm(b))
+        self.shortcut = (
+            nn.Identity() if a == b else nn.Sequential(nn.Conv3d(a, b, 1, bias=False), norm(b))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.leaky_relu(self.convs(x) + self.shortcut(x), 0.01)
 
 
 class HybridBlock(nn.Module):
-    """HFR: a convolutional branch gives paired attention its queries and keys (or, with `qk_source="tokens"`, is added to the output).
+    """HFR: a convolutional branch gives paired attention its queries and keys (or, with
+    `qk_source="tokens"`, is added to the output).
 
-    Maps (B, C, Z, Y, X) to the same shape. The position embedding and the attention's projections depend on the grid (Z, Y, X).
+    Maps (B, C, Z, Y, X) to the same shape. The position embedding and the attention's projections
+    depend on the grid (Z, Y, X).
     """
 
     def __init__(
@@ -63,7 +69,11 @@ class HybridBlock(nn.Module):
         tokens = grid[0] * grid[1] * grid[2]
         local: list[nn.Module] = []
         for _ in range(2):
-            local += [conv3(channels, channels), *([NORMS[norm](channels)] if local_norm else []), nn.LeakyReLU(0.01)]
+            local += [
+                conv3(channels, channels),
+                *([NORMS[norm](channels)] if local_norm else []),
+                nn.LeakyReLU(0.01),
+            ]
         self.local = nn.Sequential(*local)
         self.position = nn.Parameter(torch.zeros(1, tokens, channels))
         self.norm = nn.LayerNorm(channels)
@@ -88,13 +98,22 @@ class HybridBlock(nn.Module):
 
 
 class GroupAggregation(nn.Module):
-    """MFGA: bring `deep` to the skip's size, guess the classes from it, and mix both in four channel groups of growing dilation.
+    """MFGA: bring `deep` to the skip's size, guess the classes from it, and mix both in four
+    channel groups of growing dilation.
 
-    (B, C_in, coarse) and (B, C, fine) -> (B, C, fine); C must be a multiple of 4. The guess is not supervised.
+    (B, C_in, coarse) and (B, C, fine) -> (B, C, fine); C must be a multiple of 4. The guess is not
+    supervised.
     `grid`: the fine grid, when dilations are to be clamped to it.
     """
 
-    def __init__(self, a: int, b: int, num_classes: int, factor: Sequence[int], grid: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        a: int,
+        b: int,
+        num_classes: int,
+        factor: Sequence[int],
+        grid: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         if b % 4:
             raise ModelError(f"e2mi_seg: every width must be a multiple of 4, found {b}")
@@ -105,11 +124,17 @@ class GroupAggregation(nn.Module):
         self.convs = nn.ModuleList()
         for dilation in DILATIONS:
             reach = tuple(min(dilation, max(size - 1, 1)) for size in grid) if grid else dilation
-            self.convs.append(nn.Conv3d(width, width, 3, padding=reach, dilation=reach, groups=width))
+            self.convs.append(
+                nn.Conv3d(width, width, 3, padding=reach, dilation=reach, groups=width)
+            )
         self.mix = nn.Sequential(ChannelNorm(4 * width), nn.Conv3d(4 * width, b, 1, bias=False))
 
     def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
         v = self.up(deep)
         m = self.guess(v)
         groups = zip(self.convs, v.chunk(4, 1), skip.chunk(4, 1), strict=True)
-        return self.mix(torch.cat([conv(self.group_norm(torch.cat((v_g, s_g, m), 1))) for conv, v_g, s_g in groups], 1))
+        return self.mix(
+            torch.cat(
+                [conv(self.group_norm(torch.cat((v_g, s_g, m), 1))) for conv, v_g, s_g in groups], 1
+            )
+        )

@@ -1,7 +1,9 @@
-"""E2MISeg: a 3D hierarchical encoder of hybrid blocks, skips refined by group aggregation, three supervised heads.
+"""E2MISeg: a 3D hierarchical encoder of hybrid blocks, skips refined by group aggregation, three
+supervised heads.
 
-Source: E2MISeg (Jiang et al., Expert Systems with Applications 296, 2026), from the specification's reconstruction of the released code.
-The weights depend on the patch size: position embeddings and projections are as long as the token grid.
+Source: E2MISeg (Jiang et al., Expert Systems with Applications 296, 2026), from the specification's
+reconstruction of the released code. The weights depend on the patch size: position embeddings and
+projections are as long as the token grid.
 """
 
 from __future__ import annotations
@@ -30,14 +32,18 @@ class DecoderStep(nn.Module):
 
 
 class E2MISeg(nn.Module):
-    """x (B, C, *patch) -> logits (B, K, *patch); in train mode with deep supervision three: at the patch, patch/stem and patch/(2·stem).
+    """x (B, C, *patch) -> logits (B, K, *patch); in train mode with deep supervision three: at the
+    patch, patch/stem and patch/(2·stem).
 
-    patch: (Z, Y, X), multiples of 8 · (stem_depth, 4, 4). stem_depth: 1, 2 or 4. widths, depths: the four encoder stages;
-    decoder_depth: blocks per decoder stage. base: channels at full size. projected: token projections of the four stages, the
-    decoder takes the first three's. local_norm, local_residual, residual_blocks, projection, merge, attention_dropout: where the released
-    variants differ. qk_source "tokens" is the older revision; legacy_qkvv keeps the released, half unused value projection (needed for the
-    published counts), legacy_scramble its layout of the spatial attention; clamp_dilation keeps dilated taps inside small grids; norm
-    "instance" replaces the batch norm of the hybrid blocks. Raises ModelError for a wrong option or input.
+    patch: (Z, Y, X), multiples of 8 · (stem_depth, 4, 4). stem_depth: 1, 2 or 4. widths, depths:
+    the four encoder stages;
+    decoder_depth: blocks per decoder stage. base: channels at full size. projected: token
+    projections of the four stages, the decoder takes the first three's. local_norm, local_residual,
+    residual_blocks, projection, merge, attention_dropout: where the released variants differ.
+    qk_source "tokens" is the older revision; legacy_qkvv keeps the released, half unused value
+    projection (needed for the published counts), legacy_scramble its layout of the spatial
+    attention; clamp_dilation keeps dilated taps inside small grids; norm "instance" replaces the
+    batch norm of the hybrid blocks. Raises ModelError for a wrong option or input.
     """
 
     def __init__(
@@ -70,30 +76,66 @@ class E2MISeg(nn.Module):
         if stem_depth not in (1, 2, 4):
             raise ModelError(f"e2mi_seg: stem_depth is {stem_depth}, expected 1, 2 or 4")
         if not len(widths) == len(depths) == len(projected) == 4:
-            raise ModelError(f"e2mi_seg: widths, depths and projected need four numbers each, found {widths}, {depths}, {projected}")
+            raise ModelError(
+                f"e2mi_seg: widths, depths and projected need four numbers each, found {widths}, "
+                f"{depths}, {projected}"
+            )
         if any(b % a for a, b in zip(widths, widths[1:], strict=False)):
-            raise ModelError(f"e2mi_seg: each width must be a multiple of the one before, found {list(widths)}")
+            raise ModelError(
+                f"e2mi_seg: each width must be a multiple of the one before, found {list(widths)}"
+            )
         stem = (stem_depth, 4, 4)
-        self.in_channels, self.patch, self.divisor = in_channels, tuple(patch), tuple(8 * s for s in stem)
-        if len(patch) != 3 or any(size % d or size == 0 for size, d in zip(patch, self.divisor, strict=True)):
-            raise ModelError(f"e2mi_seg: patch must be three multiples of {self.divisor}, found {tuple(patch)}")
-        grids = [tuple(size // (s << level) for size, s in zip(patch, stem, strict=True)) for level in range(4)]
+        self.in_channels, self.patch, self.divisor = (
+            in_channels,
+            tuple(patch),
+            tuple(8 * s for s in stem),
+        )
+        if len(patch) != 3 or any(
+            size % d or size == 0 for size, d in zip(patch, self.divisor, strict=True)
+        ):
+            raise ModelError(
+                f"e2mi_seg: patch must be three multiples of {self.divisor}, found {tuple(patch)}"
+            )
+        grids = [
+            tuple(size // (s << level) for size, s in zip(patch, stem, strict=True))
+            for level in range(4)
+        ]
 
-        attention = {"projection": projection, "merge": merge, "dropout": attention_dropout, "qk_source": qk_source}
+        attention = {
+            "projection": projection,
+            "merge": merge,
+            "dropout": attention_dropout,
+            "qk_source": qk_source,
+        }
         attention |= {"legacy_qkvv": legacy_qkvv, "legacy_scramble": legacy_scramble}
-        switches = {"norm": norm, "local_norm": local_norm, "local_residual": local_residual, "residual_blocks": residual_blocks}
+        switches = {
+            "norm": norm,
+            "local_norm": local_norm,
+            "local_residual": local_residual,
+            "residual_blocks": residual_blocks,
+        }
         switches |= {"dropout": dropout, "attention": attention}
 
         def blocks(level: int, depth: int) -> nn.Sequential:
-            return nn.Sequential(*(HybridBlock(widths[level], grids[level], projected[level], heads, **switches) for _ in range(depth)))
+            return nn.Sequential(
+                *(
+                    HybridBlock(widths[level], grids[level], projected[level], heads, **switches)
+                    for _ in range(depth)
+                )
+            )
 
-        def aggregation(a: int, b: int, factor: tuple[int, ...], grid: tuple[int, ...]) -> GroupAggregation:
+        def aggregation(
+            a: int, b: int, factor: tuple[int, ...], grid: tuple[int, ...]
+        ) -> GroupAggregation:
             return GroupAggregation(a, b, num_classes, factor, grid if clamp_dilation else None)
 
         w1, w2, w3, w4 = widths
         two = (2, 2, 2)
         self.full = ResidualBlock(in_channels, base)
-        self.stem = nn.Sequential(nn.Conv3d(in_channels, w1, stem, stride=stem, bias=False), nn.GroupNorm(gcd(in_channels, w1), w1))
+        self.stem = nn.Sequential(
+            nn.Conv3d(in_channels, w1, stem, stride=stem, bias=False),
+            nn.GroupNorm(gcd(in_channels, w1), w1),
+        )
         self.enc1 = blocks(0, depths[0])
         self.down2 = nn.Sequential(nn.Conv3d(w1, w2, 2, stride=2, bias=False), nn.GroupNorm(w1, w2))
         self.enc2 = blocks(1, depths[1])
@@ -115,10 +157,15 @@ class E2MISeg(nn.Module):
         self.apply(_initialise)
 
     def forward(self, x_BCZYX: Tensor) -> Tensor | list[Tensor]:
-        check_input(x_BCZYX, name="e2mi_seg", dims=3, in_channels=self.in_channels, divisor=self.divisor)
+        check_input(
+            x_BCZYX, name="e2mi_seg", dims=3, in_channels=self.in_channels, divisor=self.divisor
+        )
         if not torch.compiler.is_compiling() and tuple(x_BCZYX.shape[2:]) != self.patch:
             found = tuple(x_BCZYX.shape[2:])
-            raise ModelError(f"e2mi_seg was built for patches of {self.patch}, found {found}; its weights fit no other (option `patch`)")
+            raise ModelError(
+                f"e2mi_seg was built for patches of {self.patch}, found {found}; its weights fit "
+                "no other (option `patch`)"
+            )
         x0 = self.full(x_BCZYX)
         x1 = self.enc1(self.stem(x_BCZYX))
         x2 = self.enc2(self.down2(x1))
@@ -134,10 +181,12 @@ class E2MISeg(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    """Kaiming for 3x3x3 convolutions, narrow normal for linear layers, uniform ±1/√p for a token projection without bias.
+    """Kaiming for 3x3x3 convolutions, narrow normal for linear layers, uniform ±1/√p for a token
+    projection without bias.
 
-    1x1 and transposed convolutions have no activation behind them and keep the framework's smaller draw: with Kaiming the residual
-    sums, which nothing normalises within a stage, would grow block by block.
+    1x1 and transposed convolutions have no activation behind them and keep the framework's smaller
+    draw: with Kaiming the residual sums, which nothing normalises within a stage, would grow block
+    by block.
     """
     if isinstance(module, nn.Conv3d) and module.kernel_size == (3, 3, 3):
         nn.init.kaiming_normal_(module.weight, a=0.01)
@@ -148,7 +197,7 @@ def _initialise(module: nn.Module) -> None:
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, PairedAttention) and module.key_projection.bias is None:
-        bound = module.key_projection.out_features ** -0.5
+        bound = module.key_projection.out_features**-0.5
         nn.init.uniform_(module.key_projection.weight, -bound, bound)
 
 
@@ -190,5 +239,6 @@ for _name, _channels, _classes, _total, _about in (
         stages=dict(zip(STAGES, COUNTS[_name], strict=True)),
         reduced=SMALL | {"patch": (8 * _depth, 32, 32)},
         source="E2MISeg (Jiang et al. 2026), reconstruction of the released code",
-        about=f"hybrid convolution and paired attention, group-aggregated skips; variant for {_about}",
+        about="hybrid convolution and paired attention, group-aggregated skips; variant for "
+        f"{_about}",
     )(partial(E2MISeg, **VARIANTS[_name]))

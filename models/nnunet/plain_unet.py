@@ -33,8 +33,16 @@ def _register(dims: int, parameters: int, stages: dict[str, int]) -> Callable[..
         conv_per_decoder: int | Sequence[int] = 2,
         deep_supervision: bool = True,
     ) -> nn.Module:
-        """See `topology_from_options` for the first five options; convolutions per stage as one number or one each."""
-        topology = topology_from_options(dims=dims, patch=patch, spacing=spacing, features=features, strides=strides, kernels=kernels)
+        """See `topology_from_options` for the first five options; convolutions per stage as one
+        number or one each."""
+        topology = topology_from_options(
+            dims=dims,
+            patch=patch,
+            spacing=spacing,
+            features=features,
+            strides=strides,
+            kernels=kernels,
+        )
         count = per_stage(conv_per_stage, len(topology.features), "conv_per_stage")
         return PlannedUNet(
             in_channels,

@@ -1,7 +1,9 @@
-"""The skeleton that nnU-Net's two U-Nets share: a planned encoder, a mirrored decoder, a head per resolution.
+"""The skeleton that nnU-Net's two U-Nets share: a planned encoder, a mirrored decoder, a head per
+resolution.
 
-Isensee et al. 2021 (nnU-Net) and 2024 (residual encoder presets). Convolutions have a bias, instance normalisation is affine with
-eps 1e-5, the non-linearity is LeakyReLU 0.01, weights start from He's normal distribution.
+Isensee et al. 2021 (nnU-Net) and 2024 (residual encoder presets). Convolutions have a bias,
+instance normalisation is affine with eps 1e-5, the non-linearity is LeakyReLU 0.01, weights start
+from He's normal distribution.
 """
 
 from __future__ import annotations
@@ -21,10 +23,14 @@ POOL = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
 SLOPE = 0.01
 
 
-def conv_norm(a: int, b: int, kernel: Sequence[int], stride: Sequence[int], *, bias: bool = True) -> nn.Sequential:
+def conv_norm(
+    a: int, b: int, kernel: Sequence[int], stride: Sequence[int], *, bias: bool = True
+) -> nn.Sequential:
     """Convolution ("same" padding) and affine instance normalisation."""
     dims = len(kernel)
-    conv = CONV[dims](a, b, tuple(kernel), tuple(stride), padding=tuple(k // 2 for k in kernel), bias=bias)
+    conv = CONV[dims](
+        a, b, tuple(kernel), tuple(stride), padding=tuple(k // 2 for k in kernel), bias=bias
+    )
     return nn.Sequential(conv, NORM[dims](b, affine=True))
 
 
@@ -32,16 +38,23 @@ def conv_norm_act(a: int, b: int, kernel: Sequence[int], stride: Sequence[int]) 
     return conv_norm(a, b, kernel, stride).append(nn.LeakyReLU(SLOPE, inplace=True))
 
 
-def conv_stack(count: int, a: int, b: int, kernel: Sequence[int], stride: Sequence[int]) -> nn.Sequential:
+def conv_stack(
+    count: int, a: int, b: int, kernel: Sequence[int], stride: Sequence[int]
+) -> nn.Sequential:
     """`count` convolutions a -> b; the first one carries the stride."""
     ones = (1,) * len(kernel)
-    return nn.Sequential(conv_norm_act(a, b, kernel, stride), *(conv_norm_act(b, b, kernel, ones) for _ in range(count - 1)))
+    return nn.Sequential(
+        conv_norm_act(a, b, kernel, stride),
+        *(conv_norm_act(b, b, kernel, ones) for _ in range(count - 1)),
+    )
 
 
 class DecoderStage(nn.Module):
     """Transposed convolution with kernel = stride, then convolutions over [upsampled, skip]."""
 
-    def __init__(self, a: int, b: int, stride: Sequence[int], kernel: Sequence[int], convs: int) -> None:
+    def __init__(
+        self, a: int, b: int, stride: Sequence[int], kernel: Sequence[int], convs: int
+    ) -> None:
         super().__init__()
         self.up = TRANSPOSED[len(stride)](a, b, tuple(stride), tuple(stride))
         self.convs = conv_stack(convs, 2 * b, b, kernel, (1,) * len(kernel))
@@ -51,11 +64,12 @@ class DecoderStage(nn.Module):
 
 
 class PlannedUNet(nn.Module):
-    """(B, in_channels, [Z,] Y, X) -> logits of the same size; in train mode with deep supervision a list, finest first, one per
-    resolution but the deepest.
+    """(B, in_channels, [Z,] Y, X) -> logits of the same size; in train mode with deep supervision a
+    list, finest first, one per resolution but the deepest.
 
-    Sizes must be multiples of `self.divisor`. Without deep supervision only the finest head exists, so that every parameter is used.
-    encoder_stage(stage, a, b, kernel, stride) builds one stage of the encoder. `with_stem` puts a plain convolution before the first.
+    Sizes must be multiples of `self.divisor`. Without deep supervision only the finest head exists,
+    so that every parameter is used. encoder_stage(stage, a, b, kernel, stride) builds one stage of
+    the encoder. `with_stem` puts a plain convolution before the first.
     """
 
     def __init__(
@@ -71,7 +85,12 @@ class PlannedUNet(nn.Module):
         deep_supervision: bool,
     ) -> None:
         super().__init__()
-        self.name, self.in_channels, self.topology, self.deep_supervision = name, in_channels, topology, deep_supervision
+        self.name, self.in_channels, self.topology, self.deep_supervision = (
+            name,
+            in_channels,
+            topology,
+            deep_supervision,
+        )
         self.divisor = topology.divisor
         features, kernels, strides = topology.features, topology.kernels, topology.strides
         stages = len(features)
@@ -87,17 +106,30 @@ class PlannedUNet(nn.Module):
             a = b
         deepest_first = range(stages - 2, -1, -1)
         self.decoder = nn.ModuleList(
-            DecoderStage(features[stage + 1], features[stage], strides[stage + 1], kernels[stage], convs[i])
+            DecoderStage(
+                features[stage + 1], features[stage], strides[stage + 1], kernels[stage], convs[i]
+            )
             for i, stage in enumerate(deepest_first)
         )
         heads = deepest_first if deep_supervision else [0]
-        self.heads = nn.ModuleList(CONV[topology.dims](features[stage], num_classes, 1) for stage in heads)
+        self.heads = nn.ModuleList(
+            CONV[topology.dims](features[stage], num_classes, 1) for stage in heads
+        )
         self.apply(_he_init)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        check_input(x, name=self.name, dims=self.topology.dims, in_channels=self.in_channels, divisor=self.divisor)
+        check_input(
+            x,
+            name=self.name,
+            dims=self.topology.dims,
+            in_channels=self.in_channels,
+            divisor=self.divisor,
+        )
         if tuple(x.shape[2:]) == self.divisor:
-            raise ModelError(f"{self.name} cannot normalise a deepest map of one voxel; the input must be larger than {self.divisor}")
+            raise ModelError(
+                f"{self.name} cannot normalise a deepest map of one voxel; the input must be "
+                f"larger than {self.divisor}"
+            )
         if hasattr(self, "stem"):
             x = self.stem(x)
         skips = []
@@ -117,7 +149,10 @@ def per_stage(value: int | Sequence[int], stages: int, name: str) -> tuple[int, 
     """One number for all stages, or one each. Raises ModelError otherwise."""
     values = (value,) * stages if isinstance(value, int) else tuple(value)
     if len(values) != stages or min(values) < 1:
-        raise ModelError(f"model.options.{name}: expected {stages} positive numbers (or one for all), found {value}")
+        raise ModelError(
+            f"model.options.{name}: expected {stages} positive numbers (or one for all), found "
+            f"{value}"
+        )
     return values
 
 
@@ -129,7 +164,9 @@ def planned_stage_of(parameter: str) -> str:
 
 def stage_names(**stages: Sequence[int]) -> dict[str, int]:
     """{"encoder.0": n0, "encoder.1": n1, ...} from encoder=[n0, n1, ...], and so on."""
-    return {f"{part}.{i}": count for part, counts in stages.items() for i, count in enumerate(counts)}
+    return {
+        f"{part}.{i}": count for part, counts in stages.items() for i, count in enumerate(counts)
+    }
 
 
 def _he_init(module: nn.Module) -> None:

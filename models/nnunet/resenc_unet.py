@@ -24,7 +24,8 @@ DEFAULT_BLOCKS = (1, 3, 4)  # then 6 in every deeper stage: the published preset
 
 
 class ResidualBlock(nn.Module):
-    """ResNet-D block: two convolutions beside a shortcut of average pooling (where strided) and a 1 x 1 convolution (where widened).
+    """ResNet-D block: two convolutions beside a shortcut of average pooling (where strided) and a 1
+    x 1 convolution (where widened).
 
     The last normalisation starts at zero, so a fresh block is its shortcut.
     """
@@ -45,9 +46,14 @@ class ResidualBlock(nn.Module):
         return F.leaky_relu(self.conv2(self.conv1(x)) + self.shortcut(x), SLOPE)
 
 
-def residual_stage(blocks: int, a: int, b: int, kernel: Sequence[int], stride: Sequence[int]) -> nn.Sequential:
+def residual_stage(
+    blocks: int, a: int, b: int, kernel: Sequence[int], stride: Sequence[int]
+) -> nn.Sequential:
     ones = (1,) * len(kernel)
-    return nn.Sequential(ResidualBlock(a, b, kernel, stride), *(ResidualBlock(b, b, kernel, ones) for _ in range(blocks - 1)))
+    return nn.Sequential(
+        ResidualBlock(a, b, kernel, stride),
+        *(ResidualBlock(b, b, kernel, ones) for _ in range(blocks - 1)),
+    )
 
 
 def _register(dims: int, parameters: int, stages: dict[str, int]) -> Callable[..., nn.Module]:
@@ -66,11 +72,21 @@ def _register(dims: int, parameters: int, stages: dict[str, int]) -> Callable[..
         conv_per_decoder: int | Sequence[int] = 1,
         deep_supervision: bool = True,
     ) -> nn.Module:
-        """See `topology_from_options` for the first five options; residual blocks per stage default to 1, 3, 4, 6, 6, ..."""
-        topology = topology_from_options(dims=dims, patch=patch, spacing=spacing, features=features, strides=strides, kernels=kernels)
+        """See `topology_from_options` for the first five options; residual blocks per stage default
+        to 1, 3, 4, 6, 6, ..."""
+        topology = topology_from_options(
+            dims=dims,
+            patch=patch,
+            spacing=spacing,
+            features=features,
+            strides=strides,
+            kernels=kernels,
+        )
         depth = len(topology.features)
         default = (*DEFAULT_BLOCKS, *(6,) * depth)[:depth]
-        blocks = per_stage(default if blocks_per_stage is None else blocks_per_stage, depth, "blocks_per_stage")
+        blocks = per_stage(
+            default if blocks_per_stage is None else blocks_per_stage, depth, "blocks_per_stage"
+        )
         return PlannedUNet(
             in_channels,
             num_classes,
@@ -95,7 +111,8 @@ def _register(dims: int, parameters: int, stages: dict[str, int]) -> Callable[..
         stage_of=planned_stage_of,
         reduced={"features": [8, 16, 32], "blocks_per_stage": [1, 1, 2]},
         reduced_input=(32, 32) if dims == 2 else (16, 16, 16),
-        source="Isensee et al., nnU-Net Revisited, MICCAI 2024; specification datasets_3d, section 6",
+        source="Isensee et al., nnU-Net Revisited, MICCAI 2024; specification datasets_3d, "
+        "section 6",
         about=f"nnU-Net's residual-encoder U-Net, {dims}D, planned from patch and spacing",
     )(build)
 
@@ -103,8 +120,18 @@ def _register(dims: int, parameters: int, stages: dict[str, int]) -> Callable[..
 resenc_unet_2d = _register(
     2,
     140_017_038,
-    {"stem": 384} | stage_names(
-        encoder=[18_624, 206_080, 1_117_440, 6_825_472, 27_282_432, 28_329_984, 28_329_984, 28_329_984],
+    {"stem": 384}
+    | stage_names(
+        encoder=[
+            18_624,
+            206_080,
+            1_117_440,
+            6_825_472,
+            27_282_432,
+            28_329_984,
+            28_329_984,
+            28_329_984,
+        ],
         decoder=[5_769_216, 5_769_216, 5_769_216, 1_704_960, 426_496, 106_752, 26_752],
         heads=[1_026, 1_026, 1_026, 514, 258, 130, 66],
     ),
@@ -112,7 +139,8 @@ resenc_unet_2d = _register(
 resenc_unet_3d = _register(
     3,
     102_349_770,
-    {"stem": 960} | stage_names(
+    {"stem": 960}
+    | stage_names(
         encoder=[55_488, 611_584, 3_329_280, 20_391_424, 32_718_720, 33_189_120],
         decoder=[6_350_080, 4_195_328, 1_147_392, 286_976, 71_808],
         heads=[642, 514, 258, 130, 66],

@@ -1,4 +1,5 @@
-"""Which code runs a scan: chosen by device and availability, forced by argument or by SEGFLEET_SCAN, and said once in the log."""
+"""Which code runs a scan: chosen by device and availability, forced by argument or by
+SEGFLEET_SCAN, and said once in the log."""
 
 from __future__ import annotations
 
@@ -12,7 +13,12 @@ import torch
 from segfleet.models.registry import ModelError
 
 VARIABLE = "SEGFLEET_SCAN"
-MODULES = {"mamba_ssm": "external", "triton": "triton_backend", "native": "native", "chunked": "chunked"}
+MODULES = {
+    "mamba_ssm": "external",
+    "triton": "triton_backend",
+    "native": "native",
+    "chunked": "chunked",
+}
 NAMES = ("auto", *MODULES)
 ORDER = {"cuda": ("mamba_ssm", "triton", "chunked"), "cpu": ("native", "chunked")}
 
@@ -26,9 +32,11 @@ def load(name: str) -> ModuleType:
 
 
 def choose(wanted: str, device: torch.device, *, ours: bool = False) -> str:
-    """The back end for `device`. `wanted`: a name, or "auto" for the variable and then the best there is.
+    """The back end for `device`. `wanted`: a name, or "auto" for the variable and then the best
+    there is.
 
-    ours: leave out mamba_ssm, for what its kernels do not offer: compiled graphs, gradients of the last state.
+    ours: leave out mamba_ssm, for what its kernels do not offer: compiled graphs, gradients of the
+    last state.
 
     Raises ModelError for an unknown name, or for a forced back end that cannot run here.
     """
@@ -36,12 +44,17 @@ def choose(wanted: str, device: torch.device, *, ours: bool = False) -> str:
     if wanted == "auto":
         source, wanted = VARIABLE, os.environ.get(VARIABLE, "") or "auto"
     if wanted not in NAMES:
-        raise ModelError(f"selective_scan: {source} is '{wanted}', expected one of: {', '.join(NAMES)}")
+        raise ModelError(
+            f"selective_scan: {source} is '{wanted}', expected one of: {', '.join(NAMES)}"
+        )
     if ours and wanted == "mamba_ssm" and device.type == "cuda":
         wanted = "auto"
     if wanted != "auto":
         if reason := load(wanted).unavailable(device):
-            raise ModelError(f"selective_scan: {source} asks for '{wanted}', which cannot run on {device.type}: {reason}")
+            raise ModelError(
+                f"selective_scan: {source} asks for '{wanted}', which cannot run on "
+                f"{device.type}: {reason}"
+            )
         _say(device, wanted, f"forced by {source}")
         return wanted
     missing = []

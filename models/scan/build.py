@@ -1,8 +1,10 @@
 """Compile one C++ file of this folder into a shared library, once per machine type, and load it.
 
-The library is kept in the user's cache folder under `<key>-<digest>.so`: the key hashes source, flags and processor, the digest is that of
-the file, so a damaged file is seen before it is loaded and built again. A build writes beside it and renames: ranks that build at the same
-time, and builds that are killed, leave nothing that hurts. There are no lock files. Without a compiler, what a like machine built is used.
+The library is kept in the user's cache folder under `<key>-<digest>.so`: the key hashes source,
+flags and processor, the digest is that of the file, so a damaged file is seen before it is loaded
+and built again. A build writes beside it and renames: ranks that build at the same time, and builds
+that are killed, leave nothing that hurts. There are no lock files. Without a compiler, what a like
+machine built is used.
 """
 
 from __future__ import annotations
@@ -18,9 +20,23 @@ import time
 from pathlib import Path
 
 COMPILERS = ("c++", "g++", "clang++")
-ALWAYS = ("-O2", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+ALWAYS = (
+    "-O2",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+)
 # the first set that compiles is used; the last runs on one thread
-FLAGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
+FLAGS = (
+    ("-march=native", "-fopenmp"),
+    ("-mcpu=native", "-fopenmp"),
+    ("-fopenmp",),
+    ("-march=native",),
+    (),
+)
 LIMIT = 300  # seconds a compiler may take
 STALE = 3600  # seconds after which what a killed build left is swept
 
@@ -44,7 +60,8 @@ def load(source: Path) -> ctypes.CDLL:
 
 
 def find_compiler() -> str:
-    """Full path of a C++ compiler: $CXX, or the first of c++, g++, clang++ on PATH. Raises BuildError."""
+    """Full path of a C++ compiler: $CXX, or the first of c++, g++, clang++ on PATH. Raises
+    BuildError."""
     for name in (os.environ.get("CXX", ""), *COMPILERS):
         if name and (path := shutil.which(name)):
             return path
@@ -52,15 +69,20 @@ def find_compiler() -> str:
 
 
 def cache_folders() -> list[Path]:
-    """Where libraries are kept, in order of preference: SEGFLEET_CACHE, the user's cache folder, a private temporary folder."""
+    """Where libraries are kept, in order of preference: SEGFLEET_CACHE, the user's cache folder, a
+    private temporary folder."""
     if chosen := os.environ.get("SEGFLEET_CACHE"):
         return [Path(chosen) / "native"]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [home / "segfleet" / "native", Path(tempfile.gettempdir()) / f"segfleet-{os.getuid()}" / "native"]
+    return [
+        home / "segfleet" / "native",
+        Path(tempfile.gettempdir()) / f"segfleet-{os.getuid()}" / "native",
+    ]
 
 
 def find(folder: Path, key: str) -> Path | None:
-    """The kept library of `key` whose content is what its name says; damaged ones and old leftovers are removed."""
+    """The kept library of `key` whose content is what its name says; damaged ones and old leftovers
+    are removed."""
     for left in folder.glob(".build-*"):
         if time.time() - left.stat().st_mtime > STALE:
             left.unlink(missing_ok=True)
@@ -72,7 +94,8 @@ def find(folder: Path, key: str) -> Path | None:
 
 
 def compile_into(folder: Path, key: str, source: Path) -> Path:
-    """Compile `source` and publish it in `folder` by renaming. Raises BuildError with the compiler's first complaint."""
+    """Compile `source` and publish it in `folder` by renaming. Raises BuildError with the
+    compiler's first complaint."""
     compiler = find_compiler()
     handle, name = tempfile.mkstemp(prefix=".build-", suffix=".so", dir=folder)
     os.close(handle)
@@ -81,24 +104,32 @@ def compile_into(folder: Path, key: str, source: Path) -> Path:
         for flags in FLAGS:
             command = [compiler, *ALWAYS, *flags, str(source), "-o", str(made)]
             try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+                done = subprocess.run(
+                    command, capture_output=True, text=True, timeout=LIMIT, check=False
+                )
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise BuildError(f"{compiler}: {error}") from error
             if done.returncode == 0:
                 made.chmod(0o700)
                 return made.rename(folder / f"{key}-{_digest(made.read_bytes())}.so")
-            complaint = complaint or next((x for x in done.stderr.splitlines() if "error" in x), f"exit code {done.returncode}")
+            complaint = complaint or next(
+                (x for x in done.stderr.splitlines() if "error" in x),
+                f"exit code {done.returncode}",
+            )
         raise BuildError(f"{compiler} cannot compile {source.name}: {complaint}")
     finally:
         made.unlink(missing_ok=True)
 
 
 def _key(source: Path) -> str:
-    return _digest(b"\0".join([source.read_bytes(), repr((ALWAYS, FLAGS)).encode(), _processor().encode()]))
+    return _digest(
+        b"\0".join([source.read_bytes(), repr((ALWAYS, FLAGS)).encode(), _processor().encode()])
+    )
 
 
 def _processor() -> str:
-    """What a library depends on: machine, C library, and for `-march=native` model and instruction sets."""
+    """What a library depends on: machine, C library, and for `-march=native` model and instruction
+    sets."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
         kept = [x for x in lines if x.startswith(("model name", "flags", "Features", "CPU part"))]

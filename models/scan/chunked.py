@@ -1,8 +1,10 @@
 """Selective scan in plain tensor operations, for any device; exact gradients by recomputation.
 
-Time is cut into chunks. Step i of all chunks of a segment is done at once, then one short pass carries the state from chunk to chunk.
-A segment is a few chunks, expanded to (T, B, G, E, K, N): step within the chunk, batch, group, channel within its group, chunk, state.
-Memory is that of a segment, whatever the length. Source: Gu and Dao, arXiv 2312.00752, and the adjoint of its recurrence.
+Time is cut into chunks. Step i of all chunks of a segment is done at once, then one short pass
+carries the state from chunk to chunk. A segment is a few chunks, expanded to (T, B, G, E, K, N):
+step within the chunk, batch, group, channel within its group, chunk, state. Memory is that of a
+segment, whatever the length. Source: Gu and Dao, arXiv 2312.00752, and the adjoint of its
+recurrence.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ def forward(s: ScanInputs) -> tuple[Tensor, Tensor]:
     batch, channels, _, state = s.sizes
     out = torch.empty(s.u.shape, dtype=s.u.dtype, device=s.u.device)
     ends = torch.empty(s.state_shape(), dtype=s.dtype, device=s.u.device)
-    now = torch.zeros(batch, s.groups, channels // s.groups, state, dtype=s.dtype, device=s.u.device)
+    now = torch.zeros(
+        batch, s.groups, channels // s.groups, state, dtype=s.dtype, device=s.u.device
+    )
     for first, last in _spans(s):
         seg = _Segment(s, first, last)
         h = seg.states(torch.zeros_like(seg.a[0]))
@@ -43,12 +47,21 @@ def forward(s: ScanInputs) -> tuple[Tensor, Tensor]:
     return out, ends
 
 
-def backward(s: ScanInputs, grad_out: Tensor, grad_last: Tensor | None, ends: Tensor) -> dict[str, Tensor]:
-    """Gradients by name, each of its input's shape and type. grad_last: gradient of the last state (B, D, N)."""
+def backward(
+    s: ScanInputs, grad_out: Tensor, grad_last: Tensor | None, ends: Tensor
+) -> dict[str, Tensor]:
+    """Gradients by name, each of its input's shape and type. grad_last: gradient of the last state
+    (B, D, N)."""
     batch, channels, _, state = s.sizes
-    # rows of time are written once, in their own type; what is summed over time is summed in the type of the arithmetic
-    total = {k: torch.zeros(x.shape, dtype=x.dtype if x.ndim > 2 else s.dtype, device=x.device) for k, x in s.tensors.items()}
-    flow = torch.zeros(batch, s.groups, channels // s.groups, state, dtype=s.dtype, device=s.u.device)
+    # rows of time are written once, in their own type; what is summed over time is summed in the
+    # type of the arithmetic
+    total = {
+        k: torch.zeros(x.shape, dtype=x.dtype if x.ndim > 2 else s.dtype, device=x.device)
+        for k, x in s.tensors.items()
+    }
+    flow = torch.zeros(
+        batch, s.groups, channels // s.groups, state, dtype=s.dtype, device=s.u.device
+    )
     if grad_last is not None:
         flow += grad_last.view_as(flow)
     for first, last in reversed(_spans(s)):
@@ -77,7 +90,9 @@ class _Segment:
 
     def chunked(self, x: Tensor) -> Tensor:
         """(..., steps) to (..., K, T), zeros past the end."""
-        return F.pad(x, (0, self.chunks * self.s.chunk - x.shape[-1])).unflatten(-1, (self.chunks, self.s.chunk))
+        return F.pad(x, (0, self.chunks * self.s.chunk - x.shape[-1])).unflatten(
+            -1, (self.chunks, self.s.chunk)
+        )
 
     def fold(self, x: Tensor) -> Tensor:
         """(B, D, steps) to (T, B, G, E, K)."""
@@ -94,7 +109,8 @@ class _Segment:
         return self.chunked(self.rows(x)).permute(4, 0, 1, 3, 2).unsqueeze(3).contiguous()
 
     def add_matrix(self, total: Tensor, grad: Tensor) -> None:
-        """Put the gradient (T, B, G, E, K, N) of B or C where it belongs in `total`, (B, G, N, L) or (D, N)."""
+        """Put the gradient (T, B, G, E, K, N) of B or C where it belongs in `total`, (B, G, N, L)
+        or (D, N)."""
         if total.ndim == 2:
             total += grad.sum(dim=(0, 1, 4)).view_as(total)
         else:
@@ -108,10 +124,15 @@ class _Segment:
             before = now.addcmul_(a, before)
         return h
 
-    def gradients(self, grad_out: Tensor, flow: Tensor, ends: Tensor, total: dict[str, Tensor]) -> Tensor:
-        """Add this segment's part to `total`. flow (B, G, E, N): what later steps ask of its last state; returns that of its first."""
+    def gradients(
+        self, grad_out: Tensor, flow: Tensor, ends: Tensor, total: dict[str, Tensor]
+    ) -> Tensor:
+        """Add this segment's part to `total`. flow (B, G, E, N): what later steps ask of its last
+        state; returns that of its first."""
         s, here = self.s, slice(self.begin, self.end)
-        starts = F.pad(ends, (0, 0, 1, 0))[:, :, self.first : self.first + self.chunks].unflatten(1, (s.groups, -1))
+        starts = F.pad(ends, (0, 0, 1, 0))[:, :, self.first : self.first + self.chunks].unflatten(
+            1, (s.groups, -1)
+        )
         h = self.states(starts)
         g = self.rows(grad_out)
         if s.z is not None:
@@ -144,11 +165,14 @@ class _Segment:
         return flow
 
     def _adjoint(self, g: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-        """lambda (T, B, G, E, K, N) by the same two levels, backwards in time, and what this segment asks of the state before it."""
+        """lambda (T, B, G, E, K, N) by the same two levels, backwards in time, and what this
+        segment asks of the state before it."""
         lam = g.unsqueeze(-1) * self.C
         for t in range(self.s.chunk - 2, -1, -1):
             lam[t].addcmul_(self.a[t + 1], lam[t + 1])
-        after = torch.ones_like(self.a)  # from step t to the last step of its chunk: the product of later a
+        after = torch.ones_like(
+            self.a
+        )  # from step t to the last step of its chunk: the product of later a
         after[:-1] = self.a[1:].flip(0).cumprod(0).flip(0)
         asked, decay = self.a[0] * lam[0], self.a[0] * after[0]
         order, now = [], flow
@@ -160,7 +184,8 @@ class _Segment:
 
 
 def _carry(local: Tensor, decay: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
-    """From chunk ends that started at zero, (B, G, E, K, N): the states before each chunk, and the state after the last."""
+    """From chunk ends that started at zero, (B, G, E, K, N): the states before each chunk, and the
+    state after the last."""
     before = []
     for k in range(local.shape[3]):
         before.append(now)

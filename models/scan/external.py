@@ -20,7 +20,9 @@ def _missing() -> str:
         return "mamba_ssm was installed without its Mamba-1 kernels (build it with MAMBA_KEEP_CUDA_BUILD=TRUE)"
     try:
         importlib.import_module("mamba_ssm.ops.selective_scan_interface")
-    except Exception as problem:  # a wheel for another torch fails in many ways, an undefined symbol among them
+    except (
+        Exception
+    ) as problem:  # a wheel for another torch fails in many ways, an undefined symbol among them
         return f"mamba_ssm does not import: {str(problem).splitlines()[0] if str(problem) else type(problem).__name__}"
     return ""
 
@@ -39,7 +41,8 @@ def scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None,
     softplus: bool, return_last_state: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """The scan with mamba_ssm's own autograd; it wants sequences in u's type, contiguous in time, and parameters in float32."""
+    """The scan with mamba_ssm's own autograd; it wants sequences in u's type, contiguous in time,
+    and parameters in float32."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     def sequence(x: Tensor | None) -> Tensor | None:

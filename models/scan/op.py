@@ -1,4 +1,5 @@
-"""The selective scan as a torch operator: traced by torch.compile as one node, differentiable once."""
+"""The selective scan as a torch operator: traced by torch.compile as one node, differentiable
+once."""
 
 from typing import (
     Optional,  # torch reads these annotations as they stand: no `X | None`, no deferred evaluation
@@ -22,7 +23,8 @@ def selective_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Optional[Tensor], z: Optional[Tensor], bias: Optional[Tensor], softplus: bool, backend: str,  # noqa: UP045
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output (B, D, L) and the states at the end of every chunk (B, D, K, N); of these only the last may be given a gradient."""
+    """Output (B, D, L) and the states at the end of every chunk (B, D, K, N); of these only the
+    last may be given a gradient."""
     name = backends.choose(backend, u.device, ours=True)
     return backends.load(name).forward(_inputs(u, delta, A, B, C, D, z, bias, softplus))
 
@@ -30,7 +32,9 @@ def selective_scan(
 @selective_scan.register_fake
 def _(u, delta, A, B, C, D, z, bias, softplus, backend):
     s = _inputs(u, delta, A, B, C, D, z, bias, softplus)
-    return torch.empty(u.shape, dtype=u.dtype, device=u.device), torch.empty(s.state_shape(), dtype=s.dtype, device=u.device)
+    return torch.empty(u.shape, dtype=u.dtype, device=u.device), torch.empty(
+        s.state_shape(), dtype=s.dtype, device=u.device
+    )
 
 
 @torch.library.custom_op("segfleet::selective_scan_backward", mutates_args=())
@@ -48,7 +52,11 @@ def selective_scan_backward(
 
 @selective_scan_backward.register_fake
 def _(grad_out, grad_last, states, u, delta, A, B, C, D, z, bias, softplus, backend):
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (u, delta, A, B, C, D, z, bias) if x is not None]
+    return [
+        torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for x in (u, delta, A, B, C, D, z, bias)
+        if x is not None
+    ]
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -62,7 +70,11 @@ def _backward(ctx, grad_out, grad_states):
     if grad_out is None:
         grad_out = torch.zeros_like(tensors[0])
     grad_last = None if grad_states is None else grad_states[:, :, -1]
-    found = iter(torch.ops.segfleet.selective_scan_backward(grad_out, grad_last, states, *tensors, ctx.softplus, ctx.backend))
+    found = iter(
+        torch.ops.segfleet.selective_scan_backward(
+            grad_out, grad_last, states, *tensors, ctx.softplus, ctx.backend
+        )
+    )
     return *(None if x is None else next(found) for x in tensors), None, None
 
 

@@ -1,4 +1,5 @@
-"""The selective scan as its definition reads, one step at a time: slow, differentiable by autograd, the oracle of the tests."""
+"""The selective scan as its definition reads, one step at a time: slow, differentiable by autograd,
+the oracle of the tests."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def selective_scan_ref(
     B, C = (_per_channel(m.to(kind), u) for m in (B, C))
     h = torch.zeros(*u.shape[:2], A.shape[1], dtype=kind, device=u.device)
     y = []
-    for step_t, x_t, B_t, C_t in zip(step.unbind(-1), x.unbind(-1), B.unbind(-1), C.unbind(-1), strict=True):
+    for step_t, x_t, B_t, C_t in zip(
+        step.unbind(-1), x.unbind(-1), B.unbind(-1), C.unbind(-1), strict=True
+    ):
         h = torch.exp(step_t[..., None] * A.to(kind)) * h + (step_t * x_t)[..., None] * B_t
         y.append((h * C_t).sum(-1))
     out = torch.stack(y, dim=-1)

@@ -1,4 +1,5 @@
-"""The Triton kernels as a back end: sizes, scratch memory, launches, and the last sums. Deterministic."""
+"""The Triton kernels as a back end: sizes, scratch memory, launches, and the last sums.
+Deterministic."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from torch import Tensor
 from segfleet.models.scan.inputs import ScanInputs
 
 TILE = 4096  # elements of a (time, state) tile
-PROGRAMS = 1024  # the backward pass is cut into about so many programs; a constant, so that sums keep their order
+# the backward pass is cut into about so many programs; a constant, so that sums keep their order
+PROGRAMS = 1024
 
 
 @functools.cache
@@ -52,9 +54,19 @@ class _Launch:
         double = s.dtype == torch.float64
         self.A = s.A.to(s.dtype).contiguous()
         self.D = self.A if s.D is None else s.D.contiguous()
-        self.bias = torch.zeros(channels, dtype=s.dtype, device=s.u.device) if s.bias is None else s.bias.contiguous()
+        self.bias = (
+            torch.zeros(channels, dtype=s.dtype, device=s.u.device)
+            if s.bias is None
+            else s.bias.contiguous()
+        )
         self.kind = {"DT": tl.float64 if double else tl.float32, "enable_fp_fusion": True}
-        self.steps = {"SOFTPLUS": s.softplus, "TERMS": 17 if double else 8, **self.kind, "BT": s.chunk, "BN": self.block_n}
+        self.steps = {
+            "SOFTPLUS": s.softplus,
+            "TERMS": 17 if double else 8,
+            **self.kind,
+            "BT": s.chunk,
+            "BN": self.block_n,
+        }
         self.z = s.u if s.z is None else s.z
         self.matrices = [m.contiguous() if m.ndim == 2 else m for m in (s.B, s.C)]
 
@@ -62,7 +74,8 @@ class _Launch:
         return torch.empty(shape, dtype=dtype or self.s.dtype, device=self.s.u.device)
 
     def states(self, x: Tensor, matrix: Tensor, first: Tensor | None) -> Tensor:
-        """(B, D, K, N). x = u: the state after each chunk. x = gradient of the output, with `first`: the adjoint from behind each chunk."""
+        """(B, D, K, N). x = u: the state after each chunk. x = gradient of the output, with
+        `first`: the adjoint from behind each chunk."""
         s, reverse = self.s, first is not None
         batch, channels, length, state = s.sizes
         sums, totals = self.empty(*s.state_shape()), self.empty(*s.state_shape()[:3])
@@ -72,19 +85,35 @@ class _Launch:
             REVERSE=reverse, GATED=s.z is not None, CONST=matrix.ndim == 2, **self.steps,
         )  # fmt: skip
         self.k.carry[(self.lines, self.pieces)](
-            sums, totals, self.A, first if reverse else sums, channels, s.chunks, state, REVERSE=reverse, BN=self.block_n, **self.kind
+            sums,
+            totals,
+            self.A,
+            first if reverse else sums,
+            channels,
+            s.chunks,
+            state,
+            REVERSE=reverse,
+            BN=self.block_n,
+            **self.kind,
         )
         return sums
 
     def sequences(self, grad: Tensor) -> list[object]:
         """The arguments that `outputs` and `gradients` share."""
         rows = [self.s.u, self.s.delta, self.z, grad]
-        with_strides = [y for x in rows for y in (x, *x.stride())] + [y for m in self.matrices for y in (m, *_stride4(m))]
+        with_strides = [y for x in rows for y in (x, *x.stride())] + [
+            y for m in self.matrices for y in (m, *_stride4(m))
+        ]
         return [*with_strides, self.A, self.D, self.bias]
 
     def flags(self) -> dict[str, bool]:
         s = self.s
-        return {"SKIP": s.D is not None, "GATED": s.z is not None, "CONST_B": s.B.ndim == 2, "CONST_C": s.C.ndim == 2}
+        return {
+            "SKIP": s.D is not None,
+            "GATED": s.z is not None,
+            "CONST_B": s.B.ndim == 2,
+            "CONST_C": s.C.ndim == 2,
+        }
 
     def outputs(self, ends: Tensor, grad: Tensor | None, out: Tensor) -> None:
         s = self.s
@@ -105,23 +134,36 @@ def forward(s: ScanInputs) -> tuple[Tensor, Tensor]:
     return out, ends
 
 
-def backward(s: ScanInputs, grad_out: Tensor, grad_last: Tensor | None, ends: Tensor) -> dict[str, Tensor]:
+def backward(
+    s: ScanInputs, grad_out: Tensor, grad_last: Tensor | None, ends: Tensor
+) -> dict[str, Tensor]:
     """As `chunked.backward`."""
     batch, channels, length, state = s.sizes
     found: dict[str, Tensor] = {}
     with _device(s.u):
         launch = _Launch(s)
-        first = launch.empty(batch, channels, state).zero_() if grad_last is None else grad_last.contiguous()
+        first = (
+            launch.empty(batch, channels, state).zero_()
+            if grad_last is None
+            else grad_last.contiguous()
+        )
         ends = ends.contiguous()
         flow = launch.states(grad_out, launch.matrices[1], first)
         if s.z is not None:
             found["z"] = launch.empty(*s.z.shape, dtype=s.z.dtype)
             launch.outputs(ends, grad_out, found["z"])
         blocks = max(1, min(launch.per_group, PROGRAMS // (batch * s.groups * s.chunks)))
-        rows = {k: launch.empty(launch.pieces, *x.shape, dtype=_partial(x, launch.pieces, s)) for k, x in (("u", s.u), ("delta", s.delta))}
+        rows = {
+            k: launch.empty(launch.pieces, *x.shape, dtype=_partial(x, launch.pieces, s))
+            for k, x in (("u", s.u), ("delta", s.delta))
+        }
         wide, parts = {}, {}
         for name, m in (("B", s.B), ("C", s.C)):
-            wide[name] = flow if m.ndim == 2 else launch.empty(blocks, *m.shape, dtype=_partial(m, blocks, s))
+            wide[name] = (
+                flow
+                if m.ndim == 2
+                else launch.empty(blocks, *m.shape, dtype=_partial(m, blocks, s))
+            )
             parts[name] = launch.empty(*s.state_shape()) if m.ndim == 2 else flow
         scalars = launch.empty(2, launch.pieces, *s.state_shape()[:3])
         launch.k.gradients[(batch * s.groups * s.chunks, blocks, launch.pieces)](
@@ -129,9 +171,15 @@ def backward(s: ScanInputs, grad_out: Tensor, grad_last: Tensor | None, ends: Te
             scalars[0], scalars[1], batch, s.groups, launch.per_group, length, s.chunks, state, blocks,
             **launch.flags(), **launch.steps,
         )  # fmt: skip
-    found |= {k: _total(x) for k, x in rows.items()} | {"A": flow.sum(dim=(0, 2)), "bias": scalars[1].sum(dim=(0, 1, 3))}
+    found |= {k: _total(x) for k, x in rows.items()} | {
+        "A": flow.sum(dim=(0, 2)),
+        "bias": scalars[1].sum(dim=(0, 1, 3)),
+    }
     found["D"] = scalars[0, 0].sum(dim=(0, 2))  # every block of states holds the same
-    found |= {k: parts[k].sum(dim=(0, 2)) if m.ndim == 2 else _total(wide[k]) for k, m in (("B", s.B), ("C", s.C))}
+    found |= {
+        k: parts[k].sum(dim=(0, 2)) if m.ndim == 2 else _total(wide[k])
+        for k, m in (("B", s.B), ("C", s.C))
+    }
     return {k: found[k].to(x.dtype) for k, x in s.tensors.items()}
 
 

@@ -1,11 +1,14 @@
-"""Triton kernels of the selective scan. Nothing of size length x state is stored; no atomics, so results do not vary from run to run.
+"""Triton kernels of the selective scan. Nothing of size length x state is stored; no atomics, so
+results do not vary from run to run.
 
-Every chunk of time is its own program, forward and backward, so a long sequence with few channels still fills the machine:
+Every chunk of time is its own program, forward and backward, so a long sequence with few channels
+still fills the machine:
   chunk_sums       what each chunk adds to a state that enters as zero, or asks of the state before it, and its total step
   carry            from these the true states between chunks (forward) or adjoints (backward): the only walk through time
   outputs          y, skip and gate of a chunk, or the gradient of the gate
   gradients        all other gradients of a chunk, channels of a block one after the other
-Tiles are (T, N): T = one chunk, N = a block of states. Steps past the end have step size 0, which leaves a state as it is.
+Tiles are (T, N): T = one chunk, N = a block of states. Steps past the end have step size 0, which
+leaves a state as it is.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ def _compose(a1, b1, a2, b2):
 
 @triton.jit
 def _softplus(x, TERMS: tl.constexpr):
-    """log(1 + exp x); log1p by 2 atanh(e / (2 + e)), which keeps its digits where log(1 + e) does not."""
+    """log(1 + exp x); log1p by 2 atanh(e / (2 + e)), which keeps its digits where log(1 + e) does
+    not."""
     e = tl.exp(-tl.abs(x))
     s = e / (e + 2.0)
     p = s * 0.0 + 1.0 / (2 * TERMS - 1)
@@ -38,7 +42,20 @@ def _row(ptr, sb, sd, st, b, d, t, mask, DT: tl.constexpr):
 
 
 @triton.jit
-def _steps(ptr, sb, sd, st, b, d, t, mask, bias, SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, DT: tl.constexpr):
+def _steps(
+    ptr,
+    sb,
+    sd,
+    st,
+    b,
+    d,
+    t,
+    mask,
+    bias,
+    SOFTPLUS: tl.constexpr,
+    TERMS: tl.constexpr,
+    DT: tl.constexpr,
+):
     """Raw and true step sizes, true ones 0 where masked."""
     raw = _row(ptr, sb, sd, st, b, d, t, mask, DT) + bias
     step = raw
@@ -48,12 +65,18 @@ def _steps(ptr, sb, sd, st, b, d, t, mask, bias, SOFTPLUS: tl.constexpr, TERMS: 
 
 
 @triton.jit
-def _matrix(ptr, sb, sg, sn, st, b, g, d, t, n, mask_t, mask_n, N, CONST: tl.constexpr, DT: tl.constexpr):
+def _matrix(
+    ptr, sb, sg, sn, st, b, g, d, t, n, mask_t, mask_n, N, CONST: tl.constexpr, DT: tl.constexpr
+):
     """Tile (T, N) of B or C; constant: (1, N)."""
     if CONST:
         return tl.load(ptr + d * N + n, mask=mask_n, other=0.0).to(DT)[None, :]
     else:
-        return tl.load(ptr + b * sb + g * sg + t[:, None] * st + n[None, :] * sn, mask=mask_t[:, None] & mask_n[None, :], other=0.0).to(DT)
+        return tl.load(
+            ptr + b * sb + g * sg + t[:, None] * st + n[None, :] * sn,
+            mask=mask_t[:, None] & mask_n[None, :],
+            other=0.0,
+        ).to(DT)
 
 
 @triton.jit
@@ -71,7 +94,8 @@ def chunk_sums(
     REVERSE: tl.constexpr, GATED: tl.constexpr, CONST: tl.constexpr, SOFTPLUS: tl.constexpr, TERMS: tl.constexpr,
     DT: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Forward: x = u, M = B. Reverse: x = gradient of the output, M = C. sums (B, D, K, N), totals (B, D, K)."""
+    """Forward: x = u, M = B. Reverse: x = gradient of the output, M = C. sums (B, D, K, N), totals
+    (B, D, K)."""
     pid = tl.program_id(0).to(tl.int64)
     k, bd = pid % chunks, pid // chunks
     b, d = bd // channels, bd % channels
@@ -101,8 +125,20 @@ def chunk_sums(
 
 
 @triton.jit
-def carry(sums, totals, A, first, channels, chunks, N, REVERSE: tl.constexpr, DT: tl.constexpr, BN: tl.constexpr):
-    """In place. Forward: the state after each chunk. Reverse: the adjoint that enters each chunk from behind; `first` is the last one's."""
+def carry(
+    sums,
+    totals,
+    A,
+    first,
+    channels,
+    chunks,
+    N,
+    REVERSE: tl.constexpr,
+    DT: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """In place. Forward: the state after each chunk. Reverse: the adjoint that enters each chunk
+    from behind; `first` is the last one's."""
     bd = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     mask = n < N
@@ -138,7 +174,9 @@ def outputs(
     i = tl.arange(0, BT)
     t = k * BT + i
     mask = t < length
-    raw, step = _steps(delta, dsb, dsd, dst, b, d, t, mask, tl.load(bias + d).to(DT), SOFTPLUS, TERMS, DT)
+    raw, step = _steps(
+        delta, dsb, dsd, dst, b, d, t, mask, tl.load(bias + d).to(DT), SOFTPLUS, TERMS, DT
+    )
     x = _row(u, usb, usd, ust, b, d, t, mask, DT)
     y = tl.zeros((BT,), DT)
     if SKIP:
@@ -147,12 +185,18 @@ def outputs(
         n = n0 + tl.arange(0, BN)
         mask_n = n < N
         rate = tl.load(A + d * N + n, mask=mask_n, other=0.0)
-        start = tl.load(ends + (pid - 1) * N + n, mask=mask_n & (k * N + n >= N), other=0.0)  # 0 before the first chunk
+        start = tl.load(
+            ends + (pid - 1) * N + n, mask=mask_n & (k * N + n >= N), other=0.0
+        )  # 0 before the first chunk
         a = tl.exp(step[:, None] * rate[None, :])
-        added = (step * x)[:, None] * _matrix(B, bsb, bsg, bsn, bst, b, g, d, t, n, mask, mask_n, N, CONST_B, DT)
+        added = (step * x)[:, None] * _matrix(
+            B, bsb, bsg, bsn, bst, b, g, d, t, n, mask, mask_n, N, CONST_B, DT
+        )
         added = tl.where((i == 0)[:, None], added + a * start[None, :], added)
         a, h = tl.associative_scan((a, added), 0, _compose)
-        y += tl.sum(h * _matrix(C, csb, csg, csn, cst, b, g, d, t, n, mask, mask_n, N, CONST_C, DT), 1)
+        y += tl.sum(
+            h * _matrix(C, csb, csg, csn, cst, b, g, d, t, n, mask, mask_n, N, CONST_C, DT), 1
+        )
     if GATED:
         gate = _row(z, zsb, zsd, zst, b, d, t, mask, DT)
         s = 1.0 / (1.0 + tl.exp(-gate))
@@ -172,8 +216,9 @@ def gradients(
     SKIP: tl.constexpr, GATED: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr,
     SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, DT: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """A chunk, a block of channels, a block of states. du, ddelta (N blocks, B, D, L); dB, dC (blocks, B, G, N, L); flow becomes
-    the chunk's part of the gradient of A (B, D, K, N), part_B and part_C likewise if constant; part_D, part_bias (N blocks, B, D, K)."""
+    """A chunk, a block of channels, a block of states. du, ddelta (N blocks, B, D, L); dB, dC
+    (blocks, B, G, N, L); flow becomes the chunk's part of the gradient of A (B, D, K, N), part_B
+    and part_C likewise if constant; part_D, part_bias (N blocks, B, D, K)."""
     pid = tl.program_id(0).to(tl.int64)
     block, piece = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     k, bg = pid % chunks, pid // chunks
@@ -188,7 +233,10 @@ def gradients(
     tile = mask[:, None] & mask_n[None, :]
     sum_B = tl.zeros((BT, BN), DT)
     sum_C = tl.zeros((BT, BN), DT)
-    for d in range(g * per_group + block * per_group // blocks, g * per_group + (block + 1) * per_group // blocks):
+    for d in range(
+        g * per_group + block * per_group // blocks,
+        g * per_group + (block + 1) * per_group // blocks,
+    ):
         bd = b * groups * per_group + d
         here = (bd * chunks + k) * N + n
         shift = tl.load(bias + d).to(DT)
@@ -201,22 +249,33 @@ def gradients(
         m = _matrix(B, bsb, bsg, bsn, bst, b, g, d, t, n, mask, mask_n, N, CONST_B, DT)
         c = _matrix(C, csb, csg, csn, cst, b, g, d, t, n, mask, mask_n, N, CONST_C, DT)
         a = tl.exp(step[:, None] * rate[None, :])
-        # the state before each step, by a scan of the elements one step earlier: exact also where h - delta B u would cancel
-        unused, step_p = _steps(delta, dsb, dsd, dst, b, d, t - 1, before, shift, SOFTPLUS, TERMS, DT)
+        # the state before each step, by a scan of the elements one step earlier: exact also where h
+        # - delta B u would cancel
+        unused, step_p = _steps(
+            delta, dsb, dsd, dst, b, d, t - 1, before, shift, SOFTPLUS, TERMS, DT
+        )
         x_p = _row(u, usb, usd, ust, b, d, t - 1, before, DT)
         m_p = _matrix(B, bsb, bsg, bsn, bst, b, g, d, t - 1, n, before, mask_n, N, CONST_B, DT)
-        start = tl.load(ends + here - N, mask=mask_n & (k * N + n >= N), other=0.0)  # 0 before the first chunk
+        start = tl.load(
+            ends + here - N, mask=mask_n & (k * N + n >= N), other=0.0
+        )  # 0 before the first chunk
         added = (step_p * x_p)[:, None] * m_p
         added = tl.where((i == 0)[:, None], start[None, :] + added * 0.0, added)
-        unused2, h_p = tl.associative_scan((tl.exp(step_p[:, None] * rate[None, :]), added), 0, _compose)
+        unused2, h_p = tl.associative_scan(
+            (tl.exp(step_p[:, None] * rate[None, :]), added), 0, _compose
+        )
         q = a * h_p
         h = q + (step * x)[:, None] * m
         # lambda, backwards; element t carries the decay of step t + 1
-        unused, step_n = _steps(delta, dsb, dsd, dst, b, d, t + 1, after, shift, SOFTPLUS, TERMS, DT)
+        unused, step_n = _steps(
+            delta, dsb, dsd, dst, b, d, t + 1, after, shift, SOFTPLUS, TERMS, DT
+        )
         behind = tl.load(flow + here, mask=mask_n, other=0.0)
         asked = c * out[:, None]
         asked = tl.where((i == BT - 1)[:, None], asked + behind[None, :], asked)
-        unused2, lam = tl.associative_scan((tl.exp(step_n[:, None] * rate[None, :]), asked), 0, _compose, reverse=True)
+        unused2, lam = tl.associative_scan(
+            (tl.exp(step_n[:, None] * rate[None, :]), asked), 0, _compose, reverse=True
+        )
         lam = tl.where(tile, lam, 0.0)
         grad_C = tl.where(tile, h, 0.0) * out[:, None]
         grad_B = lam * (step * x)[:, None]

@@ -1,4 +1,5 @@
-"""Samples become batches. Loader processes only compute; which samples, and in which order, is decided by `PatchSampler`."""
+"""Samples become batches. Loader processes only compute; which samples, and in which order, is
+decided by `PatchSampler`."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ class Batch(NamedTuple):
     image: Tensor  # (B, C, *S) float32
     label: Tensor  # (B, *S) uint8
     cases: tuple[str, ...]
-    intensity: tuple[dict, ...] | None  # still to be applied on the device; None: done by the loader
+    intensity: (
+        tuple[dict, ...] | None
+    )  # still to be applied on the device; None: done by the loader
     in_plane: bool
 
 
@@ -49,12 +52,14 @@ class Failure(NamedTuple):
 
 
 class LoaderError(RuntimeError):
-    """A sample could not be made, through no fault of the user's input. Names the case and the phase."""
+    """A sample could not be made, through no fault of the user's input. Names the case and the
+    phase."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a run stands: the next step to be done is `step` of `epoch` of `stage` (all counted from 0)."""
+    """Where a run stands: the next step to be done is `step` of `epoch` of `stage` (all counted
+    from 0)."""
 
     stage: int
     epoch: int
@@ -62,10 +67,26 @@ class Place:
 
 
 class Patches(Dataset):
-    """Patches by (epoch, index): read, augmented. Picklable; opens its store in the process that reads."""
+    """Patches by (epoch, index): read, augmented. Picklable; opens its store in the process that
+    reads."""
 
-    def __init__(self, store: ShardStore, sampler: PatchSampler, stage: int, steps: int, augment: Augment | None, on_device: bool):
-        self.store, self.sampler, self.stage, self.steps, self.augment, self.on_device = store, sampler, stage, steps, augment, on_device
+    def __init__(
+        self,
+        store: ShardStore,
+        sampler: PatchSampler,
+        stage: int,
+        steps: int,
+        augment: Augment | None,
+        on_device: bool,
+    ):
+        self.store, self.sampler, self.stage, self.steps, self.augment, self.on_device = (
+            store,
+            sampler,
+            stage,
+            steps,
+            augment,
+            on_device,
+        )
 
     def __getitems__(self, places: list[tuple[int, int]]) -> Batch | Failure:
         """A micro-batch. `DataLoader` calls it with the list a batch sampler yields."""
@@ -75,23 +96,44 @@ class Patches(Dataset):
             try:
                 samples.append((*self._sample(draw), draw.case.id))
             except Exception as error:
-                return Failure(draw.case.id, "loading", str(error), traceback.format_exc(), isinstance(error, InputError))
+                return Failure(
+                    draw.case.id,
+                    "loading",
+                    str(error),
+                    traceback.format_exc(),
+                    isinstance(error, InputError),
+                )
         images, labels, drawn, cases = zip(*samples, strict=True)
         image, label = torch.stack(images), torch.stack(labels)
         if self.sampler.patch[0] == 1:
             image, label = image[:, :, 0], label[:, 0]
         first = self.sampler.cases[0]
-        return Batch(image, label, cases, drawn if self.on_device else None, flat(self.sampler.patch, first.spacing))
+        return Batch(
+            image,
+            label,
+            cases,
+            drawn if self.on_device else None,
+            flat(self.sampler.patch, first.spacing),
+        )
 
     def _sample(self, draw) -> tuple[Tensor, Tensor, dict]:
         patch = self.sampler.patch
         if self.augment is None:
             box = tuple(slice(s, s + p) for s, p in zip(draw.start, patch, strict=True))
-            return torch.from_numpy(self.store.image(draw.case, box)), torch.from_numpy(self.store.label(draw.case, box)), {}
-        rng = randomness.generator(self.sampler.seed, randomness.AUGMENT, draw.stage, draw.epoch, draw.index)
+            return (
+                torch.from_numpy(self.store.image(draw.case, box)),
+                torch.from_numpy(self.store.label(draw.case, box)),
+                {},
+            )
+        rng = randomness.generator(
+            self.sampler.seed, randomness.AUGMENT, draw.stage, draw.epoch, draw.index
+        )
         spatial = draw_spatial(self.augment, rng, patch, draw.case.spacing)
         box, positions = source_grid(spatial, draw.start, patch)
-        image, label = torch.from_numpy(self.store.image(draw.case, box)), torch.from_numpy(self.store.label(draw.case, box))
+        image, label = (
+            torch.from_numpy(self.store.image(draw.case, box)),
+            torch.from_numpy(self.store.label(draw.case, box)),
+        )
         if positions is not None:
             image, label = resample(image, label, positions)
         image, label = mirror(spatial, image, label)
@@ -102,13 +144,28 @@ class Patches(Dataset):
 
 
 class Schedule:
-    """The batch sampler of one rank: (epoch, index) lists from a place to the end of a stage, micro-batch by micro-batch."""
+    """The batch sampler of one rank: (epoch, index) lists from a place to the end of a stage,
+    micro-batch by micro-batch."""
 
-    def __init__(self, place: Place, epochs: int, steps: int, batch: int, accumulate: int, rank: int, size: int):
+    def __init__(
+        self,
+        place: Place,
+        epochs: int,
+        steps: int,
+        batch: int,
+        accumulate: int,
+        rank: int,
+        size: int,
+    ):
         share = batch // size
         self.micro = share // accumulate
         self.first, self.last = place.epoch * steps + place.step, epochs * steps
-        self.steps, self.batch, self.accumulate, self.offset = steps, batch, accumulate, rank * share
+        self.steps, self.batch, self.accumulate, self.offset = (
+            steps,
+            batch,
+            accumulate,
+            rank * share,
+        )
 
     def __len__(self) -> int:
         return (self.last - self.first) * self.accumulate
@@ -122,17 +179,20 @@ class Schedule:
 
 
 def check_shares(batch: int, ranks: int, accumulate: int) -> None:
-    """Every rank takes the same share of every batch. Raises InputError that names batches that would do."""
+    """Every rank takes the same share of every batch. Raises InputError that names batches that
+    would do."""
     if batch % (ranks * accumulate):
         unit = ranks * accumulate
         raise InputError(
-            f"data.batch: found {batch}, which {ranks} rank(s) x {accumulate} accumulation step(s) cannot share evenly; "
+            f"data.batch: found {batch}, which {ranks} rank(s) x {accumulate} accumulation "
+            "step(s) cannot share evenly; "
             f"expected a multiple of {unit}, for example {unit * max(1, -(-batch // unit))}"
         )
 
 
 def _start_worker(_: int) -> None:
-    """Loader processes leave the decision to stop to the ranks, use one thread each and end with their parent."""
+    """Loader processes leave the decision to stop to the ranks, use one thread each and end with
+    their parent."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -153,7 +213,9 @@ def batches(patches: Patches, schedule: Schedule, workers: int) -> Iterator[Batc
         if isinstance(batch, Failure):
             if batch.user_error:
                 raise InputError(f"{batch.phase} case {batch.case}: {batch.message}")
-            raise LoaderError(f"{batch.phase} case {batch.case}: {batch.message}\n{batch.traceback}")
+            raise LoaderError(
+                f"{batch.phase} case {batch.case}: {batch.message}\n{batch.traceback}"
+            )
         yield batch
 
 
@@ -162,12 +224,21 @@ def _as_made(batch: Batch | Failure) -> Batch | Failure:
 
 
 def on_device(batch: Batch, device: torch.device, channels_last: bool) -> tuple[Tensor, Tensor]:
-    """Image and label on the device, intensity changes applied there if the loader left them to us."""
-    image, label = batch.image.to(device, non_blocking=True), batch.label.to(device, non_blocking=True)
+    """Image and label on the device, intensity changes applied there if the loader left them to
+    us."""
+    image, label = (
+        batch.image.to(device, non_blocking=True),
+        batch.label.to(device, non_blocking=True),
+    )
     if batch.intensity is not None:
         volumes = image if image.ndim == 5 else image[:, :, None]
-        changed = [apply_intensity(volume, drawn, batch.in_plane) for volume, drawn in zip(volumes, batch.intensity, strict=True)]
+        changed = [
+            apply_intensity(volume, drawn, batch.in_plane)
+            for volume, drawn in zip(volumes, batch.intensity, strict=True)
+        ]
         image = torch.stack(changed).view_as(image)
     if channels_last:
-        image = image.contiguous(memory_format=torch.channels_last if image.ndim == 4 else torch.channels_last_3d)
+        image = image.contiguous(
+            memory_format=torch.channels_last if image.ndim == 4 else torch.channels_last_3d
+        )
     return image, label

@@ -1,4 +1,5 @@
-"""Which patch is sample i of epoch e: a pure function of (seed, stage, epoch, i), whatever the number of ranks or loader processes."""
+"""Which patch is sample i of epoch e: a pure function of (seed, stage, epoch, i), whatever the
+number of ranks or loader processes."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ EVERY, FOREGROUND = 0, 1  # streams of cases
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """One patch: its case and its first voxel (z, y, x) on the stored grid; negative where the case is smaller than the patch."""
+    """One patch: its case and its first voxel (z, y, x) on the stored grid; negative where the case
+    is smaller than the patch."""
 
     case: CaseEntry
     start: tuple[int, int, int]
@@ -28,8 +30,9 @@ class Draw:
 class PatchSampler:
     """Draws patches of `patch` voxels (z, y, x) from `cases`.
 
-    Every case is visited once before any is visited again. In every batch the last round(batch * foreground) samples are centred on a
-    foreground voxel of a label drawn evenly among those the case has; they walk through the cases that have foreground.
+    Every case is visited once before any is visited again. In every batch the last round(batch *
+    foreground) samples are centred on a foreground voxel of a label drawn evenly among those the
+    case has; they walk through the cases that have foreground.
     """
 
     cases: tuple[CaseEntry, ...]
@@ -52,8 +55,12 @@ class PatchSampler:
         centred = round(self.batch * self.foreground)
         pools = (self.cases, self._with_foreground)
         stream = FOREGROUND if slot >= self.batch - centred and pools[FOREGROUND] else EVERY
-        width = centred if stream == FOREGROUND else self.batch - (centred if pools[FOREGROUND] else 0)
-        place = (epoch * steps + step) * width + (slot - (self.batch - centred) if stream == FOREGROUND else slot)
+        width = (
+            centred if stream == FOREGROUND else self.batch - (centred if pools[FOREGROUND] else 0)
+        )
+        place = (epoch * steps + step) * width + (
+            slot - (self.batch - centred) if stream == FOREGROUND else slot
+        )
         pool = pools[stream]
         cycle, position = divmod(place, len(pool))
         case = pool[randomness.permutation(self.seed, stage, stream, cycle, len(pool))[position]]
@@ -62,11 +69,16 @@ class PatchSampler:
         return Draw(case=case, start=start, stage=stage, epoch=epoch, index=index)
 
     def _anywhere(self, case: CaseEntry, rng: np.random.Generator) -> tuple[int, int, int]:
-        return tuple(int(rng.integers(0, s - p + 1)) if s > p else -((p - s) // 2) for s, p in zip(case.shape, self.patch, strict=True))
+        return tuple(
+            int(rng.integers(0, s - p + 1)) if s > p else -((p - s) // 2)
+            for s, p in zip(case.shape, self.patch, strict=True)
+        )
 
     def _centred(self, case: CaseEntry, rng: np.random.Generator) -> tuple[int, int, int]:
         voxels = [voxels for _, voxels in sorted(case.foreground.items()) if voxels]
         chosen = voxels[rng.integers(len(voxels))]
         centre = np.unravel_index(chosen[rng.integers(len(chosen))], case.shape)
         axes = zip(centre, case.shape, self.patch, strict=True)
-        return tuple(min(max(int(c) - p // 2, 0), s - p) if s > p else -((p - s) // 2) for c, s, p in axes)
+        return tuple(
+            min(max(int(c) - p // 2, 0), s - p) if s > p else -((p - s) // 2) for c, s, p in axes
+        )

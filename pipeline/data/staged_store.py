@@ -13,17 +13,24 @@ from segfleet.preprocess.stores.staged_copy import LocalCopy, Unwanted, local_co
 
 
 @contextmanager
-def on_node(store: ShardStore, folder: str, ranks: Ranks, stop: StopRequest, tell: Callable[[str], None]) -> Iterator[ShardStore]:
-    """`store` from its copy below `folder`, which the first rank of the node makes while the others wait; or `store` itself if there is no
-    room. Same content, hence same results. Raises InputError for a folder that cannot be used, Interrupted when all agree to stop.
+def on_node(
+    store: ShardStore, folder: str, ranks: Ranks, stop: StopRequest, tell: Callable[[str], None]
+) -> Iterator[ShardStore]:
+    """`store` from its copy below `folder`, which the first rank of the node makes while the others
+    wait; or `store` itself if there is no room. Same content, hence same results. Raises InputError
+    for a folder that cannot be used, Interrupted when all agree to stop.
     """
     copy = local_copy(store.root, folder)
     maker = Maker(copy, tell) if ranks.local_rank == 0 else None
-    while ranks.any(maker is not None and maker.busy()):  # agreed again and again: no collective waits as long as a copy may take
+    while ranks.any(
+        maker is not None and maker.busy()
+    ):  # agreed again and again: no collective waits as long as a copy may take
         if ranks.any(stop.asked()):
             if maker:
                 maker.end()
-            raise Interrupted("stopped while the store was copied; the same command goes on with the copy")
+            raise Interrupted(
+                "stopped while the store was copied; the same command goes on with the copy"
+            )
     if maker and maker.error:
         raise maker.error
     with copy.kept() as root:

@@ -1,4 +1,5 @@
-"""What the loop asks of an engine. An engine is one file `pipeline/engines/<name>.py` with a class `Engine`."""
+"""What the loop asks of an engine. An engine is one file `pipeline/engines/<name>.py` with a class
+`Engine`."""
 
 from __future__ import annotations
 
@@ -34,31 +35,38 @@ class Engine(Protocol):
 
     def __init__(self, setup: Setup): ...
 
-    def step(self, micro_batches: Iterator[tuple[Tensor, Tensor]], lr: float) -> tuple[Tensor, Tensor]:
+    def step(
+        self, micro_batches: Iterator[tuple[Tensor, Tensor]], lr: float
+    ) -> tuple[Tensor, Tensor]:
         """One optimizer step over exactly `accumulate` micro-batches of (image, label).
 
-        Returns this rank's mean loss and the norm of the global gradient before clipping, both on the device: no host sync. With a
-        non-finite norm the step changed nothing, on any rank.
+        Returns this rank's mean loss and the norm of the global gradient before clipping, both on
+        the device: no host sync. With a non-finite norm the step changed nothing, on any rank.
         """
         ...
 
     def tensors(self) -> Tensors:
-        """Full named tensors, live ones where possible. Every rank must call it; only rank 0's result is used."""
+        """Full named tensors, live ones where possible. Every rank must call it; only rank 0's
+        result is used."""
         ...
 
     def load(self, checkpoint: Checkpoint, inherit: str) -> None:
-        """`inherit` "all": continue exactly; "weights+optimizer": weights and moments; "weights": fresh optimizer."""
+        """`inherit` "all": continue exactly; "weights+optimizer": weights and moments; "weights":
+        fresh optimizer."""
         ...
 
     def evaluation(self) -> AbstractContextManager[nn.Module]:
-        """The model in eval mode, with averaged weights if there are any; train mode and weights are restored afterwards."""
+        """The model in eval mode, with averaged weights if there are any; train mode and weights
+        are restored afterwards."""
         ...
 
 
 def engines() -> list[str]:
     import segfleet.pipeline.engines as room
 
-    return sorted(m.name for m in pkgutil.iter_modules(room.__path__) if m.name not in ("base", "common"))
+    return sorted(
+        m.name for m in pkgutil.iter_modules(room.__path__) if m.name not in ("base", "common")
+    )
 
 
 def build_engine(setup: Setup) -> Engine:

@@ -14,12 +14,16 @@ from segfleet.pipeline.checkpoint import CheckpointError
 
 
 def trainable(model: nn.Module, stage: recipes.Stage) -> dict[str, nn.Parameter]:
-    """Named parameters of this stage; the frozen ones stop asking for gradients. Raises InputError for a prefix nobody has."""
+    """Named parameters of this stage; the frozen ones stop asking for gradients. Raises InputError
+    for a prefix nobody has."""
     named = dict(model.named_parameters())
     for prefix in stage.freeze:
         if not any(name.startswith(prefix) for name in named):
             parts = sorted({name.split(".", 1)[0] for name in named})
-            raise InputError(f"freeze: no parameter name begins with '{prefix}'; names begin with: {', '.join(parts)}")
+            raise InputError(
+                f"freeze: no parameter name begins with '{prefix}'; names begin with: "
+                f"{', '.join(parts)}"
+            )
     chosen = {}
     for name, parameter in named.items():
         parameter.requires_grad_(not any(name.startswith(prefix) for prefix in stage.freeze))
@@ -31,11 +35,16 @@ def trainable(model: nn.Module, stage: recipes.Stage) -> dict[str, nn.Parameter]
 
 
 def build_optimizer(
-    named: dict[str, nn.Parameter], options: recipes.Optimizer, lr: float, ages: dict[str, Hashable] | None = None
+    named: dict[str, nn.Parameter],
+    options: recipes.Optimizer,
+    lr: float,
+    ages: dict[str, Hashable] | None = None,
 ) -> Optimizer:
-    """Groups of weights with decay, then of biases, norms and parameters marked `_no_weight_decay` without.
+    """Groups of weights with decay, then of biases, norms and parameters marked `_no_weight_decay`
+    without.
 
-    With `ages`, parameters of one group also share their age: for engines that keep one step counter per group.
+    With `ages`, parameters of one group also share their age: for engines that keep one step
+    counter per group.
     """
     groups: dict[tuple, list[nn.Parameter]] = {}
     for name, parameter in named.items():
@@ -46,7 +55,13 @@ def build_optimizer(
         for (plain, _), parameters in sorted(groups.items(), key=lambda item: item[0][0])
     ]
     if options.name == "sgd":
-        return SGD(parts, lr=lr, momentum=options.momentum, nesterov=options.nesterov and options.momentum > 0, fused=True)
+        return SGD(
+            parts,
+            lr=lr,
+            momentum=options.momentum,
+            nesterov=options.nesterov and options.momentum > 0,
+            fused=True,
+        )
     kind = AdamW if options.name == "adamw" else Adam
     return kind(parts, lr=lr, betas=options.betas, fused=True)
 
@@ -54,16 +69,24 @@ def build_optimizer(
 def optimizer_tensors(optimizer: Optimizer, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """<parameter>.<moment> -> tensor."""
     return {
-        f"{name}.{key}": value for name, parameter in named.items() for key, value in optimizer.state.get(parameter, {}).items()
+        f"{name}.{key}": value
+        for name, parameter in named.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
 
 
 @torch.no_grad()
-def load_optimizer(optimizer: Optimizer, named: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+def load_optimizer(
+    optimizer: Optimizer, named: dict[str, nn.Parameter], tensors: dict[str, Tensor]
+) -> None:
     """Put moments back by name. Parameters the checkpoint has no moments of start afresh."""
     for name, parameter in named.items():
-        moments = {key[len(name) + 1 :]: value for key, value in tensors.items() if key.rpartition(".")[0] == name}
+        moments = {
+            key[len(name) + 1 :]: value
+            for key, value in tensors.items()
+            if key.rpartition(".")[0] == name
+        }
         if moments:
             optimizer.state[parameter] = {
                 key: value.to(parameter.device, torch.float32)
@@ -75,7 +98,8 @@ def load_optimizer(optimizer: Optimizer, named: dict[str, nn.Parameter], tensors
 
 @torch.no_grad()
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Copy weights and buffers by name, in place. Raises CheckpointError that names what does not fit."""
+    """Copy weights and buffers by name, in place. Raises CheckpointError that names what does not
+    fit."""
     own = model.state_dict()
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     shapes = [
@@ -86,17 +110,24 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> No
     if missing or extra or shapes:
         found = [f"missing {missing[0]} and {len(missing) - 1} more"] if missing else []
         found += [f"unknown {extra[0]} and {len(extra) - 1} more"] if extra else []
-        raise CheckpointError(f"checkpoint: {where} does not fit this network: {'; '.join(found + sorted(shapes)[:3])}")
+        raise CheckpointError(
+            f"checkpoint: {where} does not fit this network: "
+            f"{'; '.join(found + sorted(shapes)[:3])}"
+        )
     for name, value in own.items():
         value.copy_(tensors[name])
 
 
 class Running:
-    """What the forward pass itself changes (running statistics and their counters): put back when a step was not finite."""
+    """What the forward pass itself changes (running statistics and their counters): put back when a
+    step was not finite."""
 
     def __init__(self, model: nn.Module):
         buffers = list(model.buffers())
-        self.groups = [[buffer for buffer in buffers if buffer.dtype == dtype] for dtype in dict.fromkeys(b.dtype for b in buffers)]
+        self.groups = [
+            [buffer for buffer in buffers if buffer.dtype == dtype]
+            for dtype in dict.fromkeys(b.dtype for b in buffers)
+        ]
         self.kept: list[Tensor] = []
 
     @torch.no_grad()
@@ -109,20 +140,28 @@ class Running:
         """Put them back unless the gradient's norm is finite; decided on the device."""
         for group, kept in zip(self.groups, self.kept, strict=True):
             moved = torch.cat([buffer.flatten() for buffer in group])
-            values = torch.where(torch.isfinite(norm), moved, kept).split([buffer.numel() for buffer in group])
-            torch._foreach_copy_(group, [value.view_as(buffer) for value, buffer in zip(values, group, strict=True)])
+            values = torch.where(torch.isfinite(norm), moved, kept).split(
+                [buffer.numel() for buffer in group]
+            )
+            torch._foreach_copy_(
+                group, [value.view_as(buffer) for value, buffer in zip(values, group, strict=True)]
+            )
 
 
 class Average:
-    """Exponential moving average of all parameters by name; with decay 0 there is none and `values` is empty."""
+    """Exponential moving average of all parameters by name; with decay 0 there is none and `values`
+    is empty."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
-        self.values = {name: p.detach().clone() for name, p in model.named_parameters()} if decay else {}
+        self.values = (
+            {name: p.detach().clone() for name, p in model.named_parameters()} if decay else {}
+        )
 
     @torch.no_grad()
     def update(self, model: nn.Module, norm: Tensor) -> None:
-        """Move towards the weights, unless the step was skipped because the gradient's norm is not finite."""
+        """Move towards the weights, unless the step was skipped because the gradient's norm is not
+        finite."""
         if self.values:
             values = list(self.values.values())
             away = torch._foreach_sub([*model.parameters()], values)

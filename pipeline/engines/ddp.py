@@ -27,19 +27,29 @@ class Engine:
     def __init__(self, setup: Setup):
         self.ranks, self.loss, self.options = setup.ranks, setup.loss, setup.recipe.engine
         if self.options.options:
-            raise InputError(f"engine.options: found {', '.join(self.options.options)}, but ddp has no options; set engine.options={{}}")
+            raise InputError(
+                f"engine.options: found {', '.join(self.options.options)}, but ddp has no "
+                f"options; set engine.options={{}}"
+            )
         self.model, self.clip = setup.model, setup.recipe.optimizer.clip
         self.named = trainable(self.model, setup.stage)
         self.optimizer = build_optimizer(self.named, setup.recipe.optimizer, setup.stage.lr)
-        self.scaler = torch.amp.GradScaler(self.ranks.device.type, enabled=self.options.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(
+            self.ranks.device.type, enabled=self.options.precision == "fp16"
+        )
         self.average, self.running = Average(self.model, self.options.ema), Running(self.model)
         self.forward = torch.compile(self.model) if self.options.compile else self.model
         if self.ranks.size > 1:
-            # Without the search for unused parameters DDP regroups its buckets after the first step, and with it the order of sums in a
-            # ring of three or more ranks: a resumed run would then differ from an uninterrupted one in the last bits.
-            self.forward = DistributedDataParallel(self.forward, find_unused_parameters=True, gradient_as_bucket_view=True)
+            # Without the search for unused parameters DDP regroups its buckets after the first
+            # step, and with it the order of sums in a ring of three or more ranks: a resumed run
+            # would then differ from an uninterrupted one in the last bits.
+            self.forward = DistributedDataParallel(
+                self.forward, find_unused_parameters=True, gradient_as_bucket_view=True
+            )
 
-    def step(self, micro_batches: Iterator[tuple[Tensor, Tensor]], lr: float) -> tuple[Tensor, Tensor]:
+    def step(
+        self, micro_batches: Iterator[tuple[Tensor, Tensor]], lr: float
+    ) -> tuple[Tensor, Tensor]:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
@@ -55,23 +65,34 @@ class Engine:
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.named.values(), self.clip or float("inf"), foreach=True)
+        norm = nn.utils.clip_grad_norm_(
+            self.named.values(), self.clip or float("inf"), foreach=True
+        )
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:  # the fused optimizers read this flag on the device and then change nothing
-            self.optimizer.found_inf, self.optimizer.grad_scale = (~torch.isfinite(norm)).float(), None
+            self.optimizer.found_inf, self.optimizer.grad_scale = (
+                (~torch.isfinite(norm)).float(),
+                None,
+            )
             self.optimizer.step()
         self.running.settle(norm)
         self.average.update(self.model, norm)
         return total, norm
 
     def tensors(self) -> Tensors:
-        groups = {"weights": dict(self.model.state_dict()), "optimizer": optimizer_tensors(self.optimizer, self.named)}
+        groups = {
+            "weights": dict(self.model.state_dict()),
+            "optimizer": optimizer_tensors(self.optimizer, self.named),
+        }
         if self.average.values:
             groups["ema"] = self.average.values
         if self.scaler.is_enabled():
-            groups["scaler"] = {key: torch.tensor(value, dtype=torch.float64) for key, value in self.scaler.state_dict().items()}
+            groups["scaler"] = {
+                key: torch.tensor(value, dtype=torch.float64)
+                for key, value in self.scaler.state_dict().items()
+            }
         return groups
 
     def load(self, checkpoint: Checkpoint, inherit: str) -> None:
@@ -81,11 +102,20 @@ class Engine:
             load_optimizer(self.optimizer, self.named, checkpoint.tensors("optimizer"))
         if inherit == "all" and self.scaler.is_enabled():
             state = {key: value.item() for key, value in checkpoint.tensors("scaler").items()}
-            self.scaler.load_state_dict({key: int(v) if key in ("growth_interval", "_growth_tracker") else v for key, v in state.items()})
+            self.scaler.load_state_dict(
+                {
+                    key: int(v) if key in ("growth_interval", "_growth_tracker") else v
+                    for key, v in state.items()
+                }
+            )
 
     @contextmanager
     def evaluation(self) -> Iterator[nn.Module]:
-        own = {name: p.detach().clone() for name, p in self.model.named_parameters()} if self.average.values else {}
+        own = (
+            {name: p.detach().clone() for name, p in self.model.named_parameters()}
+            if self.average.values
+            else {}
+        )
         try:
             self._put(self.average.values)
             yield self.model.eval()

@@ -1,9 +1,13 @@
-"""Data parallel training with DeepSpeed's ZeRO, stages 0 to 3, in a process group that stands already: none of DeepSpeed's launchers is used.
+"""Data parallel training with DeepSpeed's ZeRO, stages 0 to 3, in a process group that stands
+already: none of DeepSpeed's launchers is used.
 
-engine.options: `zero` 0 | 1 | 2 | 3 (default 1) says what is spread over the ranks: nothing; moments; and gradients; and weights.
-`offload` none | cpu keeps moments and the optimizer's copy of the weights in host memory, updated there by PyTorch's own optimizer.
+engine.options: `zero` 0 | 1 | 2 | 3 (default 1) says what is spread over the ranks: nothing;
+moments; and gradients; and weights.
+`offload` none | cpu keeps moments and the optimizer's copy of the weights in host memory, updated
+there by PyTorch's own optimizer.
 
-Weights and moments stay float32 and autocast is that of the ddp engine, so both engines take the same steps and share one checkpoint.
+Weights and moments stay float32 and autocast is that of the ddp engine, so both engines take the
+same steps and share one checkpoint.
 """
 
 from __future__ import annotations
@@ -42,7 +46,9 @@ LEGAL = {"zero": (0, 1, 2, 3), "offload": ("none", "cpu")}
 ALIGNMENT = 2  # ZeRO 1 and 2 pad a group to a multiple of this times the number of ranks
 BUCKET = 50_000_000  # elements reduced at once
 STEP = "step"  # Adam's counter, one for all parameters of a group
-PERSISTENT = 10_000  # ZeRO 3 leaves parameters of fewer elements whole on every rank: gathering them costs more than it saves
+# ZeRO 3 leaves parameters of fewer elements whole on every rank: gathering them costs more than it
+# saves
+PERSISTENT = 10_000
 
 
 class Engine:
@@ -53,19 +59,29 @@ class Engine:
         self.library = quiet_deepspeed(self.ranks.device)
         self.named = trainable(self.model, setup.stage)
         self.average = Average(self.model, self.options.ema)
-        self.twin = copy.deepcopy(self.model)  # evaluated in place of the model, whose weights may be spread over the ranks
+        self.twin = copy.deepcopy(
+            self.model
+        )  # evaluated in place of the model, whose weights may be spread over the ranks
         self.inner = None  # DeepSpeed's engine, from `start` on
 
     def start(self, moments: dict[str, Tensor]) -> None:
-        """Hand model and optimizer over to DeepSpeed and put the moments back. From here on the model's weights are DeepSpeed's."""
+        """Hand model and optimizer over to DeepSpeed and put the moments back. From here on the
+        model's weights are DeepSpeed's."""
         join_process_group(self.ranks)
         before = [(p, p.data) for p in self.model.parameters()]
-        self.model.to(memory_format=torch.contiguous_format)  # DeepSpeed takes no other; images and activations keep theirs
+        self.model.to(
+            memory_format=torch.contiguous_format
+        )  # DeepSpeed takes no other; images and activations keep theirs
         ages = {name: age(name, moments) for name in self.named}
-        self.optimizer = build_optimizer(self.named, self.recipe.optimizer, self.setup.stage.lr, ages)
+        self.optimizer = build_optimizer(
+            self.named, self.recipe.optimizer, self.setup.stage.lr, ages
+        )
         with quiet():
             self.inner, *_ = self.library.initialize(
-                model=Autocast(self.model, self.options), optimizer=self.optimizer, config=self._config(), dist_init_required=False
+                model=Autocast(self.model, self.options),
+                optimizer=self.optimizer,
+                config=self._config(),
+                dist_init_required=False,
             )
         self.running = Running(self.model)
         if self.zero == 0:
@@ -80,17 +96,25 @@ class Engine:
                 if key == STEP:
                     self.optimizer.state[flat][key] = values[0]
                 else:
-                    self.optimizer.state[flat][key] = torch.empty_like(flat).copy_(cut(values, self.zero, self.ranks.size)[self.ranks.rank])
+                    self.optimizer.state[flat][key] = torch.empty_like(flat).copy_(
+                        cut(values, self.zero, self.ranks.size)[self.ranks.rank]
+                    )
 
     def _config(self) -> dict[str, Any]:
         elements = sum(p.numel() for p in self.named.values())
-        zero: dict[str, Any] = {"stage": self.zero, "overlap_comm": False, "reduce_bucket_size": min(elements, BUCKET)}
+        zero: dict[str, Any] = {
+            "stage": self.zero,
+            "overlap_comm": False,
+            "reduce_bucket_size": min(elements, BUCKET),
+        }
         if self.zero == 3:
             zero["stage3_param_persistence_threshold"] = PERSISTENT
         if self.offload == "cpu":
             zero["offload_optimizer"] = {"device": "cpu"}
         return {
-            "train_micro_batch_size_per_gpu": max(1, self.recipe.data.batch // self.ranks.size // self.options.accumulate),
+            "train_micro_batch_size_per_gpu": max(
+                1, self.recipe.data.batch // self.ranks.size // self.options.accumulate
+            ),
             "gradient_accumulation_steps": self.options.accumulate,
             "gradient_clipping": self.recipe.optimizer.clip if self.zero else 0.0,
             "zero_optimization": zero,
@@ -100,7 +124,9 @@ class Engine:
             "timers": {"throughput": {"enabled": False}},  # it waits for the device in every step
         }
 
-    def step(self, micro_batches: Iterator[tuple[Tensor, Tensor]], lr: float) -> tuple[Tensor, Tensor]:
+    def step(
+        self, micro_batches: Iterator[tuple[Tensor, Tensor]], lr: float
+    ) -> tuple[Tensor, Tensor]:
         if self.inner is None:
             self.start({})
         for group in self.optimizer.param_groups:
@@ -113,11 +139,20 @@ class Engine:
             loss = self.inner.backward(self.loss(self.inner(image), label))
             total += loss.detach()
             if self.zero == 0 and part == parts - 1:
-                norm = nn.utils.clip_grad_norm_(self.named.values(), self.recipe.optimizer.clip or float("inf"), foreach=True)
-                self.optimizer.found_inf, self.optimizer.grad_scale = (~torch.isfinite(norm)).float(), None
-            self.inner.step()  # counts micro-batches: the optimizer steps after the last one, and with ZeRO only if the norm is finite
+                norm = nn.utils.clip_grad_norm_(
+                    self.named.values(), self.recipe.optimizer.clip or float("inf"), foreach=True
+                )
+                self.optimizer.found_inf, self.optimizer.grad_scale = (
+                    (~torch.isfinite(norm)).float(),
+                    None,
+                )
+            # counts micro-batches: the optimizer steps after the last one, and with ZeRO only if
+            # the norm is finite
+            self.inner.step()
         if self.zero:
-            norm = torch.as_tensor(self.inner.get_global_grad_norm(), dtype=torch.float32, device=self.ranks.device)
+            norm = torch.as_tensor(
+                self.inner.get_global_grad_norm(), dtype=torch.float32, device=self.ranks.device
+            )
         self.running.settle(norm)
         if self.average.values:
             with self._whole():
@@ -132,24 +167,34 @@ class Engine:
                 alike = [buffer for buffer in buffers if buffer.dtype == dtype]
                 packed = torch.cat([buffer.flatten() for buffer in alike])
                 dist.broadcast(packed, src=0)
-                for buffer, value in zip(alike, packed.split([buffer.numel() for buffer in alike]), strict=True):
+                for buffer, value in zip(
+                    alike, packed.split([buffer.numel() for buffer in alike]), strict=True
+                ):
                     buffer.copy_(value.view_as(buffer))
 
-    # Every rank must come to what follows up to `load`: weights and moments may be spread over all of them.
+    # Every rank must come to what follows up to `load`: weights and moments may be spread over all
+    # of them.
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
         """Inside, the model's parameters are whole on every rank."""
-        with self.library.zero.GatheredParameters(list(self.model.parameters()), enabled=self.zero == 3 and self.inner is not None):
+        with self.library.zero.GatheredParameters(
+            list(self.model.parameters()), enabled=self.zero == 3 and self.inner is not None
+        ):
             yield
 
     def _weights(self) -> dict[str, Tensor]:
         with self._whole():
             own = self.model.state_dict()
-            return {name: value.clone() for name, value in own.items()} if self.zero == 3 else dict(own)
+            return (
+                {name: value.clone() for name, value in own.items()}
+                if self.zero == 3
+                else dict(own)
+            )
 
     def _flats(self) -> list[tuple[list[str], Tensor]]:
-        """Per group: names of its parameters and this rank's piece of them, the key of its moments in the optimizer's state."""
+        """Per group: names of its parameters and this rank's piece of them, the key of its moments
+        in the optimizer's state."""
         zero, names = self.inner.optimizer, {id(p): name for name, p in self.named.items()}
         if self.zero == 3:
             pairs = zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)
@@ -166,14 +211,18 @@ class Engine:
         for names, flat in self._flats():
             for key, value in self.optimizer.state.get(flat, {}).items():
                 whole = [value] * len(names) if key == STEP else self._gather(names, value)
-                moments |= {f"{name}.{key}": tensor for name, tensor in zip(names, whole, strict=True)}
+                moments |= {
+                    f"{name}.{key}": tensor for name, tensor in zip(names, whole, strict=True)
+                }
         return moments
 
     def _gather(self, names: list[str], piece: Tensor) -> list[Tensor]:
         piece = piece.detach().to(self.ranks.device)
         pieces = [torch.empty_like(piece) for _ in range(self.ranks.size)]
         dist.all_gather(pieces, piece)
-        return join(torch.stack(pieces), [self.twin.get_parameter(name).shape for name in names], self.zero)
+        return join(
+            torch.stack(pieces), [self.twin.get_parameter(name).shape for name in names], self.zero
+        )
 
     def tensors(self) -> Tensors:
         groups = {"weights": self._weights(), "optimizer": self._moments()}
@@ -193,8 +242,9 @@ class Engine:
         yield self.twin.eval()
 
 
-# ZeRO 1 and 2 lay the tensors of a group end to end and cut that into one equal piece per rank. ZeRO 3 cuts every tensor into one equal
-# piece per rank and lays a rank's pieces end to end. Whatever is cut is first padded at its end.
+# ZeRO 1 and 2 lay the tensors of a group end to end and cut that into one equal piece per rank.
+# ZeRO 3 cuts every tensor into one equal piece per rank and lays a rank's pieces end to end.
+# Whatever is cut is first padded at its end.
 
 
 def cut(values: list[Tensor], zero: int, ranks: int) -> Tensor:
@@ -209,9 +259,15 @@ def join(pieces: Tensor, shapes: list[torch.Size], zero: int) -> list[Tensor]:
     ranks = len(pieces)
     if zero == 3:
         rows = pieces.split([-(-shape.numel() // ranks) for shape in shapes], 1)
-        return [row.flatten()[: shape.numel()].view(shape) for row, shape in zip(rows, shapes, strict=True)]
+        return [
+            row.flatten()[: shape.numel()].view(shape)
+            for row, shape in zip(rows, shapes, strict=True)
+        ]
     sizes = [shape.numel() for shape in shapes]
-    return [value.view(shape) for value, shape in zip(pieces.flatten()[: sum(sizes)].split(sizes), shapes, strict=True)]
+    return [
+        value.view(shape)
+        for value, shape in zip(pieces.flatten()[: sum(sizes)].split(sizes), shapes, strict=True)
+    ]
 
 
 def _rows(flat: Tensor, ranks: int, multiple: int) -> Tensor:
@@ -223,15 +279,29 @@ def read_options(options: recipes.Engine) -> tuple[int, str]:
     chosen = {"zero": 1, "offload": "none"} | options.options
     for key, value in chosen.items():
         if key not in LEGAL:
-            raise InputError(f"engine.options: found unknown key '{key}', expected one of: {', '.join(LEGAL)}")
+            raise InputError(
+                f"engine.options: found unknown key '{key}', expected one of: {', '.join(LEGAL)}"
+            )
         if isinstance(value, bool) or value not in LEGAL[key]:
-            raise InputError(f"engine.options.{key}: found {value!r}, expected one of: {', '.join(map(str, LEGAL[key]))}")
+            raise InputError(
+                f"engine.options.{key}: found {value!r}, expected one of: "
+                f"{', '.join(map(str, LEGAL[key]))}"
+            )
     if chosen["offload"] == "cpu" and chosen["zero"] == 0:
-        raise InputError("engine.options.offload: found 'cpu' with zero 0, which has nothing to offload; expected zero 1, 2 or 3")
+        raise InputError(
+            "engine.options.offload: found 'cpu' with zero 0, which has nothing to offload; "
+            "expected zero 1, 2 or 3"
+        )
     if options.precision == "fp16":
-        raise InputError("engine.precision: found 'fp16', expected fp32 or bf16 with engine.name deepspeed; engine.name=ddp offers fp16")
+        raise InputError(
+            "engine.precision: found 'fp16', expected fp32 or bf16 with engine.name deepspeed; "
+            "engine.name=ddp offers fp16"
+        )
     if options.compile and chosen["zero"] == 3:
-        raise InputError("engine.compile: found true, expected false with zero 3, whose weights come and go while the network runs")
+        raise InputError(
+            "engine.compile: found true, expected false with zero 3, whose weights come and go "
+            "while the network runs"
+        )
     return chosen["zero"], chosen["offload"]
 
 
@@ -241,7 +311,9 @@ class Autocast(nn.Module):
     def __init__(self, model: nn.Module, options: recipes.Engine):
         super().__init__()
         self.model, self.precision = model, options.precision
-        self.run = (torch.compile(model),) if options.compile else (model,)  # in a tuple: registered once
+        self.run = (
+            (torch.compile(model),) if options.compile else (model,)
+        )  # in a tuple: registered once
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         with autocast(self.precision, image.device):
@@ -249,7 +321,8 @@ class Autocast(nn.Module):
 
 
 def age(name: str, moments: dict[str, Tensor]) -> Hashable:
-    """What parameters must share to share a step counter: how many steps their moments saw; None without moments."""
+    """What parameters must share to share a step counter: how many steps their moments saw; None
+    without moments."""
     if f"{name}.{STEP}" in moments:
         return int(moments[f"{name}.{STEP}"])
     return "ageless" if any(key.rpartition(".")[0] == name for key in moments) else None
@@ -258,21 +331,34 @@ def age(name: str, moments: dict[str, Tensor]) -> Hashable:
 def join_process_group(ranks: Ranks) -> None:
     """DeepSpeed needs a process group even for one rank; a single rank has none."""
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(
+            "nccl" if ranks.device.type == "cuda" else "gloo",
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+        )
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
 
 def quiet_deepspeed(device: torch.device) -> ModuleType:
-    """DeepSpeed without its chatter on stdout, and without compiling anything: its shared-memory collectives stay off."""
+    """DeepSpeed without its chatter on stdout, and without compiling anything: its shared-memory
+    collectives stay off."""
     os.environ["DS_ACCELERATOR"] = device.type
-    os.environ["LOCAL_RANK"] = str(device.index or 0)  # it looks here for the number of its device, again and again
+    os.environ["LOCAL_RANK"] = str(
+        device.index or 0
+    )  # it looks here for the number of its device, again and again
     with quiet():
         try:
             import deepspeed
         except ImportError as error:
-            raise InputError(f"engine.name: deepspeed cannot be imported ({error}): pip install it or set engine.name=ddp") from None
+            raise InputError(
+                f"engine.name: deepspeed cannot be imported ({error}): pip install it or set "
+                "engine.name=ddp"
+            ) from None
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # in every step: it calls collectives by their older names
+    warnings.filterwarnings(
+        "ignore", "`torch.distributed", FutureWarning
+    )  # in every step: it calls collectives by their older names
     logger = logging.getLogger("DeepSpeed")
     logger.handlers.clear()
     logger.propagate = True
@@ -282,7 +368,8 @@ def quiet_deepspeed(device: torch.device) -> ModuleType:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """stdout belongs to the command line: what a library prints goes to stderr. Its warnings are not ours to mend."""
+    """stdout belongs to the command line: what a library prints goes to stderr. Its warnings are
+    not ours to mend."""
     with redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

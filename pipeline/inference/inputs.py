@@ -1,4 +1,5 @@
-"""Which images are to be segmented, and where their labels go. Needs no torch, so it can be asked before a job waits in a queue."""
+"""Which images are to be segmented, and where their labels go. Needs no torch, so it can be asked
+before a job waits in a queue."""
 
 from __future__ import annotations
 
@@ -16,13 +17,17 @@ from segfleet.preprocess.files.images import ENDINGS, ending, stem
 from segfleet.preprocess.files.writer import WRITABLE
 from segfleet.preprocess.readers.base import natural, visible
 
-RECORD, NOTES = "predictions.json", ".predictions"  # of the folder; of every file in it: what it was made of
+RECORD, NOTES = (
+    "predictions.json",
+    ".predictions",
+)  # of the folder; of every file in it: what it was made of
 CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """One image to segment: its files, one per channel or one for all. `problem` says why it cannot be used."""
+    """One image to segment: its files, one per channel or one for all. `problem` says why it cannot
+    be used."""
 
     id: str
     images: tuple[Path, ...]
@@ -37,15 +42,20 @@ class Input:
     def content(self) -> str:
         """sha256 of everything that is read of this image. Raises OSError."""
         files = list(self.images)
-        for path in self.images if ending(self.images[0]) in (".tif", ".tiff") else ():  # their spacing stands beside them
+        for path in (
+            self.images if ending(self.images[0]) in (".tif", ".tiff") else ()
+        ):  # their spacing stands beside them
             names = (stem(path), CHANNEL.sub(r"\1", stem(path)))
             files += [file for name in names if (file := path.with_name(f"{name}.json")).is_file()]
-        return hashlib.sha256("".join(str(file_facts(path)["sha256"]) for path in dict.fromkeys(files)).encode()).hexdigest()
+        return hashlib.sha256(
+            "".join(str(file_facts(path)["sha256"]) for path in dict.fromkeys(files)).encode()
+        ).hexdigest()
 
 
 def collect(inputs: Sequence[str | Path], channels: int) -> list[Input]:
-    """The images among files and folders, in natural order. CASE_0000, CASE_0001, ... are channels of CASE when exactly the channels of
-    the data set are there, or only 0000 (one channel, or all in one file); any other file is an image of its own.
+    """The images among files and folders, in natural order. CASE_0000, CASE_0001, ... are channels
+    of CASE when exactly the channels of the data set are there, or only 0000 (one channel, or all
+    in one file); any other file is an image of its own.
 
     Raises InputError when a path does not exist or nothing is found.
     """
@@ -53,10 +63,16 @@ def collect(inputs: Sequence[str | Path], channels: int) -> list[Input]:
     for path in map(Path, inputs):
         if not path.exists():
             raise InputError(f"input: found no file or folder {path}")
-        files += [p for p in visible(path) if p.is_file() and p.name.lower().endswith(ENDINGS)] if path.is_dir() else [path]
+        files += (
+            [p for p in visible(path) if p.is_file() and p.name.lower().endswith(ENDINGS)]
+            if path.is_dir()
+            else [path]
+        )
     if not files:
         where = ", ".join(map(str, inputs)) or "nothing"
-        raise InputError(f"input: found no image in {where}; expected files ending in {', '.join(ENDINGS)}")
+        raise InputError(
+            f"input: found no image in {where}; expected files ending in {', '.join(ENDINGS)}"
+        )
     cases: dict[tuple[Path, str, str], dict[int, Path]] = {}
     alone: list[Input] = []
     for path in dict.fromkeys(files):
@@ -95,52 +111,69 @@ def _distinct(found: list[Input]) -> list[Input]:
 
 
 def check_out(out: Path, found: list[Input], run: str) -> str | None:
-    """Who made the predictions in `out`, if there are any. Raises InputError if new ones of `run` would mix with those of another run, or
-    overwrite images."""
+    """Who made the predictions in `out`, if there are any. Raises InputError if new ones of `run`
+    would mix with those of another run, or overwrite images."""
     if out.exists() and not out.is_dir():
         raise InputError(f"out: {out} is a file, expected a folder")
     images = {path.resolve() for one in found for path in one.images}
     for one in found:
         if (out / one.output).resolve() in images:
-            raise InputError(f"out: the prediction {one.output} would overwrite the image in {out}; choose another folder")
+            raise InputError(
+                f"out: the prediction {one.output} would overwrite the image in {out}; choose "
+                "another folder"
+            )
     record = out / RECORD
     try:
         known = json.loads(record.read_text(encoding="utf-8"))["made_by"]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"out: {record} is damaged; choose another folder, or remove the file if the predictions may be kept") from None
+        raise InputError(
+            f"out: {record} is damaged; choose another folder, or remove the file if the "
+            "predictions may be kept"
+        ) from None
     if known.partition(" ")[0] != run.partition(" ")[0]:
-        raise InputError(f"out: {out} holds predictions made by {known!r}, expected {run!r}; choose another folder")
+        raise InputError(
+            f"out: {out} holds predictions made by {known!r}, expected {run!r}; choose another "
+            "folder"
+        )
     return known
 
 
 def claim(out: Path, found: list[Input], made_by: str) -> None:
-    """Make the folder, and note whose predictions it holds: "run, checkpoint and settings". Raises InputError as `check_out` does."""
+    """Make the folder, and note whose predictions it holds: "run, checkpoint and settings". Raises
+    InputError as `check_out` does."""
     known = check_out(out, found, made_by)
     if known not in (None, made_by):
-        raise InputError(f"out: {out} holds predictions made by {known!r}, expected {made_by!r}; choose another folder")
+        raise InputError(
+            f"out: {out} holds predictions made by {known!r}, expected {made_by!r}; choose "
+            "another folder"
+        )
     out.mkdir(parents=True, exist_ok=True)
     if known is None:
         write_atomically(out / RECORD, json.dumps({"made_by": made_by}))
 
 
 def is_made(out: Path, one: Input, facts: dict[str, Any]) -> bool:
-    """Whether the prediction of `one` is in `out` and was made of `facts`. Raises InputError for a file that is no prediction of ours."""
+    """Whether the prediction of `one` is in `out` and was made of `facts`. Raises InputError for a
+    file that is no prediction of ours."""
     if not (out / one.output).exists():
         return False
     try:
         return json.loads(_note(out, one).read_text(encoding="utf-8")) == facts
     except FileNotFoundError:
         mend = "Move it away or choose another folder."
-        raise InputError(f"{out / one.output} is there already, and no note says what it was made of. {mend}") from None
+        raise InputError(
+            f"{out / one.output} is there already, and no note says what it was made of. {mend}"
+        ) from None
     except ValueError:
         return False
 
 
 def note(out: Path, one: Input, facts: dict[str, Any]) -> None:
-    """Note what the prediction of `one` is made of, just before it is written. An older one goes first: no note ever vouches for a file
-    it was not written for, however the process ends. One note per file, so ranks never write to the same one."""
+    """Note what the prediction of `one` is made of, just before it is written. An older one goes
+    first: no note ever vouches for a file it was not written for, however the process ends. One
+    note per file, so ranks never write to the same one."""
     (out / one.output).unlink(missing_ok=True)
     _note(out, one).parent.mkdir(exist_ok=True)
     write_atomically(_note(out, one), json.dumps(facts))

@@ -1,4 +1,5 @@
-"""New images to label files that lie exactly on them. Stops for nobody: a bad image is listed, the rest is done."""
+"""New images to label files that lie exactly on them. Stops for nobody: a bad image is listed, the
+rest is done."""
 
 from __future__ import annotations
 
@@ -43,17 +44,32 @@ def predict_files(
     ranks: Ranks | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Segment the images `inputs` (files and folders) into the folder `out`; one label file each, written whole or not at all.
+    """Segment the images `inputs` (files and folders) into the folder `out`; one label file each,
+    written whole or not at all.
 
-    Files that were made of the same image in the same way are kept, so an interrupted call goes on; those of another image of that name
-    or of other settings are written again, and a file that is no prediction is left alone and listed. A folder of another `made_by` (run
-    and checkpoint) is refused. Every rank of `ranks` segments its share, `progress(done, total)` counts that, and every rank gets the
-    whole answer: {"done", "kept": [{"id", "file"}], "failed": [{"id", "files", "problem"}], "exit_code"}: 2 if any failed, else 0.
-    Raises InputError when nothing can be done at all; an error of one rank is raised on all.
+    Files that were made of the same image in the same way are kept, so an interrupted call goes on;
+    those of another image of that name or of other settings are written again, and a file that is
+    no prediction is left alone and listed. A folder of another `made_by` (run and checkpoint) is
+    refused. Every rank of `ranks` segments its share, `progress(done, total)` counts that, and
+    every rank gets the whole answer: {"done", "kept": [{"id", "file"}], "failed": [{"id", "files",
+    "problem"}], "exit_code"}: 2 if any failed, else 0. Raises InputError when nothing can be done
+    at all; an error of one rank is raised on all.
     """
     ranks, found, out = ranks or Ranks(), collect(inputs, len(dataset.channels)), Path(out)
-    window = {"patch": patch, "overlap": overlap, "mirror_axes": mirror_axes, "batch": batch, "dims": dims or (2 if patch[0] == 1 else 3)}
-    settings = {"made_by": made_by, "patch": list(patch), "overlap": overlap, "mirror_axes": sorted(mirror_axes), "dims": window["dims"]}
+    window = {
+        "patch": patch,
+        "overlap": overlap,
+        "mirror_axes": mirror_axes,
+        "batch": batch,
+        "dims": dims or (2 if patch[0] == 1 else 3),
+    }
+    settings = {
+        "made_by": made_by,
+        "patch": list(patch),
+        "overlap": overlap,
+        "mirror_axes": sorted(mirror_axes),
+        "dims": window["dims"],
+    }
     window |= {"device": device, "keep_on": "cpu"}
     error = _caught(lambda: claim(out, found, made_by)) if ranks.rank == 0 else None
     if error := ranks.share(error):
@@ -72,7 +88,10 @@ def predict_files(
         if failure:
             raise failure
     whole = dict(sorted(item for part, _ in gathered for item in part.items()))
-    result = {kind: [one for what, one in whole.values() if what == kind] for kind in ("done", "kept", "failed")}
+    result = {
+        kind: [one for what, one in whole.values() if what == kind]
+        for kind in ("done", "kept", "failed")
+    }
     return {"out": str(out), **result, "exit_code": 2 if result["failed"] else 0}
 
 
@@ -85,7 +104,13 @@ def _caught(function: Callable[[], None]) -> Exception | None:
 
 
 def _answer(
-    forward: Forward, plan: Plan, task: Task, one: Input, out: Path, settings: dict[str, Any], window: dict[str, Any]
+    forward: Forward,
+    plan: Plan,
+    task: Task,
+    one: Input,
+    out: Path,
+    settings: dict[str, Any],
+    window: dict[str, Any],
 ) -> tuple[str, dict[str, Any]]:
     try:
         if one.problem:
@@ -98,10 +123,16 @@ def _answer(
         write_label(out / one.output, label, geometry)
         return "done", {"id": one.id, "file": str(out / one.output)}
     except (InputError, OSError, FloatingPointError, MemoryError) as error:
-        return "failed", {"id": one.id, "files": [str(p) for p in one.images], "problem": str(error) or type(error).__name__}
+        return "failed", {
+            "id": one.id,
+            "files": [str(p) for p in one.images],
+            "problem": str(error) or type(error).__name__,
+        }
 
 
-def _predict(forward: Forward, plan: Plan, task: Task, one: Input, window: dict[str, Any]) -> tuple[np.ndarray, Geometry]:
+def _predict(
+    forward: Forward, plan: Plan, task: Task, one: Input, window: dict[str, Any]
+) -> tuple[np.ndarray, Geometry]:
     image, geometry = read_image(one.images)
     if plan.normalisation == ("rgb_to_0_1",) * 3:
         image, geometry = colours(image, geometry)  # as all layouts of colour pictures do
@@ -109,9 +140,14 @@ def _predict(forward: Forward, plan: Plan, task: Task, one: Input, window: dict[
         mend = "Save the image with the channels the network was trained on."
         raise ImageError(one.images[0], "channels", str(len(image)), str(channels), mend)
     if image.dtype.kind == "f" and not np.isfinite(image).all():
-        raise InputError(f"{one.images[0]}: image: found voxels that are nan or infinite, expected finite ones. Mend the image.")
+        raise InputError(
+            f"{one.images[0]}: image: found voxels that are nan or infinite, expected finite "
+            "ones. Mend the image."
+        )
     case = Case(id=one.id, image_CZYX=image, label_ZYX=None, geometry=geometry)
     stored, _, facts = preprocess_case(case, plan)
     found = sliding_window(forward, torch.from_numpy(to_float32(stored, plan.scale)), **window)
     axis = resample_axis(geometry.spacing, plan)
-    return restore(found, task, crop=facts["crop"], raw_shape=geometry.shape, anisotropic_axis=axis), geometry
+    return restore(
+        found, task, crop=facts["crop"], raw_shape=geometry.shape, anisotropic_axis=axis
+    ), geometry

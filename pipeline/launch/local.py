@@ -22,7 +22,8 @@ GRACE = 120.0  # seconds the ranks have to save and go after they were asked to
 
 
 class RankFailed(RuntimeError):
-    """A rank failed; the message is that rank's own. `exit_code` 2 for the user's mistake, 1 for a fault, 75 for an agreed stop."""
+    """A rank failed; the message is that rank's own. `exit_code` 2 for the user's mistake, 1 for a
+    fault, 75 for an agreed stop."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
@@ -37,21 +38,31 @@ def die_with_parent(parent: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run_ranks(job: dict, ranks: int, poll: Callable[[], None] = lambda: None, threads: int | None = None) -> None:
-    """Run `segfleet.pipeline.launch.worker` on `ranks` local processes until all end. `job` is what the worker gets, plain JSON.
+def run_ranks(
+    job: dict, ranks: int, poll: Callable[[], None] = lambda: None, threads: int | None = None
+) -> None:
+    """Run `segfleet.pipeline.launch.worker` on `ranks` local processes until all end. `job` is what
+    the worker gets, plain JSON.
 
-    Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP (unless it is ignored, as under nohup) are passed on as a request to stop in order (in the
-    main thread; others get no signals). Raises RankFailed with the first failing rank's own message; the other ranks are killed with it.
+    Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP (unless it is ignored, as under nohup) are passed
+    on as a request to stop in order (in the main thread; others get no signals). Raises RankFailed
+    with the first failing rank's own message; the other ranks are killed with it.
     `threads`: of each rank; by default OMP_NUM_THREADS or an equal share of the cores.
     """
     with tempfile.TemporaryDirectory(prefix="segfleet-") as folder:
         rendezvous = Path(folder)
         (rendezvous / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        share = str(threads) if threads else os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // ranks))
+        share = (
+            str(threads)
+            if threads
+            else os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // ranks))
+        )
         processes = [_start(rendezvous, rank, ranks, share) for rank in range(ranks)]
 
         def hear(number: int, _) -> None:
-            _ask(processes, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)  # a second Ctrl-C stops at once
+            _ask(
+                processes, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+            )  # a second Ctrl-C stops at once
 
         before = {number: signal.signal(number, hear) for number in signals_heard()}
         try:
@@ -79,10 +90,16 @@ def _start(rendezvous: Path, rank: int, ranks: int, threads: str) -> subprocess.
         "LOCAL_RANK": str(rank),
         "OMP_NUM_THREADS": threads,
         "SEGFLEET_PARENT": str(os.getpid()),
-        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),  # DDP's advice on a flag that is set on purpose
+        "TORCH_CPP_LOG_LEVEL": os.environ.get(
+            "TORCH_CPP_LOG_LEVEL", "ERROR"
+        ),  # DDP's advice on a flag that is set on purpose
     }
     # A session of its own: Ctrl-C reaches us alone, and we pass it on once.
-    return subprocess.Popen([sys.executable, "-m", "segfleet.pipeline.launch.worker", str(rendezvous)], env=environment, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "segfleet.pipeline.launch.worker", str(rendezvous)],
+        env=environment,
+        start_new_session=True,
+    )
 
 
 def _ask(processes: list[subprocess.Popen], number: int) -> None:
@@ -92,14 +109,20 @@ def _ask(processes: list[subprocess.Popen], number: int) -> None:
 
 
 def signals_heard() -> tuple[int, ...]:
-    """Those that ask this process to stop in order. None outside the main thread, which alone may hear them."""
+    """Those that ask this process to stop in order. None outside the main thread, which alone may
+    hear them."""
     if threading.current_thread() is not threading.main_thread():
         return ()
-    return tuple(number for number in HEARD if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN)
+    return tuple(
+        number
+        for number in HEARD
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    )
 
 
 class _Terminal(io.FileIO):
-    """What is said to a terminal that was closed goes nowhere: an error would cut off ranks that save."""
+    """What is said to a terminal that was closed goes nowhere: an error would cut off ranks that
+    save."""
 
     def write(self, words) -> int:
         try:
@@ -116,11 +139,22 @@ def survive_hangup() -> None:
         stream = getattr(sys, name)
         if stream is not None and stream.isatty():
             raw = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
-            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True, write_through=name == "stderr"))
+            setattr(
+                sys,
+                name,
+                io.TextIOWrapper(
+                    raw,
+                    stream.encoding,
+                    stream.errors,
+                    line_buffering=True,
+                    write_through=name == "stderr",
+                ),
+            )
 
 
 def _watch(processes: list[subprocess.Popen], poll: Callable[[], None]) -> list[int | None]:
-    """Exit codes when all ranks have ended, or soon after the first one failed (None: still running)."""
+    """Exit codes when all ranks have ended, or soon after the first one failed (None: still
+    running)."""
     since = 0.0
     while True:
         codes = [process.poll() for process in processes]
@@ -128,7 +162,9 @@ def _watch(processes: list[subprocess.Popen], poll: Callable[[], None]) -> list[
             return codes
         if any(codes):
             since = since or time.monotonic()
-            agreed = all(code in (None, 0, INTERRUPTED) for code in codes)  # the others stop in order, too
+            agreed = all(
+                code in (None, 0, INTERRUPTED) for code in codes
+            )  # the others stop in order, too
             if time.monotonic() - since > (GRACE if agreed else 1.0):
                 return codes
         poll()
@@ -136,17 +172,34 @@ def _watch(processes: list[subprocess.Popen], poll: Callable[[], None]) -> list[
 
 
 def _reason(rendezvous: Path, codes: list[int | None]) -> tuple[str, int]:
-    """Message and exit code of what went wrong first: a rank's own report, else a killed rank, else a rank that lost its partner."""
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(rendezvous.glob("failed-*.json"))]
-    own = sorted((report for report in reports if not report["peer_failure"]), key=lambda report: report["time"])
-    killed = [(rank, signal.Signals(-code).name) for rank, code in enumerate(codes) if code and code < 0]
+    """Message and exit code of what went wrong first: a rank's own report, else a killed rank, else
+    a rank that lost its partner."""
+    reports = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(rendezvous.glob("failed-*.json"))
+    ]
+    own = sorted(
+        (report for report in reports if not report["peer_failure"]),
+        key=lambda report: report["time"],
+    )
+    killed = [
+        (rank, signal.Signals(-code).name) for rank, code in enumerate(codes) if code and code < 0
+    ]
     if own:
         return own[0]["message"], own[0]["exit_code"]
     if killed:
         rank, name = killed[0]
         hint = " (out of memory?)" if name == "SIGKILL" else ""
-        return f"rank {rank} was killed by {name}{hint}. Run the same command again: it goes on from the last checkpoint.", 1
+        return (
+            f"rank {rank} was killed by {name}{hint}. Run the same command again: it goes on from "
+            "the last checkpoint.",
+            1,
+        )
     if reports:
         return reports[0]["message"], 1
     rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
-    return f"rank {rank} ended with exit code {code} without a word. Run the same command again: it goes on from the last checkpoint.", 1
+    return (
+        f"rank {rank} ended with exit code {code} without a word. Run the same command again: it "
+        "goes on from the last checkpoint.",
+        1,
+    )

@@ -1,4 +1,5 @@
-"""What every rank runs: join the ranks, do the job, say what went wrong. `python -m segfleet.pipeline.launch.worker FOLDER`.
+"""What every rank runs: join the ranks, do the job, say what went wrong. `python -m
+segfleet.pipeline.launch.worker FOLDER`.
 
 FOLDER holds job.json; a rank that fails leaves failed-<rank>.json there for its launcher.
 """
@@ -18,8 +19,20 @@ from segfleet.core.errors import explain
 from segfleet.pipeline.launch.local import die_with_parent, survive_hangup
 from segfleet.pipeline.stop import Interrupted, StopRequest
 
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "recv failed", "Socket closed")
-LOST += ("Connection refused", "Socket Timeout", "NCCL communicator was aborted", "NCCL error: remote process exited")
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "recv failed",
+    "Socket closed",
+)
+LOST += (
+    "Connection refused",
+    "Socket Timeout",
+    "NCCL communicator was aborted",
+    "NCCL error: remote process exited",
+)
 
 
 def main(rendezvous: Path) -> int:
@@ -31,8 +44,14 @@ def main(rendezvous: Path) -> int:
     return code
 
 
-def work(rendezvous: Path, job: Path, stop: StopRequest, first: Callable[[Any], None] = lambda ranks: None) -> tuple[int, BaseException | None]:
-    """Meet in the folder `rendezvous`, do `first` with the ranks, then the job in the file `job`; the exit code and what went wrong."""
+def work(
+    rendezvous: Path,
+    job: Path,
+    stop: StopRequest,
+    first: Callable[[Any], None] = lambda ranks: None,
+) -> tuple[int, BaseException | None]:
+    """Meet in the folder `rendezvous`, do `first` with the ranks, then the job in the file `job`;
+    the exit code and what went wrong."""
     try:
         from segfleet.preprocess import jobs as preprocessing
 
@@ -52,7 +71,8 @@ def work(rendezvous: Path, job: Path, stop: StopRequest, first: Callable[[Any], 
 
 
 class ProgressMessages:
-    """The progress of preprocessing: a line now and then, and the moment at which a stop can be obeyed."""
+    """The progress of preprocessing: a line now and then, and the moment at which a stop can be
+    obeyed."""
 
     def __init__(self, stop: StopRequest):
         self.stop, self.phase, self.time = stop, "", 0.0
@@ -63,14 +83,27 @@ class ProgressMessages:
             sys.stdout.flush()
             self.phase, self.time = phase, time.monotonic()
         if self.stop.asked() and done < total:
-            raise Interrupted(f"stopped after {done} of {total} ({phase}); what is finished is kept, the same job goes on")
+            raise Interrupted(
+                f"stopped after {done} of {total} ({phase}); what is finished is kept, the same "
+                "job goes on"
+            )
 
 
 def report(rendezvous: Path, rank: int, error: BaseException) -> int:
-    """Leave the reason for the launcher, the message for the user's mistakes and the traceback for ours; the exit code."""
+    """Leave the reason for the launcher, the message for the user's mistakes and the traceback for
+    ours; the exit code."""
     known = explain(error)
-    message, code = known or (f"rank {rank} failed:\n{''.join(traceback.format_exception(error))}", 1)
-    facts = {"rank": rank, "time": time.time(), "exit_code": code, "message": message, "peer_failure": peer_failure(error)}
+    message, code = known or (
+        f"rank {rank} failed:\n{''.join(traceback.format_exception(error))}",
+        1,
+    )
+    facts = {
+        "rank": rank,
+        "time": time.time(),
+        "exit_code": code,
+        "message": message,
+        "peer_failure": peer_failure(error),
+    }
     partial = rendezvous / f".failed-{rank}"
     partial.write_text(json.dumps(facts), encoding="utf-8")
     os.replace(partial, rendezvous / f"failed-{rank}.json")
@@ -79,11 +112,14 @@ def report(rendezvous: Path, rank: int, error: BaseException) -> int:
 
 def peer_failure(error: BaseException) -> bool:
     """Whether a rank failed only because another one went."""
-    return explain(error) is None and any(sign in "".join(traceback.format_exception(error)) for sign in LOST)
+    return explain(error) is None and any(
+        sign in "".join(traceback.format_exception(error)) for sign in LOST
+    )
 
 
 def exit_now(code: int) -> None:
-    """End this process at once: threads and process groups of a broken group must not hold a failed rank back."""
+    """End this process at once: threads and process groups of a broken group must not hold a failed
+    rank back."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -24,8 +24,8 @@ def losses() -> list[str]:
 def build_loss(name: str, *, head: str, options: Mapping[str, Any] | None = None) -> nn.Module:
     """A loss module `loss(logits, target, valid) -> scalar float32`.
 
-    logits (B, K, *S). head "softmax": target (B, *S) int64; head "sigmoid": target (B, K, *S) float32.
-    valid (B, *S) bool or None: voxels where it is False do not count.
+    logits (B, K, *S). head "softmax": target (B, *S) int64; head "sigmoid": target (B, K, *S)
+    float32. valid (B, *S) bool or None: voxels where it is False do not count.
     `Loss.head` is "softmax", "sigmoid" or "any" (then `Loss.__init__` takes `head`).
     Raises InputError for an unknown name, a loss that does not fit the head, or an unknown option.
     """
@@ -33,10 +33,16 @@ def build_loss(name: str, *, head: str, options: Mapping[str, Any] | None = None
         raise InputError(f"loss.name: found '{name}', expected one of: {', '.join(losses())}")
     kind = importlib.import_module(f"segfleet.pipeline.losses.{name}").Loss
     if kind.head not in (head, "any"):
-        raise InputError(f"loss.name: '{name}' needs a {kind.head} head, this task has a {head} head; set model.head or use another")
+        raise InputError(
+            f"loss.name: '{name}' needs a {kind.head} head, this task has a {head} head; set "
+            "model.head or use another"
+        )
     options = dict(options or {})
     legal = [p for p in inspect.signature(kind.__init__).parameters if p not in ("self", "head")]
     for key in options:
         if key not in legal:
-            raise InputError(f"loss.options: '{key}' is no option of {name}; expected one of: {', '.join(legal) or 'none'}")
+            raise InputError(
+                f"loss.options: '{key}' is no option of {name}; expected one of: "
+                f"{', '.join(legal) or 'none'}"
+            )
     return kind(head=head, **options) if kind.head == "any" else kind(**options)

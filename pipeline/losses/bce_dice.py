@@ -13,11 +13,14 @@ from segfleet.pipeline.losses.soft_dice import check_dice_options, soft_dice_los
 
 
 class Loss(nn.Module):
-    """bce_weight · mean BCE over all channels + dice_weight · (1 - soft Dice), in float32 whatever the logits' type.
+    """bce_weight · mean BCE over all channels + dice_weight · (1 - soft Dice), in float32 whatever
+    the logits' type.
 
-    `pool`: Dice per "sample" (then averaged) or over the "batch" in one sum; the channels are averaged in both.
-    `channels` are those that enter the Dice (default: all). Published settings: U-Lite pool=batch smooth=1; ASC-Seg 0.5/0.5 smooth=1;
-    REC-UNet smooth=1e-5 (LiTS), and bce_weight=0.5 channels=[1] (MSD Task08). Voxels that are not valid count nowhere.
+    `pool`: Dice per "sample" (then averaged) or over the "batch" in one sum; the channels are
+    averaged in both.
+    `channels` are those that enter the Dice (default: all). Published settings: U-Lite pool=batch
+    smooth=1; ASC-Seg 0.5/0.5 smooth=1; REC-UNet smooth=1e-5 (LiTS), and bce_weight=0.5 channels=[1]
+    (MSD Task08). Voxels that are not valid count nowhere.
     """
 
     head = "sigmoid"
@@ -33,17 +36,28 @@ class Loss(nn.Module):
         super().__init__()
         check_dice_options(pool=pool, smooth=smooth)
         if channels is not None and (not channels or len(set(channels)) != len(channels)):
-            raise InputError(f"loss.options.channels: found {list(channels)}, expected distinct channels, or nothing for all")
-        self.bce_weight, self.dice_weight, self.smooth, self.pool = bce_weight, dice_weight, smooth, pool
+            raise InputError(
+                f"loss.options.channels: found {list(channels)}, expected distinct channels, or "
+                "nothing for all"
+            )
+        self.bce_weight, self.dice_weight, self.smooth, self.pool = (
+            bce_weight,
+            dice_weight,
+            smooth,
+            pool,
+        )
         self.channels = None if channels is None else list(channels)
 
     def forward(self, logits: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
-        """logits (B, K, *S), target (B, K, *S) of zeros and ones, valid (B, *S) bool or None -> scalar float32."""
+        """logits (B, K, *S), target (B, K, *S) of zeros and ones, valid (B, *S) bool or None ->
+        scalar float32."""
         logits, target = logits.float(), target.float()
         surprise = binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
         bce = surprise.mean() if valid is None else weighted_mean(surprise, valid)
         probabilities = self._chosen(logits).sigmoid()
-        dice = soft_dice_loss(probabilities, self._chosen(target), valid, pool=self.pool, smooth=self.smooth)
+        dice = soft_dice_loss(
+            probabilities, self._chosen(target), valid, pool=self.pool, smooth=self.smooth
+        )
         return self.bce_weight * bce + self.dice_weight * dice
 
     def _chosen(self, x: Tensor) -> Tensor:
@@ -51,5 +65,8 @@ class Loss(nn.Module):
             return x
         for channel in self.channels:
             if not 0 <= channel < x.shape[1]:
-                raise InputError(f"loss.options.channels: found channel {channel}, expected channels of 0..{x.shape[1] - 1}")
+                raise InputError(
+                    f"loss.options.channels: found channel {channel}, expected channels of "
+                    f"0..{x.shape[1] - 1}"
+                )
         return torch.stack([x[:, channel] for channel in self.channels], 1)

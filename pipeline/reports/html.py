@@ -1,4 +1,5 @@
-"""The page around a report: one file, nothing from elsewhere. Style for screen, dark screen and paper; a script that sorts tables."""
+"""The page around a report: one file, nothing from elsewhere. Style for screen, dark screen and
+paper; a script that sorts tables."""
 
 from __future__ import annotations
 
@@ -90,8 +91,10 @@ def e(text: Any) -> str:
 def page(title: str, body: str) -> str:
     """A whole document. `body` is HTML: header, main, footer."""
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, '
-        f'initial-scale=1">\n<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n<title>{e(title)}</title>\n'
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta '
+        'name="viewport" content="width=device-width, '
+        'initial-scale=1">\n<meta http-equiv="Content-Security-Policy" '
+        f'content="{POLICY}">\n<title>{e(title)}</title>\n'
         f"<style>\n{STYLE}\n</style>\n</head>\n<body>\n{body}\n<script>\n{SCRIPT}\n</script>\n</body>\n</html>\n"
     )
 
@@ -103,18 +106,28 @@ def section(title: str, body: str, key: str) -> str:
 def facts(pairs: Sequence[tuple[str, Any]]) -> str:
     """A grid of facts; those that are not known are left out."""
     known = [(name, value) for name, value in pairs if value not in (None, "")]
-    return '<dl class="facts">' + "".join(f"<div><dt>{e(name)}</dt><dd>{e(value)}</dd></div>" for name, value in known) + "</dl>"
+    return (
+        '<dl class="facts">'
+        + "".join(f"<div><dt>{e(name)}</dt><dd>{e(value)}</dd></div>" for name, value in known)
+        + "</dl>"
+    )
 
 
 def words(pairs: dict[str, str]) -> str:
-    return '<dl class="words">' + "".join(f"<dt>{e(name)}</dt><dd>{e(text)}</dd>" for name, text in pairs.items()) + "</dl>"
+    return (
+        '<dl class="words">'
+        + "".join(f"<dt>{e(name)}</dt><dd>{e(text)}</dd>" for name, text in pairs.items())
+        + "</dl>"
+    )
 
 
 def cell(value: float | int | None, digits: int = 3, extra: str = "", signed: bool = False) -> str:
     """A table cell with a number that sorts; a dash for what is missing."""
     if value is None:
         return '<td class="missing" data-v="" title="missing">\u2013</td>'
-    text = f"{value:{'+' if signed else ''}.{digits}f}" if isinstance(value, float) else f"{value:,}"
+    text = (
+        f"{value:{'+' if signed else ''}.{digits}f}" if isinstance(value, float) else f"{value:,}"
+    )
     return f'<td data-v="{value!r}">{text}{f"<small>{e(extra)}</small>" if extra else ""}</td>'
 
 
@@ -125,6 +138,7 @@ def interval(bounds: Sequence[float] | None, digits: int = 3) -> str:
 def table(head: str, rows: Sequence[str], caption: str, label: str) -> str:
     """`head` and `rows` are HTML. Wide tables scroll by themselves, with the keyboard too."""
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{e(label)}"><table><caption>{e(caption)}</caption>'
+        '<div class="scroll" tabindex="0" role="region" '
+        f'aria-label="{e(label)}"><table><caption>{e(caption)}</caption>'
         f"<thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
     )

@@ -21,17 +21,27 @@ from segfleet.preprocess.stores.manifest import CaseEntry
 
 FOLDER, INDEX = "overlays", "index.json"
 
-TRUTH, PREDICTION, BOTH = (0, 190, 255), (255, 140, 0), (255, 255, 255)  # blue, orange: told apart by the colour-blind too
+TRUTH, PREDICTION, BOTH = (
+    (0, 190, 255),
+    (255, 140, 0),
+    (255, 255, 255),
+)  # blue, orange: told apart by the colour-blind too
 SIDE = 480  # pixels of the longer side
 
 
 def save_overlays(
-    run: Path, document: dict[str, Any], store: ShardStore, task: Task, probabilities: Callable[[CaseEntry], Tensor]
+    run: Path,
+    document: dict[str, Any],
+    store: ShardStore,
+    task: Task,
+    probabilities: Callable[[CaseEntry], Tensor],
 ) -> list[dict[str, Any]]:
-    """Draw the best, median and worst case of an evaluation into RUN/overlays, with an index that a report reads.
+    """Draw the best, median and worst case of an evaluation into RUN/overlays, with an index that a
+    report reads.
 
-    `probabilities(case)` gives (K, Z, Y, X) on the stored grid, which is where the pictures are drawn; the scores are those of the
-    raw grid. The index is written last, so it never names a picture that is not there.
+    `probabilities(case)` gives (K, Z, Y, X) on the stored grid, which is where the pictures are
+    drawn; the scores are those of the raw grid. The index is written last, so it never names a
+    picture that is not there.
     """
     folder = Path(run) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,20 +52,33 @@ def save_overlays(
     for role, entry in chosen_cases(document).items():
         case = store.manifest.case(entry["id"])
         truth = store.label(case)
-        truth = np.where(truth == task.ignore_label, 0, truth) if task.ignore_label is not None else truth
+        truth = (
+            np.where(truth == task.ignore_label, 0, truth)
+            if task.ignore_label is not None
+            else truth
+        )
         prediction = task.labels(torch.as_tensor(probabilities(case))).cpu().numpy()
         z = busiest_slice(truth, prediction)
         png = draw_overlay(store.image(case), truth, prediction, spacing=case.spacing, z=z)
         (folder / f"{role}.png").write_bytes(png)
-        facts = {"case": case.id, "mean_dice": entry["mean_dice"], "slice": z + 1, "slices": case.shape[0]}
+        facts = {
+            "case": case.id,
+            "mean_dice": entry["mean_dice"],
+            "slice": z + 1,
+            "slices": case.shape[0],
+        }
         index.append({"role": role, "file": f"{role}.png", **facts})
     write_atomically(folder / INDEX, json.dumps(index, indent=1))
     return index
 
 
 def chosen_cases(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """{"best", "median", "worst"} -> case entry, by mean Dice over structures; fewer roles when there are fewer cases with a score."""
-    ranked = sorted((c for c in document["cases"] if c["mean_dice"] is not None), key=lambda c: (-c["mean_dice"], c["id"]))
+    """{"best", "median", "worst"} -> case entry, by mean Dice over structures; fewer roles when
+    there are fewer cases with a score."""
+    ranked = sorted(
+        (c for c in document["cases"] if c["mean_dice"] is not None),
+        key=lambda c: (-c["mean_dice"], c["id"]),
+    )
     if not ranked:
         return {}
     chosen = {"best": ranked[0]}
@@ -67,7 +90,8 @@ def chosen_cases(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def busiest_slice(truth_ZYX: np.ndarray, prediction_ZYX: np.ndarray) -> int:
-    """The slice with the most voxels of truth; of prediction where there is no truth; else the middle one."""
+    """The slice with the most voxels of truth; of prediction where there is no truth; else the
+    middle one."""
     for label in (truth_ZYX, prediction_ZYX):
         counts = np.count_nonzero(label, axis=(1, 2))
         if counts.any():
@@ -75,15 +99,28 @@ def busiest_slice(truth_ZYX: np.ndarray, prediction_ZYX: np.ndarray) -> int:
     return len(truth_ZYX) // 2
 
 
-def draw_overlay(image_CZYX: np.ndarray, truth_ZYX: np.ndarray, prediction_ZYX: np.ndarray, *, spacing: Sequence[float], z: int) -> bytes:
-    """PNG of slice z, enlarged to about SIDE pixels with square millimetres. A colour image (3 channels) stays in colour.
+def draw_overlay(
+    image_CZYX: np.ndarray,
+    truth_ZYX: np.ndarray,
+    prediction_ZYX: np.ndarray,
+    *,
+    spacing: Sequence[float],
+    z: int,
+) -> bytes:
+    """PNG of slice z, enlarged to about SIDE pixels with square millimetres. A colour image (3
+    channels) stays in colour.
 
-    All arrays share one grid; labels are integer maps, outlines are drawn between different values. Where both outlines meet: white.
+    All arrays share one grid; labels are integer maps, outlines are drawn between different values.
+    Where both outlines meet: white.
     """
     grey = _pixels(image_CZYX[:, z])
     height, width = _size(grey.shape[:2], spacing)
-    picture = np.asarray(Image.fromarray(grey).resize((width, height), Image.Resampling.BILINEAR)).copy()
-    truth, prediction = (_outline(label[z], (width, height)) for label in (truth_ZYX, prediction_ZYX))
+    picture = np.asarray(
+        Image.fromarray(grey).resize((width, height), Image.Resampling.BILINEAR)
+    ).copy()
+    truth, prediction = (
+        _outline(label[z], (width, height)) for label in (truth_ZYX, prediction_ZYX)
+    )
     picture[truth] = TRUTH
     picture[prediction] = PREDICTION
     picture[truth & prediction] = BOTH
@@ -93,7 +130,8 @@ def draw_overlay(image_CZYX: np.ndarray, truth_ZYX: np.ndarray, prediction_ZYX: 
 
 
 def _pixels(slice_CYX: np.ndarray) -> np.ndarray:
-    """(Y, X, 3) uint8: contrast from the 1st to the 99th percentile of the slice, all channels alike."""
+    """(Y, X, 3) uint8: contrast from the 1st to the 99th percentile of the slice, all channels
+    alike."""
     colour = slice_CYX[:3] if len(slice_CYX) == 3 else slice_CYX[:1].repeat(3, axis=0)
     low, high = np.percentile(colour, [1, 99])
     scaled = (colour.astype(np.float32) - low) / max(float(high - low), 1e-6)
@@ -109,7 +147,9 @@ def _size(shape: tuple[int, int], spacing: Sequence[float]) -> tuple[int, int]:
 
 def _outline(label_YX: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(height, width) bool: a line two pixels wide along the inside of every labelled area."""
-    large = np.asarray(Image.fromarray(label_YX.astype(np.uint8)).resize(size, Image.Resampling.NEAREST))
+    large = np.asarray(
+        Image.fromarray(label_YX.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+    )
     line = np.zeros(large.shape, dtype=bool)
     for value in np.unique(large[large > 0]):
         area = large == value

@@ -1,6 +1,8 @@
-"""A run's report: one HTML file that needs nothing else. It is made from what lies in the run folder, without data or GPU.
+"""A run's report: one HTML file that needs nothing else. It is made from what lies in the run
+folder, without data or GPU.
 
-Read: recipe.json, events.jsonl of every stage, evaluation.json, overlays/. What is not there is said to be missing.
+Read: recipe.json, events.jsonl of every stage, evaluation.json, overlays/. What is not there is
+said to be missing.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ COLUMNS = (  # metric, heading, digits, signed
 
 
 def write_report(run_folder: str | Path) -> Path:
-    """Write RUN/report.html, whole or not at all; its path. `run_folder` is the folder of the run's last stage. Raises InputError."""
+    """Write RUN/report.html, whole or not at all; its path. `run_folder` is the folder of the run's
+    last stage. Raises InputError."""
     run = Path(run_folder).resolve()
     recipe = _json(run / "recipe.json")
     if recipe is None:
@@ -47,12 +50,18 @@ def write_report(run_folder: str | Path) -> Path:
             "<main>",
             _facts(recipe, document, stages),
             section("Learning curves", _curves(stages), "curves"),
-            *(_scores(document, run) if document else [section("Scores", "<p>This run has not been scored yet.</p>", "scores")]),
+            *(
+                _scores(document, run)
+                if document
+                else [section("Scores", "<p>This run has not been scored yet.</p>", "scores")]
+            ),
             "</main>",
             _footer(run),
         ]
     )
-    write_atomically(run / NAME, page(f"{recipe.get('name', run.name)} \u2013 segfleet report", body))
+    write_atomically(
+        run / NAME, page(f"{recipe.get('name', run.name)} \u2013 segfleet report", body)
+    )
     return run / NAME
 
 
@@ -63,7 +72,9 @@ def _json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"report: {path} is damaged ({error}). Score the run again, or remove the file.") from None
+        raise InputError(
+            f"report: {path} is damaged ({error}). Score the run again, or remove the file."
+        ) from None
 
 
 def _stages(run: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
@@ -72,22 +83,40 @@ def _stages(run: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
     folders, begin, found = [run, *run.parents][: len(described)][::-1], 0, []
     for index, (stage, folder) in enumerate(zip(described, folders, strict=True)):
         events = list(read_events(folder))
-        starts = [event["steps"] for event in events if event.get("event") == "stage_start" and "steps" in event]
+        starts = [
+            event["steps"]
+            for event in events
+            if event.get("event") == "stage_start" and "steps" in event
+        ]
         steps = max([*starts[-1:], *(event.get("step", 0) for event in events)], default=0)
-        found.append({"name": stage.get("name", f"stage {index + 1}"), "recipe": stage, "events": events, "begin": begin, "steps": steps})
+        found.append(
+            {
+                "name": stage.get("name", f"stage {index + 1}"),
+                "recipe": stage,
+                "events": events,
+                "begin": begin,
+                "steps": steps,
+            }
+        )
         begin += steps
     return found
 
 
 def _header(recipe: dict[str, Any], document: dict[str, Any] | None) -> str:
     model = recipe.get("model", {}).get("name", "")
-    line = " \u00b7 ".join(str(part) for part in ((document or {}).get("dataset", ""), model) if part)
+    line = " \u00b7 ".join(
+        str(part) for part in ((document or {}).get("dataset", ""), model) if part
+    )
     score = ""
     if document:
         summary = document["summary"]
         mean, bounds = summary["mean_foreground_dice"], summary["mean_foreground_dice_ci95"]
         shown = "\u2013" if mean is None else f"{mean:.3f}"
-        between = f"95 % interval {interval(bounds)}" if bounds else "no interval: fewer than two patients"
+        between = (
+            f"95 % interval {interval(bounds)}"
+            if bounds
+            else "no interval: fewer than two patients"
+        )
         cases = f"{summary['cases']} cases of {summary['patients']} patients"
         score = (
             f'<div class="score"><span class="soft">mean foreground Dice</span><b>{shown}</b>'
@@ -96,41 +125,74 @@ def _header(recipe: dict[str, Any], document: dict[str, Any] | None) -> str:
     return f'<header><div><p class="soft">segfleet report</p><h1>{e(recipe.get("name", "run"))}</h1><p>{e(line)}</p></div>{score}</header>'
 
 
-def _facts(recipe: dict[str, Any], document: dict[str, Any] | None, stages: list[dict[str, Any]]) -> str:
+def _facts(
+    recipe: dict[str, Any], document: dict[str, Any] | None, stages: list[dict[str, Any]]
+) -> str:
     document = document or {}
     times = [event["time"] for stage in stages for event in stage["events"] if "time" in event]
     events = [event for stage in stages for event in stage["events"]]
     starts = [event for event in events if event.get("event") in ("stage_start", "resumed")]
-    parameters = document.get("parameters") or next((event["parameters"] for event in starts if "parameters" in event), None)
-    data, engine, settings = recipe.get("data", {}), recipe.get("engine", {}), document.get("settings", {})
-    plans = [f"{s['name']}: {s['recipe'].get('epochs', '?')} epochs, lr {s['recipe'].get('lr', 0):g}, {s['steps']:,} steps" for s in stages]
+    parameters = document.get("parameters") or next(
+        (event["parameters"] for event in starts if "parameters" in event), None
+    )
+    data, engine, settings = (
+        recipe.get("data", {}),
+        recipe.get("engine", {}),
+        document.get("settings", {}),
+    )
+    plans = [
+        f"{s['name']}: {s['recipe'].get('epochs', '?')} epochs, lr {s['recipe'].get('lr', 0):g}, "
+        f"{s['steps']:,} steps"
+        for s in stages
+    ]
     versions = document.get("versions") or {}
     found = facts(
         [
             ("Recipe", recipe.get("name")),
             ("Data set", document.get("dataset")),
             ("Store", document.get("store") or data.get("store")),
-            ("Split and fold", f"{document.get('split', data.get('split', ''))}, fold {document.get('fold', data.get('fold', ''))}"),
+            (
+                "Split and fold",
+                f"{document.get('split', data.get('split', ''))}, fold "
+                f"{document.get('fold', data.get('fold', ''))}",
+            ),
             ("Model", recipe.get("model", {}).get("name")),
             ("Parameters", f"{parameters:,}" if parameters else None),
-            ("Patch (z, y, x)", " \u00d7 ".join(map(str, settings.get("patch") or data.get("patch") or ())) or None),
+            (
+                "Patch (z, y, x)",
+                " \u00d7 ".join(map(str, settings.get("patch") or data.get("patch") or ())) or None,
+            ),
             ("Batch", data.get("batch")),
             ("Seed", recipe.get("seed")),
             ("Optimizer", recipe.get("optimizer", {}).get("name")),
             ("Stages", "; ".join(plans)),
-            ("Engine", f"{engine.get('name', '')}, {engine.get('precision', '')}" if engine else None),
+            (
+                "Engine",
+                f"{engine.get('name', '')}, {engine.get('precision', '')}" if engine else None,
+            ),
             ("Ranks", starts[-1].get("ranks") if starts else None),
             ("Started", _date(min(times)) if times else None),
             ("Last event", _date(max(times)) if times else None),
             ("Checkpoint scored", document.get("checkpoint")),
-            ("Tiles", f"overlap {settings['overlap']:g}, mirrored axes {settings['mirror_axes'] or 'none'}" if settings else None),
+            (
+                "Tiles",
+                f"overlap {settings['overlap']:g}, mirrored axes "
+                f"{settings['mirror_axes'] or 'none'}"
+                if settings
+                else None,
+            ),
             ("Versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
         ]
     )
-    skipped = max((event.get("skipped", 0) for event in events if event.get("event") == "non_finite"), default=0)
+    skipped = max(
+        (event.get("skipped", 0) for event in events if event.get("event") == "non_finite"),
+        default=0,
+    )
     warnings = optimism(document)
     if skipped:
-        warnings.append(f"{skipped} training step(s) had a gradient that was not finite and were skipped.")
+        warnings.append(
+            f"{skipped} training step(s) had a gradient that was not finite and were skipped."
+        )
     return found + "".join(f'<p class="warning" role="note">{e(text)}</p>' for text in warnings)
 
 
@@ -159,7 +221,11 @@ def _scores(document: dict[str, Any], run: Path) -> list[str]:
     rows = [
         {
             "name": name,
-            "values": [(c["id"], c["scores"][name]["dice"]) for c in document["cases"] if c["scores"][name]["dice"] is not None],
+            "values": [
+                (c["id"], c["scores"][name]["dice"])
+                for c in document["cases"]
+                if c["scores"][name]["dice"] is not None
+            ],
             **structures[name]["dice"],
         }
         for name in structures
@@ -180,20 +246,51 @@ def _structures(structures: dict[str, Any]) -> str:
     rows = []
     for name, scores in structures.items():
         cells = "".join(
-            cell(scores[m]["mean"], digits, interval(scores[m]["ci95"], digits), signed) for m, _, digits, signed in COLUMNS
+            cell(scores[m]["mean"], digits, interval(scores[m]["ci95"], digits), signed)
+            for m, _, digits, signed in COLUMNS
         )
         rows.append(f"<tr><th scope=row>{e(name)}</th>{cells}</tr>")
     spread = []
     for name, scores in structures.items():
-        cells = "".join(cell(scores[m][key], digits) for m, digits in (("dice", 3), ("hd95", 2)) for key in ("median", "sd", "n"))
+        cells = "".join(
+            cell(scores[m][key], digits)
+            for m, digits in (("dice", 3), ("hd95", 2))
+            for key in ("median", "sd", "n")
+        )
         spread.append(f"<tr><th scope=row>{e(name)}</th>{cells}</tr>")
-    second = _head("Structure", ["Dice median", "Dice s.d.", "Dice cases", "HD95 median (mm)", "HD95 s.d. (mm)", "HD95 cases"])
-    means = table(head, rows, "Mean over cases; below it the 95 % bootstrap interval over patients.", "Mean scores by structure")
-    return means + "<br>" + table(second, spread, "Spread over cases, and how many cases have a value.", "Spread by structure")
+    second = _head(
+        "Structure",
+        [
+            "Dice median",
+            "Dice s.d.",
+            "Dice cases",
+            "HD95 median (mm)",
+            "HD95 s.d. (mm)",
+            "HD95 cases",
+        ],
+    )
+    means = table(
+        head,
+        rows,
+        "Mean over cases; below it the 95 % bootstrap interval over patients.",
+        "Mean scores by structure",
+    )
+    return (
+        means
+        + "<br>"
+        + table(
+            second,
+            spread,
+            "Spread over cases, and how many cases have a value.",
+            "Spread by structure",
+        )
+    )
 
 
 def _head(first: str, others: Sequence[str]) -> str:
-    return "<tr>" + "".join(f'<th scope="col">{e(text)}</th>' for text in (first, *others)) + "</tr>"
+    return (
+        "<tr>" + "".join(f'<th scope="col">{e(text)}</th>' for text in (first, *others)) + "</tr>"
+    )
 
 
 def _counts(structures: dict[str, Any]) -> str:
@@ -206,10 +303,16 @@ def _counts(structures: dict[str, Any]) -> str:
     )
     head = _head("Structure", [text for _, text in columns])
     rows = [
-        f"<tr><th scope=row>{e(name)}</th>{''.join(cell(scores['counts'][key]) for key, _ in columns)}</tr>"
+        "<tr><th "
+        f"scope=row>{e(name)}</th>{''.join(cell(scores['counts'][key]) for key, _ in columns)}</tr>"
         for name, scores in structures.items()
     ]
-    return table(head, rows, "Nothing is dropped without being counted here.", "Counts of empty and missing cases")
+    return table(
+        head,
+        rows,
+        "Nothing is dropped without being counted here.",
+        "Counts of empty and missing cases",
+    )
 
 
 def _variants(document: dict[str, Any]) -> str:
@@ -217,11 +320,15 @@ def _variants(document: dict[str, Any]) -> str:
     names = list(summary["variants"])
     head = _head("Dice", names)
     rows = [
-        f"<tr><th scope=row>{e(structure)}</th>{''.join(cell(scores['variants'][name]) for name in names)}</tr>"
+        "<tr><th "
+        f"scope=row>{e(structure)}</th>{''.join(cell(scores['variants'][name]) for name in names)}</tr>"
         for structure, scores in summary["structures"].items()
     ]
     if len(rows) > 1:
-        rows.append(f"<tr><th scope=row>mean of structures</th>{''.join(cell(summary['variants'][name]) for name in names)}</tr>")
+        rows.append(
+            "<tr><th scope=row>mean of "
+            f"structures</th>{''.join(cell(summary['variants'][name]) for name in names)}</tr>"
+        )
     text = "Papers differ in what they call Dice; compare numbers of one column only. The columns are defined at the end."
     return table(head, rows, text, "Dice under other conventions")
 
@@ -236,11 +343,18 @@ def _overlays(run: Path) -> str:
             continue
         data = base64.b64encode(path.read_bytes()).decode()
         dice = "no score" if entry["mean_dice"] is None else f"mean Dice {entry['mean_dice']:.3f}"
-        where = f"slice {entry['slice']} of {entry['slices']}" if entry["slices"] > 1 else "the whole image"
+        where = (
+            f"slice {entry['slice']} of {entry['slices']}"
+            if entry["slices"] > 1
+            else "the whole image"
+        )
         role = entry["role"].capitalize()
         alt = f"{role} case {entry['case']}, {dice}: {where} with the outlines of truth (blue) and prediction (orange)"
         caption = f"<b>{e(role)}: {e(entry['case'])}</b><br>{dice}, {where}"
-        figures.append(f'<figure><img src="data:image/png;base64,{data}" alt="{e(alt)}"><figcaption>{caption}</figcaption></figure>')
+        figures.append(
+            f'<figure><img src="data:image/png;base64,{data}" '
+            f'alt="{e(alt)}"><figcaption>{caption}</figcaption></figure>'
+        )
     if not figures:
         return "<p>No pictures were saved with this evaluation.</p>"
     legend = "".join(
@@ -256,14 +370,22 @@ def _cases(document: dict[str, Any]) -> str:
     shown = [column for column in COLUMNS if column[0] in ("dice", "hd95", "volume_error")]
     headings = ["Case", "Patient", "Mean Dice", *(text for _ in names for _, text, _, _ in shown)]
     sortable = [
-        f'<th scope="col"{" class=left" if i < 2 else ""}><button type="button" data-column="{i}">{e(text)}</button></th>'
+        f'<th scope="col"{" class=left" if i < 2 else ""}><button type="button" '
+        f'data-column="{i}">{e(text)}</button></th>'
         for i, text in enumerate(headings)
     ]
-    groups = "".join(f'<th class="group" scope="colgroup" colspan="{len(shown)}">{e(name)}</th>' for name in names)
+    groups = "".join(
+        f'<th class="group" scope="colgroup" colspan="{len(shown)}">{e(name)}</th>'
+        for name in names
+    )
     head = f'<tr><th colspan="3"></th>{groups}</tr><tr>{"".join(sortable)}</tr>'
     rows = []
     for case in document["cases"]:
-        cells = "".join(cell(case["scores"][name][m], digits, "", signed) for name in names for m, _, digits, signed in shown)
+        cells = "".join(
+            cell(case["scores"][name][m], digits, "", signed)
+            for name in names
+            for m, _, digits, signed in shown
+        )
         first = f'<th scope="row" class="left id">{e(case["id"])}</th><td class="left">{e(case["group"])}</td>'
         rows.append(f"<tr>{first}{cell(case['mean_dice'])}{cells}</tr>")
     text = "Click a heading to sort; missing values stay last. All scores are in evaluation.json."

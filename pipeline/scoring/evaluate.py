@@ -1,4 +1,5 @@
-"""Honest scores: whole cases on their raw grid, shared out among the ranks, gathered in the order asked for."""
+"""Honest scores: whole cases on their raw grid, shared out among the ranks, gathered in the order
+asked for."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ VERSION = 1
 
 
 class Kept:
-    """Scores of single cases, line by line in a folder, for an evaluation that is interrupted. Lines of other `facts` do not count."""
+    """Scores of single cases, line by line in a folder, for an evaluation that is interrupted.
+    Lines of other `facts` do not count."""
 
     def __init__(self, folder: Path, facts: dict[str, Any], rank: int):
         self.folder, self.file = folder, folder / f"{rank}.jsonl"
@@ -73,12 +75,15 @@ def evaluate_cases(
     progress: Callable[[int, int], None] | None = None,
     kept: Kept | None = None,
 ) -> dict[str, Any]:
-    """Score `forward` ((B, C, *S) -> probabilities (B, K, *S)) on the cases: {"cases": [...], "summary": {...}, "definitions": {...}}.
+    """Score `forward` ((B, C, *S) -> probabilities (B, K, *S)) on the cases: {"cases": [...],
+    "summary": {...}, "definitions": {...}}.
 
-    Every rank scores its share and gets the whole document, which does not depend on the number of ranks. `patch` and `mirror_axes`
-    are in (z, y, x); a patch of one slice means a 2D network, unless `dims` says otherwise. `progress(done, total)` counts this
-    rank's cases. `distances=False` leaves out hd95, for validation while training. Cases that `kept` has are not scored again. The
-    document is strict JSON: what is not defined is null. If a rank fails, its error is raised on all ranks.
+    Every rank scores its share and gets the whole document, which does not depend on the number of
+    ranks. `patch` and `mirror_axes` are in (z, y, x); a patch of one slice means a 2D network,
+    unless `dims` says otherwise. `progress(done, total)` counts this rank's cases.
+    `distances=False` leaves out hd95, for validation while training. Cases that `kept` has are not
+    scored again. The document is strict JSON: what is not defined is null. If a rank fails, its
+    error is raised on all ranks.
     """
     ranks, ids = ranks or Ranks(), list(case_ids)
     twice = sorted({i for i in ids if ids.count(i) > 1})
@@ -92,9 +97,25 @@ def evaluate_cases(
             case = store.manifest.case(case_id)
             truth = truth_of(store, case)
             label = predict_case(
-                forward, store, case, task, patch=patch, overlap=overlap, mirror_axes=mirror_axes, batch=batch, dims=dims, device=device
+                forward,
+                store,
+                case,
+                task,
+                patch=patch,
+                overlap=overlap,
+                mirror_axes=mirror_axes,
+                batch=batch,
+                dims=dims,
+                device=device,
             )
-            scored.append(_entry(case, score_case(label, truth, spacing=case.raw_spacing, task=task, distances=distances)))
+            scored.append(
+                _entry(
+                    case,
+                    score_case(
+                        label, truth, spacing=case.raw_spacing, task=task, distances=distances
+                    ),
+                )
+            )
             if kept:
                 kept.keep(scored[-1])
             if progress:
@@ -113,7 +134,12 @@ def evaluate_cases(
         "version": VERSION,
         "dataset": store.manifest.dataset.name,
         "store": store.manifest.id,
-        "settings": {"patch": list(patch), "overlap": overlap, "mirror_axes": list(mirror_axes), "distances": distances},
+        "settings": {
+            "patch": list(patch),
+            "overlap": overlap,
+            "mirror_axes": list(mirror_axes),
+            "distances": distances,
+        },
         "structures": list(task.names),
         "cases": cases,
         "summary": summarise(cases, task.names),
@@ -138,13 +164,23 @@ def case_probabilities(
     dims = dims or (2 if patch[0] == 1 else 3)
     try:
         return sliding_window(
-            forward, image, patch=patch, overlap=overlap, mirror_axes=mirror_axes, batch=batch, dims=dims, device=device, keep_on="cpu"
+            forward,
+            image,
+            patch=patch,
+            overlap=overlap,
+            mirror_axes=mirror_axes,
+            batch=batch,
+            dims=dims,
+            device=device,
+            keep_on="cpu",
         )
     except FloatingPointError as error:
         raise FloatingPointError(f"case '{case.id}': {error}") from None
 
 
-def predict_case(forward: Forward, store: ShardStore, case: CaseEntry, task: Task, **window: Any) -> np.ndarray:
+def predict_case(
+    forward: Forward, store: ShardStore, case: CaseEntry, task: Task, **window: Any
+) -> np.ndarray:
     """(Z, Y, X) uint8 label on the raw grid; `window`: as for `case_probabilities`."""
     found = case_probabilities(forward, store, case, **window)
     axis = resample_axis(case.raw_spacing, store.manifest.plan)
@@ -152,10 +188,14 @@ def predict_case(forward: Forward, store: ShardStore, case: CaseEntry, task: Tas
 
 
 def truth_of(store: ShardStore, case: CaseEntry) -> np.ndarray:
-    """(Z, Y, X) uint8 label on the raw grid. Where preprocessing changed nothing, the stored label is it. Raises InputError."""
+    """(Z, Y, X) uint8 label on the raw grid. Where preprocessing changed nothing, the stored label
+    is it. Raises InputError."""
     if case.has_truth:
         return store.truth(case)
-    whole = all((start, stop) == (0, size) for (start, stop), size in zip(case.crop, case.raw_shape, strict=True))
+    whole = all(
+        (start, stop) == (0, size)
+        for (start, stop), size in zip(case.crop, case.raw_shape, strict=True)
+    )
     if whole and tuple(case.shape) == tuple(case.raw_shape):
         return store.label(case)
     return store.truth(case)  # says that there is none
@@ -164,7 +204,13 @@ def truth_of(store: ShardStore, case: CaseEntry) -> np.ndarray:
 def _entry(case: CaseEntry, scores: dict[str, Any]) -> dict[str, Any]:
     dice = [s["dice"] for s in scores.values() if s["dice"] is not None]
     mean = float(np.mean(dice)) if dice else None
-    return {"id": case.id, "group": case.group or case.id, "spacing": list(case.raw_spacing), "mean_dice": mean, "scores": scores}
+    return {
+        "id": case.id,
+        "group": case.group or case.id,
+        "spacing": list(case.raw_spacing),
+        "mean_dice": mean,
+        "scores": scores,
+    }
 
 
 def portable(error: Exception | None) -> Exception | None:

@@ -1,4 +1,5 @@
-"""A run's score: whole cases of the validation fold at their original resolution, shared out among the ranks."""
+"""A run's score: whole cases of the validation fold at their original resolution, shared out among
+the ranks."""
 
 from __future__ import annotations
 
@@ -31,18 +32,26 @@ from segfleet.pipeline.task import Task, make_task
 from segfleet.preprocess.stores.base import ShardStore
 from segfleet.preprocess.stores.manifest import Manifest
 
-EVALUATION, SCORING = scored.EVALUATION, "scoring.json"  # the second: how many of rank 0's cases are scored, while it lasts
+EVALUATION, SCORING = (
+    scored.EVALUATION,
+    "scoring.json",
+)  # the second: how many of rank 0's cases are scored, while it lasts
 CASES = "scored"  # a folder of the cases that are scored already, while it lasts
 
 
-def forward_of(model: nn.Module, task: Task, recipe: Recipe, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """`forward(image) -> probabilities`, with the recipe's precision and memory format, without gradients."""
+def forward_of(
+    model: nn.Module, task: Task, recipe: Recipe, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """`forward(image) -> probabilities`, with the recipe's precision and memory format, without
+    gradients."""
 
     @torch.no_grad()
     def forward(image: Tensor) -> Tensor:
         image = image.to(device)
         if recipe.engine.channels_last:
-            image = image.contiguous(memory_format=torch.channels_last if image.ndim == 4 else torch.channels_last_3d)
+            image = image.contiguous(
+                memory_format=torch.channels_last if image.ndim == 4 else torch.channels_last_3d
+            )
         with autocast(recipe.engine.precision, device):
             logits = model(image)
         return task.probabilities(logits[0] if isinstance(logits, list | tuple) else logits)
@@ -51,14 +60,20 @@ def forward_of(model: nn.Module, task: Task, recipe: Recipe, device: torch.devic
 
 
 def chosen_checkpoint(recipe: Recipe, folders: list[StageFolder]) -> checkpoint.Checkpoint:
-    """The checkpoint a run is judged by: the last one, or the best on validation if the recipe says so."""
+    """The checkpoint a run is judged by: the last one, or the best on validation if the recipe says
+    so."""
     last = folders[-1].final()
-    chosen = folders[-1].checkpoints / checkpoint.folder_name(scored.chosen_step(recipe, folders[-1].done()))
+    chosen = folders[-1].checkpoints / checkpoint.folder_name(
+        scored.chosen_step(recipe, folders[-1].done())
+    )
     return last if chosen == last.path else folders[-1].load(chosen.name)
 
 
-def load_network(recipe: Recipe, manifest: Manifest, folders: list[StageFolder], device: torch.device) -> tuple[nn.Module, Task, str]:
-    """The trained network in eval mode, averaged weights if there are any; its task; the checkpoint's folder name."""
+def load_network(
+    recipe: Recipe, manifest: Manifest, folders: list[StageFolder], device: torch.device
+) -> tuple[nn.Module, Task, str]:
+    """The trained network in eval mode, averaged weights if there are any; its task; the
+    checkpoint's folder name."""
     task = make_task(manifest.dataset, recipe.model.head)
     saved = chosen_checkpoint(recipe, folders)
     model = build_network(recipe, manifest, task)
@@ -80,17 +95,24 @@ class Scorer:
     stop: StopRequest
 
     def validate(self, engine: Engine) -> dict[str, Any]:
-        """Scores while training: {"dice": mean over structures and cases, "dice_<structure>": ...}; the same on every rank."""
+        """Scores while training: {"dice": mean over structures and cases, "dice_<structure>": ...};
+        the same on every rank."""
         task = make_task(self.store.manifest.dataset, self.recipe.model.head)
         with engine.evaluation() as model:
             ids = self._ids()[: self.recipe.evaluation.cases]
             forward = forward_of(model, task, self.recipe, self.ranks.device)
-            document = evaluate_cases(forward, self.store, ids, task, distances=False, ranks=self.ranks, **self._window())
-        structures = {f"dice_{name}": scores["dice"]["mean"] for name, scores in document["summary"]["structures"].items()}
+            document = evaluate_cases(
+                forward, self.store, ids, task, distances=False, ranks=self.ranks, **self._window()
+            )
+        structures = {
+            f"dice_{name}": scores["dice"]["mean"]
+            for name, scores in document["summary"]["structures"].items()
+        }
         return {"dice": document["summary"]["mean_foreground_dice"], **structures}
 
     def score(self, folders: list[StageFolder], again: bool = False) -> None:
-        """Write evaluation.json, overlays and report of a finished run, unless exactly this score is there already."""
+        """Write evaluation.json, overlays and report of a finished run, unless exactly this score
+        is there already."""
         leaf, manifest = folders[-1].path, self.store.manifest
         known = leaf / EVALUATION
         if again or not self.ranks.share(scored.is_scored(leaf, self.recipe, manifest)):
@@ -106,14 +128,36 @@ class Scorer:
         tell = functools.partial(self._tell, leaf)
         facts = scored.score_facts(self.recipe, manifest, folders[-1].done())
         kept = Kept(leaf / CASES, facts | {"versions": checkpoint.versions()}, self.ranks.rank)
-        document = evaluate_cases(forward, self.store, ids, task, ranks=self.ranks, progress=tell, kept=kept, **self._window())
+        document = evaluate_cases(
+            forward,
+            self.store,
+            ids,
+            task,
+            ranks=self.ranks,
+            progress=tell,
+            kept=kept,
+            **self._window(),
+        )
         if self.ranks.rank == 0:
-            document |= {"checkpoint": name, "split": self.recipe.data.split, "fold": self.recipe.data.fold}
-            document |= {"parameters": registry.count_parameters(model), "versions": checkpoint.versions()}
+            document |= {
+                "checkpoint": name,
+                "split": self.recipe.data.split,
+                "fold": self.recipe.data.fold,
+            }
+            document |= {
+                "parameters": registry.count_parameters(model),
+                "versions": checkpoint.versions(),
+            }
             document["scored"] = facts
             document["seen_in_training"] = scored.seen_in_training(ids, self.recipe, manifest)
             document["selected_on_these_cases"] = self._selected(folders[-1], name)
-            save_overlays(leaf, document, self.store, task, lambda case: case_probabilities(forward, self.store, case, **self._window()))
+            save_overlays(
+                leaf,
+                document,
+                self.store,
+                task,
+                lambda case: case_probabilities(forward, self.store, case, **self._window()),
+            )
             write_atomically(leaf / EVALUATION, json.dumps(document, indent=1))
             write_report(leaf)
             (leaf / SCORING).unlink(missing_ok=True)
@@ -121,10 +165,13 @@ class Scorer:
         self.ranks.barrier()
 
     def _selected(self, folder: StageFolder, name: str) -> bool:
-        """Whether the checkpoint that is scored was chosen for its Dice on some of the cases that are scored."""
+        """Whether the checkpoint that is scored was chosen for its Dice on some of the cases that
+        are scored."""
         if self.recipe.evaluation.weights != "best" or not folder.done()["best"]:
             return False
-        made_by = json.loads((folder.checkpoints / name / "state.json").read_text(encoding="utf-8"))["recipe"]  # maybe of another split
+        made_by = json.loads(
+            (folder.checkpoints / name / "state.json").read_text(encoding="utf-8")
+        )["recipe"]  # maybe of another split
         data, cases = made_by["data"], made_by["evaluation"]["cases"]
         validated = sorted(self.store.manifest.fold(data["split"], data["fold"])["val"])[:cases]
         return not set(validated).isdisjoint(self._ids())

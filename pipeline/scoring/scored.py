@@ -1,7 +1,9 @@
-"""What a run's score was taken of, and how. Without torch, so that launchers and sweeps can ask whether a run is scored.
+"""What a run's score was taken of, and how. Without torch, so that launchers and sweeps can ask
+whether a run is scored.
 
-Runs whose splits have the same training cases share a folder, and options of the evaluation are no part of a run's uid. So a score is a
-run's own only if evaluation.json says under "scored" exactly what the recipe asks for.
+Runs whose splits have the same training cases share a folder, and options of the evaluation are no
+part of a run's uid. So a score is a run's own only if evaluation.json says under "scored" exactly
+what the recipe asks for.
 """
 
 from __future__ import annotations
@@ -26,13 +28,15 @@ def scored_ids(recipe: Recipe, manifest: Manifest) -> list[str]:
 
 
 def chosen_step(recipe: Recipe, done: dict[str, Any]) -> int:
-    """Step of the checkpoint a finished run is judged by: the last, or the best on validation if the recipe says so and there is one."""
+    """Step of the checkpoint a finished run is judged by: the last, or the best on validation if
+    the recipe says so and there is one."""
     best = done.get("best") if recipe.evaluation.weights == "best" else None
     return best["step"] if best else int(done["checkpoint"].rpartition("-")[2])
 
 
 def score_facts(recipe: Recipe, manifest: Manifest, done: dict[str, Any]) -> dict[str, Any]:
-    """Everything that decides the score of a finished run, besides what its uid holds; `done`: its done.json. Plain JSON."""
+    """Everything that decides the score of a finished run, besides what its uid holds; `done`: its
+    done.json. Plain JSON."""
     options = recipe.evaluation
     return {
         "store": manifest.id,
@@ -47,7 +51,8 @@ def score_facts(recipe: Recipe, manifest: Manifest, done: dict[str, Any]) -> dic
 
 
 def is_scored(run: Path, recipe: Recipe, manifest: Manifest) -> bool:
-    """Whether the run in the folder `run` is finished and its evaluation.json holds the score that `recipe` asks for."""
+    """Whether the run in the folder `run` is finished and its evaluation.json holds the score that
+    `recipe` asks for."""
     done = StageFolder(path=Path(run), index=len(recipe.stages) - 1).done()
     if done is None:
         return False
@@ -57,11 +62,14 @@ def is_scored(run: Path, recipe: Recipe, manifest: Manifest) -> bool:
         known = _known(str(path), facts.st_ino, facts.st_mtime_ns)
     except FileNotFoundError:
         return False
-    return known is not None and known == json.dumps(score_facts(recipe, manifest, done), sort_keys=True)
+    return known is not None and known == json.dumps(
+        score_facts(recipe, manifest, done), sort_keys=True
+    )
 
 
 def seen_in_training(ids: Sequence[str], recipe: Recipe, manifest: Manifest) -> dict[str, int]:
-    """How many of the cases `ids` the network was trained on, and how many others are of patients it was trained on."""
+    """How many of the cases `ids` the network was trained on, and how many others are of patients
+    it was trained on."""
     patient = {case.id: case.group or case.id for case in manifest.cases}
     trained = set(manifest.fold(recipe.data.split, recipe.data.fold)["train"])
     patients = {patient.get(case, case) for case in trained}
@@ -70,20 +78,30 @@ def seen_in_training(ids: Sequence[str], recipe: Recipe, manifest: Manifest) -> 
 
 
 def optimism(document: dict[str, Any]) -> list[str]:
-    """Sentences on why the scores of an evaluation.json are better than those of new patients would be."""
+    """Sentences on why the scores of an evaluation.json are better than those of new patients would
+    be."""
     seen, total, found = document.get("seen_in_training") or {}, len(document.get("cases", ())), []
     if count := seen.get("cases"):
-        found.append(f"{count} of the {total} scored cases are training cases: the scores are optimistic.")
+        found.append(
+            f"{count} of the {total} scored cases are training cases: the scores are optimistic."
+        )
     if count := seen.get("others_of_the_same_patients"):
-        found.append(f"{count} of the {total} scored cases are of patients with training cases: the scores are optimistic.")
+        found.append(
+            f"{count} of the {total} scored cases are of patients with training cases: the scores "
+            "are optimistic."
+        )
     if document.get("selected_on_these_cases"):
-        found.append("The checkpoint was chosen by its Dice on the very cases that are scored here: the scores are optimistic.")
+        found.append(
+            "The checkpoint was chosen by its Dice on the very cases that are scored here: the "
+            "scores are optimistic."
+        )
     return found
 
 
 @functools.lru_cache(maxsize=4096)
 def _known(path: str, inode: int, changed: int) -> str | None:
-    """What an evaluation.json says it was taken of; the file is replaced as a whole, so inode and time tell its versions apart."""
+    """What an evaluation.json says it was taken of; the file is replaced as a whole, so inode and
+    time tell its versions apart."""
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

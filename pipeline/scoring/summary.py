@@ -1,4 +1,5 @@
-"""A set of scored cases in a few numbers: means, confidence intervals, counts of what is empty or missing, named variants of Dice."""
+"""A set of scored cases in a few numbers: means, confidence intervals, counts of what is empty or
+missing, named variants of Dice."""
 
 from __future__ import annotations
 
@@ -13,21 +14,29 @@ RESAMPLES, SEED = 2000, 12345
 
 SUMMARY: dict[str, str] = {
     "mean_foreground_dice": "Mean over the structures of each structure's mean Dice over cases.",
-    "ci95": f"95 % bootstrap interval of the mean: {RESAMPLES} resamples of patients with replacement (all cases of a patient together), "
+    "ci95": f"95 % bootstrap interval of the mean: {RESAMPLES} resamples of patients with "
+    "replacement (all cases of a patient together), "
     f"2.5th to 97.5th percentile, seed {SEED}; missing for fewer than two patients.",
-    "n": "Cases that have a value; the others are missing and are counted below, never set to 0 or 1.",
+    "n": "Cases that have a value; the others are missing and are counted below, never set to 0 "
+    "or 1.",
     "empty_truth": "Cases whose truth does not hold the structure.",
     "empty_prediction": "Cases whose prediction does not hold the structure.",
     "excluded": "Cases where truth and prediction are both empty: not in the mean Dice.",
-    "hd95_missing": "Cases where only one of truth and prediction is empty: Dice 0, no surface distance.",
+    "hd95_missing": "Cases where only one of truth and prediction is empty: Dice 0, no surface "
+    "distance.",
 }
 
 VARIANTS: dict[str, str] = {
-    "pooled": "One confusion matrix over all voxels of the set: large structures weigh more (MALUNet, EGE-UNet convention).",
-    "per_image": "Mean over cases with empty/empty = 1 and empty/non-empty = 0 (PraNet family convention).",
-    "per_volume": "Mean over cases, empty/empty excluded, empty/non-empty = 0 (LiTS convention): the mean Dice above.",
-    "per_patient": "Voxels of all cases of one patient pooled first, then the mean over patients, empty/empty excluded.",
-    "per_slice": "Mean over all slices with empty/empty = 1 (REC-UNet convention): inflated by slices without the structure.",
+    "pooled": "One confusion matrix over all voxels of the set: large structures weigh more "
+    "(MALUNet, EGE-UNet convention).",
+    "per_image": "Mean over cases with empty/empty = 1 and empty/non-empty = 0 (PraNet family "
+    "convention).",
+    "per_volume": "Mean over cases, empty/empty excluded, empty/non-empty = 0 (LiTS convention): "
+    "the mean Dice above.",
+    "per_patient": "Voxels of all cases of one patient pooled first, then the mean over patients, "
+    "empty/empty excluded.",
+    "per_slice": "Mean over all slices with empty/empty = 1 (REC-UNet convention): inflated by "
+    "slices without the structure.",
 }
 
 
@@ -37,7 +46,8 @@ def definitions() -> dict[str, str]:
 
 
 def summarise(cases: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """`cases`: [{"id", "group", "scores": {structure: Scores}}] -> the summary of the set; JSON-able, missing numbers are None."""
+    """`cases`: [{"id", "group", "scores": {structure: Scores}}] -> the summary of the set;
+    JSON-able, missing numbers are None."""
     patients = sorted({case["group"] for case in cases})
     owner = np.array([patients.index(case["group"]) for case in cases], dtype=np.int64)
     draws = bootstrap_weights(len(patients))
@@ -52,7 +62,9 @@ def summarise(cases: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str
         "cases": len(cases),
         "patients": len(patients),
         "mean_foreground_dice": _mean(means),
-        "mean_foreground_dice_ci95": _interval(_nanmean(np.array(resampled))) if resampled else None,
+        "mean_foreground_dice_ci95": _interval(_nanmean(np.array(resampled)))
+        if resampled
+        else None,
         "variants": variants,
         "structures": structures,
         "bootstrap": {"over": "patients", "resamples": RESAMPLES, "seed": SEED},
@@ -60,14 +72,17 @@ def summarise(cases: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str
 
 
 def bootstrap_weights(patients: int) -> np.ndarray | None:
-    """(RESAMPLES, patients) how often each patient is drawn in each resample; None below two patients."""
+    """(RESAMPLES, patients) how often each patient is drawn in each resample; None below two
+    patients."""
     if patients < 2:
         return None
     generator = np.random.Generator(np.random.Philox(SEED))
     return generator.multinomial(patients, np.full(patients, 1.0 / patients), size=RESAMPLES)
 
 
-def _structure(scores: list[dict], owner: np.ndarray, draws: np.ndarray | None) -> tuple[dict[str, Any], np.ndarray]:
+def _structure(
+    scores: list[dict], owner: np.ndarray, draws: np.ndarray | None
+) -> tuple[dict[str, Any], np.ndarray]:
     empty_truth = [s["truth_voxels"] == 0 for s in scores]
     empty_prediction = [s["predicted_voxels"] == 0 for s in scores]
     result: dict[str, Any] = {}
@@ -93,11 +108,17 @@ def _describe(values: np.ndarray) -> dict[str, Any]:
     if not len(found):
         return {"mean": None, "sd": None, "median": None, "n": 0}
     sd = float(found.std(ddof=1)) if len(found) > 1 else None
-    return {"mean": float(found.mean()), "sd": sd, "median": float(np.median(found)), "n": len(found)}
+    return {
+        "mean": float(found.mean()),
+        "sd": sd,
+        "median": float(np.median(found)),
+        "n": len(found),
+    }
 
 
 def _resampled_means(values: np.ndarray, owner: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
-    """(RESAMPLES,) means over the cases of the drawn patients; NaN where a resample holds no value."""
+    """(RESAMPLES,) means over the cases of the drawn patients; NaN where a resample holds no
+    value."""
     if draws is None:
         return np.full(RESAMPLES, np.nan)
     known = ~np.isnan(values)
@@ -114,7 +135,9 @@ def _interval(means: np.ndarray) -> list[float] | None:
 
 def _nanmean(rows: np.ndarray) -> np.ndarray:
     known = ~np.isnan(rows)
-    return np.where(known.any(0), np.where(known, rows, 0.0).sum(0) / np.maximum(known.sum(0), 1), np.nan)
+    return np.where(
+        known.any(0), np.where(known, rows, 0.0).sum(0) / np.maximum(known.sum(0), 1), np.nan
+    )
 
 
 def _variants(scores: list[dict], owner: np.ndarray) -> dict[str, float | None]:
@@ -126,7 +149,9 @@ def _variants(scores: list[dict], owner: np.ndarray) -> dict[str, float | None]:
         "per_image": _mean([1.0 if d is None else d for d in dice]),
         "per_volume": _mean(dice),
         "per_patient": _mean([_dice(*c) for c in of_patients]),
-        "per_slice": ratio(sum(s["slice_dice_sum"] for s in scores), sum(s["slices"] for s in scores)),
+        "per_slice": ratio(
+            sum(s["slice_dice_sum"] for s in scores), sum(s["slices"] for s in scores)
+        ),
     }
 
 

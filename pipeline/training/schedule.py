@@ -1,4 +1,5 @@
-"""The learning rate of a step, from the step number alone. It is written into the optimizer every step, so no fork keeps an old one."""
+"""The learning rate of a step, from the step number alone. It is written into the optimizer every
+step, so no fork keeps an old one."""
 
 from __future__ import annotations
 
@@ -17,5 +18,9 @@ def learning_rate(stage: Stage, step: int, total: int) -> float:
     if stage.schedule == "cosine" and stage.period:
         length = total * stage.period / stage.epochs
     done = (step - stage.warmup) / max(1, length)
-    share = (1 - done) ** stage.power if stage.schedule == "poly" else 0.5 * (1 + math.cos(math.pi * done))
+    share = (
+        (1 - done) ** stage.power
+        if stage.schedule == "poly"
+        else 0.5 * (1 + math.cos(math.pi * done))
+    )
     return stage.floor + (stage.lr - stage.floor) * share

@@ -1,6 +1,8 @@
-"""Batch normalisation over the whole batch, however many ranks share it. The result must not depend on the number of ranks.
+"""Batch normalisation over the whole batch, however many ranks share it. The result must not depend
+on the number of ranks.
 
-`torch.nn.SyncBatchNorm` does it on GPUs only. This one is made of PyTorch's own kernels and runs wherever the ranks does.
+`torch.nn.SyncBatchNorm` does it on GPUs only. This one is made of PyTorch's own kernels and runs
+wherever the ranks does.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from segfleet.pipeline.ranks import Ranks
 
 
 def synchronise(model: nn.Module, ranks: Ranks) -> None:
-    """Batch normalisations of `model` take their statistics over all ranks while training. Names and evaluation stay as they are."""
+    """Batch normalisations of `model` take their statistics over all ranks while training. Names
+    and evaluation stay as they are."""
     if ranks.size > 1:
         for module in model.modules():
             if type(module) in SYNCHRONISED:
@@ -34,14 +37,23 @@ class _Synchronised(_BatchNorm):
         mean, variance = statistics(x)
         count = x.numel() // x.shape[1] * dist.get_world_size()
         if count < 2:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)} on every rank")
+            raise ValueError(
+                "Expected more than 1 value per channel when training, got input size "
+                f"{tuple(x.shape)} on every rank"
+            )
         if self.running_mean is not None:
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
-            momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            momentum = (
+                1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            )
             self.running_mean.lerp_(mean.to(self.running_mean), momentum)
-            self.running_var.lerp_((variance * (count / (count - 1))).to(self.running_var), momentum)
-        return _Normalise.apply(x, self.weight, self.bias, mean.to(wide(x)), variance.to(wide(x)), self.eps, count)
+            self.running_var.lerp_(
+                (variance * (count / (count - 1))).to(self.running_var), momentum
+            )
+        return _Normalise.apply(
+            x, self.weight, self.bias, mean.to(wide(x)), variance.to(wide(x)), self.eps, count
+        )
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -49,13 +61,19 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and (biased) variance of every channel, float64, over the samples and voxels of all ranks.
+    """Mean and (biased) variance of every channel, float64, over the samples and voxels of all
+    ranks.
 
-    Ranks have equal shares of a batch (`loader.check_shares`), so nothing is counted, and nothing waits for the device.
+    Ranks have equal shares of a batch (`loader.check_shares`), so nothing is counted, and nothing
+    waits for the device.
     """
     with torch.no_grad():
-        none = torch.zeros(x.shape[1], dtype=wide(x), device=x.device)  # in and out: at least float32, whatever x is
-        mean, variance = torch.batch_norm_update_stats(x, none, none.clone(), 0.0)  # as a single rank does it
+        none = torch.zeros(
+            x.shape[1], dtype=wide(x), device=x.device
+        )  # in and out: at least float32, whatever x is
+        mean, variance = torch.batch_norm_update_stats(
+            x, none, none.clone(), 0.0
+        )  # as a single rank does it
         own = torch.stack([mean, variance]).double()
         every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(every, own)
@@ -65,7 +83,8 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Normalise(Function):
-    """(x - mean) / sqrt(variance + eps) * weight + bias, where mean and variance come from the x of all ranks."""
+    """(x - mean) / sqrt(variance + eps) * weight + bias, where mean and variance come from the x of
+    all ranks."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, mean, variance, eps, count):
@@ -78,22 +97,46 @@ class _Normalise(Function):
     def backward(ctx, gradient):
         x, weight, mean, scale = ctx.saved_tensors
         wanted = [False, True, True]
-        # of this rank's samples: sum of gradient * (x - mean) * scale, and sum of gradient, per channel
+        # of this rank's samples: sum of gradient * (x - mean) * scale, and sum of gradient, per
+        # channel
         _, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, torch.ones_like(mean) if weight is None else weight, None, None, mean, scale, True, ctx.eps, wanted
+            gradient,
+            x,
+            torch.ones_like(mean) if weight is None else weight,
+            None,
+            None,
+            mean,
+            scale,
+            True,
+            ctx.eps,
+            wanted,
         )
         sums = torch.stack([by_weight, by_bias]).to(mean.dtype)
         dist.all_reduce(sums)
         normalised, plain = sums / ctx.count
-        # gradient of x: weight * scale * (gradient - mean of gradient - (x - mean) * scale * mean of gradient * (x - mean) * scale)
+        # gradient of x: weight * scale * (gradient - mean of gradient - (x - mean) * scale * mean
+        # of gradient * (x - mean) * scale)
         shape = [1, -1, *[1] * (x.ndim - 2)]
         factor = scale if weight is None else scale * weight
         slope = -factor * scale * normalised
         shift = -factor * plain - slope * mean
         factor, slope, shift = (value.view(shape) for value in (factor, slope, shift))
-        by_x = torch.mul(gradient.to(mean.dtype), factor).addcmul_(x.to(mean.dtype), slope).add_(shift).to(x.dtype)
+        by_x = (
+            torch.mul(gradient.to(mean.dtype), factor)
+            .addcmul_(x.to(mean.dtype), slope)
+            .add_(shift)
+            .to(x.dtype)
+        )
         wants = ctx.needs_input_grad
-        return by_x, by_weight if wants[1] else None, by_bias if wants[2] else None, None, None, None, None
+        return (
+            by_x,
+            by_weight if wants[1] else None,
+            by_bias if wants[2] else None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 SYNCHRONISED = {

@@ -1,4 +1,5 @@
-"""The training loop. Reading order is execution order: `train` walks the stages, `train_stage` the steps of one."""
+"""The training loop. Reading order is execution order: `train` walks the stages, `train_stage` the
+steps of one."""
 
 from __future__ import annotations
 
@@ -39,11 +40,14 @@ PATIENCE = 20  # non-finite steps in a row before a run gives up
 LOOK = 1.0  # seconds between looks at a lock that is waited for
 KEEP = 2  # newest checkpoints kept besides the best one
 
-Validate = Callable[[Engine], dict[str, Any]]  # scores while training: {"dice": ..., ...}, the same on every rank
+Validate = Callable[
+    [Engine], dict[str, Any]
+]  # scores while training: {"dice": ..., ...}, the same on every rank
 
 
 class Diverged(InputError):
-    """The loss stayed non-finite, or the network's output for a whole case is. The last checkpoint is from before."""
+    """The loss stayed non-finite, or the network's output for a whole case is. The last checkpoint
+    is from before."""
 
 
 @dataclass
@@ -58,7 +62,11 @@ class Progress:
     stale: int = 0  # validations since the best one
 
     def state(self, recipe: Recipe, index: int) -> dict[str, Any]:
-        facts = {"stage": index, "recipe": recipe.model_dump(mode="json"), "versions": checkpoint.versions()}
+        facts = {
+            "stage": index,
+            "recipe": recipe.model_dump(mode="json"),
+            "versions": checkpoint.versions(),
+        }
         return {**facts, "progress": asdict(self)}
 
     @classmethod
@@ -79,11 +87,14 @@ class Run:
     asked_to_stop: Callable[[], bool]
     warn: Callable[[str], None]
     validate: Validate
-    waits: bool = False  # for a stage that another run, which shares it, is training; never for the last one, which is this very run's
+    # for a stage that another run, which shares it, is training; never for the last one, which is
+    # this very run's
+    waits: bool = False
 
 
 def train(this: Run) -> Path:
-    """Train every stage that is not finished yet; the folder of the last one. Raises Interrupted after an agreed stop."""
+    """Train every stage that is not finished yet; the folder of the last one. Raises Interrupted
+    after an agreed stop."""
     recipe, ranks, last = this.recipe, this.ranks, this.folders[-1].path
     check_recipe(recipe, this.store.manifest)
     loader.check_shares(recipe.data.batch, ranks.size, recipe.engine.accumulate)
@@ -99,7 +110,8 @@ def train(this: Run) -> Path:
 
 
 def missing(this: Run) -> list[int]:
-    """Stages to be trained: those that are not finished, and finished ones whose checkpoint is needed for what follows but is damaged."""
+    """Stages to be trained: those that are not finished, and finished ones whose checkpoint is
+    needed for what follows but is damaged."""
     found, needed = [], True
     for folder in reversed(this.folders):
         needed = folder.done() is None or (needed and bool(damaged(this, folder)))
@@ -109,16 +121,22 @@ def missing(this: Run) -> list[int]:
 
 
 def damaged(this: Run, folder: run.StageFolder) -> dict[str, str]:
-    """Checkpoint (its folder's name) -> what is wrong with it, of those that a finished stage must have."""
+    """Checkpoint (its folder's name) -> what is wrong with it, of those that a finished stage must
+    have."""
     done = folder.done()
     names = {done["checkpoint"]}
     if folder is this.folders[-1]:
         names.add(checkpoint.folder_name(scored.chosen_step(this.recipe, done)))
-    return {name: fault for name in sorted(names) if (fault := checkpoint.damage(folder.checkpoints / name))}
+    return {
+        name: fault
+        for name in sorted(names)
+        if (fault := checkpoint.damage(folder.checkpoints / name))
+    }
 
 
 def reopened(this: Run, folder: run.StageFolder) -> bool:
-    """Whether a stage is to be trained, now that its lock is held. A finished one that is damaged is no longer finished then."""
+    """Whether a stage is to be trained, now that its lock is held. A finished one that is damaged
+    is no longer finished then."""
     if folder.done() is None:
         return True
     if not (faults := damaged(this, folder)):
@@ -126,11 +144,17 @@ def reopened(this: Run, folder: run.StageFolder) -> bool:
     first, fault = next(iter(faults.items()))
     (folder.path / run.DONE).unlink()
     if folder is this.folders[-1]:
-        (folder.path / scored.EVALUATION).unlink(missing_ok=True)  # on a GPU the last bits may come out differently
+        (folder.path / scored.EVALUATION).unlink(
+            missing_ok=True
+        )  # on a GPU the last bits may come out differently
     for path in checkpoint.steps(folder.checkpoints):
         if path.name >= first:
             shutil.rmtree(path)
-    start = "the checkpoint before it" if checkpoint.steps(folder.checkpoints) else "its beginning, for no other is left"
+    start = (
+        "the checkpoint before it"
+        if checkpoint.steps(folder.checkpoints)
+        else "its beginning, for no other is left"
+    )
     where = f"checkpoint: {folder.checkpoints / first} of a finished stage is damaged: {fault}"
     this.warn(f"{where}; stage {folder.index + 1} is trained again from {start}")
     return True
@@ -139,20 +163,27 @@ def reopened(this: Run, folder: run.StageFolder) -> bool:
 def noted(this: Run) -> bool:
     """Whether the run's folder holds its recipe as it is now."""
     try:
-        return json.loads((this.folders[-1].path / run.RECIPE).read_text(encoding="utf-8")) == this.recipe.model_dump(mode="json")
+        return json.loads(
+            (this.folders[-1].path / run.RECIPE).read_text(encoding="utf-8")
+        ) == this.recipe.model_dump(mode="json")
     except (FileNotFoundError, ValueError):
         return False
 
 
 def note_recipe(this: Run) -> None:
-    """Only under a lock: a process that is refused must not change the recipe of the one that trains."""
+    """Only under a lock: a process that is refused must not change the recipe of the one that
+    trains."""
     if this.ranks.rank == 0 and not noted(this):
         this.folders[-1].path.mkdir(parents=True, exist_ok=True)
-        run.write_atomically(this.folders[-1].path / run.RECIPE, json.dumps(this.recipe.model_dump(mode="json"), indent=1))
+        run.write_atomically(
+            this.folders[-1].path / run.RECIPE,
+            json.dumps(this.recipe.model_dump(mode="json"), indent=1),
+        )
 
 
 class locked:
-    """Rank 0 holds the stage's lock. If somebody else has it, all ranks fail together, or wait together if the run waits for such."""
+    """Rank 0 holds the stage's lock. If somebody else has it, all ranks fail together, or wait
+    together if the run waits for such."""
 
     def __init__(self, this: Run, folder: run.StageFolder):
         self.this, self.folder, self.ranks, self.lock = this, folder, this.ranks, None
@@ -167,7 +198,10 @@ class locked:
             told = True
             if self.ranks.any(self.this.asked_to_stop()):
                 stage = f"stage {self.folder.index + 1}, which another run is training"
-                raise Interrupted(f"stopped while waiting for {stage}; nothing is lost. Run the same command again to go on.")
+                raise Interrupted(
+                    f"stopped while waiting for {stage}; nothing is lost. Run the same command "
+                    "again to go on."
+                )
             time.sleep(LOOK)
 
     def _taken(self) -> str | None:
@@ -191,7 +225,11 @@ def train_stage(this: Run, index: int) -> None:
     ids = set(manifest.fold(recipe.data.split, recipe.data.fold)["train"])
     cases = tuple(case for case in manifest.cases if case.id in ids)
     sampler = PatchSampler(
-        cases=cases, patch=patch_of(recipe, manifest), batch=recipe.data.batch, foreground=recipe.data.foreground, seed=recipe.seed
+        cases=cases,
+        patch=patch_of(recipe, manifest),
+        batch=recipe.data.batch,
+        foreground=recipe.data.foreground,
+        seed=recipe.seed,
     )
     steps = run.stage_steps(recipe, manifest)[index]
     total = stage.epochs * steps
@@ -199,14 +237,30 @@ def train_stage(this: Run, index: int) -> None:
     engine, progress = build(this, index)
     log = EventLog(folder.path, progress.step) if ranks.rank == 0 else None
     if log and progress.step == 0:
-        log.write("stage_start", step=0, stage=index, name=stage.name, steps=total, ranks=ranks.size)
+        log.write(
+            "stage_start", step=0, stage=index, name=stage.name, steps=total, ranks=ranks.size
+        )
     elif log:
         log.write("resumed", stage=index, from_step=progress.step, ranks=ranks.size)
     saver = checkpoint.Saver(folder.checkpoints)
     place = loader.Place(stage=index, epoch=progress.step // steps, step=progress.step % steps)
-    schedule = loader.Schedule(place, stage.epochs, steps, recipe.data.batch, recipe.engine.accumulate, ranks.rank, ranks.size)
-    patches = loader.Patches(this.store, sampler, index, steps, recipe.data.augment, ranks.device.type != "cpu")
-    stream = Stream(loader.batches(patches, schedule, recipe.data.workers), ranks.device, recipe.engine.channels_last)
+    schedule = loader.Schedule(
+        place,
+        stage.epochs,
+        steps,
+        recipe.data.batch,
+        recipe.engine.accumulate,
+        ranks.rank,
+        ranks.size,
+    )
+    patches = loader.Patches(
+        this.store, sampler, index, steps, recipe.data.augment, ranks.device.type != "cpu"
+    )
+    stream = Stream(
+        loader.batches(patches, schedule, recipe.data.workers),
+        ranks.device,
+        recipe.engine.channels_last,
+    )
     window = Window(stream, recipe.data.batch)
 
     saved = progress.step
@@ -214,12 +268,23 @@ def train_stage(this: Run, index: int) -> None:
         while True:
             watch_for_hangs()
             stopping = progress.step < total and ranks.any(this.asked_to_stop())
-            if stopping or progress.step == total or any(progress.step % period == 0 for period in (LOG_EVERY, steps, recipe.save_every)):
+            if (
+                stopping
+                or progress.step == total
+                or any(
+                    progress.step % period == 0 for period in (LOG_EVERY, steps, recipe.save_every)
+                )
+            ):
                 window.report(progress, ranks, log)
             if not stopping and validation_due(recipe, progress, steps):
                 validate(this, engine, progress, progress.step // steps - 1, log)
             ended = progress.step == total or 0 < stage.patience <= progress.stale
-            due = ended or stopping or progress.step % recipe.save_every == 0 or progress.best.get("step") == progress.step
+            due = (
+                ended
+                or stopping
+                or progress.step % recipe.save_every == 0
+                or progress.best.get("step") == progress.step
+            )
             if due and progress.step > saved:
                 save(engine, saver, progress, recipe, index, ranks)
                 saved = progress.step
@@ -231,14 +296,20 @@ def train_stage(this: Run, index: int) -> None:
                 if log:
                     log.write("stopped", stage=index, at_step=progress.step)
                 where = f"step {progress.step} of {total} of stage {index + 1}"
-                raise Interrupted(f"stopped after {where}; all saved. Run the same command again to go on.")
+                raise Interrupted(
+                    f"stopped after {where}; all saved. Run the same command again to go on."
+                )
 
             epoch, lr = progress.step // steps, learning_rate(stage, progress.step, total)
-            torch.manual_seed(step_seed(recipe.seed, index, progress.step, ranks.rank))  # dropout and the like
+            torch.manual_seed(
+                step_seed(recipe.seed, index, progress.step, ranks.rank)
+            )  # dropout and the like
             window.add(*engine.step(stream, lr), epoch, lr)
             progress.step += 1
     except BaseException:
-        with suppress(Exception):  # a save under way is published if it can be; the first error is what the user must see
+        with suppress(
+            Exception
+        ):  # a save under way is published if it can be; the first error is what the user must see
             saver.wait()
         raise
     finally:
@@ -255,29 +326,37 @@ def train_stage(this: Run, index: int) -> None:
 
 def watch_for_hangs() -> None:
     """From now on until the next call, or else every thread's stack goes to stderr."""
-    faulthandler.dump_traceback_later(float(os.environ.get("SEGFLEET_WATCHDOG", "900")), repeat=True)
+    faulthandler.dump_traceback_later(
+        float(os.environ.get("SEGFLEET_WATCHDOG", "900")), repeat=True
+    )
 
 
 def validation_due(recipe: Recipe, progress: Progress, steps: int) -> bool:
-    """Whether an epoch that is to be validated ended with the last step and has not been validated yet, here or before a stop."""
+    """Whether an epoch that is to be validated ended with the last step and has not been validated
+    yet, here or before a stop."""
     every = recipe.evaluation.every * steps
     return bool(every) and progress.step > progress.validated and progress.step % every == 0
 
 
-def validate(this: Run, engine: Engine, progress: Progress, epoch: int, log: EventLog | None) -> None:
+def validate(
+    this: Run, engine: Engine, progress: Progress, epoch: int, log: EventLog | None
+) -> None:
     """Score the network as it stands and remember whether it is the best so far."""
     scores = this.validate(engine)
     progress.validated, dice = progress.step, scores["dice"]
     if dice is not None and dice > progress.best.get("dice", -1.0):
         progress.best, progress.stale = {"dice": dice, "step": progress.step}, 0
-    elif dice is not None:  # None: no structure in truth or prediction, which says neither better nor worse
+    elif (
+        dice is not None
+    ):  # None: no structure in truth or prediction, which says neither better nor worse
         progress.stale += 1
     if log:
         log.write("validation", step=progress.step, epoch=epoch, **scores)
 
 
 def build(this: Run, index: int) -> tuple[Engine, Progress]:
-    """The engine of a stage with the right weights in it: the stage's own checkpoint, its parent's, or fresh ones."""
+    """The engine of a stage with the right weights in it: the stage's own checkpoint, its parent's,
+    or fresh ones."""
     recipe, ranks, manifest = this.recipe, this.ranks, this.store.manifest
     stage, folder = recipe.stages[index], this.folders[index]
     task = make_task(manifest.dataset, recipe.model.head)
@@ -292,10 +371,19 @@ def build(this: Run, index: int) -> tuple[Engine, Progress]:
         activation_checkpointing(model)
     bf16.guard(model, recipe.engine.precision, ranks.device)
     objective = Objective(recipe, task).to(ranks.device)
-    engine = build_engine(Setup(model=model, loss=objective, recipe=recipe, stage=stage, ranks=ranks))
-    found = ranks.share(str(saved.path) if ranks.rank == 0 and (saved := checkpoint.latest(folder.checkpoints, this.warn)) else None)
+    engine = build_engine(
+        Setup(model=model, loss=objective, recipe=recipe, stage=stage, ranks=ranks)
+    )
+    found = ranks.share(
+        str(saved.path)
+        if ranks.rank == 0 and (saved := checkpoint.latest(folder.checkpoints, this.warn))
+        else None
+    )
     if found:
-        own = checkpoint.Checkpoint(path=Path(found), state=json.loads((Path(found) / "state.json").read_text(encoding="utf-8")))
+        own = checkpoint.Checkpoint(
+            path=Path(found),
+            state=json.loads((Path(found) / "state.json").read_text(encoding="utf-8")),
+        )
         engine.load(own, "all")
         return engine, Progress.of(own)
     if index:
@@ -303,7 +391,14 @@ def build(this: Run, index: int) -> tuple[Engine, Progress]:
     return engine, Progress()
 
 
-def save(engine: Engine, saver: checkpoint.Saver, progress: Progress, recipe: Recipe, index: int, ranks: Ranks) -> None:
+def save(
+    engine: Engine,
+    saver: checkpoint.Saver,
+    progress: Progress,
+    recipe: Recipe,
+    index: int,
+    ranks: Ranks,
+) -> None:
     """Every rank takes part in gathering the tensors; rank 0 writes them."""
     tensors = engine.tensors()
     if ranks.rank == 0:
@@ -355,7 +450,8 @@ class Window:
         self.stream.cases, self.epoch, self.lr = (), epoch, lr
 
     def report(self, progress: Progress, ranks: Ranks, log: EventLog | None) -> None:
-        """Fetch, log, count the skipped steps. Raises Diverged after too many in a row, on all ranks together."""
+        """Fetch, log, count the skipped steps. Raises Diverged after too many in a row, on all
+        ranks together."""
         if not self.losses:
             return
         norms = torch.stack(self.norms).tolist()
@@ -366,7 +462,10 @@ class Window:
             if norm - norm == 0:  # finite
                 progress.skipped_in_a_row = 0
                 continue
-            progress.skipped, progress.skipped_in_a_row = progress.skipped + 1, progress.skipped_in_a_row + 1
+            progress.skipped, progress.skipped_in_a_row = (
+                progress.skipped + 1,
+                progress.skipped_in_a_row + 1,
+            )
             bad += [case for share in ranks.gather(cases) for case in share]
         good = [loss for loss, norm in zip(losses, norms, strict=True) if norm - norm == 0]
         if log:
@@ -382,10 +481,18 @@ class Window:
                     waiting=round(self.stream.waited / seconds, 4),
                 )
             if bad:
-                log.write("non_finite", step=progress.step, epoch=self.epoch, cases=sorted(set(bad)), skipped=progress.skipped)
+                log.write(
+                    "non_finite",
+                    step=progress.step,
+                    epoch=self.epoch,
+                    cases=sorted(set(bad)),
+                    skipped=progress.skipped,
+                )
         self._clear()
         if progress.skipped_in_a_row >= PATIENCE:
             raise Diverged(
-                f"training: the loss was not finite for {progress.skipped_in_a_row} steps in a row, the last at step {progress.step}, "
-                f"cases {', '.join(sorted(set(bad))[:8])}. Lower stages.lr or set engine.precision=fp32; the last checkpoint is older."
+                f"training: the loss was not finite for {progress.skipped_in_a_row} steps in a "
+                f"row, the last at step {progress.step}, "
+                f"cases {', '.join(sorted(set(bad))[:8])}. Lower stages.lr or set "
+                "engine.precision=fp32; the last checkpoint is older."
             )

@@ -1,7 +1,8 @@
 """From a raw folder to a published store: survey, plan, shards in parallel, manifest, one rename.
 
-Everything is made in `OUT.partial` beside `OUT`. What is finished there carries a record of what it was made from, so a run that was killed
-goes on with what is missing, and a changed plan or source invalidates just what depends on it. `OUT` appears complete or not at all.
+Everything is made in `OUT.partial` beside `OUT`. What is finished there carries a record of what it
+was made from, so a run that was killed goes on with what is missing, and a changed plan or source
+invalidates just what depends on it. `OUT` appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -59,13 +60,22 @@ def build(
 ) -> Manifest:
     """Preprocess the raw data set in `raw` into the store `out`, or find that this has been done.
 
-    `options` are the layout's own, `overrides` replace parts of the plan; the result's bytes do not depend on `workers`.
-    Raises InputError: DataError with every problem of the data, no space, `out` taken.
+    `options` are the layout's own, `overrides` replace parts of the plan; the result's bytes do not
+    depend on `workers`. Raises InputError: DataError with every problem of the data, no space,
+    `out` taken.
     """
     out, tell = Path(out), progress or (lambda phase, done, total: None)
     reader = open_raw(reader_name, raw, out, format=format, options=options, overrides=overrides)
     if (out / MANIFEST).is_file():
-        return compare(reader, out, format=format, split_seed=split_seed, workers=workers, progress=tell, overrides=overrides)
+        return compare(
+            reader,
+            out,
+            format=format,
+            split_seed=split_seed,
+            workers=workers,
+            progress=tell,
+            overrides=overrides,
+        )
     partial = out.with_name(out.name + ".partial")
     with claimed(partial, out):
         facts = _survey(reader, partial, workers, tell)
@@ -80,10 +90,16 @@ def build(
             dataset=facts.dataset,
             plan=plan,
             fingerprint=found.model_dump(mode="json"),
-            cases=tuple(entry.model_copy(update={"image_sha256": pixels[entry.id]}) for entry in entries),
+            cases=tuple(
+                entry.model_copy(update={"image_sha256": pixels[entry.id]}) for entry in entries
+            ),
             splits=make_splits(_members(facts.facts, facts.dataset), split_seed, reader.splits()),
             split_seed=split_seed,
-            joined={case: patient for case, patient in _patients(reader.refs()).items() if patient != _patients(facts.refs)[case]},
+            joined={
+                case: patient
+                for case, patient in _patients(reader.refs()).items()
+                if patient != _patients(facts.refs)[case]
+            },
             files=files,
         )
         save_manifest(partial, manifest)
@@ -126,7 +142,9 @@ def compare(
     refs = reader.refs()
     hashes: dict[str, str] = {}
     progress("compare", 0, len(refs))
-    for index, found in run(_source, refs, weights=[0] * len(refs), names=[ref.id for ref in refs], workers=workers):
+    for index, found in run(
+        _source, refs, weights=[0] * len(refs), names=[ref.id for ref in refs], workers=workers
+    ):
         hashes[refs[index].id] = found
         progress("compare", len(hashes), len(refs))
     stored = {entry.id: entry.source_sha256 for entry in manifest.cases}
@@ -135,11 +153,15 @@ def compare(
         differences.append(f"format {manifest.format}, now {format}")
     if manifest.split_seed != split_seed:
         differences.append(f"split seed {manifest.split_seed}, now {split_seed}")
-    if changed := [case for case in sorted({*stored, *hashes}) if stored.get(case) != hashes.get(case)]:
+    if changed := [
+        case for case in sorted({*stored, *hashes}) if stored.get(case) != hashes.get(case)
+    ]:
         differences.append(f"raw files of {len(changed)} case(s): {_few(changed)}")
     elif manifest.dataset != reader.dataset():
         differences.append("the description of the data set")
-    elif manifest.plan != make_plan(manifest.dataset, Fingerprint.model_validate(manifest.fingerprint), overrides=overrides):
+    elif manifest.plan != make_plan(
+        manifest.dataset, Fingerprint.model_validate(manifest.fingerprint), overrides=overrides
+    ):
         differences.append("the plan")
     if not changed:
         differences += _regrouped(manifest, _patients(refs)) + _resplit(manifest, reader.splits())
@@ -158,7 +180,8 @@ def _patients(refs: Sequence[CaseRef]) -> dict[str, str]:
 
 
 def _regrouped(manifest: Manifest, now: Mapping[str, str]) -> list[str]:
-    """What differs in who is whose patient. Stores that do not record joined patients show only that one was divided."""
+    """What differs in who is whose patient. Stores that do not record joined patients show only
+    that one was divided."""
     stored = {entry.id: entry.group for entry in manifest.cases}
     if manifest.joined is None:
         homes: dict[str, set[str]] = {}
@@ -166,18 +189,30 @@ def _regrouped(manifest: Manifest, now: Mapping[str, str]) -> list[str]:
             homes.setdefault(patient, set()).add(stored[case])
         moved = [case for case, patient in now.items() if len(homes[patient]) > 1]
     else:
-        moved = [case for case, patient in now.items() if {**stored, **manifest.joined}[case] != patient]
+        moved = [
+            case for case, patient in now.items() if {**stored, **manifest.joined}[case] != patient
+        ]
     return [f"patients of {len(moved)} case(s): {_few(moved)}"] if moved else []
 
 
 def _resplit(manifest: Manifest, brought: Mapping[str, Folds]) -> list[str]:
-    """What differs in the splits the data set comes with; the others follow from patients, files and seed."""
+    """What differs in the splits the data set comes with; the others follow from patients, files
+    and seed."""
     then, now = (
-        {name: [{side: list(ids) for side, ids in fold.items()} for fold in folds] for name, folds in splits.items() if name not in OWN}
+        {
+            name: [{side: list(ids) for side, ids in fold.items()} for fold in folds]
+            for name, folds in splits.items()
+            if name not in OWN
+        }
         for splits in (manifest.splits, brought)
     )
-    words = {name: "new" if name not in then else "gone" if name not in now else "changed" for name in {**then, **now}}
-    return [f"split {name}: {word}" for name, word in words.items() if then.get(name) != now.get(name)]
+    words = {
+        name: "new" if name not in then else "gone" if name not in now else "changed"
+        for name in {**then, **now}
+    }
+    return [
+        f"split {name}: {word}" for name, word in words.items() if then.get(name) != now.get(name)
+    ]
 
 
 def _few(cases: Sequence[str]) -> str:
@@ -192,17 +227,26 @@ def _source(ref: CaseRef) -> str:
 
 
 def _survey(reader: RawReader, partial: Path, workers: int | None, tell: Progress) -> Survey:
-    """The one pass over the raw files; its facts are written down as they come, so a killed run need not look twice."""
+    """The one pass over the raw files; its facts are written down as they come, so a killed run
+    need not look twice."""
     journals = Journals(reader, partial)
     with journals.append() as keep:
-        found = survey(reader, workers=workers, progress=lambda done, total: tell("check", done, total), known=journals.read(), keep=keep)
+        found = survey(
+            reader,
+            workers=workers,
+            progress=lambda done, total: tell("check", done, total),
+            known=journals.read(),
+            keep=keep,
+        )
     if found.problems:
         journals.remove()
         found.raise_problems()
     return found
 
 
-def _write(jobs: Sequence[ShardJob], partial: Path, workers: int | None, tell: Progress) -> tuple[tuple[CaseEntry, ...], dict]:
+def _write(
+    jobs: Sequence[ShardJob], partial: Path, workers: int | None, tell: Progress
+) -> tuple[tuple[CaseEntry, ...], dict]:
     records = [finished(job) for job in jobs]
     todo = [index for index, record in enumerate(records) if record is None]
     _tidy(partial, [record for record in records if record])
@@ -213,7 +257,11 @@ def _write(jobs: Sequence[ShardJob], partial: Path, workers: int | None, tell: P
     failed: dict[int, Exception] = {}
     try:
         for position, record in run(
-            attempt, [jobs[i] for i in todo], weights=weights, names=[f"{jobs[i].refs[0].id} ..." for i in todo], workers=workers
+            attempt,
+            [jobs[i] for i in todo],
+            weights=weights,
+            names=[f"{jobs[i].refs[0].id} ..." for i in todo],
+            workers=workers,
         ):
             if isinstance(record, Exception):
                 failed[todo[position]] = record
@@ -227,17 +275,22 @@ def _write(jobs: Sequence[ShardJob], partial: Path, workers: int | None, tell: P
         missing = [index for index in todo if records[index] is None]
         needed, free = sum(jobs[i].stored_bytes for i in missing), shutil.disk_usage(partial).free
         raise InputError(
-            f"out: no space left in {partial.parent}: the remaining {sum(len(jobs[i].refs) for i in missing)} case(s) need about "
-            f"{_bytes(needed)}, {_bytes(free)} are free. Free some and run the same command again: finished cases are kept."
+            f"out: no space left in {partial.parent}: the remaining "
+            f"{sum(len(jobs[i].refs) for i in missing)} case(s) need about "
+            f"{_bytes(needed)}, {_bytes(free)} are free. Free some and run the same command "
+            "again: finished cases are kept."
         ) from None
     if failed:
         raise failure([(jobs[index], failed[index]) for index in sorted(failed)])
-    entries = tuple(CaseEntry.model_validate(case) for record in records for case in record["cases"])
+    entries = tuple(
+        CaseEntry.model_validate(case) for record in records for case in record["cases"]
+    )
     return entries, {path: facts for record in records for path, facts in record["files"].items()}
 
 
 def attempt(job: ShardJob) -> dict | Exception:
-    """The record of a shard, or why there is none: one that fails does not keep the others from being made. A full disk is raised."""
+    """The record of a shard, or why there is none: one that fails does not keep the others from
+    being made. A full disk is raised."""
     try:
         return write_shard(job)
     except Exception as error:
@@ -251,9 +304,14 @@ def failure(failed: Sequence[tuple[ShardJob, Exception]]) -> Exception:
     if len(failed) == 1:
         return failed[0][1]
     known = [explain(error) for _, error in failed]
-    lines = [f"{len(failed)} shards could not be written; all others are, and are kept for the next run."]
+    lines = [
+        f"{len(failed)} shards could not be written; all others are, and are kept for the next run."
+    ]
     for (job, error), told in zip(failed, known, strict=True):
-        lines.append(f"{_few([ref.id for ref in job.refs])}: {told[0] if told else str(error) or type(error).__name__}")
+        lines.append(
+            f"{_few([ref.id for ref in job.refs])}: "
+            f"{told[0] if told else str(error) or type(error).__name__}"
+        )
     text = "\n".join(lines)
     return InputError(text) if all(told and told[1] == 2 for told in known) else RuntimeError(text)
 
@@ -272,12 +330,21 @@ def _tidy(partial: Path, records: Sequence[dict]) -> None:
 
 
 def _members(facts: Sequence[CaseFacts], dataset: Dataset) -> list[Member]:
-    return [Member(id=case.id, group=case.group or case.id, foreground=case.foreground(dataset.ignore_label)) for case in facts]
+    return [
+        Member(
+            id=case.id,
+            group=case.group or case.id,
+            foreground=case.foreground(dataset.ignore_label),
+        )
+        for case in facts
+    ]
 
 
 def _check_place(out: Path, raw: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"out: {out} exists and is neither an empty folder nor a store. Choose another --out.")
+        raise InputError(
+            f"out: {out} exists and is neither an empty folder nor a store. Choose another --out."
+        )
     if out.resolve() == raw.resolve() or out.resolve() in raw.resolve().parents:
         raise InputError(f"out: {out} is the raw data's own folder. Choose another --out.")
 

@@ -1,4 +1,5 @@
-"""The facts of raw cases as they are found, on disk, so that nobody looks twice. Every process writes its own journal and reads all."""
+"""The facts of raw cases as they are found, on disk, so that nobody looks twice. Every process
+writes its own journal and reads all."""
 
 from __future__ import annotations
 
@@ -15,11 +16,15 @@ from segfleet.preprocess.readers.base import RawReader
 
 
 class Journals:
-    """The journals of one raw data set in OUT.partial. Another description of the data set has other journals."""
+    """The journals of one raw data set in OUT.partial. Another description of the data set has
+    other journals."""
 
     def __init__(self, reader: RawReader, partial: Path):
         asked = json.dumps([REVISION, reader.dataset().model_dump(mode="json"), len(reader.refs())])
-        self.folder, self.name = partial / STATE, f"survey-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
+        self.folder, self.name = (
+            partial / STATE,
+            f"survey-{hashlib.sha256(asked.encode()).hexdigest()[:12]}",
+        )
 
     def read(self) -> list[CaseFacts]:
         """All facts that were written so far."""

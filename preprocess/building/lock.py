@@ -14,18 +14,28 @@ from segfleet.preprocess.building.shard_job import STATE
 
 @contextmanager
 def claimed(partial: Path, out: Path, shared: bool = False) -> Iterator[None]:
-    """Hold OUT.partial for this process alone, or `shared` with others that share, never with one that is alone.
+    """Hold OUT.partial for this process alone, or `shared` with others that share, never with one
+    that is alone.
 
     The claim ends with the process, however that ends. Raises InputError if it cannot be had.
     """
     (partial / STATE / "done").mkdir(parents=True, exist_ok=True)
-    with open(partial / STATE / "claim", "a+", encoding="utf-8") as file:  # NFS wants it readable to share, writable to be alone
+    with open(
+        partial / STATE / "claim", "a+", encoding="utf-8"
+    ) as file:  # NFS wants it readable to share, writable to be alone
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"out: another process is preprocessing into {out}. Wait for it, or choose another --out.") from None
+            raise InputError(
+                f"out: another process is preprocessing into {out}. Wait for it, or choose "
+                "another --out."
+            ) from None
         try:
             yield
         finally:
-            if not shared and partial.exists() and not any(path.is_file() and path.name != "claim" for path in partial.rglob("*")):
+            if (
+                not shared
+                and partial.exists()
+                and not any(path.is_file() and path.name != "claim" for path in partial.rglob("*"))
+            ):
                 shutil.rmtree(partial)

@@ -1,4 +1,5 @@
-"""One shard of a store in the making: which cases it holds, how it is made, and how one knows that it is finished."""
+"""One shard of a store in the making: which cases it holds, how it is made, and how one knows that
+it is finished."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ REVISION = 4  # of the transforms: another one makes finished shards of a killed
 
 @dataclass(frozen=True, kw_only=True)
 class ShardJob:
-    """All that a worker needs to make one shard. `key` is the hash of everything that determines its content."""
+    """All that a worker needs to make one shard. `key` is the hash of everything that determines
+    its content."""
 
     reader: RawReader
     refs: tuple[CaseRef, ...]
@@ -45,7 +47,9 @@ class ShardJob:
         return self.root / STATE / "done" / f"{Path(self.shard).name}.json"
 
 
-def shard_jobs(reader: RawReader, facts: Survey, plan: Plan, format: str, root: Path, shard_bytes: int) -> list[ShardJob]:
+def shard_jobs(
+    reader: RawReader, facts: Survey, plan: Plan, format: str, root: Path, shard_bytes: int
+) -> list[ShardJob]:
     """Cases in their order, as many in a shard as fit."""
     channels, width = len(plan.normalisation), np.dtype(plan.dtype).itemsize
     chunk = chunk_of(plan.patch, plan.median_shape, channels * width)
@@ -66,7 +70,15 @@ def shard_jobs(reader: RawReader, facts: Survey, plan: Plan, format: str, root: 
         refs = tuple(facts.refs[index] for index in bundle)
         sources = tuple(facts.facts[index].source_sha256 for index in bundle)
         cases = [(ref.id, ref.group, source) for ref, source in zip(refs, sources, strict=True)]
-        content = [REVISION, facts.dataset.model_dump(mode="json"), plan.model_dump(mode="json"), format, layout_of(format), chunk, cases]
+        content = [
+            REVISION,
+            facts.dataset.model_dump(mode="json"),
+            plan.model_dump(mode="json"),
+            format,
+            layout_of(format),
+            chunk,
+            cases,
+        ]
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         jobs.append(
             ShardJob(
@@ -87,15 +99,22 @@ def shard_jobs(reader: RawReader, facts: Survey, plan: Plan, format: str, root: 
 
 
 def write_shard(job: ShardJob) -> dict:
-    """Make one shard and leave its record. Nothing of it remains if that fails. Raises an error that names the case."""
-    writer = store_module(job.format).Writer(job.root, job.shard, chunk=job.chunk, dtype=job.plan.dtype)
+    """Make one shard and leave its record. Nothing of it remains if that fails. Raises an error
+    that names the case."""
+    writer = store_module(job.format).Writer(
+        job.root, job.shard, chunk=job.chunk, dtype=job.plan.dtype
+    )
     try:
         entries = [_write_case(writer, job, number) for number in range(len(job.refs))]
         files = writer.publish()
     except BaseException:
         writer.abandon()
         raise
-    record = {"key": job.key, "cases": [entry.model_dump(mode="json") for entry in entries], "files": files}
+    record = {
+        "key": job.key,
+        "cases": [entry.model_dump(mode="json") for entry in entries],
+        "files": files,
+    }
     write_atomically(job.record, json.dumps(record))
     return record
 
@@ -105,7 +124,10 @@ def _write_case(writer, job: ShardJob, number: int) -> CaseEntry:
     try:
         case = job.reader.read(ref)
         if case.extra["source_sha256"] != job.sources[number]:
-            raise InputError(f"case '{ref.id}': its files changed while they were preprocessed. Run the same command again.")
+            raise InputError(
+                f"case '{ref.id}': its files changed while they were preprocessed. Run the same "
+                "command again."
+            )
         image, label, facts = preprocess_case(case, job.plan, ignore_label=job.dataset.ignore_label)
         truth = np.ascontiguousarray(case.label_ZYX, np.uint8) if facts["has_truth"] else None
         writer.write(key, image, label, truth)
@@ -129,7 +151,10 @@ def finished(job: ShardJob) -> dict | None:
     """The record of a shard that is complete and made from what is there now."""
     try:
         record = json.loads(job.record.read_text(encoding="utf-8"))
-        whole = all((job.root / path).stat().st_size == facts["bytes"] for path, facts in record["files"].items())
+        whole = all(
+            (job.root / path).stat().st_size == facts["bytes"]
+            for path, facts in record["files"].items()
+        )
         return record if record["key"] == job.key and whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

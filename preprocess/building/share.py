@@ -1,7 +1,8 @@
 """A member's share of a store in the making, when several processes on several nodes work at one.
 
-All members first look at their cases; when all facts are there, each makes its shards. What a member leaves undone, `build` does, which
-alone publishes and alone reports problems: its result is the same whoever did what.
+All members first look at their cases; when all facts are there, each makes its shards. What a
+member leaves undone, `build` does, which alone publishes and alone reports problems: its result is
+the same whoever did what.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def survey_share(
     reader_name: str, raw: str | Path, out: str | Path, share: tuple[int, int], *, workers: int | None = None,
     progress: Progress | None = None, options: Mapping[str, str] | None = None,
 ) -> int:  # fmt: skip
-    """Check and measure every n-th case from the i-th on, `share` = (i, n); how many are known afterwards. Raises InputError."""
+    """Check and measure every n-th case from the i-th on, `share` = (i, n); how many are known
+    afterwards. Raises InputError."""
     out, tell = Path(out), progress or (lambda phase, done, total: None)
     reader = open_raw(reader_name, raw, out, options=options)
     if (out / MANIFEST).is_file():
@@ -41,7 +43,14 @@ def survey_share(
         journals, cases = Journals(reader, partial), range(share[0], len(reader.refs()), share[1])
         with journals.append() as keep:
             known = journals.read()
-            found = look_at(reader, cases, workers=workers, progress=lambda *at: tell("check", *at), known=known, keep=keep)
+            found = look_at(
+                reader,
+                cases,
+                workers=workers,
+                progress=lambda *at: tell("check", *at),
+                known=known,
+                keep=keep,
+            )
     return len(found)
 
 
@@ -52,8 +61,9 @@ def write_share(
 ) -> int:  # fmt: skip
     """Make every n-th shard from the i-th on; how many of them are finished afterwards.
 
-    0 where cases were not surveyed or have problems: looking at them is not repeated here, and `build` reports. A shard that fails does
-    not keep the others from being made; all such errors are raised at the end, a full disk at once. Raises InputError.
+    0 where cases were not surveyed or have problems: looking at them is not repeated here, and
+    `build` reports. A shard that fails does not keep the others from being made; all such errors
+    are raised at the end, a full disk at once. Raises InputError.
     """
     out, tell = Path(out), progress or (lambda phase, done, total: None)
     reader = open_raw(reader_name, raw, out, format=format, options=options, overrides=overrides)
@@ -67,13 +77,17 @@ def write_share(
         facts = survey(reader, known=known)
         if facts.problems:
             return 0
-        plan = make_plan(facts.dataset, fingerprint(facts.dataset, facts.facts, split_seed), overrides=overrides)
+        plan = make_plan(
+            facts.dataset, fingerprint(facts.dataset, facts.facts, split_seed), overrides=overrides
+        )
         mine = shard_jobs(reader, facts, plan, format, partial, shard_bytes)[share[0] :: share[1]]
         todo = [job for job in mine if finished(job) is None]
         done, failed = len(mine) - len(todo), []
         tell("write", done, len(mine))
         names = [f"{job.refs[0].id} ..." for job in todo]
-        for at, made in run(attempt, todo, weights=[weight_of(job) for job in todo], names=names, workers=workers):
+        for at, made in run(
+            attempt, todo, weights=[weight_of(job) for job in todo], names=names, workers=workers
+        ):
             failed += [(todo[at], made)] if isinstance(made, Exception) else []
             done += not isinstance(made, Exception)
             tell("write", done, len(mine))

@@ -1,4 +1,5 @@
-"""The one pass over raw files: every case is opened once, checked and measured. All problems come out together."""
+"""The one pass over raw files: every case is opened once, checked and measured. All problems come
+out together."""
 
 from __future__ import annotations
 
@@ -22,13 +23,16 @@ from segfleet.preprocess.readers.base import CaseRef, RawReader
 from segfleet.preprocess.stores.manifest import Dataset
 from segfleet.preprocess.transforms.voxels import pieces, values
 
-BYTES_PER_VALUE = 24  # of memory per voxel and channel: the file, decoded, as float32, and what cropping and resampling add
+# of memory per voxel and channel: the file, decoded, as float32, and what cropping and resampling
+# add
+BYTES_PER_VALUE = 24
 Tick = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """A whole raw data set after one pass. `facts` are in the order of `refs`; in both, cases with equal images are of one patient."""
+    """A whole raw data set after one pass. `facts` are in the order of `refs`; in both, cases with
+    equal images are of one patient."""
 
     where: str
     dataset: Dataset
@@ -57,7 +61,9 @@ def survey(
         keep: is given each new case's facts as soon as they are there.
     """
     dataset, refs = reader.dataset(), reader.refs()
-    found = look_at(reader, range(len(refs)), workers=workers, progress=progress, known=known, keep=keep)
+    found = look_at(
+        reader, range(len(refs)), workers=workers, progress=progress, known=known, keep=keep
+    )
     facts = [found[index] for index in range(len(refs))]
     problems = [*reader.problems(), *(problem for case in facts for problem in case.problems)]
     if any(kind == "rgb_to_0_1" for kind in normalisation(dataset)):
@@ -69,9 +75,22 @@ def survey(
     warnings += doubles + leaks(reader.splits(), {ref.id: ref.group or ref.id for ref in refs})
     if not problems and not any(case.foreground(dataset.ignore_label) for case in facts):
         mend = "Check that labels and images belong together."
-        problems.append(Problem(case="all", field="label", found="no foreground voxel in any case", expected="at least one", mend=mend))
+        problems.append(
+            Problem(
+                case="all",
+                field="label",
+                found="no foreground voxel in any case",
+                expected="at least one",
+                mend=mend,
+            )
+        )
     return Survey(
-        where=str(reader.root), dataset=dataset, refs=tuple(refs), facts=tuple(facts), problems=tuple(problems), warnings=tuple(warnings)
+        where=str(reader.root),
+        dataset=dataset,
+        refs=tuple(refs),
+        facts=tuple(facts),
+        problems=tuple(problems),
+        warnings=tuple(warnings),
     )
 
 
@@ -91,7 +110,13 @@ def look_at(
     weights = [memory_of(refs[index]) for index in todo]
     tell = progress or (lambda done, total: None)
     tell(len(found), len(cases))
-    for position, facts in run(look, [refs[i] for i in todo], weights=weights, names=[refs[i].id for i in todo], workers=workers):
+    for position, facts in run(
+        look,
+        [refs[i] for i in todo],
+        weights=weights,
+        names=[refs[i].id for i in todo],
+        workers=workers,
+    ):
         found[todo[position]] = facts
         if keep is not None:
             keep(facts)
@@ -99,16 +124,25 @@ def look_at(
     return found
 
 
-def recall(reader: RawReader, cases: Sequence[int], known: Sequence[CaseFacts]) -> tuple[dict[int, CaseFacts], list[int]]:
-    """Facts whose files have not changed since, by case number, and the numbers of all other cases. Patients are those of today."""
+def recall(
+    reader: RawReader, cases: Sequence[int], known: Sequence[CaseFacts]
+) -> tuple[dict[int, CaseFacts], list[int]]:
+    """Facts whose files have not changed since, by case number, and the numbers of all other cases.
+    Patients are those of today."""
     refs, earlier = reader.refs(), {facts.stamp: facts for facts in known}
-    kept = {index: facts for index in cases if (facts := earlier.get(stamp(refs[index], reader.root)))}
-    found = {index: facts.model_copy(update={"group": refs[index].group}) for index, facts in kept.items()}
+    kept = {
+        index: facts for index in cases if (facts := earlier.get(stamp(refs[index], reader.root)))
+    }
+    found = {
+        index: facts.model_copy(update={"group": refs[index].group})
+        for index, facts in kept.items()
+    }
     return found, [index for index in cases if index not in found]
 
 
 def check_case(reader: RawReader, dataset: Dataset, samples: int, ref: CaseRef) -> CaseFacts:
-    """Read one case and tell what is wrong with it, completely, and what it is like if nothing is."""
+    """Read one case and tell what is wrong with it, completely, and what it is like if nothing
+    is."""
     identity = {"id": ref.id, "group": ref.group, "stamp": stamp(ref, reader.root)}
     problems = missing(ref, reader.root)
     if problems:
@@ -127,7 +161,12 @@ def check_case(reader: RawReader, dataset: Dataset, samples: int, ref: CaseRef) 
         problems.append(error.problem(ref.id))
     if image is not None and label is not None and (difference := disagreement(grid, geometry)):
         field, found, expected = difference
-        facts = {"field": f"label {field}", "found": found, "expected": f"{expected} as the image has", "mend": "Export both on one grid."}
+        facts = {
+            "field": f"label {field}",
+            "found": found,
+            "expected": f"{expected} as the image has",
+            "mend": "Export both on one grid.",
+        }
         problems.append(Problem(case=ref.id, **facts))
     if problems:
         return CaseFacts(**identity, problems=tuple(problems))
@@ -135,11 +174,17 @@ def check_case(reader: RawReader, dataset: Dataset, samples: int, ref: CaseRef) 
     kinds = normalisation(dataset)
     facts = statistics(case, kinds, dataset.ignore_label, samples)
     facts |= {"source_sha256": digest.hexdigest(), "image_sha256": _pixels(image)}
-    found = CaseFacts(**identity, **facts, thumbnail=thumbnail(image) if dataset.dims == 2 and "rgb_to_0_1" in kinds else "")
+    found = CaseFacts(
+        **identity,
+        **facts,
+        thumbnail=thumbnail(image) if dataset.dims == 2 and "rgb_to_0_1" in kinds else "",
+    )
     if found.foreground(dataset.ignore_label) or reader.may_be_empty(ref):
         return found
     mend = "Nothing to do if the case is really empty: it is kept."
-    warning = Problem(case=ref.id, field="label", found="no foreground voxel", expected="usually some", mend=mend)
+    warning = Problem(
+        case=ref.id, field="label", found="no foreground voxel", expected="usually some", mend=mend
+    )
     return found.model_copy(update={"warnings": (warning,)})
 
 
@@ -150,29 +195,61 @@ def missing(ref: CaseRef, root: Path) -> list[Problem]:
         if not path.is_file():
             field = "image" if len(ref.images) == 1 else f"channel {index}"
             expected, mend = _relative(path, root), "Add the file, or remove the case."
-            problems.append(Problem(case=ref.id, field=field, found="no file", expected=expected, mend=mend))
+            problems.append(
+                Problem(case=ref.id, field=field, found="no file", expected=expected, mend=mend)
+            )
     for path in ref.labels:
         if not path.is_file():
             mend = "Add the label, or remove the case from the training set."
-            problems.append(Problem(case=ref.id, field="label", found="no file", expected=_relative(path, root), mend=mend))
+            problems.append(
+                Problem(
+                    case=ref.id,
+                    field="label",
+                    found="no file",
+                    expected=_relative(path, root),
+                    mend=mend,
+                )
+            )
     return problems
 
 
-def image_problems(case: str, image: np.ndarray, geometry: Geometry, dataset: Dataset) -> list[Problem]:
+def image_problems(
+    case: str, image: np.ndarray, geometry: Geometry, dataset: Dataset
+) -> list[Problem]:
     problems = []
     if len(image) != len(dataset.channels):
         expected = f"{len(dataset.channels)} ({', '.join(dataset.channels)})"
         mend = "Correct the channels in dataset.json or the image."
-        problems.append(Problem(case=case, field="channels", found=str(len(image)), expected=expected, mend=mend))
+        problems.append(
+            Problem(
+                case=case, field="channels", found=str(len(image)), expected=expected, mend=mend
+            )
+        )
     if dataset.dims == 2 and geometry.shape[0] != 1:
         mend = "Split the volume, or use a 3D layout."
-        problems.append(Problem(case=case, field="slices", found=str(geometry.shape[0]), expected="1 (2D data set)", mend=mend))
+        problems.append(
+            Problem(
+                case=case,
+                field="slices",
+                found=str(geometry.shape[0]),
+                expected="1 (2D data set)",
+                mend=mend,
+            )
+        )
     if image.dtype.kind == "f":
         for index, channel in enumerate(image):
-            if not np.isfinite(channel.sum(dtype=np.float64)) and (bad := int((~np.isfinite(channel)).sum())):
+            if not np.isfinite(channel.sum(dtype=np.float64)) and (
+                bad := int((~np.isfinite(channel)).sum())
+            ):
                 mend = "Replace them, for instance by the value of air, and save the image again."
-                facts = {"field": f"image, channel {index}", "expected": "finite numbers", "mend": mend}
-                problems.append(Problem(case=case, found=f"{bad} voxel(s) that are nan or infinite", **facts))
+                facts = {
+                    "field": f"image, channel {index}",
+                    "expected": "finite numbers",
+                    "mend": mend,
+                }
+                problems.append(
+                    Problem(case=case, found=f"{bad} voxel(s) that are nan or infinite", **facts)
+                )
     return problems
 
 
@@ -182,21 +259,38 @@ def label_problems(case: str, label: np.ndarray, dataset: Dataset) -> list[Probl
         bad = ~np.isfinite(piece) | (piece != np.rint(piece))
         broken += [(int(bad.sum()), piece[bad][0])] if bad.any() else []
     if broken:
-        found = f"{sum(n for n, _ in broken)} voxel(s) that are no integers, such as {broken[0][1]:g}"
+        found = (
+            f"{sum(n for n, _ in broken)} voxel(s) that are no integers, such as {broken[0][1]:g}"
+        )
         mend = "Resample labels with nearest neighbour and save them as integers."
         return [Problem(case=case, field="label", found=found, expected="integers", mend=mend)]
-    declared = {*dataset.labels.values(), *(v for region in dataset.regions.values() for v in region)}
+    declared = {
+        *dataset.labels.values(),
+        *(v for region in dataset.regions.values() for v in region),
+    }
     if dataset.ignore_label is not None:
         declared.add(dataset.ignore_label)
     present, problems = values(label), []
     if unknown := sorted(present - declared):
-        found = ", ".join(map(str, unknown[:10])) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
+        found = ", ".join(map(str, unknown[:10])) + (
+            f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        )
         expected = f"only the declared values {', '.join(map(str, sorted(declared)))}"
         mend = "Declare them in the labels of the data set, or correct the mask."
-        problems.append(Problem(case=case, field="label values", found=found, expected=expected, mend=mend))
+        problems.append(
+            Problem(case=case, field="label values", found=found, expected=expected, mend=mend)
+        )
     if beyond := sorted(v for v in present & declared if v > 255):
         mend = "Number the labels from 0 on."
-        problems.append(Problem(case=case, field="label values", found=f"{beyond[0]}", expected="0 to 255", mend=mend))
+        problems.append(
+            Problem(
+                case=case,
+                field="label values",
+                found=f"{beyond[0]}",
+                expected="0 to 255",
+                mend=mend,
+            )
+        )
     return problems
 
 
@@ -205,7 +299,13 @@ def stamp(ref: CaseRef, root: Path) -> tuple[tuple[str, int, int], ...]:
     out = []
     for path in (*ref.images, *ref.labels):
         facts = path.stat() if path.is_file() else None
-        out.append((_relative(path, root), facts.st_size if facts else -1, facts.st_mtime_ns if facts else -1))
+        out.append(
+            (
+                _relative(path, root),
+                facts.st_size if facts else -1,
+                facts.st_mtime_ns if facts else -1,
+            )
+        )
     return tuple(out)
 
 
@@ -219,9 +319,15 @@ def _together(facts: Sequence[CaseFacts]) -> list[Problem]:
     kinds = sorted({case.orientation for case in facts if case.orientation})
     if len(kinds) < 2:
         return []
-    counts = ", ".join(f"{kind} {sum(case.orientation == kind for case in facts)}" for kind in kinds)
+    counts = ", ".join(
+        f"{kind} {sum(case.orientation == kind for case in facts)}" for kind in kinds
+    )
     mend = "Reorient the images if left and right or up and down matter to the labels."
-    return [Problem(case="all", field="orientation", found=counts, expected="one for all cases", mend=mend)]
+    return [
+        Problem(
+            case="all", field="orientation", found=counts, expected="one for all cases", mend=mend
+        )
+    ]
 
 
 def _depths(facts: Sequence[CaseFacts]) -> list[Problem]:
@@ -232,7 +338,16 @@ def _depths(facts: Sequence[CaseFacts]) -> list[Problem]:
     usual = counts.most_common(1)[0][0]
     mend = f"Save all pictures as {usual}."
     odd = [case for case in facts if case.dtype not in ("", usual)]
-    return [Problem(case=c.id, field="voxel type", found=c.dtype, expected=f"{usual}, as most have", mend=mend) for c in odd]
+    return [
+        Problem(
+            case=c.id,
+            field="voxel type",
+            found=c.dtype,
+            expected=f"{usual}, as most have",
+            mend=mend,
+        )
+        for c in odd
+    ]
 
 
 def _pixels(image: np.ndarray) -> str:

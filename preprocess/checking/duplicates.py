@@ -1,8 +1,10 @@
-"""The same image twice: found by content, told to the user, and never on both sides of a split of ours.
+"""The same image twice: found by content, told to the user, and never on both sides of a split of
+ours.
 
-Equal pixels are found in every data set; in colour pictures also those that were compressed anew. Measured on the 402 pictures of the 2018
-Data Science Bowl: thumbnails of different pictures are apart by 113 % of their contrast or more, those of one picture and its JPEG
-(quality 75 and 90) by 4.5 % at most.
+Equal pixels are found in every data set; in colour pictures also those that were compressed anew.
+Measured on the 402 pictures of the 2018 Data Science Bowl: thumbnails of different pictures are
+apart by 113 % of their contrast or more, those of one picture and its JPEG (quality 75 and 90) by
+4.5 % at most.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ FLAT = 1.0  # standard deviation, in grey levels, below which a picture has noth
 
 
 def thumbnail(image_CZYX: np.ndarray) -> str:
-    """Mean grey of 16 x 16 blocks of a picture, for `CaseFacts.thumbnail`; none for a smaller picture."""
+    """Mean grey of 16 x 16 blocks of a picture, for `CaseFacts.thumbnail`; none for a smaller
+    picture."""
     if min(image_CZYX.shape[2:]) < EDGE:
         return ""
     white = np.iinfo(image_CZYX.dtype).max if image_CZYX.dtype.kind in "ui" else 255
@@ -34,25 +37,41 @@ def thumbnail(image_CZYX: np.ndarray) -> str:
         first = np.arange(EDGE) * length // EDGE
         sizes = np.diff([*first, length])
         grey = np.add.reduceat(grey, first, axis=axis) / (sizes[:, None] if axis == 0 else sizes)
-    return base64.b64encode(np.rint(np.clip(grey, 0, 255) * FINE).astype("<u2").tobytes()).decode("ascii")
+    return base64.b64encode(np.rint(np.clip(grey, 0, 255) * FINE).astype("<u2").tobytes()).decode(
+        "ascii"
+    )
 
 
 def nearly(facts: Sequence[CaseFacts]) -> Iterator[tuple[CaseFacts, CaseFacts]]:
-    """Pairs of pictures of one size, of different patients and with different pixels, that look the same."""
+    """Pairs of pictures of one size, of different patients and with different pixels, that look the
+    same."""
     cases = [case for case in facts if case.thumbnail]
     if not cases:
         return
-    grey = np.stack([np.frombuffer(base64.b64decode(case.thumbnail), "<u2") for case in cases]).astype(np.float32) / FINE
+    grey = (
+        np.stack([np.frombuffer(base64.b64decode(case.thumbnail), "<u2") for case in cases]).astype(
+            np.float32
+        )
+        / FINE
+    )
     own = grey - grey.mean(axis=1, keepdims=True)
     power = (own**2).mean(axis=1)
     for i, case in enumerate(cases[:-1]):
         if power[i] < FLAT**2:
             continue
         difference = power[i] + power[i + 1 :] - 2 * (own[i + 1 :] @ own[i]) / own.shape[1]
-        for j in i + 1 + np.flatnonzero(difference < APART**2 * np.minimum(power[i], power[i + 1 :])):
+        for j in (
+            i + 1 + np.flatnonzero(difference < APART**2 * np.minimum(power[i], power[i + 1 :]))
+        ):
             other = cases[j]
-            apart = (case.group or case.id) != (other.group or other.id) and case.image_sha256 != other.image_sha256
-            if apart and case.raw_shape == other.raw_shape and np.abs(grey[i] - grey[j]).max() <= LEVELS:
+            apart = (case.group or case.id) != (
+                other.group or other.id
+            ) and case.image_sha256 != other.image_sha256
+            if (
+                apart
+                and case.raw_shape == other.raw_shape
+                and np.abs(grey[i] - grey[j]).max() <= LEVELS
+            ):
                 yield case, other
 
 
@@ -60,8 +79,9 @@ def link(facts: Sequence[CaseFacts]) -> tuple[dict[str, str], list[Problem]]:
     """Which cases belong to another patient than their own because they show the same picture.
 
     Returns:
-        case id -> the joint patient, for every case of patients that duplicates join (the name of the first of them)
-        one warning per set of equal images, and per pair of those that look the same
+        case id -> the joint patient, for every case of patients that duplicates join (the name of
+        the first of them) one warning per set of equal images, and per pair of those that look the
+        same
     """
     same: dict[str, list[CaseFacts]] = {}
     for case in facts:
@@ -81,14 +101,26 @@ def link(facts: Sequence[CaseFacts]) -> tuple[dict[str, str], list[Problem]]:
         first, *others = (root(case.group or case.id) for case in cases)
         for other in others:
             parent[root(other)] = root(first)
-        names = ", ".join(case.id for case in cases[1:6]) + (f" and {len(cases) - 6} more" if len(cases) > 6 else "")
+        names = ", ".join(case.id for case in cases[1:6]) + (
+            f" and {len(cases) - 6} more" if len(cases) > 6 else ""
+        )
         mend = "Nothing to do for kfold, which keeps them together; remove the copies if they should not count twice."
-        facts_ = {"field": "image", "found": f"the same pixels as {names}", "expected": "every image once", "mend": mend}
+        facts_ = {
+            "field": "image",
+            "found": f"the same pixels as {names}",
+            "expected": "every image once",
+            "mend": mend,
+        }
         warnings.append(Problem(case=cases[0].id, **facts_))
     for case, other in nearly(facts):
         parent[root(other.group or other.id)] = root(case.group or case.id)
         mend = "Look at both. kfold keeps them together; remove one if it should not count twice."
-        facts_ = {"field": "image", "found": f"looks the same as {other.id}", "expected": "every image once", "mend": mend}
+        facts_ = {
+            "field": "image",
+            "found": f"looks the same as {other.id}",
+            "expected": "every image once",
+            "mend": mend,
+        }
         warnings.append(Problem(case=case.id, **facts_))
     joint = {root(patient) for patient in parent}
     patients = {case.id: root(case.group or case.id) for case in facts}
@@ -96,21 +128,36 @@ def link(facts: Sequence[CaseFacts]) -> tuple[dict[str, str], list[Problem]]:
 
 
 def shared(facts: Sequence[CaseFacts], manifest: Manifest) -> list[Problem]:
-    """One warning per case whose image is in another data set's store too, as the same pixels. Raises InputError if that cannot be told."""
+    """One warning per case whose image is in another data set's store too, as the same pixels.
+    Raises InputError if that cannot be told."""
     stored = {entry.image_sha256: entry.id for entry in manifest.cases if entry.image_sha256}
     if not stored:
-        raise InputError("against: the store does not record its images' hashes. Preprocess its raw data again into a new folder.")
-    expected, mend = "an image of one of the two", "Do not train on one of the data sets and score on the other with it."
+        raise InputError(
+            "against: the store does not record its images' hashes. Preprocess its raw data again "
+            "into a new folder."
+        )
+    expected, mend = (
+        "an image of one of the two",
+        "Do not train on one of the data sets and score on the other with it.",
+    )
     found = [(case.id, stored[case.image_sha256]) for case in facts if case.image_sha256 in stored]
-    texts = [(case, f"also in {manifest.dataset.name}: {other} ({_sides(other, manifest)})") for case, other in found]
-    return [Problem(case=case, field="image", found=text, expected=expected, mend=mend) for case, text in texts]
+    texts = [
+        (case, f"also in {manifest.dataset.name}: {other} ({_sides(other, manifest)})")
+        for case, other in found
+    ]
+    return [
+        Problem(case=case, field="image", found=text, expected=expected, mend=mend)
+        for case, text in texts
+    ]
 
 
 def _sides(case: str, manifest: Manifest) -> str:
     """Where a case is in every split but "all"; of several folds, in which it validates."""
     places = []
     for name, folds in manifest.splits.items():
-        sides = [next((side for side in ("train", "val") if case in fold[side]), "") for fold in folds]
+        sides = [
+            next((side for side in ("train", "val") if case in fold[side]), "") for fold in folds
+        ]
         if len(folds) > 1 and "val" in sides:
             places.append(f"{name}: val of fold {sides.index('val')}")
         elif name != "all" and any(sides):
@@ -119,13 +166,26 @@ def _sides(case: str, manifest: Manifest) -> str:
 
 
 def leaks(splits: Mapping[str, Folds], group: Mapping[str, str]) -> list[Problem]:
-    """One warning for all splits the data set came with that have a patient on both sides. `group`: case id -> patient."""
-    found = {name: n for name, folds in splits.items() if (n := max(len(_both(fold, group)) for fold in folds))}
+    """One warning for all splits the data set came with that have a patient on both sides. `group`:
+    case id -> patient."""
+    found = {
+        name: n
+        for name, folds in splits.items()
+        if (n := max(len(_both(fold, group)) for fold in folds))
+    }
     if not found:
         return []
     text = ", ".join(f"{name} ({n})" for name, n in found.items())
     mend = "Scores on these splits are comparable with papers, but too good. Use kfold for honest ones."
-    return [Problem(case="splits", field="patients", found=f"some on both sides of {text}", expected="none", mend=mend)]
+    return [
+        Problem(
+            case="splits",
+            field="patients",
+            found=f"some on both sides of {text}",
+            expected="none",
+            mend=mend,
+        )
+    ]
 
 
 def _both(fold: Mapping[str, Iterable[str]], group: Mapping[str, str]) -> set[str]:

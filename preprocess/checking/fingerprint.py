@@ -1,4 +1,5 @@
-"""What a data set is like: the facts of its cases, gathered in one pass, and what planning needs of them."""
+"""What a data set is like: the facts of its cases, gathered in one pass, and what planning needs of
+them."""
 
 from __future__ import annotations
 
@@ -18,13 +19,16 @@ MOST_SAMPLES = 2_000_000  # foreground voxels of the whole data set
 
 
 class CaseFacts(Frozen):
-    """What one pass over a raw case tells. Everything but the problems is empty where the case could not be read."""
+    """What one pass over a raw case tells. Everything but the problems is empty where the case
+    could not be read."""
 
     id: str
     group: str = ""
     stamp: tuple[tuple[str, int, int], ...] = ()  # files: name, bytes, time of change in ns
     source_sha256: str = ""
-    image_sha256: str = ""  # of the pixels, so that another compression or an alpha channel does not hide a copy
+    image_sha256: str = (
+        ""  # of the pixels, so that another compression or an alpha channel does not hide a copy
+    )
     thumbnail: str = ""  # of a colour picture: base64 of 16 x 16 grey values, uint16
     raw_shape: tuple[int, int, int] = (0, 0, 0)
     crop_shape: tuple[int, int, int] = (0, 0, 0)
@@ -40,7 +44,9 @@ class CaseFacts(Frozen):
         return np.frombuffer(base64.b64decode(self.samples), "<f4").reshape(-1, channels)
 
     def foreground(self, ignore_label: int | None) -> dict[int, int]:
-        return {value: n for value, n in self.voxels.items() if value != 0 and value != ignore_label}
+        return {
+            value: n for value, n in self.voxels.items() if value != 0 and value != ignore_label
+        }
 
 
 class Fingerprint(Frozen):
@@ -60,17 +66,24 @@ def samples_per_case(cases: int) -> int:
     return int(np.clip(MOST_SAMPLES // max(1, cases), 20, 50_000))
 
 
-def statistics(case: Case, normalisation: Sequence[str], ignore_label: int | None, samples: int) -> dict:
-    """The fields of CaseFacts that follow from the arrays of a sound case. The draw depends on the case's id alone."""
+def statistics(
+    case: Case, normalisation: Sequence[str], ignore_label: int | None, samples: int
+) -> dict:
+    """The fields of CaseFacts that follow from the arrays of a sound case. The draw depends on the
+    case's id alone."""
     label = case.label_ZYX.astype(np.uint8, copy=False)
     found = counts(label)
     seed = int.from_bytes(hashlib.sha256(f"intensity {case.id}".encode()).digest()[:8], "little")
     ignored = 0 if ignore_label is None else ignore_label
-    where = draw(label, lambda piece: (piece > 0) & (piece != ignored), samples, np.random.default_rng(seed))
+    where = draw(
+        label, lambda piece: (piece > 0) & (piece != ignored), samples, np.random.default_rng(seed)
+    )
     drawn = np.stack([channel.ravel()[where] for channel in case.image_CZYX], axis=-1).astype("<f4")
     return {
         "raw_shape": case.geometry.shape,
-        "crop_shape": tuple(stop - start for start, stop in crop_box(case.image_CZYX, normalisation)),
+        "crop_shape": tuple(
+            stop - start for start, stop in crop_box(case.image_CZYX, normalisation)
+        ),
         "spacing": case.geometry.spacing,
         "dtype": str(case.image_CZYX.dtype),
         "orientation": orientation(case.geometry.affine),
@@ -81,17 +94,26 @@ def statistics(case: Case, normalisation: Sequence[str], ignore_label: int | Non
 
 def fingerprint(dataset: Dataset, facts: Sequence[CaseFacts], split_seed: int = 0) -> Fingerprint:
     """Gather the facts of sound cases."""
-    values = np.concatenate([case.intensities(len(dataset.channels)) for case in facts]).astype(np.float64)
+    values = np.concatenate([case.intensities(len(dataset.channels)) for case in facts]).astype(
+        np.float64
+    )
     foreground = [case.foreground(dataset.ignore_label) for case in facts]
     orientations = sorted({case.orientation for case in facts if case.orientation})
     return Fingerprint(
         shapes=tuple(case.crop_shape for case in facts),
         spacings=tuple(case.spacing for case in facts),
         intensity=tuple(summary(channel) for channel in values.T),
-        kept=float(np.median([np.prod(case.crop_shape) / np.prod(case.raw_shape) for case in facts])),
+        kept=float(
+            np.median([np.prod(case.crop_shape) / np.prod(case.raw_shape) for case in facts])
+        ),
         dtypes=tuple(sorted({case.dtype for case in facts})),
-        cases_with={value: sum(value in case for case in foreground) for value in sorted({v for case in foreground for v in case})},
-        orientations={name: sum(case.orientation == name for case in facts) for name in orientations},
+        cases_with={
+            value: sum(value in case for case in foreground)
+            for value in sorted({v for case in foreground for v in case})
+        },
+        orientations={
+            name: sum(case.orientation == name for case in facts) for name in orientations
+        },
         split_seed=split_seed,
     )
 

@@ -1,7 +1,8 @@
 """Single image files in and out of arrays: NIfTI, NRRD, MHA, TIFF, PNG, BMP, JPEG.
 
-Arrays have axes (z, y, x), the reverse of the file order; a 2D image has one slice. Every file is read whole before it is
-decoded, so that a truncated or damaged one is noticed (the checksum of a gzip stream stands at its end) and hashed in passing.
+Arrays have axes (z, y, x), the reverse of the file order; a 2D image has one slice. Every file is
+read whole before it is decoded, so that a truncated or damaged one is noticed (the checksum of a
+gzip stream stands at its end) and hashed in passing.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ class ImageError(InputError):
     """A file cannot be used. `problem(case)` puts it into a table of problems."""
 
     def __init__(self, path: Path, field: str, found: str, expected: str, mend: str):
-        self.path, self.facts = Path(path), {"field": field, "found": found, "expected": expected, "mend": mend}
+        self.path, self.facts = (
+            Path(path),
+            {"field": field, "found": found, "expected": expected, "mend": mend},
+        )
         super().__init__(f"{path}: {field}: found {found}, expected {expected}. {mend}")
 
     def __reduce__(self):
@@ -76,7 +80,13 @@ def read_image(paths: Sequence[Path], digest: Any = None) -> tuple[np.ndarray, G
         elif difference := disagreement(geometry, first):
             field, found, expected = difference
             expected = f"{expected} as in {Path(paths[0]).name}"
-            raise ImageError(path, f"{field} of channel {Path(path).name}", found, expected, "Put all channels on one grid.")
+            raise ImageError(
+                path,
+                f"{field} of channel {Path(path).name}",
+                found,
+                expected,
+                "Put all channels on one grid.",
+            )
         parts.append(part)
     if first is None:
         raise InputError("image: found no file to read")
@@ -85,27 +95,49 @@ def read_image(paths: Sequence[Path], digest: Any = None) -> tuple[np.ndarray, G
 
 
 def read_label(path: Path, digest: Any = None) -> tuple[np.ndarray, Geometry]:
-    """label_ZYX as the file stores it (integers, or floats that ought to be), and its grid. Raises ImageError."""
+    """label_ZYX as the file stores it (integers, or floats that ought to be), and its grid. Raises
+    ImageError."""
     array, geometry = read_file(path, digest, label=True)
     if len(array) > 1 and all(np.array_equal(array[0], other) for other in array[1:]):
         array = array[:1]  # a grey mask saved as RGB
     if len(array) != 1:
-        raise ImageError(path, "label channels", str(len(array)), "1", "Save the label as one channel of class numbers.")
+        raise ImageError(
+            path,
+            "label channels",
+            str(len(array)),
+            "1",
+            "Save the label as one channel of class numbers.",
+        )
     return array[0], geometry
 
 
-def read_file(path: Path, digest: Any = None, *, label: bool = False) -> tuple[np.ndarray, Geometry]:
-    """One file as (C, Z, Y, X). Raises ImageError; names the file whatever the decoder complains about."""
+def read_file(
+    path: Path, digest: Any = None, *, label: bool = False
+) -> tuple[np.ndarray, Geometry]:
+    """One file as (C, Z, Y, X). Raises ImageError; names the file whatever the decoder complains
+    about."""
     path, kind = Path(path), ending(path)
     try:
         data = path.read_bytes()
     except OSError as error:
         expected = "a readable file"
-        raise ImageError(path, "file", f"{path.name}: {error.strerror or error}", expected, "Check the path and its permissions.") from None
+        raise ImageError(
+            path,
+            "file",
+            f"{path.name}: {error.strerror or error}",
+            expected,
+            "Check the path and its permissions.",
+        ) from None
     if digest is not None:
         digest.update(data)
     if not data:
-        raise ImageError(path, "file", f"{path.name} with 0 bytes", "an image", "Copy or download the file again.")
+        raise ImageError(
+            path,
+            "file",
+            f"{path.name} with 0 bytes",
+            "an image",
+            "Copy or download the file again.",
+        )
     try:
         if kind in (".nii", ".nii.gz"):
             array, geometry = _nifti(data, kind == ".nii.gz")
@@ -119,18 +151,39 @@ def read_file(path: Path, digest: Any = None, *, label: bool = False) -> tuple[n
         raise
     except Exception as error:  # decoders raise anything when a file is not what its name says
         found = f"{path.name} damaged or truncated ({_short(error)})"
-        raise ImageError(path, "file", found, "a readable image", "Copy or download the file again.") from None
+        raise ImageError(
+            path, "file", found, "a readable image", "Copy or download the file again."
+        ) from None
     if not all(math.isfinite(s) and s > 0 for s in geometry.spacing):
-        raise ImageError(path, "spacing", f"{geometry.spacing} in {path.name}", "positive numbers (mm)", "Mend the header.")
+        raise ImageError(
+            path,
+            "spacing",
+            f"{geometry.spacing} in {path.name}",
+            "positive numbers (mm)",
+            "Mend the header.",
+        )
     if array.dtype.kind not in "buif":
-        raise ImageError(path, "voxel type", f"{array.dtype} in {path.name}", "integers or real numbers", "Convert the file.")
+        raise ImageError(
+            path,
+            "voxel type",
+            f"{array.dtype} in {path.name}",
+            "integers or real numbers",
+            "Convert the file.",
+        )
     if not array.size:
-        raise ImageError(path, "shape", f"{array.shape} in {path.name}", "at least one voxel", "Export the image again.")
+        raise ImageError(
+            path,
+            "shape",
+            f"{array.shape} in {path.name}",
+            "at least one voxel",
+            "Export the image again.",
+        )
     return _plain(array), geometry
 
 
 def peek(path: Path) -> tuple[int, int, int, int]:
-    """(C, Z, Y, X) from the header alone; zeros where the file cannot be read, which reading it then explains."""
+    """(C, Z, Y, X) from the header alone; zeros where the file cannot be read, which reading it
+    then explains."""
     try:
         if path.suffix.lower() in (".npy", ".dcm"):
             return _peek_slice(path)
@@ -160,7 +213,12 @@ def peek(path: Path) -> tuple[int, int, int, int]:
 
         with Image.open(path) as picture:
             width, height = picture.size
-            return (3 if picture.mode in ("P", "CMYK") else len(picture.getbands()), 1, height, width)
+            return (
+                3 if picture.mode in ("P", "CMYK") else len(picture.getbands()),
+                1,
+                height,
+                width,
+            )
     except Exception:
         return (0, 0, 0, 0)
 
@@ -180,12 +238,17 @@ def _peek_slice(path: Path) -> tuple[int, int, int, int]:
 
 
 def disagreement(one: Geometry, other: Geometry) -> tuple[str, str, str] | None:
-    """(field, found, expected) where the first grid differs from the second by more than the tolerance."""
+    """(field, found, expected) where the first grid differs from the second by more than the
+    tolerance."""
     if one.shape != other.shape:
         return "shape", _times(one.shape), _times(other.shape)
     if not np.allclose(one.spacing, other.spacing, rtol=0, atol=TOLERANCE):
         return "spacing", f"{_numbers(one.spacing)} mm", f"{_numbers(other.spacing)} mm"
-    if one.affine is not None and other.affine is not None and not np.allclose(one.affine, other.affine, rtol=0, atol=TOLERANCE):
+    if (
+        one.affine is not None
+        and other.affine is not None
+        and not np.allclose(one.affine, other.affine, rtol=0, atol=TOLERANCE)
+    ):
         here, there = np.asarray(one.affine), np.asarray(other.affine)
         row, column = np.unravel_index(np.abs(here - there).argmax(), here.shape)
         return "affine", f"[{row},{column}] = {here[row, column]:.6g}", f"{there[row, column]:.6g}"
@@ -210,7 +273,8 @@ def _nifti(data: bytes, packed: bool) -> tuple[np.ndarray, Geometry]:
 
 
 def _voxels(data: Any) -> np.ndarray:
-    """The array of a NIfTI file in the file's order. Slopes make it real numbers: eight bytes each, so that is done slice by slice."""
+    """The array of a NIfTI file in the file's order. Slopes make it real numbers: eight bytes each,
+    so that is done slice by slice."""
     if (data.slope, data.inter) == (1.0, 0.0) or len(data.shape) < 3:
         return np.asanyarray(data)
     array = np.empty(data.shape, np.float32, order="F")
@@ -262,14 +326,19 @@ def _tiff(data: bytes, path: Path) -> tuple[np.ndarray, Geometry]:
 
 
 def _tiff_by_pillow(data: bytes, page: Any) -> np.ndarray | None:
-    """(C, 1, Y, X) of the only page of a file that tifffile alone cannot unpack; None where Pillow would give other pixels, or none."""
+    """(C, 1, Y, X) of the only page of a file that tifffile alone cannot unpack; None where Pillow
+    would give other pixels, or none."""
     from PIL import Image
 
     colours = page.photometric.name
     depth = page.bitspersample if page.dtype is not None and page.dtype.kind in "bu" else 0
-    if page.compression not in BY_PILLOW or depth not in BY_PILLOW[page.compression].get(colours, ()):
+    if page.compression not in BY_PILLOW or depth not in BY_PILLOW[page.compression].get(
+        colours, ()
+    ):
         return None
-    turned = "Orientation" in page.tags and page.tags["Orientation"].value != 1  # which Pillow turns back
+    turned = (
+        "Orientation" in page.tags and page.tags["Orientation"].value != 1
+    )  # which Pillow turns back
     if turned or 1 in page.extrasamples:  # colours multiplied by alpha, which Pillow divides again
         return None
     with Image.open(io.BytesIO(data)) as picture:
@@ -282,11 +351,16 @@ def _tiff_axes(shape: Sequence[int], axes: str) -> tuple[tuple[int, int, int, in
     channels = [i for i, axis in enumerate(axes) if axis in "SC"]
     space = [i for i in range(len(axes)) if i not in channels]
     sizes = [1, 1, 1, *(shape[i] for i in space)]
-    return (math.prod(shape[i] for i in channels), math.prod(sizes[:-2]), *sizes[-2:]), channels + space
+    return (
+        math.prod(shape[i] for i in channels),
+        math.prod(sizes[:-2]),
+        *sizes[-2:],
+    ), channels + space
 
 
 def _sidecar(path: Path) -> tuple[float, float, float]:
-    """Spacing (z, y, x) from CASE.json beside a 3D TIFF (nnU-Net's convention), 1 mm without one."""
+    """Spacing (z, y, x) from CASE.json beside a 3D TIFF (nnU-Net's convention), 1 mm without
+    one."""
     name = stem(path)
     for candidate in (name, name[:-5] if name[-5:-4] == "_" and name[-4:].isdigit() else name):
         file = path.with_name(f"{candidate}.json")

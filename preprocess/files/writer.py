@@ -18,15 +18,22 @@ WRITABLE = (".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff", ".png", ".bmp")
 
 
 def write_label(path: Path, label_ZYX: np.ndarray, geometry: Geometry) -> None:
-    """Write class numbers with the shape, spacing and affine of `geometry`; the file appears whole or not at all.
+    """Write class numbers with the shape, spacing and affine of `geometry`; the file appears whole
+    or not at all.
 
     Raises InputError for an ending that loses values or cannot hold a volume.
     """
     path, kind = Path(path), ending(path)
     if kind not in WRITABLE:
-        raise InputError(f"{path}: {kind} is lossy, labels would change. Use one of: {', '.join(WRITABLE)}")
-    assert label_ZYX.shape == tuple(geometry.shape), f"label {label_ZYX.shape} does not lie on the grid {geometry.shape}"
-    label = np.ascontiguousarray(label_ZYX, np.uint8 if label_ZYX.max(initial=0) < 256 else np.uint16)
+        raise InputError(
+            f"{path}: {kind} is lossy, labels would change. Use one of: {', '.join(WRITABLE)}"
+        )
+    assert label_ZYX.shape == tuple(geometry.shape), (
+        f"label {label_ZYX.shape} does not lie on the grid {geometry.shape}"
+    )
+    label = np.ascontiguousarray(
+        label_ZYX, np.uint8 if label_ZYX.max(initial=0) < 256 else np.uint16
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{stem(path)}.{os.getpid()}.partial{kind}")
     try:
@@ -38,14 +45,25 @@ def write_label(path: Path, label_ZYX: np.ndarray, geometry: Geometry) -> None:
         elif kind in (".tif", ".tiff"):
             import tifffile
 
-            tifffile.imwrite(temporary, label[0] if len(label) == 1 else label, compression="zlib", photometric="minisblack")
+            tifffile.imwrite(
+                temporary,
+                label[0] if len(label) == 1 else label,
+                compression="zlib",
+                photometric="minisblack",
+            )
             if len(label) > 1:
-                write_atomically(path.with_name(f"{stem(path)}.json"), json.dumps({"spacing": list(geometry.spacing)}))
+                write_atomically(
+                    path.with_name(f"{stem(path)}.json"),
+                    json.dumps({"spacing": list(geometry.spacing)}),
+                )
         else:
             from PIL import Image
 
             if len(label) != 1 or kind == ".bmp" and label.dtype != np.uint8:
-                raise InputError(f"{path}: {kind} holds one slice of 8-bit classes, found {label.shape} {label.dtype}. Use .nii.gz")
+                raise InputError(
+                    f"{path}: {kind} holds one slice of 8-bit classes, found {label.shape} "
+                    f"{label.dtype}. Use .nii.gz"
+                )
             Image.fromarray(label[0]).save(temporary)
         os.replace(temporary, path)
     finally:
@@ -55,7 +73,11 @@ def write_label(path: Path, label_ZYX: np.ndarray, geometry: Geometry) -> None:
 def _nifti(label: np.ndarray, geometry: Geometry) -> bytes:
     import nibabel as nib
 
-    affine = np.diag([*geometry.spacing[::-1], 1.0]) if geometry.affine is None else np.asarray(geometry.affine)
+    affine = (
+        np.diag([*geometry.spacing[::-1], 1.0])
+        if geometry.affine is None
+        else np.asarray(geometry.affine)
+    )
     picture = nib.Nifti1Image(label.T, affine)
     picture.header.set_xyzt_units("mm")
     picture.header.set_zooms(geometry.spacing[::-1])

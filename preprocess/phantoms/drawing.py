@@ -1,4 +1,5 @@
-"""What synthetic data sets are drawn from: ellipsoids in volumes, blots in pictures, and files with the same bytes every time."""
+"""What synthetic data sets are drawn from: ellipsoids in volumes, blots in pictures, and files with
+the same bytes every time."""
 
 from __future__ import annotations
 
@@ -14,8 +15,11 @@ from segfleet.core.errors import InputError
 ORIGIN = (-20.0, 15.0, 7.5)  # mm, of every volume
 
 
-def blobs(generator: np.random.Generator, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """image (Z, Y, X) float64, 0 in a margin of one voxel, and label (Z, Y, X) uint8: a shell 1 around a core 2."""
+def blobs(
+    generator: np.random.Generator, shape: tuple[int, int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """image (Z, Y, X) float64, 0 in a margin of one voxel, and label (Z, Y, X) uint8: a shell 1
+    around a core 2."""
     grid = np.indices(shape).astype(np.float64)
     extent = np.array(shape, np.float64)
     centre = extent / 2 + generator.uniform(-0.08, 0.08, 3) * extent
@@ -36,9 +40,14 @@ def blobs(generator: np.random.Generator, shape: tuple[int, int, int]) -> tuple[
 
 
 def blot(
-    generator: np.random.Generator, shape: tuple[int, int], ground: Sequence[int], ink: Sequence[int], spots: int = 1
+    generator: np.random.Generator,
+    shape: tuple[int, int],
+    ground: Sequence[int],
+    ink: Sequence[int],
+    spots: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A picture (H, W, 3) uint8 of `spots` uneven ellipses of colour `ink` on `ground`, and their numbers (H, W) uint8, 0 outside.
+    """A picture (H, W, 3) uint8 of `spots` uneven ellipses of colour `ink` on `ground`, and their
+    numbers (H, W) uint8, 0 outside.
 
     Spots lie side by side in strips of the picture, so that they never touch.
     """
@@ -47,18 +56,26 @@ def blot(
     numbers = np.zeros(shape, np.uint8)
     strip = width / max(1, spots)
     for spot in range(spots):
-        centre = (height * generator.uniform(0.4, 0.6), strip * (spot + generator.uniform(0.45, 0.55)))
+        centre = (
+            height * generator.uniform(0.4, 0.6),
+            strip * (spot + generator.uniform(0.45, 0.55)),
+        )
         radii = (height * generator.uniform(0.18, 0.3), strip * generator.uniform(0.2, 0.32))
         angle = np.arctan2((y - centre[0]) / radii[0], (x - centre[1]) / radii[1])
         edge = 1 + 0.12 * np.sin(3 * angle + generator.uniform(0, 6))
-        numbers[((y - centre[0]) / radii[0]) ** 2 + ((x - centre[1]) / radii[1]) ** 2 < edge] = spot + 1
-    picture = np.where(numbers[..., None] > 0, np.array(ink, np.float64), np.array(ground, np.float64))
+        numbers[((y - centre[0]) / radii[0]) ** 2 + ((x - centre[1]) / radii[1]) ** 2 < edge] = (
+            spot + 1
+        )
+    picture = np.where(
+        numbers[..., None] > 0, np.array(ink, np.float64), np.array(ground, np.float64)
+    )
     picture = ndimage.gaussian_filter(picture, (1, 1, 0)) + generator.normal(0, 8, (*shape, 3))
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8), numbers
 
 
 def write_picture(path: Path, pixels: np.ndarray, mode: str | None = None) -> None:
-    """An 8-bit picture in the format of the file's ending; `mode` as Pillow names it ("1", "L", "RGB", "RGBA")."""
+    """An 8-bit picture in the format of the file's ending; `mode` as Pillow names it ("1", "L",
+    "RGB", "RGBA")."""
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""Synthetic data sets in real layouts: small, learnable, the same bytes every time. For trying things out and for tests."""
+"""Synthetic data sets in real layouts: small, learnable, the same bytes every time. For trying
+things out and for tests."""
 
 from __future__ import annotations
 
@@ -14,11 +15,14 @@ import segfleet.preprocess.phantoms.volumes as volumes
 from segfleet.preprocess.phantoms.drawing import blobs, fresh, write_nifti
 
 
-def write_msd_phantom(root: str | Path, cases: int = 12, seed: int = 0, size: Sequence[int] = (16, 40, 40)) -> Path:
+def write_msd_phantom(
+    root: str | Path, cases: int = 12, seed: int = 0, size: Sequence[int] = (16, 40, 40)
+) -> Path:
     """A Decathlon folder of 3D volumes of about `size` (z, y, x) voxels, 2.5 x 1 x 1 mm.
 
-    Label 1 is a bright ellipsoid, label 2 a brighter one inside it; noise, a bias field, an empty margin, and an intensity scale that
-    differs between cases by up to a thousand. A `._` file of macOS lies between the images.
+    Label 1 is a bright ellipsoid, label 2 a brighter one inside it; noise, a bias field, an empty
+    margin, and an intensity scale that differs between cases by up to a thousand. A `._` file of
+    macOS lies between the images.
     """
     root = fresh(root)
     generator = np.random.default_rng(seed)
@@ -48,8 +52,11 @@ def write_msd_phantom(root: str | Path, cases: int = 12, seed: int = 0, size: Se
     return _describe(root, description)
 
 
-def write_nnunet_phantom(root: str | Path, cases: int = 8, seed: int = 0, size: Sequence[int] = (12, 32, 32)) -> Path:
-    """An nnU-Net v2 folder: CT and PET, the overlapping regions whole = {1, 2} and core = {2}, and an ignore label 3.
+def write_nnunet_phantom(
+    root: str | Path, cases: int = 8, seed: int = 0, size: Sequence[int] = (12, 32, 32)
+) -> Path:
+    """An nnU-Net v2 folder: CT and PET, the overlapping regions whole = {1, 2} and core = {2}, and
+    an ignore label 3.
 
     Two visits of each patient, so that a split has something to keep together.
     """
@@ -58,10 +65,16 @@ def write_nnunet_phantom(root: str | Path, cases: int = 8, seed: int = 0, size: 
     for index in range(cases):
         shape, spacing = tuple(size), (3.5, 1.0, 1.0)
         image, label = blobs(generator, shape)
-        second = generator.normal(0.2, 0.1, shape) + 2.0 * ndimage.gaussian_filter((label == 2).astype(float), (0.5, 1, 1))
+        second = generator.normal(0.2, 0.1, shape) + 2.0 * ndimage.gaussian_filter(
+            (label == 2).astype(float), (0.5, 1, 1)
+        )
         label[:, : max(1, shape[1] // 16), :] = 3
         name = f"patient{index // 2:03d}_visit{index % 2}"
-        write_nifti(root / "imagesTr" / f"{name}_0000.nii.gz", np.rint(400 * image - 600).astype(np.int16), spacing)
+        write_nifti(
+            root / "imagesTr" / f"{name}_0000.nii.gz",
+            np.rint(400 * image - 600).astype(np.int16),
+            spacing,
+        )
         write_nifti(root / "imagesTr" / f"{name}_0001.nii.gz", second.astype(np.float32), spacing)
         write_nifti(root / "labelsTr" / f"{name}.nii.gz", label, spacing)
     description = {
@@ -77,7 +90,8 @@ def write_nnunet_phantom(root: str | Path, cases: int = 8, seed: int = 0, size: 
 
 
 def write_dsb_phantom(root: str | Path, images: int = 16, seed: int = 0, size: int = 64) -> Path:
-    """A Data Science Bowl folder: bright discs on black, every fourth image dark discs on a stained ground; a mask file per disc."""
+    """A Data Science Bowl folder: bright discs on black, every fourth image dark discs on a stained
+    ground; a mask file per disc."""
     root = fresh(root)
     from PIL import Image
 
@@ -85,7 +99,9 @@ def write_dsb_phantom(root: str | Path, images: int = 16, seed: int = 0, size: i
     for index in range(images):
         height, width = size, size + 16 * int(generator.integers(0, 2))
         stained = index % 4 == 3
-        ground, ink = ((230, 200, 230), (110, 60, 140)) if stained else ((12, 12, 12), (150, 150, 150))
+        ground, ink = (
+            ((230, 200, 230), (110, 60, 140)) if stained else ((12, 12, 12), (150, 150, 150))
+        )
         picture = np.tile(np.array(ground, np.float64), (height, width, 1))
         folder = root / "stage1_train" / f"{index:04d}{generator.bytes(6).hex()}"
         (folder / "images").mkdir(parents=True)
@@ -101,8 +117,12 @@ def write_dsb_phantom(root: str | Path, images: int = 16, seed: int = 0, size: i
                 continue
             taken |= disc
             picture[disc] = np.array(ink) * generator.uniform(0.8, 1.2)
-            Image.fromarray(disc.astype(np.uint8) * 255).save(folder / "masks" / f"{nucleus:02d}.png")
-        picture = ndimage.gaussian_filter(picture, (0.7, 0.7, 0)) + generator.normal(0, 6, picture.shape)
+            Image.fromarray(disc.astype(np.uint8) * 255).save(
+                folder / "masks" / f"{nucleus:02d}.png"
+            )
+        picture = ndimage.gaussian_filter(picture, (0.7, 0.7, 0)) + generator.normal(
+            0, 6, picture.shape
+        )
         alpha = np.full((height, width, 1), 255)
         rgba = np.concatenate([np.clip(np.rint(picture), 0, 255), alpha], axis=-1).astype(np.uint8)
         Image.fromarray(rgba).save(folder / "images" / f"{folder.name}.png")

@@ -33,7 +33,8 @@ HALF_EXACT = 2048  # float16 holds integers up to here
 
 @dataclass(frozen=True, kw_only=True)
 class Overrides:
-    """What the user decides instead of the planner. Numbers are in array order: (z, y, x) in 3D, (y, x) in 2D."""
+    """What the user decides instead of the planner. Numbers are in array order: (z, y, x) in 3D,
+    (y, x) in 2D."""
 
     size: tuple[int, ...] | None = None  # pixels every image is resized to; 2D only
     patch: tuple[int, ...] | None = None  # voxels
@@ -44,16 +45,21 @@ class Overrides:
         axes = "z y x" if dataset.dims == 3 else "y x"
         if self.size is not None and dataset.dims == 3:
             raise InputError(
-                f"size: found {_text(self.size)}, but {dataset.name} is 3D. Use --spacing, and --patch for what is trained on."
+                f"size: found {_text(self.size)}, but {dataset.name} is 3D. Use --spacing, and "
+                "--patch for what is trained on."
             )
         if self.size is not None and self.spacing is not None:
-            raise InputError("size, spacing: found both, expected one: a fixed size leaves no choice of spacing.")
+            raise InputError(
+                "size, spacing: found both, expected one: a fixed size leaves no choice of spacing."
+            )
         for name, value, low, high in (
             ("size", self.size, MIN_EDGE, LARGEST_EDGE),
             ("patch", self.patch, MIN_EDGE if dataset.dims == 2 else 1, LARGEST_EDGE),
             ("spacing", self.spacing, 0.01, 100),
         ):
-            if value is not None and (len(value) != dataset.dims or not all(low <= v <= high for v in value)):
+            if value is not None and (
+                len(value) != dataset.dims or not all(low <= v <= high for v in value)
+            ):
                 expected = f"{dataset.dims} numbers ({axes}) from {low} to {high}, as {dataset.name} is {dataset.dims}D"
                 raise InputError(f"{name}: found {_text(value)}, expected {expected}")
 
@@ -63,8 +69,14 @@ class Overrides:
         return None if value is None else (*(filler,) * (3 - len(value)), *value)
 
 
-def make_plan(dataset: Dataset, fingerprint: Fingerprint, memory_gb: float = REFERENCE_MEMORY, overrides: Overrides | None = None) -> Plan:
-    """The plan for a data set on a device with `memory_gb` GB (batch 2 in 3D, 12 in 2D). Raises InputError for impossible overrides."""
+def make_plan(
+    dataset: Dataset,
+    fingerprint: Fingerprint,
+    memory_gb: float = REFERENCE_MEMORY,
+    overrides: Overrides | None = None,
+) -> Plan:
+    """The plan for a data set on a device with `memory_gb` GB (batch 2 in 3D, 12 in 2D). Raises
+    InputError for impossible overrides."""
     wish = overrides or Overrides()
     wish.check(dataset)
     kinds = normalisation(dataset)
@@ -72,15 +84,29 @@ def make_plan(dataset: Dataset, fingerprint: Fingerprint, memory_gb: float = REF
     spacing = target_spacing(fingerprint.spacings, fingerprint.shapes)
     spacing = wish.padded("spacing", spacing[0]) or spacing
     draft = Plan(target_spacing=spacing, patch=(1, 1, 1), normalisation=kinds, size=size)
-    grids = [stored_grid(shape, own, draft)[0] for shape, own in zip(fingerprint.shapes, fingerprint.spacings, strict=True)]
+    grids = [
+        stored_grid(shape, own, draft)[0]
+        for shape, own in zip(fingerprint.shapes, fingerprint.spacings, strict=True)
+    ]
     median = tuple(int(n) for n in np.median(grids, axis=0))
     untouched = all(kind == "rgb_to_0_1" for kind in kinds) and set(fingerprint.dtypes) == {"uint8"}
     untouched &= size is not None or grids == list(fingerprint.shapes)
-    largest = max((abs(facts.get(end, 0.0)) for facts in fingerprint.intensity for end in ("min", "max")), default=0.0)
-    dtype = "uint8" if untouched else "float32" if "none" in kinds and largest > HALF_EXACT else "float16"
+    largest = max(
+        (abs(facts.get(end, 0.0)) for facts in fingerprint.intensity for end in ("min", "max")),
+        default=0.0,
+    )
+    dtype = (
+        "uint8"
+        if untouched
+        else "float32"
+        if "none" in kinds and largest > HALF_EXACT
+        else "float16"
+    )
     return Plan(
         target_spacing=spacing,
-        patch=wish.padded("patch", 1) or size or plan_patch(median, spacing, dataset.dims, outputs(dataset), memory_gb),
+        patch=wish.padded("patch", 1)
+        or size
+        or plan_patch(median, spacing, dataset.dims, outputs(dataset), memory_gb),
         normalisation=kinds,
         intensity=fingerprint.intensity,
         nonzero_mask=fingerprint.kept < 0.75 and "zscore" in kinds,
@@ -114,8 +140,11 @@ def outputs(dataset: Dataset) -> int:
     return len(dataset.regions) or len(dataset.labels)
 
 
-def target_spacing(spacings: Sequence[Sequence[float]], shapes: Sequence[Sequence[int]]) -> tuple[float, float, float]:
-    """Median per axis (mm). A far coarser axis with few slices takes its 10th percentile, but not finer than the other axes."""
+def target_spacing(
+    spacings: Sequence[Sequence[float]], shapes: Sequence[Sequence[int]]
+) -> tuple[float, float, float]:
+    """Median per axis (mm). A far coarser axis with few slices takes its 10th percentile, but not
+    finer than the other axes."""
     target = np.median(spacings, axis=0)
     sizes = np.median(shapes, axis=0)
     coarse = int(np.argmax(target))
@@ -127,9 +156,14 @@ def target_spacing(spacings: Sequence[Sequence[float]], shapes: Sequence[Sequenc
 
 
 def plan_patch(
-    median_shape: Sequence[int], spacing: Sequence[float], dims: int, classes: int, memory_gb: float = REFERENCE_MEMORY
+    median_shape: Sequence[int],
+    spacing: Sequence[float],
+    dims: int,
+    classes: int,
+    memory_gb: float = REFERENCE_MEMORY,
 ) -> tuple[int, int, int]:
-    """Patch (z, y, x) in voxels: isotropic in mm, inside the median case, divisible as often as it is pooled, within the memory."""
+    """Patch (z, y, x) in voxels: isotropic in mm, inside the median case, divisible as often as it
+    is pooled, within the memory."""
     axes = [0, 1, 2] if dims == 3 else [1, 2]
     size = np.array([median_shape[a] for a in axes], float)
     step = np.array([spacing[a] for a in axes], float)
@@ -137,7 +171,11 @@ def plan_patch(
     patch, pools = _divisible(np.minimum(np.maximum(np.rint(edge), 1), size), step)
     budget = FEATURE_MAPS[dims] * memory_gb / REFERENCE_MEMORY
     while feature_maps(patch, step, dims, classes) > budget:
-        axis = max((a for a in range(dims) if patch[a] > MIN_EDGE), key=lambda a: patch[a] / size[a], default=None)
+        axis = max(
+            (a for a in range(dims) if patch[a] > MIN_EDGE),
+            key=lambda a: patch[a] / size[a],
+            default=None,
+        )
         if axis is None:
             break
         smaller = patch.astype(float)
@@ -149,7 +187,8 @@ def plan_patch(
 
 
 def poolings(patch: Sequence[float], spacing: Sequence[float]) -> list[int]:
-    """How often each axis is halved: while it has 8 voxels and its spacing is within a factor 2 of the finest such axis."""
+    """How often each axis is halved: while it has 8 voxels and its spacing is within a factor 2 of
+    the finest such axis."""
     size, step, pools = np.array(patch, float), np.array(spacing, float), [0] * len(patch)
     while True:
         able = [a for a in range(len(size)) if size[a] >= 2 * MIN_EDGE]
@@ -164,11 +203,14 @@ def poolings(patch: Sequence[float], spacing: Sequence[float]) -> list[int]:
 def _divisible(patch: np.ndarray, spacing: np.ndarray) -> tuple[np.ndarray, list[int]]:
     """The patch padded until every pooling divides it, and the poolings."""
     pools = poolings(patch, spacing)
-    return np.array([math.ceil(n / 2**p) * 2**p for n, p in zip(patch, pools, strict=True)], int), pools
+    return np.array(
+        [math.ceil(n / 2**p) * 2**p for n, p in zip(patch, pools, strict=True)], int
+    ), pools
 
 
 def feature_maps(patch: Sequence[int], spacing: Sequence[float], dims: int, classes: int) -> float:
-    """Values a U-Net on `patch` holds per sample: two convolutions per stage down and up, the way up's input, an output per stage."""
+    """Values a U-Net on `patch` holds per sample: two convolutions per stage down and up, the way
+    up's input, an output per stage."""
     size, step, total, stage = np.array(patch, float), np.array(spacing, float), 0.0, 0
     pools = poolings(patch, spacing)
     while True:

@@ -1,4 +1,5 @@
-"""What every raw layout can do. A layout is one file `preprocess/readers/<name>.py` with a class `Reader`."""
+"""What every raw layout can do. A layout is one file `preprocess/readers/<name>.py` with a class
+`Reader`."""
 
 from __future__ import annotations
 
@@ -23,12 +24,16 @@ from segfleet.preprocess.stores.manifest import Dataset
 
 Folds = tuple[dict[str, tuple[str, ...]], ...]
 SHARED = ("base", "pairs", "places")  # what several layouts use
-VISIT = re.compile(r"^(?P<patient>.*\d)[_-](frame|t|tp|time|visit|scan|ses|session|phase|slice|ed|es)[_-]?\d*$", re.IGNORECASE)
+VISIT = re.compile(
+    r"^(?P<patient>.*\d)[_-](frame|t|tp|time|visit|scan|ses|session|phase|slice|ed|es)[_-]?\d*$",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaseRef:
-    """Where the files of one case lie. `group` is the patient; empty: the case is a patient of its own."""
+    """Where the files of one case lie. `group` is the patient; empty: the case is a patient of its
+    own."""
 
     id: str
     images: tuple[Path, ...]  # one file per channel, or one that holds all
@@ -38,7 +43,8 @@ class CaseRef:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What one should know before downloading a data set; said from its publications, not from the files."""
+    """What one should know before downloading a data set; said from its publications, not from the
+    files."""
 
     dims: str  # "2D", "3D"
     modality: str
@@ -51,7 +57,8 @@ class Facts:
 class RawReader(ABC):
     """One raw layout in a folder. Opening it reads the layout's description only, never an image.
 
-    Raises InputError where the folder is not of this layout; what is wrong inside is told by `problems`.
+    Raises InputError where the folder is not of this layout; what is wrong inside is told by
+    `problems`.
     """
 
     about: ClassVar[str]  # one line: which data sets look like this
@@ -66,9 +73,15 @@ class RawReader(ABC):
         self.chosen = {name: values[0] for name, values in self.options.items()}
         for name, value in options.items():
             if name not in self.options:
-                raise InputError(f"option: found '{name}', expected one of: {', '.join(self.options) or 'none, for this layout'}")
+                raise InputError(
+                    f"option: found '{name}', expected one of: "
+                    f"{', '.join(self.options) or 'none, for this layout'}"
+                )
             if value not in self.options[name]:
-                raise InputError(f"option {name}: found '{value}', expected one of: {', '.join(self.options[name])}")
+                raise InputError(
+                    f"option {name}: found '{value}', expected one of: "
+                    f"{', '.join(self.options[name])}"
+                )
             self.chosen[name] = value
 
     @abstractmethod
@@ -76,7 +89,8 @@ class RawReader(ABC):
 
     @abstractmethod
     def refs(self) -> list[CaseRef]:
-        """All labelled cases in natural order; their files may be missing, which the check reports."""
+        """All labelled cases in natural order; their files may be missing, which the check
+        reports."""
 
     def problems(self) -> list[Problem]:
         """Faults of the layout itself, found without opening an image."""
@@ -87,7 +101,8 @@ class RawReader(ABC):
         return {}
 
     def may_be_empty(self, ref: CaseRef) -> bool:
-        """Whether a mask without foreground is usual for this case, so that nobody needs to be warned."""
+        """Whether a mask without foreground is usual for this case, so that nobody needs to be
+        warned."""
         return False
 
     def image(self, ref: CaseRef, digest: Any = None) -> tuple[np.ndarray, Geometry]:
@@ -99,12 +114,23 @@ class RawReader(ABC):
         return read_label(ref.labels[0], digest)
 
     def read(self, ref: CaseRef) -> Case:
-        """Image and label of one case; `extra["source_sha256"]` is the hash of the files' bytes. Raises ImageError."""
+        """Image and label of one case; `extra["source_sha256"]` is the hash of the files' bytes.
+        Raises ImageError."""
         digest = hashlib.sha256()
         image, geometry = self.image(ref, digest)
         label, _ = self.label(ref, digest)
-        extra = {"source_sha256": digest.hexdigest(), "files": [os.path.relpath(p, self.root) for p in ref.images]}
-        return Case(id=ref.id, group=ref.group, image_CZYX=image, label_ZYX=label, geometry=geometry, extra=extra)
+        extra = {
+            "source_sha256": digest.hexdigest(),
+            "files": [os.path.relpath(p, self.root) for p in ref.images],
+        }
+        return Case(
+            id=ref.id,
+            group=ref.group,
+            image_CZYX=image,
+            label_ZYX=label,
+            geometry=geometry,
+            extra=extra,
+        )
 
 
 def source_sha256(ref: CaseRef) -> str:
@@ -124,7 +150,9 @@ def readers() -> list[str]:
 def reader_class(name: str) -> type[RawReader]:
     """The class of a layout. Raises InputError with the legal names."""
     if name not in readers():
-        raise InputError(f"data set: found '{name}', expected one of the layouts: {', '.join(readers())}")
+        raise InputError(
+            f"data set: found '{name}', expected one of the layouts: {', '.join(readers())}"
+        )
     return importlib.import_module(f"segfleet.preprocess.readers.{name}").Reader
 
 
@@ -134,17 +162,26 @@ def open_reader(name: str, root: str | Path, **options: str) -> RawReader:
 
 def natural(text: str) -> list:
     """Sort key: case2 before case10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part.lower()) for part in re.split(r"(\d+)", text) if part]
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part.lower())
+        for part in re.split(r"(\d+)", text)
+        if part
+    ]
 
 
 def visible(folder: Path, pattern: str = "*") -> list[Path]:
-    """The files of a folder in natural order, without what macOS and Windows leave behind (`._*`, Thumbs.db)."""
+    """The files of a folder in natural order, without what macOS and Windows leave behind (`._*`,
+    Thumbs.db)."""
     junk = ("Thumbs.db", "desktop.ini")
-    return sorted((p for p in folder.glob(pattern) if not p.name.startswith(".") and p.name not in junk), key=lambda p: natural(p.name))
+    return sorted(
+        (p for p in folder.glob(pattern) if not p.name.startswith(".") and p.name not in junk),
+        key=lambda p: natural(p.name),
+    )
 
 
 def patient_of(case_id: str) -> str:
-    """patient001_frame12 -> patient001; an id that does not speak of a visit is a patient of its own."""
+    """patient001_frame12 -> patient001; an id that does not speak of a visit is a patient of its
+    own."""
     match = VISIT.match(case_id)
     return match["patient"] if match else ""
 
@@ -154,20 +191,31 @@ def read_json(path: Path) -> dict:
     try:
         document = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}: is not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
+        raise InputError(
+            f"{path}: is not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     if not isinstance(document, dict):
-        raise InputError(f"{path}: found a {type(document).__name__}, expected an object with the data set's description")
+        raise InputError(
+            f"{path}: found a {type(document).__name__}, expected an object with the data set's "
+            "description"
+        )
     return document
 
 
 def field(document: dict, name: str, kind: type | tuple[type, ...], path: Path) -> Any:
     """document[name] of the given type. Raises InputError that names file and key."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    wanted = " or ".join({"dict": "object", "str": "text", "int": "integer"}.get(k.__name__, k.__name__) for k in kinds)
+    wanted = " or ".join(
+        {"dict": "object", "str": "text", "int": "integer"}.get(k.__name__, k.__name__)
+        for k in kinds
+    )
     if name not in document:
-        raise InputError(f"{path}: the key '{name}' is missing ({wanted}). Present: {', '.join(document) or 'nothing'}")
+        raise InputError(
+            f"{path}: the key '{name}' is missing ({wanted}). Present: "
+            f"{', '.join(document) or 'nothing'}"
+        )
     if not isinstance(document[name], kind) or isinstance(document[name], bool):
         raise InputError(f"{path}: {name}: found {document[name]!r}, expected {wanted}")
     return document[name]
@@ -185,21 +233,40 @@ def duplicates(ids: list[str]) -> list[Problem]:
     for case in ids:
         seen[case] = seen.get(case, 0) + 1
     return [
-        Problem(case=case, field="id", found=f"{n} cases of this name", expected="one", mend="Rename the files or remove the copies.")
+        Problem(
+            case=case,
+            field="id",
+            found=f"{n} cases of this name",
+            expected="one",
+            mend="Rename the files or remove the copies.",
+        )
         for case, n in seen.items()
         if n > 1
     ]
 
 
-def fold_problems(file: str, place: str, fold: Mapping[str, Iterable[str]], ids: set[str], folder: str) -> list[Problem]:
+def fold_problems(
+    file: str, place: str, fold: Mapping[str, Iterable[str]], ids: set[str], folder: str
+) -> list[Problem]:
     """Cases of a split's list that are not there, or on both of its sides."""
     found = []
     unknown = sorted({*fold["train"], *fold["val"]} - ids, key=natural)
     both = sorted({*fold["train"]} & {*fold["val"]}, key=natural)
-    for cases, expected in ((unknown, f"cases of {folder}"), (both, "no case in both train and val")):
+    for cases, expected in (
+        (unknown, f"cases of {folder}"),
+        (both, "no case in both train and val"),
+    ):
         if cases:
             text = ", ".join(cases[:5]) + (f" and {len(cases) - 5} more" if len(cases) > 5 else "")
-            found.append(Problem(case=file, field=place, found=text, expected=expected, mend="Correct the file or remove it."))
+            found.append(
+                Problem(
+                    case=file,
+                    field=place,
+                    found=text,
+                    expected=expected,
+                    mend="Correct the file or remove it.",
+                )
+            )
     return found
 
 
@@ -207,4 +274,12 @@ def count_problem(found: int, declared: Any, key: str = "numTraining") -> list[P
     if isinstance(declared, int) and declared == found:
         return []
     mend = f"Correct {key} in dataset.json or add the missing files."
-    return [Problem(case="dataset.json", field=key, found=str(declared), expected=f"{found}, the number of training cases", mend=mend)]
+    return [
+        Problem(
+            case="dataset.json",
+            field=key,
+            found=str(declared),
+            expected=f"{found}, the number of training cases",
+            mend=mend,
+        )
+    ]

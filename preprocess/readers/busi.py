@@ -1,4 +1,5 @@
-"""BUSI, breast ultrasound: three folders, the mask beside its image, several masks for several lesions.
+"""BUSI, breast ultrasound: three folders, the mask beside its image, several masks for several
+lesions.
 
 Source: specification `datasets_2d`, section 1.
 """
@@ -26,7 +27,8 @@ class Reader(PairReader):
         download="https://scholar.cu.edu.eg/?q=afahmy/pages/dataset",
         licence="CC0 on the Kaggle page (to be checked there)",
         complete=780,
-        counts="780: 437 benign, 210 malignant, 133 normal with empty masks; 17 images have more than one mask",
+        counts="780: 437 benign, 210 malignant, 133 normal with empty masks; 17 images have more "
+        "than one mask",
     )
     options = {"normals": ("keep", "drop")}
     structure = "lesion"
@@ -34,7 +36,9 @@ class Reader(PairReader):
 
     def __init__(self, root: str | Path, **options: str):
         super().__init__(root, **options)
-        self.folder = locate(self.root, lambda p: any(pictures(p / kind, (".png",)) for kind in KINDS), self.layout)
+        self.folder = locate(
+            self.root, lambda p: any(pictures(p / kind, (".png",)) for kind in KINDS), self.layout
+        )
 
     def name(self, layout: str) -> str:
         return layout if self.chosen["normals"] == "keep" else f"{layout}-lesions"
@@ -46,7 +50,13 @@ class Reader(PairReader):
             masks = [path for path in files if MASK.search(stem(path))]
             images = [path for path in files if not MASK.search(stem(path))]
             here = str(self.folder / kind)
-            refs += paired(images, masks, f"{here}/{{}}.png", f"{here}/{{}}_mask.png", mask_key=lambda path: MASK.sub("", stem(path)))
+            refs += paired(
+                images,
+                masks,
+                f"{here}/{{}}.png",
+                f"{here}/{{}}_mask.png",
+                mask_key=lambda path: MASK.sub("", stem(path)),
+            )
         return refs
 
     def may_be_empty(self, ref: CaseRef) -> bool:

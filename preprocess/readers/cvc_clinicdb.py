@@ -1,7 +1,8 @@
 """CVC-ClinicDB, polyps in colonoscopy: numbered frames of 29 sequences.
 
-Source: specification `datasets_2d`, section 2. Frames of one sequence look alike, so a sequence counts as a patient. Which frame is of
-which sequence says the `metadata.csv` of some copies; without one, the table of the data set's page (recalled, not checked against files).
+Source: specification `datasets_2d`, section 2. Frames of one sequence look alike, so a sequence
+counts as a patient. Which frame is of which sequence says the `metadata.csv` of some copies;
+without one, the table of the data set's page (recalled, not checked against files).
 """
 
 from __future__ import annotations
@@ -15,7 +16,33 @@ from segfleet.preprocess.readers.base import CaseRef, Facts, visible
 from segfleet.preprocess.readers.pairs import PairReader, paired, pictures
 from segfleet.preprocess.readers.places import locate
 
-LAST_FRAMES = (25, 50, 67, 78, 103, 126, 151, 177, 199, 205, 227, 252, 277, 297, 317, 342, 363, 383, 408, 428, 447, 466, 478, 503, 528)
+LAST_FRAMES = (
+    25,
+    50,
+    67,
+    78,
+    103,
+    126,
+    151,
+    177,
+    199,
+    205,
+    227,
+    252,
+    277,
+    297,
+    317,
+    342,
+    363,
+    383,
+    408,
+    428,
+    447,
+    466,
+    478,
+    503,
+    528,
+)
 LAST_FRAMES += (546, 571, 591, 612)  # of every sequence
 
 
@@ -52,10 +79,21 @@ class Reader(PairReader):
 
     def sequence(self, frame: str) -> str:
         number = self.sequences.get(frame)
-        if number is None and not self.sequences and frame.isdigit() and 1 <= int(frame) <= LAST_FRAMES[-1]:
+        if (
+            number is None
+            and not self.sequences
+            and frame.isdigit()
+            and 1 <= int(frame) <= LAST_FRAMES[-1]
+        ):
             number = str(bisect_left(LAST_FRAMES, int(frame)) + 1)
         return f"sequence{number}" if number else ""
 
     def refs(self) -> list[CaseRef]:
         images, masks = (self.folder / name for name in ("Original", "Ground Truth"))
-        return paired(pictures(images), pictures(masks), f"{images}/{{}}.tif", f"{masks}/{{}}.tif", group=self.sequence)
+        return paired(
+            pictures(images),
+            pictures(masks),
+            f"{images}/{{}}.tif",
+            f"{masks}/{{}}.tif",
+            group=self.sequence,
+        )

@@ -1,4 +1,5 @@
-"""DICOM series, one folder per case, each with a label volume (NIfTI, NRRD, MHA) on the grid of the series."""
+"""DICOM series, one folder per case, each with a label volume (NIfTI, NRRD, MHA) on the grid of the
+series."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ class Reader(RawReader):
 
     def __init__(self, root: str | Path, **options: str):
         super().__init__(root, **options)
-        self.folder = locate(self.root, lambda p: any(_slices(case) for case in _cases(p)), self.layout)
+        self.folder = locate(
+            self.root, lambda p: any(_slices(case) for case in _cases(p)), self.layout
+        )
 
     @cached_property
     def modality(self) -> str:
@@ -50,19 +53,33 @@ class Reader(RawReader):
         file = self.folder / "labels.json"
         labels = {"background": 0, "foreground": 1}
         if file.is_file():
-            labels = {str(name): number(value, name, file) for name, value in read_json(file).items()}
+            labels = {
+                str(name): number(value, name, file) for name, value in read_json(file).items()
+            }
             if labels.get("background") != 0 or len(labels) < 2:
-                raise InputError(f'{file}: found {labels}, expected {{"background": 0, "name": 1, ...}}')
-        return Dataset(name=self.root.resolve().name, reader="dicom", dims=3, channels=(self.modality,), labels=labels)
+                raise InputError(
+                    f'{file}: found {labels}, expected {{"background": 0, "name": 1, ...}}'
+                )
+        return Dataset(
+            name=self.root.resolve().name,
+            reader="dicom",
+            dims=3,
+            channels=(self.modality,),
+            labels=labels,
+        )
 
     def refs(self) -> list[CaseRef]:
-        labels = {path.name.partition(".")[0]: path for path in pictures(self.folder / "labels", VOLUMES)}
+        labels = {
+            path.name.partition(".")[0]: path for path in pictures(self.folder / "labels", VOLUMES)
+        }
         series = {case.name: _slices(case) for case in _cases(self.folder)}
         refs = []
         for case in sorted({*labels, *series}, key=natural):
             files = series.get(case) or [self.folder / "images" / case / "*.dcm"]
             label = labels.get(case, self.folder / "labels" / f"{case}.nii.gz")
-            refs.append(CaseRef(id=case, group=patient_of(case), images=tuple(files), labels=(label,)))
+            refs.append(
+                CaseRef(id=case, group=patient_of(case), images=tuple(files), labels=(label,))
+            )
         return refs
 
     def problems(self) -> list[Problem]:
@@ -78,7 +95,8 @@ class Reader(RawReader):
 
 
 def read_series(paths: tuple[Path, ...]) -> tuple[np.ndarray, Geometry]:
-    """image (1, Z, Y, X) of the slices of one folder, ordered by position, with rescale slope and intercept applied. Raises ImageError."""
+    """image (1, Z, Y, X) of the slices of one folder, ordered by position, with rescale slope and
+    intercept applied. Raises ImageError."""
     import SimpleITK as sitk
 
     folder = paths[0].parent
@@ -89,8 +107,12 @@ def read_series(paths: tuple[Path, ...]) -> tuple[np.ndarray, Geometry]:
         raise ImageError(folder, "series", f"{len(series)} in {folder.name}", "1", mend)
     files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
     if lost := sorted({path.name for path in paths} - {Path(file).name for file in files}):
-        found = f"{lost[0]} damaged or of another series" + (f", and {len(lost) - 1} more" if len(lost) > 1 else "")
-        raise ImageError(folder, "file", found, "slices of one series", "Copy or export the files again.")
+        found = f"{lost[0]} damaged or of another series" + (
+            f", and {len(lost) - 1} more" if len(lost) > 1 else ""
+        )
+        raise ImageError(
+            folder, "file", found, "slices of one series", "Copy or export the files again."
+        )
     _even(folder, files)
     try:
         picture = sitk.ReadImage(files)
@@ -98,11 +120,21 @@ def read_series(paths: tuple[Path, ...]) -> tuple[np.ndarray, Geometry]:
     except RuntimeError as error:
         reason = [line for line in str(error).splitlines() if line.strip()][-1][:120]
         found = f"a slice damaged or truncated, or slices of different size ({reason})"
-        raise ImageError(folder, "file", found, "a readable series", "Copy or export the files again.") from None
+        raise ImageError(
+            folder, "file", found, "a readable series", "Copy or export the files again."
+        ) from None
     if array.ndim != 3:
-        raise ImageError(folder, "image", f"an array of {array.ndim} axes", "grey slices", "Export the series without colours.")
+        raise ImageError(
+            folder,
+            "image",
+            f"an array of {array.ndim} axes",
+            "grey slices",
+            "Export the series without colours.",
+        )
     affine = np.eye(4)
-    affine[:3, :3] = np.asarray(picture.GetDirection()).reshape(3, 3) * np.asarray(picture.GetSpacing())
+    affine[:3, :3] = np.asarray(picture.GetDirection()).reshape(3, 3) * np.asarray(
+        picture.GetSpacing()
+    )
     affine[:3, 3] = picture.GetOrigin()
     rows = tuple(tuple(float(v) for v in row) for row in LPS @ affine)
     image = array[None].astype(np.float32) if array.dtype.kind == "f" else array[None]
@@ -111,25 +143,37 @@ def read_series(paths: tuple[Path, ...]) -> tuple[np.ndarray, Geometry]:
 
 def _even(folder: Path, files: tuple[str, ...]) -> None:
     """Raises ImageError where a slice is missing: a gap between positions."""
-    positions = [np.array([float(v) for v in text.split("\\")]) for file in files if (text := _tags(Path(file)).get(POSITION))]
+    positions = [
+        np.array([float(v) for v in text.split("\\")])
+        for file in files
+        if (text := _tags(Path(file)).get(POSITION))
+    ]
     if len(positions) < 3 or len(positions) < len(files):
         return
     steps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
     if steps.max() > 1.5 * np.median(steps):
         at = Path(files[int(steps.argmax()) + 1]).name
-        found, expected = f"{steps.max():.4g} mm before {at}", f"{np.median(steps):.4g} mm everywhere"
+        found, expected = (
+            f"{steps.max():.4g} mm before {at}",
+            f"{np.median(steps):.4g} mm everywhere",
+        )
         raise ImageError(folder, "slice distance", found, expected, "Copy the missing slices.")
 
 
 def _tags(path: Path) -> dict[str, str]:
-    """The text tags of one file; none if it cannot be read, which reading the series then explains."""
+    """The text tags of one file; none if it cannot be read, which reading the series then
+    explains."""
     import SimpleITK as sitk
 
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
-        return {key: reader.GetMetaData(key) for key in (MODALITY, POSITION) if reader.HasMetaDataKey(key)}
+        return {
+            key: reader.GetMetaData(key)
+            for key in (MODALITY, POSITION)
+            if reader.HasMetaDataKey(key)
+        }
     except RuntimeError:
         return {}
 
@@ -140,4 +184,10 @@ def _cases(folder: Path) -> list[Path]:
 
 
 def _slices(case: Path) -> list[Path]:
-    return [path for path in visible(case) if path.is_file() and path.suffix.lower() in (".dcm", ".ima", "") and path.name != "DICOMDIR"]
+    return [
+        path
+        for path in visible(case)
+        if path.is_file()
+        and path.suffix.lower() in (".dcm", ".ima", "")
+        and path.name != "DICOMDIR"
+    ]

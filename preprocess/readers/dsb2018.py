@@ -1,4 +1,5 @@
-"""2018 Data Science Bowl, stage 1: one folder per image, one mask file per nucleus; the target is their union.
+"""2018 Data Science Bowl, stage 1: one folder per image, one mask file per nucleus; the target is
+their union.
 
 Source: specification `datasets_2d`, section 5.
 """
@@ -28,12 +29,16 @@ class Reader(PairReader):
 
     def __init__(self, root: str | Path, **options: str):
         super().__init__(root, **options)
-        self.folder = locate(self.root, lambda p: any(visible(case / "images") for case in _cases(p)), self.layout)
+        self.folder = locate(
+            self.root, lambda p: any(visible(case / "images") for case in _cases(p)), self.layout
+        )
 
     def refs(self) -> list[CaseRef]:
         refs = []
         for folder in _cases(self.folder):
-            images = visible(folder / "images", "*.png") or [folder / "images" / f"{folder.name}.png"]
+            images = visible(folder / "images", "*.png") or [
+                folder / "images" / f"{folder.name}.png"
+            ]
             masks = visible(folder / "masks", "*.png") or [folder / "masks" / "*.png"]
             refs.append(CaseRef(id=folder.name, images=(images[0],), labels=tuple(masks)))
         return refs
@@ -41,4 +46,8 @@ class Reader(PairReader):
 
 def _cases(folder: Path) -> list[Path]:
     inner = folder / "stage1_train"
-    return [p for p in subfolders(inner if inner.is_dir() else folder) if (p / "images").is_dir() or (p / "masks").is_dir()]
+    return [
+        p
+        for p in subfolders(inner if inner.is_dir() else folder)
+        if (p / "images").is_dir() or (p / "masks").is_dir()
+    ]

@@ -1,8 +1,10 @@
-"""Your own images beside their masks, of the same stem: the plainest layout, and the one most 2D projects convert to.
+"""Your own images beside their masks, of the same stem: the plainest layout, and the one most 2D
+projects convert to.
 
-Understood too: `train`, `val` and `test` folders with such a pair in each (they become the split "given"), a folder of masks per class
-(`masks/0`, `masks/1`: class k + 1, later ones over earlier), and stems that end in `_mask`, `_segmentation`, `_anno`, `_lesion` or `_gt`.
-Without labels.json ({"background": 0, "name": 1, ...}) masks are black and white. Source: specification `datasets_2d`.
+Understood too: `train`, `val` and `test` folders with such a pair in each (they become the split
+"given"), a folder of masks per class (`masks/0`, `masks/1`: class k + 1, later ones over earlier),
+and stems that end in `_mask`, `_segmentation`, `_anno`, `_lesion` or `_gt`. Without labels.json
+({"background": 0, "name": 1, ...}) masks are black and white. Source: specification `datasets_2d`.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ class Reader(PairReader):
 
     def __init__(self, root: str | Path, **options: str):
         super().__init__(root, **options)
-        self.folder = locate(self.root, lambda p: any(pictures(part / "images") for part in _parts(p)), self.layout)
+        self.folder = locate(
+            self.root, lambda p: any(pictures(part / "images") for part in _parts(p)), self.layout
+        )
         self.classes = {p: _classes(p / "masks") for p in _parts(self.folder)}
 
     @cached_property
@@ -62,20 +66,30 @@ class Reader(PairReader):
         if not file.is_file():
             return {}
         labels = {str(name): number(value, name, file) for name, value in read_json(file).items()}
-        if labels.get("background") != 0 or len(labels) < 2 or len(set(labels.values())) < len(labels):
-            raise InputError(f'{file}: found {labels}, expected {{"background": 0, "name": 1, ...}}, all values different')
+        if (
+            labels.get("background") != 0
+            or len(labels) < 2
+            or len(set(labels.values())) < len(labels)
+        ):
+            raise InputError(
+                f'{file}: found {labels}, expected {{"background": 0, "name": 1, ...}}, all '
+                "values different"
+            )
         return dict(sorted(labels.items(), key=lambda item: item[1]))
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """(channels, dims), from the headers: a set with any colour image is one of colours; one slice is 2D."""
+        """(channels, dims), from the headers: a set with any colour image is one of colours; one
+        slice is 2D."""
         flat = True
         channels = 1
         for path in (ref.images[0] for ref in self.refs()):
             own, depth, _, _ = peek(path)
             natural = ending(path) in NATURAL
             flat &= natural or depth <= 1
-            channels = max(channels, (3 if own >= 3 else 1) if natural else own)  # a second or fourth channel of a picture is alpha
+            channels = max(
+                channels, (3 if own >= 3 else 1) if natural else own
+            )  # a second or fourth channel of a picture is alpha
         return channels, 2 if flat else 3
 
     def dataset(self) -> Dataset:
@@ -85,18 +99,36 @@ class Reader(PairReader):
         if not labels and several > 1:
             labels = {"background": 0, **{f"class {index}": index + 1 for index in range(several)}}
         labels = labels or {"background": 0, self.structure: 1}
-        names = ("grey",) if channels == 1 else tuple(f"channel {index}" for index in range(channels))
+        names = (
+            ("grey",) if channels == 1 else tuple(f"channel {index}" for index in range(channels))
+        )
         if (channels, dims) == (3, 2):
             names = ("R", "G", "B")
         ends = ".nii.gz" if dims == 3 else ".png"
-        return Dataset(name=self.root.resolve().name, reader="folder", dims=dims, channels=names, labels=labels, file_ending=ends)
+        return Dataset(
+            name=self.root.resolve().name,
+            reader="folder",
+            dims=dims,
+            channels=names,
+            labels=labels,
+            file_ending=ends,
+        )
 
     def refs(self) -> list[CaseRef]:
         refs = []
         for part, folders in self.classes.items():
             masks = [path for folder in folders or [part / "masks"] for path in pictures(folder)]
-            missing = (f"{part / 'images'}/{{}}.png", f"{(folders or [part / 'masks'])[0]}/{{}}.png")
-            refs += paired(pictures(part / "images"), masks, *missing, mask_key=lambda path: SUFFIX.sub("", stem(path)), group=patient_of)
+            missing = (
+                f"{part / 'images'}/{{}}.png",
+                f"{(folders or [part / 'masks'])[0]}/{{}}.png",
+            )
+            refs += paired(
+                pictures(part / "images"),
+                masks,
+                *missing,
+                mask_key=lambda path: SUFFIX.sub("", stem(path)),
+                group=patient_of,
+            )
         return refs
 
     def problems(self) -> list[Problem]:
@@ -115,13 +147,20 @@ class Reader(PairReader):
             for path in ref.labels:
                 label[read_mask(path)[0]] = classes.index(path.parent) + 1
             return label, geometry
-        return read_label(ref.labels[0], digest) if self.declared else _binary(ref.labels[0], digest)
+        return (
+            read_label(ref.labels[0], digest) if self.declared else _binary(ref.labels[0], digest)
+        )
 
     def splits(self) -> dict[str, Folds]:
         refs = self.refs()
         part = {name: [ref for ref in refs if inside(ref, self.folder / name)] for name in PARTS}
-        given = {"given": sides(part["train"], part["val"] or part["test"]), "given-test": sides(part["train"], part["test"])}
-        given = {name: folds for name, folds in given.items() if folds[0]["train"] and folds[0]["val"]}
+        given = {
+            "given": sides(part["train"], part["val"] or part["test"]),
+            "given-test": sides(part["train"], part["test"]),
+        }
+        given = {
+            name: folds for name, folds in given.items() if folds[0]["train"] and folds[0]["val"]
+        }
         return {**given, **published([ref.id for ref in refs])}
 
 
@@ -133,8 +172,14 @@ def _parts(folder: Path) -> list[Path]:
 
 def _classes(masks: Path) -> list[Path]:
     """masks/0, masks/1, ...; none where the masks lie in `masks` itself."""
-    found = [folder for folder in (subfolders(masks) if masks.is_dir() else []) if folder.name.isdigit()]
-    return sorted(found, key=lambda folder: int(folder.name)) if found and not visible(masks, "*.*") else []
+    found = [
+        folder for folder in (subfolders(masks) if masks.is_dir() else []) if folder.name.isdigit()
+    ]
+    return (
+        sorted(found, key=lambda folder: int(folder.name))
+        if found and not visible(masks, "*.*")
+        else []
+    )
 
 
 def _binary(path: Path, digest: Any) -> tuple[np.ndarray, Geometry]:

@@ -1,4 +1,5 @@
-"""GlaS (Warwick-QU), glands in histology: one flat folder, masks of instance numbers, official test parts A and B.
+"""GlaS (Warwick-QU), glands in histology: one flat folder, masks of instance numbers, official test
+parts A and B.
 
 Source: specification `datasets_2d`, section 4.
 """
@@ -56,7 +57,11 @@ class Reader(PairReader):
             names = [name.strip().lower() for name in rows[0]] if rows else []
             column = next((i for i, name in enumerate(names) if "patient" in name), None)
             if column is not None:
-                return {row[0].strip(): f"patient{row[column].strip()}" for row in rows[1:] if len(row) > column and row[column].strip()}
+                return {
+                    row[0].strip(): f"patient{row[column].strip()}"
+                    for row in rows[1:]
+                    if len(row) > column and row[column].strip()
+                }
         return {}
 
     def refs(self) -> list[CaseRef]:
@@ -64,20 +69,44 @@ class Reader(PairReader):
         masks = [path for path in files if stem(path).lower().endswith(SUFFIX)]
         images = [path for path in files if path not in set(masks)]
         missing = (f"{self.folder}/{{}}.bmp", f"{self.folder}/{{}}{SUFFIX}.bmp")
-        return paired(images, masks, *missing, mask_key=lambda path: without(path, SUFFIX), group=lambda case: self.patients.get(case, ""))
+        return paired(
+            images,
+            masks,
+            *missing,
+            mask_key=lambda path: without(path, SUFFIX),
+            group=lambda case: self.patients.get(case, ""),
+        )
 
     def label(self, ref: CaseRef, digest: Any = None) -> tuple[np.ndarray, Geometry]:
         return union(ref.labels, digest, read_instances)
 
     def splits(self) -> dict[str, Folds]:
         refs = self.refs()
-        part = {name: [ref for ref in refs if ref.id.startswith(name)] for name in ("train_", "testA_", "testB_")}
-        tests = {"official": part["testA_"] + part["testB_"], "official-a": part["testA_"], "official-b": part["testB_"]}
-        return {**{name: sides(part["train_"], val) for name, val in tests.items() if val and part["train_"]}, **super().splits()}
+        part = {
+            name: [ref for ref in refs if ref.id.startswith(name)]
+            for name in ("train_", "testA_", "testB_")
+        }
+        tests = {
+            "official": part["testA_"] + part["testB_"],
+            "official-a": part["testA_"],
+            "official-b": part["testB_"],
+        }
+        return {
+            **{
+                name: sides(part["train_"], val)
+                for name, val in tests.items()
+                if val and part["train_"]
+            },
+            **super().splits(),
+        }
 
 
 def _files(folder: Path) -> list[Path]:
-    return [path for path in pictures(folder) if path.name.lower().startswith(("train_", "testa_", "testb_"))]
+    return [
+        path
+        for path in pictures(folder)
+        if path.name.lower().startswith(("train_", "testa_", "testb_"))
+    ]
 
 
 def read_instances(path: Path, digest: Any = None) -> tuple[np.ndarray, Geometry]:
@@ -86,5 +115,11 @@ def read_instances(path: Path, digest: Any = None) -> tuple[np.ndarray, Geometry
     glands = len(np.unique(numbers)) - 1
     if glands > MOST_GLANDS:
         found = f"{glands} different numbers in {path.name}"
-        raise ImageError(path, "mask values", found, f"at most {MOST_GLANDS} glands", "Perhaps it is the image itself: put the mask there.")
+        raise ImageError(
+            path,
+            "mask values",
+            found,
+            f"at most {MOST_GLANDS} glands",
+            "Perhaps it is the image itself: put the mask there.",
+        )
     return numbers > 0, geometry

@@ -1,6 +1,7 @@
 """ISIC 2017, lesions in dermoscopy: official training, validation and test parts.
 
-Source: specification `datasets_2d`, section 6. The image folders also hold `ISIC_*_superpixels.png`, which are no masks.
+Source: specification `datasets_2d`, section 6. The image folders also hold
+`ISIC_*_superpixels.png`, which are no masks.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ SUFFIX = "_segmentation"
 class Reader(PairReader):
     about = "ISIC 2017, part 1: skin lesions in dermoscopy."
     layout = (
-        "ISIC-2017_Training_Data/ISIC_N.jpg with ISIC-2017_Training_Part1_GroundTruth/ISIC_N_segmentation.png; "
+        "ISIC-2017_Training_Data/ISIC_N.jpg with "
+        "ISIC-2017_Training_Part1_GroundTruth/ISIC_N_segmentation.png; "
         "likewise Validation and Test_v2"
     )
     facts = Facts(
@@ -47,22 +49,45 @@ class Reader(PairReader):
 
     def __init__(self, root: str | Path, **options: str):
         super().__init__(root, **options)
-        self.folder = locate(self.root, lambda p: any(pictures(p / images, LOSSY) for images, _ in self.parts.values()), self.layout)
+        self.folder = locate(
+            self.root,
+            lambda p: any(pictures(p / images, LOSSY) for images, _ in self.parts.values()),
+            self.layout,
+        )
 
     def refs(self) -> list[CaseRef]:
-        """Parts whose masks are not there (they were released later) are no training cases; the training part always is."""
+        """Parts whose masks are not there (they were released later) are no training cases; the
+        training part always is."""
         refs = []
         for part, (images, masks) in self.parts.items():
             image, mask = self.folder / images, self.folder / masks
             if mask.is_dir() or part == "training" and image.is_dir():
-                found = [path for path in pictures(mask, (".png",)) if without(path, SUFFIX) != path.stem]
+                found = [
+                    path for path in pictures(mask, (".png",)) if without(path, SUFFIX) != path.stem
+                ]
                 missing = (f"{image}/{{}}.jpg", f"{mask}/{{}}{SUFFIX}.png")
-                refs += paired(pictures(image, LOSSY), found, *missing, mask_key=lambda path: without(path, SUFFIX))
+                refs += paired(
+                    pictures(image, LOSSY),
+                    found,
+                    *missing,
+                    mask_key=lambda path: without(path, SUFFIX),
+                )
         return refs
 
     def splits(self) -> dict[str, Folds]:
         refs = self.refs()
-        part = {name: [ref for ref in refs if inside(ref, self.folder / images)] for name, (images, _) in self.parts.items()}
-        found = {"official": sides(part["training"], part["validation"]), "official-test": sides(part["training"], part["test"])}
-        found = {name: folds for name, folds in found.items() if folds[0]["train"] and folds[0]["val"]}
-        return {**found, **published([ref.id for ref in part["training"] or refs])}  # papers draw from the training part
+        part = {
+            name: [ref for ref in refs if inside(ref, self.folder / images)]
+            for name, (images, _) in self.parts.items()
+        }
+        found = {
+            "official": sides(part["training"], part["validation"]),
+            "official-test": sides(part["training"], part["test"]),
+        }
+        found = {
+            name: folds for name, folds in found.items() if folds[0]["train"] and folds[0]["val"]
+        }
+        return {
+            **found,
+            **published([ref.id for ref in part["training"] or refs]),
+        }  # papers draw from the training part

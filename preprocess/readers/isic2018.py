@@ -12,7 +12,8 @@ from segfleet.preprocess.readers.isic2017 import Reader as Isic2017
 class Reader(Isic2017):
     about = "ISIC 2018, task 1: skin lesions in dermoscopy."
     layout = (
-        "ISIC2018_Task1-2_Training_Input/ISIC_N.jpg with ISIC2018_Task1_Training_GroundTruth/ISIC_N_segmentation.png; "
+        "ISIC2018_Task1-2_Training_Input/ISIC_N.jpg with "
+        "ISIC2018_Task1_Training_GroundTruth/ISIC_N_segmentation.png; "
         "likewise Validation and Test"
     )
     facts = Facts(
@@ -21,10 +22,14 @@ class Reader(Isic2017):
         download="https://challenge.isic-archive.com/data/#2018",
         licence="CC BY-NC 4.0",
         complete=3694,
-        counts="2594 training, 100 validation, 1000 test (masks of the last two were released later); holds most of ISIC 2017",
+        counts="2594 training, 100 validation, 1000 test (masks of the last two were released "
+        "later); holds most of ISIC 2017",
     )
     parts = {
         "training": ("ISIC2018_Task1-2_Training_Input", "ISIC2018_Task1_Training_GroundTruth"),
-        "validation": ("ISIC2018_Task1-2_Validation_Input", "ISIC2018_Task1_Validation_GroundTruth"),
+        "validation": (
+            "ISIC2018_Task1-2_Validation_Input",
+            "ISIC2018_Task1_Validation_GroundTruth",
+        ),
         "test": ("ISIC2018_Task1-2_Test_Input", "ISIC2018_Task1_Test_GroundTruth"),
     }

@@ -30,7 +30,9 @@ class Reader(PairReader):
 
     def __init__(self, root: str | Path, **options: str):
         super().__init__(root, **options)
-        self.folder = locate(self.root, lambda p: any(pictures(p / "images")) and (p / "masks").is_dir(), self.layout)
+        self.folder = locate(
+            self.root, lambda p: any(pictures(p / "images")) and (p / "masks").is_dir(), self.layout
+        )
 
     def refs(self) -> list[CaseRef]:
         images, masks = self.folder / "images", self.folder / "masks"
@@ -38,22 +40,39 @@ class Reader(PairReader):
 
     @cached_property
     def lists(self) -> dict[str, tuple[str, ...]]:
-        """The authors' "train" and "val", names with or without an ending; none unless both files are there."""
+        """The authors' "train" and "val", names with or without an ending; none unless both files
+        are there."""
         files = {side: self.folder / f"{side}.txt" for side in ("train", "val")}
         if not all(path.is_file() for path in files.values()):
             return {}
-        return {side: tuple(map(_id, path.read_text(encoding="utf-8-sig", errors="replace").split())) for side, path in files.items()}
+        return {
+            side: tuple(map(_id, path.read_text(encoding="utf-8-sig", errors="replace").split()))
+            for side, path in files.items()
+        }
 
     def problems(self) -> list[Problem]:
-        lists = fold_problems("train.txt, val.txt", "names", self.lists, {ref.id for ref in self.refs()}, "images") if self.lists else []
+        lists = (
+            fold_problems(
+                "train.txt, val.txt", "names", self.lists, {ref.id for ref in self.refs()}, "images"
+            )
+            if self.lists
+            else []
+        )
         return super().problems() + lists
 
     def splits(self) -> dict[str, Folds]:
-        """The authors' lists (880 and 120), where their files lie beside the images, and the random ones of papers."""
+        """The authors' lists (880 and 120), where their files lie beside the images, and the random
+        ones of papers."""
         known = {ref.id for ref in self.refs()}
-        train, val = (tuple(name for name in self.lists.get(side, ()) if name in known) for side in ("train", "val"))
+        train, val = (
+            tuple(name for name in self.lists.get(side, ()) if name in known)
+            for side in ("train", "val")
+        )
         train = tuple(name for name in train if name not in set(val))
-        return {**({"official": ({"train": train, "val": val},)} if train and val else {}), **super().splits()}
+        return {
+            **({"official": ({"train": train, "val": val},)} if train and val else {}),
+            **super().splits(),
+        }
 
 
 def _id(name: str) -> str:

@@ -26,7 +26,8 @@ class Reader(RawReader):
         download="https://competitions.codalab.org/competitions/17094",
         licence="CC BY-NC-ND 4.0",
         complete=131,
-        counts="131 volumes (70 more without labels); a tumour in 118; the same as MSD Task03, and holds 3D-IRCADb",
+        counts="131 volumes (70 more without labels); a tumour in 118; the same as MSD Task03, "
+        "and holds 3D-IRCADb",
     )
     options = {"regions": ("none", "liver-tumour")}
 
@@ -37,18 +38,29 @@ class Reader(RawReader):
     def dataset(self) -> Dataset:
         regions = {"liver": (1, 2), "tumour": (2,)} if self.chosen["regions"] != "none" else {}
         labels = {"background": 0, "liver": 1, "tumour": 2}
-        facts = {"regions": regions, "region_order": (1, 2) if regions else (), "licence": self.facts.licence}
+        facts = {
+            "regions": regions,
+            "region_order": (1, 2) if regions else (),
+            "licence": self.facts.licence,
+        }
         return Dataset(name="lits", reader="lits", dims=3, channels=("CT",), labels=labels, **facts)
 
     def refs(self) -> list[CaseRef]:
-        volumes, segmentations = _sorted(self.folder, "volume"), _sorted(self.folder, "segmentation")
+        volumes, segmentations = (
+            _sorted(self.folder, "volume"),
+            _sorted(self.folder, "segmentation"),
+        )
         masks: dict[str, list[Path]] = {}
         for number, path in segmentations:
             masks.setdefault(number, []).append(path)
         refs = []
         for number, path in volumes:
-            beside = path.with_name(re.sub("volume", "segmentation", path.name, flags=re.IGNORECASE))
-            label = min(masks.get(number, [beside]), key=lambda mask: mask.parent != path.parent)  # beside the volume, if there is one
+            beside = path.with_name(
+                re.sub("volume", "segmentation", path.name, flags=re.IGNORECASE)
+            )
+            label = min(
+                masks.get(number, [beside]), key=lambda mask: mask.parent != path.parent
+            )  # beside the volume, if there is one
             refs.append(CaseRef(id=f"volume-{number}", images=(path,), labels=(label,)))
         for number in sorted({*masks} - {number for number, _ in volumes}, key=int):
             path = masks[number][0]
@@ -65,17 +77,31 @@ class Reader(RawReader):
         for number, paths in masks.items():
             if len(paths) > max(1, volumes[number]):
                 facts = {"expected": "one", "mend": "Keep the right one."}
-                found.append(Problem(case=f"volume-{number}", field="label", found=f"{len(paths)} masks: {', '.join(paths)}", **facts))
+                found.append(
+                    Problem(
+                        case=f"volume-{number}",
+                        field="label",
+                        found=f"{len(paths)} masks: {', '.join(paths)}",
+                        **facts,
+                    )
+                )
         return found
 
 
 def _files(folder: Path) -> list[Path]:
     """Volumes and segmentations in a folder and in the batches inside it."""
-    found = [p for pattern in ("*.nii*", "[!.]*/*.nii*") for p in folder.glob(pattern) if FILE.fullmatch(p.name) and p.is_file()]
+    found = [
+        p
+        for pattern in ("*.nii*", "[!.]*/*.nii*")
+        for p in folder.glob(pattern)
+        if FILE.fullmatch(p.name) and p.is_file()
+    ]
     return found if any(p.name.lower().startswith("volume") for p in found) else []
 
 
 def _sorted(folder: Path, kind: str) -> list[tuple[str, Path]]:
     matches = [(FILE.fullmatch(path.name), path) for path in _files(folder)]
-    found = [(str(int(match[2])), path) for match, path in matches if match and match[1].lower() == kind]
+    found = [
+        (str(int(match[2])), path) for match, path in matches if match and match[1].lower() == kind
+    ]
     return sorted(found, key=lambda item: (int(item[0]), str(item[1])))

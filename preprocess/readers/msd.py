@@ -21,7 +21,8 @@ from segfleet.preprocess.readers.base import (
 )
 from segfleet.preprocess.stores.manifest import Dataset
 
-REGIONS = {  # of known tasks, in their numbering, largest first: names, label values, and the label each paints
+# of known tasks, in their numbering, largest first: names, label values, and the label each paints
+REGIONS = {
     "BrainTumour": {"whole tumour": (1, 2, 3), "tumour core": (2, 3), "enhancing tumour": (3,)},
     "BRATS": {"whole tumour": (1, 2, 3), "tumour core": (2, 3), "enhancing tumour": (3,)},
     "Liver": {"liver": (1, 2), "tumour": (2,)},
@@ -38,7 +39,8 @@ class Reader(RawReader):
         modality="MRI, CT",
         download="http://medicaldecathlon.com",
         licence="CC BY-SA 4.0",
-        counts="Task01 BrainTumour 484 (4 channels), Task03 Liver 131, Task04 Hippocampus 260, Task08 HepaticVessel 303, ...",
+        counts="Task01 BrainTumour 484 (4 channels), Task03 Liver 131, Task04 Hippocampus 260, "
+        "Task08 HepaticVessel 303, ...",
     )
     options = {"regions": ("none", "overlapping")}
 
@@ -49,14 +51,22 @@ class Reader(RawReader):
             raise InputError(f"raw: {self.root} holds no dataset.json. Expected {self.layout}")
         self.json = read_json(self.file)
         if "channel_names" in self.json and "modality" not in self.json:
-            raise InputError(f"{self.file}: has channel_names, so it is an nnU-Net v2 folder. Use the layout nnunet.")
+            raise InputError(
+                f"{self.file}: has channel_names, so it is an nnU-Net v2 folder. Use the layout "
+                "nnunet."
+            )
 
     def dataset(self) -> Dataset:
         modality = field(self.json, "modality", dict, self.file)
         labels = field(self.json, "labels", dict, self.file)
-        values = {str(name): number(value, f"labels: value of '{name}'", self.file) for value, name in labels.items()}
+        values = {
+            str(name): number(value, f"labels: value of '{name}'", self.file)
+            for value, name in labels.items()
+        }
         if len(values) < len(labels) or 0 not in values.values() or len(values) < 2:
-            expected = 'value -> name, all names different, "0" the background and at least one more'
+            expected = (
+                'value -> name, all names different, "0" the background and at least one more'
+            )
             raise InputError(f"{self.file}: labels: found {labels}, expected {expected}")
         channels = sorted(modality.items(), key=lambda item: number(item[0], "modality", self.file))
         if not channels:
@@ -70,25 +80,44 @@ class Reader(RawReader):
             channels=tuple(str(name) for _, name in channels),
             labels=dict(sorted(values.items(), key=lambda item: item[1])),
             regions=regions,
-            region_order=tuple(min(set(members) - set(inner)) for members, inner in pairwise([*regions.values(), ()])),
+            region_order=tuple(
+                min(set(members) - set(inner))
+                for members, inner in pairwise([*regions.values(), ()])
+            ),
             licence=str(self.json.get("licence", "")),
         )
 
     def _regions(self, name: str, values: set[int]) -> dict[str, tuple[int, ...]]:
-        """The overlapping targets a known task is scored by, if the user wants them: whole tumour, tumour core, enhancing tumour."""
+        """The overlapping targets a known task is scored by, if the user wants them: whole tumour,
+        tumour core, enhancing tumour."""
         if self.chosen["regions"] == "none":
             return {}
-        known = next((regions for task, regions in REGIONS.items() if task.lower() in f"{name} {self.root.resolve().name}".lower()), None)
+        known = next(
+            (
+                regions
+                for task, regions in REGIONS.items()
+                if task.lower() in f"{name} {self.root.resolve().name}".lower()
+            ),
+            None,
+        )
         if known is None or not {v for members in known.values() for v in members} <= values:
-            raise InputError(f"option regions: found 'overlapping', but {name} has no known ones; tasks that have: {', '.join(REGIONS)}")
+            raise InputError(
+                f"option regions: found 'overlapping', but {name} has no known ones; tasks that "
+                f"have: {', '.join(REGIONS)}"
+            )
         return known
 
     def refs(self) -> list[CaseRef]:
         listed = field(self.json, "training", list, self.file)
         refs = []
         for index, entry in enumerate(listed):
-            if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) and entry[key] for key in ("image", "label")):
-                raise InputError(f'{self.file}: training[{index}]: found {entry!r}, expected {{"image": path, "label": path}}')
+            if not isinstance(entry, dict) or not all(
+                isinstance(entry.get(key), str) and entry[key] for key in ("image", "label")
+            ):
+                raise InputError(
+                    f'{self.file}: training[{index}]: found {entry!r}, expected {{"image": path, '
+                    f'"label": path}}'
+                )
             if Path(entry["image"]).name.startswith("._"):
                 continue
             image, label = (self.root / Path(entry[key]) for key in ("image", "label"))
@@ -106,6 +135,10 @@ class Reader(RawReader):
         for folder in {ref.images[0].parent for ref in refs}:
             for path in visible(folder, "*.nii*"):
                 if path.resolve() not in listed:
-                    facts = {"found": "a file", "expected": "to be listed in dataset.json", "mend": "List it or move it away."}
+                    facts = {
+                        "found": "a file",
+                        "expected": "to be listed in dataset.json",
+                        "mend": "List it or move it away.",
+                    }
                     found.append(Problem(case=stem(path), field="image", **facts))
         return found

@@ -1,4 +1,5 @@
-"""nnU-Net v2: dataset.json, one file per channel with a four-digit suffix, regions and an ignore label.
+"""nnU-Net v2: dataset.json, one file per channel with a four-digit suffix, regions and an ignore
+label.
 
 Source: specification `datasets_3d`, section 5.
 """
@@ -47,18 +48,27 @@ class Reader(RawReader):
             raise InputError(f"raw: {self.root} holds no dataset.json. Expected {self.layout}")
         self.json = read_json(self.file)
         if "modality" in self.json and "channel_names" not in self.json:
-            raise InputError(f"{self.file}: has modality, so it is an MSD folder. Use the layout msd.")
+            raise InputError(
+                f"{self.file}: has modality, so it is an MSD folder. Use the layout msd."
+            )
         self.ending = str(field(self.json, "file_ending", str, self.file)).lower()
         if self.ending not in ENDINGS or self.ending in (".jpg", ".jpeg"):
             legal = ", ".join(e for e in ENDINGS if e not in (".jpg", ".jpeg"))
-            raise InputError(f"{self.file}: file_ending: found '{self.ending}', expected one of: {legal}")
+            raise InputError(
+                f"{self.file}: file_ending: found '{self.ending}', expected one of: {legal}"
+            )
 
     @cached_property
     def channels(self) -> tuple[str, ...]:
         names = field(self.json, "channel_names", dict, self.file)
-        ordered = sorted((number(index, "channel_names", self.file), str(name)) for index, name in names.items())
+        ordered = sorted(
+            (number(index, "channel_names", self.file), str(name)) for index, name in names.items()
+        )
         if not ordered or [index for index, _ in ordered] != list(range(len(ordered))):
-            raise InputError(f'{self.file}: channel_names: found the indices {list(names)}, expected "0", "1", ... without a gap')
+            raise InputError(
+                f'{self.file}: channel_names: found the indices {list(names)}, expected "0", "1", '
+                "... without a gap"
+            )
         return tuple(name for _, name in ordered)
 
     def dataset(self) -> Dataset:
@@ -72,22 +82,40 @@ class Reader(RawReader):
                 plain[name] = number(value, f"labels: {name}", self.file)
         ignore = plain.pop("ignore", None)
         if plain.get("background") != 0:
-            raise InputError(f"{self.file}: labels: background: found {labels.get('background')!r}, expected 0")
+            raise InputError(
+                f"{self.file}: labels: background: found {labels.get('background')!r}, expected 0"
+            )
         values = sorted({*plain.values(), *(v for region in regions.values() for v in region)})
         if values != list(range(len(values))) or len(values) < 2:
-            raise InputError(f"{self.file}: labels: found the values {values}, expected 0, 1, 2, ... without a gap, at least one beside 0")
+            raise InputError(
+                f"{self.file}: labels: found the values {values}, expected 0, 1, 2, ... without a "
+                "gap, at least one beside 0"
+            )
         if ignore is not None and ignore != len(values):
-            raise InputError(f"{self.file}: labels: ignore: found {ignore}, expected the highest integer, {len(values)}")
+            raise InputError(
+                f"{self.file}: labels: ignore: found {ignore}, expected the highest integer, "
+                f"{len(values)}"
+            )
         order: tuple[int, ...] = ()
         if regions:
-            regions = {n: regions.get(n, (plain.get(n, 0),)) for n in labels if n not in ("background", "ignore")}
+            regions = {
+                n: regions.get(n, (plain.get(n, 0),))
+                for n in labels
+                if n not in ("background", "ignore")
+            }
             if any(not region or 0 in region for region in regions.values()):
-                raise InputError(f"{self.file}: labels: a region needs one or more values above 0, found {regions}")
+                raise InputError(
+                    f"{self.file}: labels: a region needs one or more values above 0, found "
+                    f"{regions}"
+                )
             given = field(self.json, "regions_class_order", list, self.file)
             order = tuple(number(v, "regions_class_order", self.file) for v in given)
             if len(order) != len(regions):
                 expected = f"{len(regions)}: one for each of {list(regions)}"
-                raise InputError(f"{self.file}: regions_class_order: found {len(order)} entries, expected {expected}")
+                raise InputError(
+                    f"{self.file}: regions_class_order: found {len(order)} entries, expected "
+                    f"{expected}"
+                )
             names = {value: name for name, value in plain.items()}
             plain = {names.get(value, f"label {value}"): value for value in values}
         return Dataset(
@@ -117,7 +145,11 @@ class Reader(RawReader):
         for path in visible(self.root / "imagesTr"):
             if match := pattern.fullmatch(path.name):
                 images.setdefault(match[1], {})[int(match[2])] = path
-        labels = {p.name[: -len(self.ending)]: p for p in visible(self.root / "labelsTr") if p.name.lower().endswith(self.ending)}
+        labels = {
+            p.name[: -len(self.ending)]: p
+            for p in visible(self.root / "labelsTr")
+            if p.name.lower().endswith(self.ending)
+        }
         return images, labels
 
     def refs(self) -> list[CaseRef]:
@@ -125,13 +157,19 @@ class Reader(RawReader):
             return self._explicit()
         images, labels = self._files
         if not images and not labels:
-            raise InputError(f"raw: {self.root / 'imagesTr'} holds no CASE_0000{self.ending}. Expected {self.layout}")
+            raise InputError(
+                f"raw: {self.root / 'imagesTr'} holds no CASE_0000{self.ending}. Expected "
+                f"{self.layout}"
+            )
         refs = []
         for case in sorted({*images, *labels}, key=natural):
             found = images.get(case, {})
             together = set(found) == {0} and self.ending in MANY_CHANNELS
             wanted = [0] if together else range(len(self.channels))
-            paths = tuple(found.get(i, self.root / "imagesTr" / f"{case}_{i:04d}{self.ending}") for i in wanted)
+            paths = tuple(
+                found.get(i, self.root / "imagesTr" / f"{case}_{i:04d}{self.ending}")
+                for i in wanted
+            )
             label = labels.get(case, self.root / "labelsTr" / f"{case}{self.ending}")
             refs.append(CaseRef(id=case, group=patient_of(case), images=paths, labels=(label,)))
         return refs
@@ -141,10 +179,24 @@ class Reader(RawReader):
         refs = []
         for case in sorted(listed, key=natural):
             entry = listed[case]
-            if not isinstance(entry, dict) or not isinstance(entry.get("images"), list) or not isinstance(entry.get("label"), str):
-                raise InputError(f'{self.file}: dataset: {case}: found {entry!r}, expected {{"images": [path, ...], "label": path}}')
+            if (
+                not isinstance(entry, dict)
+                or not isinstance(entry.get("images"), list)
+                or not isinstance(entry.get("label"), str)
+            ):
+                raise InputError(
+                    f'{self.file}: dataset: {case}: found {entry!r}, expected {{"images": [path, '
+                    f'...], "label": path}}'
+                )
             images = tuple(self.root / str(path) for path in entry["images"])
-            refs.append(CaseRef(id=case, group=patient_of(case), images=images, labels=(self.root / entry["label"],)))
+            refs.append(
+                CaseRef(
+                    id=case,
+                    group=patient_of(case),
+                    images=images,
+                    labels=(self.root / entry["label"],),
+                )
+            )
         if not refs:
             raise InputError(f"{self.file}: dataset: found no case. Expected {self.layout}")
         return refs
@@ -155,13 +207,28 @@ class Reader(RawReader):
         images, _ = self._files
         for case in sorted(images, key=natural) if "dataset" not in self.json else ():
             for extra in sorted(i for i in images[case] if i >= len(self.channels)):
-                expected, mend = f"{len(self.channels)} channel(s)", "Declare it in channel_names or move it away."
-                found.append(Problem(case=case, field="channel", found=f"_{extra:04d}", expected=expected, mend=mend))
+                expected, mend = (
+                    f"{len(self.channels)} channel(s)",
+                    "Declare it in channel_names or move it away.",
+                )
+                found.append(
+                    Problem(
+                        case=case,
+                        field="channel",
+                        found=f"_{extra:04d}",
+                        expected=expected,
+                        mend=mend,
+                    )
+                )
         return found + self._split_problems({ref.id for ref in refs})
 
     def _split_problems(self, ids: set[str]) -> list[Problem]:
         folds = self.splits().get("nnunet", ())
-        return [p for index, fold in enumerate(folds) for p in fold_problems("splits_final.json", f"fold {index}", fold, ids, "imagesTr")]
+        return [
+            p
+            for index, fold in enumerate(folds)
+            for p in fold_problems("splits_final.json", f"fold {index}", fold, ids, "imagesTr")
+        ]
 
     def splits(self) -> dict[str, Folds]:
         path = self.root / "splits_final.json"
@@ -169,7 +236,15 @@ class Reader(RawReader):
             return {}
         try:
             folds = json.loads(path.read_text(encoding="utf-8"))
-            return {"nnunet": tuple({side: tuple(map(str, fold[side])) for side in ("train", "val")} for fold in folds)}
+            return {
+                "nnunet": tuple(
+                    {side: tuple(map(str, fold[side])) for side in ("train", "val")}
+                    for fold in folds
+                )
+            }
         except (ValueError, KeyError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise InputError(f'{path}: expected a list of {{"train": [case, ...], "val": [case, ...]}} ({reason})') from None
+            raise InputError(
+                f'{path}: expected a list of {{"train": [case, ...], "val": [case, ...]}} '
+                f"({reason})"
+            ) from None

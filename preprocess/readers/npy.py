@@ -1,6 +1,8 @@
-"""REC-UNet's slices: float arrays H x W x 3 of three neighbouring CT slices, already scaled, and masks of class numbers.
+"""REC-UNet's slices: float arrays H x W x 3 of three neighbouring CT slices, already scaled, and
+masks of class numbers.
 
-Source: specification `rec_unet`, section 4. `segfleet datasets NAME slices ROOT --to OUT` writes such folders from volumes.
+Source: specification `rec_unet`, section 4. `segfleet datasets NAME slices ROOT --to OUT` writes
+such folders from volumes.
 """
 
 from __future__ import annotations
@@ -33,29 +35,58 @@ PARTS = ("train", "test")
 class Reader(RawReader):
     about = "REC-UNet's .npy slices of LiTS or MSD Task08: three CT slices per image, grouped by volume."
     layout = "train_image/VOLUME_SLICE.npy (H x W x 3) with train_label/VOLUME_SLICE.npy (H x W); likewise test_image, test_label"
-    facts = Facts(dims="2D", modality="CT", download="written by REC-UNet's script or `segfleet datasets lits slices`")
+    facts = Facts(
+        dims="2D",
+        modality="CT",
+        download="written by REC-UNet's script or `segfleet datasets lits slices`",
+    )
     options = {"classes": ("liver", "vessel"), "regions": ("none", "any-tumour")}
 
     def __init__(self, root: str | Path, **options: str):
         super().__init__(root, **options)
-        self.folder = locate(self.root, lambda p: any(visible(p / f"{part}_image", "*.npy") for part in PARTS), self.layout)
+        self.folder = locate(
+            self.root,
+            lambda p: any(visible(p / f"{part}_image", "*.npy") for part in PARTS),
+            self.layout,
+        )
 
     def dataset(self) -> Dataset:
         labels = {"background": 0, self.chosen["classes"]: 1, "tumour": 2}
         regions = {"any": (1, 2), "tumour": (2,)} if self.chosen["regions"] != "none" else {}
-        channels = ("noNorm",) * 3  # the script has clipped and scaled them: no further normalisation
-        facts = {"regions": regions, "region_order": (1, 2) if regions else (), "file_ending": ".png"}
-        return Dataset(name=self.root.resolve().name, reader="npy", dims=2, channels=channels, labels=labels, **facts)
+        channels = (
+            "noNorm",
+        ) * 3  # the script has clipped and scaled them: no further normalisation
+        facts = {
+            "regions": regions,
+            "region_order": (1, 2) if regions else (),
+            "file_ending": ".png",
+        }
+        return Dataset(
+            name=self.root.resolve().name,
+            reader="npy",
+            dims=2,
+            channels=channels,
+            labels=labels,
+            **facts,
+        )
 
     def refs(self) -> list[CaseRef]:
-        """What stands before the last `_` is the volume, and counts as one patient in both parts: their numbers may mean the same."""
+        """What stands before the last `_` is the volume, and counts as one patient in both parts:
+        their numbers may mean the same."""
         refs = []
         for part in PARTS:
             image, label = self.folder / f"{part}_image", self.folder / f"{part}_label"
             names = {p.name for folder in (image, label) for p in visible(folder, "*.npy")}
             for name in sorted(names, key=natural):
                 stem = name.removesuffix(".npy")
-                refs.append(CaseRef(id=f"{part}_{stem}", group=stem.rpartition("_")[0], images=(image / name,), labels=(label / name,)))
+                refs.append(
+                    CaseRef(
+                        id=f"{part}_{stem}",
+                        group=stem.rpartition("_")[0],
+                        images=(image / name,),
+                        labels=(label / name,),
+                    )
+                )
         return refs
 
     def problems(self) -> list[Problem]:
@@ -63,7 +94,9 @@ class Reader(RawReader):
 
     def splits(self) -> dict[str, Folds]:
         refs = self.refs()
-        train, test = ([ref for ref in refs if inside(ref, self.folder / f"{part}_image")] for part in PARTS)
+        train, test = (
+            [ref for ref in refs if inside(ref, self.folder / f"{part}_image")] for part in PARTS
+        )
         return {"given": sides(train, test)} if train and test else {}
 
     def may_be_empty(self, ref: CaseRef) -> bool:
@@ -71,7 +104,9 @@ class Reader(RawReader):
 
     def image(self, ref: CaseRef, digest: Any = None) -> tuple[np.ndarray, Geometry]:
         array = _array(ref.images[0], 3, digest)
-        return np.ascontiguousarray(np.moveaxis(array, -1, 0)[:, None], np.float32), Geometry(shape=(1, *array.shape[:2]))
+        return np.ascontiguousarray(np.moveaxis(array, -1, 0)[:, None], np.float32), Geometry(
+            shape=(1, *array.shape[:2])
+        )
 
     def label(self, ref: CaseRef, digest: Any = None) -> tuple[np.ndarray, Geometry]:
         array = _array(ref.labels[0], 2, digest)
@@ -87,10 +122,20 @@ def _array(path: Path, dims: int, digest: Any) -> np.ndarray:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError) as error:
         found = f"{path.name} damaged or truncated ({str(error).splitlines()[0][:80] if str(error) else type(error).__name__})"
-        raise ImageError(path, "file", found, "an array of numbers", "Write or copy the file again.") from None
+        raise ImageError(
+            path, "file", found, "an array of numbers", "Write or copy the file again."
+        ) from None
     if array.dtype.kind not in "buif":
-        raise ImageError(path, "voxel type", str(array.dtype), "integers or real numbers", "Convert the file.")
+        raise ImageError(
+            path, "voxel type", str(array.dtype), "integers or real numbers", "Convert the file."
+        )
     if array.ndim != dims or not array.size:
         shape = "x".join(map(str, array.shape))
-        raise ImageError(path, f"shape of {path.name}", shape, "HxWx3" if dims == 3 else "HxW", "Write the file again.")
+        raise ImageError(
+            path,
+            f"shape of {path.name}",
+            shape,
+            "HxWx3" if dims == 3 else "HxW",
+            "Write the file again.",
+        )
     return array

@@ -1,4 +1,5 @@
-"""What 2D data sets with black-and-white masks share: pairs by stem, colours without alpha, masks by threshold.
+"""What 2D data sets with black-and-white masks share: pairs by stem, colours without alpha, masks
+by threshold.
 
 Source: specification `datasets_2d`, the rules that hold for all.
 """
@@ -30,7 +31,8 @@ UNDECIDED = 0.1  # share of pixels a mask may have that are neither black nor wh
 
 
 class PairReader(RawReader):
-    """An image and one binary mask of the same stem. A layout says where they are (`refs`) and what the mask shows (`structure`)."""
+    """An image and one binary mask of the same stem. A layout says where they are (`refs`) and what
+    the mask shows (`structure`)."""
 
     structure: ClassVar[str]  # name of label 1
     several: ClassVar[bool] = False  # more than one mask per image is usual
@@ -38,7 +40,12 @@ class PairReader(RawReader):
     def dataset(self) -> Dataset:
         name = type(self).__module__.rpartition(".")[2]
         labels = {"background": 0, self.structure: 1}
-        facts = {"channels": ("R", "G", "B"), "labels": labels, "file_ending": ".png", "licence": self.facts.licence}
+        facts = {
+            "channels": ("R", "G", "B"),
+            "labels": labels,
+            "file_ending": ".png",
+            "licence": self.facts.licence,
+        }
         return Dataset(name=self.name(name), reader=name, dims=2, **facts)
 
     def name(self, layout: str) -> str:
@@ -51,7 +58,15 @@ class PairReader(RawReader):
             if len(ref.labels) > 1:
                 files = ", ".join(path.name for path in ref.labels)
                 mend = "Keep the right one."
-                found.append(Problem(case=ref.id, field="label", found=f"{len(ref.labels)} masks: {files}", expected="one", mend=mend))
+                found.append(
+                    Problem(
+                        case=ref.id,
+                        field="label",
+                        found=f"{len(ref.labels)} masks: {files}",
+                        expected="one",
+                        mend=mend,
+                    )
+                )
         return found
 
     def splits(self) -> dict[str, Folds]:
@@ -76,7 +91,9 @@ def opaque(array_CZYX: np.ndarray) -> np.ndarray:
     return array_CZYX[: {2: 1, 4: 3}.get(len(array_CZYX), len(array_CZYX))]
 
 
-def union(paths: Sequence[Path], digest: Any = None, read: Callable | None = None) -> tuple[np.ndarray, Geometry]:
+def union(
+    paths: Sequence[Path], digest: Any = None, read: Callable | None = None
+) -> tuple[np.ndarray, Geometry]:
     """uint8 (1, Y, X), 1 where any mask is true. Raises ImageError if their sizes differ."""
     together, first = None, None
     for path in paths:
@@ -85,39 +102,63 @@ def union(paths: Sequence[Path], digest: Any = None, read: Callable | None = Non
             together, first = mask, geometry
         elif mask.shape != together.shape:
             found, expected = ("x".join(map(str, array.shape)) for array in (mask, together))
-            raise ImageError(path, f"shape of mask {path.name}", found, expected, "Remove the mask or replace it.")
+            raise ImageError(
+                path,
+                f"shape of mask {path.name}",
+                found,
+                expected,
+                "Remove the mask or replace it.",
+            )
         else:
             together = together | mask
     return together.astype(np.uint8), first
 
 
 def read_mask(path: Path, digest: Any = None) -> tuple[np.ndarray, Geometry]:
-    """Bool (1, Y, X): above half of white. White is the largest value present (masks of 0/1 and of 0/255 occur); 255 in a JPEG,
-    whose compression rings around black too. Raises ImageError for what is no mask."""
+    """Bool (1, Y, X): above half of white. White is the largest value present (masks of 0/1 and of
+    0/255 occur); 255 in a JPEG, whose compression rings around black too. Raises ImageError for
+    what is no mask."""
     grey, geometry = read_grey(path, digest)
     white = 255.0 if ending(path) in LOSSY else float(grey.max())
     undecided = float(((grey > 0.1 * white) & (grey < 0.9 * white)).mean()) if white else 0.0
     if undecided > UNDECIDED:
         found = f"{undecided:.0%} of the pixels of {path.name} neither black nor white"
-        raise ImageError(path, "mask values", found, "a black and white mask", "Perhaps it is the image itself: put the mask there.")
+        raise ImageError(
+            path,
+            "mask values",
+            found,
+            "a black and white mask",
+            "Perhaps it is the image itself: put the mask there.",
+        )
     return grey > white / 2, geometry
 
 
 def read_grey(path: Path, digest: Any = None) -> tuple[np.ndarray, Geometry]:
-    """(1, Y, X): one channel of a mask that may have been saved in colour. Raises ImageError if the colours differ."""
+    """(1, Y, X): one channel of a mask that may have been saved in colour. Raises ImageError if the
+    colours differ."""
     array, geometry = read_file(path, digest, label=True)
     array = opaque(array)
     if len(array) > 1:
         low, high = array.min(axis=0).astype(np.int64), array.max(axis=0).astype(np.int64)
         if ((high - low) > 32).mean() > 0.01:
-            raise ImageError(path, "label channels", f"{len(array)} that differ", "1", "Save the mask as one grey channel.")
+            raise ImageError(
+                path,
+                "label channels",
+                f"{len(array)} that differ",
+                "1",
+                "Save the mask as one grey channel.",
+            )
         array = array[:1]
     return array[0], geometry
 
 
 def pictures(folder: Path, endings: Sequence[str] = ENDINGS) -> list[Path]:
     """The visible image files of a folder, in natural order; none if there is no such folder."""
-    return [path for path in visible(folder) if path.is_file() and path.name.lower().endswith(tuple(endings))]
+    return [
+        path
+        for path in visible(folder)
+        if path.is_file() and path.name.lower().endswith(tuple(endings))
+    ]
 
 
 def paired(
@@ -129,7 +170,8 @@ def paired(
     mask_key: Callable[[Path], str] = stem,
     group: Callable[[str], str] = lambda case: "",
 ) -> list[CaseRef]:
-    """One case per image, and one per mask that has no image. What is missing is a path that does not exist, for the check to tell.
+    """One case per image, and one per mask that has no image. What is missing is a path that does
+    not exist, for the check to tell.
 
     `missing_image` and `missing_mask` are such paths, with {} for the case.
     """
@@ -138,10 +180,17 @@ def paired(
         by_key.setdefault(mask_key(path), []).append(path)
     keys = [stem(path) for path in images]
     found = [(key, path) for key, path in zip(keys, images, strict=True)]
-    found += [(key, Path(missing_image.replace("{}", key))) for key in by_key if key not in set(keys)]
+    found += [
+        (key, Path(missing_image.replace("{}", key))) for key in by_key if key not in set(keys)
+    ]
     found.sort(key=lambda item: natural(item[0]))
     return [
-        CaseRef(id=key, group=group(key), images=(path,), labels=tuple(by_key.get(key) or [Path(missing_mask.replace("{}", key))]))
+        CaseRef(
+            id=key,
+            group=group(key),
+            images=(path,),
+            labels=tuple(by_key.get(key) or [Path(missing_mask.replace("{}", key))]),
+        )
         for key, path in found
     ]
 

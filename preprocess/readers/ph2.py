@@ -1,4 +1,5 @@
-"""PH2, lesions in dermoscopy: a folder per image with folders for the picture, the lesion and its colours.
+"""PH2, lesions in dermoscopy: a folder per image with folders for the picture, the lesion and its
+colours.
 
 Source: specification `datasets_2d`, section 8.
 """
@@ -27,7 +28,9 @@ class Reader(PairReader):
 
     def __init__(self, root: str | Path, **options: str):
         super().__init__(root, **options)
-        self.folder = locate(self.root, lambda p: any(_images(case) for case in subfolders(_inner(p))), self.layout)
+        self.folder = locate(
+            self.root, lambda p: any(_images(case) for case in subfolders(_inner(p))), self.layout
+        )
 
     def refs(self) -> list[CaseRef]:
         refs = []

@@ -1,4 +1,5 @@
-"""Finding a layout's folder: exactly where the user points, or one level below; anything else is answered with a hint."""
+"""Finding a layout's folder: exactly where the user points, or one level below; anything else is
+answered with a hint."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ DEPTH = 5  # levels searched for the hint
 
 
 def locate(root: Path, fits: Callable[[Path], bool], layout: str) -> Path:
-    """`root` or its only subfolder that fits. Raises InputError that says what was expected and where it seems to lie."""
+    """`root` or its only subfolder that fits. Raises InputError that says what was expected and
+    where it seems to lie."""
     if fits(root):
         return root
     below = subfolders(root)
@@ -25,10 +27,19 @@ def locate(root: Path, fits: Callable[[Path], bool], layout: str) -> Path:
         depth += 1
     found += [parent for parent in list(root.resolve().parents)[:2] if fits(parent)]
     hint = f" It seems to be {found[0]}: give that folder." if found else ""
-    present = ", ".join(sorted(p.name for p in root.iterdir() if not p.name.startswith("."))[:6]) or "nothing"
-    raise InputError(f"raw: {root} holds no such data set. Expected {layout}. Found: {present}.{hint}")
+    present = (
+        ", ".join(sorted(p.name for p in root.iterdir() if not p.name.startswith("."))[:6])
+        or "nothing"
+    )
+    raise InputError(
+        f"raw: {root} holds no such data set. Expected {layout}. Found: {present}.{hint}"
+    )
 
 
 def subfolders(folder: Path) -> list[Path]:
     """Visible folders inside, without what macOS leaves in archives."""
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name != "__MACOSX")
+    return sorted(
+        p
+        for p in folder.iterdir()
+        if p.is_dir() and not p.name.startswith(".") and p.name != "__MACOSX"
+    )

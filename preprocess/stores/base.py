@@ -1,4 +1,5 @@
-"""What every store format can do. A format is one file `preprocess/stores/<name>.py` with a class `Store`."""
+"""What every store format can do. A format is one file `preprocess/stores/<name>.py` with a class
+`Store`."""
 
 from __future__ import annotations
 
@@ -16,13 +17,15 @@ Box = tuple[slice, slice, slice]  # (z, y, x), in voxels of the stored grid; may
 
 
 class ShardStore(Protocol):
-    """Read access to a published store. Open it lazily in every process; it is picklable (handles are dropped)."""
+    """Read access to a published store. Open it lazily in every process; it is picklable (handles
+    are dropped)."""
 
     root: Path
     manifest: Manifest
 
     def image(self, case: CaseEntry, box: Box | None = None) -> np.ndarray:
-        """(C, Z, Y, X) float32 (stored integers times plan.scale). Outside the grid: 0. None: the whole case."""
+        """(C, Z, Y, X) float32 (stored integers times plan.scale). Outside the grid: 0. None: the
+        whole case."""
         ...
 
     def label(self, case: CaseEntry, box: Box | None = None) -> np.ndarray:
@@ -30,19 +33,24 @@ class ShardStore(Protocol):
         ...
 
     def truth(self, case: CaseEntry) -> np.ndarray:
-        """(Z, Y, X) uint8, the label on the *raw* grid of the whole uncropped case: what scores are computed against."""
+        """(Z, Y, X) uint8, the label on the *raw* grid of the whole uncropped case: what scores are
+        computed against."""
         ...
 
     def close(self) -> None: ...
 
 
 class ShardWriter(Protocol):
-    """Writes finished cases into a shard that does not exist until `publish` renames it. One writer per shard."""
+    """Writes finished cases into a shard that does not exist until `publish` renames it. One writer
+    per shard."""
 
-    def write(self, key: str, image: np.ndarray, label: np.ndarray, truth: np.ndarray | None) -> None: ...
+    def write(
+        self, key: str, image: np.ndarray, label: np.ndarray, truth: np.ndarray | None
+    ) -> None: ...
 
     def publish(self) -> dict[str, dict]:
-        """Flush, fsync, rename; the files that appeared: {path inside the store: {"bytes", "sha256"}}."""
+        """Flush, fsync, rename; the files that appeared: {path inside the store: {"bytes",
+        "sha256"}}."""
         ...
 
     def abandon(self) -> None:
@@ -50,7 +58,18 @@ class ShardWriter(Protocol):
         ...
 
 
-SHARED = ("base", "chunks", "content", "manifest", "packed", "shard_reader", "shard_writer", "staged_copy", "verify", "zarr_array")
+SHARED = (
+    "base",
+    "chunks",
+    "content",
+    "manifest",
+    "packed",
+    "shard_reader",
+    "shard_writer",
+    "staged_copy",
+    "verify",
+    "zarr_array",
+)
 
 
 def formats() -> list[str]:

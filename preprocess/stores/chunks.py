@@ -1,4 +1,5 @@
-"""The inner chunk of a shard: small enough that a random patch decodes little it does not need, large enough to be worth a read."""
+"""The inner chunk of a shard: small enough that a random patch decodes little it does not need,
+large enough to be worth a read."""
 
 from __future__ import annotations
 
@@ -11,12 +12,15 @@ Shape = tuple[int, int, int]
 
 
 def chunk_of(patch: Shape, shape: Shape, voxel_bytes: int = 2) -> Shape:
-    """Chunk (z, y, x) in voxels for patches `patch` read at random places of arrays of about `shape`.
+    """Chunk (z, y, x) in voxels for patches `patch` read at random places of arrays of about
+    `shape`.
 
-    Per axis the power of two nearest half the patch (a random patch of side p touches ((p + c) / p)^3 voxels per voxel wanted),
-    cut to the array, then doubled or halved along the axis that is shortest or longest against the patch until a chunk holds 128 KiB to
-    2 MiB, never longer than array or patch (rounded up to a power of two). `voxel_bytes` counts all channels: a chunk holds every channel,
-    since training reads them together. A 2D patch (1, y, x) gives (1, y, x).
+    Per axis the power of two nearest half the patch (a random patch of side p touches ((p + c) /
+    p)^3 voxels per voxel wanted), cut to the array, then doubled or halved along the axis that is
+    shortest or longest against the patch until a chunk holds 128 KiB to
+    2 MiB, never longer than array or patch (rounded up to a power of two). `voxel_bytes` counts all
+    channels: a chunk holds every channel, since training reads them together. A 2D patch (1, y, x)
+    gives (1, y, x).
     """
     limit = [min(s, 2 ** math.ceil(math.log2(p))) for p, s in zip(patch, shape, strict=True)]
     chunk = [min(_power_of_two(p / 2), most) for p, most in zip(patch, limit, strict=True)]
@@ -25,7 +29,9 @@ def chunk_of(patch: Shape, shape: Shape, voxel_bytes: int = 2) -> Shape:
         return math.prod(chunk) * voxel_bytes
 
     while held() < SMALLEST and chunk != limit:
-        axis = min((a for a in range(3) if chunk[a] < limit[a]), key=lambda a: (chunk[a] / patch[a], -a))
+        axis = min(
+            (a for a in range(3) if chunk[a] < limit[a]), key=lambda a: (chunk[a] / patch[a], -a)
+        )
         chunk[axis] = min(2 * chunk[axis], limit[axis])
     while held() > LARGEST and max(chunk) > 1:
         axis = max((a for a in range(3) if chunk[a] > 1), key=lambda a: (chunk[a] / patch[a], -a))

@@ -8,7 +8,8 @@ import numpy as np
 
 
 def content_sha256(image: np.ndarray, label: np.ndarray) -> str:
-    """sha256 over dtype, shape and little-endian bytes of the *stored* image (C, Z, Y, X) and label (Z, Y, X)."""
+    """sha256 over dtype, shape and little-endian bytes of the *stored* image (C, Z, Y, X) and label
+    (Z, Y, X)."""
     digest = hashlib.sha256()
     for array in (image, label):
         array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))

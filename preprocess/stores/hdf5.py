@@ -1,9 +1,11 @@
-"""HDF5 shards: a file `<shard>.h5` with one group per case, holding image, label and, where there is one, truth.
+"""HDF5 shards: a file `<shard>.h5` with one group per case, holding image, label and, where there
+is one, truth.
 
-Chunked and packed by Blosc, filter 32001 of the HDF Group's register, so `import hdf5plugin` lets h5py and every tool upon it read them: of
-the filters every HDF5 has, gzip and lzf take five times as long to read. The attribute `crc32c` of an array holds the checksums of its
-chunks; the file's own structures have theirs (format of HDF5 1.10). Chunks of zeros are left out. HDF5 finds the chunks, preprocess.packed
-reads them.
+Chunked and packed by Blosc, filter 32001 of the HDF Group's register, so `import hdf5plugin` lets
+h5py and every tool upon it read them: of the filters every HDF5 has, gzip and lzf take five times
+as long to read. The attribute `crc32c` of an array holds the checksums of its chunks; the file's
+own structures have theirs (format of HDF5 1.10). Chunks of zeros are left out. HDF5 finds the
+chunks, preprocess.packed reads them.
 """
 
 from __future__ import annotations
@@ -34,11 +36,15 @@ from segfleet.preprocess.stores.shard_writer import ShardWriter
 SUFFIX = ".h5"
 FORMAT = ("v110", "v110")  # the first with checksums on everything
 SUMS = "crc32c"
-END_ADDRESS = 28  # where a superblock of version 3 says how long the file is (HDF5 file format specification, II.A)
+# where a superblock of version 3 says how long the file is (HDF5 file format specification, II.A)
+END_ADDRESS = 28
 SLACK = 2**14  # bytes of structures per array, generously
 # What the filter's values mean: https://github.com/Blosc/hdf5-blosc, src/blosc_filter.c
 BLOSC, BLOSC_VERSIONS = 32001, (2, 2)
-BLOSC_CODECS, BLOSC_SHUFFLES = {"lz4": 1, "lz4hc": 2, "zstd": 5}, {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
+BLOSC_CODECS, BLOSC_SHUFFLES = (
+    {"lz4": 1, "lz4hc": 2, "zstd": 5},
+    {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2},
+)
 
 
 class Shard:
@@ -70,9 +76,21 @@ class Shard:
             raise DamagedShard(f"{name}: filters {filters}, expected [{BLOSC}], Blosc")
         *lead, z, y, x = array.chunks
         index = np.full((*_chunks(array.shape, (z, y, x)), 2), MISSING, np.uint64)
-        array.id.chunk_iter(lambda at: index.__setitem__(_place(at.chunk_offset, (z, y, x)), (at.byte_offset, at.size)))
+        array.id.chunk_iter(
+            lambda at: index.__setitem__(
+                _place(at.chunk_offset, (z, y, x)), (at.byte_offset, at.size)
+            )
+        )
         sums = array.attrs[SUMS].reshape(index.shape[:-1])
-        packed = PackedArray(file=self.data, name=name, lead=tuple(lead), chunk=(z, y, x), dtype=array.dtype, index=index, sums=sums)
+        packed = PackedArray(
+            file=self.data,
+            name=name,
+            lead=tuple(lead),
+            chunk=(z, y, x),
+            dtype=array.dtype,
+            index=index,
+            sums=sums,
+        )
         return array.shape, packed
 
 
@@ -87,12 +105,14 @@ def _place(offset: tuple[int, ...], chunk: tuple[int, int, int]) -> tuple[int, i
 
 
 def _even(chunk: int, length: int) -> int:
-    """As many chunks along an axis, all alike: no chunk is longer than the axis, and none half empty."""
+    """As many chunks along an axis, all alike: no chunk is longer than the axis, and none half
+    empty."""
     return -(-length // -(-length // chunk))
 
 
 def _room(array: np.ndarray, chunk: tuple[int, int, int]) -> int:
-    """Bytes `array` may take: full chunks that do not pack, each with its checksum and its place in the index, structures around them."""
+    """Bytes `array` may take: full chunks that do not pack, each with its checksum and its place in
+    the index, structures around them."""
     count = math.prod(_chunks(array.shape, chunk))
     return count * (math.prod((*array.shape[:-3], *chunk)) * array.itemsize + 64) + SLACK
 
@@ -104,7 +124,9 @@ def _open(path: Path) -> h5py.File:
     except OSError as error:
         if "locking flag" not in str(error):
             raise
-        return h5py.File(path, "r")  # this process has the file open already, with locks: HDF5 wants the same again
+        return h5py.File(
+            path, "r"
+        )  # this process has the file open already, with locks: HDF5 wants the same again
 
 
 class Store(ShardReader):
@@ -120,37 +142,64 @@ class Writer(ShardWriter):
     def _begin(self) -> None:
         with h5py.File("empty", "w", driver="core", backing_store=False, libver=FORMAT) as empty:
             empty.flush()
-            self.partial.write_bytes(empty.id.get_file_image())  # not by HDF5, for the reason given in `_reserve`
+            self.partial.write_bytes(
+                empty.id.get_file_image()
+            )  # not by HDF5, for the reason given in `_reserve`
         self.file = h5py.File(self.partial, "r+", libver=FORMAT, locking=False)
 
-    def _write(self, key: str, image: np.ndarray, label: np.ndarray, truth: np.ndarray | None) -> None:
+    def _write(
+        self, key: str, image: np.ndarray, label: np.ndarray, truth: np.ndarray | None
+    ) -> None:
         arrays = {"image": image, "label": label} | ({} if truth is None else {"truth": truth})
-        chunks = {name: tuple(map(_even, self.chunk, array.shape[-3:])) for name, array in arrays.items()}
+        chunks = {
+            name: tuple(map(_even, self.chunk, array.shape[-3:])) for name, array in arrays.items()
+        }
         self._reserve(sum(_room(array, chunks[name]) for name, array in arrays.items()))
         group = self.file.create_group(key)
         for name, array in arrays.items():
-            self._write_array(group, name, array, chunks[name], IMAGES if name == "image" else LABELS)
+            self._write_array(
+                group, name, array, chunks[name], IMAGES if name == "image" else LABELS
+            )
         self.file.flush()
 
-    def _write_array(self, group: h5py.Group, name: str, array: np.ndarray, chunk: tuple[int, int, int], packing: Packing) -> None:
+    def _write_array(
+        self,
+        group: h5py.Group,
+        name: str,
+        array: np.ndarray,
+        chunk: tuple[int, int, int],
+        packing: Packing,
+    ) -> None:
         lead, dtype = array.shape[:-3], array.dtype.newbyteorder("<")
         size = math.prod((*lead, *chunk)) * dtype.itemsize
-        how = (*BLOSC_VERSIONS, dtype.itemsize, size, packing.level, BLOSC_SHUFFLES[packing.filter], BLOSC_CODECS[packing.codec])
+        how = (
+            *BLOSC_VERSIONS,
+            dtype.itemsize,
+            size,
+            packing.level,
+            BLOSC_SHUFFLES[packing.filter],
+            BLOSC_CODECS[packing.codec],
+        )
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         properties.set_chunk((*lead, *chunk))
         properties.set_obj_track_times(False)  # equal content gives equal bytes
-        properties.set_filter(BLOSC, h5py.h5z.FLAG_OPTIONAL, how)  # optional: or HDF5 would want the plugin, which only others need
+        properties.set_filter(
+            BLOSC, h5py.h5z.FLAG_OPTIONAL, how
+        )  # optional: or HDF5 would want the plugin, which only others need
         space, kind = h5py.h5s.create_simple(array.shape), h5py.h5t.py_create(dtype, logical=True)
         target = h5py.h5d.create(group.id, name.encode(), kind, space, properties)
         sums = np.zeros(_chunks(array.shape, chunk), "<u4")
         for at, piece in pieces(array, chunk, dtype):
             packed = packing.pack(piece)
             sums[at] = crc32c(packed)
-            target.write_direct_chunk((*(0 for _ in lead), *(i * c for i, c in zip(at, chunk, strict=True))), packed)
+            target.write_direct_chunk(
+                (*(0 for _ in lead), *(i * c for i, c in zip(at, chunk, strict=True))), packed
+            )
         group[name].attrs[SUMS] = sums.reshape(-1)
 
     def _reserve(self, size: int) -> None:
-        """Make sure that `size` bytes more fit. Raises OSError. HDF5 that meets a full disk cannot close the file and may crash."""
+        """Make sure that `size` bytes more fit. Raises OSError. HDF5 that meets a full disk cannot
+        close the file and may crash."""
         if hasattr(os, "posix_fallocate"):
             with open(self.partial, "r+b") as file:
                 os.posix_fallocate(file.fileno(), self.file.id.get_filesize(), size)
@@ -171,7 +220,8 @@ class Writer(ShardWriter):
 
 @contextmanager
 def damage_named(name: str = "file"):
-    """h5py says with many exceptions that a checksum or a structure is wrong; errors of the machine keep their number."""
+    """h5py says with many exceptions that a checksum or a structure is wrong; errors of the machine
+    keep their number."""
     try:
         yield
     except OSError as error:

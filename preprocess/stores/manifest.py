@@ -1,4 +1,5 @@
-"""The manifest of a shard store: small, versioned, written last. It is the only thing a loader trusts."""
+"""The manifest of a shard store: small, versioned, written last. It is the only thing a loader
+trusts."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import write_atomically
 
 VERSION = 1
-LAYOUTS = {"hdf5": 2}  # store format -> revision of its shard files, where it has changed since the first: another one cannot be read
+LAYOUTS = {
+    "hdf5": 2
+}  # store format -> revision of its shard files, where it has changed since the first: another one cannot be read
 NAME = "manifest.json"
 
 
@@ -30,8 +33,12 @@ class Dataset(Frozen):
     channels: tuple[str, ...]
     labels: dict[str, int]  # name -> value, background 0 first; without the ignore label
     ignore_label: int | None = None
-    regions: dict[str, tuple[int, ...]] = Field(default_factory=dict)  # overlapping targets, in order; empty: plain classes
-    region_order: tuple[int, ...] = ()  # the label painted for each region, later ones over earlier ones
+    regions: dict[str, tuple[int, ...]] = Field(
+        default_factory=dict
+    )  # overlapping targets, in order; empty: plain classes
+    region_order: tuple[
+        int, ...
+    ] = ()  # the label painted for each region, later ones over earlier ones
     file_ending: str = ".nii.gz"  # of predictions
     licence: str = ""
 
@@ -42,13 +49,17 @@ class Plan(Frozen):
     target_spacing: tuple[float, float, float]  # mm
     patch: tuple[int, int, int]  # voxels
     normalisation: tuple[str, ...]  # per channel: zscore | ct | rgb_to_0_1 | rescale_to_0_1 | none
-    intensity: tuple[dict[str, float], ...] = ()  # per channel, of the foreground: mean std median min max percentile_00_5 percentile_99_5
+    intensity: tuple[
+        dict[str, float], ...
+    ] = ()  # per channel, of the foreground: mean std median min max percentile_00_5 percentile_99_5
     nonzero_mask: bool = False  # z-score inside the non-zero mask only
     anisotropic_axis: int | None = None  # axis resampled apart from the others
     median_shape: tuple[int, int, int] = (1, 1, 1)
     dtype: str = "float16"  # of stored images; integers are multiplied by `scale` when read
     scale: float = 1.0
-    size: tuple[int, int, int] | None = None  # of every stored case, whatever its spacing; None: by target_spacing
+    size: tuple[int, int, int] | None = (
+        None  # of every stored case, whatever its spacing; None: by target_spacing
+    )
 
 
 class CaseEntry(Frozen):
@@ -60,16 +71,22 @@ class CaseEntry(Frozen):
     key: str  # array group inside the shard
     shape: tuple[int, int, int]  # of the stored grid (z, y, x), voxels
     spacing: tuple[float, float, float]  # mm
-    crop: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # box of the raw grid that was kept: (start, stop) per axis
+    crop: tuple[
+        tuple[int, int], tuple[int, int], tuple[int, int]
+    ]  # box of the raw grid that was kept: (start, stop) per axis
     raw_shape: tuple[int, int, int]
     raw_spacing: tuple[float, float, float]
     affine: tuple[tuple[float, ...], ...] | None = None
     has_truth: bool = False  # the label on the raw grid is stored beside the resampled one
     voxels: dict[int, int] = Field(default_factory=dict)  # label value -> count on the stored grid
-    foreground: dict[int, tuple[int, ...]] = Field(default_factory=dict)  # label value -> sampled flat voxel indices of the stored grid
+    foreground: dict[int, tuple[int, ...]] = Field(
+        default_factory=dict
+    )  # label value -> sampled flat voxel indices of the stored grid
     sha256: str = ""  # of the stored image and label bytes: the same for every store format
     source_sha256: str = ""  # of the raw files
-    image_sha256: str = ""  # of the raw image's pixels, whatever file they were in; empty: not recorded
+    image_sha256: str = (
+        ""  # of the raw image's pixels, whatever file they were in; empty: not recorded
+    )
     image_file: str = ""  # relative to the raw folder, for the reader of predictions and reports
 
 
@@ -82,29 +99,49 @@ class Manifest(Frozen):
     plan: Plan
     fingerprint: dict[str, Any] = Field(default_factory=dict)
     cases: tuple[CaseEntry, ...]
-    splits: dict[str, tuple[dict[str, tuple[str, ...]], ...]] = Field(default_factory=dict)  # name -> folds of {"train": ids, "val": ids}
+    splits: dict[str, tuple[dict[str, tuple[str, ...]], ...]] = Field(
+        default_factory=dict
+    )  # name -> folds of {"train": ids, "val": ids}
     split_seed: int = 0
-    joined: dict[str, str] | None = None  # case id -> its patient in the layout, where equal images made it another's; None: not recorded
-    files: dict[str, dict[str, Any]] = Field(default_factory=dict)  # path -> {"bytes": n, "sha256": hex}
+    joined: dict[str, str] | None = (
+        # case id -> its patient in the layout, where equal images made it another's; None: not
+        # recorded
+        None
+    )
+    files: dict[str, dict[str, Any]] = Field(
+        default_factory=dict
+    )  # path -> {"bytes": n, "sha256": hex}
 
     @model_validator(mode="before")
     @classmethod
     def _present_layout(cls, facts: Any) -> Any:
-        return {"layout": layout_of(facts.get("format")), **facts} if isinstance(facts, dict) else facts
+        return (
+            {"layout": layout_of(facts.get("format")), **facts}
+            if isinstance(facts, dict)
+            else facts
+        )
 
     def case(self, case_id: str) -> CaseEntry:
         for entry in self.cases:
             if entry.id == case_id:
                 return entry
-        raise InputError(f"case: found '{case_id}', which is not one of the {len(self.cases)} cases of {self.dataset.name}")
+        raise InputError(
+            f"case: found '{case_id}', which is not one of the {len(self.cases)} cases of "
+            f"{self.dataset.name}"
+        )
 
     def fold(self, split: str, fold: int) -> dict[str, tuple[str, ...]]:
-        """Ids of one fold: {"train": ..., "val": ...}. Raises InputError with the legal names and numbers."""
+        """Ids of one fold: {"train": ..., "val": ...}. Raises InputError with the legal names and
+        numbers."""
         if split not in self.splits:
-            raise InputError(f"data.split: found '{split}', expected one of: {', '.join(self.splits)}")
+            raise InputError(
+                f"data.split: found '{split}', expected one of: {', '.join(self.splits)}"
+            )
         folds = self.splits[split]
         if not 0 <= fold < len(folds):
-            raise InputError(f"data.fold: found {fold}, expected 0 to {len(folds) - 1} (split '{split}')")
+            raise InputError(
+                f"data.fold: found {fold}, expected 0 to {len(folds) - 1} (split '{split}')"
+            )
         return folds[fold]
 
 
@@ -115,25 +152,48 @@ def layout_of(format: str) -> int:
 
 def content_id(dataset: Dataset, plan: Plan, cases: tuple[CaseEntry, ...]) -> str:
     """Identity of a store's content, independent of format, folder and time."""
-    facts = [dataset.model_dump(mode="json"), plan.model_dump(mode="json"), sorted((c.id, c.group, c.sha256) for c in cases)]
+    facts = [
+        dataset.model_dump(mode="json"),
+        plan.model_dump(mode="json"),
+        sorted((c.id, c.group, c.sha256) for c in cases),
+    ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def load_manifest(store: Path) -> Manifest:
-    """Read STORE/manifest.json. Raises InputError if there is none, it is damaged, or its shards are of another revision."""
+    """Read STORE/manifest.json. Raises InputError if there is none, it is damaged, or its shards
+    are of another revision."""
     path = Path(store) / NAME
     if not path.is_file():
-        raise InputError(f"store: {store} holds no {NAME}: it is no store, or its preprocessing never finished. Run `segfleet preprocess`.")
+        raise InputError(
+            f"store: {store} holds no {NAME}: it is no store, or its preprocessing never "
+            "finished. Run `segfleet preprocess`."
+        )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw.get("version") != VERSION:
-            raise InputError(f"store: {path} has version {raw.get('version')}, expected {VERSION}. Preprocess the raw data again.")
+            raise InputError(
+                f"store: {path} has version {raw.get('version')}, expected {VERSION}. Preprocess "
+                "the raw data again."
+            )
         if (layout := raw.get("layout", 1)) != layout_of(raw.get("format")):
             age = "an earlier" if layout < layout_of(raw.get("format")) else "a later"
-            raise InputError(f"store: {store} was made by {age} version of segfleet. Preprocess the raw data again into a new folder.")
+            raise InputError(
+                f"store: {store} was made by {age} version of segfleet. Preprocess the raw data "
+                "again into a new folder."
+            )
         return Manifest.model_validate(raw)
-    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
-        raise InputError(f"store: {path} is damaged ({str(error).splitlines()[0]}). Preprocess the raw data again.") from None
+    except (
+        ValidationError,
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        AttributeError,
+        TypeError,
+    ) as error:
+        raise InputError(
+            f"store: {path} is damaged ({str(error).splitlines()[0]}). Preprocess the raw data "
+            "again."
+        ) from None
 
 
 def save_manifest(store: Path, manifest: Manifest) -> None:

@@ -1,7 +1,9 @@
-"""Chunks packed by blosc, each with a CRC-32C: what the data of both store formats are made of, however a format finds them in its file.
+"""Chunks packed by blosc, each with a CRC-32C: what the data of both store formats are made of,
+however a format finds them in its file.
 
-Packed and checked here, not by the formats' libraries: zarr-python spends 0.3 ms of Python per chunk; HDF5 holds one lock for all threads,
-and its Fletcher32 takes eight times as long as a CRC-32C.
+Packed and checked here, not by the formats' libraries: zarr-python spends 0.3 ms of Python per
+chunk; HDF5 holds one lock for all threads, and its Fletcher32 takes eight times as long as a
+CRC-32C.
 """
 
 from __future__ import annotations
@@ -36,8 +38,9 @@ class Packing:
         return blosc.compress(piece, self.codec.encode(), self.level, FILTERS[self.filter])
 
 
-# Measured: lz4hc decodes at least as fast as lz4 and packs 5 to 15 % better, at 60 to 150 MB/s of writing. Bitshuffle packs integers 15 %
-# better still, but halves the speed. zstd packs labels as well as lz4hc does without a filter, and decodes them four times slower.
+# Measured: lz4hc decodes at least as fast as lz4 and packs 5 to 15 % better, at 60 to 150 MB/s of
+# writing. Bitshuffle packs integers 15 % better still, but halves the speed. zstd packs labels as
+# well as lz4hc does without a filter, and decodes them four times slower.
 IMAGES = Packing(codec="lz4hc", level=5, filter="shuffle")
 LABELS = Packing(codec="lz4hc", level=9, filter="noshuffle")
 
@@ -46,8 +49,11 @@ def crc32c(data: bytes | np.ndarray) -> int:
     return google_crc32c.value(data)
 
 
-def pieces(array: np.ndarray, chunk: tuple[int, int, int], dtype: np.dtype) -> Iterator[tuple[tuple[int, int, int], np.ndarray]]:
-    """The chunks (..., z, y, x) of `array` with their places in the grid of chunks, padded with zeros. Chunks of zeros are left out."""
+def pieces(
+    array: np.ndarray, chunk: tuple[int, int, int], dtype: np.dtype
+) -> Iterator[tuple[tuple[int, int, int], np.ndarray]]:
+    """The chunks (..., z, y, x) of `array` with their places in the grid of chunks, padded with
+    zeros. Chunks of zeros are left out."""
     lead, grid = array.shape[:-3], array.shape[-3:]
     for at in product(*(range(-(-n // c)) for n, c in zip(grid, chunk, strict=True))):
         part = array[(..., *(slice(i * c, (i + 1) * c) for i, c in zip(at, chunk, strict=True)))]
@@ -72,10 +78,11 @@ class OpenFile:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedArray:
-    """Random access to an array (*lead, z, y, x) whose `chunk`s (z, y, x) lie somewhere in `file`. Safe in threads.
+    """Random access to an array (*lead, z, y, x) whose `chunk`s (z, y, x) lie somewhere in `file`.
+    Safe in threads.
 
-    index: (chunks along z, y, x; 2), offset and bytes of every chunk, uint64. sums: the CRC-32C of every chunk, uint32; None: it is the
-    chunk's last four bytes, little-endian.
+    index: (chunks along z, y, x; 2), offset and bytes of every chunk, uint64. sums: the CRC-32C of
+    every chunk, uint32; None: it is the chunk's last four bytes, little-endian.
     """
 
     file: OpenFile
@@ -87,14 +94,17 @@ class PackedArray:
     sums: np.ndarray | None = None
 
     def read(self, start: tuple[int, int, int], size: list[int]) -> np.ndarray:
-        """The box of `size` voxels from `start` on; the chunks it touches are read, checked and decoded. Raises DamagedShard, OSError."""
+        """The box of `size` voxels from `start` on; the chunks it touches are read, checked and
+        decoded. Raises DamagedShard, OSError."""
         out = np.empty((*self.lead, *size), self.dtype)
         axes = [_overlaps(s, s + n, c) for s, n, c in zip(start, size, self.chunk, strict=True)]
         near = tuple(slice(axis[0][0], axis[-1][0] + 1) for axis in axes)
         entries = self.index[near].reshape(-1, 2).tolist()
         self._announce(entries)
         piece = np.empty((*self.lead, *self.chunk), self.dtype)
-        for ((i, fz, tz), (j, fy, ty), (k, fx, tx)), (offset, count) in zip(product(*axes), entries, strict=True):
+        for ((i, fz, tz), (j, fy, ty), (k, fx, tx)), (offset, count) in zip(
+            product(*axes), entries, strict=True
+        ):
             if offset == MISSING:
                 out[..., tz, ty, tx] = 0
                 continue
@@ -111,7 +121,8 @@ class PackedArray:
         return out
 
     def _announce(self, entries: list[list[int]]) -> None:
-        """Let the kernel fetch all chunks at once: twice as fast from a cold disk, 4 % slower from memory (Linux)."""
+        """Let the kernel fetch all chunks at once: twice as fast from a cold disk, 4 % slower from
+        memory (Linux)."""
         if hasattr(os, "posix_fadvise") and len(entries) > 1:
             for offset, count in entries:
                 if offset != MISSING:
@@ -119,7 +130,8 @@ class PackedArray:
 
 
 def _overlaps(start: int, stop: int, chunk: int) -> list[tuple[int, slice, slice]]:
-    """Along one axis, of every chunk that [start, stop) touches: its number, the part of it that is wanted, where that goes."""
+    """Along one axis, of every chunk that [start, stop) touches: its number, the part of it that is
+    wanted, where that goes."""
     found = []
     for number in range(start // chunk, -(-stop // chunk)):
         origin = number * chunk

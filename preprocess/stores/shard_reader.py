@@ -1,4 +1,5 @@
-"""Reading published shards: what every store format shares. A format adds how one shard is opened and decoded."""
+"""Reading published shards: what every store format shares. A format adds how one shard is opened
+and decoded."""
 
 from __future__ import annotations
 
@@ -26,11 +27,13 @@ class OpenShard(Protocol):
     """One published shard, open for reading."""
 
     def facts(self, key: str, name: str) -> tuple[tuple[int, ...], np.dtype]:
-        """Shape and stored dtype of array `name` (image | label | truth) of case `key`. Raises DamagedShard if there is none."""
+        """Shape and stored dtype of array `name` (image | label | truth) of case `key`. Raises
+        DamagedShard if there is none."""
         ...
 
     def read(self, key: str, name: str, start: list[int], size: list[int]) -> np.ndarray:
-        """The box of `size` (z, y, x) voxels from `start` on, all of it inside the grid; all channels, stored dtype, C-contiguous.
+        """The box of `size` (z, y, x) voxels from `start` on, all of it inside the grid; all
+        channels, stored dtype, C-contiguous.
 
         Every byte used is checked. Raises DamagedShard.
         """
@@ -38,14 +41,16 @@ class OpenShard(Protocol):
 
 
 class Handles:
-    """The shards this process holds open, the least recently used dropped first. Empty after pickling and after a fork."""
+    """The shards this process holds open, the least recently used dropped first. Empty after
+    pickling and after a fork."""
 
     def __init__(self, limit: int = OPEN_SHARDS):
         self.limit = limit
         self.clear()
 
     def clear(self) -> None:
-        # A shard closes its files when the last reader lets go of it, so another thread may be in the middle of one.
+        # A shard closes its files when the last reader lets go of it, so another thread may be in
+        # the middle of one.
         self.process, self.lock, self.open = os.getpid(), threading.Lock(), OrderedDict()
 
     def get(self, path: Path, opener: Callable[[Path], OpenShard]) -> OpenShard:
@@ -63,7 +68,8 @@ class Handles:
 
 
 class ShardReader:
-    """A `ShardStore` (preprocess.stores.base) of the format whose shards end in `suffix`; it says how to `open_shard`."""
+    """A `ShardStore` (preprocess.stores.base) of the format whose shards end in `suffix`; it says
+    how to `open_shard`."""
 
     suffix: str
 
@@ -87,17 +93,22 @@ class ShardReader:
 
     def truth(self, case: CaseEntry) -> np.ndarray:
         if not case.has_truth:
-            raise InputError(f"store: case '{case.id}' has no label on its raw grid, so it cannot be scored.")
+            raise InputError(
+                f"store: case '{case.id}' has no label on its raw grid, so it cannot be scored."
+            )
         return self._read(case, "truth", None)
 
     def stored(self, case: CaseEntry) -> tuple[np.ndarray, np.ndarray]:
-        """Image (C, Z, Y, X) and label (Z, Y, X) as they lie on disk, unscaled: what `content_sha256` is taken of."""
+        """Image (C, Z, Y, X) and label (Z, Y, X) as they lie on disk, unscaled: what
+        `content_sha256` is taken of."""
         return self._read(case, "image", None), self._read(case, "label", None)
 
     def close(self) -> None:
         self.handles.clear()
 
-    def _read(self, case: CaseEntry, name: str, box: tuple[slice, slice, slice] | None) -> np.ndarray:
+    def _read(
+        self, case: CaseEntry, name: str, box: tuple[slice, slice, slice] | None
+    ) -> np.ndarray:
         path = self.path(case)
         where = f"store: case '{case.id}': shard {case.shard}"
         try:
@@ -118,7 +129,9 @@ class ShardReader:
 MEND = "Restore it from a backup, or preprocess the raw data again."
 
 
-def _read_box(shard: OpenShard, key: str, name: str, box: tuple[slice, slice, slice] | None) -> np.ndarray:
+def _read_box(
+    shard: OpenShard, key: str, name: str, box: tuple[slice, slice, slice] | None
+) -> np.ndarray:
     shape, dtype = shard.facts(key, name)
     lead, grid = shape[:-3], shape[-3:]
     box = box or (slice(None),) * 3
@@ -137,7 +150,8 @@ def _read_box(shard: OpenShard, key: str, name: str, box: tuple[slice, slice, sl
 
 
 def to_float32(stored: np.ndarray, scale: float) -> np.ndarray:
-    """Integers times `scale`, floats as they are; C-contiguous float32. Stored floats are finite."""
+    """Integers times `scale`, floats as they are; C-contiguous float32. Stored floats are
+    finite."""
     if stored.dtype == np.float32:
         return stored
     if stored.dtype != np.float16:
@@ -146,7 +160,8 @@ def to_float32(stored: np.ndarray, scale: float) -> np.ndarray:
             out *= np.float32(scale)
         return out
     out = np.empty(stored.shape, np.float32)
-    # numpy converts halves one by one; shifting the bits into place and raising the exponent by 127 - 15 is exact and six times as fast.
+    # numpy converts halves one by one; shifting the bits into place and raising the exponent by 127
+    # - 15 is exact and six times as fast.
     halves, floats = stored.reshape(-1).view(np.int16), out.reshape(-1)
     bits = floats.view(np.int32)
     for at in range(0, len(halves), BLOCK):

@@ -1,4 +1,5 @@
-"""Writing one shard so that it is there completely or not at all: what every store format shares."""
+"""Writing one shard so that it is there completely or not at all: what every store format
+shares."""
 
 from __future__ import annotations
 
@@ -14,10 +15,12 @@ from segfleet.core.files import file_facts, sync_folder
 
 
 class ShardWriter:
-    """A `ShardWriter` (preprocess.stores.base). A format gives `suffix`, `_begin`, `_write`, `_finish` and `_drop`.
+    """A `ShardWriter` (preprocess.stores.base). A format gives `suffix`, `_begin`, `_write`,
+    `_finish` and `_drop`.
 
-    `shard` is a path inside the store without suffix, `chunk` the inner chunk (z, y, x) in voxels, `dtype` that of the stored images.
-    Everything goes to a `.partial` sibling, which `publish` renames. Whatever goes wrong, a full disk included, removes it and is raised.
+    `shard` is a path inside the store without suffix, `chunk` the inner chunk (z, y, x) in voxels,
+    `dtype` that of the stored images. Everything goes to a `.partial` sibling, which `publish`
+    renames. Whatever goes wrong, a full disk included, removes it and is raised.
     """
 
     suffix: str
@@ -33,25 +36,37 @@ class ShardWriter:
         with self._all_or_nothing():
             self._begin()
 
-    def write(self, key: str, image: np.ndarray, label: np.ndarray, truth: np.ndarray | None) -> None:
-        """Add a case: image (C, Z, Y, X) of the stored dtype, label (Z, Y, X) uint8, truth uint8 on the raw grid."""
+    def write(
+        self, key: str, image: np.ndarray, label: np.ndarray, truth: np.ndarray | None
+    ) -> None:
+        """Add a case: image (C, Z, Y, X) of the stored dtype, label (Z, Y, X) uint8, truth uint8 on
+        the raw grid."""
         with self._all_or_nothing():
             _check(key, image, label, truth, self.dtype)
             if key in self.keys or self.files is not None:
-                raise ValueError(f"case '{key}': it is in shard {self.final.name} already, or the shard is published")
+                raise ValueError(
+                    f"case '{key}': it is in shard {self.final.name} already, or the shard is "
+                    "published"
+                )
             self._write(key, image, label, truth)
             self.keys.append(key)
 
     def publish(self) -> dict[str, dict]:
-        """Flush, fsync, rename. Returns {path inside the store: {"bytes", "sha256"}}; a second call returns the same."""
+        """Flush, fsync, rename. Returns {path inside the store: {"bytes", "sha256"}}; a second call
+        returns the same."""
         if self.files is None:
             with self._all_or_nothing():
                 if not self.keys:
                     raise ValueError(f"shard {self.final.name}: no case was written")
                 self._finish()
-                facts = {path.relative_to(self.partial): file_facts(path) for path in _sync(self.partial)}
+                facts = {
+                    path.relative_to(self.partial): file_facts(path) for path in _sync(self.partial)
+                }
                 _replace(self.partial, self.final)
-            self.files = {(self.final / path).relative_to(self.root).as_posix(): fact for path, fact in sorted(facts.items())}
+            self.files = {
+                (self.final / path).relative_to(self.root).as_posix(): fact
+                for path, fact in sorted(facts.items())
+            }
         return self.files
 
     def abandon(self) -> None:
@@ -70,7 +85,9 @@ class ShardWriter:
     def _begin(self) -> None:
         raise NotImplementedError
 
-    def _write(self, key: str, image: np.ndarray, label: np.ndarray, truth: np.ndarray | None) -> None:
+    def _write(
+        self, key: str, image: np.ndarray, label: np.ndarray, truth: np.ndarray | None
+    ) -> None:
         raise NotImplementedError
 
     def _finish(self) -> None:
@@ -82,15 +99,30 @@ class ShardWriter:
         raise NotImplementedError
 
 
-def _check(key: str, image: np.ndarray, label: np.ndarray, truth: np.ndarray | None, dtype: np.dtype) -> None:
-    """Raises TypeError for a programmer's mistake, InputError for values no network can train on."""
-    if image.dtype != dtype or label.dtype != np.uint8 or (truth is not None and truth.dtype != np.uint8):
-        found = f"{image.dtype} and {label.dtype}" + (f" and {truth.dtype}" if truth is not None else "")
+def _check(
+    key: str, image: np.ndarray, label: np.ndarray, truth: np.ndarray | None, dtype: np.dtype
+) -> None:
+    """Raises TypeError for a programmer's mistake, InputError for values no network can train
+    on."""
+    if (
+        image.dtype != dtype
+        or label.dtype != np.uint8
+        or (truth is not None and truth.dtype != np.uint8)
+    ):
+        found = f"{image.dtype} and {label.dtype}" + (
+            f" and {truth.dtype}" if truth is not None else ""
+        )
         raise TypeError(f"case '{key}': image and labels are {found}, expected {dtype} and uint8")
     if image.ndim != 4 or image.shape[1:] != label.shape or (truth is not None and truth.ndim != 3):
-        raise TypeError(f"case '{key}': image {image.shape} and label {label.shape}, expected (C, Z, Y, X) and (Z, Y, X)")
+        raise TypeError(
+            f"case '{key}': image {image.shape} and label {label.shape}, expected (C, Z, Y, X) "
+            "and (Z, Y, X)"
+        )
     if image.dtype.kind == "f" and not np.isfinite(image).all():
-        raise InputError(f"case '{key}': image: found voxels that are nan or beyond {dtype}, expected finite ones. Mend the raw image.")
+        raise InputError(
+            f"case '{key}': image: found voxels that are nan or beyond {dtype}, expected finite "
+            "ones. Mend the raw image."
+        )
 
 
 def _sync(path: Path) -> list[Path]:
@@ -108,7 +140,8 @@ def _sync(path: Path) -> list[Path]:
 
 
 def _replace(partial: Path, final: Path) -> None:
-    """Rename, in the place of an earlier shard if there is one. A folder cannot be renamed onto a full one, so that goes aside first."""
+    """Rename, in the place of an earlier shard if there is one. A folder cannot be renamed onto a
+    full one, so that goes aside first."""
     aside = final.with_name(final.name + ".old.partial")
     _remove(aside)
     if final.is_dir():

@@ -1,12 +1,13 @@
-"""A store's copy on a disk of the node: made once, shared by all ranks and jobs there, checked against the manifest.
+"""A store's copy on a disk of the node: made once, shared by all ranks and jobs there, checked
+against the manifest.
 
 DIR/segfleet-<user id>/<key>/          a whole copy; the key names the store's content and its manifest
                        <key>.partial/  one in the making, or left by a job that was killed: the next one goes on with it
                        <key>.json      size, time and inode of every file when it was last found right
                        <key>.making, <key>.used   locks: one process makes or mends, all that read hold the second
 
-The system frees the locks when their holders die, however they die. A copy is removed only when its room is needed for another one and
-nobody reads it, the one that was not used for longest first.
+The system frees the locks when their holders die, however they die. A copy is removed only when its
+room is needed for another one and nobody reads it, the one that was not used for longest first.
 """
 
 from __future__ import annotations
@@ -64,39 +65,62 @@ class LocalCopy:
         """Whether the copy is there and as it was when its hashes were last compared."""
         try:
             known = json.loads(self.record.read_text(encoding="utf-8"))
-            return bool(known) and all(_stamp(self.root / path) == stamp for path, stamp in known.items())
+            return bool(known) and all(
+                _stamp(self.root / path) == stamp for path, stamp in known.items()
+            )
         except (OSError, ValueError, AttributeError):
             return False
 
-    def make(self, tell: Callable[[str], None], stopped: Callable[[], bool] = lambda: False) -> bool:
-        """Make the copy, or mend it, unless it is whole; while another process does, wait. False if there is no room, as `tell` is told.
+    def make(
+        self, tell: Callable[[str], None], stopped: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Make the copy, or mend it, unless it is whole; while another process does, wait. False if
+        there is no room, as `tell` is told.
 
         Raises InputError if the source is damaged, Unwanted when `stopped`.
         """
         with _locked(self.place / f"{self.key}.making", stopped):
             if self.whole():
                 return True
-            manifest, target = load_manifest(self.source), self.root if self.root.is_dir() else self.partial
+            manifest, target = (
+                load_manifest(self.source),
+                self.root if self.root.is_dir() else self.partial,
+            )
             target.mkdir(exist_ok=True)
-            missing = [path for path, facts in manifest.files.items() if not _right(target / path, facts)]
+            missing = [
+                path for path, facts in manifest.files.items() if not _right(target / path, facts)
+            ]
             needed = sum(manifest.files[path]["bytes"] for path in missing)
             try:
                 if not self._room(needed):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 began = time.monotonic()
                 for path in missing:
-                    _copy(self.source / path, target / path, manifest.files[path]["sha256"], stopped)
+                    _copy(
+                        self.source / path, target / path, manifest.files[path]["sha256"], stopped
+                    )
                 _publish(manifest, (self.source / NAME).read_bytes(), target, self.root)
-                write_atomically(self.record, json.dumps({path: _stamp(self.root / path) for path in (NAME, *manifest.files)}))
+                write_atomically(
+                    self.record,
+                    json.dumps(
+                        {path: _stamp(self.root / path) for path in (NAME, *manifest.files)}
+                    ),
+                )
             except OSError as error:
                 if error.errno not in FULL:
                     raise
                 shutil.rmtree(self.partial, ignore_errors=True)
                 free = shutil.disk_usage(self.place).free
-                tell(f"no room to copy the store to {self.place}: {needed:,} bytes needed, {free:,} free. It is read from {self.source}")
+                tell(
+                    f"no room to copy the store to {self.place}: {needed:,} bytes needed, "
+                    f"{free:,} free. It is read from {self.source}"
+                )
                 return False
             if missing:
-                tell(f"store copied to {self.root}: {needed:,} bytes in {time.monotonic() - began:.1f} s")
+                tell(
+                    f"store copied to {self.root}: {needed:,} bytes in "
+                    f"{time.monotonic() - began:.1f} s"
+                )
             return True
 
     @contextmanager
@@ -108,12 +132,17 @@ class LocalCopy:
             yield self.root
 
     def _room(self, needed: int) -> bool:
-        """Whether so many bytes fit, after unused copies of other stores have gone if it takes that and helps."""
+        """Whether so many bytes fit, after unused copies of other stores have gone if it takes that
+        and helps."""
         lacking = needed + SPARE - shutil.disk_usage(self.place).free
         if lacking <= 0:
             return True
         with ExitStack() as locks:
-            idle = [other for other in self._others() if _free(other.place / f"{other.key}.making", locks)]
+            idle = [
+                other
+                for other in self._others()
+                if _free(other.place / f"{other.key}.making", locks)
+            ]
             idle = [other for other in idle if _free(other.place / f"{other.key}.used", locks)]
             sizes = [sum(_size(folder) for folder in (other.root, other.partial)) for other in idle]
             if sum(sizes) < lacking:
@@ -129,18 +158,34 @@ class LocalCopy:
     def _others(self) -> list[LocalCopy]:
         """Of other stores, the least recently used first."""
         used = sorted(self.place.glob("*.used"), key=lambda path: path.stat().st_mtime)
-        keys = dict.fromkeys([*(path.stem for path in used), *(path.stem for path in sorted(self.place.glob("*.making")))])
-        return [LocalCopy(source=self.source, place=self.place, key=key) for key in keys if key != self.key]
+        keys = dict.fromkeys(
+            [
+                *(path.stem for path in used),
+                *(path.stem for path in sorted(self.place.glob("*.making"))),
+            ]
+        )
+        return [
+            LocalCopy(source=self.source, place=self.place, key=key)
+            for key in keys
+            if key != self.key
+        ]
 
 
 def local_copy(source: str | Path, folder: str) -> LocalCopy:
-    """Where the copy of a store lies below `folder`, in which variables of this node stand. Raises InputError if it cannot be used."""
+    """Where the copy of a store lies below `folder`, in which variables of this node stand. Raises
+    InputError if it cannot be used."""
     here = f"on {os.environ.get('SLURMD_NODENAME') or socket.gethostname()}"
     path = os.path.expanduser(os.path.expandvars(folder))
     if unset := re.search(r"\$\{?\w+\}?", path):
-        raise InputError(f"stage-to: found '{folder}', but {unset[0]} is not set {here}. Name a variable that is, or a folder.")
+        raise InputError(
+            f"stage-to: found '{folder}', but {unset[0]} is not set {here}. Name a variable that "
+            "is, or a folder."
+        )
     if not os.path.isabs(path):
-        raise InputError(f"stage-to: found '{folder}', expected an absolute path, or one that begins with a variable such as $TMPDIR")
+        raise InputError(
+            f"stage-to: found '{folder}', expected an absolute path, or one that begins with a "
+            "variable such as $TMPDIR"
+        )
     place = Path(path) / f"segfleet-{os.getuid()}"
     try:
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -149,9 +194,14 @@ def local_copy(source: str | Path, folder: str) -> LocalCopy:
     except OSError as error:
         if error.errno in FULL:
             raise
-        raise InputError(f"stage-to: {path} cannot be used {here} ({error.strerror}). Name a folder you may write to.") from None
+        raise InputError(
+            f"stage-to: {path} cannot be used {here} ({error.strerror}). Name a folder you may "
+            "write to."
+        ) from None
     source = Path(source).resolve()
-    facts = hashlib.sha256((source / NAME).read_bytes()).hexdigest()  # stores of one content may differ in format and splits
+    facts = hashlib.sha256(
+        (source / NAME).read_bytes()
+    ).hexdigest()  # stores of one content may differ in format and splits
     return LocalCopy(source=source, place=place, key=f"{load_manifest(source).id}-{facts[:8]}")
 
 
@@ -161,7 +211,10 @@ def _copy(source: Path, target: Path, sha256: str, stopped: Callable[[], bool]) 
     try:
         file = open(source, "rb")
     except OSError as error:
-        raise InputError(f"store: {source} cannot be read ({error.strerror}). Restore it, or preprocess the raw data again.") from None
+        raise InputError(
+            f"store: {source} cannot be read ({error.strerror}). Restore it, or preprocess the "
+            "raw data again."
+        ) from None
     target.parent.mkdir(parents=True, exist_ok=True)
     with file, open(partial, "wb") as out:
         while block := file.read(BLOCK):
@@ -173,7 +226,10 @@ def _copy(source: Path, target: Path, sha256: str, stopped: Callable[[], bool]) 
         os.fsync(out.fileno())
     if digest.hexdigest() != sha256:
         partial.unlink()
-        raise InputError(f"store: {source} is damaged (sha256 differs from the manifest). Restore it, or preprocess the raw data again.")
+        raise InputError(
+            f"store: {source} is damaged (sha256 differs from the manifest). Restore it, or "
+            "preprocess the raw data again."
+        )
     os.replace(partial, target)
 
 

@@ -14,16 +14,22 @@ from segfleet.preprocess.stores.shard_reader import MEND
 
 
 def verify(root: str | Path, *, chunks: bool = False) -> list[Problem]:
-    """Compare size and sha256 of every file with the manifest; with `chunks` also decode every chunk and compare each case's content.
+    """Compare size and sha256 of every file with the manifest; with `chunks` also decode every
+    chunk and compare each case's content.
 
-    One problem per damaged file or case, in the order of the manifest; none: the store is whole. Raises InputError without a manifest.
+    One problem per damaged file or case, in the order of the manifest; none: the store is whole.
+    Raises InputError without a manifest.
     """
     store = open_store(root)
     manifest = store.manifest
     ids = defaultdict(list)
     for case in manifest.cases:
         ids[store.path(case).relative_to(store.root)].append(case.id)
-    problems = [problem for path, facts in manifest.files.items() if (problem := _file(store.root, path, facts, ids))]
+    problems = [
+        problem
+        for path, facts in manifest.files.items()
+        if (problem := _file(store.root, path, facts, ids))
+    ]
     if chunks:
         problems += [problem for case in manifest.cases if (problem := _content(store, case))]
     store.close()
@@ -38,7 +44,13 @@ def _file(root: Path, path: str, expected: dict, ids: dict[Path, list[str]]) -> 
     if found == expected:
         return None
     what = "bytes" if found["bytes"] != expected["bytes"] else "sha256"
-    return Problem(case=_cases(ids, Path(path)), field=path, found=f"{found[what]}", expected=f"{what} {expected[what]}", mend=MEND)
+    return Problem(
+        case=_cases(ids, Path(path)),
+        field=path,
+        found=f"{found[what]}",
+        expected=f"{what} {expected[what]}",
+        mend=MEND,
+    )
 
 
 def _cases(ids: dict[Path, list[str]], path: Path) -> str:
@@ -53,7 +65,19 @@ def _content(store, case: CaseEntry) -> Problem | None:
         if case.has_truth:
             store.truth(case)
     except InputError as error:
-        return Problem(case=case.id, field=case.shard, found=str(error), expected="checksums that match", mend=MEND)
+        return Problem(
+            case=case.id,
+            field=case.shard,
+            found=str(error),
+            expected="checksums that match",
+            mend=MEND,
+        )
     if case.sha256 in ("", found):
         return None
-    return Problem(case=case.id, field=case.shard, found=f"content {found}", expected=f"content {case.sha256}", mend=MEND)
+    return Problem(
+        case=case.id,
+        field=case.shard,
+        found=f"content {found}",
+        expected=f"content {case.sha256}",
+        mend=MEND,
+    )

@@ -1,8 +1,9 @@
-"""Zarr v3 shards: a folder `<shard>.zarr` is a plain group of the arrays image, label and, where there is one, truth.
+"""Zarr v3 shards: a folder `<shard>.zarr` is a plain group of the arrays image, label and, where
+there is one, truth.
 
-Each array is one shard file with small inner chunks (preprocess.zarr_array). The cases of a shard are stacked along z, each from a chunk
-border on, so that thousands of 2D images are seven files and any Zarr tool still shows them as slices; the group's attribute `cases` says
-where each lies.
+Each array is one shard file with small inner chunks (preprocess.zarr_array). The cases of a shard
+are stacked along z, each from a chunk border on, so that thousands of 2D images are seven files and
+any Zarr tool still shows them as slices; the group's attribute `cases` says where each lies.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ SUFFIX = ".zarr"
 
 
 class Shard:
-    """One published group, its arrays opened when they are first read. `hashes`: what is known of its files, path inside it -> sha256."""
+    """One published group, its arrays opened when they are first read. `hashes`: what is known of
+    its files, path inside it -> sha256."""
 
     def __init__(self, folder: Path, hashes: dict[str, str]):
         self.folder, self.hashes, self.arrays = folder, hashes, {}
         try:
-            self.cases: dict[str, dict[str, list[int]]] = self._metadata("zarr.json")["attributes"]["cases"]
+            self.cases: dict[str, dict[str, list[int]]] = self._metadata("zarr.json")["attributes"][
+                "cases"
+            ]
         except (KeyError, TypeError) as error:
             raise DamagedShard(f"zarr.json: {type(error).__name__} {error}") from None
 
@@ -47,7 +51,9 @@ class Shard:
 
     def _array(self, name: str) -> PackedArray:
         if (found := self.arrays.get(name)) is None:
-            found = self.arrays[name] = open_array(self.folder / name, self._metadata(f"{name}/zarr.json"))
+            found = self.arrays[name] = open_array(
+                self.folder / name, self._metadata(f"{name}/zarr.json")
+            )
         return found
 
     def _metadata(self, name: str) -> dict:
@@ -79,20 +85,30 @@ class Writer(ShardWriter):
         self.arrays: dict[str, ArrayWriter] = {}
         self.partial.mkdir()
 
-    def _write(self, key: str, image: np.ndarray, label: np.ndarray, truth: np.ndarray | None) -> None:
-        self.cases[key] = {"image": self._append("image", image, IMAGES), "label": self._append("label", label, LABELS)}
+    def _write(
+        self, key: str, image: np.ndarray, label: np.ndarray, truth: np.ndarray | None
+    ) -> None:
+        self.cases[key] = {
+            "image": self._append("image", image, IMAGES),
+            "label": self._append("label", label, LABELS),
+        }
         if truth is not None:
             self.cases[key]["truth"] = self._append("truth", truth, LABELS)
 
     def _append(self, name: str, array: np.ndarray, packing: Packing) -> list[int]:
         if name not in self.arrays:
-            self.arrays[name] = ArrayWriter(self.partial / name, chunk=self.chunk, dtype=array.dtype, packing=packing)
+            self.arrays[name] = ArrayWriter(
+                self.partial / name, chunk=self.chunk, dtype=array.dtype, packing=packing
+            )
         return [self.arrays[name].append(array), *array.shape[-3:]]
 
     def _finish(self) -> None:
         for array in self.arrays.values():
             array.finish()
-        attributes = {"layout": "cases: name -> array -> [first slice, z, y, x]", "cases": self.cases}
+        attributes = {
+            "layout": "cases: name -> array -> [first slice, z, y, x]",
+            "cases": self.cases,
+        }
         text = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes})
         (self.partial / "zarr.json").write_text(text, encoding="utf-8")
 

@@ -1,8 +1,10 @@
-"""One Zarr v3 array that is one shard file: written case by case, its index read once. zarr-python reads the same files.
+"""One Zarr v3 array that is one shard file: written case by case, its index read once. zarr-python
+reads the same files.
 
-Zarr v3 core and its sharding codec: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html
-An inner chunk is [bytes little-endian, blosc, crc32c]; the index, 16 bytes per chunk and a crc32c, ends the file. Chunks of zeros are
-left out.
+Zarr v3 core and its sharding codec:
+https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html An inner chunk is
+[bytes little-endian, blosc, crc32c]; the index, 16 bytes per chunk and a crc32c, ends the file.
+Chunks of zeros are left out.
 """
 
 from __future__ import annotations
@@ -33,19 +35,30 @@ def checksum(data: bytes) -> bytes:
 
 
 class ArrayWriter:
-    """Stacks arrays (..., z, y, x) along z, each beginning at a chunk border, into `folder`. Memory: one chunk."""
+    """Stacks arrays (..., z, y, x) along z, each beginning at a chunk border, into `folder`.
+    Memory: one chunk."""
 
-    def __init__(self, folder: Path, *, chunk: tuple[int, int, int], dtype: np.dtype, packing: Packing):
+    def __init__(
+        self, folder: Path, *, chunk: tuple[int, int, int], dtype: np.dtype, packing: Packing
+    ):
         folder.mkdir()
-        self.folder, self.chunk, self.dtype, self.packing = folder, chunk, np.dtype(dtype).newbyteorder("<"), packing
+        self.folder, self.chunk, self.dtype, self.packing = (
+            folder,
+            chunk,
+            np.dtype(dtype).newbyteorder("<"),
+            packing,
+        )
         self.lead: tuple[int, ...] | None = None  # axes before z: all in every chunk
         self.stop, self.extent = 0, (0, 0)  # of the stack so far: end along z, largest (y, x)
-        self.entries: dict[tuple[int, ...], tuple[int, int]] = {}  # chunk (z, y, x) -> offset, bytes
+        self.entries: dict[
+            tuple[int, ...], tuple[int, int]
+        ] = {}  # chunk (z, y, x) -> offset, bytes
         self.position = 0
         self.file = open(folder / "data", "wb")
 
     def append(self, array: np.ndarray) -> int:
-        """Add `array`; the slice of the stack where it begins. Raises OSError, ValueError for another number of channels."""
+        """Add `array`; the slice of the stack where it begins. Raises OSError, ValueError for
+        another number of channels."""
         lead, grid = array.shape[:-3], array.shape[-3:]
         if self.lead not in (None, lead):
             raise ValueError(f"an array with {lead} channels after arrays with {self.lead}")
@@ -85,17 +98,32 @@ class ArrayWriter:
     def close(self) -> None:
         try:
             self.file.close()
-        except OSError:  # what is still in the buffer does not fit on the disk; the file is about to be removed
+        except (
+            OSError
+        ):  # what is still in the buffer does not fit on the disk; the file is about to be removed
             pass
 
-    def _metadata(self, shape: tuple[int, ...], outer: tuple[int, ...], inner: tuple[int, ...]) -> dict:
-        endian = {"name": "bytes", "configuration": {"endian": "little"}} if self.dtype.itemsize > 1 else {"name": "bytes"}
-        how = {"cname": self.packing.codec, "clevel": self.packing.level, "shuffle": self.packing.filter}
+    def _metadata(
+        self, shape: tuple[int, ...], outer: tuple[int, ...], inner: tuple[int, ...]
+    ) -> dict:
+        endian = (
+            {"name": "bytes", "configuration": {"endian": "little"}}
+            if self.dtype.itemsize > 1
+            else {"name": "bytes"}
+        )
+        how = {
+            "cname": self.packing.codec,
+            "clevel": self.packing.level,
+            "shuffle": self.packing.filter,
+        }
         packing = {**how, "typesize": self.dtype.itemsize, "blocksize": 0}
         sharding = {
             "chunk_shape": inner,
             "codecs": [endian, {"name": "blosc", "configuration": packing}, {"name": "crc32c"}],
-            "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+            "index_codecs": [
+                {"name": "bytes", "configuration": {"endian": "little"}},
+                {"name": "crc32c"},
+            ],
             "index_location": "end",
         }
         return {
@@ -131,4 +159,6 @@ def open_array(folder: Path, facts: dict) -> PackedArray:
     if len(tail) != length or checksum(tail[:-4]) != tail[-4:]:
         raise DamagedShard(f"{folder.name}: checksum of the chunk index")
     index = np.frombuffer(tail, "<u8", len(tail) // 8).reshape(*chunks, 2)
-    return PackedArray(file=file, name=folder.name, lead=lead, chunk=chunk, dtype=dtype, index=index)
+    return PackedArray(
+        file=file, name=folder.name, lead=lead, chunk=chunk, dtype=dtype, index=index
+    )

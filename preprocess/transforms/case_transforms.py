@@ -1,4 +1,5 @@
-"""One raw case to one stored case, the same for training and prediction: crop, normalise, resample; and the way back.
+"""One raw case to one stored case, the same for training and prediction: crop, normalise, resample;
+and the way back.
 
 Source: specification `datasets_3d`, section 6.
 """
@@ -36,36 +37,51 @@ __all__ = [
     "stored_grid",
 ]
 
-Crop = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # (start, stop) per axis, voxels of the raw grid
+Crop = tuple[
+    tuple[int, int], tuple[int, int], tuple[int, int]
+]  # (start, stop) per axis, voxels of the raw grid
 ANISOTROPIC = 3.0  # spacings further apart than this factor: one axis is resampled apart
 SAMPLES = 256  # foreground voxels per label and case that training may centre patches on
 
 
-def preprocess_case(case: Case, plan: Plan, *, ignore_label: int | None = None) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
+def preprocess_case(
+    case: Case, plan: Plan, *, ignore_label: int | None = None
+) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
     """Bring a raw case onto the grid and the scale of `plan`.
 
     Returns:
         image (C, Z, Y, X) of plan.dtype; integers are to be multiplied by plan.scale.
         label (Z, Y, X) uint8, or None if the case has none.
-        facts: the fields of CaseEntry that follow from the case: shape, spacing, crop, raw_shape, raw_spacing, affine, voxels,
-        foreground, has_truth; the truth itself is the case's raw label.
+        facts: the fields of CaseEntry that follow from the case: shape, spacing, crop, raw_shape,
+        raw_spacing, affine, voxels, foreground, has_truth; the truth itself is the case's raw
+        label.
 
     Raises InputError if the image does not have the channels of the plan.
     """
     raw = case.image_CZYX
     if len(raw) != len(plan.normalisation):
-        raise InputError(f"case '{case.id}': channels: found {len(raw)}, expected {len(plan.normalisation)}")
+        raise InputError(
+            f"case '{case.id}': channels: found {len(raw)}, expected {len(plan.normalisation)}"
+        )
     crop = tuple((0, n) for n in raw.shape[1:]) if plan.size else crop_box(raw, plan.normalisation)
     box = tuple(slice(start, stop) for start, stop in crop)
     image = raw[:, *box]
     shape, spacing = stored_grid(tuple(b - a for a, b in crop), case.geometry.spacing, plan)
     axis = resample_axis(case.geometry.spacing, plan)
     if np.dtype(plan.dtype).kind == "u":
-        image = _to_uint8(image) if shape == image.shape[1:] else np.rint(255 * resample_image(normalise(image, plan), shape, axis))
+        image = (
+            _to_uint8(image)
+            if shape == image.shape[1:]
+            else np.rint(255 * resample_image(normalise(image, plan), shape, axis))
+        )
     else:
         image = resample_image(normalise(image, plan), shape, axis)
     image = _cast(image, plan.dtype)
-    label = None if case.label_ZYX is None else resample_label(case.label_ZYX[box].astype(np.uint8, copy=False), shape, axis)
+    label = (
+        None
+        if case.label_ZYX is None
+        else resample_label(case.label_ZYX[box].astype(np.uint8, copy=False), shape, axis)
+    )
     facts: dict[str, Any] = {
         "shape": shape,
         "spacing": spacing,
@@ -81,14 +97,16 @@ def preprocess_case(case: Case, plan: Plan, *, ignore_label: int | None = None) 
 
 
 def crop_box(image_CZYX: np.ndarray, normalisation: Sequence[str]) -> Crop:
-    """The box that is kept: all of a colour image, in which 0 is a colour; else the non-zero voxels."""
+    """The box that is kept: all of a colour image, in which 0 is a colour; else the non-zero
+    voxels."""
     if "rgb_to_0_1" in normalisation:
         return tuple((0, n) for n in image_CZYX.shape[1:])
     return nonzero_box(image_CZYX)
 
 
 def nonzero_box(image_CZYX: np.ndarray) -> Crop:
-    """The smallest box around voxels that are not 0 in all channels; an empty image is kept whole."""
+    """The smallest box around voxels that are not 0 in all channels; an empty image is kept
+    whole."""
     occupied = image_CZYX[0] != 0
     for channel in image_CZYX[1:]:
         occupied |= channel != 0
@@ -102,7 +120,8 @@ def nonzero_box(image_CZYX: np.ndarray) -> Crop:
 
 
 def nonzero_mask(image_CZYX: np.ndarray) -> np.ndarray:
-    """(Z, Y, X) bool: voxels not 0 in all channels, and the holes they enclose (background that no path joins to the border)."""
+    """(Z, Y, X) bool: voxels not 0 in all channels, and the holes they enclose (background that no
+    path joins to the border)."""
     empty = ~(image_CZYX != 0).any(axis=0)
     parts, count = ndimage.label(empty)
     if not count:
@@ -119,9 +138,12 @@ def nonzero_mask(image_CZYX: np.ndarray) -> np.ndarray:
 def normalise(image_CZYX: np.ndarray, plan: Plan, mask_ZYX: np.ndarray | None = None) -> np.ndarray:
     """Float32 intensities as the plan says, channel by channel.
 
-    zscore: mean 0, standard deviation 1 of the case, inside the mask if the plan wants one (found here if not given; 0 stays outside).
-    ct: clipped to the foreground's 0.5 and 99.5 percentiles, then its mean and standard deviation over the data set.
-    rgb_to_0_1: divided by the largest value of the integer type. rescale_to_0_1: the case's range. none: as it is.
+    zscore: mean 0, standard deviation 1 of the case, inside the mask if the plan wants one (found
+    here if not given; 0 stays outside).
+    ct: clipped to the foreground's 0.5 and 99.5 percentiles, then its mean and standard deviation
+    over the data set.
+    rgb_to_0_1: divided by the largest value of the integer type. rescale_to_0_1: the case's range.
+    none: as it is.
     """
     if mask_ZYX is None and plan.nonzero_mask and "zscore" in plan.normalisation:
         mask_ZYX = nonzero_mask(image_CZYX)
@@ -136,11 +158,17 @@ def normalise(image_CZYX: np.ndarray, plan: Plan, mask_ZYX: np.ndarray | None = 
     return out
 
 
-def _scale(channel: np.ndarray, kind: str, facts: Mapping[str, float], mask: np.ndarray | None) -> Callable[[np.ndarray], np.ndarray]:
+def _scale(
+    channel: np.ndarray, kind: str, facts: Mapping[str, float], mask: np.ndarray | None
+) -> Callable[[np.ndarray], np.ndarray]:
     """What `normalise` does to every voxel of a channel."""
     if kind == "zscore":
         inside = channel if mask is None else channel[mask]
-        mean, std = (inside.mean(dtype=np.float64), inside.std(dtype=np.float64)) if inside.size else (0.0, 1.0)
+        mean, std = (
+            (inside.mean(dtype=np.float64), inside.std(dtype=np.float64))
+            if inside.size
+            else (0.0, 1.0)
+        )
 
         def zscore(part: np.ndarray) -> np.ndarray:
             part = part.astype(np.float32)
@@ -150,7 +178,12 @@ def _scale(channel: np.ndarray, kind: str, facts: Mapping[str, float], mask: np.
 
         return zscore
     if kind == "ct":
-        low, high, mean, std = facts["percentile_00_5"], facts["percentile_99_5"], facts["mean"], max(facts["std"], 1e-8)
+        low, high, mean, std = (
+            facts["percentile_00_5"],
+            facts["percentile_99_5"],
+            facts["mean"],
+            max(facts["std"], 1e-8),
+        )
         return lambda part: (np.clip(part.astype(np.float32), low, high) - mean) / std
     if kind == "rgb_to_0_1":
         white = np.float32(np.iinfo(channel.dtype).max if channel.dtype.kind in "ui" else 255)
@@ -160,16 +193,21 @@ def _scale(channel: np.ndarray, kind: str, facts: Mapping[str, float], mask: np.
         return lambda part: (part - low) / max(high - low, 1e-8)
     if kind == "none":
         return lambda part: part
-    raise InputError(f"plan: normalisation: found '{kind}', expected zscore, ct, rgb_to_0_1, rescale_to_0_1 or none")
+    raise InputError(
+        f"plan: normalisation: found '{kind}', expected zscore, ct, rgb_to_0_1, rescale_to_0_1 or "
+        "none"
+    )
 
 
 def stored_grid(
     shape: tuple[int, int, int], spacing: tuple[float, float, float], plan: Plan
 ) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
-    """Shape and spacing after resampling a box of `shape` voxels to the plan's size, or else to the target spacing; a single slice stays
-    one, as it is."""
+    """Shape and spacing after resampling a box of `shape` voxels to the plan's size, or else to the
+    target spacing; a single slice stays one, as it is."""
     if plan.size:
-        return plan.size, tuple(here * n / new for n, here, new in zip(shape, spacing, plan.size, strict=True))
+        return plan.size, tuple(
+            here * n / new for n, here, new in zip(shape, spacing, plan.size, strict=True)
+        )
     new_shape, new_spacing = [], []
     for n, here, target in zip(shape, spacing, plan.target_spacing, strict=True):
         new = n if n == 1 else max(1, round(n * here / target))
@@ -179,12 +217,14 @@ def stored_grid(
 
 
 def changes_grid(raw_shape: Sequence[int], crop: Crop, shape: Sequence[int]) -> bool:
-    """Whether the stored grid is not the raw one, so that the truth is stored as well. A crop that is enlarged may have the old shape."""
+    """Whether the stored grid is not the raw one, so that the truth is stored as well. A crop that
+    is enlarged may have the old shape."""
     return tuple(shape) != tuple(raw_shape) or crop != tuple((0, n) for n in raw_shape)
 
 
 def resample_axis(spacing: tuple[float, float, float], plan: Plan) -> int | None:
-    """The axis to resample apart: the coarsest of an anisotropic raw grid, else that of the plan."""
+    """The axis to resample apart: the coarsest of an anisotropic raw grid, else that of the
+    plan."""
     own = anisotropic_axis(spacing)
     return plan.anisotropic_axis if own is None else own
 
@@ -193,14 +233,21 @@ def anisotropic_axis(spacing: Sequence[float]) -> int | None:
     return int(np.argmax(spacing)) if max(spacing) > ANISOTROPIC * min(spacing) else None
 
 
-def foreground(label_ZYX: np.ndarray, case_id: str, ignore_label: int | None) -> tuple[dict[int, int], dict[int, tuple[int, ...]]]:
-    """Voxels per label value, and up to 256 flat indices per foreground label, drawn by a generator that the case's id seeds."""
+def foreground(
+    label_ZYX: np.ndarray, case_id: str, ignore_label: int | None
+) -> tuple[dict[int, int], dict[int, tuple[int, ...]]]:
+    """Voxels per label value, and up to 256 flat indices per foreground label, drawn by a generator
+    that the case's id seeds."""
     found = counts(label_ZYX)
-    generator = np.random.default_rng(int.from_bytes(hashlib.sha256(case_id.encode()).digest()[:8], "little"))
+    generator = np.random.default_rng(
+        int.from_bytes(hashlib.sha256(case_id.encode()).digest()[:8], "little")
+    )
     drawn = {}
     for value in np.flatnonzero(found):
         if value and value != ignore_label:
-            drawn[int(value)] = tuple(int(v) for v in draw(label_ZYX, partial(np.equal, value), SAMPLES, generator))
+            drawn[int(value)] = tuple(
+                int(v) for v in draw(label_ZYX, partial(np.equal, value), SAMPLES, generator)
+            )
     return {int(v): int(found[v]) for v in np.flatnonzero(found)}, drawn
 
 

@@ -1,4 +1,5 @@
-"""Resampling as one sparse matrix per axis: cubic splines are separable, and the matrices are made once per pair of lengths.
+"""Resampling as one sparse matrix per axis: cubic splines are separable, and the matrices are made
+once per pair of lengths.
 
 It goes slab by slab, so that beside the old and the new array there is little else in memory.
 """
@@ -14,25 +15,35 @@ from scipy import ndimage, sparse
 PADDING = 12  # voxels of edge before a spline is fitted; its influence beyond is below 1e-6
 NEGLIGIBLE = 1e-6
 SLAB = 2**24  # voxels made at a time
-THINNEST = 64  # slices of a slab: those around it that its edges need as well are resampled in plane more than once
+# slices of a slab: those around it that its edges need as well are resampled in plane more than
+# once
+THINNEST = 64
 
 
-def resample_image(image_CZYX: np.ndarray, new_shape: Sequence[int], anisotropic_axis: int | None = None) -> np.ndarray:
+def resample_image(
+    image_CZYX: np.ndarray, new_shape: Sequence[int], anisotropic_axis: int | None = None
+) -> np.ndarray:
     """Cubic splines along all axes but the anisotropic one, which takes the nearest slice.
 
-    Returns (C, *new_shape) float32, or the very array where the shape does not change. Voxel centres are aligned as cells of the same
+    Returns (C, *new_shape) float32, or the very array where the shape does not change. Voxel
+    centres are aligned as cells of the same
     box: `scipy.ndimage.zoom(order=3, mode="nearest", grid_mode=True)` gives the same.
     """
     return _resample(image_CZYX, new_shape, anisotropic_axis, 3)
 
 
-def resample_probabilities(prob_KZYX: np.ndarray, new_shape: Sequence[int], anisotropic_axis: int | None = None) -> np.ndarray:
+def resample_probabilities(
+    prob_KZYX: np.ndarray, new_shape: Sequence[int], anisotropic_axis: int | None = None
+) -> np.ndarray:
     """As `resample_image`, but linear: nothing leaves [0, 1] and sums over K stay."""
     return _resample(prob_KZYX, new_shape, anisotropic_axis, 1)
 
 
-def resample_label(label_ZYX: np.ndarray, new_shape: Sequence[int], anisotropic_axis: int | None = None) -> np.ndarray:
-    """(*new_shape) of the same dtype: the 0/1 map of every label is resampled linearly, the largest wins, of equals the smaller label."""
+def resample_label(
+    label_ZYX: np.ndarray, new_shape: Sequence[int], anisotropic_axis: int | None = None
+) -> np.ndarray:
+    """(*new_shape) of the same dtype: the 0/1 map of every label is resampled linearly, the largest
+    wins, of equals the smaller label."""
     if tuple(new_shape) == label_ZYX.shape:
         return label_ZYX
     out = np.empty(tuple(new_shape), label_ZYX.dtype)
@@ -51,8 +62,12 @@ def resample_label(label_ZYX: np.ndarray, new_shape: Sequence[int], anisotropic_
     return out
 
 
-def _resample(array: np.ndarray, new_shape: Sequence[int], nearest_axis: int | None, order: int) -> np.ndarray:
-    assert array.ndim == 4 and len(new_shape) == 3, f"expected (C, Z, Y, X) and three lengths, found {array.shape} and {new_shape}"
+def _resample(
+    array: np.ndarray, new_shape: Sequence[int], nearest_axis: int | None, order: int
+) -> np.ndarray:
+    assert array.ndim == 4 and len(new_shape) == 3, (
+        f"expected (C, Z, Y, X) and three lengths, found {array.shape} and {new_shape}"
+    )
     if tuple(new_shape) == array.shape[1:]:
         return array
     out = np.empty((len(array), *new_shape), np.float32)
@@ -62,15 +77,20 @@ def _resample(array: np.ndarray, new_shape: Sequence[int], nearest_axis: int | N
     return out
 
 
-Step = tuple[int, np.ndarray | sparse.csr_array]  # axis; the lines to take, or the matrix that makes new lines of the old
+Step = tuple[
+    int, np.ndarray | sparse.csr_array
+]  # axis; the lines to take, or the matrix that makes new lines of the old
 
 
 def _slabs(
     shape: Sequence[int], new_shape: Sequence[int], nearest_axis: int | None, order: int
 ) -> Iterator[tuple[slice, slice, list[Step]]]:
-    """(slices of the new grid, slices of the old grid they depend on, what leads from these to those)."""
+    """(slices of the new grid, slices of the old grid they depend on, what leads from these to
+    those)."""
     steps: list[Step] = []
-    for axis in sorted(range(3), key=lambda a: new_shape[a] / shape[a]):  # shrink first: less to do for the rest
+    for axis in sorted(
+        range(3), key=lambda a: new_shape[a] / shape[a]
+    ):  # shrink first: less to do for the rest
         old, new = shape[axis], int(new_shape[axis])
         if old != new:
             whole = axis == nearest_axis or old == 1
@@ -109,7 +129,8 @@ def nearest(old: int, new: int) -> np.ndarray:
 
 @lru_cache(maxsize=256)
 def operator(old: int, new: int, order: int) -> sparse.csr_array:
-    """The (new, old) matrix that interpolates a line of `old` samples at `new` cell centres; rows sum to 1. `order` is 1 or 3."""
+    """The (new, old) matrix that interpolates a line of `old` samples at `new` cell centres; rows
+    sum to 1. `order` is 1 or 3."""
     at = (np.arange(new) + 0.5) * (old / new) - 0.5
     if order == 1:
         at = np.clip(at, 0, old - 1)
@@ -117,18 +138,28 @@ def operator(old: int, new: int, order: int) -> sparse.csr_array:
         columns = np.stack([low, np.minimum(low + 1, old - 1)])
         weights = np.stack([1 - (at - low), at - low])
         rows = np.broadcast_to(np.arange(new), columns.shape)
-        return sparse.csr_array((weights.ravel().astype(np.float32), (rows.ravel(), columns.ravel())), shape=(new, old))
+        return sparse.csr_array(
+            (weights.ravel().astype(np.float32), (rows.ravel(), columns.ravel())), shape=(new, old)
+        )
     return _cubic(old, at)
 
 
 def _cubic(old: int, at: np.ndarray) -> sparse.csr_array:
-    """Four B-spline taps on coefficients, which depend on all samples, though on far ones by less than can be seen."""
+    """Four B-spline taps on coefficients, which depend on all samples, though on far ones by less
+    than can be seen."""
     padded = np.pad(np.eye(old), ((PADDING, PADDING), (0, 0)), mode="edge")
     coefficients = ndimage.spline_filter1d(padded, order=3, axis=0, mode="mirror")
     at = np.clip(at, -1.0, old) + PADDING
     low = np.floor(at).astype(np.intp)
     t = at - low
-    taps = np.stack([(1 - t) ** 3 / 6, 2 / 3 - t**2 + t**3 / 2, 2 / 3 - (1 - t) ** 2 + (1 - t) ** 3 / 2, t**3 / 6])
+    taps = np.stack(
+        [
+            (1 - t) ** 3 / 6,
+            2 / 3 - t**2 + t**3 / 2,
+            2 / 3 - (1 - t) ** 2 + (1 - t) ** 3 / 2,
+            t**3 / 6,
+        ]
+    )
     dense = np.zeros((len(at), old))
     for k, tap in enumerate(taps):
         dense += tap[:, None] * coefficients[np.clip(low - 1 + k, 0, len(padded) - 1)]

@@ -1,6 +1,8 @@
-"""The accounting of a sandbox: slurmdbd and a private MariaDB, both in the sandbox's folder and on loopback ports of their own.
+"""The accounting of a sandbox: slurmdbd and a private MariaDB, both in the sandbox's folder and on
+loopback ports of their own.
 
-Nothing on disk is made safe against a power cut, which makes it start within seconds. Debian's packages: slurmdbd and mariadb-server.
+Nothing on disk is made safe against a power cut, which makes it start within seconds. Debian's
+packages: slurmdbd and mariadb-server.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ StoragePass={password}
 StorageLoc=slurm_acct_db
 """
 
-# With a private munge socket the last but one is required; else every client of slurmdbd falls back to the machine's own.
+# With a private munge socket the last but one is required; else every client of slurmdbd falls back
+# to the machine's own.
 CONTROLLER = """\
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
@@ -58,7 +61,8 @@ AccountingStoragePort={dbd_port}
 AccountingStoragePass={folder}/munge/sock
 AccountingStorageTRES=gres/gpu"""
 
-# Root comes in through the socket only, and only if it is root: a port without a password would be open to everybody on the machine.
+# Root comes in through the socket only, and only if it is root: a port without a password would be
+# open to everybody on the machine.
 INSTALL = (
     "--auth-root-authentication-method=socket",
     "--auth-root-socket-user=root",
@@ -69,7 +73,8 @@ INSTALL = (
 
 
 class Database:
-    """A MariaDB in `folder`/db on `port`; slurmdbd, which the sandbox starts, listens on `dbd_port`."""
+    """A MariaDB in `folder`/db on `port`; slurmdbd, which the sandbox starts, listens on
+    `dbd_port`."""
 
     def __init__(self, folder: Path, port: int, dbd_port: int):
         self.folder, self.home = folder, folder / "db"
@@ -81,17 +86,33 @@ class Database:
         return CONTROLLER.format(folder=self.folder, dbd_port=self.dbd_port)
 
     def start(self, search: str) -> None:
-        """Back when the server answers and slurmdbd.conf lies beside slurm.conf. `search`: PATH. Raises RuntimeError."""
+        """Back when the server answers and slurmdbd.conf lies beside slurm.conf. `search`: PATH.
+        Raises RuntimeError."""
         self.home.mkdir(mode=0o700, exist_ok=True)
         program = {name: shutil.which(name, path=search) for name in PROGRAMS}
         if not (self.home / "data" / "mysql").is_dir():
             where = f"--datadir={self.home}/data"
-            _run(program["mariadb-install-db"], "--no-defaults", where, *INSTALL, "--innodb-flush-method=nosync")
+            _run(
+                program["mariadb-install-db"],
+                "--no-defaults",
+                where,
+                *INSTALL,
+                "--innodb-flush-method=nosync",
+            )
         options = self.home / "my.cnf"
         options.write_text(SERVER.format(db=self.home, folder=self.folder, port=self.port))
         silent = 'exec 2>>"$1" >&2; shift; "$@" &'  # it does not go to the background by itself
         log = self.folder / "log" / "mariadbd.log"
-        _run("sh", "-c", silent, "sh", str(log), program["mariadbd"], f"--defaults-file={options}", start_new_session=True)
+        _run(
+            "sh",
+            "-c",
+            silent,
+            "sh",
+            str(log),
+            program["mariadbd"],
+            f"--defaults-file={options}",
+            start_new_session=True,
+        )
         password = secrets.token_hex(16)
         statements = (
             "CREATE DATABASE IF NOT EXISTS slurm_acct_db",
@@ -102,7 +123,11 @@ class Database:
         _run(program["mariadb"], *self._client, input=";\n".join(statements))
         path = self.folder / "etc" / "slurmdbd.conf"
         path.touch(mode=0o600)
-        path.write_text(SLURMDBD.format(folder=self.folder, dbd_port=self.dbd_port, port=self.port, password=password))
+        path.write_text(
+            SLURMDBD.format(
+                folder=self.folder, dbd_port=self.dbd_port, port=self.port, password=password
+            )
+        )
 
     @property
     def _client(self) -> tuple[str, ...]:
@@ -110,13 +135,20 @@ class Database:
 
     def _await(self, client: str, patience: float = 30) -> None:
         deadline = time.monotonic() + patience
-        while subprocess.run([client, *self._client, "-e", "SELECT 1"], capture_output=True, timeout=30).returncode:
+        while subprocess.run(
+            [client, *self._client, "-e", "SELECT 1"], capture_output=True, timeout=30
+        ).returncode:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"slurm-sandbox: mariadbd does not answer after {patience:.0f} s; log in {self.folder}/log/mariadbd.log")
+                raise RuntimeError(
+                    f"slurm-sandbox: mariadbd does not answer after {patience:.0f} s; log in "
+                    f"{self.folder}/log/mariadbd.log"
+                )
             time.sleep(0.1)
 
 
 def _run(*command: str, **more) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, **more)
     if done.returncode:
-        raise RuntimeError(f"slurm-sandbox: {command[0]} failed: {(done.stderr or done.stdout).strip()}")
+        raise RuntimeError(
+            f"slurm-sandbox: {command[0]} failed: {(done.stderr or done.stdout).strip()}"
+        )

@@ -1,9 +1,11 @@
-"""A real SLURM of four nodes with four pretended GPUs each, on this machine alone, for tests and for trying things out.
+"""A real SLURM of four nodes with four pretended GPUs each, on this machine alone, for tests and
+for trying things out.
 
-Debian's packages slurmctld, slurmd, slurm-client and munge are enough; nothing of the machine's own configuration is touched: all state
-lies in one folder, and only processes named by its pid files are ever stopped. An accounting database only if asked for. Needs root.
-Nodes are loopback addresses, so that ranks find each other without an entry in /etc/hosts; partitions: `main`, and `low` and `low0`,
-which `main` preempts after a grace time of 8 s and at once.
+Debian's packages slurmctld, slurmd, slurm-client and munge are enough; nothing of the machine's own
+configuration is touched: all state lies in one folder, and only processes named by its pid files
+are ever stopped. An accounting database only if asked for. Needs root. Nodes are loopback
+addresses, so that ranks find each other without an entry in /etc/hosts; partitions: `main`, and
+`low` and `low0`, which `main` preempts after a grace time of 8 s and at once.
 """
 
 from __future__ import annotations
@@ -22,7 +24,17 @@ from segfleet.core.errors import InputError
 from segfleet.slurm.sandbox import database as sandbox_database
 from segfleet.slurm.sandbox.database import Database
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
+PROGRAMS = (
+    "munged",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "srun",
+    "squeue",
+    "scontrol",
+    "scancel",
+    "sinfo",
+)
 PACKAGES = "slurmctld slurmd slurm-client munge"
 NODES = tuple(f"127.0.0.{number}" for number in range(11, 15))
 SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
@@ -81,7 +93,10 @@ def missing(accounting: bool = False) -> str | None:
     """Why there can be no sandbox here, or none with accounting, or None."""
     programs, packages = PROGRAMS, PACKAGES
     if accounting:
-        programs, packages = programs + sandbox_database.PROGRAMS, f"{packages} {sandbox_database.PACKAGES}"
+        programs, packages = (
+            programs + sandbox_database.PROGRAMS,
+            f"{packages} {sandbox_database.PACKAGES}",
+        )
     absent = [name for name in programs if shutil.which(name, path=SEARCH) is None]
     if absent:
         return f"{', '.join(absent)} not found; as root: apt-get install --no-install-recommends {packages}"
@@ -93,13 +108,22 @@ def missing(accounting: bool = False) -> str | None:
 class Sandbox:
     """The daemons of one folder. `environment` is what programs need to talk to them.
 
-    `accounting`: with slurmdbd and a database of its own. `remembers`: seconds for which the controller knows a job that has ended.
+    `accounting`: with slurmdbd and a database of its own. `remembers`: seconds for which the
+    controller knows a job that has ended.
     """
 
-    def __init__(self, folder: Path, first_job: int | None = None, accounting: bool = False, remembers: int = 300):
+    def __init__(
+        self,
+        folder: Path,
+        first_job: int | None = None,
+        accounting: bool = False,
+        remembers: int = 300,
+    ):
         self.folder = Path(folder).resolve()
         self.accounting, self.remembers = accounting, remembers
-        self.first_job = first_job or random.SystemRandom().randrange(1000, 900_000)  # ids of an earlier sandbox do not come again
+        self.first_job = first_job or random.SystemRandom().randrange(
+            1000, 900_000
+        )  # ids of an earlier sandbox do not come again
         self.configuration = self.folder / "etc" / "slurm.conf"
 
     @property
@@ -108,21 +132,38 @@ class Sandbox:
 
     def call(self, *command: str, timeout: float = 30) -> str:
         """Output of a SLURM program. Raises CalledProcessError with its own words."""
-        return subprocess.run(command, env=self.environment, check=True, capture_output=True, text=True, timeout=timeout).stdout
+        return subprocess.run(
+            command,
+            env=self.environment,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        ).stdout
 
     def start(self) -> None:
-        """Write the configuration and start all daemons; back when the nodes are idle. Raises InputError."""
+        """Write the configuration and start all daemons; back when the nodes are idle. Raises
+        InputError."""
         if why := missing(self.accounting):
             raise InputError(f"slurm-sandbox: {why}")
         if self.pids():
             raise InputError(f"slurm-sandbox: one runs in {self.folder} already; stop it first")
         if self.folder.exists() and any(self.folder.iterdir()) and not self.configuration.is_file():
-            raise InputError(f"slurm-sandbox: {self.folder} is not empty and holds no sandbox; give a new folder")
+            raise InputError(
+                f"slurm-sandbox: {self.folder} is not empty and holds no sandbox; give a new folder"
+            )
         if len(str(self.folder)) > 80:
-            raise InputError(f"slurm-sandbox: {self.folder} is too long a path for a socket; give a shorter one")
+            raise InputError(
+                f"slurm-sandbox: {self.folder} is too long a path for a socket; give a shorter one"
+            )
         database = self._write()
-        if closed := next((path for path in self.folder.parents if not path.stat().st_mode & 0o001), None):
-            raise InputError(f"slurm-sandbox: not everybody may enter {closed}, and munge insists on that; give another folder")
+        if closed := next(
+            (path for path in self.folder.parents if not path.stat().st_mode & 0o001), None
+        ):
+            raise InputError(
+                f"slurm-sandbox: not everybody may enter {closed}, and munge insists on that; "
+                "give another folder"
+            )
         munge = self.folder / "munge"
         files = (f"--{name}={munge}/{file}" for name, file in FILES.items())
         self._daemon("munged", *files)
@@ -144,7 +185,8 @@ class Sandbox:
         self._daemon("slurmctld")
 
     def stop(self, patience: float = 15) -> None:
-        """Cancel all jobs, end the daemons by their process ids, and wait until they are gone. The folder stays."""
+        """Cancel all jobs, end the daemons by their process ids, and wait until they are gone. The
+        folder stays."""
         with suppress(subprocess.SubprocessError, OSError):
             self.call("scancel", "--user=root", timeout=10)
             deadline = time.monotonic() + 8
@@ -152,11 +194,18 @@ class Sandbox:
                 time.sleep(0.1)
         pids = self.pids()
         # Each tells the next what it still has to say, and munged signs it.
-        for names in ([f"slurmd {node}" for node in NODES], ["slurmctld"], ["slurmdbd"], ["mariadbd"], ["munged"]):
+        for names in (
+            [f"slurmd {node}" for node in NODES],
+            ["slurmctld"],
+            ["slurmdbd"],
+            ["mariadbd"],
+            ["munged"],
+        ):
             _end([pids[name] for name in names if name in pids], patience)
 
     def pids(self) -> dict[str, int]:
-        """Running daemons of this folder by name. A pid file that another process inherited is passed over."""
+        """Running daemons of this folder by name. A pid file that another process inherited is
+        passed over."""
         files = {"munged": self.folder / "munge" / "pid", "slurmctld": self.folder / "ctld.pid"}
         files |= {"slurmdbd": self.folder / "dbd.pid", "mariadbd": self.folder / "db" / "pid"}
         files |= {f"slurmd {node}": self.folder / "spool" / f"slurmd-{node}.pid" for node in NODES}
@@ -182,7 +231,9 @@ class Sandbox:
         for index in range(4):
             device = self.folder / "dev" / f"nvidia{index}"
             if not device.exists():
-                os.mknod(device, 0o666 | 0o020000, os.makedev(1, 3))  # a second /dev/null: only its being a device matters
+                os.mknod(
+                    device, 0o666 | 0o020000, os.makedev(1, 3)
+                )  # a second /dev/null: only its being a device matters
         port = free_ports(15)
         database = Database(self.folder, port + 2, port + 1) if self.accounting else None
         text = CONFIGURATION.format(
@@ -193,50 +244,86 @@ class Sandbox:
             last_port=port + 14,
             first_job=self.first_job,
             remembers=self.remembers,
-            accounting=database.controller if database else "AccountingStorageType=accounting_storage/none",
+            accounting=database.controller
+            if database
+            else "AccountingStorageType=accounting_storage/none",
         )
         self.configuration.write_text(text)
         names = ",".join(NODES)
-        (self.folder / "etc" / "gres.conf").write_text(f"NodeName={names} Name=gpu Count=4 File={self.folder}/dev/nvidia[0-3]\n")
-        (self.folder / "etc" / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # else slurmd wants a mounted cgroup
+        (self.folder / "etc" / "gres.conf").write_text(
+            f"NodeName={names} Name=gpu Count=4 File={self.folder}/dev/nvidia[0-3]\n"
+        )
+        (self.folder / "etc" / "cgroup.conf").write_text(
+            "CgroupPlugin=cgroup/v1\n"
+        )  # else slurmd wants a mounted cgroup
         return database
 
     def _daemon(self, *command: str) -> None:
         # Not from inside a job: a daemon that inherits a job's variables hands them on.
-        clean = {name: value for name, value in self.environment.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
+        clean = {
+            name: value
+            for name, value in self.environment.items()
+            if not name.startswith("SLURM_") or name == "SLURM_CONF"
+        }
         silent = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-        done = subprocess.run(command, env=clean, stderr=subprocess.PIPE, text=True, start_new_session=True, **silent)
+        done = subprocess.run(
+            command, env=clean, stderr=subprocess.PIPE, text=True, start_new_session=True, **silent
+        )
         if done.returncode:
-            raise RuntimeError(f"slurm-sandbox: {' '.join(command)} failed: {done.stderr.strip()}; logs in {self.folder}/log")
+            raise RuntimeError(
+                f"slurm-sandbox: {' '.join(command)} failed: {done.stderr.strip()}; logs in "
+                f"{self.folder}/log"
+            )
 
     def _register(self, patience: float = 30) -> None:
         """Tell slurmdbd of this cluster as soon as it answers."""
         deadline = time.monotonic() + patience
         while True:
             try:
-                if "sandbox" not in self.call("sacctmgr", "-n", "-P", "list", "cluster", "format=cluster").split():
+                if (
+                    "sandbox"
+                    not in self.call(
+                        "sacctmgr", "-n", "-P", "list", "cluster", "format=cluster"
+                    ).split()
+                ):
                     self.call("sacctmgr", "-i", "add", "cluster", "sandbox")
                 return
             except subprocess.SubprocessError:
                 if time.monotonic() > deadline:
-                    raise RuntimeError(f"slurm-sandbox: slurmdbd does not answer; log in {self.folder}/log/slurmdbd.log") from None
+                    raise RuntimeError(
+                        "slurm-sandbox: slurmdbd does not answer; log in "
+                        f"{self.folder}/log/slurmdbd.log"
+                    ) from None
             time.sleep(0.1)
 
     def _await_idle(self, patience: float = 30) -> None:
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             with suppress(subprocess.SubprocessError):
-                if self.call("sinfo", "-h", "-p", "main", "-o", "%T %D").split() == ["idle", str(len(NODES))]:
+                if self.call("sinfo", "-h", "-p", "main", "-o", "%T %D").split() == [
+                    "idle",
+                    str(len(NODES)),
+                ]:
                     return
             time.sleep(0.1)
-        raise RuntimeError(f"slurm-sandbox: the nodes are not idle after {patience:.0f} s; logs in {self.folder}/log")
+        raise RuntimeError(
+            f"slurm-sandbox: the nodes are not idle after {patience:.0f} s; logs in "
+            f"{self.folder}/log"
+        )
 
 
-FILES = {"key-file": "key", "socket": "sock", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+FILES = {
+    "key-file": "key",
+    "socket": "sock",
+    "pid-file": "pid",
+    "log-file": "log",
+    "seed-file": "seed",
+}
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` ports in a row that nobody listens on, below the range the kernel hands out."""
+    """The first of `count` ports in a row that nobody listens on, below the range the kernel hands
+    out."""
     chance = random.SystemRandom()
     for _ in range(200):
         first = chance.randrange(12_000, 32_000)
@@ -249,7 +336,8 @@ def free_ports(count: int) -> int:
 
 
 def _gone(pid: int) -> bool:
-    """Whether a process has ended; an unreaped one counts as gone, for nobody may be there to reap it."""
+    """Whether a process has ended; an unreaped one counts as gone, for nobody may be there to reap
+    it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
     except OSError:

@@ -1,7 +1,10 @@
-"""The process that talks to Ray: `run.py` starts it, watches it, and starts another one if Ray or this process dies.
+"""The process that talks to Ray: `run.py` starts it, watches it, and starts another one if Ray or
+this process dies.
 
-It reads an order from stdin, {"space", "base", "runs", "resources", "seconds"}, and writes a line of JSON for everything that happens:
-{"epochs": [done, total]}, {"closing": true} before Ray is shut down in order, {"error": message, "code": exit code}. All state is on disk.
+It reads an order from stdin, {"space", "base", "runs", "resources", "seconds"}, and writes a line
+of JSON for everything that happens:
+{"epochs": [done, total]}, {"closing": true} before Ray is shut down in order, {"error": message,
+"code": exit code}. All state is on disk.
 """
 
 from __future__ import annotations
@@ -40,7 +43,10 @@ SETTINGS = {  # of Ray and Tune: no telemetry, no files, no flood; the tree on d
     "RAY_health_check_timeout_ms": "60000",
     "RAY_raylet_start_wait_time_s": "120",
 }
-NAMES = {"trial_name_creator": lambda trial: trial.trial_id, "trial_dirname_creator": lambda trial: trial.trial_id}
+NAMES = {
+    "trial_name_creator": lambda trial: trial.trial_id,
+    "trial_dirname_creator": lambda trial: trial.trial_id,
+}
 
 
 def main() -> int:
@@ -58,7 +64,8 @@ def main() -> int:
 
 
 def speak() -> Callable[..., None]:
-    """A function that writes one line to what was stdout; whatever else is printed goes to stderr, the log."""
+    """A function that writes one line to what was stdout; whatever else is printed goes to stderr,
+    the log."""
     number = os.dup(1)  # not a file object: Tune pickles whatever its searcher holds
     os.dup2(2, 1)
 
@@ -72,7 +79,11 @@ def drive(order: dict[str, Any], tell: Callable[..., None]) -> None:
     """Train and score what is missing, until nothing is left or the file `stop` appears."""
     from segfleet.sweeps.run import Resources
 
-    plan = make_plan(search_of(SearchSpace.model_validate(order["space"]), order["base"]), Path(order["runs"]), build=False)
+    plan = make_plan(
+        search_of(SearchSpace.model_validate(order["space"]), order["base"]),
+        Path(order["runs"]),
+        build=False,
+    )
     resources = Resources(**order["resources"])
 
     def tick(done: int, total: int) -> None:
@@ -90,8 +101,15 @@ def drive(order: dict[str, Any], tell: Callable[..., None]) -> None:
             tell(closing=True)
 
 
-def tune_tree(plan: Plan, resources: Any, storage: Path, tick: Callable[[int, int], None], seconds: float | None) -> None:
-    """Every node of the tree is a trial of Tune. `seconds`: after that no node is handed out, and those at work save and stop."""
+def tune_tree(
+    plan: Plan,
+    resources: Any,
+    storage: Path,
+    tick: Callable[[int, int], None],
+    seconds: float | None,
+) -> None:
+    """Every node of the tree is a trial of Tune. `seconds`: after that no node is handed out, and
+    those at work save and stop."""
     from ray import tune
 
     from segfleet.sweeps.ray.searcher import PathAsha, TreeSearcher
@@ -105,7 +123,13 @@ def tune_tree(plan: Plan, resources: Any, storage: Path, tick: Callable[[int, in
     deadline = time.monotonic() + seconds if seconds else None
 
     def order(node) -> dict[str, Any]:
-        made = plan.order(node, ranks=resources.ranks, threads=threads_of(resources), on=resources.on, options=resources.options or {})
+        made = plan.order(
+            node,
+            ranks=resources.ranks,
+            threads=threads_of(resources),
+            on=resources.on,
+            options=resources.options or {},
+        )
         if deadline:
             made["job"]["max_seconds"] = max(1.0, deadline - time.monotonic())
         return made
@@ -113,26 +137,49 @@ def tune_tree(plan: Plan, resources: Any, storage: Path, tick: Callable[[int, in
     def told() -> None:
         tick(ledger.epochs_done(), plan.tree.shared_epochs)
 
-    searcher = TreeSearcher(ledger, order, slots=resources.at_once, grow=grow, tick=told, deadline=deadline)
+    searcher = TreeSearcher(
+        ledger, order, slots=resources.at_once, grow=grow, tick=told, deadline=deadline
+    )
     scheduler, measure = None, {}
     if plan.search.space.scheduler == "asha":
-        options, longest = plan.search.space.asha, max((node.end for node in plan.tree.nodes.values()), default=100)
+        options, longest = (
+            plan.search.space.asha,
+            max((node.end for node in plan.tree.nodes.values()), default=100),
+        )
         measure = {"metric": "dice", "mode": "max"}
         scheduler = PathAsha(
-            time_attr="epochs", max_t=longest + 1, grace_period=options.grace, reduction_factor=options.factor, stop_last_trials=False
+            time_attr="epochs",
+            max_t=longest + 1,
+            grace_period=options.grace,
+            reduction_factor=options.factor,
+            stop_last_trials=False,
         )
         scheduler.remember(ledger, order)
     told()
     tuner = tune.Tuner(
         tune.with_resources(trial, share(resources)),
-        tune_config=tune.TuneConfig(search_alg=searcher, scheduler=scheduler, num_samples=-1, reuse_actors=True, **measure, **NAMES),
-        run_config=tune.RunConfig(name="tune", storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=2)),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=-1,
+            reuse_actors=True,
+            **measure,
+            **NAMES,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(storage),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=2),
+        ),
     )
     tuner.fit()
 
 
 def threads_of(resources: Any) -> int:
-    return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, available_cores() // (resources.at_once * resources.ranks))
+    return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(
+        1, available_cores() // (resources.at_once * resources.ranks)
+    )
 
 
 def share(resources: Any) -> dict[str, float]:
@@ -142,16 +189,22 @@ def share(resources: Any) -> dict[str, float]:
     cluster = ray.cluster_resources()
     gpus = cluster.get("GPU", 0) if resources.on == "local" else 0
     each = min(resources.ranks, gpus / resources.at_once)
-    return {"cpu": resources.ranks if resources.address else 1, "gpu": math.floor(each) if each >= 1 else each}
+    return {
+        "cpu": resources.ranks if resources.address else 1,
+        "gpu": math.floor(each) if each >= 1 else each,
+    }
 
 
 @contextmanager
 def ray_session(resources: Any, folder: Path) -> Iterator[Path]:
-    """Ray for this sweep alone, in a short temporary folder that goes with it; a folder for Tune's own files."""
+    """Ray for this sweep alone, in a short temporary folder that goes with it; a folder for Tune's
+    own files."""
     os.environ.update({key: os.environ.get(key, value) for key, value in SETTINGS.items()})
     sweep_away(folder)
     temporary = Path(tempfile.mkdtemp(prefix="sf-", dir="/tmp" if Path("/tmp").is_dir() else None))
-    (folder / "ray.json").write_text(json.dumps({"temporary": str(temporary), "process": os.getpid()}))
+    (folder / "ray.json").write_text(
+        json.dumps({"temporary": str(temporary), "process": os.getpid()})
+    )
     import ray
 
     try:
@@ -170,7 +223,8 @@ def ray_session(resources: Any, folder: Path) -> Iterator[Path]:
 
 
 def sweep_away(folder: Path) -> None:
-    """The temporary folder of a session that was killed. The sweep's lock is ours, so nobody uses it."""
+    """The temporary folder of a session that was killed. The sweep's lock is ours, so nobody uses
+    it."""
     with suppress(FileNotFoundError, json.JSONDecodeError):
         left = Path(json.loads((folder / "ray.json").read_text())["temporary"])
         if left.name.startswith("sf-"):

@@ -1,4 +1,5 @@
-"""Points from Optuna, through Ray Tune's OptunaSearch. What it suggested stands in points.jsonl, so a restart knows all of it."""
+"""Points from Optuna, through Ray Tune's OptunaSearch. What it suggested stands in points.jsonl, so
+a restart knows all of it."""
 
 from __future__ import annotations
 
@@ -20,10 +21,12 @@ FAILED = -1.0  # the score of a point that did not end: below any Dice
 
 
 class Suggestions:
-    """Call it for one more point: it asks Optuna, adds the point's trials to the tree, and says False when budget or space are used up.
+    """Call it for one more point: it asks Optuna, adds the point's trials to the tree, and says
+    False when budget or space are used up.
 
-    Before every question, Optuna is told the scores of the points that have ended since; the score is the mean Dice of the replicates.
-    A point that it suggests again is no new one: it is told that point's score once more and asked for another.
+    Before every question, Optuna is told the scores of the points that have ended since; the score
+    is the mean Dice of the replicates. A point that it suggests again is no new one: it is told
+    that point's score once more and asked for another.
     """
 
     def __init__(self, plan: Plan, ledger: Ledger):
@@ -37,11 +40,17 @@ class Suggestions:
         self.known: dict[str, list[Trial]] = {}  # point -> its trials
         for trial in plan.trials:  # of an earlier run of the sweep
             self.known.setdefault(key_of(trial.point), []).append(trial)
-        self.waiting = {f"old-{key}": trials for key, trials in self.known.items()}  # Optuna's id, or a name of ours -> trials
+        self.waiting = {
+            f"old-{key}": trials for key, trials in self.known.items()
+        }  # Optuna's id, or a name of ours -> trials
         self.left = min(space.budget.trials, plan.search.size) - len(self.known)
         # Another seed for every restart: the same one would draw the same points again.
-        self.search = OptunaSearch(seed=random.Random(f"{space.seed} {len(self.known)}").getrandbits(32))
-        self.search.set_search_properties("score", "max", {axis.label: domain(axis) for axis in self.axes})
+        self.search = OptunaSearch(
+            seed=random.Random(f"{space.seed} {len(self.known)}").getrandbits(32)
+        )
+        self.search.set_search_properties(
+            "score", "max", {axis.label: domain(axis) for axis in self.axes}
+        )
 
     def __call__(self) -> bool:
         if self.left <= 0 or (found := self.new_point()) is None:
@@ -58,7 +67,8 @@ class Suggestions:
         return True
 
     def new_point(self) -> tuple[str, Point] | None:
-        """A point that is not known yet, with its name here. If Optuna keeps to known ones: the next of a finite space, or None."""
+        """A point that is not known yet, with its name here. If Optuna keeps to known ones: the
+        next of a finite space, or None."""
         for _ in range(ASKED):
             self.tell()
             self.asked += 1
@@ -70,7 +80,11 @@ class Suggestions:
             self.waiting[name] = self.known[key_of(point)]
         if math.isinf(self.plan.search.size):
             return None
-        return next((f"old-{key_of(point)}", point) for point in self.plan.search.every_point() if key_of(point) not in self.known)
+        return next(
+            (f"old-{key_of(point)}", point)
+            for point in self.plan.search.every_point()
+            if key_of(point) not in self.known
+        )
 
     def tell(self) -> None:
         """Scores of the points that have ended since the last time."""
@@ -83,7 +97,9 @@ class Suggestions:
                 self.search.on_trial_complete(name, {"score": score})
             else:
                 point = trials[0].point
-                self.search.add_evaluated_point({axis.label: place_of(axis, point[axis.label]) for axis in self.axes}, score)
+                self.search.add_evaluated_point(
+                    {axis.label: place_of(axis, point[axis.label]) for axis in self.axes}, score
+                )
 
 
 def key_of(point: Point) -> str:
@@ -106,13 +122,16 @@ def place_of(axis: Axis, value: Any) -> Any:
 
 
 def score_of(ledger: Ledger, trials: Sequence[Trial]) -> float | None:
-    """Mean Dice of a point's trials; None while one of them can still run; FAILED if one never ends."""
+    """Mean Dice of a point's trials; None while one of them can still run; FAILED if one never
+    ends."""
     scores = []
     for trial in trials:
         node = ledger.tree.nodes[ledger.tree.leaves[trial.number]]
         state = ledger.state(node)
         if state == "done":
-            summary = json.loads((ledger.path(node) / EVALUATION).read_text(encoding="utf-8"))["summary"]
+            summary = json.loads((ledger.path(node) / EVALUATION).read_text(encoding="utf-8"))[
+                "summary"
+            ]
             scores.append(summary["mean_foreground_dice"] or 0.0)
         elif state in ("failed", "pruned", "lost"):
             return FAILED

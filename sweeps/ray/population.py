@@ -1,8 +1,10 @@
-"""Population based training through Ray Tune. Every generation of a member is a stage, so the population is a stage tree as well.
+"""Population based training through Ray Tune. Every generation of a member is a stage, so the
+population is a stage tree as well.
 
-A member that is replaced goes on from its better's checkpoint because its stages, so far, are the better's stages; the new rates make a new
-child. Generations are compared by the Dice of all validation cases. A finished population is never run again; one that was killed starts
-again, and what it happens to draw again is on disk already.
+A member that is replaced goes on from its better's checkpoint because its stages, so far, are the
+better's stages; the new rates make a new child. Generations are compared by the Dice of all
+validation cases. A finished population is never run again; one that was killed starts again, and
+what it happens to draw again is on disk already.
 """
 
 from __future__ import annotations
@@ -33,8 +35,15 @@ from segfleet.sweeps.trial import perform
 MEMBERS = "members"  # folder of <trial>.json: its stages so far
 
 
-def run_population(plan: Plan, resources: Any, storage: Path, tick: Callable[[int, int], None], seconds: float | None) -> None:
-    """Train the population to the epochs of the base recipe's stage; the members' paths become the plan's tree, unless it is stopped.
+def run_population(
+    plan: Plan,
+    resources: Any,
+    storage: Path,
+    tick: Callable[[int, int], None],
+    seconds: float | None,
+) -> None:
+    """Train the population to the epochs of the base recipe's stage; the members' paths become the
+    plan's tree, unless it is stopped.
 
     `seconds`: after that the members save and stop.
     """
@@ -42,14 +51,20 @@ def run_population(plan: Plan, resources: Any, storage: Path, tick: Callable[[in
 
     space = plan.search.space
     generator = random.Random(space.seed)
-    firsts = [{axis.label: axis.draw(generator) for axis in plan.search.axes} for _ in range(space.pbt.population)]
+    firsts = [
+        {axis.label: axis.draw(generator) for axis in plan.search.axes}
+        for _ in range(space.pbt.population)
+    ]
     bases = with_stores(plan.search.trials(firsts[0]))
     check(bases, plan.stores)
     base = bases[0].recipe
     generations = base.stages[0].epochs // space.pbt.interval
     if generations < 2:
         found = f"{base.stages[0].epochs} epochs make {generations} generation(s) of {space.pbt.interval}"
-        raise InputError(f"sweep {space.name}: pbt: {found}, expected at least 2; mend stages.0.epochs or pbt.interval")
+        raise InputError(
+            f"sweep {space.name}: pbt: {found}, expected at least 2; mend stages.0.epochs or "
+            "pbt.interval"
+        )
     (plan.folder / MEMBERS).mkdir(exist_ok=True)
     for path in (plan.folder / MEMBERS).glob("*.json"):
         path.unlink()
@@ -60,14 +75,27 @@ def run_population(plan: Plan, resources: Any, storage: Path, tick: Callable[[in
     }  # fmt: skip
     random.seed(space.seed)  # Tune's scheduler draws from these
     np.random.seed(space.seed)
-    mutations = {axis.label: (list(axis.values) if not axis.continuous else domain(axis)) for axis in plan.search.axes}
+    mutations = {
+        axis.label: (list(axis.values) if not axis.continuous else domain(axis))
+        for axis in plan.search.axes
+    }
     scheduler = PopulationBasedTraining(
-        time_attr="generation", metric="dice", mode="max", perturbation_interval=1, hyperparam_mutations=mutations, synch=True
+        time_attr="generation",
+        metric="dice",
+        mode="max",
+        perturbation_interval=1,
+        hyperparam_mutations=mutations,
+        synch=True,
     )
     starts = [{**first, "member": number} for number, first in enumerate(firsts)]
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(member, order=json.dumps(order)), share(resources)),
-        param_space={"member": tune.randint(0, 1), **{axis.label: tune.choice([None]) for axis in plan.search.axes}},
+        tune.with_resources(
+            tune.with_parameters(member, order=json.dumps(order)), share(resources)
+        ),
+        param_space={
+            "member": tune.randint(0, 1),
+            **{axis.label: tune.choice([None]) for axis in plan.search.axes},
+        },
         tune_config=tune.TuneConfig(
             search_alg=BasicVariantGenerator(points_to_evaluate=starts),
             scheduler=scheduler,
@@ -75,11 +103,19 @@ def run_population(plan: Plan, resources: Any, storage: Path, tick: Callable[[in
             reuse_actors=True,
             **NAMES,
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=2)),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(storage),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=2),
+        ),
     )
     results = tuner.fit()
     if results.errors:
-        raise RuntimeError(f"{len(results.errors)} member(s) of the population failed; the first: {results.errors[0]}")
+        raise RuntimeError(
+            f"{len(results.errors)} member(s) of the population failed; the first: "
+            f"{results.errors[0]}"
+        )
     paths = sorted((plan.folder / MEMBERS).glob("*.json"))
     members = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     if len(members) < len(starts) or any(len(stages) < generations for stages in members):
@@ -97,7 +133,10 @@ def member(config: dict[str, Any], order: str) -> None:
     """One member: a stage per generation, after the stages of whoever it was copied from."""
     from segfleet.pipeline.run import stage_folders, stage_steps
 
-    facts, trial = json.loads(order), tune.get_context().get_trial_id()  # config["member"] becomes that of whoever was copied
+    facts, trial = (
+        json.loads(order),
+        tune.get_context().get_trial_id(),
+    )  # config["member"] becomes that of whoever was copied
     stages: list[dict[str, Any]] = []
     if checkpoint := tune.get_checkpoint():
         with checkpoint.as_directory() as folder:
@@ -106,22 +145,40 @@ def member(config: dict[str, Any], order: str) -> None:
 
     def left() -> float:
         """Seconds; none after a stop."""
-        return 0 if (Path(facts["sweep"]) / STOP).exists() else facts["deadline"] - time.time() if facts["deadline"] else math.inf
+        return (
+            0
+            if (Path(facts["sweep"]) / STOP).exists()
+            else facts["deadline"] - time.time()
+            if facts["deadline"]
+            else math.inf
+        )
 
     while len(stages) < facts["generations"] and (seconds := left()) > 0:
         document = json.loads(json.dumps(facts["recipe"]))
         for label, value in config.items():
             if label != "member":
                 put(document, label, value)
-        stage = {**document["stages"][0], "epochs": facts["interval"], "name": f"generation {len(stages) + 1}"}
+        stage = {
+            **document["stages"][0],
+            "epochs": facts["interval"],
+            "name": f"generation {len(stages) + 1}",
+        }
         stages = [*stages, {**stage, "inherit": "weights+optimizer"}]
-        recipe = parse({**document, "stages": stages, "name": f"{facts['name']}-m{config['member']}"})
+        recipe = parse(
+            {**document, "stages": stages, "name": f"{facts['name']}-m{config['member']}"}
+        )
         manifest = load_manifest(Path(recipe.data.store))
         leaf = stage_folders(Path(facts["runs"]), recipe, manifest)[-1]
         job = {"do": "train", "recipe": recipe.model_dump(mode="json"), "root": facts["runs"]}
         job |= {} if math.isinf(seconds) else {"max_seconds": max(1.0, seconds)}
         rest = {key: facts[key] for key in ("sweep", "ranks", "threads", "on", "options")}
-        place = {"node": leaf.path.name, "path": str(leaf.path), "begin": 0, "start": 0, "trunk": None}
+        place = {
+            "node": leaf.path.name,
+            "path": str(leaf.path),
+            "begin": 0,
+            "start": 0,
+            "trunk": None,
+        }
         place["steps"] = stage_steps(recipe, manifest)[-1]
         while (result := perform({"job": job, **place, **rest}, lambda _: None))["state"] == "busy":
             time.sleep(1.0)
@@ -134,4 +191,7 @@ def member(config: dict[str, Any], order: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "stages.json").write_text(json.dumps(stages))
             dice = summary["mean_foreground_dice"] or 0.0
-            tune.report({"dice": dice, "generation": len(stages)}, checkpoint=tune.Checkpoint.from_directory(folder))
+            tune.report(
+                {"dice": dice, "generation": len(stages)},
+                checkpoint=tune.Checkpoint.from_directory(folder),
+            )

@@ -1,4 +1,5 @@
-"""What Ray Tune asks what to run next, and what to stop: nodes of the tree whose parents are published, longest path first."""
+"""What Ray Tune asks what to run next, and what to stop: nodes of the tree whose parents are
+published, longest path first."""
 
 from __future__ import annotations
 
@@ -19,19 +20,38 @@ Grow = Callable[[], bool]  # adds a point to the tree; False when there are no m
 
 
 class TreeSearcher(Searcher):
-    """Suggests a ready node; None while all are waiting for a parent; FINISHED when nothing is left.
+    """Suggests a ready node; None while all are waiting for a parent; FINISHED when nothing is
+    left.
 
-    order_of(node) -> what the trial gets; grow: asked when fewer than `slots` nodes are at work; deadline: of time.monotonic().
+    order_of(node) -> what the trial gets; grow: asked when fewer than `slots` nodes are at work;
+    deadline: of time.monotonic().
     """
 
-    def __init__(self, ledger: Ledger, order_of: Callable[[StageNode], dict], *, slots: int = 1, grow: Grow | None = None,
-                 tick: Callable[[], None] = lambda: None, deadline: float | None = None):
+    def __init__(
+        self,
+        ledger: Ledger,
+        order_of: Callable[[StageNode], dict],
+        *,
+        slots: int = 1,
+        grow: Grow | None = None,
+        tick: Callable[[], None] = lambda: None,
+        deadline: float | None = None,
+    ):
         super().__init__(metric="dice", mode="max")
-        self.ledger, self.order_of, self.slots, self.grow, self.tick, self.deadline = ledger, order_of, slots, grow, tick, deadline
+        self.ledger, self.order_of, self.slots, self.grow, self.tick, self.deadline = (
+            ledger,
+            order_of,
+            slots,
+            grow,
+            tick,
+            deadline,
+        )
         self.running: dict[str, StageNode] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if (self.ledger.folder / STOP).exists() or (self.deadline and time.monotonic() > self.deadline):
+        if (self.ledger.folder / STOP).exists() or (
+            self.deadline and time.monotonic() > self.deadline
+        ):
             return Searcher.FINISHED
         node = self.ledger.next()
         while node is None and self.grow and len(self.running) < self.slots:
@@ -42,12 +62,18 @@ class TreeSearcher(Searcher):
             return None if self.running or self.ledger.open() else Searcher.FINISHED
         self.running[trial_id] = node
         order = self.order_of(node)
-        return {"node": node.uid, "begin": order["begin"] + order["start"], "order": json.dumps(order)}
+        return {
+            "node": node.uid,
+            "begin": order["begin"] + order["start"],
+            "order": json.dumps(order),
+        }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self.tick()
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
         """A node came back. Whether it is done stands on disk; the rest is noted there."""
         node = self.running.pop(trial_id)
         self.ledger.taken.discard(node.uid)
@@ -57,9 +83,13 @@ class TreeSearcher(Searcher):
         elif state == "failed":
             self.ledger.mark(node, "failed", message=result["message"])
         elif error or state == "done":
-            self.ledger.mark(node, "failed", message="the trial's process died, or ended without a result")
+            self.ledger.mark(
+                node, "failed", message="the trial's process died, or ended without a result"
+            )
         else:  # nobody ended it but the scheduler
-            self.ledger.mark(node, "pruned", epochs=(result or {}).get("epochs"), dice=(result or {}).get("dice"))
+            self.ledger.mark(
+                node, "pruned", epochs=(result or {}).get("epochs"), dice=(result or {}).get("dice")
+            )
         self.tick()
 
     def save(self, checkpoint_path: str) -> None:
@@ -70,13 +100,16 @@ class TreeSearcher(Searcher):
 
 
 class PathAsha(AsyncHyperBandScheduler):
-    """ASHA whose time axis is epochs along the path: a node counts at the rungs of its own epochs, its parents at theirs."""
+    """ASHA whose time axis is epochs along the path: a node counts at the rungs of its own epochs,
+    its parents at theirs."""
 
     def on_trial_add(self, tune_controller, trial) -> None:
         super().on_trial_add(tune_controller, trial)
         for milestone, recorded in self._brackets[0]._rungs:
             if milestone <= trial.config["begin"]:
-                recorded[trial.trial_id] = float("nan")  # passed by its parents; no value of its own
+                recorded[trial.trial_id] = float(
+                    "nan"
+                )  # passed by its parents; no value of its own
 
     def remember(self, ledger: Ledger, order_of: Callable[[StageNode], dict]) -> None:
         """Values of nodes that an earlier run of the sweep finished or stopped."""
@@ -95,4 +128,6 @@ class PathAsha(AsyncHyperBandScheduler):
 def validations(path: Path, order: dict[str, Any]) -> list[tuple[int, float]]:
     """(epochs along the path, Dice) of a node's validations."""
     found = [event for event in read_events(path) if event["event"] == "validation"]
-    return [(order["begin"] + event["step"] // order["steps"], event["dice"] or 0.0) for event in found]
+    return [
+        (order["begin"] + event["step"] // order["steps"], event["dice"] or 0.0) for event in found
+    ]

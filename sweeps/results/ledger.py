@@ -1,7 +1,8 @@
-"""Where every node of a sweep stands. Disk is the truth: this only remembers what can no longer change, and what it handed out itself.
+"""Where every node of a sweep stands. Disk is the truth: this only remembers what can no longer
+change, and what it handed out itself.
 
-    RUNS/<uid>/<uid>/...       the nodes, shared by all sweeps and by `segfleet train`
-    RUNS/sweeps/<name>/        space.json, failed/<uid>.json, pruned/<uid>.json, points.jsonl, stop, and the outcome
+RUNS/<uid>/<uid>/...       the nodes, shared by all sweeps and by `segfleet train`
+RUNS/sweeps/<name>/        space.json, failed/<uid>.json, pruned/<uid>.json, points.jsonl, stop, and the outcome
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ class Ledger:
         self.taken: set[str] = set()  # handed out by this process and not yet given back
         self._trained: set[str] = set()
         self._complete: set[str] = set()
-        self._marks = {kind: {path.stem for path in (self.folder / kind).glob("*.json")} for kind in ("failed", "pruned")}
+        self._marks = {
+            kind: {path.stem for path in (self.folder / kind).glob("*.json")}
+            for kind in ("failed", "pruned")
+        }
 
     def path(self, node: StageNode) -> Path:
         return self.runs / node.path
@@ -40,7 +44,11 @@ class Ledger:
 
     def complete(self, node: StageNode) -> bool:
         """Trained and, if a trial ends here, scored as its recipe asks for."""
-        if node.uid not in self._complete and self.trained(node) and (not node.leaf_of or self._scored(node)):
+        if (
+            node.uid not in self._complete
+            and self.trained(node)
+            and (not node.leaf_of or self._scored(node))
+        ):
             self._complete.add(node.uid)
         return node.uid in self._complete
 
@@ -50,7 +58,10 @@ class Ledger:
     def mark(self, node: StageNode, kind: str, **facts: Any) -> None:
         """Note that a node failed or was pruned; it survives this process."""
         (self.folder / kind).mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / kind / f"{node.uid}.json", json.dumps({"path": str(node.path), **facts}, indent=1))
+        write_atomically(
+            self.folder / kind / f"{node.uid}.json",
+            json.dumps({"path": str(node.path), **facts}, indent=1),
+        )
         self._marks[kind].add(node.uid)
 
     def note(self, node: StageNode, kind: str) -> dict[str, Any]:
@@ -64,7 +75,8 @@ class Ledger:
         self._marks["failed"].clear()
 
     def state(self, node: StageNode) -> str:
-        """done, failed, pruned, lost (something before it failed or was pruned), running, ready or waiting."""
+        """done, failed, pruned, lost (something before it failed or was pruned), running, ready or
+        waiting."""
         if self.complete(node):
             return "done"
         for kind, uids in self._marks.items():
@@ -91,4 +103,6 @@ class Ledger:
         return any(self.state(node) in ("running", "ready") for node in self.tree.nodes.values())
 
     def epochs_done(self) -> int:
-        return sum(self.tree.epochs(node) for node in self.tree.nodes.values() if self.complete(node))
+        return sum(
+            self.tree.epochs(node) for node in self.tree.nodes.values() if self.complete(node)
+        )

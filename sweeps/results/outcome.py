@@ -1,9 +1,11 @@
-"""What came out of a sweep: a ranking with intervals, paired differences, the best recipe, CSV and JSON.
+"""What came out of a sweep: a ranking with intervals, paired differences, the best recipe, CSV and
+JSON.
 
-score: mean over a point's runs (seeds, folds) of the mean foreground Dice. Its 95 % interval is Student's over the folds, or over the seeds
-of the one fold; else the bootstrap interval over the patients of the one run. Seeds of a fold share its cases: their mean is one value.
-Differences to the best point are paired: case by case, then resampled by patient. Points that share a stage also share its luck, which
-makes that difference sharper and says nothing of other seeds.
+score: mean over a point's runs (seeds, folds) of the mean foreground Dice. Its 95 % interval is
+Student's over the folds, or over the seeds of the one fold; else the bootstrap interval over the
+patients of the one run. Seeds of a fold share its cases: their mean is one value. Differences to
+the best point are paired: case by case, then resampled by patient. Points that share a stage also
+share its luck, which makes that difference sharper and says nothing of other seeds.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def outcome(plan: Plan, ledger: Ledger) -> dict[str, Any]:
     for trial in plan.trials:
         points.setdefault(json.dumps(trial.point, sort_keys=True), []).append(trial)
     rows = [_row(ledger, trials) for trials in points.values()]
-    ranked = sorted((row for row in rows if row["score"] is not None), key=lambda row: -row["score"])
+    ranked = sorted(
+        (row for row in rows if row["score"] is not None), key=lambda row: -row["score"]
+    )
     for rank, row in enumerate(ranked, 1):
         row["rank"] = rank
         row["against_best"] = _difference(row, ranked[0], ledger) if rank > 1 else None
@@ -47,7 +51,11 @@ def outcome(plan: Plan, ledger: Ledger) -> dict[str, Any]:
         "unranked": unranked,
         "best": ranked[0] if ranked else None,
         "nodes": {state: states.count(state) for state in sorted(set(states))},
-        "failed": {uid: ledger.note(ledger.tree.nodes[uid], "failed")["message"] for uid, s in ledger.states().items() if s == "failed"},
+        "failed": {
+            uid: ledger.note(ledger.tree.nodes[uid], "failed")["message"]
+            for uid, s in ledger.states().items()
+            if s == "failed"
+        },
         "savings": {
             "epochs_naive": plan.tree.naive_epochs,
             "epochs_shared": plan.tree.shared_epochs,
@@ -58,12 +66,15 @@ def outcome(plan: Plan, ledger: Ledger) -> dict[str, Any]:
 
 
 def _row(ledger: Ledger, trials: Sequence[Trial]) -> dict[str, Any]:
-    """One point. `score` is None until all its runs are scored. Trials with the same last stage are one run."""
+    """One point. `score` is None until all its runs are scored. Trials with the same last stage are
+    one run."""
     trials = list({ledger.tree.leaves[trial.number]: trial for trial in trials}.values())
     leaves = [ledger.tree.nodes[ledger.tree.leaves[trial.number]] for trial in trials]
     states = [ledger.state(leaf) for leaf in leaves]
     documents = [
-        json.loads((ledger.path(leaf) / EVALUATION).read_text(encoding="utf-8")) if state == "done" else None
+        json.loads((ledger.path(leaf) / EVALUATION).read_text(encoding="utf-8"))
+        if state == "done"
+        else None
         for leaf, state in zip(leaves, states, strict=True)
     ]
     runs = [
@@ -79,10 +90,29 @@ def _row(ledger: Ledger, trials: Sequence[Trial]) -> dict[str, Any]:
     if score is not None and len(values) > 1:
         interval, over = replicates(runs)
     elif score is not None:
-        interval, over = documents[0]["summary"]["mean_foreground_dice_ci95"], f"{documents[0]['summary']['patients']} patients"
-    row = {"rank": None, "point": trials[0].point, "name": describe(trials[0].point), "score": score, "ci95": interval, "over": over}
-    row |= {"runs": runs, "epochs": leaves[0].end, "stages": [leaf.path.as_posix().split("/") for leaf in leaves], "against_best": None}
-    return {**row, "parameters": documents[0]["parameters"] if documents[0] else None, "_documents": documents}
+        interval, over = (
+            documents[0]["summary"]["mean_foreground_dice_ci95"],
+            f"{documents[0]['summary']['patients']} patients",
+        )
+    row = {
+        "rank": None,
+        "point": trials[0].point,
+        "name": describe(trials[0].point),
+        "score": score,
+        "ci95": interval,
+        "over": over,
+    }
+    row |= {
+        "runs": runs,
+        "epochs": leaves[0].end,
+        "stages": [leaf.path.as_posix().split("/") for leaf in leaves],
+        "against_best": None,
+    }
+    return {
+        **row,
+        "parameters": documents[0]["parameters"] if documents[0] else None,
+        "_documents": documents,
+    }
 
 
 def replicates(runs: Sequence[dict[str, Any]]) -> tuple[list[float], str]:
@@ -106,26 +136,45 @@ def student(values: Sequence[float]) -> list[float]:
 
 
 def _difference(row: dict[str, Any], best: dict[str, Any], ledger: Ledger) -> dict[str, Any] | None:
-    """Best minus this point on the cases both were scored on, paired by seed, fold and case. None if there are none."""
+    """Best minus this point on the cases both were scored on, paired by seed, fold and case. None
+    if there are none."""
     pairs: dict[tuple[str, str], list[float]] = {}
     for ours, run in zip(row["_documents"], row["runs"], strict=True):
         for theirs, other in zip(best["_documents"], best["runs"], strict=True):
-            if (run["seed"], run["fold"], ours["store"]) == (other["seed"], other["fold"], theirs["store"]):
+            if (run["seed"], run["fold"], ours["store"]) == (
+                other["seed"],
+                other["fold"],
+                theirs["store"],
+            ):
                 known = {case["id"]: case["mean_dice"] for case in ours["cases"]}
                 for case in theirs["cases"]:
                     if case["mean_dice"] is not None and known.get(case["id"]) is not None:
-                        pairs.setdefault((case["group"], case["id"]), []).append(case["mean_dice"] - known[case["id"]])
+                        pairs.setdefault((case["group"], case["id"]), []).append(
+                            case["mean_dice"] - known[case["id"]]
+                        )
     if not pairs:
         return None
     groups = sorted({group for group, _ in pairs})
     of_cases = {key: float(np.mean(values)) for key, values in pairs.items()}
-    shared = sum(a == b for mine, his in zip(row["stages"], best["stages"], strict=False) for a, b in zip(mine, his, strict=False))
-    found = paired([[value for (owner, _), value in of_cases.items() if owner == group] for group in groups])
-    return {**found, "cases": len(of_cases), "patients": len(groups), "shared_stages": shared // max(1, len(row["runs"]))}
+    shared = sum(
+        a == b
+        for mine, his in zip(row["stages"], best["stages"], strict=False)
+        for a, b in zip(mine, his, strict=False)
+    )
+    found = paired(
+        [[value for (owner, _), value in of_cases.items() if owner == group] for group in groups]
+    )
+    return {
+        **found,
+        "cases": len(of_cases),
+        "patients": len(groups),
+        "shared_stages": shared // max(1, len(row["runs"])),
+    }
 
 
 def paired(by_patient: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Mean of paired differences, its bootstrap interval over patients, and p of a sign-flip test over patients."""
+    """Mean of paired differences, its bootstrap interval over patients, and p of a sign-flip test
+    over patients."""
     counts, sums = np.array([len(v) for v in by_patient]), np.array([sum(v) for v in by_patient])
     mean = float(sums.sum() / counts.sum())
     draws = bootstrap_weights(len(by_patient))
@@ -134,7 +183,11 @@ def paired(by_patient: Sequence[Sequence[float]]) -> dict[str, Any]:
     low, high = np.percentile(draws @ sums / np.maximum(draws @ counts, 1), [2.5, 97.5])
     signs = np.random.Generator(np.random.Philox(SEED)).choice([-1.0, 1.0], size=(FLIPS, len(sums)))
     extreme = np.abs(signs @ sums) >= abs(sums.sum()) - 1e-12
-    return {"mean": mean, "ci95": [float(low), float(high)], "p": float((extreme.sum() + 1) / (FLIPS + 1))}
+    return {
+        "mean": mean,
+        "ci95": [float(low), float(high)],
+        "p": float((extreme.sum() + 1) / (FLIPS + 1)),
+    }
 
 
 def write_outcome(plan: Plan, ledger: Ledger) -> dict[str, Any]:
@@ -156,12 +209,40 @@ def as_csv(document: dict[str, Any]) -> str:
     labels = list(rows[0]["point"]) if rows else []
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["rank", *labels, "seed", "fold", "state", "dice", "score", "ci95_low", "ci95_high", "epochs", "run"])
+    writer.writerow(
+        [
+            "rank",
+            *labels,
+            "seed",
+            "fold",
+            "state",
+            "dice",
+            "score",
+            "ci95_low",
+            "ci95_high",
+            "epochs",
+            "run",
+        ]
+    )
     for row in rows:
-        values = [value if isinstance(value, int | float | str) else json.dumps(value) for value in row["point"].values()]
+        values = [
+            value if isinstance(value, int | float | str) else json.dumps(value)
+            for value in row["point"].values()
+        ]
         for run in row["runs"]:
             measured = [run["dice"], row["score"], *(row["ci95"] or (None, None))]
-            writer.writerow([row["rank"], *values, run["seed"], run["fold"], run["state"], *measured, row["epochs"], run["run"]])
+            writer.writerow(
+                [
+                    row["rank"],
+                    *values,
+                    run["seed"],
+                    run["fold"],
+                    run["state"],
+                    *measured,
+                    row["epochs"],
+                    run["run"],
+                ]
+            )
     return out.getvalue()
 
 
@@ -170,8 +251,11 @@ def best_recipe(plan: Plan, document: dict[str, Any]) -> str:
     best = document["best"]
     trial = next(trial for trial in plan.trials if trial.point == best["point"])
     recipe = trial.recipe.model_copy(update={"name": f"{plan.search.space.name}-best"})
-    between = f", 95 % interval {best['ci95'][0]:.4f} to {best['ci95'][1]:.4f} over {best['over']}" if best["ci95"] else ""
+    between = (
+        f", 95 % interval {best['ci95'][0]:.4f} to {best['ci95'][1]:.4f} over {best['over']}"
+        if best["ci95"]
+        else ""
+    )
     head = f"# Best of {len(document['ranking'])} points of the sweep {plan.search.space.name}: Dice {best['score']:.4f}{between}\n"
     head += f"# at {best['name']}\n# It was chosen on its own validation cases, so the score is optimistic.\n"
     return head + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-

@@ -38,19 +38,26 @@ def estimate(plan: Plan, slots: int) -> dict[str, Any]:
 
 
 def past_rates(runs: Path) -> dict[str, float]:
-    """Seconds per optimizer step of like runs: network, patch, batch and precision -> the latest figure."""
+    """Seconds per optimizer step of like runs: network, patch, batch and precision -> the latest
+    figure."""
     found: dict[str, float] = {}
     for folder in run_folders(runs):
         recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
         steps = [event for event in read_events(folder) if event["event"] == "step"]
-        if rates := [recipe["data"]["batch"] / event["samples_per_second"] for event in steps[1:] or steps if event["samples_per_second"]]:
+        if rates := [
+            recipe["data"]["batch"] / event["samples_per_second"]
+            for event in steps[1:] or steps
+            if event["samples_per_second"]
+        ]:
             found[_kind(recipe)] = sum(rates) / len(rates)
     return found
 
 
 def _kind(recipe: dict[str, Any]) -> str:
     data, engine = recipe["data"], recipe["engine"]
-    return json.dumps([recipe["model"], data["patch"], data["batch"], engine["precision"]], sort_keys=True)
+    return json.dumps(
+        [recipe["model"], data["patch"], data["batch"], engine["precision"]], sort_keys=True
+    )
 
 
 def _seconds(plan: Plan, node: StageNode, rates: dict[str, float]) -> float | None:
@@ -83,4 +90,8 @@ def _parameters(plan: Plan, node: StageNode) -> int:
 
     manifest = plan.stores(node.recipe)
     with torch.device("meta"):
-        return count_parameters(build_network(node.recipe, manifest, make_task(manifest.dataset, node.recipe.model.head)))
+        return count_parameters(
+            build_network(
+                node.recipe, manifest, make_task(manifest.dataset, node.recipe.model.head)
+            )
+        )

@@ -1,4 +1,5 @@
-"""From a search space to a checked plan: trials, tree, what it will cost, and what is odd about it."""
+"""From a search space to a checked plan: trials, tree, what it will cost, and what is odd about
+it."""
 
 from __future__ import annotations
 
@@ -67,13 +68,18 @@ class Plan:
         return enough or bool(budget.epochs and self.tree.shared_epochs >= budget.epochs)
 
     def catch_up(self) -> None:
-        """Add the trials that came up while the sweep ran, from disk: Optuna's points, a finished population."""
+        """Add the trials that came up while the sweep ran, from disk: Optuna's points, a finished
+        population."""
         if self.search.space.search == "optuna":
             points = read_points(self.folder)
             for point in points[self.suggested :]:
                 self.grow(point)
             self.suggested = len(points)
-        if self.search.space.scheduler == "pbt" and not self.tree.trials and (self.folder / POPULATION).exists():
+        if (
+            self.search.space.scheduler == "pbt"
+            and not self.tree.trials
+            and (self.folder / POPULATION).exists()
+        ):
             self.add_members(json.loads((self.folder / POPULATION).read_text(encoding="utf-8")))
 
     def add_members(self, members: list[list[dict[str, Any]]]) -> None:
@@ -83,20 +89,31 @@ class Plan:
         trials = []
         for number, stages in enumerate(members):
             walked = parse({**recipe.model_dump(mode="json"), "stages": stages})
-            point = {"member": number} | {axis.label: walk_of(walked, axis.label) for axis in self.search.axes}
+            point = {"member": number} | {
+                axis.label: walk_of(walked, axis.label) for axis in self.search.axes
+            }
             trials.append(Trial(number=number, point=point, recipe=walked))
         self.tree.add(trials)
 
     def name(self, node: StageNode) -> str:
         """What the node's run is called in `segfleet status`."""
-        number = f"t{node.leaf_of[0]:03d}" if node.leaf_of else f"stage{node.index + 1}-{node.uid[:6]}"
+        number = (
+            f"t{node.leaf_of[0]:03d}" if node.leaf_of else f"stage{node.index + 1}-{node.uid[:6]}"
+        )
         return f"{self.search.space.name}-{number}"
 
-    def order(self, node: StageNode, *, ranks: int = 1, threads: int = 1, on: str = "local", **more: Any) -> dict[str, Any]:
+    def order(
+        self, node: StageNode, *, ranks: int = 1, threads: int = 1, on: str = "local", **more: Any
+    ) -> dict[str, Any]:
         """What a trial needs to train `node`: plain JSON, see `trial.py`."""
         recipe = node.recipe.model_copy(update={"name": self.name(node)})
         trunk = self.tree.nodes[node.trunk] if node.trunk else None
-        job = {"do": "train", "recipe": recipe.model_dump(mode="json"), "root": str(self.runs), "score": bool(node.leaf_of)}
+        job = {
+            "do": "train",
+            "recipe": recipe.model_dump(mode="json"),
+            "root": str(self.runs),
+            "score": bool(node.leaf_of),
+        }
         return {
             "job": job, "node": node.uid, "path": str(self.runs / node.path), "sweep": str(self.folder), "begin": node.begin,
             "steps": stage_steps(recipe, self.stores(recipe))[-1], "start": trunk.stage.epochs if trunk else 0,
@@ -105,14 +122,21 @@ class Plan:
 
 
 def make_plan(search: Search, runs: Path, build: bool = True) -> Plan:
-    """Everything that can be known before anything runs; `build`: also whether every network fits its data. Raises InputError."""
+    """Everything that can be known before anything runs; `build`: also whether every network fits
+    its data. Raises InputError."""
     runs, stores, tree_trials = Path(runs).resolve(), Stores(), []
     for point in search.points() if search.planned else ():
         tree_trials += with_stores(search.trials(point, first=len(tree_trials)))
     tree_trials, warnings = within_budget(tree_trials, stores, search)
     if build:
         check(tree_trials, stores)
-    plan = Plan(search=search, runs=runs, stores=stores, tree=StageTree(tree_trials, stores), warnings=warnings)
+    plan = Plan(
+        search=search,
+        runs=runs,
+        stores=stores,
+        tree=StageTree(tree_trials, stores),
+        warnings=warnings,
+    )
     if foreign(plan) is None:
         plan.catch_up()
     plan.warnings += oddities(plan)
@@ -122,7 +146,9 @@ def make_plan(search: Search, runs: Path, build: bool = True) -> Plan:
 def walk_of(recipe: Recipe, label: str) -> str:
     """What an axis of a population became, generation by generation."""
     values = [getattr(stage, label.split(".")[2]) for stage in recipe.stages]
-    return " > ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
+    return " > ".join(
+        f"{value:.3g}" if isinstance(value, float) else str(value) for value in values
+    )
 
 
 def read_points(folder: Path) -> list[Point]:
@@ -139,13 +165,26 @@ def with_stores(trials: Iterable[Trial]) -> list[Trial]:
     found = []
     for trial in trials:
         if not trial.recipe.data.store:
-            raise InputError("data.store: missing; name the folder of a store, for example data.store=stores/hippocampus")
-        data = trial.recipe.data.model_copy(update={"store": str(Path(trial.recipe.data.store).resolve())})
-        found.append(Trial(number=trial.number, point=trial.point, recipe=trial.recipe.model_copy(update={"data": data})))
+            raise InputError(
+                "data.store: missing; name the folder of a store, for example "
+                "data.store=stores/hippocampus"
+            )
+        data = trial.recipe.data.model_copy(
+            update={"store": str(Path(trial.recipe.data.store).resolve())}
+        )
+        found.append(
+            Trial(
+                number=trial.number,
+                point=trial.point,
+                recipe=trial.recipe.model_copy(update={"data": data}),
+            )
+        )
     return found
 
 
-def within_budget(trials: list[Trial], stores: Stores, search: Search) -> tuple[list[Trial], list[str]]:
+def within_budget(
+    trials: list[Trial], stores: Stores, search: Search
+) -> tuple[list[Trial], list[str]]:
     """The first points, with all their replicates, whose tree fits into budget.epochs."""
     most = search.space.budget.epochs
     if not most or not trials:
@@ -173,8 +212,16 @@ def check(trials: list[Trial], stores: Stores) -> None:
     seen = set()
     for trial in trials:
         recipe = trial.recipe
-        parts = [recipe.model.model_dump(), recipe.loss.model_dump(), recipe.data.patch, recipe.data.store, recipe.data.fold]
-        key = json.dumps([*parts, recipe.evaluation.mirror, [stage.freeze for stage in recipe.stages]])
+        parts = [
+            recipe.model.model_dump(),
+            recipe.loss.model_dump(),
+            recipe.data.patch,
+            recipe.data.store,
+            recipe.data.fold,
+        ]
+        key = json.dumps(
+            [*parts, recipe.evaluation.mirror, [stage.freeze for stage in recipe.stages]]
+        )
         if key not in seen:
             seen.add(key)
             try:
@@ -193,9 +240,18 @@ def oddities(plan: Plan) -> list[str]:
     if same and search.planned:
         first, second = same[0][:2]
         labels = [label for label in first.point if first.point[label] != second.point[label]]
-        found.append(f"{sum(map(len, same))} trials fall together in {len(same)}: {', '.join(labels)} does not change what is trained")
-    if search.planned and search.space.search == "grid" and len(search.points()) == search.space.budget.trials:
-        found.append(f"budget.trials keeps the first {search.space.budget.trials} points of the grid")
+        found.append(
+            f"{sum(map(len, same))} trials fall together in {len(same)}: {', '.join(labels)} does "
+            "not change what is trained"
+        )
+    if (
+        search.planned
+        and search.space.search == "grid"
+        and len(search.points()) == search.space.budget.trials
+    ):
+        found.append(
+            f"budget.trials keeps the first {search.space.budget.trials} points of the grid"
+        )
     if search.planned and len(plan.trials) > 1 and tree.shared_epochs == tree.naive_epochs:
         found.append(f"no two trials share a stage: {_why_not(plan)}")
     return found
@@ -219,7 +275,11 @@ def claim(plan: Plan) -> None:
     if fault := foreign(plan):
         raise InputError(fault)
     plan.folder.mkdir(parents=True, exist_ok=True)
-    facts = {"identity": plan.search.identity, "space": plan.search.space.model_dump(mode="json"), "base": plan.search.base}
+    facts = {
+        "identity": plan.search.identity,
+        "space": plan.search.space.model_dump(mode="json"),
+        "base": plan.search.base,
+    }
     write_atomically(plan.folder / SPACE, json.dumps(facts, indent=1))
 
 
@@ -231,8 +291,13 @@ def foreign(plan: Plan) -> str | None:
         return None
     if known["identity"] == plan.search.identity:
         return None
-    differing = [key for key, value in plan.search.space.model_dump(mode="json").items() if known["space"].get(key) != value] or ["base"]
+    differing = [
+        key
+        for key, value in plan.search.space.model_dump(mode="json").items()
+        if known["space"].get(key) != value
+    ] or ["base"]
     return (
-        f"sweep: {plan.folder} belongs to another space of the same name (they differ in: {', '.join(differing)}). "
+        f"sweep: {plan.folder} belongs to another space of the same name (they differ in: "
+        f"{', '.join(differing)}). "
         "Give this one another name; stages that both need are trained once all the same."
     )

@@ -1,14 +1,15 @@
-"""The search space: one YAML document that says which recipes to compare and how. Strict, like the recipe.
+"""The search space: one YAML document that says which recipes to compare and how. Strict, like the
+recipe.
 
-    name: rec_unet_two_stage
-    base: rec_unet_lits_tumour                   a shipped recipe, a file, or the recipe itself
-    axes:
-      model.name: [rec_unet, rec_unet_em]        a list is a grid; {grid|choice|uniform|loguniform: [...]} says it in full
-      "model.name, data.patch": [[a, [64, 64]], [b, [96, 96]]]        keys that change together
-    stages:                                      instead of the base's stages; a list is an axis of that stage
-      - {name: train, epochs: 100, lr: [1.0e-3, 3.0e-4]}
-      - {name: finetune, epochs: 20, lr: [3.0e-4, 1.0e-4, 3.0e-5]}
-    seeds: [0, 1, 2]
+name: rec_unet_two_stage
+base: rec_unet_lits_tumour                   a shipped recipe, a file, or the recipe itself
+axes:
+  model.name: [rec_unet, rec_unet_em]        a list is a grid; {grid|choice|uniform|loguniform: [...]} says it in full
+  "model.name, data.patch": [[a, [64, 64]], [b, [96, 96]]]        keys that change together
+stages:                                      instead of the base's stages; a list is an axis of that stage
+  - {name: train, epochs: 100, lr: [1.0e-3, 3.0e-4]}
+  - {name: finetune, epochs: 20, lr: [3.0e-4, 1.0e-4, 3.0e-5]}
+seeds: [0, 1, 2]
 """
 
 from __future__ import annotations
@@ -46,20 +47,28 @@ Natural = Annotated[int, Field(ge=0)]
 class Budget(Section):
     """When to stop handing out work. Nothing given: the whole grid."""
 
-    trials: Positive | None = Field(None, description="schedules, each with all its seeds and folds; random and optuna need it")
-    epochs: Positive | None = Field(None, description="epochs trained, every shared stage counted once")
-    hours: float | None = Field(None, gt=0, description="hours of the command; what runs then saves and stops")
+    trials: Positive | None = Field(
+        None, description="schedules, each with all its seeds and folds; random and optuna need it"
+    )
+    epochs: Positive | None = Field(
+        None, description="epochs trained, every shared stage counted once"
+    )
+    hours: float | None = Field(
+        None, gt=0, description="hours of the command; what runs then saves and stops"
+    )
 
 
 class Asha(Section):
-    """Asynchronous successive halving. Its time axis is epochs along the path from the first stage."""
+    """Asynchronous successive halving. Its time axis is epochs along the path from the first
+    stage."""
 
     grace: Positive = Field(1, description="epochs along the path before a node may be stopped")
     factor: float = Field(3.0, gt=1, description="one in so many goes on at every rung")
 
 
 class Pbt(Section):
-    """Population based training: the axes of the only stage are its mutations; a generation is a stage of `interval` epochs."""
+    """Population based training: the axes of the only stage are its mutations; a generation is a
+    stage of `interval` epochs."""
 
     population: int = Field(4, ge=2, description="members trained side by side")
     interval: Positive = Field(1, description="epochs of a generation")
@@ -69,15 +78,23 @@ class SearchSpace(Section):
     """Everything about a sweep that changes its outcome."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="names the sweep's folder")
-    base: str | dict[str, Any] = Field(description="a shipped recipe's name, a recipe file, or a recipe")
+    base: str | dict[str, Any] = Field(
+        description="a shipped recipe's name, a recipe file, or a recipe"
+    )
     axes: dict[str, Any] = Field(default_factory=dict, description="recipe key -> values")
-    stages: tuple[dict[str, Any], ...] | None = Field(None, min_length=1, description="stages; every key may hold an axis")
+    stages: tuple[dict[str, Any], ...] | None = Field(
+        None, min_length=1, description="stages; every key may hold an axis"
+    )
     seeds: tuple[Natural, ...] = Field((), description="replicates: the recipe's seed; each once")
     folds: tuple[Natural, ...] = Field((), description="replicates: data.fold; each once")
     search: Literal["grid", "random", "optuna"] = Field("grid", description="how points are chosen")
     seed: int = Field(0, description="of random and optuna search")
-    forks: Positive = Field(1, description="random search: later stages drawn per draw of the rest, which those share")
-    scheduler: Literal["none", "asha", "pbt"] = Field("none", description="early stopping, through Ray Tune")
+    forks: Positive = Field(
+        1, description="random search: later stages drawn per draw of the rest, which those share"
+    )
+    scheduler: Literal["none", "asha", "pbt"] = Field(
+        "none", description="early stopping, through Ray Tune"
+    )
     asha: Asha = Field(default_factory=Asha, description="options of asha")
     pbt: Pbt = Field(default_factory=Pbt, description="options of pbt")
     budget: Budget = Field(default_factory=Budget, description="limits")
@@ -109,7 +126,11 @@ class Axis:
         if not self.continuous:
             return generator.choice(self.values)
         low, high = self.values
-        return generator.uniform(low, high) if self.kind == "uniform" else math.exp(generator.uniform(math.log(low), math.log(high)))
+        return (
+            generator.uniform(low, high)
+            if self.kind == "uniform"
+            else math.exp(generator.uniform(math.log(low), math.log(high)))
+        )
 
 
 Point = dict[str, Any]  # axis label -> value
@@ -117,7 +138,8 @@ Point = dict[str, Any]  # axis label -> value
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One recipe of the sweep. Trials of one `point` are replicates: they differ in seed and fold alone."""
+    """One recipe of the sweep. Trials of one `point` are replicates: they differ in seed and fold
+    alone."""
 
     number: int
     point: Point
@@ -136,7 +158,9 @@ class Search:
     def identity(self) -> str:
         """Hash of everything that decides which trials there are."""
         facts = [self.space.model_dump(mode="json"), self.base]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[
+            :16
+        ]
 
     @property
     def planned(self) -> bool:
@@ -146,14 +170,22 @@ class Search:
     @property
     def size(self) -> float:
         """How many points there are; infinite with a continuous axis."""
-        return math.inf if any(axis.continuous for axis in self.axes) else math.prod(len(axis.values) for axis in self.axes)
+        return (
+            math.inf
+            if any(axis.continuous for axis in self.axes)
+            else math.prod(len(axis.values) for axis in self.axes)
+        )
 
     def every_point(self) -> Iterator[Point]:
         """All points of a space without continuous axes."""
-        return (dict(zip(self._labels(), values, strict=True)) for values in itertools.product(*(axis.values for axis in self.axes)))
+        return (
+            dict(zip(self._labels(), values, strict=True))
+            for values in itertools.product(*(axis.values for axis in self.axes))
+        )
 
     def points(self) -> list[Point]:
-        """All points of a grid or random search, in a fixed order, none twice. Optuna's come one by one."""
+        """All points of a grid or random search, in a fixed order, none twice. Optuna's come one by
+        one."""
         trials = self.space.budget.trials
         if self.space.search == "grid":
             return list(itertools.islice(self.every_point(), trials))
@@ -171,7 +203,8 @@ class Search:
         return found
 
     def trials(self, point: Point, first: int = 0) -> list[Trial]:
-        """The trials of a point, one per seed and fold. Raises InputError if the recipe is not valid there."""
+        """The trials of a point, one per seed and fold. Raises InputError if the recipe is not
+        valid there."""
         document = json.loads(json.dumps(self.base))
         for axis in self.axes:
             values = point[axis.label] if len(axis.keys) > 1 else [point[axis.label]]
@@ -180,11 +213,15 @@ class Search:
         where = f"sweep {self.space.name} at {describe(point)}"
         recipe = parse(document, where)
         recipes = [
-            recipe.model_copy(update={"seed": seed, "data": recipe.data.model_copy(update={"fold": fold})})
+            recipe.model_copy(
+                update={"seed": seed, "data": recipe.data.model_copy(update={"fold": fold})}
+            )
             for seed in self.space.seeds or (recipe.seed,)
             for fold in self.space.folds or (recipe.data.fold,)
         ]
-        return [Trial(number=first + i, point=point, recipe=recipe) for i, recipe in enumerate(recipes)]
+        return [
+            Trial(number=first + i, point=point, recipe=recipe) for i, recipe in enumerate(recipes)
+        ]
 
     def _labels(self) -> list[str]:
         return [axis.label for axis in self.axes]
@@ -192,7 +229,9 @@ class Search:
 
 def describe(point: Point) -> str:
     """A point in one line: `model.name=unext, stages.0.lr=0.001`."""
-    return ", ".join(f"{label}={short(value)}" for label, value in point.items()) or "the base recipe"
+    return (
+        ", ".join(f"{label}={short(value)}" for label, value in point.items()) or "the base recipe"
+    )
 
 
 def short(value: Any) -> str:
@@ -207,28 +246,42 @@ def space_names() -> list[str]:
 
 
 def load_search(source: str, changes: list[str] | None = None) -> Search:
-    """Read and check a space. `changes` are key.path=value of the base recipe. Raises InputError."""
+    """Read and check a space. `changes` are key.path=value of the base recipe. Raises
+    InputError."""
     path = Path(source)
     if not path.is_file():
         path = SPACES / f"{source}.yaml"
         if not path.is_file() or "/" in source:
-            raise InputError(f"sweep: found no file '{source}' and no shipped space of that name; shipped: {', '.join(space_names())}")
+            raise InputError(
+                f"sweep: found no file '{source}' and no shipped space of that name; shipped: "
+                f"{', '.join(space_names())}"
+            )
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"sweep: {path} is no YAML document: {' '.join(str(error).split())}") from None
+        raise InputError(
+            f"sweep: {path} is no YAML document: {' '.join(str(error).split())}"
+        ) from None
     return parse_search(document, source, changes)
 
 
 def parse_search(document: Any, source: str = "sweep", changes: list[str] | None = None) -> Search:
-    """A checked search from a space's document. Raises InputError that names the key, the value and the legal ones."""
+    """A checked search from a space's document. Raises InputError that names the key, the value and
+    the legal ones."""
     from segfleet.pipeline.recipe import override
 
     try:
         space = SearchSpace.model_validate(document)
     except ValidationError as error:
-        raise InputError(f"{source} is not valid:\n" + "\n".join(_sentence(fault) for fault in error.errors())) from None
-    return search_of(space, override(read_document(space.base) if isinstance(space.base, str) else space.base, changes or []))
+        raise InputError(
+            f"{source} is not valid:\n" + "\n".join(_sentence(fault) for fault in error.errors())
+        ) from None
+    return search_of(
+        space,
+        override(
+            read_document(space.base) if isinstance(space.base, str) else space.base, changes or []
+        ),
+    )
 
 
 def search_of(space: SearchSpace, base: dict[str, Any]) -> Search:
@@ -237,12 +290,19 @@ def search_of(space: SearchSpace, base: dict[str, Any]) -> Search:
     if space.stages is not None:
         base = {**base, "stages": []}
         for index, stage in enumerate(space.stages):
-            found = [_axis(f"stages.{index}.{key}", value) for key, value in stage.items() if _is_axis(key, value)]
+            found = [
+                _axis(f"stages.{index}.{key}", value)
+                for key, value in stage.items()
+                if _is_axis(key, value)
+            ]
             axes += found
             varied = {key.split(".")[-1]: axis.values[0] for axis in found for key in axis.keys}
             base["stages"].append({**stage, **varied})
     if space.seeds and any(axis.keys == ("seed",) for axis in axes):
-        raise InputError("sweep: 'seed' is an axis and 'seeds' is given; keep 'seeds', its runs are counted as replicates")
+        raise InputError(
+            "sweep: 'seed' is an axis and 'seeds' is given; keep 'seeds', its runs are counted as "
+            "replicates"
+        )
     search = Search(space=space, base=base, axes=tuple(axes))
     _check(search)
     return search
@@ -255,51 +315,91 @@ def _check(search: Search) -> None:
         raise InputError(f"sweep {space.name}: search '{space.search}' needs budget.trials")
     for name, given in (("seeds", space.seeds), ("folds", space.folds)):
         if twice := [value for value in given if given.count(value) > 1]:
-            raise InputError(f"sweep {space.name}: {name}: found {twice[0]} twice in {list(given)}; a run and its copy are no replicates")
+            raise InputError(
+                f"sweep {space.name}: {name}: found {twice[0]} twice in {list(given)}; a run and "
+                "its copy are no replicates"
+            )
     if space.forks > 1 and space.search != "random":
-        raise InputError(f"sweep {space.name}: forks: found {space.forks} with search '{space.search}'; only search 'random' forks")
+        raise InputError(
+            f"sweep {space.name}: forks: found {space.forks} with search '{space.search}'; only "
+            "search 'random' forks"
+        )
     labels = [key for axis in search.axes for key in axis.keys]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise InputError(f"sweep {space.name}: '{twice}' is an axis twice; keep one of them")
     for axis in search.axes:
         if axis.continuous and space.search == "grid" and space.scheduler != "pbt":
-            raise InputError(f"sweep {space.name}: {axis.label}: '{axis.kind}' has no grid; list values, or set search to random or optuna")
+            raise InputError(
+                f"sweep {space.name}: {axis.label}: '{axis.kind}' has no grid; list values, or "
+                "set search to random or optuna"
+            )
     point = {axis.label: axis.values[0] for axis in search.axes}
     stages = search.trials(point)[0].recipe.stages
     for key in labels:  # after the stages are known: an index beyond them
         parts = key.split(".")
-        if parts[0] == "stages" and len(parts) > 2 and not (parts[1].isdigit() and int(parts[1]) < len(stages)):
-            raise InputError(f"sweep {space.name}: {key}: there are {len(stages)} stages, expected stages.0 to stages.{len(stages) - 1}")
+        if (
+            parts[0] == "stages"
+            and len(parts) > 2
+            and not (parts[1].isdigit() and int(parts[1]) < len(stages))
+        ):
+            raise InputError(
+                f"sweep {space.name}: {key}: there are {len(stages)} stages, expected stages.0 to "
+                f"stages.{len(stages) - 1}"
+            )
     if space.scheduler == "asha" and not search.trials(point)[0].recipe.evaluation.every:
-        raise InputError(f"sweep {space.name}: asha compares validations: evaluation.every of the base recipe: found 0, expected 1 or more")
+        raise InputError(
+            f"sweep {space.name}: asha compares validations: evaluation.every of the base recipe: "
+            "found 0, expected 1 or more"
+        )
     if space.scheduler == "pbt":
         _check_population(search, stages)
     short_of = space.budget.epochs
     if short_of and search.planned:
-        least = min(sum(stage.epochs for stage in search.trials(point)[0].recipe.stages) for point in search.points())
+        least = min(
+            sum(stage.epochs for stage in search.trials(point)[0].recipe.stages)
+            for point in search.points()
+        )
         if short_of < least:
-            raise InputError(f"sweep {space.name}: budget.epochs is {short_of}, less than one trial: the shortest takes {least} epochs")
+            raise InputError(
+                f"sweep {space.name}: budget.epochs is {short_of}, less than one trial: the "
+                f"shortest takes {least} epochs"
+            )
 
 
 def _check_population(search: Search, stages: Sequence[Stage]) -> None:
     """What Tune cannot mutate, or a generation would overwrite."""
     space, labels = search.space, [key for axis in search.axes for key in axis.keys]
     if len(stages) != 1 or not labels or any(key[:9] != "stages.0." for key in labels):
-        raise InputError(f"sweep {space.name}: pbt needs a recipe of one stage, and axes of that stage alone (stages.0.lr and the like)")
+        raise InputError(
+            f"sweep {space.name}: pbt needs a recipe of one stage, and axes of that stage alone "
+            "(stages.0.lr and the like)"
+        )
     for name, given in (("seeds", space.seeds), ("folds", space.folds)):
         if len(given) > 1:
-            raise InputError(f"sweep {space.name}: {name}: found {list(given)}; pbt trains one population, expected one value or none")
+            raise InputError(
+                f"sweep {space.name}: {name}: found {list(given)}; pbt trains one population, "
+                "expected one value or none"
+            )
     if joint := next((axis for axis in search.axes if len(axis.keys) > 1), None):
-        raise InputError(f"sweep {space.name}: {joint.label}: keys that change together cannot be mutated by pbt; give each its own axis")
+        raise InputError(
+            f"sweep {space.name}: {joint.label}: keys that change together cannot be mutated by "
+            "pbt; give each its own axis"
+        )
     if fixed := next((key for key in labels if key[9:] in ("epochs", "name", "inherit")), None):
-        raise InputError(f"sweep {space.name}: {fixed}: pbt sets it for every generation (epochs: pbt.interval), so it cannot be an axis")
+        raise InputError(
+            f"sweep {space.name}: {fixed}: pbt sets it for every generation (epochs: "
+            "pbt.interval), so it cannot be an axis"
+        )
 
 
 def _is_axis(key: str, value: Any) -> bool:
-    """A list, or a mapping that names a kind; `freeze` is itself a list, so only a list of lists is an axis of it."""
+    """A list, or a mapping that names a kind; `freeze` is itself a list, so only a list of lists is
+    an axis of it."""
     if isinstance(value, dict):
         return True
-    return isinstance(value, list) and (key != "freeze" or bool(value) and isinstance(value[0], list))
+    return isinstance(value, list) and (
+        key != "freeze" or bool(value) and isinstance(value[0], list)
+    )
 
 
 def _axis(label: str, given: Any) -> Axis:
@@ -307,19 +407,28 @@ def _axis(label: str, given: Any) -> Axis:
     for key in keys:
         check_key(key)
     given = number_like(given)
-    kind, values = next(iter(given.items())) if isinstance(given, dict) and len(given) == 1 else ("grid", given)
+    kind, values = (
+        next(iter(given.items()))
+        if isinstance(given, dict) and len(given) == 1
+        else ("grid", given)
+    )
     if kind not in KINDS:
         raise InputError(f"axis {label}: found '{kind}', expected one of: {', '.join(KINDS)}")
     if not isinstance(values, list) or not values:
         raise InputError(f"axis {label}: found {values!r}, expected a list of at least one value")
     if len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
         raise InputError(f"axis {label}: a value stands twice in {values}")
-    if len(keys) > 1 and not all(isinstance(value, list) and len(value) == len(keys) for value in values):
+    if len(keys) > 1 and not all(
+        isinstance(value, list) and len(value) == len(keys) for value in values
+    ):
         raise InputError(f"axis {label}: every value must be a list of {len(keys)}, one per key")
     if kind in ("uniform", "loguniform"):
         two = len(values) == 2 and all(isinstance(value, int | float) for value in values)
         if not two or not values[0] < values[1] or (kind == "loguniform" and values[0] <= 0):
-            raise InputError(f"axis {label}: found {kind} {values}, expected [low, high]{' above 0' if kind == 'loguniform' else ''}")
+            raise InputError(
+                f"axis {label}: found {kind} {values}, expected [low, "
+                f"high]{' above 0' if kind == 'loguniform' else ''}"
+            )
     return Axis(keys=keys, kind=kind, values=tuple(values))
 
 
@@ -330,13 +439,19 @@ def check_key(key: str) -> None:
     for place, part in enumerate(parts):
         if kind is Stage and parts[place - 1] == "stages":  # an index
             if not part.isdigit():
-                raise InputError(f"axis {key}: found '{part}', expected the number of a stage, for example stages.0.lr")
+                raise InputError(
+                    f"axis {key}: found '{part}', expected the number of a stage, for example "
+                    "stages.0.lr"
+                )
             parts[place] = ""
             continue
         if kind is None:  # inside options: any key
             return
         if part not in kind.model_fields:
-            raise InputError(f"axis {key}: '{part}' is an unknown key; expected one of: {', '.join(kind.model_fields)}")
+            raise InputError(
+                f"axis {key}: '{part}' is an unknown key; expected one of: "
+                f"{', '.join(kind.model_fields)}"
+            )
         annotation = kind.model_fields[part].annotation
         section = _section_of(annotation)
         rest = parts[place + 1 :]
@@ -366,6 +481,14 @@ def put(document: dict[str, Any], key: str, value: Any) -> None:
 def _sentence(fault: Any) -> str:
     where = ".".join(str(part) for part in fault["loc"]) or "space"
     if fault["type"] == "extra_forbidden":
-        kind = _section_of(SearchSpace.model_fields[fault["loc"][0]].annotation) if len(fault["loc"]) > 1 else SearchSpace
+        kind = (
+            _section_of(SearchSpace.model_fields[fault["loc"][0]].annotation)
+            if len(fault["loc"]) > 1
+            else SearchSpace
+        )
         return f"  {where}: unknown key; expected one of: {', '.join(kind.model_fields)}"
-    return f"  {where}: missing" if fault["type"] == "missing" else f"  {where}: found {fault['input']!r}. {fault['msg']}"
+    return (
+        f"  {where}: missing"
+        if fault["type"] == "missing"
+        else f"  {where}: found {fault['input']!r}. {fault['msg']}"
+    )

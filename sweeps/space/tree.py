@@ -1,7 +1,9 @@
-"""The stage tree: every distinct prefix of the trials once. Pure functions of recipes and manifests; nothing is read or written.
+"""The stage tree: every distinct prefix of the trials once. Pure functions of recipes and
+manifests; nothing is read or written.
 
-A node is a stage with everything before it. Two trials with equal first stages meet in the same node, because its uid is the same hash
-that names its folder. Stages of a constant rate that differ only in length form a trunk: the longer one goes on where the shorter ended.
+A node is a stage with everything before it. Two trials with equal first stages meet in the same
+node, because its uid is the same hash that names its folder. Stages of a constant rate that differ
+only in length form a trunk: the longer one goes on where the shorter ended.
 """
 
 from __future__ import annotations
@@ -28,8 +30,12 @@ class StageNode:
     index: int  # which stage of the recipe
     recipe: Recipe  # stages up to this one
     begin: int  # epochs of the stages before
-    family: str | None  # equal for stages that differ in length alone and may share; None: shares with none
-    trunk: str | None = None  # the next shorter stage of its family: it goes on from that one's last checkpoint
+    family: (
+        str | None
+    )  # equal for stages that differ in length alone and may share; None: shares with none
+    trunk: str | None = (
+        None  # the next shorter stage of its family: it goes on from that one's last checkpoint
+    )
     trials: list[int] = field(default_factory=list)  # that pass through
     leaf_of: list[int] = field(default_factory=list)  # that end here
 
@@ -56,11 +62,14 @@ class StageTree:
         self.trials: dict[int, Trial] = {}
         self.leaves: dict[int, str] = {}  # trial number -> uid of its last stage
         self.manifests = manifests
-        self._lengths: dict[str, int] = {}  # family, or a node that has none -> epochs of its longest stage
+        self._lengths: dict[
+            str, int
+        ] = {}  # family, or a node that has none -> epochs of its longest stage
         self.add(trials)
 
     def add(self, trials: Iterable[Trial], link: bool = True) -> None:
-        """More trials, in the middle of a sweep. Without links only `shared_epochs` is right, but a point costs the same in any tree."""
+        """More trials, in the middle of a sweep. Without links only `shared_epochs` is right, but a
+        point costs the same in any tree."""
         for trial in trials:
             self._insert(trial)
         if link:
@@ -76,7 +85,15 @@ class StageTree:
             if uid not in self.nodes:
                 cut = recipe.model_copy(update={"stages": recipe.stages[: index + 1]})
                 family = family_of(parent, facts, stage)
-                self.nodes[uid] = StageNode(uid=uid, path=path, parent=parent, index=index, recipe=cut, begin=begin, family=family)
+                self.nodes[uid] = StageNode(
+                    uid=uid,
+                    path=path,
+                    parent=parent,
+                    index=index,
+                    recipe=cut,
+                    begin=begin,
+                    family=family,
+                )
                 alike = family or uid
                 self._lengths[alike] = max(stage.epochs, self._lengths.get(alike, 0))
             self.nodes[uid].trials.append(trial.number)
@@ -100,7 +117,9 @@ class StageTree:
         self.remaining: dict[str, int] = {}
         order = list(self.walk())
         for node in reversed(order):
-            below = max((self.remaining[child.uid] for child in self.children.get(node.uid, ())), default=0)
+            below = max(
+                (self.remaining[child.uid] for child in self.children.get(node.uid, ())), default=0
+            )
             self.remaining[node.uid] = self.epochs(node) + below
 
     def walk(self) -> Iterable[StageNode]:
@@ -125,16 +144,28 @@ class StageTree:
     @property
     def naive_epochs(self) -> int:
         """Epochs if every trial trained all its stages."""
-        return sum(sum(stage.epochs for stage in trial.recipe.stages) for trial in self.trials.values())
+        return sum(
+            sum(stage.epochs for stage in trial.recipe.stages) for trial in self.trials.values()
+        )
 
     def in_order(self, nodes: Iterable[StageNode]) -> list[StageNode]:
-        """Longest remaining path first: it decides when the sweep ends. Ties in the order of the trials."""
-        return sorted(nodes, key=lambda node: (-self.remaining[node.uid], node.trials[0], node.index))
+        """Longest remaining path first: it decides when the sweep ends. Ties in the order of the
+        trials."""
+        return sorted(
+            nodes, key=lambda node: (-self.remaining[node.uid], node.trials[0], node.index)
+        )
 
 
 def family_of(parent: str | None, facts: dict, stage: Stage) -> str | None:
-    """What stages share that differ in length alone, if the rate of a step does not depend on that length."""
+    """What stages share that differ in length alone, if the rate of a step does not depend on that
+    length."""
     endless = stage.schedule == "constant" or (stage.schedule == "cosine" and stage.period)
     if not endless or stage.patience:
         return None
-    return stage_uid(parent, {**facts, "stage": {key: value for key, value in facts["stage"].items() if key != "epochs"}})
+    return stage_uid(
+        parent,
+        {
+            **facts,
+            "stage": {key: value for key, value in facts["stage"].items() if key != "epochs"},
+        },
+    )

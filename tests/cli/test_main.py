@@ -18,7 +18,13 @@ from segfleet.core.errors import DataError, InputError, Problem
 
 
 def run(*arguments, **options):
-    return subprocess.run([sys.executable, "-m", "segfleet.cli.main", *arguments], capture_output=True, text=True, timeout=100, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "segfleet.cli.main", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        **options,
+    )
 
 
 def test_help_is_quick_and_lists_every_command():
@@ -37,13 +43,20 @@ def test_help_is_quick_and_lists_every_command():
 
 @pytest.mark.parametrize("name", main.COMMANDS)
 def test_every_command_has_help_and_json(name):
-    done = run(name, "--help", env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    done = run(
+        name, "--help", env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    )
     assert done.returncode == 0 and "--json" in done.stdout, done.stderr
 
 
 def test_version_and_mistakes():
     assert run("--version").stdout.strip().count(".") == 2
-    for arguments in (["nope"], ["train"], ["train", "x", "--ranks", "0"], ["models", "--no-such-option"]):
+    for arguments in (
+        ["nope"],
+        ["train"],
+        ["train", "x", "--ranks", "0"],
+        ["models", "--no-such-option"],
+    ):
         done = run(*arguments)
         assert done.returncode == 2 and "Traceback" not in done.stderr, arguments
 
@@ -51,9 +64,24 @@ def test_version_and_mistakes():
 def test_exit_codes(capsys):
     assert main.exit_code(InputError("wrong key")) == 2
     assert "segfleet: wrong key" in capsys.readouterr().err
-    assert main.exit_code(DataError("raw", [Problem(case="c1", field="label", found="none", expected="a file", mend="Add it.")])) == 2
+    assert (
+        main.exit_code(
+            DataError(
+                "raw",
+                [
+                    Problem(
+                        case="c1", field="label", found="none", expected="a file", mend="Add it."
+                    )
+                ],
+            )
+        )
+        == 2
+    )
     table = capsys.readouterr().err
-    assert all(word in table for word in ("c1", "label", "none", "a file", "Add it.", "1 problem(s) in raw"))
+    assert all(
+        word in table
+        for word in ("c1", "label", "none", "a file", "Add it.", "1 problem(s) in raw")
+    )
     assert main.exit_code(OSError(28, "No space left on device", "/x/y")) == 2
     assert "no space left on the device at /x/y" in capsys.readouterr().err
     assert main.exit_code(PermissionError(13, "Permission denied", "/x")) == 2
@@ -71,7 +99,9 @@ def test_a_path_that_cannot_be_made_is_one_sentence(tmp_path, capsys):
         with pytest.raises(OSError) as caught:
             attempt()
         assert main.exit_code(caught.value) == 2
-        assert capsys.readouterr().err.startswith(f"segfleet: {file} is a file, expected a folder. Choose another folder")
+        assert capsys.readouterr().err.startswith(
+            f"segfleet: {file} is a file, expected a folder. Choose another folder"
+        )
     assert main.exit_code(OSError(errno.EROFS, "Read-only file system", "/x")) == 2
     assert "/x: the file system can only be read" in capsys.readouterr().err
     with pytest.raises(FileExistsError) as ours:  # a folder that is there is no mistake of the user
@@ -84,18 +114,31 @@ def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path):
     command = [sys.executable, "-m", "segfleet.cli.main", "models"]
     # A shell in the background starts its children with SIGINT ignored; a user's terminal does not.
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     time.sleep(1.0)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 75 and "interrupted. Run the same command again" in err and "Traceback" not in err
+    assert (
+        process.returncode == 75
+        and "interrupted. Run the same command again" in err
+        and "Traceback" not in err
+    )
 
 
 def test_doctor_and_status(tmp_path):
     done = run("doctor", "--json")
     found = json.loads(done.stdout)
-    assert done.returncode == 0 and found["packages"]["torch"] and found["cores"] >= 1 and found["memory_gib"] > 0.5
+    assert (
+        done.returncode == 0
+        and found["packages"]["torch"]
+        and found["cores"] >= 1
+        and found["memory_gib"] > 0.5
+    )
     exact = [row for row in found["convolutions"] if row["precision"] == "fp32"]
     assert len(exact) == 2 and all(row["right"] and row["ms"] > 0 for row in exact)
     assert json.loads(run("status", str(tmp_path), "--json").stdout) == []
@@ -104,7 +147,9 @@ def test_doctor_and_status(tmp_path):
 
 def test_recipe_command():
     shipped = json.loads(run("recipe", "--json").stdout)
-    assert {"hippocampus", "dsb2018", "phantom2d", "phantom3d"} <= {row["name"] for row in shipped} and all(row["about"] for row in shipped)
+    assert {"hippocampus", "dsb2018", "phantom2d", "phantom3d"} <= {
+        row["name"] for row in shipped
+    } and all(row["about"] for row in shipped)
     shown = json.loads(run("recipe", "hippocampus", "stages.0.lr=0.5", "--json").stdout)
     assert shown["stages"][0]["lr"] == 0.5 and shown["engine"]["accumulate"] == 1
     assert "properties" in json.loads(run("recipe", "--schema").stdout)

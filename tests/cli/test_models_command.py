@@ -16,7 +16,10 @@ def test_list_as_json_has_every_network(capsys):
     assert list(rows) == list(specs())
     assert rows["unet_lite_standard"]["parameters"] == 31_037_633
     assert rows["unet_lite_standard"]["gmac"] == 48.167
-    assert rows["resenc_unet_3d"]["divisor"] == [32, 32, 32] and rows["resenc_unet_3d"]["deep_supervision"]
+    assert (
+        rows["resenc_unet_3d"]["divisor"] == [32, 32, 32]
+        and rows["resenc_unet_3d"]["deep_supervision"]
+    )
 
 
 def test_one_network_for_people(capsys):
@@ -30,7 +33,9 @@ def test_one_network_as_json(capsys):
     command("plain_unet_2d", as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert found["stages"] == dict(spec("plain_unet_2d").stages)
-    assert "conv_per_stage" in found["options"] and found["training_bytes"] > 4 * found["parameters"]
+    assert (
+        "conv_per_stage" in found["options"] and found["training_bytes"] > 4 * found["parameters"]
+    )
 
 
 def test_unknown_name_names_the_legal_ones():

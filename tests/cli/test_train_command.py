@@ -47,7 +47,9 @@ def finished(process, timeout=120):
 
 
 def train(work, runs, *changes):
-    return segfleet("train", "tiny.yaml", *changes, "--ranks", 2, "--runs", runs, "--json", cwd=work)
+    return segfleet(
+        "train", "tiny.yaml", *changes, "--ranks", 2, "--runs", runs, "--json", cwd=work
+    )
 
 
 def final_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -83,7 +85,9 @@ def straight(work):
 def assert_same_result(document, straight):
     for ours, theirs in zip(document["stages"], straight["stages"], strict=True):
         first, second = final_weights(Path(ours)), final_weights(Path(theirs))
-        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+        assert first.keys() == second.keys() and all(
+            torch.equal(first[name], second[name]) for name in first
+        )
     assert document["mean_foreground_dice"] == straight["mean_foreground_dice"]
 
 
@@ -91,13 +95,20 @@ def test_one_command_gives_weights_scores_and_a_report(straight):
     leaf = Path(straight["run"])
     assert Path(straight["report"]).read_text().startswith("<!doctype html>")
     scores = json.loads((leaf / "evaluation.json").read_text())
-    assert len(scores["cases"]) == 2 and scores["summary"]["mean_foreground_dice"] == straight["mean_foreground_dice"]
+    assert (
+        len(scores["cases"]) == 2
+        and scores["summary"]["mean_foreground_dice"] == straight["mean_foreground_dice"]
+    )
     assert [Path(stage).name for stage in straight["stages"]] == list(leaf.parts[-2:])
     assert not (leaf / "scoring.json").exists()
 
 
 def test_a_second_run_does_nothing(work, straight):
-    before = {path: path.stat().st_mtime_ns for path in Path(straight["stages"][0]).rglob("*") if path.suffix in (".safetensors", ".jsonl")}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in Path(straight["stages"][0]).rglob("*")
+        if path.suffix in (".safetensors", ".jsonl")
+    }
     code, out, _ = finished(train(work, "straight"))
     assert code == 0 and json.loads(out) == straight
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -110,7 +121,9 @@ def test_a_signal_loses_nothing(work, straight, number):
     folder = wait_for_step(work, runs, 10, process)
     process.send_signal(number)
     code, _, err = finished(process)
-    assert code == 75 and "all saved. Run the same command again" in err and "Traceback" not in err, err
+    assert (
+        code == 75 and "all saved. Run the same command again" in err and "Traceback" not in err
+    ), err
     at = events(folder, "stopped")[-1]["at_step"]
     code, out, err = finished(train(work, runs))
     assert code == 0, err
@@ -143,7 +156,15 @@ def test_a_closed_terminal_loses_nothing(work):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
         os.chdir(work)
         os.environ["OMP_NUM_THREADS"] = "1"
-        command = ["-m", "segfleet.cli.main", "train", "tiny.yaml", "stages.0.epochs=50", "--runs", "closed"]
+        command = [
+            "-m",
+            "segfleet.cli.main",
+            "train",
+            "tiny.yaml",
+            "stages.0.epochs=50",
+            "--runs",
+            "closed",
+        ]
         os.execv(sys.executable, [sys.executable, *command])
     os.set_blocking(terminal, False)
     deadline, begun = time.monotonic() + 60, []
@@ -151,7 +172,11 @@ def test_a_closed_terminal_loses_nothing(work):
         assert time.monotonic() < deadline
         with suppress(BlockingIOError):
             os.read(terminal, 100_000)
-        begun = [path.parent for path in (work / "closed").rglob("events.jsonl") if events(path.parent, "step")]
+        begun = [
+            path.parent
+            for path in (work / "closed").rglob("events.jsonl")
+            if events(path.parent, "step")
+        ]
         time.sleep(0.02)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
@@ -159,19 +184,46 @@ def test_a_closed_terminal_loses_nothing(work):
 
 
 def test_a_run_under_nohup_does_not_hear_that_the_terminal_is_closed(work):
-    command = [sys.executable, "-m", "segfleet.cli.main", "train", "tiny.yaml", "stages.0.epochs=1", "--runs", "nohup"]
+    command = [
+        sys.executable,
+        "-m",
+        "segfleet.cli.main",
+        "train",
+        "tiny.yaml",
+        "stages.0.epochs=1",
+        "--runs",
+        "nohup",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(["nohup", *command], cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        ["nohup", *command],
+        cwd=work,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     wait_for_step(work, "nohup", 5, process)
     process.send_signal(signal.SIGHUP)
     assert finished(process)[0] == 0
 
 
 def test_jobs_of_a_cluster_wait_for_the_stage_they_share(work, monkeypatch):
-    """What members of an array do: the one that comes second waits, is stopped and comes again, and goes on from the shared stage."""
+    """What members of an array do: the one that comes second waits, is stopped and comes again, and
+    goes on from the shared stage."""
 
     def start(rate, ranks):
-        return segfleet("train", "tiny.yaml", f"stages.1.lr={rate}", "--ranks", ranks, "--runs", "shared", "--json", cwd=work)
+        return segfleet(
+            "train",
+            "tiny.yaml",
+            f"stages.1.lr={rate}",
+            "--ranks",
+            ranks,
+            "--runs",
+            "shared",
+            "--json",
+            cwd=work,
+        )
 
     def heard(process):
         while "waiting for it" not in (line := process.stderr.readline()):
@@ -180,7 +232,11 @@ def test_jobs_of_a_cluster_wait_for_the_stage_they_share(work, monkeypatch):
 
     first = start(1e-3, 1)
     folder = wait_for_step(work, "shared", 5, first)
-    rank = next(child for child in psutil.Process(first.pid).children() if "segfleet.pipeline.launch.worker" in child.cmdline())
+    rank = next(
+        child
+        for child in psutil.Process(first.pid).children()
+        if "segfleet.pipeline.launch.worker" in child.cmdline()
+    )
     rank.suspend()
     assert first.poll() is None and not (folder / "done.json").exists()
     monkeypatch.setenv("SLURM_JOB_ID", "1")
@@ -188,12 +244,16 @@ def test_jobs_of_a_cluster_wait_for_the_stage_they_share(work, monkeypatch):
     assert f"{folder} is being trained by process {rank.pid}" in heard(second)
     second.send_signal(signal.SIGTERM)
     code, _, err = finished(second)
-    assert code == 75 and "stopped while waiting for stage 1" in err and "waiting for it" not in err, err
+    assert (
+        code == 75 and "stopped while waiting for stage 1" in err and "waiting for it" not in err
+    ), err
     second = start(1e-4, 1)
     heard(second)
     rank.resume()
     documents = [json.loads(out) for code, out, err in map(finished, (first, second)) if code == 0]
-    assert len(documents) == 2 and documents[0]["stages"][0] == documents[1]["stages"][0] == str(folder)
+    assert len(documents) == 2 and documents[0]["stages"][0] == documents[1]["stages"][0] == str(
+        folder
+    )
     assert len(events(folder, "stage_start")) == 1 and not events(folder, "resumed")
 
 
@@ -222,7 +282,11 @@ def test_a_killed_rank_takes_the_other_down_and_the_run_goes_on_exactly(work, st
     runs = f"killed{victim}"
     process = train(work, runs)
     folder = wait_for_step(work, runs, 10, process)
-    ranks = [child for child in psutil.Process(process.pid).children() if "segfleet.pipeline.launch.worker" in child.cmdline()]
+    ranks = [
+        child
+        for child in psutil.Process(process.pid).children()
+        if "segfleet.pipeline.launch.worker" in child.cmdline()
+    ]
     assert len(ranks) == 2
     ranks[victim].kill()
     killed = time.monotonic()
@@ -233,7 +297,9 @@ def test_a_killed_rank_takes_the_other_down_and_the_run_goes_on_exactly(work, st
     reached = max(event["step"] for event in events(folder, "step"))
     code, out, err = finished(train(work, runs))
     assert code == 0, err
-    assert reached - events(folder, "resumed")[0]["from_step"] <= 2 * 5  # the interval, and the save that was being written
+    assert (
+        reached - events(folder, "resumed")[0]["from_step"] <= 2 * 5
+    )  # the interval, and the save that was being written
     assert_same_result(json.loads(out), straight)
 
 
@@ -253,7 +319,11 @@ def small_disk(tmp_path):
         pytest.skip("needs root to mount a small tmpfs")
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=420k", "tmpfs", str(folder)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=420k", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         pytest.skip(f"cannot mount a tmpfs: {done.stderr.strip()}")
     yield folder
@@ -268,7 +338,11 @@ def test_a_full_disk_is_said_and_nothing_is_lost(work, straight, small_disk):
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
     code, out, err = finished(train(work, runs))
     assert code == 0, err
-    resumed = [event["from_step"] for path in runs.rglob("events.jsonl") for event in events(path.parent, "resumed")]
+    resumed = [
+        event["from_step"]
+        for path in runs.rglob("events.jsonl")
+        for event in events(path.parent, "resumed")
+    ]
     assert all(step > 0 for step in resumed)
     assert_same_result(json.loads(out), straight)
 
@@ -285,21 +359,32 @@ def test_no_rank_outlives_a_killed_launcher(work):
 
 MISTAKES = [
     (["nope"], "no file 'nope' and no shipped recipe of that name"),
-    (["tiny.yaml", "data.bach=2"], "data.bach: unknown key; expected one of: store, split, fold, patch, batch"),
+    (
+        ["tiny.yaml", "data.bach=2"],
+        "data.bach: unknown key; expected one of: store, split, fold, patch, batch",
+    ),
     (["tiny.yaml", "data.store=nowhere"], "nowhere holds no manifest.json"),
     (["tiny.yaml", "model.name=unit"], "model.name: found 'unit', expected one of: "),
-    (["tiny.yaml", "model.options.wide=3"], "'wide' is no option of unet_lite_standard; expected one of: width"),
+    (
+        ["tiny.yaml", "model.options.wide=3"],
+        "'wide' is no option of unet_lite_standard; expected one of: width",
+    ),
     (["tiny.yaml", "data.fold=9"], "data.fold: found 9, expected 0 to 0"),
     (["tiny.yaml", "loss.name=dce"], "loss.name: found 'dce', expected one of: bce_dice, dice_ce"),
     (["tiny.yaml", "engine.name=horovod"], "engine.name: found 'horovod', expected one of: ddp"),
     (["tiny.yaml", "--max-time", "0"], "--max-time: found 0, expected more than 0 hours"),
     (["tiny.yaml", "data.batch=3", "--ranks", "2"], "data.batch: found 3, which 2 rank(s)"),
-    (["tiny.yaml", "model.name=resenc_unet_3d", "data.patch=[16,16]"], "resenc_unet_3d is a 3D network"),
+    (
+        ["tiny.yaml", "model.name=resenc_unet_3d", "data.patch=[16,16]"],
+        "resenc_unet_3d is a 3D network",
+    ),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=lambda value: value[-1] if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("arguments", "words"), MISTAKES, ids=lambda value: value[-1] if isinstance(value, list) else ""
+)
 def test_a_mistake_gets_one_message(work, tmp_path, arguments, words):
     code, out, err = finished(segfleet("train", *arguments, "--runs", tmp_path / "runs", cwd=work))
     assert code == 2, err
@@ -319,7 +404,17 @@ def test_a_fault_of_ours_shows_the_failing_ranks_traceback(work, tmp_path):
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-m", "segfleet.cli.main", "train", "tiny.yaml", "--ranks", "2", "--runs", str(tmp_path / "runs")],
+        [
+            sys.executable,
+            "-m",
+            "segfleet.cli.main",
+            "train",
+            "tiny.yaml",
+            "--ranks",
+            "2",
+            "--runs",
+            str(tmp_path / "runs"),
+        ],
         cwd=work,
         env=environment,
         capture_output=True,
@@ -327,4 +422,8 @@ def test_a_fault_of_ours_shows_the_failing_ranks_traceback(work, tmp_path):
         timeout=120,
     )
     assert done.returncode == 1
-    assert "rank 1 failed" in done.stderr and "broken on purpose" in done.stderr and "in draw" in done.stderr
+    assert (
+        "rank 1 failed" in done.stderr
+        and "broken on purpose" in done.stderr
+        and "in draw" in done.stderr
+    )

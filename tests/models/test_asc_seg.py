@@ -43,11 +43,15 @@ def drawn(module: nn.Module) -> nn.Module:
 def bn(x, norm):
     """Batch normalisation by the batch's own statistics, from the definition."""
     mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), unbiased=False, keepdim=True)
-    return (x - mean) / (var + 1e-5).sqrt() * norm.weight.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)
+    return (x - mean) / (var + 1e-5).sqrt() * norm.weight.view(1, -1, 1, 1) + norm.bias.view(
+        1, -1, 1, 1
+    )
 
 
 def cv(x, layer, k=1, *, dilation=1, groups=1):
-    return F.conv2d(x, layer.weight, layer.bias, padding=dilation * (k // 2), dilation=dilation, groups=groups)
+    return F.conv2d(
+        x, layer.weight, layer.bias, padding=dilation * (k // 2), dilation=dilation, groups=groups
+    )
 
 
 def ln(x, norm):
@@ -105,12 +109,15 @@ def test_gated_conv_has_mambas_budget_and_looks_both_ways():
 
 def test_deformable_gate_reads_where_the_offsets_say():
     block, x = drawn(DeformableGate(8, zero_offsets=False)), image(2, 8, 7, 6)
-    with torch.no_grad():  # every tap one row further down, none sideways: offsets come as row, column, row, column, ...
+    # every tap one row further down, none sideways: offsets come as row, column, row, column, ...
+    with torch.no_grad():
         block.offset[1].weight.zero_()
         block.offset[1].bias.copy_(torch.tensor([1.0, 0.0] * 9))
     q = gelu(bn(cv(x, block.enter[0]), block.enter[1]))
     below = F.pad(q, (0, 0, 0, 2))[:, :, 1:]  # one row up, two rows of zeros below
-    w = F.conv2d(F.pad(below, (1, 1, 0, 0)), block.deform.weight, groups=8)  # rows -1..1 of `below`, row -1 of it is row 0 of q
+    w = F.conv2d(
+        F.pad(below, (1, 1, 0, 0)), block.deform.weight, groups=8
+    )  # rows -1..1 of `below`, row -1 of it is row 0 of q
     top = F.conv2d(F.pad(q[:, :, :3], (1, 1, 0, 0)), block.deform.weight, groups=8)
     w = torch.cat([top, w], 2)[:, :, :7]
     g = gelu(bn(cv(w, block.leave[0]), block.leave[1]))
@@ -127,7 +134,10 @@ def test_zero_offsets_start_as_a_plain_depthwise_convolution():
 
 
 def test_encoder_block_is_the_plain_sum():
-    block, x = drawn(EncoderBlock(3, 8, mixer="gated_conv", zero_offsets=False)), image(2, 3, 16, 16)
+    block, x = (
+        drawn(EncoderBlock(3, 8, mixer="gated_conv", zero_offsets=False)),
+        image(2, 3, 16, 16),
+    )
     a = x
     for i, k in ((0, 7), (3, 3), (6, 1)):
         a = F.relu(bn(cv(a, block.ipcb[i], k), block.ipcb[i + 1]))
@@ -152,7 +162,13 @@ def test_multi_scale():
     branches += [up(core(6, F.max_pool2d(x, 2), 1)), up(core(7, F.max_pool2d(x, 2), 3))]
     grouped, norm, _, last, last_norm = block.fuse
     # at 8 channels output channel j of the grouped convolution reads branch j alone
-    fused = torch.cat([F.conv2d(b, grouped.weight[j : j + 1], grouped.bias[j : j + 1], padding=1) for j, b in enumerate(branches)], 1)
+    fused = torch.cat(
+        [
+            F.conv2d(b, grouped.weight[j : j + 1], grouped.bias[j : j + 1], padding=1)
+            for j, b in enumerate(branches)
+        ],
+        1,
+    )
     torch.testing.assert_close(block(x), bn(cv(F.relu(bn(fused, norm)), last), last_norm))
 
 
@@ -163,7 +179,9 @@ def test_denoise():
     for k, (depthwise, norm, _, last, last_norm) in zip((7, 5, 3), block.scales, strict=True):
         total = total + bn(cv(gelu(bn(cv(n, depthwise, k, groups=8), norm)), last), last_norm)
     s = bn(total, block.join)
-    mean = F.conv2d(s, torch.full((8, 1, 3, 3), 1 / 9, dtype=s.dtype), padding=1, groups=8)  # padding counted
+    mean = F.conv2d(
+        s, torch.full((8, 1, 3, 3), 1 / 9, dtype=s.dtype), padding=1, groups=8
+    )  # padding counted
     gate = torch.sigmoid(bn(cv(s - mean, block.gate[0]), block.gate[1]))
     torch.testing.assert_close(block(x), s * gate + s)
 
@@ -175,7 +193,9 @@ def test_spatial_gate():
         return bn(cv(gelu(bn(cv(x, layers[0]), layers[1])), layers[3]), layers[4])
 
     mean = F.conv2d(x, torch.full((8, 1, 3, 3), 1 / 9, dtype=x.dtype), padding=1, groups=8)
-    peak = F.pad(x, (1, 1, 1, 1), value=-float("inf")).unfold(2, 3, 1).unfold(3, 3, 1).amax((-1, -2))
+    peak = (
+        F.pad(x, (1, 1, 1, 1), value=-float("inf")).unfold(2, 3, 1).unfold(3, 3, 1).amax((-1, -2))
+    )
     both = torch.cat([path(mean, block.mean), path(peak, block.peak)], 1)
     m = torch.sigmoid(bn(cv(both, block.gate[0], 7), block.gate[1]))
     torch.testing.assert_close(block(x), m * x + x)
@@ -184,7 +204,9 @@ def test_spatial_gate():
 def test_channel_gate():
     block, x = drawn(ChannelGate(8, "batch")), image(5, 8, 6, 7)
     v = (x.flatten(2).max(-1).values + x.flatten(2).mean(-1))[..., None, None]
-    gate = torch.sigmoid(bn(cv(gelu(bn(cv(v, block.gate[0]), block.gate[1])), block.gate[3]), block.gate[4]))
+    gate = torch.sigmoid(
+        bn(cv(gelu(bn(cv(v, block.gate[0]), block.gate[1])), block.gate[3]), block.gate[4])
+    )
     torch.testing.assert_close(block(x), gate * x + x)
 
 
@@ -196,13 +218,19 @@ def test_decoder_block_is_a_series_with_a_residual():
 
 @pytest.mark.parametrize("name", ["asc_seg", "asc_seg_nomamba"])
 def test_heads(name):
-    model = build_model(name, in_channels=2, num_classes=3, options={"widths": [8, 8, 16, 8]}).train()
+    model = build_model(
+        name, in_channels=2, num_classes=3, options={"widths": [8, 8, 16, 8]}
+    ).train()
     seen = {}
     for level in (1, 2, 3, 4):
-        model.get_submodule(f"decoder{level}").register_forward_hook(lambda _, __, out, level=level: seen.update({level: out}))
+        model.get_submodule(f"decoder{level}").register_forward_hook(
+            lambda _, __, out, level=level: seen.update({level: out})
+        )
     outputs = model(torch.randn(2, 2, 32, 48))
     assert [tuple(out.shape) for out in outputs] == [(2, 3, 32, 48)] * 4
-    for level, out in enumerate(outputs, 1):  # published: enlarged first, convolved after, then a sigmoid
+    for level, out in enumerate(
+        outputs, 1
+    ):  # published: enlarged first, convolved after, then a sigmoid
         head, factor = model.get_submodule(f"head{level}"), 2 ** (level - 1)
         full = F.interpolate(seen[level], scale_factor=factor, mode="bilinear", align_corners=True)
         torch.testing.assert_close(out, cv(full, head), rtol=1e-4, atol=1e-5)
@@ -212,18 +240,25 @@ def test_heads(name):
 
 
 def test_without_deep_supervision_there_is_one_head():
-    model = build_model("asc_seg_nomamba", in_channels=3, num_classes=1, options={"deep_supervision": False}).train()
+    model = build_model(
+        "asc_seg_nomamba", in_channels=3, num_classes=1, options={"deep_supervision": False}
+    ).train()
     assert count_parameters(model) == spec("asc_seg_nomamba").parameters - 17 - 25 - 33
     assert model(torch.randn(2, 3, 16, 16)).shape == (2, 1, 16, 16)
 
 
 def test_a_batch_of_one_is_refused_in_training_or_normalised_over_channels():
     small = {"widths": (8, 8, 8, 8)}
-    model, x = build_model("asc_seg_nomamba", in_channels=1, num_classes=1, options=small), torch.randn(1, 1, 32, 32)
+    model, x = (
+        build_model("asc_seg_nomamba", in_channels=1, num_classes=1, options=small),
+        torch.randn(1, 1, 32, 32),
+    )
     with pytest.raises(ModelError, match="cannot train on a batch of 1.*gate_norm=group"):
         model.train()(x)
     assert model.eval()(x).shape == (1, 1, 32, 32)
-    grouped = build_model("asc_seg_nomamba", in_channels=1, num_classes=1, options=small | {"gate_norm": "group"})
+    grouped = build_model(
+        "asc_seg_nomamba", in_channels=1, num_classes=1, options=small | {"gate_norm": "group"}
+    )
     assert len(grouped.train()(x)) == 4
     assert count_parameters(grouped) == count_parameters(model)
 
@@ -241,10 +276,17 @@ def test_wrong_options_are_named(options, said):
         build_model("asc_seg", in_channels=3, num_classes=1, options=options)
 
 
-@pytest.mark.parametrize(("widths", "parameters"), [((16, 32, 48, 64), 811_688), ((16, 32, 64, 128), 2_008_384)])
+@pytest.mark.parametrize(
+    ("widths", "parameters"), [((16, 32, 48, 64), 811_688), ((16, 32, 64, 128), 2_008_384)]
+)
 def test_parameters_at_other_widths(widths, parameters):
     with torch.device("meta"):
-        assert count_parameters(build_model("asc_seg", in_channels=3, num_classes=1, options={"widths": widths})) == parameters
+        assert (
+            count_parameters(
+                build_model("asc_seg", in_channels=3, num_classes=1, options={"widths": widths})
+            )
+            == parameters
+        )
 
 
 def test_cost_is_the_published_one_less_what_the_order_of_operations_saves():

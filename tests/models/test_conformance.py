@@ -1,4 +1,5 @@
-"""Every registered network keeps the same promises. A new network is covered the moment its file lies in `models/`."""
+"""Every registered network keeps the same promises. A new network is covered the moment its file
+lies in `models/`."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def twin(chosen: ModelSpec, seed: int = 0, **counts: int) -> nn.Module:
 
 
 def shaken(model: nn.Module) -> nn.Module:
-    """Moves every parameter off its initial value, so that a gate that starts at zero lets gradients through."""
+    """Moves every parameter off its initial value, so that a gate that starts at zero lets
+    gradients through."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -56,7 +58,9 @@ def shaken(model: nn.Module) -> nn.Module:
 
 
 def batch(chosen: ModelSpec) -> Tensor:
-    return torch.randn(BATCH, chosen.in_channels, *chosen.small_input, generator=torch.Generator().manual_seed(1))
+    return torch.randn(
+        BATCH, chosen.in_channels, *chosen.small_input, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def as_list(outputs: Tensor | list[Tensor]) -> list[Tensor]:
@@ -64,7 +68,8 @@ def as_list(outputs: Tensor | list[Tensor]) -> list[Tensor]:
 
 
 def weighted_sum(outputs: Tensor | list[Tensor]) -> Tensor:
-    """A scalar whose gradient differs from voxel to voxel (a plain sum or mean is blind to much)."""
+    """A scalar whose gradient differs from voxel to voxel (a plain sum or mean is blind to
+    much)."""
     total = torch.zeros(())
     for output in as_list(outputs):
         weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
@@ -89,7 +94,9 @@ def test_spec_is_complete(chosen):
 
 def test_parameters_are_those_of_the_specification(chosen):
     with torch.device("meta"):
-        model = build_model(chosen.name, in_channels=chosen.in_channels, num_classes=chosen.num_classes)
+        model = build_model(
+            chosen.name, in_channels=chosen.in_channels, num_classes=chosen.num_classes
+        )
     assert count_parameters(model) == chosen.parameters
     if chosen.stages:
         assert stage_table(model, chosen) == dict(chosen.stages)
@@ -114,11 +121,14 @@ def test_output_shape_and_gradients(chosen):
 
 
 def test_every_weight_matters(chosen):
-    """Each weight has a gradient that is not zero, for at least one of a few initialisations (a narrow ReLU may sleep in one)."""
+    """Each weight has a gradient that is not zero, for at least one of a few initialisations (a
+    narrow ReLU may sleep in one)."""
     x, asleep = batch(chosen), None
     for seed in range(8):
         found = gradients(shaken(twin(chosen, seed)), x)
-        silent = {name for name, gradient in found.items() if gradient is None or not gradient.any()}
+        silent = {
+            name for name, gradient in found.items() if gradient is None or not gradient.any()
+        }
         asleep = silent if asleep is None else asleep & silent
         if not asleep:
             return
@@ -127,7 +137,8 @@ def test_every_weight_matters(chosen):
 
 @pytest.fixture
 def without_onednn():
-    """oneDNN's bf16 weight gradient of a stride-1 conv3d with 16 or more channels on a map of depth 2 is garbage (torch 2.13)."""
+    """oneDNN's bf16 weight gradient of a stride-1 conv3d with 16 or more channels on a map of depth
+    2 is garbage (torch 2.13)."""
     before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags warns about Intel GPUs
     yield
@@ -169,7 +180,9 @@ def test_state_dict_round_trip(chosen):
 
 def test_refuses_a_wrong_input(chosen):
     model, x = twin(chosen), batch(chosen)
-    with pytest.raises(ModelError, match=rf"{chosen.in_channels + 2}\b.*shape|shape.*\b{chosen.in_channels + 2}\b"):
+    with pytest.raises(
+        ModelError, match=rf"{chosen.in_channels + 2}\b.*shape|shape.*\b{chosen.in_channels + 2}\b"
+    ):
         model(torch.cat([x, x[:, :1], x[:, :1]], 1))
     with pytest.raises(ModelError, match=rf"{x.ndim}-dimensional.*found shape"):
         model(x[0])
@@ -186,7 +199,8 @@ def test_refuses_an_unknown_option(chosen):
 
 
 def test_overfits_one_batch(chosen):
-    """A slab of another width in each sample, seen through noise: the loss of the finest output falls to a tenth."""
+    """A slab of another width in each sample, seen through noise: the loss of the finest output
+    falls to a tenth."""
     model, width = twin(chosen), chosen.small_input[-1]
     inside = torch.zeros(BATCH, 1, *chosen.small_input)
     inside[0, ..., : width // 2] = 1
@@ -233,7 +247,9 @@ def compiled_equals_eager(model: nn.Module, x: Tensor, backend: str) -> None:
     found = gradients(torch.compile(model, backend=backend), x)
     for parameter, gradient in expected.items():
         compiled = found[f"_orig_mod.{parameter}"]
-        torch.testing.assert_close(compiled, gradient, rtol=1e-3, atol=1e-4, msg=lambda text, p=parameter: f"{p}: {text}")
+        torch.testing.assert_close(
+            compiled, gradient, rtol=1e-3, atol=1e-4, msg=lambda text, p=parameter: f"{p}: {text}"
+        )
 
 
 @pytest.mark.parametrize("name", ["unet_lite_se", "resenc_unet_3d"])
@@ -245,5 +261,7 @@ def test_traced_graph_changes_nothing(name):
 @pytest.mark.slow
 def test_compile_changes_nothing():
     chosen = spec("plain_unet_2d")
-    model = chosen.build(chosen.in_channels, 2, features=[4, 8], conv_per_stage=1, conv_per_decoder=1)
+    model = chosen.build(
+        chosen.in_channels, 2, features=[4, 8], conv_per_stage=1, conv_per_decoder=1
+    )
     compiled_equals_eager(shaken(model), batch(chosen), "inductor")

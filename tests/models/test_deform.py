@@ -20,14 +20,18 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("layout", ["rows_columns", "interleaved"])
 def test_zero_offsets_are_a_plain_convolution(groups, layout):
     x, weight, bias = draw(2, 4, 5, 7), draw(8, 4 // groups, 3, 3, seed=1), draw(8, seed=2)
-    found = deform_conv2d(x, torch.zeros(2, 18, 5, 7, dtype=x.dtype), weight, bias, groups, layout=layout)
+    found = deform_conv2d(
+        x, torch.zeros(2, 18, 5, 7, dtype=x.dtype), weight, bias, groups, layout=layout
+    )
     torch.testing.assert_close(found, F.conv2d(x, weight, bias, padding=1, groups=groups))
 
 
 @pytest.mark.parametrize(("down", "right"), [(1, 0), (0, 2), (-2, 1), (9, 9)])
 def test_integer_offsets_are_a_shifted_convolution(down, right):
     x, weight = draw(1, 3, 6, 5), draw(2, 3, 3, 3, seed=1)
-    offset = torch.cat((torch.full((1, 9, 6, 5), float(down)), torch.full((1, 9, 6, 5), float(right))), 1).double()
+    offset = torch.cat(
+        (torch.full((1, 9, 6, 5), float(down)), torch.full((1, 9, 6, 5), float(right))), 1
+    ).double()
     padded = F.pad(x, (1 + abs(right),) * 2 + (1 + abs(down),) * 2)
     wide = F.conv2d(padded, weight)
     expected = wide[..., abs(down) + down :, abs(right) + right :][..., :6, :5]
@@ -36,9 +40,16 @@ def test_integer_offsets_are_a_shifted_convolution(down, right):
 
 @pytest.mark.parametrize("groups", [1, 4])
 def test_memory_format_changes_nothing(groups):
-    x, weight, offset = draw(2, 4, 5, 7), draw(8, 4 // groups, 3, 3, seed=1), 2 * draw(2, 18, 5, 7, seed=2)
+    x, weight, offset = (
+        draw(2, 4, 5, 7),
+        draw(8, 4 // groups, 3, 3, seed=1),
+        2 * draw(2, 18, 5, 7, seed=2),
+    )
     expected = deform_conv2d(x, offset, weight, None, groups)
-    x, weight, offset = (t.contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, weight, offset))
+    x, weight, offset = (
+        t.contiguous(memory_format=torch.channels_last).requires_grad_()
+        for t in (x, weight, offset)
+    )
     found = deform_conv2d(x, offset, weight, None, groups)
     torch.testing.assert_close(found, expected)
     found.square().sum().backward()
@@ -60,20 +71,30 @@ def test_fractional_offsets_match_the_sum_over_taps_and_corners():
                             expected[r, c] += share * (weight[0, :, t // 3, t % 3] @ x[0, :, i, j])
     torch.testing.assert_close(deform_conv2d(x, offset, weight)[0, 0], expected)
     interleaved = offset.view(1, 2, 9, 4, 3).transpose(1, 2).reshape(1, 18, 4, 3)
-    torch.testing.assert_close(deform_conv2d(x, interleaved, weight, layout="interleaved")[0, 0], expected)
+    torch.testing.assert_close(
+        deform_conv2d(x, interleaved, weight, layout="interleaved")[0, 0], expected
+    )
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("recompute", [True, False])
 def test_gradients(groups, recompute):
     x, weight, bias = draw(1, 2, 4, 3), draw(2, 2 // groups, 3, 3, seed=1), draw(2, seed=3)
-    offset = 0.3 + 0.1 * torch.rand(1, 18, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))  # away from the kinks
+    offset = 0.3 + 0.1 * torch.rand(
+        1, 18, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    )  # away from the kinks
     leaves = [t.requires_grad_() for t in (x, offset, weight, bias)]
-    assert torch.autograd.gradcheck(lambda *t: deform_conv2d(*t, groups, recompute=recompute), leaves)
+    assert torch.autograd.gradcheck(
+        lambda *t: deform_conv2d(*t, groups, recompute=recompute), leaves
+    )
 
 
 def test_samples_are_not_kept_for_the_backward_pass():
-    x, offset, weight = draw(1, 8, 16, 16).requires_grad_(), draw(1, 18, 16, 16, seed=1), draw(8, 8, 3, 3, seed=2).requires_grad_()
+    x, offset, weight = (
+        draw(1, 8, 16, 16).requires_grad_(),
+        draw(1, 18, 16, 16, seed=1),
+        draw(8, 8, 3, 3, seed=2).requires_grad_(),
+    )
     kept = {True: 0, False: 0}
     for recompute in kept:
 
@@ -99,7 +120,9 @@ def test_positions_stay_exact_under_autocast():
 def test_module_starts_as_a_plain_convolution():
     torch.manual_seed(0)
     block, x = DeformConv2d(4, 6), torch.randn(2, 4, 8, 8)
-    torch.testing.assert_close(block(x), F.conv2d(x, block.kernel.weight, padding=1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        block(x), F.conv2d(x, block.kernel.weight, padding=1), rtol=1e-4, atol=1e-4
+    )
     assert DeformConv2d(4, 6, offset_bias="random").offset.bias.abs().min() > 0
 
 

@@ -30,16 +30,24 @@ def test_table_is_what_the_command_prints(maker, capsys):
     rows = json.loads(capsys.readouterr().out)
     made = maker.table(rows, maker.recipes_by_network())
     assert maker.with_table(PAGE, made) == PAGE, "stale: run `python docs/models_table.py`"
-    assert all(f"| {row['parameters']:,} |" in made and f"| `{row['name']}` |" in made for row in rows)
+    assert all(
+        f"| {row['parameters']:,} |" in made and f"| `{row['name']}` |" in made for row in rows
+    )
     cells = [line.strip("| ").split(" | ")[-1] for line in made.splitlines()[2:]]
     assert {name for cell in cells for name in cell.split(", ")} - {"-"} == {*recipe_names()}
 
 
 def test_text_speaks_of_every_network_and_of_real_options():
     text = PAGE.partition("## What is upstream")[2]
-    families = ("nlie_unet", "e2mi_seg", "unet_lite")  # one paragraph each, which names the others by their endings
+    families = (
+        "nlie_unet",
+        "e2mi_seg",
+        "unet_lite",
+    )  # one paragraph each, which names the others by their endings
     for name in specs():
         family = next((family for family in families if name.startswith(family)), "")
-        assert f"`{name}`" in text or family and f"`{name.removeprefix(family)}`" in text, f"{name} has no paragraph"
+        assert f"`{name}`" in text or family and f"`{name.removeprefix(family)}`" in text, (
+            f"{name} has no paragraph"
+        )
     options = {option for spec in specs().values() for option in legal_options(spec)}
     assert {*re.findall(r"`(\w+): [\w.]+`", text)} <= options

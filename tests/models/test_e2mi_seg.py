@@ -13,7 +13,14 @@ from segfleet.models.e2mi_seg.network import SMALL, E2MISeg
 from segfleet.models.profile import count_macs
 from segfleet.models.registry import ModelError, build_model, count_parameters, spec, stage_table
 
-MCL = {"projection": "shared", "merge": "concat", "dropout": 0.15, "qk_source": "conv", "legacy_qkvv": True, "legacy_scramble": False}
+MCL = {
+    "projection": "shared",
+    "merge": "concat",
+    "dropout": 0.15,
+    "qk_source": "conv",
+    "legacy_qkvv": True,
+    "legacy_scramble": False,
+}
 BRATS = MCL | {"projection": "shared_no_bias", "merge": "sum"}
 ACDC = MCL | {"projection": "separate"}
 
@@ -28,13 +35,16 @@ def test_counts_and_cost(variant, giga):
     chosen = spec(f"e2mi_seg_{variant}")
     with torch.device("meta"):
         model = chosen.build(in_channels=chosen.in_channels, num_classes=chosen.num_classes)
-        lean = chosen.build(in_channels=chosen.in_channels, num_classes=chosen.num_classes, legacy_qkvv=False)
+        lean = chosen.build(
+            in_channels=chosen.in_channels, num_classes=chosen.num_classes, legacy_qkvv=False
+        )
     assert count_parameters(model) == chosen.parameters == sum(chosen.stages.values())
     assert stage_table(model, chosen) == dict(chosen.stages)
     blocks = [m for m in model.modules() if isinstance(m, HybridBlock)]
     unused = sum(m.attention.qkvv.weight.numel() // 2 for m in blocks)
     assert count_parameters(lean) == chosen.parameters - unused
-    # The published figure counts the discarded half of the projections and the heads that evaluation leaves out.
+    # The published figure counts the discarded half of the projections and the heads that
+    # evaluation leaves out.
     discarded = sum(m.attention.qkvv.weight.numel() // 2 * m.position.shape[1] for m in blocks)
     finer, coarser = (step.blocks[0].position.shape[1] for step in (model.dec1, model.dec2))
     heads = model.head1.weight.numel() * finer + model.head2.weight.numel() * coarser
@@ -42,7 +52,9 @@ def test_counts_and_cost(variant, giga):
     assert (macs + discarded + heads) / 1e9 == pytest.approx(giga, abs=0.06)
 
 
-@pytest.mark.parametrize("options", [MCL, BRATS, ACDC, MCL | {"qk_source": "tokens"}, MCL | {"legacy_scramble": True}])
+@pytest.mark.parametrize(
+    "options", [MCL, BRATS, ACDC, MCL | {"qk_source": "tokens"}, MCL | {"legacy_scramble": True}]
+)
 def test_paired_attention_per_head(options):
     """Every head and sample on its own, with plain matrices."""
     batch, tokens, channels, heads, p = 2, 6, 8, 2, 3
@@ -51,19 +63,34 @@ def test_paired_attention_per_head(options):
     nn.init.normal_(pa.spatial_scale)
     t, y = torch.randn(batch, tokens, channels), torch.randn(batch, channels, tokens)
     found = pa(t, y)
-    d, project_k, project_v = channels // heads, pa.key_projection, pa.value_projection or pa.key_projection
+    d, project_k, project_v = (
+        channels // heads,
+        pa.key_projection,
+        pa.value_projection or pa.key_projection,
+    )
     parts = (t @ pa.qkvv.weight.T).split(channels, -1)
     for b in range(batch):
         by_channel, by_space = torch.empty(tokens, channels), torch.empty(heads, tokens, d)
         for h in range(heads):
             own = slice(h * d, (h + 1) * d)
             from_tokens = options["qk_source"] == "tokens"
-            q, k = (parts[0][b, :, own].T, parts[1][b, :, own].T) if from_tokens else (y[b, own], y[b, own])
+            q, k = (
+                (parts[0][b, :, own].T, parts[1][b, :, own].T)
+                if from_tokens
+                else (y[b, own], y[b, own])
+            )
             q_unit, k_unit = q / q.norm(dim=1, keepdim=True), k / k.norm(dim=1, keepdim=True)
             values_c, values_s = parts[-2][b, :, own].T, parts[-1][b, :, own].T  # (d, N)
-            by_channel[:, own] = (torch.softmax(pa.channel_scale[h] * q_unit @ k_unit.T, 1) @ values_c).T
-            by_space[h] = torch.softmax(pa.spatial_scale[h] * q_unit.T @ project_k(k), 1) @ project_v(values_s).T
-        by_space = by_space.permute((2, 0, 1) if options["legacy_scramble"] else (1, 0, 2)).reshape(tokens, channels)
+            by_channel[:, own] = (
+                torch.softmax(pa.channel_scale[h] * q_unit @ k_unit.T, 1) @ values_c
+            ).T
+            by_space[h] = (
+                torch.softmax(pa.spatial_scale[h] * q_unit.T @ project_k(k), 1)
+                @ project_v(values_s).T
+            )
+        by_space = by_space.permute((2, 0, 1) if options["legacy_scramble"] else (1, 0, 2)).reshape(
+            tokens, channels
+        )
         expected = by_space + by_channel
         if pa.merge is not None:
             expected = torch.cat((pa.merge[0](by_space), pa.merge[1](by_channel)), 1)
@@ -81,8 +108,16 @@ def test_unused_projection_does_not_act():
 @pytest.mark.parametrize("local_residual", [True, False])
 @pytest.mark.parametrize("qk_source", ["conv", "tokens"])
 def test_hybrid_block(local_residual, qk_source):
-    switches = {"norm": "batch", "local_norm": True, "local_residual": local_residual, "residual_blocks": 2, "dropout": 0.1}
-    block = HybridBlock(8, (2, 3, 4), 3, 2, **switches, attention=MCL | {"qk_source": qk_source}).eval()
+    switches = {
+        "norm": "batch",
+        "local_norm": True,
+        "local_residual": local_residual,
+        "residual_blocks": 2,
+        "dropout": 0.1,
+    }
+    block = HybridBlock(
+        8, (2, 3, 4), 3, 2, **switches, attention=MCL | {"qk_source": qk_source}
+    ).eval()
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.3)
     x = torch.randn(2, 8, 2, 3, 4)
@@ -91,7 +126,9 @@ def test_hybrid_block(local_residual, qk_source):
         y = F.leaky_relu(block.local[i + 1](F.conv3d(y, block.local[i].weight, padding=1)), 0.01)
     y = x + y if local_residual else y
     t = x.reshape(2, 8, 24).transpose(1, 2) + block.position
-    a = t + block.scale * block.attention(F.layer_norm(t, (8,), block.norm.weight, block.norm.bias), y.reshape(2, 8, 24))
+    a = t + block.scale * block.attention(
+        F.layer_norm(t, (8,), block.norm.weight, block.norm.bias), y.reshape(2, 8, 24)
+    )
     a = a.transpose(1, 2).reshape(x.shape)
     mix = block.refine[-1]
     r = a + F.conv3d(block.refine[1](block.refine[0](a)), mix.weight, mix.bias)
@@ -100,7 +137,13 @@ def test_hybrid_block(local_residual, qk_source):
 
 
 def test_published_size_of_a_block():
-    switches = {"norm": "batch", "local_norm": True, "local_residual": True, "residual_blocks": 2, "dropout": 0.1}
+    switches = {
+        "norm": "batch",
+        "local_norm": True,
+        "local_residual": True,
+        "residual_blocks": 2,
+        "dropout": 0.1,
+    }
     with torch.device("meta"):
         block = HybridBlock(32, (16, 40, 40), 64, 4, **switches, attention=ACDC)
     assert count_parameters(block) == 4_269_736
@@ -111,7 +154,8 @@ def test_published_size_of_a_block():
 
 @pytest.mark.parametrize("clamped", [True, False])
 def test_group_aggregation(clamped):
-    """Four groups, each a quarter of both maps and the whole guess, under one layer norm; outputs at the skip's size."""
+    """Four groups, each a quarter of both maps and the whole guess, under one layer norm; outputs
+    at the skip's size."""
     grid = (4, 10, 8)
     mfga = GroupAggregation(16, 8, 3, (2, 2, 2), grid if clamped else None)
     deep, skip = torch.randn(2, 16, 2, 5, 4), torch.randn(2, 8, *grid)
@@ -126,13 +170,24 @@ def test_group_aggregation(clamped):
         parts.append(F.conv3d(z, conv.weight, conv.bias, padding=reach, dilation=reach, groups=7))
     z = torch.cat(parts, 1)
     z = (z - z.mean(1, keepdim=True)) / (z.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    torch.testing.assert_close(mfga(deep, skip), F.conv3d(z, mfga.mix[1].weight), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        mfga(deep, skip), F.conv3d(z, mfga.mix[1].weight), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_three_heads_at_their_grids():
-    model, x = E2MISeg(2, 3, patch=(16, 32, 64), stem_depth=2, **SMALL), torch.randn(2, 2, 16, 32, 64)
-    assert [tuple(y.shape) for y in model.train()(x)] == [(2, 3, 16, 32, 64), (2, 3, 8, 8, 16), (2, 3, 4, 4, 8)]
-    alone = E2MISeg(2, 3, patch=(16, 32, 64), stem_depth=2, **SMALL, deep_supervision=False, norm="instance")
+    model, x = (
+        E2MISeg(2, 3, patch=(16, 32, 64), stem_depth=2, **SMALL),
+        torch.randn(2, 2, 16, 32, 64),
+    )
+    assert [tuple(y.shape) for y in model.train()(x)] == [
+        (2, 3, 16, 32, 64),
+        (2, 3, 8, 8, 16),
+        (2, 3, 4, 4, 8),
+    ]
+    alone = E2MISeg(
+        2, 3, patch=(16, 32, 64), stem_depth=2, **SMALL, deep_supervision=False, norm="instance"
+    )
     assert alone.train()(x).shape == (2, 3, 16, 32, 64)
 
 
@@ -150,6 +205,10 @@ def test_wrong_use_is_refused():
     ):
         with pytest.raises(ModelError, match=message):
             E2MISeg(1, 2, **(SMALL | {"patch": (16, 32, 32)} | wrong))
-    model = build_model("e2mi_seg_mcl", in_channels=1, num_classes=2, options=SMALL | {"patch": (16, 32, 32)})
-    with pytest.raises(ModelError, match=r"built for patches of \(16, 32, 32\), found \(16, 32, 64\)"):
+    model = build_model(
+        "e2mi_seg_mcl", in_channels=1, num_classes=2, options=SMALL | {"patch": (16, 32, 32)}
+    )
+    with pytest.raises(
+        ModelError, match=r"built for patches of \(16, 32, 32\), found \(16, 32, 64\)"
+    ):
         model(torch.zeros(1, 1, 16, 32, 64))

@@ -18,7 +18,9 @@ def layer(d_model=12, **more):
     return Mamba(d_model, **more)
 
 
-@pytest.mark.parametrize(("d_model", "d_state", "d_conv", "expand"), [(12, 16, 4, 2), (40, 8, 3, 1)])
+@pytest.mark.parametrize(
+    ("d_model", "d_state", "d_conv", "expand"), [(12, 16, 4, 2), (40, 8, 3, 1)]
+)
 def test_state_dict_is_that_of_mamba_ssm(d_model, d_state, d_conv, expand):
     made = layer(d_model, d_state=d_state, d_conv=d_conv, expand=expand)
     e, r = expand * d_model, math.ceil(d_model / 16)
@@ -33,7 +35,16 @@ def test_state_dict_is_that_of_mamba_ssm(d_model, d_state, d_conv, expand):
         "dt_proj.bias": (e,),
         "out_proj.weight": (d_model, e),
     }
-    formula = 2 * d_model * e + e * (d_conv + 1) + e * (r + 2 * d_state) + r * e + e + e * d_state + e + e * d_model
+    formula = (
+        2 * d_model * e
+        + e * (d_conv + 1)
+        + e * (r + 2 * d_state)
+        + r * e
+        + e
+        + e * d_state
+        + e
+        + e * d_model
+    )
     assert count_parameters(made) == formula
 
 
@@ -51,10 +62,15 @@ def test_initial_values():
     assert 0.35 < (steps < 1e-2).float().mean() < 0.65  # log-uniform: half below the geometric mean
     assert made.dt_proj.weight.abs().max() <= made.dt_rank**-0.5
     assert made.A_log._no_weight_decay and made.D._no_weight_decay and made.dt_proj.bias._no_reinit
-    assert torch.equal(layer(dt_init="constant", dt_scale=0.5).dt_proj.weight, torch.full((24, 1), 0.5))
+    assert torch.equal(
+        layer(dt_init="constant", dt_scale=0.5).dt_proj.weight, torch.full((24, 1), 0.5)
+    )
     assert F.softplus(layer(dt_min=1e-9, dt_max=1e-8).dt_proj.bias).min() > 0.99e-4  # the floor
     half = layer(dtype=torch.bfloat16)
-    assert half.in_proj.weight.dtype == torch.bfloat16 and half.A_log.dtype == half.D.dtype == torch.float32
+    assert (
+        half.in_proj.weight.dtype == torch.bfloat16
+        and half.A_log.dtype == half.D.dtype == torch.float32
+    )
 
 
 def formula(m, x):
@@ -62,7 +78,10 @@ def formula(m, x):
     x, z = F.linear(x, m.in_proj.weight).split(m.d_inner, dim=-1)
     length = x.shape[1]
     padded = F.pad(x, (0, 0, m.d_conv - 1, 0))
-    x = F.silu(m.conv1d.bias + sum(m.conv1d.weight[:, 0, k] * padded[:, k : k + length] for k in range(m.d_conv)))
+    x = F.silu(
+        m.conv1d.bias
+        + sum(m.conv1d.weight[:, 0, k] * padded[:, k : k + length] for k in range(m.d_conv))
+    )
     dt, B, C = F.linear(x, m.x_proj.weight).split([m.dt_rank, m.d_state, m.d_state], dim=-1)
     dt = F.linear(dt, m.dt_proj.weight)
     x, dt, B, C, z = (y.transpose(1, 2) for y in (x, dt, B, C, z))
@@ -71,12 +90,18 @@ def formula(m, x):
 
 
 def test_layer_and_gradients_follow_the_formula():
-    made, x = layer(), torch.randn(2, 70, 12, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    made, x = (
+        layer(),
+        torch.randn(2, 70, 12, generator=torch.Generator().manual_seed(1), requires_grad=True),
+    )
     found, expected = made(x), formula(made, x)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     leaves = [x, *made.parameters()]
     torch.testing.assert_close(
-        torch.autograd.grad(found.sin().sum(), leaves), torch.autograd.grad(expected.sin().sum(), leaves), rtol=1e-3, atol=1e-5
+        torch.autograd.grad(found.sin().sum(), leaves),
+        torch.autograd.grad(expected.sin().sum(), leaves),
+        rtol=1e-3,
+        atol=1e-5,
     )
 
 
@@ -120,9 +145,13 @@ def test_bfloat16_by_autocast_and_by_type():
 
 def test_bad_use_is_refused():
     made = layer()
-    with pytest.raises(ModelError, match=r"Mamba takes \(batch, length, 12\), found shape \(2, 5, 11\)"):
+    with pytest.raises(
+        ModelError, match=r"Mamba takes \(batch, length, 12\), found shape \(2, 5, 11\)"
+    ):
         made(torch.zeros(2, 5, 11))
-    with pytest.raises(ModelError, match=r"Mamba.step takes one step, \(batch, 1, 12\), found shape \(2, 2, 12\)"):
+    with pytest.raises(
+        ModelError, match=r"Mamba.step takes one step, \(batch, 1, 12\), found shape \(2, 2, 12\)"
+    ):
         made.step(torch.zeros(2, 2, 12), *made.allocate_inference_cache(2, 1))
     with pytest.raises(ModelError, match="dt_init is 'zero', expected one of: random, constant"):
         layer(dt_init="zero")
@@ -133,4 +162,6 @@ def test_bad_use_is_refused():
 @pytest.mark.compile
 def test_compiles_in_one_graph():
     made, x = layer(), torch.randn(2, 70, 12)
-    torch.testing.assert_close(torch.compile(made, fullgraph=True)(x), made(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.compile(made, fullgraph=True)(x), made(x), rtol=1e-4, atol=1e-5
+    )

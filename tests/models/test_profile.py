@@ -29,7 +29,11 @@ def test_multiply_accumulates_of_the_published_table(variant, gmac):
 
 def test_multiply_accumulates_by_hand():
     with torch.device("meta"):
-        model = nn.Sequential(nn.Conv3d(2, 4, 3, padding=1), nn.Conv3d(4, 4, 3, padding=1, groups=4), nn.ConvTranspose3d(4, 3, 2, stride=2))
+        model = nn.Sequential(
+            nn.Conv3d(2, 4, 3, padding=1),
+            nn.Conv3d(4, 4, 3, padding=1, groups=4),
+            nn.ConvTranspose3d(4, 3, 2, stride=2),
+        )
     voxels = 6 * 8 * 10
     assert count_macs(model, (5, 2, 6, 8, 10)) == 5 * voxels * (2 * 4 * 27 + 4 * 27 + 4 * 3 * 8)
 
@@ -50,13 +54,16 @@ def test_linear_layers_and_matrix_products_count():
 
 
 def test_peak_memory_by_hand():
-    """Without the bias everything alive at the worst moment can be named; no tensor is counted twice and releases are seen."""
+    """Without the bias everything alive at the worst moment can be named; no tensor is counted
+    twice and releases are seen."""
     n, b = 64, 32
     with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(n, n, bias=False), nn.ReLU(inplace=True), nn.Linear(n, n, bias=False))
+        model = nn.Sequential(
+            nn.Linear(n, n, bias=False), nn.ReLU(inplace=True), nn.Linear(n, n, bias=False)
+        )
     matrix, activation, scalar = 4 * n * n, 4 * b * n, 4
-    # backward of the second layer, after its weight gradient: 2 weights, 1 weight gradient, input, hidden, the output still held,
-    # the hidden's gradient and the loss
+    # backward of the second layer, after its weight gradient: 2 weights, 1 weight gradient, input,
+    # hidden, the output still held, the hidden's gradient and the loss
     found = peak_training_bytes(model, (b, n))
     assert 4 * matrix + 2 * activation <= found <= 4 * matrix + 5 * activation + 8 * scalar
     assert all(parameter.grad is None for parameter in model.parameters()) and model.training

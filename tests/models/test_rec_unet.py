@@ -46,9 +46,19 @@ def test_triplet_attention_formula():
 
     over_rows = weigh(attention.gates[0], x.max(2).values, x.mean(2))  # (B, C, X)
     by_columns = x.permute(0, 2, 1, 3)  # (B, Y, C, X)
-    over_columns = weigh(attention.gates[1], by_columns.max(3).values, by_columns.mean(3))  # (B, Y, C)
+    over_columns = weigh(
+        attention.gates[1], by_columns.max(3).values, by_columns.mean(3)
+    )  # (B, Y, C)
     over_channels = weigh(attention.gates[2], x.max(1).values, x.mean(1))  # (B, Y, X)
-    expected = x * (over_rows[:, :, None] + over_columns.permute(0, 2, 1)[..., None] + over_channels[:, None]) / 3
+    expected = (
+        x
+        * (
+            over_rows[:, :, None]
+            + over_columns.permute(0, 2, 1)[..., None]
+            + over_channels[:, None]
+        )
+        / 3
+    )
     torch.testing.assert_close(attention(x), expected)
     assert attention.gates[0].norm.momentum == 0.01
 
@@ -82,9 +92,15 @@ def test_only_the_middle_slice_is_seen():
 
 
 def test_wrong_use_is_refused():
-    wrongs = (({"slices": "first"}, "middle, all"), ({"widths": (4, 8)}, "five even"), ({"in_channels": 2}, "no middle slice"))
+    wrongs = (
+        ({"slices": "first"}, "middle, all"),
+        ({"widths": (4, 8)}, "five even"),
+        ({"in_channels": 2}, "no middle slice"),
+    )
     for wrong, message in wrongs:
         with pytest.raises(ModelError, match=message):
             RecUNet(**({"in_channels": 3, "num_classes": 2} | SMALL | wrong))
     with pytest.raises(ModelError, match="Y size is a multiple of 16, found 40"):
-        build_model("rec_unet", in_channels=3, num_classes=2, options=SMALL)(torch.zeros(1, 3, 40, 32))
+        build_model("rec_unet", in_channels=3, num_classes=2, options=SMALL)(
+            torch.zeros(1, 3, 40, 32)
+        )

@@ -1,4 +1,5 @@
-"""nnU-Net's two U-Nets against the package that nnU-Net uses, and the planned topology against known plans."""
+"""nnU-Net's two U-Nets against the package that nnU-Net uses, and the planned topology against
+known plans."""
 
 from __future__ import annotations
 
@@ -43,9 +44,15 @@ def test_default_preset_has_the_parameters_of_the_package(kind, dims):
     with torch.device("meta"):
         model = build_model(f"{kind}_unet_{dims}d", in_channels=1, num_classes=2)
         stages = len(model.topology.features)
-        encoder = {"n_conv_per_stage": 2} if kind == "plain" else {"n_blocks_per_stage": (1, 3, 4, 6, 6, 6, 6, 6)[:stages]}
+        encoder = (
+            {"n_conv_per_stage": 2}
+            if kind == "plain"
+            else {"n_blocks_per_stage": (1, 3, 4, 6, 6, 6, 6, 6)[:stages]}
+        )
         decoder = {"n_conv_per_stage_decoder": 2 if kind == "plain" else 1}
-        assert count_parameters(model) == count_parameters(reference(kind, model, num_classes=2, **encoder, **decoder))
+        assert count_parameters(model) == count_parameters(
+            reference(kind, model, num_classes=2, **encoder, **decoder)
+        )
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -53,14 +60,21 @@ def test_default_preset_has_the_parameters_of_the_package(kind, dims):
 def test_computes_what_the_package_computes(kind, dims):
     """With the package's weights, every output of the deep supervision is the same."""
     torch.manual_seed(0)
-    model = build_model(f"{kind}_unet_{dims}d", in_channels=2, num_classes=3, options=SMALL[dims] | {"conv_per_decoder": [2, 1]})
+    model = build_model(
+        f"{kind}_unet_{dims}d",
+        in_channels=2,
+        num_classes=3,
+        options=SMALL[dims] | {"conv_per_decoder": [2, 1]},
+    )
     encoder = {"n_conv_per_stage": 2} if kind == "plain" else {"n_blocks_per_stage": (1, 3, 4)}
     other = reference(kind, model, num_classes=3, n_conv_per_stage_decoder=(2, 1), **encoder)
     parts = [other.encoder.stages]
     ours: list[nn.Module] = [model.encoder]
     if kind == "resenc":
         parts, ours = [other.encoder.stem, *parts], [model.stem, *ours]
-    for mine, up, convs in zip(model.decoder, other.decoder.transpconvs, other.decoder.stages, strict=True):
+    for mine, up, convs in zip(
+        model.decoder, other.decoder.transpconvs, other.decoder.stages, strict=True
+    ):
         parts += [up, convs]
         ours += [mine.up, mine.convs]
     parts.append(other.decoder.seg_layers)
@@ -79,7 +93,12 @@ def test_computes_what_the_package_computes(kind, dims):
 @pytest.mark.parametrize(
     ("patch", "spacing", "strides", "first_kernels"),
     [
-        ((20, 256, 224), (5.0, 1.5625, 1.5625), "122 222 222 122 122", "133 333"),  # ACDC, published plan
+        (
+            (20, 256, 224),
+            (5.0, 1.5625, 1.5625),
+            "122 222 222 122 122",
+            "133 333",
+        ),  # ACDC, published plan
         ((128, 128, 128), (1.0, 1.0, 1.0), "222 222 222 222 222", "333 333"),  # BrainTumour
         ((64, 192, 192), (1.5, 0.8, 0.8), "222 222 222 222 122", "333 333"),  # HepaticVessel
         ((40, 56, 40), (1.0, 1.0, 1.0), "222 222 222", "333 333"),  # Hippocampus
@@ -92,7 +111,10 @@ def test_topology_of_known_plans(patch, spacing, strides, first_kernels):
     assert found.strides[0] == (1,) * len(patch)
     assert " ".join("".join(map(str, k)) for k in found.kernels[:2]) == first_kernels
     assert found.kernels[-1] == (3,) * len(patch)
-    assert found.features[:4] == (32, 64, 128, 256) and max(found.features) <= {2: 512, 3: 320}[len(patch)]
+    assert (
+        found.features[:4] == (32, 64, 128, 256)
+        and max(found.features) <= {2: 512, 3: 320}[len(patch)]
+    )
     assert found.padded(patch) == patch
 
 
@@ -123,7 +145,10 @@ def test_given_strides_and_kernels_are_taken_as_they_are():
     ("options", "message"),
     [
         ({"patch": [64, 64]}, "needs 3 numbers"),
-        ({"patch": [20, 100, 224], "spacing": [5, 1.5, 1.5]}, r"next larger patch is \(20, 112, 224\)"),
+        (
+            {"patch": [20, 100, 224], "spacing": [5, 1.5, 1.5]},
+            r"next larger patch is \(20, 112, 224\)",
+        ),
         ({"patch": [16, 16, 16], "features": [8, 16, 32, 64]}, "found 4 stages.*allows 3"),
         ({"patch": [4, 4, 4]}, "too small"),
         ({"features": [8]}, "at least 2 stages"),
@@ -143,6 +168,8 @@ def test_options_that_contradict_each_other_are_refused(options, message):
 def test_a_deepest_map_of_one_voxel_is_refused():
     model = topology_from_options(dims=2, features=[4, 8])
     assert model.divisor == (2, 2)
-    network = build_model("plain_unet_2d", in_channels=1, num_classes=2, options={"features": [4, 8]})
+    network = build_model(
+        "plain_unet_2d", in_channels=1, num_classes=2, options={"features": [4, 8]}
+    )
     with pytest.raises(ModelError, match="one voxel"):
         network(torch.randn(1, 1, 2, 2))

@@ -1,4 +1,5 @@
-"""The selective scan: the numbers and the properties of its specification, on every back end that runs here."""
+"""The selective scan: the numbers and the properties of its specification, on every back end that
+runs here."""
 
 from __future__ import annotations
 
@@ -16,7 +17,12 @@ from segfleet.models.scan import backends, external, native, selective_scan_fn, 
 from segfleet.models.scan.inputs import chunk_length
 
 NATIVE = native.unavailable(torch.device("cpu"))
-COMPILED = pytest.param("native", marks=pytest.mark.skipif(bool(NATIVE), reason=f"the compiled kernel is not available: {NATIVE}"))
+COMPILED = pytest.param(
+    "native",
+    marks=pytest.mark.skipif(
+        bool(NATIVE), reason=f"the compiled kernel is not available: {NATIVE}"
+    ),
+)
 BACKENDS = [COMPILED, "chunked"]
 TENSORS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
@@ -28,13 +34,23 @@ def inputs(
     draw = torch.Generator().manual_seed(7)
 
     def normal(*shape, scale=1.0):
-        return (torch.randn(*shape, generator=draw, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+        return (
+            (torch.randn(*shape, generator=draw, dtype=torch.float64) * scale)
+            .to(dtype)
+            .requires_grad_()
+        )
 
-    matrix = {"varied": (batch, groups, state, length), "flat": (batch, state, length), "constant": (channels, state)}
+    matrix = {
+        "varied": (batch, groups, state, length),
+        "flat": (batch, state, length),
+        "constant": (channels, state),
+    }
     return {
         "u": normal(batch, channels, length),
         "delta": normal(batch, channels, length),
-        "A": (-torch.rand(channels, state, generator=draw, dtype=torch.float64) * 2 - 0.05).to(dtype).requires_grad_(),
+        "A": (-torch.rand(channels, state, generator=draw, dtype=torch.float64) * 2 - 0.05)
+        .to(dtype)
+        .requires_grad_(),
         "B": normal(*matrix[B]),
         "C": normal(*matrix[C]),
         "D": normal(channels) if D else None,
@@ -49,18 +65,33 @@ def run(scan, arguments, last=True):
     """Output, last state and gradients of a fixed random functional of both, by name."""
     out, state = scan(**arguments, return_last_state=True)
     draw = torch.Generator().manual_seed(11)
-    loss = sum((x.double() * torch.randn(x.shape, generator=draw, dtype=torch.float64)).sum() for x in ((out, state) if last else (out,)))
+    loss = sum(
+        (x.double() * torch.randn(x.shape, generator=draw, dtype=torch.float64)).sum()
+        for x in ((out, state) if last else (out,))
+    )
     given = {k: x for k, x in arguments.items() if k in TENSORS and x is not None}
-    return {"out": out, "last": state, **dict(zip(given, torch.autograd.grad(loss, list(given.values())), strict=True))}
+    return {
+        "out": out,
+        "last": state,
+        **dict(zip(given, torch.autograd.grad(loss, list(given.values())), strict=True)),
+    }
 
 
 def worst(found, expected):
     """Largest error of each result, relative to the largest expected value."""
-    return {k: ((found[k].double() - x.double()).abs().max() / x.double().abs().max().clamp(min=1e-30)).item() for k, x in expected.items()}
+    return {
+        k: (
+            (found[k].double() - x.double()).abs().max() / x.double().abs().max().clamp(min=1e-30)
+        ).item()
+        for k, x in expected.items()
+    }
 
 
 def double(arguments):
-    return {k: x.detach().double().requires_grad_() if isinstance(x, torch.Tensor) else x for k, x in arguments.items()}
+    return {
+        k: x.detach().double().requires_grad_() if isinstance(x, torch.Tensor) else x
+        for k, x in arguments.items()
+    }
 
 
 SPEC = {
@@ -114,14 +145,21 @@ def spec_case(dtype):
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_vectors_of_the_specification(backend, dtype):
     arguments = spec_case(dtype)
-    scan = selective_scan_ref if backend == "reference" else partial(selective_scan_fn, backend=backend)
+    scan = (
+        selective_scan_ref
+        if backend == "reference"
+        else partial(selective_scan_fn, backend=backend)
+    )
     out, last = scan(**arguments, return_last_state=True)
     found = {"out": out, "last": last}
     tensors = {k: arguments[k] for k in TENSORS}
     found |= dict(zip(tensors, torch.autograd.grad(out.sum(), list(tensors.values())), strict=True))
     for name, expected in SPEC.items():
         torch.testing.assert_close(
-            found[name].reshape(torch.tensor(expected).shape).double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=2e-7
+            found[name].reshape(torch.tensor(expected).shape).double(),
+            torch.tensor(expected, dtype=torch.float64),
+            rtol=1e-5,
+            atol=2e-7,
         )
 
 
@@ -129,9 +167,16 @@ def test_vectors_of_the_specification(backend, dtype):
 def test_closed_form(backend):
     delta, length = 0.3, 200
     one = torch.ones(1, 1, length, dtype=torch.float64)
-    out = selective_scan_fn(one, delta * one, -torch.ones(1, 1, dtype=torch.float64), one, one, backend=backend)
+    out = selective_scan_fn(
+        one, delta * one, -torch.ones(1, 1, dtype=torch.float64), one, one, backend=backend
+    )
     t = torch.arange(1, length + 1, dtype=torch.float64)
-    torch.testing.assert_close(out[0, 0], delta * (1 - torch.exp(-delta * t)) / (1 - torch.exp(torch.tensor(-delta, dtype=torch.float64))))
+    torch.testing.assert_close(
+        out[0, 0],
+        delta
+        * (1 - torch.exp(-delta * t))
+        / (1 - torch.exp(torch.tensor(-delta, dtype=torch.float64))),
+    )
 
 
 @pytest.mark.parametrize("length", [1, 64, 65, 150])
@@ -139,7 +184,15 @@ def test_closed_form(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_result_equals_the_definition(backend, length, state):
     arguments = inputs(length=length, state=state)
-    assert max(worst(run(partial(selective_scan_fn, backend=backend), arguments), run(selective_scan_ref, arguments)).values()) < 1e-12
+    assert (
+        max(
+            worst(
+                run(partial(selective_scan_fn, backend=backend), arguments),
+                run(selective_scan_ref, arguments),
+            ).values()
+        )
+        < 1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,14 +214,25 @@ def test_every_result_equals_the_definition(backend, length, state):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_form_of_input(backend, options):
     arguments = inputs(**options)
-    assert max(worst(run(partial(selective_scan_fn, backend=backend), arguments), run(selective_scan_ref, arguments)).values()) < 1e-12
+    assert (
+        max(
+            worst(
+                run(partial(selective_scan_fn, backend=backend), arguments),
+                run(selective_scan_ref, arguments),
+            ).values()
+        )
+        < 1e-12
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_single_precision_is_exact_to_1e5(backend):
     arguments = inputs(batch=1, channels=8, length=1500, state=16, groups=1, dtype=torch.float32)
     expected = run(partial(selective_scan_fn, backend="chunked"), double(arguments))
-    assert max(worst(run(partial(selective_scan_fn, backend=backend), arguments), expected).values()) < 1e-5
+    assert (
+        max(worst(run(partial(selective_scan_fn, backend=backend), arguments), expected).values())
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
@@ -177,7 +241,10 @@ def test_half_types_compute_in_single(backend, dtype, tolerance):
     arguments = inputs(channels=8, groups=2, state=16, dtype=dtype)
     for name in ("A", "D", "delta_bias"):
         arguments[name] = arguments[name].detach().float().requires_grad_()
-    found, expected = run(partial(selective_scan_fn, backend=backend), arguments), run(selective_scan_ref, double(arguments))
+    found, expected = (
+        run(partial(selective_scan_fn, backend=backend), arguments),
+        run(selective_scan_ref, double(arguments)),
+    )
     assert found["out"].dtype == found["u"].dtype == found["B"].dtype == dtype
     assert found["last"].dtype == found["A"].dtype == torch.float32
     errors = worst(found, expected)
@@ -187,38 +254,58 @@ def test_half_types_compute_in_single(backend, dtype, tolerance):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend):
-    for options in ({"length": 70, "z": True}, {"length": 3, "B": "constant", "C": "constant", "z": False}):
+    for options in (
+        {"length": 70, "z": True},
+        {"length": 3, "B": "constant", "C": "constant", "z": False},
+    ):
         arguments = inputs(batch=1, channels=2, state=2, groups=1, **options)
         names = [k for k in TENSORS if arguments[k] is not None]
 
         def scan(*tensors, names=names, arguments=arguments):
-            return selective_scan_fn(**(arguments | dict(zip(names, tensors, strict=True))), return_last_state=True, backend=backend)
+            return selective_scan_fn(
+                **(arguments | dict(zip(names, tensors, strict=True))),
+                return_last_state=True,
+                backend=backend,
+            )
 
         assert torch.autograd.gradcheck(scan, [arguments[k] for k in names], fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_halves_with_the_carried_state_are_one_pass(backend):
-    x = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in inputs(length=180, groups=1, z=False).items()}
+    x = {
+        k: v.detach() if isinstance(v, torch.Tensor) else v
+        for k, v in inputs(length=180, groups=1, z=False).items()
+    }
     whole, end = selective_scan_fn(**x, return_last_state=True, backend=backend)
     timed = ("u", "delta", "B", "C")
-    first, second = ({k: v[..., part] if k in timed else v for k, v in x.items()} for part in (slice(90), slice(90, None)))
+    first, second = (
+        {k: v[..., part] if k in timed else v for k, v in x.items()}
+        for part in (slice(90), slice(90, None))
+    )
     out1, carried = selective_scan_fn(**first, return_last_state=True, backend=backend)
     out2, own = selective_scan_fn(**second, return_last_state=True, backend=backend)
     steps = torch.nn.functional.softplus(second["delta"] + x["delta_bias"][:, None]).cumsum(-1)
     decayed = torch.exp(steps[:, :, None] * x["A"][:, :, None]) * carried[..., None]  # (B, D, N, L)
-    torch.testing.assert_close(torch.cat([out1, out2 + (decayed * second["C"]).sum(2)], dim=-1), whole)
+    torch.testing.assert_close(
+        torch.cat([out1, out2 + (decayed * second["C"]).sum(2)], dim=-1), whole
+    )
     torch.testing.assert_close(own + decayed[..., -1], end)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_permuted_batch_and_channels(backend):
-    x = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in inputs(batch=3, groups=1).items()}
+    x = {
+        k: v.detach() if isinstance(v, torch.Tensor) else v
+        for k, v in inputs(batch=3, groups=1).items()
+    }
     b, d = torch.tensor([2, 0, 1]), torch.tensor([3, 1, 5, 0, 4, 2])
     moved = {k: x[k][d] for k in ("A", "D", "delta_bias")} | {k: x[k][b] for k in ("B", "C")}
     moved |= {k: x[k][b][:, d] for k in ("u", "delta", "z")}
     found = selective_scan_fn(**moved, delta_softplus=True, backend=backend)
-    torch.testing.assert_close(found, selective_scan_fn(**x, backend=backend)[b][:, d], rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(
+        found, selective_scan_fn(**x, backend=backend)[b][:, d], rtol=1e-14, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -228,10 +315,15 @@ def test_any_strides(backend):
     strided = dict(arguments)
     for name in TENSORS:
         x = arguments[name].detach()
-        wide = torch.stack([x, x], dim=-1).transpose(0, -2).contiguous().transpose(0, -2)  # reordered and every second element
+        wide = (
+            torch.stack([x, x], dim=-1).transpose(0, -2).contiguous().transpose(0, -2)
+        )  # reordered and every second element
         strided[name] = wide[..., 0].requires_grad_()
         assert not strided[name].is_contiguous() or x.ndim == 1
-    assert max(worst(run(partial(selective_scan_fn, backend=backend), strided), expected).values()) < 1e-6
+    assert (
+        max(worst(run(partial(selective_scan_fn, backend=backend), strided), expected).values())
+        < 1e-6
+    )
     # the gradient of a sum is one number spread with stride 0
     torch.testing.assert_close(
         torch.autograd.grad(selective_scan_fn(**arguments, backend=backend).sum(), arguments["u"]),
@@ -243,13 +335,18 @@ def test_any_strides(backend):
 def test_one_group_in_four_dimensions_is_three_dimensions(backend):
     arguments = inputs(groups=1)
     flat = arguments | {k: arguments[k].detach().squeeze(1).requires_grad_() for k in ("B", "C")}
-    found, expected = (run(partial(selective_scan_fn, backend=backend), x) for x in (flat, arguments))
+    found, expected = (
+        run(partial(selective_scan_fn, backend=backend), x) for x in (flat, arguments)
+    )
     assert all(torch.equal(found[k].reshape(-1), expected[k].reshape(-1)) for k in expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_not_finite_spreads_to_all_later_steps_only(backend):
-    x = {k: v.detach().float() if isinstance(v, torch.Tensor) else v for k, v in inputs(groups=1).items()}
+    x = {
+        k: v.detach().float() if isinstance(v, torch.Tensor) else v
+        for k, v in inputs(groups=1).items()
+    }
     x["delta"][0, 1, 100] = torch.nan
     bad = ~selective_scan_fn(**x, backend=backend).isfinite()
     assert bad[0, 1, 100:].all() and bad.sum() == 50
@@ -262,7 +359,10 @@ def test_extreme_steps(backend):
         arguments["delta"].mul_(40)  # softplus from 0 to its linear part, decays down to 0
         arguments["A"].mul_(30)
     expected = run(partial(selective_scan_fn, backend="chunked"), double(arguments))
-    assert max(worst(run(partial(selective_scan_fn, backend=backend), arguments), expected).values()) < 1e-5
+    assert (
+        max(worst(run(partial(selective_scan_fn, backend=backend), arguments), expected).values())
+        < 1e-5
+    )
 
 
 def test_kept_states_are_an_eighth_of_the_input():
@@ -271,7 +371,8 @@ def test_kept_states_are_an_eighth_of_the_input():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_operator_contract(backend):
-    """Schema, fake tensors, autograd registration and traced gradients with sizes unknown, as torch checks them."""
+    """Schema, fake tensors, autograd registration and traced gradients with sizes unknown, as torch
+    checks them."""
     x = inputs(length=70, state=2, dtype=torch.float32)
     sample = (*(x[k] for k in TENSORS), True, backend)
     torch.library.opcheck(torch.ops.segfleet.selective_scan.default, sample)
@@ -282,14 +383,22 @@ def test_compiles_in_one_graph():
     arguments = inputs(dtype=torch.float32)
 
     def f(u, delta, z):
-        y, last = selective_scan_fn(**(arguments | {"u": u * 2, "delta": delta, "z": z}), return_last_state=True)
+        y, last = selective_scan_fn(
+            **(arguments | {"u": u * 2, "delta": delta, "z": z}), return_last_state=True
+        )
         return y.relu(), last
 
     leaves = [arguments[k] for k in ("u", "delta", "z")]
     results = []
     for g in (f, torch.compile(f, fullgraph=True)):
         y, last = g(*leaves)
-        results.append([y, last, *torch.autograd.grad(y.square().sum() + last.sum(), [*leaves, arguments["A"]])])
+        results.append(
+            [
+                y,
+                last,
+                *torch.autograd.grad(y.square().sum() + last.sum(), [*leaves, arguments["A"]]),
+            ]
+        )
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
 
 
@@ -302,26 +411,59 @@ def shape(*sizes, dtype=torch.float32, device=None):
     [
         ({"u": shape(2, 6)}, r"u has shape \(2, 6\), expected \(batch, channels, length\)"),
         ({"u": shape(2, 6, 0)}, r"u has shape \(2, 6, 0\).*no size 0"),
-        ({"delta": shape(2, 6, 9)}, r"delta has shape \(2, 6, 9\), expected that of u, \(2, 6, 10\)"),
+        (
+            {"delta": shape(2, 6, 9)},
+            r"delta has shape \(2, 6, 9\), expected that of u, \(2, 6, 10\)",
+        ),
         ({"z": shape(2, 5, 10)}, r"z has shape \(2, 5, 10\)"),
-        ({"A": shape(5, 4)}, r"A has shape \(5, 4\), expected \(channels, state\) with u's 6 channels"),
-        ({"B": shape(2, 3, 10)}, r"B has shape \(2, 3, 10\), expected \(batch, state, length\) with batch 2, state 4 \(from A\)"),
-        ({"C": shape(2, 4, 4, 10)}, r"C has shape \(2, 4, 4, 10\), so 4 groups, of which the number of channels, 6, must be a multiple"),
-        ({"B": shape(2, 2, 4, 10), "C": shape(2, 3, 4, 10)}, r"C has shape \(2, 3, 4, 10\), so 3 groups, expected as many as B, 2, or one"),
-        ({"B": shape(6, 5)}, r"B has shape \(6, 5\), expected \(channels, state\) = \(6, 4\) for a constant B"),
+        (
+            {"A": shape(5, 4)},
+            r"A has shape \(5, 4\), expected \(channels, state\) with u's 6 channels",
+        ),
+        (
+            {"B": shape(2, 3, 10)},
+            r"B has shape \(2, 3, 10\), expected \(batch, state, length\) with batch 2, state 4 \(from A\)",
+        ),
+        (
+            {"C": shape(2, 4, 4, 10)},
+            r"C has shape \(2, 4, 4, 10\), so 4 groups, of which the number of channels, 6, must be a multiple",
+        ),
+        (
+            {"B": shape(2, 2, 4, 10), "C": shape(2, 3, 4, 10)},
+            r"C has shape \(2, 3, 4, 10\), so 3 groups, expected as many as B, 2, or one",
+        ),
+        (
+            {"B": shape(6, 5)},
+            r"B has shape \(6, 5\), expected \(channels, state\) = \(6, 4\) for a constant B",
+        ),
         ({"B": shape(10)}, r"B has shape \(10,\)"),
         ({"D": shape(5)}, r"D has shape \(5,\), expected \(channels,\) = \(6,\)"),
         ({"delta_bias": shape(6, 1)}, r"delta_bias has shape \(6, 1\)"),
-        ({"delta": shape(2, 6, 10, dtype=torch.int64)}, r"delta has type torch.int64, expected one of float32"),
+        (
+            {"delta": shape(2, 6, 10, dtype=torch.int64)},
+            r"delta has type torch.int64, expected one of float32",
+        ),
         ({"A": shape(6, 4, dtype=torch.complex64)}, r"A has type torch.complex64"),
         ({"C": shape(2, 4, 10, device="meta")}, r"C is on meta but u is on cpu"),
         ({"A": None}, r"A must be a tensor, found NoneType"),
-        ({"backend": "cuda"}, r"backend is 'cuda', expected one of: auto, mamba_ssm, triton, native, chunked"),
-        ({"backend": "mamba_ssm"}, r"backend asks for 'mamba_ssm', which cannot run on cpu: its kernels are for CUDA tensors"),
+        (
+            {"backend": "cuda"},
+            r"backend is 'cuda', expected one of: auto, mamba_ssm, triton, native, chunked",
+        ),
+        (
+            {"backend": "mamba_ssm"},
+            r"backend asks for 'mamba_ssm', which cannot run on cpu: its kernels are for CUDA tensors",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(change, expected):
-    good = {"u": shape(2, 6, 10), "delta": shape(2, 6, 10), "A": shape(6, 4), "B": shape(2, 4, 10), "C": shape(2, 4, 10)}
+    good = {
+        "u": shape(2, 6, 10),
+        "delta": shape(2, 6, 10),
+        "A": shape(6, 4),
+        "B": shape(2, 4, 10),
+        "C": shape(2, 4, 10),
+    }
     selective_scan_fn(**good)
     with pytest.raises(ModelError, match=expected) as refused:
         selective_scan_fn(**(good | change))
@@ -339,9 +481,13 @@ def test_variable_forces_a_back_end_and_the_choice_is_logged_once(monkeypatch, c
         for _ in range(3):
             selective_scan_fn(**x)
     assert set(used) == {"chunked"}
-    assert [r.getMessage() for r in caplog.records] == ["selective scan on cpu runs with back end 'chunked' (forced by SEGFLEET_SCAN)"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "selective scan on cpu runs with back end 'chunked' (forced by SEGFLEET_SCAN)"
+    ]
     monkeypatch.setenv("SEGFLEET_SCAN", "fast")
-    with pytest.raises(ModelError, match="SEGFLEET_SCAN is 'fast', expected one of: auto, mamba_ssm"):
+    with pytest.raises(
+        ModelError, match="SEGFLEET_SCAN is 'fast', expected one of: auto, mamba_ssm"
+    ):
         selective_scan_fn(**x)
     selective_scan_fn(**x, backend="chunked")  # the argument goes before the variable
 
@@ -377,7 +523,11 @@ def test_on_cuda_mamba_ssm_goes_first_if_it_has_its_kernels(installed, monkeypat
     installed("mamba_ssm.ops")
     installed("mamba_ssm.ops.selective_scan_interface")
     assert backends.choose("auto", CUDA) == backends.choose("mamba_ssm", CUDA) == "mamba_ssm"
-    assert backends.choose("auto", CUDA, ours=True) == backends.choose("mamba_ssm", CUDA, ours=True) == "triton"
+    assert (
+        backends.choose("auto", CUDA, ours=True)
+        == backends.choose("mamba_ssm", CUDA, ours=True)
+        == "triton"
+    )
     assert external.unavailable(torch.device("cpu"))
 
 
@@ -395,6 +545,15 @@ def test_mamba_ssm_gets_what_its_kernels_take(installed):
     half = {k: v.detach().bfloat16() if isinstance(v, torch.Tensor) else v for k, v in x.items()}
     half["u"] = half["u"].mT.contiguous().mT
     out = external.scan(*(half[k] for k in TENSORS), True, False)
-    assert out.dtype == torch.bfloat16 and all(seen[k].dtype == torch.bfloat16 for k in ("u", "delta", "B", "z"))
-    assert all(seen[k].dtype == torch.float32 for k in ("A", "C", "D", "bias")) and seen["u"].stride(-1) == 1
-    assert external.fits(out, x["A"]) and not external.fits(out, torch.zeros(6, 300)) and not external.fits(out.double(), x["A"])
+    assert out.dtype == torch.bfloat16 and all(
+        seen[k].dtype == torch.bfloat16 for k in ("u", "delta", "B", "z")
+    )
+    assert (
+        all(seen[k].dtype == torch.float32 for k in ("A", "C", "D", "bias"))
+        and seen["u"].stride(-1) == 1
+    )
+    assert (
+        external.fits(out, x["A"])
+        and not external.fits(out, torch.zeros(6, 300))
+        and not external.fits(out.double(), x["A"])
+    )

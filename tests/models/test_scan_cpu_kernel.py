@@ -1,4 +1,5 @@
-"""The compiled kernel: built once, whoever builds and whatever was left behind; the same numbers with any number of threads."""
+"""The compiled kernel: built once, whoever builds and whatever was left behind; the same numbers
+with any number of threads."""
 
 from __future__ import annotations
 
@@ -17,8 +18,12 @@ import torch
 
 from segfleet.models.scan import backends, build, native, selective_scan_fn
 
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="no C++ compiler on PATH")
-needs_kernel = pytest.mark.skipif(bool(native.unavailable(torch.device("cpu"))), reason="the compiled kernel is not available")
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, build.COMPILERS)), reason="no C++ compiler on PATH"
+)
+needs_kernel = pytest.mark.skipif(
+    bool(native.unavailable(torch.device("cpu"))), reason="the compiled kernel is not available"
+)
 
 
 @pytest.fixture
@@ -49,7 +54,10 @@ def fresh(monkeypatch):
 def example(batch=2, channels=4, length=6144, state=16):
     draw = torch.Generator().manual_seed(3)
     row, matrix = (batch, channels, length), (batch, 1, state, length)
-    tensors = [torch.randn(s, generator=draw) for s in (row, row, (channels, state), matrix, matrix, (channels,), row, (channels,))]
+    tensors = [
+        torch.randn(s, generator=draw)
+        for s in (row, row, (channels, state), matrix, matrix, (channels,), row, (channels,))
+    ]
     tensors[2] = -tensors[2].exp()
     return [x.requires_grad_() for x in tensors]
 
@@ -73,24 +81,35 @@ def test_results_do_not_depend_on_the_number_of_threads(length, monkeypatch):
 
 @needs_kernel
 def test_forward_and_backward_make_no_tensor_of_length_times_state():
-    """Peak memory above what the process held with inputs, output and gradients: a fraction of the inputs. In a process of its own."""
+    """Peak memory above what the process held with inputs, output and gradients: a fraction of the
+    inputs. In a process of its own."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("peak memory of the running process is read from Linux's /proc")
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=True)
     extra, inputs = map(int, done.stdout.split())
-    assert extra < 0.25 * inputs, f"{extra / 2**20:.1f} MiB beyond {inputs / 2**20:.1f} MiB of inputs"
+    assert extra < 0.25 * inputs, (
+        f"{extra / 2**20:.1f} MiB beyond {inputs / 2**20:.1f} MiB of inputs"
+    )
 
 
 def measure_peak() -> tuple[int, int]:
     """Bytes beyond inputs, output and gradients; bytes of the inputs."""
     torch.set_num_threads(1)
     small = example(length=64)
-    torch.autograd.grad(selective_scan_fn(*small, True, backend="native").sum(), small)  # loads what is loaded once
+    torch.autograd.grad(
+        selective_scan_fn(*small, True, backend="native").sum(), small
+    )  # loads what is loaded once
     tensors = example(batch=4, channels=4, length=65536)
-    held = [torch.ones_like(x) for x in (*tensors, tensors[0], tensors[0])]  # gradients, output and its gradient: touched, then given back
+    held = [
+        torch.ones_like(x) for x in (*tensors, tensors[0], tensors[0])
+    ]  # gradients, output and its gradient: touched, then given back
 
     def kilobytes(field):
-        return int(next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field)).split()[1])
+        return int(
+            next(
+                x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field)
+            ).split()[1]
+        )
 
     base = kilobytes("VmRSS:")
     del held
@@ -109,7 +128,11 @@ def test_every_half_number_survives_the_way_in_and_out(bits):
         u = codes.view(dtype).view(1, 1, -1)
         zero, one = torch.zeros(1, 1, dtype=torch.float32), torch.ones(1)
         out = selective_scan_fn(u, torch.zeros_like(u), zero, zero, zero, one, backend="native")
-        expected = torch.where(u.float().abs() < torch.finfo(torch.float32).tiny, 0, u) if dtype == torch.bfloat16 else u
+        expected = (
+            torch.where(u.float().abs() < torch.finfo(torch.float32).tiny, 0, u)
+            if dtype == torch.bfloat16
+            else u
+        )
         finite = u.isfinite()  # 0 x infinity is NaN in the state already
         assert torch.equal(out[finite], expected[finite])
 
@@ -119,7 +142,9 @@ def test_builds_without_openmp_and_without_the_machines_own_instructions(cache, 
     monkeypatch.setattr(build, "FLAGS", ((),))
     small = example(length=200)
     expected = selective_scan_fn(*small, True, backend="chunked")
-    torch.testing.assert_close(selective_scan_fn(*small, True, backend="native"), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        selective_scan_fn(*small, True, backend="native"), expected, rtol=1e-5, atol=1e-5
+    )
     assert len(list(cache.iterdir())) == 1
 
 
@@ -131,7 +156,8 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(cache, monkeypatch, fres
         out = [selective_scan_fn(*small, True) for _ in range(2)]
     assert torch.equal(out[0], selective_scan_fn(*small, True, backend="chunked"))
     assert [r.getMessage() for r in caplog.records] == [
-        "selective scan on cpu runs with back end 'chunked' (native: no C++ compiler on PATH (looked for c++, g++, clang++))"
+        "selective scan on cpu runs with back end 'chunked' (native: no C++ compiler on PATH "
+        "(looked for c++, g++, clang++))"
     ]
 
 
@@ -141,7 +167,9 @@ def test_a_compiler_that_fails_is_not_fatal(cache, tmp_path, source, monkeypatch
     broken.write_text("#!/bin/sh\necho 'fatal error: disk on fire' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
-    with pytest.raises(build.BuildError, match="cannot compile answer.cpp: fatal error: disk on fire"):
+    with pytest.raises(
+        build.BuildError, match="cannot compile answer.cpp: fatal error: disk on fire"
+    ):
         build.load(source)
     assert not list(cache.iterdir())
 
@@ -149,13 +177,17 @@ def test_a_compiler_that_fails_is_not_fatal(cache, tmp_path, source, monkeypatch
 @needs_compiler
 def test_a_second_load_does_not_compile(cache, source, monkeypatch):
     assert build.load(source).answer() == 42
-    monkeypatch.setenv("PATH", "")  # a compute node needs no compiler once a login node of its kind has built
+    monkeypatch.setenv(
+        "PATH", ""
+    )  # a compute node needs no compiler once a login node of its kind has built
     monkeypatch.delenv("CXX", raising=False)
     assert build.load(source).answer() == 42
 
 
 @needs_compiler
-@pytest.mark.parametrize("damage", [b"", b"not a library", None], ids=["emptied", "overwritten", "cut short"])
+@pytest.mark.parametrize(
+    "damage", [b"", b"not a library", None], ids=["emptied", "overwritten", "cut short"]
+)
 def test_a_damaged_library_is_built_again(cache, source, damage):
     build.load(source)
     (library,) = cache.iterdir()
@@ -185,13 +217,20 @@ print(build.load(pathlib.Path(sys.argv[2])).answer(), flush=True)
 
 
 def start(source, **more):
-    return subprocess.Popen([sys.executable, "-c", BUILD_ALONE, build.__file__, str(source)], stdout=subprocess.PIPE, text=True, **more)
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILD_ALONE, build.__file__, str(source)],
+        stdout=subprocess.PIPE,
+        text=True,
+        **more,
+    )
 
 
 @needs_compiler
 def test_a_killed_build_leaves_nothing_that_hurts(cache, source, tmp_path, monkeypatch):
     slow = tmp_path / "slow"
-    slow.write_text('#!/bin/sh\necho half > "$(eval echo \\${$#})"\nexec sleep 60\n')  # writes part of its output and hangs
+    slow.write_text(
+        '#!/bin/sh\necho half > "$(eval echo \\${$#})"\nexec sleep 60\n'
+    )  # writes part of its output and hangs
     slow.chmod(0o755)
     builder = start(source, env={**os.environ, "CXX": str(slow)}, start_new_session=True)
     until = time.monotonic() + 20

@@ -1,4 +1,5 @@
-"""The Triton kernels: run by Triton's interpreter on the CPU, compiled for GPUs by its compiler, and on a GPU where there is one."""
+"""The Triton kernels: run by Triton's interpreter on the CPU, compiled for GPUs by its compiler,
+and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -10,7 +11,10 @@ import sys
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="package triton (3.9.0 was tested) is not installed: the Triton kernels are not tested")
+triton = pytest.importorskip(
+    "triton",
+    reason="package triton (3.9.0 was tested) is not installed: the Triton kernels are not tested",
+)
 
 INTERPRETED = """
 import json, torch
@@ -57,7 +61,14 @@ TOLERANCE = {"single": 1e-5, "bfloat16": 3e-2}
 
 def test_interpreted_kernels_equal_the_definition(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     errors = {k: x for line in done.stdout.splitlines() for k, x in json.loads(line).items()}
     assert len(errors) == 12
@@ -65,12 +76,18 @@ def test_interpreted_kernels_equal_the_definition(tmp_path):
     assert not wrong
 
 
-KERNELS = [("chunk_sums", {"REVERSE": True}), ("carry", {"REVERSE": False}), ("outputs", {"GRAD": False}), ("gradients", {})]
+KERNELS = [
+    ("chunk_sums", {"REVERSE": True}),
+    ("carry", {"REVERSE": False}),
+    ("outputs", {"GRAD": False}),
+    ("gradients", {}),
+]
 
 
 @pytest.mark.parametrize(("name", "flags"), KERNELS, ids=[k for k, _ in KERNELS])
 def test_kernels_compile_for_a_gpu(name, flags, tmp_path, monkeypatch):
-    """Triton's own compiler, down to machine code for compute capability 8.0, with bfloat16 sequences: needs no GPU."""
+    """Triton's own compiler, down to machine code for compute capability 8.0, with bfloat16
+    sequences: needs no GPU."""
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -80,30 +97,49 @@ def test_kernels_compile_for_a_gpu(name, flags, tmp_path, monkeypatch):
     if "nvidia" not in triton.backends.backends:
         pytest.skip("this triton has no compiler for NVIDIA GPUs")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    flags = {"SKIP": True, "GATED": True, "CONST": False, "CONST_B": False, "CONST_C": False, "SOFTPLUS": True, "TERMS": 8, **flags}
+    flags = {
+        "SKIP": True,
+        "GATED": True,
+        "CONST": False,
+        "CONST_B": False,
+        "CONST_C": False,
+        "SOFTPLUS": True,
+        "TERMS": 8,
+        **flags,
+    }
     flags |= {"DT": tl.float32, "BT": 64, "BN": 4}
     counts = {"channels", "per_group", "groups", "batch", "length", "chunks", "N", "blocks"}
     sequences = {"u", "delta", "x", "z", "M", "B", "C", "grad", "out", "du", "ddelta", "dB", "dC"}
     signature, constants = {}, {}
     for parameter in getattr(triton_kernels, name).params:
         if parameter.is_constexpr:
-            signature[parameter.name], constants[(parameter.num,)] = "constexpr", flags[parameter.name]
+            signature[parameter.name], constants[(parameter.num,)] = (
+                "constexpr",
+                flags[parameter.name],
+            )
         elif parameter.name in counts or (len(parameter.name) == 3 and parameter.name[1] == "s"):
             signature[parameter.name] = "i32"
         else:
             signature[parameter.name] = "*bf16" if parameter.name in sequences else "*fp32"
     source = ASTSource(getattr(triton_kernels, name), signature, constexprs=constants)
-    assert triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": True}).asm["cubin"]
+    assert triton.compile(
+        source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": True}
+    ).asm["cubin"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the Triton kernels run in the interpreter only")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU: the Triton kernels run in the interpreter only"
+)
 @pytest.mark.parametrize("state", [1, 16, 40])
 def test_on_the_gpu(state):
     from segfleet.models.scan import selective_scan_fn
 
     draw = torch.Generator().manual_seed(4)
     row, matrix = (2, 8, 3000), (2, 2, state, 3000)
-    tensors = [torch.randn(s, generator=draw) for s in (row, row, (8, state), matrix, matrix, (8,), row, (8,))]
+    tensors = [
+        torch.randn(s, generator=draw)
+        for s in (row, row, (8, state), matrix, matrix, (8,), row, (8,))
+    ]
     tensors[2] = -tensors[2].exp()
     results = {}
     for backend, dtype in (("triton", torch.float32), ("chunked", torch.float64)):

@@ -41,9 +41,17 @@ def test_token_mlp():
     torch.manual_seed(0)
     block, x = TokenMLP(10), torch.randn(2, 10, 6, 5)
     mean, variance = x.mean(1, keepdim=True), x.var(1, unbiased=False, keepdim=True)
-    t = torch.einsum("oc,bcyx->boyx", block.first.weight, shift((x - mean) / (variance + 1e-5).sqrt(), 2)) + block.first.bias[:, None, None]
+    t = (
+        torch.einsum(
+            "oc,bcyx->boyx", block.first.weight, shift((x - mean) / (variance + 1e-5).sqrt(), 2)
+        )
+        + block.first.bias[:, None, None]
+    )
     t = F.gelu(F.conv2d(t, block.depthwise.weight, block.depthwise.bias, padding=1, groups=10))
-    t = torch.einsum("oc,bcyx->boyx", block.second.weight, shift(t, 3)) + block.second.bias[:, None, None]
+    t = (
+        torch.einsum("oc,bcyx->boyx", block.second.weight, shift(t, 3))
+        + block.second.bias[:, None, None]
+    )
     torch.testing.assert_close(block(x), x + t, rtol=1e-4, atol=1e-5)
 
 

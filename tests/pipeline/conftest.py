@@ -11,7 +11,9 @@ import pytest
 @pytest.fixture(scope="session")
 def run_in_ranks():
     """`run_in_ranks("file.py:function", ranks, **arguments)`: see rank_runner.py."""
-    spec = importlib.util.spec_from_file_location("rank_runner", Path(__file__).with_name("rank_runner.py"))
+    spec = importlib.util.spec_from_file_location(
+        "rank_runner", Path(__file__).with_name("rank_runner.py")
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.run_in_ranks

@@ -1,6 +1,8 @@
-"""What the ranks of the engine tests do. Each program runs in real processes, started by `rank_runner.run_in_ranks`.
+"""What the ranks of the engine tests do. Each program runs in real processes, started by
+`rank_runner.run_in_ranks`.
 
-Starting DeepSpeed costs seconds, so a program does all it can in one start and hands back plain facts; the tests judge them.
+Starting DeepSpeed costs seconds, so a program does all it can in one start and hands back plain
+facts; the tests judge them.
 """
 
 from __future__ import annotations
@@ -25,13 +27,21 @@ from segfleet.pipeline.stop import Interrupted
 from segfleet.pipeline.training.train import Run, train
 from segfleet.preprocess.stores.base import open_store
 
-KINDS = {"ddp": {"name": "ddp"}} | {f"zero{stage}": {"name": "deepspeed", "options": {"zero": stage}} for stage in range(4)}
+KINDS = {"ddp": {"name": "ddp"}} | {
+    f"zero{stage}": {"name": "deepspeed", "options": {"zero": stage}} for stage in range(4)
+}
 RESENC = {"name": "resenc_unet_3d", "options": {"features": [4, 8, 8], "blocks_per_stage": 1}}
 LITE = {"name": "unet_lite_standard", "options": {"width": 4}}  # 2D, with batch normalisation
 BATCH, LR = 4, 0.01
 
 
-def recipe_of(kind: str, model: dict = RESENC, stage: dict | None = None, optimizer: dict | None = None, **engine: Any) -> Recipe:
+def recipe_of(
+    kind: str,
+    model: dict = RESENC,
+    stage: dict | None = None,
+    optimizer: dict | None = None,
+    **engine: Any,
+) -> Recipe:
     options = KINDS[kind] | {"channels_last": False} | engine
     if "options" in engine and kind != "ddp":
         options["options"] = KINDS[kind]["options"] | engine["options"]
@@ -57,16 +67,27 @@ def make_engine(ranks: Ranks, store: str, recipe: Recipe) -> Engine:
     flat = recipe.model.name == LITE["name"]
     task = make_task(open_store(store).manifest.dataset, recipe.model.head)
     torch.manual_seed(recipe.seed)
-    model = build_model(recipe.model.name, in_channels=1, num_classes=task.channels, options=recipe.model.options)
+    model = build_model(
+        recipe.model.name, in_channels=1, num_classes=task.channels, options=recipe.model.options
+    )
     if recipe.engine.channels_last:
         model = model.to(memory_format=torch.channels_last if flat else torch.channels_last_3d)
     if recipe.engine.checkpoint_activations:
         model = activation_checkpointing(model)
-    return build_engine(Setup(model=model, loss=Objective(recipe, task), recipe=recipe, stage=recipe.stages[0], ranks=ranks))
+    return build_engine(
+        Setup(
+            model=model,
+            loss=Objective(recipe, task),
+            recipe=recipe,
+            stage=recipe.stages[0],
+            ranks=ranks,
+        )
+    )
 
 
 def micro_batches(ranks: Ranks, step: int, recipe: Recipe, poison: int | None = None):
-    """This rank's share of the global batch of a step. `poison`: the sample with an infinite voxel."""
+    """This rank's share of the global batch of a step. `poison`: the sample with an infinite
+    voxel."""
     parts = recipe.engine.accumulate
     generator = torch.Generator().manual_seed(step)
     shape = (BATCH, 1, 32, 32) if recipe.model.name == LITE["name"] else (BATCH, 1, 16, 16, 16)
@@ -81,7 +102,9 @@ def micro_batches(ranks: Ranks, step: int, recipe: Recipe, poison: int | None = 
         yield image[first : first + share], label[first : first + share]
 
 
-def run_steps(ranks: Ranks, engine: Engine, recipe: Recipe, steps: range, lr: float = LR, **options: Any) -> list[list[float]]:
+def run_steps(
+    ranks: Ranks, engine: Engine, recipe: Recipe, steps: range, lr: float = LR, **options: Any
+) -> list[list[float]]:
     """[mean loss over the ranks, norm] of every step."""
     told = []
     for step in steps:
@@ -112,19 +135,27 @@ def difference(found: checkpoint.Tensors, wanted: checkpoint.Tensors) -> str:
             if value.shape != there[name].shape or value.dtype != there[name].dtype:
                 return f"{group}: {name} {tuple(value.shape)} {value.dtype}, expected {tuple(there[name].shape)} {there[name].dtype}"
             if not torch.equal(value.cpu(), there[name]):
-                worst = worst or f"{group}: {name} differs by {float((value.cpu() - there[name]).abs().max()):.2e}"
+                worst = (
+                    worst
+                    or f"{group}: {name} differs by "
+                    f"{float((value.cpu() - there[name]).abs().max()):.2e}"
+                )
     return worst
 
 
 def groups_of(found: checkpoint.Checkpoint) -> checkpoint.Tensors:
-    return {group: named for group in ("weights", "optimizer", "ema") if (named := found.tensors(group))}
+    return {
+        group: named for group in ("weights", "optimizer", "ema") if (named := found.tensors(group))
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------------------- programs
+# -------------------------------------------------------------------------------------------------------------------------
+# programs
 
 
 def train_all(ranks: Ranks, store: str, root: str) -> dict[str, Any]:
-    """Every kind: 20 steps without a stop, checkpoints after 10 and 20. -> kind -> [loss, norm] of every step."""
+    """Every kind: 20 steps without a stop, checkpoints after 10 and 20. -> kind -> [loss, norm] of
+    every step."""
     told = {}
     for kind in KINDS:
         recipe = recipe_of(kind, ema=0.9)
@@ -136,8 +167,11 @@ def train_all(ranks: Ranks, store: str, root: str) -> dict[str, Any]:
     return told
 
 
-def go_on(ranks: Ranks, store: str, root: str, kinds: list[str], writers: list[str]) -> dict[str, Any]:
-    """New processes. Every kind reads step 10 of every writer; those of its own, of ddp's and those ddp reads are continued."""
+def go_on(
+    ranks: Ranks, store: str, root: str, kinds: list[str], writers: list[str]
+) -> dict[str, Any]:
+    """New processes. Every kind reads step 10 of every writer; those of its own, of ddp's and those
+    ddp reads are continued."""
     if ranks.size == 1:  # as in a process that no launcher started
         for name in ENVIRONMENT:
             del os.environ[name]
@@ -147,7 +181,9 @@ def go_on(ranks: Ranks, store: str, root: str, kinds: list[str], writers: list[s
             recipe = recipe_of(kind, ema=0.9)
             engine = make_engine(ranks, store, recipe)
             engine.load(saved(Path(root, writer), 10), "all")
-            read[f"{writer} read by {kind}"] = difference(engine.tensors(), groups_of(saved(Path(root, writer), 10)))
+            read[f"{writer} read by {kind}"] = difference(
+                engine.tensors(), groups_of(saved(Path(root, writer), 10))
+            )
             if writer == kind and ranks.size == 2:
                 losses[f"{writer} {kind}"] = run_steps(ranks, engine, recipe, range(10, 20))
                 resumed[kind] = difference(engine.tensors(), groups_of(saved(Path(root, kind), 20)))
@@ -159,7 +195,11 @@ def go_on(ranks: Ranks, store: str, root: str, kinds: list[str], writers: list[s
 def all_sorts(ranks: Ranks, store: str, flat_store: str, root: str) -> dict[str, Any]:
     """The three programs below in one start."""
     return {
-        "variants": {f"{variant} {kind}": vary(ranks, store, kind, changes) for variant, changes in VARIANTS.items() for kind in KINDS},
+        "variants": {
+            f"{variant} {kind}": vary(ranks, store, kind, changes)
+            for variant, changes in VARIANTS.items()
+            for kind in KINDS
+        },
         "careful": {kind: be_careful(ranks, store, kind) for kind in KINDS},
         "loop": change_engines(ranks, flat_store, Path(root)),
     }
@@ -190,8 +230,16 @@ def vary(ranks: Ranks, store: str, kind: str, changes: dict[str, Any]) -> dict[s
     return {
         "steps": steps,
         "moments": sorted(tensors["optimizer"]),
-        "moved": sorted(name for name, value in tensors["weights"].items() if not torch.equal(value, start[name])),
-        "running": {name: value for name, value in tensors["weights"].items() if "running" in name or "batches" in name},
+        "moved": sorted(
+            name
+            for name, value in tensors["weights"].items()
+            if not torch.equal(value, start[name])
+        ),
+        "running": {
+            name: value
+            for name, value in tensors["weights"].items()
+            if "running" in name or "batches" in name
+        },
     }
 
 
@@ -203,12 +251,16 @@ def be_careful(ranks: Ranks, store: str, kind: str) -> dict[str, Any]:
     run_steps(ranks, engine, recipe, range(2))
     before = checkpoint.copies(engine.tensors())
     # an infinite voxel in the first micro-batch of rank 0, then in the last one of rank 1
-    facts["norms"] = [run_steps(ranks, engine, recipe, range(2, 3), poison=sample)[0][1] for sample in (0, 3)]
+    facts["norms"] = [
+        run_steps(ranks, engine, recipe, range(2, 3), poison=sample)[0][1] for sample in (0, 3)
+    ]
     facts["skipped"] = difference(engine.tensors(), before)
     image, _ = next(micro_batches(ranks, 9, recipe))
     with torch.no_grad(), engine.evaluation() as model:
         facts["in eval mode"] = not any(module.training for module in model.modules())
-        facts["evaluated"] = difference({"ema": dict(model.named_parameters())}, {"ema": before["ema"]})
+        facts["evaluated"] = difference(
+            {"ema": dict(model.named_parameters())}, {"ema": before["ema"]}
+        )
         if ranks.rank == 0:  # tiles are shared unevenly: a rank must be able to work alone
             facts["output"] = model(image)
     facts["restored"] = difference(engine.tensors(), before)
@@ -225,7 +277,8 @@ def be_careful(ranks: Ranks, store: str, kind: str) -> dict[str, Any]:
 
 
 def thaw(ranks: Ranks, store: str, kind: str) -> tuple[list[list[float]], dict[str, float]]:
-    """Stage 2 trains what stage 1 froze and inherits the moments of the rest: counters differ within one network."""
+    """Stage 2 trains what stage 1 froze and inherits the moments of the rest: counters differ
+    within one network."""
     recipe = recipe_of(kind, stage={"freeze": ["encoder", "heads"]})
     engine = make_engine(ranks, store, recipe)
     run_steps(ranks, engine, recipe, range(3))
@@ -234,7 +287,11 @@ def thaw(ranks: Ranks, store: str, kind: str) -> tuple[list[list[float]], dict[s
     engine = make_engine(ranks, store, recipe)
     engine.load(InMemory(tensors), "weights+optimizer")
     told = run_steps(ranks, engine, recipe, range(3, 6))
-    return told, {name: float(value) for name, value in engine.tensors()["optimizer"].items() if name.endswith(".step")}
+    return told, {
+        name: float(value)
+        for name, value in engine.tensors()["optimizer"].items()
+        if name.endswith(".step")
+    }
 
 
 class InMemory:
@@ -250,21 +307,31 @@ class InMemory:
 
 
 def change_engines(ranks: Ranks, store: str, root: Path) -> dict[str, Any]:
-    """The real loop over two stages: once straight through with ddp, once stopped in each stage and continued with another engine."""
+    """The real loop over two stages: once straight through with ddp, once stopped in each stage and
+    continued with another engine."""
     document = {
         "name": "test",
         "data": {"store": store, "batch": 2},
         "model": LITE,
         "stages": [
             {"epochs": 2, "steps": 3, "lr": 1e-2},
-            {"epochs": 2, "steps": 2, "lr": 1e-3, "schedule": "poly", "inherit": "weights+optimizer"},
+            {
+                "epochs": 2,
+                "steps": 2,
+                "lr": 1e-3,
+                "schedule": "poly",
+                "inherit": "weights+optimizer",
+            },
         ],
         "save_every": 1,
     }
 
     def go(folder: str, kind: str, stop_after: int = 10**9) -> list[run.StageFolder]:
         recipe, opened = parse(document | {"engine": KINDS[kind]}), open_store(store)
-        folders, asked = run.stage_folders(root / folder, recipe, opened.manifest), iter(range(10**9))
+        folders, asked = (
+            run.stage_folders(root / folder, recipe, opened.manifest),
+            iter(range(10**9)),
+        )
         with suppress(Interrupted):
             train(
                 Run(
@@ -284,7 +351,16 @@ def change_engines(ranks: Ranks, store: str, root: Path) -> dict[str, Any]:
     go("changed", "zero1", 3)
     folders = {"changed": go("changed", "zero2"), "straight": go("straight", "ddp")}
     steps = {
-        name: [event for folder in both for event in read_events(folder.path) if event["event"] == "step"] for name, both in folders.items()
+        name: [
+            event
+            for folder in both
+            for event in read_events(folder.path)
+            if event["event"] == "step"
+        ]
+        for name, both in folders.items()
     }
     ends = {name: groups_of(both[-1].final()) for name, both in folders.items()}
-    return {"ends": ends, "lr": {name: [event["lr"] for event in told] for name, told in steps.items()}}
+    return {
+        "ends": ends,
+        "lr": {name: [event["lr"] for event in told] for name, told in steps.items()},
+    }

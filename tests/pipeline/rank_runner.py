@@ -1,8 +1,9 @@
 """Run a function on real processes that form a process group.
 
-`run_in_ranks("engine_programs.py:train_all", 2, store=...)` calls `train_all(ranks, store=...)` of that file beside this one in two processes
-and returns what the ranks returned. Arguments are plain JSON, results what `torch.save` takes. In the ranks warnings are errors, as in
-pytest, and whatever reaches stdout is a failure: stdout belongs to the command line.
+`run_in_ranks("engine_programs.py:train_all", 2, store=...)` calls `train_all(ranks, store=...)` of
+that file beside this one in two processes and returns what the ranks returned. Arguments are plain
+JSON, results what `torch.save` takes. In the ranks warnings are errors, as in pytest, and whatever
+reaches stdout is a failure: stdout belongs to the command line.
 """
 
 from __future__ import annotations
@@ -18,12 +19,18 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-HARMLESS = (":DeprecationWarning", ":PendingDeprecationWarning", ":ResourceWarning", "Grad strides do not match")  # the last: DDP, 1x1x1
+HARMLESS = (
+    ":DeprecationWarning",
+    ":PendingDeprecationWarning",
+    ":ResourceWarning",
+    "Grad strides do not match",
+)  # the last: DDP, 1x1x1
 STRICT = ["-W", "error", *(part for kind in HARMLESS for part in ("-W", f"ignore:{kind}"))]
 
 
 def run_in_ranks(program: str, ranks: int, timeout: float = 240.0, **arguments: Any) -> list[Any]:
-    """Results, rank by rank. Raises AssertionError with the output of every rank that failed; no process is left behind."""
+    """Results, rank by rank. Raises AssertionError with the output of every rank that failed; no
+    process is left behind."""
     import torch
 
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
@@ -42,7 +49,9 @@ def run_in_ranks(program: str, ranks: int, timeout: float = 240.0, **arguments: 
                 process.kill()
                 process.wait()
         failed = [rank for rank, process in enumerate(processes) if process.returncode]
-        said = "\n".join(f"rank {rank}:\n{(folder / f'{rank}.err').read_text()[-4000:]}" for rank in failed)
+        said = "\n".join(
+            f"rank {rank}:\n{(folder / f'{rank}.err').read_text()[-4000:]}" for rank in failed
+        )
         assert not failed, f"{program} failed on rank(s) {failed} of {ranks}\n{said}"
         chatter = "".join((folder / f"{rank}.out").read_text() for rank in range(ranks))
         assert not chatter, f"{program} wrote to stdout:\n{chatter}"
@@ -50,9 +59,20 @@ def run_in_ranks(program: str, ranks: int, timeout: float = 240.0, **arguments: 
 
 
 def _start(folder: Path, rank: int, ranks: int) -> subprocess.Popen:
-    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(rank),
+        "OMP_NUM_THREADS": "1",
+    }
     with open(folder / f"{rank}.out", "w") as out, open(folder / f"{rank}.err", "w") as err:
-        return subprocess.Popen([sys.executable, *STRICT, __file__, str(folder)], env=environment, stdout=out, stderr=err)
+        return subprocess.Popen(
+            [sys.executable, *STRICT, __file__, str(folder)],
+            env=environment,
+            stdout=out,
+            stderr=err,
+        )
 
 
 def _work(folder: Path) -> int:

@@ -15,12 +15,17 @@ from segfleet.pipeline.training.precision import guard
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_weight_gradients(slices, channels_last):
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Conv3d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv3d(32, 16, 3, padding=1))
+    plain = nn.Sequential(
+        nn.Conv3d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv3d(32, 16, 3, padding=1)
+    )
     guarded = copy.deepcopy(plain)
     guard(guarded, "bf16", torch.device("cpu"))
     x = torch.randn(2, 16, slices, 8, 8)
     if channels_last:
-        x, guarded = x.contiguous(memory_format=torch.channels_last_3d), guarded.to(memory_format=torch.channels_last_3d)
+        x, guarded = (
+            x.contiguous(memory_format=torch.channels_last_3d),
+            guarded.to(memory_format=torch.channels_last_3d),
+        )
     plain(x).square().mean().backward()
     for _ in range(4):
         guarded.zero_grad()

@@ -14,8 +14,16 @@ from segfleet.pipeline import checkpoint
 
 def tensors(step: int) -> checkpoint.Tensors:
     generator = torch.Generator().manual_seed(step)
-    weights = {"a.weight": torch.randn(3, 4, 5, 5, generator=generator).to(memory_format=torch.channels_last), "n": torch.tensor(step)}
-    return {"weights": weights, "optimizer": {"a.weight.exp_avg": torch.randn(3, 4, 5, 5, generator=generator)}}
+    weights = {
+        "a.weight": torch.randn(3, 4, 5, 5, generator=generator).to(
+            memory_format=torch.channels_last
+        ),
+        "n": torch.tensor(step),
+    }
+    return {
+        "weights": weights,
+        "optimizer": {"a.weight.exp_avg": torch.randn(3, 4, 5, 5, generator=generator)},
+    }
 
 
 def test_round_trip_is_exact(tmp_path):
@@ -25,12 +33,17 @@ def test_round_trip_is_exact(tmp_path):
     for group, named in tensors(7).items():
         loaded = found.tensors(group)
         assert loaded.keys() == named.keys()
-        assert all(torch.equal(loaded[name], value) and loaded[name].dtype == value.dtype for name, value in named.items())
+        assert all(
+            torch.equal(loaded[name], value) and loaded[name].dtype == value.dtype
+            for name, value in named.items()
+        )
     assert found.tensors("ema") == {}
     assert not any(p.name.startswith(".") for p in tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+)
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
 def test_damage_is_named_and_the_one_before_is_used(tmp_path, name, harm):
     checkpoint.save(tmp_path, 1, tensors(1), {})
@@ -45,7 +58,11 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path, name, harm):
         newest.unlink()
     said = []
     assert checkpoint.latest(tmp_path, said.append).step == 1
-    assert len(said) == 1 and "step-00000002 is damaged" in said[0] and "using the one before it" in said[0]
+    assert (
+        len(said) == 1
+        and "step-00000002 is damaged" in said[0]
+        and "using the one before it" in said[0]
+    )
     assert name in said[0] or name == "manifest.json"
     with pytest.raises(checkpoint.CheckpointError, match="is damaged"):
         checkpoint.load(newest.parent)
@@ -53,11 +70,16 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path, name, harm):
 
 def test_when_none_is_left_it_says_so(tmp_path):
     for step in (1, 2):
-        (checkpoint.save(tmp_path, step, tensors(step), {}) / "weights.safetensors").write_bytes(b"")
+        (checkpoint.save(tmp_path, step, tensors(step), {}) / "weights.safetensors").write_bytes(
+            b""
+        )
     said = []
     assert checkpoint.latest(tmp_path, said.append) is None
     assert ["using the one before it" in line for line in said] == [True, False]
-    assert "step-00000001 is damaged" in said[1] and "none is left, starting from the beginning" in said[1]
+    assert (
+        "step-00000001 is damaged" in said[1]
+        and "none is left, starting from the beginning" in said[1]
+    )
 
 
 def test_every_flipped_byte_of_the_manifest_is_harmless_or_found(tmp_path):
@@ -69,7 +91,9 @@ def test_every_flipped_byte_of_the_manifest_is_harmless_or_found(tmp_path):
         raw[place] ^= 2
         manifest.write_bytes(raw)
         if checkpoint.damage(path) is None:
-            assert chr(good[place]).isspace(), f"byte {place} {good[place - 5 : place + 5]} went unnoticed"
+            assert chr(good[place]).isspace(), (
+                f"byte {place} {good[place - 5 : place + 5]} went unnoticed"
+            )
 
 
 def test_leftovers_of_a_killed_save_are_not_checkpoints(tmp_path):
@@ -112,7 +136,11 @@ def small_disk(tmp_path):
         pytest.skip("needs root to mount a small tmpfs")
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         pytest.skip(f"cannot mount a tmpfs: {done.stderr.strip()}")
     yield folder

@@ -1,4 +1,5 @@
-"""DDP and DeepSpeed's ZeRO 0 to 3 are one engine to the user: the same steps, one checkpoint, one behaviour. Real processes, real gloo."""
+"""DDP and DeepSpeed's ZeRO 0 to 3 are one engine to the user: the same steps, one checkpoint, one
+behaviour. Real processes, real gloo."""
 
 from __future__ import annotations
 
@@ -40,13 +41,26 @@ def trained(place, run_in_ranks):
 
 @pytest.fixture(scope="module")
 def sorts(place, run_in_ranks):
-    return run_in_ranks("engine_programs.py:all_sorts", 2, store=place.store, flat_store=place.flat, root=str(place.root))
+    return run_in_ranks(
+        "engine_programs.py:all_sorts",
+        2,
+        store=place.store,
+        flat_store=place.flat,
+        root=str(place.root),
+    )
 
 
 @pytest.fixture(scope="module")
 def continued(place, trained, run_in_ranks):
     def go(ranks, kinds, writers):
-        return run_in_ranks("engine_programs.py:go_on", ranks, store=place.store, root=str(place.root), kinds=kinds, writers=writers)
+        return run_in_ranks(
+            "engine_programs.py:go_on",
+            ranks,
+            store=place.store,
+            root=str(place.root),
+            kinds=kinds,
+            writers=writers,
+        )
 
     few = ["zero1", "zero3"]
     return {2: go(2, KINDS, KINDS), 1: go(1, KINDS, ["ddp", "zero3"]), 3: go(3, few, few)}
@@ -63,7 +77,9 @@ def norms(steps):
 def test_all_engines_take_the_same_steps(trained):
     told = trained[0]
     assert trained[1] == told, "the ranks disagree on the mean loss or the norm"
-    assert losses(told["ddp"])[-1] < 0.95 * losses(told["ddp"])[0], "nothing was learned: the test would prove nothing"
+    assert losses(told["ddp"])[-1] < 0.95 * losses(told["ddp"])[0], (
+        "nothing was learned: the test would prove nothing"
+    )
     assert told["zero0"] == told["ddp"] and told["zero2"] == told["zero1"]
     for kind in KINDS:
         assert losses(told[kind]) == pytest.approx(losses(told["ddp"]), rel=1e-6), kind
@@ -82,7 +98,9 @@ def test_every_engine_reads_every_checkpoint_to_the_bit_on_any_number_of_ranks(c
     for ranks, told in continued.items():
         for facts in told:
             assert facts["size"] == ranks
-            assert not {who: what for who, what in facts["read"].items() if what}, f"on {ranks} ranks"
+            assert not {who: what for who, what in facts["read"].items() if what}, (
+                f"on {ranks} ranks"
+            )
 
 
 def test_a_run_may_change_engine_and_ranks_in_the_middle(continued, trained):
@@ -94,27 +112,61 @@ def test_a_run_may_change_engine_and_ranks_in_the_middle(continued, trained):
 
 @pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize(
-    "variant", ["clipped", "accumulated", "sgd", "frozen", "batch-norm", "bf16", "channels-last", "offloaded", "recomputed"]
+    "variant",
+    [
+        "clipped",
+        "accumulated",
+        "sgd",
+        "frozen",
+        "batch-norm",
+        "bf16",
+        "channels-last",
+        "offloaded",
+        "recomputed",
+    ],
 )
 def test_what_a_recipe_may_ask_for_works_alike(sorts, variant, kind):
     for rank in (0, 1):
         told, wanted = (sorts[rank]["variants"][f"{variant} {name}"] for name in (kind, "ddp"))
-        loose = variant == "bf16" and kind == "zero3"  # ZeRO 3's hooks change the order of sums, and bf16 has 8 bits
-        assert losses(told["steps"]) == pytest.approx(losses(wanted["steps"]), rel=1e-3 if loose else 1e-6)
-        assert norms(told["steps"]) == pytest.approx(norms(wanted["steps"]), rel=1e-2 if loose else 1e-5)
-        assert told["moments"] == wanted["moments"] and told["moved"] == wanted["moved"] and told["moved"]
+        loose = (
+            variant == "bf16" and kind == "zero3"
+        )  # ZeRO 3's hooks change the order of sums, and bf16 has 8 bits
+        assert losses(told["steps"]) == pytest.approx(
+            losses(wanted["steps"]), rel=1e-3 if loose else 1e-6
+        )
+        assert norms(told["steps"]) == pytest.approx(
+            norms(wanted["steps"]), rel=1e-2 if loose else 1e-5
+        )
+        assert (
+            told["moments"] == wanted["moments"]
+            and told["moved"] == wanted["moved"]
+            and told["moved"]
+        )
         for name, value in wanted["running"].items():
-            assert torch.allclose(told["running"][name].float(), value.float(), rtol=1e-5, atol=1e-6), name
+            assert torch.allclose(
+                told["running"][name].float(), value.float(), rtol=1e-5, atol=1e-6
+            ), name
 
 
 def test_the_variants_are_what_they_say(sorts):
     told = {name: facts["variants"] for name, facts in zip((0, 1), sorts, strict=True)}
     assert min(norms(told[0]["clipped ddp"]["steps"])) > 0.1, "nothing was clipped"
-    assert not any(name.startswith("encoder") for name in told[0]["frozen zero3"]["moved"] + told[0]["frozen zero3"]["moments"])
+    assert not any(
+        name.startswith("encoder")
+        for name in told[0]["frozen zero3"]["moved"] + told[0]["frozen zero3"]["moments"]
+    )
     running = [told[rank]["batch-norm zero2"]["running"] for rank in (0, 1)]
-    assert any(not torch.equal(value, running[1][name]) for name, value in running[0].items()), "both ranks saw the same images"
-    assert {name.rpartition(".")[2] for name in told[0]["sgd zero1"]["moments"]} == {"momentum_buffer"}
-    assert {name.rpartition(".")[2] for name in told[0]["clipped zero1"]["moments"]} == {"step", "exp_avg", "exp_avg_sq"}
+    assert any(not torch.equal(value, running[1][name]) for name, value in running[0].items()), (
+        "both ranks saw the same images"
+    )
+    assert {name.rpartition(".")[2] for name in told[0]["sgd zero1"]["moments"]} == {
+        "momentum_buffer"
+    }
+    assert {name.rpartition(".")[2] for name in told[0]["clipped zero1"]["moments"]} == {
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,23 +182,30 @@ def test_evaluation_sees_averaged_whole_weights_and_leaves_no_trace(sorts, kind)
     for rank in (0, 1):
         facts = sorts[rank]["careful"][kind]
         assert facts["in eval mode"] and facts["evaluated"] == "" and facts["restored"] == ""
-    assert torch.allclose(sorts[0]["careful"][kind]["output"], sorts[0]["careful"]["ddp"]["output"], atol=1e-4)
+    assert torch.allclose(
+        sorts[0]["careful"][kind]["output"], sorts[0]["careful"]["ddp"]["output"], atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_rate_is_written_every_step_and_thawed_parameters_start_afresh(sorts, kind):
     facts = sorts[0]["careful"][kind]
     assert facts["lr 0"] == "", "a step with rate 0 moved the weights"
-    assert losses(facts["thawed"]) == pytest.approx(losses(sorts[0]["careful"]["ddp"]["thawed"]), rel=1e-6)
+    assert losses(facts["thawed"]) == pytest.approx(
+        losses(sorts[0]["careful"]["ddp"]["thawed"]), rel=1e-6
+    )
     assert facts["counters"] and all(
-        value == (3.0 if name.startswith(("encoder", "heads")) else 6.0) for name, value in facts["counters"].items()
+        value == (3.0 if name.startswith(("encoder", "heads")) else 6.0)
+        for name, value in facts["counters"].items()
     )
 
 
 def test_the_loop_changes_engines_in_both_stages(sorts):
     told = sorts[0]["loop"]
     assert told["lr"]["changed"] == told["lr"]["straight"] and len(told["lr"]["straight"]) == 10
-    assert told["lr"]["straight"][5:7] == [1e-2, 1e-3], "the first step of stage 2 has the rate of stage 2"
+    assert told["lr"]["straight"][5:7] == [1e-2, 1e-3], (
+        "the first step of stage 2 has the rate of stage 2"
+    )
     for group in ("weights", "optimizer"):
         found, wanted = told["ends"]["changed"][group], told["ends"]["straight"][group]
         assert found.keys() == wanted.keys() and found
@@ -174,10 +233,16 @@ def test_pieces_join_to_what_was_cut(zero, ranks):
         ({"options": {"stage": 2}}, "unknown key 'stage', expected one of: zero, offload"),
         ({"options": {"zero": 4}}, "engine.options.zero: found 4, expected one of: 0, 1, 2, 3"),
         ({"options": {"zero": True}}, "engine.options.zero: found True"),
-        ({"options": {"offload": "nvme"}}, "engine.options.offload: found 'nvme', expected one of: none, cpu"),
+        (
+            {"options": {"offload": "nvme"}},
+            "engine.options.offload: found 'nvme', expected one of: none, cpu",
+        ),
         ({"options": {"offload": "cpu", "zero": 0}}, "expected zero 1, 2 or 3"),
         ({"precision": "fp16"}, "engine.precision: found 'fp16', expected fp32 or bf16"),
-        ({"compile": True, "options": {"zero": 3}}, "engine.compile: found true, expected false with zero 3"),
+        (
+            {"compile": True, "options": {"zero": 3}},
+            "engine.compile: found true, expected false with zero 3",
+        ),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
@@ -188,7 +253,14 @@ def test_what_it_cannot_do_is_refused_by_name(engine, message):
 
 def test_ddp_refuses_options():
     with pytest.raises(InputError, match="engine.options: found zero, but ddp has no options"):
-        ddp.Engine(SimpleNamespace(ranks=None, loss=None, model=None, recipe=SimpleNamespace(engine=Engine(options={"zero": 1}))))
+        ddp.Engine(
+            SimpleNamespace(
+                ranks=None,
+                loss=None,
+                model=None,
+                recipe=SimpleNamespace(engine=Engine(options={"zero": 1})),
+            )
+        )
 
 
 def test_defaults_and_names():
@@ -200,5 +272,7 @@ def test_without_deepspeed_the_way_out_is_named(monkeypatch):
     for name in ("DS_ACCELERATOR", "LOCAL_RANK"):
         monkeypatch.setenv(name, "cpu")
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(InputError, match="engine.name: deepspeed cannot be imported .* set engine.name=ddp"):
+    with pytest.raises(
+        InputError, match="engine.name: deepspeed cannot be imported .* set engine.name=ddp"
+    ):
         quiet_deepspeed(torch.device("cpu"))

@@ -48,33 +48,46 @@ def stores(tmp_path_factory):
 
 
 class Oracle:
-    """A 'network' that knows the answer of one case after the other: the stored label as probabilities, cut out at the tile's content."""
+    """A 'network' that knows the answer of one case after the other: the stored label as
+    probabilities, cut out at the tile's content."""
 
     def __init__(self, store, task):
         self.task = task
-        self.known = [(torch.from_numpy(store.image(c)), torch.from_numpy(store.label(c))) for c in store.manifest.cases]
+        self.known = [
+            (torch.from_numpy(store.image(c)), torch.from_numpy(store.label(c)))
+            for c in store.manifest.cases
+        ]
 
     def __call__(self, x):
         flat = x.ndim == 4
         tiles = x[:, :, None] if flat else x
         found = []
         for tile in tiles:
-            image, label = next((i, l) for i, l in self.known if i.shape == tile.shape and torch.equal(i, tile))
+            image, label = next(
+                (i, l) for i, l in self.known if i.shape == tile.shape and torch.equal(i, tile)
+            )
             if self.task.head == "softmax":
                 found.append(torch.stack([label == value for value in self.task.values]).float())
             else:
-                found.append(torch.stack([torch.isin(label, torch.tensor(group)) for group in self.task.members]).float())
+                found.append(
+                    torch.stack(
+                        [torch.isin(label, torch.tensor(group)) for group in self.task.members]
+                    ).float()
+                )
         found = torch.stack(found)
         return found[:, :, 0] if flat else found
 
 
 def threshold(channels):
-    """A crude network without parameters: channel k likes voxels k standard deviations above the tile's mean."""
+    """A crude network without parameters: channel k likes voxels k standard deviations above the
+    tile's mean."""
 
     def forward(x):
         middle = x.mean(1, keepdim=True)
         axes = tuple(range(1, x.ndim))
-        z = (middle - middle.mean(axes, keepdim=True)) / middle.std(axes, keepdim=True).clamp_min(1e-6)
+        z = (middle - middle.mean(axes, keepdim=True)) / middle.std(axes, keepdim=True).clamp_min(
+            1e-6
+        )
         return torch.cat([torch.exp(-((z - k) ** 2)) for k in range(channels)], 1)
 
     return forward
@@ -85,10 +98,16 @@ def test_a_perfect_network_scores_nearly_one_on_the_raw_grid(stores, name):
     store, _ = stores[name]
     task = make_task(store.manifest.dataset)
     for case in store.manifest.cases:
-        document = evaluate_cases(Oracle(store, task), store, [case.id], task, patch=case.shape, overlap=0.0)
+        document = evaluate_cases(
+            Oracle(store, task), store, [case.id], task, patch=case.shape, overlap=0.0
+        )
         for structure in task.names:
             scores = document["cases"][0]["scores"][structure]
-            assert scores["dice"] > (0.999 if name == "dsb2018" else 0.9), (case.id, structure, scores)
+            assert scores["dice"] > (0.999 if name == "dsb2018" else 0.9), (
+                case.id,
+                structure,
+                scores,
+            )
             assert scores["hd95"] <= max(case.raw_spacing)
 
 
@@ -96,7 +115,9 @@ def test_a_perfect_network_scores_nearly_one_on_the_raw_grid(stores, name):
 def test_the_truth_is_the_raw_label(stores, name):
     store, reader = stores[name]
     for ref in reader.refs():
-        np.testing.assert_array_equal(truth_of(store, store.manifest.case(ref.id)), reader.read(ref).label_ZYX)
+        np.testing.assert_array_equal(
+            truth_of(store, store.manifest.case(ref.id)), reader.read(ref).label_ZYX
+        )
 
 
 def test_a_store_without_truth_is_refused(stores):
@@ -117,15 +138,31 @@ def test_the_document_is_strict_json_with_every_case_in_order(stores, name):
     ids = [case.id for case in store.manifest.cases][::-1]
     ticks = []
     document = evaluate_cases(
-        threshold(task.channels), store, ids, task, **window(store), progress=lambda done, total: ticks.append((done, total))
+        threshold(task.channels),
+        store,
+        ids,
+        task,
+        **window(store),
+        progress=lambda done, total: ticks.append((done, total)),
     )
     again = json.loads(json.dumps(document, allow_nan=False))
     assert [case["id"] for case in again["cases"]] == ids
     assert ticks == [(n, len(ids)) for n in range(1, len(ids) + 1)]
     assert list(again["summary"]["structures"]) == list(task.names)
-    assert again["summary"]["patients"] == len({case.group or case.id for case in store.manifest.cases})
-    assert set(again["cases"][0]["scores"][task.names[0]]) >= {"dice", "iou", "hd95", "sensitivity", "precision", "volume_error"}
-    assert evaluate_cases(threshold(task.channels), store, ids, task, **window(store)) == document, "same bits again"
+    assert again["summary"]["patients"] == len(
+        {case.group or case.id for case in store.manifest.cases}
+    )
+    assert set(again["cases"][0]["scores"][task.names[0]]) >= {
+        "dice",
+        "iou",
+        "hd95",
+        "sensitivity",
+        "precision",
+        "volume_error",
+    }
+    assert (
+        evaluate_cases(threshold(task.channels), store, ids, task, **window(store)) == document
+    ), "same bits again"
 
 
 class ThreadRanks(Ranks):
@@ -163,7 +200,12 @@ def test_the_result_does_not_depend_on_the_number_of_ranks(stores, size):
     task = make_task(store.manifest.dataset)
     ids = [case.id for case in store.manifest.cases]
     alone = evaluate_cases(threshold(task.channels), store, ids, task, **window(store))
-    for document in on_ranks(size, lambda ranks: evaluate_cases(threshold(task.channels), store, ids, task, **window(store), ranks=ranks)):
+    for document in on_ranks(
+        size,
+        lambda ranks: evaluate_cases(
+            threshold(task.channels), store, ids, task, **window(store), ranks=ranks
+        ),
+    ):
         assert document == alone
 
 
@@ -171,7 +213,12 @@ def test_an_error_on_one_rank_is_raised_on_all(stores):
     store, _ = stores["msd"]
     task = make_task(store.manifest.dataset)
     ids = [store.manifest.cases[0].id, "nobody"]
-    errors = on_ranks(2, lambda ranks: evaluate_cases(threshold(task.channels), store, ids, task, **window(store), ranks=ranks))
+    errors = on_ranks(
+        2,
+        lambda ranks: evaluate_cases(
+            threshold(task.channels), store, ids, task, **window(store), ranks=ranks
+        ),
+    )
     assert all(isinstance(error, InputError) and "nobody" in str(error) for error in errors)
 
 
@@ -179,14 +226,22 @@ def test_a_diverged_network_names_the_case(stores):
     store, _ = stores["msd"]
     task, case = make_task(store.manifest.dataset), store.manifest.cases[1]
     with pytest.raises(FloatingPointError, match=case.id):
-        evaluate_cases(lambda x: x.expand(-1, 3, -1, -1, -1) * float("nan"), store, [case.id], task, **window(store))
+        evaluate_cases(
+            lambda x: x.expand(-1, 3, -1, -1, -1) * float("nan"),
+            store,
+            [case.id],
+            task,
+            **window(store),
+        )
 
 
 def test_a_case_asked_for_twice_is_refused(stores):
     store, _ = stores["msd"]
     one = store.manifest.cases[0].id
     with pytest.raises(InputError, match="twice"):
-        evaluate_cases(threshold(3), store, [one, one], make_task(store.manifest.dataset), **window(store))
+        evaluate_cases(
+            threshold(3), store, [one, one], make_task(store.manifest.dataset), **window(store)
+        )
 
 
 def test_without_distances_hd95_is_missing_and_dice_the_same(stores):
@@ -194,7 +249,10 @@ def test_without_distances_hd95_is_missing_and_dice_the_same(stores):
     task = make_task(store.manifest.dataset)
     ids = [case.id for case in store.manifest.cases]
     full, quick = (
-        evaluate_cases(threshold(task.channels), store, ids, task, **window(store), distances=distances) for distances in (True, False)
+        evaluate_cases(
+            threshold(task.channels), store, ids, task, **window(store), distances=distances
+        )
+        for distances in (True, False)
     )
     assert quick["summary"]["mean_foreground_dice"] == full["summary"]["mean_foreground_dice"]
     assert quick["cases"][0]["scores"]["nucleus"]["hd95"] is None
@@ -206,22 +264,42 @@ def test_overlays_show_best_median_and_worst(stores, name, tmp_path):
     task = make_task(store.manifest.dataset)
     forward, ids = threshold(task.channels), [case.id for case in store.manifest.cases]
     document = evaluate_cases(forward, store, ids, task, **window(store))
-    index = save_overlays(tmp_path, document, store, task, lambda case: case_probabilities(forward, store, case, **window(store)))
+    index = save_overlays(
+        tmp_path,
+        document,
+        store,
+        task,
+        lambda case: case_probabilities(forward, store, case, **window(store)),
+    )
     assert json.loads((tmp_path / "overlays" / "index.json").read_text()) == index
     assert [entry["role"] for entry in index] == ["best", "median", "worst"]
     dice = [entry["mean_dice"] for entry in index]
-    assert dice == sorted(dice, reverse=True) and dice[0] == max(case["mean_dice"] for case in document["cases"])
+    assert dice == sorted(dice, reverse=True) and dice[0] == max(
+        case["mean_dice"] for case in document["cases"]
+    )
     for entry in index:
         with Image.open(tmp_path / "overlays" / entry["file"]) as picture:
             assert max(picture.size) == 480
     one = {**document, "cases": document["cases"][:1]}
-    save_overlays(tmp_path, one, store, task, lambda case: case_probabilities(forward, store, case, **window(store)))
-    assert sorted(p.name for p in (tmp_path / "overlays").iterdir()) == ["best.png", "index.json"], "old pictures are gone"
+    save_overlays(
+        tmp_path,
+        one,
+        store,
+        task,
+        lambda case: case_probabilities(forward, store, case, **window(store)),
+    )
+    assert sorted(p.name for p in (tmp_path / "overlays").iterdir()) == [
+        "best.png",
+        "index.json",
+    ], "old pictures are gone"
 
 
 def test_chosen_cases_leave_out_those_without_a_score():
     cases = [{"id": str(i), "mean_dice": d} for i, d in enumerate([0.5, None, 0.9])]
-    assert {role: case["id"] for role, case in chosen_cases({"cases": cases}).items()} == {"best": "2", "worst": "0"}
+    assert {role: case["id"] for role, case in chosen_cases({"cases": cases}).items()} == {
+        "best": "2",
+        "worst": "0",
+    }
     assert chosen_cases({"cases": [{"id": "a", "mean_dice": None}]}) == {}
 
 
@@ -233,10 +311,16 @@ def test_an_overlay_has_the_proportions_of_the_patient_and_both_outlines():
     assert busiest_slice(truth, prediction) == 1
     assert busiest_slice(np.zeros_like(truth), prediction) == 1
     assert busiest_slice(np.zeros((5, 2, 2)), np.zeros((5, 2, 2))) == 2
-    with Image.open(io.BytesIO(draw_overlay(image, truth, prediction, spacing=(5, 2, 1), z=1))) as picture:
+    with Image.open(
+        io.BytesIO(draw_overlay(image, truth, prediction, spacing=(5, 2, 1), z=1))
+    ) as picture:
         pixels = np.asarray(picture)
     assert pixels.shape[:2] == (480, 360)  # 40 mm x 30 mm
     colours = {tuple(int(v) for v in c) for c in np.unique(pixels.reshape(-1, 3), axis=0)}
     assert {TRUTH, PREDICTION, BOTH} <= colours
-    left = pixels[200, : 8 * 12 - 2]  # left of the prediction: only the truth's outline, at x = 4 of 30
-    assert tuple(left[4 * 12]) == TRUTH and PREDICTION not in {tuple(int(v) for v in p) for p in left}
+    left = pixels[
+        200, : 8 * 12 - 2
+    ]  # left of the prediction: only the truth's outline, at x = 4 of 30
+    assert tuple(left[4 * 12]) == TRUTH and PREDICTION not in {
+        tuple(int(v) for v in p) for p in left
+    }

@@ -1,4 +1,5 @@
-"""Every registered network goes the ordinary way: one epoch of training, the score of whole cases, the report."""
+"""Every registered network goes the ordinary way: one epoch of training, the score of whole cases,
+the report."""
 
 from __future__ import annotations
 
@@ -56,9 +57,16 @@ def recipe_for(chosen: ModelSpec, store) -> Recipe:
 
 
 def store_for(chosen: ModelSpec, tiny_store):
-    """Images with the channels of the published set-up and as many structures as it has, or one less where one output is the background."""
+    """Images with the channels of the published set-up and as many structures as it has, or one
+    less where one output is the background."""
     dims, classes = len(chosen.small_input), max(1, chosen.num_classes - 1)
-    return tiny_store(dims=dims, cases=4, classes=classes, size=16 if dims == 3 else 24, channels=chosen.in_channels)
+    return tiny_store(
+        dims=dims,
+        cases=4,
+        classes=classes,
+        size=16 if dims == 3 else 24,
+        channels=chosen.in_channels,
+    )
 
 
 @pytest.mark.parametrize("name", list(specs()))
@@ -66,7 +74,11 @@ def test_trains_one_epoch_and_is_scored(name, tiny_store, tmp_path, stop):
     chosen = spec(name)
     recipe = recipe_for(chosen, store_for(chosen, tiny_store))
     manifest = open_store(recipe.data.store).manifest
-    run_job({"do": "train", "recipe": recipe.model_dump(mode="json"), "root": str(tmp_path)}, Ranks(torch.device("cpu")), stop)
+    run_job(
+        {"do": "train", "recipe": recipe.model_dump(mode="json"), "root": str(tmp_path)},
+        Ranks(torch.device("cpu")),
+        stop,
+    )
 
     folder = stage_folders(tmp_path, recipe, manifest)[-1]
     steps = [event for event in events.read_events(folder.path) if event["event"] == "step"]
@@ -76,7 +88,9 @@ def test_trains_one_epoch_and_is_scored(name, tiny_store, tmp_path, stop):
     task = make_task(manifest.dataset)
     before, after = build_network(recipe, manifest, task), folder.final().tensors("weights")
     moved = [not torch.equal(value, after[name]) for name, value in before.named_parameters()]
-    assert sum(moved) > 0.9 * len(moved), "nearly every parameter is changed by two updates; some gates open later"
+    assert sum(moved) > 0.9 * len(moved), (
+        "nearly every parameter is changed by two updates; some gates open later"
+    )
 
     scores = json.loads((folder.path / "evaluation.json").read_text())
     assert {case["id"] for case in scores["cases"]} == set(manifest.fold("kfold", 0)["val"])
@@ -90,7 +104,14 @@ def test_command_line_trains_on_two_ranks(tiny_store, tmp_path):
     recipe = recipe_for(chosen, store_for(chosen, tiny_store)).model_dump(mode="json")
     recipe["data"]["batch"] = 4
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    words = ["train", str(tmp_path / "recipe.yaml"), "loss.deep_supervision=[1, 1, 1, 1]", "--runs", str(tmp_path / "runs"), "--json"]
+    words = [
+        "train",
+        str(tmp_path / "recipe.yaml"),
+        "loss.deep_supervision=[1, 1, 1, 1]",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--json",
+    ]
     command = [sys.executable, "-m", "segfleet.cli.main", *words, "--ranks", "2", "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
-"""A store copied to a disk of the node: once, whole, shared, mended; and the same result as without."""
+"""A store copied to a disk of the node: once, whole, shared, mended; and the same result as
+without."""
 
 from __future__ import annotations
 
@@ -61,7 +62,11 @@ def test_a_damaged_copy_is_mended(tiny_store, tmp_path, copied, damage):
     copy = local_copy(tiny_store(dims=2), str(tmp_path))
     copy.make(print)
     copied.clear()
-    path = copy.root / ("manifest.json" if damage == "manifest" else next(iter(open_store(copy.root).manifest.files)))
+    path = copy.root / (
+        "manifest.json"
+        if damage == "manifest"
+        else next(iter(open_store(copy.root).manifest.files))
+    )
     data = path.read_bytes()
     if damage == "gone":
         path.unlink()
@@ -76,10 +81,15 @@ def test_a_killed_copy_is_gone_on_with(tiny_store, tmp_path, copied):
     source = tiny_store(dims=2)
     first, *rest = open_store(source).manifest.files
     copy = local_copy(source, str(tmp_path))
-    killed = "import sys; from segfleet.preprocess import local_copy as m; plain = m._copy; import os\n"
+    killed = (
+        "import sys; from segfleet.preprocess import local_copy as m; plain = m._copy; import os\n"
+    )
     killed += "def copy(*a): plain(*a); os.kill(os.getpid(), 9)\n"
     killed += "m._copy = copy; m.local_copy(sys.argv[1], sys.argv[2]).make(print)"
-    assert subprocess.run([sys.executable, "-c", killed, source, tmp_path], check=False).returncode == -9
+    assert (
+        subprocess.run([sys.executable, "-c", killed, source, tmp_path], check=False).returncode
+        == -9
+    )
     assert copy.partial.is_dir() and not copy.root.exists()
     (copy.partial / rest[0]).parent.mkdir(parents=True, exist_ok=True)
     (copy.partial / rest[0]).write_bytes(b"half")
@@ -89,7 +99,9 @@ def test_a_killed_copy_is_gone_on_with(tiny_store, tmp_path, copied):
 
 def test_without_room_one_warning_and_the_source(tiny_store, tmp_path, monkeypatch):
     source, told = tiny_store(dims=2), []
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: ALL_FREE(path)._replace(free=1000))
+    monkeypatch.setattr(
+        module.shutil, "disk_usage", lambda path: ALL_FREE(path)._replace(free=1000)
+    )
     with on_node(open_store(source), str(tmp_path), Ranks(), NEVER, told.append) as store:
         assert store.root == source
     assert len(told) == 1 and "no room" in told[0] and str(source) in told[0]
@@ -106,7 +118,11 @@ def test_old_copies_go_only_when_unused_and_needed(tiny_store, tmp_path, monkeyp
             os.utime(copy.place / f"{copy.key}.used", (number, number))
     size = sum(path.stat().st_size for path in old.root.rglob("*"))
     needed = sum(facts["bytes"] for facts in open_store(new.source).manifest.files.values())
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: ALL_FREE(path)._replace(free=needed + module.SPARE - size // 2))
+    monkeypatch.setattr(
+        module.shutil,
+        "disk_usage",
+        lambda path: ALL_FREE(path)._replace(free=needed + module.SPARE - size // 2),
+    )
     told = []
     with old.kept(), young.kept():
         assert not new.make(told.append) and len(told) == 1 and old.whole() and young.whole()
@@ -127,7 +143,11 @@ def test_bad_places_are_named(tiny_store, tmp_path, monkeypatch):
     source = tiny_store(dims=2)
     (tmp_path / "file").write_text("")
     monkeypatch.delenv("NOWHERE", raising=False)
-    for place, word in (("$NOWHERE/x", "NOWHERE is not set on"), ("here", "absolute"), (f"{tmp_path}/file", "Not a directory")):
+    for place, word in (
+        ("$NOWHERE/x", "NOWHERE is not set on"),
+        ("here", "absolute"),
+        (f"{tmp_path}/file", "Not a directory"),
+    ):
         with pytest.raises(InputError, match=word):
             local_copy(source, place)
 
@@ -143,7 +163,10 @@ def test_a_stop_ends_the_waiting_for_another_copier(tiny_store, tmp_path):
     asked = SimpleNamespace(asked=lambda: True)
     with open(copy.place / f"{copy.key}.making", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(Interrupted), on_node(open_store(source), str(tmp_path), Ranks(), asked, print):
+        with (
+            pytest.raises(Interrupted),
+            on_node(open_store(source), str(tmp_path), Ranks(), asked, print),
+        ):
             pass
 
 
@@ -155,15 +178,38 @@ def test_two_ranks_copy_once_and_train_the_same(tiny_store, tmp_path):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     made = {}
     for runs, more in (("plain", []), ("near", ["--stage-to", "$SCRATCH"])):
-        command = [sys.executable, "-m", "segfleet.cli.main", "train", "tiny.yaml", "--ranks", "2", "--runs", runs, "--json", *more]
+        command = [
+            sys.executable,
+            "-m",
+            "segfleet.cli.main",
+            "train",
+            "tiny.yaml",
+            "--ranks",
+            "2",
+            "--runs",
+            runs,
+            "--json",
+            *more,
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "SCRATCH": str(tmp_path / "scratch")}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         run = Path(json.loads(done.stdout)["run"])
         made[runs] = run.name, run, done.stderr.count("store copied to")
     assert [copies for _, _, copies in made.values()] == [0, 1]
     assert len({uid for uid, _, _ in made.values()}) == 1
-    plain, near = (load_file(next(run.glob("checkpoints/*/weights.safetensors"))) for _, run, _ in (made["plain"], made["near"]))
+    plain, near = (
+        load_file(next(run.glob("checkpoints/*/weights.safetensors")))
+        for _, run, _ in (made["plain"], made["near"])
+    )
     assert all(torch.equal(plain[name], near[name]) for name in plain)
 
 

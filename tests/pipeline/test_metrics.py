@@ -29,7 +29,8 @@ def box(shape, *slices) -> np.ndarray:
 
 
 def brute_force(a, b, spacing, percentile=95):
-    """Directed distances between surfaces, voxel by voxel: no tree, no distance map, no erosion routine."""
+    """Directed distances between surfaces, voxel by voxel: no tree, no distance map, no erosion
+    routine."""
 
     def surface(mask):
         points = []
@@ -46,11 +47,19 @@ def brute_force(a, b, spacing, percentile=95):
         return sorted(set(points))
 
     def directed(p, q):
-        return [min(math.sqrt(sum(((u - v) * s) ** 2 for u, v, s in zip(x, y, spacing, strict=True))) for y in q) for x in p]
+        return [
+            min(
+                math.sqrt(sum(((u - v) * s) ** 2 for u, v, s in zip(x, y, spacing, strict=True)))
+                for y in q
+            )
+            for x in p
+        ]
 
     p, q = surface(a), surface(b)
     there, back = directed(p, q), directed(q, p)
-    return np.percentile(there + back, percentile), max(np.percentile(there, percentile), np.percentile(back, percentile))
+    return np.percentile(there + back, percentile), max(
+        np.percentile(there, percentile), np.percentile(back, percentile)
+    )
 
 
 def test_overlap_by_hand():
@@ -80,7 +89,10 @@ def test_hd95_equals_brute_force(seed, shape):
     if seed % 2:  # scattered voxels: the distance map
         a, b = (generator.random(shape) < p for p in (0.2, 0.4))
     else:  # two solid boxes: touching the border of the array, and an outlier
-        a, b = (box(shape, *(slice(0, max(1, int(n * f))) for n in shape)) for f in generator.uniform(0.3, 1.0, 2))
+        a, b = (
+            box(shape, *(slice(0, max(1, int(n * f))) for n in shape))
+            for f in generator.uniform(0.3, 1.0, 2)
+        )
         b[-1, -1, -1] = True
     assert surface_percentiles(a, b, SPACING) == pytest.approx(brute_force(a, b, SPACING))
 
@@ -90,7 +102,9 @@ def test_the_two_ways_to_the_distances_agree():
     a = (z - 15) ** 2 / 100 + (y - 20) ** 2 / 225 + (x - 20) ** 2 / 225 < 1
     b = (z - 13) ** 2 / 100 + (y - 21) ** 2 / 200 + (x - 20) ** 2 / 225 < 1
     spacing = np.array(SPACING)
-    near = surface_distances(a[3:27, 4:37, 4:37], b[3:27, 4:37, 4:37], spacing)  # full box: a distance map
+    near = surface_distances(
+        a[3:27, 4:37, 4:37], b[3:27, 4:37, 4:37], spacing
+    )  # full box: a distance map
     far = surface_distances(np.pad(a, 40), np.pad(b, 40), spacing)  # few points in much air: a tree
     for one, other in zip(near, far, strict=True):
         np.testing.assert_allclose(np.sort(one), np.sort(other), atol=1e-9)
@@ -107,7 +121,8 @@ def test_pooled_and_max_conventions_differ_and_are_named():
 
 
 def test_a_2d_mask_has_an_outline_not_a_solid():
-    """A filled square and its own outline: distance 0, though every pixel of a one-slice volume would be 'surface' in 3D."""
+    """A filled square and its own outline: distance 0, though every pixel of a one-slice volume
+    would be 'surface' in 3D."""
     square = box((1, 20, 20), 0, slice(4, 16), slice(4, 16))
     ring = square.copy()
     ring[0, 5:15, 5:15] = False
@@ -118,18 +133,32 @@ def test_a_2d_mask_has_an_outline_not_a_solid():
 def test_empty_rules():
     empty, full = np.zeros((2, 4, 4), bool), box((2, 4, 4), slice(0, 1), slice(1, 3), slice(1, 3))
     both = score_structure(empty, empty, spacing=SPACING)
-    assert all(both[m] is None for m in ("dice", "iou", "sensitivity", "precision", "hd95", "hd95_max", "volume_error"))
+    assert all(
+        both[m] is None
+        for m in ("dice", "iou", "sensitivity", "precision", "hd95", "hd95_max", "volume_error")
+    )
     missed = score_structure(empty, full, spacing=SPACING)
     five = ("dice", "iou", "sensitivity", "precision", "hd95")
     assert [missed[m] for m in five] == [0.0, 0.0, 0.0, None, None]
     invented = score_structure(full, empty, spacing=SPACING)
     assert [invented[m] for m in five] == [0.0, 0.0, None, 0.0, None]
     perfect = score_structure(full, full, spacing=SPACING)
-    assert (perfect["dice"], perfect["hd95"], perfect["hd95_max"], perfect["volume_error"]) == (1.0, 0.0, 0.0, 0.0)
+    assert (perfect["dice"], perfect["hd95"], perfect["hd95_max"], perfect["volume_error"]) == (
+        1.0,
+        0.0,
+        0.0,
+        0.0,
+    )
 
 
 def test_regions_overlap_and_the_ignore_label_counts_for_nothing():
-    task = Task(head="sigmoid", names=("whole", "core"), members=((1, 2), (2,)), values=(1, 2), ignore_label=3)
+    task = Task(
+        head="sigmoid",
+        names=("whole", "core"),
+        members=((1, 2), (2,)),
+        values=(1, 2),
+        ignore_label=3,
+    )
     truth = np.array([[[0, 1, 2, 2, 3, 3]]], dtype=np.uint8)
     prediction = np.array([[[1, 1, 1, 2, 2, 0]]], dtype=np.uint8)
     found = score_case(prediction, truth, spacing=(1, 1, 1), task=task)
@@ -138,7 +167,9 @@ def test_regions_overlap_and_the_ignore_label_counts_for_nothing():
 
 
 def case(name, prediction, truth, group=None):
-    scores = score_case(np.array(prediction, np.uint8), np.array(truth, np.uint8), spacing=(1, 1, 1), task=ONE)
+    scores = score_case(
+        np.array(prediction, np.uint8), np.array(truth, np.uint8), spacing=(1, 1, 1), task=ONE
+    )
     return {"id": name, "group": group or name, "scores": scores}
 
 
@@ -158,7 +189,13 @@ def test_the_summary_counts_what_is_empty_and_never_drops_it_silently():
     lesion = summary["structures"]["lesion"]
     assert lesion["dice"]["mean"] == pytest.approx(1.5 / 4) and lesion["dice"]["n"] == 4
     assert lesion["hd95"]["n"] == 2
-    assert lesion["counts"] == {"cases": 5, "empty_truth": 2, "empty_prediction": 2, "excluded": 1, "hd95_missing": 2}
+    assert lesion["counts"] == {
+        "cases": 5,
+        "empty_truth": 2,
+        "empty_prediction": 2,
+        "excluded": 1,
+        "hd95_missing": 2,
+    }
     assert summary["mean_foreground_dice"] == pytest.approx(1.5 / 4)
     assert (summary["cases"], summary["patients"]) == (5, 4)
 
@@ -177,12 +214,15 @@ def test_per_slice_is_inflated_by_empty_slices():
     truth = np.zeros((10, 1, 4), np.uint8)
     truth[0] = 1
     prediction = np.zeros_like(truth)
-    variants = summarise([case("a", prediction, truth)], ["lesion"])["structures"]["lesion"]["variants"]
+    variants = summarise([case("a", prediction, truth)], ["lesion"])["structures"]["lesion"][
+        "variants"
+    ]
     assert variants["per_volume"] == 0.0 and variants["per_slice"] == pytest.approx(0.9)
 
 
 def test_the_interval_draws_patients_not_cases():
-    """Ten cases of one patient at 1 and one of each of two others at 0: drawing cases would never give the mean 0."""
+    """Ten cases of one patient at 1 and one of each of two others at 0: drawing cases would never
+    give the mean 0."""
     good, bad = ([[[1, 1]]], [[[1, 1]]]), ([[[1, 0]]], [[[0, 1]]])
     cases = [case(f"a{i}", *good, "a") for i in range(10)] + [case("b", *bad), case("c", *bad)]
     interval = summarise(cases, ["lesion"])["structures"]["lesion"]["dice"]["ci95"]
@@ -201,10 +241,15 @@ def test_the_interval_matches_the_standard_error_of_many_patients():
     generator = np.random.default_rng(0)
     values = generator.uniform(0.4, 0.9, 400)
     blank = five_cases()[0]["scores"]["lesion"]
-    cases = [{"id": str(i), "group": str(i), "scores": {"lesion": {**blank, "dice": float(v)}}} for i, v in enumerate(values)]
+    cases = [
+        {"id": str(i), "group": str(i), "scores": {"lesion": {**blank, "dice": float(v)}}}
+        for i, v in enumerate(values)
+    ]
     dice = summarise(cases, ["lesion"])["structures"]["lesion"]["dice"]
     error = 1.96 * values.std(ddof=1) / math.sqrt(400)
-    assert dice["ci95"] == pytest.approx([values.mean() - error, values.mean() + error], abs=0.25 * error)
+    assert dice["ci95"] == pytest.approx(
+        [values.mean() - error, values.mean() + error], abs=0.25 * error
+    )
 
 
 def test_the_document_is_strict_json_and_every_number_is_defined():
@@ -223,6 +268,8 @@ def test_the_document_is_strict_json_and_every_number_is_defined():
 def test_no_case_and_a_structure_that_never_occurs():
     assert summarise([], ["lesion"])["mean_foreground_dice"] is None
     blank = [[[0, 0]]]
-    lesion = summarise([case("a", blank, blank), case("b", blank, blank)], ["lesion"])["structures"]["lesion"]
+    lesion = summarise([case("a", blank, blank), case("b", blank, blank)], ["lesion"])[
+        "structures"
+    ]["lesion"]
     assert lesion["dice"] == {"mean": None, "sd": None, "median": None, "n": 0, "ci95": None}
     assert lesion["variants"]["pooled"] is None and lesion["variants"]["per_image"] == 1.0

@@ -42,12 +42,15 @@ def sets(tmp_path_factory):
 
 
 def threshold(channels):
-    """A crude network without parameters: channel k likes voxels k standard deviations above the tile's mean."""
+    """A crude network without parameters: channel k likes voxels k standard deviations above the
+    tile's mean."""
 
     def forward(x):
         middle = x.mean(1, keepdim=True)
         axes = tuple(range(1, x.ndim))
-        z = (middle - middle.mean(axes, keepdim=True)) / middle.std(axes, keepdim=True).clamp_min(1e-6)
+        z = (middle - middle.mean(axes, keepdim=True)) / middle.std(axes, keepdim=True).clamp_min(
+            1e-6
+        )
         return torch.cat([torch.exp(-((z - k) ** 2)) for k in range(channels)], 1)
 
     return forward
@@ -56,28 +59,46 @@ def threshold(channels):
 def predict(store, inputs, out, forward=None, **more):
     manifest, task = store.manifest, make_task(store.manifest.dataset)
     forward = forward or threshold(task.channels)
-    return predict_files(forward, manifest.plan, manifest.dataset, task, inputs, out, patch=manifest.plan.patch, **more)
+    return predict_files(
+        forward,
+        manifest.plan,
+        manifest.dataset,
+        task,
+        inputs,
+        out,
+        patch=manifest.plan.patch,
+        **more,
+    )
 
 
 def copy_images(store, raw, folder):
     """The raw images of all cases in one folder; dsb2018 has one folder per image."""
     folder.mkdir()
     for path in sorted(raw.rglob("*")):
-        if path.is_file() and not path.name.startswith(".") and path.parent.name in ("imagesTr", "images"):
+        if (
+            path.is_file()
+            and not path.name.startswith(".")
+            and path.parent.name in ("imagesTr", "images")
+        ):
             shutil.copy(path, folder / path.name)
     return folder
 
 
 @pytest.mark.parametrize("name", ["msd", "nnunet", "dsb2018"])
 def test_raw_files_give_what_the_store_gives(sets, name, tmp_path):
-    """The same case through the preprocessed store and from its raw files: the same voxels, on the raw grid, with the raw geometry."""
+    """The same case through the preprocessed store and from its raw files: the same voxels, on the
+    raw grid, with the raw geometry."""
     store, raw = sets[name]
     task = make_task(store.manifest.dataset)
     found = predict(store, [copy_images(store, raw, tmp_path / "in")], tmp_path / "out", batch=2)
     assert (found["failed"], found["kept"], found["exit_code"]) == ([], [], 0)
-    assert sorted(entry["id"] for entry in found["done"]) == sorted(case.id for case in store.manifest.cases)
+    assert sorted(entry["id"] for entry in found["done"]) == sorted(
+        case.id for case in store.manifest.cases
+    )
     for case in store.manifest.cases:
-        expected = predict_case(threshold(task.channels), store, case, task, patch=store.manifest.plan.patch, batch=2)
+        expected = predict_case(
+            threshold(task.channels), store, case, task, patch=store.manifest.plan.patch, batch=2
+        )
         assert len(np.unique(expected)) > 1, "a threshold finds something"
         if name == "dsb2018":
             written = np.asarray(Image.open(tmp_path / "out" / f"{case.id}.png"))[None]
@@ -118,7 +139,10 @@ def test_real_volumes_keep_their_geometry(shared_data, tmp_path):
     found = predict(open_store(tmp_path / "store"), [raw / "imagesTr"], tmp_path / "out")
     assert len(found["done"]) == 4 and not found["failed"]
     for entry in found["done"]:
-        written, image = nib.load(entry["file"]), nib.load(raw / "imagesTr" / f"{entry['id']}.nii.gz")
+        written, image = (
+            nib.load(entry["file"]),
+            nib.load(raw / "imagesTr" / f"{entry['id']}.nii.gz"),
+        )
         assert written.shape == image.shape and np.array_equal(written.affine, image.affine)
         assert set(np.unique(np.asarray(written.dataobj))) == {0, 1, 2}
 
@@ -129,7 +153,9 @@ def test_a_4d_file_holds_all_channels(sets, tmp_path):
     parts = [nib.load(raw / "imagesTr" / f"{case}_{i:04d}.nii.gz") for i in range(2)]
     together = np.stack([np.asarray(p.dataobj, np.float32) for p in parts], -1)
     nib.Nifti1Image(together, parts[0].affine).to_filename(tmp_path / "both.nii.gz")
-    apart = predict(store, [raw / "imagesTr" / f"{case}_{i:04d}.nii.gz" for i in range(2)], tmp_path / "a")
+    apart = predict(
+        store, [raw / "imagesTr" / f"{case}_{i:04d}.nii.gz" for i in range(2)], tmp_path / "a"
+    )
     one = predict(store, [tmp_path / "both.nii.gz"], tmp_path / "b")
     a, b = (np.asarray(nib.load(found["done"][0]["file"]).dataobj) for found in (apart, one))
     assert a.any() and a.ndim == 3
@@ -142,18 +168,30 @@ def test_a_bad_image_is_listed_and_the_rest_is_done(sets, tmp_path):
     good = sorted(p.name for p in folder.iterdir())
     (folder / good[0]).write_bytes((folder / good[0]).read_bytes()[:200])  # cut off
     image = nib.load(folder / good[1])
-    nib.Nifti1Image(np.full(image.shape, np.nan, np.float32), image.affine).to_filename(folder / good[1])
-    nib.Nifti1Image(np.ones((8, 8, 8, 3), np.float32), np.eye(4)).to_filename(folder / "three.nii.gz")
+    nib.Nifti1Image(np.full(image.shape, np.nan, np.float32), image.affine).to_filename(
+        folder / good[1]
+    )
+    nib.Nifti1Image(np.ones((8, 8, 8, 3), np.float32), np.eye(4)).to_filename(
+        folder / "three.nii.gz"
+    )
     found = predict(store, [folder], tmp_path / "out")
     assert found["exit_code"] == 2
     assert [entry["id"] + ".nii.gz" for entry in found["done"]] == good[2:]
     problems = {entry["id"]: entry["problem"] for entry in found["failed"]}
-    assert set(problems) == {good[0].removesuffix(".nii.gz"), good[1].removesuffix(".nii.gz"), "three"}
+    assert set(problems) == {
+        good[0].removesuffix(".nii.gz"),
+        good[1].removesuffix(".nii.gz"),
+        "three",
+    }
     assert "damaged or truncated" in problems[good[0].removesuffix(".nii.gz")]
     assert "nan" in problems[good[1].removesuffix(".nii.gz")]
     assert "channels: found 3, expected 1" in problems["three"]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*good[2:], ".predictions", "predictions.json"])
-    assert sorted(p.name for p in (tmp_path / "out" / ".predictions").iterdir()) == [f"{name}.json" for name in good[2:]]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
+        [*good[2:], ".predictions", "predictions.json"]
+    )
+    assert sorted(p.name for p in (tmp_path / "out" / ".predictions").iterdir()) == [
+        f"{name}.json" for name in good[2:]
+    ]
     json.dumps(found, allow_nan=False)
 
 
@@ -185,7 +223,9 @@ def test_finished_files_are_kept_and_other_networks_are_refused(sets, tmp_path):
 
 def picture(path, seed):
     path.parent.mkdir(exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(
+        path
+    )
     os.utime(path, (1e9, 1e9))  # as out of an archive
     return path
 
@@ -197,10 +237,24 @@ def counts(found):
 def test_a_prediction_of_another_image_or_of_other_settings_is_written_again(sets, tmp_path):
     store, out = sets["dsb2018"][0], tmp_path / "out"
     first, other = picture(tmp_path / "a" / "x.bmp", 0), picture(tmp_path / "b" / "x.bmp", 1)
-    assert first.stat().st_size == other.stat().st_size and first.stat().st_mtime_ns == other.stat().st_mtime_ns
-    wanted = {path: np.asarray(Image.open(predict(store, [path], path.parent / "alone")["done"][0]["file"])) for path in (first, other)}
+    assert (
+        first.stat().st_size == other.stat().st_size
+        and first.stat().st_mtime_ns == other.stat().st_mtime_ns
+    )
+    wanted = {
+        path: np.asarray(
+            Image.open(predict(store, [path], path.parent / "alone")["done"][0]["file"])
+        )
+        for path in (first, other)
+    }
     assert not np.array_equal(*wanted.values())
-    for path, expected in ((first, (1, 0, 0)), (first, (0, 1, 0)), (other, (1, 0, 0)), (other, (0, 1, 0)), (first, (1, 0, 0))):
+    for path, expected in (
+        (first, (1, 0, 0)),
+        (first, (0, 1, 0)),
+        (other, (1, 0, 0)),
+        (other, (0, 1, 0)),
+        (first, (1, 0, 0)),
+    ):
         assert counts(predict(store, [path], out)) == expected
         np.testing.assert_array_equal(np.asarray(Image.open(out / "x.bmp")), wanted[path])
     picture(first, 2)  # changed in place
@@ -220,12 +274,17 @@ def test_the_spacing_beside_a_tiff_belongs_to_the_image(tmp_path):
         before = one.content()
 
 
-def test_a_kill_between_the_steps_of_a_rewrite_leaves_no_old_file_under_a_new_note(sets, tmp_path, monkeypatch):
+def test_a_kill_between_the_steps_of_a_rewrite_leaves_no_old_file_under_a_new_note(
+    sets, tmp_path, monkeypatch
+):
     store, out = sets["dsb2018"][0], tmp_path / "out"
     first, other = picture(tmp_path / "a" / "x.png", 0), picture(tmp_path / "b" / "x.png", 1)
     predict(store, [first], out)
     with monkeypatch.context() as patch:
-        patch.setattr("segfleet.pipeline.inference.predict.write_label", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "segfleet.pipeline.inference.predict.write_label",
+            lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
         with pytest.raises(KeyboardInterrupt):
             predict(store, [other], out)
     assert not (out / "x.png").exists() and counts(predict(store, [other], out)) == (1, 0, 0)
@@ -233,9 +292,16 @@ def test_a_kill_between_the_steps_of_a_rewrite_leaves_no_old_file_under_a_new_no
 
 def test_a_file_that_is_no_prediction_is_left_alone(sets, tmp_path):
     store, out = sets["dsb2018"][0], tmp_path / "out"
-    path, truth = picture(tmp_path / "a" / "x.png", 0), picture(tmp_path / "out" / "x.png", 1).read_bytes()
+    path, truth = (
+        picture(tmp_path / "a" / "x.png", 0),
+        picture(tmp_path / "out" / "x.png", 1).read_bytes(),
+    )
     found = predict(store, [path], out)
-    assert counts(found) == (0, 0, 1) and "x.png is there already, and no note says what it was made of" in found["failed"][0]["problem"]
+    assert (
+        counts(found) == (0, 0, 1)
+        and "x.png is there already, and no note says what it was made of"
+        in found["failed"][0]["problem"]
+    )
     assert (out / "x.png").read_bytes() == truth
 
 
@@ -260,10 +326,36 @@ def ids(found):
 
 
 def test_channels_and_numbered_images_are_told_apart(tmp_path):
-    two = touch(tmp_path / "two", "b_0000.nii.gz", "b_0001.nii.gz", "a10_0000.nii.gz", "a10_0001.nii.gz", "a2_0000.nii.gz", "c_0001.nii.gz")
-    assert ids(collect([two], 2)) == [("a2", 1, False), ("a10", 2, False), ("b", 2, False), ("c", 1, True)]
-    one = touch(tmp_path / "one", "scan_0000.png", "scan_0001.png", "scan_0007.png", "x_0000.png", "._x_0000.png", "notes.txt")
-    assert ids(collect([one], 1)) == [("scan_0000", 1, False), ("scan_0001", 1, False), ("scan_0007", 1, False), ("x", 1, False)]
+    two = touch(
+        tmp_path / "two",
+        "b_0000.nii.gz",
+        "b_0001.nii.gz",
+        "a10_0000.nii.gz",
+        "a10_0001.nii.gz",
+        "a2_0000.nii.gz",
+        "c_0001.nii.gz",
+    )
+    assert ids(collect([two], 2)) == [
+        ("a2", 1, False),
+        ("a10", 2, False),
+        ("b", 2, False),
+        ("c", 1, True),
+    ]
+    one = touch(
+        tmp_path / "one",
+        "scan_0000.png",
+        "scan_0001.png",
+        "scan_0007.png",
+        "x_0000.png",
+        "._x_0000.png",
+        "notes.txt",
+    )
+    assert ids(collect([one], 1)) == [
+        ("scan_0000", 1, False),
+        ("scan_0001", 1, False),
+        ("scan_0007", 1, False),
+        ("x", 1, False),
+    ]
     plain = touch(tmp_path / "plain", "BRATS_001.nii.gz", "ISIC_0012345.jpg")
     assert ids(collect([plain], 4)) == [("BRATS_001", 1, False), ("ISIC_0012345", 1, False)]
 
@@ -273,7 +365,9 @@ def test_two_images_of_one_name_are_a_problem(tmp_path):
     found = collect([folder], 3)
     assert [one.output for one in found] == ["a.png", "a.png"]
     assert [bool(one.problem) for one in found] == [False, True]
-    assert len(collect([folder / "a.png", folder / "a.png"], 3)) == 1, "the same file twice is one image"
+    assert len(collect([folder / "a.png", folder / "a.png"], 3)) == 1, (
+        "the same file twice is one image"
+    )
 
 
 def test_nothing_to_do_is_an_error(sets, tmp_path):
@@ -296,14 +390,20 @@ def test_a_grey_picture_among_colour_ones(sets, tmp_path):
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("kind", ["LA", "L16", "RGBA", "P", "P with alpha", "CMYK", "RGBA.tif", "RGB16.tif", "L.tif"])
+@pytest.mark.parametrize(
+    "kind", ["LA", "L16", "RGBA", "P", "P with alpha", "CMYK", "RGBA.tif", "RGB16.tif", "L.tif"]
+)
 def test_pictures_of_every_kind_are_read_as_preprocessing_reads_them(sets, kind, tmp_path):
-    """Grey ones are repeated, alpha is dropped, palettes are looked up, whites of 16 bit are white."""
+    """Grey ones are repeated, alpha is dropped, palettes are looked up, whites of 16 bit are
+    white."""
     store, _ = sets["dsb2018"]
     draw = np.random.default_rng(0)
     colour = np.repeat(np.repeat(draw.integers(0, 5, (10, 8, 3)), 4, 0), 4, 1).astype(np.uint8) * 60
     grey, alpha = colour[..., 0], draw.integers(0, 255, (40, 32, 1), dtype=np.uint8)
-    plain, odd = tmp_path / "plain.png", tmp_path / f"odd.{'tif' if kind.endswith('tif') else 'png'}"
+    plain, odd = (
+        tmp_path / "plain.png",
+        tmp_path / f"odd.{'tif' if kind.endswith('tif') else 'png'}",
+    )
     if kind in ("LA", "L16", "L.tif"):
         colour = np.repeat(grey[..., None], 3, -1)
     if kind == "LA":
@@ -342,5 +442,7 @@ def test_a_wrong_number_of_channels_names_the_file(sets, name, found, tmp_path):
     else:
         nib.save(nib.Nifti1Image(np.ones((20, 20, 8, 2), np.float32), np.eye(4)), path)
     (failed,) = predict(store, [path], tmp_path / "out")["failed"]
-    assert failed["problem"].startswith(f"{path}: channels: found {found}, expected {len(store.manifest.dataset.channels)}. Save")
+    assert failed["problem"].startswith(
+        f"{path}: channels: found {found}, expected {len(store.manifest.dataset.channels)}. Save"
+    )
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["predictions.json"]

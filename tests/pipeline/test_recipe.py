@@ -1,4 +1,5 @@
-"""Recipes are strict, every shipped one validates and builds, and every message names what is wrong."""
+"""Recipes are strict, every shipped one validates and builds, and every message names what is
+wrong."""
 
 from __future__ import annotations
 
@@ -27,12 +28,18 @@ def refused(document) -> str:
 
 
 def test_unknown_keys_and_illegal_values_are_all_named_at_once():
-    wrong = {"modell": 1, "data": {"batch": -1, "augment": {"flop": 1}}, "stages": [{"epochs": 2, "lr": 1, "schedule": "step"}]}
+    wrong = {
+        "modell": 1,
+        "data": {"batch": -1, "augment": {"flop": 1}},
+        "stages": [{"epochs": 2, "lr": 1, "schedule": "step"}],
+    }
     message = refused({**MINIMAL, **wrong})
     assert "modell: unknown key; expected one of: name, seed, data, model" in message
     assert "data.batch: found -1. Input should be greater than 0" in message
     assert "data.augment.flop: unknown key; expected one of: flip, rotation" in message
-    assert "stages.0.schedule: found 'step'. Input should be 'constant', 'poly' or 'cosine'" in message
+    assert (
+        "stages.0.schedule: found 'step'. Input should be 'constant', 'poly' or 'cosine'" in message
+    )
 
 
 @pytest.mark.parametrize(
@@ -40,20 +47,41 @@ def test_unknown_keys_and_illegal_values_are_all_named_at_once():
     [
         ({"stages": []}, "stages: found []"),
         ({"stages": [{"epochs": 1, "lr": float("nan")}]}, "stages.0.lr"),
-        ({"data": {"batch": 3}, "engine": {"accumulate": 2}}, "data.batch 3 must be a multiple of engine.accumulate 2"),
+        (
+            {"data": {"batch": 3}, "engine": {"accumulate": 2}},
+            "data.batch 3 must be a multiple of engine.accumulate 2",
+        ),
         ({"engine": {"precision": "int8"}}, "engine.precision: found 'int8'"),
         ({"evaluation": {"overlap": 1.0}}, "evaluation.overlap: found 1.0"),
         ({"model": {}}, "model.name: missing"),
         ({"seed": 2**63}, "seed: found 9223372036854775808"),
-        ({"evaluation": {"mirror": [5]}}, "evaluation.mirror.0: found 5. Input should be less than or equal to 2"),
-        ({"evaluation": {"mirror": [1, 1]}}, "evaluation.mirror: found [1, 1]. An axis stands twice"),
+        (
+            {"evaluation": {"mirror": [5]}},
+            "evaluation.mirror.0: found 5. Input should be less than or equal to 2",
+        ),
+        (
+            {"evaluation": {"mirror": [1, 1]}},
+            "evaluation.mirror: found [1, 1]. An axis stands twice",
+        ),
         ({"data": {"augment": {"flip": [7]}}}, "data.augment.flip.0: found 7"),
         ({"data": {"augment": {"elastic_size": -5}}}, "data.augment.elastic_size: found -5"),
-        ({"data": {"augment": {"scale_range": [0, 0]}}}, "data.augment.scale_range.0: found 0. Input should be greater than 0"),
-        ({"data": {"augment": {"scale_range": [-1, -0.5]}}}, "data.augment.scale_range.0: found -1"),
-        ({"data": {"augment": {"scale_range": [2, 1]}}}, "data.augment.scale_range: found [2, 1]. The first value should not be greater"),
+        (
+            {"data": {"augment": {"scale_range": [0, 0]}}},
+            "data.augment.scale_range.0: found 0. Input should be greater than 0",
+        ),
+        (
+            {"data": {"augment": {"scale_range": [-1, -0.5]}}},
+            "data.augment.scale_range.0: found -1",
+        ),
+        (
+            {"data": {"augment": {"scale_range": [2, 1]}}},
+            "data.augment.scale_range: found [2, 1]. The first value should not be greater",
+        ),
         ({"optimizer": {"betas": [2, 3]}}, "optimizer.betas.0: found 2"),
-        ({"optimizer": {"betas": [1.0, 1.0]}}, "optimizer.betas.1: found 1.0. Input should be less than 1"),
+        (
+            {"optimizer": {"betas": [1.0, 1.0]}},
+            "optimizer.betas.1: found 1.0. Input should be less than 1",
+        ),
         ({"optimizer": {"betas": [0.9, -1]}}, "optimizer.betas.1: found -1"),
         ({"stages": [{"epochs": 1, "lr": 1, "power": -2}]}, "stages.0.power: found -2"),
     ],
@@ -63,12 +91,23 @@ def test_illegal_values(change, words):
 
 
 def test_overrides():
-    document = recipes.override(MINIMAL, ["stages.0.lr=3e-2", "data.patch=[8, 8, 8]", "data.augment=null", "model.options.width=4"])
+    document = recipes.override(
+        MINIMAL,
+        ["stages.0.lr=3e-2", "data.patch=[8, 8, 8]", "data.augment=null", "model.options.width=4"],
+    )
     recipe = recipes.parse(document)
-    assert recipe.stages[0].lr == 0.03 and recipe.data.patch == (8, 8, 8) and recipe.data.augment is None
+    assert (
+        recipe.stages[0].lr == 0.03
+        and recipe.data.patch == (8, 8, 8)
+        and recipe.data.augment is None
+    )
     assert recipe.model.options == {"width": 4} and "options" not in MINIMAL["model"]
     index = "no index of a list of 1; expected 0 to 0"
-    for bad, words in (("lr", "expected key.path=value"), ("stages.7.lr=1", index), ("seed=[", "no YAML")):
+    for bad, words in (
+        ("lr", "expected key.path=value"),
+        ("stages.7.lr=1", index),
+        ("seed=[", "no YAML"),
+    ):
         with pytest.raises(InputError, match=words.replace("[", r"\[")):
             recipes.override(MINIMAL, [bad])
 
@@ -76,8 +115,14 @@ def test_overrides():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["stages.0=5", "stages.0.lr=3"], "'stages.0.lr=3': stages.0 is 5, which has no keys below it"),
-        (["evaluation.mirror=[1]", "evaluation.mirror.0.x=3"], "evaluation.mirror.0 is 1, which has no keys below it"),
+        (
+            ["stages.0=5", "stages.0.lr=3"],
+            "'stages.0.lr=3': stages.0 is 5, which has no keys below it",
+        ),
+        (
+            ["evaluation.mirror=[1]", "evaluation.mirror.0.x=3"],
+            "evaluation.mirror.0 is 1, which has no keys below it",
+        ),
         (["stages.\u00b2.lr=1"], "no index of a list of 1"),
         (["name=2026-13-01"], "no YAML"),
         (["name={2026-01-01: 2}"], "a key that is no text"),
@@ -92,11 +137,26 @@ def test_values_that_yaml_reads_otherwise_than_meant(tmp_path):
     path = tmp_path / "r.yaml"
     text = "name: 2026-01-01\nmodel: {name: 1e5, options: {a: 1e-5, b: [-.5E+2, 1e, x1e3]}}\nstages: [{epochs: 1e1, lr: 1e-5}]\n"
     path.write_text(text + "data: {split: 1e5}\n")
-    recipe = recipes.load_recipe(str(path), ["model.options.c=3e-2", "stages.0.name=2026-01-02", "data.store=1e5"])
-    assert (recipe.name, recipe.model.name, recipe.data.split, recipe.data.store) == ("2026-01-01", "1e5", "1e5", "1e5")
+    recipe = recipes.load_recipe(
+        str(path), ["model.options.c=3e-2", "stages.0.name=2026-01-02", "data.store=1e5"]
+    )
+    assert (recipe.name, recipe.model.name, recipe.data.split, recipe.data.store) == (
+        "2026-01-01",
+        "1e5",
+        "1e5",
+        "1e5",
+    )
     assert recipe.model.options == {"a": 1e-5, "b": [-50.0, "1e", "x1e3"], "c": 0.03}
-    assert (recipe.stages[0].name, recipe.stages[0].epochs, recipe.stages[0].lr) == ("2026-01-02", 10, 1e-5)
-    for wrong, words in (("name: 2026-13-01", "no YAML document: month"), ("2026-01-01: 1", "no text"), ("name: &a [*a]", "an alias")):
+    assert (recipe.stages[0].name, recipe.stages[0].epochs, recipe.stages[0].lr) == (
+        "2026-01-02",
+        10,
+        1e-5,
+    )
+    for wrong, words in (
+        ("name: 2026-13-01", "no YAML document: month"),
+        ("2026-01-01: 1", "no text"),
+        ("name: &a [*a]", "an alias"),
+    ):
         path.write_text(wrong)
         with pytest.raises(InputError, match=words):
             recipes.load_recipe(str(path))
@@ -105,14 +165,25 @@ def test_values_that_yaml_reads_otherwise_than_meant(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["stages.1.freeze=[nosuch]"], "stages.1.freeze: no parameter name begins with 'nosuch'; names begin with: down1"),
+        (
+            ["stages.1.freeze=[nosuch]"],
+            "stages.1.freeze: no parameter name begins with 'nosuch'; names begin with: down1",
+        ),
         (["stages.0.freeze=['']"], "stages.0.freeze:  leaves nothing to train"),
         (["evaluation.mirror=[0]"], "evaluation.mirror: found [0], but the network is 2D"),
     ],
 )
 def test_what_would_show_only_after_training_is_found_before(tiny_recipe, changes, words):
-    folder = tiny_recipe([{"epochs": 1, "lr": 1e-3, "freeze": ["inc"]}, {"epochs": 1, "lr": 1e-3, "freeze": ["down1", "up4"]}], batch=2)
-    sound = recipes.load_recipe(str(folder / "tiny.yaml"), ["evaluation.mirror=[2,1]", f"seed={2**63 - 1}"])
+    folder = tiny_recipe(
+        [
+            {"epochs": 1, "lr": 1e-3, "freeze": ["inc"]},
+            {"epochs": 1, "lr": 1e-3, "freeze": ["down1", "up4"]},
+        ],
+        batch=2,
+    )
+    sound = recipes.load_recipe(
+        str(folder / "tiny.yaml"), ["evaluation.mirror=[2,1]", f"seed={2**63 - 1}"]
+    )
     manifest = load_manifest(sound.data.store)
     check_recipe(sound, manifest)
     with pytest.raises(InputError, match=re.escape(words)):
@@ -120,7 +191,10 @@ def test_what_would_show_only_after_training_is_found_before(tiny_recipe, change
 
 
 def test_files(tmp_path):
-    with pytest.raises(InputError, match="no file 'nope' and no shipped recipe of that name; shipped: .*hippocampus"):
+    with pytest.raises(
+        InputError,
+        match="no file 'nope' and no shipped recipe of that name; shipped: .*hippocampus",
+    ):
         recipes.load_recipe("nope")
     path = tmp_path / "r.yaml"
     path.write_text("a: [1")
@@ -152,7 +226,9 @@ def manifest_for(recipe: recipes.Recipe, spec) -> Manifest:
         regions=regions,
         region_order=(1, 2) if regions else (),
     )
-    plan = Plan(target_spacing=(1.0, 1.0, 1.0), patch=patch, normalisation=("zscore",) * spec.in_channels)
+    plan = Plan(
+        target_spacing=(1.0, 1.0, 1.0), patch=patch, normalisation=("zscore",) * spec.in_channels
+    )
     return Manifest(format="zarr", id="0", dataset=dataset, plan=plan, cases=())
 
 
@@ -173,7 +249,9 @@ def test_every_shipped_recipe_validates_and_builds(name):
     from segfleet.models import registry
 
     header = header_of(name)
-    assert len(header[""][0]) > 20 and {"data", "cost"} <= header.keys(), "a header says what it is, on which data, at what cost"
+    assert len(header[""][0]) > 20 and {"data", "cost"} <= header.keys(), (
+        "a header says what it is, on which data, at what cost"
+    )
     recipe = recipes.load_recipe(name)
     spec = registry.spec(recipe.model.name)
     assert recipe.name == name and recipe.data.store
@@ -184,11 +262,15 @@ def test_every_shipped_recipe_validates_and_builds(name):
     parameters = sum(p.numel() for p in network.parameters())
     assert parameters > 1000
     objective = Objective(recipe, task)
-    if "paper" in header:  # it claims a published set-up: the published network, and everything a reader needs to judge the claim
+    if (
+        "paper" in header
+    ):  # it claims a published set-up: the published network, and everything a reader needs to judge the claim
         assert {"expected", "differs"} <= header.keys()
         assert parameters == spec.parameters
         weights = recipe.loss.deep_supervision
-        assert weights == "nnunet" or objective.loss.level_weights(outputs(network, recipe)) == weights
+        assert (
+            weights == "nnunet" or objective.loss.level_weights(outputs(network, recipe)) == weights
+        )
 
 
 def outputs(network: torch.nn.Module, recipe: recipes.Recipe) -> int:
@@ -199,15 +281,24 @@ def outputs(network: torch.nn.Module, recipe: recipes.Recipe) -> int:
     return len(found) if isinstance(found, list | tuple) else 1
 
 
-@pytest.mark.parametrize("name", [name for name in recipes.recipe_names() if "paper" in header_of(name)])
+@pytest.mark.parametrize(
+    "name", [name for name in recipes.recipe_names() if "paper" in header_of(name)]
+)
 def test_header_of_a_published_set_up_agrees_with_its_recipe(name):
     recipe, header = recipes.load_recipe(name), header_of(name)
-    cost, commands = " ".join(header["cost"]), [line for line in header["data"] if line.startswith("segfleet ")]
-    assert cost.startswith(" and ".join(str(stage.epochs) for stage in recipe.stages) + " epochs x ")
+    cost, commands = (
+        " ".join(header["cost"]),
+        [line for line in header["data"] if line.startswith("segfleet ")],
+    )
+    assert cost.startswith(
+        " and ".join(str(stage.epochs) for stage in recipe.stages) + " epochs x "
+    )
     steps = re.search(r"epochs x (about )?([\d,]+) steps x (\d+) ", cost)
     assert int(steps[3]) == recipe.data.batch
     for stage in recipe.stages:
-        assert bool(steps[1]) == (stage.steps is None), "steps that depend on the data are said to be an estimate"
+        assert bool(steps[1]) == (stage.steps is None), (
+            "steps that depend on the data are said to be an estimate"
+        )
         assert stage.steps in (None, int(steps[2].replace(",", "")))
     made = [words for words in map(str.split, commands) if words[1] == "preprocess"]
     assert [words[words.index("--out") + 1] for words in made] == [recipe.data.store]
@@ -219,9 +310,12 @@ def test_header_of_a_published_set_up_agrees_with_its_recipe(name):
         assert words[1] not in ("train", "evaluate") or words[2] == name
 
 
-@pytest.mark.parametrize("name", [name for name in recipes.recipe_names() if "paper" in header_of(name)])
+@pytest.mark.parametrize(
+    "name", [name for name in recipes.recipe_names() if "paper" in header_of(name)]
+)
 def test_header_commands_make_the_data_of_the_recipe(name, tmp_path):
-    """Every command is legal; the layout it names brings the split, the channels and the structures that the recipe asks for."""
+    """Every command is legal; the layout it names brings the split, the channels and the structures
+    that the recipe asks for."""
     from segfleet.cli.main import app
     from segfleet.models import registry
     from segfleet.preprocess.phantoms.phantom import PHANTOMS
@@ -231,21 +325,39 @@ def test_header_commands_make_the_data_of_the_recipe(name, tmp_path):
     for words in [line.split() for line in header_of(name)["data"] if line.startswith("segfleet ")]:
         command = group.get_command(None, words[1])
         given = command.make_context(words[1], words[2:]).params
-        splits |= {change.partition("=")[2] for change in given.get("changes") or () if change.startswith("data.split=")}
+        splits |= {
+            change.partition("=")[2]
+            for change in given.get("changes") or ()
+            if change.startswith("data.split=")
+        }
         if words[1] == "preprocess":
-            layout, options = given["name"], dict(option.split("=") for option in given["option"] or ())
+            layout, options = (
+                given["name"],
+                dict(option.split("=") for option in given["option"] or ()),
+            )
             PHANTOMS[layout](tmp_path / "raw")
             reader = open_reader(layout, tmp_path / "raw", **options)
     assert splits <= {"kfold", "all", *reader.splits()}
     if layout not in ("msd", "nnunet"):  # these take any data set, and the phantom is another one
-        spec, task = registry.spec(recipe.model.name), make_task(reader.dataset(), recipe.model.head)
-        assert (len(reader.dataset().channels), task.channels) == (spec.in_channels, spec.num_classes)
+        spec, task = (
+            registry.spec(recipe.model.name),
+            make_task(reader.dataset(), recipe.model.head),
+        )
+        assert (len(reader.dataset().channels), task.channels) == (
+            spec.in_channels,
+            spec.num_classes,
+        )
 
 
 def test_every_key_has_a_description():
     schema = recipes.Recipe.model_json_schema()
     sections = [schema, *schema["$defs"].values()]
-    missing = [key for section in sections for key, facts in section["properties"].items() if not facts.get("description")]
+    missing = [
+        key
+        for section in sections
+        for key, facts in section["properties"].items()
+        if not facts.get("description")
+    ]
     assert missing == []
 
 
@@ -263,37 +375,67 @@ def test_learning_rates():
     assert rates(warmup=4)[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates(schedule="poly") == [(1 - k / 10) ** 0.9 for k in range(10)]
     cosine = rates(schedule="cosine", floor=0.1)
-    assert cosine[0] == 1.0 and abs(cosine[5] - 0.55) < 1e-12 and cosine == sorted(cosine, reverse=True) and min(cosine) > 0.1
+    assert (
+        cosine[0] == 1.0
+        and abs(cosine[5] - 0.55) < 1e-12
+        and cosine == sorted(cosine, reverse=True)
+        and min(cosine) > 0.1
+    )
 
 
 def test_a_cosine_with_a_period_falls_and_rises_by_epochs():
     stage = recipes.Stage(epochs=300, lr=1e-3, schedule="cosine", period=50, floor=1e-5)
     by_epoch = [learning_rate(stage, 7 * epoch, 7 * 300) for epoch in range(300)]
-    assert by_epoch[0] == 1e-3 and by_epoch[50] == pytest.approx(1e-5) and by_epoch[25] == pytest.approx((1e-3 + 1e-5) / 2)
-    assert by_epoch[:50] == sorted(by_epoch[:50], reverse=True) and by_epoch[50:101] == sorted(by_epoch[50:101])
-    assert by_epoch[100:200] == pytest.approx(by_epoch[:100]) and by_epoch[200:] == pytest.approx(by_epoch[:100])
+    assert (
+        by_epoch[0] == 1e-3
+        and by_epoch[50] == pytest.approx(1e-5)
+        and by_epoch[25] == pytest.approx((1e-3 + 1e-5) / 2)
+    )
+    assert by_epoch[:50] == sorted(by_epoch[:50], reverse=True) and by_epoch[50:101] == sorted(
+        by_epoch[50:101]
+    )
+    assert by_epoch[100:200] == pytest.approx(by_epoch[:100]) and by_epoch[200:] == pytest.approx(
+        by_epoch[:100]
+    )
     whole = recipes.Stage(epochs=300, lr=1e-3, schedule="cosine", period=300, warmup=20)
     without = recipes.Stage(epochs=300, lr=1e-3, schedule="cosine", warmup=20)
     assert learning_rate(whole, 20, 600) == learning_rate(without, 20, 600) == 1e-3
-    assert [learning_rate(whole, step, 600) for step in range(20)] == [learning_rate(without, step, 600) for step in range(20)]
+    assert [learning_rate(whole, step, 600) for step in range(20)] == [
+        learning_rate(without, step, 600) for step in range(20)
+    ]
 
 
 def test_tasks():
     def dataset(**changes):
-        base = {"name": "d", "reader": "msd", "dims": 3, "channels": ("a",), "labels": {"background": 0, "x": 1, "y": 2}}
+        base = {
+            "name": "d",
+            "reader": "msd",
+            "dims": 3,
+            "channels": ("a",),
+            "labels": {"background": 0, "x": 1, "y": 2},
+        }
         return Dataset(**{**base, **changes})
 
     label = torch.tensor([[0, 1, 2, 3]], dtype=torch.uint8)
     plain = make_task(dataset(ignore_label=3))
     assert plain.head == "softmax" and plain.channels == 3
-    assert plain.target(label).tolist() == [[0, 1, 2, 0]] and plain.valid(label).tolist() == [[True, True, True, False]]
+    assert plain.target(label).tolist() == [[0, 1, 2, 0]] and plain.valid(label).tolist() == [
+        [True, True, True, False]
+    ]
     assert plain.labels(torch.eye(3)[:, :, None]).flatten().tolist() == [0, 1, 2]
     regions = make_task(dataset(regions={"whole": (1, 2), "core": (2,)}, region_order=(1, 2)))
-    assert regions.head == "sigmoid" and regions.target(label)[0].tolist() == [[0, 1, 1, 0], [0, 0, 1, 0]]
-    assert regions.labels(torch.tensor([[0.2, 0.9, 0.9], [0.1, 0.2, 0.8]])[:, :, None]).flatten().tolist() == [0, 1, 2]
+    assert regions.head == "sigmoid" and regions.target(label)[0].tolist() == [
+        [0, 1, 1, 0],
+        [0, 0, 1, 0],
+    ]
+    assert regions.labels(
+        torch.tensor([[0.2, 0.9, 0.9], [0.1, 0.2, 0.8]])[:, :, None]
+    ).flatten().tolist() == [0, 1, 2]
     single = make_task(dataset(labels={"background": 0, "x": 5}))
     assert single.head == "sigmoid" and single.channels == 1
     assert make_task(dataset(labels={"background": 0, "x": 5}), "softmax").channels == 2
-    assert make_task(dataset(labels={"background": 0, "x": 5}), "softmax").target(torch.tensor([[0, 5]])).tolist() == [[0, 1]]
+    assert make_task(dataset(labels={"background": 0, "x": 5}), "softmax").target(
+        torch.tensor([[0, 5]])
+    ).tolist() == [[0, 1]]
     with pytest.raises(InputError, match="overlapping regions, which need 'sigmoid'"):
         make_task(dataset(regions={"whole": (1, 2)}, region_order=(1,)), "softmax")

@@ -26,11 +26,20 @@ from segfleet.preprocess.stores.base import open_store
 RECIPE = {
     "name": "blobs <script>alert(1)</script> & co",
     "seed": 7,
-    "data": {"store": "stores/phantom", "split": "kfold", "fold": 0, "batch": 2, "patch": [8, 16, 16]},
+    "data": {
+        "store": "stores/phantom",
+        "split": "kfold",
+        "fold": 0,
+        "batch": 2,
+        "patch": [8, 16, 16],
+    },
     "model": {"name": "plain_unet_3d"},
     "optimizer": {"name": "adamw"},
     "engine": {"name": "ddp", "precision": "bf16"},
-    "stages": [{"name": "base", "epochs": 10, "lr": 3e-4}, {"name": "finetune", "epochs": 2, "lr": 1e-4}],
+    "stages": [
+        {"name": "base", "epochs": 10, "lr": 3e-4},
+        {"name": "finetune", "epochs": 2, "lr": 1e-4},
+    ],
 }
 
 
@@ -55,7 +64,8 @@ def events(steps, start, lr):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run folder with two stages, scores of eight cases (one of them empty on both sides, one missed) and overlays."""
+    """A run folder with two stages, scores of eight cases (one of them empty on both sides, one
+    missed) and overlays."""
     root = tmp_path_factory.mktemp("report")
     write_msd_phantom(root / "raw", cases=8, size=(10, 32, 40))
     build("msd", root / "raw", root / "store", workers=1)
@@ -65,10 +75,22 @@ def finished(tmp_path_factory):
     leaf.mkdir(parents=True)
     (leaf / "recipe.json").write_text(json.dumps(RECIPE))
     (leaf.parent / "events.jsonl").write_text(events(1000, 1.7e9, 3e-4))
-    (leaf / "events.jsonl").write_text(events(200, 1.7e9 + 2000, 1e-4) + '{"event": "step", "st')  # cut off by a kill
-    document = evaluate_cases(forward, store, [case.id for case in store.manifest.cases], task, **window)
-    document |= {"checkpoint": "step-000000200", "split": "kfold", "fold": 0, "selected_on_these_cases": False, "parameters": 1234567}
-    save_overlays(leaf, document, store, task, lambda case: case_probabilities(forward, store, case, **window))
+    (leaf / "events.jsonl").write_text(
+        events(200, 1.7e9 + 2000, 1e-4) + '{"event": "step", "st'
+    )  # cut off by a kill
+    document = evaluate_cases(
+        forward, store, [case.id for case in store.manifest.cases], task, **window
+    )
+    document |= {
+        "checkpoint": "step-000000200",
+        "split": "kfold",
+        "fold": 0,
+        "selected_on_these_cases": False,
+        "parameters": 1234567,
+    }
+    save_overlays(
+        leaf, document, store, task, lambda case: case_probabilities(forward, store, case, **window)
+    )
     (leaf / "evaluation.json").write_text(json.dumps(document))
     return leaf
 
@@ -144,14 +166,22 @@ def test_the_numbers_are_those_of_the_evaluation(finished, written):
         assert "{:.3f} to {:.3f}".format(*scores["dice"]["ci95"]) in row
     for name, definition in document["definitions"].items():
         assert name in text and definition in text
-    for fact in ("1,234,567", "kfold, fold 0", "plain_unet_3d", "base: 10 epochs, lr 0.0003, 1,000 steps", "2023-11-14 22:13 UTC"):
+    for fact in (
+        "1,234,567",
+        "kfold, fold 0",
+        "plain_unet_3d",
+        "base: 10 epochs, lr 0.0003, 1,000 steps",
+        "2023-11-14 22:13 UTC",
+    ):
         assert fact in text, fact
 
 
 def test_every_case_is_a_row(finished, written):
     document = json.loads((finished / "evaluation.json").read_text())
     body = re.findall(r"<tbody>(.*?)</tbody>", written, re.DOTALL)[-1]
-    assert re.findall(r'<th scope="row" class="left id">(.*?)</th>', body) == [case["id"] for case in document["cases"]]
+    assert re.findall(r'<th scope="row" class="left id">(.*?)</th>', body) == [
+        case["id"] for case in document["cases"]
+    ]
 
 
 def test_the_curves_span_both_stages(written):
@@ -182,7 +212,12 @@ def test_empty_cases_and_optimism_are_shown(finished, tmp_path):
     document = json.loads((run / "evaluation.json").read_text())
     scores = document["cases"][0]["scores"]["core"]
     scores |= {metric: None for metric in scores if metric not in ("tp", "fp", "fn", "slices")}
-    document["summary"]["structures"]["core"]["counts"] |= {"empty_truth": 3, "empty_prediction": 2, "excluded": 1, "hd95_missing": 3}
+    document["summary"]["structures"]["core"]["counts"] |= {
+        "empty_truth": 3,
+        "empty_prediction": 2,
+        "excluded": 1,
+        "hd95_missing": 3,
+    }
     document["selected_on_these_cases"] = True
     (run / "evaluation.json").write_text(json.dumps(document))
     text = write_report(run).read_text()
@@ -205,7 +240,10 @@ def test_one_patient_has_no_interval(finished, tmp_path):
     assert "fewer than two patients" in write_report(run).read_text()
 
 
-@pytest.mark.parametrize("low, high", [(0.0, 1.0), (-3.2, 17.1), (1e-5, 3e-4), (0.73, 0.731), (5.0, 5.0), (0.0, 0.0), (0, 123456)])
+@pytest.mark.parametrize(
+    "low, high",
+    [(0.0, 1.0), (-3.2, 17.1), (1e-5, 3e-4), (0.73, 0.731), (5.0, 5.0), (0.0, 0.0), (0, 123456)],
+)
 def test_ticks_are_few_round_and_enclose(low, high):
     found = ticks(low, high)
     assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 7
@@ -214,11 +252,22 @@ def test_ticks_are_few_round_and_enclose(low, high):
 
 
 def test_curves_are_broken_between_stages_not_averaged_over_them():
-    points = [(float(i), 1.0) for i in range(10, 1001, 10)] + [(float(i), 5.0) for i in range(1010, 2001, 10)]
+    points = [(float(i), 1.0) for i in range(10, 1001, 10)] + [
+        (float(i), 5.0) for i in range(1010, 2001, 10)
+    ]
     assert broken(points, [0, 1000]) == [points[:100], points[100:]]
-    assert broken(points, [0, 1000, 2000]) == [points[:100], points[100:]], "a stage that has not begun"
+    assert broken(points, [0, 1000, 2000]) == [points[:100], points[100:]], (
+        "a stage that has not begun"
+    )
     assert broken(points, []) == [points]
-    heights = set(re.findall(r",([\d.]+)[ \"]", re.search(r'class="curve" points="(.*?)"', curve("l", points, [(0, "a"), (1000, "b")]))[0]))
+    heights = set(
+        re.findall(
+            r",([\d.]+)[ \"]",
+            re.search(r'class="curve" points="(.*?)"', curve("l", points, [(0, "a"), (1000, "b")]))[
+                0
+            ],
+        )
+    )
     assert len(heights) == 1, "a level line stays level up to the border"
 
 
@@ -238,7 +287,14 @@ def test_a_cell_sorts_by_the_exact_number_and_shows_a_dash_for_what_is_missing()
     assert 'data-v=""' in cell(None)
 
 
-BROWSER = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+BROWSER = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+]
 
 PROBE = """<script>
 const out = {errors: window.problems, images: [...document.images].map(i => i.complete && i.naturalWidth > 0), sorts: []};
@@ -262,15 +318,39 @@ def test_in_a_real_browser(finished, written, tmp_path):
     listen = "<script>window.problems = []; addEventListener('error', e => problems.push(String(e.message)), true);"
     listen += "addEventListener('securitypolicyviolation', e => problems.push(e.violatedDirective));</script><title>"
     page = tmp_path / "probed.html"
-    missing = re.sub(r'<td data-v="[^"]*">([\d.]+)</td>', '<td class="missing" data-v="">x</td>', written.split("<tbody>")[-1], count=1)
+    missing = re.sub(
+        r'<td data-v="[^"]*">([\d.]+)</td>',
+        '<td class="missing" data-v="">x</td>',
+        written.split("<tbody>")[-1],
+        count=1,
+    )
     probed = "<tbody>".join([*written.split("<tbody>")[:-1], missing])
-    page.write_text(probed.replace("<title>", listen, 1).replace("</body>", PROBE), encoding="utf-8")
-    command = [chromium, *BROWSER, "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--window-size=1280,900", "--enable-logging=stderr", "--v=0", "--virtual-time-budget=5000", "--dump-dom", page.as_uri()]
+    page.write_text(
+        probed.replace("<title>", listen, 1).replace("</body>", PROBE), encoding="utf-8"
+    )
+    command = [
+        chromium,
+        *BROWSER,
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    command += [
+        "--window-size=1280,900",
+        "--enable-logging=stderr",
+        "--v=0",
+        "--virtual-time-budget=5000",
+        "--dump-dom",
+        page.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
-    found = json.loads(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)[1].replace("&lt;", "<").replace("&amp;", "&"))
+    found = json.loads(
+        re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)[1]
+        .replace("&lt;", "<")
+        .replace("&amp;", "&")
+    )
     assert found["errors"] == [] and found["images"] == [True] * 3 and found["wide"]
     up, down, names, other = found["sorts"]
     assert [s[1] for s in found["sorts"]] == ["ascending", "descending", "ascending", "ascending"]

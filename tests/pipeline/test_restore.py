@@ -22,14 +22,20 @@ REGIONS = Task(head="sigmoid", names=("whole", "core"), members=((1, 2), (2,)), 
 
 
 def phantom(shape, spacing) -> Case:
-    """Two nested ellipsoids of the same size in mm, off centre, with an empty margin that cropping removes."""
+    """Two nested ellipsoids of the same size in mm, off centre, with an empty margin that cropping
+    removes."""
     grid = np.indices(shape).astype(float) * np.reshape(spacing, (3, 1, 1, 1))
     middle = np.array(shape) * np.array(spacing) * (0.55, 0.45, 0.5)
     away = np.sqrt(((grid - middle.reshape(3, 1, 1, 1)) ** 2).sum(0))
     radius = min(np.array(shape) * np.array(spacing)) * 0.4
     label = np.where(away < 0.5 * radius, 2, np.where(away < radius, 1, 0)).astype(np.uint8)
     image = np.where(away < 1.1 * radius, 1.0 + label, 0.0).astype(np.float32)[None]
-    return Case(id="phantom", image_CZYX=image, label_ZYX=label, geometry=Geometry(shape=shape, spacing=spacing))
+    return Case(
+        id="phantom",
+        image_CZYX=image,
+        label_ZYX=label,
+        geometry=Geometry(shape=shape, spacing=spacing),
+    )
 
 
 def plan(target) -> Plan:
@@ -47,7 +53,12 @@ def one_hot(label: np.ndarray, task: Task) -> torch.Tensor:
     "shape, spacing, target, least",
     [
         ((24, 70, 64), (2.5, 0.8, 0.8), (2.5, 0.8, 0.8), 1.0),  # only cropped: nothing is lost
-        ((40, 60, 64), (1.0, 0.7, 0.7), (1.5, 1.0, 1.0), 0.94),  # coarser: the core is 10 voxels wide
+        (
+            (40, 60, 64),
+            (1.0, 0.7, 0.7),
+            (1.5, 1.0, 1.0),
+            0.94,
+        ),  # coarser: the core is 10 voxels wide
         ((14, 90, 84), (6.0, 0.9, 0.9), (6.0, 1.4, 1.4), 0.95),  # anisotropic, in-plane only
         ((14, 90, 84), (6.0, 0.9, 0.9), (3.0, 0.9, 0.9), 0.95),  # nearest along z, then back
         ((30, 40, 40), (2.0, 2.0, 2.0), (1.0, 1.0, 1.0), 0.98),
@@ -57,7 +68,13 @@ def test_round_trip_of_a_perfect_network(task, shape, spacing, target, least):
     case = phantom(shape, spacing)
     _, label, facts = preprocess_case(case, plan(target))
     axis = resample_axis(spacing, plan(target))
-    back = restore(one_hot(label, task), task, crop=facts["crop"], raw_shape=facts["raw_shape"], anisotropic_axis=axis)
+    back = restore(
+        one_hot(label, task),
+        task,
+        crop=facts["crop"],
+        raw_shape=facts["raw_shape"],
+        anisotropic_axis=axis,
+    )
     assert back.shape == shape and back.dtype == np.uint8
     assert facts["crop"] != tuple((0, n) for n in shape), "the phantom is cropped"
     for group in task.members:
@@ -67,33 +84,48 @@ def test_round_trip_of_a_perfect_network(task, shape, spacing, target, least):
 
 @pytest.mark.parametrize("axis", [None, 0, 1, 2])
 @pytest.mark.parametrize(
-    "old, new", [((7, 12, 10), (9, 31, 10)), ((9, 20, 21), (5, 13, 40)), ((1, 8, 8), (1, 20, 5)), ((1, 6, 6), (4, 6, 6))]
+    "old, new",
+    [
+        ((7, 12, 10), (9, 31, 10)),
+        ((9, 20, 21), (5, 13, 40)),
+        ((1, 8, 8), (1, 20, 5)),
+        ((1, 6, 6), (4, 6, 6)),
+    ],
 )
 def test_resampling_is_that_of_preprocessing(axis, old, new):
     given = np.random.default_rng(0).random((3, *old), dtype=np.float32)
     expected = resample_probabilities(given, new, axis)
-    np.testing.assert_allclose(resampled(torch.from_numpy(given), new, axis).numpy(), expected, atol=2e-6)
+    np.testing.assert_allclose(
+        resampled(torch.from_numpy(given), new, axis).numpy(), expected, atol=2e-6
+    )
 
 
 def test_the_crop_lands_where_it_was_and_the_rest_is_background():
     label = np.zeros((2, 3, 4), np.uint8)
     label[1, 2, 3] = 2
-    back = restore(one_hot(label, SOFTMAX), SOFTMAX, crop=((1, 3), (4, 7), (0, 4)), raw_shape=(5, 9, 6))
+    back = restore(
+        one_hot(label, SOFTMAX), SOFTMAX, crop=((1, 3), (4, 7), (0, 4)), raw_shape=(5, 9, 6)
+    )
     assert back.shape == (5, 9, 6) and back.sum() == 2 and back[2, 6, 3] == 2
 
 
 def test_probabilities_are_interpolated_not_labels():
-    """Two voxels, 0.9 and 0.2: linear interpolation puts the border at 0.5 nearer to the second, labels would put it halfway."""
+    """Two voxels, 0.9 and 0.2: linear interpolation puts the border at 0.5 nearer to the second,
+    labels would put it halfway."""
     task = Task(head="sigmoid", names=("a",), members=((1,),), values=(1,))
     probabilities = torch.tensor([0.9, 0.2]).reshape(1, 1, 1, 2)
     back = restore(probabilities, task, crop=((0, 1), (0, 1), (0, 20)), raw_shape=(1, 1, 20))
-    assert back.sum() == 11  # 0.9 - 0.7 x > 0.5 for x < 0.571 voxels; cells are 0.1 wide from -0.45: 5 before 0, 6 after
+    assert (
+        back.sum() == 11
+    )  # 0.9 - 0.7 x > 0.5 for x < 0.571 voxels; cells are 0.1 wide from -0.45: 5 before 0, 6 after
 
 
 def test_the_largest_probability_wins_and_of_equals_the_first():
     generator = torch.Generator().manual_seed(0)
     probabilities = torch.randint(0, 4, (3, 4, 5, 6), generator=generator).float()
-    expected = np.array([0, 1, 2])[probabilities.numpy().argmax(0)]  # numpy's argmax is the first of equals
+    expected = np.array([0, 1, 2])[
+        probabilities.numpy().argmax(0)
+    ]  # numpy's argmax is the first of equals
     np.testing.assert_array_equal(SOFTMAX.labels(probabilities).numpy(), expected)
     assert SOFTMAX.labels(probabilities).dtype == torch.uint8
 

@@ -12,15 +12,29 @@ from segfleet.pipeline.data.sampler import PatchSampler
 from segfleet.pipeline.recipe import Augment
 from segfleet.preprocess.stores.base import open_store
 
-EVERYTHING = Augment(rotation=1, scale=1, elastic=1, gamma=1, contrast=1, brightness=1, noise=1, blur=1, low_resolution=1)
+EVERYTHING = Augment(
+    rotation=1,
+    scale=1,
+    elastic=1,
+    gamma=1,
+    contrast=1,
+    brightness=1,
+    noise=1,
+    blur=1,
+    low_resolution=1,
+)
 
 
 def sampler_of(store, batch=4, foreground=0.5):
     manifest = store.manifest
-    return PatchSampler(cases=manifest.cases, patch=manifest.plan.patch, batch=batch, foreground=foreground, seed=3)
+    return PatchSampler(
+        cases=manifest.cases, patch=manifest.plan.patch, batch=batch, foreground=foreground, seed=3
+    )
 
 
-def global_batches(store, ranks, workers, steps=3, epochs=2, accumulate=1, place=None, augment=EVERYTHING):
+def global_batches(
+    store, ranks, workers, steps=3, epochs=2, accumulate=1, place=None, augment=EVERYTHING
+):
     """The concatenation over ranks of every step's samples: images, labels, cases."""
     sampler = sampler_of(store)
     shares = []
@@ -65,7 +79,9 @@ def test_batches_do_not_depend_on_ranks_accumulation_or_threads(tiny_store, dims
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_do_not_depend_on_loader_processes(tiny_store, workers):
     store = open_store(tiny_store(dims=3))
-    assert_same(global_batches(store, ranks=1, workers=0), global_batches(store, ranks=1, workers=workers))
+    assert_same(
+        global_batches(store, ranks=1, workers=0), global_batches(store, ranks=1, workers=workers)
+    )
 
 
 def test_resume_in_the_middle_gives_the_rest(tiny_store):
@@ -87,7 +103,10 @@ def test_foreground_quota_is_exact(tiny_store):
     sampler = sampler_of(store, batch=4, foreground=0.5)
     for index in range(40):
         draw = sampler.draw(0, 1, index, 10)
-        label = store.label(draw.case, tuple(slice(s, s + p) for s, p in zip(draw.start, sampler.patch, strict=True)))
+        label = store.label(
+            draw.case,
+            tuple(slice(s, s + p) for s, p in zip(draw.start, sampler.patch, strict=True)),
+        )
         if index % 4 >= 2:
             assert label.any()
 
@@ -95,7 +114,8 @@ def test_foreground_quota_is_exact(tiny_store):
 def test_stages_epochs_and_seeds_differ(tiny_store):
     sampler = sampler_of(open_store(tiny_store(dims=3)), foreground=0)
     starts = {
-        key: [sampler.draw(*key, index, 8).start for index in range(16)] for key in ((0, 0), (0, 1), (1, 0))
+        key: [sampler.draw(*key, index, 8).start for index in range(16)]
+        for key in ((0, 0), (0, 1), (1, 0))
     }
     assert len({tuple(value) for value in starts.values()}) == 3
 
@@ -103,7 +123,9 @@ def test_stages_epochs_and_seeds_differ(tiny_store):
 def test_cases_smaller_than_the_patch_are_centred_and_padded(tiny_store):
     store = open_store(tiny_store(dims=3))
     manifest = store.manifest
-    sampler = PatchSampler(cases=manifest.cases[:1], patch=(40, 40, 40), batch=1, foreground=1, seed=0)
+    sampler = PatchSampler(
+        cases=manifest.cases[:1], patch=(40, 40, 40), batch=1, foreground=1, seed=0
+    )
     draw = sampler.draw(0, 0, 0, 1)
     shape = manifest.cases[0].shape
     assert draw.start == tuple(-((40 - s) // 2) for s in shape)
@@ -114,7 +136,9 @@ def test_cases_smaller_than_the_patch_are_centred_and_padded(tiny_store):
 def test_no_training_case_and_uneven_shares_are_refused():
     with pytest.raises(InputError, match="no training case"):
         PatchSampler(cases=(), patch=(1, 8, 8), batch=1, foreground=0, seed=0)
-    with pytest.raises(InputError, match="found 5.*2 rank.*expected a multiple of 2, for example 6"):
+    with pytest.raises(
+        InputError, match="found 5.*2 rank.*expected a multiple of 2, for example 6"
+    ):
         loader.check_shares(5, 2, 1)
 
 
@@ -123,7 +147,9 @@ def test_a_damaged_case_is_named_with_its_phase(tiny_store, tmp_path):
 
     root = tmp_path / "copy"
     shutil.copytree(tiny_store(dims=3), root)
-    shard = max((path for path in root.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    shard = max(
+        (path for path in root.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
     raw = bytearray(shard.read_bytes())
     raw[: len(raw) // 2] = bytes(len(raw) // 2)
     shard.write_bytes(raw)
@@ -133,5 +159,7 @@ def test_a_damaged_case_is_named_with_its_phase(tiny_store, tmp_path):
 
 def test_draws_are_spread_over_the_case(tiny_store):
     sampler = sampler_of(open_store(tiny_store(dims=2, size=40)), foreground=0)
-    starts = np.array([sampler.draw(0, epoch, index, 4).start for epoch in range(4) for index in range(16)])
+    starts = np.array(
+        [sampler.draw(0, epoch, index, 4).start for epoch in range(4) for index in range(16)]
+    )
     assert starts[:, 0].max() == 0 and np.ptp(starts[:, 1]) > 5 and np.ptp(starts[:, 2]) > 5

@@ -1,4 +1,5 @@
-"""A run's score is of its own cases, taken as its recipe says; what makes a score optimistic is said."""
+"""A run's score is of its own cases, taken as its recipe says; what makes a score optimistic is
+said."""
 
 from __future__ import annotations
 
@@ -27,14 +28,26 @@ RECIPE = {
 
 @pytest.fixture(scope="module")
 def store(tiny_store, tmp_path_factory):
-    """Six cases, the first and the fifth of one patient; the splits "a" and "a-test" have the same training cases."""
+    """Six cases, the first and the fifth of one patient; the splits "a" and "a-test" have the same
+    training cases."""
     root = tmp_path_factory.mktemp("scores") / "store"
     shutil.copytree(tiny_store(dims=2), root)
     manifest = load_manifest(root)
     ids = tuple(case.id for case in manifest.cases)
-    cases = [case.model_copy(update={"group": ids[0] if case.id == ids[4] else case.id}) for case in manifest.cases]
-    splits = {name: ({"train": ids[:3], "val": val},) for name, val in (("a", ids[3:4]), ("a-test", ids[4:]))}
-    save_manifest(root, manifest.model_copy(update={"cases": tuple(cases), "splits": {**manifest.splits, **splits}}))
+    cases = [
+        case.model_copy(update={"group": ids[0] if case.id == ids[4] else case.id})
+        for case in manifest.cases
+    ]
+    splits = {
+        name: ({"train": ids[:3], "val": val},)
+        for name, val in (("a", ids[3:4]), ("a-test", ids[4:]))
+    }
+    save_manifest(
+        root,
+        manifest.model_copy(
+            update={"cases": tuple(cases), "splits": {**manifest.splits, **splits}}
+        ),
+    )
     return root
 
 
@@ -44,7 +57,12 @@ def train(store, tmp_path):
 
     def go(*changes, **job):
         recipe = parse(override(RECIPE, [f"data.store={store}", *changes]))
-        job = {"do": "train", **job, "recipe": recipe.model_dump(mode="json"), "root": str(tmp_path)}
+        job = {
+            "do": "train",
+            **job,
+            "recipe": recipe.model_dump(mode="json"),
+            "root": str(tmp_path),
+        }
         run_job(job, Ranks(torch.device("cpu")), StopRequest())
         leaf = stage_folders(tmp_path, recipe, load_manifest(store))[-1].path
         assert scored.is_scored(leaf, recipe, load_manifest(store))
@@ -60,7 +78,9 @@ def ids(document):
 def test_a_score_of_other_cases_or_other_settings_is_not_taken_over(train):
     leaf, first = train()
     changed = (leaf / "evaluation.json").stat().st_mtime_ns
-    assert ids(first) == ["case03"] and train("data.batch=2", "data.workers=0", "evaluation.batch=3") == (leaf, first)
+    assert ids(first) == ["case03"] and train(
+        "data.batch=2", "data.workers=0", "evaluation.batch=3"
+    ) == (leaf, first)
     assert (leaf / "evaluation.json").stat().st_mtime_ns == changed, "nothing is scored twice"
     there, test = train("data.split=a-test")
     assert there == leaf and ids(test) == ["case04", "case05"] and test["split"] == "a-test"
@@ -76,13 +96,19 @@ def test_a_score_of_other_cases_or_other_settings_is_not_taken_over(train):
 def test_scores_of_training_cases_and_patients_are_said_to_be_optimistic(train, capfd):
     leaf, document = train("data.split=all")
     assert document["seen_in_training"] == {"cases": 6, "others_of_the_same_patients": 0}
-    assert "6 of the 6 scored cases are training cases: the scores are optimistic" in capfd.readouterr().err
+    assert (
+        "6 of the 6 scored cases are training cases: the scores are optimistic"
+        in capfd.readouterr().err
+    )
     assert "6 of the 6 scored cases are training cases" in (leaf / "report.html").read_text()
     train("data.split=all")
     assert "6 of the 6" in capfd.readouterr().err, "also when the score is there already"
     leaf, document = train("data.split=a-test")
     assert document["seen_in_training"] == {"cases": 0, "others_of_the_same_patients": 1}
-    assert "1 of the 2 scored cases are of patients with training cases" in (leaf / "report.html").read_text()
+    assert (
+        "1 of the 2 scored cases are of patients with training cases"
+        in (leaf / "report.html").read_text()
+    )
     capfd.readouterr()
     leaf, document = train()
     assert document["seen_in_training"] == {"cases": 0, "others_of_the_same_patients": 0}
@@ -91,7 +117,10 @@ def test_scores_of_training_cases_and_patients_are_said_to_be_optimistic(train, 
 
 def test_selection_is_said_where_a_best_checkpoint_was_chosen_on_the_scored_cases(train):
     leaf, document = train("evaluation.weights=best")
-    assert json.loads((leaf / "done.json").read_text())["best"] == {} and document["selected_on_these_cases"] is False
+    assert (
+        json.loads((leaf / "done.json").read_text())["best"] == {}
+        and document["selected_on_these_cases"] is False
+    )
     every = ("evaluation.every=1", "seed=1")
     best, last = train(*every, "evaluation.weights=best")[1], train(*every)[1]
     assert best["selected_on_these_cases"] is True and last["selected_on_these_cases"] is False
@@ -125,7 +154,9 @@ def test_an_interrupted_score_goes_on_with_the_cases_that_are_missing(train, mon
     def score_again(recipe, stop=None):
         predicted.clear()
         store, ranks = open_store(recipe.data.store), Ranks(torch.device("cpu"))
-        score.Scorer(recipe=recipe, store=store, ranks=ranks, stop=stop or StopRequest()).score(folders)
+        score.Scorer(recipe=recipe, store=store, ranks=ranks, stop=stop or StopRequest()).score(
+            folders
+        )
         return list(predicted)
 
     (leaf / "evaluation.json").unlink()
@@ -133,12 +164,20 @@ def test_an_interrupted_score_goes_on_with_the_cases_that_are_missing(train, mon
         score_again(recipe, AfterTwo(predicted))
     assert predicted == cases[:2]
     lines = (leaf / score.CASES / "0.jsonl").read_text()
-    (leaf / score.CASES / "0.jsonl").write_text(lines + lines[: len(lines) // 3])  # the writer was killed
+    (leaf / score.CASES / "0.jsonl").write_text(
+        lines + lines[: len(lines) // 3]
+    )  # the writer was killed
     (leaf / score.CASES / "0.jsonl").rename(leaf / score.CASES / "5.jsonl")  # there were more ranks
     assert score_again(recipe)[: len(cases) - 2] == cases[2:]
-    assert json.loads((leaf / "evaluation.json").read_text())["cases"] == whole["cases"] and not (leaf / score.CASES).exists()
+    assert (
+        json.loads((leaf / "evaluation.json").read_text())["cases"] == whole["cases"]
+        and not (leaf / score.CASES).exists()
+    )
 
     with pytest.raises(Interrupted):
-        score_again(parse(override(recipe.model_dump(mode="json"), ["evaluation.overlap=0.5"])), AfterTwo(predicted))
+        score_again(
+            parse(override(recipe.model_dump(mode="json"), ["evaluation.overlap=0.5"])),
+            AfterTwo(predicted),
+        )
     (leaf / "evaluation.json").unlink()
     assert score_again(recipe)[: len(cases)] == cases, "scored in another way"

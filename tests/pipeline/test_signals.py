@@ -1,4 +1,5 @@
-"""A real signal in the middle of every phase of a run: nothing is lost, nothing is done twice, and the end is the same to the bit."""
+"""A real signal in the middle of every phase of a run: nothing is lost, nothing is done twice, and
+the end is the same to the bit."""
 
 from __future__ import annotations
 
@@ -37,7 +38,10 @@ PHASES = {  # where, and at which call
 
 @pytest.fixture(autouse=True)
 def restored():
-    threads, before = torch.get_num_threads(), {number: signal.getsignal(number) for number in NUMBERS}
+    threads, before = (
+        torch.get_num_threads(),
+        {number: signal.getsignal(number) for number in NUMBERS},
+    )
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
@@ -80,13 +84,21 @@ def result(folders):
     tensors = {}
     for folder in folders:
         for path in (folder.checkpoints / folder.done()["checkpoint"]).glob("*.safetensors"):
-            tensors |= {f"{folder.path.name} {path.stem} {name}": value for name, value in load_file(path).items()}
+            tensors |= {
+                f"{folder.path.name} {path.stem} {name}": value
+                for name, value in load_file(path).items()
+            }
     validations = [
         {key: value for key, value in event.items() if key != "time"}
         for folder in folders for event in events.read_events(folder.path) if event["event"] == "validation"
     ]  # fmt: skip
     scores = json.loads((folders[-1].path / "evaluation.json").read_text())
-    return {"tensors": tensors, "validations": validations, "best": [folder.done()["best"] for folder in folders], "cases": scores["cases"]}
+    return {
+        "tensors": tensors,
+        "validations": validations,
+        "best": [folder.done()["best"] for folder in folders],
+        "cases": scores["cases"],
+    }
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -102,18 +114,34 @@ def test_a_signal_in_any_phase_changes_nothing(job, straight, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(place, name, disturbed)
-        with pytest.raises(Interrupted, match="run the same command again|Run the same command again"):
+        with pytest.raises(
+            Interrupted, match="run the same command again|Run the same command again"
+        ):
             go(job, tmp_path)
     assert len(calls) >= number
     begun = sorted(tmp_path.rglob("events.jsonl"), key=lambda path: len(path.parts))
-    stopped = [event["at_step"] for path in begun for event in events.read_events(path.parent) if event["event"] == "stopped"]
+    stopped = [
+        event["at_step"]
+        for path in begun
+        for event in events.read_events(path.parent)
+        if event["event"] == "stopped"
+    ]
     folders = go(job, tmp_path)
-    resumed = [event["from_step"] for path in begun for event in events.read_events(path.parent) if event["event"] == "resumed"]
+    resumed = [
+        event["from_step"]
+        for path in begun
+        for event in events.read_events(path.parent)
+        if event["event"] == "resumed"
+    ]
     assert resumed == [step for step in stopped if step]  # not a step lost
     found = result(folders)
     assert found["tensors"].keys() == straight["tensors"].keys()
-    assert all(torch.equal(value, straight["tensors"][key]) for key, value in found["tensors"].items())
-    assert {key: found[key] for key in ("validations", "best", "cases")} == {key: straight[key] for key in ("validations", "best", "cases")}
+    assert all(
+        torch.equal(value, straight["tensors"][key]) for key, value in found["tensors"].items()
+    )
+    assert {key: found[key] for key in ("validations", "best", "cases")} == {
+        key: straight[key] for key in ("validations", "best", "cases")
+    }
 
 
 def test_a_stop_file_is_named_and_stops_one_run_only(job, straight, tmp_path):
@@ -121,23 +149,35 @@ def test_a_stop_file_is_named_and_stops_one_run_only(job, straight, tmp_path):
     leaf = run.stage_folders(tmp_path, recipe, open_store(recipe.data.store).manifest)[-1].path
     leaf.mkdir(parents=True)
     (leaf / "stop").touch()
-    with pytest.raises(Interrupted, match=rf"again to go on\. It was asked to by the file {leaf / 'stop'}, which is removed now"):
+    with pytest.raises(
+        Interrupted,
+        match=rf"again to go on\. It was asked to by the file {leaf / 'stop'}, which is removed now",
+    ):
         go(job, tmp_path)
-    assert result(go(job, tmp_path))["tensors"].keys() == straight["tensors"].keys()  # the same command went on to the end
+    assert (
+        result(go(job, tmp_path))["tensors"].keys() == straight["tensors"].keys()
+    )  # the same command went on to the end
 
 
 def test_a_stop_file_outlives_a_stop_it_did_not_cause(tmp_path):
     stop = StopRequest(tmp_path / "stop")
     os.kill(os.getpid(), signal.SIGTERM)
     (tmp_path / "stop").touch()
-    assert stop.asked() and stop.obeyed() is None and (tmp_path / "stop").exists()  # SLURM would start the job again
+    assert (
+        stop.asked() and stop.obeyed() is None and (tmp_path / "stop").exists()
+    )  # SLURM would start the job again
     stop = StopRequest(tmp_path / "stop")
-    assert stop.obeyed() == str(tmp_path / "stop") and not (tmp_path / "stop").exists()  # seen by another rank first
+    assert (
+        stop.obeyed() == str(tmp_path / "stop") and not (tmp_path / "stop").exists()
+    )  # seen by another rank first
 
 
 @pytest.mark.parametrize("every", [1, 0], ids=["validation", "scoring"])
 def test_a_network_that_diverged_is_said_in_a_sentence(job, tmp_path, every):
     recipe = {**job["recipe"], "evaluation": {"every": every}}
     recipe["stages"] = [{**job["recipe"]["stages"][0], "lr": 1e30, "warmup": 0}]
-    with pytest.raises(Diverged, match=r"case 'case0\d': .* not finite .*: the training diverged\. Lower stages\.lr"):
+    with pytest.raises(
+        Diverged,
+        match=r"case 'case0\d': .* not finite .*: the training diverged\. Lower stages\.lr",
+    ):
         go({"do": "train", "recipe": recipe}, tmp_path)

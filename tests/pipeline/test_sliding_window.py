@@ -27,7 +27,9 @@ def test_tiles_follow_the_formula_cover_everything_and_are_evenly_spread(size, o
     assert len(starts) == math.ceil((size - 16) / (16 * (1 - overlap))) + 1
     assert starts[0] == 0 and starts[-1] == size - 16
     steps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
-    assert all(s <= 16 * (1 - overlap) + 1 for s in steps), "steps are no wider than asked, but for rounding"
+    assert all(s <= 16 * (1 - overlap) + 1 for s in steps), (
+        "steps are no wider than asked, but for rounding"
+    )
     assert max(steps, default=0) - min(steps, default=0) <= 1
     assert set().union(*(range(s, s + 16) for s in starts)) == set(range(size))
 
@@ -65,15 +67,27 @@ def test_a_constant_network_gives_the_constant(dims, shape, batch):
 
     found = sliding_window(constant, image(*shape), patch=(8, 8, 16), batch=batch, dims=dims)
     assert found.shape == (2, *shape[1:]) and found.dtype == torch.float32
-    torch.testing.assert_close(found, torch.tensor([0.25, 0.75]).reshape(2, 1, 1, 1).expand_as(found))
+    torch.testing.assert_close(
+        found, torch.tensor([0.25, 0.75]).reshape(2, 1, 1, 1).expand_as(found)
+    )
 
 
-@pytest.mark.parametrize("dims, mirror_axes", [(3, ()), (3, (0, 1, 2)), (2, ()), (2, (1, 2)), (3, (2,))])
+@pytest.mark.parametrize(
+    "dims, mirror_axes", [(3, ()), (3, (0, 1, 2)), (2, ()), (2, (1, 2)), (3, (2,))]
+)
 @pytest.mark.parametrize("shape", [(2, 13, 21, 30), (1, 3, 5, 40)])
 @pytest.mark.parametrize("overlap", [0.0, 0.5])
 def test_the_identity_gives_the_image_back(dims, mirror_axes, shape, overlap):
     x = image(*shape)
-    found = sliding_window(lambda t: t, x, patch=(6, 8, 16), overlap=overlap, mirror_axes=mirror_axes, batch=3, dims=dims)
+    found = sliding_window(
+        lambda t: t,
+        x,
+        patch=(6, 8, 16),
+        overlap=overlap,
+        mirror_axes=mirror_axes,
+        batch=3,
+        dims=dims,
+    )
     torch.testing.assert_close(found, x, atol=1e-5, rtol=1e-5)
 
 
@@ -93,9 +107,12 @@ def test_an_image_of_the_patch_size_is_one_direct_pass():
 
 
 def test_two_overlapping_tiles_by_hand():
-    """A network that says the tile's first voxel everywhere: the sum of two weighted constants, divided by the weights."""
+    """A network that says the tile's first voxel everywhere: the sum of two weighted constants,
+    divided by the weights."""
     x = torch.arange(6.0).reshape(1, 1, 1, 6)
-    found = sliding_window(lambda t: t[..., :1].expand_as(t), x, patch=(1, 1, 4), overlap=0.5, dims=3)[0, 0, 0]
+    found = sliding_window(
+        lambda t: t[..., :1].expand_as(t), x, patch=(1, 1, 4), overlap=0.5, dims=3
+    )[0, 0, 0]
     weight = importance((1, 1, 4))[0, 0]
     left, right = torch.zeros(6), torch.zeros(6)
     left[:4], right[2:] = weight, weight
@@ -122,7 +139,12 @@ def test_mirroring_is_the_mean_over_all_flips_flipped_back():
     def forward(t):
         return t.cumsum(-1) + 2 * t.cumsum(-2)
 
-    by_hand = (forward(x) + forward(x.flip(2)).flip(2) + forward(x.flip(3)).flip(3) + forward(x.flip((2, 3))).flip((2, 3))) / 4
+    by_hand = (
+        forward(x)
+        + forward(x.flip(2)).flip(2)
+        + forward(x.flip(3)).flip(3)
+        + forward(x.flip((2, 3))).flip((2, 3))
+    ) / 4
     torch.testing.assert_close(mirrored(forward, x, (2, 3)), by_hand)
     whole = sliding_window(forward, x[0][:, None], patch=(1, 4, 6), mirror_axes=(1, 2), dims=2)
     torch.testing.assert_close(whole[:, 0], by_hand[0])

@@ -19,11 +19,14 @@ def ss(head="softmax", **options):
 
 def draw(*, classes=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(2, classes, 4, 5, 6, generator=generator), torch.randint(classes, (2, 4, 5, 6), generator=generator)
+    return torch.randn(2, classes, 4, 5, 6, generator=generator), torch.randint(
+        classes, (2, 4, 5, 6), generator=generator
+    )
 
 
 def by_hand(p, y, smooth=1e-5, scale=1.0):
-    """Σ over one region of α · dc with the four soft counts written out; p and y are flat lists of one class in one sample."""
+    """Σ over one region of α · dc with the four soft counts written out; p and y are flat lists of
+    one class in one sample."""
     tp, fp, fn = (p * y).sum(), (p * (1 - y)).sum(), ((1 - p) * y).sum()
     predicted, present = (tp + fp) * scale, (tp + fn) * scale
     dis = ((predicted - present) / 2) ** 2
@@ -33,7 +36,15 @@ def by_hand(p, y, smooth=1e-5, scale=1.0):
 
 @pytest.mark.parametrize(
     ("predicted", "present", "alpha"),
-    [(120, 100, 0.909), (200, 100, 0.963), (1000, 100, 0.996), (1100, 1000, 0.972), (12000, 10000, 0.998), (100, 120, 0.909), (0, 0, 1)],
+    [
+        (120, 100, 0.909),
+        (200, 100, 0.963),
+        (1000, 100, 0.996),
+        (1100, 1000, 0.972),
+        (12000, 10000, 0.998),
+        (100, 120, 0.909),
+        (0, 0, 1),
+    ],
 )
 def test_volume_agreement_has_the_listed_values(predicted, present, alpha):
     found = volume_agreement(torch.tensor(float(predicted)), torch.tensor(float(present)))
@@ -56,9 +67,15 @@ def test_softmax_by_hand(batch, background, normalised):
     p, y = logits.softmax(1), one_hot(target, 3).movedim(-1, 1).float()
     classes, samples = range(0 if background else 1, 3), [slice(None)] if batch else [0, 1]
     scale = 1 / (240 if batch else 120) if normalised else 1.0
-    terms = [by_hand(p[b].select(-4, k).flatten(), y[b].select(-4, k).flatten(), scale=scale) for b in samples for k in classes]
+    terms = [
+        by_hand(p[b].select(-4, k).flatten(), y[b].select(-4, k).flatten(), scale=scale)
+        for b in samples
+        for k in classes
+    ]
     expected = cross_entropy(logits, target) - 1.45 * sum(terms) / len(terms)
-    found = ss(ss_weight=1.45, batch=batch, background=background, normalised=normalised)(logits, target, None)
+    found = ss(ss_weight=1.45, batch=batch, background=background, normalised=normalised)(
+        logits, target, None
+    )
     torch.testing.assert_close(found, expected)
 
 
@@ -77,9 +94,13 @@ def test_ignored_voxels_count_nowhere():
     logits, target = draw()
     valid = torch.ones(2, 4, 5, 6, dtype=torch.bool)
     valid[:, 2:] = False
-    torch.testing.assert_close(ss()(logits, target, valid), ss()(logits[:, :, :2], target[:, :2], None))
+    torch.testing.assert_close(
+        ss()(logits, target, valid), ss()(logits[:, :, :2], target[:, :2], None)
+    )
     valid[1] = False
-    torch.testing.assert_close(ss()(logits, target, valid), ss()(logits[:1, :, :2], target[:1, :2], None))
+    torch.testing.assert_close(
+        ss()(logits, target, valid), ss()(logits[:1, :, :2], target[:1, :2], None)
+    )
     nothing = ss()(logits.requires_grad_(), target, torch.zeros_like(valid))
     nothing.backward()
     assert nothing.item() == 0 and not logits.grad.any()
@@ -87,8 +108,12 @@ def test_ignored_voxels_count_nowhere():
 
 def test_range_empty_classes_and_gradients():
     logits, target = draw()
-    certain = 50.0 * one_hot(target.clamp(max=1), 3).movedim(-1, 1).float()  # class 2 absent and not predicted
-    assert ss(ss_weight=1.45)(certain, target.clamp(max=1), None).item() == pytest.approx(-1.45, abs=1e-4)
+    certain = (
+        50.0 * one_hot(target.clamp(max=1), 3).movedim(-1, 1).float()
+    )  # class 2 absent and not predicted
+    assert ss(ss_weight=1.45)(certain, target.clamp(max=1), None).item() == pytest.approx(
+        -1.45, abs=1e-4
+    )
     loss = ss(ce_weight=0)(logits.bfloat16().requires_grad_(), target, None)
     assert loss.dtype == torch.float32 and -2 <= loss.item() <= 0
     double = logits[:, :, :1, :2, :2].clone().requires_grad_()
@@ -97,4 +122,6 @@ def test_range_empty_classes_and_gradients():
     (slope,) = torch.autograd.grad(base, double)
     step[0, 1, 0, 0, 0] = 1e-2
     difference = (loss(double + step, target, None) - loss(double - step, target, None)) / 2e-2
-    assert difference.item() == pytest.approx(slope[0, 1, 0, 0, 0].item(), abs=1e-3)  # α is not detached
+    assert difference.item() == pytest.approx(
+        slope[0, 1, 0, 0, 0].item(), abs=1e-3
+    )  # α is not detached

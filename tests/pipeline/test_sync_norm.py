@@ -16,13 +16,22 @@ from segfleet.pipeline.launch.local import run_ranks
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.training.sync_norm import synchronise
 
-SHAPES = {"flat": (8, 3, 6, 5), "solid": (4, 3, 5, 4, 3), "bf16": (4, 3, 6, 5), "one voxel each": (4, 3, 1, 1), "averaged": (4, 3, 6, 5)}
+SHAPES = {
+    "flat": (8, 3, 6, 5),
+    "solid": (4, 3, 5, 4, 3),
+    "bf16": (4, 3, 6, 5),
+    "one voxel each": (4, 3, 1, 1),
+    "averaged": (4, 3, 6, 5),
+}
 
 
 def one_layer(ranks: Ranks, name: str) -> dict[str, Tensor]:
-    """Two training steps of a layer on this rank's share of a batch, then one image as in evaluation."""
+    """Two training steps of a layer on this rank's share of a batch, then one image as in
+    evaluation."""
     shape, draw = SHAPES[name], torch.Generator().manual_seed(1)
-    layer = (nn.BatchNorm3d if len(shape) == 5 else nn.BatchNorm2d)(3, momentum=None if name == "averaged" else 0.1)
+    layer = (nn.BatchNorm3d if len(shape) == 5 else nn.BatchNorm2d)(
+        3, momentum=None if name == "averaged" else 0.1
+    )
     with torch.no_grad():
         layer.weight.copy_(torch.randn(3, generator=draw))
         layer.bias.copy_(torch.randn(3, generator=draw))
@@ -31,16 +40,26 @@ def one_layer(ranks: Ranks, name: str) -> dict[str, Tensor]:
     found = {}
     for step in range(2):
         whole, gradient = (torch.randn(shape, generator=draw) * 2 + 3 for _ in range(2))
-        mine, its = (value.chunk(ranks.size)[ranks.rank].to(dtype).requires_grad_() for value in (whole, gradient))
+        mine, its = (
+            value.chunk(ranks.size)[ranks.rank].to(dtype).requires_grad_()
+            for value in (whole, gradient)
+        )
         output = layer(mine)
         output.backward(its.detach())
         found |= {f"output {step}": output.detach(), f"gradient {step}": mine.grad}
-    found |= {f"sum of {key}": ranks.sum(parameter.grad) for key, parameter in layer.named_parameters()}
-    return found | dict(copy.deepcopy(layer).state_dict()) | {"evaluated": layer.eval()(whole[:1].to(dtype)).detach()}
+    found |= {
+        f"sum of {key}": ranks.sum(parameter.grad) for key, parameter in layer.named_parameters()
+    }
+    return (
+        found
+        | dict(copy.deepcopy(layer).state_dict())
+        | {"evaluated": layer.eval()(whole[:1].to(dtype)).detach()}
+    )
 
 
 def networks(ranks: Ranks) -> dict[str, list[Tensor]]:
-    """Gradients of a network's weights for one batch, summed over the ranks, plain and with recomputed activations."""
+    """Gradients of a network's weights for one batch, summed over the ranks, plain and with
+    recomputed activations."""
     found = {}
     for name in ("unet_lite_standard", "rec_unet", "unext"):
         for recompute in (False, True):
@@ -53,9 +72,13 @@ def networks(ranks: Ranks) -> dict[str, list[Tensor]]:
             image = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(4)).double()
             output = model(image.chunk(ranks.size)[ranks.rank])
             output = output[0] if isinstance(output, list | tuple) else output
-            label = torch.randint(2, (4, 32, 32), generator=torch.Generator().manual_seed(5)).chunk(ranks.size)[ranks.rank]
+            label = torch.randint(2, (4, 32, 32), generator=torch.Generator().manual_seed(5)).chunk(
+                ranks.size
+            )[ranks.rank]
             nn.functional.cross_entropy(output, label, reduction="sum").backward()
-            weights = [ranks.sum(p.grad) for p in model.parameters() if p.grad is not None and p.ndim > 1]
+            weights = [
+                ranks.sum(p.grad) for p in model.parameters() if p.grad is not None and p.ndim > 1
+            ]
             found[f"{name} {recompute}"] = [*weights, *(b.double() for b in model.buffers())]
     return found
 
@@ -87,9 +110,13 @@ def test_a_layer_is_that_of_one_rank(name, shares):
 
 def test_networks_have_the_gradients_of_one_rank(shares):
     for name, expected in networks(Ranks(torch.device("cpu"))).items():
-        for value, first, second in zip(expected, *(share["networks"][name] for share in shares), strict=True):
+        for value, first, second in zip(
+            expected, *(share["networks"][name] for share in shares), strict=True
+        ):
             assert torch.equal(first, second)
-            torch.testing.assert_close(first, value, rtol=1e-7, atol=1e-9 * float(value.abs().max()))
+            torch.testing.assert_close(
+                first, value, rtol=1e-7, atol=1e-9 * float(value.abs().max())
+            )
 
 
 def test_one_rank_and_copies_are_left_alone():
@@ -99,13 +126,22 @@ def test_one_rank_and_copies_are_left_alone():
 
 
 def test_training_on_two_ranks_is_training_on_one(tiny_recipe, tmp_path):
-    """The whole way, with a network full of batch normalisations. Plain SGD: Adam turns the signs of rounding errors into steps."""
+    """The whole way, with a network full of batch normalisations. Plain SGD: Adam turns the signs
+    of rounding errors into steps."""
     folder = tiny_recipe([{"name": "train", "epochs": 1, "steps": 6, "lr": 0.05}], batch=4)
-    recipe = yaml.safe_load((folder / "tiny.yaml").read_text()) | {"optimizer": {"name": "sgd", "momentum": 0.0}}
+    recipe = yaml.safe_load((folder / "tiny.yaml").read_text()) | {
+        "optimizer": {"name": "sgd", "momentum": 0.0}
+    }
     weights = []
     for ranks in (1, 2):
-        run_ranks({"do": "train", "recipe": recipe, "root": str(tmp_path / str(ranks)), "score": False}, ranks, threads=1)
-        weights.append(load_file(next((tmp_path / str(ranks)).rglob("step-00000006/weights.safetensors"))))
+        run_ranks(
+            {"do": "train", "recipe": recipe, "root": str(tmp_path / str(ranks)), "score": False},
+            ranks,
+            threads=1,
+        )
+        weights.append(
+            load_file(next((tmp_path / str(ranks)).rglob("step-00000006/weights.safetensors")))
+        )
     assert any("running_var" in name for name in weights[0])
     for name, one in weights[0].items():
         torch.testing.assert_close(weights[1][name], one, rtol=1e-4, atol=1e-4)

@@ -36,7 +36,14 @@ def recipe_of(store, stages=2, **changes):
         "model": {"name": "unet_lite_standard", "options": {"width": 4}},
         "stages": [
             {"name": "base", "epochs": 2, "steps": 3, "lr": 1e-2, "warmup": 2},
-            {"name": "tune", "epochs": 2, "steps": 2, "lr": 1e-3, "schedule": "poly", "inherit": "weights+optimizer"},
+            {
+                "name": "tune",
+                "epochs": 2,
+                "steps": 2,
+                "lr": 1e-3,
+                "schedule": "poly",
+                "inherit": "weights+optimizer",
+            },
         ][:stages],
         "save_every": 2,
     }
@@ -99,11 +106,21 @@ def test_twice_the_same_weights_and_nothing_twice(tiny_store, tmp_path):
     assert not torch.equal(weights(one[-1])[first], weights(other[-1])[first])
 
 
-@pytest.mark.parametrize("engine", [{}, {"ema": 0.9, "accumulate": 2}, {"precision": "bf16"}, {"precision": "fp16"}], ids=str)
+@pytest.mark.parametrize(
+    "engine",
+    [{}, {"ema": 0.9, "accumulate": 2}, {"precision": "bf16"}, {"precision": "fp16"}],
+    ids=str,
+)
 def test_stopped_anywhere_and_resumed_is_bitwise_the_same(tiny_store, tmp_path, engine):
     recipe = recipe_of(tiny_store(dims=2), engine=engine)
     straight = go(recipe, tmp_path / "straight")
-    for after in (1, 3, 6, 7, 10):  # in the middle, at an epoch's end, at a stage's end, right after it, at the end
+    for after in (
+        1,
+        3,
+        6,
+        7,
+        10,
+    ):  # in the middle, at an epoch's end, at a stage's end, right after it, at the end
         folders = go(recipe, tmp_path / f"stopped{after}", stop_after=after)
         go(recipe, tmp_path / f"stopped{after}")
         for stage in (0, 1):
@@ -133,7 +150,9 @@ def test_a_kill_loses_at_most_the_checkpoint_interval(tiny_store, tmp_path, monk
         go(recipe, tmp_path / "killed")
     folders = go(recipe, tmp_path / "killed")
     assert_equal(weights(straight[0]), weights(folders[0]))
-    assert [e["from_step"] for e in events.read_events(folders[0].path) if e["event"] == "resumed"] == [2]
+    assert [
+        e["from_step"] for e in events.read_events(folders[0].path) if e["event"] == "resumed"
+    ] == [2]
     assert logged_steps(folders[0]) == [2, 3, 4, 6] == logged_steps(straight[0])
 
 
@@ -143,11 +162,16 @@ def test_forked_equals_straight_through_and_shares_the_first_stage(tiny_store, t
     first = go(recipe_of(store, stages=1), tmp_path / "forked")
     stamp = (first[0].path / "done.json").stat().st_mtime_ns
     forked = go(recipe_of(store), tmp_path / "forked")
-    assert forked[0].path == first[0].path and (first[0].path / "done.json").stat().st_mtime_ns == stamp
+    assert (
+        forked[0].path == first[0].path
+        and (first[0].path / "done.json").stat().st_mtime_ns == stamp
+    )
     assert_equal(weights(straight[-1]), weights(forked[-1]))
 
 
-def test_stage_two_starts_with_its_own_rate_and_the_right_moments(tiny_store, tmp_path, monkeypatch):
+def test_stage_two_starts_with_its_own_rate_and_the_right_moments(
+    tiny_store, tmp_path, monkeypatch
+):
     from segfleet.pipeline.engines import ddp
 
     seen = []
@@ -165,7 +189,11 @@ def test_stage_two_starts_with_its_own_rate_and_the_right_moments(tiny_store, tm
     assert seen[6][0] == 1e-3 and seen[6][1] == 7  # moments were taken over: the seventh update
     seen.clear()
     recipe = recipe_of(tiny_store(dims=2))
-    fresh = recipe.model_copy(update={"stages": (recipe.stages[0], recipe.stages[1].model_copy(update={"inherit": "weights"}))})
+    fresh = recipe.model_copy(
+        update={
+            "stages": (recipe.stages[0], recipe.stages[1].model_copy(update={"inherit": "weights"}))
+        }
+    )
     go(fresh, tmp_path / "fresh")
     assert seen[6] == (1e-3, 1)
 
@@ -180,7 +208,10 @@ def test_damaged_newest_checkpoint_is_named_and_the_run_still_ends_the_same(tiny
     newest.write_bytes(raw)
     said = []
     go(recipe, tmp_path / "harmed", warn=said.append)
-    assert len(said) == 1 and "step-00000005 is damaged: optimizer.safetensors does not match its sha256" in said[0]
+    assert (
+        len(said) == 1
+        and "step-00000005 is damaged: optimizer.safetensors does not match its sha256" in said[0]
+    )
     assert_equal(weights(straight[0]), weights(folders[0]))
 
 
@@ -193,13 +224,20 @@ def harm(path):
 def test_a_finished_stage_whose_checkpoint_is_damaged_is_trained_again(tiny_store, tmp_path, stage):
     recipe = recipe_of(tiny_store(dims=2))
     straight = go(recipe, tmp_path / "straight")
-    changed = recipe.model_copy(update={"stages": (recipe.stages[0], recipe.stages[1].model_copy(update={"lr": 5e-4}))})
+    changed = recipe.model_copy(
+        update={"stages": (recipe.stages[0], recipe.stages[1].model_copy(update={"lr": 5e-4}))}
+    )
     folders = go(recipe, tmp_path / "harmed")
     harm(folders[stage].final().path)
-    with pytest.raises(checkpoint.CheckpointError, match=r"is damaged: weights.* run `segfleet train` again: it trains this stage again"):
+    with pytest.raises(
+        checkpoint.CheckpointError,
+        match=r"is damaged: weights.* run `segfleet train` again: it trains this stage again",
+    ):
         folders[stage].final()
     said = []
-    go(recipe if stage else changed, tmp_path / "harmed", warn=said.append)  # another second stage needs the first one
+    go(
+        recipe if stage else changed, tmp_path / "harmed", warn=said.append
+    )  # another second stage needs the first one
     step = (6, 4)[stage]
     assert len(said) == 1 and f"step-{step:08d} of a finished stage is damaged" in said[0], said
     assert f"stage {stage + 1} is trained again from its beginning, for no other is left" in said[0]
@@ -210,7 +248,9 @@ def test_a_finished_stage_whose_checkpoint_is_damaged_is_trained_again(tiny_stor
 
 def test_a_damaged_best_checkpoint_comes_back_from_the_one_before(tiny_store, tmp_path):
     recipe = recipe_of(tiny_store(dims=2), stages=1, evaluation={"every": 1, "weights": "best"})
-    recipe = recipe.model_copy(update={"stages": (recipe.stages[0].model_copy(update={"epochs": 4}),)})
+    recipe = recipe.model_copy(
+        update={"stages": (recipe.stages[0].model_copy(update={"epochs": 4}),)}
+    )
     scores = dict(zip((3, 6, 9, 12), (0.5, 0.9, 0.7, 0.6), strict=True))
     dice = [*scores.values()]
     folder = go(recipe, tmp_path, validate=lambda engine: {"dice": dice.pop(0)})[0]
@@ -224,7 +264,11 @@ def test_a_damaged_best_checkpoint_comes_back_from_the_one_before(tiny_store, tm
     harm(last)
     dice = [0.7, 0.6]  # goes on from the best one
     go(recipe, tmp_path, validate=lambda engine: {"dice": dice.pop(0)}, warn=said.append)
-    assert "stage 1 is trained again from the checkpoint before it" in said[1] and len(said) == 2 and not dice
+    assert (
+        "stage 1 is trained again from the checkpoint before it" in said[1]
+        and len(said) == 2
+        and not dice
+    )
     assert folder.done()["best"] == {"dice": 0.9, "step": 6}
 
 
@@ -235,7 +279,12 @@ def test_a_refused_process_leaves_the_recipe_alone(tiny_store, tmp_path, state):
     other = recipe.model_copy(update={"name": "other", "save_every": 1})
     lock = "held = Lock(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
     code = f"import pathlib, sys; from segfleet.pipeline.run import Lock; {lock}"
-    with subprocess.Popen([sys.executable, "-c", code, str(leaf)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(leaf)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
         assert holder.stdout.readline() == "1\n"
         with pytest.raises(InputError, match="is being trained by"):
             go(other, tmp_path)
@@ -250,7 +299,12 @@ def test_one_process_at_a_time(tiny_store, tmp_path):
     folder = run.stage_folders(tmp_path, recipe, open_store(recipe.data.store).manifest)[0].path
     lock = "held = Lock(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
     code = f"import pathlib, sys; from segfleet.pipeline.run import Lock; {lock}"
-    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
         assert holder.stdout.readline() == "1\n"
         for waits in (False, True):  # nobody waits for its own run
             with pytest.raises(InputError, match=f"is being trained by process {holder.pid}"):
@@ -279,18 +333,24 @@ def spoil(monkeypatch, steps):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_non_finite_step_changes_nothing_and_is_reported_with_its_cases(tiny_store, tmp_path, monkeypatch, precision):
+def test_a_non_finite_step_changes_nothing_and_is_reported_with_its_cases(
+    tiny_store, tmp_path, monkeypatch, precision
+):
     recipe = recipe_of(tiny_store(dims=2), stages=1, engine={"precision": precision}, save_every=1)
     monkeypatch.setattr(training, "KEEP", 99)
     spoil(monkeypatch, {4})
     kept = []
     original = checkpoint.copies
-    monkeypatch.setattr(checkpoint, "copies", lambda tensors: kept.append(original(tensors)) or kept[-1])
+    monkeypatch.setattr(
+        checkpoint, "copies", lambda tensors: kept.append(original(tensors)) or kept[-1]
+    )
     folder = go(recipe, tmp_path)[0]
     assert any("running_var" in name for name in kept[2]["weights"])
     for group in ("weights", "optimizer"):
         assert_equal(kept[2][group], kept[3][group])
-        assert not all(torch.equal(value, kept[4][group][name]) for name, value in kept[3][group].items())
+        assert not all(
+            torch.equal(value, kept[4][group][name]) for name, value in kept[3][group].items()
+        )
     reports = [event for event in events.read_events(folder.path) if event["event"] == "non_finite"]
     assert len(reports) == 1 and reports[0]["step"] == 4 and reports[0]["skipped"] == 1
     assert all(case.startswith("case0") for case in reports[0]["cases"]) and reports[0]["cases"]
@@ -300,18 +360,30 @@ def test_a_non_finite_step_changes_nothing_and_is_reported_with_its_cases(tiny_s
 def test_gives_up_after_too_many_non_finite_steps_in_a_row(tiny_store, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "PATIENCE", 3)
     spoil(monkeypatch, {2, 3, 4, 5})
-    with pytest.raises(training.Diverged, match=r"not finite for 3 steps in a row, the last at step 4, cases case0.*Lower stages.lr"):
+    with pytest.raises(
+        training.Diverged,
+        match=r"not finite for 3 steps in a row, the last at step 4, cases case0.*Lower stages.lr",
+    ):
         go(recipe_of(tiny_store(dims=2), stages=1, save_every=1), tmp_path)
 
 
 def test_validation_keeps_the_best_checkpoint(tiny_store, tmp_path):
     scores = iter([0.5, 0.9, 0.7, 0.6])
     recipe = recipe_of(tiny_store(dims=2), stages=1, evaluation={"every": 1, "weights": "best"})
-    recipe = recipe.model_copy(update={"stages": (recipe.stages[0].model_copy(update={"epochs": 4}),)})
+    recipe = recipe.model_copy(
+        update={"stages": (recipe.stages[0].model_copy(update={"epochs": 4}),)}
+    )
     folder = go(recipe, tmp_path, validate=lambda engine: {"dice": next(scores)})[0]
     assert folder.done()["best"] == {"dice": 0.9, "step": 6}
-    assert [path.name for path in checkpoint.steps(folder.checkpoints)] == ["step-00000006", "step-00000012"]
-    found = [(e["step"], e["dice"]) for e in events.read_events(folder.path) if e["event"] == "validation"]
+    assert [path.name for path in checkpoint.steps(folder.checkpoints)] == [
+        "step-00000006",
+        "step-00000012",
+    ]
+    found = [
+        (e["step"], e["dice"])
+        for e in events.read_events(folder.path)
+        if e["event"] == "validation"
+    ]
     assert found == [(3, 0.5), (6, 0.9), (9, 0.7), (12, 0.6)]
 
 
@@ -326,7 +398,9 @@ def test_a_stop_between_an_epoch_and_its_validation_loses_neither(tiny_store, tm
     folder = go(recipe, tmp_path, stop_after=3, validate=validate)[0]
     assert not seen
     go(recipe, tmp_path, validate=validate)
-    assert [event["step"] for event in events.read_events(folder.path) if event["event"] == "validation"] == [3, 6]
+    assert [
+        event["step"] for event in events.read_events(folder.path) if event["event"] == "validation"
+    ] == [3, 6]
 
 
 def test_patience_ends_a_stage_early_and_the_next_one_starts_from_there(tiny_store, tmp_path):
@@ -335,21 +409,31 @@ def test_patience_ends_a_stage_early_and_the_next_one_starts_from_there(tiny_sto
     recipe = recipe.model_copy(update={"stages": (first, recipe.stages[1])})
     scores = iter([0.5, 0.6, 0.55, 0.6, 0.7, 0.7])
     folders = go(recipe, tmp_path, validate=lambda engine: {"dice": next(scores)})
-    assert folders[0].done()["steps"] == 12 and folders[0].done()["best"] == {"dice": 0.6, "step": 6}
+    assert folders[0].done()["steps"] == 12 and folders[0].done()["best"] == {
+        "dice": 0.6,
+        "step": 6,
+    }
     assert folders[1].done()["steps"] == 4
     with pytest.raises(InputError, match="a stage with patience needs evaluation.every > 0"):
         parse({**recipe.model_dump(mode="json"), "evaluation": {}})
 
 
-def test_a_dice_that_is_not_defined_is_no_best_and_no_reason_to_end(tiny_store, tmp_path, monkeypatch):
+def test_a_dice_that_is_not_defined_is_no_best_and_no_reason_to_end(
+    tiny_store, tmp_path, monkeypatch
+):
     recipe = recipe_of(tiny_store(dims=2), stages=1, evaluation={"every": 1, "weights": "best"})
-    recipe = recipe.model_copy(update={"stages": (recipe.stages[0].model_copy(update={"epochs": 6, "patience": 2}),)})
+    recipe = recipe.model_copy(
+        update={"stages": (recipe.stages[0].model_copy(update={"epochs": 6, "patience": 2}),)}
+    )
     scores = iter([None, None, None, 0.4, None, 0.3])
     folder = go(recipe, tmp_path / "a", validate=lambda engine: {"dice": next(scores)})[0]
     assert folder.done()["steps"] == 18 and folder.done()["best"] == {"dice": 0.4, "step": 12}
     # a checkpoint that an older version wrote, with a best of None
     original = training.Progress.state
-    spoilt = lambda self, *rest: {**original(self, *rest), "progress": {**training.asdict(self), "best": {"dice": None, "step": 3}}}  # noqa: E731
+    spoilt = lambda self, *rest: {
+        **original(self, *rest),
+        "progress": {**training.asdict(self), "best": {"dice": None, "step": 3}},
+    }  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(training.Progress, "state", spoilt)
         go(recipe, tmp_path / "b", stop_after=4, validate=lambda engine: {"dice": None})
@@ -375,12 +459,16 @@ def test_stop_file_and_time_limit(tmp_path):
 
 @pytest.mark.compile
 def test_compiled_steps_are_those_of_the_eager_network_and_resume_exactly(tiny_store, tmp_path):
-    eager, compiled = (recipe_of(tiny_store(dims=2), engine={"compile": choice}) for choice in (False, True))
+    eager, compiled = (
+        recipe_of(tiny_store(dims=2), engine={"compile": choice}) for choice in (False, True)
+    )
     plain, straight = go(eager, tmp_path / "eager"), go(compiled, tmp_path / "straight")
     assert plain[0].path.name != straight[0].path.name  # the last bits differ
     for one, two in zip(plain, straight, strict=True):
         assert [*logged_losses(two)] == pytest.approx([*logged_losses(one)], rel=1e-3)
-    assert weights(plain[-1]).keys() == weights(straight[-1]).keys()  # a checkpoint knows nothing of it
+    assert (
+        weights(plain[-1]).keys() == weights(straight[-1]).keys()
+    )  # a checkpoint knows nothing of it
     go(compiled, tmp_path / "stopped", stop_after=3)
     for name, value in weights(go(compiled, tmp_path / "stopped")[-1]).items():
         assert torch.equal(value, weights(straight[-1])[name]), name
@@ -393,15 +481,27 @@ def test_frozen_parameters_stay(tiny_store, tmp_path):
     before, after = weights(folders[0]), weights(folders[1])
     for name in before:
         if "running" not in name and "num_batches" not in name:
-            assert torch.equal(before[name], after[name]) == name.startswith(("inc", "down1.", "down1")), name
-    wrong = recipe.model_copy(update={"stages": (recipe.stages[0].model_copy(update={"freeze": ("nobody",)}),)})
-    with pytest.raises(InputError, match="no parameter name begins with 'nobody'; names begin with: .*inc"):
+            assert torch.equal(before[name], after[name]) == name.startswith(
+                ("inc", "down1.", "down1")
+            ), name
+    wrong = recipe.model_copy(
+        update={"stages": (recipe.stages[0].model_copy(update={"freeze": ("nobody",)}),)}
+    )
+    with pytest.raises(
+        InputError, match="no parameter name begins with 'nobody'; names begin with: .*inc"
+    ):
         go(wrong, tmp_path)
 
 
 def test_loss_falls(tiny_store, tmp_path):
-    recipe = recipe_of(tiny_store(dims=3), stages=1, model={"name": "resenc_unet_3d", "options": {"features": [8, 16]}})
-    recipe = recipe.model_copy(update={"stages": (recipe.stages[0].model_copy(update={"epochs": 8, "steps": 5}),)})
+    recipe = recipe_of(
+        tiny_store(dims=3),
+        stages=1,
+        model={"name": "resenc_unet_3d", "options": {"features": [8, 16]}},
+    )
+    recipe = recipe.model_copy(
+        update={"stages": (recipe.stages[0].model_copy(update={"epochs": 8, "steps": 5}),)}
+    )
     folder = go(recipe, tmp_path)[0]
     losses = logged_losses(folder)
     assert losses[-1] < 0.75 * losses[0]
@@ -411,14 +511,24 @@ def test_loss_falls(tiny_store, tmp_path):
 def test_checkpoint_remembers_what_made_it(tiny_store, tmp_path):
     recipe = recipe_of(tiny_store(dims=2), stages=1)
     state = json.loads((go(recipe, tmp_path)[0].final().path / "state.json").read_text())
-    assert parse(state["recipe"]) == recipe and state["versions"]["torch"] == torch.__version__ and state["step"] == 6
+    assert (
+        parse(state["recipe"]) == recipe
+        and state["versions"]["torch"] == torch.__version__
+        and state["step"] == 6
+    )
 
 
 def test_identity_holds_what_changes_the_result_and_nothing_else(tiny_store, tmp_path):
     store = tiny_store(dims=2)
     manifest = open_store(store).manifest
     base = run.stage_uids(recipe_of(store), manifest)
-    other = ({"name": "other"}, {"save_every": 7}, {"data": {"workers": 2}}, {"engine": {"name": "other"}}, {"evaluation": {"every": 3}})
+    other = (
+        {"name": "other"},
+        {"save_every": 7},
+        {"data": {"workers": 2}},
+        {"engine": {"name": "other"}},
+        {"evaluation": {"every": 3}},
+    )
     for change in other:
         assert run.stage_uids(recipe_of(store, **change), manifest) == base, change
     data = ({"data": {"batch": 4}}, {"data": {"split": "all"}})
@@ -427,8 +537,13 @@ def test_identity_holds_what_changes_the_result_and_nothing_else(tiny_store, tmp
         changed = run.stage_uids(recipe_of(store, **change), manifest)
         assert changed[0] != base[0] and changed[1] != base[1], change
     later = recipe_of(store)
-    later = later.model_copy(update={"stages": (later.stages[0], later.stages[1].model_copy(update={"lr": 5e-4}))})
-    assert run.stage_uids(later, manifest)[0] == base[0] and run.stage_uids(later, manifest)[1] != base[1]
+    later = later.model_copy(
+        update={"stages": (later.stages[0], later.stages[1].model_copy(update={"lr": 5e-4}))}
+    )
+    assert (
+        run.stage_uids(later, manifest)[0] == base[0]
+        and run.stage_uids(later, manifest)[1] != base[1]
+    )
     hdf5 = open_store(tiny_store(dims=2, format="hdf5")).manifest
     assert run.stage_uids(recipe_of(store), hdf5) == base  # the store's format is no part of it
 
@@ -443,11 +558,27 @@ def test_options_without_effect_are_no_part_of_the_identity(tiny_store):
         return run.stage_uids(made.model_copy(update={"stages": stages}), manifest)
 
     base = uids({}, {})
-    assert uids({"power": 2.0, "floor": 1e-5, "period": 3, "inherit": "weights+optimizer"}, {"momentum": 0.5, "nesterov": False}) == base
+    assert (
+        uids(
+            {"power": 2.0, "floor": 1e-5, "period": 3, "inherit": "weights+optimizer"},
+            {"momentum": 0.5, "nesterov": False},
+        )
+        == base
+    )
     poly, sgd = uids({"schedule": "poly"}, {}), uids({}, {"name": "sgd"})
-    assert uids({"schedule": "poly", "power": 2.0}, {}) != poly != uids({"schedule": "poly", "floor": 1e-5}, {})
-    assert uids({"schedule": "poly", "period": 3}, {}) == poly and uids({}, {"name": "sgd", "betas": (0.5, 0.9)}) == sgd
-    assert uids({}, {"name": "sgd", "momentum": 0.5}) != sgd and uids({}, {"betas": (0.5, 0.9)}) != base
+    assert (
+        uids({"schedule": "poly", "power": 2.0}, {})
+        != poly
+        != uids({"schedule": "poly", "floor": 1e-5}, {})
+    )
+    assert (
+        uids({"schedule": "poly", "period": 3}, {}) == poly
+        and uids({}, {"name": "sgd", "betas": (0.5, 0.9)}) == sgd
+    )
+    assert (
+        uids({}, {"name": "sgd", "momentum": 0.5}) != sgd
+        and uids({}, {"betas": (0.5, 0.9)}) != base
+    )
 
 
 def test_a_hanging_run_shows_where_it_hangs(tiny_store, tmp_path):
@@ -466,9 +597,25 @@ def test_a_hanging_run_shows_where_it_hangs(tiny_store, tmp_path):
         "ddp.Engine.step = hang_here\n"
         "never, ranks = (lambda: False), Ranks()\n"
         "folders = run.stage_folders(pathlib.Path(sys.argv[2]), recipe, store.manifest)\n"
-        "train.train(train.Run(recipe=recipe, store=store, folders=folders, ranks=ranks, asked_to_stop=never, warn=print, validate=print))\n"
+        "train.train(train.Run(recipe=recipe, store=store, folders=folders, ranks=ranks, "
+        "asked_to_stop=never, warn=print, validate=print))\n"
     )
     recipe = recipe_of(tiny_store(dims=2), stages=1)
-    command = [sys.executable, str(program), json.dumps(recipe.model_dump(mode="json")), str(tmp_path / "runs")]
-    done = subprocess.run(command, env={**os.environ, "SEGFLEET_WATCHDOG": "0.7"}, capture_output=True, text=True, timeout=100)
-    assert "Timeout" in done.stderr and "in hang_here" in done.stderr and "in train_stage" in done.stderr
+    command = [
+        sys.executable,
+        str(program),
+        json.dumps(recipe.model_dump(mode="json")),
+        str(tmp_path / "runs"),
+    ]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "SEGFLEET_WATCHDOG": "0.7"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (
+        "Timeout" in done.stderr
+        and "in hang_here" in done.stderr
+        and "in train_stage" in done.stderr
+    )

@@ -18,10 +18,16 @@ SHAPE = (9, 21, 34)  # no multiple of the chunk
 def draw_case(shape=SHAPE, dtype="float16", channels=2, seed=0):
     """Image, label and truth of a case, with a region of zeros larger than a chunk."""
     draw = np.random.default_rng(seed)
-    image = draw.normal(0, 1, (channels, *shape)) if dtype.startswith("float") else draw.integers(0, 200, (channels, *shape))
+    image = (
+        draw.normal(0, 1, (channels, *shape))
+        if dtype.startswith("float")
+        else draw.integers(0, 200, (channels, *shape))
+    )
     image = image.astype(dtype)
     image[..., shape[1] // 2 :, :] = 0
-    label = np.repeat(draw.integers(0, 3, (shape[0], shape[1], 1)), shape[2], axis=2).astype(np.uint8)
+    label = np.repeat(draw.integers(0, 3, (shape[0], shape[1], 1)), shape[2], axis=2).astype(
+        np.uint8
+    )
     label[..., : shape[1] // 2, :] = 0
     truth = draw.integers(0, 2, (shape[0] + 2, shape[1] + 3, shape[2] + 1)).astype(np.uint8)
     return image, label, truth
@@ -36,13 +42,46 @@ def publish_store(root: Path, fmt: str, shards: dict[str, dict], *, chunk=CHUNK,
         for name, (image, label, truth) in members.items():
             writer.write(name, image, label, truth)
             raw = label.shape if truth is None else truth.shape
-            facts = {"spacing": (1, 1, 1), "raw_spacing": (1, 1, 1), "crop": ((0, 1),) * 3, "shape": label.shape, "raw_shape": raw}
+            facts = {
+                "spacing": (1, 1, 1),
+                "raw_spacing": (1, 1, 1),
+                "crop": ((0, 1),) * 3,
+                "shape": label.shape,
+                "raw_shape": raw,
+            }
             sha256 = content_sha256(image, label)
-            cases.append(CaseEntry(id=name, group=name, shard=shard, key=name, has_truth=truth is not None, sha256=sha256, **facts))
+            cases.append(
+                CaseEntry(
+                    id=name,
+                    group=name,
+                    shard=shard,
+                    key=name,
+                    has_truth=truth is not None,
+                    sha256=sha256,
+                    **facts,
+                )
+            )
         files |= writer.publish()
-    dataset = Dataset(name="drawn", reader="none", dims=3, channels=("a", "b"), labels={"background": 0, "x": 1, "y": 2})
-    plan = Plan(target_spacing=(1, 1, 1), patch=(8, 16, 16), normalisation=("none",) * 2, dtype=dtype, scale=scale)
-    save_manifest(root, Manifest(format=fmt, id="drawn", dataset=dataset, plan=plan, cases=tuple(cases), files=files))
+    dataset = Dataset(
+        name="drawn",
+        reader="none",
+        dims=3,
+        channels=("a", "b"),
+        labels={"background": 0, "x": 1, "y": 2},
+    )
+    plan = Plan(
+        target_spacing=(1, 1, 1),
+        patch=(8, 16, 16),
+        normalisation=("none",) * 2,
+        dtype=dtype,
+        scale=scale,
+    )
+    save_manifest(
+        root,
+        Manifest(
+            format=fmt, id="drawn", dataset=dataset, plan=plan, cases=tuple(cases), files=files
+        ),
+    )
     return open_store(root)
 
 
@@ -54,7 +93,8 @@ def drawn():
 
 @pytest.fixture
 def publish():
-    """`publish(root, format, {shard: {case: (image, label, truth)}}, chunk=, scale=)`: a store, opened."""
+    """`publish(root, format, {shard: {case: (image, label, truth)}}, chunk=, scale=)`: a store,
+    opened."""
     return publish_store
 
 
@@ -65,4 +105,8 @@ def fmt(request):
 
 @pytest.fixture
 def store(tmp_path, fmt):
-    return publish_store(tmp_path, fmt, {"data/case-0": {"case-0": draw_case()}, "data/case-1": {"case-1": draw_case(seed=1)}})
+    return publish_store(
+        tmp_path,
+        fmt,
+        {"data/case-0": {"case-0": draw_case()}, "data/case-1": {"case-1": draw_case(seed=1)}},
+    )

@@ -1,4 +1,5 @@
-"""One suite over every raw layout: its phantom is read, checked and stored; broken variants are named, and nothing is written."""
+"""One suite over every raw layout: its phantom is read, checked and stored; broken variants are
+named, and nothing is written."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ from segfleet.preprocess.stores.base import open_store
 from segfleet.preprocess.stores.verify import verify
 
 NAMES = readers()
-PICTURES = [name for name in NAMES if reader_class(name).facts.dims == "2D" and name != "npy"] + ["folder"]
+PICTURES = [name for name in NAMES if reader_class(name).facts.dims == "2D" and name != "npy"] + [
+    "folder"
+]
 CASES = 6
 RANDOM = np.random.default_rng(3)
 
@@ -40,7 +43,9 @@ def load(path: Path) -> np.ndarray:
         return np.load(path)
     if ".nii" in path.name:
         return np.asarray(nib.load(path).dataobj)
-    return np.asarray(Image.open(path).convert("RGB") if path.suffix == ".jpg" else Image.open(path))
+    return np.asarray(
+        Image.open(path).convert("RGB") if path.suffix == ".jpg" else Image.open(path)
+    )
 
 
 def save(path: Path, array: np.ndarray) -> None:
@@ -186,7 +191,9 @@ def refused(name: str, root: Path, out: Path) -> InputError:
     """What the build says; nothing of it may be left."""
     with pytest.raises(InputError) as caught:
         build(name, root, out, workers=1)
-    assert caught.value.exit_code == 2 and not [p for p in out.parent.iterdir() if p.name.startswith(out.name)], "something was written"
+    assert caught.value.exit_code == 2 and not [
+        p for p in out.parent.iterdir() if p.name.startswith(out.name)
+    ], "something was written"
     return caught.value
 
 
@@ -196,7 +203,9 @@ def test_facts_are_complete(name):
     assert name in PHANTOMS and cls.about.endswith(".") and cls.layout
     assert cls.facts.dims in ("2D", "3D", "2D, 3D") and cls.facts.modality
     public = name not in ("folder", "nnunet", "dicom", "npy")
-    assert bool(cls.facts.licence) == public and (cls.facts.download.startswith("http") or not public)
+    assert bool(cls.facts.licence) == public and (
+        cls.facts.download.startswith("http") or not public
+    )
     assert cls.facts.complete or not public or name == "msd"
     with pytest.raises(InputError, match="option: found 'colour', expected one of"):
         cls(Path("."), colour="red")
@@ -214,20 +223,29 @@ def test_a_phantom_becomes_a_store(name, phantoms, tmp_path):
     store = open_store(tmp_path / "store")
     for ref, entry in zip(refs, manifest.cases, strict=True):
         case = reader.read(ref)
-        assert len(case.image_CZYX) == len(dataset.channels) and case.image_CZYX.shape[1:] == case.label_ZYX.shape == entry.raw_shape
+        assert (
+            len(case.image_CZYX) == len(dataset.channels)
+            and case.image_CZYX.shape[1:] == case.label_ZYX.shape == entry.raw_shape
+        )
         assert (entry.raw_shape[0] == 1) == (dataset.dims == 2)
         assert set(np.unique(case.label_ZYX)) <= {*dataset.labels.values(), dataset.ignore_label}
         assert len(np.unique(case.label_ZYX)) > 1 or reader.may_be_empty(ref)
-        assert np.array_equal(store.truth(entry) if entry.has_truth else store.label(entry), case.label_ZYX)
+        assert np.array_equal(
+            store.truth(entry) if entry.has_truth else store.label(entry), case.label_ZYX
+        )
         assert entry.group == (ref.group or ref.id) and np.isfinite(store.image(entry)).all()
     store.close()
     everybody = set(groups)
     for split, folds in manifest.splits.items():
         for fold in folds:
-            assert fold["train"] and fold["val"] and {*fold["train"], *fold["val"]} <= everybody, split
+            assert fold["train"] and fold["val"] and {*fold["train"], *fold["val"]} <= everybody, (
+                split
+            )
             assert split == "all" or not {*fold["train"]} & {*fold["val"]}, split
     assert all(disjoint(fold, members) for fold in manifest.splits["kfold"])
-    assert sorted(case for fold in manifest.splits["kfold"] for case in fold["val"]) == sorted(everybody)
+    assert sorted(case for fold in manifest.splits["kfold"] for case in fold["val"]) == sorted(
+        everybody
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -235,18 +253,30 @@ def test_the_root_may_be_the_working_folder(name, phantoms, monkeypatch):
     whole = open_reader(name, phantoms(name))
     monkeypatch.chdir(whole.root)
     here = open_reader(name, ".")
-    assert here.dataset() == whole.dataset() and here.splits() == whole.splits() and here.problems() == whole.problems()
+    assert (
+        here.dataset() == whole.dataset()
+        and here.splits() == whole.splits()
+        and here.problems() == whole.problems()
+    )
     for one, other in zip(whole.refs(), here.refs(), strict=True):
         files = [[path.resolve() for path in (*ref.images, *ref.labels)] for ref in (one, other)]
         assert (one.id, one.group, files[0]) == (other.id, other.group, files[1])
-        assert np.array_equal(whole.label(one)[0], here.label(other)[0]) and whole.read(one).extra == here.read(other).extra
+        assert (
+            np.array_equal(whole.label(one)[0], here.label(other)[0])
+            and whole.read(one).extra == here.read(other).extra
+        )
 
 
-FAULTS = {  # what was done -> the field that is named, what is found, what is expected: parts of the texts
+# what was done -> the field that is named, what is found, what is expected: parts of the texts
+FAULTS = {
     missing_mask: ("label", "no file", ""),
     missing_image: (("image", "channel 0"), "no file", ""),
     wrong_size: (("label shape", "shape of mask"), "x", "x"),
-    undeclared_label: (("label values", "mask values"), "", ("declared", "black and white", "glands")),
+    undeclared_label: (
+        ("label values", "mask values"),
+        "",
+        ("declared", "black and white", "glands"),
+    ),
     truncated: ("file", "truncated", "readable"),
     not_an_image: ("file", "truncated", ""),
 }
@@ -270,9 +300,15 @@ def test_a_broken_data_set_is_a_table_of_problems(name, fault, broken, phantoms,
     error = refused(name, root, tmp_path / "store")
     assert isinstance(error, DataError), error
     field, found, expected = OTHERWISE.get((fault, name), FAULTS[fault])
-    (problem,) = [p for p in error.problems if any(p.field.startswith(part) for part in parts(field))]
+    (problem,) = [
+        p for p in error.problems if any(p.field.startswith(part) for part in parts(field))
+    ]
     assert problem.case == case, "the case has its name"
-    assert found in problem.found and any(part in problem.expected for part in parts(expected)) and problem.mend.endswith(".")
+    assert (
+        found in problem.found
+        and any(part in problem.expected for part in parts(expected))
+        and problem.mend.endswith(".")
+    )
     assert problem.found and problem.expected and str(root) not in problem.found
     assert {p.case for p in error.problems} <= {case, "numTraining"}, "the others are sound"
 
@@ -289,8 +325,13 @@ def test_a_wrong_folder_level_is_one_message(name, phantoms, tmp_path):
     shutil.copytree(phantoms(name), deep)
     error = refused(name, tmp_path / "raw", tmp_path / "store")
     assert "Expected" in str(error) and "\n" not in str(error)
-    assert name in ("msd", "nnunet") or f"It seems to be {tmp_path / 'raw' / 'download' / 'unpacked'}" in str(error)
-    file = next(path for path in sorted(deep.rglob("*")) if path.is_file() and not path.name.startswith("."))
+    assert name in (
+        "msd",
+        "nnunet",
+    ) or f"It seems to be {tmp_path / 'raw' / 'download' / 'unpacked'}" in str(error)
+    file = next(
+        path for path in sorted(deep.rglob("*")) if path.is_file() and not path.name.startswith(".")
+    )
     assert "is not a folder" in str(refused(name, file, tmp_path / "store"))
 
 
@@ -307,17 +348,24 @@ def test_a_second_case_of_the_same_name_is_told(name, phantoms, broken, tmp_path
     did = []
     root = broken(name, lambda reader: did.append(twice(reader, name)))
     if did == [False]:
-        assert name in ("dsb2018", "nnunet", "npy", "ph2"), "names are those of files in one folder, or listed"
+        assert name in ("dsb2018", "nnunet", "npy", "ph2"), (
+            "names are those of files in one folder, or listed"
+        )
         return
     error = refused(name, root, tmp_path / "store")
     problem = next(p for p in error.problems if p.field == "id")
-    assert problem.case in {ref.id for ref in open_reader(name, phantoms(name)).refs()} and "2 cases" in problem.found
+    assert (
+        problem.case in {ref.id for ref in open_reader(name, phantoms(name)).refs()}
+        and "2 cases" in problem.found
+    )
 
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures_of_another_depth_are_told(name, broken, tmp_path):
     error = refused(name, broken(name, mixed_depth), tmp_path / "store")
-    assert [(p.field, p.found) for p in error.problems] == [("voxel type", "uint16")] and "uint8, as most" in error.problems[0].expected
+    assert [(p.field, p.found) for p in error.problems] == [
+        ("voxel type", "uint16")
+    ] and "uint8, as most" in error.problems[0].expected
 
 
 @pytest.mark.parametrize("name", ["acdc", "lits", "msd", "nnunet", "npy"])
@@ -330,7 +378,9 @@ def test_alpha_changes_nothing(name, broken, phantoms, tmp_path):
     root = broken(name, alpha)
     before, after = (open_reader(name, folder) for folder in (phantoms(name), root))
     one, other = before.read(victim(before)), after.read(victim(after))
-    assert np.array_equal(one.image_CZYX, other.image_CZYX) and np.array_equal(one.label_ZYX, other.label_ZYX)
+    assert np.array_equal(one.image_CZYX, other.image_CZYX) and np.array_equal(
+        one.label_ZYX, other.label_ZYX
+    )
     assert not survey(after, workers=1).problems
 
 
@@ -345,7 +395,9 @@ def test_the_same_image_twice_is_kept_on_one_side(name, phantoms, tmp_path):
     found = survey(open_reader(name, root), workers=1)
     assert not found.problems
     (warning,) = [w for w in found.warnings if w.case == first.id and w.field == "image"]
-    assert last.id in warning.found and {ref.id: ref.group for ref in found.refs}[last.id] == (first.group or first.id)
+    assert last.id in warning.found and {ref.id: ref.group for ref in found.refs}[last.id] == (
+        first.group or first.id
+    )
 
 
 def empty_image(reader: RawReader) -> None:
@@ -363,7 +415,9 @@ def folder_for_a_file(reader: RawReader) -> None:
         path.mkdir()
 
 
-@pytest.mark.parametrize("fault", [empty_image, truncated_mask, folder_for_a_file], ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize(
+    "fault", [empty_image, truncated_mask, folder_for_a_file], ids=lambda fault: fault.__name__
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_further_faults_name_the_case(name, fault, broken, phantoms, tmp_path):
     case = victim(open_reader(name, phantoms(name))).id
@@ -373,18 +427,40 @@ def test_further_faults_name_the_case(name, fault, broken, phantoms, tmp_path):
 
 
 SIDECARS = (".json", ".csv", ".cfg", ".txt", ".xlsx")
-JUNK = {"binary": b"\xff\xfe\x00\x9d" * 40, "nothing": b"", "half": b'{"training": [{"image"', "list": b"[1, 2, 3]\n"}
+JUNK = {
+    "binary": b"\xff\xfe\x00\x9d" * 40,
+    "nothing": b"",
+    "half": b'{"training": [{"image"',
+    "list": b"[1, 2, 3]\n",
+}
 
 
 @pytest.mark.parametrize("junk", JUNK)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_damaged_description_is_a_message_or_no_matter(name, junk, phantoms, tmp_path):
-    """Descriptions beside the images: JSON, lists, tables. Also those the phantom has none of, in every place a reader may look."""
+    """Descriptions beside the images: JSON, lists, tables. Also those the phantom has none of, in
+    every place a reader may look."""
     reader = open_reader(name, phantoms(name))
-    there = [path.relative_to(reader.root) for path in reader.root.rglob("*") if path.suffix.lower() in SIDECARS]
-    inner = {path.parent.relative_to(reader.root) for ref in reader.refs() for path in (*ref.images, *ref.labels)}
+    there = [
+        path.relative_to(reader.root)
+        for path in reader.root.rglob("*")
+        if path.suffix.lower() in SIDECARS
+    ]
+    inner = {
+        path.parent.relative_to(reader.root)
+        for ref in reader.refs()
+        for path in (*ref.images, *ref.labels)
+    }
     folders = {place for folder in inner for place in (folder, *folder.parents)}
-    optional = ("labels.json", "splits_final.json", "metadata.csv", "train.txt", "val.txt", "Grade.csv", "dataset.json")
+    optional = (
+        "labels.json",
+        "splits_final.json",
+        "metadata.csv",
+        "train.txt",
+        "val.txt",
+        "Grade.csv",
+        "dataset.json",
+    )
     extra = [folder / file for folder in folders for file in optional]
     for number, path in enumerate(dict.fromkeys([*there, *extra])):
         root = tmp_path / f"raw{number}"

@@ -58,7 +58,11 @@ class ProgressMessages:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -67,21 +71,45 @@ def test_layouts_in_every_format(name, format, tmp_path):
     reader = open_reader(name, PHANTOMS[name](tmp_path / "raw"))
     manifest = build(name, reader.root, tmp_path / "out", format, workers=1)
     store = open_store(tmp_path / "out")
-    assert store.manifest == manifest and manifest.dataset == reader.dataset() and not verify(tmp_path / "out", chunks=True)
+    assert (
+        store.manifest == manifest
+        and manifest.dataset == reader.dataset()
+        and not verify(tmp_path / "out", chunks=True)
+    )
     assert {p.name for p in tmp_path.iterdir()} == {"raw", "out"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"manifest.json", "shards"}
     assert [entry.id for entry in manifest.cases] == [ref.id for ref in reader.refs()]
     for ref, entry in list(zip(reader.refs(), manifest.cases, strict=True))[:3]:
         case = reader.read(ref)
-        image, label, _ = preprocess_case(case, manifest.plan, ignore_label=manifest.dataset.ignore_label)
-        assert np.allclose(store.image(entry), image.astype(np.float32) * manifest.plan.scale, atol=1e-6)
+        image, label, _ = preprocess_case(
+            case, manifest.plan, ignore_label=manifest.dataset.ignore_label
+        )
+        assert np.allclose(
+            store.image(entry), image.astype(np.float32) * manifest.plan.scale, atol=1e-6
+        )
         assert np.array_equal(store.label(entry), label)
-        assert np.array_equal(store.truth(entry) if entry.has_truth else store.label(entry), case.label_ZYX)
-        assert entry.has_truth == (label.shape != case.label_ZYX.shape) and entry.affine == case.geometry.affine
+        assert np.array_equal(
+            store.truth(entry) if entry.has_truth else store.label(entry), case.label_ZYX
+        )
+        assert (
+            entry.has_truth == (label.shape != case.label_ZYX.shape)
+            and entry.affine == case.geometry.affine
+        )
         assert entry.group == case.patient and (reader.root / entry.image_file) == ref.images[0]
-        assert manifest.dataset.ignore_label not in entry.foreground and set(entry.foreground) <= set(entry.voxels)
+        assert manifest.dataset.ignore_label not in entry.foreground and set(
+            entry.foreground
+        ) <= set(entry.voxels)
     store.close()
-    assert manifest.id == build(name, reader.root, tmp_path / "other", next(f for f in FORMATS if f != format), workers=1).id
+    assert (
+        manifest.id
+        == build(
+            name,
+            reader.root,
+            tmp_path / "other",
+            next(f for f in FORMATS if f != format),
+            workers=1,
+        ).id
+    )
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -90,7 +118,11 @@ def test_a_second_run_does_nothing(format, raw, tmp_path):
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     told = ProgressMessages()
     assert build("msd", raw, tmp_path / "out", format, workers=1, progress=told) == first
-    assert told.processed("compare") == 6 and told.processed("check") is None and told.processed("write") is None
+    assert (
+        told.processed("compare") == 6
+        and told.processed("check") is None
+        and told.processed("write") is None
+    )
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == stamps
 
 
@@ -105,18 +137,27 @@ def test_bytes_do_not_depend_on_the_number_of_workers(format, raw, tmp_path):
 def test_the_size_of_shards_does_not_change_the_content(raw, tmp_path):
     one = build("msd", raw, tmp_path / "one", workers=1, shard_bytes=1)
     two = build("msd", raw, tmp_path / "two", workers=1)
-    assert one.id == two.id and len({e.shard for e in one.cases}) == 6 and len({e.shard for e in two.cases}) == 1
+    assert (
+        one.id == two.id
+        and len({e.shard for e in one.cases}) == 6
+        and len({e.shard for e in two.cases}) == 1
+    )
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_flipped_byte_is_found(format, raw, tmp_path):
     manifest = build("msd", raw, tmp_path / "out", format, workers=1, shard_bytes=1)
-    victim = max((path for path in manifest.files if "00003" in path), key=lambda path: manifest.files[path]["bytes"])
+    victim = max(
+        (path for path in manifest.files if "00003" in path),
+        key=lambda path: manifest.files[path]["bytes"],
+    )
     damaged = bytearray((tmp_path / "out" / victim).read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (tmp_path / "out" / victim).write_bytes(damaged)
     problems = verify(tmp_path / "out")
-    assert [(p.case, p.field) for p in problems] == [("phantom_003", victim)] and "sha256" in problems[0].expected
+    assert [(p.case, p.field) for p in problems] == [
+        ("phantom_003", victim)
+    ] and "sha256" in problems[0].expected
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -181,7 +222,9 @@ def test_a_changed_source_makes_only_its_shard_anew(raw, tmp_path, monkeypatch):
     told = ProgressMessages()
     build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1, progress=told)
     assert told.processed("check") == 2, "both were looked at again"
-    assert told.processed("write") == 2, "the changed one, and the one that failed; those after it were written all the same"
+    assert told.processed("write") == 2, (
+        "the changed one, and the one that failed; those after it were written all the same"
+    )
     assert files(tmp_path / "out") == files(build_at(raw, tmp_path / "fresh"))
 
 
@@ -200,7 +243,9 @@ def test_shards_of_an_earlier_layout_are_made_anew(raw, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(manifest_module, "LAYOUTS", {})
-        interrupted(raw, out, monkeypatch, "phantom_004", OSError(errno.EIO, "broken"), format="hdf5")
+        interrupted(
+            raw, out, monkeypatch, "phantom_004", OSError(errno.EIO, "broken"), format="hdf5"
+        )
         build("msd", raw, tmp_path / "old", "hdf5", workers=1)
     told = ProgressMessages()
     build("msd", raw, out, "hdf5", workers=1, shard_bytes=1, progress=told)
@@ -266,7 +311,9 @@ def crashing(monkeypatch, *cases):
 
 def test_a_crash_names_the_case(raw, tmp_path, monkeypatch):
     with crashing(monkeypatch, "phantom_002"):
-        with pytest.raises(RuntimeError, match="case 'phantom_002': ZeroDivisionError: in the middle"):
+        with pytest.raises(
+            RuntimeError, match="case 'phantom_002': ZeroDivisionError: in the middle"
+        ):
             build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)
     assert not (tmp_path / "out").exists()
 
@@ -277,7 +324,10 @@ def test_all_failures_are_told_once_the_others_are_written(workers, raw, tmp_pat
     raw = Path(shutil.copytree(raw, tmp_path / "raw"))
     if workers == 1:
         with crashing(monkeypatch, "phantom_001", "phantom_003"):
-            with pytest.raises(RuntimeError, match="2 shards could not be written.*\nphantom_001: .*ZeroDiv.*\nphantom_003: "):
+            with pytest.raises(
+                RuntimeError,
+                match="2 shards could not be written.*\nphantom_001: .*ZeroDiv.*\nphantom_003: ",
+            ):
                 build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)
         assert len(list((tmp_path / "out.partial/shards").iterdir())) == 4
     paths = [raw / f"imagesTr/phantom_00{number}.nii.gz" for number in (1, 3)]
@@ -287,7 +337,10 @@ def test_all_failures_are_told_once_the_others_are_written(workers, raw, tmp_pat
             [path.unlink(missing_ok=True) for path in paths]
 
     whole = [path.read_bytes() for path in paths]
-    with pytest.raises(InputError, match=r"2 shards could not be written.*\nphantom_001: .*No such file.*\nphantom_003: .*No such file"):
+    with pytest.raises(
+        InputError,
+        match=r"2 shards could not be written.*\nphantom_001: .*No such file.*\nphantom_003: .*No such file",
+    ):
         build("msd", raw, tmp_path / "out", workers=workers, shard_bytes=1, progress=vanish)
     for path, data in zip(paths, whole, strict=True):
         path.write_bytes(data)
@@ -303,10 +356,17 @@ def test_a_worker_that_dies_names_its_cases():
 
 def test_work_stays_within_the_memory_budget(tmp_path):
     """Two workers, but the budget lets one item run at a time: no two lifetimes overlap."""
-    spans = [span for _, span in run(nap, [0.2] * 4, weights=[10] * 4, names=list("abcd"), workers=2, budget=15)]
+    spans = [
+        span
+        for _, span in run(
+            nap, [0.2] * 4, weights=[10] * 4, names=list("abcd"), workers=2, budget=15
+        )
+    ]
     spans.sort()
     assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
-    assert sorted(i for i, _ in run(nap, [0.0] * 3, weights=[99] * 3, names=list("abc"), workers=2, budget=1)) == [0, 1, 2]
+    assert sorted(
+        i for i, _ in run(nap, [0.0] * 3, weights=[99] * 3, names=list("abc"), workers=2, budget=1)
+    ) == [0, 1, 2]
 
 
 def nap(seconds: float) -> tuple[float, float]:
@@ -320,7 +380,9 @@ def test_another_build_into_the_same_place_is_refused(raw, tmp_path):
     claim.parent.mkdir(parents=True)
     with open(claim, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another process is preprocessing into .*out. Wait for it"):
+        with pytest.raises(
+            InputError, match="another process is preprocessing into .*out. Wait for it"
+        ):
             build("msd", raw, tmp_path / "out", workers=1)
     build("msd", raw, tmp_path / "out", workers=1)
 
@@ -342,7 +404,9 @@ def test_a_finished_store_is_never_changed_and_says_what_differs(raw, tmp_path):
     raw = Path(shutil.copytree(raw, tmp_path / "raw"))
     build("msd", raw, tmp_path / "out", workers=1)
     before = files(tmp_path / "out")
-    with pytest.raises(InputError, match="format zarr, now hdf5; split seed 12345, now 7. .*choose another --out"):
+    with pytest.raises(
+        InputError, match="format zarr, now hdf5; split seed 12345, now 7. .*choose another --out"
+    ):
         build("msd", raw, tmp_path / "out", "hdf5", workers=1, split_seed=7)
     text = (raw / "dataset.json").read_text()
     (raw / "dataset.json").write_text(text.replace('"MRI"', '"CT"'))
@@ -361,12 +425,19 @@ def test_other_patients_or_splits_are_told(tmp_path):
     text = table.read_text()
     table.unlink()
     images = raw / "CVC-ClinicDB/Original"
-    (images / "2.tif").write_bytes((images / "1.tif").read_bytes())  # one patient for another reason
+    (images / "2.tif").write_bytes(
+        (images / "1.tif").read_bytes()
+    )  # one patient for another reason
     assert "kfold" not in build("cvc_clinicdb", raw, tmp_path / "out", workers=1).splits
     table.write_text(text)
-    with pytest.raises(InputError, match=r"something else: patients of 8 case\(s\): 4, 5, 6, 7, 8 .... Published .* another --out"):
+    with pytest.raises(
+        InputError,
+        match=r"something else: patients of 8 case\(s\): 4, 5, 6, 7, 8 .... Published .* another --out",
+    ):
         build("cvc_clinicdb", raw, tmp_path / "out", workers=1)
-    assert build("cvc_clinicdb", raw, tmp_path / "new", workers=1) == build("cvc_clinicdb", raw, tmp_path / "new", workers=1)
+    assert build("cvc_clinicdb", raw, tmp_path / "new", workers=1) == build(
+        "cvc_clinicdb", raw, tmp_path / "new", workers=1
+    )
     raw = write_nnunet_phantom(tmp_path / "nnunet", cases=4)
     build("nnunet", raw, tmp_path / "other", workers=1)
     ids = [ref.id for ref in open_reader("nnunet", raw).refs()]
@@ -381,7 +452,9 @@ def test_an_older_store_does_not_say_who_was_joined(tmp_path):
     images = raw / "CVC-ClinicDB/Original"
     (images / "6.tif").write_bytes((images / "1.tif").read_bytes())
     made = build("cvc_clinicdb", raw, tmp_path / "out", workers=1)
-    assert set(made.joined.values()) == {"sequence2"} and {entry.group for entry in made.cases} == {"sequence1"}
+    assert set(made.joined.values()) == {"sequence2"} and {entry.group for entry in made.cases} == {
+        "sequence1"
+    }
     old = made.model_dump(mode="json", exclude={"joined", "layout"})
     (tmp_path / "out/manifest.json").write_text(json.dumps(old))
     assert build("cvc_clinicdb", raw, tmp_path / "out", workers=1).joined is None
@@ -397,7 +470,9 @@ def test_a_resumed_build_has_the_patients_of_today(tmp_path, monkeypatch):
     table = raw / "CVC-ClinicDB/metadata.csv"
     text = table.read_text()
     table.unlink()
-    interrupted(raw, tmp_path / "out", monkeypatch, "4", OSError(errno.EIO, "broken"), name="cvc_clinicdb")
+    interrupted(
+        raw, tmp_path / "out", monkeypatch, "4", OSError(errno.EIO, "broken"), name="cvc_clinicdb"
+    )
     table.write_text(text)
     told = ProgressMessages()
     manifest = build("cvc_clinicdb", raw, tmp_path / "out", workers=1, progress=told)
@@ -410,18 +485,28 @@ def test_splits_that_come_along_are_in_the_manifest(tmp_path):
     ids = [ref.id for ref in open_reader("nnunet", root).refs()]
     (root / "splits_final.json").write_text(json.dumps([{"train": ids[:2], "val": ids[2:]}]))
     manifest = build("nnunet", root, tmp_path / "out", workers=1)
-    assert manifest.fold("nnunet", 0) == {"train": tuple(ids[:2]), "val": tuple(ids[2:])} and len(manifest.splits["kfold"]) == 2
+    assert (
+        manifest.fold("nnunet", 0) == {"train": tuple(ids[:2]), "val": tuple(ids[2:])}
+        and len(manifest.splits["kfold"]) == 2
+    )
     assert manifest.plan.normalisation == ("ct", "zscore") and manifest.dataset.regions
 
 
 def test_a_perfect_prediction_scores_almost_one_on_the_raw_grid(raw, tmp_path):
-    """What resampling costs: the stored label, brought back as probabilities, against the raw one."""
+    """What resampling costs: the stored label, brought back as probabilities, against the raw
+    one."""
     manifest = build("msd", raw, tmp_path / "out", workers=1)
     store = open_store(tmp_path / "out")
     for entry in manifest.cases:
-        onehot = np.stack([store.label(entry) == value for value in manifest.dataset.labels.values()]).astype(np.float32)
+        onehot = np.stack(
+            [store.label(entry) == value for value in manifest.dataset.labels.values()]
+        ).astype(np.float32)
         box = tuple(stop - start for start, stop in entry.crop)
-        back = resample_probabilities(onehot, box, resample_axis(entry.raw_spacing, manifest.plan)).argmax(0).astype(np.uint8)
+        back = (
+            resample_probabilities(onehot, box, resample_axis(entry.raw_spacing, manifest.plan))
+            .argmax(0)
+            .astype(np.uint8)
+        )
         found, truth = paste(back, entry.crop, entry.raw_shape), store.truth(entry)
         for value in (1, 2):
             a, b = found == value, truth == value
@@ -431,8 +516,15 @@ def test_a_perfect_prediction_scores_almost_one_on_the_raw_grid(raw, tmp_path):
 
 def test_hippocampus_as_a_store(shared_data, tmp_path):
     manifest = build("msd", shared_data("Task04_Hippocampus"), tmp_path / "out", workers=1)
-    assert len(manifest.cases) == 208 and manifest.plan.patch == (40, 56, 40) and manifest.plan.target_spacing == (1.0, 1.0, 1.0)
-    assert [len(fold["val"]) for fold in manifest.splits["kfold"]] in ([42, 42, 42, 41, 41], *permuted([42, 42, 42, 41, 41]))
+    assert (
+        len(manifest.cases) == 208
+        and manifest.plan.patch == (40, 56, 40)
+        and manifest.plan.target_spacing == (1.0, 1.0, 1.0)
+    )
+    assert [len(fold["val"]) for fold in manifest.splits["kfold"]] in (
+        [42, 42, 42, 41, 41],
+        *permuted([42, 42, 42, 41, 41]),
+    )
     store = open_store(tmp_path / "out")
     images = [store.image(entry) for entry in manifest.cases[::20]]
     assert all(abs(image.mean()) < 0.01 and abs(image.std() - 1) < 0.01 for image in images)
@@ -450,5 +542,9 @@ def test_nuclei_as_a_store(shared_data, tmp_path):
     for folder in sorted(source.iterdir())[:40]:
         shutil.copytree(folder, raw / "stage1_train" / folder.name)
     manifest = build("dsb2018", raw, tmp_path / "out", "hdf5", workers=1)
-    assert len(manifest.cases) == 40 and manifest.plan.dtype == "uint8" and manifest.plan.patch[0] == 1
-    assert not any(entry.has_truth for entry in manifest.cases) and not verify(tmp_path / "out", chunks=True)
+    assert (
+        len(manifest.cases) == 40 and manifest.plan.dtype == "uint8" and manifest.plan.patch[0] == 1
+    )
+    assert not any(entry.has_truth for entry in manifest.cases) and not verify(
+        tmp_path / "out", chunks=True
+    )

@@ -37,7 +37,11 @@ def change(path: Path, edit, affine=None, dtype=None) -> None:
     image = nib.load(path)
     array = np.asarray(image.dataobj)
     array = edit(array.astype(dtype) if dtype else array.copy())
-    path.write_bytes(gzip.compress(nib.Nifti1Image(array, image.affine if affine is None else affine).to_bytes(), mtime=0))
+    path.write_bytes(
+        gzip.compress(
+            nib.Nifti1Image(array, image.affine if affine is None else affine).to_bytes(), mtime=0
+        )
+    )
 
 
 def put(value, at=(4, 5, 3)):
@@ -79,21 +83,87 @@ DOUBLE = lambda d: d["training"].append(d["training"][1])  # noqa: E731
 FAULTS = {  # what is done to the folder; then case, field, found and expected of the problem
     "missing label": (lambda r: (r / LABEL).unlink(), CASE, "label", "no file", LABEL),
     "missing image": (lambda r: (r / IMAGE).unlink(), CASE, "image", "no file", IMAGE),
-    "shape": (lambda r: change(r / LABEL, lambda a: a[:-1]), CASE, "label shape", "x", "as the image has"),
-    "affine": (lambda r: change(r / LABEL, same, moved(r / LABEL, 2)), CASE, "label affine", "[0,3] = -18", "-20 as the image has"),
-    "spacing": (lambda r: change(r / LABEL, same, stretched(r / LABEL)), CASE, "label spacing", "3.75x", "2.5x"),
+    "shape": (
+        lambda r: change(r / LABEL, lambda a: a[:-1]),
+        CASE,
+        "label shape",
+        "x",
+        "as the image has",
+    ),
+    "affine": (
+        lambda r: change(r / LABEL, same, moved(r / LABEL, 2)),
+        CASE,
+        "label affine",
+        "[0,3] = -18",
+        "-20 as the image has",
+    ),
+    "spacing": (
+        lambda r: change(r / LABEL, same, stretched(r / LABEL)),
+        CASE,
+        "label spacing",
+        "3.75x",
+        "2.5x",
+    ),
     "undeclared": (lambda r: change(r / LABEL, put(7)), CASE, "label values", "7", DECLARED),
-    "negative": (lambda r: change(r / LABEL, put(-1), dtype="i2"), CASE, "label values", "-1", DECLARED),
-    "fraction": (lambda r: change(r / LABEL, put(0.5), dtype="f4"), CASE, "label", "no integers, such as 0.5", "integers"),
-    "nan label": (lambda r: change(r / LABEL, put(np.nan), dtype="f4"), CASE, "label", "such as nan", "integers"),
+    "negative": (
+        lambda r: change(r / LABEL, put(-1), dtype="i2"),
+        CASE,
+        "label values",
+        "-1",
+        DECLARED,
+    ),
+    "fraction": (
+        lambda r: change(r / LABEL, put(0.5), dtype="f4"),
+        CASE,
+        "label",
+        "no integers, such as 0.5",
+        "integers",
+    ),
+    "nan label": (
+        lambda r: change(r / LABEL, put(np.nan), dtype="f4"),
+        CASE,
+        "label",
+        "such as nan",
+        "integers",
+    ),
     "nan": (lambda r: change(r / IMAGE, put(np.nan)), CASE, "image, channel 0", BAD_VOXEL, FINITE),
     "inf": (lambda r: change(r / IMAGE, put(-np.inf)), CASE, "image, channel 0", BAD_VOXEL, FINITE),
-    "truncated": (lambda r: truncate(r / IMAGE), CASE, "file", "phantom_001.nii.gz damaged or truncated", "a readable image"),
-    "not an image": (lambda r: (r / LABEL).write_bytes(b"no"), CASE, "file", "damaged", "a readable image"),
-    "channels": (lambda r: change(r / IMAGE, lambda a: np.stack([a, a], -1)), CASE, "channels", "2", "1 (MRI)"),
+    "truncated": (
+        lambda r: truncate(r / IMAGE),
+        CASE,
+        "file",
+        "phantom_001.nii.gz damaged or truncated",
+        "a readable image",
+    ),
+    "not an image": (
+        lambda r: (r / LABEL).write_bytes(b"no"),
+        CASE,
+        "file",
+        "damaged",
+        "a readable image",
+    ),
+    "channels": (
+        lambda r: change(r / IMAGE, lambda a: np.stack([a, a], -1)),
+        CASE,
+        "channels",
+        "2",
+        "1 (MRI)",
+    ),
     "duplicate": (lambda r: rewrite(r / JSON, DOUBLE), CASE, "id", "2 cases of this name", "one"),
-    "number": (lambda r: rewrite(r / JSON, lambda d: d.update(numTraining=9)), JSON, "numTraining", "9", "3, the number of"),
-    "unlisted": (lambda r: shutil.copy(r / IMAGE, r / "imagesTr/extra.nii.gz"), "extra", "image", "a file", "to be listed in"),
+    "number": (
+        lambda r: rewrite(r / JSON, lambda d: d.update(numTraining=9)),
+        JSON,
+        "numTraining",
+        "9",
+        "3, the number of",
+    ),
+    "unlisted": (
+        lambda r: shutil.copy(r / IMAGE, r / "imagesTr/extra.nii.gz"),
+        "extra",
+        "image",
+        "a file",
+        "to be listed in",
+    ),
 }
 
 
@@ -104,7 +174,12 @@ def test_a_fault_is_named_with_what_was_expected_and_how_to_mend_it(fault, raw, 
     with pytest.raises(DataError) as caught:
         build("msd", raw, tmp_path / "out", workers=1)
     problem = next(p for p in caught.value.problems if p.field == field)
-    assert problem.case == case and found in problem.found and expected in problem.expected and problem.mend.endswith(".")
+    assert (
+        problem.case == case
+        and found in problem.found
+        and expected in problem.expected
+        and problem.mend.endswith(".")
+    )
     assert caught.value.exit_code == 2 and f"{case}: {field}: found " in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"raw"}, "nothing is written"
 
@@ -133,7 +208,9 @@ def test_small_differences_of_the_header_are_no_fault(raw):
 def test_an_empty_mask_is_a_warning_and_an_empty_data_set_a_problem(raw):
     change(raw / LABEL, np.zeros_like)
     found = survey(open_reader("msd", raw), workers=1)
-    assert not found.problems and [(w.case, w.found) for w in found.warnings] == [("phantom_001", "no foreground voxel")]
+    assert not found.problems and [(w.case, w.found) for w in found.warnings] == [
+        ("phantom_001", "no foreground voxel")
+    ]
     for case in ("phantom_000", "phantom_002"):
         change(raw / f"labelsTr/{case}.nii.gz", np.zeros_like)
     (problem,) = survey(open_reader("msd", raw), workers=1).problems
@@ -154,14 +231,19 @@ def test_an_empty_folder_is_one_message(tmp_path):
     for folder in ("imagesTr", "labelsTr"):
         shutil.rmtree(root / folder)
         (root / folder).mkdir()
-    with pytest.raises(InputError, match="imagesTr holds no CASE_0000.nii.gz. Expected an nnU-Net v2 folder"):
+    with pytest.raises(
+        InputError, match="imagesTr holds no CASE_0000.nii.gz. Expected an nnU-Net v2 folder"
+    ):
         survey(open_reader("nnunet", root))
 
 
 def test_nnunet_channels_that_are_missing_or_too_many(tmp_path):
     root = write_nnunet_phantom(tmp_path / "raw", cases=2)
     (root / "imagesTr/patient000_visit0_0001.nii.gz").unlink()
-    shutil.copy(root / "imagesTr/patient000_visit1_0001.nii.gz", root / "imagesTr/patient000_visit1_0002.nii.gz")
+    shutil.copy(
+        root / "imagesTr/patient000_visit1_0001.nii.gz",
+        root / "imagesTr/patient000_visit1_0002.nii.gz",
+    )
     problems = survey(open_reader("nnunet", root), workers=1).problems
     assert [(p.case, p.field, p.found) for p in problems] == [
         ("patient000_visit1", "channel", "_0002"),
@@ -174,7 +256,10 @@ def test_nnunet_channels_on_different_grids(tmp_path):
     root = write_nnunet_phantom(tmp_path / "raw", cases=1)
     change(root / "imagesTr/patient000_visit0_0001.nii.gz", lambda a: a[:, :-2])
     (problem,) = survey(open_reader("nnunet", root), workers=1).problems
-    assert problem.field == "shape of channel patient000_visit0_0001.nii.gz" and problem.found == "12x30x32"
+    assert (
+        problem.field == "shape of channel patient000_visit0_0001.nii.gz"
+        and problem.found == "12x30x32"
+    )
 
 
 def test_a_label_value_inside_a_region_or_ignored_is_declared(tmp_path):
@@ -188,7 +273,11 @@ def test_dsb_without_masks(tmp_path):
     folder = sorted((root / "stage1_train").iterdir())[0]
     shutil.rmtree(folder / "masks")
     (problem,) = survey(open_reader("dsb2018", root), workers=1).problems
-    assert (problem.case, problem.field, problem.expected) == (folder.name, "label", f"stage1_train/{folder.name}/masks/*.png")
+    assert (problem.case, problem.field, problem.expected) == (
+        folder.name,
+        "label",
+        f"stage1_train/{folder.name}/masks/*.png",
+    )
 
 
 def test_real_data_are_sound(shared_data):

@@ -25,4 +25,6 @@ def test_chunks_follow_the_patch(patch, shape, voxel_bytes, expected):
     chunk = chunk_of(patch, shape, voxel_bytes)
     held = int(np.prod(chunk)) * voxel_bytes
     assert chunk == expected
-    assert held <= LARGEST and (held >= SMALLEST or all(c >= min(p, s) for c, p, s in zip(chunk, patch, shape, strict=True)))
+    assert held <= LARGEST and (
+        held >= SMALLEST or all(c >= min(p, s) for c, p, s in zip(chunk, patch, shape, strict=True))
+    )

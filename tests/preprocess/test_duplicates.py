@@ -23,7 +23,13 @@ from segfleet.preprocess.readers.base import open_reader
 
 def facts(number: int, image_YXC: np.ndarray, group: str = "") -> CaseFacts:
     image = np.moveaxis(image_YXC, -1, 0)[:, None]
-    return CaseFacts(id=f"c{number}", group=group, raw_shape=image.shape[1:], thumbnail=thumbnail(image), image_sha256=str(number))
+    return CaseFacts(
+        id=f"c{number}",
+        group=group,
+        raw_shape=image.shape[1:],
+        thumbnail=thumbnail(image),
+        image_sha256=str(number),
+    )
 
 
 def picture(seed: int, size: int = 96) -> np.ndarray:
@@ -47,7 +53,15 @@ def test_a_new_compression_is_seen_through(quality):
 def test_what_is_no_copy():
     image = picture(0)
     flat = np.full((96, 96, 3), 40, np.uint8)
-    others = [image // 2, image[::-1], np.roll(image, 12, axis=1), picture(0, 100), np.zeros((8, 8, 3), np.uint8), flat, flat + 1]
+    others = [
+        image // 2,
+        image[::-1],
+        np.roll(image, 12, axis=1),
+        picture(0, 100),
+        np.zeros((8, 8, 3), np.uint8),
+        flat,
+        flat + 1,
+    ]
     assert not list(nearly([facts(k, one) for k, one in enumerate([image, *others])]))
     frames = [facts(k, one, group="sequence1") for k, one in enumerate([image, jpeg(image, 90)])]
     assert not list(nearly(frames)), "frames of a sequence look alike"
@@ -64,7 +78,10 @@ def test_a_recompressed_case_stays_on_its_side(tmp_path):
         Image.fromarray(mask).save(tmp_path / "masks" / f"case{k}.png")
     found = survey(open_reader("folder", tmp_path), workers=1)
     (warning,) = [w for w in found.warnings if w.field == "image"]
-    assert (warning.case, warning.found) == ("case3", "looks the same as case10") and not found.problems
+    assert (warning.case, warning.found) == (
+        "case3",
+        "looks the same as case10",
+    ) and not found.problems
     members = [Member(id=ref.id, group=ref.group or ref.id, foreground={}) for ref in found.refs]
     assert {m.id for m in members if m.group == "case3"} == {"case3", "case10"}
     assert all(disjoint(fold, members) for fold in make_splits(members, 1)["kfold"])
@@ -72,19 +89,43 @@ def test_a_recompressed_case_stays_on_its_side(tmp_path):
 
 def test_images_of_another_data_set_are_named(tmp_path):
     """As with ISIC 2017 and 2018: another file, the same pixels."""
-    newer, older = (open_reader(name, PHANTOMS[name](tmp_path / name, cases=8, seed=k)) for k, name in enumerate(("isic2018", "isic2017")))
+    newer, older = (
+        open_reader(name, PHANTOMS[name](tmp_path / name, cases=8, seed=k))
+        for k, name in enumerate(("isic2018", "isic2017"))
+    )
     manifest = build("isic2018", newer.root, tmp_path / "store", workers=1)
     assert not shared(survey(older, workers=1).facts, manifest)
     there, here = newer.refs()[-1], older.refs()[1]
     here.images[0].write_bytes(there.images[0].read_bytes() + b"\0")
     here.labels[0].write_bytes(there.labels[0].read_bytes())
-    command = ["datasets", "isic2017", "check", older.root, "--against", tmp_path / "store", "--json"]
-    done = subprocess.run([sys.executable, "-m", "segfleet.cli.main", *map(str, command)], capture_output=True, text=True, timeout=60)
+    command = [
+        "datasets",
+        "isic2017",
+        "check",
+        older.root,
+        "--against",
+        tmp_path / "store",
+        "--json",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "segfleet.cli.main", *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     (warning,) = [w for w in json.loads(done.stdout)["warnings"] if "also in" in w["found"]]
     assert done.returncode == 0 and warning["case"] == here.id
     fold = next(n for n, fold in enumerate(manifest.splits["kfold"]) if there.id in fold["val"])
-    assert f"isic2018: {there.id} (kfold: val of fold {fold}, official-test: val)" in warning["found"]
-    old = manifest.model_copy(update={"cases": tuple(entry.model_copy(update={"image_sha256": ""}) for entry in manifest.cases)})
+    assert (
+        f"isic2018: {there.id} (kfold: val of fold {fold}, official-test: val)" in warning["found"]
+    )
+    old = manifest.model_copy(
+        update={
+            "cases": tuple(
+                entry.model_copy(update={"image_sha256": ""}) for entry in manifest.cases
+            )
+        }
+    )
     with pytest.raises(InputError, match="against: the store does not record"):
         shared(survey(older, workers=1).facts, old)
 

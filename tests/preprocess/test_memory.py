@@ -35,12 +35,19 @@ print(peak() - start)
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize(
     ("channel", "dtype", "spacing", "less_than"),
-    [("CT", np.int16, "1,0.9,0.9", 18), pytest.param("MRI", np.float64, "0.9,0.9,0.9", 24, marks=pytest.mark.long)],
+    [
+        ("CT", np.int16, "1,0.9,0.9", 18),
+        pytest.param("MRI", np.float64, "0.9,0.9,0.9", 24, marks=pytest.mark.long),
+    ],
 )
 def test_the_peak_is_below_the_estimate(channel, dtype, spacing, less_than, tmp_path):
     """`less_than`: bytes per voxel of the raw grid."""
     draw = np.random.default_rng(0)
-    image = np.repeat(draw.integers(-500, 500, SHAPE[:2]), SHAPE[2], axis=1).reshape(SHAPE).astype(dtype)
+    image = (
+        np.repeat(draw.integers(-500, 500, SHAPE[:2]), SHAPE[2], axis=1)
+        .reshape(SHAPE)
+        .astype(dtype)
+    )
     label = np.ones(SHAPE, np.uint8)
     label[:, :60] = 2
     image[:12] = 0  # is cropped away
@@ -49,7 +56,12 @@ def test_the_peak_is_below_the_estimate(channel, dtype, spacing, less_than, tmp_
         path.parent.mkdir(parents=True)
         nib.save(nib.Nifti1Image(array.T, np.eye(4)), path)
     labels = {"background": 0, "a": 1, "b": 2}
-    facts = {"channel_names": {"0": channel}, "labels": labels, "numTraining": 1, "file_ending": ".nii.gz"}
+    facts = {
+        "channel_names": {"0": channel},
+        "labels": labels,
+        "numTraining": 1,
+        "file_ending": ".nii.gz",
+    }
     (tmp_path / "raw" / "dataset.json").write_text(json.dumps(facts))
     command = [sys.executable, "-c", MEASURE, tmp_path / "raw", tmp_path / "store", spacing]
     taken = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

@@ -1,4 +1,5 @@
-"""Mended copies and 2.5D slices: what is changed, what is not, and that the raw folder stays as it was."""
+"""Mended copies and 2.5D slices: what is changed, what is not, and that the raw folder stays as it
+was."""
 
 from __future__ import annotations
 
@@ -24,19 +25,25 @@ from segfleet.preprocess.readers.base import open_reader
 
 
 def digest(root: Path) -> str:
-    return hashlib.sha256(b"".join(str(p).encode() + p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file())).hexdigest()
+    return hashlib.sha256(
+        b"".join(str(p).encode() + p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file())
+    ).hexdigest()
 
 
 def change(path: Path, edit=lambda a: a, affine=None) -> None:
     image = nib.load(path)
-    array, where = edit(np.asarray(image.dataobj).copy()), image.affine if affine is None else affine
+    array, where = (
+        edit(np.asarray(image.dataobj).copy()),
+        image.affine if affine is None else affine,
+    )
     path.unlink()
     nib.save(nib.Nifti1Image(array, where), path)
 
 
 @pytest.fixture
 def binary(tmp_path) -> Path:
-    """A Decathlon folder with one label, saved as 0 and 255 in the first case, and with a shifted affine in the second."""
+    """A Decathlon folder with one label, saved as 0 and 255 in the first case, and with a shifted
+    affine in the second."""
     root = PHANTOMS["msd"](tmp_path / "raw", cases=3, size=(8, 16, 16))
     document = json.loads((root / "dataset.json").read_text())
     document["labels"] = {"0": "background", "1": "blob"}
@@ -53,13 +60,23 @@ def test_masks_of_255_and_copied_geometry_are_mended_in_a_copy(binary, tmp_path)
     before, reader = digest(binary), open_reader("msd", binary)
     assert len(survey(reader, workers=1).problems) == 2
     done = mend(reader, tmp_path / "out")
-    assert [(change["case"], change["field"]) for change in done] == [("phantom_000", "label values"), ("phantom_001", "label spacing")]
+    assert [(change["case"], change["field"]) for change in done] == [
+        ("phantom_000", "label values"),
+        ("phantom_001", "label spacing"),
+    ]
     assert done[0]["was"] == "255" and done[0]["now"] == "1"
-    assert digest(binary) == before and not survey(open_reader("msd", tmp_path / "out"), workers=1).problems
+    assert (
+        digest(binary) == before
+        and not survey(open_reader("msd", tmp_path / "out"), workers=1).problems
+    )
     third = "labelsTr/phantom_002.nii.gz"
     assert (tmp_path / "out" / third).samefile(binary / third), "what needs nothing is linked"
-    one, other = (nib.load(folder / "labelsTr/phantom_000.nii.gz") for folder in (binary, tmp_path / "out"))
-    assert np.array_equal(np.asarray(one.dataobj) > 0, np.asarray(other.dataobj) == 1) and np.allclose(one.affine, other.affine)
+    one, other = (
+        nib.load(folder / "labelsTr/phantom_000.nii.gz") for folder in (binary, tmp_path / "out")
+    )
+    assert np.array_equal(
+        np.asarray(one.dataobj) > 0, np.asarray(other.dataobj) == 1
+    ) and np.allclose(one.affine, other.affine)
     assert {p.name for p in tmp_path.iterdir()} == {"raw", "out"}
 
 
@@ -68,7 +85,9 @@ def test_labels_are_renumbered_as_told(tmp_path):
     path = root / "labelsTr/phantom_001.nii.gz"
     change(path, lambda a: np.where(a == 2, 4, a).astype(np.uint8))
     reader = open_reader("msd", root)
-    assert mend(reader, tmp_path / "nothing") == [] and not (tmp_path / "nothing").exists(), "4 could mean anything"
+    assert mend(reader, tmp_path / "nothing") == [] and not (tmp_path / "nothing").exists(), (
+        "4 could mean anything"
+    )
     (done,) = mend(reader, tmp_path / "out", {4: 2})
     assert done == {"case": "phantom_001", "field": "label values", "was": "4", "now": "2"}
     assert not survey(open_reader("msd", tmp_path / "out"), workers=1).problems
@@ -85,11 +104,14 @@ def test_renumbering_exchanges_values(tmp_path):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.5])
 def test_labels_that_are_no_integers_are_left_alone(value, binary, tmp_path):
-    """Beside one that can be mended. The values 0 and nan must not make nan the one declared class."""
+    """Beside one that can be mended. The values 0 and nan must not make nan the one declared
+    class."""
     alone, mixed = (binary / f"labelsTr/phantom_00{i}.nii.gz" for i in (1, 2))
     change(alone, lambda a: np.where(a > 0, value, 0).astype(np.float32))
     change(mixed, lambda a: np.where(a.cumsum().reshape(a.shape) == 3, value, a.astype(np.float32)))
-    assert {done["case"] for done in mend(open_reader("msd", binary), tmp_path / "out")} == {"phantom_000"}
+    assert {done["case"] for done in mend(open_reader("msd", binary), tmp_path / "out")} == {
+        "phantom_000"
+    }
     assert all(path.samefile(tmp_path / "out/labelsTr" / path.name) for path in (alone, mixed))
     problems = survey(open_reader("msd", tmp_path / "out"), workers=1).problems
     assert {p.case for p in problems if "no integers" in p.found} == {"phantom_001", "phantom_002"}
@@ -99,9 +121,14 @@ def test_labels_that_are_no_integers_are_left_alone(value, binary, tmp_path):
 def test_values_that_would_wrap_are_left_alone(value, binary, tmp_path):
     path = binary / "labelsTr/phantom_001.nii.gz"  # whose geometry could be mended
     change(path, lambda a: np.where(a.cumsum().reshape(a.shape) == 3, value, a.astype(np.int16)))
-    assert {done["case"] for done in mend(open_reader("msd", binary), tmp_path / "out")} == {"phantom_000"}
+    assert {done["case"] for done in mend(open_reader("msd", binary), tmp_path / "out")} == {
+        "phantom_000"
+    }
     remap = {value: 1} if value > 0 else {}
-    assert ("phantom_001" in {done["case"] for done in mend(open_reader("msd", binary), tmp_path / "told", remap)}) == bool(remap)
+    assert (
+        "phantom_001"
+        in {done["case"] for done in mend(open_reader("msd", binary), tmp_path / "told", remap)}
+    ) == bool(remap)
 
 
 def test_labels_behind_links_and_leftovers_are_no_obstacle(binary, tmp_path):
@@ -115,7 +142,10 @@ def test_labels_behind_links_and_leftovers_are_no_obstacle(binary, tmp_path):
     (tmp_path / "deep/out.partial/labelsTr").mkdir(parents=True)
     before = digest(elsewhere)
     assert len(mend(open_reader("msd", binary), tmp_path / "deep/out")) == 2
-    assert digest(elsewhere) == before and not survey(open_reader("msd", tmp_path / "deep/out"), workers=1).problems
+    assert (
+        digest(elsewhere) == before
+        and not survey(open_reader("msd", tmp_path / "deep/out"), workers=1).problems
+    )
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
 
 
@@ -124,10 +154,14 @@ def test_a_label_outside_the_raw_folder_is_left_alone(binary, tmp_path):
     (tmp_path / "beside").mkdir()
     path.rename(tmp_path / "beside" / path.name)
     text = (binary / "dataset.json").read_text()
-    (binary / "dataset.json").write_text(text.replace(f"./labelsTr/{path.name}", f"../beside/{path.name}"))
+    (binary / "dataset.json").write_text(
+        text.replace(f"./labelsTr/{path.name}", f"../beside/{path.name}")
+    )
     assert "../beside" in (binary / "dataset.json").read_text()
     before = digest(tmp_path / "beside")
-    assert [c["case"] for c in mend(open_reader("msd", binary), tmp_path / "out")] == ["phantom_001"]
+    assert [c["case"] for c in mend(open_reader("msd", binary), tmp_path / "out")] == [
+        "phantom_001"
+    ]
     assert digest(tmp_path / "beside") == before
 
 
@@ -135,39 +169,74 @@ def test_a_sidecar_is_not_written_through_a_link(tmp_path):
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw/a.json").write_text("{}")
     (tmp_path / "a.json").hardlink_to(tmp_path / "raw/a.json")
-    write_label(tmp_path / "a.tif", np.zeros((2, 3, 4), np.uint8), Geometry(shape=(2, 3, 4), spacing=(3.0, 1.0, 1.0)))
-    assert (tmp_path / "raw/a.json").read_text() == "{}" and json.loads((tmp_path / "a.json").read_text()) == {"spacing": [3, 1, 1]}
+    write_label(
+        tmp_path / "a.tif",
+        np.zeros((2, 3, 4), np.uint8),
+        Geometry(shape=(2, 3, 4), spacing=(3.0, 1.0, 1.0)),
+    )
+    assert (tmp_path / "raw/a.json").read_text() == "{}" and json.loads(
+        (tmp_path / "a.json").read_text()
+    ) == {"spacing": [3, 1, 1]}
 
 
 def test_places_that_are_taken_are_refused(binary, tmp_path):
     (tmp_path / "mine").mkdir()
-    for place, message in ((tmp_path / "mine", "exists"), (binary / "new", "lies in the raw folder")):
+    for place, message in (
+        (tmp_path / "mine", "exists"),
+        (binary / "new", "lies in the raw folder"),
+    ):
         with pytest.raises(InputError, match=f"to: .* {message}. Choose a new folder"):
             mend(open_reader("msd", binary), place)
 
 
 def test_the_command_mends_then_checks(binary, tmp_path):
-    command = [sys.executable, "-m", "segfleet.cli.main", "datasets", "msd", "check", str(binary), "--fix", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "segfleet.cli.main",
+        "datasets",
+        "msd",
+        "check",
+        str(binary),
+        "--fix",
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
-    assert document["root"] == f"{binary}-mended" and len(document["mended"]) == 2 and document["problems"] == []
+    assert (
+        document["root"] == f"{binary}-mended"
+        and len(document["mended"]) == 2
+        and document["problems"] == []
+    )
     (binary / "labelsTr/phantom_002.nii.gz").unlink()
-    done = subprocess.run([*command[:-1], "--to", str(tmp_path / "other")], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "2 label(s) mended in the copy" in done.stdout.replace("\n", " ") and "phantom_002" in done.stderr
+    done = subprocess.run(
+        [*command[:-1], "--to", str(tmp_path / "other")], capture_output=True, text=True, timeout=60
+    )
+    assert (
+        done.returncode == 2
+        and "2 label(s) mended in the copy" in done.stdout.replace("\n", " ")
+        and "phantom_002" in done.stderr
+    )
 
 
 def test_slices_keep_every_annotated_one(tmp_path):
-    image = np.arange(6, dtype=np.float32)[:, None, None] * 100 * np.ones((6, 4, 5), np.float32) - 250
+    image = (
+        np.arange(6, dtype=np.float32)[:, None, None] * 100 * np.ones((6, 4, 5), np.float32) - 250
+    )
     label = np.zeros((6, 4, 5), np.uint8)
     label[0, 1, 1], label[2, 0, 0] = 1, 2
     found = list(stacks(image, label, -200, 200))
     assert [z for z, _, _ in found] == [0, 1, 2], "the empty one between them too"
     assert found[0][1].shape == (4, 5, 3) and found[0][1].dtype == np.float32
-    assert [v for _, triple, _ in found for v in triple[0, 0]] == pytest.approx([-1, -1, -0.75, -1, -0.75, -0.25, -0.75, -0.25, 0.25])
+    assert [v for _, triple, _ in found for v in triple[0, 0]] == pytest.approx(
+        [-1, -1, -0.75, -1, -0.75, -0.25, -0.75, -0.25, 0.25]
+    )
     assert np.array_equal(found[2][2], label[2]) and list(stacks(image, label * 0, -200, 200)) == []
     label[5] = 1
-    assert list(stacks(image, label, -200, 200))[-1][1][0, 0].tolist() == pytest.approx([0.75, 1, 1])
+    assert list(stacks(image, label, -200, 200))[-1][1][0, 0].tolist() == pytest.approx(
+        [0.75, 1, 1]
+    )
 
 
 def test_volumes_become_slices_become_a_store(tmp_path):
@@ -177,9 +246,19 @@ def test_volumes_become_slices_become_a_store(tmp_path):
     labels = {ref.id: reader.label(ref)[0] for ref in reader.refs()}
     spans = {case: np.flatnonzero(label.any(axis=(1, 2))) for case, label in labels.items()}
     assert count == sum(z[-1] - z[0] + 1 for z in spans.values())
-    manifest = build("npy", tmp_path / "slices", tmp_path / "store", workers=1, options={"regions": "any-tumour"})
-    assert len(manifest.cases) == count and {entry.group for entry in manifest.cases} == {*labels} and manifest.dataset.dims == 2
-    assert manifest.plan.normalisation == ("none",) * 3 and manifest.cases[0].raw_shape == (1, 24, 24)
+    manifest = build(
+        "npy", tmp_path / "slices", tmp_path / "store", workers=1, options={"regions": "any-tumour"}
+    )
+    assert (
+        len(manifest.cases) == count
+        and {entry.group for entry in manifest.cases} == {*labels}
+        and manifest.dataset.dims == 2
+    )
+    assert manifest.plan.normalisation == ("none",) * 3 and manifest.cases[0].raw_shape == (
+        1,
+        24,
+        24,
+    )
     assert manifest.dataset.regions == {"any": (1, 2), "tumour": (2,)}
     total = sum(entry.voxels.get(2, 0) for entry in manifest.cases)
     assert total == sum(int((label[:, 4:-4, 4:-4] == 2).sum()) for label in labels.values())
@@ -201,7 +280,9 @@ def test_slices_of_flipped_volumes_lie_alike(tmp_path):
         change(name, lambda a: a[::-1].copy(), affine)
     write_slices(open_reader("lits", raw), tmp_path / "two")
     for one in sorted((tmp_path / "one").rglob("*.npy")):
-        assert np.array_equal(np.load(one), np.load(tmp_path / "two" / one.relative_to(tmp_path / "one")))
+        assert np.array_equal(
+            np.load(one), np.load(tmp_path / "two" / one.relative_to(tmp_path / "one"))
+        )
 
 
 def deeper(path: Path) -> None:
@@ -211,16 +292,24 @@ def deeper(path: Path) -> None:
 FAULTS = {  # what is done to a segmentation -> the field that is named
     "three slices more": (deeper, "label shape"),
     "narrower": (lambda path: change(path, lambda a: a[:-2]), "label shape"),
-    "undeclared": (lambda path: change(path, lambda a: np.where(a > 0, 258, a.astype(np.int16))), "label values"),
+    "undeclared": (
+        lambda path: change(path, lambda a: np.where(a > 0, 258, a.astype(np.int16))),
+        "label values",
+    ),
     "fractional": (lambda path: change(path, lambda a: a * np.float32(0.5)), "label"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_nothing_is_sliced_of_a_broken_data_set(fault, tmp_path):
-    reader, (hurt, field) = open_reader("lits", PHANTOMS["lits"](tmp_path / "raw", cases=3)), FAULTS[fault]
+    reader, (hurt, field) = (
+        open_reader("lits", PHANTOMS["lits"](tmp_path / "raw", cases=3)),
+        FAULTS[fault],
+    )
     hurt(reader.refs()[1].labels[0])
     with pytest.raises(DataError) as caught:
         write_slices(reader, tmp_path / "slices")
-    assert [(p.case, p.field) for p in caught.value.problems] == [("volume-1", field)] and caught.value.exit_code == 2
+    assert [(p.case, p.field) for p in caught.value.problems] == [
+        ("volume-1", field)
+    ] and caught.value.exit_code == 2
     assert [p.name for p in tmp_path.iterdir()] == ["raw"]

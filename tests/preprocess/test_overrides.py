@@ -33,19 +33,34 @@ def volumes(tmp_path_factory):
 
 
 def test_every_image_gets_the_size_and_the_truth_stays(pictures, tmp_path):
-    manifest = build("busi", pictures, tmp_path / "store", workers=1, overrides=Overrides(size=(32, 40)))
-    assert manifest.plan.size == manifest.plan.patch == (1, 32, 40) and manifest.plan.dtype == "uint8"
+    manifest = build(
+        "busi", pictures, tmp_path / "store", workers=1, overrides=Overrides(size=(32, 40))
+    )
+    assert (
+        manifest.plan.size == manifest.plan.patch == (1, 32, 40) and manifest.plan.dtype == "uint8"
+    )
     reader, store = open_reader("busi", pictures), open_store(tmp_path / "store")
-    assert len({entry.raw_shape for entry in manifest.cases}) > 1 and {entry.shape for entry in manifest.cases} == {(1, 32, 40)}
+    assert len({entry.raw_shape for entry in manifest.cases}) > 1 and {
+        entry.shape for entry in manifest.cases
+    } == {(1, 32, 40)}
     for ref, entry in zip(reader.refs(), manifest.cases, strict=True):
         case = reader.read(ref)
         assert entry.has_truth and np.array_equal(store.truth(entry), case.label_ZYX)
         expected = resample_image(case.image_CZYX.astype(np.float32) / 255, (1, 32, 40))
         assert np.abs(store.image(entry) - np.clip(expected, 0, 1)).max() <= 0.5 / 255 + 1e-6
         assert entry.spacing == pytest.approx((1, entry.raw_shape[1] / 32, entry.raw_shape[2] / 40))
-        back = resample_probabilities((store.label(entry) == 1).astype(np.float32)[None], entry.raw_shape)[0] > 0.5
-        together = 2 * (back & (case.label_ZYX == 1)).sum() / max(1, back.sum() + case.label_ZYX.sum())
-        assert together > 0.93 or reader.may_be_empty(ref), "scores at native resolution remain possible"
+        back = (
+            resample_probabilities(
+                (store.label(entry) == 1).astype(np.float32)[None], entry.raw_shape
+            )[0]
+            > 0.5
+        )
+        together = (
+            2 * (back & (case.label_ZYX == 1)).sum() / max(1, back.sum() + case.label_ZYX.sum())
+        )
+        assert together > 0.93 or reader.may_be_empty(ref), (
+            "scores at native resolution remain possible"
+        )
     store.close()
 
 
@@ -59,10 +74,20 @@ def test_grey_images_of_one_size_are_not_cropped(tmp_path):
             pixels = np.zeros((20, 30), np.uint8)
             pixels[5:10, 8 : 16 + index] = 200
             Image.fromarray(pixels).save(tmp_path / "raw" / folder / f"{index}.png")
-    manifest = build("folder", tmp_path / "raw", tmp_path / "store", workers=1, overrides=Overrides(size=(40, 60)))
-    assert manifest.cases[0].crop == ((0, 1), (0, 20), (0, 30)) and manifest.plan.normalisation == ("zscore",)
+    manifest = build(
+        "folder",
+        tmp_path / "raw",
+        tmp_path / "store",
+        workers=1,
+        overrides=Overrides(size=(40, 60)),
+    )
+    assert manifest.cases[0].crop == ((0, 1), (0, 20), (0, 30)) and manifest.plan.normalisation == (
+        "zscore",
+    )
     store = open_store(tmp_path / "store")
-    rows, columns = (np.flatnonzero(store.label(manifest.cases[0])[0].any(axis=axis)) for axis in (1, 0))
+    rows, columns = (
+        np.flatnonzero(store.label(manifest.cases[0])[0].any(axis=axis)) for axis in (1, 0)
+    )
     assert (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1) == (10, 20, 16, 32)
     store.close()
 
@@ -70,9 +95,15 @@ def test_grey_images_of_one_size_are_not_cropped(tmp_path):
 def test_patch_and_spacing_replace_the_planned_ones(volumes, tmp_path):
     wish = Overrides(patch=(8, 16, 24), spacing=(2.0, 1.0, 1.0))
     manifest = build("lits", volumes, tmp_path / "store", workers=1, overrides=wish)
-    assert manifest.plan.patch == (8, 16, 24) and manifest.plan.target_spacing == (2.0, 1.0, 1.0) and manifest.plan.size is None
+    assert (
+        manifest.plan.patch == (8, 16, 24)
+        and manifest.plan.target_spacing == (2.0, 1.0, 1.0)
+        and manifest.plan.size is None
+    )
     assert all(entry.spacing == (2.0, 1.0, 1.0) for entry in manifest.cases)
-    assert build("lits", volumes, tmp_path / "store", workers=1, overrides=wish) == manifest, "nothing to do"
+    assert build("lits", volumes, tmp_path / "store", workers=1, overrides=wish) == manifest, (
+        "nothing to do"
+    )
     with pytest.raises(InputError, match="made from something else: the plan"):
         build("lits", volumes, tmp_path / "store", workers=1)
 
@@ -90,20 +121,57 @@ def test_patch_and_spacing_replace_the_planned_ones(volumes, tmp_path):
     ],
 )
 def test_impossible_wishes_are_refused(dims, wish, message):
-    dataset = Dataset(name="d", reader="folder", dims=dims, channels=("a",), labels={"background": 0, "b": 1})
+    dataset = Dataset(
+        name="d", reader="folder", dims=dims, channels=("a",), labels={"background": 0, "b": 1}
+    )
     with pytest.raises(InputError, match=message):
         Overrides(**wish).check(dataset)
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "segfleet.cli.main", *map(str, arguments)], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-m", "segfleet.cli.main", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def test_the_command_takes_all_of_it(pictures, volumes, tmp_path):
-    done = run("preprocess", "busi", "--raw", pictures, "--out", tmp_path / "a", "--size", 32, 40, "--option", "normals=drop", "--json")
+    done = run(
+        "preprocess",
+        "busi",
+        "--raw",
+        pictures,
+        "--out",
+        tmp_path / "a",
+        "--size",
+        32,
+        40,
+        "--option",
+        "normals=drop",
+        "--json",
+    )
     found = json.loads(done.stdout)
-    assert done.returncode == 0 and found["cases"] == 5 and found["plan"]["size"] == [1, 32, 40] and "80-20-seed41" in found["splits"]
-    done = run("preprocess", "lits", "--raw", volumes, "--out", tmp_path / "b", "--patch", "8x16x16", "--spacing", "2,1,1", "--json")
+    assert (
+        done.returncode == 0
+        and found["cases"] == 5
+        and found["plan"]["size"] == [1, 32, 40]
+        and "80-20-seed41" in found["splits"]
+    )
+    done = run(
+        "preprocess",
+        "lits",
+        "--raw",
+        volumes,
+        "--out",
+        tmp_path / "b",
+        "--patch",
+        "8x16x16",
+        "--spacing",
+        "2,1,1",
+        "--json",
+    )
     assert json.loads(done.stdout)["plan"]["patch"] == [8, 16, 16]
     for wrong, message in (
         (("--patch", "8xa"), "patch: found '8xa'"),
@@ -111,21 +179,37 @@ def test_the_command_takes_all_of_it(pictures, volumes, tmp_path):
         (("--option", "x"), "NAME=VALUE"),
     ):
         done = run("preprocess", "lits", "--raw", volumes, "--out", tmp_path / "c", *wrong)
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr and not (tmp_path / "c").exists()
+        assert (
+            done.returncode == 2
+            and message in done.stderr
+            and "Traceback" not in done.stderr
+            and not (tmp_path / "c").exists()
+        )
 
 
 def test_the_table_of_data_sets_says_where_they_come_from():
-    (busi,) = [found for found in json.loads(run("datasets", "--json").stdout) if found["name"] == "busi"]
-    assert busi["complete"] == 780 and busi["download"].startswith("http") and busi["options"] == {"normals": ["keep", "drop"]}
+    (busi,) = [
+        found for found in json.loads(run("datasets", "--json").stdout) if found["name"] == "busi"
+    ]
+    assert (
+        busi["complete"] == 780
+        and busi["download"].startswith("http")
+        and busi["options"] == {"normals": ["keep", "drop"]}
+    )
     assert run("datasets").returncode == 0
 
 
 def test_the_guide_names_every_layout_and_its_splits(tmp_path):
-    """The table of docs/datasets.md against the readers; official splits are those a phantom brings."""
+    """The table of docs/datasets.md against the readers; official splits are those a phantom
+    brings."""
     guide = (Path(__file__).resolve().parents[2] / "docs/datasets.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \|(.*)$", guide, re.MULTILINE))
     assert sorted(rows) == readers()
     for name, row in rows.items():
         brought = open_reader(name, PHANTOMS[name](tmp_path / name, seed=1)).splits()
-        assert all(split in row for split in brought if not split.startswith(("80-20-seed", "70-15-15")) and split != "nnunet"), name
+        assert all(
+            split in row
+            for split in brought
+            if not split.startswith(("80-20-seed", "70-15-15")) and split != "nnunet"
+        ), name
         assert ("80-20-seed" in row) == ("80-20-seed41" in brought), name

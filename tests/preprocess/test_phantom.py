@@ -22,13 +22,21 @@ def digest(root) -> str:
 
 @pytest.mark.parametrize("name", sorted(PHANTOMS))
 def test_a_phantom_is_reproducible_and_sound(name, tmp_path):
-    first, second, other = (PHANTOMS[name](tmp_path / part, seed=seed) for part, seed in (("a", 0), ("b", 0), ("c", 1)))
+    first, second, other = (
+        PHANTOMS[name](tmp_path / part, seed=seed) for part, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
     assert digest(first) == digest(second) != digest(other)
     reader = open_reader(name, first)
     found = survey(reader, workers=1)
     assert not found.problems and all(warning.case == "splits" for warning in found.warnings)
-    full = [{*facts.voxels} for ref, facts in zip(found.refs, found.facts, strict=True) if not reader.may_be_empty(ref)]
-    assert {value for values in full or [set(found.dataset.labels.values())] for value in values} >= set(found.dataset.labels.values())
+    full = [
+        {*facts.voxels}
+        for ref, facts in zip(found.refs, found.facts, strict=True)
+        if not reader.may_be_empty(ref)
+    ]
+    assert {
+        value for values in full or [set(found.dataset.labels.values())] for value in values
+    } >= set(found.dataset.labels.values())
     assert all(len(values) > 1 for values in full), "every mask has foreground"
 
 

@@ -1,4 +1,5 @@
-"""Planning: spacing, patch, normalisation. Expected values are nnU-Net's rules worked out by hand."""
+"""Planning: spacing, patch, normalisation. Expected values are nnU-Net's rules worked out by
+hand."""
 
 from __future__ import annotations
 
@@ -26,16 +27,32 @@ from segfleet.preprocess.planning.plan import (
 from segfleet.preprocess.readers.base import open_reader
 from segfleet.preprocess.stores.manifest import Dataset
 
-FACTS = {"mean": 100.0, "std": 20.0, "median": 99.0, "min": -50.0, "max": 300.0, "percentile_00_5": -17.0, "percentile_99_5": 201.0}
+FACTS = {
+    "mean": 100.0,
+    "std": 20.0,
+    "median": 99.0,
+    "min": -50.0,
+    "max": 300.0,
+    "percentile_00_5": -17.0,
+    "percentile_99_5": 201.0,
+}
 
 
 def dataset(channels=("MRI",), dims=3) -> Dataset:
-    return Dataset(name="d", reader="msd", dims=dims, channels=channels, labels={"background": 0, "a": 1})
+    return Dataset(
+        name="d", reader="msd", dims=dims, channels=channels, labels={"background": 0, "a": 1}
+    )
 
 
 def prints(shapes, spacings, kept=1.0, dtypes=("int16",), channels=1) -> Fingerprint:
     return Fingerprint(
-        shapes=shapes, spacings=spacings, intensity=(FACTS,) * channels, kept=kept, dtypes=dtypes, cases_with={1: 1}, orientations={}
+        shapes=shapes,
+        spacings=spacings,
+        intensity=(FACTS,) * channels,
+        kept=kept,
+        dtypes=dtypes,
+        cases_with={1: 1},
+        orientations={},
     )
 
 
@@ -45,18 +62,28 @@ def test_the_target_is_the_median_spacing():
 
 
 def test_a_far_coarser_axis_with_few_slices_takes_its_tenth_percentile():
-    spacings = [(float(s), 0.8, 0.8) for s in np.linspace(1, 9, 9)]  # median 5, tenth percentile 1.8
+    spacings = [
+        (float(s), 0.8, 0.8) for s in np.linspace(1, 9, 9)
+    ]  # median 5, tenth percentile 1.8
     assert target_spacing(spacings, [(50, 512, 512)] * 9) == (1.8, 0.8, 0.8)
-    assert target_spacing(spacings, [(200, 512, 512)] * 9) == (5.0, 0.8, 0.8), "many slices: the median stays"
+    assert target_spacing(spacings, [(200, 512, 512)] * 9) == (5.0, 0.8, 0.8), (
+        "many slices: the median stays"
+    )
     fine = [(float(s), 0.8, 0.8) for s in (0.5, 0.5, 0.5, 5, 5, 5, 5)]
-    assert target_spacing(fine, [(50, 512, 512)] * 7) == (0.8, 0.8, 0.8), "not finer than the other axes"
+    assert target_spacing(fine, [(50, 512, 512)] * 7) == (0.8, 0.8, 0.8), (
+        "not finer than the other axes"
+    )
 
 
 @pytest.mark.parametrize(
     ("patch", "spacing", "expected"),
     [
         ((128, 128, 128), (1, 1, 1), [5, 5, 5]),
-        ((20, 256, 224), (5.0, 1.56, 1.56), [2, 5, 5]),  # ACDC: z joins when its spacing is within a factor 2
+        (
+            (20, 256, 224),
+            (5.0, 1.56, 1.56),
+            [2, 5, 5],
+        ),  # ACDC: z joins when its spacing is within a factor 2
         ((40, 56, 40), (1, 1, 1), [3, 3, 3]),  # 40 20 10 5
         ((7, 7, 7), (1, 1, 1), [0, 0, 0]),
         ((4, 11, 4), (1, 1, 1), [0, 0, 0]),  # a single axis needs 12
@@ -102,17 +129,38 @@ def test_a_patch_fits_the_memory_the_case_and_the_poolings(median, spacing, dims
 
 def test_channel_names_choose_the_normalisation():
     names = ("CT", "ct", "PET", "noNorm", "rescale_to_0_1", "rgb_to_0_1", "R")
-    assert normalisation(dataset(names)) == ("ct", "ct", "zscore", "none", "rescale_to_0_1", "rgb_to_0_1", "zscore")
+    assert normalisation(dataset(names)) == (
+        "ct",
+        "ct",
+        "zscore",
+        "none",
+        "rescale_to_0_1",
+        "rgb_to_0_1",
+        "zscore",
+    )
     assert normalisation(dataset(("R", "G", "blue"), dims=2)) == ("rgb_to_0_1",) * 3
 
 
 def test_colour_images_are_stored_as_they_are():
     colours = dataset(("R", "G", "B"), dims=2)
-    plan = make_plan(colours, prints([(1, 256, 320)] * 3, [(1.0, 1.0, 1.0)] * 3, dtypes=("uint8",), channels=3))
+    plan = make_plan(
+        colours, prints([(1, 256, 320)] * 3, [(1.0, 1.0, 1.0)] * 3, dtypes=("uint8",), channels=3)
+    )
     assert (plan.dtype, plan.scale, plan.patch) == ("uint8", 1 / 255, (1, 256, 320))
-    mixed = make_plan(colours, prints([(1, 256, 320)] * 3, [(1.0, 1.0, 1.0)] * 3, dtypes=("uint16", "uint8"), channels=3))
+    mixed = make_plan(
+        colours,
+        prints([(1, 256, 320)] * 3, [(1.0, 1.0, 1.0)] * 3, dtypes=("uint16", "uint8"), channels=3),
+    )
     assert (mixed.dtype, mixed.scale) == ("float16", 1.0)
-    resampled = make_plan(colours, prints([(1, 256, 320)] * 3, [(1.0, 1.0, 1.0)] * 2 + [(1.0, 2.0, 2.0)], dtypes=("uint8",), channels=3))
+    resampled = make_plan(
+        colours,
+        prints(
+            [(1, 256, 320)] * 3,
+            [(1.0, 1.0, 1.0)] * 2 + [(1.0, 2.0, 2.0)],
+            dtypes=("uint8",),
+            channels=3,
+        ),
+    )
     assert resampled.dtype == "float16"
 
 
@@ -126,15 +174,26 @@ def test_the_mask_counts_where_cropping_took_more_than_a_quarter():
 def test_the_anisotropic_axis_and_the_storage_type():
     plan = make_plan(dataset(), prints([(20, 256, 256)], [(10.0, 1.5, 1.5)]))
     assert plan.anisotropic_axis == 0 and plan.dtype == "float16"
-    assert make_plan(dataset(), prints([(20, 256, 256)], [(3.0, 1.5, 1.5)])).anisotropic_axis is None
-    wide = Fingerprint.model_validate({**prints([(9, 9, 9)], [(1.0, 1.0, 1.0)]).model_dump(), "intensity": ({**FACTS, "max": 9000.0},)})
+    assert (
+        make_plan(dataset(), prints([(20, 256, 256)], [(3.0, 1.5, 1.5)])).anisotropic_axis is None
+    )
+    wide = Fingerprint.model_validate(
+        {
+            **prints([(9, 9, 9)], [(1.0, 1.0, 1.0)]).model_dump(),
+            "intensity": ({**FACTS, "max": 9000.0},),
+        }
+    )
     assert make_plan(dataset(("noNorm",)), wide).dtype == "float32"
 
 
 def test_a_fingerprint_is_measured_and_survives_json(shared_data):
     found = survey(open_reader("msd", shared_data("Task01_BrainTumour")), workers=1)
     prints = fingerprint(found.dataset, found.facts)
-    assert prints.cases_with == {1: 2, 2: 2, 3: 2} and prints.orientations == {"RAS": 2} and len(prints.intensity) == 4
+    assert (
+        prints.cases_with == {1: 2, 2: 2, 3: 2}
+        and prints.orientations == {"RAS": 2}
+        and len(prints.intensity) == 4
+    )
     reader = open_reader("msd", shared_data("Task01_BrainTumour"))
     case = reader.read(reader.refs()[0])
     exact = case.image_CZYX[1][case.label_ZYX > 0]
@@ -147,7 +206,13 @@ def test_a_fingerprint_is_measured_and_survives_json(shared_data):
 
 def test_summary_and_samples():
     facts = summary(np.arange(201.0))
-    assert (facts["mean"], facts["median"], facts["min"], facts["max"], facts["percentile_00_5"]) == (100, 100, 0, 200, 1)
+    assert (
+        facts["mean"],
+        facts["median"],
+        facts["min"],
+        facts["max"],
+        facts["percentile_00_5"],
+    ) == (100, 100, 0, 200, 1)
     assert [samples_per_case(n) for n in (1, 200, 10**6)] == [50_000, 10_000, 20]
 
 
@@ -160,7 +225,9 @@ def test_memory_and_cores_come_from_the_tightest_limit(tmp_path):
     write("proc/meminfo", f"MemTotal: 1 kB\nMemAvailable: {64 * 2**20} kB\n")
     assert memory_budget({}, tmp_path) == int(0.8 * 64 * gib)
     assert memory_budget({"SLURM_MEM_PER_NODE": "16384"}, tmp_path) == int(0.8 * 16 * gib)
-    assert memory_budget({"SLURM_MEM_PER_CPU": "2048", "SLURM_CPUS_ON_NODE": "4"}, tmp_path) == int(0.8 * 8 * gib)
+    assert memory_budget({"SLURM_MEM_PER_CPU": "2048", "SLURM_CPUS_ON_NODE": "4"}, tmp_path) == int(
+        0.8 * 8 * gib
+    )
     write("proc/self/cgroup", "0::/job/step\n")
     write("sys/fs/cgroup/job/step/memory.max", "max\n")
     write("sys/fs/cgroup/job/memory.max", f"{10 * gib}\n")

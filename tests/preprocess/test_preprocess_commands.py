@@ -30,10 +30,14 @@ def raw(tmp_path_factory) -> Path:
 def test_layouts_are_listed():
     out, _ = segfleet("datasets", "--json")
     found = {layout["name"]: layout for layout in json.loads(out)}
-    assert {"msd", "nnunet", "dsb2018"} <= set(found) and all(layout["about"] and layout["layout"] for layout in found.values())
+    assert {"msd", "nnunet", "dsb2018"} <= set(found) and all(
+        layout["about"] and layout["layout"] for layout in found.values()
+    )
     text, _ = segfleet("datasets")
     recipes = {recipe for layout in found.values() for recipe in layout["recipes"]}
-    assert len(recipes) > 10 and all(recipe in text for recipe in recipes if len(recipe) < 18), "names are not folded at 80 columns"
+    assert len(recipes) > 10 and all(recipe in text for recipe in recipes if len(recipe) < 18), (
+        "names are not folded at 80 columns"
+    )
     assert max(map(len, text.splitlines())) <= 80
 
 
@@ -41,7 +45,12 @@ def test_preprocess_writes_then_finds_nothing_to_do(raw, tmp_path):
     store = tmp_path / "store"
     out, err = segfleet("preprocess", "msd", "--raw", raw, "--out", store, "--verify", "--json")
     first = json.loads(out)
-    assert first["status"] == "written" and first["verified"] and first["cases"] == 3 and (store / "manifest.json").is_file()
+    assert (
+        first["status"] == "written"
+        and first["verified"]
+        and first["cases"] == 3
+        and (store / "manifest.json").is_file()
+    )
     assert "writing cases: 3/3" in err
     out, _ = segfleet("preprocess", "msd", "--raw", raw, "--out", store)
     assert "up to date" in out and first["id"] in out
@@ -58,7 +67,11 @@ def test_problems_are_one_table_and_exit_code_two(raw, tmp_path):
     try:
         out, err = segfleet("datasets", "msd", "check", raw, "--json", code=2)
         (problem,) = json.loads(out)["problems"]
-        assert (problem["case"], problem["field"], problem["found"]) == ("phantom_001", "label", "no file")
+        assert (problem["case"], problem["field"], problem["found"]) == (
+            "phantom_001",
+            "label",
+            "no file",
+        )
         _, err = segfleet("preprocess", "msd", "--raw", raw, "--out", tmp_path / "store", code=2)
         assert "1 problem(s) in" in err and "phantom_001" in err and not list(tmp_path.iterdir())
     finally:
@@ -71,12 +84,21 @@ def test_problems_are_one_table_and_exit_code_two(raw, tmp_path):
     ("arguments", "message"),
     [
         (("datasets", "nope"), "expected one of the layouts: "),
-        (("datasets", "msd", "chekc", "x"), "found the action 'chekc', expected one of: check, phantom"),
+        (
+            ("datasets", "msd", "chekc", "x"),
+            "found the action 'chekc', expected one of: check, phantom",
+        ),
         (("datasets", "msd", "check"), "check needs a path"),
         (("datasets", "msd", "check", "/nowhere"), "/nowhere is not a folder"),
-        (("preprocess", "msd", "--raw", ".", "--out", "x", "--seed", "-1"), "Invalid value for '--seed'"),
+        (
+            ("preprocess", "msd", "--raw", ".", "--out", "x", "--seed", "-1"),
+            "Invalid value for '--seed'",
+        ),
         (("datasets", "msd", "phantom", "x", "--seed", "-1"), "Invalid value for '--seed'"),
-        (("preprocess", "msd", "--raw", ".", "--out", "x", "--format", "zip"), "format: found 'zip', expected one of: hdf5, zarr"),
+        (
+            ("preprocess", "msd", "--raw", ".", "--out", "x", "--format", "zip"),
+            "format: found 'zip', expected one of: hdf5, zarr",
+        ),
     ],
 )
 def test_mistakes_are_one_message(arguments, message):

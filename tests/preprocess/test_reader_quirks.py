@@ -1,4 +1,5 @@
-"""What is peculiar to each data set, against an independent reading of the same files; and the real packs beside the repository."""
+"""What is peculiar to each data set, against an independent reading of the same files; and the real
+packs beside the repository."""
 
 from __future__ import annotations
 
@@ -38,13 +39,19 @@ def test_busi_joins_masks_and_may_drop_normals(tmp_path):
     kinds = [ref.id.partition(" ")[0] for ref in refs]
     assert [kinds.count(kind) for kind in ("benign", "malignant", "normal")] == [12, 8, 4]
     assert [ref.id for ref in refs if len(ref.labels) == 3] == ["benign (8)", "malignant (8)"]
-    assert [ref.id for ref in refs[:3]] == ["benign (1)", "benign (2)", "benign (3)"], "natural order"
+    assert [ref.id for ref in refs[:3]] == ["benign (1)", "benign (2)", "benign (3)"], (
+        "natural order"
+    )
     modes = {Image.open(path).mode for ref in refs for path in ref.labels}
     assert modes == {"1", "L", "RGB", "RGBA"}
     for ref in refs:
         union = np.any([grey(path) > 127 for path in ref.labels], axis=0)
-        assert np.array_equal(reader.label(ref)[0][0], union) and union.any() == (not ref.id.startswith("normal"))
-    assert not [w for w in survey(reader, workers=1).warnings if w.case != "splits"], "empty normals are usual"
+        assert np.array_equal(reader.label(ref)[0][0], union) and union.any() == (
+            not ref.id.startswith("normal")
+        )
+    assert not [w for w in survey(reader, workers=1).warnings if w.case != "splits"], (
+        "empty normals are usual"
+    )
     lesions = open_reader("busi", reader.root, normals="drop")
     assert len(lesions.refs()) == 20 and lesions.dataset().name == "busi-lesions"
     with pytest.raises(InputError, match="option normals: found 'no', expected one of: keep, drop"):
@@ -58,7 +65,13 @@ def test_cvc_frames_are_grouped_by_sequence(tmp_path):
     (reader.root / "CVC-ClinicDB/metadata.csv").unlink()
     without = open_reader("cvc_clinicdb", reader.root)
     assert {ref.group for ref in without.refs()} == {"sequence1"}
-    assert [without.sequence(frame) for frame in ("25", "26", "612", "613", "x")] == ["sequence1", "sequence2", "sequence29", "", ""]
+    assert [without.sequence(frame) for frame in ("25", "26", "612", "613", "x")] == [
+        "sequence1",
+        "sequence2",
+        "sequence29",
+        "",
+        "",
+    ]
     assert len(LAST_FRAMES) == 29 and list(LAST_FRAMES) == sorted(LAST_FRAMES)
 
 
@@ -81,10 +94,16 @@ def test_kvasir_lists_may_have_endings_and_name_what_is_there(tmp_path):
     assert again.splits()["official"] == official and not again.problems()
     (reader.folder / "val.txt").write_text("nobody.jpg other")
     (problem,) = open_reader("kvasir_seg", reader.root).problems()
-    assert (problem.case, problem.found, problem.expected) == ("train.txt, val.txt", "nobody, other", "cases of images")
+    assert (problem.case, problem.found, problem.expected) == (
+        "train.txt, val.txt",
+        "nobody, other",
+        "cases of images",
+    )
     assert "official" not in open_reader("kvasir_seg", reader.root).splits()
     (reader.folder / "val.txt").write_text(official[0]["train"][0])
-    assert [p.expected for p in open_reader("kvasir_seg", reader.root).problems()] == ["no case in both train and val"]
+    assert [p.expected for p in open_reader("kvasir_seg", reader.root).problems()] == [
+        "no case in both train and val"
+    ]
 
 
 def test_an_empty_jpeg_mask_stays_empty(tmp_path):
@@ -102,7 +121,11 @@ def test_glas_masks_are_numbers_of_glands(tmp_path):
         assert 0 < numbers.max() < 10 and np.array_equal(reader.label(ref)[0][0], numbers > 0)
     assert {ref.id: ref.group for ref in refs}["train_3"] == "patient2"
     splits = reader.splits()
-    assert [len(splits[name][0]["val"]) for name in ("official", "official-a", "official-b")] == [6, 4, 2]
+    assert [len(splits[name][0]["val"]) for name in ("official", "official-a", "official-b")] == [
+        6,
+        4,
+        2,
+    ]
     assert splits["official"][0]["train"] == tuple(f"train_{i}" for i in range(1, 7))
     (warning,) = [w for w in survey(reader, workers=1).warnings if w.case == "splits"]
     assert "official (2)" in warning.found, "patients are on both sides by design"
@@ -112,36 +135,58 @@ def test_glas_masks_are_numbers_of_glands(tmp_path):
 def test_isic_parts(name, tmp_path):
     reader = opened(name, tmp_path / "raw", 12)
     refs = reader.refs()
-    assert len(refs) == 12 and all(ref.images[0].suffix == ".jpg" and "segmentation" in ref.labels[0].name.lower() for ref in refs)
+    assert len(refs) == 12 and all(
+        ref.images[0].suffix == ".jpg" and "segmentation" in ref.labels[0].name.lower()
+        for ref in refs
+    )
     assert [len(side) for side in reader.splits()["official"][0].values()] == [6, 3]
     assert reader.splits()["official-test"][0]["val"] == tuple(ref.id for ref in refs[9:])
     drawn = reader.splits()["80-20-seed41"][0]
-    assert sorted(drawn["train"] + drawn["val"]) == sorted(ref.id for ref in refs[:6]), "of the training part only"
+    assert sorted(drawn["train"] + drawn["val"]) == sorted(ref.id for ref in refs[:6]), (
+        "of the training part only"
+    )
     shutil.rmtree(reader.root / reader.parts["test"][1])
     fewer = open_reader(name, reader.root)
     assert len(fewer.refs()) == 9 and "official-test" not in fewer.splits() and not fewer.problems()
     shutil.rmtree(reader.root / reader.parts["training"][1])
-    assert len([p for p in survey(open_reader(name, reader.root), workers=1).problems if p.found == "no file"]) == 6
+    assert (
+        len(
+            [
+                p
+                for p in survey(open_reader(name, reader.root), workers=1).problems
+                if p.found == "no file"
+            ]
+        )
+        == 6
+    )
 
 
 def test_superpixels_are_no_images(tmp_path):
     reader = opened("isic2017", tmp_path / "raw", 8)
-    assert len(list(reader.root.rglob("*_superpixels.png"))) == 8 and list(reader.root.rglob("*_Segmentation.png"))
+    assert len(list(reader.root.rglob("*_superpixels.png"))) == 8 and list(
+        reader.root.rglob("*_Segmentation.png")
+    )
     assert len(reader.refs()) == 8 and not survey(reader, workers=1).problems
 
 
 def test_ph2_ids_have_gaps_and_colours_are_ignored(tmp_path):
     reader = opened("ph2", tmp_path / "raw")
     refs = reader.refs()
-    assert all(ref.labels[0].parent.name == f"{ref.id}_lesion" and len(ref.labels) == 1 for ref in refs)
+    assert all(
+        ref.labels[0].parent.name == f"{ref.id}_lesion" and len(ref.labels) == 1 for ref in refs
+    )
     assert np.array_equal(reader.label(refs[0])[0][0], grey(refs[0].labels[0]) > 0)
 
 
 def test_lits_batches(tmp_path):
     reader = opened("lits", tmp_path / "raw", 12)
     refs = reader.refs()
-    assert [ref.id for ref in refs] == [f"volume-{i}" for i in range(12)], "natural order, and no test volume"
-    assert len({ref.images[0].parent for ref in refs}) == 2 and {nib.load(r.images[0]).get_data_dtype().name for r in refs} == {
+    assert [ref.id for ref in refs] == [f"volume-{i}" for i in range(12)], (
+        "natural order, and no test volume"
+    )
+    assert len({ref.images[0].parent for ref in refs}) == 2 and {
+        nib.load(r.images[0]).get_data_dtype().name for r in refs
+    } == {
         "int16",
         "float32",
     }
@@ -152,36 +197,60 @@ def test_lits_batches(tmp_path):
     assert [ref.id for ref in open_reader("lits", reader.root).refs()] == [ref.id for ref in refs]
     assert not survey(open_reader("lits", reader.root), workers=1).problems
     regions = open_reader("lits", reader.root, regions="liver-tumour").dataset()
-    assert regions.regions == {"liver": (1, 2), "tumour": (2,)} and regions.region_order == (1, 2) and not reader.dataset().regions
+    assert (
+        regions.regions == {"liver": (1, 2), "tumour": (2,)}
+        and regions.region_order == (1, 2)
+        and not reader.dataset().regions
+    )
 
 
 def test_a_second_segmentation_is_told_and_does_not_win(tmp_path):
     reader = opened("lits", tmp_path / "raw", 6)
     last = reader.refs()[-1]
-    other = next(ref.images[0].parent for ref in reader.refs() if ref.images[0].parent != last.images[0].parent)
+    other = next(
+        ref.images[0].parent
+        for ref in reader.refs()
+        if ref.images[0].parent != last.images[0].parent
+    )
     assert other < last.images[0].parent
     shutil.copy(reader.refs()[0].labels[0], other / last.labels[0].name)
     again = open_reader("lits", reader.root)
     assert again.refs() == reader.refs(), "the one beside the volume"
     (problem,) = again.problems()
     assert (problem.case, problem.field) == (last.id, "label")
-    assert problem.found == "2 masks: Training Batch 1/segmentation-5.nii, Training Batch 2/segmentation-5.nii"
+    assert (
+        problem.found
+        == "2 masks: Training Batch 1/segmentation-5.nii, Training Batch 2/segmentation-5.nii"
+    )
 
 
 def test_acdc_reads_the_frames_of_info_cfg(tmp_path):
     reader = opened("acdc", tmp_path / "raw", 16)
     refs = reader.refs()
-    assert [ref.id for ref in refs if ref.group == "patient003"] == ["patient003_frame04", "patient003_frame11"]
+    assert [ref.id for ref in refs if ref.group == "patient003"] == [
+        "patient003_frame04",
+        "patient003_frame11",
+    ]
     assert {ref.group for ref in refs} == {f"patient{n:03d}" for n in (*range(1, 7), 101, 102)}
     official, twenty = reader.splits()["official"][0], reader.splits()["evaluated-20"][0]
-    assert {case[:10] for case in official["val"]} == {"patient101", "patient102"} and len(official["train"]) == 12
-    assert {case[:10] for case in twenty["val"]} == {"patient002", "patient003"} and len(twenty["train"]) == 8
+    assert {case[:10] for case in official["val"]} == {"patient101", "patient102"} and len(
+        official["train"]
+    ) == 12
+    assert {case[:10] for case in twenty["val"]} == {"patient002", "patient003"} and len(
+        twenty["train"]
+    ) == 8
     folds = reader.splits()["nnunet"]
-    assert len(folds) == 5 and sorted(case for fold in folds for case in fold["val"]) == sorted(official["train"])
+    assert len(folds) == 5 and sorted(case for fold in folds for case in fold["val"]) == sorted(
+        official["train"]
+    )
     for path in (reader.root / "testing").rglob("*_gt.nii.gz"):
         path.unlink()
     older = open_reader("acdc", reader.root)
-    assert len(older.refs()) == 12 and "official" not in older.splits() and not survey(older, workers=1).problems
+    assert (
+        len(older.refs()) == 12
+        and "official" not in older.splits()
+        and not survey(older, workers=1).problems
+    )
 
 
 def test_acdc_as_transunet_divides_it(tmp_path):
@@ -191,10 +260,20 @@ def test_acdc_as_transunet_divides_it(tmp_path):
         folder.mkdir(parents=True)
         (folder / "Info.cfg").write_text("ED: 1\nES: 12\n")
     splits = open_reader("acdc", tmp_path).splits()
-    (fold,), (test,), (twenty,) = (splits[name] for name in ("transunet", "transunet-test", "evaluated-20"))
-    assert [len(side) for side in (fold["train"], fold["val"], test["val"])] == [140, 20, 40] and test["train"] == fold["train"]
+    (fold,), (test,), (twenty,) = (
+        splits[name] for name in ("transunet", "transunet-test", "evaluated-20")
+    )
+    assert [len(side) for side in (fold["train"], fold["val"], test["val"])] == [
+        140,
+        20,
+        40,
+    ] and test["train"] == fold["train"]
     assert len({*fold["train"], *fold["val"], *test["val"]}) == 200 and test["val"] == twenty["val"]
-    assert {fold["train"][-1][:10], fold["val"][0][:10], fold["val"][-1][:10]} == {"patient087", "patient089", "patient100"}
+    assert {fold["train"][-1][:10], fold["val"][0][:10], fold["val"][-1][:10]} == {
+        "patient087",
+        "patient089",
+        "patient100",
+    }
 
 
 def test_acdc_without_its_info(tmp_path):
@@ -212,7 +291,11 @@ def test_brain_tumours_have_regions_for_who_wants_them(shared_data):
     root = shared_data("Task01_BrainTumour")
     assert not open_reader("msd", root).dataset().regions
     found = open_reader("msd", root, regions="overlapping").dataset()
-    assert found.regions == {"whole tumour": (1, 2, 3), "tumour core": (2, 3), "enhancing tumour": (3,)} and found.region_order == (1, 2, 3)
+    assert found.regions == {
+        "whole tumour": (1, 2, 3),
+        "tumour core": (2, 3),
+        "enhancing tumour": (3,),
+    } and found.region_order == (1, 2, 3)
     assert found.labels == open_reader("msd", root).dataset().labels
 
 
@@ -231,7 +314,10 @@ def test_folder_with_classes_and_parts(tmp_path):
                 (tmp_path / part / folder).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(array).save(tmp_path / part / folder / f"{part}{index}.png")
     reader = open_reader("folder", tmp_path)
-    assert reader.dataset().channels == ("grey",) and reader.splits()["given"][0]["val"] == ("val0", "val1")
+    assert reader.dataset().channels == ("grey",) and reader.splits()["given"][0]["val"] == (
+        "val0",
+        "val1",
+    )
     (tmp_path / "labels.json").write_text(json.dumps({"background": 0, "cup": 1, "disc": 2}))
     reader = open_reader("folder", tmp_path)
     assert reader.dataset().labels == {"background": 0, "cup": 1, "disc": 2}
@@ -247,17 +333,28 @@ def test_folder_with_a_mask_folder_per_class(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir(parents=True)
         array = np.zeros((20, 20), np.uint8)
         array[box[0] : box[1]] = 255
-        Image.fromarray(array).save(tmp_path / folder / ("a_mask.png" if "masks" in folder else "a.png"))
+        Image.fromarray(array).save(
+            tmp_path / folder / ("a_mask.png" if "masks" in folder else "a.png")
+        )
     reader = open_reader("folder", tmp_path)
-    assert reader.dataset().labels == {"background": 0, "class 0": 1, "class 1": 2} and not reader.problems()
-    assert [int(v) for v in reader.label(reader.refs()[0])[0][0, :, 0]] == [0] * 2 + [1] * 6 + [2] * 8 + [0] * 4
+    assert (
+        reader.dataset().labels == {"background": 0, "class 0": 1, "class 1": 2}
+        and not reader.problems()
+    )
+    assert [int(v) for v in reader.label(reader.refs()[0])[0][0, :, 0]] == [0] * 2 + [1] * 6 + [
+        2
+    ] * 8 + [0] * 4
     with monkeypatch.context() as patch:
         patch.chdir(tmp_path)
         here = open_reader("folder", ".")
-        assert np.array_equal(here.label(here.refs()[0])[0], reader.label(reader.refs()[0])[0]), "no class is lost"
+        assert np.array_equal(here.label(here.refs()[0])[0], reader.label(reader.refs()[0])[0]), (
+            "no class is lost"
+        )
     (tmp_path / "masks/0/a_mask.png").rename(tmp_path / "masks/0/b_mask.png")
     reader = open_reader("folder", tmp_path)
-    assert [int(v) for v in reader.label(reader.refs()[0])[0][0, :, 0]] == [0] * 8 + [2] * 8 + [0] * 4, "a class without a mask here"
+    assert [int(v) for v in reader.label(reader.refs()[0])[0][0, :, 0]] == [0] * 8 + [2] * 8 + [
+        0
+    ] * 4, "a class without a mask here"
     assert [(p.case, p.field) for p in survey(reader, workers=1).problems] == [("b", "image")]
     Image.new("L", (20, 19)).save(tmp_path / "masks/0/a.png")
     assert "shape of mask" in survey(open_reader("folder", tmp_path), workers=1).problems[0].field
@@ -266,7 +363,9 @@ def test_folder_with_a_mask_folder_per_class(tmp_path, monkeypatch):
 def test_npy_slices_are_grouped_by_volume(tmp_path):
     reader = opened("npy", tmp_path / "raw", 12)
     refs = reader.refs()
-    assert [ref.group for ref in refs] == ["1"] * 4 + ["2"] * 4 + ["3"] * 4 and refs[0].id == "train_1_1"
+    assert [ref.group for ref in refs] == ["1"] * 4 + ["2"] * 4 + ["3"] * 4 and refs[
+        0
+    ].id == "train_1_1"
     raw = np.load(refs[5].images[0])
     assert (
         raw.dtype == np.float64
@@ -282,16 +381,29 @@ def test_npy_slices_are_grouped_by_volume(tmp_path):
 def test_dicom_slices_are_ordered_by_position(tmp_path):
     reader = opened("dicom", tmp_path / "raw", 2)
     ref = reader.refs()[0]
-    assert len(ref.images) == 10 and reader.dataset().channels == ("CT",) and peek(ref.images[0]) == (1, 1, 32, 32)
+    assert (
+        len(ref.images) == 10
+        and reader.dataset().channels == ("CT",)
+        and peek(ref.images[0]) == (1, 1, 32, 32)
+    )
     image, geometry = reader.image(ref)
     label, grid = reader.label(ref)
-    assert np.allclose(geometry.affine, grid.affine) and geometry.spacing == pytest.approx((3.0, 0.9, 0.9))
-    assert image[0][label == 2].mean() > image[0][label == 1].mean() > image[0][(label == 0) & (image[0] > -1000)].mean()
+    assert np.allclose(geometry.affine, grid.affine) and geometry.spacing == pytest.approx(
+        (3.0, 0.9, 0.9)
+    )
+    assert (
+        image[0][label == 2].mean()
+        > image[0][label == 1].mean()
+        > image[0][(label == 0) & (image[0] > -1000)].mean()
+    )
     for path in ref.images:
         if sitk.ReadImage(str(path)).GetOrigin()[2] == pytest.approx(7.5 + 3 * 4):
             path.unlink()
     (problem,) = survey(open_reader("dicom", reader.root), workers=1).problems
-    assert (problem.field, problem.expected) == ("slice distance", "3 mm everywhere") and problem.found.startswith("6 mm before IM")
+    assert (problem.field, problem.expected) == (
+        "slice distance",
+        "3 mm everywhere",
+    ) and problem.found.startswith("6 mm before IM")
     other = reader.refs()[1]
     shutil.copy(other.images[0], ref.images[0].with_name("IM9999.dcm"))
     (problem,) = survey(open_reader("dicom", reader.root), workers=1).problems
@@ -306,7 +418,12 @@ def test_published_splits_are_those_of_scikit_learn():
     found = published([f"{i:04d}" for i in range(647)])
     fold, test = found["70-15-15-seed42"][0], found["70-15-15-seed42-test"][0]
     assert (len(fold["train"]), len(fold["val"]), len(test["val"])) == (452, 97, 98)
-    assert test["val"][:4] == ("0002", "0006", "0010", "0030") and fold["val"][:4] == ("0003", "0005", "0011", "0014")
+    assert test["val"][:4] == ("0002", "0006", "0010", "0030") and fold["val"][:4] == (
+        "0003",
+        "0005",
+        "0011",
+        "0014",
+    )
     lengths = published([f"{i:04d}" for i in range(2594)])["70-15-15-seed42"][0]
     assert (len(lengths["train"]), len(lengths["val"])) == (1815, 389) and published(["a"]) == {}
 
@@ -319,13 +436,23 @@ REAL = {  # pack -> layout, cases, patients, labels that occur: as their README 
 }
 
 
-@pytest.mark.parametrize("pack", [pytest.param("dsb2018", marks=pytest.mark.long), *(pack for pack in REAL if pack != "dsb2018")])
+@pytest.mark.parametrize(
+    "pack",
+    [
+        pytest.param("dsb2018", marks=pytest.mark.long),
+        *(pack for pack in REAL if pack != "dsb2018"),
+    ],
+)
 def test_real_packs_are_read_checked_and_stored(pack, shared_data, tmp_path):
     layout, cases, patients, labels = REAL[pack]
     root = shared_data(pack)
     manifest = build(layout, root, tmp_path / "store", format="hdf5", workers=1)
-    assert len(manifest.cases) == cases and len({entry.group for entry in manifest.cases}) == patients
-    assert {value for entry in manifest.cases for value in entry.voxels} == labels and not verify(tmp_path / "store")
+    assert (
+        len(manifest.cases) == cases and len({entry.group for entry in manifest.cases}) == patients
+    )
+    assert {value for entry in manifest.cases for value in entry.voxels} == labels and not verify(
+        tmp_path / "store"
+    )
     reader, store = open_reader(layout, root), open_store(tmp_path / "store")
     for ref, entry in list(zip(reader.refs(), manifest.cases, strict=True))[:: max(1, cases // 8)]:
         truth = store.truth(entry) if entry.has_truth else store.label(entry)
@@ -340,14 +467,24 @@ def test_some_real_nuclei_are_stored(shared_data, tmp_path):
     for folder in folders:
         (tmp_path / "raw" / folder.name).symlink_to(folder)
     manifest = build("dsb2018", tmp_path / "raw", tmp_path / "store", workers=1)
-    assert len(manifest.cases) == 41 and not verify(tmp_path / "store") and manifest.plan.dtype == "uint8"
+    assert (
+        len(manifest.cases) == 41
+        and not verify(tmp_path / "store")
+        and manifest.plan.dtype == "uint8"
+    )
 
 
 def test_sunnybrook_slices_are_as_its_readme_says(shared_data):
     reader = open_reader("acdc", shared_data("sunnybrook_acdc_layout"))
     slices = {ref.id: peek(ref.images[0])[1] for ref in reader.refs()}
-    assert sum(slices.values()) == 241 and slices["patient011_frame09"] == 10 and slices["patient008_frame18"] == 14
-    assert {case[:10] for case in reader.splits()["evaluated-20"][0]["val"]} == {f"patient{n:03d}" for n in (2, 3, 8, 9, 12, 14)}
+    assert (
+        sum(slices.values()) == 241
+        and slices["patient011_frame09"] == 10
+        and slices["patient008_frame18"] == 14
+    )
+    assert {case[:10] for case in reader.splits()["evaluated-20"][0]["val"]} == {
+        f"patient{n:03d}" for n in (2, 3, 8, 9, 12, 14)
+    }
 
 
 def test_all_problems_of_a_real_like_set_come_at_once(tmp_path):
@@ -357,4 +494,7 @@ def test_all_problems_of_a_real_like_set_come_at_once(tmp_path):
     (benign / "benign (2).png").write_bytes(b"")
     with pytest.raises(DataError) as caught:
         build("busi", reader.root, tmp_path / "store", workers=1)
-    assert [(p.case, p.field) for p in caught.value.problems] == [("benign (1)", "label"), ("benign (2)", "file")]
+    assert [(p.case, p.field) for p in caught.value.problems] == [
+        ("benign (1)", "label"),
+        ("benign (2)", "file"),
+    ]

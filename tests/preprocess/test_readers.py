@@ -35,7 +35,9 @@ RANDOM = np.random.default_rng(7)
 
 def test_every_layout_is_found_by_its_file():
     assert {"msd", "nnunet", "dsb2018"} <= set(readers())
-    with pytest.raises(InputError, match="found 'msdd', expected one of the layouts: acdc, busi, .*dsb2018"):
+    with pytest.raises(
+        InputError, match="found 'msdd', expected one of the layouts: acdc, busi, .*dsb2018"
+    ):
         open_reader("msdd", ".")
 
 
@@ -56,7 +58,11 @@ def test_hippocampus_is_as_its_readme_says(shared_data):
     assert {shape[0] for shape in shapes} == {1}
     assert (min(s[3] for s in shapes), max(s[3] for s in shapes)) == (31, 43)
     case = reader.read(refs[0])
-    assert case.id == "hippocampus_003" and case.geometry.spacing == (1, 1, 1) and set(np.unique(case.label_ZYX)) == {0, 1, 2}
+    assert (
+        case.id == "hippocampus_003"
+        and case.geometry.spacing == (1, 1, 1)
+        and set(np.unique(case.label_ZYX)) == {0, 1, 2}
+    )
     assert case.extra["source_sha256"] == source_sha256(refs[0])
 
 
@@ -75,7 +81,11 @@ def test_nuclei_are_as_their_readme_says(shared_data):
     assert len(refs) == 402 and sum(len(ref.labels) for ref in refs) == 12127
     assert len(open_reader("dsb2018", shared_data("dsb2018") / "stage1_train").refs()) == 402
     case = reader.read(refs[0])
-    assert case.image_CZYX.shape == (3, 1, 256, 256) and case.image_CZYX.dtype == np.uint8 and set(np.unique(case.label_ZYX)) == {0, 1}
+    assert (
+        case.image_CZYX.shape == (3, 1, 256, 256)
+        and case.image_CZYX.dtype == np.uint8
+        and set(np.unique(case.label_ZYX)) == {0, 1}
+    )
     union = sum((np.asarray(Image.open(path)) > 0).astype(int) for path in refs[0].labels)
     assert np.array_equal(case.label_ZYX[0], union > 0)
 
@@ -83,8 +93,15 @@ def test_nuclei_are_as_their_readme_says(shared_data):
 def test_msd_ignores_junk_and_keeps_the_geometry(tmp_path):
     reader = open_reader("msd", write_msd_phantom(tmp_path / "raw", cases=3))
     assert (tmp_path / "raw/imagesTr/._phantom_000.nii.gz").is_file()
-    assert [ref.id for ref in reader.refs()] == ["phantom_000", "phantom_001", "phantom_002"] and not reader.problems()
-    case, image = reader.read(reader.refs()[1]), nib.load(tmp_path / "raw/imagesTr/phantom_001.nii.gz")
+    assert [ref.id for ref in reader.refs()] == [
+        "phantom_000",
+        "phantom_001",
+        "phantom_002",
+    ] and not reader.problems()
+    case, image = (
+        reader.read(reader.refs()[1]),
+        nib.load(tmp_path / "raw/imagesTr/phantom_001.nii.gz"),
+    )
     assert case.image_CZYX.shape[1:] == image.shape[::-1] and case.geometry.spacing[0] == 2.5
     assert np.allclose(case.geometry.affine, image.affine)
 
@@ -96,7 +113,10 @@ def test_msd_ignores_junk_and_keeps_the_geometry(tmp_path):
         (lambda d: d.update(training=[]), "training: found no case"),
         (lambda d: d.update(training=[{"image": "a.nii.gz"}]), r"training\[0\]: found .* expected"),
         (lambda d: d.update(labels={"0": "background"}), "at least one more"),
-        (lambda d: d.update(labels={"0": "background", "one": "x"}), "value of 'x': found 'one', expected an integer"),
+        (
+            lambda d: d.update(labels={"0": "background", "one": "x"}),
+            "value of 'x': found 'one', expected an integer",
+        ),
         (lambda d: d.update(modality=["MRI"]), "modality: found .* expected object"),
         (lambda d: d.update(channel_names=d.pop("modality")), "Use the layout nnunet"),
     ],
@@ -111,7 +131,9 @@ def test_a_strange_msd_description_is_refused(change, message, tmp_path):
 
 def test_broken_json_names_line_and_column(tmp_path):
     (tmp_path / "dataset.json").write_text('{"name": "a",\n "labels": }')
-    with pytest.raises(InputError, match=r"dataset.json: is not valid JSON: .* in line 2, column 12"):
+    with pytest.raises(
+        InputError, match=r"dataset.json: is not valid JSON: .* in line 2, column 12"
+    ):
         open_reader("msd", tmp_path)
 
 
@@ -132,11 +154,17 @@ def test_nnunet_regions_and_ignore_label(tmp_path):
         (lambda d: d.pop("channel_names"), "the key 'channel_names' is missing"),
         (lambda d: d.update(channel_names={"0": "CT", "2": "PET"}), "without a gap"),
         (lambda d: d.update(file_ending=".jpg"), "file_ending: found '.jpg', expected one of"),
-        (lambda d: d["labels"].update(ignore=2), "ignore: found 2, expected the highest integer, 3"),
+        (
+            lambda d: d["labels"].update(ignore=2),
+            "ignore: found 2, expected the highest integer, 3",
+        ),
         (lambda d: d["labels"].update(core=[4]), "without a gap"),
         (lambda d: d["labels"].update(background=1), "background: found 1, expected 0"),
         (lambda d: d.pop("regions_class_order"), "the key 'regions_class_order' is missing"),
-        (lambda d: d.update(regions_class_order=[1]), r"found 1 entries, expected 2: one for each of \['whole', 'core'\]"),
+        (
+            lambda d: d.update(regions_class_order=[1]),
+            r"found 1 entries, expected 2: one for each of \['whole', 'core'\]",
+        ),
         (lambda d: d.update(modality=d.pop("channel_names")), "Use the layout msd"),
     ],
 )
@@ -151,11 +179,18 @@ def test_nnunet_takes_an_explicit_file_list_and_splits(tmp_path):
     root = write_nnunet_phantom(tmp_path / "raw", cases=2)
     names = ["patient000_visit0", "patient000_visit1"]
     images = [[f"imagesTr/{name}_000{channel}.nii.gz" for channel in (0, 1)] for name in names]
-    files = {f"case{i}": {"images": images[i], "label": f"labelsTr/{name}.nii.gz"} for i, name in enumerate(names)}
+    files = {
+        f"case{i}": {"images": images[i], "label": f"labelsTr/{name}.nii.gz"}
+        for i, name in enumerate(names)
+    }
     rewrite(root / "dataset.json", lambda d: d.update(dataset=files))
-    (root / "splits_final.json").write_text(json.dumps([{"train": ["case0"], "val": ["case1"]}, {"train": ["case9"], "val": ["case0"]}]))
+    (root / "splits_final.json").write_text(
+        json.dumps([{"train": ["case0"], "val": ["case1"]}, {"train": ["case9"], "val": ["case0"]}])
+    )
     reader = open_reader("nnunet", root)
-    assert [ref.id for ref in reader.refs()] == ["case0", "case1"] and reader.read(reader.refs()[1]).image_CZYX.shape[0] == 2
+    assert [ref.id for ref in reader.refs()] == ["case0", "case1"] and reader.read(
+        reader.refs()[1]
+    ).image_CZYX.shape[0] == 2
     assert reader.splits()["nnunet"][0] == {"train": ("case0",), "val": ("case1",)}
     (problem,) = reader.problems()
     assert (problem.case, problem.field, problem.found) == ("splits_final.json", "fold 1", "case9")
@@ -182,7 +217,9 @@ def test_nnunet_in_2d_with_all_colours_in_one_file(ending, tmp_path):
     reader = open_reader("nnunet", tmp_path)
     assert reader.dataset().dims == 2
     case = reader.read(reader.refs()[0])
-    assert np.array_equal(case.image_CZYX[:, 0], pixels.transpose(2, 0, 1)) and np.array_equal(case.label_ZYX[0], label)
+    assert np.array_equal(case.image_CZYX[:, 0], pixels.transpose(2, 0, 1)) and np.array_equal(
+        case.label_ZYX[0], label
+    )
 
 
 def test_dsb_drops_alpha_and_joins_masks(tmp_path):
@@ -203,7 +240,12 @@ def test_natural_order_and_patients():
     assert patient_of("BRATS_009") == "" and patient_of("hippocampus_003") == ""
 
 
-TURNED = ((0.0, -0.75, 0.0, -11.0), (1.5, 0.0, 0.0, 4.25), (0.0, 0.0, 2.5, 7.0), (0.0, 0.0, 0.0, 1.0))
+TURNED = (
+    (0.0, -0.75, 0.0, -11.0),
+    (1.5, 0.0, 0.0, 4.25),
+    (0.0, 0.0, 2.5, 7.0),
+    (0.0, 0.0, 0.0, 1.0),
+)
 GEOMETRY = Geometry(shape=(3, 5, 4), spacing=(2.5, 0.75, 1.5), affine=TURNED)
 LABEL = RANDOM.integers(0, 4, GEOMETRY.shape).astype(np.uint8)
 
@@ -212,26 +254,46 @@ LABEL = RANDOM.integers(0, 4, GEOMETRY.shape).astype(np.uint8)
 def test_a_label_lies_where_it_lay(ending, tmp_path):
     write_label(tmp_path / f"a{ending}", LABEL, GEOMETRY)
     label, geometry = read_label(tmp_path / f"a{ending}")
-    assert label.dtype == np.uint8 and np.array_equal(label, LABEL) and geometry.shape == GEOMETRY.shape
-    assert np.allclose(geometry.spacing, GEOMETRY.spacing) and np.allclose(geometry.affine, GEOMETRY.affine, atol=1e-6)
+    assert (
+        label.dtype == np.uint8
+        and np.array_equal(label, LABEL)
+        and geometry.shape == GEOMETRY.shape
+    )
+    assert np.allclose(geometry.spacing, GEOMETRY.spacing) and np.allclose(
+        geometry.affine, GEOMETRY.affine, atol=1e-6
+    )
     assert peek(tmp_path / f"a{ending}") == (1, 3, 5, 4)
     assert [p.name for p in tmp_path.iterdir()] == [f"a{ending}"]
     itk = sitk.ReadImage(str(tmp_path / f"a{ending}"))
-    assert np.allclose(itk.TransformIndexToPhysicalPoint((1, 2, 1)), (-(-11 - 0.75 * 2), -(4.25 + 1.5), 7 + 2.5), atol=1e-5)
+    assert np.allclose(
+        itk.TransformIndexToPhysicalPoint((1, 2, 1)),
+        (-(-11 - 0.75 * 2), -(4.25 + 1.5), 7 + 2.5),
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("ending", [".png", ".bmp", ".tif"])
 def test_a_flat_label_is_written_back(ending, tmp_path):
     write_label(tmp_path / f"a{ending}", LABEL[:1], Geometry(shape=(1, 5, 4)))
     label, geometry = read_label(tmp_path / f"a{ending}")
-    assert np.array_equal(label, LABEL[:1]) and geometry == Geometry(shape=(1, 5, 4)) and peek(tmp_path / f"a{ending}") == (1, 1, 5, 4)
+    assert (
+        np.array_equal(label, LABEL[:1])
+        and geometry == Geometry(shape=(1, 5, 4))
+        and peek(tmp_path / f"a{ending}") == (1, 1, 5, 4)
+    )
 
 
 SMOOTH = np.add.outer(np.arange(20), np.arange(30))
 RGB = np.stack([SMOOTH, 2 * SMOOTH, 255 - SMOOTH], -1).astype(np.uint8)
 MASK = (SMOOTH > 20) & (SMOOTH < 40)
 PACKED = {  # Pillow's name of the compression, array, largest difference
-    "tiff_lzw": [(RGB, 0), (RGB[..., 0], 0), (RGB[..., 0].astype(np.uint16) * 257, 0), (MASK, 0), (RGB[..., [0, 1, 2, 0]], 0)],
+    "tiff_lzw": [
+        (RGB, 0),
+        (RGB[..., 0], 0),
+        (RGB[..., 0].astype(np.uint16) * 257, 0),
+        (MASK, 0),
+        (RGB[..., [0, 1, 2, 0]], 0),
+    ],
     "group3": [(MASK, 0)],
     "group4": [(MASK, 0)],
     "jpeg": [(RGB, 8), (RGB[..., 0], 3)],
@@ -245,8 +307,13 @@ def test_packed_tiffs_have_the_pixels_of_plain_ones(compression, tmp_path):
         for name, how in (("plain", None), ("packed", compression)):
             Image.fromarray(array).save(tmp_path / f"{name}.tif", compression=how)
         plain, packed = (read_image([tmp_path / f"{name}.tif"])[0] for name in ("plain", "packed"))
-        assert plain.shape == packed.shape == (*peek(tmp_path / "packed.tif"),) and plain.dtype == packed.dtype
-        assert np.array_equal(plain.squeeze(), np.moveaxis(array, -1, 0) if array.ndim == 3 else array)
+        assert (
+            plain.shape == packed.shape == (*peek(tmp_path / "packed.tif"),)
+            and plain.dtype == packed.dtype
+        )
+        assert np.array_equal(
+            plain.squeeze(), np.moveaxis(array, -1, 0) if array.ndim == 3 else array
+        )
         assert np.abs(plain.astype(int) - packed).max() <= apart
     if compression == "group4":
         assert np.array_equal(read_label(tmp_path / "packed.tif")[0][0], MASK)
@@ -263,10 +330,19 @@ def test_white_is_the_higher_value_of_a_tiff(compression, tmp_path):
 
 
 def test_a_compression_that_cannot_be_read_is_named(tmp_path):
-    Image.fromarray(RGB).save(tmp_path / "a.tif", compression="tiff_lzw", save_all=True, append_images=[Image.fromarray(RGB)])
+    Image.fromarray(RGB).save(
+        tmp_path / "a.tif",
+        compression="tiff_lzw",
+        save_all=True,
+        append_images=[Image.fromarray(RGB)],
+    )
     Image.fromarray(RGB).save(tmp_path / "b.tif", compression="tiff_lzw", tiffinfo={274: 6})
     for name in "ab":
-        with pytest.raises(ImageError, match=f"file: found {name}.tif with unsupported compression LZW, .* `pip install imagecodecs`"):
+        with pytest.raises(
+            ImageError,
+            match=f"file: found {name}.tif with unsupported compression LZW, .* `pip install "
+            "imagecodecs`",
+        ):
             read_image([tmp_path / f"{name}.tif"])
     noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "c.tif", compression="tiff_lzw")
@@ -297,16 +373,30 @@ def test_a_hippocampus_label_written_back_has_the_original_header(shared_data, t
     case = reader.read(ref)
     write_label(tmp_path / "p.nii.gz", case.label_ZYX, case.geometry)
     ours, theirs = nib.load(tmp_path / "p.nii.gz"), nib.load(ref.labels[0])
-    assert np.array_equal(ours.affine, theirs.affine) and ours.header.get_zooms() == theirs.header.get_zooms()
+    assert (
+        np.array_equal(ours.affine, theirs.affine)
+        and ours.header.get_zooms() == theirs.header.get_zooms()
+    )
     assert np.array_equal(np.asarray(ours.dataobj), np.asarray(theirs.dataobj))
 
 
 def test_channels_must_share_a_grid(tmp_path):
-    for name, shape, spacing in (("a", (3, 5, 4), 1.0), ("b", (3, 5, 4), 1.2), ("c", (3, 5, 5), 1.0)):
-        write_label(tmp_path / f"{name}.nii", np.ones(shape, np.uint8), Geometry(shape=shape, spacing=(spacing, 1.0, 1.0)))
+    for name, shape, spacing in (
+        ("a", (3, 5, 4), 1.0),
+        ("b", (3, 5, 4), 1.2),
+        ("c", (3, 5, 5), 1.0),
+    ):
+        write_label(
+            tmp_path / f"{name}.nii",
+            np.ones(shape, np.uint8),
+            Geometry(shape=shape, spacing=(spacing, 1.0, 1.0)),
+        )
     image, _ = read_image([tmp_path / "a.nii", tmp_path / "a.nii"])
     assert image.shape == (2, 3, 5, 4)
-    with pytest.raises(ImageError, match="spacing of channel b.nii: found 1.2x1x1 mm, expected 1x1x1 mm as in a.nii"):
+    with pytest.raises(
+        ImageError,
+        match="spacing of channel b.nii: found 1.2x1x1 mm, expected 1x1x1 mm as in a.nii",
+    ):
         read_image([tmp_path / "a.nii", tmp_path / "b.nii"])
     with pytest.raises(ImageError, match="shape of channel c.nii: found 3x5x5, expected 3x5x4"):
         read_image([tmp_path / "a.nii", tmp_path / "c.nii"])

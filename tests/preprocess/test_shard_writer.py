@@ -21,13 +21,20 @@ def test_values_that_are_not_finite_are_refused(tmp_path, fmt, drawn):
     image, label, _ = drawn()
     image[0, 1, 2, 3] = np.inf
     with pytest.raises(InputError, match="case-7.*nan or beyond float16"):
-        store_module(fmt).Writer(tmp_path, "s", chunk=CHUNK, dtype="float16").write("case-7", image, label, None)
+        store_module(fmt).Writer(tmp_path, "s", chunk=CHUNK, dtype="float16").write(
+            "case-7", image, label, None
+        )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_wrong_type_or_shape_is_the_programmers_mistake(tmp_path, fmt, drawn):
     image, label, _ = drawn()
-    for wrong in ((image.astype(np.float32), label), (image, label.astype(int)), (image, label[1:]), (image[0], label)):
+    for wrong in (
+        (image.astype(np.float32), label),
+        (image, label.astype(int)),
+        (image, label[1:]),
+        (image[0], label),
+    ):
         writer = store_module(fmt).Writer(tmp_path, "s", chunk=CHUNK, dtype="float16")
         with pytest.raises(TypeError, match="expected"):
             writer.write("c", *wrong, None)
@@ -63,11 +70,16 @@ def test_an_abandoned_writer_leaves_nothing(tmp_path, fmt, drawn):
 def test_what_a_killed_writer_left_is_cleared(tmp_path, fmt, drawn, publish):
     image, label, truth = drawn()
     code = (
-        "import os, sys, numpy as np; from pathlib import Path; from segfleet.preprocess.stores.base import store_module\n"
-        "w = store_module(sys.argv[1]).Writer(Path(sys.argv[2]), 's', chunk=(4, 8, 16), dtype='float16')\n"
-        "w.write('c', np.ones((2, 9, 9, 9), 'float16'), np.ones((9, 9, 9), 'uint8'), None); os._exit(9)"
+        "import os, sys, numpy as np; from pathlib import Path; from "
+        "segfleet.preprocess.stores.base import store_module\n"
+        "w = store_module(sys.argv[1]).Writer(Path(sys.argv[2]), 's', chunk=(4, 8, 16), "
+        "dtype='float16')\n"
+        "w.write('c', np.ones((2, 9, 9, 9), 'float16'), np.ones((9, 9, 9), 'uint8'), None); "
+        "os._exit(9)"
     )
-    assert subprocess.run([sys.executable, "-c", code, fmt, str(tmp_path)], timeout=60).returncode == 9
+    assert (
+        subprocess.run([sys.executable, "-c", code, fmt, str(tmp_path)], timeout=60).returncode == 9
+    )
     assert [p.name.endswith(".partial") for p in tmp_path.iterdir()] == [True]
     store = publish(tmp_path, fmt, {"s": {"c": (image, label, truth)}})
     np.testing.assert_array_equal(store.label(store.manifest.cases[0]), label)
@@ -81,7 +93,9 @@ def small_disk(tmp_path):
     folder.mkdir()
     if os.name != "posix" or os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("only root can mount a small file system")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True
+    ).returncode:
         pytest.skip("this machine does not allow mounting a tmpfs")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
@@ -89,7 +103,9 @@ def small_disk(tmp_path):
 
 def incompressible(shape=(16, 64, 64)):
     draw = np.random.default_rng(0)
-    return draw.integers(0, 2**15, (1, *shape)).astype(np.int16), draw.integers(0, 255, shape).astype(np.uint8)
+    return draw.integers(0, 2**15, (1, *shape)).astype(np.int16), draw.integers(
+        0, 255, shape
+    ).astype(np.uint8)
 
 
 def test_a_full_disk_leaves_nothing(small_disk, fmt, publish):
@@ -103,7 +119,9 @@ def test_a_full_disk_leaves_nothing(small_disk, fmt, publish):
     assert caught.value.errno == errno.ENOSPC
     assert list((small_disk / "data").iterdir()) == []
     assert shutil.disk_usage(small_disk).free > 1.9e6
-    store = publish(small_disk, fmt, {"data/s": {"c": (image, label, None)}}, chunk=(8, 64, 64))  # there is room for a smaller one
+    store = publish(
+        small_disk, fmt, {"data/s": {"c": (image, label, None)}}, chunk=(8, 64, 64)
+    )  # there is room for a smaller one
     np.testing.assert_array_equal(store.label(store.manifest.cases[0]), label)
     store.close()
 
@@ -115,6 +133,8 @@ def test_a_disk_that_is_full_at_the_start(small_disk, fmt, free):
     (small_disk / "rest").write_bytes(bytes(8192))
     image, label = incompressible()
     with pytest.raises(OSError) as caught:
-        store_module(fmt).Writer(small_disk, "data/s", chunk=(8, 64, 64), dtype="int16").write("c", image, label, None)
+        store_module(fmt).Writer(small_disk, "data/s", chunk=(8, 64, 64), dtype="int16").write(
+            "c", image, label, None
+        )
     assert caught.value.errno == errno.ENOSPC
     assert list((small_disk / "data").iterdir()) == []

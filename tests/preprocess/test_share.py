@@ -1,4 +1,5 @@
-"""Several processes make one store: each its share, nothing twice, the bytes of a store that one process made."""
+"""Several processes make one store: each its share, nothing twice, the bytes of a store that one
+process made."""
 
 from __future__ import annotations
 
@@ -25,7 +26,11 @@ def raw(tmp_path_factory) -> Path:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture
@@ -52,13 +57,24 @@ def test_shares_make_the_store_of_one_process(raw, tmp_path, counted):
     counted["looked"].clear(), counted["made"].clear()
     for index in (2, 0, 1, 1):  # one member comes twice, as after a requeue
         share.survey_share("msd", raw, tmp_path / "shared", (index, 3), workers=1)
-    assert sorted(counted["looked"]) == sorted(set(counted["looked"])) and len(counted["looked"]) == 7
-    assert [share.write_share("msd", raw, tmp_path / "shared", (index, 3), **SMALL) for index in (1, 2, 1)] == [2, 2, 2]
+    assert (
+        sorted(counted["looked"]) == sorted(set(counted["looked"])) and len(counted["looked"]) == 7
+    )
+    assert [
+        share.write_share("msd", raw, tmp_path / "shared", (index, 3), **SMALL)
+        for index in (1, 2, 1)
+    ] == [2, 2, 2]
     assert len(counted["made"]) == 4 and not (tmp_path / "shared").exists()
     assert build("msd", raw, tmp_path / "shared", **SMALL).id == straight.id
-    assert len(counted["looked"]) == 7 and len(counted["made"]) == 7, "what the members did is not done again"
+    assert len(counted["looked"]) == 7 and len(counted["made"]) == 7, (
+        "what the members did is not done again"
+    )
     assert files(tmp_path / "shared") == files(tmp_path / "straight")
-    assert share.survey_share("msd", raw, tmp_path / "shared", (0, 3)) == share.write_share("msd", raw, tmp_path / "shared", (0, 3)) == 0
+    assert (
+        share.survey_share("msd", raw, tmp_path / "shared", (0, 3))
+        == share.write_share("msd", raw, tmp_path / "shared", (0, 3))
+        == 0
+    )
 
 
 def test_no_member_looks_at_what_another_left_undone(raw, tmp_path, counted):
@@ -103,7 +119,10 @@ def test_members_share_the_claim_and_refuse_all_others(raw, tmp_path):
         share.survey_share("msd", raw, out, (0, 2), workers=1)
         with pytest.raises(InputError, match="another process is preprocessing into"):
             build("msd", raw, out, **SMALL)
-    with claimed(partial, out), pytest.raises(InputError, match="another process is preprocessing into"):
+    with (
+        claimed(partial, out),
+        pytest.raises(InputError, match="another process is preprocessing into"),
+    ):
         share.survey_share("msd", raw, out, (0, 2), workers=1)
     build("msd", raw, out, **SMALL)
 
@@ -138,7 +157,12 @@ if __name__ == "__main__":
 
 
 def test_signals_to_all_processes_reach_only_the_parent(tmp_path):
-    """As SLURM sends them: workers and their servers go on, the parent's handler decides. In a process that started no servers before."""
+    """As SLURM sends them: workers and their servers go on, the parent's handler decides. In a
+    process that started no servers before."""
     (tmp_path / "disturbed.py").write_text(DISTURBED)
-    done = subprocess.run([sys.executable, tmp_path / "disturbed.py"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stdout.split() == ["6", "2", "True"] and not done.stderr, done.stderr
+    done = subprocess.run(
+        [sys.executable, tmp_path / "disturbed.py"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and done.stdout.split() == ["6", "2", "True"] and not done.stderr, (
+        done.stderr
+    )

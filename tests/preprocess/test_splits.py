@@ -10,20 +10,30 @@ from segfleet.preprocess.readers.base import open_reader
 
 
 def members(patients: int, visits: int = 1, foreground=lambda p: {1: 100 + p}) -> list[Member]:
-    return [Member(id=f"p{p:03d}_{v}", group=f"p{p:03d}", foreground=foreground(p)) for p in range(patients) for v in range(visits)]
+    return [
+        Member(id=f"p{p:03d}_{v}", group=f"p{p:03d}", foreground=foreground(p))
+        for p in range(patients)
+        for v in range(visits)
+    ]
 
 
-@pytest.mark.parametrize(("patients", "visits"), [(2, 1), (4, 3), (5, 1), (12, 2), (23, 1), (103, 1)])
+@pytest.mark.parametrize(
+    ("patients", "visits"), [(2, 1), (4, 3), (5, 1), (12, 2), (23, 1), (103, 1)]
+)
 def test_every_case_validates_once_and_no_patient_is_on_both_sides(patients, visits):
     everybody = members(patients, visits)
     splits = make_splits(everybody, seed=1)
     folds = splits["kfold"]
     ids = [m.id for m in everybody]
-    assert len(folds) == min(5, patients) and splits["all"] == ({"train": tuple(ids), "val": tuple(ids)},)
+    assert len(folds) == min(5, patients) and splits["all"] == (
+        {"train": tuple(ids), "val": tuple(ids)},
+    )
     assert sorted(case for fold in folds for case in fold["val"]) == sorted(ids)
     for fold in folds:
         assert disjoint(fold, everybody) and sorted(fold["train"] + fold["val"]) == sorted(ids)
-        assert list(fold["train"]) == [i for i in ids if i in set(fold["train"])], "in the order of the cases"
+        assert list(fold["train"]) == [i for i in ids if i in set(fold["train"])], (
+            "in the order of the cases"
+        )
     sizes = [len(fold["val"]) for fold in folds]
     assert max(sizes) - min(sizes) <= visits
 
@@ -33,7 +43,9 @@ def test_one_patient_has_no_folds():
 
 
 def test_rare_labels_and_sizes_are_shared_out():
-    everybody = members(50, foreground=lambda p: {1: 1000 * (p + 1)} | ({2: 10} if p % 5 == 0 else {}))
+    everybody = members(
+        50, foreground=lambda p: {1: 1000 * (p + 1)} | ({2: 10} if p % 5 == 0 else {})
+    )
     for fold in make_splits(everybody, seed=3)["kfold"]:
         inside = [m for m in everybody if m.id in fold["val"]]
         assert sum(2 in m.foreground for m in inside) == 2
@@ -42,7 +54,11 @@ def test_rare_labels_and_sizes_are_shared_out():
 
 def test_the_seed_decides():
     everybody = members(20)
-    assert make_splits(everybody, seed=1) == make_splits(everybody, seed=1) != make_splits(everybody, seed=2)
+    assert (
+        make_splits(everybody, seed=1)
+        == make_splits(everybody, seed=1)
+        != make_splits(everybody, seed=2)
+    )
 
 
 def test_what_the_data_set_brings_is_kept():
@@ -55,7 +71,10 @@ def test_visits_of_a_patient_stay_together(tmp_path):
     everybody = [Member(id=ref.id, group=ref.group, foreground={1: 1}) for ref in refs]
     folds = make_splits(everybody, seed=5)["kfold"]
     assert len(folds) == 4
-    assert all(len({case.split("_")[0] for case in fold["val"]}) == 1 and len(fold["val"]) == 2 for fold in folds)
+    assert all(
+        len({case.split("_")[0] for case in fold["val"]}) == 1 and len(fold["val"]) == 2
+        for fold in folds
+    )
 
 
 def test_a_patient_on_both_sides_is_seen():

@@ -20,7 +20,11 @@ def data_file(store, name="image") -> Path:
     """Where the bytes of the first case lie."""
     case = store.manifest.cases[0]
     place = store.root / case.shard
-    return place.with_suffix(".h5") if store.manifest.format == "hdf5" else next((place.with_suffix(".zarr") / name).glob("c.*"))
+    return (
+        place.with_suffix(".h5")
+        if store.manifest.format == "hdf5"
+        else next((place.with_suffix(".zarr") / name).glob("c.*"))
+    )
 
 
 def flip(path: Path, at: int) -> None:
@@ -39,11 +43,17 @@ def read_all(root: Path) -> None:
 def image_bytes(store, path: Path) -> list[int]:
     """Offsets of stored voxels, spread over the file."""
     if store.manifest.format == "zarr":
-        return [int(i) for i in np.linspace(0, path.stat().st_size - 1, 40)]  # chunks and index: all of it is checked
+        return [
+            int(i) for i in np.linspace(0, path.stat().st_size - 1, 40)
+        ]  # chunks and index: all of it is checked
     with h5py.File(path, "r") as file:
         array = file["case-0/image"]
         chunks = [array.id.get_chunk_info(i) for i in range(array.id.get_num_chunks())]
-    return [c.byte_offset + i for c in chunks[:: max(1, len(chunks) // 8)] for i in (0, 7, c.size // 2, c.size - 5, c.size - 1)]
+    return [
+        c.byte_offset + i
+        for c in chunks[:: max(1, len(chunks) // 8)]
+        for i in (0, 7, c.size // 2, c.size - 5, c.size - 1)
+    ]
 
 
 def test_one_flipped_byte_is_refused_naming_case_and_shard(store):
@@ -52,7 +62,10 @@ def test_one_flipped_byte_is_refused_naming_case_and_shard(store):
     store.close()
     for at in image_bytes(store, path):
         flip(path, at)
-        with pytest.raises(InputError, match=r"case 'case-0': shard data/case-0 is damaged .*[Rr]estore .*preprocess"):
+        with pytest.raises(
+            InputError,
+            match=r"case 'case-0': shard data/case-0 is damaged .*[Rr]estore .*preprocess",
+        ):
             read_all(store.root)
         assert [p.case for p in verify(store.root)] == ["case-0"]
         path.write_bytes(whole)
@@ -60,7 +73,8 @@ def test_one_flipped_byte_is_refused_naming_case_and_shard(store):
 
 
 def test_a_flipped_byte_anywhere_never_gives_other_values(store):
-    """Structures and metadata too: either the values are right or the store is refused; `verify` always notices."""
+    """Structures and metadata too: either the values are right or the store is refused; `verify`
+    always notices."""
     paths = [p for p in sorted(store.root.rglob("*")) if p.is_file() and "case-0" in p.as_posix()]
     store.close()
     draw = np.random.default_rng(2)
@@ -124,5 +138,9 @@ def test_a_store_of_an_earlier_layout_says_so(store):
     path.write_text(json.dumps(facts))
     if facts["format"] == "zarr":
         return read_all(store.root)
-    with pytest.raises(InputError, match="made by an earlier version of segfleet. Preprocess the raw data again into a new folder"):
+    with pytest.raises(
+        InputError,
+        match="made by an earlier version of segfleet. Preprocess the raw data again into a new "
+        "folder",
+    ):
         open_store(store.root)

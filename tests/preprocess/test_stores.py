@@ -71,26 +71,43 @@ def test_boxes_may_reach_outside(store, name, drawn):
 
 def test_random_boxes(store, drawn):
     image, label, _ = drawn(seed=1)
-    padded, padded_label = np.pad(image.astype(np.float32), ((0, 0), *((20, 20),) * 3)), np.pad(label, 20)
+    padded, padded_label = (
+        np.pad(image.astype(np.float32), ((0, 0), *((20, 20),) * 3)),
+        np.pad(label, 20),
+    )
     draw, case = np.random.default_rng(5), store.manifest.cases[1]
     for _ in range(60):
         start = draw.integers(-15, 30, 3)
-        place = tuple(slice(int(a), int(min(a + n, 34))) for a, n in zip(start, draw.integers(1, 25, 3), strict=True))
+        place = tuple(
+            slice(int(a), int(min(a + n, 34)))
+            for a, n in zip(start, draw.integers(1, 25, 3), strict=True)
+        )
         place = tuple(s if s.stop > s.start else slice(s.start, s.start + 1) for s in place)
-        inside = tuple(slice(min(s.start + 20, m + 39), min(s.stop + 20, m + 40)) for s, m in zip(place, SHAPE, strict=True))
+        inside = tuple(
+            slice(min(s.start + 20, m + 39), min(s.stop + 20, m + 40))
+            for s, m in zip(place, SHAPE, strict=True)
+        )
         sizes = tuple(s.stop - s.start for s in inside)
-        place = tuple(slice(s.start - 20, s.start - 20 + n) for s, n in zip(inside, sizes, strict=True))
+        place = tuple(
+            slice(s.start - 20, s.start - 20 + n) for s, n in zip(inside, sizes, strict=True)
+        )
         np.testing.assert_array_equal(store.image(case, place), padded[(slice(None), *inside)])
         np.testing.assert_array_equal(store.label(case, place), padded_label[inside])
 
 
-@pytest.mark.parametrize("dtype, scale", [("uint8", 1 / 255), ("int16", 0.25), ("uint16", 1.0), ("float32", 1.0), ("float16", 1.0)])
+@pytest.mark.parametrize(
+    "dtype, scale",
+    [("uint8", 1 / 255), ("int16", 0.25), ("uint16", 1.0), ("float32", 1.0), ("float16", 1.0)],
+)
 def test_stored_types_become_float32(tmp_path, fmt, dtype, scale, drawn, publish):
     image, label, _ = drawn(dtype=dtype)
     store = publish(tmp_path, fmt, {"s": {"c": (image, label, None)}}, scale=scale)
     expected = image.astype(np.float32) * np.float32(scale)
     np.testing.assert_array_equal(store.image(store.manifest.cases[0]), expected)
-    np.testing.assert_array_equal(store.image(store.manifest.cases[0], box((-1, 4), (0, 8), (0, 8)))[:, 1:], expected[:, :4, :8, :8])
+    np.testing.assert_array_equal(
+        store.image(store.manifest.cases[0], box((-1, 4), (0, 8), (0, 8)))[:, 1:],
+        expected[:, :4, :8, :8],
+    )
 
 
 def test_every_finite_half_is_converted_exactly():
@@ -110,7 +127,9 @@ def test_truth_that_was_not_stored_is_named(tmp_path, fmt, drawn, publish):
 def bundle(drawn, count=120):
     """2D images of many sizes."""
     sizes = [(1, 5 + i % 37, 9 + i % 23) for i in range(count)]
-    return {f"image-{i}": drawn(size, dtype="uint8", channels=3, seed=i) for i, size in enumerate(sizes)}
+    return {
+        f"image-{i}": drawn(size, dtype="uint8", channels=3, seed=i) for i, size in enumerate(sizes)
+    }
 
 
 def test_a_bundle_of_images_is_a_few_files(tmp_path, fmt, drawn, publish):
@@ -121,9 +140,13 @@ def test_a_bundle_of_images_is_a_few_files(tmp_path, fmt, drawn, publish):
     assert len(files) - 1 == len(store.manifest.files)
     for case in store.manifest.cases:
         image, label, _ = members[case.id]
-        np.testing.assert_array_equal(store.image(case), image.astype(np.float32) * np.float32(1 / 255))
+        np.testing.assert_array_equal(
+            store.image(case), image.astype(np.float32) * np.float32(1 / 255)
+        )
         taller = np.pad(label, ((0, 0), (0, 60), (0, 0)))
-        np.testing.assert_array_equal(store.label(case, box((0, 1), (2, 60), (0, 9))), taller[:, 2:60, :9])
+        np.testing.assert_array_equal(
+            store.label(case, box((0, 1), (2, 60), (0, 9))), taller[:, 2:60, :9]
+        )
     truth = store.manifest.cases[70]
     np.testing.assert_array_equal(store.truth(truth), members[truth.id][2])
 
@@ -150,7 +173,12 @@ def test_content_hash_tells_type_shape_and_values_apart(drawn):
     image, label, _ = drawn()
     changed = image.copy()
     changed[0, 0, 0, 0] += 1
-    others = [(changed, label), (image, label + 1), (image.view(np.int16), label), (image.reshape(1, 18, 21, 34), label)]
+    others = [
+        (changed, label),
+        (image, label + 1),
+        (image.view(np.int16), label),
+        (image.reshape(1, 18, 21, 34), label),
+    ]
     assert len({content_sha256(image, label), *(content_sha256(*other) for other in others)}) == 5
     assert content_sha256(image.transpose(0, 3, 2, 1), label) != content_sha256(image, label)
     assert content_sha256(np.asfortranarray(image), label) == content_sha256(image, label)
@@ -165,7 +193,11 @@ def test_zarr_python_reads_the_same(store, drawn):
         np.testing.assert_array_equal(group["image"][:], image)
         np.testing.assert_array_equal(group["label"][:], label)
         np.testing.assert_array_equal(group["truth"][:], truth)
-        assert group["image"].dtype == image.dtype and group["image"].chunks == (2, *CHUNK) and group["image"].shards == (2, 12, 24, 48)
+        assert (
+            group["image"].dtype == image.dtype
+            and group["image"].chunks == (2, *CHUNK)
+            and group["image"].shards == (2, 12, 24, 48)
+        )
 
 
 @pytest.mark.parametrize("fmt", ["zarr"])
@@ -196,14 +228,19 @@ with h5py.File(sys.argv[1], "r") as file:
 
 @pytest.mark.parametrize("fmt", ["hdf5"])
 def test_h5py_reads_the_same(store, drawn, tmp_path):
-    """With Blosc, which segfleet itself does without: a process in which it is loaded writes its name into new files."""
+    """With Blosc, which segfleet itself does without: a process in which it is loaded writes its
+    name into new files."""
     if importlib.util.find_spec("hdf5plugin") is None:
         pytest.skip("hdf5plugin is not installed")
-    subprocess.run([sys.executable, "-c", OTHERS, store.root / "data/case-0.h5", tmp_path], check=True)
+    subprocess.run(
+        [sys.executable, "-c", OTHERS, store.root / "data/case-0.h5", tmp_path], check=True
+    )
     for name, expected in zip(("image", "label", "truth"), drawn(), strict=True):
         np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npy"), expected)
     with h5py.File(store.root / "data/case-0.h5", "r"):  # with locks
-        np.testing.assert_array_equal(open_store(store.root).label(store.manifest.cases[0]), drawn()[1])
+        np.testing.assert_array_equal(
+            open_store(store.root).label(store.manifest.cases[0]), drawn()[1]
+        )
 
 
 def total(store, queue=None):
@@ -232,7 +269,9 @@ def test_other_processes_open_their_own_handles(store, method):
 
 def test_a_fork_does_not_use_inherited_handles(store):
     total(store)
-    inherited = list(store.handles.open.values())  # kept alive, so that no new one can have the identity of an old one
+    inherited = list(
+        store.handles.open.values()
+    )  # kept alive, so that no new one can have the identity of an old one
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -259,7 +298,11 @@ def test_few_shards_stay_open(tmp_path, fmt, drawn, publish):
     store.handles.limit = 3
 
     def handles():
-        return sum("/s" in os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{n}"))
+        return sum(
+            "/s" in os.readlink(f"/proc/self/fd/{n}")
+            for n in os.listdir("/proc/self/fd")
+            if os.path.exists(f"/proc/self/fd/{n}")
+        )
 
     before = handles()
     for _ in range(3):
@@ -276,7 +319,9 @@ def test_threads_share_a_store(store):
 
     def read(i):
         place = box((i % 5, 9), (i % 11, 20), (i % 7, 30))
-        return np.array_equal(store.image(store.manifest.cases[i % 2], place), whole[i % 2][(slice(None), *place)])
+        return np.array_equal(
+            store.image(store.manifest.cases[i % 2], place), whole[i % 2][(slice(None), *place)]
+        )
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(read, range(200)))

@@ -28,19 +28,37 @@ RANDOM = np.random.default_rng(3)
 
 
 def plan(**changes) -> Plan:
-    return Plan(**{"target_spacing": (1.0, 1.0, 1.0), "patch": (8, 8, 8), "normalisation": ("zscore",), "dtype": "float32", **changes})
+    return Plan(
+        **{
+            "target_spacing": (1.0, 1.0, 1.0),
+            "patch": (8, 8, 8),
+            "normalisation": ("zscore",),
+            "dtype": "float32",
+            **changes,
+        }
+    )
 
 
 def case(image, label=None, spacing=(1.0, 1.0, 1.0)) -> Case:
-    return Case(id="c", image_CZYX=image, label_ZYX=label, geometry=Geometry(shape=image.shape[1:], spacing=spacing))
+    return Case(
+        id="c",
+        image_CZYX=image,
+        label_ZYX=label,
+        geometry=Geometry(shape=image.shape[1:], spacing=spacing),
+    )
 
 
-@pytest.mark.parametrize(("old", "new"), [((9, 20, 31), (14, 11, 40)), ((1, 30, 7), (3, 9, 21)), ((2, 3, 4), (5, 6, 7))])
+@pytest.mark.parametrize(
+    ("old", "new"), [((9, 20, 31), (14, 11, 40)), ((1, 30, 7), (3, 9, 21)), ((2, 3, 4), (5, 6, 7))]
+)
 @pytest.mark.parametrize(("order", "resample"), [(3, resample_image), (1, resample_probabilities)])
 def test_resampling_is_that_of_scipy(old, new, order, resample):
     image = RANDOM.standard_normal((2, *old)).astype(np.float32)
     zoom = [n / o for n, o in zip(new, old, strict=True)]
-    expected = [ndimage.zoom(channel.astype(float), zoom, order=order, mode="nearest", grid_mode=True) for channel in image]
+    expected = [
+        ndimage.zoom(channel.astype(float), zoom, order=order, mode="nearest", grid_mode=True)
+        for channel in image
+    ]
     assert np.allclose(resample(image, new), expected, atol=1e-4)
 
 
@@ -81,9 +99,14 @@ def test_labels_are_resampled_without_new_values_or_holes():
     assert abs((out > 0).sum() / 8 - (label > 0).sum()) < 0.04 * (label > 0).sum()
     back = resample_label(out, label.shape)
     assert (back != label).mean() < 0.01
-    reference = [ndimage.zoom((label == v).astype(float), 2, order=1, mode="nearest", grid_mode=True) for v in (0, 2, 7)]
+    reference = [
+        ndimage.zoom((label == v).astype(float), 2, order=1, mode="nearest", grid_mode=True)
+        for v in (0, 2, 7)
+    ]
     assert np.array_equal(out, np.array([0, 2, 7])[np.argmax(np.round(reference, 5), axis=0)])
-    assert np.array_equal(resample_label(np.full((2, 2, 2), 5, np.uint8), (3, 3, 3)), np.full((3, 3, 3), 5))
+    assert np.array_equal(
+        resample_label(np.full((2, 2, 2), 5, np.uint8), (3, 3, 3)), np.full((3, 3, 3), 5)
+    )
 
 
 def test_the_box_of_what_is_not_zero_and_the_way_back():
@@ -93,7 +116,11 @@ def test_the_box_of_what_is_not_zero_and_the_way_back():
     assert nonzero_box(np.zeros((1, 2, 3, 4))) == ((0, 2), (0, 3), (0, 4))
     label = RANDOM.integers(0, 3, (2, 3, 3)).astype(np.uint8)
     whole = paste(label, nonzero_box(image), (6, 7, 8))
-    assert whole.shape == (6, 7, 8) and np.array_equal(whole[2:4, 1:4, 4:7], label) and whole.sum() == label.sum()
+    assert (
+        whole.shape == (6, 7, 8)
+        and np.array_equal(whole[2:4, 1:4, 4:7], label)
+        and whole.sum() == label.sum()
+    )
     assert crop_box(image, ("rgb_to_0_1",) * 2) == ((0, 6), (0, 7), (0, 8)), "black is a colour"
 
 
@@ -104,16 +131,24 @@ def test_the_mask_fills_holes_and_only_holes(shape):
     image[:, :, 4, 4] = 1
     filled = ndimage.binary_fill_holes(image[0] if shape[0] > 1 else image[0, 0]).reshape(shape)
     assert np.array_equal(nonzero_mask(image), filled)
-    assert nonzero_mask(np.ones((1, *shape))).all() and not nonzero_mask(np.zeros((1, *shape))).any()
+    assert (
+        nonzero_mask(np.ones((1, *shape))).all() and not nonzero_mask(np.zeros((1, *shape))).any()
+    )
 
 
 def test_zscore_with_and_without_a_mask():
     image = np.zeros((1, 4, 10, 10), np.int16)
     image[:, :, 2:8, 2:8] = RANDOM.integers(50, 100, (1, 4, 6, 6))
     out = normalise(image, plan())
-    assert out.dtype == np.float32 and abs(out.mean()) < 1e-5 and out.std() == pytest.approx(1, abs=1e-4)
+    assert (
+        out.dtype == np.float32
+        and abs(out.mean()) < 1e-5
+        and out.std() == pytest.approx(1, abs=1e-4)
+    )
     inside = normalise(image, plan(nonzero_mask=True))
-    assert inside[image != 0].mean() == pytest.approx(0, abs=1e-5) and inside[image != 0].std() == pytest.approx(1, abs=1e-4)
+    assert inside[image != 0].mean() == pytest.approx(0, abs=1e-5) and inside[
+        image != 0
+    ].std() == pytest.approx(1, abs=1e-4)
     assert not inside[image == 0].any()
     flat = normalise(np.full((1, 2, 2, 2), 7, np.uint8), plan())
     assert not flat.any()
@@ -122,24 +157,38 @@ def test_zscore_with_and_without_a_mask():
 def test_the_other_normalisations():
     image = np.array([-2000, -17, 99, 201, 4000], np.int16).reshape(1, 1, 1, 5)
     facts = {"mean": 99.0, "std": 50.0, "percentile_00_5": -17.0, "percentile_99_5": 201.0}
-    assert normalise(image, plan(normalisation=("ct",), intensity=(facts,)))[0, 0, 0] == pytest.approx([-2.32, -2.32, 0, 2.04, 2.04])
+    assert normalise(image, plan(normalisation=("ct",), intensity=(facts,)))[
+        0, 0, 0
+    ] == pytest.approx([-2.32, -2.32, 0, 2.04, 2.04])
     stretched = normalise(image, plan(normalisation=("rescale_to_0_1",)))
     assert stretched[0, 0, 0] == pytest.approx([0, 1983 / 6000, 2099 / 6000, 2201 / 6000, 1])
     assert np.array_equal(normalise(image, plan(normalisation=("none",))), image)
     bytes_ = np.array([0, 51, 255], np.uint8).reshape(1, 1, 1, 3)
-    assert normalise(bytes_, plan(normalisation=("rgb_to_0_1",)))[0, 0, 0] == pytest.approx([0, 0.2, 1])
+    assert normalise(bytes_, plan(normalisation=("rgb_to_0_1",)))[0, 0, 0] == pytest.approx(
+        [0, 0.2, 1]
+    )
     words = np.array([0, 13107, 65535], np.uint16).reshape(1, 1, 1, 3)
-    assert normalise(words, plan(normalisation=("rgb_to_0_1",)))[0, 0, 0] == pytest.approx([0, 0.2, 1])
+    assert normalise(words, plan(normalisation=("rgb_to_0_1",)))[0, 0, 0] == pytest.approx(
+        [0, 0.2, 1]
+    )
     with pytest.raises(InputError, match="found 'zsocre', expected zscore"):
         normalise(bytes_, plan(normalisation=("zsocre",)))
 
 
 def test_the_stored_grid_and_the_axis_apart():
     assert stored_grid((10, 20, 30), (3.0, 1.0, 0.5), plan()) == ((30, 20, 15), (1.0, 1.0, 1.0))
-    assert stored_grid((1, 20, 30), (5.0, 1.0, 2.0), plan()) == ((1, 20, 60), (5.0, 1.0, 1.0)), "one slice stays one"
+    assert stored_grid((1, 20, 30), (5.0, 1.0, 2.0), plan()) == ((1, 20, 60), (5.0, 1.0, 1.0)), (
+        "one slice stays one"
+    )
     assert stored_grid((10, 1, 1), (1.0004, 9, 9), plan())[0] == (10, 1, 1)
-    assert resample_axis((5.0, 1.0, 1.0), plan()) == 0 and resample_axis((2.0, 1.0, 1.0), plan()) is None
-    assert resample_axis((2.0, 1.0, 1.0), plan(anisotropic_axis=0)) == 0 and resample_axis((1.0, 1.0, 9.0), plan(anisotropic_axis=0)) == 2
+    assert (
+        resample_axis((5.0, 1.0, 1.0), plan()) == 0
+        and resample_axis((2.0, 1.0, 1.0), plan()) is None
+    )
+    assert (
+        resample_axis((2.0, 1.0, 1.0), plan(anisotropic_axis=0)) == 0
+        and resample_axis((1.0, 1.0, 9.0), plan(anisotropic_axis=0)) == 2
+    )
 
 
 def test_a_case_is_cropped_normalised_and_resampled():
@@ -147,21 +196,50 @@ def test_a_case_is_cropped_normalised_and_resampled():
     image[:, 2:8, 1:11, 1:11] = RANDOM.random((1, 6, 10, 10)) + 1
     label = np.zeros((10, 12, 12), np.uint8)
     label[3:6, 4:8, 4:8], label[6, 4:6, 4:6], label[0, 0, 0] = 1, 3, 2
-    out, stored, facts = preprocess_case(case(image, label, (2.0, 1.0, 1.0)), plan(dtype="float16"), ignore_label=3)
-    assert out.dtype == np.float16 and out.shape == (1, 12, 10, 10) and stored.shape == (12, 10, 10) and stored.dtype == np.uint8
-    assert facts["crop"] == ((2, 8), (1, 11), (1, 11)) and facts["raw_shape"] == (10, 12, 12) and facts["has_truth"]
+    out, stored, facts = preprocess_case(
+        case(image, label, (2.0, 1.0, 1.0)), plan(dtype="float16"), ignore_label=3
+    )
+    assert (
+        out.dtype == np.float16
+        and out.shape == (1, 12, 10, 10)
+        and stored.shape == (12, 10, 10)
+        and stored.dtype == np.uint8
+    )
+    assert (
+        facts["crop"] == ((2, 8), (1, 11), (1, 11))
+        and facts["raw_shape"] == (10, 12, 12)
+        and facts["has_truth"]
+    )
     assert facts["spacing"] == (1.0, 1.0, 1.0) and facts["raw_spacing"] == (2.0, 1.0, 1.0)
-    assert facts["voxels"] == {v: int((stored == v).sum()) for v in (0, 1, 3)} and sum(facts["voxels"].values()) == stored.size
-    assert set(facts["foreground"]) == {1} and (stored.ravel()[list(facts["foreground"][1])] == 1).all()
-    again = preprocess_case(case(image, label, (2.0, 1.0, 1.0)), plan(dtype="float16"), ignore_label=3)
+    assert (
+        facts["voxels"] == {v: int((stored == v).sum()) for v in (0, 1, 3)}
+        and sum(facts["voxels"].values()) == stored.size
+    )
+    assert (
+        set(facts["foreground"]) == {1}
+        and (stored.ravel()[list(facts["foreground"][1])] == 1).all()
+    )
+    again = preprocess_case(
+        case(image, label, (2.0, 1.0, 1.0)), plan(dtype="float16"), ignore_label=3
+    )
     assert again[2] == facts and np.array_equal(again[0], out)
-    alone, nothing, prediction = preprocess_case(case(image, None, (2.0, 1.0, 1.0)), plan(dtype="float16"))
-    assert np.array_equal(alone, out) and nothing is None and prediction["crop"] == facts["crop"] and "voxels" not in prediction
+    alone, nothing, prediction = preprocess_case(
+        case(image, None, (2.0, 1.0, 1.0)), plan(dtype="float16")
+    )
+    assert (
+        np.array_equal(alone, out)
+        and nothing is None
+        and prediction["crop"] == facts["crop"]
+        and "voxels" not in prediction
+    )
 
 
-@pytest.mark.parametrize(("spacing", "shape"), [((1.0, 1.0, 1.0), (6, 8, 8)), ((2.0, 1.5, 1.5), (12, 12, 12))])
+@pytest.mark.parametrize(
+    ("spacing", "shape"), [((1.0, 1.0, 1.0), (6, 8, 8)), ((2.0, 1.5, 1.5), (12, 12, 12))]
+)
 def test_the_truth_is_stored_for_every_other_grid(spacing, shape):
-    """Also where a crop keeps the spacing, and where what it leaves is resampled to the old shape."""
+    """Also where a crop keeps the spacing, and where what it leaves is resampled to the old
+    shape."""
     image, label = np.zeros((1, 12, 12, 12), np.float32), np.zeros((12, 12, 12), np.uint8)
     image[:, 3:9, 2:10, 2:10] = 1 + RANDOM.random((1, 6, 8, 8))
     label[4:8, 4:8, 4:8] = 1
@@ -176,7 +254,9 @@ def test_foreground_samples_are_limited_and_distinct():
     label[0, :20], label[0, 39, :3] = 1, 2
     _, _, facts = preprocess_case(case(np.ones((1, 1, 40, 40)), label), plan())
     assert not facts["has_truth"]
-    assert len(set(facts["foreground"][1])) == 256 and list(facts["foreground"][1]) == sorted(facts["foreground"][1])
+    assert len(set(facts["foreground"][1])) == 256 and list(facts["foreground"][1]) == sorted(
+        facts["foreground"][1]
+    )
     assert facts["foreground"][2] == (39 * 40, 39 * 40 + 1, 39 * 40 + 2)
 
 

@@ -53,13 +53,21 @@ class Cluster:
     def segfleet(self, *arguments, code: int = 0, **more) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "segfleet.cli.main", *map(str, arguments)]
         environment = {**self.environment, **more}
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=200)
-        assert done.returncode == code, f"exit code {done.returncode}, expected {code}\n{done.stdout}\n{done.stderr}"
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == code, (
+            f"exit code {done.returncode}, expected {code}\n{done.stdout}\n{done.stderr}"
+        )
         return done
 
     def submit(self, *arguments, runs="runs", **more) -> dict:
         """Submit the recipe; the document that --json prints."""
-        document = json.loads(self.segfleet("submit", "tiny.yaml", *arguments, "--runs", runs, "--json", **more).stdout)
+        document = json.loads(
+            self.segfleet(
+                "submit", "tiny.yaml", *arguments, "--runs", runs, "--json", **more
+            ).stdout
+        )
         return document
 
     def row(self, document: dict, runs="runs") -> dict:
@@ -69,7 +77,12 @@ class Cluster:
 
     def queue(self, job: str) -> tuple[str, str]:
         """SLURM's own words: state and reason."""
-        rows = [line.split("|") for line in self.call("squeue", "--states=all", "-r", "-h", "-o", "%i|%T|%r").splitlines()]
+        rows = [
+            line.split("|")
+            for line in self.call(
+                "squeue", "--states=all", "-r", "-h", "-o", "%i|%T|%r"
+            ).splitlines()
+        ]
         return next(((state, reason) for found, state, reason in rows if found == job), ("", ""))
 
     def call(self, *command: str) -> str:
@@ -78,7 +91,10 @@ class Cluster:
     def wait(self, condition, timeout=240.0, what="") -> None:
         deadline = time.monotonic() + timeout
         while not condition():
-            assert time.monotonic() < deadline, f"{what} did not come within {timeout:.0f} s:\n{self.call('squeue', '--states=all')}"
+            assert time.monotonic() < deadline, (
+                f"{what} did not come within {timeout:.0f} "
+                f"s:\n{self.call('squeue', '--states=all')}"
+            )
             time.sleep(0.2)
 
     def wait_for_state(self, document: dict, *states: str, timeout=240.0) -> str:
@@ -98,7 +114,12 @@ class Cluster:
         stage = Path(document["run"]).parent
 
         def reached() -> bool:
-            ended = self.queue(document["job"])[0] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+            ended = self.queue(document["job"])[0] in (
+                "COMPLETED",
+                "FAILED",
+                "CANCELLED",
+                "TIMEOUT",
+            )
             assert not ended, self.output(document)
             return any(event["step"] >= step for event in events(stage, "step"))
 
@@ -106,13 +127,18 @@ class Cluster:
         return stage
 
     def release(self, document: dict) -> None:
-        """SLURM holds a requeued job back for two minutes; a test waits only until nothing of its last life is left."""
+        """SLURM holds a requeued job back for two minutes; a test waits only until nothing of its
+        last life is left."""
         self.wait(lambda: self.queue(document["job"])[0] == "PENDING", 60, "requeue")
         self.wait(lambda: not self.helpers(document), 60, "the end of the last life")
-        time.sleep(1.5)  # a job that starts within the second of its requeue is refused: "Job credential revoked"
+        time.sleep(
+            1.5
+        )  # a job that starts within the second of its requeue is refused: "Job credential revoked"
         deadline = time.monotonic() + 60
         while self.queue(document["job"])[0] == "PENDING":
-            assert time.monotonic() < deadline, self.call("scontrol", "show", "job", document["job"])
+            assert time.monotonic() < deadline, self.call(
+                "scontrol", "show", "job", document["job"]
+            )
             try:
                 self.call("scontrol", "update", f"jobid={document['job']}", "StartTime=now")
             except subprocess.CalledProcessError:
@@ -123,10 +149,18 @@ class Cluster:
         """Bitwise equal weights of all stages, equal score, and every step logged exactly once."""
         import torch
 
-        for mine, theirs in zip((Path(document["run"]).parent, Path(document["run"])), map(Path, straight["stages"]), strict=True):
+        for mine, theirs in zip(
+            (Path(document["run"]).parent, Path(document["run"])),
+            map(Path, straight["stages"]),
+            strict=True,
+        ):
             first, second = final_weights(mine), final_weights(theirs)
-            assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-            undisturbed, found = ([event["step"] for event in events(stage, "step")] for stage in (theirs, mine))
+            assert first.keys() == second.keys() and all(
+                torch.equal(first[name], second[name]) for name in first
+            )
+            undisturbed, found = (
+                [event["step"] for event in events(stage, "step")] for stage in (theirs, mine)
+            )
             assert found == sorted(set(found)) and set(undisturbed) <= set(found)
         scores = json.loads((Path(document["run"]) / "evaluation.json").read_text())["summary"]
         assert scores["mean_foreground_dice"] == straight["mean_foreground_dice"]
@@ -151,7 +185,9 @@ class Cluster:
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
-                if process.name() == "slurmstepd" and f"[{document['job']}." in " ".join(process.cmdline()):
+                if process.name() == "slurmstepd" and f"[{document['job']}." in " ".join(
+                    process.cmdline()
+                ):
                     nodes = {child.environ().get("SLURMD_NODENAME") for child in process.children()}
                     found += [process] if node is None or node in nodes else []
         return found
@@ -161,7 +197,9 @@ class Cluster:
         files = sorted(Path(document["log"]).parent.glob(f"{document['job']}_*_log.out"))
         controller = (self.sandbox.folder / "log" / "slurmctld.log").read_text().splitlines()
         said = "\n".join(line for line in controller if document["job"].partition("_")[0] in line)
-        return "\n".join([*(f"== {path.name}\n{path.read_text()}" for path in files), "== slurmctld.log", said])
+        return "\n".join(
+            [*(f"== {path.name}\n{path.read_text()}" for path in files), "== slurmctld.log", said]
+        )
 
 
 def events(stage: Path, kind: str) -> list[dict]:
@@ -178,7 +216,8 @@ def events(stage: Path, kind: str) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def work(tiny_recipe):
-    """A folder with a recipe for a tiny network on a tiny store. No batch normalisation: many ranks on few cores talk long about it."""
+    """A folder with a recipe for a tiny network on a tiny store. No batch normalisation: many ranks
+    on few cores talk long about it."""
     return tiny_recipe(STAGES, batch=8, model=MODEL)
 
 
@@ -192,21 +231,36 @@ def cluster(sandbox, work):
     for node in NODES:
         if f"slurmd {node}" not in sandbox.pids():
             sandbox.start_node(node)
-    made.wait(lambda: made.call("sinfo", "-h", "-p", "main", "-o", "%T %D").split() == ["idle", "4"], 40, "four idle nodes")
+    made.wait(
+        lambda: made.call("sinfo", "-h", "-p", "main", "-o", "%T %D").split() == ["idle", "4"],
+        40,
+        "four idle nodes",
+    )
 
 
 @pytest.fixture(scope="session")
 def straight(work):
-    """`straight(ranks)`: what --json prints of the same recipe on local ranks that nobody disturbed."""
+    """`straight(ranks)`: what --json prints of the same recipe on local ranks that nobody
+    disturbed."""
     made: dict[tuple, dict] = {}
 
     def run(ranks: int, *changes: str) -> dict:
         if (ranks, changes) not in made:
             runs = f"straight{len(made)}"
             options = ("--ranks", str(ranks), "--runs", runs, "--json")
-            command = [sys.executable, "-m", "segfleet.cli.main", "train", "tiny.yaml", *changes, *options]
+            command = [
+                sys.executable,
+                "-m",
+                "segfleet.cli.main",
+                "train",
+                "tiny.yaml",
+                *changes,
+                *options,
+            ]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=200)
+            done = subprocess.run(
+                command, cwd=work, env=environment, capture_output=True, text=True, timeout=200
+            )
             assert done.returncode == 0, done.stderr
             made[ranks, changes] = json.loads(done.stdout)
         return made[ranks, changes]

@@ -36,11 +36,26 @@ LINES = [
     ({"nodelist": "n7"}, ["#SBATCH --nodelist=n7"]),
     ({"reservation": "course"}, ["#SBATCH --reservation=course"]),
     ({"mail": "a@b.org"}, ["#SBATCH --mail-user=a@b.org", "#SBATCH --mail-type=END,FAIL"]),
-    ({"mail": "a@b.org", "mail_on": "REQUEUE"}, ["#SBATCH --mail-user=a@b.org", "#SBATCH --mail-type=REQUEUE"]),
-    ({"dependency": "afterok:12"}, ["#SBATCH --dependency=afterok:12", "#SBATCH --kill-on-invalid-dep=yes"]),
-    ({"sbatch": ("--licenses=x:2", "--exclusive")}, ["#SBATCH --licenses=x:2", "#SBATCH --exclusive\n"]),
-    ({"setup": ("module load CUDA/12", "ulimit -n 65536")}, ["\nmodule load CUDA/12\nulimit -n 65536\n"]),
-    ({"container": "apptainer exec --nv i.sif"}, ["rank apptainer exec --nv i.sif python3 -u -m submitit.core._submit"]),
+    (
+        {"mail": "a@b.org", "mail_on": "REQUEUE"},
+        ["#SBATCH --mail-user=a@b.org", "#SBATCH --mail-type=REQUEUE"],
+    ),
+    (
+        {"dependency": "afterok:12"},
+        ["#SBATCH --dependency=afterok:12", "#SBATCH --kill-on-invalid-dep=yes"],
+    ),
+    (
+        {"sbatch": ("--licenses=x:2", "--exclusive")},
+        ["#SBATCH --licenses=x:2", "#SBATCH --exclusive\n"],
+    ),
+    (
+        {"setup": ("module load CUDA/12", "ulimit -n 65536")},
+        ["\nmodule load CUDA/12\nulimit -n 65536\n"],
+    ),
+    (
+        {"container": "apptainer exec --nv i.sif"},
+        ["rank apptainer exec --nv i.sif python3 -u -m submitit.core._submit"],
+    ),
     ({"python": "/opt/my env/python"}, ["rank '/opt/my env/python' -u -m submitit.core._submit"]),
     (
         {},
@@ -56,27 +71,58 @@ LINES = [
 ]
 
 
-@pytest.mark.parametrize(("options", "expected"), LINES, ids=[",".join(options) or "always" for options, _ in LINES])
+@pytest.mark.parametrize(
+    ("options", "expected"), LINES, ids=[",".join(options) or "always" for options, _ in LINES]
+)
 def test_every_option_is_in_the_script(options, expected):
     script = SlurmLauncher().script(RUN, ROOT, make_spec(options, places=()))
     for line in expected:
         assert line in script, script
     ours = script[: script.index("# setup")]
-    for name in ("partition", "account", "qos", "mem", "mail-user", "reservation", "dependency", "wckey"):
-        assert f"--{name}=" not in ours or any(f"--{name}=" in line for line in expected), "nothing is set that nobody asked for"
+    for name in (
+        "partition",
+        "account",
+        "qos",
+        "mem",
+        "mail-user",
+        "reservation",
+        "dependency",
+        "wckey",
+    ):
+        assert f"--{name}=" not in ours or any(f"--{name}=" in line for line in expected), (
+            "nothing is set that nobody asked for"
+        )
 
 
 def test_every_option_has_its_line(tmp_path):
-    elsewhere = {"throttle", "fruitless", "stage_to"}  # of an array's script, below; of the job that every rank reads
-    assert {name for options, _ in LINES for name in options} | elsewhere == set(JobSpec.model_fields)
+    elsewhere = {
+        "throttle",
+        "fruitless",
+        "stage_to",
+    }  # of an array's script, below; of the job that every rank reads
+    assert {name for options, _ in LINES for name in options} | elsewhere == set(
+        JobSpec.model_fields
+    )
     spec = make_spec({"fruitless": 7, "time": 3, "stage_to": "$TMPDIR"}, places=())
-    job = json.loads((submission.write_job(tmp_path, {"do": "train"}, spec) / "job.json").read_text())
-    assert job == {"do": "train", "stage_to": "$TMPDIR", "spec": {"gpus_per_node": 0, "lead": 60, "fruitless": 7}}
+    job = json.loads(
+        (submission.write_job(tmp_path, {"do": "train"}, spec) / "job.json").read_text()
+    )
+    assert job == {
+        "do": "train",
+        "stage_to": "$TMPDIR",
+        "spec": {"gpus_per_node": 0, "lead": 60, "fruitless": 7},
+    }
 
 
 def test_an_array_and_live_code_in_the_script():
-    script = SlurmLauncher(live=True).script(RUN, ROOT, make_spec({"throttle": 3}, places=()), members=7)
-    assert "#SBATCH --array=0-6%3" in script and "%A_%a_%t_log.out" in script and "PYTHONPATH" not in script
+    script = SlurmLauncher(live=True).script(
+        RUN, ROOT, make_spec({"throttle": 3}, places=()), members=7
+    )
+    assert (
+        "#SBATCH --array=0-6%3" in script
+        and "%A_%a_%t_log.out" in script
+        and "PYTHONPATH" not in script
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,7 +135,10 @@ def test_an_array_and_live_code_in_the_script():
         ({"mail_on": "EVER"}, "'EVER' is none of: NONE, BEGIN"),
         ({"sbatch": ("licenses=x",)}, "expected --option or --option=value"),
         ({"sbatch": ("--output=x",)}, "--output is set by segfleet itself"),
-        ({"sbatch": ("--mem=4G",), "memory": "64G"}, "'--mem=4G': give --memory instead (memory in clusters.yaml)"),
+        (
+            {"sbatch": ("--mem=4G",), "memory": "64G"},
+            "'--mem=4G': give --memory instead (memory in clusters.yaml)",
+        ),
         ({"sbatch": ("--ntasks-per-node=3",), "gpus_per_node": 4}, "give --ranks-per-node instead"),
         ({"sbatch": ("--ntasks=3",)}, "give --ranks-per-node instead"),
         ({"sbatch": ("--cpus-per-task=3",)}, "give --cpus instead"),
@@ -108,7 +157,17 @@ def test_a_wrong_option_is_named(options, words):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [(5, 5), ("90", 90), ("0:15", 1), ("1:00:00", 60), ("1-0", 1440), ("1-2:30", 1590), ("12h", 720), ("1d6h", 1800), ("90m", 90)],
+    [
+        (5, 5),
+        ("90", 90),
+        ("0:15", 1),
+        ("1:00:00", 60),
+        ("1-0", 1440),
+        ("1-2:30", 1590),
+        ("12h", 720),
+        ("1d6h", 1800),
+        ("90m", 90),
+    ],
 )
 def test_time_limits(text, expected):
     assert minutes(text) == expected
@@ -116,12 +175,26 @@ def test_time_limits(text, expected):
 
 def test_profiles(tmp_path):
     place = tmp_path / "clusters.yaml"
-    place.write_text("default: alpha\nclusters:\n  alpha: {partition: gpu, gpus_per_node: 4}\n  beta: {time: 5}\n")
-    assert make_spec({"nodes": 2}, places=(place,)) == JobSpec(nodes=2, partition="gpu", gpus_per_node=4)
+    place.write_text(
+        "default: alpha\nclusters:\n  alpha: {partition: gpu, gpus_per_node: 4}\n  beta: {time: "
+        "5}\n"
+    )
+    assert make_spec({"nodes": 2}, places=(place,)) == JobSpec(
+        nodes=2, partition="gpu", gpus_per_node=4
+    )
     assert make_spec({"time": 7}, "beta", (place,)).minutes == 7
-    for text, expected in [("12:00:00", 720), ("1:30:00", 90), ("90", 90), ("1-06:00:00", 1800), ("10:30", 11)]:
+    for text, expected in [
+        ("12:00:00", 720),
+        ("1:30:00", 90),
+        ("90", 90),
+        ("1-06:00:00", 1800),
+        ("10:30", 11),
+    ]:
         place.write_text(f"default: a\nclusters:\n  a: {{time: {text}, nodes: 2}}\n")
-        assert make_spec({}, places=(place,)).minutes == expected and make_spec({}, places=(place,)).nodes == 2
+        assert (
+            make_spec({}, places=(place,)).minutes == expected
+            and make_spec({}, places=(place,)).nodes == 2
+        )
     for text, words in [
         ("clusters: {alpha: {parttion: gpu}}", "parttion: unknown option"),
         ("clusters: {alpha: 3}", "clusters.alpha: found 3"),
@@ -137,14 +210,26 @@ def test_profiles(tmp_path):
 
 
 def test_a_surrounding_job_leaves_nothing_in_the_environment(monkeypatch):
-    for name in ("SLURM_JOB_ID", "SLURM_CPU_BIND", "SBATCH_PARTITION", "SRUN_DEBUG", "PMI_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT"):
+    for name in (
+        "SLURM_JOB_ID",
+        "SLURM_CPU_BIND",
+        "SBATCH_PARTITION",
+        "SRUN_DEBUG",
+        "PMI_RANK",
+        "RANK",
+        "WORLD_SIZE",
+        "MASTER_PORT",
+    ):
         monkeypatch.setenv(name, "7")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
     monkeypatch.setenv("MINE", "1")
     with cleaned_environment():
         assert os.environ["SLURM_CONF"] == "/etc/slurm.conf" and os.environ["MINE"] == "1"
         assert not [
-            name for name in os.environ if name.startswith(("SLURM_J", "SLURM_CPU", "SBATCH", "SRUN", "PMI")) or name in cluster.RANKS
+            name
+            for name in os.environ
+            if name.startswith(("SLURM_J", "SLURM_CPU", "SBATCH", "SRUN", "PMI"))
+            or name in cluster.RANKS
         ]
     assert os.environ["RANK"] == "7"
 
@@ -154,7 +239,9 @@ def test_members_of_an_array():
     assert members(["seed=1,2", "data.fold=0..1"]) == [
         ["seed=1", "data.fold=0"], ["seed=1", "data.fold=1"], ["seed=2", "data.fold=0"], ["seed=2", "data.fold=1"],
     ]  # fmt: skip
-    with pytest.raises(InputError, match="found 'data.fold=4..0', which holds no value; .* data.fold=0..4"):
+    with pytest.raises(
+        InputError, match="found 'data.fold=4..0', which holds no value; .* data.fold=0..4"
+    ):
         members(["data.fold=4..0"])
 
 
@@ -176,7 +263,10 @@ def test_a_granted_gpu_that_torch_does_not_see_is_a_bad_node(monkeypatch):
     health.examine(ranks, 0, "n1")
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
-    with pytest.raises(InputError, match=r"n1: 2 GPU\(s\) were granted, but torch .* is built for CPUs; install a CUDA build"):
+    with pytest.raises(
+        InputError,
+        match=r"n1: 2 GPU\(s\) were granted, but torch .* is built for CPUs; install a CUDA build",
+    ):
         health.examine(ranks, 2, "n1")  # no node's fault
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     with pytest.raises(health.BadNode, match="node n1: 2 GPU"):
@@ -198,11 +288,23 @@ def test_restarts_without_progress_end(tmp_path, monkeypatch):
 
 def test_results_of_another_job_of_the_same_id_never_count(tmp_path):
     """A new cluster counts from one again; a requeued job had failures in an earlier life."""
-    facts = {"launcher": "slurm", "spec": JobSpec(), "code": None, "commit": None, "name": "x", "id": "1"}
-    first, second = (submission.record(f, logs=f, **facts) for f in (submission.new_folder(tmp_path), submission.new_folder(tmp_path)))
+    facts = {
+        "launcher": "slurm",
+        "spec": JobSpec(),
+        "code": None,
+        "commit": None,
+        "name": "x",
+        "id": "1",
+    }
+    first, second = (
+        submission.record(f, logs=f, **facts)
+        for f in (submission.new_folder(tmp_path), submission.new_folder(tmp_path))
+    )
     life = Path(first.logs) / "life-1.0"
     life.mkdir()
-    (life / "failed-0.json").write_text(json.dumps({"rank": 0, "time": 1, "exit_code": 1, "message": "old", "peer_failure": False}))
+    (life / "failed-0.json").write_text(
+        json.dumps({"rank": 0, "time": 1, "exit_code": 1, "message": "old", "peer_failure": False})
+    )
     assert first.outcome() == ("failed", "old") and second.outcome() == (None, None)
     (Path(first.logs) / "life-1.10").mkdir()
     assert first.outcome() == (None, None)
@@ -211,7 +313,13 @@ def test_results_of_another_job_of_the_same_id_never_count(tmp_path):
 
 def test_the_first_own_failure_is_shown(tmp_path):
     for number, (lost, moment) in enumerate([(True, 1.0), (False, 3.0), (False, 2.0)]):
-        report = {"rank": number, "time": moment, "exit_code": 1, "message": f"rank {number}", "peer_failure": lost}
+        report = {
+            "rank": number,
+            "time": moment,
+            "exit_code": 1,
+            "message": f"rank {number}",
+            "peer_failure": lost,
+        }
         (tmp_path / f"failed-{number}.json").write_text(json.dumps(report))
     assert submission.failure(tmp_path)["message"] == "rank 2"
 
@@ -219,18 +327,27 @@ def test_the_first_own_failure_is_shown(tmp_path):
 def test_code_is_frozen_once(tmp_path):
     first = snapshot.freeze_code(tmp_path)
     assert snapshot.freeze_code(tmp_path) == first
-    assert (first / "segfleet" / "slurm" / "rank.py").read_bytes() == Path(rank.__file__).read_bytes()
+    assert (first / "segfleet" / "slurm" / "rank.py").read_bytes() == Path(
+        rank.__file__
+    ).read_bytes()
     assert (first / "segfleet" / "pipeline" / "recipes").is_dir()
 
 
 def test_a_deadline_asks_to_stop_in_time(monkeypatch):
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    before = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    }
     try:
         now = [1000.0]
         monkeypatch.setattr("segfleet.pipeline.stop.time", SimpleNamespace(time=lambda: now[0]))
         stop = StopRequest()
         stop.deadline, stop.margin = 2000.0, 60.0
-        for now[0] in (1010.0, 1050.0, 1870.0):  # the longest pause was 820 s, and a third of the time is 333 s
+        for now[0] in (
+            1010.0,
+            1050.0,
+            1870.0,
+        ):  # the longest pause was 820 s, and a third of the time is 333 s
             asked = stop.asked()
         assert asked and stop.reason == "the time limit"
         calm = StopRequest()
@@ -249,11 +366,18 @@ def test_submitting_loads_no_torch():
     import sys
 
     code = (
-        "import sys; from segfleet.cli import submit, resume, logs, cancel, status, submit_words, preprocess, evaluate, predict\n"
-        "from segfleet.slurm import submitit_launcher, prepare; import segfleet.pipeline.inference.inputs, segfleet.preprocess.jobs"
+        "import sys; from segfleet.cli import submit, resume, logs, cancel, status, submit_words, "
+        "preprocess, evaluate, predict\n"
+        "from segfleet.slurm import submitit_launcher, prepare; import "
+        "segfleet.pipeline.inference.inputs, segfleet.preprocess.jobs"
     )
     code += "; import segfleet.slurm.status; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "False\n"
+    )
 
 
 def test_silence_of_slurm_is_not_the_end_of_a_job(tmp_path, monkeypatch, capsys):
@@ -262,7 +386,9 @@ def test_silence_of_slurm_is_not_the_end_of_a_job(tmp_path, monkeypatch, capsys)
     from segfleet.slurm import job as slurm_job
 
     facts = {"launcher": "slurm", "spec": JobSpec(), "code": None, "commit": None, "name": "x"}
-    (tmp_path / "squeue").write_text("#!/bin/sh\necho slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1\n")
+    (tmp_path / "squeue").write_text(
+        "#!/bin/sh\necho slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1\n"
+    )
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     jobs = []
@@ -273,16 +399,36 @@ def test_silence_of_slurm_is_not_the_end_of_a_job(tmp_path, monkeypatch, capsys)
     for number, name in enumerate(["ended.json", "failed-0.json"]):
         life = tmp_path / f"run{number}" / "slurm" / "0001" / f"life-{number}.0"
         life.mkdir()
-        (life / name).write_text(json.dumps({"rank": 0, "time": 1, "exit_code": 1, "message": "the node died", "peer_failure": True}))
+        (life / name).write_text(
+            json.dumps(
+                {
+                    "rank": 0,
+                    "time": 1,
+                    "exit_code": 1,
+                    "message": "the node died",
+                    "peer_failure": True,
+                }
+            )
+        )
     found = [facts for _, facts in slurm_job.look_at_all(jobs)]
-    assert [(facts["state"], facts["queue"]) for facts in found] == [("done", None), *[("unknown", "unknown")] * 3]
+    assert [(facts["state"], facts["queue"]) for facts in found] == [
+        ("done", None),
+        *[("unknown", "unknown")] * 3,
+    ]
     assert all("squeue says: slurm_load_jobs error" in facts["reason"] for facts in found[1:])
     words.render_jobs([{"name": str(number), **facts} for number, facts in enumerate(found)])
     assert capsys.readouterr().out.count("3 job(s) is unknown: squeue says:") == 1
-    with pytest.raises(InputError, match="whether run2 still runs as job 2 is unknown; squeue says"):
+    with pytest.raises(
+        InputError, match="whether run2 still runs as job 2 is unknown; squeue says"
+    ):
         slurm_job.refuse_if_active(tmp_path / "run2")
     monkeypatch.setenv("PATH", "/nowhere")  # a machine without SLURM: the runs' own files speak
-    assert [facts["state"] for _, facts in slurm_job.look_at_all(jobs)] == ["done", "failed", "unknown", "unknown"]
+    assert [facts["state"] for _, facts in slurm_job.look_at_all(jobs)] == [
+        "done",
+        "failed",
+        "unknown",
+        "unknown",
+    ]
 
 
 def test_a_run_that_cannot_be_read_hides_no_other(tmp_path, capsys):
@@ -290,15 +436,36 @@ def test_a_run_that_cannot_be_read_hides_no_other(tmp_path, capsys):
     from segfleet.cli import status as words
     from segfleet.slurm.status import status
 
-    recipe = {"name": "tiny", "data": {"store": "s"}, "model": {"name": "m"}, "stages": [{"epochs": 1, "lr": 1e-2}]}
-    for name, text in [("a", json.dumps({**recipe, "gone": 1})), ("b", json.dumps(recipe)), ("c", "{")]:
+    recipe = {
+        "name": "tiny",
+        "data": {"store": "s"},
+        "model": {"name": "m"},
+        "stages": [{"epochs": 1, "lr": 1e-2}],
+    }
+    for name, text in [
+        ("a", json.dumps({**recipe, "gone": 1})),
+        ("b", json.dumps(recipe)),
+        ("c", "{"),
+    ]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "recipe.json").write_text(text)
     folder = submission.write_job(tmp_path / "a", {"do": "train"}, JobSpec())
-    submission.record(folder, id="1", name="x", launcher="slurm", spec=JobSpec(), logs=folder, code=None, commit=None)
+    submission.record(
+        folder,
+        id="1",
+        name="x",
+        launcher="slurm",
+        spec=JobSpec(),
+        logs=folder,
+        code=None,
+        commit=None,
+    )
     rows = status(tmp_path)
     assert [row["state"] for row in rows] == ["unreadable", "waiting", "unreadable"]
-    assert "gone: unknown key" in rows[0]["reason"] and "c/recipe.json or a file beside it is damaged" in rows[2]["reason"]
+    assert (
+        "gone: unknown key" in rows[0]["reason"]
+        and "c/recipe.json or a file beside it is damaged" in rows[2]["reason"]
+    )
     assert rows[0]["job"] == "1" and rows[0].keys() == rows[1].keys()
     words.render(rows)
     assert "a is unreadable: " in capsys.readouterr().out

@@ -1,4 +1,5 @@
-"""A SLURM with an accounting database: what became of jobs that the controller has forgotten, and which accounts there are."""
+"""A SLURM with an accounting database: what became of jobs that the controller has forgotten, and
+which accounts there are."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ HELD = ("--array", "seed=4..6", "--sbatch=--hold", "--no-check", "--runs", "runs
 
 @pytest.fixture(scope="module")
 def sandbox():
-    """In place of the session's: one that keeps accounts and whose controller soon forgets. `make test` does not install what it needs."""
+    """In place of the session's: one that keeps accounts and whose controller soon forgets. `make
+    test` does not install what it needs."""
     if why := missing(accounting=True):
         pytest.skip(f"no SLURM with accounting: {why}")
     folder = Path(tempfile.mkdtemp(prefix="segfleet-slurm-"))
@@ -47,12 +49,23 @@ def test_what_became_of_jobs_that_the_controller_has_forgotten(cluster):
     cluster.call("scancel", cancelled["job"], never[0]["job"].partition("_")[0])
     cluster.wait_for_state(done, "COMPLETED")
     cluster.wait(lambda: not cluster.call("squeue", "--states=all", "-h").strip(), 40, "forgetting")
-    rows = {row["path"]: row for row in json.loads(cluster.segfleet("status", cluster.folder / "runs", "--json").stdout)}
-    expected = [(done, "COMPLETED", "done", None), (failed, "FAILED", "failed", "FAILED: exit code 3")]
+    rows = {
+        row["path"]: row
+        for row in json.loads(cluster.segfleet("status", cluster.folder / "runs", "--json").stdout)
+    }
+    expected = [
+        (done, "COMPLETED", "done", None),
+        (failed, "FAILED", "failed", "FAILED: exit code 3"),
+    ]
     expected += [(job, "CANCELLED", "cancelled", None) for job in (cancelled, *never)]
     for job, queue, state, reason in expected:
         row = rows[job["run"]]
-        assert (row["job"], row["queue"], row["state"], row["reason"]) == (job["job"], queue, state, reason)
+        assert (row["job"], row["queue"], row["state"], row["reason"]) == (
+            job["job"],
+            queue,
+            state,
+            reason,
+        )
         assert row["node"] is None if job in never else row["node"] in sandboxes.NODES
 
 
@@ -66,7 +79,9 @@ def test_what_became_of_jobs_that_the_controller_has_forgotten(cluster):
 )
 def test_accounts_are_checked_before_submission(cluster, arguments, words):
     before = cluster.call("squeue", "--states=all", "-h")
-    done = cluster.segfleet("submit", "tiny.yaml", "--no-check", *arguments, "--runs", "mistakes", code=2)
+    done = cluster.segfleet(
+        "submit", "tiny.yaml", "--no-check", *arguments, "--runs", "mistakes", code=2
+    )
     assert words in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
     assert cluster.call("squeue", "--states=all", "-h") == before
     assert not list((cluster.folder / "mistakes").rglob("submission.json"))
@@ -75,13 +90,17 @@ def test_accounts_are_checked_before_submission(cluster, arguments, words):
 @pytest.mark.long
 def test_an_account_and_a_quality_that_exist(cluster):
     """In whatever case, as SLURM itself takes them."""
-    job = cluster.submit(*SHORT, "seed=7", "--account", "Hearts", "--qos", "FAST", "--sbatch=--hold")
+    job = cluster.submit(
+        *SHORT, "seed=7", "--account", "Hearts", "--qos", "FAST", "--sbatch=--hold"
+    )
     assert cluster.queue(job["job"])[0] == "PENDING"
 
 
 def test_programs_that_are_missing_are_told_with_their_packages(tmp_path, monkeypatch):
     monkeypatch.setattr(sandboxes, "SEARCH", str(tmp_path))
-    with pytest.raises(InputError, match=r"slurmdbd, mariadbd.* not found; .*munge slurmdbd mariadb-server$"):
+    with pytest.raises(
+        InputError, match=r"slurmdbd, mariadbd.* not found; .*munge slurmdbd mariadb-server$"
+    ):
         Sandbox(tmp_path / "slurm", accounting=True).start()
     assert "slurmdbd" not in missing() and not (tmp_path / "slurm").exists()
 
@@ -99,5 +118,10 @@ def test_how_sacct_is_read(monkeypatch):
     monkeypatch.setattr(slurm, "call", lambda *command: asked.append(command) or TABLE)
     found = slurm.account(["7_1", "7_2", "8"])
     assert "7,8" in asked[0] and sorted(found) == ["7_0", "7_1", "7_2", "7_5", "8"]
-    assert found["7_2"] == {"name": "tiny", "state": "CANCELLED", "reason": "JobArrayTaskLimit", "node": None}
+    assert found["7_2"] == {
+        "name": "tiny",
+        "state": "CANCELLED",
+        "reason": "JobArrayTaskLimit",
+        "node": None,
+    }
     assert found["8"]["reason"] == "signal 9" and found["7_0"]["reason"] is None

@@ -1,4 +1,5 @@
-"""Misfortunes of jobs on a real SLURM: each comes back by itself and ends with the weights of the run nobody disturbed."""
+"""Misfortunes of jobs on a real SLURM: each comes back by itself and ends with the weights of the
+run nobody disturbed."""
 
 from __future__ import annotations
 
@@ -43,12 +44,17 @@ def node_killed(cluster, job):
     daemon = psutil.Process(cluster.sandbox.pids()[f"slurmd {NODE}"])
     helpers = cluster.helpers(job, NODE)
     assert helpers
-    for process in [daemon, *helpers, *[victim for helper in helpers for victim in helper.children(recursive=True)]]:
+    for process in [
+        daemon,
+        *helpers,
+        *[victim for helper in helpers for victim in helper.children(recursive=True)],
+    ]:
         os.kill(process.pid, signal.SIGKILL)
 
 
 def test_a_warning_and_a_lost_node_change_nothing(cluster, straight):
-    """Two nodes with two ranks each, two misfortunes in one job: the same weights as on four local ranks."""
+    """Two nodes with two ranks each, two misfortunes in one job: the same weights as on four local
+    ranks."""
     start = time.time()
     job = cluster.submit("--nodes", "2", "--ranks-per-node", "2")
     stage = cluster.wait_for_step(job, 5)
@@ -75,7 +81,9 @@ def test_misfortunes_in_a_row_change_nothing(cluster, straight):
         cluster.wait_for_step(job, step)
         fault(cluster, job)
         cluster.release(job)
-        cluster.wait(lambda number=number: len(cluster.resumed(job)) == number, what=f"start {number + 1}")
+        cluster.wait(
+            lambda number=number: len(cluster.resumed(job)) == number, what=f"start {number + 1}"
+        )
         step = cluster.resumed(job)[-1] + 10
     cluster.wait_for_state(job, "COMPLETED")
     assert cluster.resumed(job)[-1] < 160, "every misfortune fell into the first stage"
@@ -84,12 +92,19 @@ def test_misfortunes_in_a_row_change_nothing(cluster, straight):
     assert row["state"] == "done" and row["restarts"] == 3
 
 
-ALONE = [(fault, "main") for fault in (warned, asked_to_end, requeued_while_saving, node_down, node_killed)]
+ALONE = [
+    (fault, "main")
+    for fault in (warned, asked_to_end, requeued_while_saving, node_down, node_killed)
+]
 
 
 @pytest.mark.parametrize(
     ("fault", "partition"),
-    [(preempted, "low"), (preempted, "low0"), *(pytest.param(*each, marks=pytest.mark.long) for each in ALONE)],
+    [
+        (preempted, "low"),
+        (preempted, "low0"),
+        *(pytest.param(*each, marks=pytest.mark.long) for each in ALONE),
+    ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_misfortune_changes_nothing(cluster, straight, fault, partition):

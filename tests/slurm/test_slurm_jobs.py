@@ -1,4 +1,5 @@
-"""Jobs on a real SLURM as a user meets them: failures, arrays, cancelling, submitting from a job, mistakes."""
+"""Jobs on a real SLURM as a user meets them: failures, arrays, cancelling, submitting from a job,
+mistakes."""
 
 from __future__ import annotations
 
@@ -37,36 +38,61 @@ def test_a_failing_rank_ends_the_job_with_its_own_traceback(cluster, tmp_path):
     cluster.wait_for_state(job, "FAILED")
     assert time.monotonic() - failed < 15
     row = cluster.row(job, "broken")
-    assert row["state"] == "failed" and "rank 1 failed" in row["reason"] and "broken on purpose" in row["reason"]
-    assert f"{job['code']}/segfleet/pipeline" in row["reason"], "the frozen code runs, not the checkout"
+    assert (
+        row["state"] == "failed"
+        and "rank 1 failed" in row["reason"]
+        and "broken on purpose" in row["reason"]
+    )
+    assert f"{job['code']}/segfleet/pipeline" in row["reason"], (
+        "the frozen code runs, not the checkout"
+    )
     cluster.wait(lambda: not cluster.helpers(job), 15, "the end of all ranks")
-    ranks = [p for p in psutil.process_iter(["cmdline"]) if str(Path(job["log"]).parent) in " ".join(p.info["cmdline"] or [])]
+    ranks = [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if str(Path(job["log"]).parent) in " ".join(p.info["cmdline"] or [])
+    ]
     assert not ranks
     out = cluster.segfleet("logs", job["run"], "--rank", "1").stdout
     assert "broken on purpose" in out
-    assert "is failed: rank 1 failed: RuntimeError: broken on purpose" in cluster.segfleet("status", "broken").stdout
+    assert (
+        "is failed: rank 1 failed: RuntimeError: broken on purpose"
+        in cluster.segfleet("status", "broken").stdout
+    )
 
 
 def test_an_array_shares_a_node(cluster):
-    """Two members with two ranks each on one node at once: no port collides; each has its own run."""
+    """Two members with two ranks each on one node at once: no port collides; each has its own
+    run."""
     node = ("--ranks-per-node", "2", "--nodelist", "127.0.0.13", "--array", "seed=1..2")
-    document = json.loads(cluster.segfleet("submit", "tiny.yaml", *SHORT, *node, "--runs", "array", "--json").stdout)
+    document = json.loads(
+        cluster.segfleet("submit", "tiny.yaml", *SHORT, *node, "--runs", "array", "--json").stdout
+    )
     first, second = (row["job"] for row in document)
-    assert first.endswith("_0") and second.endswith("_1") and document[0]["run"] != document[1]["run"]
+    assert (
+        first.endswith("_0") and second.endswith("_1") and document[0]["run"] != document[1]["run"]
+    )
     for row in document:
         cluster.wait_for_state(row, "COMPLETED")
         assert cluster.row(row, "array")["state"] == "done"
         assert json.loads((Path(row["run"]) / "evaluation.json").read_text())["summary"]
     lives = [Path(row["log"]).parent / f"life-{row['job']}.0" for row in document]
-    begun, ended = ([json.loads((life / name).read_text())["time"] for life in lives] for name in ("life.json", "ended.json"))
+    begun, ended = (
+        [json.loads((life / name).read_text())["time"] for life in lives]
+        for name in ("life.json", "ended.json")
+    )
     assert max(begun) < min(ended), "both ran at the same time"
-    again = json.loads(cluster.segfleet("submit", "tiny.yaml", *SHORT, *node, "--runs", "array", "--json").stdout)
+    again = json.loads(
+        cluster.segfleet("submit", "tiny.yaml", *SHORT, *node, "--runs", "array", "--json").stdout
+    )
     assert [row["state"] for row in again] == ["done", "done"] and again[0]["job"] is None
 
 
 def test_an_array_trains_the_stage_its_members_share_once(cluster):
     rates = ("stages.0.epochs=1", "--array", "stages.1.lr=1e-3,1e-4", "--no-check")
-    document = json.loads(cluster.segfleet("submit", "tiny.yaml", *rates, "--runs", "sharing", "--json").stdout)
+    document = json.loads(
+        cluster.segfleet("submit", "tiny.yaml", *rates, "--runs", "sharing", "--json").stdout
+    )
     for row in document:
         cluster.wait_for_state(row, "COMPLETED")
         assert cluster.row(row, "sharing")["state"] == "done"
@@ -74,13 +100,21 @@ def test_an_array_trains_the_stage_its_members_share_once(cluster):
     assert len(cluster.events(shared, "stage_start")) == 1 and not cluster.events(shared, "resumed")
     steps = [event["step"] for event in cluster.events(shared, "step")]
     assert steps == sorted(set(steps))
-    assert sum(f"{shared} is being trained by process" in Path(row["log"]).read_text() for row in document) == 1, "one waited"
+    assert (
+        sum(
+            f"{shared} is being trained by process" in Path(row["log"]).read_text()
+            for row in document
+        )
+        == 1
+    ), "one waited"
 
 
 def test_cancel_saves_and_resume_goes_on(cluster):
     job = cluster.submit("--no-check", runs="cancelled")
     cluster.wait_for_step(job, 5)
-    twice = cluster.segfleet("submit", "tiny.yaml", "--no-check", "--runs", "cancelled", code=2).stderr
+    twice = cluster.segfleet(
+        "submit", "tiny.yaml", "--no-check", "--runs", "cancelled", code=2
+    ).stderr
     assert f"already as job {job['job']}" in twice
     assert json.loads(cluster.segfleet("cancel", job["run"], "--json").stdout)["cancelled"]
     cluster.wait_for_state(job, "CANCELLED")
@@ -88,7 +122,13 @@ def test_cancel_saves_and_resume_goes_on(cluster):
     cluster.wait(lambda: not cluster.helpers(job), 20, "the end")
     row = cluster.row(job, "cancelled")
     assert row["state"] in ("cancelled", "stopped") and row["restarts"] == 0
-    waiting = cluster.submit("seed=9", *SHORT, "--after", cluster.submit("seed=8", *SHORT, runs="after")["run"], runs="after")
+    waiting = cluster.submit(
+        "seed=9",
+        *SHORT,
+        "--after",
+        cluster.submit("seed=8", *SHORT, runs="after")["run"],
+        runs="after",
+    )
     assert cluster.queue(waiting["job"]) == ("PENDING", "Dependency")
     resumed = json.loads(cluster.segfleet("resume", job["run"], "--time", "20", "--json").stdout)
     assert resumed["job"] != job["job"]
@@ -100,7 +140,9 @@ def test_cancel_saves_and_resume_goes_on(cluster):
 def test_resume_leaves_out_what_is_bad_today(cluster):
     def excluded(job: dict) -> list[str]:
         facts = cluster.call("scontrol", "show", "job", "-o", job["job"])
-        return cluster.call("scontrol", "show", "hostnames", re.search(r"ExcNodeList=(\S+)", facts)[1]).split()
+        return cluster.call(
+            "scontrol", "show", "hostnames", re.search(r"ExcNodeList=(\S+)", facts)[1]
+        ).split()
 
     bad = cluster.folder / "bad" / ".bad-nodes" / "127.0.0.14"
     bad.parent.mkdir(parents=True)
@@ -114,9 +156,12 @@ def test_resume_leaves_out_what_is_bad_today(cluster):
 
 
 def test_a_job_may_submit_jobs(cluster, work):
-    """From inside a job with other resources; the new one takes over none of them, and outlives the shell that submitted it."""
+    """From inside a job with other resources; the new one takes over none of them, and outlives the
+    shell that submitted it."""
     inner = f"submit tiny.yaml {' '.join(SHORT)} seed=5 --ranks-per-node 2 --runs inner --json"
-    (work / "outer.sh").write_text(f"#!/bin/bash\ncd {work} && python -m segfleet.cli.main {inner} > inner.json\n")
+    (work / "outer.sh").write_text(
+        f"#!/bin/bash\ncd {work} && python -m segfleet.cli.main {inner} > inner.json\n"
+    )
     python = Path(cluster.python).parent
     outer = cluster.call(
         "sbatch", "--parsable", "-n1", "-c3", "--mem=500", "-t", "3", "-o", str(work / "outer.log"),
@@ -131,11 +176,27 @@ def test_a_job_may_submit_jobs(cluster, work):
 
 
 def test_a_job_outlives_the_shell_that_submitted_it(cluster, work):
-    """A login session that is killed with all its processes as soon as the job is accepted; another shell attaches."""
+    """A login session that is killed with all its processes as soon as the job is accepted; another
+    shell attaches."""
     answer = work / "answer.json"
-    submit = shlex.join([cluster.python, "-m", "segfleet.cli.main", "submit", "tiny.yaml", *SHORT, "seed=11", "--runs", "shell", "--json"])
+    submit = shlex.join(
+        [
+            cluster.python,
+            "-m",
+            "segfleet.cli.main",
+            "submit",
+            "tiny.yaml",
+            *SHORT,
+            "seed=11",
+            "--runs",
+            "shell",
+            "--json",
+        ]
+    )
     script = f"{submit} > answer.partial && mv answer.partial answer.json; sleep 300"
-    shell = subprocess.Popen(["bash", "-c", script], cwd=work, env=cluster.environment, start_new_session=True)
+    shell = subprocess.Popen(
+        ["bash", "-c", script], cwd=work, env=cluster.environment, start_new_session=True
+    )
     try:
         cluster.wait(answer.exists, what="the submission")
     finally:
@@ -148,7 +209,8 @@ def test_a_job_outlives_the_shell_that_submitted_it(cluster, work):
 
 
 def test_a_store_that_the_node_does_not_see(cluster, work, tiny_store):
-    """Gone between submission and start, as on a disk that a node has not mounted: the job fails at once and says which store."""
+    """Gone between submission and start, as on a disk that a node has not mounted: the job fails at
+    once and says which store."""
     store = work / "elsewhere"
     shutil.copytree(tiny_store(dims=2), store)
     job = cluster.submit(*SHORT, f"data.store={store}", "--sbatch=--hold", runs="unseen")
@@ -156,11 +218,16 @@ def test_a_store_that_the_node_does_not_see(cluster, work, tiny_store):
     cluster.call("scontrol", "release", job["job"])
     cluster.wait_for_state(job, "FAILED")
     row = cluster.row(job, "unseen")
-    assert row["state"] == "failed" and f"store: {store} holds no manifest.json" in row["reason"] and "Traceback" not in row["reason"]
+    assert (
+        row["state"] == "failed"
+        and f"store: {store} holds no manifest.json" in row["reason"]
+        and "Traceback" not in row["reason"]
+    )
 
 
 def test_ids_that_start_again_at_one(cluster, work, tmp_path):
-    """A run failed as job 1 of a cluster that was set up anew; as job 1 of the new one it is done, and nothing of the first is shown."""
+    """A run failed as job 1 of a cluster that was set up anew; as job 1 of the new one it is done,
+    and nothing of the first is shown."""
     (tmp_path / "sitecustomize.py").write_text(BROKEN.replace('== "1"', '== "0"'))
     jobs, rows = [], []
     for broken in (True, False):
@@ -169,13 +236,24 @@ def test_ids_that_start_again_at_one(cluster, work, tmp_path):
         sandbox.start()
         try:
             there = type(cluster)(sandbox, work, sandbox.environment)
-            jobs.append(there.submit(*SHORT, "seed=12", runs="again", **({"PYTHONPATH": str(tmp_path)} if broken else {})))
+            jobs.append(
+                there.submit(
+                    *SHORT,
+                    "seed=12",
+                    runs="again",
+                    **({"PYTHONPATH": str(tmp_path)} if broken else {}),
+                )
+            )
             there.wait_for_state(jobs[-1], "FAILED" if broken else "COMPLETED")
             rows.append(there.row(jobs[-1], "again"))
         finally:
             sandbox.stop()
             shutil.rmtree(folder)
-    assert [job["job"] for job in jobs] == ["1", "1"] and jobs[0]["run"] == jobs[1]["run"] and jobs[0]["log"] != jobs[1]["log"]
+    assert (
+        [job["job"] for job in jobs] == ["1", "1"]
+        and jobs[0]["run"] == jobs[1]["run"]
+        and jobs[0]["log"] != jobs[1]["log"]
+    )
     assert rows[0]["state"] == "failed" and "broken on purpose" in rows[0]["reason"]
     assert rows[1]["state"] == "done" and rows[1]["reason"] is None and rows[1]["restarts"] == 0
 
@@ -191,14 +269,22 @@ MISTAKES = [
     (["--sbatch=--licenses"], "SLURM refused the job"),
     (["--cluster", "alpha"], "--cluster: found 'alpha', but there is no file"),
     (["--array", "seed"], "--array: found 'seed', expected key.path=1,2,3"),
-    (["--array", "seed=4..0"], "--array: found 'seed=4..0', which holds no value; expected the smaller number first: seed=0..4"),
+    (
+        ["--array", "seed=4..0"],
+        "--array: found 'seed=4..0', which holds no value; expected the smaller number first: "
+        "seed=0..4",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=[words[:20] for _, words in MISTAKES])
+@pytest.mark.parametrize(
+    ("arguments", "words"), MISTAKES, ids=[words[:20] for _, words in MISTAKES]
+)
 def test_a_mistake_is_refused_before_submission(cluster, arguments, words):
     before = cluster.call("squeue", "--states=all", "-h")
-    done = cluster.segfleet("submit", "tiny.yaml", *arguments, "--no-check", "--runs", "mistakes", code=2)
+    done = cluster.segfleet(
+        "submit", "tiny.yaml", *arguments, "--no-check", "--runs", "mistakes", code=2
+    )
     assert words in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
     assert cluster.call("squeue", "--states=all", "-h") == before
     assert not list((cluster.folder / "mistakes").rglob("submission.json"))
@@ -210,9 +296,14 @@ def test_a_recipe_that_is_not_there(cluster):
 
 
 def test_a_network_that_cannot_be_built_never_waits_in_a_queue(cluster):
-    done = cluster.segfleet("submit", "tiny.yaml", "model.options.wide=3", "--runs", "mistakes", code=2)
+    done = cluster.segfleet(
+        "submit", "tiny.yaml", "model.options.wide=3", "--runs", "mistakes", code=2
+    )
     assert "'wide' is no option of plain_unet_2d" in done.stderr and "Traceback" not in done.stderr
-    for more in (["--array", "model.name=plain_unet_2d,nosuchnet"], ["model.name=nosuchnet", "--dry-run"]):
+    for more in (
+        ["--array", "model.name=plain_unet_2d,nosuchnet"],
+        ["model.name=nosuchnet", "--dry-run"],
+    ):
         done = cluster.segfleet("submit", "tiny.yaml", *more, "--runs", "mistakes", code=2)
         assert "nosuchnet" in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
     assert not list((cluster.folder / "mistakes").rglob("submission.json"))
@@ -221,5 +312,8 @@ def test_a_network_that_cannot_be_built_never_waits_in_a_queue(cluster):
 def test_a_dry_run_asks_the_controller(cluster):
     options = ("--nodes", "2", "--gpus-per-node", "2", "--dry-run", "--runs", "rehearsed", "--json")
     document = json.loads(cluster.segfleet("submit", "tiny.yaml", *options).stdout)
-    assert "#SBATCH --gpus-per-node=2" in document["script"] and "4 processors on nodes" in document["controller"][0]
+    assert (
+        "#SBATCH --gpus-per-node=2" in document["script"]
+        and "4 processors on nodes" in document["controller"][0]
+    )
     assert not (cluster.folder / "rehearsed").exists()

@@ -1,4 +1,5 @@
-"""Jobs on a real SLURM that need more time than their limit, or another engine: the same weights as on local ranks.
+"""Jobs on a real SLURM that need more time than their limit, or another engine: the same weights as
+on local ranks.
 
 Apart from test_slurm_faults.py, so that the two long files run side by side.
 """
@@ -23,9 +24,12 @@ if "SLURM_PROCID" in os.environ:
 
 @pytest.mark.timeout(600)
 def test_time_limits_change_nothing(cluster, straight, tmp_path):
-    """A limit of one minute, a training of two: it saves before the limit, comes back, and ends exactly."""
+    """A limit of one minute, a training of two: it saves before the limit, comes back, and ends
+    exactly."""
     (tmp_path / "sitecustomize.py").write_text(SLOW)
-    job = cluster.submit(*TWO, "--time", "1", "--warning", "15", runs="limits", PYTHONPATH=str(tmp_path))
+    job = cluster.submit(
+        *TWO, "--time", "1", "--warning", "15", runs="limits", PYTHONPATH=str(tmp_path)
+    )
     for stops in (1, 2):
         cluster.wait(lambda stops=stops: len(cluster.stopped(job)) == stops, 150, f"stop {stops}")
         cluster.release(job)
@@ -36,6 +40,8 @@ def test_time_limits_change_nothing(cluster, straight, tmp_path):
 
 
 def test_zero_one_on_two_nodes(cluster, straight):
-    job = cluster.submit("--nodes", "2", "--ranks-per-node", "2", "--engine", "deepspeed", "--no-check", runs="zero")
+    job = cluster.submit(
+        "--nodes", "2", "--ranks-per-node", "2", "--engine", "deepspeed", "--no-check", runs="zero"
+    )
     cluster.wait_for_state(job, "COMPLETED", timeout=280)
     cluster.same_result(job, straight(4, "engine.name=deepspeed"))

@@ -1,4 +1,5 @@
-"""A sweep whose stages are jobs on a real SLURM that preempts them, with a controller that is killed."""
+"""A sweep whose stages are jobs on a real SLURM that preempts them, with a controller that is
+killed."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from segfleet.pipeline.recipe import load_recipe
 from segfleet.slurm.prepare import prepare
 from segfleet.sweeps import slurm_backend
 
-PLAIN, RESIDUAL = ({"name": f"{kind}_unet_2d", "options": {"features": [4, 8]}} for kind in ("plain", "resenc"))
+PLAIN, RESIDUAL = (
+    {"name": f"{kind}_unet_2d", "options": {"features": [4, 8]}} for kind in ("plain", "resenc")
+)
 SMALL = {"architectures": [PLAIN], "tune": [1e-3, 1e-4]}
 # Two architectures, two first rates, three second ones: the sweep of the local tests.
 FULL = {"architectures": [PLAIN, RESIDUAL], "tune": [1e-3, 3e-4, 1e-4]}
@@ -28,17 +31,45 @@ FULL = {"architectures": [PLAIN, RESIDUAL], "tune": [1e-3, 3e-4, 1e-4]}
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("size", [SMALL, FULL], ids=["6", "16"])
-def test_a_sweep_of_jobs_survives_preemption_and_a_killed_controller(cluster, size, tmp_path, monkeypatch):
+def test_a_sweep_of_jobs_survives_preemption_and_a_killed_controller(
+    cluster, size, tmp_path, monkeypatch
+):
     document = yaml.safe_load((cluster.folder / "tiny.yaml").read_text())
     stages = [
         {"name": "base", "epochs": 1, "steps": 200, "lr": [1e-2, 1e-3]},
-        {"name": "tune", "epochs": 1, "steps": 2, "lr": size["tune"], "inherit": "weights+optimizer"},
+        {
+            "name": "tune",
+            "epochs": 1,
+            "steps": 2,
+            "lr": size["tune"],
+            "inherit": "weights+optimizer",
+        },
     ]
-    leaves, first_stages = 2 * len(size["architectures"]) * len(size["tune"]), 2 * len(size["architectures"])
-    space = {"name": "jobs", "base": document, "axes": {"model": size["architectures"]}, "stages": stages}
+    leaves, first_stages = (
+        2 * len(size["architectures"]) * len(size["tune"]),
+        2 * len(size["architectures"]),
+    )
+    space = {
+        "name": "jobs",
+        "base": document,
+        "axes": {"model": size["architectures"]},
+        "stages": stages,
+    }
     (cluster.folder / "space.yaml").write_text(yaml.safe_dump(space))
     folder = f"sweep{leaves}"
-    command = ["sweep", "space.yaml", "--on", "slurm", "--resource", "partition=low", "--slots", "2", "--runs", folder, "--json"]
+    command = [
+        "sweep",
+        "space.yaml",
+        "--on",
+        "slurm",
+        "--resource",
+        "partition=low",
+        "--slots",
+        "2",
+        "--runs",
+        folder,
+        "--json",
+    ]
     first = subprocess.Popen(
         [sys.executable, "-m", "segfleet.cli.main", *command], cwd=cluster.folder, env=cluster.environment,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -46,7 +77,10 @@ def test_a_sweep_of_jobs_survives_preemption_and_a_killed_controller(cluster, si
     runs = cluster.folder / folder
 
     def jobs() -> dict[str, Path]:
-        return {json.loads(path.read_text())["id"]: path.parents[2] for path in runs.rglob("submission.json")}
+        return {
+            json.loads(path.read_text())["id"]: path.parents[2]
+            for path in runs.rglob("submission.json")
+        }
 
     def moving() -> bool:
         assert first.poll() is None, first.communicate()
@@ -61,7 +95,9 @@ def test_a_sweep_of_jobs_survives_preemption_and_a_killed_controller(cluster, si
     first.communicate()
     psutil.wait_procs(family, timeout=30)
     for waiting in [number for number in jobs() if cluster.queue(number)[0] == "PENDING"]:
-        cluster.release({"job": waiting, "log": str(next(iter((jobs()[waiting] / "slurm").glob("*"))) / "log")})
+        cluster.release(
+            {"job": waiting, "log": str(next(iter((jobs()[waiting] / "slurm").glob("*"))) / "log")}
+        )
     done = subprocess.run(
         [sys.executable, "-m", "segfleet.cli.main", *command], cwd=cluster.folder, env=cluster.environment,
         capture_output=True, text=True, timeout=1500,
@@ -70,17 +106,25 @@ def test_a_sweep_of_jobs_survives_preemption_and_a_killed_controller(cluster, si
     outcome = json.loads(done.stdout)
     assert outcome["nodes"] == {"done": first_stages + leaves} and len(outcome["ranking"]) == leaves
     submitted = [path.parents[2] for path in runs.rglob("submission.json")]
-    assert len(submitted) == len(set(submitted)) == first_stages + leaves, "no stage was submitted twice"
+    assert len(submitted) == len(set(submitted)) == first_stages + leaves, (
+        "no stage was submitted twice"
+    )
     assert len(cluster.events(run, "resumed")) == 1, "preempted in the middle"
     steps = [event["step"] for event in cluster.events(run, "step")]
     assert steps == sorted(set(steps)), "no step was trained twice"
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    below = next(path for path in submitted if path.parent == run)  # a schedule that begins with the preempted stage, straight through
+    below = next(
+        path for path in submitted if path.parent == run
+    )  # a schedule that begins with the preempted stage, straight through
     recipe = load_recipe(str(below / "recipe.json")).model_dump(mode="json")
-    run_ranks({"do": "train", "recipe": recipe, "root": str(tmp_path), "score": False}, 1, threads=1)
+    run_ranks(
+        {"do": "train", "recipe": recipe, "root": str(tmp_path), "score": False}, 1, threads=1
+    )
     ours, alone = cluster.weights(below), cluster.weights(tmp_path / below.relative_to(runs))
-    assert ours.keys() == alone.keys() and all(torch.equal(ours[name], alone[name]) for name in ours)
+    assert ours.keys() == alone.keys() and all(
+        torch.equal(ours[name], alone[name]) for name in ours
+    )
 
 
 @pytest.fixture
@@ -93,8 +137,16 @@ def stage(cluster, monkeypatch):
     def order(seed: int, steps: int, **more) -> dict:
         root = cluster.folder / "stages"
         text = json.dumps([{"epochs": 1, "steps": steps, "lr": 1e-2}])
-        recipe, path = prepare(str(cluster.folder / "tiny.yaml"), [f"seed={seed}", f"stages={text}"], root)
-        job = {"do": "train", "recipe": recipe.model_dump(mode="json"), "root": str(root), "score": False, **more}
+        recipe, path = prepare(
+            str(cluster.folder / "tiny.yaml"), [f"seed={seed}", f"stages={text}"], root
+        )
+        job = {
+            "do": "train",
+            "recipe": recipe.model_dump(mode="json"),
+            "root": str(root),
+            "score": False,
+            **more,
+        }
         return {"path": str(path), "job": job, "options": {"cluster": None, "spec": {}}}
 
     return order
@@ -102,7 +154,8 @@ def stage(cluster, monkeypatch):
 
 @pytest.mark.long
 def test_a_silent_controller_is_waited_for(cluster, stage):
-    """While it is away a job is submitted later, neither taken for lost nor submitted again, and nothing untrue is said of it."""
+    """While it is away a job is submitted later, neither taken for lost nor submitted again, and
+    nothing untrue is said of it."""
     order, told = stage(1, 100_000), []
     run = Path(order["path"])
 
@@ -111,7 +164,9 @@ def test_a_silent_controller_is_waited_for(cluster, stage):
         cluster.wait(lambda: "slurmctld" not in cluster.sandbox.pids(), 20, "the controller's end")
 
     def poll() -> None:
-        if "slurmctld" not in cluster.sandbox.pids():  # it was asked once in the silence: to take the job, how it is
+        if (
+            "slurmctld" not in cluster.sandbox.pids()
+        ):  # it was asked once in the silence: to take the job, how it is
             cluster.sandbox.start_controller()
             if told:
                 (run / "stop").touch()
@@ -121,7 +176,14 @@ def test_a_silent_controller_is_waited_for(cluster, stage):
         words = [("status", "stages"), ("cancel", run), ("resume", run), ("logs", run, "-f")]
         commands = [[sys.executable, "-m", "segfleet.cli.main", *map(str, one)] for one in words]
         asked = [
-            subprocess.Popen(one, cwd=cluster.folder, env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                one,
+                cwd=cluster.folder,
+                env=cluster.environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
             for one in commands
         ]
         told.extend((process.communicate(), process.returncode) for process in asked[:3])
@@ -133,7 +195,11 @@ def test_a_silent_controller_is_waited_for(cluster, stage):
         slurm_backend.Slurm().run(order, poll)
     assert stopped.value.exit_code == 75
     (status, code), (cancel, refused), (resume, again), logs = told
-    assert code == 0 and status[0].count("1 job(s) is unknown: squeue says:") == 1 and "forgotten" not in status[0]
+    assert (
+        code == 0
+        and status[0].count("1 job(s) is unknown: squeue says:") == 1
+        and "forgotten" not in status[0]
+    )
     assert refused == 2 and "Unable to contact slurm controller" in cancel[1]
     assert again == 2 and "is unknown; squeue says:" in resume[1]
     assert len(list((run / "slurm").glob("*/submission.json"))) == 1, "it was not submitted again"
@@ -143,15 +209,22 @@ def test_a_silent_controller_is_waited_for(cluster, stage):
 
 @pytest.mark.long
 def test_the_hours_of_a_budget_end_a_job_for_good(cluster, stage):
-    """One that runs saves and stays away, one that still waits is cancelled. An inner stage is not scored, submitted again neither."""
+    """One that runs saves and stays away, one that still waits is cancelled. An inner stage is not
+    scored, submitted again neither."""
     order = stage(2, 3)
     slurm_backend.Slurm().run(order, lambda: None)
-    assert (Path(order["path"]) / "done.json").exists() and not (Path(order["path"]) / "evaluation.json").exists()
+    assert (Path(order["path"]) / "done.json").exists() and not (
+        Path(order["path"]) / "evaluation.json"
+    ).exists()
     order = stage(2, 100_000, max_seconds=20)
     run = Path(order["path"])
     with pytest.raises(RankFailed) as stopped:
         slurm_backend.Slurm().run(order, lambda: None)
-    assert stopped.value.exit_code == 75 and "is stopped" in str(stopped.value) and len(cluster.events(run, "stopped")) == 1
+    assert (
+        stopped.value.exit_code == 75
+        and "is stopped" in str(stopped.value)
+        and len(cluster.events(run, "stopped")) == 1
+    )
     first = json.loads((run / "slurm" / "0001" / "job.json").read_text())
     assert "max_seconds" not in first and first["score"] is False
     (run / "stop").unlink(missing_ok=True)

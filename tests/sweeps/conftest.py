@@ -20,7 +20,13 @@ SPACE = {
     "axes": {"model.name": ["unet_lite_standard", "unet_lite_depthwise"]},
     "stages": [
         {"name": "train", "epochs": 100, "steps": 1, "lr": [1e-2, 1e-3]},
-        {"name": "finetune", "epochs": 20, "steps": 1, "lr": [1e-3, 3e-4, 1e-4], "inherit": "weights+optimizer"},
+        {
+            "name": "finetune",
+            "epochs": 20,
+            "steps": 1,
+            "lr": [1e-3, 3e-4, 1e-4],
+            "inherit": "weights+optimizer",
+        },
     ],
 }
 

@@ -21,9 +21,16 @@ def test_a_grid_is_the_product_of_its_axes_and_replicates(search):
     assert len(points) == 12 and len({str(point) for point in points}) == 12
     trials = made.trials(points[-1])
     assert [trial.recipe.seed for trial in trials] == [0, 1]
-    assert trials[0].point == {"model.name": "unet_lite_depthwise", "stages.0.lr": 1e-3, "stages.1.lr": 1e-4}
+    assert trials[0].point == {
+        "model.name": "unet_lite_depthwise",
+        "stages.0.lr": 1e-3,
+        "stages.1.lr": 1e-4,
+    }
     recipe = trials[0].recipe
-    assert recipe.model.name == "unet_lite_depthwise" and [stage.lr for stage in recipe.stages] == [1e-3, 1e-4]
+    assert recipe.model.name == "unet_lite_depthwise" and [stage.lr for stage in recipe.stages] == [
+        1e-3,
+        1e-4,
+    ]
     assert recipe.model.options == {"width": 4}
 
 
@@ -51,7 +58,9 @@ def test_random_draws_repeat_stay_inside_and_fork(search):
     assert points == made.points() and len(points) == 60
     decays = {point["optimizer.weight_decay"] for point in points}
     assert len(decays) >= 20 and all(1e-5 <= value <= 1e-1 for value in decays)
-    assert 0.2 < sum(math.log10(value) < -3 for value in decays) / len(decays) < 0.8  # even on a log scale
+    assert (
+        0.2 < sum(math.log10(value) < -3 for value in decays) / len(decays) < 0.8
+    )  # even on a log scale
     assert all(0.2 <= point["data.foreground"] <= 0.6 for point in points)
     early = [(point["optimizer.weight_decay"], point["stages.0.lr"]) for point in points]
     assert len(set(early)) < len(early)  # forks share the rest
@@ -62,14 +71,22 @@ def test_freeze_is_an_axis_only_as_a_list_of_lists(search):
     assert [axis.label for axis in search(axes={}, stages=stages).axes] == ["stages.1.lr"]
     stages[1]["freeze"] = [[], ["down"]]
     made = search(axes={}, stages=stages)
-    assert {made.trials(point)[0].recipe.stages[1].freeze for point in made.points()} == {(), ("down",)}
+    assert {made.trials(point)[0].recipe.stages[1].freeze for point in made.points()} == {
+        (),
+        ("down",),
+    }
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(space, tmp_path):
     text = "{axes: {optimizer.weight_decay: {loguniform: [1e-5, 1E-2]}}, stages: [{epochs: 1, lr: [1e-3, 3e-4]}], search: random}"
     points = parse_search({**space, **yaml.safe_load(text), "budget": {"trials": 3}}).points()
-    assert all(1e-5 < point["optimizer.weight_decay"] < 1e-2 and point["stages.0.lr"] in (1e-3, 3e-4) for point in points)
-    joint = parse_search({**space, "axes": {"loss, optimizer.clip": [[{"name": "dice_ce"}, "1e1"]]}}).points()[0]
+    assert all(
+        1e-5 < point["optimizer.weight_decay"] < 1e-2 and point["stages.0.lr"] in (1e-3, 3e-4)
+        for point in points
+    )
+    joint = parse_search(
+        {**space, "axes": {"loss, optimizer.clip": [[{"name": "dice_ce"}, "1e1"]]}}
+    ).points()[0]
     assert joint["loss, optimizer.clip"] == [{"name": "dice_ce"}, 10.0]
     with pytest.raises(InputError, match="a value stands twice"):
         parse_search({**space, "axes": {"optimizer.clip": ["1e-3", 0.001]}})
@@ -78,20 +95,38 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(space, tmp_path):
 PBT = {"scheduler": "pbt", "axes": {}, "stages": [{"epochs": 4, "lr": [1e-3, 1e-4]}]}
 MISTAKES = [
     ({"axis": {}}, "axis: unknown key; expected one of: name, base, axes"),
-    ({"budget": {"trails": 3}}, "budget.trails: unknown key; expected one of: trials, epochs, hours"),
-    ({"axes": {"model.nme": ["a"]}}, "axis model.nme: 'nme' is an unknown key; expected one of: name, options, head"),
+    (
+        {"budget": {"trails": 3}},
+        "budget.trails: unknown key; expected one of: trials, epochs, hours",
+    ),
+    (
+        {"axes": {"model.nme": ["a"]}},
+        "axis model.nme: 'nme' is an unknown key; expected one of: name, options, head",
+    ),
     ({"axes": {"modell": ["a"]}}, "'modell' is an unknown key; expected one of: name, seed, data"),
     ({"axes": {"stages.first.lr": [1]}}, "found 'first', expected the number of a stage"),
-    ({"axes": {"stages.5.lr": [1]}}, "stages.5.lr: there are 2 stages, expected stages.0 to stages.1"),
-    ({"axes": {"model.name": []}}, "axis model.name: found [], expected a list of at least one value"),
-    ({"axes": {"seed": {"log": [1, 2]}}}, "found 'log', expected one of: grid, choice, uniform, loguniform"),
+    (
+        {"axes": {"stages.5.lr": [1]}},
+        "stages.5.lr: there are 2 stages, expected stages.0 to stages.1",
+    ),
+    (
+        {"axes": {"model.name": []}},
+        "axis model.name: found [], expected a list of at least one value",
+    ),
+    (
+        {"axes": {"seed": {"log": [1, 2]}}},
+        "found 'log', expected one of: grid, choice, uniform, loguniform",
+    ),
     ({"axes": {"seed": [1, 1]}}, "a value stands twice"),
     ({"axes": {"stages.0.lr": [1, 2]}}, "'stages.0.lr' is an axis twice"),
     ({"axes": {"optimizer.clip": {"uniform": [3, 1]}}}, "expected [low, high]"),
     ({"axes": {"optimizer.clip": {"uniform": [1, 3]}}}, "'uniform' has no grid"),
     ({"axes": {"optimizer.name": ["adamw", "lion"]}}, "optimizer.name: found 'lion'"),
     ({"search": "random"}, "needs budget.trials"),
-    ({"budget": {"epochs": 119}}, "budget.epochs is 119, less than one trial: the shortest takes 120 epochs"),
+    (
+        {"budget": {"epochs": 119}},
+        "budget.epochs is 119, less than one trial: the shortest takes 120 epochs",
+    ),
     ({"scheduler": "asha"}, "evaluation.every of the base recipe: found 0"),
     ({"scheduler": "pbt"}, "pbt needs a recipe of one stage"),
     ({"seeds": [1], "axes": {"seed": [1, 2]}}, "'seed' is an axis and 'seeds' is given"),
@@ -102,8 +137,14 @@ MISTAKES = [
     ({"forks": 3}, "forks: found 3 with search 'grid'"),
     ({**PBT, "seeds": [0, 1]}, "seeds: found [0, 1]; pbt trains one population"),
     ({**PBT, "folds": [0, 1]}, "folds: found [0, 1]; pbt trains one population"),
-    ({**PBT, "axes": {"stages.0.epochs": [2, 4]}}, "stages.0.epochs: pbt sets it for every generation"),
-    ({**PBT, "axes": {"stages.0.steps, stages.0.warmup": [[2, 0], [4, 1]]}}, "keys that change together cannot be mutated by pbt"),
+    (
+        {**PBT, "axes": {"stages.0.epochs": [2, 4]}},
+        "stages.0.epochs: pbt sets it for every generation",
+    ),
+    (
+        {**PBT, "axes": {"stages.0.steps, stages.0.warmup": [[2, 0], [4, 1]]}},
+        "keys that change together cannot be mutated by pbt",
+    ),
     ({"name": "a b"}, "name: found 'a b'"),
     ({"base": "nope"}, "no shipped recipe of that name"),
 ]
@@ -127,12 +168,22 @@ def test_what_is_odd_is_said(search, tmp_path):
         return " / ".join(make_plan(search(**changes), tmp_path).warnings)
 
     assert warnings() == ""
-    assert "engine.name does not change what is trained" in warnings(axes={"engine.name": ["ddp", "deepspeed"]})
+    assert "engine.name does not change what is trained" in warnings(
+        axes={"engine.name": ["ddp", "deepspeed"]}
+    )
     falling = [{"epochs": [2, 4], "steps": 1, "lr": 1e-3, "schedule": "cosine"}]
-    assert "lengths of a cosine schedule have no common beginning" in warnings(axes={}, stages=falling)
-    drawn = {"axes": {"optimizer.clip": {"uniform": [1, 3]}}, "search": "random", "budget": {"trials": 3}}
+    assert "lengths of a cosine schedule have no common beginning" in warnings(
+        axes={}, stages=falling
+    )
+    drawn = {
+        "axes": {"optimizer.clip": {"uniform": [1, 3]}},
+        "search": "random",
+        "budget": {"trials": 3},
+    }
     assert "optimizer.clip is drawn anew for every trial; set forks" in warnings(**drawn)
-    assert "there is one stage" in warnings(axes={}, stages=[{"epochs": 2, "lr": [1e-3, 1e-4], "schedule": "poly"}])
+    assert "there is one stage" in warnings(
+        axes={}, stages=[{"epochs": 2, "lr": [1e-3, 1e-4], "schedule": "poly"}]
+    )
     assert "keeps the first 5 of 12 trials" in warnings(budget={"epochs": 300})
     assert "keeps the first 4 points" in warnings(budget={"trials": 4})
 
@@ -145,17 +196,27 @@ def test_a_folder_belongs_to_one_space(search, tmp_path):
 
 
 def test_shipped_spaces_plan(tiny_store, tmp_path):
-    """Every shipped space, with its header's epochs, on a store of its kind: every network builds and takes the patch."""
-    expected = {"rec_unet_two_stage": (12, 640, 1440), "all_architectures_2d": (114, 3420, 4560), "e2mi_seg_3d": (16, 2400, 5600)}
+    """Every shipped space, with its header's epochs, on a store of its kind: every network builds
+    and takes the patch."""
+    expected = {
+        "rec_unet_two_stage": (12, 640, 1440),
+        "all_architectures_2d": (114, 3420, 4560),
+        "e2mi_seg_3d": (16, 2400, 5600),
+    }
     assert set(space_names()) == set(expected)
     for name, (trials, shared, naive) in expected.items():
         store = tiny_store(dims=3 if "3d" in name else 2)
         search, manifest = load_search(name, [f"data.store={store}"]), load_manifest(store)
         made = [trial for point in search.points() for trial in search.trials(point)]
-        made = [type(trial)(number=i, point=trial.point, recipe=trial.recipe) for i, trial in enumerate(with_stores(made))]
+        made = [
+            type(trial)(number=i, point=trial.point, recipe=trial.recipe)
+            for i, trial in enumerate(with_stores(made))
+        ]
         tree = StageTree(made, lambda _, manifest=manifest: manifest)
         assert (len(tree.trials), tree.shared_epochs, tree.naive_epochs) == (trials, shared, naive)
-    plan = make_plan(load_search("rec_unet_two_stage", [f"data.store={tiny_store(dims=2)}"]), tmp_path)
+    plan = make_plan(
+        load_search("rec_unet_two_stage", [f"data.store={tiny_store(dims=2)}"]), tmp_path
+    )
     assert plan.tree.naive_epochs / plan.tree.shared_epochs == 2.25 and not plan.warnings
 
 

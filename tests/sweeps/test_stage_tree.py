@@ -28,7 +28,9 @@ def finish(ledger, node, **evaluation):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "done.json").write_text(json.dumps(done))
     if node.leaf_of:
-        recipe = node.recipe.model_copy(update={"evaluation": node.recipe.evaluation.model_copy(update=evaluation)})
+        recipe = node.recipe.model_copy(
+            update={"evaluation": node.recipe.evaluation.model_copy(update=evaluation)}
+        )
         facts = score_facts(recipe, load_manifest(recipe.data.store), done)
         (folder / "evaluation.json").write_text(json.dumps({"scored": facts}))
 
@@ -47,39 +49,71 @@ def test_a_uid_is_the_plain_hash_of_its_facts(plan):
     trial = plan().trials[0]
     facts = stage_facts(trial.recipe, load_manifest(trial.recipe.data.store), 1)
     assert sorted(facts)[-1] == "train"
-    assert stage_uid("p", facts) == hashlib.sha256(json.dumps(["p", facts], sort_keys=True).encode()).hexdigest()[:12]
+    assert (
+        stage_uid("p", facts)
+        == hashlib.sha256(json.dumps(["p", facts], sort_keys=True).encode()).hexdigest()[:12]
+    )
 
 
-@pytest.mark.parametrize("schedule", [{"schedule": "constant"}, {"schedule": "cosine", "period": 10}])
+@pytest.mark.parametrize(
+    "schedule", [{"schedule": "constant"}, {"schedule": "cosine", "period": 10}]
+)
 def test_lengths_of_an_endless_rate_are_one_trunk(plan, schedule):
-    stages = [{"epochs": [150, 50, 100], "lr": 1e-3, **schedule}, {"epochs": 20, "lr": [1e-3, 1e-4]}]
+    stages = [
+        {"epochs": [150, 50, 100], "lr": 1e-3, **schedule},
+        {"epochs": 20, "lr": [1e-3, 1e-4]},
+    ]
     tree = plan(axes={}, stages=stages).tree
     trunk = {node.stage.epochs: node for node in tree.nodes.values() if node.index == 0}
-    assert trunk[50].trunk is None and trunk[100].trunk == trunk[50].uid and trunk[150].trunk == trunk[100].uid
+    assert (
+        trunk[50].trunk is None
+        and trunk[100].trunk == trunk[50].uid
+        and trunk[150].trunk == trunk[100].uid
+    )
     assert [tree.epochs(trunk[n]) for n in (50, 100, 150)] == [50, 50, 50]
     assert tree.shared_epochs == 150 + 6 * 20 and tree.naive_epochs == 2 * (300 + 60)
     assert tree.remaining[trunk[50].uid] == 170 and next(iter(tree.walk())) is trunk[50]
 
 
 @pytest.mark.parametrize("changes", [{"schedule": "poly"}, {"schedule": "cosine"}, {"patience": 3}])
-def test_lengths_that_decide_the_rate_or_may_end_early_share_nothing(search, space, tmp_path, changes):
+def test_lengths_that_decide_the_rate_or_may_end_early_share_nothing(
+    search, space, tmp_path, changes
+):
     space["base"]["evaluation"] = {"every": 1}
-    tree = make_plan(search(axes={}, stages=[{"epochs": [50, 100], "lr": 1e-3, **changes}]), tmp_path).tree
+    tree = make_plan(
+        search(axes={}, stages=[{"epochs": [50, 100], "lr": 1e-3, **changes}]), tmp_path
+    ).tree
     assert all(node.trunk is None for node in tree.nodes.values()) and tree.shared_epochs == 150
 
 
 def test_a_budget_of_epochs_keeps_whole_points(plan):
     stages = {"axes": {}, "stages": [{"epochs": [1, 2], "lr": [1e-2, 1e-3]}], "seeds": [0, 1, 2]}
-    made = plan(**stages, budget={"epochs": 8})  # lengths of one rate are a trunk: 3 seeds x 1 epoch, + 3 x 1 of the second rate, then 9
-    kept = [(trial.point["stages.0.epochs"], trial.point["stages.0.lr"], trial.recipe.seed) for trial in made.trials]
+    made = plan(
+        **stages, budget={"epochs": 8}
+    )  # lengths of one rate are a trunk: 3 seeds x 1 epoch, + 3 x 1 of the second rate, then 9
+    kept = [
+        (trial.point["stages.0.epochs"], trial.point["stages.0.lr"], trial.recipe.seed)
+        for trial in made.trials
+    ]
     assert kept == [(1, lr, seed) for lr in (1e-2, 1e-3) for seed in (0, 1, 2)]
-    assert made.tree.shared_epochs == 6 and made.warnings[0] == "budget.epochs 8 keeps the first 6 of 12 trials"
-    with pytest.raises(InputError, match=r"less than one point: the first takes 3 epochs with its 3 run\(s\)"):
+    assert (
+        made.tree.shared_epochs == 6
+        and made.warnings[0] == "budget.epochs 8 keeps the first 6 of 12 trials"
+    )
+    with pytest.raises(
+        InputError, match=r"less than one point: the first takes 3 epochs with its 3 run\(s\)"
+    ):
         plan(**stages, budget={"epochs": 2})
 
 
 def test_longest_path_first_and_children_only_after_their_parent(plan, tmp_path):
-    made = plan(axes={}, stages=[{"epochs": 10, "lr": [1e-2, 1e-3]}, {"epochs": [5, 30], "lr": 1e-4, "schedule": "poly"}])
+    made = plan(
+        axes={},
+        stages=[
+            {"epochs": 10, "lr": [1e-2, 1e-3]},
+            {"epochs": [5, 30], "lr": 1e-4, "schedule": "poly"},
+        ],
+    )
     ledger = Ledger(made.tree, made.runs, made.folder)
     first, second = ledger.next(), ledger.next()
     assert {first.index, second.index} == {0} and ledger.next() is None and ledger.open()
@@ -108,7 +142,11 @@ def test_a_failed_node_takes_only_its_own_subtree(plan):
         finish(ledger, node)
         ledger.taken.discard(node.uid)
     states = list(ledger.states().values())
-    assert (states.count("failed"), states.count("lost"), states.count("done")) == (1, 3, 12) and not ledger.open()
+    assert (states.count("failed"), states.count("lost"), states.count("done")) == (
+        1,
+        3,
+        12,
+    ) and not ledger.open()
     again = Ledger(made.tree, made.runs, made.folder)  # another process, later
     assert again.states() == ledger.states()
     again.forget_failures()

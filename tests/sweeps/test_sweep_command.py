@@ -1,4 +1,5 @@
-"""`segfleet sweep` with real Ray and real ranks: shared equals alone, bit by bit; kills; a failing stage."""
+"""`segfleet sweep` with real Ray and real ranks: shared equals alone, bit by bit; kills; a failing
+stage."""
 
 from __future__ import annotations
 
@@ -22,7 +23,13 @@ from segfleet.pipeline.recipe import load_recipe
 TREE = 16
 SHORT = [
     {"name": "train", "epochs": 1, "steps": 2, "lr": [1e-2, 1e-3]},
-    {"name": "finetune", "epochs": 1, "steps": 1, "lr": [1e-3, 3e-4, 1e-4], "inherit": "weights+optimizer"},
+    {
+        "name": "finetune",
+        "epochs": 1,
+        "steps": 1,
+        "lr": [1e-3, 3e-4, 1e-4],
+        "inherit": "weights+optimizer",
+    },
 ]
 
 
@@ -40,7 +47,11 @@ def finished(process, timeout=600):
 
 
 def events(folder: Path, *kinds: str) -> list[dict]:
-    return [event for event in map(json.loads, (folder / "events.jsonl").read_text().splitlines()) if event["event"] in kinds]
+    return [
+        event
+        for event in map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+        if event["event"] in kinds
+    ]
 
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
@@ -57,12 +68,19 @@ def wait_until(condition, process, timeout=600):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_sweep_is_killed_and_goes_on_and_a_failing_stage_takes_only_its_own(space, tmp_path, monkeypatch):
+def test_a_sweep_is_killed_and_goes_on_and_a_failing_stage_takes_only_its_own(
+    space, tmp_path, monkeypatch
+):
     (tmp_path / "space.yaml").write_text(yaml.safe_dump({**space, "stages": SHORT}))
     code, out, err = finished(segfleet("sweep", "space.yaml", "--dry-run", "--json", cwd=tmp_path))
     assert code == 0, err
     planned = json.loads(out)
-    assert (planned["nodes"], planned["stage_trainings_naive"], planned["epochs_shared"], planned["epochs_naive"]) == (TREE, 24, 16, 24)
+    assert (
+        planned["nodes"],
+        planned["stage_trainings_naive"],
+        planned["epochs_shared"],
+        planned["epochs_naive"],
+    ) == (TREE, 24, 16, 24)
     assert not (tmp_path / "runs").exists() and planned["disk_bytes"] > 0
     nodes = {node["uid"]: node for node in planned["tree"]}
     victim = [node for node in planned["tree"] if node["depth"] == 0][1]
@@ -71,7 +89,11 @@ def test_a_sweep_is_killed_and_goes_on_and_a_failing_stage_takes_only_its_own(sp
     (Path(victim["path"]) / "checkpoints").write_text("a file where a folder must be")
 
     def done() -> dict[str, int]:
-        return {uid: path.stat().st_mtime_ns for uid, node in nodes.items() if (path := Path(node["path"]) / "done.json").exists()}
+        return {
+            uid: path.stat().st_mtime_ns
+            for uid, node in nodes.items()
+            if (path := Path(node["path"]) / "done.json").exists()
+        }
 
     first = segfleet("sweep", "space.yaml", "--slots", 2, cwd=tmp_path)
     wait_until(lambda: len(done()) >= 4, first)
@@ -85,13 +107,24 @@ def test_a_sweep_is_killed_and_goes_on_and_a_failing_stage_takes_only_its_own(sp
 
     second = segfleet("sweep", "space.yaml", "--slots", 2, "--json", cwd=tmp_path)
     wait_until(lambda: len(done()) > len(before), second)
-    raylet = next(process for process in psutil.Process(second.pid).children(recursive=True) if "raylet/raylet" in command_of(process)[0])
+    raylet = next(
+        process
+        for process in psutil.Process(second.pid).children(recursive=True)
+        if "raylet/raylet" in command_of(process)[0]
+    )
     raylet.kill()
     code, out, err = finished(second)
-    assert code == 1 and out and "Ray died (raylet was killed" in err and "Traceback" not in err, err
+    assert code == 1 and out and "Ray died (raylet was killed" in err and "Traceback" not in err, (
+        err
+    )
     document = json.loads(out)
-    assert document["nodes"] == {"done": 12, "failed": 1, "lost": 3} and list(document["failed"]) == [victim["uid"]]
-    assert "checkpoints" in document["failed"][victim["uid"]] and f"stage {victim['uid']} failed" not in out
+    assert document["nodes"] == {"done": 12, "failed": 1, "lost": 3} and list(
+        document["failed"]
+    ) == [victim["uid"]]
+    assert (
+        "checkpoints" in document["failed"][victim["uid"]]
+        and f"stage {victim['uid']} failed" not in out
+    )
     after = done()
     assert set(after) == set(nodes) - lost - {victim["uid"]}
     assert all(after[uid] == when for uid, when in before.items())  # no finished stage ran again
@@ -101,23 +134,38 @@ def test_a_sweep_is_killed_and_goes_on_and_a_failing_stage_takes_only_its_own(sp
         assert steps == sorted(set(steps)), "no step was trained twice"
         if uid in before:
             assert len(events(stage, "stage_start")) == 1 and not events(stage, "resumed")
-    assert [row["rank"] for row in document["ranking"]] == list(range(1, 10)) and len(document["unranked"]) == 3
+    assert [row["rank"] for row in document["ranking"]] == list(range(1, 10)) and len(
+        document["unranked"]
+    ) == 3
 
     leaves = [node for node in planned["tree"] if node["leaf_of"] and node["uid"] in after]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for leaf in (leaves[0], leaves[-1]):  # the same schedule, straight through, alone
         recipe = load_recipe(str(Path(leaf["path"]) / "recipe.json")).model_dump(mode="json")
-        run_ranks({"do": "train", "recipe": recipe, "root": str(tmp_path / "alone"), "score": False}, 1, threads=1)
-        ours, alone = final(Path(leaf["path"])), final(tmp_path / "alone" / Path(leaf["path"]).relative_to(tmp_path / "runs"))
-        assert ours.keys() == alone.keys() and all(torch.equal(ours[name], alone[name]) for name in ours)
+        run_ranks(
+            {"do": "train", "recipe": recipe, "root": str(tmp_path / "alone"), "score": False},
+            1,
+            threads=1,
+        )
+        ours, alone = (
+            final(Path(leaf["path"])),
+            final(tmp_path / "alone" / Path(leaf["path"]).relative_to(tmp_path / "runs")),
+        )
+        assert ours.keys() == alone.keys() and all(
+            torch.equal(ours[name], alone[name]) for name in ours
+        )
 
     sweep = tmp_path / "runs" / "sweeps" / "tiny"
-    assert (sweep / "report.html").read_text().startswith("<!doctype html>") and (sweep / "ranking.csv").exists()
+    assert (sweep / "report.html").read_text().startswith("<!doctype html>") and (
+        sweep / "ranking.csv"
+    ).exists()
     assert load_recipe(str(sweep / "best.yaml")).name == "tiny-best"
     code, out, err = finished(segfleet("sweep", "status", "space.yaml", "--json", cwd=tmp_path))
     states = json.loads(out)["states"]
     assert code == 0 and states["done"] == 12 and states["failed"] == 1 and states["lost"] == 3
-    assert not list(Path("/tmp").glob(f"sf-*/session_*_{first.pid}")), "a killed controller's temporary folder is swept away"
+    assert not list(Path("/tmp").glob(f"sf-*/session_*_{first.pid}")), (
+        "a killed controller's temporary folder is swept away"
+    )
 
 
 def command_of(process: psutil.Process) -> list[str]:
@@ -128,26 +176,41 @@ def command_of(process: psutil.Process) -> list[str]:
 
 
 def is_ours(process: psutil.Process) -> bool:
-    """Ray's two agents look for their raylet now and then, and go by themselves within a minute or so."""
+    """Ray's two agents look for their raylet now and then, and go by themselves within a minute or
+    so."""
     words = " ".join(command_of(process))
-    parts = ("segfleet.pipeline.launch.worker", "segfleet.sweeps.ray.controller", "raylet/raylet", "gcs_server", "ray::")
+    parts = (
+        "segfleet.pipeline.launch.worker",
+        "segfleet.sweeps.ray.controller",
+        "raylet/raylet",
+        "gcs_server",
+        "ray::",
+    )
     return any(part in words for part in parts) and "Agent" not in words
 
 
 MISTAKES = [
-    (["nope"], "found no file 'nope' and no shipped space of that name; shipped: all_architectures_2d"),
+    (
+        ["nope"],
+        "found no file 'nope' and no shipped space of that name; shipped: all_architectures_2d",
+    ),
     (["space.yaml", "data.store=nowhere"], "nowhere holds no manifest.json"),
     (["space.yaml", "--on", "cloud"], "--on: found 'cloud', expected one of: local"),
     (["space.yaml", "--dry-run", "--on", "cloud"], "--on: found 'cloud', expected one of: local"),
     (["space.yaml", "--dry-run", "--on", "slurm", "--resource", "tiem=12h"], "tiem"),
     (["space.yaml", "--dry-run", "--on", "slurm", "--cluster", "nosuch"], "nosuch"),
-    (["space.yaml", "--on", "slurm", "--ranks", "4"], "found 4 with --on slurm, whose jobs say it; use --resource ranks_per_node=4"),
+    (
+        ["space.yaml", "--on", "slurm", "--ranks", "4"],
+        "found 4 with --on slurm, whose jobs say it; use --resource ranks_per_node=4",
+    ),
     (["status"], "segfleet sweep status SPACE"),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=lambda value: value[-1] if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("arguments", "words"), MISTAKES, ids=lambda value: value[-1] if isinstance(value, list) else ""
+)
 def test_a_mistake_gets_one_message(space, tmp_path, arguments, words):
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
     code, out, err = finished(segfleet("sweep", *arguments, cwd=tmp_path))
@@ -162,27 +225,43 @@ def test_a_signal_stops_in_order(space, tmp_path, number):
     space["base"]["save_every"] = 1000
     (tmp_path / "space.yaml").write_text(yaml.safe_dump({**space, "axes": {}, "stages": stages}))
     process = segfleet("sweep", "space.yaml", "--slots", 2, cwd=tmp_path)
-    wait_until(lambda: any(events(path.parent, "step") for path in tmp_path.rglob("events.jsonl")), process)
+    wait_until(
+        lambda: any(events(path.parent, "step") for path in tmp_path.rglob("events.jsonl")), process
+    )
     process.send_signal(number)
     code, _, err = finished(process)
     assert code == 75 and "all saved" in err and "Traceback" not in err, err
-    stopped = [folder.parent for folder in tmp_path.rglob("events.jsonl") if events(folder.parent, "stopped")]
+    stopped = [
+        folder.parent
+        for folder in tmp_path.rglob("events.jsonl")
+        if events(folder.parent, "stopped")
+    ]
     assert stopped
     code, _, err = finished(segfleet("sweep", "space.yaml", "--slots", 2, cwd=tmp_path))
     assert code == 0, err
     for folder in stopped:
         at = events(folder, "stopped")[-1]["at_step"]
-        assert [event["from_step"] for event in events(folder, "resumed")] == ([at] if at else [])  # at 0 there was nothing to save
+        assert [event["from_step"] for event in events(folder, "resumed")] == (
+            [at] if at else []
+        )  # at 0 there was nothing to save
 
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_population_ends_with_the_hours_of_its_budget(space, tmp_path):
     stages = [{"epochs": 40, "steps": 20, "lr": {"loguniform": [1e-4, 1e-2]}}]
-    space |= {"axes": {}, "stages": stages, "scheduler": "pbt", "pbt": {"population": 3}, "budget": {"hours": 60 / 3600}}
+    space |= {
+        "axes": {},
+        "stages": stages,
+        "scheduler": "pbt",
+        "pbt": {"population": 3},
+        "budget": {"hours": 60 / 3600},
+    }
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
     start = time.monotonic()
-    code, out, err = finished(segfleet("sweep", "space.yaml", "--slots", 1, "--json", cwd=tmp_path), timeout=400)
+    code, out, err = finished(
+        segfleet("sweep", "space.yaml", "--slots", 1, "--json", cwd=tmp_path), timeout=400
+    )
     assert code == 0 and "budget.hours is used up; all saved" in err and "Traceback" not in err, err
     assert json.loads(out)["ranking"] == [] and time.monotonic() - start < 300
 
@@ -194,17 +273,28 @@ def test_a_population_ends_with_the_hours_of_its_budget(space, tmp_path):
     [
         {"scheduler": "asha", "asha": {"grace": 1, "factor": 2}},
         {"search": "optuna", "budget": {"trials": 3}},
-        {"scheduler": "pbt", "stages": [{"epochs": 3, "steps": 2, "lr": {"loguniform": [1e-4, 1e-2]}}], "pbt": {"population": 3}},
+        {
+            "scheduler": "pbt",
+            "stages": [{"epochs": 3, "steps": 2, "lr": {"loguniform": [1e-4, 1e-2]}}],
+            "pbt": {"population": 3},
+        },
     ],
     ids=["asha", "optuna", "pbt"],
 )
 def test_schedulers_and_searches_run_and_run_again_for_nothing(space, tmp_path, changes):
     space["base"]["evaluation"] = {"every": 1}
-    stages = [{"epochs": 2, "steps": 2, "lr": [1e-2, 1e-3]}, {"epochs": 2, "steps": 2, "lr": [1e-3, 1e-4]}]
-    (tmp_path / "space.yaml").write_text(yaml.safe_dump({**space, "axes": {}, "stages": stages, **changes}))
+    stages = [
+        {"epochs": 2, "steps": 2, "lr": [1e-2, 1e-3]},
+        {"epochs": 2, "steps": 2, "lr": [1e-3, 1e-4]},
+    ]
+    (tmp_path / "space.yaml").write_text(
+        yaml.safe_dump({**space, "axes": {}, "stages": stages, **changes})
+    )
     documents, written = [], []
     for _ in range(2):
-        code, out, err = finished(segfleet("sweep", "space.yaml", "--slots", 2, "--json", cwd=tmp_path), timeout=800)
+        code, out, err = finished(
+            segfleet("sweep", "space.yaml", "--slots", 2, "--json", cwd=tmp_path), timeout=800
+        )
         assert code == 0, err
         documents.append(json.loads(out))
         written.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("done.json")})

@@ -23,13 +23,19 @@ from segfleet.sweeps.space.space import Trial
 
 
 def test_students_interval():
-    assert student([0.7, 0.8, 0.9]) == pytest.approx([0.8 - 0.24841, 0.8 + 0.24841], abs=1e-4)  # t(0.975, 2) = 4.3027
+    assert student([0.7, 0.8, 0.9]) == pytest.approx(
+        [0.8 - 0.24841, 0.8 + 0.24841], abs=1e-4
+    )  # t(0.975, 2) = 4.3027
 
 
 def test_paired_differences():
     generator = np.random.default_rng(0)
     clear = paired([[0.1 + generator.normal(0, 0.01)] for _ in range(20)])
-    assert clear["mean"] == pytest.approx(0.1, abs=0.01) and 0.09 < clear["ci95"][0] < clear["ci95"][1] < 0.11 and clear["p"] < 0.001
+    assert (
+        clear["mean"] == pytest.approx(0.1, abs=0.01)
+        and 0.09 < clear["ci95"][0] < clear["ci95"][1] < 0.11
+        and clear["p"] < 0.001
+    )
     nothing = paired([[generator.normal(0, 0.1)] for _ in range(20)])
     assert nothing["ci95"][0] < 0 < nothing["ci95"][1] and nothing["p"] > 0.05
     assert paired([[0.1, 0.3]]) == {"mean": pytest.approx(0.2), "ci95": None, "p": None}
@@ -38,7 +44,11 @@ def test_paired_differences():
 
 def test_seeds_of_a_fold_are_one_value():
     dice = {0: [0.60, 0.62, 0.64], 1: [0.70, 0.72, 0.74], 2: [0.80, 0.82, 0.84]}
-    runs = [{"seed": seed, "fold": fold, "dice": value} for fold, values in dice.items() for seed, value in enumerate(values)]
+    runs = [
+        {"seed": seed, "fold": fold, "dice": value}
+        for fold, values in dice.items()
+        for seed, value in enumerate(values)
+    ]
     for given, values, words in (
         (runs, [0.62, 0.72, 0.82], "3 folds of 3 seeds"),
         ([run for run in runs if run["seed"] == 1], [0.62, 0.72, 0.82], "3 folds"),
@@ -50,7 +60,8 @@ def test_seeds_of_a_fold_are_one_value():
 
 @pytest.fixture
 def scored(search, tmp_path):
-    """A sweep with two seeds, all scored but one point whose first seed is missing; the best has lr 1e-3, then 3e-4."""
+    """A sweep with two seeds, all scored but one point whose first seed is missing; the best has lr
+    1e-3, then 3e-4."""
     plan = make_plan(search(axes={}, seeds=[0, 1]), tmp_path / "runs")
     ledger = Ledger(plan.tree, plan.runs, plan.folder)
     plan.folder.mkdir(parents=True)
@@ -64,9 +75,16 @@ def scored(search, tmp_path):
         (folder / "done.json").write_text(json.dumps(done))
         base = 0.5 + 0.2 * (first == 1e-3) + 0.1 * (rest == [3e-4]) + 0.01 * node.recipe.seed
         if rest:
-            cases = [{"id": f"c{i}", "group": f"p{i // 2}", "mean_dice": base + 0.02 * i} for i in range(6)]
+            cases = [
+                {"id": f"c{i}", "group": f"p{i // 2}", "mean_dice": base + 0.02 * i}
+                for i in range(6)
+            ]
             mean = sum(case["mean_dice"] for case in cases) / 6
-            summary = {"mean_foreground_dice": mean, "mean_foreground_dice_ci95": [mean - 0.1, mean + 0.1], "patients": 3}
+            summary = {
+                "mean_foreground_dice": mean,
+                "mean_foreground_dice_ci95": [mean - 0.1, mean + 0.1],
+                "patients": 3,
+            }
             document = {"cases": cases, "summary": summary, "store": "s", "parameters": 7}
             document["scored"] = score_facts(node.recipe, plan.stores(node.recipe), done)
             (folder / "evaluation.json").write_text(json.dumps(document))
@@ -76,20 +94,39 @@ def scored(search, tmp_path):
 def test_ranking(scored):
     plan, ledger = scored
     document = outcome(plan, ledger)
-    assert [row["rank"] for row in document["ranking"]] == [1, 2, 3, 4, 5] and len(document["unranked"]) == 1
+    assert [row["rank"] for row in document["ranking"]] == [1, 2, 3, 4, 5] and len(
+        document["unranked"]
+    ) == 1
     best, second = document["ranking"][:2]
     assert best["point"] == {"stages.0.lr": 1e-3, "stages.1.lr": 3e-4}
-    assert best["score"] == pytest.approx(0.855) and best["over"] == "2 seeds" and best["ci95"][0] < 0.855 < best["ci95"][1]
-    assert second["against_best"]["mean"] == pytest.approx(0.1) and second["against_best"]["patients"] == 3
-    assert second["against_best"]["shared_stages"] == 1 and document["ranking"][-1]["against_best"]["shared_stages"] == 0
+    assert (
+        best["score"] == pytest.approx(0.855)
+        and best["over"] == "2 seeds"
+        and best["ci95"][0] < 0.855 < best["ci95"][1]
+    )
+    assert (
+        second["against_best"]["mean"] == pytest.approx(0.1)
+        and second["against_best"]["patients"] == 3
+    )
+    assert (
+        second["against_best"]["shared_stages"] == 1
+        and document["ranking"][-1]["against_best"]["shared_stages"] == 0
+    )
     missing = document["unranked"][0]
-    assert missing["score"] is None and sorted(run["state"] for run in missing["runs"]) == ["done", "ready"]
+    assert missing["score"] is None and sorted(run["state"] for run in missing["runs"]) == [
+        "done",
+        "ready",
+    ]
     assert document["nodes"] == {"done": 15, "ready": 1}
 
 
 def test_a_run_and_its_copy_are_no_replicates(scored):
     plan, ledger = scored
-    copies = [Trial(number=100 + trial.number, point=trial.point, recipe=trial.recipe) for trial in plan.trials if trial.recipe.seed == 0]
+    copies = [
+        Trial(number=100 + trial.number, point=trial.point, recipe=trial.recipe)
+        for trial in plan.trials
+        if trial.recipe.seed == 0
+    ]
     before = outcome(plan, ledger)
     plan.tree.add(copies)
     assert outcome(plan, ledger)["ranking"] == before["ranking"]
@@ -100,7 +137,10 @@ def test_a_failed_stage_is_named_with_what_it_took(scored):
     ready = next(node for node in plan.tree.nodes.values() if ledger.state(node) == "ready")
     ledger.mark(ready, "failed", message="rank 0 <broke>")
     document = write_outcome(plan, ledger)
-    assert document["failed"] == {ready.uid: "rank 0 <broke>"} and document["nodes"] == {"done": 15, "failed": 1}
+    assert document["failed"] == {ready.uid: "rank 0 <broke>"} and document["nodes"] == {
+        "done": 15,
+        "failed": 1,
+    }
     assert "rank 0 &lt;broke&gt;" in (plan.folder / "report.html").read_text()
 
 
@@ -109,12 +149,21 @@ def test_files(scored):
     document = write_outcome(plan, ledger)
     assert json.loads((plan.folder / "outcome.json").read_text()) == document
     lines = as_csv(document).splitlines()
-    assert lines[0].startswith("rank,stages.0.lr,stages.1.lr,seed,fold,state,dice") and len(lines) == 1 + 12
+    assert (
+        lines[0].startswith("rank,stages.0.lr,stages.1.lr,seed,fold,state,dice")
+        and len(lines) == 1 + 12
+    )
     best = load_recipe(str(plan.folder / "best.yaml"))
     assert [stage.lr for stage in best.stages] == [1e-3, 3e-4] and best.name == "tiny-best"
-    uid = plan.tree.leaves[next(trial.number for trial in plan.trials if trial.point == document["best"]["point"])]
+    uid = plan.tree.leaves[
+        next(trial.number for trial in plan.trials if trial.point == document["best"]["point"])
+    ]
     assert plan.tree.nodes[uid].recipe.model_copy(update={"name": best.name}) == best
     page = (plan.folder / "report.html").read_text()
-    assert page.count("<svg") >= 3 and "Content-Security-Policy" in page and "http" not in page.replace("http-equiv", "")
+    assert (
+        page.count("<svg") >= 3
+        and "Content-Security-Policy" in page
+        and "http" not in page.replace("http-equiv", "")
+    )
     for words in ("2.25 times fewer", "tiny", "stages.1.lr", "chosen on the cases it is scored on"):
         assert words in page, words

@@ -1,4 +1,5 @@
-"""What `run_sweep` makes of the sessions of Ray it watches; the sessions themselves are tested in test_sweep_command.py."""
+"""What `run_sweep` makes of the sessions of Ray it watches; the sessions themselves are tested in
+test_sweep_command.py."""
 
 from __future__ import annotations
 
@@ -22,7 +23,12 @@ class Ends(run.Session):
 
     def __init__(self, plan, resources, seconds):
         type(self).count += 1
-        self.process, self.closing, self.watching, self.parts = run.subprocess.Popen(["true"], stdout=run.subprocess.PIPE), True, False, {}
+        self.process, self.closing, self.watching, self.parts = (
+            run.subprocess.Popen(["true"], stdout=run.subprocess.PIPE),
+            True,
+            False,
+            {},
+        )
 
 
 def test_ctrl_c_asks_first_and_then_insists(tmp_path):
@@ -73,18 +79,27 @@ def test_the_process_that_drives_ray_is_told_the_slots(search, tmp_path, monkeyp
 
 @pytest.mark.parametrize("kind", ["pbt", "optuna"])
 def test_a_search_that_is_stopped_before_its_end_says_so(search, tmp_path, monkeypatch, kind):
-    changes = {"scheduler": "pbt"} if kind == "pbt" else {"search": "optuna", "budget": {"trials": 3}}
+    changes = (
+        {"scheduler": "pbt"} if kind == "pbt" else {"search": "optuna", "budget": {"trials": 3}}
+    )
     stages = [{"epochs": 2, "steps": 1, "lr": {"loguniform": [1e-4, 1e-2]}}]
     plan = make_plan(search(axes={}, stages=stages, **changes), tmp_path, build=False)
-    monkeypatch.setattr(run, "_run_sessions", lambda plan, resources, tick: (plan.folder / STOP).touch())
+    monkeypatch.setattr(
+        run, "_run_sessions", lambda plan, resources, tick: (plan.folder / STOP).touch()
+    )
     with pytest.raises(Interrupted, match="Run the same command again"):
         run.run_sweep(plan, run.Resources(slots=1))
 
 
-def test_a_session_that_fails_is_started_again_and_at_last_its_words_are_shown(search, tmp_path, monkeypatch, capsys):
+def test_a_session_that_fails_is_started_again_and_at_last_its_words_are_shown(
+    search, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(Ends, "error", {"error": "the raylet went away", "code": 1})
     monkeypatch.setattr(run, "Session", Ends)
     plan = make_plan(search(), tmp_path, build=False)
     with pytest.raises(RankFailed, match="the raylet went away, 3 times without a stage done"):
         run.run_sweep(plan, run.Resources(slots=1))
-    assert Ends.count == run.FRUITLESS and capsys.readouterr().err.count("started again") == run.FRUITLESS - 1
+    assert (
+        Ends.count == run.FRUITLESS
+        and capsys.readouterr().err.count("started again") == run.FRUITLESS - 1
+    )

@@ -1,4 +1,5 @@
-"""What Ray Tune is told: which node next, and ASHA's rungs along the path. No Ray is started here."""
+"""What Ray Tune is told: which node next, and ASHA's rungs along the path. No Ray is started
+here."""
 
 from __future__ import annotations
 
@@ -44,7 +45,11 @@ def test_a_whole_sweep_runs_every_node_once(ledger):
             break
         if given is not None:
             order = json.loads(given["order"])
-            assert given["begin"] == order["begin"] == (0 if len(order["job"]["recipe"]["stages"]) == 1 else 100)
+            assert (
+                given["begin"]
+                == order["begin"]
+                == (0 if len(order["job"]["recipe"]["stages"]) == 1 else 100)
+            )
             assert order["job"]["score"] == (order["begin"] == 100)
             running.append((f"t{number}", given["node"]))
         waited += given is None
@@ -64,7 +69,12 @@ def test_every_ending_is_noted(ledger):
     searcher.on_trial_complete("t1", {"epochs": 3, "dice": 0.1})  # stopped by the scheduler
     searcher.on_trial_complete("t2", None, error=True)
     searcher.on_trial_complete("t3", {"state": "busy"})
-    assert [ledger.state(ledger.tree.nodes[uid]) for uid in nodes] == ["failed", "pruned", "failed", "ready"]
+    assert [ledger.state(ledger.tree.nodes[uid]) for uid in nodes] == [
+        "failed",
+        "pruned",
+        "failed",
+        "ready",
+    ]
     assert ledger.note(ledger.tree.nodes[nodes[1]], "pruned")["epochs"] == 3
     assert searcher.suggest("t4")["node"] == nodes[3]
     (ledger.folder / "stop").touch()
@@ -73,10 +83,13 @@ def test_every_ending_is_noted(ledger):
 
 @pytest.fixture
 def suggestions(search, tmp_path):
-    """`suggestions(count, **space)`: a session of Optuna that is asked so often, every point scored at once; the plan as read again."""
+    """`suggestions(count, **space)`: a session of Optuna that is asked so often, every point scored
+    at once; the plan as read again."""
 
     def session(count, **changes):
-        made = search(axes={}, search="optuna", stages=[{"epochs": 1, **changes.pop("stage")}], **changes)
+        made = search(
+            axes={}, search="optuna", stages=[{"epochs": 1, **changes.pop("stage")}], **changes
+        )
         plan = make_plan(made, tmp_path / "runs", build=False)
         plan.folder.mkdir(parents=True, exist_ok=True)
         ledger = Ledger(plan.tree, plan.runs, plan.folder)
@@ -93,19 +106,37 @@ def suggestions(search, tmp_path):
 @pytest.mark.parametrize("sessions", [[9], [1, 1, 9]])
 def test_optuna_never_gets_a_point_twice_and_a_finite_space_ends(suggestions, sessions):
     for count in sessions:
-        plan = suggestions(count, stage={"lr": {"choice": [1e-3, 3e-4, 1e-4]}, "warmup": [0, 1]}, budget={"trials": 9})
+        plan = suggestions(
+            count,
+            stage={"lr": {"choice": [1e-3, 3e-4, 1e-4]}, "warmup": [0, 1]},
+            budget={"trials": 9},
+        )
     points = [(trial.point["stages.0.lr"], trial.point["stages.0.warmup"]) for trial in plan.trials]
-    assert sorted(points) == [(lr, warmup) for lr in (1e-4, 3e-4, 1e-3) for warmup in (0, 1)] and plan.complete
+    assert (
+        sorted(points) == [(lr, warmup) for lr in (1e-4, 3e-4, 1e-3) for warmup in (0, 1)]
+        and plan.complete
+    )
 
 
 def test_a_restart_continues_what_optuna_draws(suggestions):
     for _ in range(2):
         plan = suggestions(3, stage={"lr": {"loguniform": [1e-5, 1e-2]}}, budget={"trials": 6})
-    assert len({trial.point["stages.0.lr"] for trial in plan.trials}) == len(plan.trials) == 6 and plan.complete
+    assert (
+        len({trial.point["stages.0.lr"] for trial in plan.trials}) == len(plan.trials) == 6
+        and plan.complete
+    )
 
 
 def asha():
-    made = PathAsha(time_attr="epochs", metric="dice", mode="max", max_t=100, grace_period=10, reduction_factor=2, stop_last_trials=False)
+    made = PathAsha(
+        time_attr="epochs",
+        metric="dice",
+        mode="max",
+        max_t=100,
+        grace_period=10,
+        reduction_factor=2,
+        stop_last_trials=False,
+    )
     made.rungs = dict(made._brackets[0]._rungs)
     return made
 
@@ -119,20 +150,38 @@ def test_a_child_counts_only_at_rungs_of_its_own_epochs():
     assert sorted(scheduler.rungs) == [10, 20, 40, 80]
     scheduler.on_trial_add(None, trial_of("parent", 0))
     for epochs in (10, 20):
-        assert scheduler.on_trial_result(None, trial_of("parent", 0), {"epochs": epochs, "dice": 0.5}) == "CONTINUE"
+        assert (
+            scheduler.on_trial_result(None, trial_of("parent", 0), {"epochs": epochs, "dice": 0.5})
+            == "CONTINUE"
+        )
     for name, dice, expected in (("good", 0.9, "CONTINUE"), ("bad", 0.3, "STOP")):
         scheduler.on_trial_add(None, trial_of(name, 20))
-        assert scheduler.on_trial_result(None, trial_of(name, 20), {"epochs": 30, "dice": dice}) == "CONTINUE"  # no rung at 30
-        assert scheduler.on_trial_result(None, trial_of(name, 20), {"epochs": 40, "dice": dice}) == expected
-    own = {milestone: {n for n, v in recorded.items() if not math.isnan(v)} for milestone, recorded in scheduler.rungs.items()}
+        assert (
+            scheduler.on_trial_result(None, trial_of(name, 20), {"epochs": 30, "dice": dice})
+            == "CONTINUE"
+        )  # no rung at 30
+        assert (
+            scheduler.on_trial_result(None, trial_of(name, 20), {"epochs": 40, "dice": dice})
+            == expected
+        )
+    own = {
+        milestone: {n for n, v in recorded.items() if not math.isnan(v)}
+        for milestone, recorded in scheduler.rungs.items()
+    }
     assert own == {10: {"parent"}, 20: {"parent"}, 40: {"good", "bad"}, 80: set()}
 
 
 def test_rungs_are_remembered_from_disk(ledger):
     first = ledger.next()
     finish(ledger, first.uid)
-    lines = [{"event": "validation", "step": step, "dice": step / 100} for step in range(5, 101, 5)]  # one step is an epoch
-    (ledger.path(first) / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [
+        {"event": "validation", "step": step, "dice": step / 100} for step in range(5, 101, 5)
+    ]  # one step is an epoch
+    (ledger.path(first) / "events.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
     scheduler = asha()
     scheduler.remember(ledger, ledger.order_of)
-    assert scheduler.rungs == {milestone: {first.uid: milestone / 100} for milestone in (10, 20, 40, 80)}
+    assert scheduler.rungs == {
+        milestone: {first.uid: milestone / 100} for milestone in (10, 20, 40, 80)
+    }

@@ -23,14 +23,20 @@ def final(folder: Path, group: str = "weights") -> dict[str, torch.Tensor]:
 
 def same(first: Path, second: Path) -> bool:
     pairs = [(final(first, group), final(second, group)) for group in ("weights", "optimizer")]
-    return all(ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours) for ours, theirs in pairs)
+    return all(
+        ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        for ours, theirs in pairs
+    )
 
 
 @pytest.fixture
 def plan(search, space, tmp_path):
     """Two lengths of a constant rate; validated every epoch."""
     space["base"]["evaluation"] = {"every": 1}
-    return make_plan(search(axes={}, stages=[{"epochs": [1, 3], "steps": 2, "lr": 1e-2, "warmup": 3}]), tmp_path / "runs")
+    return make_plan(
+        search(axes={}, stages=[{"epochs": [1, 3], "steps": 2, "lr": 1e-2, "warmup": 3}]),
+        tmp_path / "runs",
+    )
 
 
 @pytest.mark.slow
@@ -42,22 +48,37 @@ def test_a_trunk_goes_on_bitwise_like_the_long_stage_alone(plan, tmp_path, monke
     reports = {short.uid: [], long.uid: []}
     for node in (short, long):
         assert trial.perform(plan.order(node), reports[node.uid].append) == {"state": "done"}
-    assert [report["epochs"] for report in reports[short.uid]] == [1] and [report["epochs"] for report in reports[long.uid]] == [2, 3]
+    assert [report["epochs"] for report in reports[short.uid]] == [1] and [
+        report["epochs"] for report in reports[long.uid]
+    ] == [2, 3]
     events = list(read_events(plan.runs / long.path))
-    assert [event["from_step"] for event in events if event["event"] == "resumed"] == [2]  # not one step of the trunk again
+    assert [event["from_step"] for event in events if event["event"] == "resumed"] == [
+        2
+    ]  # not one step of the trunk again
     assert [event["steps"] for event in events if event["event"] == "stage_start"] == [6]
-    run_ranks({**plan.order(long)["job"], "root": str(tmp_path / "straight"), "score": False}, 1, threads=1)
+    run_ranks(
+        {**plan.order(long)["job"], "root": str(tmp_path / "straight"), "score": False},
+        1,
+        threads=1,
+    )
     assert same(plan.runs / long.path, tmp_path / "straight" / long.path)
-    assert not (tmp_path / "straight" / long.path / "evaluation.json").exists() and (plan.runs / long.path / "evaluation.json").exists()
+    assert (
+        not (tmp_path / "straight" / long.path / "evaluation.json").exists()
+        and (plan.runs / long.path / "evaluation.json").exists()
+    )
     before = final(plan.runs / short.path)
-    assert len(list((plan.runs / short.path / "checkpoints").glob("step-*"))) == 1 and before  # the branch point is kept
+    assert (
+        len(list((plan.runs / short.path / "checkpoints").glob("step-*"))) == 1 and before
+    )  # the branch point is kept
 
 
 @pytest.mark.slow
 def test_a_trunk_brings_its_best_checkpoint_along(search, space, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     space["base"]["evaluation"] = {"every": 1, "weights": "best"}
-    stages = [{"epochs": [2, 3], "steps": 1, "lr": 1e-12}]  # nothing is learned: the first validation stays the best
+    stages = [
+        {"epochs": [2, 3], "steps": 1, "lr": 1e-12}
+    ]  # nothing is learned: the first validation stays the best
     plan = make_plan(search(axes={}, stages=stages), tmp_path / "runs")
     short, long = plan.tree.walk()
     plan.folder.mkdir(parents=True)
@@ -69,8 +90,15 @@ def test_a_trunk_brings_its_best_checkpoint_along(search, space, tmp_path, monke
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000001", "step-00000003"]
     run_ranks({**plan.order(long)["job"], "root": str(tmp_path / "straight")}, 1, threads=1)
     assert same(plan.runs / long.path, tmp_path / "straight" / long.path)
-    ours, straight = (json.loads((root / long.path / "evaluation.json").read_text()) for root in (plan.runs, tmp_path / "straight"))
-    assert ours["checkpoint"] == "step-00000001" and ours["cases"] == straight["cases"] and ours["summary"] == straight["summary"]
+    ours, straight = (
+        json.loads((root / long.path / "evaluation.json").read_text())
+        for root in (plan.runs, tmp_path / "straight")
+    )
+    assert (
+        ours["checkpoint"] == "step-00000001"
+        and ours["cases"] == straight["cases"]
+        and ours["summary"] == straight["summary"]
+    )
 
 
 class Scripted:
@@ -90,9 +118,21 @@ class Scripted:
 @pytest.mark.parametrize(
     ("acts", "runs", "expected"),
     [
-        ([RankFailed("rank 0 was killed by SIGKILL", 1), None], 2, {"state": "done"}),  # a fault of the machine is tried again
-        ([RankFailed("broken", 1), RankFailed("broken", 1)], 2, {"state": "failed", "message": "broken"}),
-        ([RankFailed("freeze: no parameter", 2)], 1, {"state": "failed", "message": "freeze: no parameter"}),
+        (
+            [RankFailed("rank 0 was killed by SIGKILL", 1), None],
+            2,
+            {"state": "done"},
+        ),  # a fault of the machine is tried again
+        (
+            [RankFailed("broken", 1), RankFailed("broken", 1)],
+            2,
+            {"state": "failed", "message": "broken"},
+        ),
+        (
+            [RankFailed("freeze: no parameter", 2)],
+            1,
+            {"state": "failed", "message": "freeze: no parameter"},
+        ),
         ([RankFailed("saved", 75)], 1, {"state": "stopped"}),
         ([RankFailed("run: x is being trained by process 7", 2)], 1, {"state": "busy"}),
     ],
@@ -122,7 +162,9 @@ def test_the_sweeps_stop_file_reaches_the_ranks(plan, monkeypatch):
     monkeypatch.setitem(trial.BACKENDS, "local", Stopping)
     assert trial.perform(plan.order(node), print) == {"state": "stopped"}
     assert seen == [False, True] and not (path / "stop").exists()
-    assert trial.perform(plan.order(node), print) == {"state": "stopped"} and len(seen) == 2  # nothing is started any more
+    assert (
+        trial.perform(plan.order(node), print) == {"state": "stopped"} and len(seen) == 2
+    )  # nothing is started any more
 
 
 def test_validations_are_reported_once_whatever_is_rewritten(plan):
@@ -139,7 +181,10 @@ def test_validations_are_reported_once_whatever_is_rewritten(plan):
     follow.poll()
     (path / "events.jsonl").write_text(line % 2 + line % 4 + line % 6)
     follow.poll()
-    assert [report["epochs"] for report in reports] == [12, 13]  # the trunk's own epoch is the trunk's to report
+    assert [report["epochs"] for report in reports] == [
+        12,
+        13,
+    ]  # the trunk's own epoch is the trunk's to report
 
 
 def test_ranks_can_be_started_outside_the_main_thread(tmp_path):
