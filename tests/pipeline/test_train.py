@@ -430,10 +430,11 @@ def test_a_dice_that_is_not_defined_is_no_best_and_no_reason_to_end(
     assert folder.done()["steps"] == 18 and folder.done()["best"] == {"dice": 0.4, "step": 12}
     # a checkpoint that an older version wrote, with a best of None
     original = training.Progress.state
-    spoilt = lambda self, *rest: {
-        **original(self, *rest),
-        "progress": {**training.asdict(self), "best": {"dice": None, "step": 3}},
-    }  # noqa: E731
+
+    def spoilt(self, *rest):
+        progress = {**training.asdict(self), "best": {"dice": None, "step": 3}}
+        return {**original(self, *rest), "progress": progress}
+
     with monkeypatch.context() as patch:
         patch.setattr(training.Progress, "state", spoilt)
         go(recipe, tmp_path / "b", stop_after=4, validate=lambda engine: {"dice": None})
