@@ -4,7 +4,7 @@ at all.
     step-00000120/
       weights.safetensors      parameters and buffers by name, full tensors, whatever the engine
       optimizer.safetensors    <parameter>.<moment>
-      ema.safetensors          only with engine.ema
+      ema.safetensors          only with engine.ema, as average.safetensors: its updates so far
       state.json               step, metrics so far, recipe, versions
       manifest.json            size and sha256 of the files above; written last
 
@@ -31,7 +31,7 @@ from segfleet.core.files import sync_folder, write_atomically
 
 MANIFEST = "manifest.json"
 PREFIX = "step-"
-Tensors = dict[str, dict[str, Tensor]]  # group (weights, optimizer, ema) -> name -> tensor
+Tensors = dict[str, dict[str, Tensor]]  # group (weights, optimizer, ema, average) -> name -> tensor
 
 
 class CheckpointError(InputError):

@@ -181,7 +181,9 @@ class Engine(Section):
         False, description="recompute activations in backward: less memory, more time"
     )
     ema: Decay = Field(
-        0.0, description="decay of an exponential moving average of the weights; 0: none"
+        0.0,
+        description="decay of an exponential moving average of the weights; 0: none. At update t "
+        "it is at most (1 + t) / (10 + t)",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="options of that engine")
 

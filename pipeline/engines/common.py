@@ -10,7 +10,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from segfleet.core.errors import InputError
 from segfleet.pipeline import recipe as recipes
-from segfleet.pipeline.checkpoint import CheckpointError
+from segfleet.pipeline.checkpoint import Checkpoint, CheckpointError, Tensors
 
 
 def trainable(model: nn.Module, stage: recipes.Stage) -> dict[str, nn.Parameter]:
@@ -150,26 +150,43 @@ class Running:
 
 class Average:
     """Exponential moving average of all parameters by name; with decay 0 there is none and `values`
-    is empty."""
+    is empty.
+
+    The decay warms up, min(decay, (1 + t) / (10 + t)) at update t, so that the random weights of
+    the beginning are soon forgotten (TensorFlow's `ExponentialMovingAverage` with `num_updates`).
+    """
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
         self.values = (
             {name: p.detach().clone() for name, p in model.named_parameters()} if decay else {}
         )
+        # counted on the device: the host does not know which steps were skipped
+        self.updates = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
 
     @torch.no_grad()
     def update(self, model: nn.Module, norm: Tensor) -> None:
         """Move towards the weights, unless the step was skipped because the gradient's norm is not
         finite."""
         if self.values:
-            values = list(self.values.values())
+            values, taken = list(self.values.values()), torch.isfinite(norm)
+            rate = (9 / (10 + self.updates)).clamp(min=1 - self.decay)  # 1 minus the warm decay
             away = torch._foreach_sub([*model.parameters()], values)
-            torch._foreach_mul_(away, torch.isfinite(norm) * (1 - self.decay))
+            torch._foreach_mul_(away, taken * rate)
             torch._foreach_add_(values, away)
+            self.updates += taken
+
+    def tensors(self) -> Tensors:
+        """The groups of a checkpoint that `load` takes; none without a decay."""
+        return {"ema": self.values, "average": {"updates": self.updates}} if self.values else {}
 
     @torch.no_grad()
-    def load(self, model: nn.Module, averaged: dict[str, Tensor]) -> None:
-        """Continue from `averaged`; parameters it does not hold start from the weights."""
+    def load(self, model: nn.Module, checkpoint: Checkpoint, inherit: str) -> None:
+        """Continue exactly if `inherit` is "all", else start from the weights. So do parameters
+        that the checkpoint has no average of."""
+        whole = inherit == "all"
+        averaged = checkpoint.tensors("ema") if whole else {}
+        updates = checkpoint.tensors("average").get("updates") if whole else None
+        self.updates.fill_(0 if updates is None else updates)
         for name, value in self.values.items():
             value.copy_(averaged.get(name, model.get_parameter(name)))

@@ -86,8 +86,7 @@ class Engine:
             "weights": dict(self.model.state_dict()),
             "optimizer": optimizer_tensors(self.optimizer, self.named),
         }
-        if self.average.values:
-            groups["ema"] = self.average.values
+        groups |= self.average.tensors()
         if self.scaler.is_enabled():
             groups["scaler"] = {
                 key: torch.tensor(value, dtype=torch.float64)
@@ -97,7 +96,7 @@ class Engine:
 
     def load(self, checkpoint: Checkpoint, inherit: str) -> None:
         load_weights(self.model, checkpoint.tensors("weights"), str(checkpoint.path))
-        self.average.load(self.model, checkpoint.tensors("ema") if inherit == "all" else {})
+        self.average.load(self.model, checkpoint, inherit)
         if inherit != "weights":
             load_optimizer(self.optimizer, self.named, checkpoint.tensors("optimizer"))
         if inherit == "all" and self.scaler.is_enabled():

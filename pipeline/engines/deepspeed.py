@@ -226,14 +226,12 @@ class Engine:
 
     def tensors(self) -> Tensors:
         groups = {"weights": self._weights(), "optimizer": self._moments()}
-        if self.average.values:
-            groups["ema"] = self.average.values
-        return groups
+        return groups | self.average.tensors()
 
     def load(self, checkpoint: Checkpoint, inherit: str) -> None:
         assert self.inner is None, "load() comes before the first step"
         load_weights(self.model, checkpoint.tensors("weights"), str(checkpoint.path))
-        self.average.load(self.model, checkpoint.tensors("ema") if inherit == "all" else {})
+        self.average.load(self.model, checkpoint, inherit)
         self.start(checkpoint.tensors("optimizer") if inherit != "weights" else {})
 
     @contextmanager

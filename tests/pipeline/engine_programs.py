@@ -145,7 +145,9 @@ def difference(found: checkpoint.Tensors, wanted: checkpoint.Tensors) -> str:
 
 def groups_of(found: checkpoint.Checkpoint) -> checkpoint.Tensors:
     return {
-        group: named for group in ("weights", "optimizer", "ema") if (named := found.tensors(group))
+        group: named
+        for group in ("weights", "optimizer", "ema", "average")
+        if (named := found.tensors(group))
     }
 
 

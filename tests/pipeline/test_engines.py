@@ -14,6 +14,7 @@ import torch
 from segfleet.core.errors import InputError
 from segfleet.pipeline.engines import ddp
 from segfleet.pipeline.engines.base import engines
+from segfleet.pipeline.engines.common import Average
 from segfleet.pipeline.engines.deepspeed import cut, join, quiet_deepspeed, read_options
 from segfleet.pipeline.recipe import Engine
 
@@ -276,3 +277,26 @@ def test_without_deepspeed_the_way_out_is_named(monkeypatch):
         InputError, match="engine.name: deepspeed cannot be imported .* set engine.name=ddp"
     ):
         quiet_deepspeed(torch.device("cpu"))
+
+
+def test_the_average_forgets_the_random_weights_it_began_with():
+    """Weights that go from 0 to 1 at once: after n updates the average is 1 - n! 9! / (n + 9)!."""
+    from math import factorial
+
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.zero_()
+    average, finite = Average(model, 0.998), torch.tensor(1.0)
+    model.weight.data.fill_(1)
+    for done in range(1, 61):
+        average.update(model, torch.tensor(float("inf")))  # a skipped step counts for nothing
+        average.update(model, finite)
+        if done in (1, 2, 60):
+            left = factorial(done) * factorial(9) / factorial(done + 9)
+            assert float(average.values["weight"]) == pytest.approx(1 - left, abs=1e-6)
+    assert average.tensors()["average"]["updates"] == 60
+    model.weight.data.fill_(0)
+    average.updates.fill_(4490)  # 4491 / 4500 = 0.998: from here on the decay that was asked for
+    average.update(model, finite)
+    assert float(average.values["weight"]) == pytest.approx(0.998, abs=1e-6)
+    average.update(model, finite)
+    assert float(average.values["weight"]) == pytest.approx(0.998**2, abs=1e-6)

@@ -124,7 +124,7 @@ def test_stopped_anywhere_and_resumed_is_bitwise_the_same(tiny_store, tmp_path, 
         folders = go(recipe, tmp_path / f"stopped{after}", stop_after=after)
         go(recipe, tmp_path / f"stopped{after}")
         for stage in (0, 1):
-            for group in ("weights", "optimizer", *(("ema",) if "ema" in engine else ())):
+            for group in ("weights", "optimizer", *(("ema", "average") if "ema" in engine else ())):
                 assert_equal(weights(straight[stage], group), weights(folders[stage], group))
             steps = logged_steps(folders[stage])
             assert steps == sorted(set(steps)) and set(logged_steps(straight[stage])) <= set(steps)
