@@ -39,7 +39,7 @@ from segfleet.pipeline.recipe import (
     read_document,
 )
 
-SPACES = Path(__file__).parent / "spaces"
+SPACES = Path(__file__).parents[1] / "spaces"
 KINDS = ("grid", "choice", "uniform", "loguniform")
 Natural = Annotated[int, Field(ge=0)]
 
@@ -298,14 +298,31 @@ def search_of(space: SearchSpace, base: dict[str, Any]) -> Search:
             axes += found
             varied = {key.split(".")[-1]: axis.values[0] for axis in found for key in axis.keys}
             base["stages"].append({**stage, **varied})
-    if space.seeds and any(axis.keys == ("seed",) for axis in axes):
-        raise InputError(
-            "sweep: 'seed' is an axis and 'seeds' is given; keep 'seeds', its runs are counted as "
-            "replicates"
-        )
+    for axis in axes:
+        _check_comparable(axis, space.name)
     search = Search(space=space, base=base, axes=tuple(axes))
     _check(search)
     return search
+
+
+def _check_comparable(axis: Axis, sweep: str) -> None:
+    """Raises InputError for an axis whose points are scored on other cases or differ by luck alone:
+    their ranking would say nothing about the recipe."""
+    rows = axis.values if len(axis.keys) > 1 else [[value] for value in axis.values]
+    below = {
+        f"data.{key}" for row in rows for data in row if isinstance(data, dict) for key in data
+    }
+    changed = {*axis.keys, *(below if "data" in axis.keys else ())}
+    for key, what, instead in (
+        ("seed", "seeds", "list them under `seeds:`, as replicates of every point"),
+        ("data.fold", "folds", "list them under `folds:`, as replicates of every point"),
+        ("data.split", "splits", "choose one: data.split=NAME after the space"),
+    ):
+        if key in changed:
+            raise InputError(
+                f"sweep {sweep}: axis {axis.label}: {key} would rank {what} against each other, "
+                f"not recipes; {instead}"
+            )
 
 
 def _check(search: Search) -> None:
