@@ -193,8 +193,8 @@ class NlieUNet(nn.Module):
 
     widths: channels of the five levels, strictly increasing. scales: channel groups of the cyclic
     blocks at levels 3, 4, 5.
-    offset_bias: "zero" (every deformable block starts as an ordinary convolution) or "random" (as
-    released).
+    offset_bias: "random" (as released) or "zero" (every deformable block starts as an ordinary
+    convolution).
     level1_base: the map that the first fusion refines, "level2" (as released) or "own".
     Raises ModelError for a wrong option or input.
     """
@@ -205,7 +205,7 @@ class NlieUNet(nn.Module):
         num_classes: int,
         widths: tuple[int, ...] = (32, 64, 128, 256, 512),
         scales: tuple[int, ...] = (2, 4, 8),
-        offset_bias: str = "zero",
+        offset_bias: str = "random",
         level1_base: str = "level2",
     ) -> None:
         super().__init__()

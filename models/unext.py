@@ -111,10 +111,8 @@ class UNeXt(nn.Module):
         self.dec2 = DecoderStep(w2, w1)
         self.dec1 = DecoderStep(w1, w1, norm=False)
         self.head = nn.Conv2d(w1, num_classes, 1)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        for level in (self.enc4, self.enc5, self.dec5.tokens, self.dec4.tokens):
+            level.apply(_initialise_tokens)
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
         check_input(x_BCYX, name="unext", dims=2, in_channels=self.in_channels, divisor=32)
@@ -126,6 +124,18 @@ class UNeXt(nn.Module):
         for decode in (self.dec5, self.dec4, self.dec3, self.dec2):
             x = decode(x, skips.pop())
         return self.head(self.dec1(x))
+
+
+def _initialise_tokens(module: nn.Module) -> None:
+    """Patch embeddings and token MLPs as released; the plain convolutions keep the framework's
+    draw."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.weight[:, 0].numel() // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        nn.init.zeros_(module.bias)
 
 
 # fmt: off

@@ -80,6 +80,19 @@ class PairedAttention(nn.Module):
             if merge == "concat"
             else None
         )
+        if projection == "shared_no_bias":  # released as a bare matrix with a draw of its own
+            nn.init.uniform_(self.key_projection.weight, -(projected**-0.5), projected**-0.5)
+
+    def start_narrow(self) -> None:
+        """Linear layers anew from a normal of 0.02, biases zero: in the encoder, as released. A
+        token projection without bias keeps its draw."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and (
+                module is not self.key_projection or module.bias is not None
+            ):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, t_BNC: Tensor, y_BCN: Tensor) -> Tensor:
         batch, tokens, channels = t_BNC.shape

@@ -154,7 +154,8 @@ class E2MISeg(nn.Module):
         self.head0 = nn.Conv3d(base, num_classes, 1)
         self.head1 = nn.Conv3d(w1, num_classes, 1) if deep_supervision else None
         self.head2 = nn.Conv3d(w2, num_classes, 1) if deep_supervision else None
-        self.apply(_initialise)
+        for stage in (self.enc1, self.enc2, self.enc3, self.enc4):
+            stage.apply(_initialise_encoder)
 
     def forward(self, x_BCZYX: Tensor) -> Tensor | list[Tensor]:
         check_input(
@@ -180,25 +181,11 @@ class E2MISeg(nn.Module):
         return self.head0(d0)
 
 
-def _initialise(module: nn.Module) -> None:
-    """Kaiming for 3x3x3 convolutions, narrow normal for linear layers, uniform ±1/√p for a token
-    projection without bias.
-
-    1x1 and transposed convolutions have no activation behind them and keep the framework's smaller
-    draw: with Kaiming the residual sums, which nothing normalises within a stage, would grow block
-    by block.
-    """
-    if isinstance(module, nn.Conv3d) and module.kernel_size == (3, 3, 3):
-        nn.init.kaiming_normal_(module.weight, a=0.01)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, PairedAttention) and module.key_projection.bias is None:
-        bound = module.key_projection.out_features**-0.5
-        nn.init.uniform_(module.key_projection.weight, -bound, bound)
+def _initialise_encoder(module: nn.Module) -> None:
+    """As released: the encoder's linear layers start from a narrow normal, all else (the decoder's
+    linear layers, every convolution) from the framework's draw."""
+    if isinstance(module, PairedAttention):
+        module.start_narrow()
 
 
 # fmt: off
