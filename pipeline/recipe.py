@@ -123,7 +123,12 @@ class Loss(Section):
 class Optimizer(Section):
     name: Literal["adamw", "adam", "sgd"] = Field("adamw", description="update rule")
     weight_decay: Annotated[float, Field(ge=0)] = Field(
-        1e-2, description="not applied to biases, norms and parameters marked no-decay"
+        1e-2, description="pulls the parameters that `decay` names towards zero"
+    )
+    decay: Literal["weights", "all"] = Field(
+        "weights",
+        description="weights: not biases, norms and parameters marked no-decay (a scan's A and D); "
+        "all: every parameter, as most authors do",
     )
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="Adam's decay rates")
     momentum: Share = Field(0.99, description="SGD's momentum")

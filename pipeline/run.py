@@ -64,6 +64,7 @@ def stage_facts(recipe: Recipe, manifest: Manifest, index: int) -> dict[str, Any
         key: value
         for key, value in whole["optimizer"].items()
         if key not in IDLE_OF_OPTIMIZER[recipe.optimizer.name]
+        and (key != "decay" or recipe.optimizer.weight_decay)
     }
     if stage.get("patience"):  # only then does validation decide how long a stage is
         stage["validation"] = [

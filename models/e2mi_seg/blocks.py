@@ -42,7 +42,7 @@ class ResidualBlock(nn.Module):
 
 class HybridBlock(nn.Module):
     """HFR: a convolutional branch gives paired attention its queries and keys (or, with
-    `qk_source="tokens"`, is added to the output).
+    `qk_source="tokens"`, is added to the output, `local_weight` times).
 
     Maps (B, C, Z, Y, X) to the same shape. The position embedding and the attention's projections
     depend on the grid (Z, Y, X).
@@ -58,6 +58,7 @@ class HybridBlock(nn.Module):
         norm: str,
         local_norm: bool,
         local_residual: bool,
+        local_weight: float,
         residual_blocks: int,
         dropout: float,
         attention: dict[str, object],
@@ -66,6 +67,7 @@ class HybridBlock(nn.Module):
         if norm not in NORMS:
             raise ModelError(f"e2mi_seg: norm is '{norm}', expected one of: {', '.join(NORMS)}")
         self.local_residual, self.joins_late = local_residual, attention["qk_source"] == "tokens"
+        self.local_weight = local_weight
         tokens = grid[0] * grid[1] * grid[2]
         local: list[nn.Module] = []
         for _ in range(2):
@@ -94,7 +96,7 @@ class HybridBlock(nn.Module):
         t = t + self.scale * self.attention(self.norm(t), y.flatten(2))
         a = t.mT.reshape(x.shape)
         r = a + self.refine(a)
-        return self.out(r + y if self.joins_late else r) + x
+        return self.out(r + self.local_weight * y if self.joins_late else r) + x
 
 
 class GroupAggregation(nn.Module):

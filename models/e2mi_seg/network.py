@@ -18,6 +18,9 @@ from segfleet.models.e2mi_seg.attention import PairedAttention
 from segfleet.models.e2mi_seg.blocks import GroupAggregation, HybridBlock, ResidualBlock
 from segfleet.models.registry import ModelError, check_input, register
 
+# where queries and keys come from
+REVISIONS = {"2025-01": "conv", "2024-08": "tokens"}
+
 
 class DecoderStep(nn.Module):
     """Transposed convolution of the deep map, plus the refined skip, then the blocks."""
@@ -40,9 +43,11 @@ class E2MISeg(nn.Module):
     decoder_depth: blocks per decoder stage. base: channels at full size. projected: token
     projections of the four stages, the decoder takes the first three's. local_norm, local_residual,
     residual_blocks, projection, merge, attention_dropout: where the released variants differ.
-    qk_source "tokens" is the older revision; legacy_qkvv keeps the released, half unused value
-    projection (needed for the published counts), legacy_scramble its layout of the spatial
-    attention; clamp_dilation keeps dilated taps inside small grids; norm "instance" replaces the
+    revision: "2025-01" takes queries and keys from the convolutional branch; "2024-08" takes them
+    from the tokens and adds `local_weight` times the branch, which then has no residual of its own,
+    before the last convolution (the released bytecode of BraTS has 1.1). legacy_qkvv keeps the
+    released, half unused value projection (needed for the published counts), legacy_scramble its
+    layout of the spatial attention; clamp_dilation keeps dilated taps inside small grids; norm "instance" replaces the
     batch norm of the hybrid blocks. Raises ModelError for a wrong option or input.
     """
 
@@ -66,7 +71,8 @@ class E2MISeg(nn.Module):
         merge: str = "concat",
         dropout: float = 0.1,
         attention_dropout: float = 0.15,
-        qk_source: str = "conv",
+        revision: str = "2025-01",
+        local_weight: float = 1.0,
         legacy_qkvv: bool = True,
         legacy_scramble: bool = False,
         clamp_dilation: bool = False,
@@ -75,6 +81,10 @@ class E2MISeg(nn.Module):
         super().__init__()
         if stem_depth not in (1, 2, 4):
             raise ModelError(f"e2mi_seg: stem_depth is {stem_depth}, expected 1, 2 or 4")
+        if revision not in REVISIONS:
+            raise ModelError(
+                f"e2mi_seg: revision is '{revision}', expected one of: {', '.join(REVISIONS)}"
+            )
         if not len(widths) == len(depths) == len(projected) == 4:
             raise ModelError(
                 f"e2mi_seg: widths, depths and projected need four numbers each, found {widths}, "
@@ -105,13 +115,14 @@ class E2MISeg(nn.Module):
             "projection": projection,
             "merge": merge,
             "dropout": attention_dropout,
-            "qk_source": qk_source,
+            "qk_source": REVISIONS[revision],
         }
         attention |= {"legacy_qkvv": legacy_qkvv, "legacy_scramble": legacy_scramble}
         switches = {
             "norm": norm,
             "local_norm": local_norm,
-            "local_residual": local_residual,
+            "local_residual": local_residual and revision == "2025-01",
+            "local_weight": local_weight,
             "residual_blocks": residual_blocks,
         }
         switches |= {"dropout": dropout, "attention": attention}

@@ -41,14 +41,16 @@ def build_optimizer(
     ages: dict[str, Hashable] | None = None,
 ) -> Optimizer:
     """Groups of weights with decay, then of biases, norms and parameters marked `_no_weight_decay`
-    without.
+    without; with `options.decay` "all" every parameter decays.
 
     With `ages`, parameters of one group also share their age: for engines that keep one step
     counter per group.
     """
     groups: dict[tuple, list[nn.Parameter]] = {}
     for name, parameter in named.items():
-        plain = parameter.ndim <= 1 or getattr(parameter, "_no_weight_decay", False)
+        plain = options.decay == "weights" and (
+            parameter.ndim <= 1 or getattr(parameter, "_no_weight_decay", False)
+        )
         groups.setdefault((bool(plain), (ages or {}).get(name)), []).append(parameter)
     parts = [
         {"params": parameters, "weight_decay": 0.0 if plain else options.weight_decay}

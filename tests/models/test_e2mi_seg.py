@@ -106,12 +106,13 @@ def test_unused_projection_does_not_act():
 
 
 @pytest.mark.parametrize("local_residual", [True, False])
-@pytest.mark.parametrize("qk_source", ["conv", "tokens"])
-def test_hybrid_block(local_residual, qk_source):
+@pytest.mark.parametrize(("qk_source", "weight"), [("conv", 1.0), ("tokens", 1.0), ("tokens", 1.1)])
+def test_hybrid_block(local_residual, qk_source, weight):
     switches = {
         "norm": "batch",
         "local_norm": True,
         "local_residual": local_residual,
+        "local_weight": weight,
         "residual_blocks": 2,
         "dropout": 0.1,
     }
@@ -132,8 +133,28 @@ def test_hybrid_block(local_residual, qk_source):
     a = a.transpose(1, 2).reshape(x.shape)
     mix = block.refine[-1]
     r = a + F.conv3d(block.refine[1](block.refine[0](a)), mix.weight, mix.bias)
-    expected = F.conv3d(r + y if qk_source == "tokens" else r, block.out.weight) + x
+    expected = F.conv3d(r + weight * y if qk_source == "tokens" else r, block.out.weight) + x
     torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["acdc", "brats", "mcl"])
+def test_one_option_is_one_revision(variant):
+    """The older design: ordinary paired attention, the bare convolution branch added at the end."""
+    chosen = spec(f"e2mi_seg_{variant}")
+    for revision, source in (("2025-01", "conv"), ("2024-08", "tokens")):
+        model = chosen.build(
+            in_channels=1, num_classes=2, **chosen.reduced, revision=revision, local_weight=1.1
+        )
+        blocks = [m for m in model.modules() if isinstance(m, HybridBlock)]
+        for block in blocks:
+            assert block.attention.from_tokens == (source == "tokens")
+            assert block.joins_late == (source == "tokens") and block.local_weight == 1.1
+            assert block.local_residual == (variant == "acdc" and revision == "2025-01")
+    with torch.device("meta"):  # "the old revision has identical counts"
+        old = chosen.build(
+            in_channels=chosen.in_channels, num_classes=chosen.num_classes, revision="2024-08"
+        )
+    assert count_parameters(old) == chosen.parameters
 
 
 def test_published_size_of_a_block():
@@ -141,6 +162,7 @@ def test_published_size_of_a_block():
         "norm": "batch",
         "local_norm": True,
         "local_residual": True,
+        "local_weight": 1.0,
         "residual_blocks": 2,
         "dropout": 0.1,
     }
@@ -199,7 +221,7 @@ def test_wrong_use_is_refused():
         ({"widths": (8, 12, 24, 48)}, "multiple of the one before"),
         ({"projection": "both"}, "separate, shared, shared_no_bias"),
         ({"merge": "mean"}, "concat, sum"),
-        ({"qk_source": "skip"}, "conv, tokens"),
+        ({"revision": "2023"}, "2025-01, 2024-08"),
         ({"norm": "layer"}, "batch, instance"),
         ({"heads": 3}, "multiple of the 3 heads"),
     ):

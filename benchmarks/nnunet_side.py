@@ -1,0 +1,130 @@
+"""The nnU-Net half of `benchmarks/fidelity.py`: trains nnU-Net v2 itself for a few steps and lets
+it predict. It runs in an environment that holds nnunetv2, and imports nothing of segfleet.
+
+    ENV/bin/python benchmarks/nnunet_side.py DATA WORK SET
+
+DATA holds Task04_Hippocampus and sunnybrook_acdc_layout. SET is one of `SETS`. Leaves in WORK/SET:
+model (nnU-Net's model folder), images, predictions, and nothing else that anybody reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+# set: what is trained, nnU-Net's planner and configuration, folds, steps, changes of the plan
+SETS = {
+    "hippocampus_3d": ("hippocampus", "ExperimentPlanner", "3d_fullres", (0, 1), 30),
+    "hippocampus_2d": ("hippocampus", "ExperimentPlanner", "2d", (0,), 60),
+    "heart_resenc_3d": ("heart", "nnUNetPlannerResEncM", "3d_fullres", (0,), 20),
+    "hippocampus_regions": ("regions", "ExperimentPlanner", "3d_fullres", (0,), 30),
+}
+TRAINING, HELD_OUT = 14, 4  # cases
+BATCH = 2
+
+
+def raw_hippocampus(data: Path, raw: Path, images: Path, regions: bool) -> None:
+    source = data / "Task04_Hippocampus"
+    names = sorted(p.name for p in (source / "labelsTr").glob("*.nii.gz"))
+    for count, name in enumerate(names[: TRAINING + HELD_OUT]):
+        if count < TRAINING:
+            shutil.copy(source / "imagesTr" / name, raw / "imagesTr" / channel(name))
+            shutil.copy(source / "labelsTr" / name, raw / "labelsTr" / name)
+        else:
+            shutil.copy(source / "imagesTr" / name, images / channel(name))
+    labels: dict = {"background": 0, "anterior": 1, "posterior": 2}
+    more: dict = {}
+    if regions:
+        labels = {"background": 0, "whole": [1, 2], "posterior": [2]}
+        more = {"regions_class_order": [1, 2]}
+    description(raw, {"0": "MRI"}, labels, TRAINING, more)
+
+
+def raw_heart(data: Path, raw: Path, images: Path) -> None:
+    import SimpleITK as sitk
+
+    count = 0
+    for truth in sorted((data / "sunnybrook_acdc_layout/training").glob("*/*_gt.nii.gz")):
+        name, image = truth.name.replace("_gt", ""), Path(str(truth).replace("_gt", ""))
+        if count < TRAINING:
+            shutil.copy(image, raw / "imagesTr" / channel(name))
+            label = sitk.ReadImage(str(truth))
+            sitk.WriteImage(sitk.Cast(label == 3, sitk.sitkUInt8), str(raw / "labelsTr" / name))
+        elif count < TRAINING + HELD_OUT:
+            shutil.copy(image, images / channel(name))
+        count += 1
+    description(raw, {"0": "MRI"}, {"background": 0, "left_ventricle": 1}, TRAINING, {})
+
+
+def channel(name: str) -> str:
+    return name.replace(".nii.gz", "_0000.nii.gz")
+
+
+def description(raw: Path, channels: dict, labels: dict, count: int, more: dict) -> None:
+    facts = {"channel_names": channels, "labels": labels, "numTraining": count}
+    facts |= {"file_ending": ".nii.gz"} | more
+    (raw / "dataset.json").write_text(json.dumps(facts, indent=1))
+
+
+def main(data: Path, work: Path, chosen: str) -> None:
+    kind, planner, configuration, folds, steps = SETS[chosen]
+    home = work / chosen
+    shutil.rmtree(home, ignore_errors=True)
+    name = "Dataset101_Fidelity"
+    raw, images = home / "raw" / name, home / "images"
+    for folder in (raw / "imagesTr", raw / "labelsTr", images):
+        folder.mkdir(parents=True)
+    for variable, place in (("raw", "raw"), ("preprocessed", "pre"), ("results", "results")):
+        os.environ[f"nnUNet_{variable}"] = str(home / place)
+    os.environ |= {"nnUNet_n_proc_DA": "1", "nnUNet_compile": "f", "nnUNet_def_n_proc": "1"}
+    if kind == "heart":
+        raw_heart(data, raw, images)
+    else:
+        raw_hippocampus(data, raw, images, kind == "regions")
+
+    import torch
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import (
+        extract_fingerprints,
+        plan_experiments,
+        preprocess,
+    )
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    torch.set_num_threads(1)
+    extract_fingerprints([101], num_processes=1)
+    plan_experiments([101], experiment_planner_class_name=planner)
+    plans_file = next((home / "pre" / name).glob("*lans.json"))
+    plans = json.loads(plans_file.read_text())
+    plans["configurations"][configuration]["batch_size"] = BATCH
+    plans_file.write_text(json.dumps(plans, indent=1))
+    preprocess([101], plans["plans_name"], [configuration], num_processes=[1])
+    description_ = json.loads((raw / "dataset.json").read_text())
+    for fold in folds:
+        torch.manual_seed(fold)
+        plans = json.loads(plans_file.read_text()) | {"continue_training": False}
+        trainer = nnUNetTrainer(plans, configuration, fold, description_, torch.device("cpu"))
+        trainer.num_epochs, trainer.num_iterations_per_epoch = 1, steps
+        trainer.num_val_iterations_per_epoch = 1
+        trainer.run_training()
+    model = Path(trainer.output_folder_base)
+    (home / "predictions").mkdir()
+    predictor = nnUNetPredictor(
+        tile_step_size=0.5, use_gaussian=True, use_mirroring=True, device=torch.device("cpu"),
+        perform_everything_on_device=False, verbose=False, allow_tqdm=False,
+    )  # fmt: skip
+    predictor.initialize_from_trained_model_folder(str(model), folds, "checkpoint_final.pth")
+    predictor.predict_from_files_sequential(
+        [[str(path)] for path in sorted(images.glob("*.nii.gz"))],
+        [str(home / "predictions" / re.sub(r"_0000", "", p.name)) for p in sorted(images.iterdir())],
+        save_probabilities=False, overwrite=True,
+    )  # fmt: skip
+    shutil.move(model, home / "model")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve(), sys.argv[3])
