@@ -97,20 +97,33 @@ def _start_forkserver() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _follow_parent() -> None:
-    """Ctrl-C and other signals are the parent's affair; when it is killed, its workers end at once
-    rather than write on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def end_with_parent() -> None:
+    """From now on this process, started by multiprocessing, ends when its parent does, however that
+    ends.
+
+    A forkserver's child is no child of the process that asked for it, so the kernel tells it
+    nothing; the parent holds the other end of a pipe.
+    """
     parent: Any = multiprocessing.parent_process()
 
     def watch() -> None:
         parent.join()
         os._exit(1)
 
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
+def _follow_parent() -> None:
+    """Ctrl-C and other signals are the parent's affair; when it is killed, its workers end at once
+    rather than write on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+    parent: Any = multiprocessing.parent_process()
+
     def obey() -> None:  # the pool ends its workers by SIGTERM when one of them has died
         while signal.sigwaitinfo(WATCHED).si_pid != parent.pid:
             pass
         os._exit(1)
 
-    for task in (watch, obey) if WATCHED else (watch,):
-        threading.Thread(target=task, daemon=True).start()
+    if WATCHED:
+        threading.Thread(target=obey, daemon=True).start()

@@ -3,17 +3,21 @@ decided by `PatchSampler`."""
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
+import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from segfleet.core.errors import InputError
+from segfleet.core.parallel import end_with_parent
 from segfleet.pipeline.data import randomness
 from segfleet.pipeline.data.augment import (
     apply_intensity,
@@ -190,11 +194,19 @@ def check_shares(batch: int, ranks: int, accumulate: int) -> None:
         )
 
 
+TIMEOUT = 1800.0  # seconds without a batch after which a loader is given up
+TOO_SMALL = (
+    "segfleet: /dev/shm is too small for the loader's batches, which go through pipes now and take "
+    "longer. Make it larger (docker: --shm-size=2g), or set data.workers=0.\n"
+)
+
+
 def _start_worker(_: int) -> None:
     """Loader processes leave the decision to stop to the ranks, use one thread each and end with
-    their parent."""
+    their rank, however it ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
     torch.set_num_threads(1)
 
 
@@ -204,22 +216,69 @@ def batches(patches: Patches, schedule: Schedule, workers: int) -> Iterator[Batc
         patches,
         batch_sampler=schedule,
         num_workers=workers,
-        collate_fn=_as_made,
-        multiprocessing_context="forkserver" if workers else None,
+        collate_fn=_to_rank if workers else _as_made,
+        multiprocessing_context=_forkserver() if workers else None,
         worker_init_fn=_start_worker if workers else None,
         pin_memory=patches.on_device,
+        timeout=TIMEOUT if workers else 0,
     )
-    for batch in loader:
+    piped = False
+    for batch in _in_time(loader):
         if isinstance(batch, Failure):
             if batch.user_error:
                 raise InputError(f"{batch.phase} case {batch.case}: {batch.message}")
             raise LoaderError(
                 f"{batch.phase} case {batch.case}: {batch.message}\n{batch.traceback}"
             )
+        if isinstance(batch.image, np.ndarray):
+            if not piped:
+                sys.stderr.write(TOO_SMALL)
+            piped = True
+            batch = batch._replace(
+                image=torch.from_numpy(batch.image), label=torch.from_numpy(batch.label)
+            )
         yield batch
 
 
+def _forkserver() -> multiprocessing.context.BaseContext:
+    """Loader processes start from a server that has loaded this module: at once, and sharing its
+    memory."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _in_time(loader: DataLoader) -> Iterator[Batch | Failure]:
+    """Raises LoaderError when a loader process is gone, or gives nothing for long."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise LoaderError(
+            f"loading: {error}. A loader process was killed (out of memory?) or hangs on a slow "
+            "disk. Run the same command again; data.workers=0 reads in the rank itself."
+        ) from error
+
+
 def _as_made(batch: Batch | Failure) -> Batch | Failure:
+    return batch
+
+
+def _to_rank(batch: Batch | Failure) -> Batch | Failure:
+    """In a loader process: tensors into shared memory or, where that is full, arrays, which go
+    through the pipe.
+
+    Here and not where the batch is sent: a thread of multiprocessing does that, whose failure
+    nobody would hear of, and the batch would be waited for in vain.
+    """
+    if isinstance(batch, Failure):
+        return batch
+    try:
+        batch.image.share_memory_()
+        batch.label.share_memory_()
+    except RuntimeError:
+        return batch._replace(image=batch.image.numpy(), label=batch.label.numpy())
     return batch
 
 

@@ -59,14 +59,17 @@ def run_ranks(
         )
         processes = [_start(rendezvous, rank, ranks, share) for rank in range(ranks)]
 
+        asked: list[float] = []  # when the ranks were first asked to stop
+
         def hear(number: int, _) -> None:
+            asked.append(time.monotonic())
             _ask(
                 processes, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
             )  # a second Ctrl-C stops at once
 
         before = {number: signal.signal(number, hear) for number in signals_heard()}
         try:
-            codes = _watch(processes, poll)
+            codes = _watch(processes, poll, asked)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -74,7 +77,7 @@ def run_ranks(
                 if process.poll() is None:
                     process.kill()
                 process.wait()
-        if any(codes):
+        if any(code != 0 for code in codes):
             raise RankFailed(*_reason(rendezvous, codes))
 
 
@@ -152,9 +155,11 @@ def survive_hangup() -> None:
             )
 
 
-def _watch(processes: list[subprocess.Popen], poll: Callable[[], None]) -> list[int | None]:
-    """Exit codes when all ranks have ended, or soon after the first one failed (None: still
-    running)."""
+def _watch(
+    processes: list[subprocess.Popen], poll: Callable[[], None], asked: list[float]
+) -> list[int | None]:
+    """Exit codes when all ranks have ended, soon after the first one failed, or when they had their
+    time to stop (None: still running)."""
     since = 0.0
     while True:
         codes = [process.poll() for process in processes]
@@ -167,6 +172,8 @@ def _watch(processes: list[subprocess.Popen], poll: Callable[[], None]) -> list[
             )  # the others stop in order, too
             if time.monotonic() - since > (GRACE if agreed else 1.0):
                 return codes
+        elif asked and time.monotonic() - asked[0] > GRACE:
+            return codes
         poll()
         time.sleep(0.05)
 
@@ -197,6 +204,13 @@ def _reason(rendezvous: Path, codes: list[int | None]) -> tuple[str, int]:
         )
     if reports:
         return reports[0]["message"], 1
+    if not any(codes):
+        hung = ", ".join(str(rank) for rank, code in enumerate(codes) if code is None)
+        return (
+            f"rank {hung} did not stop within {GRACE:.0f} s of being asked to and was killed. Run "
+            "the same command again: it goes on from the last checkpoint.",
+            INTERRUPTED,
+        )
     rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
     return (
         f"rank {rank} ended with exit code {code} without a word. Run the same command again: it "

@@ -96,13 +96,20 @@ class Scorer:
 
     def validate(self, engine: Engine) -> dict[str, Any]:
         """Scores while training: {"dice": mean over structures and cases, "dice_<structure>": ...};
-        the same on every rank."""
+        the same on every rank. Raises Interrupted on every rank when one is asked to stop."""
         task = make_task(self.store.manifest.dataset, self.recipe.model.head)
         with engine.evaluation() as model:
             ids = self._ids()[: self.recipe.evaluation.cases]
             forward = forward_of(model, task, self.recipe, self.ranks.device)
             document = evaluate_cases(
-                forward, self.store, ids, task, distances=False, ranks=self.ranks, **self._window()
+                forward,
+                self.store,
+                ids,
+                task,
+                distances=False,
+                ranks=self.ranks,
+                progress=self._hear,
+                **self._window(),
             )
         structures = {
             f"dice_{name}": scores["dice"]["mean"]
@@ -189,6 +196,10 @@ class Scorer:
             "batch": options.batch,
             "device": self.ranks.device,
         }
+
+    def _hear(self, done: int, total: int) -> None:
+        if self.stop.asked() and done < total:
+            raise Interrupted("stopped while validating; run the same command again to go on")
 
     def _tell(self, leaf: Path, done: int, total: int) -> None:
         if self.ranks.rank == 0:

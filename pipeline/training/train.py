@@ -277,8 +277,13 @@ def train_stage(this: Run, index: int) -> None:
             ):
                 window.report(progress, ranks, log)
             if not stopping and validation_due(recipe, progress, steps):
-                validate(this, engine, progress, progress.step // steps - 1, log)
-            ended = progress.step == total or 0 < stage.patience <= progress.stale
+                try:
+                    validate(this, engine, progress, progress.step // steps - 1, log)
+                except Interrupted:  # on all ranks; it is done again when the run goes on
+                    stopping = True
+            ended = not stopping and (
+                progress.step == total or 0 < stage.patience <= progress.stale
+            )
             due = (
                 ended
                 or stopping

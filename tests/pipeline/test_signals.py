@@ -17,7 +17,7 @@ from segfleet.pipeline.jobs import run_job
 from segfleet.pipeline.parts import Objective
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
-from segfleet.pipeline.scoring import score
+from segfleet.pipeline.scoring import evaluate, score
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.pipeline.training.train import Diverged
 from segfleet.preprocess.stores.base import open_store
@@ -27,6 +27,8 @@ PHASES = {  # where, and at which call
     "loading": (loader.Patches, "_sample", 7),
     "forward": (Objective, "forward", 5),
     "validation": (score, "evaluate_cases", 2),
+    "a case of a validation": (evaluate, "predict_case", 3),  # the first of two, after two
+    "a case of the last validation": (evaluate, "predict_case", 7),
     "checkpoint writing": (checkpoint, "write", 3),
     "checkpoint publishing": (checkpoint, "publish", 2),
     "stage change": (run.StageFolder, "finish", 1),
