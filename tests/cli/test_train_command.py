@@ -398,7 +398,7 @@ def test_a_fault_of_ours_shows_the_failing_ranks_traceback(work, tmp_path):
     sabotage.write_text(
         "import os\n"
         "if os.environ.get('RANK') == '1':\n"
-        "    from segfleet.pipeline import sampler\n"
+        "    from segfleet.pipeline.data import sampler\n"
         "    def draw(*_): raise RuntimeError('broken on purpose')\n"
         "    sampler.PatchSampler.draw = draw\n"
     )

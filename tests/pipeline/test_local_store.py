@@ -81,9 +81,7 @@ def test_a_killed_copy_is_gone_on_with(tiny_store, tmp_path, copied):
     source = tiny_store(dims=2)
     first, *rest = open_store(source).manifest.files
     copy = local_copy(source, str(tmp_path))
-    killed = (
-        "import sys; from segfleet.preprocess import local_copy as m; plain = m._copy; import os\n"
-    )
+    killed = "import sys; from segfleet.preprocess.stores import staged_copy as m; plain = m._copy; import os\n"
     killed += "def copy(*a): plain(*a); os.kill(os.getpid(), 9)\n"
     killed += "m._copy = copy; m.local_copy(sys.argv[1], sys.argv[2]).make(print)"
     assert (

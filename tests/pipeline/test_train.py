@@ -586,7 +586,8 @@ def test_a_hanging_run_shows_where_it_hangs(tiny_store, tmp_path):
     program = tmp_path / "hang.py"
     program.write_text(
         "import sys, time, pathlib, torch\n"
-        "from segfleet.pipeline import run, train\n"
+        "from segfleet.pipeline import run\n"
+        "from segfleet.pipeline.training import train\n"
         "from segfleet.pipeline.engines import ddp\n"
         "from segfleet.pipeline.ranks import Ranks\n"
         "from segfleet.pipeline.recipe import parse\n"
