@@ -167,9 +167,8 @@ def main() -> None:
                 raise SystemExit(f"the undisturbed run of {engine} failed")
             longest, left = time.monotonic() - begin, kills
             right = weights(work / f"straight-{engine}")
-            for number in (
-                itertools.count()
-            ):  # a run may be done before all of its kills have come; the next one takes the rest
+            # a run may be done before all of its kills have come; the next one takes the rest
+            for number in itertools.count():
                 if not left:
                     break
                 runs = work / f"killed-{engine}-{number}"

@@ -152,9 +152,8 @@ def measure(name: str, device: str, precision: str, *, repeats: int, threads: in
         "ms": round(statistics.median(times), 2),
         "ms_all": [round(t, 2) for t in times],
         "step_mib": round((after - before) / 2**20, 1),  # beyond the weights
-        "predicted_mib": round(
-            (costs.peak_bytes - weights) / 2**20, 1
-        ),  # tensors alone, from the meta device, fp32
+        # tensors alone, from the meta device, fp32
+        "predicted_mib": round((costs.peak_bytes - weights) / 2**20, 1),
     }
 
 
@@ -164,9 +163,8 @@ def legal_size(chosen) -> tuple[int, ...]:
     rank = len(chosen.paper_input)
     divisors = (chosen.divisor,) * rank if isinstance(chosen.divisor, int) else chosen.divisor
     sizes = tuple(d * -(-s // d) for s, d in zip(SIZE[rank], divisors, strict=True))
-    return (
-        tuple(2 * s for s in sizes) if sizes == tuple(divisors) else sizes
-    )  # a deepest map of one voxel cannot be normalised
+    # a deepest map of one voxel cannot be normalised
+    return tuple(2 * s for s in sizes) if sizes == tuple(divisors) else sizes
 
 
 def peak_resident() -> int:

@@ -47,10 +47,11 @@ BARE = (
 )
 WITH = "connected-components-3d dicom2nifti nibabel SimpleITK scikit-image scikit-learn scipy pandas tifffile imagecodecs einops blosc2"
 WITH += " tqdm matplotlib seaborn requests yacs graphviz threadpoolctl"
+# name -> id, channel, middle spacing in mm
 SETS = {
     "CT": (901, "CT", (2.5, 0.8, 0.8)),
     "MR": (902, "MRI", (1.2, 1.0, 1.0)),
-}  # name -> id, channel, middle spacing in mm
+}
 SHAPE = (96, 224, 224)
 LONG = (1000, 512, 512)  # a whole-body CT
 FEW = 2

@@ -108,9 +108,8 @@ def main() -> None:
             ("1 x 1", 1, 1),
             (f"{chosen.nodes} x {chosen.ranks_per_node}", chosen.nodes, chosen.ranks_per_node),
         ]:
-            for seed in range(
-                chosen.repeats + 1
-            ):  # the first one freezes the code and warms the disk's cache: not counted
+            # the first one freezes the code and warms the disk's cache: not counted
+            for seed in range(chosen.repeats + 1):
                 shape = ["--nodes", str(nodes), "--ranks-per-node", str(ranks)]
                 facts = once(work, environment, shape, 100 * nodes + seed)
                 print(name, {key: round(value, 2) for key, value in facts.items()}, flush=True)

@@ -10,11 +10,12 @@ import typer
 
 from segfleet.cli.output import Json, problem_table, progress, show, table
 
+# action -> its path
 ACTIONS = {
     "check": "the raw folder",
     "phantom": "a new folder",
     "slices": "the raw folder",
-}  # action -> its path
+}
 PROBLEM = ("case", "field", "found", "expected", "how to mend")
 Options = Annotated[
     list[str] | None,

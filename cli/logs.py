@@ -38,9 +38,8 @@ def command(
     from segfleet.slurm.submission import find_home
 
     jobs = jobs_of(find_home(run, runs))
-    count = JobSpec.model_construct(
-        **jobs[-1].submission.spec
-    ).ranks  # legal in the version that submitted it
+    # legal in the version that submitted it
+    count = JobSpec.model_construct(**jobs[-1].submission.spec).ranks
     if rank is not None and rank >= count:
         raise InputError(f"--rank: found {rank}, expected 0 to {count - 1}")
     ranks = range(count) if rank is None else [rank]

@@ -75,8 +75,7 @@ def command(
         )
         launcher, root = SlurmLauncher(live=live), Path(job["root"])
         cluster.check(without_bad_nodes(spec, root))
-        name = (
-            job_name([folder]) if job["do"] == "train" else before.name
-        )  # not that of the array it was in
+        # not that of the array it was in
+        name = job_name([folder]) if job["do"] == "train" else before.name
         document = row(folder, launcher.submit_jobs([(folder, job)], root, spec, name, folder)[0])
     show(document, as_json, lambda document: render([document]))

@@ -64,9 +64,8 @@ def render(rows: list[dict]) -> None:
     tell_unknown(rows)
     for row in rows:
         if row["reason"] and row["queue"] != "unknown":
-            lines = (
-                row["reason"].strip().splitlines()
-            )  # a traceback is whole in --json and in `segfleet logs`
+            # a traceback is whole in --json and in `segfleet logs`
+            lines = row["reason"].strip().splitlines()
             typer.echo(
                 f"\n{row['run']} is {row['state']}: "
                 f"{' '.join(dict.fromkeys((lines[0], lines[-1])))}"

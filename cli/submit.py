@@ -237,9 +237,8 @@ def ask_controller(script: str) -> list[str]:
 
     if not cluster.there_is_one():
         return ["no SLURM controller answers here: not asked"]
-    known = "".join(
-        line for line in script.splitlines(keepends=True) if "afterany:<" not in line
-    )  # a job that is not yet there
+    # a job that is not yet there
+    known = "".join(line for line in script.splitlines(keepends=True) if "afterany:<" not in line)
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(known)
         file.flush()

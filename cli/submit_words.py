@@ -81,9 +81,8 @@ def parse(name: str, words: list[str], runs: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     reader = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     reader.command(name=name)(functools.wraps(command)(lambda **arguments: found.update(arguments)))
-    whole = (
-        words if name == "preprocess" else ["--runs", str(runs), *words]
-    )  # the words' own --runs comes last and wins
+    # the words' own --runs comes last and wins
+    whole = words if name == "preprocess" else ["--runs", str(runs), *words]
     code = typer.main.get_command(reader).main(
         whole, prog_name=f"segfleet {name}", standalone_mode=False
     )

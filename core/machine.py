@@ -55,9 +55,8 @@ def memory_budget(environ: Mapping[str, str] = os.environ, root: Path = Path("/"
 
 def _left(limit: Path, used: Path, stat: Path) -> list[int]:
     """Bytes below a limit; page cache counts as free, since the kernel gives it back."""
-    if (
-        not _text(limit).isdigit() or int(_text(limit)) > 2**60
-    ):  # "max", or version 1's way to say so
+    # "max", or version 1's way to say so
+    if not _text(limit).isdigit() or int(_text(limit)) > 2**60:
         return []
     cache = [
         int(line.split()[1])

@@ -89,9 +89,8 @@ def _start_forkserver() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
     try:
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, WATCHED
-        )  # the tracker lets SIGTERM through when it has started
+        # the tracker lets SIGTERM through when it has started
+        signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -111,9 +111,8 @@ class DeformConv2d(nn.Module):
         if offset_bias not in ("zero", "random"):
             raise ModelError(f"offset_bias: found '{offset_bias}', expected one of: zero, random")
         self.offset = nn.Conv2d(channels, 2 * kernel * kernel, kernel, padding=kernel // 2)
-        self.kernel = nn.Conv2d(
-            channels, out_channels, kernel, bias=False
-        )  # holds and initialises the weight; never called
+        # holds and initialises the weight; never called
+        self.kernel = nn.Conv2d(channels, out_channels, kernel, bias=False)
         nn.init.zeros_(self.offset.weight)
         if offset_bias == "zero":
             nn.init.zeros_(self.offset.bias)

@@ -25,9 +25,8 @@ class Profile:
     stages: Mapping[str, int]  # parameters of each stage
     size: tuple[int, ...]  # spatial, voxels
     macs: int  # of one forward in evaluation, batch 1; see `count_macs`
-    peak_bytes: (
-        int | None
-    )  # of one training step; see `peak_training_bytes`; None when not asked for
+    # of one training step; see `peak_training_bytes`; None when not asked for
+    peak_bytes: int | None
 
 
 def profile(

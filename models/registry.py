@@ -38,16 +38,14 @@ class ModelSpec:
     divisor: int | tuple[int, ...] = 1  # the input's spatial sizes must be multiples of it
     deep_supervision: bool = False
     fixed_patch: bool = False  # the weights depend on the input size (options must carry `patch`)
-    stages: Mapping[str, int] = field(
-        default_factory=dict
-    )  # parameters of each stage, as in the specification
+    # parameters of each stage, as in the specification
+    stages: Mapping[str, int] = field(default_factory=dict)
     stage_of: Callable[[str], str] | None = (
         None  # parameter name -> stage name; default: the part before the first dot
     )
     reduced: Mapping[str, Any] = field(default_factory=dict)  # options of a small twin for tests
-    reduced_input: tuple[
-        int, ...
-    ] = ()  # spatial size the small twin is tested at; default: see `small_input`
+    # spatial size the small twin is tested at; default: see `small_input`
+    reduced_input: tuple[int, ...] = ()
     source: str = ""  # paper or specification
     about: str = ""
 

@@ -75,9 +75,8 @@ class SS2D(nn.Module):
         steps, B_BKNL, C_BKNL = projected.split([self.rank, self.state, self.state], 2)
         delta_BKDL = torch.einsum("bkrl,kdr->bkdl", steps, self.dt_projs_weight)
         y = selective_scan_fn(
-            u_BKDL.flatten(1, 2).to(
-                torch.promote_types(u_BKDL.dtype, torch.float32)
-            ),  # the type of y, and of the sum over directions
+            # the type of y, and of the sum over directions
+            u_BKDL.flatten(1, 2).to(torch.promote_types(u_BKDL.dtype, torch.float32)),
             delta_BKDL.flatten(1, 2),
             -self.A_logs.exp(),
             B_BKNL,
@@ -166,9 +165,8 @@ class PatchExpand(nn.Module):
         self.linear, self.norm = nn.Linear(a, factor * factor * c, bias=False), nn.LayerNorm(c)
 
     def forward(self, x_BYXC: Tensor) -> Tensor:
-        pixels = self.linear(x_BYXC).unflatten(
-            -1, (self.factor, self.factor, -1)
-        )  # (B, Y, X, row, column, c)
+        # (B, Y, X, row, column, c)
+        pixels = self.linear(x_BYXC).unflatten(-1, (self.factor, self.factor, -1))
         return self.norm(pixels.transpose(2, 3).flatten(3, 4).flatten(1, 2))
 
 

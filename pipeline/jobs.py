@@ -52,9 +52,8 @@ def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
     if job.get("max_seconds"):
         end = time.time() + job["max_seconds"]
         stop.deadline = min(stop.deadline or end, end)
-    near = (
-        job.get("stage_to") if job["do"] == "train" and folders[-1].done() is None else None
-    )  # scoring reads every case once
+    # scoring reads every case once
+    near = job.get("stage_to") if job["do"] == "train" and folders[-1].done() is None else None
     try:
         with on_node(store, near, ranks, stop, warn) if near else nullcontext(store) as store:
             scorer = Scorer(recipe=recipe, store=store, ranks=ranks, stop=stop)
@@ -77,9 +76,8 @@ def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
                 "removed now."
             ) from None
         raise
-    except (
-        FloatingPointError
-    ) as error:  # of a whole case: what the network says of it is not finite
+    except FloatingPointError as error:
+        # of a whole case: what the network says of it is not finite
         raise Diverged(
             f"{error}. Lower stages.lr, or set optimizer.clip=1 or engine.precision=fp32, and "
             "train again."

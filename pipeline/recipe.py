@@ -19,9 +19,8 @@ Positive = Annotated[int, Field(gt=0)]
 Above = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-NUMBER = re.compile(
-    r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"
-)  # YAML 1.1 reads 1e-3 as text and 1.0e-3 as a number
+# YAML 1.1 reads 1e-3 as text and 1.0e-3 as a number
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 TEXTS = ("name", "split", "store")  # keys whose values stay text
 
 
@@ -260,7 +259,8 @@ def read_document(source: str) -> dict[str, Any]:
     except (
         yaml.YAMLError,
         ValueError,
-    ) as error:  # ValueError: no UTF-8, or a date that does not exist
+    ) as error:
+        # ValueError: no UTF-8, or a date that does not exist
         raise InputError(
             f"recipe: {path} is no YAML document: {' '.join(str(error).split())}"
         ) from None

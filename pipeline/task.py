@@ -24,9 +24,8 @@ class Task:
     head: str
     names: tuple[str, ...]
     members: tuple[tuple[int, ...], ...]
-    values: tuple[
-        int, ...
-    ]  # softmax: label value of each channel; sigmoid: label painted for each region
+    # softmax: label value of each channel; sigmoid: label painted for each region
+    values: tuple[int, ...]
     ignore_label: int | None = None
 
     @property
@@ -60,9 +59,8 @@ class Task:
     def labels(self, probabilities: Tensor) -> Tensor:
         """(K, *S) probabilities -> (*S) uint8 label values; of equals the first; later regions are
         painted over earlier ones."""
-        if (
-            self.head == "softmax"
-        ):  # channel by channel: torch's argmax over the slowest axis takes ten times as long on a CPU
+        # channel by channel: torch's argmax over the slowest axis takes ten times as long on a CPU
+        if self.head == "softmax":
             best = probabilities[0].clone()
             label = torch.full_like(best, self.values[0], dtype=torch.uint8)
             for channel, value in enumerate(self.values[1:], start=1):

@@ -200,9 +200,8 @@ def reservations() -> list[str]:
 def accounting(what: str) -> list[str]:
     """Names of all `qos` or `account`, which SLURM keeps in lower case; none where there is no
     accounting."""
-    field = {"qos": "name", "account": "account"}[
-        what
-    ]  # an unknown field is no error but an empty column
+    # an unknown field is no error but an empty column
+    field = {"qos": "name", "account": "account"}[what]
     try:
         return sorted(
             set(call("sacctmgr", "-n", "-P", "show", what, f"format={field}", timeout=20).split())
@@ -225,9 +224,8 @@ def account(ids: list[str]) -> dict[str, dict[str, Any]]:
     empty where there is none."""
     if not ids or shutil.which("sacct") is None:
         return {}
-    whole = sorted(
-        {job.partition("_")[0] for job in ids}
-    )  # a member that never started has no row of its own
+    # a member that never started has no row of its own
+    whole = sorted({job.partition("_")[0] for job in ids})
     try:
         return _jobs(
             call(

@@ -100,9 +100,8 @@ class SlurmJob:
             if silence
             else "lost"
         )
-        if (
-            silence and outcome != "done" and shutil.which("squeue")
-        ):  # it may have come back since: only its end is certain
+        # it may have come back since: only its end is certain
+        if silence and outcome != "done" and shutil.which("squeue"):
             outcome, ended = None, "unknown"
         state = STATES.get(row["state"], "running") if row else (outcome or ended)
         reason = row["reason"] if row and state in ("queued", "running") else None
@@ -128,9 +127,8 @@ class SlurmJob:
 
     def _row(self, table: Mapping[str, Any]) -> dict[str, Any] | None:
         """What a table knows of this job: by its name too, for ids come again on a new cluster."""
-        row = table.get(self.id) or table.get(
-            self.id.partition("_")[0]
-        )  # an array that was cancelled whole has one row
+        # an array that was cancelled whole has one row
+        row = table.get(self.id) or table.get(self.id.partition("_")[0])
         return row if row and row["name"] == self.submission.name else None
 
     def cancel(self) -> None:

@@ -161,9 +161,8 @@ def executor(logs: Path, name: str, spec: JobSpec, code: Path | None) -> Any:
         further[key] = value if equals else True
     ranks = ["--kill-on-bad-exit=1", "--wait=0"]
     if spec.cpus:
-        ranks.append(
-            f"--cpus-per-task={spec.cpus}"
-        )  # since 22.05 srun no longer takes it over from sbatch
+        # since 22.05 srun no longer takes it over from sbatch
+        ranks.append(f"--cpus-per-task={spec.cpus}")
     options = {
         "job_name": name,
         "nodes": spec.nodes,

@@ -53,9 +53,8 @@ class Slurm:
                         with suppress(InputError):
                             job.cancel()
                 time.sleep(0.2)
-        except (
-            BaseException
-        ):  # stopped by the scheduler, or by a fault of ours: nobody waits for the job any more
+        except BaseException:
+            # stopped by the scheduler, or by a fault of ours: nobody waits for the job any more
             with suppress(InputError):
                 job.cancel()
             raise
@@ -78,9 +77,8 @@ class Slurm:
             Path(order["job"]["root"]),
         )
         job = {**order["job"], **train_job(path, order["job"]["recipe"], root)}
-        job.pop(
-            "max_seconds", None
-        )  # kept by `run`: every start of the job would have all of it again
+        # kept by `run`: every start of the job would have all of it again
+        job.pop("max_seconds", None)
         while True:
             try:
                 return SlurmLauncher().submit_jobs(

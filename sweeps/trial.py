@@ -44,9 +44,8 @@ class Local:
     """Ranks on this machine."""
 
     def run(self, order: Order, poll: Callable[[], None]) -> None:
-        os.environ["OMP_NUM_THREADS"] = str(
-            order["threads"]
-        )  # Ray sets it to the CPUs of its own worker
+        # Ray sets it to the CPUs of its own worker
+        os.environ["OMP_NUM_THREADS"] = str(order["threads"])
         run_ranks(order["job"], order["ranks"], poll, order["threads"])
 
 
@@ -164,9 +163,8 @@ class Follower:
             order["steps"],
             report,
         )
-        self.reported = order[
-            "start"
-        ]  # epochs of the stage; those of a trunk were reported by the trunk
+        # epochs of the stage; those of a trunk were reported by the trunk
+        self.reported = order["start"]
         self.offset = 0
 
     def poll(self) -> None:

@@ -13,13 +13,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# not 15 minutes
 LESS = [
     "stages.0.epochs=1",
     "stages.0.steps=2",
     "model.options.features=[4,8,8]",
     "data.patch=[8,16,16]",
     "data.batch=2",
-]  # not 15 minutes
+]
+# tests/slurm, tests/sweeps
 BY_OTHER_TESTS = (
     "submit",
     "logs",
@@ -27,7 +29,7 @@ BY_OTHER_TESTS = (
     "resume",
     "slurm-sandbox",
     "sweep",
-)  # tests/slurm, tests/sweeps
+)
 
 
 def commands() -> list[list[str]]:

@@ -98,9 +98,8 @@ class PairedAttention(nn.Module):
         batch, tokens, channels = t_BNC.shape
         used = 4 if self.from_tokens else 2  # the last parts are the values
         parts = F.linear(t_BNC, self.qkvv.weight[-used * channels :])
-        parts = parts.view(batch, tokens, used, self.heads, -1).permute(
-            2, 0, 3, 4, 1
-        )  # (used, B, h, d, N)
+        # (used, B, h, d, N)
+        parts = parts.view(batch, tokens, used, self.heads, -1).permute(2, 0, 3, 4, 1)
         value_c, value_s = parts[-2], parts[-1]
         q, k = (
             (parts[0], parts[1])

@@ -21,9 +21,8 @@ class Topology:
     """The stages of an encoder, finest first; the decoder mirrors it. Axes in array order ([Z,] Y,
     X)."""
 
-    strides: tuple[
-        tuple[int, ...], ...
-    ]  # of each stage's first convolution; the first stage keeps the size
+    # of each stage's first convolution; the first stage keeps the size
+    strides: tuple[tuple[int, ...], ...]
     kernels: tuple[tuple[int, ...], ...]
     features: tuple[int, ...]
 

@@ -170,9 +170,8 @@ class _Segment:
         lam = g.unsqueeze(-1) * self.C
         for t in range(self.s.chunk - 2, -1, -1):
             lam[t].addcmul_(self.a[t + 1], lam[t + 1])
-        after = torch.ones_like(
-            self.a
-        )  # from step t to the last step of its chunk: the product of later a
+        # from step t to the last step of its chunk: the product of later a
+        after = torch.ones_like(self.a)
         after[:-1] = self.a[1:].flip(0).cumprod(0).flip(0)
         asked, decay = self.a[0] * lam[0], self.a[0] * after[0]
         order, now = [], flow

@@ -20,9 +20,8 @@ def _missing() -> str:
         return "mamba_ssm was installed without its Mamba-1 kernels (build it with MAMBA_KEEP_CUDA_BUILD=TRUE)"
     try:
         importlib.import_module("mamba_ssm.ops.selective_scan_interface")
-    except (
-        Exception
-    ) as problem:  # a wheel for another torch fails in many ways, an undefined symbol among them
+    except Exception as problem:
+        # a wheel for another torch fails in many ways, an undefined symbol among them
         return f"mamba_ssm does not import: {str(problem).splitlines()[0] if str(problem) else type(problem).__name__}"
     return ""
 

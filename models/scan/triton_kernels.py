@@ -185,9 +185,8 @@ def outputs(
         n = n0 + tl.arange(0, BN)
         mask_n = n < N
         rate = tl.load(A + d * N + n, mask=mask_n, other=0.0)
-        start = tl.load(
-            ends + (pid - 1) * N + n, mask=mask_n & (k * N + n >= N), other=0.0
-        )  # 0 before the first chunk
+        # 0 before the first chunk
+        start = tl.load(ends + (pid - 1) * N + n, mask=mask_n & (k * N + n >= N), other=0.0)
         a = tl.exp(step[:, None] * rate[None, :])
         added = (step * x)[:, None] * _matrix(
             B, bsb, bsg, bsn, bst, b, g, d, t, n, mask, mask_n, N, CONST_B, DT
@@ -256,9 +255,8 @@ def gradients(
         )
         x_p = _row(u, usb, usd, ust, b, d, t - 1, before, DT)
         m_p = _matrix(B, bsb, bsg, bsn, bst, b, g, d, t - 1, n, before, mask_n, N, CONST_B, DT)
-        start = tl.load(
-            ends + here - N, mask=mask_n & (k * N + n >= N), other=0.0
-        )  # 0 before the first chunk
+        # 0 before the first chunk
+        start = tl.load(ends + here - N, mask=mask_n & (k * N + n >= N), other=0.0)
         added = (step_p * x_p)[:, None] * m_p
         added = tl.where((i == 0)[:, None], start[None, :] + added * 0.0, added)
         unused2, h_p = tl.associative_scan(

@@ -39,9 +39,8 @@ class Batch(NamedTuple):
     image: Tensor  # (B, C, *S) float32
     label: Tensor  # (B, *S) uint8
     cases: tuple[str, ...]
-    intensity: (
-        tuple[dict, ...] | None
-    )  # still to be applied on the device; None: done by the loader
+    # still to be applied on the device; None: done by the loader
+    intensity: tuple[dict, ...] | None
     in_plane: bool
 
 

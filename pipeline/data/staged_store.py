@@ -22,9 +22,8 @@ def on_node(
     """
     copy = local_copy(store.root, folder)
     maker = Maker(copy, tell) if ranks.local_rank == 0 else None
-    while ranks.any(
-        maker is not None and maker.busy()
-    ):  # agreed again and again: no collective waits as long as a copy may take
+    # agreed again and again: no collective waits as long as a copy may take
+    while ranks.any(maker is not None and maker.busy()):
         if ranks.any(stop.asked()):
             if maker:
                 maker.end()

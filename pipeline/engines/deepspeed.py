@@ -59,9 +59,8 @@ class Engine:
         self.library = quiet_deepspeed(self.ranks.device)
         self.named = trainable(self.model, setup.stage)
         self.average = Average(self.model, self.options.ema)
-        self.twin = copy.deepcopy(
-            self.model
-        )  # evaluated in place of the model, whose weights may be spread over the ranks
+        # evaluated in place of the model, whose weights may be spread over the ranks
+        self.twin = copy.deepcopy(self.model)
         self.inner = None  # DeepSpeed's engine, from `start` on
 
     def start(self, moments: dict[str, Tensor]) -> None:
@@ -69,9 +68,8 @@ class Engine:
         model's weights are DeepSpeed's."""
         join_process_group(self.ranks)
         before = [(p, p.data) for p in self.model.parameters()]
-        self.model.to(
-            memory_format=torch.contiguous_format
-        )  # DeepSpeed takes no other; images and activations keep theirs
+        # DeepSpeed takes no other; images and activations keep theirs
+        self.model.to(memory_format=torch.contiguous_format)
         ages = {name: age(name, moments) for name in self.named}
         self.optimizer = build_optimizer(
             self.named, self.recipe.optimizer, self.setup.stage.lr, ages
@@ -309,9 +307,8 @@ class Autocast(nn.Module):
     def __init__(self, model: nn.Module, options: recipes.Engine):
         super().__init__()
         self.model, self.precision = model, options.precision
-        self.run = (
-            (torch.compile(model),) if options.compile else (model,)
-        )  # in a tuple: registered once
+        # in a tuple: registered once
+        self.run = (torch.compile(model),) if options.compile else (model,)
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         with autocast(self.precision, image.device):
@@ -342,9 +339,8 @@ def quiet_deepspeed(device: torch.device) -> ModuleType:
     """DeepSpeed without its chatter on stdout, and without compiling anything: its shared-memory
     collectives stay off."""
     os.environ["DS_ACCELERATOR"] = device.type
-    os.environ["LOCAL_RANK"] = str(
-        device.index or 0
-    )  # it looks here for the number of its device, again and again
+    # it looks here for the number of its device, again and again
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
     with quiet():
         try:
             import deepspeed
@@ -354,9 +350,8 @@ def quiet_deepspeed(device: torch.device) -> ModuleType:
                 "engine.name=ddp"
             ) from None
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    warnings.filterwarnings(
-        "ignore", "`torch.distributed", FutureWarning
-    )  # in every step: it calls collectives by their older names
+    # in every step: it calls collectives by their older names
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     logger = logging.getLogger("DeepSpeed")
     logger.handlers.clear()
     logger.propagate = True

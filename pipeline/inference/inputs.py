@@ -17,10 +17,11 @@ from segfleet.preprocess.files.images import ENDINGS, ending, stem
 from segfleet.preprocess.files.writer import WRITABLE
 from segfleet.preprocess.readers.base import natural, visible
 
+# of the folder; of every file in it: what it was made of
 RECORD, NOTES = (
     "predictions.json",
     ".predictions",
-)  # of the folder; of every file in it: what it was made of
+)
 CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
@@ -42,9 +43,8 @@ class Input:
     def content(self) -> str:
         """sha256 of everything that is read of this image. Raises OSError."""
         files = list(self.images)
-        for path in (
-            self.images if ending(self.images[0]) in (".tif", ".tiff") else ()
-        ):  # their spacing stands beside them
+        # their spacing stands beside them
+        for path in self.images if ending(self.images[0]) in (".tif", ".tiff") else ():
             names = (stem(path), CHANNEL.sub(r"\1", stem(path)))
             files += [file for name in names if (file := path.with_name(f"{name}.json")).is_file()]
         return hashlib.sha256(

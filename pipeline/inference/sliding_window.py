@@ -20,9 +20,8 @@ def tile_starts(size: int, patch: int, overlap: float = 0.5) -> list[int]:
     """First voxels of the tiles along one axis: ceil((size - patch) / ((1 - overlap) * patch)) + 1
     of them, evenly spread."""
     assert size >= patch > 0, "pad the image first"
-    count = (
-        math.ceil((size - patch) / ((1.0 - overlap) * patch) - 1e-9) + 1
-    )  # 1e-9: 0.3 * 10 is 2.9999999999999996
+    # 1e-9: 0.3 * 10 is 2.9999999999999996
+    count = math.ceil((size - patch) / ((1.0 - overlap) * patch) - 1e-9) + 1
     return [round((size - patch) * i / max(count - 1, 1)) for i in range(count)]
 
 

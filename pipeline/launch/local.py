@@ -63,9 +63,8 @@ def run_ranks(
 
         def hear(number: int, _) -> None:
             asked.append(time.monotonic())
-            _ask(
-                processes, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
-            )  # a second Ctrl-C stops at once
+            # a second Ctrl-C stops at once
+            _ask(processes, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
         before = {number: signal.signal(number, hear) for number in signals_heard()}
         try:
@@ -93,9 +92,8 @@ def _start(rendezvous: Path, rank: int, ranks: int, threads: str) -> subprocess.
         "LOCAL_RANK": str(rank),
         "OMP_NUM_THREADS": threads,
         "SEGFLEET_PARENT": str(os.getpid()),
-        "TORCH_CPP_LOG_LEVEL": os.environ.get(
-            "TORCH_CPP_LOG_LEVEL", "ERROR"
-        ),  # DDP's advice on a flag that is set on purpose
+        # DDP's advice on a flag that is set on purpose
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
     # A session of its own: Ctrl-C reaches us alone, and we pass it on once.
     return subprocess.Popen(
@@ -167,9 +165,8 @@ def _watch(
             return codes
         if any(codes):
             since = since or time.monotonic()
-            agreed = all(
-                code in (None, 0, INTERRUPTED) for code in codes
-            )  # the others stop in order, too
+            # the others stop in order, too
+            agreed = all(code in (None, 0, INTERRUPTED) for code in codes)
             if time.monotonic() - since > (GRACE if agreed else 1.0):
                 return codes
         elif asked and time.monotonic() - asked[0] > GRACE:

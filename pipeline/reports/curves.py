@@ -119,9 +119,8 @@ def strips(rows: Sequence[dict[str, Any]]) -> str:
                 f'y="{middle - 17:.1f}" height="34"/>'
             )
         for number_, (case, value) in enumerate(row["values"]):
-            shift = (
-                number_ * 0.618034 % 1 - 0.5
-            ) * 22  # spreads dots of equal value, the same every time
+            # spreads dots of equal value, the same every time
+            shift = (number_ * 0.618034 % 1 - 0.5) * 22
             tip = f"<title>{e(case)}: {value:.3f}</title>"
             parts.append(
                 f'<circle class="dot" cx="{at(value):.1f}" cy="{middle + shift:.1f}" '

@@ -21,11 +21,12 @@ from segfleet.preprocess.stores.manifest import CaseEntry
 
 FOLDER, INDEX = "overlays", "index.json"
 
+# blue, orange: told apart by the colour-blind too
 TRUTH, PREDICTION, BOTH = (
     (0, 190, 255),
     (255, 140, 0),
     (255, 255, 255),
-)  # blue, orange: told apart by the colour-blind too
+)
 SIDE = 480  # pixels of the longer side
 
 

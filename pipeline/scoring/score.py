@@ -32,10 +32,11 @@ from segfleet.pipeline.task import Task, make_task
 from segfleet.preprocess.stores.base import ShardStore
 from segfleet.preprocess.stores.manifest import Manifest
 
+# the second: how many of rank 0's cases are scored, while it lasts
 EVALUATION, SCORING = (
     scored.EVALUATION,
     "scoring.json",
-)  # the second: how many of rank 0's cases are scored, while it lasts
+)
 CASES = "scored"  # a folder of the cases that are scored already, while it lasts
 
 
@@ -176,9 +177,10 @@ class Scorer:
         are scored."""
         if self.recipe.evaluation.weights != "best" or not folder.done()["best"]:
             return False
+        # maybe of another split
         made_by = json.loads(
             (folder.checkpoints / name / "state.json").read_text(encoding="utf-8")
-        )["recipe"]  # maybe of another split
+        )["recipe"]
         data, cases = made_by["data"], made_by["evaluation"]["cases"]
         validated = sorted(self.store.manifest.fold(data["split"], data["fold"])["val"])[:cases]
         return not set(validated).isdisjoint(self._ids())

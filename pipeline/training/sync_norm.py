@@ -68,12 +68,10 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     waits for the device.
     """
     with torch.no_grad():
-        none = torch.zeros(
-            x.shape[1], dtype=wide(x), device=x.device
-        )  # in and out: at least float32, whatever x is
-        mean, variance = torch.batch_norm_update_stats(
-            x, none, none.clone(), 0.0
-        )  # as a single rank does it
+        # in and out: at least float32, whatever x is
+        none = torch.zeros(x.shape[1], dtype=wide(x), device=x.device)
+        # as a single rank does it
+        mean, variance = torch.batch_norm_update_stats(x, none, none.clone(), 0.0)
         own = torch.stack([mean, variance]).double()
         every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(every, own)

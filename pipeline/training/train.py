@@ -40,9 +40,8 @@ PATIENCE = 20  # non-finite steps in a row before a run gives up
 LOOK = 1.0  # seconds between looks at a lock that is waited for
 KEEP = 2  # newest checkpoints kept besides the best one
 
-Validate = Callable[
-    [Engine], dict[str, Any]
-]  # scores while training: {"dice": ..., ...}, the same on every rank
+# scores while training: {"dice": ..., ...}, the same on every rank
+Validate = Callable[[Engine], dict[str, Any]]
 
 
 class Diverged(InputError):
@@ -144,9 +143,8 @@ def reopened(this: Run, folder: run.StageFolder) -> bool:
     first, fault = next(iter(faults.items()))
     (folder.path / run.DONE).unlink()
     if folder is this.folders[-1]:
-        (folder.path / scored.EVALUATION).unlink(
-            missing_ok=True
-        )  # on a GPU the last bits may come out differently
+        # on a GPU the last bits may come out differently
+        (folder.path / scored.EVALUATION).unlink(missing_ok=True)
     for path in checkpoint.steps(folder.checkpoints):
         if path.name >= first:
             shutil.rmtree(path)
@@ -306,15 +304,13 @@ def train_stage(this: Run, index: int) -> None:
                 )
 
             epoch, lr = progress.step // steps, learning_rate(stage, progress.step, total)
-            torch.manual_seed(
-                step_seed(recipe.seed, index, progress.step, ranks.rank)
-            )  # dropout and the like
+            # dropout and the like
+            torch.manual_seed(step_seed(recipe.seed, index, progress.step, ranks.rank))
             window.add(*engine.step(stream, lr), epoch, lr)
             progress.step += 1
     except BaseException:
-        with suppress(
-            Exception
-        ):  # a save under way is published if it can be; the first error is what the user must see
+        # a save under way is published if it can be; the first error is what the user must see
+        with suppress(Exception):
             saver.wait()
         raise
     finally:
@@ -351,9 +347,8 @@ def validate(
     progress.validated, dice = progress.step, scores["dice"]
     if dice is not None and dice > progress.best.get("dice", -1.0):
         progress.best, progress.stale = {"dice": dice, "step": progress.step}, 0
-    elif (
-        dice is not None
-    ):  # None: no structure in truth or prediction, which says neither better nor worse
+    elif dice is not None:
+        # None: no structure in truth or prediction, which says neither better nor worse
         progress.stale += 1
     if log:
         log.write("validation", step=progress.step, epoch=epoch, **scores)

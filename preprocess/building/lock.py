@@ -20,9 +20,8 @@ def claimed(partial: Path, out: Path, shared: bool = False) -> Iterator[None]:
     The claim ends with the process, however that ends. Raises InputError if it cannot be had.
     """
     (partial / STATE / "done").mkdir(parents=True, exist_ok=True)
-    with open(
-        partial / STATE / "claim", "a+", encoding="utf-8"
-    ) as file:  # NFS wants it readable to share, writable to be alone
+    # NFS wants it readable to share, writable to be alone
+    with open(partial / STATE / "claim", "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -44,9 +44,8 @@ def mend(
     shutil.rmtree(partial, ignore_errors=True)  # of a killed run
     try:
         for ref in reader.refs():
-            path = Path(
-                os.path.abspath(ref.labels[0])
-            )  # a link counts as a file of the folder it lies in
+            # a link counts as a file of the folder it lies in
+            path = Path(os.path.abspath(ref.labels[0]))
             if (
                 len(ref.labels) != 1
                 or not path.is_file()
@@ -104,10 +103,11 @@ def mended_label(
     if not rules and len(foreground) == 1 and present - {0.0} == {*odd} and len(odd) == 1:
         rules = {odd[0]: foreground[0]}
     if rules:
+        # which holds the new values
         original, label = (
             label,
             label.astype(np.promote_types(label.dtype, np.int16)),
-        )  # which holds the new values
+        )
         for old, new in rules.items():
             label[original == old] = new
         pairs = (", ".join(f"{side:g}" for side in sides) for sides in (rules, rules.values()))

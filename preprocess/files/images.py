@@ -336,9 +336,8 @@ def _tiff_by_pillow(data: bytes, page: Any) -> np.ndarray | None:
         colours, ()
     ):
         return None
-    turned = (
-        "Orientation" in page.tags and page.tags["Orientation"].value != 1
-    )  # which Pillow turns back
+    # which Pillow turns back
+    turned = "Orientation" in page.tags and page.tags["Orientation"].value != 1
     if turned or 1 in page.extrasamples:  # colours multiplied by alpha, which Pillow divides again
         return None
     with Image.open(io.BytesIO(data)) as picture:

@@ -91,9 +91,8 @@ def random_split(names: Sequence[str], share: float, seed: int) -> tuple[list[st
 
     This is how the published random splits were made. It knows nothing of patients.
     """
-    order = np.random.RandomState(seed).permutation(
-        len(names)
-    )  # the legacy stream, which never changes
+    # the legacy stream, which never changes
+    order = np.random.RandomState(seed).permutation(len(names))
     count = math.ceil(share * len(names))
     return [names[i] for i in order[count:]], [names[i] for i in order[:count]]
 

@@ -26,6 +26,7 @@ from segfleet.preprocess.readers.places import locate, subfolders
 from segfleet.preprocess.stores.manifest import Dataset
 
 PARTS = ("training", "testing")
+# by TransUNet, nnFormer, UNETR++, E2MISeg
 EVALUATED = (
     2,
     3,
@@ -47,7 +48,8 @@ EVALUATED = (
     88,
     92,
     95,
-)  # by TransUNet, nnFormer, UNETR++, E2MISeg
+)
+# by TransUNet and nnFormer, whose code lists them; the other 70 train
 VALIDATED = (
     89,
     90,
@@ -59,7 +61,7 @@ VALIDATED = (
     98,
     99,
     100,
-)  # by TransUNet and nnFormer, whose code lists them; the other 70 train
+)
 NNUNET_SEED = 1234
 
 

@@ -87,9 +87,8 @@ class Reader(PairReader):
             own, depth, _, _ = peek(path)
             natural = ending(path) in NATURAL
             flat &= natural or depth <= 1
-            channels = max(
-                channels, (3 if own >= 3 else 1) if natural else own
-            )  # a second or fourth channel of a picture is alpha
+            # a second or fourth channel of a picture is alpha
+            channels = max(channels, (3 if own >= 3 else 1) if natural else own)
         return channels, 2 if flat else 3
 
     def dataset(self) -> Dataset:

@@ -87,7 +87,8 @@ class Reader(PairReader):
         found = {
             name: folds for name, folds in found.items() if folds[0]["train"] and folds[0]["val"]
         }
+        # papers draw from the training part
         return {
             **found,
             **published([ref.id for ref in part["training"] or refs]),
-        }  # papers draw from the training part
+        }

@@ -58,9 +58,8 @@ class Reader(RawReader):
             beside = path.with_name(
                 re.sub("volume", "segmentation", path.name, flags=re.IGNORECASE)
             )
-            label = min(
-                masks.get(number, [beside]), key=lambda mask: mask.parent != path.parent
-            )  # beside the volume, if there is one
+            # beside the volume, if there is one
+            label = min(masks.get(number, [beside]), key=lambda mask: mask.parent != path.parent)
             refs.append(CaseRef(id=f"volume-{number}", images=(path,), labels=(label,)))
         for number in sorted({*masks} - {number for number, _ in volumes}, key=int):
             path = masks[number][0]

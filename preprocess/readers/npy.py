@@ -53,9 +53,8 @@ class Reader(RawReader):
     def dataset(self) -> Dataset:
         labels = {"background": 0, self.chosen["classes"]: 1, "tumour": 2}
         regions = {"any": (1, 2), "tumour": (2,)} if self.chosen["regions"] != "none" else {}
-        channels = (
-            "noNorm",
-        ) * 3  # the script has clipped and scaled them: no further normalisation
+        # the script has clipped and scaled them: no further normalisation
+        channels = ("noNorm",) * 3
         facts = {
             "regions": regions,
             "region_order": (1, 2) if regions else (),

@@ -124,9 +124,8 @@ def _open(path: Path) -> h5py.File:
     except OSError as error:
         if "locking flag" not in str(error):
             raise
-        return h5py.File(
-            path, "r"
-        )  # this process has the file open already, with locks: HDF5 wants the same again
+        # this process has the file open already, with locks: HDF5 wants the same again
+        return h5py.File(path, "r")
 
 
 class Store(ShardReader):
@@ -142,9 +141,8 @@ class Writer(ShardWriter):
     def _begin(self) -> None:
         with h5py.File("empty", "w", driver="core", backing_store=False, libver=FORMAT) as empty:
             empty.flush()
-            self.partial.write_bytes(
-                empty.id.get_file_image()
-            )  # not by HDF5, for the reason given in `_reserve`
+            # not by HDF5, for the reason given in `_reserve`
+            self.partial.write_bytes(empty.id.get_file_image())
         self.file = h5py.File(self.partial, "r+", libver=FORMAT, locking=False)
 
     def _write(
@@ -183,9 +181,8 @@ class Writer(ShardWriter):
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         properties.set_chunk((*lead, *chunk))
         properties.set_obj_track_times(False)  # equal content gives equal bytes
-        properties.set_filter(
-            BLOSC, h5py.h5z.FLAG_OPTIONAL, how
-        )  # optional: or HDF5 would want the plugin, which only others need
+        # optional: or HDF5 would want the plugin, which only others need
+        properties.set_filter(BLOSC, h5py.h5z.FLAG_OPTIONAL, how)
         space, kind = h5py.h5s.create_simple(array.shape), h5py.h5t.py_create(dtype, logical=True)
         target = h5py.h5d.create(group.id, name.encode(), kind, space, properties)
         sums = np.zeros(_chunks(array.shape, chunk), "<u4")

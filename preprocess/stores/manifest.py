@@ -14,9 +14,9 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import write_atomically
 
 VERSION = 1
-LAYOUTS = {
-    "hdf5": 2
-}  # store format -> revision of its shard files, where it has changed since the first: another one cannot be read
+# store format -> revision of its shard files, where it has changed since the first: another one
+# cannot be read
+LAYOUTS = {"hdf5": 2}
 NAME = "manifest.json"
 
 
@@ -33,12 +33,10 @@ class Dataset(Frozen):
     channels: tuple[str, ...]
     labels: dict[str, int]  # name -> value, background 0 first; without the ignore label
     ignore_label: int | None = None
-    regions: dict[str, tuple[int, ...]] = Field(
-        default_factory=dict
-    )  # overlapping targets, in order; empty: plain classes
-    region_order: tuple[
-        int, ...
-    ] = ()  # the label painted for each region, later ones over earlier ones
+    # overlapping targets, in order; empty: plain classes
+    regions: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    # the label painted for each region, later ones over earlier ones
+    region_order: tuple[int, ...] = ()
     file_ending: str = ".nii.gz"  # of predictions
     licence: str = ""
 
@@ -49,9 +47,8 @@ class Plan(Frozen):
     target_spacing: tuple[float, float, float]  # mm
     patch: tuple[int, int, int]  # voxels
     normalisation: tuple[str, ...]  # per channel: zscore | ct | rgb_to_0_1 | rescale_to_0_1 | none
-    intensity: tuple[
-        dict[str, float], ...
-    ] = ()  # per channel, of the foreground: mean std median min max percentile_00_5 percentile_99_5
+    # per channel, of the foreground: mean std median min max percentile_00_5 percentile_99_5
+    intensity: tuple[dict[str, float], ...] = ()
     nonzero_mask: bool = False  # z-score inside the non-zero mask only
     anisotropic_axis: int | None = None  # axis resampled apart from the others
     median_shape: tuple[int, int, int] = (1, 1, 1)
@@ -71,17 +68,15 @@ class CaseEntry(Frozen):
     key: str  # array group inside the shard
     shape: tuple[int, int, int]  # of the stored grid (z, y, x), voxels
     spacing: tuple[float, float, float]  # mm
-    crop: tuple[
-        tuple[int, int], tuple[int, int], tuple[int, int]
-    ]  # box of the raw grid that was kept: (start, stop) per axis
+    # box of the raw grid that was kept: (start, stop) per axis
+    crop: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
     raw_shape: tuple[int, int, int]
     raw_spacing: tuple[float, float, float]
     affine: tuple[tuple[float, ...], ...] | None = None
     has_truth: bool = False  # the label on the raw grid is stored beside the resampled one
     voxels: dict[int, int] = Field(default_factory=dict)  # label value -> count on the stored grid
-    foreground: dict[int, tuple[int, ...]] = Field(
-        default_factory=dict
-    )  # label value -> sampled flat voxel indices of the stored grid
+    # label value -> sampled flat voxel indices of the stored grid
+    foreground: dict[int, tuple[int, ...]] = Field(default_factory=dict)
     sha256: str = ""  # of the stored image and label bytes: the same for every store format
     source_sha256: str = ""  # of the raw files
     image_sha256: str = (
@@ -99,18 +94,16 @@ class Manifest(Frozen):
     plan: Plan
     fingerprint: dict[str, Any] = Field(default_factory=dict)
     cases: tuple[CaseEntry, ...]
-    splits: dict[str, tuple[dict[str, tuple[str, ...]], ...]] = Field(
-        default_factory=dict
-    )  # name -> folds of {"train": ids, "val": ids}
+    # name -> folds of {"train": ids, "val": ids}
+    splits: dict[str, tuple[dict[str, tuple[str, ...]], ...]] = Field(default_factory=dict)
     split_seed: int = 0
     joined: dict[str, str] | None = (
         # case id -> its patient in the layout, where equal images made it another's; None: not
         # recorded
         None
     )
-    files: dict[str, dict[str, Any]] = Field(
-        default_factory=dict
-    )  # path -> {"bytes": n, "sha256": hex}
+    # path -> {"bytes": n, "sha256": hex}
+    files: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod

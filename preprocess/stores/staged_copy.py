@@ -199,9 +199,8 @@ def local_copy(source: str | Path, folder: str) -> LocalCopy:
             "write to."
         ) from None
     source = Path(source).resolve()
-    facts = hashlib.sha256(
-        (source / NAME).read_bytes()
-    ).hexdigest()  # stores of one content may differ in format and splits
+    # stores of one content may differ in format and splits
+    facts = hashlib.sha256((source / NAME).read_bytes()).hexdigest()
     return LocalCopy(source=source, place=place, key=f"{load_manifest(source).id}-{facts[:8]}")
 
 

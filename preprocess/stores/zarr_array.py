@@ -50,9 +50,8 @@ class ArrayWriter:
         )
         self.lead: tuple[int, ...] | None = None  # axes before z: all in every chunk
         self.stop, self.extent = 0, (0, 0)  # of the stack so far: end along z, largest (y, x)
-        self.entries: dict[
-            tuple[int, ...], tuple[int, int]
-        ] = {}  # chunk (z, y, x) -> offset, bytes
+        # chunk (z, y, x) -> offset, bytes
+        self.entries: dict[tuple[int, ...], tuple[int, int]] = {}
         self.position = 0
         self.file = open(folder / "data", "wb")
 
@@ -98,9 +97,8 @@ class ArrayWriter:
     def close(self) -> None:
         try:
             self.file.close()
-        except (
-            OSError
-        ):  # what is still in the buffer does not fit on the disk; the file is about to be removed
+        except OSError:
+            # what is still in the buffer does not fit on the disk; the file is about to be removed
             pass
 
     def _metadata(

@@ -37,9 +37,8 @@ __all__ = [
     "stored_grid",
 ]
 
-Crop = tuple[
-    tuple[int, int], tuple[int, int], tuple[int, int]
-]  # (start, stop) per axis, voxels of the raw grid
+# (start, stop) per axis, voxels of the raw grid
+Crop = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 ANISOTROPIC = 3.0  # spacings further apart than this factor: one axis is resampled apart
 SAMPLES = 256  # foreground voxels per label and case that training may centre patches on
 

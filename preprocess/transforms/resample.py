@@ -77,9 +77,8 @@ def _resample(
     return out
 
 
-Step = tuple[
-    int, np.ndarray | sparse.csr_array
-]  # axis; the lines to take, or the matrix that makes new lines of the old
+# axis; the lines to take, or the matrix that makes new lines of the old
+Step = tuple[int, np.ndarray | sparse.csr_array]
 
 
 def _slabs(
@@ -88,9 +87,8 @@ def _slabs(
     """(slices of the new grid, slices of the old grid they depend on, what leads from these to
     those)."""
     steps: list[Step] = []
-    for axis in sorted(
-        range(3), key=lambda a: new_shape[a] / shape[a]
-    ):  # shrink first: less to do for the rest
+    # shrink first: less to do for the rest
+    for axis in sorted(range(3), key=lambda a: new_shape[a] / shape[a]):
         old, new = shape[axis], int(new_shape[axis])
         if old != new:
             whole = axis == nearest_axis or old == 1

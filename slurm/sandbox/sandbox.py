@@ -121,9 +121,8 @@ class Sandbox:
     ):
         self.folder = Path(folder).resolve()
         self.accounting, self.remembers = accounting, remembers
-        self.first_job = first_job or random.SystemRandom().randrange(
-            1000, 900_000
-        )  # ids of an earlier sandbox do not come again
+        # ids of an earlier sandbox do not come again
+        self.first_job = first_job or random.SystemRandom().randrange(1000, 900_000)
         self.configuration = self.folder / "etc" / "slurm.conf"
 
     @property
@@ -231,9 +230,8 @@ class Sandbox:
         for index in range(4):
             device = self.folder / "dev" / f"nvidia{index}"
             if not device.exists():
-                os.mknod(
-                    device, 0o666 | 0o020000, os.makedev(1, 3)
-                )  # a second /dev/null: only its being a device matters
+                # a second /dev/null: only its being a device matters
+                os.mknod(device, 0o666 | 0o020000, os.makedev(1, 3))
         port = free_ports(15)
         database = Database(self.folder, port + 2, port + 1) if self.accounting else None
         text = CONFIGURATION.format(
@@ -253,9 +251,8 @@ class Sandbox:
         (self.folder / "etc" / "gres.conf").write_text(
             f"NodeName={names} Name=gpu Count=4 File={self.folder}/dev/nvidia[0-3]\n"
         )
-        (self.folder / "etc" / "cgroup.conf").write_text(
-            "CgroupPlugin=cgroup/v1\n"
-        )  # else slurmd wants a mounted cgroup
+        # else slurmd wants a mounted cgroup
+        (self.folder / "etc" / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         return database
 
     def _daemon(self, *command: str) -> None:

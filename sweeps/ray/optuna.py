@@ -40,9 +40,8 @@ class Suggestions:
         self.known: dict[str, list[Trial]] = {}  # point -> its trials
         for trial in plan.trials:  # of an earlier run of the sweep
             self.known.setdefault(key_of(trial.point), []).append(trial)
-        self.waiting = {
-            f"old-{key}": trials for key, trials in self.known.items()
-        }  # Optuna's id, or a name of ours -> trials
+        # Optuna's id, or a name of ours -> trials
+        self.waiting = {f"old-{key}": trials for key, trials in self.known.items()}
         self.left = min(space.budget.trials, plan.search.size) - len(self.known)
         # Another seed for every restart: the same one would draw the same points again.
         self.search = OptunaSearch(

@@ -133,10 +133,11 @@ def member(config: dict[str, Any], order: str) -> None:
     """One member: a stage per generation, after the stages of whoever it was copied from."""
     from segfleet.pipeline.run import stage_folders, stage_steps
 
+    # config["member"] becomes that of whoever was copied
     facts, trial = (
         json.loads(order),
         tune.get_context().get_trial_id(),
-    )  # config["member"] becomes that of whoever was copied
+    )
     stages: list[dict[str, Any]] = []
     if checkpoint := tune.get_checkpoint():
         with checkpoint.as_directory() as folder:

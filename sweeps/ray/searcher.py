@@ -107,9 +107,8 @@ class PathAsha(AsyncHyperBandScheduler):
         super().on_trial_add(tune_controller, trial)
         for milestone, recorded in self._brackets[0]._rungs:
             if milestone <= trial.config["begin"]:
-                recorded[trial.trial_id] = float(
-                    "nan"
-                )  # passed by its parents; no value of its own
+                # passed by its parents; no value of its own
+                recorded[trial.trial_id] = float("nan")
 
     def remember(self, ledger: Ledger, order_of: Callable[[StageNode], dict]) -> None:
         """Values of nodes that an earlier run of the sweep finished or stopped."""

@@ -30,9 +30,8 @@ class StageNode:
     index: int  # which stage of the recipe
     recipe: Recipe  # stages up to this one
     begin: int  # epochs of the stages before
-    family: (
-        str | None
-    )  # equal for stages that differ in length alone and may share; None: shares with none
+    # equal for stages that differ in length alone and may share; None: shares with none
+    family: str | None
     trunk: str | None = (
         None  # the next shorter stage of its family: it goes on from that one's last checkpoint
     )
@@ -62,9 +61,8 @@ class StageTree:
         self.trials: dict[int, Trial] = {}
         self.leaves: dict[int, str] = {}  # trial number -> uid of its last stage
         self.manifests = manifests
-        self._lengths: dict[
-            str, int
-        ] = {}  # family, or a node that has none -> epochs of its longest stage
+        # family, or a node that has none -> epochs of its longest stage
+        self._lengths: dict[str, int] = {}
         self.add(trials)
 
     def add(self, trials: Iterable[Trial], link: bool = True) -> None:

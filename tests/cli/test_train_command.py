@@ -297,9 +297,8 @@ def test_a_killed_rank_takes_the_other_down_and_the_run_goes_on_exactly(work, st
     reached = max(event["step"] for event in events(folder, "step"))
     code, out, err = finished(train(work, runs))
     assert code == 0, err
-    assert (
-        reached - events(folder, "resumed")[0]["from_step"] <= 2 * 5
-    )  # the interval, and the save that was being written
+    # the interval, and the save that was being written
+    assert reached - events(folder, "resumed")[0]["from_step"] <= 2 * 5
     assert_same_result(json.loads(out), straight)
 
 

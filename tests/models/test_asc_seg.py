@@ -115,9 +115,8 @@ def test_deformable_gate_reads_where_the_offsets_say():
         block.offset[1].bias.copy_(torch.tensor([1.0, 0.0] * 9))
     q = gelu(bn(cv(x, block.enter[0]), block.enter[1]))
     below = F.pad(q, (0, 0, 0, 2))[:, :, 1:]  # one row up, two rows of zeros below
-    w = F.conv2d(
-        F.pad(below, (1, 1, 0, 0)), block.deform.weight, groups=8
-    )  # rows -1..1 of `below`, row -1 of it is row 0 of q
+    # rows -1..1 of `below`, row -1 of it is row 0 of q
+    w = F.conv2d(F.pad(below, (1, 1, 0, 0)), block.deform.weight, groups=8)
     top = F.conv2d(F.pad(q[:, :, :3], (1, 1, 0, 0)), block.deform.weight, groups=8)
     w = torch.cat([top, w], 2)[:, :, :7]
     g = gelu(bn(cv(w, block.leave[0]), block.leave[1]))
@@ -179,9 +178,8 @@ def test_denoise():
     for k, (depthwise, norm, _, last, last_norm) in zip((7, 5, 3), block.scales, strict=True):
         total = total + bn(cv(gelu(bn(cv(n, depthwise, k, groups=8), norm)), last), last_norm)
     s = bn(total, block.join)
-    mean = F.conv2d(
-        s, torch.full((8, 1, 3, 3), 1 / 9, dtype=s.dtype), padding=1, groups=8
-    )  # padding counted
+    # padding counted
+    mean = F.conv2d(s, torch.full((8, 1, 3, 3), 1 / 9, dtype=s.dtype), padding=1, groups=8)
     gate = torch.sigmoid(bn(cv(s - mean, block.gate[0]), block.gate[1]))
     torch.testing.assert_close(block(x), s * gate + s)
 
@@ -228,9 +226,8 @@ def test_heads(name):
         )
     outputs = model(torch.randn(2, 2, 32, 48))
     assert [tuple(out.shape) for out in outputs] == [(2, 3, 32, 48)] * 4
-    for level, out in enumerate(
-        outputs, 1
-    ):  # published: enlarged first, convolved after, then a sigmoid
+    # published: enlarged first, convolved after, then a sigmoid
+    for level, out in enumerate(outputs, 1):
         head, factor = model.get_submodule(f"head{level}"), 2 ** (level - 1)
         full = F.interpolate(seen[level], scale_factor=factor, mode="bilinear", align_corners=True)
         torch.testing.assert_close(out, cv(full, head), rtol=1e-4, atol=1e-5)

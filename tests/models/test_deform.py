@@ -80,9 +80,10 @@ def test_fractional_offsets_match_the_sum_over_taps_and_corners():
 @pytest.mark.parametrize("recompute", [True, False])
 def test_gradients(groups, recompute):
     x, weight, bias = draw(1, 2, 4, 3), draw(2, 2 // groups, 3, 3, seed=1), draw(2, seed=3)
+    # away from the kinks
     offset = 0.3 + 0.1 * torch.rand(
         1, 18, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
-    )  # away from the kinks
+    )
     leaves = [t.requires_grad_() for t in (x, offset, weight, bias)]
     assert torch.autograd.gradcheck(
         lambda *t: deform_conv2d(*t, groups, recompute=recompute), leaves

@@ -39,11 +39,12 @@ def test_table_is_what_the_command_prints(maker, capsys):
 
 def test_text_speaks_of_every_network_and_of_real_options():
     text = PAGE.partition("## What is upstream")[2]
+    # one paragraph each, which names the others by their endings
     families = (
         "nlie_unet",
         "e2mi_seg",
         "unet_lite",
-    )  # one paragraph each, which names the others by their endings
+    )
     for name in specs():
         family = next((family for family in families if name.startswith(family)), "")
         assert f"`{name}`" in text or family and f"`{name.removeprefix(family)}`" in text, (

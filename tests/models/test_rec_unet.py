@@ -46,9 +46,8 @@ def test_triplet_attention_formula():
 
     over_rows = weigh(attention.gates[0], x.max(2).values, x.mean(2))  # (B, C, X)
     by_columns = x.permute(0, 2, 1, 3)  # (B, Y, C, X)
-    over_columns = weigh(
-        attention.gates[1], by_columns.max(3).values, by_columns.mean(3)
-    )  # (B, Y, C)
+    # (B, Y, C)
+    over_columns = weigh(attention.gates[1], by_columns.max(3).values, by_columns.mean(3))
     over_channels = weigh(attention.gates[2], x.max(1).values, x.mean(1))  # (B, Y, X)
     expected = (
         x

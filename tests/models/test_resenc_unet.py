@@ -93,12 +93,13 @@ def test_computes_what_the_package_computes(kind, dims):
 @pytest.mark.parametrize(
     ("patch", "spacing", "strides", "first_kernels"),
     [
+        # ACDC, published plan
         (
             (20, 256, 224),
             (5.0, 1.5625, 1.5625),
             "122 222 222 122 122",
             "133 333",
-        ),  # ACDC, published plan
+        ),
         ((128, 128, 128), (1.0, 1.0, 1.0), "222 222 222 222 222", "333 333"),  # BrainTumour
         ((64, 192, 192), (1.5, 0.8, 0.8), "222 222 222 222 122", "333 333"),  # HepaticVessel
         ((40, 56, 40), (1.0, 1.0, 1.0), "222 222 222", "333 333"),  # Hippocampus

@@ -315,9 +315,8 @@ def test_any_strides(backend):
     strided = dict(arguments)
     for name in TENSORS:
         x = arguments[name].detach()
-        wide = (
-            torch.stack([x, x], dim=-1).transpose(0, -2).contiguous().transpose(0, -2)
-        )  # reordered and every second element
+        # reordered and every second element
+        wide = torch.stack([x, x], dim=-1).transpose(0, -2).contiguous().transpose(0, -2)
         strided[name] = wide[..., 0].requires_grad_()
         assert not strided[name].is_contiguous() or x.ndim == 1
     assert (

@@ -96,13 +96,11 @@ def measure_peak() -> tuple[int, int]:
     """Bytes beyond inputs, output and gradients; bytes of the inputs."""
     torch.set_num_threads(1)
     small = example(length=64)
-    torch.autograd.grad(
-        selective_scan_fn(*small, True, backend="native").sum(), small
-    )  # loads what is loaded once
+    # loads what is loaded once
+    torch.autograd.grad(selective_scan_fn(*small, True, backend="native").sum(), small)
     tensors = example(batch=4, channels=4, length=65536)
-    held = [
-        torch.ones_like(x) for x in (*tensors, tensors[0], tensors[0])
-    ]  # gradients, output and its gradient: touched, then given back
+    # gradients, output and its gradient: touched, then given back
+    held = [torch.ones_like(x) for x in (*tensors, tensors[0], tensors[0])]
 
     def kilobytes(field):
         return int(
@@ -177,9 +175,8 @@ def test_a_compiler_that_fails_is_not_fatal(cache, tmp_path, source, monkeypatch
 @needs_compiler
 def test_a_second_load_does_not_compile(cache, source, monkeypatch):
     assert build.load(source).answer() == 42
-    monkeypatch.setenv(
-        "PATH", ""
-    )  # a compute node needs no compiler once a login node of its kind has built
+    # a compute node needs no compiler once a login node of its kind has built
+    monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     assert build.load(source).answer() == 42
 
@@ -228,9 +225,8 @@ def start(source, **more):
 @needs_compiler
 def test_a_killed_build_leaves_nothing_that_hurts(cache, source, tmp_path, monkeypatch):
     slow = tmp_path / "slow"
-    slow.write_text(
-        '#!/bin/sh\necho half > "$(eval echo \\${$#})"\nexec sleep 60\n'
-    )  # writes part of its output and hangs
+    # writes part of its output and hangs
+    slow.write_text('#!/bin/sh\necho half > "$(eval echo \\${$#})"\nexec sleep 60\n')
     slow.chmod(0o755)
     builder = start(source, env={**os.environ, "CXX": str(slow)}, start_new_session=True)
     until = time.monotonic() + 20

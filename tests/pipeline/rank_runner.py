@@ -19,12 +19,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+# the last: DDP, 1x1x1
 HARMLESS = (
     ":DeprecationWarning",
     ":PendingDeprecationWarning",
     ":ResourceWarning",
     "Grad strides do not match",
-)  # the last: DDP, 1x1x1
+)
 STRICT = ["-W", "error", *(part for kind in HARMLESS for part in ("-W", f"ignore:{kind}"))]
 
 

@@ -129,9 +129,8 @@ def test_a_run_may_change_engine_and_ranks_in_the_middle(continued, trained):
 def test_what_a_recipe_may_ask_for_works_alike(sorts, variant, kind):
     for rank in (0, 1):
         told, wanted = (sorts[rank]["variants"][f"{variant} {name}"] for name in (kind, "ddp"))
-        loose = (
-            variant == "bf16" and kind == "zero3"
-        )  # ZeRO 3's hooks change the order of sums, and bf16 has 8 bits
+        # ZeRO 3's hooks change the order of sums, and bf16 has 8 bits
+        loose = variant == "bf16" and kind == "zero3"
         assert losses(told["steps"]) == pytest.approx(
             losses(wanted["steps"]), rel=1e-3 if loose else 1e-6
         )

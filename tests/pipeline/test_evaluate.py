@@ -318,9 +318,8 @@ def test_an_overlay_has_the_proportions_of_the_patient_and_both_outlines():
     assert pixels.shape[:2] == (480, 360)  # 40 mm x 30 mm
     colours = {tuple(int(v) for v in c) for c in np.unique(pixels.reshape(-1, 3), axis=0)}
     assert {TRUTH, PREDICTION, BOTH} <= colours
-    left = pixels[
-        200, : 8 * 12 - 2
-    ]  # left of the prediction: only the truth's outline, at x = 4 of 30
+    # left of the prediction: only the truth's outline, at x = 4 of 30
+    left = pixels[200, : 8 * 12 - 2]
     assert tuple(left[4 * 12]) == TRUTH and PREDICTION not in {
         tuple(int(v) for v in p) for p in left
     }

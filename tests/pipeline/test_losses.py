@@ -317,6 +317,5 @@ def test_a_loss_is_that_of_the_whole_batch_on_any_number_of_ranks(run_in_ranks):
     for name, (value, gradient) in alone.items():
         values, gradients = zip(*(share[name] for share in shares), strict=True)
         torch.testing.assert_close(sum(values) / 2, value, msg=name)
-        torch.testing.assert_close(
-            torch.cat(gradients) / 2, gradient, msg=name
-        )  # the engines average over the ranks
+        # the engines average over the ranks
+        torch.testing.assert_close(torch.cat(gradients) / 2, gradient, msg=name)

@@ -102,9 +102,8 @@ def test_the_two_ways_to_the_distances_agree():
     a = (z - 15) ** 2 / 100 + (y - 20) ** 2 / 225 + (x - 20) ** 2 / 225 < 1
     b = (z - 13) ** 2 / 100 + (y - 21) ** 2 / 200 + (x - 20) ** 2 / 225 < 1
     spacing = np.array(SPACING)
-    near = surface_distances(
-        a[3:27, 4:37, 4:37], b[3:27, 4:37, 4:37], spacing
-    )  # full box: a distance map
+    # full box: a distance map
+    near = surface_distances(a[3:27, 4:37, 4:37], b[3:27, 4:37, 4:37], spacing)
     far = surface_distances(np.pad(a, 40), np.pad(b, 40), spacing)  # few points in much air: a tree
     for one, other in zip(near, far, strict=True):
         np.testing.assert_allclose(np.sort(one), np.sort(other), atol=1e-9)

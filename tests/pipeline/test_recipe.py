@@ -262,9 +262,9 @@ def test_every_shipped_recipe_validates_and_builds(name):
     parameters = sum(p.numel() for p in network.parameters())
     assert parameters > 1000
     objective = Objective(recipe, task)
-    if (
-        "paper" in header
-    ):  # it claims a published set-up: the published network, and everything a reader needs to judge the claim
+    # it claims a published set-up: the published network, and everything a reader needs to judge
+    # the claim
+    if "paper" in header:
         assert {"expected", "differs"} <= header.keys()
         assert parameters == spec.parameters
         weights = recipe.loss.deep_supervision

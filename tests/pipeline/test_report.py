@@ -75,9 +75,8 @@ def finished(tmp_path_factory):
     leaf.mkdir(parents=True)
     (leaf / "recipe.json").write_text(json.dumps(RECIPE))
     (leaf.parent / "events.jsonl").write_text(events(1000, 1.7e9, 3e-4))
-    (leaf / "events.jsonl").write_text(
-        events(200, 1.7e9 + 2000, 1e-4) + '{"event": "step", "st'
-    )  # cut off by a kill
+    # cut off by a kill
+    (leaf / "events.jsonl").write_text(events(200, 1.7e9 + 2000, 1e-4) + '{"event": "step", "st')
     document = evaluate_cases(
         forward, store, [case.id for case in store.manifest.cases], task, **window
     )

@@ -53,12 +53,13 @@ def one_hot(label: np.ndarray, task: Task) -> torch.Tensor:
     "shape, spacing, target, least",
     [
         ((24, 70, 64), (2.5, 0.8, 0.8), (2.5, 0.8, 0.8), 1.0),  # only cropped: nothing is lost
+        # coarser: the core is 10 voxels wide
         (
             (40, 60, 64),
             (1.0, 0.7, 0.7),
             (1.5, 1.0, 1.0),
             0.94,
-        ),  # coarser: the core is 10 voxels wide
+        ),
         ((14, 90, 84), (6.0, 0.9, 0.9), (6.0, 1.4, 1.4), 0.95),  # anisotropic, in-plane only
         ((14, 90, 84), (6.0, 0.9, 0.9), (3.0, 0.9, 0.9), 0.95),  # nearest along z, then back
         ((30, 40, 40), (2.0, 2.0, 2.0), (1.0, 1.0, 1.0), 0.98),
@@ -115,17 +116,15 @@ def test_probabilities_are_interpolated_not_labels():
     task = Task(head="sigmoid", names=("a",), members=((1,),), values=(1,))
     probabilities = torch.tensor([0.9, 0.2]).reshape(1, 1, 1, 2)
     back = restore(probabilities, task, crop=((0, 1), (0, 1), (0, 20)), raw_shape=(1, 1, 20))
-    assert (
-        back.sum() == 11
-    )  # 0.9 - 0.7 x > 0.5 for x < 0.571 voxels; cells are 0.1 wide from -0.45: 5 before 0, 6 after
+    # 0.9 - 0.7 x > 0.5 for x < 0.571 voxels; cells are 0.1 wide from -0.45: 5 before 0, 6 after
+    assert back.sum() == 11
 
 
 def test_the_largest_probability_wins_and_of_equals_the_first():
     generator = torch.Generator().manual_seed(0)
     probabilities = torch.randint(0, 4, (3, 4, 5, 6), generator=generator).float()
-    expected = np.array([0, 1, 2])[
-        probabilities.numpy().argmax(0)
-    ]  # numpy's argmax is the first of equals
+    # numpy's argmax is the first of equals
+    expected = np.array([0, 1, 2])[probabilities.numpy().argmax(0)]
     np.testing.assert_array_equal(SOFTMAX.labels(probabilities).numpy(), expected)
     assert SOFTMAX.labels(probabilities).dtype == torch.uint8
 

@@ -164,9 +164,8 @@ def test_an_interrupted_score_goes_on_with_the_cases_that_are_missing(train, mon
         score_again(recipe, AfterTwo(predicted))
     assert predicted == cases[:2]
     lines = (leaf / score.CASES / "0.jsonl").read_text()
-    (leaf / score.CASES / "0.jsonl").write_text(
-        lines + lines[: len(lines) // 3]
-    )  # the writer was killed
+    # the writer was killed
+    (leaf / score.CASES / "0.jsonl").write_text(lines + lines[: len(lines) // 3])
     (leaf / score.CASES / "0.jsonl").rename(leaf / score.CASES / "5.jsonl")  # there were more ranks
     assert score_again(recipe)[: len(cases) - 2] == cases[2:]
     assert (

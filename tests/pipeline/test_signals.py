@@ -156,22 +156,19 @@ def test_a_stop_file_is_named_and_stops_one_run_only(job, straight, tmp_path):
         match=rf"again to go on\. It was asked to by the file {leaf / 'stop'}, which is removed now",
     ):
         go(job, tmp_path)
-    assert (
-        result(go(job, tmp_path))["tensors"].keys() == straight["tensors"].keys()
-    )  # the same command went on to the end
+    # the same command went on to the end
+    assert result(go(job, tmp_path))["tensors"].keys() == straight["tensors"].keys()
 
 
 def test_a_stop_file_outlives_a_stop_it_did_not_cause(tmp_path):
     stop = StopRequest(tmp_path / "stop")
     os.kill(os.getpid(), signal.SIGTERM)
     (tmp_path / "stop").touch()
-    assert (
-        stop.asked() and stop.obeyed() is None and (tmp_path / "stop").exists()
-    )  # SLURM would start the job again
+    # SLURM would start the job again
+    assert stop.asked() and stop.obeyed() is None and (tmp_path / "stop").exists()
     stop = StopRequest(tmp_path / "stop")
-    assert (
-        stop.obeyed() == str(tmp_path / "stop") and not (tmp_path / "stop").exists()
-    )  # seen by another rank first
+    # seen by another rank first
+    assert stop.obeyed() == str(tmp_path / "stop") and not (tmp_path / "stop").exists()
 
 
 @pytest.mark.parametrize("every", [1, 0], ids=["validation", "scoring"])

@@ -108,9 +108,8 @@ def test_ignored_voxels_count_nowhere():
 
 def test_range_empty_classes_and_gradients():
     logits, target = draw()
-    certain = (
-        50.0 * one_hot(target.clamp(max=1), 3).movedim(-1, 1).float()
-    )  # class 2 absent and not predicted
+    # class 2 absent and not predicted
+    certain = 50.0 * one_hot(target.clamp(max=1), 3).movedim(-1, 1).float()
     assert ss(ss_weight=1.45)(certain, target.clamp(max=1), None).item() == pytest.approx(
         -1.45, abs=1e-4
     )
@@ -122,6 +121,5 @@ def test_range_empty_classes_and_gradients():
     (slope,) = torch.autograd.grad(base, double)
     step[0, 1, 0, 0, 0] = 1e-2
     difference = (loss(double + step, target, None) - loss(double - step, target, None)) / 2e-2
-    assert difference.item() == pytest.approx(
-        slope[0, 1, 0, 0, 0].item(), abs=1e-3
-    )  # α is not detached
+    # α is not detached
+    assert difference.item() == pytest.approx(slope[0, 1, 0, 0, 0].item(), abs=1e-3)

@@ -114,13 +114,14 @@ def test_twice_the_same_weights_and_nothing_twice(tiny_store, tmp_path):
 def test_stopped_anywhere_and_resumed_is_bitwise_the_same(tiny_store, tmp_path, engine):
     recipe = recipe_of(tiny_store(dims=2), engine=engine)
     straight = go(recipe, tmp_path / "straight")
+    # in the middle, at an epoch's end, at a stage's end, right after it, at the end
     for after in (
         1,
         3,
         6,
         7,
         10,
-    ):  # in the middle, at an epoch's end, at a stage's end, right after it, at the end
+    ):
         folders = go(recipe, tmp_path / f"stopped{after}", stop_after=after)
         go(recipe, tmp_path / f"stopped{after}")
         for stage in (0, 1):
@@ -235,9 +236,8 @@ def test_a_finished_stage_whose_checkpoint_is_damaged_is_trained_again(tiny_stor
     ):
         folders[stage].final()
     said = []
-    go(
-        recipe if stage else changed, tmp_path / "harmed", warn=said.append
-    )  # another second stage needs the first one
+    # another second stage needs the first one
+    go(recipe if stage else changed, tmp_path / "harmed", warn=said.append)
     step = (6, 4)[stage]
     assert len(said) == 1 and f"step-{step:08d} of a finished stage is damaged" in said[0], said
     assert f"stage {stage + 1} is trained again from its beginning, for no other is left" in said[0]
@@ -467,9 +467,8 @@ def test_compiled_steps_are_those_of_the_eager_network_and_resume_exactly(tiny_s
     assert plain[0].path.name != straight[0].path.name  # the last bits differ
     for one, two in zip(plain, straight, strict=True):
         assert [*logged_losses(two)] == pytest.approx([*logged_losses(one)], rel=1e-3)
-    assert (
-        weights(plain[-1]).keys() == weights(straight[-1]).keys()
-    )  # a checkpoint knows nothing of it
+    # a checkpoint knows nothing of it
+    assert weights(plain[-1]).keys() == weights(straight[-1]).keys()
     go(compiled, tmp_path / "stopped", stop_after=3)
     for name, value in weights(go(compiled, tmp_path / "stopped")[-1]).items():
         assert torch.equal(value, weights(straight[-1])[name]), name

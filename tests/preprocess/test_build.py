@@ -425,9 +425,8 @@ def test_other_patients_or_splits_are_told(tmp_path):
     text = table.read_text()
     table.unlink()
     images = raw / "CVC-ClinicDB/Original"
-    (images / "2.tif").write_bytes(
-        (images / "1.tif").read_bytes()
-    )  # one patient for another reason
+    # one patient for another reason
+    (images / "2.tif").write_bytes((images / "1.tif").read_bytes())
     assert "kfold" not in build("cvc_clinicdb", raw, tmp_path / "out", workers=1).splits
     table.write_text(text)
     with pytest.raises(

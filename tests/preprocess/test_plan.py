@@ -62,9 +62,8 @@ def test_the_target_is_the_median_spacing():
 
 
 def test_a_far_coarser_axis_with_few_slices_takes_its_tenth_percentile():
-    spacings = [
-        (float(s), 0.8, 0.8) for s in np.linspace(1, 9, 9)
-    ]  # median 5, tenth percentile 1.8
+    # median 5, tenth percentile 1.8
+    spacings = [(float(s), 0.8, 0.8) for s in np.linspace(1, 9, 9)]
     assert target_spacing(spacings, [(50, 512, 512)] * 9) == (1.8, 0.8, 0.8)
     assert target_spacing(spacings, [(200, 512, 512)] * 9) == (5.0, 0.8, 0.8), (
         "many slices: the median stays"
@@ -79,11 +78,12 @@ def test_a_far_coarser_axis_with_few_slices_takes_its_tenth_percentile():
     ("patch", "spacing", "expected"),
     [
         ((128, 128, 128), (1, 1, 1), [5, 5, 5]),
+        # ACDC: z joins when its spacing is within a factor 2
         (
             (20, 256, 224),
             (5.0, 1.56, 1.56),
             [2, 5, 5],
-        ),  # ACDC: z joins when its spacing is within a factor 2
+        ),
         ((40, 56, 40), (1, 1, 1), [3, 3, 3]),  # 40 20 10 5
         ((7, 7, 7), (1, 1, 1), [0, 0, 0]),
         ((4, 11, 4), (1, 1, 1), [0, 0, 0]),  # a single axis needs 12

@@ -119,9 +119,8 @@ def test_a_full_disk_leaves_nothing(small_disk, fmt, publish):
     assert caught.value.errno == errno.ENOSPC
     assert list((small_disk / "data").iterdir()) == []
     assert shutil.disk_usage(small_disk).free > 1.9e6
-    store = publish(
-        small_disk, fmt, {"data/s": {"c": (image, label, None)}}, chunk=(8, 64, 64)
-    )  # there is room for a smaller one
+    # there is room for a smaller one
+    store = publish(small_disk, fmt, {"data/s": {"c": (image, label, None)}}, chunk=(8, 64, 64))
     np.testing.assert_array_equal(store.label(store.manifest.cases[0]), label)
     store.close()
 

@@ -43,9 +43,8 @@ def read_all(root: Path) -> None:
 def image_bytes(store, path: Path) -> list[int]:
     """Offsets of stored voxels, spread over the file."""
     if store.manifest.format == "zarr":
-        return [
-            int(i) for i in np.linspace(0, path.stat().st_size - 1, 40)
-        ]  # chunks and index: all of it is checked
+        # chunks and index: all of it is checked
+        return [int(i) for i in np.linspace(0, path.stat().st_size - 1, 40)]
     with h5py.File(path, "r") as file:
         array = file["case-0/image"]
         chunks = [array.id.get_chunk_info(i) for i in range(array.id.get_num_chunks())]

@@ -269,9 +269,8 @@ def test_other_processes_open_their_own_handles(store, method):
 
 def test_a_fork_does_not_use_inherited_handles(store):
     total(store)
-    inherited = list(
-        store.handles.open.values()
-    )  # kept alive, so that no new one can have the identity of an old one
+    # kept alive, so that no new one can have the identity of an old one
+    inherited = list(store.handles.open.values())
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:

@@ -131,9 +131,8 @@ class Cluster:
         last life is left."""
         self.wait(lambda: self.queue(document["job"])[0] == "PENDING", 60, "requeue")
         self.wait(lambda: not self.helpers(document), 60, "the end of the last life")
-        time.sleep(
-            1.5
-        )  # a job that starts within the second of its requeue is refused: "Job credential revoked"
+        # a job that starts within the second of its requeue is refused: "Job credential revoked"
+        time.sleep(1.5)
         deadline = time.monotonic() + 60
         while self.queue(document["job"])[0] == "PENDING":
             assert time.monotonic() < deadline, self.call(

@@ -95,11 +95,12 @@ def test_every_option_is_in_the_script(options, expected):
 
 
 def test_every_option_has_its_line(tmp_path):
+    # of an array's script, below; of the job that every rank reads
     elsewhere = {
         "throttle",
         "fruitless",
         "stage_to",
-    }  # of an array's script, below; of the job that every rank reads
+    }
     assert {name for options, _ in LINES for name in options} | elsewhere == set(
         JobSpec.model_fields
     )
@@ -343,11 +344,12 @@ def test_a_deadline_asks_to_stop_in_time(monkeypatch):
         monkeypatch.setattr("segfleet.pipeline.stop.time", SimpleNamespace(time=lambda: now[0]))
         stop = StopRequest()
         stop.deadline, stop.margin = 2000.0, 60.0
+        # the longest pause was 820 s, and a third of the time is 333 s
         for now[0] in (
             1010.0,
             1050.0,
             1870.0,
-        ):  # the longest pause was 820 s, and a third of the time is 333 s
+        ):
             asked = stop.asked()
         assert asked and stop.reason == "the time limit"
         calm = StopRequest()

@@ -114,9 +114,8 @@ def test_a_sweep_of_jobs_survives_preemption_and_a_killed_controller(
     assert steps == sorted(set(steps)), "no step was trained twice"
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    below = next(
-        path for path in submitted if path.parent == run
-    )  # a schedule that begins with the preempted stage, straight through
+    # a schedule that begins with the preempted stage, straight through
+    below = next(path for path in submitted if path.parent == run)
     recipe = load_recipe(str(below / "recipe.json")).model_dump(mode="json")
     run_ranks(
         {"do": "train", "recipe": recipe, "root": str(tmp_path), "score": False}, 1, threads=1
@@ -164,9 +163,8 @@ def test_a_silent_controller_is_waited_for(cluster, stage):
         cluster.wait(lambda: "slurmctld" not in cluster.sandbox.pids(), 20, "the controller's end")
 
     def poll() -> None:
-        if (
-            "slurmctld" not in cluster.sandbox.pids()
-        ):  # it was asked once in the silence: to take the job, how it is
+        # it was asked once in the silence: to take the job, how it is
+        if "slurmctld" not in cluster.sandbox.pids():
             cluster.sandbox.start_controller()
             if told:
                 (run / "stop").touch()

@@ -58,9 +58,8 @@ def test_random_draws_repeat_stay_inside_and_fork(search):
     assert points == made.points() and len(points) == 60
     decays = {point["optimizer.weight_decay"] for point in points}
     assert len(decays) >= 20 and all(1e-5 <= value <= 1e-1 for value in decays)
-    assert (
-        0.2 < sum(math.log10(value) < -3 for value in decays) / len(decays) < 0.8
-    )  # even on a log scale
+    # even on a log scale
+    assert 0.2 < sum(math.log10(value) < -3 for value in decays) / len(decays) < 0.8
     assert all(0.2 <= point["data.foreground"] <= 0.6 for point in points)
     early = [(point["optimizer.weight_decay"], point["stages.0.lr"]) for point in points]
     assert len(set(early)) < len(early)  # forks share the rest

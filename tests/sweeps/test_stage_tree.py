@@ -88,9 +88,8 @@ def test_lengths_that_decide_the_rate_or_may_end_early_share_nothing(
 
 def test_a_budget_of_epochs_keeps_whole_points(plan):
     stages = {"axes": {}, "stages": [{"epochs": [1, 2], "lr": [1e-2, 1e-3]}], "seeds": [0, 1, 2]}
-    made = plan(
-        **stages, budget={"epochs": 8}
-    )  # lengths of one rate are a trunk: 3 seeds x 1 epoch, + 3 x 1 of the second rate, then 9
+    # lengths of one rate are a trunk: 3 seeds x 1 epoch, + 3 x 1 of the second rate, then 9
+    made = plan(**stages, budget={"epochs": 8})
     kept = [
         (trial.point["stages.0.epochs"], trial.point["stages.0.lr"], trial.recipe.seed)
         for trial in made.trials

@@ -241,9 +241,8 @@ def test_a_signal_stops_in_order(space, tmp_path, number):
     assert code == 0, err
     for folder in stopped:
         at = events(folder, "stopped")[-1]["at_step"]
-        assert [event["from_step"] for event in events(folder, "resumed")] == (
-            [at] if at else []
-        )  # at 0 there was nothing to save
+        # at 0 there was nothing to save
+        assert [event["from_step"] for event in events(folder, "resumed")] == ([at] if at else [])
 
 
 @pytest.mark.long

@@ -23,9 +23,8 @@ from segfleet.sweeps.space.space import Trial
 
 
 def test_students_interval():
-    assert student([0.7, 0.8, 0.9]) == pytest.approx(
-        [0.8 - 0.24841, 0.8 + 0.24841], abs=1e-4
-    )  # t(0.975, 2) = 4.3027
+    # t(0.975, 2) = 4.3027
+    assert student([0.7, 0.8, 0.9]) == pytest.approx([0.8 - 0.24841, 0.8 + 0.24841], abs=1e-4)
 
 
 def test_paired_differences():

@@ -156,10 +156,11 @@ def test_a_child_counts_only_at_rungs_of_its_own_epochs():
         )
     for name, dice, expected in (("good", 0.9, "CONTINUE"), ("bad", 0.3, "STOP")):
         scheduler.on_trial_add(None, trial_of(name, 20))
+        # no rung at 30
         assert (
             scheduler.on_trial_result(None, trial_of(name, 20), {"epochs": 30, "dice": dice})
             == "CONTINUE"
-        )  # no rung at 30
+        )
         assert (
             scheduler.on_trial_result(None, trial_of(name, 20), {"epochs": 40, "dice": dice})
             == expected
@@ -174,9 +175,8 @@ def test_a_child_counts_only_at_rungs_of_its_own_epochs():
 def test_rungs_are_remembered_from_disk(ledger):
     first = ledger.next()
     finish(ledger, first.uid)
-    lines = [
-        {"event": "validation", "step": step, "dice": step / 100} for step in range(5, 101, 5)
-    ]  # one step is an epoch
+    # one step is an epoch
+    lines = [{"event": "validation", "step": step, "dice": step / 100} for step in range(5, 101, 5)]
     (ledger.path(first) / "events.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines)
     )

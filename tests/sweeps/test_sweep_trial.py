@@ -52,9 +52,8 @@ def test_a_trunk_goes_on_bitwise_like_the_long_stage_alone(plan, tmp_path, monke
         report["epochs"] for report in reports[long.uid]
     ] == [2, 3]
     events = list(read_events(plan.runs / long.path))
-    assert [event["from_step"] for event in events if event["event"] == "resumed"] == [
-        2
-    ]  # not one step of the trunk again
+    # not one step of the trunk again
+    assert [event["from_step"] for event in events if event["event"] == "resumed"] == [2]
     assert [event["steps"] for event in events if event["event"] == "stage_start"] == [6]
     run_ranks(
         {**plan.order(long)["job"], "root": str(tmp_path / "straight"), "score": False},
@@ -67,18 +66,16 @@ def test_a_trunk_goes_on_bitwise_like_the_long_stage_alone(plan, tmp_path, monke
         and (plan.runs / long.path / "evaluation.json").exists()
     )
     before = final(plan.runs / short.path)
-    assert (
-        len(list((plan.runs / short.path / "checkpoints").glob("step-*"))) == 1 and before
-    )  # the branch point is kept
+    # the branch point is kept
+    assert len(list((plan.runs / short.path / "checkpoints").glob("step-*"))) == 1 and before
 
 
 @pytest.mark.slow
 def test_a_trunk_brings_its_best_checkpoint_along(search, space, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     space["base"]["evaluation"] = {"every": 1, "weights": "best"}
-    stages = [
-        {"epochs": [2, 3], "steps": 1, "lr": 1e-12}
-    ]  # nothing is learned: the first validation stays the best
+    # nothing is learned: the first validation stays the best
+    stages = [{"epochs": [2, 3], "steps": 1, "lr": 1e-12}]
     plan = make_plan(search(axes={}, stages=stages), tmp_path / "runs")
     short, long = plan.tree.walk()
     plan.folder.mkdir(parents=True)
@@ -118,11 +115,12 @@ class Scripted:
 @pytest.mark.parametrize(
     ("acts", "runs", "expected"),
     [
+        # a fault of the machine is tried again
         (
             [RankFailed("rank 0 was killed by SIGKILL", 1), None],
             2,
             {"state": "done"},
-        ),  # a fault of the machine is tried again
+        ),
         (
             [RankFailed("broken", 1), RankFailed("broken", 1)],
             2,
@@ -162,9 +160,8 @@ def test_the_sweeps_stop_file_reaches_the_ranks(plan, monkeypatch):
     monkeypatch.setitem(trial.BACKENDS, "local", Stopping)
     assert trial.perform(plan.order(node), print) == {"state": "stopped"}
     assert seen == [False, True] and not (path / "stop").exists()
-    assert (
-        trial.perform(plan.order(node), print) == {"state": "stopped"} and len(seen) == 2
-    )  # nothing is started any more
+    # nothing is started any more
+    assert trial.perform(plan.order(node), print) == {"state": "stopped"} and len(seen) == 2
 
 
 def test_validations_are_reported_once_whatever_is_rewritten(plan):
@@ -181,10 +178,11 @@ def test_validations_are_reported_once_whatever_is_rewritten(plan):
     follow.poll()
     (path / "events.jsonl").write_text(line % 2 + line % 4 + line % 6)
     follow.poll()
+    # the trunk's own epoch is the trunk's to report
     assert [report["epochs"] for report in reports] == [
         12,
         13,
-    ]  # the trunk's own epoch is the trunk's to report
+    ]
 
 
 def test_ranks_can_be_started_outside_the_main_thread(tmp_path):
