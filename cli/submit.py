@@ -137,7 +137,8 @@ def command(
     if check and open_ones:
         from segfleet.slurm.preflight import check_recipes
 
-        check_recipes(list(open_ones.values()), spec.ranks)
+        for sentence in check_recipes(list(open_ones.values()), spec.ranks):
+            typer.echo(f"segfleet: {sentence}", err=True)
     launcher = SlurmLauncher(live=live)
     if dry_run:
         document = rehearse(launcher, list(open_ones or chosen), root, spec)

@@ -15,7 +15,9 @@ from segfleet.pipeline.losses.base import build_loss
 from segfleet.pipeline.losses.deep_supervision import DeepSupervision
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.task import Task, make_task
-from segfleet.preprocess.stores.manifest import Manifest
+from segfleet.preprocess.stores.manifest import Dataset, Manifest
+
+SMALL = 32  # voxels that a network may need along an axis, however small the cases are
 
 
 def patch_of(recipe: Recipe, manifest: Manifest) -> tuple[int, int, int]:
@@ -103,10 +105,76 @@ class Objective(nn.Module):
         return self.loss(output, self.task.target(label), self.task.valid(label))
 
 
+def check_data(recipe: Recipe, manifest: Manifest, task: Task) -> None:
+    """Raise InputError for what cannot be meant: a 3D recipe of a 2D data set, a patch of mostly
+    padding, other channels or classes than the recipe says."""
+    dataset, patch = manifest.dataset, patch_of(recipe, manifest)
+    if dataset.dims == 2 and patch[0] > 1:
+        raise InputError(
+            f"data.patch: found {list(patch)}, which is 3D, but {dataset.name} in "
+            f"{recipe.data.store} holds 2D images; choose a 2D recipe or the store of a 3D data set"
+        )
+    for axis, size, largest in zip("zyx", patch, largest_case(manifest), strict=True):
+        if recipe.data.patch is not None and size > 2 * largest and size > SMALL:
+            raise InputError(
+                f"data.patch: found {size} voxels along {axis}, but the largest of the "
+                f"{len(manifest.cases)} cases of {dataset.name} in {recipe.data.store} has "
+                f"{largest}: most of every patch would be padding; the plan's patch is "
+                f"{list(manifest.plan.patch)}, and data.patch=null takes it"
+            )
+    made_for = recipe.data.made_for
+    for key, found, names in (
+        ("channels", len(dataset.channels), dataset.channels),
+        ("classes", len(task.names), task.names),
+    ):
+        expected = getattr(made_for, key, None)
+        if expected not in (None, found):
+            raise InputError(
+                f"data.made_for.{key}: the recipe {recipe.name} is made for {made_for.dataset} with "
+                f"{expected}, but {dataset.name} in {recipe.data.store} has {found} "
+                f"({', '.join(names)}); choose another store, or set data.made_for=null"
+            )
+
+
+def doubts(recipe: Recipe, manifest: Manifest) -> list[str]:
+    """What is legal and maybe not meant, a sentence each."""
+    dataset, made_for = manifest.dataset, recipe.data.made_for
+    found = []
+    if made_for and not _same_dataset(made_for.dataset, dataset):
+        found.append(
+            f"the recipe {recipe.name} was made for {made_for.dataset}, and {recipe.data.store} "
+            f"holds {dataset.name} ({dataset.dims}D; {', '.join(dataset.channels)}; "
+            f"{', '.join(name for name, value in dataset.labels.items() if value)}): patch, rates "
+            "and length may not suit it. data.made_for=null takes this recipe for any data set"
+        )
+    if recipe.data.patch is not None:
+        for axis, size, largest in zip(
+            "zyx", patch_of(recipe, manifest), largest_case(manifest), strict=True
+        ):
+            if size > largest:
+                found.append(
+                    f"data.patch: {size} voxels along {axis}, and the largest case of "
+                    f"{dataset.name} has {largest}: the rest of every patch is padding"
+                )
+    return found
+
+
+def largest_case(manifest: Manifest) -> tuple[int, ...]:
+    """The largest extent of any case along (z, y, x), voxels."""
+    return tuple(map(max, zip(*(case.shape for case in manifest.cases), strict=True)))
+
+
+def _same_dataset(name: str, dataset: Dataset) -> bool:
+    """Task04_Hippocampus and Hippocampus are one data set."""
+    names = (dataset.name.lower(), dataset.reader.lower())
+    return any(name.lower() in known or known in name.lower() for known in names)
+
+
 def check_recipe(recipe: Recipe, manifest: Manifest) -> Task:
     """Raise InputError or ModelError for whatever in the recipe does not fit this data set; costs
     no memory for weights."""
     task = make_task(manifest.dataset, recipe.model.head)
+    check_data(recipe, manifest, task)
     manifest.fold(recipe.data.split, recipe.data.fold)
     with torch.device("meta"), torch.no_grad():
         network, patch = build_network(recipe, manifest, task).eval(), patch_of(recipe, manifest)

@@ -21,7 +21,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 # YAML 1.1 reads 1e-3 as text and 1.0e-3 as a number
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-TEXTS = ("name", "split", "store")  # keys whose values stay text
+TEXTS = ("name", "dataset", "split", "store")  # keys whose values stay text
 
 
 def _distinct(axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -75,9 +75,26 @@ class Augment(Section):
     low_resolution: Share = Field(0.25, description="probability of a simulated low resolution")
 
 
+class MadeFor(Section):
+    """What a recipe expects of a store. It changes no result."""
+
+    dataset: str = Field(
+        description="name of the data set; training on another one is warned about"
+    )
+    channels: Positive | None = Field(
+        None, description="image channels; a store with other ones is refused"
+    )
+    classes: Positive | None = Field(
+        None, description="structures that are scored; a store with other ones is refused"
+    )
+
+
 class Data(Section):
     """Which cases, and how patches are drawn from them."""
 
+    made_for: MadeFor | None = Field(
+        None, description="the data set that the recipe was written for; null: any"
+    )
     store: str = Field("", description="folder of the shard store; relative to the working folder")
     split: str = Field("kfold", description="name of a split stored in the manifest")
     fold: Annotated[int, Field(ge=0)] = Field(0, description="fold of that split")

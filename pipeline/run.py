@@ -47,7 +47,7 @@ def stage_facts(recipe: Recipe, manifest: Manifest, index: int) -> dict[str, Any
     data = {
         key: value
         for key, value in whole["data"].items()
-        if key not in ("store", "workers", "split", "fold")
+        if key not in ("made_for", "store", "workers", "split", "fold")
     }
     engine = {
         key: value

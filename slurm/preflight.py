@@ -15,9 +15,9 @@ from typing import Any
 from segfleet.core.errors import InputError
 
 
-def check_recipes(recipes: list[dict[str, Any]], ranks: int) -> None:
+def check_recipes(recipes: list[dict[str, Any]], ranks: int) -> list[str]:
     """Network, loss, patch, batch and ranks fit together and to the store, in every recipe. Raises
-    InputError."""
+    InputError. What is legal and maybe not meant is returned, a sentence each."""
     recipes = list({json.dumps(_parts(recipe)): recipe for recipe in recipes}.values())
     command = [sys.executable, "-m", "segfleet.slurm.preflight", str(ranks)]
     done = subprocess.run(command, input=json.dumps(recipes), capture_output=True, text=True)
@@ -25,6 +25,7 @@ def check_recipes(recipes: list[dict[str, Any]], ranks: int) -> None:
         raise InputError(done.stderr.strip())
     if done.returncode:
         raise RuntimeError(f"the check of the recipe failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _parts(recipe: dict[str, Any]) -> list[Any]:
@@ -33,7 +34,7 @@ def _parts(recipe: dict[str, Any]) -> list[Any]:
         recipe["model"],
         recipe["loss"],
         recipe["engine"],
-        *(recipe["data"][key] for key in ("store", "patch", "batch")),
+        *(recipe["data"][key] for key in ("store", "patch", "batch", "made_for")),
     ]
     return [*parts, recipe["evaluation"]["mirror"], [stage["freeze"] for stage in recipe["stages"]]]
 
@@ -44,15 +45,19 @@ def main() -> int:
     from segfleet.pipeline.recipe import parse
     from segfleet.preprocess.stores.manifest import load_manifest
 
+    doubts: dict[str, None] = {}
     try:
         for recipe in map(parse, json.load(sys.stdin)):
-            parts.check_recipe(recipe, load_manifest(recipe.data.store))
+            manifest = load_manifest(recipe.data.store)
+            parts.check_recipe(recipe, manifest)
+            doubts |= dict.fromkeys(parts.doubts(recipe, manifest))
             loader.check_shares(recipe.data.batch, int(sys.argv[1]), recipe.engine.accumulate)
     except ValueError as error:
         if getattr(error, "exit_code", None) != 2:
             raise
         sys.stderr.write(f"{error}\n")
         return 2
+    sys.stdout.write(f"{json.dumps(list(doubts))}\n")
     return 0
 
 

@@ -24,7 +24,7 @@ from segfleet.pipeline.data import loader
 from segfleet.pipeline.data.sampler import PatchSampler
 from segfleet.pipeline.engines.base import Engine, Setup, build_engine
 from segfleet.pipeline.events import EventLog
-from segfleet.pipeline.parts import Objective, build_network, check_recipe, patch_of
+from segfleet.pipeline.parts import Objective, build_network, check_recipe, doubts, patch_of
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.scoring import scored
@@ -96,6 +96,8 @@ def train(this: Run) -> Path:
     after an agreed stop."""
     recipe, ranks, last = this.recipe, this.ranks, this.folders[-1].path
     check_recipe(recipe, this.store.manifest)
+    for sentence in doubts(recipe, this.store.manifest) if ranks.rank == 0 else ():
+        this.warn(sentence)
     loader.check_shares(recipe.data.batch, ranks.size, recipe.engine.accumulate)
     for index in ranks.share(missing(this) if ranks.rank == 0 else None):
         with locked(this, this.folders[index]):

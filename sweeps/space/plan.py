@@ -129,7 +129,7 @@ def make_plan(search: Search, runs: Path, build: bool = True) -> Plan:
         tree_trials += with_stores(search.trials(point, first=len(tree_trials)))
     tree_trials, warnings = within_budget(tree_trials, stores, search)
     if build:
-        check(tree_trials, stores)
+        warnings += check(tree_trials, stores)
     plan = Plan(
         search=search,
         runs=runs,
@@ -204,12 +204,13 @@ def within_budget(
     return kept, [cut] if len(kept) < len(trials) else []
 
 
-def check(trials: list[Trial], stores: Stores) -> None:
-    """Every network once against its data set; nothing is trained before all of them fit."""
+def check(trials: list[Trial], stores: Stores) -> list[str]:
+    """Every network once against its data set; nothing is trained before all of them fit. What is
+    legal and maybe not meant, a sentence each."""
     from segfleet.models.registry import ModelError
-    from segfleet.pipeline.parts import check_recipe
+    from segfleet.pipeline.parts import check_recipe, doubts
 
-    seen = set()
+    seen, doubtful = set(), {}
     for trial in trials:
         recipe = trial.recipe
         parts = [
@@ -218,6 +219,7 @@ def check(trials: list[Trial], stores: Stores) -> None:
             recipe.data.patch,
             recipe.data.store,
             recipe.data.fold,
+            recipe.data.made_for and recipe.data.made_for.model_dump(),
         ]
         key = json.dumps(
             [*parts, recipe.evaluation.mirror, [stage.freeze for stage in recipe.stages]]
@@ -228,6 +230,8 @@ def check(trials: list[Trial], stores: Stores) -> None:
                 check_recipe(recipe, stores(recipe))
             except (InputError, ModelError) as error:
                 raise InputError(f"sweep at {describe(trial.point)}: {error}") from None
+            doubtful |= dict.fromkeys(doubts(recipe, stores(recipe)))
+    return list(doubtful)
 
 
 def oddities(plan: Plan) -> list[str]:

@@ -221,7 +221,11 @@ def test_shipped_spaces_plan(tiny_store, tmp_path):
         tree = StageTree(made, lambda _, manifest=manifest: manifest)
         assert (len(tree.trials), tree.shared_epochs, tree.naive_epochs) == (trials, shared, naive)
     plan = make_plan(
-        load_search("rec_unet_two_stage", [f"data.store={tiny_store(dims=2)}"]), tmp_path
+        load_search(
+            "rec_unet_two_stage",
+            [f"data.store={tiny_store(dims=2)}", "data.patch=[32,32]", "data.made_for=null"],
+        ),
+        tmp_path,
     )
     assert plan.tree.naive_epochs / plan.tree.shared_epochs == 2.25 and not plan.warnings
 
