@@ -4,14 +4,19 @@ group exists."""
 from __future__ import annotations
 
 import datetime
+import json
 import os
-import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from segfleet.core.errors import InputError, explain
+from segfleet.pipeline.rendezvous import SealedStore, join, prove
+from segfleet.pipeline.stop import Interrupted
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -34,11 +39,11 @@ class Ranks:
         return flag
 
     def gather(self, thing: Any) -> list[Any]:
-        """Every rank's thing, in the order of ranks, on every rank. Small plain data."""
+        """Every rank's thing, in the order of ranks, on every rank: JSON, so tuples are lists."""
         return [thing]
 
     def share(self, thing: Any) -> Any:
-        """Rank 0's thing on every rank."""
+        """Rank 0's thing on every rank: JSON, as for `gather`."""
         return thing
 
     def barrier(self) -> None:
@@ -57,18 +62,22 @@ class ProcessRanks(Ranks):
         rank: int,
         size: int,
         local_rank: int,
-        store: dist.Store,
+        store: SealedStore,
         device: torch.device | None = None,
     ):
         self.rank, self.size, self.local_rank = rank, size, local_rank
         self.device = device or pick_device(local_rank)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        self.store = (
+            store  # torch calls its methods whenever a group is made, and keeps no reference
+        )
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         self.control = (
             dist.new_group(backend="gloo") if self.device.type == "cuda" else dist.group.WORLD
         )
+        prove(self.control, rank, size, store)
         self._flag = torch.zeros(1, dtype=torch.int32)
 
     def sum(self, value: Tensor) -> Tensor:
@@ -81,14 +90,26 @@ class ProcessRanks(Ranks):
         return bool(self._flag[0])
 
     def gather(self, thing: Any) -> list[Any]:
-        things: list[Any] = [None] * self.size
-        dist.all_gather_object(things, thing, group=self.control)
-        return things
+        return [json.loads(text) for text in self._all_texts(json.dumps(thing).encode())]
 
     def share(self, thing: Any) -> Any:
-        things = [thing]
-        dist.broadcast_object_list(things, src=0, group=self.control)
-        return things[0]
+        text = json.dumps(thing).encode() if self.rank == 0 else b""
+        count = torch.tensor([len(text)])
+        dist.broadcast(count, src=0, group=self.control)
+        body = _tensor(text, int(count))
+        dist.broadcast(body, src=0, group=self.control)
+        return json.loads(body.numpy().tobytes())
+
+    def _all_texts(self, text: bytes) -> list[bytes]:
+        """Of every rank: the lengths first, for a collective takes equal ones."""
+        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(counts, torch.tensor([len(text)]), group=self.control)
+        longest = max(map(int, counts))
+        bodies = [torch.empty(longest, dtype=torch.uint8) for _ in counts]
+        dist.all_gather(bodies, _tensor(text, longest), group=self.control)
+        return [
+            body.numpy()[: int(count)].tobytes() for body, count in zip(bodies, counts, strict=True)
+        ]
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
@@ -108,8 +129,7 @@ def join_ranks(rendezvous: Path) -> Ranks:
     """The ranks this process was started for: RANK, WORLD_SIZE and LOCAL_RANK say which; without
     them a single rank.
 
-    Rank 0 lets the kernel choose a port and publishes it in the file `rendezvous`; nobody derives
-    or guesses one.
+    Rank 0 lets the kernel choose a port and publishes it, with a token, in the file `rendezvous`.
     """
     if not all(name in os.environ for name in ENVIRONMENT):
         return Ranks()
@@ -117,26 +137,33 @@ def join_ranks(rendezvous: Path) -> Ranks:
     if size == 1:
         return Ranks(pick_device(local_rank))
     host = os.environ.get("SEGFLEET_MASTER_HOST", "127.0.0.1")
-    if rank == 0:
-        store = dist.TCPStore(
-            host, 0, size, is_master=True, timeout=TIMEOUT, wait_for_workers=False
-        )
-        partial = rendezvous.with_suffix(".partial")
-        partial.write_text(f"{host} {store.port}")
-        os.replace(partial, rendezvous)
-    else:
-        deadline = time.monotonic() + 300
-        while not rendezvous.exists():
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"rank {rank} waited 300 s for rank 0 to publish its address in {rendezvous}"
-                )
-            time.sleep(0.02)
-        host, port = rendezvous.read_text().split()
-        store = dist.TCPStore(
-            host, int(port), size, is_master=False, timeout=TIMEOUT, wait_for_workers=False
-        )
+    store = join(rendezvous, rank, size, host, TIMEOUT)
     return ProcessRanks(rank, size, local_rank, store)
+
+
+def _tensor(text: bytes, length: int) -> Tensor:
+    return torch.frombuffer(bytearray(text.ljust(max(1, length))), dtype=torch.uint8)[:length]
+
+
+def as_facts(error: BaseException | None) -> dict[str, Any] | None:
+    """An error as JSON, for the other ranks."""
+    if error is None:
+        return None
+    known = explain(error)
+    words = known[0] if known else "".join(traceback.format_exception(error))
+    kind = "FloatingPointError" if isinstance(error, FloatingPointError) else None
+    return {"message": str(error) if kind else words, "code": known and known[1], "kind": kind}
+
+
+def from_facts(facts: dict[str, Any] | None) -> Exception | None:
+    """What another rank failed with: the same to the user, and to whoever starts ranks."""
+    if facts is None:
+        return None
+    if facts["kind"]:
+        return FloatingPointError(facts["message"])
+    if facts["code"] == Interrupted.exit_code:
+        return Interrupted(facts["message"])
+    return (InputError if facts["code"] == 2 else RuntimeError)(facts["message"])
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

@@ -14,8 +14,7 @@ from segfleet.core.errors import InputError
 from segfleet.pipeline.inference.inputs import Input, claim, collect, is_made, note
 from segfleet.pipeline.inference.restore import restore
 from segfleet.pipeline.inference.sliding_window import Forward, sliding_window
-from segfleet.pipeline.ranks import Ranks
-from segfleet.pipeline.scoring.evaluate import portable
+from segfleet.pipeline.ranks import Ranks, as_facts, from_facts
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.case import Case, Geometry
 from segfleet.preprocess.files.images import ImageError, read_image
@@ -72,8 +71,8 @@ def predict_files(
     }
     window |= {"device": device, "keep_on": "cpu"}
     error = _caught(lambda: claim(out, found, made_by)) if ranks.rank == 0 else None
-    if error := ranks.share(error):
-        raise error
+    if facts := ranks.share(as_facts(error)):
+        raise error or from_facts(facts)
     share, answers = range(ranks.rank, len(found), ranks.size), {}
 
     def segment() -> None:
@@ -83,13 +82,13 @@ def predict_files(
                 progress(len(answers), len(share))
 
     error = _caught(segment)
-    gathered = ranks.gather((answers, portable(error)))
-    for failure in (error, *(elsewhere for _, elsewhere in gathered)):
+    gathered = ranks.gather((list(answers.items()), as_facts(error)))
+    for failure in (error, *(from_facts(elsewhere) for _, elsewhere in gathered)):
         if failure:
             raise failure
-    whole = dict(sorted(item for part, _ in gathered for item in part.items()))
+    whole = sorted((index, answer) for part, _ in gathered for index, answer in part)
     result = {
-        kind: [one for what, one in whole.values() if what == kind]
+        kind: [one for _, (what, one) in whole if what == kind]
         for kind in ("done", "kept", "failed")
     }
     return {"out": str(out), **result, "exit_code": 2 if result["failed"] else 0}

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ from torch import Tensor
 from segfleet.core.errors import InputError
 from segfleet.pipeline.inference.restore import restore
 from segfleet.pipeline.inference.sliding_window import Forward, sliding_window
-from segfleet.pipeline.ranks import Ranks
+from segfleet.pipeline.ranks import Ranks, as_facts, from_facts
 from segfleet.pipeline.scoring.metrics import score_case
 from segfleet.pipeline.scoring.summary import definitions, summarise
 from segfleet.pipeline.task import Task
@@ -122,12 +121,12 @@ def evaluate_cases(
                 progress(len(scored), len(share))
     except Exception as caught:
         error = caught
-    answers = ranks.gather((scored, portable(error)))
+    answers = ranks.gather((scored, as_facts(error)))
     if error:
         raise error
     for _, elsewhere in answers:
         if elsewhere:
-            raise elsewhere
+            raise from_facts(elsewhere)
     known = before | {entry["id"]: entry for part, _ in answers for entry in part}
     cases = [known[case_id] for case_id in ids]
     return {
@@ -211,12 +210,3 @@ def _entry(case: CaseEntry, scores: dict[str, Any]) -> dict[str, Any]:
         "mean_dice": mean,
         "scores": scores,
     }
-
-
-def portable(error: Exception | None) -> Exception | None:
-    """The error, or one with the same words if it cannot travel to another process."""
-    try:
-        pickle.loads(pickle.dumps(error))
-        return error
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,206 @@
+"""How ranks find each other, and nobody else gets in.
+
+Rank 0 opens a `TCPStore` on one address (loopback on one machine) and writes that address and a
+fresh token into a file that only its user may read. The store itself asks nobody for a name, so
+what is kept in it is sealed with the token: others can neither read nor forge it. Connections
+between ranks count only once both ends have shown that they know the token.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hmac
+import json
+import os
+import secrets
+import socket
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+PATIENCE = 300.0  # seconds until the address is there
+TAG = 32  # bytes of an HMAC-SHA256
+
+
+class NotOurs(RuntimeError):
+    """Something that does not know the token answered or was answered to."""
+
+
+class Seal:
+    """Encryption with authentication from the standard library alone: HMAC-SHA256 as the key
+    stream of a fresh nonce, then as the tag over name, nonce and text."""
+
+    def __init__(self, token: bytes):
+        self._hide = hmac.digest(token, b"hide", "sha256")
+        self._sign = hmac.digest(token, b"sign", "sha256")
+
+    def name(self, key: str) -> str:
+        return self.tag(b"name", key.encode()).hex()
+
+    def close(self, key: str, value: bytes) -> bytes:
+        nonce = secrets.token_bytes(16)
+        hidden = self._mixed(nonce, value)
+        return nonce + hidden + self.tag(b"value", key.encode(), nonce, hidden)
+
+    def open(self, key: str, sealed: bytes) -> bytes:
+        """Raises NotOurs."""
+        nonce, hidden, tag = sealed[:16], sealed[16:-TAG], sealed[-TAG:]
+        if not hmac.compare_digest(tag, self.tag(b"value", key.encode(), nonce, hidden)):
+            raise NotOurs(
+                "rendezvous: an entry was not written by a rank of this job: another user of this "
+                "machine or network interferes. Run the same command again, and tell whoever runs "
+                "the machine."
+            )
+        return self._mixed(nonce, hidden)
+
+    def tag(self, *parts: bytes) -> bytes:
+        told = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+        return hmac.digest(self._sign, told, "sha256")
+
+    def _mixed(self, nonce: bytes, text: bytes) -> bytes:
+        blocks = range(-(-len(text) // TAG))
+        stream = b"".join(
+            hmac.digest(self._hide, nonce + block.to_bytes(8, "big"), "sha256") for block in blocks
+        )
+        return bytes(a ^ b for a, b in zip(text, stream, strict=False))
+
+
+class SealedStore(dist.Store):
+    """A `dist.Store` whose keys and values only those read and write who have the token. Counters
+    stay plain: a server adds them up; who changes one can stop a job, not enter it."""
+
+    def __init__(self, inner: dist.Store, seal: Seal):
+        super().__init__()
+        self._inner, self._seal = inner, seal
+
+    def set(self, key: str, value: str | bytes) -> None:
+        text = value.encode() if isinstance(value, str) else bytes(value)
+        self._inner.set(self._seal.name(key), self._seal.close(key, text))
+
+    def get(self, key: str) -> bytes:
+        return self._seal.open(key, self._inner.get(self._seal.name(key)))
+
+    def add(self, key: str, amount: int) -> int:
+        return self._inner.add(self._seal.name(key), amount)
+
+    def check(self, keys: list[str]) -> bool:
+        return self._inner.check([self._seal.name(key) for key in keys])
+
+    def wait(self, keys: list[str], timeout: datetime.timedelta | None = None) -> None:
+        names = [self._seal.name(key) for key in keys]
+        if timeout is None:
+            self._inner.wait(names)
+        else:
+            self._inner.wait(names, timeout)
+
+    def delete_key(self, key: str) -> bool:
+        return self._inner.delete_key(self._seal.name(key))
+
+    def num_keys(self) -> int:
+        return self._inner.num_keys()
+
+    def set_timeout(self, timeout: datetime.timedelta) -> None:
+        self._inner.set_timeout(timeout)
+
+    def clone(self) -> SealedStore:
+        """The same over a connection of its own, for another thread."""
+        return SealedStore(self._inner.clone(), self._seal)
+
+
+def join(path: Path, rank: int, size: int, host: str, timeout: datetime.timedelta) -> SealedStore:
+    """The store of the job whose address is, or will be, in the file `path`. `host`: what rank 0
+    listens on. Raises TimeoutError, NotOurs."""
+    if rank == 0:
+        token = secrets.token_bytes(32)
+        listener = socket.create_server((host, 0), family=_family(host), backlog=4096)
+        address = listener.getsockname()[:2]
+        inner = dist.TCPStore(
+            address[0],
+            address[1],
+            size,
+            is_master=True,
+            timeout=timeout,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+        _publish(path, {"host": address[0], "port": address[1], "token": token.hex()})
+    else:
+        facts = _address(path, rank)
+        token = bytes.fromhex(facts["token"])
+        inner = dist.TCPStore(
+            facts["host"],
+            facts["port"],
+            size,
+            is_master=False,
+            timeout=timeout,
+            wait_for_workers=False,
+        )
+    use_interface_of(host)
+    return SealedStore(inner, Seal(token))
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+
+
+def _publish(path: Path, facts: dict) -> None:
+    """For this user alone, whatever the folder's mode."""
+    partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    number = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(number, "w", encoding="utf-8") as file:
+        file.write(json.dumps(facts))
+    os.replace(partial, path)
+
+
+def _address(path: Path, rank: int) -> dict:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            facts = os.lstat(path)
+            break
+        except FileNotFoundError:
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"rank {rank} waited {PATIENCE:.0f} s for rank 0 to publish its address in "
+                    f"{path}"
+                ) from None
+            time.sleep(0.02)
+    if facts.st_uid != os.getuid() or facts.st_mode & 0o077:
+        raise NotOurs(f"rendezvous: {path} is not this user's alone: somebody else put it there")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def use_interface_of(host: str) -> None:
+    """Let gloo listen on the interface of `host` alone, unless GLOO_SOCKET_IFNAME says which."""
+    import psutil
+
+    address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address == address for one in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def prove(group: dist.ProcessGroup | None, rank: int, size: int, store: SealedStore) -> None:
+    """Both ends of every connection of `group` show that they know the token. Raises NotOurs."""
+    if rank == 0:
+        store.set("nonce", secrets.token_bytes(16))
+    nonce, seal = store.get("nonce"), store._seal
+
+    def proofs(pairs: list[tuple[int, int]]) -> torch.Tensor:
+        tags = (seal.tag(b"proof", nonce, f"{one} to {other}".encode()) for one, other in pairs)
+        return torch.frombuffer(bytearray(b"".join(tags)), dtype=torch.uint8)
+
+    given = proofs([(rank, other) for other in range(size)])
+    expected = proofs([(other, rank) for other in range(size)])
+    found = torch.empty_like(expected)
+    dist.all_to_all_single(found, given, group=group)
+    wrong = (found != expected).view(size, TAG).any(1).nonzero().flatten().tolist()
+    if wrong:
+        raise NotOurs(
+            f"rendezvous: the connection of rank {rank} to rank {wrong[0]} leads to somebody else: "
+            "another user of this machine or network interferes. Run the same command again, and "
+            "tell whoever runs the machine."
+        )
