@@ -7,6 +7,8 @@ import datetime
 import json
 import os
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,20 @@ def from_facts(facts: dict[str, Any] | None) -> Exception | None:
     return (InputError if facts["code"] == 2 else RuntimeError)(facts["message"])
 
 
+_apart = False
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Within it a loss sees this rank's samples alone, for what ranks do at their own pace."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """Sum over all ranks, with gradients: for what a loss takes over the whole batch. One
     collective each in forward and backward.
@@ -173,7 +189,8 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     Every rank then has the loss of the whole batch. The engines average gradients over the ranks,
     which is right for it.
     """
-    return _Sum.apply(value) if dist.is_initialized() and dist.get_world_size() > 1 else value
+    together = not _apart and dist.is_initialized() and dist.get_world_size() > 1
+    return _Sum.apply(value) if together else value
 
 
 class _Sum(torch.autograd.Function):

@@ -177,7 +177,8 @@ class Stage(Section):
         0.0, description="lowest rate of the cosine and poly schedules"
     )
     patience: Annotated[int, Field(ge=0)] = Field(
-        0, description="end the stage after so many validations without a better Dice; 0: never"
+        0,
+        description="end the stage after so many validations without a better `evaluation.select`; 0: never",
     )
     inherit: Literal["weights", "weights+optimizer"] = Field(
         "weights", description="what is taken over from the stage before"
@@ -225,6 +226,11 @@ class Evaluation(Section):
     batch: Positive = Field(1, description="tiles per forward pass")
     weights: Literal["last", "best"] = Field(
         "last", description="checkpoint that is scored; best is chosen on the validation cases"
+    )
+    select: Literal["dice", "iou_pooled", "loss"] = Field(
+        "dice",
+        description="what the best checkpoint has: the highest mean Dice of cases, the highest IoU "
+        "of all voxels pooled at the stored size, or the lowest loss",
     )
 
 

@@ -113,19 +113,18 @@ def continue_from(trunk: Path, path: Path, steps: int) -> None:
     length alone. Does nothing the second time.
 
     Exact, because order, rate and randomness of a step depend on its number and not on the stage's
-    length. The best checkpoint so far comes
-    along: the longer stage may find none better.
+    length. The best checkpoints so far come along: the longer stage may find none better.
     """
     checkpoints = path / "checkpoints"
     done = json.loads((trunk / "done.json").read_text(encoding="utf-8"))
-    name, step = done["checkpoint"], done["best"].get("step")
-    best = f"step-{step:08d}" if step is not None else name
+    name = done["checkpoint"]
+    best = {f"step-{one['step']:08d}" for one in done["best"].values()} - {name}
     known = {found.name for found in checkpoints.glob("step-*")}
-    if known - ({best} - {name}):  # the best one comes first: alone, it was left by a kill
+    if known - best:  # the best ones come first: alone, they were left by a kill
         return
     checkpoints.mkdir(parents=True, exist_ok=True)
-    if best != name and not known:
-        os.replace(_copied(trunk / "checkpoints" / best, checkpoints), checkpoints / best)
+    for one in sorted(best - known):
+        os.replace(_copied(trunk / "checkpoints" / one, checkpoints), checkpoints / one)
     partial = _copied(trunk / "checkpoints" / name, checkpoints)
     events = [
         {**event, "steps": steps} if event["event"] == "stage_start" else event

@@ -24,6 +24,15 @@ from segfleet.pipeline.scoring.scored import optimism
 
 NAME = "report.html"
 
+POOLED = (  # what is read off one confusion matrix
+    ("dice", "Dice"),
+    ("iou", "IoU"),
+    ("mean_iou", "Mean IoU with background"),
+    ("accuracy", "Pixel accuracy"),
+    ("sensitivity", "Sensitivity"),
+    ("specificity", "Specificity"),
+    ("precision", "Precision"),
+)
 COLUMNS = (  # metric, heading, digits, signed
     ("dice", "Dice", 3, False),
     ("iou", "IoU", 3, False),
@@ -31,6 +40,8 @@ COLUMNS = (  # metric, heading, digits, signed
     ("hd95_max", "HD95 max (mm)", 2, False),
     ("sensitivity", "Sensitivity", 3, False),
     ("precision", "Precision", 3, False),
+    ("specificity", "Specificity", 3, False),
+    ("accuracy", "Pixel accuracy", 3, False),
     ("volume_error", "Volume error", 3, True),
     ("volume_error_ml", "Volume error (ml)", 2, True),
 )
@@ -211,6 +222,7 @@ def _curves(stages: list[dict[str, Any]]) -> str:
     charts = [
         curve("Training loss", of("step", "loss"), marks),
         curve("Validation Dice", of("validation", "dice"), marks, dots=True),
+        curve("Validation loss", of("validation", "loss"), marks, dots=True),
         curve("Learning rate", of("step", "lr"), marks),
     ]
     return f'<div class="charts">{"".join(charts)}</div>'
@@ -317,7 +329,7 @@ def _counts(structures: dict[str, Any]) -> str:
 
 def _variants(document: dict[str, Any]) -> str:
     summary = document["summary"]
-    names = list(summary["variants"])
+    names = [name for name, value in summary["variants"].items() if value is not None]
     head = _head("Dice", names)
     rows = [
         "<tr><th "
@@ -330,7 +342,21 @@ def _variants(document: dict[str, Any]) -> str:
             f"structures</th>{''.join(cell(summary['variants'][name]) for name in names)}</tr>"
         )
     text = "Papers differ in what they call Dice; compare numbers of one column only. The columns are defined at the end."
-    return table(head, rows, text, "Dice under other conventions")
+    return table(head, rows, text, "Dice under other conventions") + _pooled(document)
+
+
+def _pooled(document: dict[str, Any]) -> str:
+    """What papers of 2D data sets print: everything that one confusion matrix holds."""
+    head = _head("Structure", ["counted over", *(name for _, name in POOLED)])
+    rows = [
+        f"<tr><th scope=row>{e(structure)}</th><td>{e(way)}</td>"
+        f"{''.join(cell(found[key]) if key in found else '<td></td>' for key, _ in POOLED)}</tr>"
+        for structure, scores in document["summary"]["structures"].items()
+        for way, found in scores.get("pooled", {}).items()
+        if found
+    ]
+    text = "One confusion matrix over many images, as most 2D papers count."
+    return table(head, rows, text, "Pooled scores") if rows else ""
 
 
 def _overlays(run: Path) -> str:

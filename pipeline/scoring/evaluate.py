@@ -18,15 +18,16 @@ from torch import Tensor
 from segfleet.core.errors import InputError
 from segfleet.pipeline.inference.restore import restore
 from segfleet.pipeline.inference.sliding_window import Forward, sliding_window
-from segfleet.pipeline.ranks import Ranks, as_facts, from_facts
-from segfleet.pipeline.scoring.metrics import score_case
+from segfleet.pipeline.ranks import Ranks, apart, as_facts, from_facts
+from segfleet.pipeline.scoring.metrics import confusion, score_case
+from segfleet.pipeline.scoring.scored import VERSION
 from segfleet.pipeline.scoring.summary import definitions, summarise
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.stores.base import ShardStore
 from segfleet.preprocess.stores.manifest import CaseEntry
 from segfleet.preprocess.transforms.case_transforms import resample_axis
 
-VERSION = 1
+Objective = Callable[[Tensor, Tensor], Tensor]  # (logits, label) -> scalar
 
 
 class Kept:
@@ -73,6 +74,8 @@ def evaluate_cases(
     ranks: Ranks | None = None,
     progress: Callable[[int, int], None] | None = None,
     kept: Kept | None = None,
+    pool: int | None = None,
+    objective: Objective | None = None,
 ) -> dict[str, Any]:
     """Score `forward` ((B, C, *S) -> probabilities (B, K, *S)) on the cases: {"cases": [...],
     "summary": {...}, "definitions": {...}}.
@@ -81,7 +84,9 @@ def evaluate_cases(
     ranks. `patch` and `mirror_axes` are in (z, y, x); a patch of one slice means a 2D network,
     unless `dims` says otherwise. `progress(done, total)` counts this rank's cases.
     `distances=False` leaves out hd95, for validation while training. Cases that `kept` has are not
-    scored again. The document is strict JSON: what is not defined is null. If a rank fails, its
+    scored again. `pool`: cases of a batch, for the variants that pool batches. With `objective`,
+    `forward` gives probabilities and then logits (B, 2K, *S), and every case gets a "loss": the
+    objective over the whole case on the stored grid. The document is strict JSON: what is not defined is null. If a rank fails, its
     error is raised on all ranks.
     """
     ranks, ids = ranks or Ranks(), list(case_ids)
@@ -95,11 +100,10 @@ def evaluate_cases(
         for case_id in share:
             case = store.manifest.case(case_id)
             truth = truth_of(store, case)
-            label = predict_case(
+            found = case_probabilities(
                 forward,
                 store,
                 case,
-                task,
                 patch=patch,
                 overlap=overlap,
                 mirror_axes=mirror_axes,
@@ -107,14 +111,18 @@ def evaluate_cases(
                 dims=dims,
                 device=device,
             )
-            scored.append(
-                _entry(
-                    case,
-                    score_case(
-                        label, truth, spacing=case.raw_spacing, task=task, distances=distances
-                    ),
-                )
+            lost: dict[str, float] = {}
+            if objective is not None:
+                found, logits = found.chunk(2)
+                lost = {"loss": case_loss(objective, logits, store.label(case), flat=patch[0] == 1)}
+            label = raw_label(found, store, case, task)
+            scores = score_case(
+                label, truth, spacing=case.raw_spacing, task=task, distances=distances
             )
+            at_stored_size = confusion(task.labels(found).numpy(), store.label(case), task)
+            for name, counts in at_stored_size.items():
+                scores[name]["stored_counts"] = list(counts)
+            scored.append(_entry(case, scores) | lost)
             if kept:
                 kept.keep(scored[-1])
             if progress:
@@ -138,10 +146,11 @@ def evaluate_cases(
             "overlap": overlap,
             "mirror_axes": list(mirror_axes),
             "distances": distances,
+            "pool": pool,
         },
         "structures": list(task.names),
         "cases": cases,
-        "summary": summarise(cases, task.names),
+        "summary": summarise(cases, task.names, pool),
         "definitions": definitions(),
     }
 
@@ -181,9 +190,26 @@ def predict_case(
     forward: Forward, store: ShardStore, case: CaseEntry, task: Task, **window: Any
 ) -> np.ndarray:
     """(Z, Y, X) uint8 label on the raw grid; `window`: as for `case_probabilities`."""
-    found = case_probabilities(forward, store, case, **window)
+    return raw_label(case_probabilities(forward, store, case, **window), store, case, task)
+
+
+def raw_label(found_KZYX: Tensor, store: ShardStore, case: CaseEntry, task: Task) -> np.ndarray:
+    """(Z, Y, X) uint8 label on the raw grid from probabilities on the stored one."""
     axis = resample_axis(case.raw_spacing, store.manifest.plan)
-    return restore(found, task, crop=case.crop, raw_shape=case.raw_shape, anisotropic_axis=axis)
+    return restore(
+        found_KZYX, task, crop=case.crop, raw_shape=case.raw_shape, anisotropic_axis=axis
+    )
+
+
+def case_loss(
+    objective: Objective, logits_KZYX: Tensor, label_ZYX: np.ndarray, *, flat: bool
+) -> float:
+    """The objective over a whole case; the slices of a 2D network are a batch."""
+    label = torch.from_numpy(np.ascontiguousarray(label_ZYX))
+    with torch.no_grad(), apart():
+        if flat:
+            return float(objective(logits_KZYX.movedim(1, 0), label))
+        return float(objective(logits_KZYX[None], label[None]))
 
 
 def truth_of(store: ShardStore, case: CaseEntry) -> np.ndarray:

@@ -29,6 +29,11 @@ METRICS: dict[str, str] = {
     "empty.",
     "precision": "TP / (TP + FP) over the voxels of one whole case; missing when the prediction "
     "is empty.",
+    "specificity": "TN / (TN + FP) over the voxels of one whole case; missing when the structure "
+    "fills the case.",
+    "accuracy": "(TP + TN) / all voxels of one whole case (pixel accuracy): mostly background.",
+    "mean_iou": "Mean of the IoU of the structure and of all that is not the structure, over the "
+    "voxels of one whole case (mean IoU with background); an empty union counts 1.",
     "hd95": "95th percentile in mm of the distances from each surface voxel to the other surface, "
     "both directions pooled (medpy's "
     "convention); missing when truth or prediction is empty.",
@@ -71,34 +76,39 @@ def score_case(
         truth_ZYX.dtype,
     )
     ignored = truth_ZYX == task.ignore_label if task.ignore_label is not None else None
+    counted = truth_ZYX.size - (int(np.count_nonzero(ignored)) if ignored is not None else 0)
     return {
         name: score_structure(
             masks(prediction_ZYX, group, ignored),
             masks(truth_ZYX, group, ignored),
             spacing=spacing,
             distances=distances,
+            counted=counted,
         )
         for name, group in zip(task.names, task.members, strict=True)
     }
 
 
 def score_structure(
-    prediction: np.ndarray, truth: np.ndarray, *, spacing: Sequence[float], distances: bool = True
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    *,
+    spacing: Sequence[float],
+    distances: bool = True,
+    counted: int | None = None,
 ) -> Scores:
     """Scores of one structure from two bool masks (Z, Y, X); see METRICS. Counts of voxels come
-    along for the pooled variants."""
+    along for the pooled variants. `counted`: voxels that count at all; None: all of them."""
     per_slice = tuple(
         mask.sum(axis=(1, 2), dtype=np.int64) for mask in (prediction & truth, prediction, truth)
     )
     tp, predicted, true = (int(counts.sum()) for counts in per_slice)
     fp, fn = predicted - tp, true - tp
+    tn = (truth.size if counted is None else counted) - tp - fp - fn
     slice_dice, slices = _slice_dice(*per_slice)
     pooled, larger = surface_percentiles(prediction, truth, spacing) if distances else (None, None)
     return {
-        "dice": ratio(2 * tp, predicted + true),
-        "iou": ratio(tp, tp + fp + fn),
-        "sensitivity": ratio(tp, true),
-        "precision": ratio(tp, predicted),
+        **overlap(tp, fp, fn, tn),
         "hd95": pooled,
         "hd95_max": larger,
         "volume_error": ratio(predicted - true, true),
@@ -106,11 +116,42 @@ def score_structure(
         "tp": tp,
         "fp": fp,
         "fn": fn,
+        "tn": tn,
         "truth_voxels": true,
         "predicted_voxels": predicted,
         "slice_dice_sum": slice_dice,
         "slices": slices,
     }
+
+
+def overlap(tp: int, fp: int, fn: int, tn: int) -> Scores:
+    """All that follows from one confusion matrix; see METRICS."""
+    iou, rest = ratio(tp, tp + fp + fn), ratio(tn, tn + fp + fn)
+    return {
+        "dice": ratio(2 * tp, 2 * tp + fp + fn),
+        "iou": iou,
+        "sensitivity": ratio(tp, tp + fn),
+        "precision": ratio(tp, tp + fp),
+        "specificity": ratio(tn, tn + fp),
+        "accuracy": ratio(tp + tn, tp + fp + fn + tn),
+        "mean_iou": ((1.0 if iou is None else iou) + (1.0 if rest is None else rest)) / 2,
+    }
+
+
+def confusion(
+    prediction_ZYX: np.ndarray, truth_ZYX: np.ndarray, task: Task
+) -> dict[str, tuple[int, int, int, int]]:
+    """(TP, FP, FN, TN) per structure of two uint8 label maps of one shape; ignored voxels count
+    nowhere."""
+    ignored = truth_ZYX == task.ignore_label if task.ignore_label is not None else None
+    counted = truth_ZYX.size - (int(np.count_nonzero(ignored)) if ignored is not None else 0)
+    found = {}
+    for name, group in zip(task.names, task.members, strict=True):
+        predicted, true = (masks(x, group, ignored) for x in (prediction_ZYX, truth_ZYX))
+        tp = int(np.count_nonzero(predicted & true))
+        fp, fn = int(np.count_nonzero(predicted)) - tp, int(np.count_nonzero(true)) - tp
+        found[name] = (tp, fp, fn, counted - tp - fp - fn)
+    return found
 
 
 def ratio(part: float, whole: float) -> float | None:

@@ -19,7 +19,7 @@ from segfleet.models import registry
 from segfleet.pipeline import checkpoint
 from segfleet.pipeline.engines.base import Engine, autocast
 from segfleet.pipeline.engines.common import load_weights
-from segfleet.pipeline.parts import build_network, patch_of
+from segfleet.pipeline.parts import Objective, build_network, patch_of
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.reports.overlays import save_overlays
@@ -41,10 +41,10 @@ CASES = "scored"  # a folder of the cases that are scored already, while it last
 
 
 def forward_of(
-    model: nn.Module, task: Task, recipe: Recipe, device: torch.device
+    model: nn.Module, task: Task, recipe: Recipe, device: torch.device, *, logits: bool = False
 ) -> Callable[[Tensor], Tensor]:
     """`forward(image) -> probabilities`, with the recipe's precision and memory format, without
-    gradients."""
+    gradients. With `logits`, (B, 2K, *S): the logits follow the probabilities."""
 
     @torch.no_grad()
     def forward(image: Tensor) -> Tensor:
@@ -54,8 +54,10 @@ def forward_of(
                 memory_format=torch.channels_last if image.ndim == 4 else torch.channels_last_3d
             )
         with autocast(recipe.engine.precision, device):
-            logits = model(image)
-        return task.probabilities(logits[0] if isinstance(logits, list | tuple) else logits)
+            found = model(image)
+        found = found[0] if isinstance(found, list | tuple) else found
+        probabilities = task.probabilities(found)
+        return torch.cat([probabilities, found.float()], 1) if logits else probabilities
 
     return forward
 
@@ -96,27 +98,33 @@ class Scorer:
     stop: StopRequest
 
     def validate(self, engine: Engine) -> dict[str, Any]:
-        """Scores while training: {"dice": mean over structures and cases, "dice_<structure>": ...};
-        the same on every rank. Raises Interrupted on every rank when one is asked to stop."""
+        """Scores while training: {"dice": mean over structures and cases, "dice_<structure>": ...,
+        "iou_pooled": of all voxels at the stored size, mean over structures, "loss": mean over
+        cases}; the same on every rank. Raises Interrupted on every rank when one is asked to stop."""
         task = make_task(self.store.manifest.dataset, self.recipe.model.head)
         with engine.evaluation() as model:
             ids = self._ids()[: self.recipe.evaluation.cases]
-            forward = forward_of(model, task, self.recipe, self.ranks.device)
+            forward = forward_of(model, task, self.recipe, self.ranks.device, logits=True)
             document = evaluate_cases(
                 forward,
                 self.store,
                 ids,
                 task,
                 distances=False,
+                objective=Objective(self.recipe, task),
                 ranks=self.ranks,
                 progress=self._hear,
                 **self._window(),
             )
-        structures = {
-            f"dice_{name}": scores["dice"]["mean"]
-            for name, scores in document["summary"]["structures"].items()
+        structures = document["summary"]["structures"]
+        pooled = [s["pooled"]["pooled_at_stored_size"].get("iou") for s in structures.values()]
+        known = [iou for iou in pooled if iou is not None]
+        return {
+            "dice": document["summary"]["mean_foreground_dice"],
+            **{f"dice_{name}": scores["dice"]["mean"] for name, scores in structures.items()},
+            "iou_pooled": sum(known) / len(known) if known else None,
+            "loss": sum(case["loss"] for case in document["cases"]) / len(document["cases"]),
         }
-        return {"dice": document["summary"]["mean_foreground_dice"], **structures}
 
     def score(self, folders: list[StageFolder], again: bool = False) -> None:
         """Write evaluation.json, overlays and report of a finished run, unless exactly this score
@@ -144,6 +152,7 @@ class Scorer:
             ranks=self.ranks,
             progress=tell,
             kept=kept,
+            pool=self.recipe.data.batch,
             **self._window(),
         )
         if self.ranks.rank == 0:
@@ -173,9 +182,11 @@ class Scorer:
         self.ranks.barrier()
 
     def _selected(self, folder: StageFolder, name: str) -> bool:
-        """Whether the checkpoint that is scored was chosen for its Dice on some of the cases that
+        """Whether the checkpoint that is scored was chosen for its score on some of the cases that
         are scored."""
-        if self.recipe.evaluation.weights != "best" or not folder.done()["best"]:
+        if self.recipe.evaluation.weights != "best" or not folder.done()["best"].get(
+            self.recipe.evaluation.select
+        ):
             return False
         # maybe of another split
         made_by = json.loads(

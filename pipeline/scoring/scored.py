@@ -20,6 +20,7 @@ from segfleet.pipeline.run import StageFolder
 from segfleet.preprocess.stores.manifest import Manifest
 
 EVALUATION = "evaluation.json"
+VERSION = 2  # of what an evaluation.json holds; one of another version is made anew
 
 
 def scored_ids(recipe: Recipe, manifest: Manifest) -> list[str]:
@@ -28,9 +29,11 @@ def scored_ids(recipe: Recipe, manifest: Manifest) -> list[str]:
 
 
 def chosen_step(recipe: Recipe, done: dict[str, Any]) -> int:
-    """Step of the checkpoint a finished run is judged by: the last, or the best on validation if
-    the recipe says so and there is one."""
-    best = done.get("best") if recipe.evaluation.weights == "best" else None
+    """Step of the checkpoint a finished run is judged by: the last, or the best on validation by
+    `evaluation.select` if the recipe says so and there is one."""
+    best = None
+    if recipe.evaluation.weights == "best":
+        best = done.get("best", {}).get(recipe.evaluation.select)
     return best["step"] if best else int(done["checkpoint"].rpartition("-")[2])
 
 
@@ -39,11 +42,14 @@ def score_facts(recipe: Recipe, manifest: Manifest, done: dict[str, Any]) -> dic
     done.json. Plain JSON."""
     options = recipe.evaluation
     return {
+        "version": VERSION,
+        "pool": recipe.data.batch,
         "store": manifest.id,
         "split": recipe.data.split,
         "fold": recipe.data.fold,
         "cases": _digest(tuple(scored_ids(recipe, manifest))),
         "weights": options.weights,
+        "select": options.select if options.weights == "best" else None,
         "step": chosen_step(recipe, done),
         "overlap": options.overlap,
         "mirror": sorted(options.mirror),
@@ -92,7 +98,7 @@ def optimism(document: dict[str, Any]) -> list[str]:
         )
     if document.get("selected_on_these_cases"):
         found.append(
-            "The checkpoint was chosen by its Dice on the very cases that are scored here: the "
+            "The checkpoint was chosen by its score on the very cases that are scored here: the "
             "scores are optimistic."
         )
     return found

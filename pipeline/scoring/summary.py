@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from segfleet.pipeline.scoring.metrics import METRICS, ratio
+from segfleet.pipeline.scoring.metrics import METRICS, overlap, ratio
 
 RESAMPLES, SEED = 2000, 12345
 
@@ -29,6 +29,13 @@ SUMMARY: dict[str, str] = {
 VARIANTS: dict[str, str] = {
     "pooled": "One confusion matrix over all voxels of the set: large structures weigh more "
     "(MALUNet, EGE-UNet convention).",
+    "pooled_at_stored_size": "As pooled, but on the stored grid: images resized to one size weigh "
+    "the same (ASC-Seg, VM-UNet: 256 x 256).",
+    "pooled_per_batch": "On the stored grid, IoU pooled over each batch of `data.batch` cases in "
+    "the order of their ids, Dice = 2 IoU / (1 + IoU), mean weighted by the batches' sizes (UNeXt, "
+    "U-KAN, NLIE-UNet).",
+    "pooled_per_batch_unweighted": "On the stored grid, Dice pooled over each batch, plain mean "
+    "over the batches, a short last one included (U-NetLite).",
     "per_image": "Mean over cases with empty/empty = 1 and empty/non-empty = 0 (PraNet family "
     "convention).",
     "per_volume": "Mean over cases, empty/empty excluded, empty/non-empty = 0 (LiTS convention): "
@@ -40,21 +47,28 @@ VARIANTS: dict[str, str] = {
 }
 
 
+# What papers read off one confusion matrix over many images.
+POOL_METRICS = ("dice", "iou", "accuracy", "specificity", "sensitivity", "precision", "mean_iou")
+BATCH_SMOOTH = 1e-5  # of the batch-pooled IoU and Dice, as UNeXt's code has it
+
+
 def definitions() -> dict[str, str]:
     """One sentence for every name that an evaluation document uses."""
     return {**METRICS, **SUMMARY, **{f"variant {name}": text for name, text in VARIANTS.items()}}
 
 
-def summarise(cases: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+def summarise(
+    cases: Sequence[dict[str, Any]], names: Sequence[str], pool: int | None = None
+) -> dict[str, Any]:
     """`cases`: [{"id", "group", "scores": {structure: Scores}}] -> the summary of the set;
-    JSON-able, missing numbers are None."""
+    JSON-able, missing numbers are None. `pool`: cases of a batch, for the batch-pooled variants."""
     patients = sorted({case["group"] for case in cases})
     owner = np.array([patients.index(case["group"]) for case in cases], dtype=np.int64)
     draws = bootstrap_weights(len(patients))
     structures, resampled = {}, []
     for name in names:
         scores = [case["scores"][name] for case in cases]
-        structures[name], dice_draws = _structure(scores, owner, draws)
+        structures[name], dice_draws = _structure(scores, owner, draws, pool)
         resampled.append(dice_draws)
     means = [s["dice"]["mean"] for s in structures.values() if s["dice"]["mean"] is not None]
     variants = {v: _mean([s["variants"][v] for s in structures.values()]) for v in VARIANTS}
@@ -81,7 +95,7 @@ def bootstrap_weights(patients: int) -> np.ndarray | None:
 
 
 def _structure(
-    scores: list[dict], owner: np.ndarray, draws: np.ndarray | None
+    scores: list[dict], owner: np.ndarray, draws: np.ndarray | None, pool: int | None
 ) -> tuple[dict[str, Any], np.ndarray]:
     empty_truth = [s["truth_voxels"] == 0 for s in scores]
     empty_prediction = [s["predicted_voxels"] == 0 for s in scores]
@@ -99,7 +113,8 @@ def _structure(
         "excluded": sum(t and p for t, p in zip(empty_truth, empty_prediction, strict=True)),
         "hd95_missing": sum(t != p for t, p in zip(empty_truth, empty_prediction, strict=True)),
     }
-    result["variants"] = _variants(scores, owner)
+    result["variants"] = _variants(scores, owner, pool)
+    result["pooled"] = _pooled(scores, pool)
     return result, dice_draws
 
 
@@ -140,12 +155,66 @@ def _nanmean(rows: np.ndarray) -> np.ndarray:
     )
 
 
-def _variants(scores: list[dict], owner: np.ndarray) -> dict[str, float | None]:
-    counts = np.array([[s["tp"], s["fp"], s["fn"]] for s in scores], dtype=np.int64).reshape(-1, 3)
+def _counts(scores: list[dict]) -> tuple[np.ndarray, np.ndarray | None]:
+    """(cases, 4) TP, FP, FN, TN on the raw and on the stored grid; None where the latter is not
+    known."""
+    raw = [[s["tp"], s["fp"], s["fn"], s["tn"]] for s in scores]
+    stored = [s.get("stored_counts") for s in scores]
+    known = all(counts is not None for counts in stored)
+    return (
+        np.array(raw, dtype=np.int64).reshape(-1, 4),
+        np.array(stored, dtype=np.int64).reshape(-1, 4) if known else None,
+    )
+
+
+def _pooled(scores: list[dict], pool: int | None) -> dict[str, dict[str, float | None]]:
+    """What papers read off one confusion matrix, per way of pooling; {} per way that is not
+    known."""
+    raw, stored = _counts(scores)
+    found: dict[str, dict[str, float | None]] = {}
+    found["pooled"] = _matrix(raw)
+    found["pooled_at_stored_size"] = {} if stored is None else _matrix(stored)
+    found["pooled_per_batch"] = {}
+    if stored is not None and pool and len(stored):
+        iou, sizes = _batch_iou(stored, pool), _batch_sizes(len(stored), pool)
+        found["pooled_per_batch"] = {
+            "iou": float(np.average(iou, weights=sizes)),
+            "dice": float(np.average(2 * iou / (1 + iou), weights=sizes)),
+        }
+    return found
+
+
+def _matrix(counts: np.ndarray) -> dict[str, float | None]:
+    tp, fp, fn, tn = (int(n) for n in counts.sum(0))
+    every = overlap(tp, fp, fn, tn)
+    return {metric: every[metric] for metric in POOL_METRICS}
+
+
+def _batch_sizes(cases: int, pool: int) -> np.ndarray:
+    return np.diff([*range(0, cases, pool), cases])
+
+
+def _batch_iou(counts: np.ndarray, pool: int) -> np.ndarray:
+    """(batches,) IoU of each batch's pixels; an empty union counts 1."""
+    tp, fp, fn, _ = np.add.reduceat(counts, range(0, len(counts), pool)).T
+    return (tp + BATCH_SMOOTH) / (tp + fp + fn + BATCH_SMOOTH)
+
+
+def _variants(scores: list[dict], owner: np.ndarray, pool: int | None) -> dict[str, float | None]:
+    raw, stored = _counts(scores)
+    counts, batches = raw[:, :3], None
+    if stored is not None and pool and len(stored):
+        iou = _batch_iou(stored, pool)
+        batches = 2 * iou / (1 + iou)
     of_patients = [counts[owner == patient].sum(0) for patient in np.unique(owner)]
     dice = [s["dice"] for s in scores]
     return {
         "pooled": _dice(*counts.sum(0)),
+        "pooled_at_stored_size": None if stored is None else _dice(*stored[:, :3].sum(0)),
+        "pooled_per_batch": None
+        if batches is None
+        else float(np.average(batches, weights=_batch_sizes(len(stored), pool))),
+        "pooled_per_batch_unweighted": None if batches is None else float(batches.mean()),
         "per_image": _mean([1.0 if d is None else d for d in dice]),
         "per_volume": _mean(dice),
         "per_patient": _mean([_dice(*c) for c in of_patients]),

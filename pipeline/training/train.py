@@ -6,6 +6,7 @@ from __future__ import annotations
 import faulthandler
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -38,7 +39,9 @@ from segfleet.preprocess.stores.base import ShardStore
 LOG_EVERY = 10  # steps between fetches of the losses: between them nothing waits for the device
 PATIENCE = 20  # non-finite steps in a row before a run gives up
 LOOK = 1.0  # seconds between looks at a lock that is waited for
-KEEP = 2  # newest checkpoints kept besides the best one
+KEEP = 2  # newest checkpoints kept besides the best ones
+# what the best checkpoint may have, each kept: 1 the highest, -1 the lowest
+MEASURES = {"dice": 1, "iou_pooled": 1, "loss": -1}
 
 # scores while training: {"dice": ..., ...}, the same on every rank
 Validate = Callable[[Engine], dict[str, Any]]
@@ -57,8 +60,9 @@ class Progress:
     skipped: int = 0  # steps with a non-finite gradient; they changed nothing
     skipped_in_a_row: int = 0
     validated: int = 0  # step of the last validation
-    best: dict[str, Any] = field(default_factory=dict)  # {"dice", "step"} of the best validation
-    stale: int = 0  # validations since the best one
+    # measure of a validation -> {"value", "step"} of the best one so far
+    best: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stale: int = 0  # validations since the best one by `evaluation.select`
 
     def state(self, recipe: Recipe, index: int) -> dict[str, Any]:
         facts = {
@@ -70,9 +74,7 @@ class Progress:
 
     @classmethod
     def of(cls, saved: checkpoint.Checkpoint) -> Progress:
-        found = cls(**saved.state["progress"])
-        found.best = found.best if found.best.get("dice") is not None else {}
-        return found
+        return cls(**saved.state["progress"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +290,7 @@ def train_stage(this: Run, index: int) -> None:
                 ended
                 or stopping
                 or progress.step % recipe.save_every == 0
-                or progress.best.get("step") == progress.step
+                or progress.step in best_steps(progress)
             )
             if due and progress.step > saved:
                 save(engine, saver, progress, recipe, index, ranks)
@@ -346,12 +348,18 @@ def validate(
 ) -> None:
     """Score the network as it stands and remember whether it is the best so far."""
     scores = this.validate(engine)
-    progress.validated, dice = progress.step, scores["dice"]
-    if dice is not None and dice > progress.best.get("dice", -1.0):
-        progress.best, progress.stale = {"dice": dice, "step": progress.step}, 0
-    elif dice is not None:
-        # None: no structure in truth or prediction, which says neither better nor worse
-        progress.stale += 1
+    progress.validated = progress.step
+    for measure, sign in MEASURES.items():
+        # not defined or not finite: it says neither better nor worse
+        value = scores.get(measure)
+        if value is None or not math.isfinite(value):
+            continue
+        known = progress.best.get(measure)
+        better = known is None or sign * value > sign * known["value"]
+        if better:
+            progress.best[measure] = {"value": value, "step": progress.step}
+        if measure == this.recipe.evaluation.select:
+            progress.stale = 0 if better else progress.stale + 1
     if log:
         log.write("validation", step=progress.step, epoch=epoch, **scores)
 
@@ -408,7 +416,11 @@ def save(
 
 
 def protected(progress: Progress) -> set[str]:
-    return {checkpoint.folder_name(progress.best["step"])} if progress.best else set()
+    return {checkpoint.folder_name(step) for step in best_steps(progress)}
+
+
+def best_steps(progress: Progress) -> set[int]:
+    return {best["step"] for best in progress.best.values()}
 
 
 def step_seed(*place: int) -> int:

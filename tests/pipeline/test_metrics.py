@@ -10,6 +10,7 @@ import pytest
 
 from segfleet.pipeline.scoring.metrics import (
     METRICS,
+    confusion,
     score_case,
     score_structure,
     surface_distances,
@@ -209,6 +210,59 @@ def test_named_variants_by_hand():
     assert variants["per_slice"] == pytest.approx((1 + 0.5 + 0 + 0 + 1) / 5)
 
 
+def with_stored(prediction, truth, name):
+    """A case whose stored grid is the raw one."""
+    found = case(name, prediction, truth)
+    counts = confusion(np.array(prediction, np.uint8), np.array(truth, np.uint8), ONE)
+    found["scores"]["lesion"]["stored_counts"] = list(counts["lesion"])
+    return found
+
+
+def test_accuracy_specificity_and_mean_iou_against_scikit_learn_s_definitions():
+    """3 TP, 2 FP, 4 FN, 11 TN of 20 pixels; the ignored pixels of the second case count nowhere."""
+    prediction = np.array([1] * 5 + [0] * 15, np.uint8).reshape(1, 4, 5)
+    truth = np.array([1] * 3 + [0] * 2 + [1] * 4 + [0] * 11, np.uint8).reshape(1, 4, 5)
+    found = score_structure(prediction == 1, truth == 1, spacing=SPACING)
+    assert (found["tp"], found["fp"], found["fn"], found["tn"]) == (3, 2, 4, 11)
+    assert found["accuracy"] == pytest.approx(14 / 20)
+    assert found["specificity"] == pytest.approx(11 / 13)
+    assert found["mean_iou"] == pytest.approx((3 / 9 + 11 / 17) / 2)
+    task = Task(head="sigmoid", names=("lesion",), members=((1,),), values=(1,), ignore_label=2)
+    truth[0, 3, 2:] = 2  # three of the true negatives
+    assert confusion(prediction, truth, task) == {"lesion": (3, 2, 4, 8)}
+    ignoring = score_case(prediction, truth, spacing=SPACING, task=task)["lesion"]
+    assert ignoring["tn"] == 8 and ignoring["accuracy"] == pytest.approx(11 / 17)
+
+
+def test_pooling_at_the_stored_size_and_over_batches_by_hand():
+    """Three images of 4 pixels in batches of two: {tp 2, fp 1, fn 1}, {tp 0, fp 1, fn 1}, {tp 2}."""
+    images = [
+        ([[[1, 1, 1, 0]]], [[[1, 1, 0, 1]]]),
+        ([[[1, 0, 0, 0]]], [[[0, 1, 0, 0]]]),
+        ([[[1, 1, 0, 0]]], [[[1, 1, 0, 0]]]),
+    ]
+    cases = [with_stored(*pair, name) for pair, name in zip(images, "abc", strict=True)]
+    # as if the first had been ten times as large before it was resized
+    for key in ("tp", "fp", "fn", "tn"):
+        cases[0]["scores"]["lesion"][key] *= 10
+    lesion = summarise(cases, ["lesion"], pool=2)["structures"]["lesion"]
+    variants, pooled = lesion["variants"], lesion["pooled"]
+    assert variants["pooled"] == pytest.approx(2 * 22 / (2 * 22 + 11 + 11))
+    assert variants["pooled_at_stored_size"] == pytest.approx(2 * 4 / (2 * 4 + 2 + 2))
+    first, second = 2 / 6, 1.0  # IoU of the batches of two and of one
+    dice = [2 * iou / (1 + iou) for iou in (first, second)]
+    assert variants["pooled_per_batch"] == pytest.approx((2 * dice[0] + dice[1]) / 3, abs=1e-5)
+    assert variants["pooled_per_batch_unweighted"] == pytest.approx(sum(dice) / 2, abs=1e-5)
+    assert pooled["pooled_per_batch"]["iou"] == pytest.approx((2 * first + second) / 3, abs=1e-5)
+    assert pooled["pooled_at_stored_size"] == pytest.approx(
+        {"dice": 8 / 12, "iou": 4 / 8, "accuracy": 8 / 12, "specificity": 4 / 6,
+         "sensitivity": 4 / 6, "precision": 4 / 6, "mean_iou": (4 / 8 + 4 / 8) / 2}
+    )  # fmt: skip
+    without = summarise(five_cases(), ["lesion"])["structures"]["lesion"]
+    assert without["pooled"]["pooled_at_stored_size"] == {}
+    assert without["variants"]["pooled_per_batch"] is None
+
+
 def test_per_slice_is_inflated_by_empty_slices():
     truth = np.zeros((10, 1, 4), np.uint8)
     truth[0] = 1
@@ -256,7 +310,7 @@ def test_the_document_is_strict_json_and_every_number_is_defined():
     json.dumps(summary, allow_nan=False)
     known = definitions()
     for key, value in summary["structures"]["lesion"].items():
-        assert key in known or key in ("counts", "variants"), key
+        assert key in known or key in ("counts", "variants", "pooled"), key
         if key == "counts":
             assert set(value) - {"cases"} <= set(known)
         if key == "variants":

@@ -140,13 +140,13 @@ class AfterTwo(StopRequest):
 
 
 def test_an_interrupted_score_goes_on_with_the_cases_that_are_missing(train, monkeypatch):
-    predicted, predict = [], evaluate.predict_case
+    predicted, predict = [], evaluate.raw_label
 
-    def noted(forward, store, case, task, **window):
+    def noted(found, store, case, task):
         predicted.append(case.id)
-        return predict(forward, store, case, task, **window)
+        return predict(found, store, case, task)
 
-    monkeypatch.setattr(evaluate, "predict_case", noted)
+    monkeypatch.setattr(evaluate, "raw_label", noted)
     leaf, whole = train("data.split=all", "evaluation.overlap=0.25")
     recipe, cases = parse(json.loads((leaf / "recipe.json").read_text())), ids(whole)
     folders = stage_folders(leaf.parent, recipe, load_manifest(recipe.data.store))

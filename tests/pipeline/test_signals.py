@@ -27,8 +27,8 @@ PHASES = {  # where, and at which call
     "loading": (loader.Patches, "_sample", 7),
     "forward": (Objective, "forward", 5),
     "validation": (score, "evaluate_cases", 2),
-    "a case of a validation": (evaluate, "predict_case", 3),  # the first of two, after two
-    "a case of the last validation": (evaluate, "predict_case", 7),
+    "a case of a validation": (evaluate, "raw_label", 3),  # the first of two, after two
+    "a case of the last validation": (evaluate, "raw_label", 7),
     "checkpoint writing": (checkpoint, "write", 3),
     "checkpoint publishing": (checkpoint, "publish", 2),
     "stage change": (run.StageFolder, "finish", 1),

@@ -16,6 +16,7 @@ from segfleet.core.errors import InputError
 from segfleet.pipeline import checkpoint, events, run
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
+from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.pipeline.training import train as training
 from segfleet.preprocess.stores.base import open_store
@@ -269,7 +270,7 @@ def test_a_damaged_best_checkpoint_comes_back_from_the_one_before(tiny_store, tm
         and len(said) == 2
         and not dice
     )
-    assert folder.done()["best"] == {"dice": 0.9, "step": 6}
+    assert folder.done()["best"] == {"dice": {"value": 0.9, "step": 6}}
 
 
 @pytest.mark.parametrize("state", ["training", "finished"])
@@ -374,7 +375,7 @@ def test_validation_keeps_the_best_checkpoint(tiny_store, tmp_path):
         update={"stages": (recipe.stages[0].model_copy(update={"epochs": 4}),)}
     )
     folder = go(recipe, tmp_path, validate=lambda engine: {"dice": next(scores)})[0]
-    assert folder.done()["best"] == {"dice": 0.9, "step": 6}
+    assert folder.done()["best"] == {"dice": {"value": 0.9, "step": 6}}
     assert [path.name for path in checkpoint.steps(folder.checkpoints)] == [
         "step-00000006",
         "step-00000012",
@@ -410,36 +411,46 @@ def test_patience_ends_a_stage_early_and_the_next_one_starts_from_there(tiny_sto
     scores = iter([0.5, 0.6, 0.55, 0.6, 0.7, 0.7])
     folders = go(recipe, tmp_path, validate=lambda engine: {"dice": next(scores)})
     assert folders[0].done()["steps"] == 12 and folders[0].done()["best"] == {
-        "dice": 0.6,
-        "step": 6,
+        "dice": {"value": 0.6, "step": 6}
     }
     assert folders[1].done()["steps"] == 4
     with pytest.raises(InputError, match="a stage with patience needs evaluation.every > 0"):
         parse({**recipe.model_dump(mode="json"), "evaluation": {}})
 
 
-def test_a_dice_that_is_not_defined_is_no_best_and_no_reason_to_end(
-    tiny_store, tmp_path, monkeypatch
-):
+def test_a_dice_that_is_not_defined_is_no_best_and_no_reason_to_end(tiny_store, tmp_path):
     recipe = recipe_of(tiny_store(dims=2), stages=1, evaluation={"every": 1, "weights": "best"})
     recipe = recipe.model_copy(
         update={"stages": (recipe.stages[0].model_copy(update={"epochs": 6, "patience": 2}),)}
     )
     scores = iter([None, None, None, 0.4, None, 0.3])
     folder = go(recipe, tmp_path / "a", validate=lambda engine: {"dice": next(scores)})[0]
-    assert folder.done()["steps"] == 18 and folder.done()["best"] == {"dice": 0.4, "step": 12}
-    # a checkpoint that an older version wrote, with a best of None
-    original = training.Progress.state
+    assert folder.done()["steps"] == 18
+    assert folder.done()["best"] == {"dice": {"value": 0.4, "step": 12}}
 
-    def spoilt(self, *rest):
-        progress = {**training.asdict(self), "best": {"dice": None, "step": 3}}
-        return {**original(self, *rest), "progress": progress}
 
-    with monkeypatch.context() as patch:
-        patch.setattr(training.Progress, "state", spoilt)
-        go(recipe, tmp_path / "b", stop_after=4, validate=lambda engine: {"dice": None})
-    folder = go(recipe, tmp_path / "b", validate=lambda engine: {"dice": 0.2})[0]
-    assert folder.done()["best"] == {"dice": 0.2, "step": 6}
+@pytest.mark.parametrize(("select", "step"), [("dice", 6), ("iou_pooled", 9), ("loss", 3)])
+def test_every_measure_keeps_its_own_best_checkpoint(tiny_store, tmp_path, select, step):
+    """So the choice can be changed after training: it is no part of the run's identity."""
+    recipe = recipe_of(
+        tiny_store(dims=2), stages=1, evaluation={"every": 1, "weights": "best", "select": select}
+    )
+    recipe = recipe.model_copy(
+        update={"stages": (recipe.stages[0].model_copy(update={"epochs": 4}),)}
+    )
+    scores = iter(
+        {"dice": d, "iou_pooled": i, "loss": x}
+        for d, i, x in ((0.5, 0.4, 0.1), (0.9, 0.5, 0.2), (0.7, 0.6, float("nan")), (0.6, 0.1, 0.3))
+    )
+    folder = go(recipe, tmp_path, validate=lambda engine: next(scores))[0]
+    assert folder.done()["best"] == {
+        "dice": {"value": 0.9, "step": 6},
+        "iou_pooled": {"value": 0.6, "step": 9},
+        "loss": {"value": 0.1, "step": 3},
+    }
+    kept = [int(path.name.rpartition("-")[2]) for path in checkpoint.steps(folder.checkpoints)]
+    assert kept == [3, 6, 9, 12]
+    assert scored.chosen_step(recipe, folder.done()) == step
 
 
 def test_stop_file_and_time_limit(tmp_path):
