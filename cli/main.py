@@ -30,6 +30,10 @@ COMMANDS = {  # name -> (module, one line); the lines stand here so that --help 
     "sweep": ("sweep", "Compare schedules and networks; every common beginning is trained once."),
     "evaluate": ("evaluate", "Score a run on whole cases at their original resolution."),
     "predict": ("predict", "Segment raw images with a run."),
+    "import": (
+        "import_",
+        "Bring trained weights along: a PyTorch file, or nnU-Net v2's model folder.",
+    ),
     "report": ("report", "Write a run's report as one HTML file."),
     "submit": (
         "submit",

@@ -54,6 +54,21 @@ def command(
         str | None,
         typer.Option(help="Target spacing instead of the planned one, mm: 2.5x1x1 (z, y, x)."),
     ] = None,
+    interpolation: Annotated[
+        str | None,
+        typer.Option(help="Of images that are resized: cubic (default) | bilinear | area."),
+    ] = None,
+    masks: Annotated[
+        str | None,
+        typer.Option(help="How masks are resized: linear (default) | nearest | nearest-exact."),
+    ] = None,
+    normalisation: Annotated[
+        str | None,
+        typer.Option(
+            help="Of every channel instead of the planned one: zscore | rgb_to_0_1 | imagenet | "
+            "rescale_to_0_1 | minmax | minmax255 | none."
+        ),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Then read every chunk back and compare all checksums.")
     ] = False,
@@ -66,9 +81,10 @@ def command(
     from segfleet.preprocess.building.build import build
     from segfleet.preprocess.jobs import overrides_of
 
-    store = job_of(name, raw, out, format, workers, seed, option, size, patch, spacing, verify)[
-        "store"
-    ]
+    store = job_of(
+        name, raw, out, format, workers, seed, option, size, patch, spacing, verify,
+        interpolation=interpolation, masks=masks, normalisation=normalisation,
+    )["store"]  # fmt: skip
     first: dict[str, int] = {}
     with bars(first) as tick:
         manifest = build(**{**store, "overrides": overrides_of(store)}, progress=tick)
@@ -80,7 +96,8 @@ def command(
 
 def job_of(
     name: str, raw: Path, out: Path, format: str, workers: int | None, seed: int, option: list[str] | None, size: tuple[int, int] | None,
-    patch: str | None, spacing: str | None, verify: bool, **_: Any,
+    patch: str | None, spacing: str | None, verify: bool, *, interpolation: str | None = None,
+    masks: str | None = None, normalisation: str | None = None, **_: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What preprocessing does, as preprocess.jobs says. Raises InputError for what shows before any
     image is read."""
@@ -91,6 +108,9 @@ def job_of(
         "size": size,
         "patch": numbers("patch", patch, int),
         "spacing": numbers("spacing", spacing, float),
+        "interpolation": interpolation,
+        "masks": masks,
+        "normalisation": normalisation,
     }
     store = {
         "reader_name": name,

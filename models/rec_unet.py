@@ -188,6 +188,7 @@ for _name, _residual, _about in (
         stages=STAGES,
         stage_of=stage_of,
         reduced={"widths": (16, 16, 16, 16, 16)},
+        encoder=("e1.", "e2.", "e3.", "e4.", "e5."),
         source="REC-UNet (residual cross-dimensional attention for liver tumours), released "
         "network",
         about=_about,

@@ -46,6 +46,12 @@ class ModelSpec:
     reduced: Mapping[str, Any] = field(default_factory=dict)  # options of a small twin for tests
     # spatial size the small twin is tested at; default: see `small_input`
     reduced_input: tuple[int, ...] = ()
+    encoder: tuple[str, ...] = (  # how names of the encoder's parameters begin
+        "enc",
+        "stem",
+        "embed",
+        "down",
+    )
     source: str = ""  # paper or specification
     about: str = ""
 

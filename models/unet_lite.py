@@ -199,6 +199,7 @@ def _variant(
         parameters=parameters,
         stages=dict(zip(stages, per_stage, strict=True)),
         reduced={"width": small},
+        encoder=("inc", "down"),
         source="U-NetLite (tapjason/U-NetLite, 2025), specification unet_lite",
         about=about,
     )(build)

@@ -4,6 +4,7 @@ before it runs."""
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,12 @@ def patch_of(recipe: Recipe, manifest: Manifest) -> tuple[int, int, int]:
         for size, divisor in zip(patch[3 - dims :], divisors, strict=True)
     )
     return (1,) * (3 - dims) + tuple(rounded)  # a plan's patch may grow to what the network takes
+
+
+def task_of(recipe: Recipe, manifest: Manifest) -> Task:
+    """What the recipe's network is asked to predict, and what of it is averaged."""
+    task = make_task(manifest.dataset, recipe.model.head)
+    return replace(task, averages=recipe.evaluation.average)
 
 
 def build_network(recipe: Recipe, manifest: Manifest, task: Task) -> nn.Module:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from segfleet.core.errors import InputError
+from segfleet.core.files import file_facts
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -118,6 +119,21 @@ class Data(Section):
 class Model(Section):
     name: str = Field(description="a registered network: `segfleet models`")
     options: dict[str, Any] = Field(default_factory=dict, description="options of that network")
+    weights: str | None = Field(
+        None,
+        description="file of trained weights to start from: safetensors, or PyTorch's format "
+        "without code in it; its sha256 is part of the run's identity",
+    )
+    weights_sha256: str | None = Field(
+        None, description="of that file; filled in when the recipe is read, checked if given"
+    )
+    mapping: str = Field(
+        "auto",
+        description="how names in that file become ours: auto, or a JSON file {theirs: ours}",
+    )
+    strict: Literal["all", "encoder"] = Field(
+        "all", description="whether every tensor must come from the file, or the encoder's alone"
+    )
     head: Literal["auto", "softmax", "sigmoid"] = Field(
         "auto", description="softmax over classes or one sigmoid per region"
     )
@@ -158,7 +174,10 @@ class Stage(Section):
     """One stretch of training. The next stage starts from the last checkpoint of this one."""
 
     name: str = Field("train", description="shown in logs and reports; does not change the result")
-    epochs: Positive = Field(description="epochs of this stage")
+    epochs: Annotated[int, Field(ge=0)] = Field(
+        description="epochs of this stage; 0 trains nothing and keeps what it starts from, such as "
+        "the weights of `model.weights`"
+    )
     steps: Positive | None = Field(
         None, description="optimizer steps of an epoch; none: one pass over the training cases"
     )
@@ -224,6 +243,10 @@ class Evaluation(Section):
     )
     mirror: Axes = Field((), description="axes mirrored at test time (0 z, 1 y, 2 x)")
     batch: Positive = Field(1, description="tiles per forward pass")
+    average: Literal["probabilities", "logits"] = Field(
+        "probabilities",
+        description="what overlapping tiles and mirrored copies average; logits: as nnU-Net does",
+    )
     weights: Literal["last", "best"] = Field(
         "last", description="checkpoint that is scored; best is chosen on the validation cases"
     )
@@ -379,7 +402,25 @@ def parse(document: dict[str, Any], source: str = "recipe") -> Recipe:
 
 def load_recipe(source: str, changes: list[str] | None = None) -> Recipe:
     """Read, override and validate. `source` is a file or the name of a shipped recipe."""
-    return parse(override(read_document(source), changes or []), source)
+    return with_digest(parse(override(read_document(source), changes or []), source))
+
+
+def with_digest(recipe: Recipe) -> Recipe:
+    """The recipe with the sha256 and the absolute path of its `model.weights`. Raises InputError if
+    the file is not there or another one than the recipe says."""
+    model = recipe.model
+    if model.weights is None:
+        return recipe
+    path = Path(model.weights).resolve()
+    if not path.is_file():
+        raise InputError(f"model.weights: found no file {path}; relative to the working folder")
+    found = str(file_facts(path)["sha256"])
+    if model.weights_sha256 not in (None, found):
+        raise InputError(
+            f"model.weights: {path} has sha256 {found}, but the recipe says {model.weights_sha256}"
+        )
+    model = model.model_copy(update={"weights": str(path), "weights_sha256": found})
+    return recipe.model_copy(update={"model": model})
 
 
 def _sentence(fault: Any) -> str:

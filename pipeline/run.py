@@ -77,13 +77,23 @@ def stage_facts(recipe: Recipe, manifest: Manifest, index: int) -> dict[str, Any
         "train": list(manifest.fold(recipe.data.split, recipe.data.fold)["train"]),
         "seed": recipe.seed,
         "data": data,
-        "model": whole["model"],
+        "model": model_facts(whole["model"]),
         "loss": whole["loss"],
         "optimizer": optimizer,
         "engine": engine,
         "index": index,
         "stage": stage,
     }
+
+
+def model_facts(model: dict[str, Any]) -> dict[str, Any]:
+    """Weights to start from count by what is in the file, not by where it lies."""
+    facts = {key: model[key] for key in ("name", "options", "head")}
+    if model["weights"] is not None:
+        if model["weights_sha256"] is None:
+            raise InputError("model.weights_sha256: missing; read the recipe by `load_recipe`")
+        facts |= {key: model[key] for key in ("weights_sha256", "mapping", "strict")}
+    return facts
 
 
 def stage_uids(recipe: Recipe, manifest: Manifest) -> list[str]:

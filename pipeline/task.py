@@ -27,6 +27,7 @@ class Task:
     # softmax: label value of each channel; sigmoid: label painted for each region
     values: tuple[int, ...]
     ignore_label: int | None = None
+    averages: str = "probabilities"  # what `scores` gives and `labels` takes: these, or logits
 
     @property
     def channels(self) -> int:
@@ -56,8 +57,12 @@ class Task:
         """(B, K, *S) logits -> probabilities of the same shape, float32."""
         return logits.float().softmax(1) if self.head == "softmax" else logits.float().sigmoid()
 
+    def scores(self, logits: Tensor) -> Tensor:
+        """What tiles and mirrored copies average: probabilities or the logits, float32."""
+        return logits.float() if self.averages == "logits" else self.probabilities(logits)
+
     def labels(self, probabilities: Tensor) -> Tensor:
-        """(K, *S) probabilities -> (*S) uint8 label values; of equals the first; later regions are
+        """(K, *S) averaged scores -> (*S) uint8 label values; of equals the first; later regions are
         painted over earlier ones."""
         # channel by channel: torch's argmax over the slowest axis takes ten times as long on a CPU
         if self.head == "softmax":
@@ -69,7 +74,7 @@ class Task:
             return label
         label = torch.zeros(probabilities.shape[1:], dtype=torch.uint8, device=probabilities.device)
         for channel, value in enumerate(self.values):
-            label[probabilities[channel] > 0.5] = value
+            label[probabilities[channel] > (0.0 if self.averages == "logits" else 0.5)] = value
         return label
 
 

@@ -49,7 +49,10 @@ def run_job(job: dict[str, Any], progress: Progress) -> None:
 
 def overrides_of(store: dict[str, Any]) -> Overrides:
     return Overrides(
-        **{name: value and tuple(value) for name, value in (store.get("overrides") or {}).items()}
+        **{
+            name: tuple(value) if isinstance(value, list | tuple) and value else value or None
+            for name, value in (store.get("overrides") or {}).items()
+        }
     )
 
 

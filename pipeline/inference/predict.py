@@ -22,7 +22,11 @@ from segfleet.preprocess.files.writer import write_label
 from segfleet.preprocess.readers.pairs import colours
 from segfleet.preprocess.stores.manifest import Dataset, Plan
 from segfleet.preprocess.stores.shard_reader import to_float32
-from segfleet.preprocess.transforms.case_transforms import preprocess_case, resample_axis
+from segfleet.preprocess.transforms.case_transforms import (
+    OF_COLOURS,
+    preprocess_case,
+    resample_axis,
+)
 
 
 def predict_files(
@@ -68,6 +72,7 @@ def predict_files(
         "overlap": overlap,
         "mirror_axes": sorted(mirror_axes),
         "dims": window["dims"],
+        "averages": task.averages,
     }
     window |= {"device": device, "keep_on": "cpu"}
     error = _caught(lambda: claim(out, found, made_by)) if ranks.rank == 0 else None
@@ -133,7 +138,7 @@ def _predict(
     forward: Forward, plan: Plan, task: Task, one: Input, window: dict[str, Any]
 ) -> tuple[np.ndarray, Geometry]:
     image, geometry = read_image(one.images)
-    if plan.normalisation == ("rgb_to_0_1",) * 3:
+    if len(plan.normalisation) == 3 and set(plan.normalisation) <= set(OF_COLOURS):
         image, geometry = colours(image, geometry)  # as all layouts of colour pictures do
     if len(image) != (channels := len(plan.normalisation)):
         mend = "Save the image with the channels the network was trained on."

@@ -17,7 +17,8 @@ class Loss(nn.Module):
     the logits' type.
 
     `pool`: Dice per "sample" (then averaged) or over the "batch" in one sum; the channels are
-    averaged in both.
+    averaged in both, or with `pool_channels` counted in one sum as well (UNeXt with several
+    classes).
     `channels` are those that enter the Dice (default: all). Published settings: U-Lite pool=batch
     smooth=1; ASC-Seg 0.5/0.5 smooth=1; REC-UNet smooth=1e-5 (LiTS), and bce_weight=0.5 channels=[1]
     (MSD Task08). Voxels that are not valid count nowhere.
@@ -32,6 +33,7 @@ class Loss(nn.Module):
         smooth: float = 1e-5,
         pool: str = "sample",
         channels: Sequence[int] | None = None,
+        pool_channels: bool = False,
     ):
         super().__init__()
         check_dice_options(pool=pool, smooth=smooth)
@@ -46,6 +48,7 @@ class Loss(nn.Module):
             smooth,
             pool,
         )
+        self.pool_channels = pool_channels
         self.channels = None if channels is None else list(channels)
 
     def forward(self, logits: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -55,9 +58,12 @@ class Loss(nn.Module):
         surprise = binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
         bce = surprise.mean() if valid is None else weighted_mean(surprise, valid)
         probabilities = self._chosen(logits).sigmoid()
-        dice = soft_dice_loss(
-            probabilities, self._chosen(target), valid, pool=self.pool, smooth=self.smooth
-        )
+        chosen = self._chosen(target)
+        if self.pool_channels:
+            if valid is not None:
+                valid = valid.unsqueeze(1).expand(chosen.shape).flatten(1)
+            probabilities, chosen = probabilities.flatten(1)[:, None], chosen.flatten(1)[:, None]
+        dice = soft_dice_loss(probabilities, chosen, valid, pool=self.pool, smooth=self.smooth)
         return self.bce_weight * bce + self.dice_weight * dice
 
     def _chosen(self, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from segfleet.models import registry
 from segfleet.pipeline import checkpoint
 from segfleet.pipeline.engines.base import Engine, autocast
 from segfleet.pipeline.engines.common import load_weights
-from segfleet.pipeline.parts import Objective, build_network, patch_of
+from segfleet.pipeline.parts import Objective, build_network, patch_of, task_of
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.reports.overlays import save_overlays
@@ -28,7 +28,7 @@ from segfleet.pipeline.run import StageFolder
 from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.scoring.evaluate import Kept, case_probabilities, evaluate_cases
 from segfleet.pipeline.stop import Interrupted, StopRequest
-from segfleet.pipeline.task import Task, make_task
+from segfleet.pipeline.task import Task
 from segfleet.preprocess.stores.base import ShardStore
 from segfleet.preprocess.stores.manifest import Manifest
 
@@ -43,7 +43,7 @@ CASES = "scored"  # a folder of the cases that are scored already, while it last
 def forward_of(
     model: nn.Module, task: Task, recipe: Recipe, device: torch.device, *, logits: bool = False
 ) -> Callable[[Tensor], Tensor]:
-    """`forward(image) -> probabilities`, with the recipe's precision and memory format, without
+    """`forward(image) -> probabilities` (or logits, by `task.averages`), with the recipe's precision and memory format, without
     gradients. With `logits`, (B, 2K, *S): the logits follow the probabilities."""
 
     @torch.no_grad()
@@ -56,8 +56,8 @@ def forward_of(
         with autocast(recipe.engine.precision, device):
             found = model(image)
         found = found[0] if isinstance(found, list | tuple) else found
-        probabilities = task.probabilities(found)
-        return torch.cat([probabilities, found.float()], 1) if logits else probabilities
+        scores = task.scores(found)
+        return torch.cat([scores, found.float()], 1) if logits else scores
 
     return forward
 
@@ -77,7 +77,7 @@ def load_network(
 ) -> tuple[nn.Module, Task, str]:
     """The trained network in eval mode, averaged weights if there are any; its task; the
     checkpoint's folder name."""
-    task = make_task(manifest.dataset, recipe.model.head)
+    task = task_of(recipe, manifest)
     saved = chosen_checkpoint(recipe, folders)
     model = build_network(recipe, manifest, task)
     load_weights(model, {**saved.tensors("weights"), **saved.tensors("ema")}, str(saved.path))
@@ -101,7 +101,7 @@ class Scorer:
         """Scores while training: {"dice": mean over structures and cases, "dice_<structure>": ...,
         "iou_pooled": of all voxels at the stored size, mean over structures, "loss": mean over
         cases}; the same on every rank. Raises Interrupted on every rank when one is asked to stop."""
-        task = make_task(self.store.manifest.dataset, self.recipe.model.head)
+        task = task_of(self.recipe, self.store.manifest)
         with engine.evaluation() as model:
             ids = self._ids()[: self.recipe.evaluation.cases]
             forward = forward_of(model, task, self.recipe, self.ranks.device, logits=True)

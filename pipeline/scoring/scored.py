@@ -52,6 +52,7 @@ def score_facts(recipe: Recipe, manifest: Manifest, done: dict[str, Any]) -> dic
         "select": options.select if options.weights == "best" else None,
         "step": chosen_step(recipe, done),
         "overlap": options.overlap,
+        "average": options.average,
         "mirror": sorted(options.mirror),
     }
 

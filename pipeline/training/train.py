@@ -34,6 +34,7 @@ from segfleet.pipeline.task import make_task
 from segfleet.pipeline.training import precision as bf16
 from segfleet.pipeline.training import sync_norm
 from segfleet.pipeline.training.schedule import learning_rate
+from segfleet.pipeline.weights import load_foreign
 from segfleet.preprocess.stores.base import ShardStore
 
 LOG_EVERY = 10  # steps between fetches of the losses: between them nothing waits for the device
@@ -265,7 +266,7 @@ def train_stage(this: Run, index: int) -> None:
     )
     window = Window(stream, recipe.data.batch)
 
-    saved = progress.step
+    saved = progress.step if total else -1  # a stage that trains nothing keeps its beginning
     try:
         while True:
             watch_for_hangs()
@@ -370,7 +371,10 @@ def build(this: Run, index: int) -> tuple[Engine, Progress]:
     recipe, ranks, manifest = this.recipe, this.ranks, this.store.manifest
     stage, folder = recipe.stages[index], this.folders[index]
     task = make_task(manifest.dataset, recipe.model.head)
-    model = build_network(recipe, manifest, task).to(ranks.device)
+    model = build_network(recipe, manifest, task)
+    if index == 0 and recipe.model.weights:
+        load_foreign(model, recipe.model)
+    model = model.to(ranks.device)
     sync_norm.synchronise(model, ranks)
     if recipe.engine.channels_last:
         flat = patch_of(recipe, manifest)[0] == 1

@@ -16,9 +16,11 @@ from segfleet.preprocess.checking.fingerprint import Fingerprint
 from segfleet.preprocess.stores.manifest import Dataset, Plan
 from segfleet.preprocess.transforms.case_transforms import (
     ANISOTROPIC,
+    OF_COLOURS,
     anisotropic_axis,
     stored_grid,
 )
+from segfleet.preprocess.transforms.resample import INTERPOLATIONS, MASKS
 
 MIN_EDGE = 4  # voxels at the bottom of the network
 FEATURES = 32  # of the first stage
@@ -27,6 +29,7 @@ START_EDGE = {2: 2048, 3: 256}  # of the patch before it is clipped to the media
 FEATURE_MAPS = {2: 8.5e7, 3: 5.6e8}  # values held per sample at the reference memory
 REFERENCE_MEMORY = 8.0  # GB
 COLOURS = ("r", "g", "b", "red", "green", "blue", "rgb_to_0_1")
+NORMALISATIONS = ("zscore", "rescale_to_0_1", *OF_COLOURS, "none")  # a user may ask for
 LARGEST_EDGE = 8192  # anybody asks for
 HALF_EXACT = 2048  # float16 holds integers up to here
 
@@ -39,6 +42,9 @@ class Overrides:
     size: tuple[int, ...] | None = None  # pixels every image is resized to; 2D only
     patch: tuple[int, ...] | None = None  # voxels
     spacing: tuple[float, ...] | None = None  # mm
+    interpolation: str | None = None  # of images that are resampled; see `resample_image`
+    masks: str | None = None  # how labels are resampled; see `resample_label`
+    normalisation: str | None = None  # of every channel; see `normalise`
 
     def check(self, dataset: Dataset) -> None:
         """Raises InputError that names the option, what was found and what is legal."""
@@ -63,6 +69,25 @@ class Overrides:
                 expected = f"{dataset.dims} numbers ({axes}) from {low} to {high}, as {dataset.name} is {dataset.dims}D"
                 raise InputError(f"{name}: found {_text(value)}, expected {expected}")
 
+        for name, value, legal in (
+            ("interpolation", self.interpolation, INTERPOLATIONS),
+            ("masks", self.masks, MASKS),
+            ("normalisation", self.normalisation, NORMALISATIONS),
+        ):
+            if value is not None and value not in legal:
+                raise InputError(f"{name}: found '{value}', expected one of: {', '.join(legal)}")
+        if self.normalisation in OF_COLOURS:
+            if dataset.dims != 2:
+                raise InputError(
+                    f"normalisation: found '{self.normalisation}', which is for pictures, but "
+                    f"{dataset.name} is 3D; expected one of: zscore, rescale_to_0_1, none"
+                )
+            if self.normalisation == "imagenet" and len(dataset.channels) != 3:
+                raise InputError(
+                    "normalisation: found 'imagenet', which has numbers for red, green and blue, "
+                    f"but {dataset.name} has {len(dataset.channels)} channel(s)"
+                )
+
     def padded(self, name: str, filler: float) -> tuple | None:
         """An option as (z, y, x)."""
         value = getattr(self, name)
@@ -80,6 +105,8 @@ def make_plan(
     wish = overrides or Overrides()
     wish.check(dataset)
     kinds = normalisation(dataset)
+    if wish.normalisation:
+        kinds = (wish.normalisation,) * len(kinds)
     size = wish.padded("size", 1)
     spacing = target_spacing(fingerprint.spacings, fingerprint.shapes)
     spacing = wish.padded("spacing", spacing[0]) or spacing
@@ -99,7 +126,7 @@ def make_plan(
         "uint8"
         if untouched
         else "float32"
-        if "none" in kinds and largest > HALF_EXACT
+        if ("none" in kinds and largest > HALF_EXACT) or "minmax255" in kinds
         else "float16"
     )
     return Plan(
@@ -115,6 +142,8 @@ def make_plan(
         dtype=dtype,
         scale=1 / 255 if untouched else 1.0,
         size=size,
+        interpolation=wish.interpolation or "cubic",
+        masks=wish.masks or "linear",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -97,18 +98,42 @@ def random_split(names: Sequence[str], share: float, seed: int) -> tuple[list[st
     return [names[i] for i in order[count:]], [names[i] for i in order[:count]]
 
 
-def published(ids: Sequence[str]) -> dict[str, Folds]:
-    """The random splits of sorted names 2D papers use: 80/20 with their seeds, and 70/15/15, whose
-    test part is a split of its own.
+def shuffled(names: Sequence[str], seed: int) -> list[str]:
+    """Sorted names in the order Python's seeded generator gives them."""
+    order = sorted(names)
+    random.Random(seed).shuffle(order)
+    return order
 
-    Source: specification `datasets_2d` (UNeXt: seed 41; U-KAN and Rolling-UNet: 2981, 6142, 1187)
-    and `unet_lite` (70/15/15, seed 42).
+
+def shuffled_split(
+    names: Sequence[str], shares: tuple[float, float], seed: int
+) -> tuple[list[str], list[str], list[str]]:
+    """(training, validation, test): sorted names shuffled by Python's generator and cut at whole
+    numbers of `shares`, the rest for testing. How ASC-Seg's code means to divide."""
+    order = shuffled(names, seed)
+    first = int(shares[0] * len(order))
+    second = first + int(shares[1] * len(order))
+    return order[:first], order[first:second], order[second:]
+
+
+def published(ids: Sequence[str]) -> dict[str, Folds]:
+    """The random splits of sorted names 2D papers use: 80/20 with their seeds, and 70/15/15,
+    70/10/20 and 80/10/10, whose test parts are splits of their own.
+
+    Source: specification `datasets_2d` (UNeXt: seed 41; U-KAN and Rolling-UNet: 2981, 6142, 1187),
+    `unet_lite` (70/15/15, seed 42) and `asc_seg` (ISIC 2018 70/10/20, PH2 80/10/10, BUSI 80/20, seed 42).
     """
     names = sorted(ids)
     found = {f"80-20-seed{seed}": random_split(names, 0.2, seed) for seed in SEEDS}
     rest, test = random_split(names, 0.15, 42)
     train, val = random_split(rest, 0.15 / 0.85, 42)
     found |= {"70-15-15-seed42": (train, val), "70-15-15-seed42-test": (train, test)}
+    for name, shares in (("70-10-20-seed42", (0.7, 0.1)), ("80-10-10-seed42", (0.8, 0.1))):
+        train, val, test = shuffled_split(names, shares, 42)
+        found |= {name: (train, val), f"{name}-test": (train, test)}
+    tested = int(0.2 * len(names))  # ASC-Seg on BUSI: 518 and 129 of 647
+    train, test = shuffled(names, 42)[: len(names) - tested], shuffled(names, 42)[-tested:]
+    found["80-20-shuffle42"] = (train, test if tested else [])
     return {
         name: ({"train": tuple(sorted(a)), "val": tuple(sorted(b))},)
         for name, (a, b) in found.items()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from segfleet.preprocess.planning.splits import published
+from segfleet.preprocess.planning.splits import published, shuffled
 from segfleet.preprocess.readers.base import CaseRef, Facts, Folds
 from segfleet.preprocess.readers.pairs import (
     LOSSY,
@@ -41,6 +41,7 @@ class Reader(PairReader):
         counts="2000 training, 150 validation, 600 test; most of the images are also in ISIC 2018",
     )
     structure = "lesion"
+    held_out = 650 / 2150  # of training and validation together, in the 7:3 split
     parts: ClassVar[dict[str, tuple[str, str]]] = {  # part -> folders of images and masks
         "training": ("ISIC-2017_Training_Data", "ISIC-2017_Training_Part1_GroundTruth"),
         "validation": ("ISIC-2017_Validation_Data", "ISIC-2017_Validation_Part1_GroundTruth"),
@@ -87,6 +88,13 @@ class Reader(PairReader):
         found = {
             name: folds for name, folds in found.items() if folds[0]["train"] and folds[0]["val"]
         }
+        # MALUNet, EGE-UNet and VM-UNet divide training and validation images 7:3, by names of their
+        # own drawing: 1500 and 650 of ISIC 2017, 1886 and 808 of ISIC 2018
+        if part["training"] and part["validation"]:
+            order = shuffled([ref.id for ref in part["training"] + part["validation"]], 42)
+            cut = len(order) - round(self.held_out * len(order))
+            train, val = tuple(sorted(order[:cut])), tuple(sorted(order[cut:]))
+            found["70-30-shuffle42"] = ({"train": train, "val": val},)
         # papers draw from the training part
         return {
             **found,

@@ -25,6 +25,7 @@ class Reader(Isic2017):
         counts="2594 training, 100 validation, 1000 test (masks of the last two were released "
         "later); holds most of ISIC 2017",
     )
+    held_out = 808 / 2694
     parts = {
         "training": ("ISIC2018_Task1-2_Training_Input", "ISIC2018_Task1_Training_GroundTruth"),
         "validation": (

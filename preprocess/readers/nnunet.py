@@ -10,6 +10,7 @@ import json
 import re
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from segfleet.core.errors import InputError, Problem
 from segfleet.preprocess.files.images import ENDINGS, NATURAL, peek
@@ -30,6 +31,80 @@ from segfleet.preprocess.readers.base import (
 from segfleet.preprocess.stores.manifest import Dataset
 
 MANY_CHANNELS = (*NATURAL, ".tif", ".tiff")  # one file may hold all channels
+
+
+def channels_of(facts: dict[str, Any], file: Path) -> tuple[str, ...]:
+    """Channel names of a dataset.json, in their order. Raises InputError."""
+    names = field(facts, "channel_names", dict, file)
+    ordered = sorted(
+        (number(index, "channel_names", file), str(name)) for index, name in names.items()
+    )
+    if not ordered or [index for index, _ in ordered] != list(range(len(ordered))):
+        raise InputError(
+            f'{file}: channel_names: found the indices {list(names)}, expected "0", "1", '
+            "... without a gap"
+        )
+    return tuple(name for _, name in ordered)
+
+
+def dataset_of(facts: dict[str, Any], file: Path, *, name: str, dims: int, ending: str) -> Dataset:
+    """The data set that a dataset.json of nnU-Net v2 (`facts`, read from `file`) describes. Raises
+    InputError."""
+    labels = field(facts, "labels", dict, file)
+    plain: dict[str, int] = {}
+    regions: dict[str, tuple[int, ...]] = {}
+    for name, value in labels.items():
+        if isinstance(value, list):
+            regions[name] = tuple(number(v, f"labels: {name}", file) for v in value)
+        else:
+            plain[name] = number(value, f"labels: {name}", file)
+    ignore = plain.pop("ignore", None)
+    if plain.get("background") != 0:
+        raise InputError(
+            f"{file}: labels: background: found {labels.get('background')!r}, expected 0"
+        )
+    values = sorted({*plain.values(), *(v for region in regions.values() for v in region)})
+    if values != list(range(len(values))) or len(values) < 2:
+        raise InputError(
+            f"{file}: labels: found the values {values}, expected 0, 1, 2, ... without a "
+            "gap, at least one beside 0"
+        )
+    if ignore is not None and ignore != len(values):
+        raise InputError(
+            f"{file}: labels: ignore: found {ignore}, expected the highest integer, {len(values)}"
+        )
+    order: tuple[int, ...] = ()
+    if regions:
+        regions = {
+            n: regions.get(n, (plain.get(n, 0),))
+            for n in labels
+            if n not in ("background", "ignore")
+        }
+        if any(not region or 0 in region for region in regions.values()):
+            raise InputError(
+                f"{file}: labels: a region needs one or more values above 0, found {regions}"
+            )
+        given = field(facts, "regions_class_order", list, file)
+        order = tuple(number(v, "regions_class_order", file) for v in given)
+        if len(order) != len(regions):
+            expected = f"{len(regions)}: one for each of {list(regions)}"
+            raise InputError(
+                f"{file}: regions_class_order: found {len(order)} entries, expected {expected}"
+            )
+        names = {value: name for name, value in plain.items()}
+        plain = {names.get(value, f"label {value}"): value for value in values}
+    return Dataset(
+        name=name,
+        reader="nnunet",
+        dims=dims,
+        channels=channels_of(facts, file),
+        labels=dict(sorted(plain.items(), key=lambda item: item[1])),
+        ignore_label=ignore,
+        regions=regions,
+        region_order=order,
+        file_ending=ending,
+        licence=str(facts.get("licence", facts.get("license", ""))),
+    )
 
 
 class Reader(RawReader):
@@ -60,76 +135,11 @@ class Reader(RawReader):
 
     @cached_property
     def channels(self) -> tuple[str, ...]:
-        names = field(self.json, "channel_names", dict, self.file)
-        ordered = sorted(
-            (number(index, "channel_names", self.file), str(name)) for index, name in names.items()
-        )
-        if not ordered or [index for index, _ in ordered] != list(range(len(ordered))):
-            raise InputError(
-                f'{self.file}: channel_names: found the indices {list(names)}, expected "0", "1", '
-                "... without a gap"
-            )
-        return tuple(name for _, name in ordered)
+        return channels_of(self.json, self.file)
 
     def dataset(self) -> Dataset:
-        labels = field(self.json, "labels", dict, self.file)
-        plain: dict[str, int] = {}
-        regions: dict[str, tuple[int, ...]] = {}
-        for name, value in labels.items():
-            if isinstance(value, list):
-                regions[name] = tuple(number(v, f"labels: {name}", self.file) for v in value)
-            else:
-                plain[name] = number(value, f"labels: {name}", self.file)
-        ignore = plain.pop("ignore", None)
-        if plain.get("background") != 0:
-            raise InputError(
-                f"{self.file}: labels: background: found {labels.get('background')!r}, expected 0"
-            )
-        values = sorted({*plain.values(), *(v for region in regions.values() for v in region)})
-        if values != list(range(len(values))) or len(values) < 2:
-            raise InputError(
-                f"{self.file}: labels: found the values {values}, expected 0, 1, 2, ... without a "
-                "gap, at least one beside 0"
-            )
-        if ignore is not None and ignore != len(values):
-            raise InputError(
-                f"{self.file}: labels: ignore: found {ignore}, expected the highest integer, "
-                f"{len(values)}"
-            )
-        order: tuple[int, ...] = ()
-        if regions:
-            regions = {
-                n: regions.get(n, (plain.get(n, 0),))
-                for n in labels
-                if n not in ("background", "ignore")
-            }
-            if any(not region or 0 in region for region in regions.values()):
-                raise InputError(
-                    f"{self.file}: labels: a region needs one or more values above 0, found "
-                    f"{regions}"
-                )
-            given = field(self.json, "regions_class_order", list, self.file)
-            order = tuple(number(v, "regions_class_order", self.file) for v in given)
-            if len(order) != len(regions):
-                expected = f"{len(regions)}: one for each of {list(regions)}"
-                raise InputError(
-                    f"{self.file}: regions_class_order: found {len(order)} entries, expected "
-                    f"{expected}"
-                )
-            names = {value: name for name, value in plain.items()}
-            plain = {names.get(value, f"label {value}"): value for value in values}
-        return Dataset(
-            name=str(self.json.get("name", self.root.resolve().name)),
-            reader="nnunet",
-            dims=self._dims(),
-            channels=self.channels,
-            labels=dict(sorted(plain.items(), key=lambda item: item[1])),
-            ignore_label=ignore,
-            regions=regions,
-            region_order=order,
-            file_ending=self.ending,
-            licence=str(self.json.get("licence", self.json.get("license", ""))),
-        )
+        name = str(self.json.get("name", self.root.resolve().name))
+        return dataset_of(self.json, self.file, name=name, dims=self._dims(), ending=self.ending)
 
     def _dims(self) -> int:
         if self.ending in NATURAL:

@@ -20,6 +20,9 @@ LAYOUTS = {"hdf5": 2}
 NAME = "manifest.json"
 
 
+LATER = ("interpolation", "masks")  # fields of the plan that the first stores did not have
+
+
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,9 +47,10 @@ class Dataset(Frozen):
 class Plan(Frozen):
     """How raw cases become training cases. Axes (z, y, x); 2D data sets have one slice."""
 
-    target_spacing: tuple[float, float, float]  # mm
+    target_spacing: tuple[float, float, float]  # mm; 0: that axis is never resampled
     patch: tuple[int, int, int]  # voxels
-    normalisation: tuple[str, ...]  # per channel: zscore | ct | rgb_to_0_1 | rescale_to_0_1 | none
+    # per channel: zscore | ct | rgb_to_0_1 | imagenet | rescale_to_0_1 | minmax | minmax255 | none
+    normalisation: tuple[str, ...]
     # per channel, of the foreground: mean std median min max percentile_00_5 percentile_99_5
     intensity: tuple[dict[str, float], ...] = ()
     nonzero_mask: bool = False  # z-score inside the non-zero mask only
@@ -57,6 +61,8 @@ class Plan(Frozen):
     size: tuple[int, int, int] | None = (
         None  # of every stored case, whatever its spacing; None: by target_spacing
     )
+    interpolation: str = "cubic"  # of resized images: cubic | bilinear | area
+    masks: str = "linear"  # of resized labels: linear | nearest | nearest-exact
 
 
 class CaseEntry(Frozen):
@@ -147,7 +153,12 @@ def content_id(dataset: Dataset, plan: Plan, cases: tuple[CaseEntry, ...]) -> st
     """Identity of a store's content, independent of format, folder and time."""
     facts = [
         dataset.model_dump(mode="json"),
-        plan.model_dump(mode="json"),
+        # fields that came later count only where they are used: older stores keep their ids
+        {
+            key: value
+            for key, value in plan.model_dump(mode="json").items()
+            if key not in LATER or value != Plan.model_fields[key].default
+        },
         sorted((c.id, c.group, c.sha256) for c in cases),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

@@ -40,6 +40,8 @@ __all__ = [
 # (start, stop) per axis, voxels of the raw grid
 Crop = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 ANISOTROPIC = 3.0  # spacings further apart than this factor: one axis is resampled apart
+OF_COLOURS = ("rgb_to_0_1", "imagenet", "minmax", "minmax255")
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of red, green, blue
 SAMPLES = 256  # foreground voxels per label and case that training may centre patches on
 
 
@@ -71,15 +73,19 @@ def preprocess_case(
         image = (
             _to_uint8(image)
             if shape == image.shape[1:]
-            else np.rint(255 * resample_image(normalise(image, plan), shape, axis))
+            else np.rint(
+                255 * resample_image(normalise(image, plan), shape, axis, plan.interpolation)
+            )
         )
     else:
-        image = resample_image(normalise(image, plan), shape, axis)
+        image = resample_image(normalise(image, plan), shape, axis, plan.interpolation)
     image = _cast(image, plan.dtype)
     label = (
         None
         if case.label_ZYX is None
-        else resample_label(case.label_ZYX[box].astype(np.uint8, copy=False), shape, axis)
+        else resample_label(
+            case.label_ZYX[box].astype(np.uint8, copy=False), shape, axis, plan.masks
+        )
     )
     facts: dict[str, Any] = {
         "shape": shape,
@@ -98,7 +104,7 @@ def preprocess_case(
 def crop_box(image_CZYX: np.ndarray, normalisation: Sequence[str]) -> Crop:
     """The box that is kept: all of a colour image, in which 0 is a colour; else the non-zero
     voxels."""
-    if "rgb_to_0_1" in normalisation:
+    if set(normalisation) & set(OF_COLOURS):
         return tuple((0, n) for n in image_CZYX.shape[1:])
     return nonzero_box(image_CZYX)
 
@@ -141,7 +147,9 @@ def normalise(image_CZYX: np.ndarray, plan: Plan, mask_ZYX: np.ndarray | None = 
     here if not given; 0 stays outside).
     ct: clipped to the foreground's 0.5 and 99.5 percentiles, then its mean and standard deviation
     over the data set.
-    rgb_to_0_1: divided by the largest value of the integer type. rescale_to_0_1: the case's range.
+    rgb_to_0_1: divided by the largest value of the integer type. imagenet: then less ImageNet's
+    mean, over its deviation, of red, green and blue. rescale_to_0_1: the case's range, channel by
+    channel; minmax: that of all channels together; minmax255: the same to 0 to 255.
     none: as it is.
     """
     if mask_ZYX is None and plan.nonzero_mask and "zscore" in plan.normalisation:
@@ -149,7 +157,12 @@ def normalise(image_CZYX: np.ndarray, plan: Plan, mask_ZYX: np.ndarray | None = 
     out = np.empty(image_CZYX.shape, np.float32)
     for c, (channel, kind) in enumerate(zip(image_CZYX, plan.normalisation, strict=True)):
         mask = mask_ZYX if plan.nonzero_mask and kind == "zscore" else None
-        scale = _scale(channel, kind, plan.intensity[c] if kind == "ct" else {}, mask)
+        facts: Mapping[str, float] = plan.intensity[c] if kind == "ct" else {}
+        if kind.startswith("minmax"):
+            facts = {"min": float(image_CZYX.min()), "max": float(image_CZYX.max())}
+        elif kind == "imagenet":
+            facts = {"mean": IMAGENET[0][c], "std": IMAGENET[1][c]}
+        scale = _scale(channel, kind, facts, mask)
         for z in range(len(channel)):  # slice by slice, for it needs memory of its own
             out[c, z] = scale(channel[z])
             if mask is not None:
@@ -184,17 +197,23 @@ def _scale(
             max(facts["std"], 1e-8),
         )
         return lambda part: (np.clip(part.astype(np.float32), low, high) - mean) / std
-    if kind == "rgb_to_0_1":
+    if kind in ("rgb_to_0_1", "imagenet"):
         white = np.float32(np.iinfo(channel.dtype).max if channel.dtype.kind in "ui" else 255)
-        return lambda part: part / white
+        if kind == "rgb_to_0_1":
+            return lambda part: part / white
+        return lambda part: (part / white - np.float32(facts["mean"])) / np.float32(facts["std"])
+    if kind.startswith("minmax"):
+        low, span = facts["min"], max(facts["max"] - facts["min"], 1e-8)
+        top = 255 if kind == "minmax255" else 1
+        return lambda part: ((part - np.float32(low)) * np.float32(top / span)).astype(np.float32)
     if kind == "rescale_to_0_1":
         low, high = float(channel.min()), float(channel.max())
         return lambda part: (part - low) / max(high - low, 1e-8)
     if kind == "none":
         return lambda part: part
     raise InputError(
-        f"plan: normalisation: found '{kind}', expected zscore, ct, rgb_to_0_1, rescale_to_0_1 or "
-        "none"
+        f"plan: normalisation: found '{kind}', expected zscore, ct, rgb_to_0_1, imagenet, "
+        "rescale_to_0_1, minmax, minmax255 or none"
     )
 
 
@@ -202,14 +221,14 @@ def stored_grid(
     shape: tuple[int, int, int], spacing: tuple[float, float, float], plan: Plan
 ) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
     """Shape and spacing after resampling a box of `shape` voxels to the plan's size, or else to the
-    target spacing; a single slice stays one, as it is."""
+    target spacing; a single slice stays one, as it is, and so does an axis whose target is 0."""
     if plan.size:
         return plan.size, tuple(
             here * n / new for n, here, new in zip(shape, spacing, plan.size, strict=True)
         )
     new_shape, new_spacing = [], []
     for n, here, target in zip(shape, spacing, plan.target_spacing, strict=True):
-        new = n if n == 1 else max(1, round(n * here / target))
+        new = n if n == 1 or not target else max(1, round(n * here / target))
         new_shape.append(new)
         new_spacing.append(here if new == n else target)
     return tuple(new_shape), tuple(new_spacing)
@@ -229,7 +248,10 @@ def resample_axis(spacing: tuple[float, float, float], plan: Plan) -> int | None
 
 
 def anisotropic_axis(spacing: Sequence[float]) -> int | None:
-    return int(np.argmax(spacing)) if max(spacing) > ANISOTROPIC * min(spacing) else None
+    """The coarsest axis of a grid that is far from isotropic; None where two are equally coarse."""
+    far = max(spacing) > ANISOTROPIC * min(spacing)
+    lone = sum(step == max(spacing) for step in spacing) == 1
+    return int(np.argmax(spacing)) if far and lone else None
 
 
 def foreground(

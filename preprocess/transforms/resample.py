@@ -20,16 +20,28 @@ SLAB = 2**24  # voxels made at a time
 THINNEST = 64
 
 
+INTERPOLATIONS = ("cubic", "bilinear", "area")  # of images
+MASKS = ("linear", "nearest", "nearest-exact")  # of labels
+
+
 def resample_image(
-    image_CZYX: np.ndarray, new_shape: Sequence[int], anisotropic_axis: int | None = None
+    image_CZYX: np.ndarray,
+    new_shape: Sequence[int],
+    anisotropic_axis: int | None = None,
+    interpolation: str = "cubic",
 ) -> np.ndarray:
     """Cubic splines along all axes but the anisotropic one, which takes the nearest slice.
+
+    `interpolation` "bilinear": between the two nearest samples, without a filter when shrinking
+    (OpenCV's INTER_LINEAR, PyTorch's bilinear). "area": the mean over the area that a new voxel
+    covers along axes that shrink (OpenCV's INTER_AREA), bilinear along those that grow.
 
     Returns (C, *new_shape) float32, or the very array where the shape does not change. Voxel
     centres are aligned as cells of the same
     box: `scipy.ndimage.zoom(order=3, mode="nearest", grid_mode=True)` gives the same.
     """
-    return _resample(image_CZYX, new_shape, anisotropic_axis, 3)
+    order: int | str = {"cubic": 3, "bilinear": 1, "area": "area"}[interpolation]
+    return _resample(image_CZYX, new_shape, anisotropic_axis, order)
 
 
 def resample_probabilities(
@@ -40,11 +52,23 @@ def resample_probabilities(
 
 
 def resample_label(
-    label_ZYX: np.ndarray, new_shape: Sequence[int], anisotropic_axis: int | None = None
+    label_ZYX: np.ndarray,
+    new_shape: Sequence[int],
+    anisotropic_axis: int | None = None,
+    masks: str = "linear",
 ) -> np.ndarray:
     """(*new_shape) of the same dtype: the 0/1 map of every label is resampled linearly, the largest
-    wins, of equals the smaller label."""
+    wins, of equals the smaller label. `masks` "nearest": voxel i is voxel floor(i old / new), as
+    OpenCV and PyTorch call it; "nearest-exact": the voxel in which the new one has its centre, as
+    Pillow takes it."""
     if tuple(new_shape) == label_ZYX.shape:
+        return label_ZYX
+    if masks != "linear":
+        for axis, (old, new) in enumerate(zip(label_ZYX.shape, new_shape, strict=True)):
+            if old != new:
+                exact = masks == "nearest-exact" or axis == anisotropic_axis
+                lines = nearest(old, new) if exact else np.arange(new) * old // new
+                label_ZYX = np.take(label_ZYX, lines, axis=axis)
         return label_ZYX
     out = np.empty(tuple(new_shape), label_ZYX.dtype)
     for here, there, steps in _slabs(label_ZYX.shape, new_shape, anisotropic_axis, 1):
@@ -63,7 +87,7 @@ def resample_label(
 
 
 def _resample(
-    array: np.ndarray, new_shape: Sequence[int], nearest_axis: int | None, order: int
+    array: np.ndarray, new_shape: Sequence[int], nearest_axis: int | None, order: int | str
 ) -> np.ndarray:
     assert array.ndim == 4 and len(new_shape) == 3, (
         f"expected (C, Z, Y, X) and three lengths, found {array.shape} and {new_shape}"
@@ -82,7 +106,7 @@ Step = tuple[int, np.ndarray | sparse.csr_array]
 
 
 def _slabs(
-    shape: Sequence[int], new_shape: Sequence[int], nearest_axis: int | None, order: int
+    shape: Sequence[int], new_shape: Sequence[int], nearest_axis: int | None, order: int | str
 ) -> Iterator[tuple[slice, slice, list[Step]]]:
     """(slices of the new grid, slices of the old grid they depend on, what leads from these to
     those)."""
@@ -126,9 +150,13 @@ def nearest(old: int, new: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=256)
-def operator(old: int, new: int, order: int) -> sparse.csr_array:
+def operator(old: int, new: int, order: int | str) -> sparse.csr_array:
     """The (new, old) matrix that interpolates a line of `old` samples at `new` cell centres; rows
-    sum to 1. `order` is 1 or 3."""
+    sum to 1. `order` is 1, 3 or "area"."""
+    if order == "area" and new < old:
+        return _area(old, new)
+    if order == "area":
+        order = 1
     at = (np.arange(new) + 0.5) * (old / new) - 0.5
     if order == 1:
         at = np.clip(at, 0, old - 1)
@@ -140,6 +168,21 @@ def operator(old: int, new: int, order: int) -> sparse.csr_array:
             (weights.ravel().astype(np.float32), (rows.ravel(), columns.ravel())), shape=(new, old)
         )
     return _cubic(old, at)
+
+
+def _area(old: int, new: int) -> sparse.csr_array:
+    """Each new cell's mean over the old cells it covers, a partly covered one by its share."""
+    edges = np.arange(new + 1) * (old / new)
+    rows, columns, weights = [], [], []
+    for row, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+        first, last = int(np.floor(low + 1e-9)), min(int(np.ceil(high - 1e-9)), old)
+        cells = np.arange(first, last)
+        rows.append(np.full(len(cells), row))
+        columns.append(cells)
+        weights.append(np.minimum(high, cells + 1) - np.maximum(low, cells))
+    values = np.concatenate(weights) * (new / old)
+    places = (np.concatenate(rows), np.concatenate(columns))
+    return sparse.csr_array((values.astype(np.float32), places), shape=(new, old))
 
 
 def _cubic(old: int, at: np.ndarray) -> sparse.csr_array:

@@ -319,3 +319,20 @@ def test_a_loss_is_that_of_the_whole_batch_on_any_number_of_ranks(run_in_ranks):
         torch.testing.assert_close(sum(values) / 2, value, msg=name)
         # the engines average over the ranks
         torch.testing.assert_close(torch.cat(gradients) / 2, gradient, msg=name)
+
+
+def test_bce_dice_over_all_channels_in_one_sum():
+    """As UNeXt's loss with several classes: Dice of a sample's flattened pixels and channels."""
+    torch.manual_seed(0)
+    logits, target = torch.randn(3, 2, 4, 5), (torch.rand(3, 2, 4, 5) > 0.6).float()
+    loss = build_loss(
+        "bce_dice", head="sigmoid", options={"bce_weight": 0.0, "pool_channels": True}
+    )
+    p, t = logits.sigmoid().reshape(3, -1), target.reshape(3, -1)
+    dice = (2 * (p * t).sum(1) + 1e-5) / (p.sum(1) + t.sum(1) + 1e-5)
+    torch.testing.assert_close(loss(logits, target, None), 1 - dice.mean())
+    valid = torch.ones(3, 4, 5, dtype=torch.bool)
+    valid[:, :2] = False
+    p, t = (x[:, :, 2:].reshape(3, -1) for x in (logits.sigmoid(), target))
+    dice = (2 * (p * t).sum(1) + 1e-5) / (p.sum(1) + t.sum(1) + 1e-5)
+    torch.testing.assert_close(loss(logits, target, valid), 1 - dice.mean())

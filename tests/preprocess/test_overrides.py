@@ -210,6 +210,44 @@ def test_the_guide_names_every_layout_and_its_splits(tmp_path):
         assert all(
             split in row
             for split in brought
-            if not split.startswith(("80-20-seed", "70-15-15")) and split != "nnunet"
+            if not split.startswith(
+                ("80-20-seed", "80-20-shuffle", "70-15-15", "70-10-20", "80-10-10", "70-30")
+            )
+            and split != "nnunet"
         ), name
         assert ("80-20-seed" in row) == ("80-20-seed41" in brought), name
+
+
+def test_resizing_and_normalisation_by_the_field_s_names(pictures, tmp_path):
+    wish = Overrides(
+        size=(32, 40), interpolation="bilinear", masks="nearest", normalisation="imagenet"
+    )
+    manifest = build("busi", pictures, tmp_path / "store", workers=1, overrides=wish)
+    plan, store = manifest.plan, open_store(tmp_path / "store")
+    assert (plan.interpolation, plan.masks, plan.dtype) == ("bilinear", "nearest", "float16")
+    plain = build(
+        "busi", pictures, tmp_path / "plain", workers=1, overrides=Overrides(size=(32, 40))
+    )
+    assert plain.id != manifest.id
+    reader = open_reader("busi", pictures)
+    for ref, entry in zip(reader.refs(), manifest.cases, strict=True):
+        case = reader.read(ref)
+        small = resample_image(case.image_CZYX / 255, (1, 32, 40), interpolation="bilinear")
+        mean = np.array([0.485, 0.456, 0.406]).reshape(3, 1, 1, 1)
+        std = np.array([0.229, 0.224, 0.225]).reshape(3, 1, 1, 1)
+        assert np.abs(store.image(entry) - (small - mean) / std).max() < 4e-3  # float16
+        assert set(np.unique(store.label(entry))) <= {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"interpolation": "lanczos"}, "interpolation: found 'lanczos', expected one of: cubic"),
+        ({"masks": "cubic"}, "masks: found 'cubic', expected one of: linear, nearest"),
+        ({"normalisation": "l2"}, "normalisation: found 'l2', expected one of: zscore"),
+    ],
+)
+def test_unknown_names_are_refused(pictures, tmp_path, wish, message):
+    with pytest.raises(InputError, match=message):
+        build("busi", pictures, tmp_path / "store", workers=1, overrides=Overrides(**wish))
+    assert not (tmp_path / "store").exists()

@@ -4,6 +4,7 @@ packs beside the repository."""
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -426,6 +427,24 @@ def test_published_splits_are_those_of_scikit_learn():
     )
     lengths = published([f"{i:04d}" for i in range(2594)])["70-15-15-seed42"][0]
     assert (len(lengths["train"]), len(lengths["val"])) == (1815, 389) and published(["a"]) == {}
+
+
+def test_the_splits_of_asc_seg_have_its_sizes_and_overlap_nowhere():
+    def sizes(count, name):
+        folds = published([f"{i:04d}" for i in range(count)])
+        fold, test = folds[name][0], folds.get(f"{name}-test", ({"val": ()},))[0]
+        parts = [set(fold["train"]), set(fold["val"]), set(test["val"])]
+        assert sum(map(len, parts)) == len(set.union(*parts)) == count
+        return tuple(len(part) for part in parts)
+
+    assert sizes(2594, "70-10-20-seed42") == (1815, 259, 520)
+    assert sizes(200, "80-10-10-seed42") == (160, 20, 20)
+    assert sizes(647, "80-20-shuffle42") == (518, 129, 0)
+    # Python's own generator, sorted names, whatever order they come in
+    names = [f"c{i:02d}" for i in range(10)]
+    expected = list(names)
+    random.Random(42).shuffle(expected)
+    assert published(names[::-1])["80-10-10-seed42-test"][0]["val"] == (expected[9],)
 
 
 REAL = {  # pack -> layout, cases, patients, labels that occur: as their README says

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from scipy import ndimage
 
 from segfleet.core.errors import InputError
@@ -281,3 +283,54 @@ def test_values_beyond_the_stored_type_are_set_to_its_border():
 def test_a_wrong_number_of_channels_is_named():
     with pytest.raises(InputError, match="case 'c': channels: found 2, expected 1"):
         preprocess_case(case(np.ones((2, 3, 3, 3))), plan())
+
+
+@pytest.mark.parametrize("shape", [(1, 12, 20), (1, 31, 17), (1, 9, 11)])
+def test_bilinear_is_what_pytorch_calls_bilinear(shape):
+    image = np.random.default_rng(0).random((2, *shape)).astype(np.float32)
+    found = resample_image(image, (1, 16, 16), interpolation="bilinear")[:, 0]
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(image)[:, 0][None], (16, 16), mode="bilinear", align_corners=False
+    )[0]
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(("old", "new"), [(12, 4), (17, 5), (1000, 256), (7, 6)])
+def test_area_is_the_mean_over_what_a_new_pixel_covers(old, new):
+    """By another way: every pixel repeated `new` times, then means of blocks of `old`."""
+    line = np.random.default_rng(1).random(old)
+    image = np.repeat(line[:, None], 4, 1)[None, None].astype(np.float32)  # (1, 1, old, 4)
+    found = resample_image(image, (1, new, 4), interpolation="area")
+    expected = np.repeat(line, new).reshape(new, old).mean(1)
+    np.testing.assert_allclose(found[0, 0, :, 0], expected, rtol=1e-5)
+    grown = resample_image(image, (1, 2 * old, 4), interpolation="area")
+    np.testing.assert_array_equal(
+        grown, resample_image(image, (1, 2 * old, 4), interpolation="bilinear")
+    )
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
+def test_masks_are_nearest_as_pytorch_names_them(mode):
+    label = np.random.default_rng(2).integers(0, 4, (1, 31, 45)).astype(np.uint8)
+    found = resample_label(label, (1, 16, 20), masks=mode)
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(label)[None].float(), (16, 20), mode=mode
+    )[0]
+    np.testing.assert_array_equal(found, expected.numpy().astype(np.uint8))
+    centre = np.asarray(Image.fromarray(label[0]).resize((20, 16), Image.Resampling.NEAREST))
+    assert np.array_equal(found[0], centre) == (mode == "nearest-exact")
+
+
+def test_normalisations_of_pictures():
+    picture = np.random.default_rng(3).integers(20, 200, (3, 1, 5, 6)).astype(np.uint8)
+    facts = {"target_spacing": (1, 1, 1), "patch": (1, 5, 6)}
+
+    def by(kind):
+        return normalise(picture, Plan(**facts, normalisation=(kind,) * 3))
+
+    red = (picture[0] / 255 - 0.485) / 0.229  # torchvision's published numbers
+    blue = (picture[2] / 255 - 0.406) / 0.225
+    np.testing.assert_allclose(by("imagenet")[[0, 2]], np.stack([red, blue]), atol=1e-6)
+    span = picture.max() - picture.min().astype(float)
+    np.testing.assert_allclose(by("minmax"), (picture - picture.min()) / span, atol=1e-6)
+    np.testing.assert_allclose(by("minmax255"), 255 * (picture - picture.min()) / span, atol=1e-4)

@@ -1,0 +1,188 @@
+"""Names of tensors in other people's weight files, and what they are called here.
+
+A network's table is one file `models/foreign/<family>.py` with `TABLE`. A table is total in both
+directions: every tensor of the file has a place or is ignored by name, and every tensor of the
+network gets exactly one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from segfleet.models.registry import ModelError, ModelSpec
+
+WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")  # around all names of a file
+COUNTER = "num_batches_tracked"  # of batch norms: some files leave it out
+SHOWN = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """`rules`: (pattern, replacement) tried in order against the whole of their name; `ignored`:
+    patterns of their tensors that are copies of others or of no use here. `prefixes`: more
+    wrappers that a file of this family may have around all of its names."""
+
+    rules: Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
+    ignored: Sequence[str] = ()
+    prefixes: Sequence[str] = ()
+
+    def rename(self, theirs: str) -> str | None:
+        """Our name, "" for what is to be ignored, None for what no rule knows."""
+        if any(re.fullmatch(pattern, theirs) for pattern in self.ignored):
+            return ""
+        for pattern, ours in self.rules:
+            if found := re.fullmatch(pattern, theirs):
+                return ours(found) if callable(ours) else found.expand(ours)
+        return None
+
+
+def families() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def table_of(network: str) -> Table | None:
+    """The table of the family a network belongs to: the longest file name its name begins with, or
+    the one that lists it."""
+    for family in families():
+        module = importlib.import_module(f"segfleet.models.foreign.{family}")
+        if network in module.NETWORKS:
+            return module.TABLE
+    return None
+
+
+def translated(
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    chosen: ModelSpec,
+    *,
+    mapping: str = "auto",
+    strict: str = "all",
+    where: str = "",
+) -> dict[str, Tensor]:
+    """Our name -> tensor, for all of the network's tensors or (strict "encoder") for its encoder's.
+
+    mapping "auto": their names are ours, or the family's table knows them. "order": both have the
+    same shapes in the same order. Else a JSON file {theirs: ours}. Raises ModelError that names
+    what is missing, left over or of another shape; nothing is loaded here.
+    """
+    own = model.state_dict()
+    wanted = {
+        name: value
+        for name, value in own.items()
+        if strict == "all" or name.startswith(chosen.encoder)
+    }
+    named, left = _named(tensors, own, chosen, mapping, where)
+    optional = {name for name in wanted if name.endswith(COUNTER)}
+    missing = [name for name in wanted if name not in named and name not in optional]
+    if strict == "encoder":
+        named, left = {k: v for k, v in named.items() if k in wanted}, []
+    extra = [*left, *(name for name in named if name not in own)]
+    shapes = [
+        f"{name} {tuple(named[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in wanted
+        if name in named and named[name].shape != own[name].shape
+    ]
+    if missing or extra or shapes:
+        parts = [_some("missing", missing), _some("left over", extra), _some("other shape", shapes)]
+        raise ModelError(
+            f"weights: {where} does not fit {chosen.name}: {'; '.join(p for p in parts if p)}. "
+            "Choose the network and the options it was trained with, or give the names by "
+            "--mapping FILE (model.mapping), a JSON object {theirs: ours}"
+        )
+    return {name: named[name] for name in wanted if name in named}
+
+
+def _named(
+    tensors: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    chosen: ModelSpec,
+    mapping: str,
+    where: str,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """(our name -> tensor, their names that nobody knows)."""
+    if mapping == "order":
+        return _in_order(tensors, own, where), []
+    if mapping != "auto":
+        pairs = _read_mapping(mapping)
+        return (
+            {pairs[name]: value for name, value in tensors.items() if pairs.get(name)},
+            [name for name in tensors if name not in pairs],
+        )
+    table = table_of(chosen.name)
+    tensors = _unwrapped(tensors, (*WRAPPERS, *(table.prefixes if table else ())))
+    if table is None or _overlap(tensors, own) > 0.5:
+        return dict(tensors), []
+    named: dict[str, Tensor] = {}
+    left: list[str] = []
+    for theirs, value in tensors.items():
+        ours = table.rename(theirs)
+        if ours is None:
+            left.append(theirs)
+        elif ours:
+            if ours in named:
+                raise ModelError(f"weights: {where}: two tensors become {ours}, one is {theirs}")
+            named[ours] = value
+    return named, left
+
+
+def _overlap(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> float:
+    return len(tensors.keys() & own.keys()) / max(1, len(tensors))
+
+
+def _unwrapped(tensors: Mapping[str, Tensor], prefixes: Sequence[str]) -> dict[str, Tensor]:
+    """Without what stands before every name."""
+    found, again = dict(tensors), True
+    while again and found:
+        again = False
+        for prefix in prefixes:
+            if all(name.startswith(prefix) for name in found):
+                found, again = {k[len(prefix) :]: v for k, v in found.items()}, True
+    return found
+
+
+def _in_order(
+    tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str
+) -> dict[str, Tensor]:
+    theirs = [(name, value) for name, value in tensors.items() if not name.endswith(COUNTER)]
+    ours = [(name, value) for name, value in own.items() if not name.endswith(COUNTER)]
+    for place, ((a, x), (b, y)) in enumerate(zip(theirs, ours, strict=False)):
+        if x.shape != y.shape:
+            raise ModelError(
+                f"weights: {where}: tensor {place} is {a} {tuple(x.shape)} there and {b} "
+                f"{tuple(y.shape)} here, so the order is not the same; give --mapping FILE"
+            )
+    if len(theirs) != len(ours):
+        raise ModelError(
+            f"weights: {where} holds {len(theirs)} tensors, the network {len(ours)}, so the order "
+            "is not the same; give --mapping FILE"
+        )
+    return {b: x for (_, x), (b, _) in zip(theirs, ours, strict=True)}
+
+
+def _read_mapping(path: str) -> dict[str, str]:
+    try:
+        pairs = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.mapping: {path} cannot be read: {error}") from None
+    if not isinstance(pairs, dict) or not all(isinstance(v, str) for v in pairs.values()):
+        raise ModelError(
+            f'model.mapping: {path} is no JSON object of names: {{"theirs": "ours"}}, "" for what '
+            "is to be ignored"
+        )
+    twice = sorted({v for v in pairs.values() if v and list(pairs.values()).count(v) > 1})
+    if twice:
+        raise ModelError(f"model.mapping: {path}: two tensors become {twice[0]}")
+    return pairs
+
+
+def _some(what: str, names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{what}: {', '.join(names[:SHOWN])}{more}" if names else ""
