@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from segfleet.models.registry import ModelError, ModelSpec
 
 WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")  # around all names of a file
+# what profilers leave behind in a network that is then saved
+LEFTOVERS = r"(?:.*\.)?total_(?:ops|params)"
 COUNTER = "num_batches_tracked"  # of batch norms: some files leave it out
 SHOWN = 6
 
@@ -117,6 +119,7 @@ def _named(
             [name for name in tensors if name not in pairs],
         )
     table = table_of(chosen.name)
+    tensors = {k: v for k, v in tensors.items() if not re.fullmatch(LEFTOVERS, k)}
     tensors = _unwrapped(tensors, (*WRAPPERS, *(table.prefixes if table else ())))
     if table is None or _overlap(tensors, own) > 0.5:
         return dict(tensors), []
