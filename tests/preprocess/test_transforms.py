@@ -332,5 +332,6 @@ def test_normalisations_of_pictures():
     blue = (picture[2] / 255 - 0.406) / 0.225
     np.testing.assert_allclose(by("imagenet")[[0, 2]], np.stack([red, blue]), atol=1e-6)
     span = picture.max() - picture.min().astype(float)
-    np.testing.assert_allclose(by("minmax"), (picture - picture.min()) / span, atol=1e-6)
-    np.testing.assert_allclose(by("minmax255"), 255 * (picture - picture.min()) / span, atol=1e-4)
+    share = (picture.astype(float) - picture.min()) / span
+    np.testing.assert_allclose(by("minmax"), share, atol=1e-6)
+    np.testing.assert_allclose(by("minmax255"), 255 * share, atol=1e-4)
