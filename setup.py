@@ -26,7 +26,7 @@ setup(
     packages=packages,
     package_dir={f"segfleet.{room}": room for room in ROOMS},
     package_data={
-        "segfleet.pipeline": ["recipes/*.yaml"],
+        "segfleet.pipeline": ["recipes/*.yaml", "data/*.cpp"],
         "segfleet.models": ["scan/*.cpp"],
         "segfleet.sweeps": ["spaces/*.yaml"],
     },

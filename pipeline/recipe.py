@@ -52,8 +52,10 @@ class Augment(Section):
         None, description="axes that may be mirrored (0 z, 1 y, 2 x); none: all"
     )
     rotation: Share = Field(0.2, description="probability of a rotation")
-    angle: Annotated[float, Field(ge=0, le=180)] = Field(
-        30.0, description="largest angle in degrees; in plane only when the patch is flat"
+    angle: Annotated[float, Field(ge=0, le=180)] | None = Field(
+        None,
+        description="largest angle in degrees, in plane only when the patch is flat; null: 30, "
+        "flat 180, 2D patches longer than 1.5 times their width 15",
     )
     rot90: bool = Field(
         False,
@@ -62,18 +64,27 @@ class Augment(Section):
     )
     scale: Share = Field(0.2, description="probability of a change of scale")
     scale_range: Annotated[tuple[Above, Above], AfterValidator(_rising)] = Field(
-        (0.7, 1.4), description="smallest and largest magnification"
+        (0.7, 1.4),
+        description="smallest and largest field of view against the patch: below 1 magnifies",
     )
     elastic: Share = Field(0.0, description="probability of an elastic deformation")
     elastic_size: Annotated[float, Field(ge=0)] = Field(
         8.0, description="typical displacement in voxels"
     )
     gamma: Share = Field(0.3, description="probability of a gamma transform")
+    gamma_inverted: Share = Field(
+        0.1, description="probability of a gamma transform of the inverted image"
+    )
     contrast: Share = Field(0.15, description="probability of a change of contrast")
     brightness: Share = Field(0.15, description="probability of a change of brightness")
     noise: Share = Field(0.1, description="probability of Gaussian noise")
     blur: Share = Field(0.2, description="probability of a Gaussian blur")
     low_resolution: Share = Field(0.25, description="probability of a simulated low resolution")
+    per_channel: bool = Field(
+        True,
+        description="intensity changes of each channel are drawn alone, blur and low resolution "
+        "take half of the channels; false: all channels alike",
+    )
 
 
 class MadeFor(Section):

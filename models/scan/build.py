@@ -1,4 +1,4 @@
-"""Compile one C++ file of this folder into a shared library, once per machine type, and load it.
+"""Compile one C++ file into a shared library, once per machine type, and load it.
 
 The library is kept in the user's cache folder under `<key>-<digest>.so`: the key hashes source,
 flags and processor, the digest is that of the file, so a damaged file is seen before it is loaded
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 COMPILERS = ("c++", "g++", "clang++")
@@ -45,15 +46,15 @@ class BuildError(Exception):
     """The library cannot be built or loaded here; the message is one line."""
 
 
-def load(source: Path) -> ctypes.CDLL:
-    """The compiled library of `source`. Raises BuildError."""
-    key, problem = f"{source.stem}-{_key(source)}", ""
+def load(source: Path, *extra: str) -> ctypes.CDLL:
+    """The compiled library of `source`, `extra` being flags of its own. Raises BuildError."""
+    key, problem = f"{source.stem}-{_key(source, extra)}", ""
     for folder in cache_folders():
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if folder.stat().st_uid != os.getuid():
                 continue  # somebody else's folder in a shared temporary directory
-            return ctypes.CDLL(str(find(folder, key) or compile_into(folder, key, source)))
+            return ctypes.CDLL(str(find(folder, key) or compile_into(folder, key, source, extra)))
         except OSError as error:  # not writable, or mounted so that nothing in it may run
             problem = f"{folder}: {error}"
     raise BuildError(f"no cache folder can be used ({problem})")
@@ -93,7 +94,7 @@ def find(folder: Path, key: str) -> Path | None:
     return None
 
 
-def compile_into(folder: Path, key: str, source: Path) -> Path:
+def compile_into(folder: Path, key: str, source: Path, extra: Sequence[str] = ()) -> Path:
     """Compile `source` and publish it in `folder` by renaming. Raises BuildError with the
     compiler's first complaint."""
     compiler = find_compiler()
@@ -102,7 +103,7 @@ def compile_into(folder: Path, key: str, source: Path) -> Path:
     made, complaint = Path(name), ""
     try:
         for flags in FLAGS:
-            command = [compiler, *ALWAYS, *flags, str(source), "-o", str(made)]
+            command = [compiler, *ALWAYS, *extra, *flags, str(source), "-o", str(made)]
             try:
                 done = subprocess.run(
                     command, capture_output=True, text=True, timeout=LIMIT, check=False
@@ -121,9 +122,11 @@ def compile_into(folder: Path, key: str, source: Path) -> Path:
         made.unlink(missing_ok=True)
 
 
-def _key(source: Path) -> str:
+def _key(source: Path, extra: Sequence[str]) -> str:
     return _digest(
-        b"\0".join([source.read_bytes(), repr((ALWAYS, FLAGS)).encode(), _processor().encode()])
+        b"\0".join(
+            [source.read_bytes(), repr((ALWAYS, extra, FLAGS)).encode(), _processor().encode()]
+        )
     )
 
 

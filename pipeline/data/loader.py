@@ -19,16 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 from segfleet.core.errors import InputError
 from segfleet.core.parallel import end_with_parent
 from segfleet.pipeline.data import randomness
-from segfleet.pipeline.data.augment import (
-    apply_intensity,
-    draw_intensity,
-    draw_spatial,
-    flat,
-    mirror,
-    resample,
-    source_grid,
-)
-from segfleet.pipeline.data.sampler import PatchSampler
+from segfleet.pipeline.data.augment import draw_intensity, draw_spatial, flat
+from segfleet.pipeline.data.geometry import mirror, resample, source
+from segfleet.pipeline.data.intensity import apply_intensity
+from segfleet.pipeline.data.kernels import scratch, to_float32
+from segfleet.pipeline.data.sampler import Draw, PatchSampler
 from segfleet.pipeline.recipe import Augment
 from segfleet.preprocess.stores.base import ShardStore
 
@@ -42,6 +37,7 @@ class Batch(NamedTuple):
     # still to be applied on the device; None: done by the loader
     intensity: tuple[dict, ...] | None
     in_plane: bool
+    masked: tuple[int, ...] = ()  # channels whose background stays 0
 
 
 class Failure(NamedTuple):
@@ -93,11 +89,14 @@ class Patches(Dataset):
 
     def __getitems__(self, places: list[tuple[int, int]]) -> Batch | Failure:
         """A micro-batch. `DataLoader` calls it with the list a batch sampler yields."""
-        samples = []
-        for epoch, index in places:
+        plan = self.store.manifest.plan
+        image = np.empty((len(places), len(plan.normalisation), *self.sampler.patch), np.float32)
+        label = np.empty((len(places), *self.sampler.patch), np.uint8)
+        drawn, cases = [], []
+        for slot, (epoch, index) in enumerate(places):
             draw = self.sampler.draw(self.stage, epoch, index, self.steps)
             try:
-                samples.append((*self._sample(draw), draw.case.id))
+                drawn.append(self._sample(draw, image[slot], label[slot]))
             except Exception as error:
                 return Failure(
                     draw.case.id,
@@ -106,44 +105,53 @@ class Patches(Dataset):
                     traceback.format_exc(),
                     isinstance(error, InputError),
                 )
-        images, labels, drawn, cases = zip(*samples, strict=True)
-        image, label = torch.stack(images), torch.stack(labels)
+            cases.append(draw.case.id)
+        image, label = torch.from_numpy(image), torch.from_numpy(label)
         if self.sampler.patch[0] == 1:
             image, label = image[:, :, 0], label[:, 0]
         first = self.sampler.cases[0]
         return Batch(
             image,
             label,
-            cases,
-            drawn if self.on_device else None,
+            tuple(cases),
+            tuple(drawn) if self.on_device else None,
             flat(self.sampler.patch, first.spacing),
+            plan.masked,
         )
 
-    def _sample(self, draw) -> tuple[Tensor, Tensor, dict]:
-        patch = self.sampler.patch
+    def _sample(self, draw: Draw, image: np.ndarray, label: np.ndarray) -> dict:
+        """Fills in image (C, z, y, x) and label (z, y, x); the intensity changes drawn."""
+        patch, scale = self.sampler.patch, self.store.manifest.plan.scale
         if self.augment is None:
             box = tuple(slice(s, s + p) for s, p in zip(draw.start, patch, strict=True))
-            return (
-                torch.from_numpy(self.store.image(draw.case, box)),
-                torch.from_numpy(self.store.label(draw.case, box)),
-                {},
-            )
+            to_float32(self.store.stored_image(draw.case, box), scale, image)
+            np.copyto(label, self.store.label(draw.case, box))
+            return {}
         rng = randomness.generator(
             self.sampler.seed, randomness.AUGMENT, draw.stage, draw.epoch, draw.index
         )
         spatial = draw_spatial(self.augment, rng, patch, draw.case.spacing)
-        box, positions = source_grid(spatial, draw.start, patch)
-        image, label = (
-            torch.from_numpy(self.store.image(draw.case, box)),
-            torch.from_numpy(self.store.label(draw.case, box)),
-        )
-        if positions is not None:
-            image, label = resample(image, label, positions)
-        image, label = mirror(spatial, image, label)
+        box, grid = source(spatial, draw.start, patch)
+        stored, outlined = self.store.stored_image(draw.case, box), self.store.label(draw.case, box)
+        if grid is None:
+            mirrored = mirror(spatial, stored, outlined)
+            to_float32(np.ascontiguousarray(mirrored[0]), scale, image)
+            np.copyto(label, mirrored[1])
+        else:
+            part = scratch(stored.shape)
+            to_float32(stored, scale, part)
+            resample(part, outlined, grid, image, label)
+            if spatial.turns:
+                image[...], label[...] = (a.copy() for a in mirror(spatial, image, label))
         drawn = draw_intensity(self.augment, rng, len(image))
         if not self.on_device:
-            image = apply_intensity(image, drawn, flat(patch, draw.case.spacing))
-        return image.contiguous(), label.contiguous(), drawn
+            apply_intensity(
+                torch.from_numpy(image),
+                drawn,
+                flat(patch, draw.case.spacing),
+                self.store.manifest.plan.masked,
+            )
+        return drawn
 
 
 class Schedule:
@@ -291,7 +299,7 @@ def on_device(batch: Batch, device: torch.device, channels_last: bool) -> tuple[
     if batch.intensity is not None:
         volumes = image if image.ndim == 5 else image[:, :, None]
         changed = [
-            apply_intensity(volume, drawn, batch.in_plane)
+            apply_intensity(volume, drawn, batch.in_plane, batch.masked)
             for volume, drawn in zip(volumes, batch.intensity, strict=True)
         ]
         image = torch.stack(changed).view_as(image)

@@ -3,6 +3,7 @@ number of ranks or loader processes."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,9 +46,13 @@ class PatchSampler:
         if not self.cases:
             raise InputError("data: the chosen fold has no training case")
 
-    @property
+    @functools.cached_property
     def _with_foreground(self) -> tuple[CaseEntry, ...]:
         return tuple(case for case in self.cases if any(case.foreground.values()))
+
+    def __getstate__(self) -> dict:
+        """Without the index, which each loader process makes for itself."""
+        return {name: value for name, value in vars(self).items() if name[0] != "_"}
 
     def draw(self, stage: int, epoch: int, index: int, steps: int) -> Draw:
         """Sample `index` (0 <= index < steps * batch) of an epoch of `steps` steps."""

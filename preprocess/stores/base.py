@@ -28,6 +28,10 @@ class ShardStore(Protocol):
         whole case."""
         ...
 
+    def stored_image(self, case: CaseEntry, box: Box | None = None) -> np.ndarray:
+        """As `image`, in the stored type and unscaled."""
+        ...
+
     def label(self, case: CaseEntry, box: Box | None = None) -> np.ndarray:
         """(Z, Y, X) uint8. Outside the grid: 0, so pad voxels are background."""
         ...

@@ -64,6 +64,12 @@ class Plan(Frozen):
     interpolation: str = "cubic"  # of resized images: cubic | bilinear | area
     masks: str = "linear"  # of resized labels: linear | nearest | nearest-exact
 
+    @property
+    def masked(self) -> tuple[int, ...]:
+        """Channels whose voxels outside the non-zero mask are exactly 0."""
+        kinds = enumerate(self.normalisation) if self.nonzero_mask else ()
+        return tuple(channel for channel, kind in kinds if kind == "zscore")
+
 
 class CaseEntry(Frozen):
     """One case of the store."""

@@ -86,7 +86,12 @@ class ShardReader:
         raise NotImplementedError
 
     def image(self, case: CaseEntry, box: tuple[slice, slice, slice] | None = None) -> np.ndarray:
-        return to_float32(self._read(case, "image", box), self.manifest.plan.scale)
+        return to_float32(self.stored_image(case, box), self.manifest.plan.scale)
+
+    def stored_image(
+        self, case: CaseEntry, box: tuple[slice, slice, slice] | None = None
+    ) -> np.ndarray:
+        return self._read(case, "image", box)
 
     def label(self, case: CaseEntry, box: tuple[slice, slice, slice] | None = None) -> np.ndarray:
         return self._read(case, "label", box)

@@ -163,3 +163,25 @@ def test_draws_are_spread_over_the_case(tiny_store):
         [sampler.draw(0, epoch, index, 4).start for epoch in range(4) for index in range(16)]
     )
     assert starts[:, 0].max() == 0 and np.ptp(starts[:, 1]) > 5 and np.ptp(starts[:, 2]) > 5
+
+
+@pytest.mark.parametrize("count", [200, 800])
+def test_a_draw_does_not_walk_through_the_cases(tiny_store, count):
+    """Whatever the number of cases, their foreground is looked at once, and again once in a loader
+    process."""
+    looks = 0
+
+    class Counted(dict):
+        def values(self):
+            nonlocal looks
+            looks += 1
+            return super().values()
+
+    first = open_store(tiny_store(3)).manifest.cases[0]
+    cases = tuple(
+        first.model_copy(update={"foreground": Counted(first.foreground)}) for _ in range(count)
+    )
+    sampler = PatchSampler(cases=cases, patch=(8, 8, 8), batch=4, foreground=0.5, seed=0)
+    for index in range(40):
+        sampler.draw(0, 0, index, 10)
+    assert looks == count
