@@ -6,7 +6,9 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import socket
 import traceback
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +71,7 @@ class ProcessRanks(Ranks):
     ):
         self.rank, self.size, self.local_rank = rank, size, local_rank
         self.device = device or pick_device(local_rank)
+        check_devices(rank, size, store, place_of(self.device))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.store = (
@@ -125,6 +128,47 @@ def pick_device(local_rank: int) -> torch.device:
     if torch.cuda.is_available() and os.environ.get("SEGFLEET_DEVICE", "cuda") == "cuda":
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def place_of(device: torch.device) -> list[str]:
+    """The host and the device of a rank, as every other process would name them: a process may see
+    its granted GPU as cuda:0 when its neighbour does so, too."""
+    if device.type == "cpu":
+        return [socket.gethostname(), "cpu"]
+    return [socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)]
+
+
+def check_devices(rank: int, size: int, store: dist.Store, place: list[str]) -> None:
+    """Every rank has a GPU of its own, or all of them the CPU. Raises InputError on every rank, in
+    place of what NCCL would say. One read of all places, by rank 0."""
+    store.set(f"place/{rank}", json.dumps(place))
+    if rank == 0:
+        texts = store.multi_get([f"place/{other}" for other in range(size)])
+        store.set("places", _fault([json.loads(text) for text in texts]))
+    if fault := store.get("places").decode():
+        raise InputError(fault)
+
+
+def _fault(places: list[list[str]]) -> str:
+    """What is wrong with the devices of the ranks; empty: nothing."""
+    cpu = "SEGFLEET_DEVICE=cpu trains on the CPUs"
+    ranks, devices = Counter(host for host, _ in places), defaultdict(set)
+    for host, device in places:
+        devices[host].add(device)
+    without = [host for host, found in devices.items() if "cpu" in found]
+    if without and any(found != {"cpu"} for found in devices.values()):
+        return (
+            f"ranks: found GPUs on some nodes and none on {', '.join(without)}; expected one kind "
+            f"of device for all {len(places)} ranks. Leave those nodes out, or {cpu}"
+        )
+    for host, found in devices.items():
+        if found != {"cpu"} and ranks[host] > len(found):
+            return (
+                f"ranks: found {ranks[host]} on {host}, which has {len(found)} GPU(s) for them; "
+                f"expected a GPU for every rank. Use --ranks {len(found)} (in a job "
+                f"--gpus-per-node {len(found)}), or {cpu}"
+            )
+    return ""
 
 
 def join_ranks(rendezvous: Path) -> Ranks:

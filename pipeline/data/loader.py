@@ -8,8 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,7 +27,8 @@ from segfleet.pipeline.recipe import Augment
 from segfleet.preprocess.stores.base import ShardStore
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """One micro-batch of one rank. In 2D the slice axis is gone."""
 
     image: Tensor  # (B, C, *S) float32
@@ -39,8 +39,14 @@ class Batch(NamedTuple):
     in_plane: bool
     masked: tuple[int, ...] = ()  # channels whose background stays 0
 
+    def pin_memory(self) -> Batch:
+        """For `DataLoader`, which leaves a class with this method to itself. Left to it, tuples
+        become lists before torch 2.9.1."""
+        return replace(self, image=self.image.pin_memory(), label=self.label.pin_memory())
 
-class Failure(NamedTuple):
+
+@dataclass(frozen=True)
+class Failure:
     """A sample that could not be made; carried to the training process, which raises it there."""
 
     case: str

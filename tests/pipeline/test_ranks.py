@@ -1,0 +1,75 @@
+"""Ranks and their devices: what is refused before a collective library could fail on it."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from segfleet.core.errors import InputError
+from segfleet.pipeline import ranks
+
+
+def verdicts(places: list[list[str]]) -> list[str]:
+    """What every rank hears; rank 0 comes last, as it may."""
+    store, said = dist.HashStore(), [""] * len(places)
+
+    def join(rank: int) -> None:
+        try:
+            ranks.check_devices(rank, len(places), store, places[rank])
+        except InputError as error:
+            said[rank] = str(error)
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in range(len(places))]
+    for thread in reversed(threads):
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return said
+
+
+def test_ranks_with_a_gpu_each_or_on_the_cpu_are_let_through():
+    assert verdicts([["a", "GPU-1"], ["a", "GPU-2"], ["b", "GPU-1"]]) == ["", "", ""]
+    assert verdicts([["a", "cpu"]] * 3) == ["", "", ""]
+
+
+def test_more_ranks_than_gpus_on_a_host_is_one_message_on_every_rank():
+    said = verdicts([["a", "GPU-1"], ["b", "GPU-7"], ["b", "GPU-8"], ["b", "GPU-8"]])
+    assert len(set(said)) == 1
+    assert "found 3 on b, which has 2 GPU(s)" in said[0]
+    assert "--ranks 2" in said[0] and "SEGFLEET_DEVICE=cpu" in said[0]
+
+
+def test_nodes_with_and_without_gpus_do_not_train_together():
+    said = verdicts([["a", "GPU-1"], ["b", "cpu"]])
+    assert said[0] == said[1] and "none on b" in said[0] and "SEGFLEET_DEVICE=cpu" in said[0]
+
+
+def test_a_gpu_is_named_by_what_no_other_process_can_call_differently(monkeypatch):
+    class Properties:
+        uuid = "d9a1"
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    assert ranks.place_of(torch.device("cuda", 0))[1] == "d9a1"
+    assert ranks.place_of(torch.device("cpu"))[1] == "cpu"
+
+
+def test_training_with_more_ranks_than_gpus_ends_before_nccl(tmp_path, monkeypatch):
+    """Two real ranks that both hold the only GPU; NCCL is not there to be asked."""
+    from segfleet.pipeline.launch.local import RankFailed, run_ranks
+
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Loaded:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'segfleet.pipeline.jobs':\n"
+        "            from segfleet.pipeline import ranks\n"
+        "            ranks.place_of = lambda device: ['here', 'GPU-1']\n"
+        "sys.meta_path.insert(0, Loaded())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RankFailed, match=r"found 2 on here.*--ranks 1.*SEGFLEET_DEVICE=cpu") as end:
+        run_ranks({"do": "train"}, 2)
+    assert end.value.exit_code == 2
