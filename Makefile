@@ -1,4 +1,9 @@
 PYTHON ?= python3
+# Installed first, alone, and only where the environment has no torch yet: with CUDA on Linux.
+# docs/install.md has what to say here for the build without CUDA, which is a tenth of its size.
+TORCH ?= torch==2.13.0
+# The demo and the tests run on any machine: two ranks cannot share its one GPU.
+demo test long compat release: export SEGFLEET_DEVICE ?= cpu
 VENV := .venv
 PY := $(VENV)/bin/python
 SEG := $(VENV)/bin/segfleet
@@ -6,23 +11,26 @@ SHELL := /bin/bash
 export PYTHONUTF8 := 1
 .ONESHELL:
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: demo test install system lint long clean-demo
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+.PHONY: demo test install system lint long compat release clean-demo
 
-# torch comes first and alone: a CPU or CUDA build that is already there satisfies the rest and is not replaced.
 $(VENV)/ready: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("segfleet needs Python 3.11 or newer; try make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel
-	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(PIP) --upgrade pip setuptools wheel
+	if ! $(PY) -c 'import torch' 2>/dev/null; then
+	  echo "installing $(TORCH): gigabytes, if it is the build with CUDA (docs/install.md: the small one)"
+	  $(PIP) -c constraints.txt $(TORCH)
+	fi
+	$(PIP) -c constraints.txt -e .
 	touch $@
 
 install: $(VENV)/ready
 
 # What only the tests need. dynamic-network-architectures is the yardstick of parameter counts; its own requirements would replace torch.
 $(VENV)/tests-ready: $(VENV)/ready
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt dynamic-network-architectures
+	$(PIP) -c constraints.txt -e '.[dev]'
+	$(PIP) --no-deps -c constraints.txt dynamic-network-architectures
 	touch $@
 
 # A real SLURM for the tests of submitted jobs, and a browser for the report's test, where we may install them.
@@ -43,6 +51,19 @@ long: $(VENV)/tests-ready system
 
 lint: $(VENV)/tests-ready
 	$(PY) -m ruff check .
+
+# The quick tests under the lowest and the newest versions of everything. Downloads gigabytes; which
+# Pythons and packages it found, and what failed, goes to benchmarks/results/compat.json.
+compat: $(VENV)/tests-ready
+	$(PIP) uv
+	$(PY) benchmarks/compat.py
+
+# What is published, in dist/: built from a clean tree, resolved against the public index as a user
+# would, installed and run without the checkout.
+release: $(VENV)/tests-ready lint
+	test -z "$$(git status --porcelain)" || { echo "commit first: a release is built from a clean tree"; exit 1; }
+	$(PY) -m pytest tests/test_packaging.py -m "long or not long"
+	rm -rf dist && $(PY) -m build --no-isolation
 
 # Synthetic data in 3D and 2D, through every step, on two local ranks.
 demo: $(VENV)/ready

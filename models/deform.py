@@ -93,7 +93,7 @@ def _grid(offset: Tensor, k: int, layout: str) -> Tensor:
     row = row + tap_row + torch.arange(rows, dtype=dtype, device=device).view(-1, 1)
     column = column + tap_column + torch.arange(columns, dtype=dtype, device=device)
     grid = torch.stack(((2 * column + 1) / columns - 1, (2 * row + 1) / rows - 1), -1)
-    return grid.view(batch, k * k * rows, columns, 2)
+    return grid.reshape(batch, k * k * rows, columns, 2)
 
 
 class DeformConv2d(nn.Module):

@@ -143,7 +143,7 @@ def check_devices(rank: int, size: int, store: dist.Store, place: list[str]) -> 
     place of what NCCL would say. One read of all places, by rank 0."""
     store.set(f"place/{rank}", json.dumps(place))
     if rank == 0:
-        texts = store.multi_get([f"place/{other}" for other in range(size)])
+        texts = [store.get(f"place/{other}") for other in range(size)]
         store.set("places", _fault([json.loads(text) for text in texts]))
     if fault := store.get("places").decode():
         raise InputError(fault)

@@ -1,9 +1,7 @@
 """The selective scan as a torch operator: traced by torch.compile as one node, differentiable
 once."""
 
-from typing import (
-    Optional,  # torch reads these annotations as they stand: no `X | None`, no deferred evaluation
-)
+from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -12,16 +10,23 @@ from segfleet.models.scan import backends
 from segfleet.models.scan.inputs import ScanInputs
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "bias")
+# Spelt out: which annotations torch can read differs from version to version.
+SCAN = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, "
+    "bool softplus, str backend"
+)
 
 
 def _inputs(u, delta, A, B, C, D, z, bias, softplus) -> ScanInputs:
     return ScanInputs(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, bias=bias, softplus=softplus)
 
 
-@torch.library.custom_op("segfleet::selective_scan", mutates_args=())
+@torch.library.custom_op(
+    "segfleet::selective_scan", mutates_args=(), schema=f"({SCAN}) -> (Tensor, Tensor)"
+)
 def selective_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-    D: Optional[Tensor], z: Optional[Tensor], bias: Optional[Tensor], softplus: bool, backend: str,  # noqa: UP045
+    D: Tensor | None, z: Tensor | None, bias: Tensor | None, softplus: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output (B, D, L) and the states at the end of every chunk (B, D, K, N); of these only the
     last may be given a gradient."""
@@ -37,11 +42,15 @@ def _(u, delta, A, B, C, D, z, bias, softplus, backend):
     )
 
 
-@torch.library.custom_op("segfleet::selective_scan_backward", mutates_args=())
+@torch.library.custom_op(
+    "segfleet::selective_scan_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor? grad_last, Tensor states, {SCAN}) -> Tensor[]",
+)
 def selective_scan_backward(
-    grad_out: Tensor, grad_last: Optional[Tensor], states: Tensor,  # noqa: UP045
+    grad_out: Tensor, grad_last: Tensor | None, states: Tensor,
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-    D: Optional[Tensor], z: Optional[Tensor], bias: Optional[Tensor], softplus: bool, backend: str,  # noqa: UP045
+    D: Tensor | None, z: Tensor | None, bias: Tensor | None, softplus: bool, backend: str,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the tensors that are there, in the order of NAMES."""
     s = _inputs(u, delta, A, B, C, D, z, bias, softplus)

@@ -11,6 +11,7 @@ chunks, preprocess.packed reads them.
 from __future__ import annotations
 
 import errno
+import io
 import math
 import os
 import shutil
@@ -139,10 +140,11 @@ class Writer(ShardWriter):
     suffix = SUFFIX
 
     def _begin(self) -> None:
-        with h5py.File("empty", "w", driver="core", backing_store=False, libver=FORMAT) as empty:
-            empty.flush()
-            # not by HDF5, for the reason given in `_reserve`
-            self.partial.write_bytes(empty.id.get_file_image())
+        empty = io.BytesIO()
+        with h5py.File(empty, "w", libver=FORMAT):
+            pass
+        # Not written by HDF5, for the reason given in `_reserve`.
+        self.partial.write_bytes(empty.getvalue())
         self.file = h5py.File(self.partial, "r+", libver=FORMAT, locking=False)
 
     def _write(
