@@ -72,6 +72,10 @@ def command(
     verify: Annotated[
         bool, typer.Option("--verify", help="Then read every chunk back and compare all checksums.")
     ] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Of a finished store compare sizes and times, not hashes."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check a raw data set, plan, and write it as shards with a manifest.
@@ -87,7 +91,7 @@ def command(
     )["store"]  # fmt: skip
     first: dict[str, int] = {}
     with bars(first) as tick:
-        manifest = build(**{**store, "overrides": overrides_of(store)}, progress=tick)
+        manifest = build(**{**store, "overrides": overrides_of(store)}, quick=quick, progress=tick)
     if verify:
         check_store(out)
     status = "up to date" if "write" not in first else "continued" if first["write"] else "written"

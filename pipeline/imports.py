@@ -23,10 +23,10 @@ from segfleet.preprocess.stores.manifest import (
     Dataset,
     Manifest,
     Plan,
-    content_id,
     layout_of,
     load_manifest,
     save_manifest,
+    with_id,
 )
 from segfleet.preprocess.transforms.case_transforms import anisotropic_axis
 
@@ -122,7 +122,6 @@ def import_nnunet(folder: Path, root: Path, name: str = CHECKPOINT) -> list[Path
     manifest = Manifest(
         format="zarr",
         layout=layout_of("zarr"),
-        id=content_id(dataset, plan, ()),
         dataset=dataset,
         plan=plan,
         cases=(),
@@ -130,6 +129,7 @@ def import_nnunet(folder: Path, root: Path, name: str = CHECKPOINT) -> list[Path
             "nnunet": tuple({"train": (), "val": ()} for _ in range(max(map(int, checkpoints)) + 1))
         },
     )
+    manifest = with_id(manifest)
     store = root / "stores" / f"{dataset.name}-{configuration}-{manifest.id[:8]}"
     store.mkdir(parents=True, exist_ok=True)
     if not (store / "manifest.json").exists():

@@ -79,7 +79,7 @@ def write_tiny_store(
             corner = [int(rng.integers(0, max(1, s - 9))) for s in shape]
             label[tuple(slice(c, c + 9) for c in corner)] = value
         image = (label[None] * 1.5 + rng.normal(0, 0.5, (channels, *shape))).astype(np.float16)
-        writer.write(name, image, label, None)
+        sha256 = writer.write(name, image, label, None)
         flat = {v: np.flatnonzero(label == v) for v in range(1, classes + 1)}
         entries.append(
             m.CaseEntry(
@@ -96,7 +96,7 @@ def write_tiny_store(
                 foreground={
                     v: tuple(int(i) for i in f[:: max(1, len(f) // 50)]) for v, f in flat.items()
                 },
-                sha256=f"{number}",
+                sha256=sha256,
             )
         )
     files = writer.publish()
@@ -107,7 +107,6 @@ def write_tiny_store(
     cases = tuple(entries)
     made = m.Manifest(
         format=format,
-        id=m.content_id(dataset, plan, cases),
         dataset=dataset,
         plan=plan,
         cases=cases,

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from segfleet.core.errors import InputError, explain
+from segfleet.core.errors import DataError, InputError, explain
 from segfleet.core.files import sync_folder
 from segfleet.core.parallel import run
 from segfleet.preprocess.building.journal import Journals
@@ -37,10 +37,10 @@ from segfleet.preprocess.stores.manifest import (
     CaseEntry,
     Dataset,
     Manifest,
-    content_id,
     load_manifest,
     save_manifest,
 )
+from segfleet.preprocess.stores.verify import verify
 
 SPLIT_SEED = 12345
 Progress = Callable[[str, int, int], None]  # phase ("check" | "write" | "compare"), done, total
@@ -57,11 +57,13 @@ def build(
     shard_bytes: int = SHARD_BYTES,
     options: Mapping[str, str] | None = None,
     overrides: Overrides | None = None,
+    quick: bool = False,
 ) -> Manifest:
     """Preprocess the raw data set in `raw` into the store `out`, or find that this has been done.
 
     `options` are the layout's own, `overrides` replace parts of the plan; the result's bytes do not
-    depend on `workers`. Raises InputError: DataError with every problem of the data, no space,
+    depend on `workers`. A finished store's files are compared with their hashes, or `quick`ly: their
+    sizes, and the hashes of those that changed after the manifest. Raises InputError: DataError with every problem of the data, no space,
     `out` taken.
     """
     out, tell = Path(out), progress or (lambda phase, done, total: None)
@@ -75,6 +77,7 @@ def build(
             workers=workers,
             progress=tell,
             overrides=overrides,
+            quick=quick,
         )
     partial = out.with_name(out.name + ".partial")
     with claimed(partial, out):
@@ -86,7 +89,6 @@ def build(
         pixels = {case.id: case.image_sha256 for case in facts.facts}
         manifest = Manifest(
             format=format,
-            id=content_id(facts.dataset, plan, entries),
             dataset=facts.dataset,
             plan=plan,
             fingerprint=found.model_dump(mode="json"),
@@ -133,6 +135,7 @@ def compare(
     workers: int | None,
     progress: Progress,
     overrides: Overrides | None = None,
+    quick: bool = False,
 ) -> Manifest:
     """The manifest of a finished store, if it is what `build` would make of `reader`'s files today.
 
@@ -170,6 +173,8 @@ def compare(
             f"out: {out} is a finished store made from something else: {'; '.join(differences)}. "
             "Published stores are never changed: choose another --out, or remove that folder."
         )
+    if problems := verify(out, quick=quick):
+        raise DataError(str(out), problems)
     if (out / STATE).is_dir():  # killed between publishing and tidying up
         shutil.rmtree(out / STATE)
     return manifest

@@ -11,18 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import write_atomically
+from segfleet.core.files import file_facts, write_atomically
 from segfleet.preprocess.checking.check import Survey
 from segfleet.preprocess.readers.base import CaseRef, RawReader
 from segfleet.preprocess.stores.base import store_module
 from segfleet.preprocess.stores.chunks import chunk_of
-from segfleet.preprocess.stores.content import content_sha256
 from segfleet.preprocess.stores.manifest import CaseEntry, Dataset, Plan, layout_of
 from segfleet.preprocess.transforms.case_transforms import preprocess_case, stored_grid
 
 SHARD_BYTES = 16 * 2**20  # cases share a shard until it holds this much
 STATE = ".state"  # inside OUT.partial: records of what is finished
-REVISION = 4  # of the transforms: another one makes finished shards of a killed run void
+REVISION = 5  # of the transforms: another one makes finished shards of a killed run void
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +129,7 @@ def _write_case(writer, job: ShardJob, number: int) -> CaseEntry:
             )
         image, label, facts = preprocess_case(case, job.plan, ignore_label=job.dataset.ignore_label)
         truth = np.ascontiguousarray(case.label_ZYX, np.uint8) if facts["has_truth"] else None
-        writer.write(key, image, label, truth)
+        sha256 = writer.write(key, image, label, truth)
     except (InputError, OSError):
         raise
     except Exception as error:
@@ -140,7 +139,7 @@ def _write_case(writer, job: ShardJob, number: int) -> CaseEntry:
         group=case.patient,
         shard=job.shard,
         key=key,
-        sha256=content_sha256(image, label),
+        sha256=sha256,
         source_sha256=case.extra["source_sha256"],
         image_file=case.extra["files"][0],
         **facts,
@@ -153,6 +152,7 @@ def finished(job: ShardJob) -> dict | None:
         record = json.loads(job.record.read_text(encoding="utf-8"))
         whole = all(
             (job.root / path).stat().st_size == facts["bytes"]
+            and file_facts(job.root / path) == facts
             for path, facts in record["files"].items()
         )
         return record if record["key"] == job.key and whole else None

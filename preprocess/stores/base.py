@@ -50,7 +50,7 @@ class ShardWriter(Protocol):
 
     def write(
         self, key: str, image: np.ndarray, label: np.ndarray, truth: np.ndarray | None
-    ) -> None: ...
+    ) -> str: ...
 
     def publish(self) -> dict[str, dict]:
         """Flush, fsync, rename; the files that appeared: {path inside the store: {"bytes",

@@ -37,6 +37,7 @@ from segfleet.preprocess.stores.shard_writer import ShardWriter
 SUFFIX = ".h5"
 FORMAT = ("v110", "v110")  # the first with checksums on everything
 SUMS = "crc32c"
+OWNER = "sha256"  # of a case's content
 # where a superblock of version 3 says how long the file is (HDF5 file format specification, II.A)
 END_ADDRESS = 28
 SLACK = 2**14  # bytes of structures per array, generously
@@ -55,11 +56,18 @@ class Shard:
         self.data = OpenFile(path)  # FileNotFoundError with its name; h5py gives a text of its own
         with damage_named():
             self.file = _open(path)
+        self.owners: dict[str, str] = {}
         self.arrays: dict[tuple[str, str], tuple[tuple[int, ...], PackedArray]] = {}
 
     def facts(self, key: str, name: str) -> tuple[tuple[int, ...], np.dtype]:
         shape, array = self._array(key, name)
         return shape, array.dtype
+
+    def owner(self, key: str) -> str:
+        if key not in self.owners:
+            with damage_named(key):
+                self.owners[key] = str(self.file[key].attrs[OWNER])
+        return self.owners[key]
 
     def read(self, key: str, name: str, start: list[int], size: list[int]) -> np.ndarray:
         return self._array(key, name)[1].read(tuple(start), size)
@@ -148,7 +156,12 @@ class Writer(ShardWriter):
         self.file = h5py.File(self.partial, "r+", libver=FORMAT, locking=False)
 
     def _write(
-        self, key: str, image: np.ndarray, label: np.ndarray, truth: np.ndarray | None
+        self,
+        key: str,
+        image: np.ndarray,
+        label: np.ndarray,
+        truth: np.ndarray | None,
+        sha256: str,
     ) -> None:
         arrays = {"image": image, "label": label} | ({} if truth is None else {"truth": truth})
         chunks = {
@@ -156,6 +169,7 @@ class Writer(ShardWriter):
         }
         self._reserve(sum(_room(array, chunks[name]) for name, array in arrays.items()))
         group = self.file.create_group(key)
+        group.attrs[OWNER] = sha256
         for name, array in arrays.items():
             self._write_array(
                 group, name, array, chunks[name], IMAGES if name == "image" else LABELS

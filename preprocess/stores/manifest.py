@@ -6,21 +6,26 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import write_atomically
 
-VERSION = 1
+# 2: the id holds all that changes a result, the file its own sha256, shards whose they are
+VERSION = 2
 # store format -> revision of its shard files, where it has changed since the first: another one
 # cannot be read
 LAYOUTS = {"hdf5": 2}
 NAME = "manifest.json"
-
-
-LATER = ("interpolation", "masks")  # fields of the plan that the first stores did not have
 
 
 class Frozen(BaseModel):
@@ -71,13 +76,24 @@ class Plan(Frozen):
         return tuple(channel for channel, kind in kinds if kind == "zscore")
 
 
+def inside(path: str) -> str:
+    """A path that stays inside its folder, whatever system reads it. Raises ValueError."""
+    parts = path.split("/")
+    if any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts):
+        raise ValueError(f"path {path!r} leads out of its folder")
+    return path
+
+
+InsidePath = Annotated[str, AfterValidator(inside)]
+
+
 class CaseEntry(Frozen):
     """One case of the store."""
 
     id: str
     group: str  # patient: never on both sides of a split
-    shard: str  # path inside the store
-    key: str  # array group inside the shard
+    shard: InsidePath  # path inside the store
+    key: InsidePath  # array group inside the shard
     shape: tuple[int, int, int]  # of the stored grid (z, y, x), voxels
     spacing: tuple[float, float, float]  # mm
     # box of the raw grid that was kept: (start, stop) per axis
@@ -101,7 +117,7 @@ class Manifest(Frozen):
     version: int = VERSION
     format: str  # zarr | hdf5
     layout: int  # revision of the shard files
-    id: str  # content id: hash of data set, plan and case contents; the same for every format
+    id: str = ""  # of the content, see `content_id`; `save_manifest` fills it in
     dataset: Dataset
     plan: Plan
     fingerprint: dict[str, Any] = Field(default_factory=dict)
@@ -115,7 +131,7 @@ class Manifest(Frozen):
         None
     )
     # path -> {"bytes": n, "sha256": hex}
-    files: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    files: dict[InsidePath, dict[str, Any]] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -155,19 +171,28 @@ def layout_of(format: str) -> int:
     return LAYOUTS.get(format, 1)
 
 
-def content_id(dataset: Dataset, plan: Plan, cases: tuple[CaseEntry, ...]) -> str:
-    """Identity of a store's content, independent of format, folder and time."""
-    facts = [
-        dataset.model_dump(mode="json"),
-        # fields that came later count only where they are used: older stores keep their ids
-        {
-            key: value
-            for key, value in plan.model_dump(mode="json").items()
-            if key not in LATER or value != Plan.model_fields[key].default
-        },
-        sorted((c.id, c.group, c.sha256) for c in cases),
+# of a case: where it lies and where it came from, which change no result
+PLACE = {"shard", "key", "source_sha256", "image_sha256", "image_file"}
+
+
+def content_id(document: dict[str, Any]) -> str:
+    """Identity of a store, the same for every format, folder and time: the hash of everything in
+    its manifest (as plain JSON) that changes a result."""
+    cases = [
+        {name: value for name, value in case.items() if name not in PLACE}
+        for case in sorted(document["cases"], key=lambda case: case["id"])
     ]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    facts = [document["dataset"], document["plan"], document["splits"], cases]
+    return hashlib.sha256(_canonical(facts)).hexdigest()[:32]
+
+
+def _canonical(facts: Any) -> bytes:
+    return json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _digest(document: dict[str, Any]) -> str:
+    """Of all of a manifest, so that no changed digit goes unseen."""
+    return hashlib.sha256(_canonical(document)).hexdigest()
 
 
 def load_manifest(store: Path) -> Manifest:
@@ -181,16 +206,22 @@ def load_manifest(store: Path) -> Manifest:
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+        told = raw.pop("sha256", None)
         if raw.get("version") != VERSION:
             raise InputError(
                 f"store: {path} has version {raw.get('version')}, expected {VERSION}. Preprocess "
-                "the raw data again."
+                "the raw data again into a new folder."
             )
         if (layout := raw.get("layout", 1)) != layout_of(raw.get("format")):
             age = "an earlier" if layout < layout_of(raw.get("format")) else "a later"
             raise InputError(
                 f"store: {store} was made by {age} version of segfleet. Preprocess the raw data "
                 "again into a new folder."
+            )
+        if told != _digest(raw) or raw.get("id") != content_id(raw):
+            raise InputError(
+                f"store: {path} is damaged or was changed by hand (its sha256 differs). Restore it "
+                "from a backup, or preprocess the raw data again."
             )
         return Manifest.model_validate(raw)
     except (
@@ -199,6 +230,8 @@ def load_manifest(store: Path) -> Manifest:
         UnicodeDecodeError,
         AttributeError,
         TypeError,
+        KeyError,
+        RecursionError,
     ) as error:
         raise InputError(
             f"store: {path} is damaged ({str(error).splitlines()[0]}). Preprocess the raw data "
@@ -206,5 +239,15 @@ def load_manifest(store: Path) -> Manifest:
         ) from None
 
 
-def save_manifest(store: Path, manifest: Manifest) -> None:
-    write_atomically(Path(store) / NAME, json.dumps(manifest.model_dump(mode="json"), indent=1))
+def with_id(manifest: Manifest) -> Manifest:
+    """The manifest with the id of its content."""
+    return manifest.model_copy(update={"id": content_id(manifest.model_dump(mode="json"))})
+
+
+def save_manifest(store: Path, manifest: Manifest) -> Manifest:
+    """Write STORE/manifest.json with the id of its content; the manifest as written."""
+    manifest = with_id(manifest)
+    document = manifest.model_dump(mode="json")
+    text = json.dumps({**document, "sha256": _digest(document)}, indent=1)
+    write_atomically(Path(store) / NAME, text)
+    return manifest

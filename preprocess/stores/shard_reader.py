@@ -31,6 +31,10 @@ class OpenShard(Protocol):
         DamagedShard if there is none."""
         ...
 
+    def owner(self, key: str) -> str:
+        """The content's sha256 that was written with case `key`; empty if there is none."""
+        ...
+
     def read(self, key: str, name: str, start: list[int], size: list[int]) -> np.ndarray:
         """The box of `size` (z, y, x) voxels from `start` on, all of it inside the grid; all
         channels, stored dtype, C-contiguous.
@@ -119,6 +123,8 @@ class ShardReader:
         try:
             shard = self.handles.get(path, self.open_shard)
             shape, _ = shard.facts(case.key, name)
+            if shard.owner(case.key) != case.sha256:
+                raise DamagedShard("it holds the data of another case or of another store")
             expected = case.raw_shape if name == "truth" else case.shape
             if tuple(shape[-3:]) != tuple(expected):
                 raise DamagedShard(f"{name}: shape {shape}, the manifest says {expected}")

@@ -12,6 +12,7 @@ import numpy as np
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import file_facts, sync_folder
+from segfleet.preprocess.stores.content import content_sha256
 
 
 class ShardWriter:
@@ -38,9 +39,9 @@ class ShardWriter:
 
     def write(
         self, key: str, image: np.ndarray, label: np.ndarray, truth: np.ndarray | None
-    ) -> None:
+    ) -> str:
         """Add a case: image (C, Z, Y, X) of the stored dtype, label (Z, Y, X) uint8, truth uint8 on
-        the raw grid."""
+        the raw grid. Its `content_sha256`, which the shard keeps: so it knows whose it is."""
         with self._all_or_nothing():
             _check(key, image, label, truth, self.dtype)
             if key in self.keys or self.files is not None:
@@ -48,8 +49,10 @@ class ShardWriter:
                     f"case '{key}': it is in shard {self.final.name} already, or the shard is "
                     "published"
                 )
-            self._write(key, image, label, truth)
+            sha256 = content_sha256(image, label)
+            self._write(key, image, label, truth, sha256)
             self.keys.append(key)
+        return sha256
 
     def publish(self) -> dict[str, dict]:
         """Flush, fsync, rename. Returns {path inside the store: {"bytes", "sha256"}}; a second call
@@ -86,7 +89,12 @@ class ShardWriter:
         raise NotImplementedError
 
     def _write(
-        self, key: str, image: np.ndarray, label: np.ndarray, truth: np.ndarray | None
+        self,
+        key: str,
+        image: np.ndarray,
+        label: np.ndarray,
+        truth: np.ndarray | None,
+        sha256: str,
     ) -> None:
         raise NotImplementedError
 

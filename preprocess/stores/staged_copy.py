@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -191,6 +192,7 @@ def local_copy(source: str | Path, folder: str) -> LocalCopy:
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not os.access(place, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        _refuse_strangers(place)
     except OSError as error:
         if error.errno in FULL:
             raise
@@ -202,6 +204,30 @@ def local_copy(source: str | Path, folder: str) -> LocalCopy:
     # stores of one content may differ in format and splits
     facts = hashlib.sha256((source / NAME).read_bytes()).hexdigest()
     return LocalCopy(source=source, place=place, key=f"{load_manifest(source).id}-{facts[:8]}")
+
+
+def _refuse_strangers(place: Path) -> None:
+    """Raises InputError if anybody else may read or replace what is put into `place`."""
+    facts, above = os.lstat(place), os.stat(place.parent)
+    mend = "Remove it, or name another folder."
+    if not stat.S_ISDIR(facts.st_mode):
+        raise InputError(f"stage-to: {place} is a link or a file, expected a folder. {mend}")
+    if facts.st_uid != os.getuid():
+        raise InputError(
+            f"stage-to: {place} belongs to user {facts.st_uid}, who could read and change the "
+            f"copy. {mend}"
+        )
+    if facts.st_mode & 0o077:
+        raise InputError(
+            f"stage-to: {place} is open to others (mode {stat.S_IMODE(facts.st_mode):o}, expected "
+            f"700), who may have changed what is in it. {mend}"
+        )
+    replaceable = above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX
+    if replaceable or above.st_uid not in (0, os.getuid()):
+        raise InputError(
+            f"stage-to: whoever owns or may write to {place.parent} can replace folders in it. "
+            "Name a folder of your own, or one with the sticky bit, as /tmp has."
+        )
 
 
 def _copy(source: Path, target: Path, sha256: str, stopped: Callable[[], bool]) -> None:

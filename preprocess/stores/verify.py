@@ -9,31 +9,42 @@ from segfleet.core.errors import InputError, Problem
 from segfleet.core.files import file_facts
 from segfleet.preprocess.stores.base import open_store
 from segfleet.preprocess.stores.content import content_sha256
-from segfleet.preprocess.stores.manifest import CaseEntry
+from segfleet.preprocess.stores.manifest import NAME, CaseEntry
 from segfleet.preprocess.stores.shard_reader import MEND
 
 
-def verify(root: str | Path, *, chunks: bool = False) -> list[Problem]:
+def verify(root: str | Path, *, chunks: bool = False, quick: bool = False) -> list[Problem]:
     """Compare size and sha256 of every file with the manifest; with `chunks` also decode every
-    chunk and compare each case's content.
+    chunk and compare each case's content. `quick`: hash only files that changed after the manifest
+    was written.
 
     One problem per damaged file or case, in the order of the manifest; none: the store is whole.
     Raises InputError without a manifest.
     """
     store = open_store(root)
     manifest = store.manifest
+    written = (store.root / NAME).stat().st_mtime_ns
     ids = defaultdict(list)
     for case in manifest.cases:
         ids[store.path(case).relative_to(store.root)].append(case.id)
     problems = [
         problem
         for path, facts in manifest.files.items()
-        if (problem := _file(store.root, path, facts, ids))
+        if not (quick and _untouched(store.root, path, facts, written))
+        and (problem := _file(store.root, path, facts, ids))
     ]
     if chunks:
         problems += [problem for case in manifest.cases if (problem := _content(store, case))]
     store.close()
     return problems
+
+
+def _untouched(root: Path, path: str, expected: dict, written: int) -> bool:
+    try:
+        found = (root / path).stat()
+    except OSError:
+        return False
+    return found.st_size == expected["bytes"] and found.st_mtime_ns <= written
 
 
 def _file(root: Path, path: str, expected: dict, ids: dict[Path, list[str]]) -> Problem | None:

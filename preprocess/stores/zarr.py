@@ -29,15 +29,18 @@ class Shard:
     def __init__(self, folder: Path, hashes: dict[str, str]):
         self.folder, self.hashes, self.arrays = folder, hashes, {}
         try:
-            self.cases: dict[str, dict[str, list[int]]] = self._metadata("zarr.json")["attributes"][
-                "cases"
-            ]
+            facts = self._metadata("zarr.json")["attributes"]
+            self.cases: dict[str, dict[str, list[int]]] = facts["cases"]
+            self.owners: dict[str, str] = facts["sha256"]
         except (KeyError, TypeError) as error:
             raise DamagedShard(f"zarr.json: {type(error).__name__} {error}") from None
 
     def facts(self, key: str, name: str) -> tuple[tuple[int, ...], np.dtype]:
         array = self._array(name)
         return (*array.lead, *self._place(key, name)[1:]), array.dtype
+
+    def owner(self, key: str) -> str:
+        return self.owners.get(key, "")
 
     def read(self, key: str, name: str, start: list[int], size: list[int]) -> np.ndarray:
         first = self._place(key, name)[0]
@@ -82,12 +85,19 @@ class Writer(ShardWriter):
 
     def _begin(self) -> None:
         self.cases: dict[str, dict[str, list[int]]] = {}
+        self.owners: dict[str, str] = {}
         self.arrays: dict[str, ArrayWriter] = {}
         self.partial.mkdir()
 
     def _write(
-        self, key: str, image: np.ndarray, label: np.ndarray, truth: np.ndarray | None
+        self,
+        key: str,
+        image: np.ndarray,
+        label: np.ndarray,
+        truth: np.ndarray | None,
+        sha256: str,
     ) -> None:
+        self.owners[key] = sha256
         self.cases[key] = {
             "image": self._append("image", image, IMAGES),
             "label": self._append("label", label, LABELS),
@@ -106,8 +116,9 @@ class Writer(ShardWriter):
         for array in self.arrays.values():
             array.finish()
         attributes = {
-            "layout": "cases: name -> array -> [first slice, z, y, x]",
+            "layout": "cases: name -> array -> [first slice, z, y, x]; sha256: of their content",
             "cases": self.cases,
+            "sha256": self.owners,
         }
         text = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes})
         (self.partial / "zarr.json").write_text(text, encoding="utf-8")

@@ -217,3 +217,28 @@ def test_a_submitted_job_carries_the_variable_itself(tmp_path):
     assert json.loads((folder / "job.json").read_text())["stage_to"] == "$TMPDIR/stores"
     with pytest.raises(InputError, match="stage_to: found 'here'"):
         make_spec({"stage_to": "here"}, None, places=())
+
+
+def test_a_folder_that_others_could_read_or_replace_is_refused(tiny_store, tmp_path):
+    store, place = tiny_store(dims=2), tmp_path / f"segfleet-{os.getuid()}"
+
+    def refused(words):
+        with pytest.raises(InputError, match=words):
+            local_copy(store, str(tmp_path))
+
+    place.mkdir(mode=0o755)
+    os.chmod(place, 0o755)
+    refused("open to others .mode 755, expected 700")
+    place.rmdir()
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    place.symlink_to(tmp_path / "elsewhere")
+    refused("is a link or a file")
+    place.unlink()
+    os.chmod(tmp_path, 0o777)
+    refused("can replace folders in it")
+    os.chmod(tmp_path, 0o1777)
+    assert local_copy(store, str(tmp_path)).place == place
+    if os.getuid() == 0:
+        os.chown(place, 65534, 65534)
+        refused("belongs to user 65534")
+        os.chown(place, 0, 0)

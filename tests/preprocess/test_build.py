@@ -19,7 +19,7 @@ import pytest
 
 import segfleet.preprocess.building.shard_job as shard_job
 import segfleet.preprocess.stores.manifest as manifest_module
-from segfleet.core.errors import InputError
+from segfleet.core.errors import DataError, InputError
 from segfleet.core.parallel import run
 from segfleet.preprocess.building.build import build
 from segfleet.preprocess.phantoms.phantom import PHANTOMS, write_msd_phantom, write_nnunet_phantom
@@ -280,7 +280,7 @@ def test_a_full_disk_is_one_message_and_keeps_what_is_finished(raw, tmp_path, mo
             real(self, key, image, label, truth)
             self.abandon()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.partial))
-        real(self, key, image, label, truth)
+        return real(self, key, image, label, truth)
 
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "write", full)
@@ -454,12 +454,12 @@ def test_an_older_store_does_not_say_who_was_joined(tmp_path):
     assert set(made.joined.values()) == {"sequence2"} and {entry.group for entry in made.cases} == {
         "sequence1"
     }
-    old = made.model_dump(mode="json", exclude={"joined", "layout"})
-    (tmp_path / "out/manifest.json").write_text(json.dumps(old))
+    old = manifest_module.save_manifest(tmp_path / "out", made.model_copy(update={"joined": None}))
     assert build("cvc_clinicdb", raw, tmp_path / "out", workers=1).joined is None
-    for entry in old["cases"][:2]:
-        entry["group"] = "sequence0"
-    (tmp_path / "out/manifest.json").write_text(json.dumps(old))
+    moved = [entry.model_copy(update={"group": "sequence0"}) for entry in old.cases[:2]]
+    manifest_module.save_manifest(
+        tmp_path / "out", old.model_copy(update={"cases": (*moved, *old.cases[2:])})
+    )
     with pytest.raises(InputError, match=r"patients of 3 case\(s\): 1, 2, 3\."):
         build("cvc_clinicdb", raw, tmp_path / "out", workers=1)
 
@@ -547,3 +547,34 @@ def test_nuclei_as_a_store(shared_data, tmp_path):
     assert not any(entry.has_truth for entry in manifest.cases) and not verify(
         tmp_path / "out", chunks=True
     )
+
+
+def test_up_to_date_looks_at_the_store(raw, tmp_path):
+    made = build("msd", raw, tmp_path / "out", workers=1)
+    path = tmp_path / "out" / next(iter(made.files))
+    facts, data = path.stat(), bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    for quick in (False, True):  # it is newer than the manifest
+        with pytest.raises(DataError, match="sha256"):
+            build("msd", raw, tmp_path / "out", workers=1, quick=quick)
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert build("msd", raw, tmp_path / "out", workers=1, quick=True) == made  # what quick misses
+    path.write_bytes(data[:-1])
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    with pytest.raises(DataError, match="bytes"):
+        build("msd", raw, tmp_path / "out", workers=1, quick=True)
+
+
+def test_a_resumed_build_finds_a_damaged_shard(raw, tmp_path, monkeypatch):
+    straight = build("msd", raw, tmp_path / "straight", workers=1, shard_bytes=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("segfleet.preprocess.building.build.save_manifest", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)
+    path = tmp_path / "out.partial" / next(iter(straight.files))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)  # of the same size
+    assert build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1) == straight
+    assert verify(tmp_path / "out") == []

@@ -12,7 +12,12 @@ import pytest
 from segfleet.core.errors import InputError
 from segfleet.preprocess.stores.base import formats, open_store
 from segfleet.preprocess.stores.content import content_sha256
-from segfleet.preprocess.stores.manifest import load_manifest, save_manifest
+from segfleet.preprocess.stores.manifest import (
+    CaseEntry,
+    Manifest,
+    load_manifest,
+    save_manifest,
+)
 from segfleet.preprocess.stores.verify import verify
 
 
@@ -126,20 +131,74 @@ def test_verify_finds_content_that_is_not_the_manifests(store):
     save_manifest(store.root, manifest.model_copy(update={"cases": (manifest.cases[0], changed)}))
     assert verify(store.root) == []
     (problem,) = verify(store.root, chunks=True)
-    assert problem.case == "case-1" and problem.expected.endswith("0000")
+    assert problem.case == "case-1" and "of another store" in problem.found
 
 
-def test_a_store_of_an_earlier_layout_says_so(store):
-    """Manifests once had no such field. Zarr's layout is still the first; HDF5's is not."""
+def test_a_store_of_an_earlier_version_says_so(store):
     path = store.root / "manifest.json"
     facts = json.loads(path.read_text())
-    assert facts.pop("layout") == {"zarr": 1, "hdf5": 2}[facts["format"]]
-    path.write_text(json.dumps(facts))
-    if facts["format"] == "zarr":
-        return read_all(store.root)
+    path.write_text(json.dumps({**facts, "version": 1}))
+    with pytest.raises(InputError, match="version 1, expected 2. Preprocess .* a new folder"):
+        open_store(store.root)
+    path.write_text(json.dumps({**facts, "layout": 0}))
     with pytest.raises(
         InputError,
         match="made by an earlier version of segfleet. Preprocess the raw data again into a new "
         "folder",
     ):
         open_store(store.root)
+
+
+def test_no_changed_digit_of_a_manifest_goes_unseen(store):
+    """Every digit, each alone: opening refuses it."""
+    path = store.root / "manifest.json"
+    text = path.read_text()
+    places = [at for at, sign in enumerate(text) if sign.isdigit()]
+    for at in places[:: max(1, len(places) // 200)]:
+        digit = str((int(text[at]) + 1) % 10)
+        path.write_text(text[:at] + digit + text[at + 1 :])
+        with pytest.raises(InputError, match="damaged|version|earlier|later"):
+            open_store(store.root)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spacing": (2, 1, 1)},
+        {"crop": ((0, 2), (0, 1), (0, 1))},
+        {"foreground": {1: (0,)}},
+        {"affine": ((1.0,) * 4,) * 4},
+        {"raw_spacing": (2, 1, 1)},
+        {"group": "somebody"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_changes_a_result_changes_the_id(store, change):
+    manifest = load_manifest(store.root)
+    first = manifest.cases[0].model_copy(update=change)
+    saved = save_manifest(
+        store.root, manifest.model_copy(update={"cases": (first, *manifest.cases[1:])})
+    )
+    assert load_manifest(store.root).id == saved.id != manifest.id
+    fold = {"train": ("case-0",), "val": ("case-1",)}
+    split = save_manifest(store.root, manifest.model_copy(update={"splits": {"a": (fold,)}}))
+    assert split.id != manifest.id
+
+
+def test_a_case_that_is_given_the_place_of_another_is_refused(store):
+    first, second = store.manifest.cases[:2]
+    swapped = first.model_copy(update={"shard": second.shard, "key": second.key})
+    swapped = swapped.model_copy(update={"shape": second.shape, "raw_shape": second.raw_shape})
+    with pytest.raises(InputError, match="another case or of another store"):
+        store.image(swapped)
+
+
+@pytest.mark.parametrize("path", ["../out", "/etc/passwd", "a/../../b", "a//b", "a\\b", "", "a/."])
+def test_no_path_of_a_manifest_leads_out_of_the_store(store, path):
+    manifest = load_manifest(store.root)
+    with pytest.raises(ValueError, match="leads out of its folder"):
+        Manifest.model_validate({**manifest.model_dump(), "files": {path: {}}})
+    case = manifest.cases[0].model_dump()
+    for name in ("shard", "key"):
+        with pytest.raises(ValueError, match="leads out of its folder"):
+            CaseEntry.model_validate({**case, name: path})
