@@ -46,7 +46,7 @@ setup(
         "pydantic>=2.8",
         "typer>=0.20",
         "rich>=13",
-        "pyyaml>=6",
+        "ruamel.yaml>=0.18",
         "nibabel>=5.2",
         "SimpleITK>=2.5.4",
         "pillow>=10.4",
@@ -55,6 +55,7 @@ setup(
         "google-crc32c>=1.6",
         "optuna>=5",
         "psutil>=5.9",
+        "filelock>=4.2",
     ],
     extras_require={
         "mamba": [
@@ -63,6 +64,7 @@ setup(
         ],
         "dev": [
             "pytest>=8",
+            "pyyaml>=6",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.9",

@@ -41,14 +41,14 @@ def command(
 def job_of(run: str, changes: list[str], runs: Path) -> dict[str, Any]:
     """What the ranks of an evaluation do. Raises InputError if they cannot."""
     from segfleet.core.errors import InputError
-    from segfleet.pipeline.recipe import override, parse
+    from segfleet.pipeline.recipe import override, parse, with_absolute_store
     from segfleet.pipeline.run import find_run, open_run, stage_folders
     from segfleet.preprocess.stores.manifest import load_manifest
 
     folder = find_run(run, runs)
     recipe, folders = open_run(folder)
     root = folders[0].path.parent
-    changed = parse(override(recipe.model_dump(mode="json"), changes), run)
+    changed = with_absolute_store(parse(override(recipe.model_dump(mode="json"), changes), run))
     there = stage_folders(root, changed, load_manifest(Path(changed.data.store)))[-1].path
     if there.resolve() != folder:
         raise InputError(

@@ -51,7 +51,6 @@ COMMANDS = {  # name -> (module, one line); the lines stand here so that --help 
         "A real SLURM with pretended GPUs on this machine, to try everything out.",
     ),
 }
-INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again and it goes on
 
 
 class LazyGroup(TyperGroup):
@@ -102,7 +101,7 @@ def complain(message: str) -> None:
 def exit_code(error: BaseException) -> int:
     """Say what went wrong; the exit code. A fault of ours is re-raised with its traceback, for the
     bug report."""
-    from segfleet.core.errors import explain
+    from segfleet.core.errors import ExitCode, explain
 
     if known := explain(error):
         if getattr(error, "problems", None):
@@ -114,10 +113,10 @@ def exit_code(error: BaseException) -> int:
         return known[1]
     if isinstance(error, KeyboardInterrupt):
         complain("interrupted. Run the same command again: it goes on where it stopped.")
-        return INTERRUPTED
+        return ExitCode.INTERRUPTED
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return ExitCode.FAULT
     raise error
 
 

@@ -41,13 +41,13 @@ def command(
             lambda rows: table(("name", "about"), [(row["name"], row["about"]) for row in rows]),
         )
     else:
-        import yaml
+        from segfleet.core.settings import dumps
 
         document = recipes.load_recipe(name, changes).model_dump(mode="json")
         show(
             document,
             as_json,
-            lambda document: typer.echo(yaml.safe_dump(document, sort_keys=False).rstrip()),
+            lambda document: typer.echo(dumps(document).rstrip()),
         )
 
 

@@ -150,8 +150,6 @@ def evaluation(told: dict[str, Any]) -> tuple[list[Step], Path, Path]:
             "--ranks-per-node before the --"
         )
     job = job_of(told["run"], told["changes"] or [], told["runs"])
-    data = job["recipe"]["data"]
-    data["store"] = str(Path(data["store"]).resolve())
     run = Path(job["run"])
     return [(title("evaluate", run), [job])], run, Path(job["root"])
 

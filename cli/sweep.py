@@ -97,18 +97,10 @@ def command(
 
 def job_options(cluster: str | None, resources: list[str] | None) -> dict[str, Any]:
     """{"cluster": ..., "spec": fields of a JobSpec} from the command line."""
-    import yaml
+    from segfleet.core.settings import override, text_keys
+    from segfleet.slurm.jobspec import JobSpec
 
-    from segfleet.core.errors import InputError
-
-    spec = {}
-    for text in resources or []:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise InputError(
-                f"--resource: found '{text}', expected field=value, for example gpus_per_node=4"
-            )
-        spec[key] = value if ":" in value else yaml.safe_load(value)
+    spec = override({}, resources or [], text_keys(JobSpec), "--resource")
     return {"cluster": cluster, "spec": spec}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -40,7 +39,7 @@ def command(
     command continues or does nothing."""
     from segfleet.core.errors import InputError
     from segfleet.pipeline.launch.local import run_ranks
-    from segfleet.pipeline.recipe import load_recipe
+    from segfleet.pipeline.recipe import load_recipe, with_absolute_store
     from segfleet.pipeline.run import stage_folders, stage_steps
     from segfleet.preprocess.stores.manifest import load_manifest
 
@@ -48,17 +47,8 @@ def command(
         raise InputError(
             f"--max-time: found {max_time:g}, expected more than 0 hours; leave it out for no limit"
         )
-    chosen = load_recipe(recipe, changes)
-    if not chosen.data.store:
-        raise InputError(
-            "data.store: missing; name the folder of a store, for example "
-            "data.store=stores/hippocampus"
-        )
-    store = Path(chosen.data.store).resolve()
-    chosen = chosen.model_copy(
-        update={"data": chosen.data.model_copy(update={"store": str(store)})}
-    )
-    manifest = load_manifest(store)
+    chosen = with_absolute_store(load_recipe(recipe, changes))
+    manifest = load_manifest(Path(chosen.data.store))
     folders = stage_folders(runs.resolve(), chosen, manifest)
     leaf = folders[-1].path
     with progress("training") as tick:
@@ -66,12 +56,12 @@ def command(
             stage.epochs * steps
             for stage, steps in zip(chosen.stages, stage_steps(chosen, manifest), strict=True)
         ]
-        follow = Follower(folders, totals, tick)
+        training = TrainingProgress(folders, totals, tick)
         job = {"do": "train", "recipe": chosen.model_dump(mode="json"), "root": str(runs.resolve())}
         job |= ({"max_seconds": 3600 * max_time} if max_time else {}) | (
             {"stage_to": stage_to} if stage_to else {}
         )
-        run_ranks(job, ranks, follow.poll, threads)
+        run_ranks(job, ranks, training.poll, threads)
     scores = json.loads((leaf / "evaluation.json").read_text(encoding="utf-8"))["summary"]
     document = {
         "run": str(leaf),
@@ -90,36 +80,29 @@ def render(document: dict) -> None:
     )
 
 
-class Follower:
+class TrainingProgress:
     """Reads the run's own files, as any other shell could, and moves the bar: steps of all stages,
     then the cases being scored."""
 
-    def __init__(self, folders, totals, tick):
-        self.folders, self.total, self.tick = folders, sum(totals), tick
-        self.steps = {
-            folder.path: total if folder.done() else 0
-            for folder, total in zip(folders, totals, strict=True)
-        }
-        self.offsets, self.shown = {}, None
+    def __init__(self, folders, totals, report):
+        from segfleet.core.progress import EventFollower
+
+        self.total, self.report, self.shown = sum(totals), report, None
+        self.scoring = folders[-1].path / "scoring.json"
+        self.steps = [
+            total if folder.done() else 0 for folder, total in zip(folders, totals, strict=True)
+        ]
+        self.followers = [EventFollower(folder.path) for folder in folders]
 
     def poll(self) -> None:
-        for folder in self.folders:
-            self._read(folder.path)
-        now = (sum(self.steps.values()), self.total)
+        for index, follower in enumerate(self.followers):
+            new = max((event.get("step", 0) for event in follower.new()), default=0)
+            self.steps[index] = max(self.steps[index], new)
+        now = (sum(self.steps), self.total)
         if now[0] == now[1]:
             with suppress(FileNotFoundError, json.JSONDecodeError):
-                done, cases = json.loads((self.folders[-1].path / "scoring.json").read_text())
+                done, cases = json.loads(self.scoring.read_text())
                 now = (self.total + done, self.total + cases)
         if now != self.shown:
             self.shown = now
-            self.tick(*now)
-
-    def _read(self, path: Path) -> None:
-        """Steps logged since the last look."""
-        with suppress(FileNotFoundError), open(path / "events.jsonl", encoding="utf-8") as file:
-            if os.fstat(file.fileno()).st_size < self.offsets.get(path, 0):  # cut back by a resume
-                self.offsets[path] = 0
-            file.seek(self.offsets.get(path, 0))
-            while (line := file.readline()).endswith("\n"):
-                self.offsets[path] = file.tell()
-                self.steps[path] = max(self.steps[path], json.loads(line).get("step", 0))
+            self.report(*now)

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import errno
 from dataclasses import asdict, dataclass
+from enum import IntEnum
 from pathlib import Path
+
+
+class ExitCode(IntEnum):
+    """How every process of segfleet ends."""
+
+    OK = 0
+    FAULT = 1  # of segfleet or of the machine
+    INPUT = 2  # the user's input is wrong
+    INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: all is saved, the same command goes on
 
 
 class InputError(ValueError):
     """The user's input is wrong. The message is all the user sees; the command line exits with
     `exit_code`."""
 
-    exit_code = 2
+    exit_code = ExitCode.INPUT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,26 +61,26 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return (
             f"no space left on the device{where}. Free some and run the same command again: it "
             "goes on.",
-            2,
+            ExitCode.INPUT,
         )
     if isinstance(error, NotADirectoryError | FileExistsError) and (
         file := _file_above(error.filename)
     ):
         return (
             f"{file} is a file, expected a folder. Choose another folder, or move the file away.",
-            2,
+            ExitCode.INPUT,
         )
     if isinstance(error, OSError) and error.errno == errno.EROFS:
         return (
             f"{error.filename or 'output'}: the file system can only be read. Choose a folder you "
             "may write to.",
-            2,
+            ExitCode.INPUT,
         )
     if isinstance(error, PermissionError):
         return (
             f"{error.filename}: permission denied. Choose a folder you may write to, or mend its "
             "permissions.",
-            2,
+            ExitCode.INPUT,
         )
     return None
 

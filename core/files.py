@@ -2,32 +2,64 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` so that a reader sees the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def temporary_name(path: Path, suffix: str = "") -> Path:
+    """A hidden name beside `path` that no other process uses, on this machine or another: process
+    numbers repeat between containers that share a disk."""
+    host = socket.gethostname().partition(".")[0][:16]
+    return path.with_name(
+        f".{path.name[:100]}.{host}-{os.getpid()}-{secrets.token_hex(4)}.partial{suffix}"
+    )
+
+
+@contextmanager
+def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
+    """A temporary file's name to write to; it becomes `path` when the block ends well, and goes
+    otherwise. A reader sees the old file or the new one, never half of one.
+
+    `suffix`: of the temporary name, for writers that go by it.
+    """
+    temporary = temporary_name(path, suffix)
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        sync_file(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a whole file, text as UTF-8, so that a reader sees the old one or the new one."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
+    """Make a rename inside `folder` survive a power cut, where the file system can."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    """Make the bytes of a written file survive a power cut."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def file_facts(path: Path) -> dict[str, int | str]:

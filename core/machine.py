@@ -15,8 +15,9 @@ def cpus(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int
     found = [
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ]
-    if environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
-        found.append(int(environ["SLURM_CPUS_PER_TASK"]))
+    for granted in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
+        if environ.get(granted, "").isdigit():
+            found.append(int(environ[granted]))
     for folder in _cgroups(root, ""):
         quota, _, period = _text(folder / "cpu.max").partition(" ")
         if quota.isdigit() and period.strip().isdigit():

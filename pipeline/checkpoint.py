@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import sync_folder, write_atomically
+from segfleet.core.files import sync_folder, temporary_name, write_atomically
 
 MANIFEST = "manifest.json"
 PREFIX = "step-"
@@ -66,8 +66,7 @@ def write(root: Path, step: int, tensors: Tensors, state: dict[str, Any]) -> Pat
     from safetensors.torch import save_file
 
     root.mkdir(parents=True, exist_ok=True)
-    partial = root / f".{folder_name(step)}.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = temporary_name(root / folder_name(step))
     partial.mkdir()
     try:
         for group, named in tensors.items():

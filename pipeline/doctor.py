@@ -3,7 +3,6 @@ checked in every precision."""
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import statistics
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from segfleet.core.machine import cpus, memory_budget
 from segfleet.pipeline.engines.base import autocast
 from segfleet.pipeline.ranks import pick_device
 
@@ -40,10 +40,8 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "programs": {name: shutil.which(name) for name in PROGRAMS},
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "memory_gib": round(_memory() / 2**30, 1),
+        "cores": cpus(),
+        "memory_gib": round(memory_budget() / 2**30, 1),
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"CPU, {torch.get_num_threads()} threads",
@@ -61,12 +59,6 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _memory() -> int:
-    from segfleet.core.machine import memory_budget
-
-    return memory_budget()
 
 
 def _convolution(precision: str, channels_last: bool, device: torch.device) -> dict[str, Any]:

@@ -11,21 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.files import write_atomically
-
-NAME = "events.jsonl"
+from segfleet.core.progress import EVENTS, parse_event
 
 
 def read_events(folder: Path) -> Iterator[dict[str, Any]]:
-    """Events of a stage folder in order. A last line cut off by a kill is left out."""
-    path = Path(folder) / NAME
+    """Events of a stage folder in order. A line cut off by a kill is left out."""
+    path = Path(folder) / EVENTS
     if not path.exists():
         return
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                continue
+    with open(path, "rb") as file:
+        yield from (event for line in file if (event := parse_event(line)) is not None)
 
 
 class EventLog:
@@ -33,7 +28,7 @@ class EventLog:
     checkpoint of that step."""
 
     def __init__(self, folder: Path, step: int):
-        self.path = folder / NAME
+        self.path = folder / EVENTS
         kept = [event for event in read_events(folder) if event.get("step", 0) <= step]
         write_atomically(self.path, "".join(json.dumps(event) + "\n" for event in kept))
         self._file = open(self.path, "a", encoding="utf-8")

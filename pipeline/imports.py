@@ -50,7 +50,7 @@ def write_run(root: Path, recipe: Recipe, manifest: Manifest) -> Path:
         return folder.path
     model = build_network(recipe, manifest, task_of(recipe, manifest))
     load_foreign(model, recipe.model)
-    lock = run.Lock(folder.path)
+    lock = run.lock_stage(folder.path)
     try:
         checkpoint.clean(folder.checkpoints)
         tensors = {"weights": {k: v.contiguous() for k, v in model.state_dict().items()}}

@@ -3,14 +3,12 @@ illegal value is refused by name."""
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from segfleet.core import settings
 from segfleet.core.errors import InputError
 from segfleet.core.files import file_facts
 
@@ -20,9 +18,6 @@ Positive = Annotated[int, Field(gt=0)]
 Above = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-# YAML 1.1 reads 1e-3 as text and 1.0e-3 as a number
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-TEXTS = ("name", "dataset", "split", "store")  # keys whose values stay text
 
 
 def _distinct(axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -296,6 +291,9 @@ class Recipe(Section):
         return self
 
 
+TEXTS = settings.text_keys(Recipe)  # keys whose values stay text
+
+
 def recipe_names() -> list[str]:
     """Names of the shipped recipes."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -311,104 +309,23 @@ def read_document(source: str) -> dict[str, Any]:
                 f"recipe: found no file '{source}' and no shipped recipe of that name; shipped: "
                 f"{', '.join(recipe_names())}"
             )
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (
-        yaml.YAMLError,
-        ValueError,
-    ) as error:
-        # ValueError: no UTF-8, or a date that does not exist
-        raise InputError(
-            f"recipe: {path} is no YAML document: {' '.join(str(error).split())}"
-        ) from None
+    document = settings.read(path, "recipe", TEXTS)
     if not isinstance(document, dict):
         raise InputError(
             f"recipe: {path} holds {type(document).__name__}, expected a mapping of keys to values"
         )
-    return number_like(_plain(document, f"recipe: {path}"))
-
-
-def number_like(value: Any) -> Any:
-    """What YAML 1.1 reads as text and is meant as a number, such as 1e-5, as that number, wherever
-    it stands but in `TEXTS`."""
-    if isinstance(value, dict):
-        return {key: one if key in TEXTS else number_like(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [number_like(one) for one in value]
-    return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
-
-
-def _plain(value: Any, where: str) -> Any:
-    """A copy that knows only what JSON knows; what YAML takes for a date is text. Raises
-    InputError."""
-    try:
-        return json.loads(json.dumps(value, default=str))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{where} holds a key that is no text, or an alias of itself: {error}"
-        ) from None
-
-
-def override(document: dict[str, Any], changes: list[str]) -> dict[str, Any]:
-    """Apply `key.path=value` (values are YAML; list items by index, `stages.0.lr=1e-3`). Raises
-    InputError."""
-    document = _plain(document, "recipe")
-    for change in changes:
-        key, equals, text = change.partition("=")
-        if not equals or not key:
-            raise InputError(
-                f"override: found '{change}', expected key.path=value, for example stages.0.lr=1e-3"
-            )
-        try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):
-            raise InputError(f"override: the value of '{change}' is no YAML") from None
-        *parents, last = key.split(".")
-        value = _plain(value, f"override: '{change}'")
-        value = value if last in TEXTS else number_like(value)
-        node: Any = document
-        for place, part in enumerate(parents, 1):
-            if isinstance(node, list):
-                node = node[_index(node, part, change)]
-                if not isinstance(node, dict | list):
-                    raise InputError(
-                        f"override: '{change}': {'.'.join(parents[:place])} is "
-                        f"{json.dumps(node)}, which has no keys below it"
-                    )
-            else:
-                if not isinstance(node.get(part), dict | list):
-                    node[part] = {}
-                node = node[part]
-        if isinstance(node, list):
-            node[_index(node, last, change)] = value
-        else:
-            node[last] = value
     return document
 
 
-def _index(node: list, part: str, change: str) -> int:
-    if not part.isdecimal() or int(part) >= len(node):
-        raise InputError(
-            f"override: '{part}' in '{change}' is no index of a list of {len(node)}; expected 0 "
-            f"to {len(node) - 1}"
-        )
-    return int(part)
+def override(document: dict[str, Any], changes: list[str]) -> dict[str, Any]:
+    """A copy with every change `key.path=value` applied. Raises InputError."""
+    return settings.override(document, changes, TEXTS)
 
 
 def parse(document: dict[str, Any], source: str = "recipe") -> Recipe:
     """A validated recipe. Raises InputError that names every wrong key, its value and the legal
     ones."""
-    try:
-        return Recipe.model_validate(document)
-    except ValidationError as error:
-        faults = [
-            fault
-            for fault in error.errors()
-            if fault["type"] != "too_short" or len(error.errors()) == 1
-        ]
-        raise InputError(
-            f"{source} is not valid:\n" + "\n".join(_sentence(fault) for fault in faults)
-        ) from None
+    return settings.validate(Recipe, document, source)
 
 
 def load_recipe(source: str, changes: list[str] | None = None) -> Recipe:
@@ -434,30 +351,13 @@ def with_digest(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model})
 
 
-def _sentence(fault: Any) -> str:
-    where = ".".join(str(part) for part in fault["loc"]) or "recipe"
-    if fault["type"] == "extra_forbidden":
-        return (
-            f"  {where}: unknown key; expected one of: {', '.join(_legal_keys(fault['loc'][:-1]))}"
+def with_absolute_store(recipe: Recipe) -> Recipe:
+    """The recipe with its store as an absolute path, so that any working folder will do. Raises
+    InputError if it names none."""
+    if not recipe.data.store:
+        raise InputError(
+            "data.store: missing; name the folder of a store, for example "
+            "data.store=stores/hippocampus"
         )
-    if fault["type"] == "missing":
-        return f"  {where}: missing"
-    return f"  {where}: found {fault['input']!r}. {fault['msg'].removeprefix('Value error, ')}"
-
-
-def _legal_keys(location: tuple) -> list[str]:
-    """Keys of the section at `location`."""
-    kind: Any = Recipe
-    for part in location:
-        if isinstance(part, str) and part in getattr(kind, "model_fields", {}):
-            kind = _section_of(kind.model_fields[part].annotation) or kind
-    return list(kind.model_fields)
-
-
-def _section_of(annotation: Any) -> type[Section] | None:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        if found := _section_of(inner):
-            return found
-    return None
+    store = str(Path(recipe.data.store).expanduser().resolve())
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"store": store})})

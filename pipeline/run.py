@@ -7,18 +7,16 @@ workers, launcher, logging).
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import json
-import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import write_atomically
+from segfleet.core.lock import Lock, holder
 from segfleet.pipeline.recipe import Recipe, parse
 from segfleet.preprocess.stores.manifest import Manifest
 
@@ -231,23 +229,12 @@ def run_folders(root: Path) -> list[Path]:
 ADVICE = "; wait or stop it, then run the same command again"
 
 
-class Lock:
-    """One process at a time trains a stage. The system frees the lock when its holder dies."""
-
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(folder / LOCK, "a+", encoding="utf-8")
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
-            raise InputError(f"run: {folder} is being trained by {holder}{ADVICE}") from None
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
-
-    def release(self) -> None:
-        self._file.close()
+def lock_stage(folder: Path) -> Lock:
+    """The lock of one stage, or of a sweep: one process at a time works there. Raises InputError
+    that names the holder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = Lock(folder / LOCK)
+    if not lock.acquire():
+        raise InputError(f"run: {folder} is being trained by {holder(folder / LOCK)}{ADVICE}")
+    lock.sign()
+    return lock

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 from pathlib import Path
 from typing import Any
 
+from segfleet.core.lock import is_locked
 from segfleet.pipeline.events import read_events
 from segfleet.pipeline.run import LOCK, StageFolder, open_run
 
@@ -32,7 +32,7 @@ def run_status(path: Path) -> dict[str, Any]:
     found = _progress(stage)
     state = (
         "training"
-        if locked(stage.path)
+        if is_locked(stage.path / LOCK)
         else ("stopped" if found["step"] or stage.index else "waiting")
     )
     return {**row, "state": state, "stage": stage.index + 1, **found}
@@ -60,15 +60,3 @@ def _progress(stage: StageFolder) -> dict[str, Any]:
                 rate = (event["step"] - before["step"]) / (event["time"] - before["time"])
                 facts["remaining_seconds"] = round((facts["steps"] - event["step"]) / rate)
     return facts
-
-
-def locked(stage: Path) -> bool:
-    """Whether a process holds the stage's lock right now."""
-    try:
-        with open(stage / LOCK, "r+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True

@@ -6,11 +6,13 @@ import signal
 import time
 from pathlib import Path
 
+from segfleet.core.errors import ExitCode
+
 
 class Interrupted(RuntimeError):
     """Training stopped because it was asked to. Everything is saved; the same command goes on."""
 
-    exit_code = 75
+    exit_code = ExitCode.INTERRUPTED
 
 
 class StopRequest:

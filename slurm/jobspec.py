@@ -14,9 +14,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from segfleet.core import settings
 from segfleet.core.errors import InputError
 
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
@@ -62,17 +62,6 @@ INSTEAD = {  # of sbatch's option: a field of ours, which writes more than that 
     "mail-type": "mail_on",
 }
 PLACES = (Path("clusters.yaml"), Path("~/.config/segfleet/clusters.yaml"))
-
-
-class Loader(yaml.SafeLoader):
-    """12:00:00 is a time; YAML 1.1 would make 43200 of it, a number to the base of 60."""
-
-
-TIMES = ("tag:yaml.org,2002:str", re.compile(r"[-+]?\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?$"))
-Loader.yaml_implicit_resolvers = {
-    first: [TIMES, *found] for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
 Count = Annotated[int, Field(gt=0)]
 Word = Annotated[str, Field(pattern=r"^[^\s\n]+$")]
 
@@ -236,7 +225,7 @@ def make_spec(
 ) -> JobSpec:
     """The profile of `cluster` (none: the file's default, if any) with `options` over it. Raises
     InputError that names every fault."""
-    return _validated({**read_profile(cluster, places), **options}, "job")
+    return settings.validate(JobSpec, {**read_profile(cluster, places), **options}, "job")
 
 
 def read_profile(cluster: str | None, places: tuple[Path, ...] = PLACES) -> dict[str, Any]:
@@ -249,10 +238,7 @@ def read_profile(cluster: str | None, places: tuple[Path, ...] = PLACES) -> dict
                 f"{' or '.join(map(str, places))}"
             )
         return {}
-    try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no YAML document: {' '.join(str(error).split())}") from None
+    document = settings.read(path, "--cluster", settings.text_keys(JobSpec)) or {}
     profiles = document.get("clusters") if isinstance(document, dict) else None
     if not isinstance(profiles, dict) or (
         unknown := sorted(set(document) - {"default", "clusters"})
@@ -269,7 +255,7 @@ def read_profile(cluster: str | None, places: tuple[Path, ...] = PLACES) -> dict
                 f"{path}: clusters.{name}: found {options!r}, expected a mapping of options to "
                 "values"
             )
-        _validated(options, f"{path}: clusters.{name}")
+        settings.validate(JobSpec, options, f"{path}: clusters.{name}")
     name = cluster or document.get("default")
     if name is not None and name not in profiles:
         raise InputError(
@@ -277,19 +263,3 @@ def read_profile(cluster: str | None, places: tuple[Path, ...] = PLACES) -> dict
             f"{', '.join(map(str, profiles)) or 'none'}"
         )
     return profiles[name] if name is not None else {}
-
-
-def _validated(options: dict[str, Any], where: str) -> JobSpec:
-    try:
-        return JobSpec.model_validate(options)
-    except ValidationError as error:
-        raise InputError(
-            f"{where} is not valid:\n" + "\n".join(_sentence(fault) for fault in error.errors())
-        ) from None
-
-
-def _sentence(fault: Any) -> str:
-    name = str(fault["loc"][0])
-    if fault["type"] == "extra_forbidden":
-        return f"  {name}: unknown option; expected one of: {', '.join(JobSpec.model_fields)}"
-    return f"  {name}: found {fault['input']!r}. {fault['msg']} ({JobSpec.model_fields[name].description})"

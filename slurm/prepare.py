@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError
-from segfleet.pipeline.recipe import Recipe, load_recipe
+from segfleet.pipeline.recipe import Recipe, load_recipe, with_absolute_store
 from segfleet.pipeline.run import stage_folders
 from segfleet.pipeline.scoring.scored import is_scored
 from segfleet.preprocess.stores.manifest import load_manifest
@@ -19,17 +19,9 @@ from segfleet.preprocess.stores.manifest import load_manifest
 def prepare(source: str, changes: Sequence[str], root: Path) -> tuple[Recipe, Path]:
     """The validated recipe with an absolute store, and the folder of its run below `root`. Raises
     InputError."""
-    recipe = load_recipe(source, list(changes))
-    if not recipe.data.store:
-        raise InputError(
-            "data.store: missing; name the folder of a store, for example "
-            "data.store=stores/hippocampus"
-        )
-    store = Path(recipe.data.store).resolve()
-    recipe = recipe.model_copy(
-        update={"data": recipe.data.model_copy(update={"store": str(store)})}
-    )
-    return recipe, stage_folders(root.resolve(), recipe, load_manifest(store))[-1].path
+    recipe = with_absolute_store(load_recipe(source, list(changes)))
+    manifest = load_manifest(Path(recipe.data.store))
+    return recipe, stage_folders(root.resolve(), recipe, manifest)[-1].path
 
 
 def members(axes: Sequence[str]) -> list[list[str]]:

@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from segfleet.core.errors import ExitCode
 from segfleet.pipeline.launch import worker
 from segfleet.pipeline.stop import Interrupted, StopRequest
 
-INTERRUPTED = 75
 # seconds a rank that lost its partner gives SLURM to find out that a node died, before it calls it
 # a failure
 PATIENCE = 900
@@ -68,7 +68,7 @@ def run_rank(folder: str) -> None:
     if isinstance(error, Interrupted):
         if rank == 0 and stop.reason and stop.reason.startswith("the file"):
             (life / "stay").touch()  # a person wants it to stop, so it does not come back
-        code = INTERRUPTED if rank == 0 else 0
+        code = ExitCode.INTERRUPTED if rank == 0 else 0
     elif worker.peer_failure(error):
         sys.stderr.flush()
         wait_for_slurm()

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segfleet.core.errors import InputError
+from segfleet.core.errors import ExitCode, InputError
 from segfleet.slurm import cluster, health, snapshot, submission
 from segfleet.slurm.job import SlurmJob
 from segfleet.slurm.jobspec import JobSpec
-from segfleet.slurm.rank import INTERRUPTED, run_rank
+from segfleet.slurm.rank import run_rank
 
 _environment = threading.Lock()
 # $job is 12_3 for a member of an array: one of them has the number of the whole array as its own.
@@ -231,8 +231,8 @@ def after() -> list[str]:
     life = f"${submission.LIFE}"
     return [
         "code=$? again=no",
-        f'[ $code = {INTERRUPTED} ] && [ "{STATE}" = RUNNING ] && again=yes',
-        f'[ -e "{life}/life.json" ] && {{ [ $code = {INTERRUPTED} ] || [ $code -gt 128 ]; }} && \\',
+        f'[ $code = {ExitCode.INTERRUPTED} ] && [ "{STATE}" = RUNNING ] && again=yes',
+        f'[ -e "{life}/life.json" ] && {{ [ $code = {ExitCode.INTERRUPTED} ] || [ $code -gt 128 ]; }} && \\',
         '  [ "${SEGFLEET_END:-0}" -gt 0 ] && [ "$(date +%s)" -ge "$SEGFLEET_END" ] && again=yes',
         f'[ $again = yes ] && [ ! -e "{life}/stay" ] && scontrol requeue "$job" && sleep 60  # '
         "SLURM ends this script",

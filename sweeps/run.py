@@ -20,9 +20,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from segfleet.core.errors import InputError
-from segfleet.pipeline.launch.local import RankFailed, available_cores, signals_heard
-from segfleet.pipeline.run import DONE, Lock
+from segfleet.core.errors import ExitCode, InputError
+from segfleet.core.machine import cpus
+from segfleet.pipeline.launch.local import RankFailed, signals_heard
+from segfleet.pipeline.run import DONE, lock_stage
 from segfleet.pipeline.stop import Interrupted
 from segfleet.sweeps.results.ledger import STOP, Ledger
 from segfleet.sweeps.space.plan import Plan, claim
@@ -48,7 +49,7 @@ class Resources:
     @property
     def at_once(self) -> int:
         return self.slots or (
-            JOBS if self.on == "slurm" else max(1, (gpus() or available_cores()) // self.ranks)
+            JOBS if self.on == "slurm" else max(1, (gpus() or cpus()) // self.ranks)
         )
 
     def check(self) -> None:
@@ -83,7 +84,7 @@ def run_sweep(
     an agreed stop."""
     resources.check()
     claim(plan)
-    lock = Lock(plan.folder)
+    lock = lock_stage(plan.folder)
     try:
         (plan.folder / STOP).unlink(missing_ok=True)
         ledger = Ledger(plan.tree, plan.runs, plan.folder)
@@ -171,7 +172,7 @@ class Session:
         finally:
             self._end()
             listener.join()
-        if self.error and self.error["code"] == 2:
+        if self.error and self.error["code"] == ExitCode.INPUT:
             raise InputError(self.error["error"])
         fault = fault or (self.error and self.error["error"])
         return fault or (

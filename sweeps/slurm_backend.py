@@ -16,8 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from segfleet.core.errors import InputError
-from segfleet.pipeline.launch.local import INTERRUPTED, RankFailed
+from segfleet.core.errors import ExitCode, InputError
+from segfleet.pipeline.launch.local import RankFailed
 from segfleet.slurm import cluster
 from segfleet.slurm.job import OPEN, SlurmJob, attach
 from segfleet.slurm.jobspec import JobSpec, make_spec
@@ -59,7 +59,7 @@ class Slurm:
                 job.cancel()
             raise
         if state != "done":
-            code = INTERRUPTED if state in ("stopped", "cancelled") else 1
+            code = ExitCode.INTERRUPTED if state in ("stopped", "cancelled") else ExitCode.FAULT
             raise RankFailed(f"job {job.id} is {state}: {job.reason()}", code)
 
     def _known(self, path: Path) -> SlurmJob | None:
@@ -90,7 +90,7 @@ class Slurm:
             while not cluster.there_is_one():
                 tick()
                 if stop.exists():
-                    raise RankFailed("stopped before SLURM took the job", INTERRUPTED)
+                    raise RankFailed("stopped before SLURM took the job", ExitCode.INTERRUPTED)
                 time.sleep(LOOK)
 
 

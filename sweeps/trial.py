@@ -18,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from segfleet.core.errors import InputError
-from segfleet.core.files import sync_folder, write_atomically
-from segfleet.pipeline.events import NAME as EVENTS
+from segfleet.core.errors import ExitCode, InputError
+from segfleet.core.files import sync_folder, temporary_name, write_atomically
+from segfleet.core.progress import EVENTS, EventFollower
 from segfleet.pipeline.events import read_events
-from segfleet.pipeline.launch.local import INTERRUPTED, RankFailed, run_ranks
+from segfleet.pipeline.launch.local import RankFailed, run_ranks
 
 Order = dict[str, Any]
 Report = Callable[[dict[str, Any]], None]
@@ -78,12 +78,12 @@ def perform(order: Order, report: Report) -> dict[str, Any]:
             path,
             order["job"]["recipe"]["stages"][-1]["epochs"] * order["steps"],
         )
-    follow = Follower(path, order, report)
+    validations = Validations(path, order, report)
 
     def poll() -> None:
         if (sweep / "stop").exists() and not (path / "stop").exists():
             (path / "stop").touch()
-        follow.poll()
+        validations.poll()
 
     try:
         return _run(order, poll)
@@ -99,11 +99,11 @@ def _run(order: Order, poll: Callable[[], None]) -> dict[str, Any]:
             poll()
             return {"state": "done"}
         except (RankFailed, InputError) as error:
-            if error.exit_code == INTERRUPTED:
+            if error.exit_code == ExitCode.INTERRUPTED:
                 return {"state": "stopped"}
             if BUSY in str(error):
                 return {"state": "busy"}
-            if error.exit_code != 1 or attempt == RETRIES:
+            if error.exit_code != ExitCode.FAULT or attempt == RETRIES:
                 return {"state": "failed", "message": str(error)}
     raise AssertionError("unreachable")
 
@@ -137,8 +137,7 @@ def continue_from(trunk: Path, path: Path, steps: int) -> None:
 
 def _copied(checkpoint: Path, checkpoints: Path) -> Path:
     """A checkpoint under a temporary name in another folder."""
-    partial = checkpoints / f".{checkpoint.name}.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = temporary_name(checkpoints / checkpoint.name)
     shutil.copytree(checkpoint, partial, copy_function=_link)
     return partial
 
@@ -152,33 +151,16 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-class Follower:
-    """Reads a node's events as they are written and reports its validations, each once."""
+class Validations:
+    """Reports the validations of a node as they are written, each once."""
 
     def __init__(self, path: Path, order: Order, report: Report):
-        self.file, self.begin, self.steps, self.report = (
-            path / EVENTS,
-            order["begin"],
-            order["steps"],
-            report,
-        )
-        # epochs of the stage; those of a trunk were reported by the trunk
-        self.reported = order["start"]
-        self.offset = 0
+        self.events, self.report = EventFollower(path), report
+        self.begin, self.steps = order["begin"], order["steps"]
+        self.reported = order["start"]  # epochs of the stage; the trunk reported its own
 
     def poll(self) -> None:
-        try:
-            with open(self.file, encoding="utf-8") as file:
-                if os.fstat(file.fileno()).st_size < self.offset:  # cut back by a resume
-                    self.offset = 0
-                file.seek(self.offset)
-                lines = []
-                while (line := file.readline()).endswith("\n"):
-                    lines.append(line)
-                    self.offset = file.tell()
-        except FileNotFoundError:
-            return
-        for event in map(json.loads, lines):
+        for event in self.events.new():
             epochs = event.get("step", 0) // self.steps
             if event["event"] == "validation" and epochs > self.reported:
                 self.reported = epochs

@@ -16,7 +16,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-INTERRUPTED = 75  # exit code of an agreed stop
+from segfleet.core.errors import ExitCode
+from segfleet.core.machine import cpus
+
 HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 GRACE = 120.0  # seconds the ranks have to save and go after they were asked to
 
@@ -55,7 +57,7 @@ def run_ranks(
         share = (
             str(threads)
             if threads
-            else os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // ranks))
+            else os.environ.get("OMP_NUM_THREADS") or str(max(1, cpus() // ranks))
         )
         processes = [_start(rendezvous, rank, ranks, share) for rank in range(ranks)]
 
@@ -78,10 +80,6 @@ def run_ranks(
                 process.wait()
         if any(code != 0 for code in codes):
             raise RankFailed(*_reason(rendezvous, codes))
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start(rendezvous: Path, rank: int, ranks: int, threads: str) -> subprocess.Popen:
@@ -165,8 +163,9 @@ def _watch(
             return codes
         if any(codes):
             since = since or time.monotonic()
-            # the others stop in order, too
-            agreed = all(code in (None, 0, INTERRUPTED) for code in codes)
+            agreed = all(
+                code in (None, ExitCode.OK, ExitCode.INTERRUPTED) for code in codes
+            )  # the others stop in order, too
             if time.monotonic() - since > (GRACE if agreed else 1.0):
                 return codes
         elif asked and time.monotonic() - asked[0] > GRACE:
@@ -206,7 +205,7 @@ def _reason(rendezvous: Path, codes: list[int | None]) -> tuple[str, int]:
         return (
             f"rank {hung} did not stop within {GRACE:.0f} s of being asked to and was killed. Run "
             "the same command again: it goes on from the last checkpoint.",
-            INTERRUPTED,
+            ExitCode.INTERRUPTED,
         )
     rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
     return (

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import explain
+from segfleet.core.files import write_atomically
 from segfleet.pipeline.launch.local import die_with_parent, survive_hangup
 from segfleet.pipeline.stop import Interrupted, StopRequest
 
@@ -104,9 +105,7 @@ def report(rendezvous: Path, rank: int, error: BaseException) -> int:
         "message": message,
         "peer_failure": peer_failure(error),
     }
-    partial = rendezvous / f".failed-{rank}"
-    partial.write_text(json.dumps(facts), encoding="utf-8")
-    os.replace(partial, rendezvous / f"failed-{rank}.json")
+    write_atomically(rendezvous / f"failed-{rank}.json", json.dumps(facts))
     return code
 
 

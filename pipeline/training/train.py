@@ -210,7 +210,7 @@ class locked:
     def _taken(self) -> str | None:
         """Take the lock, or say who has it."""
         try:
-            self.lock = run.Lock(self.folder.path)
+            self.lock = run.lock_stage(self.folder.path)
         except InputError as error:
             return str(error)
         checkpoint.clean(self.folder.checkpoints)

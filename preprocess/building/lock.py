@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from segfleet.core.errors import InputError
+from segfleet.core.lock import Lock
 from segfleet.preprocess.building.shard_job import STATE
 
 
@@ -20,15 +20,12 @@ def claimed(partial: Path, out: Path, shared: bool = False) -> Iterator[None]:
     The claim ends with the process, however that ends. Raises InputError if it cannot be had.
     """
     (partial / STATE / "done").mkdir(parents=True, exist_ok=True)
-    # NFS wants it readable to share, writable to be alone
-    with open(partial / STATE / "claim", "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with Lock(partial / STATE / "claim", shared=shared) as lock:
+        if not lock.acquire():
             raise InputError(
                 f"out: another process is preprocessing into {out}. Wait for it, or choose "
                 "another --out."
-            ) from None
+            )
         try:
             yield
         finally:

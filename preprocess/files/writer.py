@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import write_atomically
+from segfleet.core.files import replacing, write_atomically
 from segfleet.preprocess.case import Geometry
 from segfleet.preprocess.files.images import LPS, ending, stem
 
@@ -35,8 +34,7 @@ def write_label(path: Path, label_ZYX: np.ndarray, geometry: Geometry) -> None:
         label_ZYX, np.uint8 if label_ZYX.max(initial=0) < 256 else np.uint16
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{stem(path)}.{os.getpid()}.partial{kind}")
-    try:
+    with replacing(path, suffix=kind) as temporary:
         if kind in (".nii", ".nii.gz"):
             data = _nifti(label, geometry)
             temporary.write_bytes(gzip.compress(data, 6, mtime=0) if kind == ".nii.gz" else data)
@@ -65,9 +63,6 @@ def write_label(path: Path, label_ZYX: np.ndarray, geometry: Geometry) -> None:
                     f"{label.dtype}. Use .nii.gz"
                 )
             Image.fromarray(label[0]).save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _nifti(label: np.ndarray, geometry: Geometry) -> bytes:

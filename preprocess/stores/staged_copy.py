@@ -13,9 +13,9 @@ room is needed for another one and nobody reads it, the one that was not used fo
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -29,12 +29,12 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import file_facts, sync_folder, write_atomically
+from segfleet.core.files import file_facts, sync_folder, temporary_name, write_atomically
+from segfleet.core.lock import Lock
 from segfleet.preprocess.stores.manifest import NAME, Manifest, load_manifest
 
 BLOCK = 2**22  # bytes copied at a time
 SPARE = 2**26  # bytes that are left free
-LOOK = 0.2  # s between two looks at a lock
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -80,7 +80,9 @@ class LocalCopy:
 
         Raises InputError if the source is damaged, Unwanted when `stopped`.
         """
-        with _locked(self.place / f"{self.key}.making", stopped):
+        with Lock(self.place / f"{self.key}.making") as lock:
+            if not lock.acquire(math.inf, stopped):
+                raise Unwanted
             if self.whole():
                 return True
             manifest, target = (
@@ -127,9 +129,10 @@ class LocalCopy:
     @contextmanager
     def kept(self) -> Iterator[Path]:
         """The copy's folder; a copy that is there when this begins is not removed meanwhile."""
-        with open(self.place / f"{self.key}.used", "a", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
-            os.utime(file.fileno())
+        used = self.place / f"{self.key}.used"
+        with Lock(used, shared=True) as lock:
+            lock.acquire(math.inf)
+            os.utime(used)
             yield self.root
 
     def _room(self, needed: int) -> bool:
@@ -232,7 +235,7 @@ def _refuse_strangers(place: Path) -> None:
 
 def _copy(source: Path, target: Path, sha256: str, stopped: Callable[[], bool]) -> None:
     """Copy a file and compare its hash on the way. Whoever has the old one open reads on in it."""
-    partial, digest = target.with_name(f".{target.name}.partial"), hashlib.sha256()
+    partial, digest = temporary_name(target), hashlib.sha256()
     try:
         file = open(source, "rb")
     except OSError as error:
@@ -267,28 +270,9 @@ def _publish(manifest: Manifest, text: bytes, target: Path, root: Path) -> None:
         sync_folder(root.parent)
 
 
-@contextmanager
-def _locked(path: Path, stopped: Callable[[], bool]) -> Iterator[None]:
-    with open(path, "a", encoding="utf-8") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if stopped():
-                    raise Unwanted from None
-                time.sleep(LOOK)
-        yield
-
-
 def _free(path: Path, locks: ExitStack) -> bool:
     """Whether nobody holds the lock; then `locks` does."""
-    file = locks.enter_context(open(path, "a", encoding="utf-8"))
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
+    return locks.enter_context(Lock(path)).try_acquire()
 
 
 def _right(path: Path, facts: dict[str, Any]) -> bool:

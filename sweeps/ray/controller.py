@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import explain
-from segfleet.pipeline.launch.local import available_cores, die_with_parent
+from segfleet.core.machine import cpus
+from segfleet.pipeline.launch.local import die_with_parent
 from segfleet.sweeps.results.ledger import Ledger
 from segfleet.sweeps.space.plan import Plan, make_plan
 from segfleet.sweeps.space.space import SearchSpace, search_of
@@ -178,7 +179,7 @@ def tune_tree(
 
 def threads_of(resources: Any) -> int:
     return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(
-        1, available_cores() // (resources.at_once * resources.ranks)
+        1, cpus() // (resources.at_once * resources.ranks)
     )
 
 

@@ -23,13 +23,13 @@ from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
+from segfleet.core import settings
 from segfleet.core.errors import InputError
 from segfleet.core.files import write_atomically
 from segfleet.pipeline.recipe import parse
 from segfleet.preprocess.stores.manifest import load_manifest
 from segfleet.sweeps.results.ledger import EVALUATION, STOP
 from segfleet.sweeps.space.plan import POPULATION, Plan, check, with_stores
-from segfleet.sweeps.space.space import put
 from segfleet.sweeps.trial import perform
 
 MEMBERS = "members"  # folder of <trial>.json: its stages so far
@@ -158,7 +158,7 @@ def member(config: dict[str, Any], order: str) -> None:
         document = json.loads(json.dumps(facts["recipe"]))
         for label, value in config.items():
             if label != "member":
-                put(document, label, value)
+                settings.put(document, label, value, "pbt")
         stage = {
             **document["stages"][0],
             "epochs": facts["interval"],

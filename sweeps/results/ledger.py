@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.files import write_atomically
-from segfleet.pipeline.run import DONE
+from segfleet.core.lock import is_locked
+from segfleet.pipeline.run import DONE, LOCK
 from segfleet.pipeline.scoring import scored
-from segfleet.pipeline.status import locked
 from segfleet.sweeps.space.tree import StageNode, StageTree
 
 EVALUATION, STOP = scored.EVALUATION, "stop"
@@ -85,7 +85,7 @@ class Ledger:
         before = self.tree.before(node)
         if before and not self.trained(before):
             return "lost" if self.state(before) in ("failed", "pruned", "lost") else "waiting"
-        return "running" if node.uid in self.taken or locked(self.path(node)) else "ready"
+        return "running" if node.uid in self.taken or is_locked(self.path(node) / LOCK) else "ready"
 
     def states(self) -> dict[str, str]:
         return {uid: self.state(node) for uid, node in self.tree.nodes.items()}

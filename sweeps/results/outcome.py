@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import yaml
 
 from segfleet.core.files import write_atomically
+from segfleet.core.settings import dumps
 from segfleet.pipeline.scoring.summary import SEED, bootstrap_weights
 from segfleet.sweeps.results.ledger import EVALUATION, Ledger
 from segfleet.sweeps.space.plan import Plan
@@ -258,4 +258,4 @@ def best_recipe(plan: Plan, document: dict[str, Any]) -> str:
     )
     head = f"# Best of {len(document['ranking'])} points of the sweep {plan.search.space.name}: Dice {best['score']:.4f}{between}\n"
     head += f"# at {best['name']}\n# It was chosen on its own validation cases, so the score is optimistic.\n"
-    return head + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    return head + dumps(recipe.model_dump(mode="json"))

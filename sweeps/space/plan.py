@@ -6,13 +6,13 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import write_atomically
-from segfleet.pipeline.recipe import Recipe, parse
+from segfleet.pipeline.recipe import Recipe, parse, with_absolute_store
 from segfleet.pipeline.run import stage_steps
 from segfleet.preprocess.stores.manifest import Manifest, load_manifest
 from segfleet.sweeps.space.space import Point, Search, Trial, describe
@@ -162,24 +162,7 @@ def read_points(folder: Path) -> list[Point]:
 
 def with_stores(trials: Iterable[Trial]) -> list[Trial]:
     """The same trials with absolute store folders, so that any working folder will do."""
-    found = []
-    for trial in trials:
-        if not trial.recipe.data.store:
-            raise InputError(
-                "data.store: missing; name the folder of a store, for example "
-                "data.store=stores/hippocampus"
-            )
-        data = trial.recipe.data.model_copy(
-            update={"store": str(Path(trial.recipe.data.store).resolve())}
-        )
-        found.append(
-            Trial(
-                number=trial.number,
-                point=trial.point,
-                recipe=trial.recipe.model_copy(update={"data": data}),
-            )
-        )
-    return found
+    return [replace(trial, recipe=with_absolute_store(trial.recipe)) for trial in trials]
 
 
 def within_budget(

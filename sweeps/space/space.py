@@ -24,20 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
+from segfleet.core import settings
 from segfleet.core.errors import InputError
-from segfleet.pipeline.recipe import (
-    Positive,
-    Recipe,
-    Section,
-    Stage,
-    _section_of,
-    number_like,
-    parse,
-    read_document,
-)
+from segfleet.pipeline import recipe as recipes
+from segfleet.pipeline.recipe import Positive, Recipe, Section, Stage
 
 SPACES = Path(__file__).parents[1] / "spaces"
 KINDS = ("grid", "choice", "uniform", "loguniform")
@@ -98,6 +90,9 @@ class SearchSpace(Section):
     asha: Asha = Field(default_factory=Asha, description="options of asha")
     pbt: Pbt = Field(default_factory=Pbt, description="options of pbt")
     budget: Budget = Field(default_factory=Budget, description="limits")
+
+
+TEXTS = recipes.TEXTS | settings.text_keys(SearchSpace)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,10 +204,10 @@ class Search:
         for axis in self.axes:
             values = point[axis.label] if len(axis.keys) > 1 else [point[axis.label]]
             for key, value in zip(axis.keys, values, strict=True):
-                put(document, key, value)
+                settings.put(document, key, value, f"sweep {self.space.name}: {axis.label}")
         where = f"sweep {self.space.name} at {describe(point)}"
-        recipe = parse(document, where)
-        recipes = [
+        recipe = recipes.parse(document, where)
+        replicates = [
             recipe.model_copy(
                 update={"seed": seed, "data": recipe.data.model_copy(update={"fold": fold})}
             )
@@ -220,7 +215,8 @@ class Search:
             for fold in self.space.folds or (recipe.data.fold,)
         ]
         return [
-            Trial(number=first + i, point=point, recipe=recipe) for i, recipe in enumerate(recipes)
+            Trial(number=first + i, point=point, recipe=recipe)
+            for i, recipe in enumerate(replicates)
         ]
 
     def _labels(self) -> list[str]:
@@ -256,30 +252,19 @@ def load_search(source: str, changes: list[str] | None = None) -> Search:
                 f"sweep: found no file '{source}' and no shipped space of that name; shipped: "
                 f"{', '.join(space_names())}"
             )
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"sweep: {path} is no YAML document: {' '.join(str(error).split())}"
-        ) from None
+    document = settings.read(path, "sweep", TEXTS)
     return parse_search(document, source, changes)
 
 
 def parse_search(document: Any, source: str = "sweep", changes: list[str] | None = None) -> Search:
     """A checked search from a space's document. Raises InputError that names the key, the value and
     the legal ones."""
-    from segfleet.pipeline.recipe import override
-
-    try:
-        space = SearchSpace.model_validate(document)
-    except ValidationError as error:
-        raise InputError(
-            f"{source} is not valid:\n" + "\n".join(_sentence(fault) for fault in error.errors())
-        ) from None
+    space = settings.validate(SearchSpace, document, source)
     return search_of(
         space,
-        override(
-            read_document(space.base) if isinstance(space.base, str) else space.base, changes or []
+        recipes.override(
+            recipes.read_document(space.base) if isinstance(space.base, str) else space.base,
+            changes or [],
         ),
     )
 
@@ -352,17 +337,6 @@ def _check(search: Search) -> None:
             )
     point = {axis.label: axis.values[0] for axis in search.axes}
     stages = search.trials(point)[0].recipe.stages
-    for key in labels:  # after the stages are known: an index beyond them
-        parts = key.split(".")
-        if (
-            parts[0] == "stages"
-            and len(parts) > 2
-            and not (parts[1].isdigit() and int(parts[1]) < len(stages))
-        ):
-            raise InputError(
-                f"sweep {space.name}: {key}: there are {len(stages)} stages, expected stages.0 to "
-                f"stages.{len(stages) - 1}"
-            )
     if space.scheduler == "asha" and not search.trials(point)[0].recipe.evaluation.every:
         raise InputError(
             f"sweep {space.name}: asha compares validations: evaluation.every of the base recipe: "
@@ -423,7 +397,6 @@ def _axis(label: str, given: Any) -> Axis:
     keys = tuple(key.strip() for key in label.split(","))
     for key in keys:
         check_key(key)
-    given = number_like(given)
     kind, values = (
         next(iter(given.items()))
         if isinstance(given, dict) and len(given) == 1
@@ -470,42 +443,8 @@ def check_key(key: str) -> None:
                 f"{', '.join(kind.model_fields)}"
             )
         annotation = kind.model_fields[part].annotation
-        section = _section_of(annotation)
+        section = settings.section_of(annotation)
         rest = parts[place + 1 :]
         if section is None and rest and part != "options":
             raise InputError(f"axis {key}: '{part}' has no keys below it")
         kind = section
-
-
-def put(document: dict[str, Any], key: str, value: Any) -> None:
-    """Set a key path of a recipe document."""
-    *parents, last = key.split(".")
-    node: Any = document
-    for part in parents:
-        if isinstance(node, list):
-            node = node[int(part)] if int(part) < len(node) else {}
-        else:
-            if not isinstance(node.get(part), dict | list):
-                node[part] = {}
-            node = node[part]
-    if isinstance(node, list):
-        if int(last) < len(node):
-            node[int(last)] = value
-    else:
-        node[last] = value
-
-
-def _sentence(fault: Any) -> str:
-    where = ".".join(str(part) for part in fault["loc"]) or "space"
-    if fault["type"] == "extra_forbidden":
-        kind = (
-            _section_of(SearchSpace.model_fields[fault["loc"][0]].annotation)
-            if len(fault["loc"]) > 1
-            else SearchSpace
-        )
-        return f"  {where}: unknown key; expected one of: {', '.join(kind.model_fields)}"
-    return (
-        f"  {where}: missing"
-        if fault["type"] == "missing"
-        else f"  {where}: found {fault['input']!r}. {fault['msg']}"
-    )

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from segfleet.core.errors import ExitCode
 from segfleet.pipeline.data import loader
 from segfleet.pipeline.launch import local
 
@@ -116,7 +117,7 @@ def test_ranks_that_do_not_stop_are_killed_when_their_time_is_over(monkeypatch):
         process.kill()
         process.wait()
     message, code = local._reason(Path("nowhere"), codes)
-    assert "rank 0 did not stop within" in message and code == local.INTERRUPTED
+    assert "rank 0 did not stop within" in message and code == ExitCode.INTERRUPTED
 
 
 SMALL = """

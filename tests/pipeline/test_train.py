@@ -278,8 +278,8 @@ def test_a_refused_process_leaves_the_recipe_alone(tiny_store, tmp_path, state):
     recipe = recipe_of(tiny_store(dims=2))
     leaf = go(recipe, tmp_path, stop_after=None if state == "finished" else 8)[-1].path
     other = recipe.model_copy(update={"name": "other", "save_every": 1})
-    lock = "held = Lock(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
-    code = f"import pathlib, sys; from segfleet.pipeline.run import Lock; {lock}"
+    lock = "held = lock_stage(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
+    code = f"import pathlib, sys; from segfleet.pipeline.run import lock_stage; {lock}"
     with subprocess.Popen(
         [sys.executable, "-c", code, str(leaf)],
         stdin=subprocess.PIPE,
@@ -298,8 +298,8 @@ def test_a_refused_process_leaves_the_recipe_alone(tiny_store, tmp_path, state):
 def test_one_process_at_a_time(tiny_store, tmp_path):
     recipe = recipe_of(tiny_store(dims=2), stages=1)
     folder = run.stage_folders(tmp_path, recipe, open_store(recipe.data.store).manifest)[0].path
-    lock = "held = Lock(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
-    code = f"import pathlib, sys; from segfleet.pipeline.run import Lock; {lock}"
+    lock = "held = lock_stage(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
+    code = f"import pathlib, sys; from segfleet.pipeline.run import lock_stage; {lock}"
     with subprocess.Popen(
         [sys.executable, "-c", code, str(folder)],
         stdin=subprocess.PIPE,

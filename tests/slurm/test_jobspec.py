@@ -147,7 +147,7 @@ def test_an_array_and_live_code_in_the_script():
         ({"sbatch": ("--gpus-per-node=3",)}, "give --gpus-per-node instead"),
         ({"setup": ("a\nb",)}, "one shell line per item"),
         ({"partition": "a b"}, "partition: found 'a b'"),
-        ({"gpu": 1}, "gpu: unknown option; expected one of: nodes, gpus_per_node"),
+        ({"gpu": 1}, "gpu: unknown key; expected one of: nodes, gpus_per_node"),
     ],
 )
 def test_a_wrong_option_is_named(options, words):
@@ -197,7 +197,7 @@ def test_profiles(tmp_path):
             and make_spec({}, places=(place,)).nodes == 2
         )
     for text, words in [
-        ("clusters: {alpha: {parttion: gpu}}", "parttion: unknown option"),
+        ("clusters: {alpha: {parttion: gpu}}", "parttion: unknown key"),
         ("clusters: {alpha: 3}", "clusters.alpha: found 3"),
         ("cluster: {}", "found no mapping `clusters`"),
         ("clusters: {}\nfoo: 1", "found the key 'foo'"),

@@ -52,7 +52,7 @@ def test_ctrl_c_asks_first_and_then_insists(tmp_path):
 
 def test_slots_are_gpus_where_there_are_some_cores_elsewhere_and_jobs_on_slurm(monkeypatch):
     monkeypatch.delenv("SEGFLEET_DEVICE", raising=False)
-    monkeypatch.setattr(run, "available_cores", lambda: 6)
+    monkeypatch.setattr(run, "cpus", lambda: 6)
 
     def slots(gpus, **given):
         monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)

@@ -169,7 +169,7 @@ def test_validations_are_reported_once_whatever_is_rewritten(plan):
     path, reports = plan.runs / long.path, []
     path.mkdir(parents=True)
     order = {**plan.order(long), "begin": 10}
-    follow = trial.Follower(path, order, reports.append)
+    follow = trial.Validations(path, order, reports.append)
     line = '{"event": "validation", "step": %d, "epoch": 0, "dice": 0.5}\n'
     follow.poll()
     (path / "events.jsonl").write_text(line % 2 + line % 4 + (line % 6)[:20])

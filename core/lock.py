@@ -1,0 +1,122 @@
+"""Locks between processes, on one machine or on a shared disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+BRIEFLY = 0.5  # s: `is_locked` holds a lock for a moment, which must refuse nobody
+LOOK = 0.05  # s between two attempts
+
+
+class Lock:
+    """One process holds the lock on a file, or several share it. The lock ends with its holder.
+
+    The system keeps it (flock), so it is free the moment its holder dies. A file system without
+    flock, such as Lustre mounted without it, gets the leases of `filelock` in `<file>.rw`: those of
+    a holder that died end after a minute and a half.
+    """
+
+    def __init__(self, path: Path, *, shared: bool = False):
+        self.path, self.shared = Path(path), shared
+        self._handle: int | None = None
+        self._lease: Any = None
+
+    def acquire(
+        self, seconds: float = BRIEFLY, stopped: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Take the lock; whether it was to be had within `seconds` and before `stopped`. The file
+        is created, its folder is not."""
+        end = time.monotonic() + seconds
+        while not self.try_acquire():
+            if time.monotonic() > end or stopped():
+                return False
+            time.sleep(LOOK)
+        return True
+
+    def try_acquire(self) -> bool:
+        """Take the lock if it is to be had at this moment."""
+        # NFS wants the file readable for a shared lock and writable for an exclusive one.
+        handle = os.open(self.path, os.O_CREAT | (os.O_RDONLY if self.shared else os.O_RDWR), 0o666)
+        try:
+            taken = self._take(handle)
+        except BaseException:
+            os.close(handle)
+            raise
+        if taken:
+            self._handle = handle
+        else:
+            os.close(handle)
+        return taken
+
+    def _take(self, handle: int) -> bool:
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+            fcntl.flock(handle, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                raise
+        from filelock import SoftReadWriteLock, Timeout
+
+        lease = SoftReadWriteLock(self.path, is_singleton=False)
+        try:
+            (lease.acquire_read if self.shared else lease.acquire_write)(blocking=False)
+        except Timeout:
+            lease.close()
+            return False
+        self._lease = lease
+        return True
+
+    def sign(self) -> None:
+        """Write into the file who holds it alone."""
+        assert self._handle is not None and not self.shared, "only a holder signs"
+        os.ftruncate(self._handle, 0)
+        words = f"process {os.getpid()} on {socket.gethostname()}"
+        os.pwrite(self._handle, words.encode(), 0)
+
+    def release(self) -> None:
+        """Give the lock back; nothing if it is not held."""
+        if self._lease is not None:
+            self._lease.release()
+            self._lease.close()
+            self._lease = None
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def holder(path: Path) -> str:
+    """Who signed the lock file last."""
+    try:
+        return Path(path).read_text(encoding="utf-8").strip() or "another process"
+    except OSError:
+        return "another process"
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock on this file alone, at this moment. Creates no file."""
+    if not Path(path).exists():
+        return False
+    with Lock(path, shared=True) as lock:
+        return not lock.try_acquire()

@@ -1,0 +1,52 @@
+"""How long work says where it stands, and how others follow it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Progress = Callable[[int, int], None]  # done, total
+EVENTS = "events.jsonl"  # of a stage: one JSON object a line, appended as things happen
+
+
+def silent(done: int, total: int) -> None:
+    """The progress callback of whoever does not ask."""
+
+
+class EventFollower:
+    """Reads a stage's `events.jsonl` as it grows: every event once, whole lines alone.
+
+    A stage that is resumed cuts the file back to its checkpoint and goes on; events after that are
+    new ones, also those of steps that were reported before.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = Path(folder) / EVENTS
+        self._offset, self._file = 0, None  # bytes read, and of which file
+
+    def new(self) -> list[dict[str, Any]]:
+        """Events that were written since the last call; none while there is no file."""
+        try:
+            with open(self.path, "rb") as file:
+                facts = os.fstat(file.fileno())
+                if facts.st_size < self._offset or facts.st_ino != self._file:
+                    self._offset, self._file = 0, facts.st_ino
+                file.seek(self._offset)
+                block = file.read()
+        except FileNotFoundError:
+            return []
+        whole = block[: block.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [event for line in whole.splitlines() if (event := parse_event(line)) is not None]
+
+
+def parse_event(line: bytes | str) -> dict[str, Any] | None:
+    """One event, or None for what a killed process left of a line."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None

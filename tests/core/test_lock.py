@@ -1,0 +1,113 @@
+"""Locks between processes: alone, shared, signed, freed by death, and without flock."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from segfleet.core import lock as locks
+from segfleet.core.lock import Lock, holder, is_locked
+
+HOLD = """
+import sys
+from pathlib import Path
+from segfleet.core.lock import Lock
+lock = Lock(Path(sys.argv[1]), shared=sys.argv[2] == "shared")
+assert lock.acquire()
+lock.shared or lock.sign()
+print("held", flush=True)
+input()
+"""
+
+
+@pytest.fixture
+def hold(tmp_path):
+    """Start a process that holds tmp_path/lock until it is killed."""
+    started = []
+
+    def start(how):
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(tmp_path / "lock"), how],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_alone_signed_and_freed_by_death(hold, tmp_path):
+    path = tmp_path / "lock"
+    assert not is_locked(path) and not path.exists()
+    process = hold("alone")
+    assert is_locked(path) and holder(path).startswith(f"process {process.pid} on ")
+    assert not Lock(path).acquire(0.1) and not Lock(path, shared=True).acquire(0.1)
+    process.kill()
+    process.wait()
+    with Lock(path) as lock:
+        assert lock.acquire(5.0) and is_locked(path)
+    assert not is_locked(path)
+
+
+def test_shared(hold, tmp_path):
+    path = tmp_path / "lock"
+    hold("shared")
+    with Lock(path, shared=True) as second:
+        assert second.try_acquire() and not is_locked(path)
+        assert not Lock(path).acquire(0.1)
+
+
+def test_a_look_refuses_nobody(tmp_path):
+    path, ended = tmp_path / "lock", threading.Event()
+    path.touch()
+
+    def look():
+        while not ended.is_set():
+            is_locked(path)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        for _ in range(100):
+            with Lock(path) as lock:
+                assert lock.acquire()
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def test_waiting_ends_when_it_is_stopped(hold, tmp_path):
+    hold("alone")
+    asked = []
+    began = time.monotonic()
+    assert not Lock(tmp_path / "lock").acquire(60.0, lambda: asked.append(1) or len(asked) == 3)
+    assert len(asked) == 3 and time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_flock(tmp_path, monkeypatch, number):
+    def missing(*_):
+        raise OSError(number, "no flock here")
+
+    monkeypatch.setattr(locks.fcntl, "flock", missing)
+    path = tmp_path / "lock"
+    with Lock(path) as lock:
+        assert lock.acquire()
+        lock.sign()
+        assert not Lock(path).acquire(0.1) and not Lock(path, shared=True).acquire(0.1)
+        assert is_locked(path) and "process" in holder(path)
+    with Lock(path, shared=True) as first, Lock(path, shared=True) as second:
+        assert first.acquire() and second.acquire() and not Lock(path).acquire(0.1)
+        assert not is_locked(path)
+    assert Lock(path).try_acquire()

@@ -1,0 +1,33 @@
+"""Events followed as they are written."""
+
+from __future__ import annotations
+
+from segfleet.core.files import write_atomically
+from segfleet.core.progress import EVENTS, EventFollower
+
+
+def steps(follower):
+    return [event["step"] for event in follower.new()]
+
+
+def test_every_event_once_and_whole_lines_alone(tmp_path):
+    follower, path = EventFollower(tmp_path), tmp_path / EVENTS
+    assert follower.new() == []
+    with open(path, "w") as file:
+        for text, found in [
+            ('{"step": 1}\n{"st', [1]),
+            ('ep": 2}\n', [2]),
+            ("", []),
+            ('half\n[1]\n{"step": 3}\n', [3]),
+        ]:
+            file.write(text)
+            file.flush()
+            assert steps(follower) == found
+
+
+def test_a_resumed_stage_begins_anew(tmp_path):
+    follower, path = EventFollower(tmp_path), tmp_path / EVENTS
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    assert steps(follower) == [1, 2]
+    write_atomically(path, '{"step": 1}\n{"step": 9}\n{"step": 10}\n')  # longer than it was
+    assert steps(follower) == [1, 9, 10]
