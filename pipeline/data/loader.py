@@ -162,7 +162,11 @@ class Patches(Dataset):
 
 class Schedule:
     """The batch sampler of one rank: (epoch, index) lists from a place to the end of a stage,
-    micro-batch by micro-batch."""
+    micro-batch by micro-batch.
+
+    A batch is cut into micro-batches first and each of those among the ranks, so that the samples
+    normalised and scored together are the same whatever the number of ranks.
+    """
 
     def __init__(
         self,
@@ -174,15 +178,10 @@ class Schedule:
         rank: int,
         size: int,
     ):
-        share = batch // size
-        self.micro = share // accumulate
+        self.micro = batch // accumulate // size
         self.first, self.last = place.epoch * steps + place.step, epochs * steps
-        self.steps, self.batch, self.accumulate, self.offset = (
-            steps,
-            batch,
-            accumulate,
-            rank * share,
-        )
+        self.steps, self.batch, self.accumulate = steps, batch, accumulate
+        self.offset = rank * self.micro
 
     def __len__(self) -> int:
         return (self.last - self.first) * self.accumulate
@@ -191,7 +190,8 @@ class Schedule:
         for step in range(self.first, self.last):
             epoch, within = divmod(step, self.steps)
             for part in range(self.accumulate):
-                start = within * self.batch + self.offset + part * self.micro
+                whole = within * self.batch + part * (self.batch // self.accumulate)
+                start = whole + self.offset
                 yield [(epoch, start + k) for k in range(self.micro)]
 
 

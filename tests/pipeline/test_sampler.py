@@ -35,7 +35,8 @@ def sampler_of(store, batch=4, foreground=0.5):
 def global_batches(
     store, ranks, workers, steps=3, epochs=2, accumulate=1, place=None, augment=EVERYTHING
 ):
-    """The concatenation over ranks of every step's samples: images, labels, cases."""
+    """Every step's samples, micro-batch by micro-batch and within one rank by rank: images, labels,
+    cases."""
     sampler = sampler_of(store)
     shares = []
     for rank in range(ranks):
@@ -44,13 +45,17 @@ def global_batches(
         patches = loader.Patches(store, sampler, 0, steps, augment, on_device=False)
         micro = list(loader.batches(patches, schedule, workers))
         shares.append([micro[k : k + accumulate] for k in range(0, len(micro), accumulate)])
+    steps_of = [
+        [batch for part in zip(*step, strict=True) for batch in part]
+        for step in zip(*shares, strict=True)
+    ]
     return [
         (
-            torch.cat([batch.image for share in step for batch in share]),
-            torch.cat([batch.label for share in step for batch in share]),
-            [case for share in step for batch in share for case in batch.cases],
+            torch.cat([batch.image for batch in made]),
+            torch.cat([batch.label for batch in made]),
+            [case for batch in made for case in batch.cases],
         )
-        for step in zip(*shares, strict=True)
+        for made in steps_of
     ]
 
 
@@ -73,6 +78,27 @@ def test_batches_do_not_depend_on_ranks_accumulation_or_threads(tiny_store, dims
         assert_same(alone, global_batches(store, ranks=4, workers=0))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("batch", "accumulate"), [(8, 1), (8, 2), (12, 3), (8, 4)])
+def test_a_micro_batch_holds_the_same_samples_for_every_number_of_ranks(batch, accumulate):
+    place = loader.Place(stage=0, epoch=1, step=1)
+
+    def micro_batches(ranks):
+        schedules = [
+            list(loader.Schedule(place, 3, 2, batch, accumulate, rank, ranks))
+            for rank in range(ranks)
+        ]
+        return [sum(parts, []) for parts in zip(*schedules, strict=True)]
+
+    alone, micro = micro_batches(1), batch // accumulate
+    # by hand: step 1 of epoch 1 is the second batch of that epoch, cut from its front
+    assert alone[:accumulate] == [
+        [(1, batch + part * micro + k) for k in range(micro)] for part in range(accumulate)
+    ]
+    for ranks in (2, 4):
+        if micro % ranks == 0:
+            assert micro_batches(ranks) == alone
 
 
 @pytest.mark.slow
