@@ -112,7 +112,7 @@ def shuffled_split(
     numbers of `shares`, the rest for testing. How ASC-Seg's code means to divide."""
     order = shuffled(names, seed)
     first = int(shares[0] * len(order))
-    second = first + int(shares[1] * len(order))
+    second = first + max(1, int(shares[1] * len(order)))
     return order[:first], order[first:second], order[second:]
 
 
