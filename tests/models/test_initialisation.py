@@ -128,6 +128,7 @@ NETWORKS: dict[str, Callable[[str, nn.Module, str], Rule | None]] = {
     "plain_unet_3d": nnunet,
     "resenc_unet_2d": nnunet,
     "resenc_unet_3d": nnunet,
+    "mednext_s3": plain,
 }
 
 
