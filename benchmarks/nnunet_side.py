@@ -18,10 +18,10 @@ from pathlib import Path
 
 # set: what is trained, nnU-Net's planner and configuration, folds, steps, changes of the plan
 SETS = {
-    "hippocampus_3d": ("hippocampus", "ExperimentPlanner", "3d_fullres", (0, 1), 150),
+    "hippocampus_3d": ("hippocampus", "ExperimentPlanner", "3d_fullres", (0, 1), 100),
     "hippocampus_2d": ("hippocampus", "ExperimentPlanner", "2d", (0,), 300),
-    "heart_resenc_3d": ("heart", "nnUNetPlannerResEncM", "3d_fullres", (0,), 60),
-    "hippocampus_regions": ("regions", "ExperimentPlanner", "3d_fullres", (0,), 150),
+    "heart_resenc_3d": ("heart", "nnUNetPlannerResEncM", "3d_fullres", (0,), 40),
+    "hippocampus_regions": ("regions", "ExperimentPlanner", "3d_fullres", (0,), 100),
 }
 TRAINING, HELD_OUT = 14, 4  # cases
 BATCH = 2
@@ -93,7 +93,9 @@ def main(data: Path, work: Path, chosen: str) -> None:
         plan_experiments,
         preprocess,
     )
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import (
+        nnUNetTrainerVanillaAdam1en3,
+    )
 
     torch.set_num_threads(1)
     extract_fingerprints([101], num_processes=1)
@@ -110,7 +112,10 @@ def main(data: Path, work: Path, chosen: str) -> None:
     for fold in folds:
         torch.manual_seed(fold)
         plans = json.loads(plans_file.read_text()) | {"continue_training": False}
-        trainer = nnUNetTrainer(plans, configuration, fold, description_, torch.device("cpu"))
+        # one of nnU-Net's own; its usual SGD predicts nothing but background for its first epoch
+        trainer = nnUNetTrainerVanillaAdam1en3(
+            plans, configuration, fold, description_, torch.device("cpu")
+        )
         trainer.num_epochs, trainer.num_iterations_per_epoch = 1, steps
         trainer.num_val_iterations_per_epoch = 1
         trainer.run_training()

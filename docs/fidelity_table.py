@@ -39,6 +39,20 @@ def number(value: float) -> str:
     return f"{value:g}".replace("e-0", "e-")
 
 
+def intensity(recipe: Recipe) -> str:
+    """Intensity augmentation with its probabilities, as upstream's code writes them."""
+    options = recipe.data.augment
+    if options is None:
+        return "none"
+    kinds = ("noise", "blur", "brightness", "contrast", "low_resolution", "gamma", "gamma_inverted")
+    drawn = [
+        f"{kind.replace('_', ' ')} {getattr(options, kind):g}"
+        for kind in kinds
+        if getattr(options, kind)
+    ]
+    return (", ".join(drawn) + ", per channel" * options.per_channel) if drawn else "none"
+
+
 def facts(name: str, recipe: Recipe) -> dict[str, str]:
     """What templates may name."""
     stages, optimizer, chosen = recipe.stages, recipe.optimizer, recipe.evaluation
@@ -76,6 +90,7 @@ def facts(name: str, recipe: Recipe) -> dict[str, str]:
         else f"best {chosen.select} on the validation cases",
         "mirror": f"{2 ** len(chosen.mirror)} mirrored copies" if chosen.mirror else "none",
         "foreground": f"{recipe.data.foreground:.0%}",
+        "intensity": intensity(recipe),
     }
 
 
@@ -104,6 +119,7 @@ def asc_seg(name: str) -> list[Row]:
         ("split", split, "{split}", why or "the same 2000 and 150; the 600 by data.split=official-test"),
         ("augmentation", "rotation p 0.5, flips p 0.5 each, one angle per run, drawn once",
          "rotation p 0.5, flips p 0.5 each, drawn for every sample", FRESH),
+        ("intensity", "none", "{intensity}", ""),
         ("loss", "bce_dice bce_weight=0.5 dice_weight=0.5 smooth=1.0", "{loss}", ""),
         ("deep supervision", "1, 1, 1, 1", "{heads}", ""),
         ("optimizer", "AdamW", "{optimizer}", ""),
@@ -156,6 +172,7 @@ def unext(name: str) -> list[Row]:
         ("split", "80/20, seed 41, names in directory order" if own else "80/20, seeds 2981, 6142, 1187",
          "{split}", "sorted names; order of a directory is nobody's" if own else "the first of the three; the others by data.split"),
         ("augmentation", "quarter turns p 0.5, flips p 0.5", "quarter turns drawn from four, flips p 0.5 per axis", "the same set of pictures, every one as likely"),
+        ("intensity", "none", "{intensity}", ""),
         ("loss", "bce_dice bce_weight=0.5 dice_weight=1.0 pool_channels=True smooth=1e-05", "{loss}", ""),
         ("optimizer", "Adam", "{optimizer}", ""),
         ("weight decay", "0.0001, every parameter", "{decay}", ""),
@@ -221,6 +238,7 @@ def e2mi_seg(name: str) -> list[Row]:
         ("initialisation", "encoder's linear layers normal 0.02, all else PyTorch's", "encoder's linear layers normal 0.02, all else PyTorch's", ""),
         ("spatial attention", "tokens and channels scrambled", "in order", "a defect; model.options.legacy_scramble=true has it"),
         ("split", split, "{split}", why),
+        ("intensity", "noise 0.1, blur 0.2, brightness 0.15, contrast 0.15, low resolution 0.25, gamma 0.3, gamma inverted 0.1, per channel", "{intensity}", ""),
         ("loss", f"ss ss_weight={weight}", "{loss}", ""),
         ("deep supervision", "0.5714, 0.2857, 0.1429", "{heads}", ""),
         ("optimizer", "SGD, momentum 0.99, Nesterov", "{optimizer}", ""),

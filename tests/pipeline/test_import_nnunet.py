@@ -1,0 +1,157 @@
+"""A trained nnU-Net v2 model folder becomes runs that compute what its network computes. Predictions
+of real ones are compared voxel by voxel in benchmarks/fidelity.py."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from torch import nn
+
+from segfleet.core.errors import InputError
+from segfleet.models.registry import ModelError
+from segfleet.pipeline.imports import import_nnunet
+from segfleet.pipeline.jobs import predict
+from segfleet.pipeline.ranks import Ranks
+from segfleet.pipeline.run import open_run
+from segfleet.preprocess.stores.manifest import load_manifest
+
+unet = pytest.importorskip("dynamic_network_architectures.architectures.unet")
+WIDTHS = {
+    "n_stages": 3, "features_per_stage": [4, 8, 8], "kernel_sizes": [[3, 3, 3]] * 3,
+    "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]], "n_conv_per_stage": [2, 2, 2],
+    "n_conv_per_stage_decoder": [2, 2], "conv_bias": True,
+    "norm_op_kwargs": {"eps": 1e-5, "affine": True}, "dropout_op": None,
+    "nonlin_kwargs": {"inplace": True},
+}  # fmt: skip
+
+
+def plans(**changes):
+    settings = {
+        "batch_size": 2, "patch_size": [16, 16, 16], "spacing": [1.0, 1.0, 1.0],
+        "median_image_size_in_voxels": [20.0, 20.0, 20.0],
+        "normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [False],
+        "architecture": {
+            "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+            "arch_kwargs": WIDTHS | {
+                "conv_op": "torch.nn.modules.conv.Conv3d",
+                "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+                "nonlin": "torch.nn.LeakyReLU",
+            },
+        },
+    }  # fmt: skip
+    properties = {"mean": 1.0, "std": 1.0, "percentile_00_5": 0.0, "percentile_99_5": 2.0}
+    return {
+        "dataset_name": "Dataset009_Spheres",
+        "transpose_forward": [0, 1, 2],
+        "foreground_intensity_properties_per_channel": {"0": properties},
+        "configurations": {"3d_fullres": settings | changes},
+    }
+
+
+@pytest.fixture
+def model(tmp_path):
+    """(folder, its networks by fold)."""
+    folder, networks = tmp_path / "model", {}
+    folder.mkdir()
+    (folder / "plans.json").write_text(json.dumps(plans()))
+    labels = {"background": 0, "core": 1, "rim": 2}
+    facts = {"channel_names": {"0": "MRI"}, "labels": labels, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(facts | {"numTraining": 3}))
+    for fold in (0, 2):
+        torch.manual_seed(fold)
+        network = unet.PlainConvUNet(
+            1, conv_op=nn.Conv3d, norm_op=nn.InstanceNorm3d, nonlin=nn.LeakyReLU, num_classes=3,
+            deep_supervision=True, **WIDTHS,
+        )  # fmt: skip
+        networks[fold] = network.eval()
+        (folder / f"fold_{fold}").mkdir()
+        checkpoint = {
+            "network_weights": network.state_dict(),
+            "optimizer_state": {"state": {}, "param_groups": []},
+            "grad_scaler_state": None,
+            "logging": {"mean_fg_dice": [np.float64(0.5), np.float32(0.6)]},
+            "_best_ema": np.float64(0.5),
+            "current_epoch": 1,
+            "init_args": {"plans": {}, "configuration": "3d_fullres", "fold": fold,
+                          "dataset_json": {}, "device": torch.device("cpu")},
+            "trainer_name": "nnUNetTrainer",
+            "inference_allowed_mirroring_axes": (0, 1, 2),
+        }  # fmt: skip
+        torch.save(checkpoint, folder / f"fold_{fold}" / "checkpoint_final.pth")
+    return folder, networks
+
+
+def test_one_run_per_fold_with_nnunet_s_settings(model, tmp_path):
+    runs = import_nnunet(model[0], tmp_path / "runs")
+    assert len(runs) == 2 and import_nnunet(model[0], tmp_path / "runs") == runs
+    recipe, folders = open_run(runs[1])
+    assert recipe.data.fold == 2 and recipe.evaluation.average == "logits"
+    assert recipe.evaluation.mirror == (0, 1, 2) and recipe.model.head == "softmax"
+    assert folders[0].done()["steps"] == 0
+    manifest = load_manifest(recipe.data.store)
+    assert manifest.dataset.name == "Dataset009_Spheres" and not manifest.cases
+    assert manifest.plan.normalisation == ("zscore",) and manifest.plan.dtype == "float32"
+
+
+def test_a_prediction_is_that_of_the_network_there(model, tmp_path):
+    """One tile, so that all there is to do is z-score, mirror, average logits, take the highest."""
+    runs = import_nnunet(model[0], tmp_path / "runs")
+    image = np.random.default_rng(0).normal(100, 20, (16, 16, 16)).astype(np.float32)
+    images = tmp_path / "images"
+    images.mkdir()
+    sitk.WriteImage(sitk.GetImageFromArray(image), str(images / "a_0000.nii.gz"))
+    x = torch.from_numpy((image - image.mean()) / image.std())[None, None]
+    for run, fold in zip(runs, (0, 2), strict=True):
+        total = torch.zeros(1, 3, 16, 16, 16)
+        for flips in ((), (2,), (3,), (4,), (2, 3), (2, 4), (3, 4), (2, 3, 4)):
+            with torch.no_grad():
+                total += model[1][fold](x.flip(flips))[0].flip(flips)
+        expected = total[0].argmax(0).numpy()
+        job = {"run": str(run), "images": [str(images)], "out": str(tmp_path / f"out{fold}")}
+        predict(job, Ranks(torch.device("cpu")), lambda done, total: None)
+        made = next((tmp_path / f"out{fold}").glob("*.nii.gz"))
+        found = sitk.GetArrayFromImage(sitk.ReadImage(str(made)))
+        assert len(np.unique(expected)) > 1
+        assert (found == expected).mean() >= 0.999
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalization_schemes": ["Rank"]}, "normalization_schemes: found Rank, expected one of"),
+        ({"previous_stage": "3d_lowres"}, "second stage of a cascade"),
+        ({"architecture": {"network_class_name": "a.b.Other"}}, "architecture: found 'Other'"),
+    ],
+)
+def test_what_cannot_be_imported_is_said(model, tmp_path, changes, message):
+    (model[0] / "plans.json").write_text(json.dumps(plans(**changes)))
+    with pytest.raises(InputError, match=message):
+        import_nnunet(model[0], tmp_path / "runs")
+    assert not list((tmp_path / "runs").rglob("recipe.json"))
+
+
+def test_folders_and_files_that_are_none(model, tmp_path):
+    folder = model[0]
+    with pytest.raises(InputError, match=r"found no .*plans.json; give nnU-Net's model folder"):
+        import_nnunet(tmp_path, tmp_path / "runs")
+    with pytest.raises(InputError, match="holds no fold_N/checkpoint_best.pth"):
+        import_nnunet(folder, tmp_path / "runs", "checkpoint_best.pth")
+    turned = plans() | {"transpose_forward": [1, 0, 2]}
+    (folder / "plans.json").write_text(json.dumps(turned))
+    with pytest.raises(InputError, match="plans that turn the axes cannot be imported"):
+        import_nnunet(folder, tmp_path / "runs")
+    wider = plans()
+    wider["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"] = [
+        4, 8, 16,
+    ]  # fmt: skip
+    (folder / "plans.json").write_text(json.dumps(wider))
+    with pytest.raises(ModelError, match="does not fit plain_unet_3d: other shape: encoder.2.0"):
+        import_nnunet(folder, tmp_path / "runs")
+    torch.save({"network_weights": {}}, folder / "fold_0" / "checkpoint_final.pth")
+    with pytest.raises(InputError, match="is no checkpoint of nnU-Net v2: no init_args"):
+        import_nnunet(folder, tmp_path / "runs")
+    assert not list((tmp_path / "runs").rglob("recipe.json"))
