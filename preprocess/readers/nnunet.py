@@ -53,11 +53,11 @@ def dataset_of(facts: dict[str, Any], file: Path, *, name: str, dims: int, endin
     labels = field(facts, "labels", dict, file)
     plain: dict[str, int] = {}
     regions: dict[str, tuple[int, ...]] = {}
-    for name, value in labels.items():
+    for key, value in labels.items():
         if isinstance(value, list):
-            regions[name] = tuple(number(v, f"labels: {name}", file) for v in value)
+            regions[key] = tuple(number(v, f"labels: {key}", file) for v in value)
         else:
-            plain[name] = number(value, f"labels: {name}", file)
+            plain[key] = number(value, f"labels: {key}", file)
     ignore = plain.pop("ignore", None)
     if plain.get("background") != 0:
         raise InputError(
