@@ -223,29 +223,6 @@ def rehearse(launcher, chosen: list[Path], root: Path, spec) -> dict[str, Any]:
         cluster.check(spec)
     return {
         "script": script,
-        "controller": ask_controller(script),
+        "controller": cluster.ask(script),
         "runs": [str(run) for run in chosen],
     }
-
-
-def ask_controller(script: str) -> list[str]:
-    """What SLURM says to a script, without submitting it. Raises InputError where it would
-    refuse."""
-    import tempfile
-
-    from segfleet.core.errors import InputError
-    from segfleet.slurm import cluster
-
-    if not cluster.there_is_one():
-        return ["no SLURM controller answers here: not asked"]
-    # a job that is not yet there
-    known = "".join(line for line in script.splitlines(keepends=True) if "afterany:<" not in line)
-    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
-        file.write(known)
-        file.flush()
-        try:
-            return cluster.call("bash", "-c", f"sbatch --test-only {file.name} 2>&1").splitlines()
-        except InputError as error:
-            raise InputError(
-                "SLURM would refuse the job: " + str(error).partition("says: ")[2]
-            ) from None

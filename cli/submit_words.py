@@ -52,8 +52,6 @@ def submit(words: list[str], options: dict[str, Any], given: dict[str, Any]) -> 
         spec = make_spec(options, given["cluster"])
     as_json = given["as_json"] or told["as_json"]
     if given["dry_run"]:
-        from segfleet.cli.submit import ask_controller
-
         asked = zip(steps, chained(steps, spec), strict=True)
         scripts = [
             launcher.script(home, root, one, len(jobs), title) for (title, jobs), one in asked
@@ -62,7 +60,7 @@ def submit(words: list[str], options: dict[str, Any], given: dict[str, Any]) -> 
             cluster.check(without_bad_nodes(spec, root))
         document = {
             "scripts": scripts,
-            "controller": [line for script in scripts for line in ask_controller(script)],
+            "controller": [line for script in scripts for line in cluster.ask(script)],
         }
         show(document, as_json, render_scripts)
         return

@@ -111,8 +111,8 @@ def warn(lines: list[str]) -> None:
 
 def forecast(plan: Any, slots: int) -> dict[str, Any]:
     """What --dry-run prints."""
+    from segfleet.sweeps.results.estimate import estimate
     from segfleet.sweeps.results.ledger import Ledger
-    from segfleet.sweeps.space.estimate import estimate
 
     ledger = Ledger(plan.tree, plan.runs, plan.folder)
     nodes = [describe(plan, ledger, node) for node in plan.tree.walk()]

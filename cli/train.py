@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -58,6 +59,8 @@ def command(
         ]
         training = TrainingProgress(folders, totals, tick)
         job = {"do": "train", "recipe": chosen.model_dump(mode="json"), "root": str(runs.resolve())}
+        if "SLURM_JOB_ID" in os.environ:  # members of an array start together
+            job["waits"] = True
         job |= ({"max_seconds": 3600 * max_time} if max_time else {}) | (
             {"stage_to": stage_to} if stage_to else {}
         )

@@ -4,7 +4,8 @@ it.
 {"do": "train", "recipe": {...}, "root": "runs"}: train what is missing of every stage, then score
 it;
     "max_seconds": 3600 stops in order after that time, a file `stop` in the run folder at once;
-    "score": false leaves the scoring out. "stage_to": "$TMPDIR" reads the store from a copy there,
+    "score": false leaves the scoring out; "waits": true waits for a stage that another run trains,
+    since members of an array start together and nobody starts a refused one again. "stage_to": "$TMPDIR" reads the store from a copy there,
     variables as the node has them. How data are reached changes no result.
 {"do": "score", ...}: only score; "again": true, even if it is scored already.
 {"do": "predict", "run": "runs/...", "images": [...], "out": "predictions"}: segment images with a
@@ -13,7 +14,6 @@ finished run.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +27,8 @@ from segfleet.pipeline.inference.predict import predict_files
 from segfleet.pipeline.parts import patch_of
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
+from segfleet.pipeline.reports.overlays import save_overlays
+from segfleet.pipeline.reports.report import write_report
 from segfleet.pipeline.run import open_run, stage_folders
 from segfleet.pipeline.scoring.score import Scorer, forward_of, load_network
 from segfleet.pipeline.stop import Interrupted, StopRequest
@@ -56,7 +58,14 @@ def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
     near = job.get("stage_to") if job["do"] == "train" and folders[-1].done() is None else None
     try:
         with on_node(store, near, ranks, stop, warn) if near else nullcontext(store) as store:
-            scorer = Scorer(recipe=recipe, store=store, ranks=ranks, stop=stop)
+            scorer = Scorer(
+                recipe=recipe,
+                store=store,
+                ranks=ranks,
+                stop=stop,
+                draw=save_overlays,
+                report=write_report,
+            )
             if job["do"] == "train":
                 parts = {
                     "folders": folders,
@@ -65,8 +74,7 @@ def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
                     "warn": warn,
                     "validate": scorer.validate,
                 }
-                # Members of an array start together; nobody is there to start a refused one again.
-                train(Run(recipe=recipe, store=store, waits="SLURM_JOB_ID" in os.environ, **parts))
+                train(Run(recipe=recipe, store=store, waits=job.get("waits", False), **parts))
             if job.get("score", True):
                 scorer.score(folders, again=job.get("again", False))
     except Interrupted as stopped:  # on all ranks

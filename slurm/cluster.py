@@ -279,3 +279,23 @@ def _members(job: str) -> list[str]:
         for first, last in pieces
         for number in range(int(first), int(last or first) + 1)
     ]
+
+
+def ask(script: str) -> list[str]:
+    """What SLURM says to a script, without submitting it. Raises InputError where it would
+    refuse."""
+    import tempfile
+
+    if not there_is_one():
+        return ["no SLURM controller answers here: not asked"]
+    # a job that is not yet there
+    known = "".join(line for line in script.splitlines(keepends=True) if "afterany:<" not in line)
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(known)
+        file.flush()
+        try:
+            return call("bash", "-c", f"sbatch --test-only {file.name} 2>&1").splitlines()
+        except InputError as error:
+            raise InputError(
+                "SLURM would refuse the job: " + str(error).partition("says: ")[2]
+            ) from None

@@ -126,10 +126,11 @@ def new_folder(run: Path) -> Path:
 
 
 def train_job(run: Path, recipe: dict[str, Any], root: Path) -> dict[str, Any]:
-    """What every rank of a training does; the run is seen by `status` from now on."""
+    """What every rank of a training does; the run is seen by `status` from now on. It waits for a
+    stage that another member of its array trains."""
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / RECIPE, json.dumps(recipe, indent=1))
-    return {"do": "train", "recipe": recipe, "root": str(root), "run": str(run)}
+    return {"do": "train", "recipe": recipe, "root": str(root), "run": str(run), "waits": True}
 
 
 def write_job(home: Path, job: dict[str, Any], spec: JobSpec) -> Path:

@@ -20,6 +20,12 @@ MAY_IMPORT = {
     "sweeps": {"core", "preprocess", "models", "pipeline", "slurm"},
     "cli": set(ROOMS),
 }
+# Wings inside a room, lowest first; one may import those before it. Files of no wing are everybody's.
+WINGS = {
+    "preprocess": "stores files transforms planning readers checking building phantoms".split(),
+    "pipeline": "losses data engines inference scoring reports training launch".split(),
+    "sweeps": "space results ray".split(),
+}
 HEAVY = {"deepspeed", "ray", "submitit", "mamba_ssm", "monai", "matplotlib", "triton"}
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
@@ -52,6 +58,49 @@ def test_arrows(path):
             assert not at_top or first in (path.parent.name, path.stem.split("_")[0]), (
                 f"{first} is imported where it is not needed"
             )
+
+
+@pytest.mark.parametrize("room", WINGS)
+def test_arrows_between_wings(room):
+    order = WINGS[room]
+    folders = {path.parent.name for path in (ROOT / room).glob("*/__init__.py")}
+    assert folders == set(order), "a wing without a place in the order"
+    for path in FILES:
+        own = path.relative_to(ROOT).parts
+        if own[0] != room or len(own) < 3:
+            continue
+        for module, _ in imports(path):
+            other = module.split(".")[1:]
+            if other[:1] == [room] and len(other) > 1 and other[1] in order:
+                assert order.index(other[1]) <= order.index(own[1]), (
+                    f"{'/'.join(own)} must not import {module}: {own[1]} lies below {other[1]}"
+                )
+
+
+def test_no_module_imports_in_a_circle():
+    known = {
+        "segfleet." + ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES
+    }
+    waiting = {}
+    for name, path in known.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        guarded = {
+            id(inner)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+            for inner in ast.walk(node)
+        }
+        needs = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and id(node) not in guarded:
+                needs |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.Import) and id(node) not in guarded:
+                needs |= {alias.name for alias in node.names}
+        waiting[name] = (needs & known.keys()) - {name}
+    while free := {name for name, needs in waiting.items() if not needs & waiting.keys()}:
+        for name in free:
+            del waiting[name]
+    assert not waiting, f"these import each other, or wait for such: {sorted(waiting)}"
 
 
 def test_tests_use_full_names():

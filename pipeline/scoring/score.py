@@ -22,8 +22,6 @@ from segfleet.pipeline.engines.common import load_weights
 from segfleet.pipeline.parts import Objective, build_network, patch_of, task_of
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe
-from segfleet.pipeline.reports.overlays import save_overlays
-from segfleet.pipeline.reports.report import write_report
 from segfleet.pipeline.run import StageFolder
 from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.scoring.evaluate import Kept, case_probabilities, evaluate_cases
@@ -88,14 +86,21 @@ def load_network(
     return model.eval(), task, saved.path.name
 
 
+def nothing(*_: Any) -> None:
+    """For whoever wants no pictures and no report."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """Scores networks of one run."""
+    """Scores networks of one run. `draw` gets an evaluation while the network that made it is still
+    there, and may predict cases again for pictures; `report` gets the folder of a finished one."""
 
     recipe: Recipe
     store: ShardStore
     ranks: Ranks
     stop: StopRequest
+    draw: Callable[..., Any] = nothing
+    report: Callable[[Path], Any] = nothing
 
     def validate(self, engine: Engine) -> dict[str, Any]:
         """Scores while training: {"dice": mean over structures and cases, "dice_<structure>": ...,
@@ -168,7 +173,7 @@ class Scorer:
             document["scored"] = facts
             document["seen_in_training"] = scored.seen_in_training(ids, self.recipe, manifest)
             document["selected_on_these_cases"] = self._selected(folders[-1], name)
-            save_overlays(
+            self.draw(
                 leaf,
                 document,
                 self.store,
@@ -176,7 +181,7 @@ class Scorer:
                 lambda case: case_probabilities(forward, self.store, case, **self._window()),
             )
             write_atomically(leaf / EVALUATION, json.dumps(document, indent=1))
-            write_report(leaf)
+            self.report(leaf)
             (leaf / SCORING).unlink(missing_ok=True)
             kept.forget()
         self.ranks.barrier()

@@ -27,7 +27,7 @@ from segfleet.preprocess.building.shard_job import (
     write_shard,
 )
 from segfleet.preprocess.checking.check import Survey, memory_of, survey
-from segfleet.preprocess.checking.fingerprint import CaseFacts, Fingerprint, fingerprint
+from segfleet.preprocess.planning.fingerprint import CaseFacts, Fingerprint, fingerprint
 from segfleet.preprocess.planning.plan import Overrides, make_plan
 from segfleet.preprocess.planning.splits import OWN, Folds, Member, make_splits
 from segfleet.preprocess.readers.base import CaseRef, RawReader, open_reader, source_sha256

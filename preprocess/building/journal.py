@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from segfleet.preprocess.building.shard_job import REVISION, STATE
-from segfleet.preprocess.checking.fingerprint import CaseFacts
+from segfleet.preprocess.planning.fingerprint import CaseFacts
 from segfleet.preprocess.readers.base import RawReader
 
 

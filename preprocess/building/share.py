@@ -23,7 +23,7 @@ from segfleet.preprocess.building.journal import Journals
 from segfleet.preprocess.building.lock import claimed
 from segfleet.preprocess.building.shard_job import SHARD_BYTES, finished, shard_jobs
 from segfleet.preprocess.checking.check import look_at, recall, survey
-from segfleet.preprocess.checking.fingerprint import fingerprint
+from segfleet.preprocess.planning.fingerprint import fingerprint
 from segfleet.preprocess.planning.plan import Overrides, make_plan
 from segfleet.preprocess.stores.manifest import NAME as MANIFEST
 

@@ -16,8 +16,8 @@ from segfleet.core.errors import DataError, Problem
 from segfleet.core.parallel import run
 from segfleet.preprocess.case import Case, Geometry
 from segfleet.preprocess.checking.duplicates import leaks, link, thumbnail
-from segfleet.preprocess.checking.fingerprint import CaseFacts, samples_per_case, statistics
 from segfleet.preprocess.files.images import ImageError, disagreement, peek
+from segfleet.preprocess.planning.fingerprint import CaseFacts, samples_per_case, statistics
 from segfleet.preprocess.planning.plan import normalisation
 from segfleet.preprocess.readers.base import CaseRef, RawReader
 from segfleet.preprocess.stores.manifest import Dataset

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from segfleet.core.errors import InputError, Problem
-from segfleet.preprocess.checking.fingerprint import CaseFacts
+from segfleet.preprocess.planning.fingerprint import CaseFacts
 from segfleet.preprocess.planning.splits import Folds
 from segfleet.preprocess.stores.manifest import Manifest
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from segfleet.core.errors import InputError
-from segfleet.preprocess.checking.fingerprint import Fingerprint
+from segfleet.preprocess.planning.fingerprint import Fingerprint
 from segfleet.preprocess.stores.manifest import Dataset, Plan
 from segfleet.preprocess.transforms.case_transforms import (
     ANISOTROPIC,

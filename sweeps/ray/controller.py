@@ -10,7 +10,6 @@ of JSON for everything that happens:
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -24,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import explain
-from segfleet.core.machine import cpus
 from segfleet.pipeline.launch.local import die_with_parent
+from segfleet.sweeps.ray.slots import NAMES, share, threads_of
 from segfleet.sweeps.results.ledger import Ledger
 from segfleet.sweeps.space.plan import Plan, make_plan
 from segfleet.sweeps.space.space import SearchSpace, search_of
@@ -43,10 +42,6 @@ SETTINGS = {  # of Ray and Tune: no telemetry, no files, no flood; the tree on d
     "RAY_gcs_rpc_server_reconnect_timeout_s": "300",  # a machine under load is slow, not dead
     "RAY_health_check_timeout_ms": "60000",
     "RAY_raylet_start_wait_time_s": "120",
-}
-NAMES = {
-    "trial_name_creator": lambda trial: trial.trial_id,
-    "trial_dirname_creator": lambda trial: trial.trial_id,
 }
 
 
@@ -175,25 +170,6 @@ def tune_tree(
         ),
     )
     tuner.fit()
-
-
-def threads_of(resources: Any) -> int:
-    return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(
-        1, cpus() // (resources.at_once * resources.ranks)
-    )
-
-
-def share(resources: Any) -> dict[str, float]:
-    """What a trial takes of the Ray cluster: a slot, and its share of the GPUs if there are any."""
-    import ray
-
-    cluster = ray.cluster_resources()
-    gpus = cluster.get("GPU", 0) if resources.on == "local" else 0
-    each = min(resources.ranks, gpus / resources.at_once)
-    return {
-        "cpu": resources.ranks if resources.address else 1,
-        "gpu": math.floor(each) if each >= 1 else each,
-    }
 
 
 @contextmanager

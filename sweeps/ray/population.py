@@ -28,6 +28,7 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import write_atomically
 from segfleet.pipeline.recipe import parse
 from segfleet.preprocess.stores.manifest import load_manifest
+from segfleet.sweeps.ray.slots import NAMES, share, threads_of
 from segfleet.sweeps.results.ledger import EVALUATION, STOP
 from segfleet.sweeps.space.plan import POPULATION, Plan, check, with_stores
 from segfleet.sweeps.trial import perform
@@ -47,8 +48,6 @@ def run_population(
 
     `seconds`: after that the members save and stop.
     """
-    from segfleet.sweeps.ray.controller import NAMES, share, threads_of
-
     space = plan.search.space
     generator = random.Random(space.seed)
     firsts = [

@@ -15,8 +15,8 @@ from segfleet.core.errors import InputError
 from segfleet.preprocess.building.build import build
 from segfleet.preprocess.checking.check import survey
 from segfleet.preprocess.checking.duplicates import nearly, shared, thumbnail
-from segfleet.preprocess.checking.fingerprint import CaseFacts
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
+from segfleet.preprocess.planning.fingerprint import CaseFacts
 from segfleet.preprocess.planning.splits import Member, disjoint, make_splits
 from segfleet.preprocess.readers.base import open_reader
 

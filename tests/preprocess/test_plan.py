@@ -10,7 +10,7 @@ import pytest
 
 from segfleet.core.machine import cpus, memory_budget
 from segfleet.preprocess.checking.check import survey
-from segfleet.preprocess.checking.fingerprint import (
+from segfleet.preprocess.planning.fingerprint import (
     Fingerprint,
     fingerprint,
     samples_per_case,

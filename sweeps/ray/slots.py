@@ -1,0 +1,33 @@
+"""What every trial of Tune is called and takes of the machine."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from segfleet.core.machine import cpus
+
+NAMES = {
+    "trial_name_creator": lambda trial: trial.trial_id,
+    "trial_dirname_creator": lambda trial: trial.trial_id,
+}
+
+
+def threads_of(resources: Any) -> int:
+    return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(
+        1, cpus() // (resources.at_once * resources.ranks)
+    )
+
+
+def share(resources: Any) -> dict[str, float]:
+    """What a trial takes of the Ray cluster: a slot, and its share of the GPUs if there are any."""
+    import ray
+
+    cluster = ray.cluster_resources()
+    gpus = cluster.get("GPU", 0) if resources.on == "local" else 0
+    each = min(resources.ranks, gpus / resources.at_once)
+    return {
+        "cpu": resources.ranks if resources.address else 1,
+        "gpu": math.floor(each) if each >= 1 else each,
+    }
