@@ -12,7 +12,7 @@ export PYTHONUTF8 := 1
 .ONESHELL:
 .SHELLFLAGS := -euo pipefail -c
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-.PHONY: demo test install system lint long compat release clean-demo
+.PHONY: sources demo test install system lint long compat release clean-demo
 
 $(VENV)/ready: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("segfleet needs Python 3.11 or newer; try make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -64,6 +64,10 @@ release: $(VENV)/tests-ready lint
 	test -z "$$(git status --porcelain)" || { echo "commit first: a release is built from a clean tree"; exit 1; }
 	$(PY) -m pytest tests/test_packaging.py -m "long or not long"
 	rm -rf dist && $(PY) -m build --no-isolation
+
+# What this version ships of the code that computes results, see pipeline/sources.py. After a change that gives the same results: SAME=1.
+sources: $(VENV)/ready
+	$(PY) -m segfleet.pipeline.sources $(if $(SAME),--same-results)
 
 # Synthetic data in 3D and 2D, through every step, on two local ranks.
 demo: $(VENV)/ready

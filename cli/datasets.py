@@ -149,13 +149,20 @@ def beside(root: Path, to: Path | None, suffix: str) -> Path:
 def layouts(names: list[str] | None = None) -> list[dict[str, Any]]:
     from dataclasses import asdict
 
+    from segfleet.core.errors import InputError
     from segfleet.preprocess.phantoms.phantom import PHANTOMS
     from segfleet.preprocess.readers.base import reader_class, readers
 
     uses = recipes()
     found = []
     for name in names or readers():
-        cls = reader_class(name)
+        try:
+            cls = reader_class(name)
+        except InputError as error:
+            if names:
+                raise
+            typer.echo(f"segfleet: {error}", err=True)
+            continue
         facts = {
             "about": cls.about,
             "layout": cls.layout,

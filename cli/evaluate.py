@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from segfleet.cli.output import Json, show, table
+from segfleet.cli.output import Best, Fold, Json, show, table
 
 
 def command(
@@ -22,6 +22,8 @@ def command(
     ranks: Annotated[
         int, typer.Option(min=1, help="Processes on this machine that share the cases.")
     ] = 1,
+    fold: Fold = None,
+    best: Best = False,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
@@ -29,7 +31,7 @@ def command(
     write its report anew."""
     from segfleet.pipeline.launch.local import run_ranks
 
-    job = job_of(run, changes or [], runs)
+    job = job_of(run, changes or [], runs, fold, best)
     run_ranks(job, ranks)
     show(
         json.loads((Path(job["run"]) / "evaluation.json").read_text(encoding="utf-8")),
@@ -38,19 +40,29 @@ def command(
     )
 
 
-def job_of(run: str, changes: list[str], runs: Path) -> dict[str, Any]:
+def job_of(
+    run: str, changes: list[str], runs: Path, fold: int | None = None, best: bool = False
+) -> dict[str, Any]:
     """What the ranks of an evaluation do. Raises InputError if they cannot."""
     from segfleet.core.errors import InputError
     from segfleet.pipeline.recipe import override, parse, with_absolute_store
-    from segfleet.pipeline.run import find_run, open_run, stage_folders
+    from segfleet.pipeline.run import differences, find_run, open_run, stage_folders
     from segfleet.preprocess.stores.manifest import load_manifest
 
-    folder = find_run(run, runs)
+    folder = find_run(run, runs, fold, best)
     recipe, folders = open_run(folder)
     root = folders[0].path.parent
     changed = with_absolute_store(parse(override(recipe.model_dump(mode="json"), changes), run))
     there = stage_folders(root, changed, load_manifest(Path(changed.data.store)))[-1].path
     if there.resolve() != folder:
+        manifest = load_manifest(Path(changed.data.store))
+        for stage in folders:
+            found = differences(recipe, manifest, stage.index, stage.path) or []
+            if files := [words for words in found if words.startswith("the code of ")]:
+                raise InputError(
+                    f"evaluate: {' and '.join(files)} is not what this run was trained with; put it "
+                    "back, or train again"
+                )
         raise InputError(
             "evaluate: only evaluation.* and data.workers can be changed here; what changes "
             "training makes another run"
@@ -71,5 +83,5 @@ def render(document: dict) -> None:
     for name, scores in document["summary"]["structures"].items():
         cells = [scores[key]["mean"] for key in ("dice", "iou", "hd95")]
         rows.append((name, *("-" if value is None else f"{value:.4f}" for value in cells)))
-    table(("structure", "Dice", "IoU", "HD95 (mm)"), rows)
+    table(("structure", "Dice", "IoU", f"HD95 ({document.get('unit', 'mm')})"), rows)
     typer.echo(f"{len(document['cases'])} cases; definitions and every case: report.html")

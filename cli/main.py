@@ -59,6 +59,13 @@ class LazyGroup(TyperGroup):
     def list_commands(self, ctx):
         return list(COMMANDS)
 
+    def resolve_command(self, ctx, args):
+        if args[0] not in COMMANDS:
+            from segfleet.core.errors import did_you_mean
+
+            ctx.fail(f"No such command '{args[0]}'.{did_you_mean(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
     def get_command(self, ctx, cmd_name):
         if cmd_name not in COMMANDS:
             return None
@@ -74,7 +81,6 @@ class LazyGroup(TyperGroup):
 
 app = typer.Typer(
     cls=LazyGroup,
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -98,6 +104,16 @@ def complain(message: str) -> None:
     sys.stderr.write(f"segfleet: {message}\n")
 
 
+def document(message: str, code: int, problems: list | None = None) -> None:
+    """With --json, what went wrong is a document too, on stdout."""
+    if "--json" in sys.argv[1:]:
+        import json
+
+        facts = {"error": message, "exit_code": code}
+        facts |= {"problems": [problem.as_dict() for problem in problems]} if problems else {}
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+
+
 def exit_code(error: BaseException) -> int:
     """Say what went wrong; the exit code. A fault of ours is re-raised with its traceback, for the
     bug report."""
@@ -110,13 +126,17 @@ def exit_code(error: BaseException) -> int:
             problem_table(error)
         else:
             complain(known[0])
+        document(*known, getattr(error, "problems", None))
         return known[1]
     if isinstance(error, KeyboardInterrupt):
-        complain("interrupted. Run the same command again: it goes on where it stopped.")
+        message = "interrupted. Run the same command again: it goes on where it stopped."
+        complain(message)
+        document(message, ExitCode.INTERRUPTED)
         return ExitCode.INTERRUPTED
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAULT
+    document(f"{type(error).__name__}: {error}", ExitCode.FAULT)
     raise error
 
 
@@ -125,7 +145,7 @@ def main() -> None:
 
     survive_hangup()
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="segfleet", standalone_mode=False)
         if code == 130:  # what Typer makes of Ctrl-C
             code = exit_code(KeyboardInterrupt())
     except typer.Exit as stop:
@@ -136,6 +156,7 @@ def main() -> None:
         if hasattr(error, "format_message"):  # Typer's own complaint about the command line
             error.show()
             code = 2
+            document(error.format_message(), code)
         else:
             code = exit_code(error)
     except KeyboardInterrupt as error:

@@ -18,9 +18,11 @@ def command(
 ) -> None:
     """Registered networks: parameters, multiply-adds, input rules. With NAME: parameters per stage,
     options, memory, source."""
-    from segfleet.models.registry import spec, specs
+    from segfleet.models.registry import broken, spec, specs
 
     if name is None:
+        for sentence in broken():
+            typer.echo(f"segfleet: {sentence}", err=True)
         show([summary(chosen) for chosen in specs().values()], as_json, render_all)
     else:
         show(details(spec(name)), as_json, render_one)

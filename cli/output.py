@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -16,6 +16,14 @@ Json = Annotated[
     typer.Option(
         "--json", help="Print one JSON document on stdout; everything else goes to stderr."
     ),
+]
+
+
+Fold = Annotated[
+    int | None, typer.Option(min=0, help="Of several runs of that name, the one of this fold.")
+]
+Best = Annotated[
+    bool, typer.Option("--best", help="Of several runs of that name, the one of the highest score.")
 ]
 
 
@@ -34,9 +42,14 @@ def console(stderr: bool = False):
 
 
 def table(
-    columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "", stderr: bool = False
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    *,
+    title: str = "",
+    stderr: bool = False,
+    whole: Collection[str] = (),
 ) -> None:
-    """A table for people. Numbers are set to the right."""
+    """A table for people. Numbers are set to the right; columns in `whole` are never broken."""
     from rich.table import Table
     from rich.text import Text
 
@@ -45,7 +58,9 @@ def table(
     )
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
-        out.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        out.add_column(
+            column, justify="right" if numeric else "left", overflow="fold", no_wrap=column in whole
+        )
     for row in rows:
         out.add_row(
             *(
@@ -71,12 +86,17 @@ def problem_table(error) -> None:
     )
 
 
+Tick = Callable[..., None]
+
+
 @contextmanager
-def progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr with rate and remaining time; yields `tick(done, total)`. Without a terminal:
-    a line now and then."""
+def progress(description: str) -> Iterator[Tick]:
+    """A bar on stderr with rate and remaining time; yields `tick(done, total, phase)`. Another
+    `phase` (by default `description`) begins another bar; what stands in it after a comma is shown
+    and may change at any time. Without a terminal: a line every ten seconds and at the end of a
+    phase."""
     if not sys.stderr.isatty():
-        yield plain_progress(description)
+        yield PlainProgress(description)
         return
     from rich.progress import (
         BarColumn,
@@ -94,30 +114,54 @@ def progress(description: str) -> Iterator[Callable[[int, int], None]]:
 
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         Rate(""),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console(stderr=True), transient=True) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        shown: dict[str, Any] = {"phase": None, "task": None}
+
+        def tick(done: int, total: int, phase: str = description) -> None:
+            name = phase.partition(",")[0]
+            if name != shown["phase"]:
+                if shown["task"] is not None:
+                    bar.remove_task(shown["task"])
+                shown.update(phase=name, task=bar.add_task(phase, total=total, completed=done))
+            bar.update(shown["task"], completed=done, total=total, description=phase)
+
+        yield tick
 
 
-def plain_progress(description: str) -> Callable[[int, int], None]:
-    import time
+class PlainProgress:
+    """Progress as lines: at most one every ten seconds, and one at the end of every phase."""
 
-    start, last = time.monotonic(), [0.0]
+    EVERY = 10.0
 
-    def tick(done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - last[0] < 10 and done < total or not done:
+    def __init__(self, description: str):
+        self.description = description
+        self.phase, self.start, self.first, self.last = "", 0.0, 0, 0.0
+
+    def __call__(self, done: int, total: int, phase: str | None = None) -> None:
+        import time
+
+        phase, now = phase or self.description, time.monotonic()
+        if (name := phase.partition(",")[0]) != self.phase:
+            self.phase, self.start, self.first, self.last = name, now, done, now
+        elif done < self.first:  # cut back to the last checkpoint by a resume
+            self.start, self.first = now, done
+        if now - self.last < self.EVERY and done < total or done == self.first:
             return
-        last[0] = now
-        rate = done / max(now - start, 1e-9)
-        sys.stderr.write(
-            f"{description}: {done}/{total}, {rate:.1f}/s, {(total - done) / max(rate, 1e-9):.0f} "
-            "s left\n"
-        )
+        self.last = now
+        rate = (done - self.first) / max(now - self.start, 1e-9)
+        left = "" if done >= total else f", {duration((total - done) / max(rate, 1e-9))} left"
+        sys.stderr.write(f"{phase}: {done}/{total}, {rate:.1f}/s{left}\n")
+        sys.stderr.flush()
 
-    return tick
+
+def duration(seconds: float) -> str:
+    """ "45 s", "12 min", "3 h 05 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from segfleet.cli.output import Json, progress, show, table
+from segfleet.cli.output import Best, Fold, Json, progress, show, table
 
 
 def command(
@@ -16,12 +16,20 @@ def command(
     ],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     out: Annotated[Path, typer.Option(help="Folder of the predictions.")],
+    overlays: Annotated[
+        bool,
+        typer.Option(
+            "--overlays", help="Also OUT/overlays/: each prediction outlined on its image."
+        ),
+    ] = False,
+    fold: Fold = None,
+    best: Best = False,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
     """Segment images with a finished run; every prediction lies exactly on its image. Continues
     where it stopped."""
-    job = job_of(run, images, out, runs)
+    job = job_of(run, images, out, runs, fold, best) | {"overlays": overlays}
     from segfleet.pipeline.jobs import predict
     from segfleet.pipeline.ranks import Ranks
 
@@ -31,13 +39,15 @@ def command(
     raise typer.Exit(document["exit_code"])
 
 
-def job_of(run: str, images: list[Path], out: Path, runs: Path) -> dict[str, Any]:
+def job_of(
+    run: str, images: list[Path], out: Path, runs: Path, fold: int | None = None, best: bool = False
+) -> dict[str, Any]:
     """What the ranks of a prediction do. Raises InputError if they cannot."""
     from segfleet.pipeline.inference.inputs import check_out, collect
     from segfleet.pipeline.run import find_run, open_run
     from segfleet.preprocess.stores.manifest import load_manifest
 
-    folder = find_run(run, runs)
+    folder = find_run(run, runs, fold, best)
     recipe, folders = open_run(folder)
     for stage in folders:
         stage.check_done()

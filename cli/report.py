@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
-from segfleet.cli.output import Json, show
+from segfleet.cli.output import Best, Fold, Json, show
 
 
 def command(
     run: Annotated[
         str, typer.Argument(help="A run folder, the beginning of its uid, or its recipe's name.")
     ],
+    fold: Fold = None,
+    best: Best = False,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
@@ -22,7 +24,7 @@ def command(
     from segfleet.pipeline.run import find_run
 
     show(
-        {"report": str(write_report(find_run(run, runs)))},
+        {"report": str(write_report(find_run(run, runs, fold, best)))},
         as_json,
         lambda document: typer.echo(document["report"]),
     )

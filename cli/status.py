@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from segfleet.cli.output import Json, show, table
+from segfleet.cli.output import Json, duration, show, table
 
 
 def command(
@@ -53,13 +53,17 @@ def render(rows: list[dict]) -> None:
     if not rows:
         typer.echo("no runs here; `segfleet train RECIPE` makes one")
         return
-    columns = ("run", "recipe", "state", "stage", "step", "loss", "samples/s", "left", "restarts")
-    table(columns, [cells(row) for row in rows])
+    columns = ("run", "recipe", "fold", "state", "stage", "Dice", "date")
+    table(columns, [cells(row) for row in rows], whole=("run", "fold", "state", "stage", "date"))
+    if going := [row for row in rows if row["state"] not in ("done", "trained", "unreadable")]:
+        typer.echo()
+        columns = ("run", "step", "loss", "samples/s", "left", "restarts")
+        table(columns, [progress_cells(row) for row in going])
     if jobs := [row for row in rows if row["job"]]:
         typer.echo()
         table(
             ("run", "job", "queue", "node"),
-            [(row["run"], row["job"], row["queue"] or "-", row["node"] or "-") for row in jobs],
+            [(short(row), row["job"], row["queue"] or "-", row["node"] or "-") for row in jobs],
         )
     tell_unknown(rows)
     for row in rows:
@@ -72,23 +76,22 @@ def render(rows: list[dict]) -> None:
             )
 
 
+def short(row: dict) -> str:
+    """The beginning of a uid, which every command takes."""
+    return row["run"][:8]
+
+
 def cells(row: dict) -> tuple:
+    fold = "-" if row["fold"] is None else str(row["fold"])
+    score = "-" if row["score"] is None else f"{row['score']:.4f}"
+    stage = f"{row['stage']}/{row['stages']}"
+    date = row["date"][len("2026-") :] if row["date"] else "-"  # with the year in --json
+    return short(row), row["recipe"], fold, row["state"], stage, score, date
+
+
+def progress_cells(row: dict) -> tuple:
     loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
-    left = (
-        "-"
-        if row["remaining_seconds"] is None or row["state"] != "training"
-        else f"{row['remaining_seconds']} s"
-    )
+    known = row["remaining_seconds"] is not None and row["state"] == "training"
+    left = duration(row["remaining_seconds"]) if known else "-"
     steps = f"{row['step']}/{row['steps'] or '?'}"
-    speed = row["samples_per_second"] or "-"
-    return (
-        row["run"],
-        row["recipe"],
-        row["state"],
-        f"{row['stage']}/{row['stages']}",
-        steps,
-        loss,
-        speed,
-        left,
-        row["restarts"],
-    )
+    return short(row), steps, loss, str(row["samples_per_second"] or "-"), left, row["restarts"]

@@ -147,7 +147,7 @@ def evaluation(told: dict[str, Any]) -> tuple[list[Step], Path, Path]:
             "--ranks: a job has nodes x gpus-per-node ranks; say --gpus-per-node or "
             "--ranks-per-node before the --"
         )
-    job = job_of(told["run"], told["changes"] or [], told["runs"])
+    job = job_of(told["run"], told["changes"] or [], told["runs"], told["fold"], told["best"])
     run = Path(job["run"])
     return [(title("evaluate", run), [job])], run, Path(job["root"])
 
@@ -157,7 +157,8 @@ def prediction(told: dict[str, Any]) -> tuple[list[Step], Path, Path]:
     from segfleet.slurm.submission import home_of
 
     images, out = [path.absolute() for path in told["images"]], told["out"].absolute()
-    job = {**job_of(told["run"], images, out, told["runs"]), "root": str(told["runs"].resolve())}
+    found = job_of(told["run"], images, out, told["runs"], told["fold"], told["best"])
+    job = {**found, "overlays": told["overlays"], "root": str(told["runs"].resolve())}
     return [(title("predict", out), [job])], home_of(out), Path(job["root"])
 
 

@@ -42,6 +42,7 @@ def command(
     from segfleet.pipeline.launch.local import run_ranks
     from segfleet.pipeline.recipe import load_recipe, with_absolute_store
     from segfleet.pipeline.run import stage_folders, stage_steps
+    from segfleet.pipeline.status import finished, standing
     from segfleet.preprocess.stores.manifest import load_manifest
 
     if max_time is not None and not max_time > 0:
@@ -52,12 +53,13 @@ def command(
     manifest = load_manifest(Path(chosen.data.store))
     folders = stage_folders(runs.resolve(), chosen, manifest)
     leaf = folders[-1].path
+    typer.echo(f"segfleet: {standing(chosen, manifest, folders)}", err=True)
     with progress("training") as tick:
         totals = [
             stage.epochs * steps
             for stage, steps in zip(chosen.stages, stage_steps(chosen, manifest), strict=True)
         ]
-        training = TrainingProgress(folders, totals, tick)
+        training = TrainingProgress(folders, chosen, totals, tick)
         job = {"do": "train", "recipe": chosen.model_dump(mode="json"), "root": str(runs.resolve())}
         if "SLURM_JOB_ID" in os.environ:  # members of an array start together
             job["waits"] = True
@@ -71,6 +73,7 @@ def command(
         "stages": [str(folder.path) for folder in folders],
         "report": str(leaf / "report.html"),
         "mean_foreground_dice": scores["mean_foreground_dice"],
+        "finished": finished(folders[-1]),
     }
     show(document, as_json, render)
 
@@ -84,28 +87,53 @@ def render(document: dict) -> None:
 
 
 class TrainingProgress:
-    """Reads the run's own files, as any other shell could, and moves the bar: steps of all stages,
-    then the cases being scored."""
+    """Reads the run's own files, as any other shell could, and moves the bar of the present phase:
+    training of one stage, validation, scoring, report."""
 
-    def __init__(self, folders, totals, report):
+    def __init__(self, folders, recipe, totals, tick):
         from segfleet.core.progress import EventFollower
 
-        self.total, self.report, self.shown = sum(totals), report, None
-        self.scoring = folders[-1].path / "scoring.json"
-        self.steps = [
-            total if folder.done() else 0 for folder, total in zip(folders, totals, strict=True)
-        ]
-        self.followers = [EventFollower(folder.path) for folder in folders]
+        self.folders, self.tick, self.shown = folders, tick, None
+        self.stages, self.totals = recipe.stages, totals
+        # of stages that were finished before, nothing is shown
+        self.followers = {
+            number: EventFollower(folder.path)
+            for number, folder in enumerate(folders)
+            if not folder.done()
+        }
+        self.last: dict[int, dict] = {}
+        self.note = folders[-1].path / "scoring.json"
+        self.stale = self._written()  # left by a process that was killed
 
     def poll(self) -> None:
-        for index, follower in enumerate(self.followers):
-            new = max((event.get("step", 0) for event in follower.new()), default=0)
-            self.steps[index] = max(self.steps[index], new)
-        now = (sum(self.steps), self.total)
-        if now[0] == now[1]:
-            with suppress(FileNotFoundError, json.JSONDecodeError):
-                done, cases = json.loads(self.scoring.read_text())
-                now = (self.total + done, self.total + cases)
-        if now != self.shown:
+        now = self._phase() or self._training()
+        if now and now != self.shown:
             self.shown = now
-            self.report(*now)
+            self.tick(*now)
+
+    def _phase(self) -> tuple[int, int, str] | None:
+        """Validation, scoring and report, which rank 0 notes while they last."""
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            note = json.loads(self.note.read_text(encoding="utf-8"))
+            if self._written() != self.stale:
+                return note["done"], note["total"], note["phase"]
+        return None
+
+    def _written(self) -> int | None:
+        return self.note.stat().st_mtime_ns if self.note.exists() else None
+
+    def _training(self) -> tuple[int, int, str] | None:
+        """The latest stage in which steps were logged."""
+        for number, follower in self.followers.items():
+            for event in follower.new():
+                if event["event"] in ("stage_start", "step"):
+                    self.last[number] = event
+        if not self.last:
+            return None
+        number = max(self.last)
+        event, stage = self.last[number], self.stages[number]
+        where = f"stage {number + 1}/{len(self.folders)}" if len(self.folders) > 1 else ""
+        facts = [f"epoch {event['epoch'] + 1}/{stage.epochs}"] if "epoch" in event else []
+        facts += [f"loss {event['loss']:.3f}"] if "loss" in event else []
+        phase = f"training {where}".strip()
+        return event["step"], self.totals[number], ", ".join([phase, *facts])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
+import importlib
+import traceback
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
+from types import ModuleType
 
 
 class ExitCode(IntEnum):
@@ -49,6 +54,30 @@ class DataError(InputError):
             for p in problems
         ]
         super().__init__(f"{len(problems)} problem(s) in {where}\n" + "\n".join(lines))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ " Did you mean 'train'?" if something known is spelt nearly like `word`, else ""."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def import_part(module: str, what: str) -> ModuleType:
+    """A module of ours that is one of several of its kind, such as a loss or a layout. Raises
+    InputError in one sentence if its file is broken: the others work without it."""
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        if getattr(error, "exit_code", None) is not None:
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        file = getattr(error, "filename", None) or last.filename
+        line = getattr(error, "lineno", None) or last.lineno
+        text = " ".join((getattr(error, "msg", None) or str(error)).split())
+        raise InputError(
+            f"the {what} '{module.rpartition('.')[2]}' cannot be used: {type(error).__name__}: "
+            f"{text} ({file}, line {line}). Mend that file or choose another"
+        ) from error
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:

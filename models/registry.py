@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +68,7 @@ class ModelSpec:
 
 
 _SPECS: dict[str, ModelSpec] = {}
+_BROKEN: dict[str, str] = {}  # file of `models/` that cannot be imported -> why
 _LOADED = False
 
 
@@ -83,22 +85,47 @@ def register(**facts: Any) -> Callable[[Callable[..., nn.Module]], Callable[...,
 
 
 def specs() -> dict[str, ModelSpec]:
-    """All registered networks, by name in alphabetical order."""
+    """All registered networks, by name in alphabetical order; those of a file that cannot be
+    imported are left out, see `broken`."""
     global _LOADED
     if not _LOADED:
         import segfleet.models as room
 
         for module in sorted(m.name for m in pkgutil.iter_modules(room.__path__)):
-            importlib.import_module(f"segfleet.models.{module}")
+            before = dict(_SPECS)
+            try:
+                importlib.import_module(f"segfleet.models.{module}")
+            except Exception as error:  # somebody is at work on it; the other networks are whole
+                _SPECS.clear()
+                _SPECS.update(before)
+                _BROKEN[module] = _reason(error)
         _LOADED = True
     return dict(sorted(_SPECS.items()))
 
 
+def broken() -> list[str]:
+    """A sentence on every file of `models/` that cannot be imported."""
+    specs()
+    return [f"models/{name} cannot be used: {reason}" for name, reason in sorted(_BROKEN.items())]
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong and where, in one line."""
+    place = (getattr(error, "filename", None), getattr(error, "lineno", None))
+    if not isinstance(error, SyntaxError):
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = (last.filename, last.lineno)
+    text = " ".join((getattr(error, "msg", None) or str(error)).split())
+    return f"{type(error).__name__}: {text} ({place[0]}, line {place[1]})"
+
+
 def spec(name: str) -> ModelSpec:
-    """The spec of `name`. Raises ModelError with the legal names."""
+    """The spec of `name`. Raises ModelError with the legal names, and with the files that cannot
+    be imported, for it may stand in one of them."""
     known = specs()
     if name not in known:
-        raise ModelError(f"model.name: found '{name}', expected one of: {', '.join(known)}")
+        faults = "".join(f"; {sentence}" for sentence in broken())
+        raise ModelError(f"model.name: found '{name}', expected one of: {', '.join(known)}{faults}")
     return known[name]
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,60 @@ def read_events(folder: Path) -> Iterator[dict[str, Any]]:
         yield from (event for line in file if (event := parse_event(line)) is not None)
 
 
+class Lines:
+    """Events as lines for a log file: at most one in ten seconds on steps, every other event."""
+
+    EVERY = 10.0
+
+    def __init__(self, write: Callable[[str], Any]):
+        self.write, self.stage, self.steps, self.last = write, "", None, float("-inf")
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        kind, step = event["event"], event.get("step")
+        if kind in ("stage_start", "resumed"):
+            self.stage, self.steps = f"stage {event['stage'] + 1}", event.get("steps", self.steps)
+            begin = f"resumed after step {event['from_step']}" if kind == "resumed" else "begins"
+            self._line(f"{self.stage} {begin}, {event['ranks']} rank(s)")
+        elif kind == "step" and time.monotonic() - self.last >= self.EVERY:
+            self.last = time.monotonic()
+            of = f"/{self.steps}" if self.steps else ""
+            self._line(
+                f"{self.stage}, epoch {event['epoch'] + 1}, step {step}{of}: loss "
+                f"{event['loss']:.4f}, lr {event['lr']:.3g}, {event['samples_per_second']:g} "
+                "samples/s"
+            )
+        elif kind == "validation":
+            dice = event["dice"]
+            self._line(
+                f"{self.stage}, step {step}: validation, Dice "
+                + ("not defined" if dice is None else f"{dice:.4f}")
+            )
+        elif kind == "non_finite":
+            self._line(
+                f"{self.stage}, step {step}: {event['skipped']} step(s) skipped so far, their "
+                f"gradient was not finite; cases {', '.join(event['cases'][:8])}"
+            )
+
+    def _line(self, text: str) -> None:
+        self.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+
+
 class EventLog:
     """Appends events. Opened at a step, it forgets what a killed process logged after the
-    checkpoint of that step."""
+    checkpoint of that step. `listen` hears every event as it is written."""
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, listen: Callable[[dict[str, Any]], None] | None):
         self.path = folder / EVENTS
         kept = [event for event in read_events(folder) if event.get("step", 0) <= step]
         write_atomically(self.path, "".join(json.dumps(event) + "\n" for event in kept))
         self._file = open(self.path, "a", encoding="utf-8")
         self._board = None
-        self._folder, self._step = folder, step
+        self._folder, self._step, self._listen = folder, step, listen
 
     def write(self, event: str, **facts: Any) -> None:
         """One event. Numbers of events that have a step also go to TensorBoard."""
+        if self._listen:
+            self._listen({"event": event, **facts})
         self._file.write(
             json.dumps({"event": event, "time": round(time.time(), 3), **facts}) + "\n"
         )

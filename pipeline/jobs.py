@@ -4,8 +4,9 @@ it.
 {"do": "train", "recipe": {...}, "root": "runs"}: train what is missing of every stage, then score
 it;
     "max_seconds": 3600 stops in order after that time, a file `stop` in the run folder at once;
-    "score": false leaves the scoring out; "waits": true waits for a stage that another run trains,
-    since members of an array start together and nobody starts a refused one again. "stage_to": "$TMPDIR" reads the store from a copy there,
+    "score": false leaves the scoring out; "lines": true prints steps and validations; "waits": true
+    waits for a stage that another run trains, since members of an array start together and nobody
+    starts a refused one again. "stage_to": "$TMPDIR" reads the store from a copy there,
     variables as the node has them. How data are reached changes no result.
 {"do": "score", ...}: only score; "again": true, even if it is scored already.
 {"do": "predict", "run": "runs/...", "images": [...], "out": "predictions"}: segment images with a
@@ -23,6 +24,7 @@ from typing import Any
 
 from segfleet.core.errors import InputError
 from segfleet.pipeline.data.staged_store import on_node
+from segfleet.pipeline.events import Lines
 from segfleet.pipeline.inference.predict import predict_files
 from segfleet.pipeline.parts import patch_of
 from segfleet.pipeline.ranks import Ranks
@@ -65,6 +67,7 @@ def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
                 stop=stop,
                 draw=save_overlays,
                 report=write_report,
+                leaf=folders[-1].path,
             )
             if job["do"] == "train":
                 parts = {
@@ -73,6 +76,7 @@ def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
                     "asked_to_stop": stop.asked,
                     "warn": warn,
                     "validate": scorer.validate,
+                    "listen": Lines(say) if job.get("lines") else None,
                 }
                 train(Run(recipe=recipe, store=store, waits=job.get("waits", False), **parts))
             if job.get("score", True):
@@ -114,6 +118,7 @@ def predict(
         made_by=f"{folders[-1].path.name} {name}",
         ranks=ranks,
         progress=progress,
+        overlays=job.get("overlays", False),
     )
 
 
@@ -138,6 +143,11 @@ def run_prediction(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None
             f"predict: {len(answer['failed'])} image(s) could not be segmented; all others "
             f"are\n{lines}"
         )
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line)
+    sys.stdout.flush()
 
 
 def warn(message: str) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from segfleet.core import settings
-from segfleet.core.errors import InputError
+from segfleet.core.errors import InputError, did_you_mean
 from segfleet.core.files import file_facts
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -307,7 +307,7 @@ def read_document(source: str) -> dict[str, Any]:
         if not path.is_file() or "/" in source:
             raise InputError(
                 f"recipe: found no file '{source}' and no shipped recipe of that name; shipped: "
-                f"{', '.join(recipe_names())}"
+                f"{', '.join(recipe_names())}.{did_you_mean(source, recipe_names())}"
             )
     document = settings.read(path, "recipe", TEXTS)
     if not isinstance(document, dict):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +19,15 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import write_atomically
 from segfleet.core.lock import Lock, holder
 from segfleet.pipeline.recipe import Recipe, parse
+from segfleet.pipeline.sources import changed_sources
 from segfleet.preprocess.stores.manifest import Manifest
 
 if TYPE_CHECKING:  # it needs torch, which a process that only looks at runs must not load
     from segfleet.pipeline import checkpoint
 
-NUMERICS = 3  # raised whenever a change of the code changes what the same recipe computes
-RECIPE, DONE, LOCK = "recipe.json", "done.json", "lock"
+# Raised whenever a change of the code changes what the same recipe computes; see `sources.py`.
+NUMERICS = 3
+RECIPE, DONE, LOCK, IDENTITY = "recipe.json", "done.json", "lock", "identity.json"
 
 # Options that some other option leaves without effect.
 IDLE_OF_OPTIMIZER = {
@@ -69,8 +72,10 @@ def stage_facts(recipe: Recipe, manifest: Manifest, index: int) -> dict[str, Any
             whole["evaluation"],
             list(manifest.fold(recipe.data.split, recipe.data.fold)["val"]),
         ]
+    changed = changed_sources(recipe.model.name, recipe.loss.name)
     return {
         "numerics": NUMERICS,
+        **({"sources": changed} if changed else {}),
         "store": manifest.id,
         "train": list(manifest.fold(recipe.data.split, recipe.data.fold)["train"]),
         "seed": recipe.seed,
@@ -176,6 +181,54 @@ class StageFolder:
         write_atomically(self.path / DONE, json.dumps({"checkpoint": name, **facts}, indent=1))
 
 
+def note_identity(folder: StageFolder, recipe: Recipe, manifest: Manifest) -> None:
+    """Keep in a stage's folder what its uid was made of, so that a later run can say how it
+    differs."""
+    if not (folder.path / IDENTITY).exists():
+        facts = stage_facts(recipe, manifest, folder.index)
+        facts["train"] = hashlib.sha256(_encoded(tuple(facts["train"])).encode()).hexdigest()[:16]
+        document = {"name": recipe.name, "facts": facts}
+        write_atomically(folder.path / IDENTITY, json.dumps(document, indent=1))
+
+
+def differences(recipe: Recipe, manifest: Manifest, index: int, other: Path) -> list[str] | None:
+    """How stage `index` of a recipe differs from the stage in the folder `other`, a few words each;
+    None if that one has no note of its identity."""
+    try:
+        before = _flat(json.loads((other / IDENTITY).read_text(encoding="utf-8"))["facts"])
+    except (OSError, ValueError, KeyError):
+        return None
+    facts = json.loads(json.dumps(stage_facts(recipe, manifest, index)))
+    facts["train"] = hashlib.sha256(_encoded(tuple(facts["train"])).encode()).hexdigest()[:16]
+    now = _flat(facts)
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return [_in_words(key, index, before.get(key), now.get(key)) for key in keys]
+
+
+def _flat(facts: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in facts.items():
+        flat |= (
+            _flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
+        )
+    return flat
+
+
+def _in_words(key: str, index: int, before: Any, now: Any) -> str:
+    section, _, rest = key.partition(".")
+    if section == "sources":
+        return f"the code of {rest}"
+    if section in ("numerics", "store", "train"):
+        return {
+            "numerics": "the version of segfleet, whose results differ",
+            "store": "the store's content",
+            "train": "the training cases",
+        }[section]
+    name = f"stages.{index}.{rest}" if section == "stage" else key
+    return f"{name} ({json.dumps(now)}, there {json.dumps(before)})"
+
+
 def stage_folders(root: Path, recipe: Recipe, manifest: Manifest) -> list[StageFolder]:
     """The folders of all stages, first to last; not created here."""
     folders, path = [], Path(root)
@@ -198,27 +251,49 @@ def open_run(path: Path) -> tuple[Recipe, list[StageFolder]]:
     return recipe, [StageFolder(path=folder, index=index) for index, folder in enumerate(chain)]
 
 
-def find_run(text: str, root: Path) -> Path:
-    """A run folder from its path, the beginning of its uid, or its recipe's name below `root`.
-    Raises InputError."""
+def find_run(text: str, root: Path, fold: int | None = None, best: bool = False) -> Path:
+    """A run folder from its path, the beginning of its uid, or its recipe's name below `root`. Of
+    several: that of `fold`, and with `best` that of the highest score. Raises InputError that
+    lists them."""
     if (Path(text) / RECIPE).is_file():
         return Path(text).resolve()
-    names = {
-        folder: json.loads((folder / RECIPE).read_text(encoding="utf-8")).get("name", "")
-        for folder in run_folders(root)
+    known = {folder: _outline(folder) for folder in run_folders(root)}
+    fitting = {
+        folder: facts
+        for folder, facts in known.items()
+        if folder.name.startswith(text) or facts["name"] == text
     }
-    found = [
-        folder for folder, name in names.items() if folder.name.startswith(text) or name == text
-    ]
+    if not fitting:
+        others = ", ".join(f"{f.name} ({facts['name']})" for f, facts in known.items()) or "none"
+        raise InputError(f"run: found no run '{text}'; runs under {root}: {others}")
+    found = {
+        folder: facts for folder, facts in fitting.items() if fold is None or facts["fold"] == fold
+    }
+    if best and (scored := {f: facts for f, facts in found.items() if facts["score"] is not None}):
+        return max(scored, key=lambda folder: scored[folder]["score"]).resolve()
     if len(found) == 1:
-        return found[0].resolve()
-    if found:
-        raise InputError(
-            f"run: '{text}' fits {len(found)} runs under {root}: "
-            f"{', '.join(f.name for f in found)}; give the uid"
-        )
-    known = ", ".join(f"{folder.name} ({name})" for folder, name in names.items()) or "none"
-    raise InputError(f"run: found no run '{text}'; runs under {root}: {known}")
+        return next(iter(found)).resolve()
+    lines = [
+        f"  {folder.name}  fold {facts['fold']}  "
+        + ("not scored" if facts["score"] is None else f"Dice {facts['score']:.4f}")
+        for folder, facts in (found or fitting).items()
+    ]
+    what = f"'{text}'" + ("" if fold is None else f" with fold {fold}")
+    raise InputError(
+        f"run: {what} fits {len(found)} runs under {root}; give the uid of one (predict, evaluate "
+        "and report also take --fold N and --best, the highest score):\n" + "\n".join(lines)
+    )
+
+
+def _outline(folder: Path) -> dict[str, Any]:
+    """Name, fold and score (None before there is one) of a run, as far as its files can be read."""
+    facts: dict[str, Any] = {"name": "", "fold": None, "score": None}
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+        facts["name"], facts["fold"] = recipe.get("name", ""), recipe["data"]["fold"]
+        scores = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        facts["score"] = scores["summary"]["mean_foreground_dice"]
+    return facts
 
 
 def run_folders(root: Path) -> list[Path]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
 from segfleet.core.lock import is_locked
+from segfleet.core.progress import EVENTS
 from segfleet.pipeline.events import read_events
-from segfleet.pipeline.run import LOCK, StageFolder, open_run
+from segfleet.pipeline.recipe import Recipe
+from segfleet.pipeline.run import DONE, IDENTITY, LOCK, StageFolder, differences, open_run
+from segfleet.pipeline.scoring.scored import is_scored
+from segfleet.preprocess.stores.manifest import Manifest
 
 
 def run_status(path: Path) -> dict[str, Any]:
@@ -18,7 +24,10 @@ def run_status(path: Path) -> dict[str, Any]:
         "run": path.name,
         "path": str(path),
         "recipe": recipe.name,
+        "fold": recipe.data.fold,
         "stages": len(folders),
+        "score": score(path),
+        "date": _date(path, folders),
     }
     stage = next((folder for folder in folders if folder.done() is None), None)
     if stage is None:
@@ -36,6 +45,55 @@ def run_status(path: Path) -> dict[str, Any]:
         else ("stopped" if found["step"] or stage.index else "waiting")
     )
     return {**row, "state": state, "stage": stage.index + 1, **found}
+
+
+def score(run: Path) -> float | None:
+    """Mean Dice of the foreground of a run's evaluation, if there is one."""
+    try:
+        document = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+        return document["summary"]["mean_foreground_dice"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _date(run: Path, folders: list[StageFolder]) -> str | None:
+    """When a run was finished, or last heard of: "2026-11-29 07:12", local time."""
+    files = [folder.path / name for folder in folders for name in (DONE, EVENTS)]
+    times = [file.stat().st_mtime for file in files if file.exists()]
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(max(times))) if times else None
+
+
+def finished(folder: StageFolder) -> str | None:
+    """When a stage was finished, "2026-11-29 07:12" local time, or None."""
+    if folder.done() is None:
+        return None
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime((folder.path / DONE).stat().st_mtime))
+
+
+def standing(recipe: Recipe, manifest: Manifest, folders: list[StageFolder]) -> str:
+    """What training is about to do with a run, in one sentence: nothing, go on, or begin, and then
+    why nothing that is there already will do."""
+    stage = next((folder for folder in folders if folder.done() is None), None)
+    if stage is None:
+        done = finished(folders[-1])
+        if is_scored(folders[-1].path, recipe, manifest):
+            return f"nothing to do: finished on {done}"
+        return f"training was finished on {done}; it remains to be scored"
+    where = f"stage {stage.index + 1} of {len(folders)}"
+    if (stage.path / IDENTITY).exists():
+        step = _progress(stage)["step"]
+        return f"going on with {where}" + (f" after step {step}" if step else "")
+    closest = None
+    for path in sorted(stage.path.parent.glob(f"*/{IDENTITY}")):
+        found = differences(recipe, manifest, stage.index, path.parent)
+        same_name = found and json.loads(path.read_text(encoding="utf-8"))["name"] == recipe.name
+        if same_name and (closest is None or len(found) < len(closest[1])):
+            closest = (path.parent.name, found)
+    if closest is None:
+        return f"a new run, beginning with {where}" if stage.index == 0 else f"beginning {where}"
+    name, found = closest
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f"{where} is new: it differs from {name} in {', '.join(found[:3])}{more}"
 
 
 def _progress(stage: StageFolder) -> dict[str, Any]:

@@ -45,7 +45,9 @@ def _row(run: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         known = explain(error)
         reason = known[0] if known else f"{run / RECIPE} or a file beside it is damaged: {error}"
-        nothing = dict.fromkeys(("steps", "loss", "samples_per_second", "remaining_seconds"))
+        nothing = dict.fromkeys(
+            ("fold", "score", "date", "steps", "loss", "samples_per_second", "remaining_seconds")
+        )
         row = {
             "run": run.name,
             "path": str(run),

@@ -69,7 +69,13 @@ class SlurmLauncher:
         """
         code = None if self.live else snapshot.freeze_code(root)
         commit = snapshot.commit()
-        folders = [submission.write_job(home, job, spec) for home, job in jobs]
+        # nobody watches the job's events: what happens is printed into its log
+        folders = [
+            submission.write_job(
+                home, job | ({"lines": True} if job["do"] == "train" else {}), spec
+            )
+            for home, job in jobs
+        ]
         logs = (
             folders[0]
             if len(folders) == 1

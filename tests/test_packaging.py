@@ -51,7 +51,7 @@ def test_wheel_holds_everything_and_nothing_else(wheel):
     assert wanted <= names, sorted(wanted - names)
     data = {name for name in names if not name.endswith(".py")}
     assert (
-        all(name.endswith((".yaml", ".cpp")) for name in data)
+        all(name.endswith((".yaml", ".cpp", "/sources.json")) for name in data)
         and "segfleet/pipeline/recipes/hippocampus.yaml" in data
     )
     assert {

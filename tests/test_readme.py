@@ -55,6 +55,7 @@ def segfleet(*arguments: str, cwd: Path) -> str:
 @pytest.mark.slow
 def test_commands_of_the_readme(tmp_path):
     segfleet("datasets", "msd", "phantom", "Task04_Hippocampus", cwd=tmp_path)
+    segfleet("datasets", "nnunet", "phantom", "Dataset001_Mine", cwd=tmp_path)
     (tmp_path / "new_images").symlink_to(tmp_path / "Task04_Hippocampus" / "imagesTr")
     ran = []
     for _, name, *rest in commands():
@@ -78,6 +79,9 @@ def test_commands_of_the_readme(tmp_path):
     assert len(list((tmp_path / "predictions").glob("*.nii.gz"))) == len(
         list((tmp_path / "new_images").glob("[!.]*.nii.gz"))
     )
+    (code,) = re.findall(r"^```python\n(.*?)^```", README, flags=re.M | re.S)
+    code += "assert logits.shape == (1, 3, 32, 32, 32) and label.shape == image.shape[1:]\n"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=100)
 
 
 def test_make_targets_of_the_readme_exist():

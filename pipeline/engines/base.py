@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import pkgutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -13,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from segfleet.core.errors import InputError
+from segfleet.core.errors import InputError, import_part
 from segfleet.pipeline import recipe as recipes
 from segfleet.pipeline.checkpoint import Checkpoint, Tensors
 from segfleet.pipeline.ranks import Ranks
@@ -74,7 +73,7 @@ def build_engine(setup: Setup) -> Engine:
     name = setup.recipe.engine.name
     if name not in engines():
         raise InputError(f"engine.name: found '{name}', expected one of: {', '.join(engines())}")
-    return importlib.import_module(f"segfleet.pipeline.engines.{name}").Engine(setup)
+    return import_part(f"segfleet.pipeline.engines.{name}", "engine").Engine(setup)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:

@@ -17,7 +17,7 @@ from segfleet.pipeline.inference.sliding_window import Forward, sliding_window
 from segfleet.pipeline.ranks import Ranks, as_facts, from_facts
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.case import Case, Geometry
-from segfleet.preprocess.files.images import ImageError, read_image
+from segfleet.preprocess.files.images import ImageError, read_image, read_label
 from segfleet.preprocess.files.writer import write_label
 from segfleet.preprocess.readers.pairs import colours
 from segfleet.preprocess.stores.manifest import Dataset, Plan
@@ -27,6 +27,8 @@ from segfleet.preprocess.transforms.case_transforms import (
     preprocess_case,
     resample_axis,
 )
+
+OVERLAYS = "overlays"  # folder of pictures among the predictions
 
 
 def predict_files(
@@ -46,6 +48,7 @@ def predict_files(
     made_by: str = "",
     ranks: Ranks | None = None,
     progress: Callable[[int, int], None] | None = None,
+    overlays: bool = False,
 ) -> dict[str, Any]:
     """Segment the images `inputs` (files and folders) into the folder `out`; one label file each,
     written whole or not at all.
@@ -56,7 +59,8 @@ def predict_files(
     refused. Every rank of `ranks` segments its share, `progress(done, total)` counts that, and
     every rank gets the whole answer: {"done", "kept": [{"id", "file"}], "failed": [{"id", "files",
     "problem"}], "exit_code"}: 2 if any failed, else 0. Raises InputError when nothing can be done
-    at all; an error of one rank is raised on all.
+    at all; an error of one rank is raised on all. `overlays`: also OUT/overlays/<id>.png, the
+    outlined prediction on its image.
     """
     ranks, found, out = ranks or Ranks(), collect(inputs, len(dataset.channels)), Path(out)
     window = {
@@ -83,6 +87,8 @@ def predict_files(
     def segment() -> None:
         for index in share:
             answers[index] = _answer(forward, plan, task, found[index], out, settings, window)
+            if overlays and answers[index][0] != "failed":
+                _draw(found[index], out, plan, answers[index][0] == "kept")
             if progress:
                 progress(len(answers), len(share))
 
@@ -134,12 +140,30 @@ def _answer(
         }
 
 
-def _predict(
-    forward: Forward, plan: Plan, task: Task, one: Input, window: dict[str, Any]
-) -> tuple[np.ndarray, Geometry]:
+def _draw(one: Input, out: Path, plan: Plan, kept: bool) -> None:
+    """The picture of a prediction that lies in `out`."""
+    from segfleet.pipeline.reports.overlays import save_prediction
+
+    path = out / OVERLAYS / f"{one.id}.png"
+    if kept and path.exists():
+        return
+    image, geometry = _image(one, plan)
+    label, _ = read_label(out / one.output)
+    save_prediction(path, image, label.reshape(geometry.shape), geometry.spacing)
+
+
+def _image(one: Input, plan: Plan) -> tuple[np.ndarray, Geometry]:
+    """The raw image (C, Z, Y, X) as every layout would read it."""
     image, geometry = read_image(one.images)
     if len(plan.normalisation) == 3 and set(plan.normalisation) <= set(OF_COLOURS):
         image, geometry = colours(image, geometry)  # as all layouts of colour pictures do
+    return image, geometry
+
+
+def _predict(
+    forward: Forward, plan: Plan, task: Task, one: Input, window: dict[str, Any]
+) -> tuple[np.ndarray, Geometry]:
+    image, geometry = _image(one, plan)
     if len(image) != (channels := len(plan.normalisation)):
         mend = "Save the image with the channels the network was trained on."
         raise ImageError(one.images[0], "channels", str(len(image)), str(channels), mend)

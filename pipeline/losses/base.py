@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import pkgutil
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from segfleet.core.errors import InputError
+from segfleet.core.errors import InputError, import_part
 
 SHARED = ("base", "deep_supervision", "soft_dice")
 
@@ -31,7 +30,7 @@ def build_loss(name: str, *, head: str, options: Mapping[str, Any] | None = None
     """
     if name not in losses():
         raise InputError(f"loss.name: found '{name}', expected one of: {', '.join(losses())}")
-    kind = importlib.import_module(f"segfleet.pipeline.losses.{name}").Loss
+    kind = import_part(f"segfleet.pipeline.losses.{name}", "loss").Loss
     if kind.head not in (head, "any"):
         raise InputError(
             f"loss.name: '{name}' needs a {kind.head} head, this task has a {head} head; set "

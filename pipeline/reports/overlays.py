@@ -73,6 +73,16 @@ def save_overlays(
     return index
 
 
+def save_prediction(
+    path: Path, image_CZYX: np.ndarray, label_ZYX: np.ndarray, spacing: Sequence[float]
+) -> None:
+    """A PNG of the slice with the most prediction, outlined; all on the raw grid."""
+    z = busiest_slice(np.zeros_like(label_ZYX), label_ZYX)
+    png = draw_overlay(image_CZYX, np.zeros_like(label_ZYX), label_ZYX, spacing=spacing, z=z)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png)
+
+
 def chosen_cases(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """{"best", "median", "worst"} -> case entry, by mean Dice over structures; fewer roles when
     there are fewer cases with a score."""

@@ -47,6 +47,28 @@ COLUMNS = (  # metric, heading, digits, signed
 )
 
 
+def columns_of(document: dict[str, Any]) -> list[tuple[str, str, int, bool, float]]:
+    """`COLUMNS` in the unit of the evaluation, and what the values are multiplied by."""
+    unit = document.get("unit", "mm")
+    if unit == "mm":
+        return [(*column, 1.0) for column in COLUMNS]
+    size = "Area" if unit == "pixels" else "Volume"
+    found = []
+    for metric, heading, digits, signed in COLUMNS:
+        heading = heading.replace("(mm)", f"({unit})").replace("(ml)", f"({unit})")
+        heading = heading.replace("Volume", size)
+        counted = metric == "volume_error_ml"
+        found.append((metric, heading, 0 if counted else digits, signed, 1e3 if counted else 1.0))
+    return found
+
+
+def times(value: Any, factor: float) -> Any:
+    """A number, or the bounds of an interval, in another unit; None stays None."""
+    if value is None or factor == 1.0:
+        return value
+    return [times(one, factor) for one in value] if isinstance(value, list) else value * factor
+
+
 def write_report(run_folder: str | Path) -> Path:
     """Write RUN/report.html, whole or not at all; its path. `run_folder` is the folder of the run's
     last stage. Raises InputError."""
@@ -244,7 +266,11 @@ def _scores(document: dict[str, Any], run: Path) -> list[str]:
     ]
     legend = '<p class="note">One dot is one case; the line is the mean, the band its 95 % bootstrap interval over patients.</p>'
     return [
-        section("Scores by structure", _structures(structures) + strips(rows) + legend, "scores"),
+        section(
+            "Scores by structure",
+            _structures(structures, document) + strips(rows) + legend,
+            "scores",
+        ),
         section("What is empty or missing", _counts(structures), "counts"),
         section("The same predictions under other conventions", _variants(document), "variants"),
         section("Best, median and worst case", _overlays(run), "overlays"),
@@ -253,13 +279,19 @@ def _scores(document: dict[str, Any], run: Path) -> list[str]:
     ]
 
 
-def _structures(structures: dict[str, Any]) -> str:
-    head = _head("Structure", [name for _, name, _, _ in COLUMNS])
+def _structures(structures: dict[str, Any], document: dict[str, Any]) -> str:
+    columns, unit = columns_of(document), document.get("unit", "mm")
+    head = _head("Structure", [name for _, name, *_ in columns])
     rows = []
     for name, scores in structures.items():
         cells = "".join(
-            cell(scores[m]["mean"], digits, interval(scores[m]["ci95"], digits), signed)
-            for m, _, digits, signed in COLUMNS
+            cell(
+                times(scores[m]["mean"], factor),
+                digits,
+                interval(times(scores[m]["ci95"], factor), digits),
+                signed,
+            )
+            for m, _, digits, signed, factor in columns
         )
         rows.append(f"<tr><th scope=row>{e(name)}</th>{cells}</tr>")
     spread = []
@@ -276,8 +308,8 @@ def _structures(structures: dict[str, Any]) -> str:
             "Dice median",
             "Dice s.d.",
             "Dice cases",
-            "HD95 median (mm)",
-            "HD95 s.d. (mm)",
+            f"HD95 median ({unit})",
+            f"HD95 s.d. ({unit})",
             "HD95 cases",
         ],
     )
@@ -393,8 +425,9 @@ def _overlays(run: Path) -> str:
 
 def _cases(document: dict[str, Any]) -> str:
     names = document["structures"]
-    shown = [column for column in COLUMNS if column[0] in ("dice", "hd95", "volume_error")]
-    headings = ["Case", "Patient", "Mean Dice", *(text for _ in names for _, text, _, _ in shown)]
+    columns = columns_of(document)
+    shown = [column for column in columns if column[0] in ("dice", "hd95", "volume_error")]
+    headings = ["Case", "Patient", "Mean Dice", *(text for _ in names for _, text, *_ in shown)]
     sortable = [
         f'<th scope="col"{" class=left" if i < 2 else ""}><button type="button" '
         f'data-column="{i}">{e(text)}</button></th>'
@@ -410,7 +443,7 @@ def _cases(document: dict[str, Any]) -> str:
         cells = "".join(
             cell(case["scores"][name][m], digits, "", signed)
             for name in names
-            for m, _, digits, signed in shown
+            for m, _, digits, signed, _ in shown
         )
         first = f'<th scope="row" class="left id">{e(case["id"])}</th><td class="left">{e(case["group"])}</td>'
         rows.append(f"<tr>{first}{cell(case['mean_dice'])}{cells}</tr>")

@@ -21,7 +21,7 @@ from segfleet.pipeline.inference.sliding_window import Forward, sliding_window
 from segfleet.pipeline.ranks import Ranks, apart, as_facts, from_facts
 from segfleet.pipeline.scoring.metrics import confusion, score_case
 from segfleet.pipeline.scoring.scored import VERSION
-from segfleet.pipeline.scoring.summary import definitions, summarise
+from segfleet.pipeline.scoring.summary import definitions, summarise, unit_of
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.stores.base import ShardStore
 from segfleet.preprocess.stores.manifest import CaseEntry
@@ -137,6 +137,7 @@ def evaluate_cases(
             raise from_facts(elsewhere)
     known = before | {entry["id"]: entry for part, _ in answers for entry in part}
     cases = [known[case_id] for case_id in ids]
+    unit = unit_of(store.manifest)
     return {
         "version": VERSION,
         "dataset": store.manifest.dataset.name,
@@ -151,7 +152,8 @@ def evaluate_cases(
         "structures": list(task.names),
         "cases": cases,
         "summary": summarise(cases, task.names, pool),
-        "definitions": definitions(),
+        "unit": unit,
+        "definitions": definitions(unit),
     }
 
 

@@ -30,11 +30,9 @@ from segfleet.pipeline.task import Task
 from segfleet.preprocess.stores.base import ShardStore
 from segfleet.preprocess.stores.manifest import Manifest
 
-# the second: how many of rank 0's cases are scored, while it lasts
-EVALUATION, SCORING = (
-    scored.EVALUATION,
-    "scoring.json",
-)
+EVALUATION = scored.EVALUATION
+# {"phase": validation | scoring | report, "done", "total"} of rank 0, while that lasts
+SCORING = "scoring.json"
 CASES = "scored"  # a folder of the cases that are scored already, while it lasts
 
 
@@ -101,6 +99,7 @@ class Scorer:
     stop: StopRequest
     draw: Callable[..., Any] = nothing
     report: Callable[[Path], Any] = nothing
+    leaf: Path | None = None  # folder of the run, where the progress of a phase is noted
 
     def validate(self, engine: Engine) -> dict[str, Any]:
         """Scores while training: {"dice": mean over structures and cases, "dice_<structure>": ...,
@@ -118,9 +117,10 @@ class Scorer:
                 distances=False,
                 objective=Objective(self.recipe, task),
                 ranks=self.ranks,
-                progress=self._hear,
+                progress=functools.partial(self._tell, "validation"),
                 **self._window(),
             )
+        self._note(None)
         structures = document["summary"]["structures"]
         pooled = [s["pooled"]["pooled_at_stored_size"].get("iou") for s in structures.values()]
         known = [iou for iou in pooled if iou is not None]
@@ -146,7 +146,7 @@ class Scorer:
         leaf, manifest, ids = folders[-1].path, self.store.manifest, self._ids()
         model, task, name = load_network(self.recipe, manifest, folders, self.ranks.device)
         forward = forward_of(model, task, self.recipe, self.ranks.device)
-        tell = functools.partial(self._tell, leaf)
+        tell = functools.partial(self._tell, "scoring")
         facts = scored.score_facts(self.recipe, manifest, folders[-1].done())
         kept = Kept(leaf / CASES, facts | {"versions": checkpoint.versions()}, self.ranks.rank)
         document = evaluate_cases(
@@ -173,6 +173,7 @@ class Scorer:
             document["scored"] = facts
             document["seen_in_training"] = scored.seen_in_training(ids, self.recipe, manifest)
             document["selected_on_these_cases"] = self._selected(folders[-1], name)
+            self._note({"phase": "report", "done": 0, "total": 2})
             self.draw(
                 leaf,
                 document,
@@ -180,9 +181,10 @@ class Scorer:
                 task,
                 lambda case: case_probabilities(forward, self.store, case, **self._window()),
             )
+            self._note({"phase": "report", "done": 1, "total": 2})
             write_atomically(leaf / EVALUATION, json.dumps(document, indent=1))
             self.report(leaf)
-            (leaf / SCORING).unlink(missing_ok=True)
+            self._note(None)
             kept.forget()
         self.ranks.barrier()
 
@@ -215,12 +217,20 @@ class Scorer:
             "device": self.ranks.device,
         }
 
-    def _hear(self, done: int, total: int) -> None:
-        if self.stop.asked() and done < total:
-            raise Interrupted("stopped while validating; run the same command again to go on")
+    def _tell(self, phase: str, done: int, total: int) -> None:
+        """Progress of rank 0's cases for whoever watches, and the moment at which a stop is
+        obeyed."""
+        self._note({"phase": phase, "done": done, "total": total})
+        if self.stop.asked() and (phase == "scoring" or done < total):
+            self._note(None)
+            goal = "score" if phase == "scoring" else "go on"
+            doing = "scoring" if phase == "scoring" else "validating"
+            raise Interrupted(f"stopped while {doing}; run the same command again to {goal}")
 
-    def _tell(self, leaf: Path, done: int, total: int) -> None:
-        if self.ranks.rank == 0:
-            (leaf / SCORING).write_text(json.dumps([done, total]))
-        if self.stop.asked():
-            raise Interrupted("stopped while scoring; run the same command again to score")
+    def _note(self, note: dict[str, Any] | None) -> None:
+        """Rank 0 notes the present phase beside the run, or that it is over."""
+        if self.ranks.rank == 0 and self.leaf is not None:
+            if note is None:
+                (self.leaf / SCORING).unlink(missing_ok=True)
+            else:
+                (self.leaf / SCORING).write_text(json.dumps(note), encoding="utf-8")

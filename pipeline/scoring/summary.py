@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from segfleet.pipeline.scoring.metrics import METRICS, overlap, ratio
+from segfleet.preprocess.stores.manifest import Manifest
 
 RESAMPLES, SEED = 2000, 12345
 
@@ -52,9 +53,24 @@ POOL_METRICS = ("dice", "iou", "accuracy", "specificity", "sensitivity", "precis
 BATCH_SMOOTH = 1e-5  # of the batch-pooled IoU and Dice, as UNeXt's code has it
 
 
-def definitions() -> dict[str, str]:
-    """One sentence for every name that an evaluation document uses."""
-    return {**METRICS, **SUMMARY, **{f"variant {name}": text for name, text in VARIANTS.items()}}
+def definitions(unit: str = "mm") -> dict[str, str]:
+    """One sentence for every name that an evaluation document uses; `unit` as by `unit_of`."""
+    found = {**METRICS, **SUMMARY, **{f"variant {name}": text for name, text in VARIANTS.items()}}
+    if unit != "mm":  # spacing 1 by convention: distances and volumes are counts
+        found = {name: text.replace(" in mm", f" in {unit}") for name, text in found.items()}
+        found["volume_error_ml"] = (
+            f"Predicted minus true size of one case in thousands of {unit}: the files know no "
+            "spacing, and 1 mm stands for it."
+        )
+    return found
+
+
+def unit_of(manifest: Manifest) -> str:
+    """What distances are counted in: "mm", or "pixels" ("voxels" in 3D) where no file of the data
+    set knows its spacing."""
+    if any(case.affine is not None or set(case.raw_spacing) != {1.0} for case in manifest.cases):
+        return "mm"
+    return "pixels" if manifest.dataset.dims == 2 else "voxels"
 
 
 def summarise(

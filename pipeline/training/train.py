@@ -92,6 +92,7 @@ class Run:
     # for a stage that another run, which shares it, is training; never for the last one, which is
     # this very run's
     waits: bool = False
+    listen: Callable[[dict[str, Any]], None] | None = None  # hears every event, on rank 0
 
 
 def train(this: Run) -> Path:
@@ -106,6 +107,8 @@ def train(this: Run) -> Path:
         with locked(this, this.folders[index]):
             if ranks.share(reopened(this, this.folders[index]) if ranks.rank == 0 else None):
                 note_recipe(this)
+                if ranks.rank == 0:
+                    run.note_identity(this.folders[index], recipe, this.store.manifest)
                 train_stage(this, index)
     if ranks.share(ranks.rank == 0 and not noted(this)):
         with locked(this, this.folders[-1]):
@@ -238,13 +241,13 @@ def train_stage(this: Run, index: int) -> None:
     total = stage.epochs * steps
 
     engine, progress = build(this, index)
-    log = EventLog(folder.path, progress.step) if ranks.rank == 0 else None
+    log = EventLog(folder.path, progress.step, this.listen) if ranks.rank == 0 else None
     if log and progress.step == 0:
         log.write(
             "stage_start", step=0, stage=index, name=stage.name, steps=total, ranks=ranks.size
         )
     elif log:
-        log.write("resumed", stage=index, from_step=progress.step, ranks=ranks.size)
+        log.write("resumed", stage=index, from_step=progress.step, steps=total, ranks=ranks.size)
     saver = checkpoint.Saver(folder.checkpoints)
     place = loader.Place(stage=index, epoch=progress.step // steps, step=progress.step % steps)
     schedule = loader.Schedule(

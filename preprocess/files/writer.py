@@ -15,6 +15,19 @@ from segfleet.preprocess.files.images import LPS, ending, stem
 
 WRITABLE = (".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff", ".png", ".bmp")  # lossless
 
+# Black for the background, then colours that the colour-blind tell apart (Okabe and Ito), repeated.
+COLOURS = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    (204, 121, 167),
+    (255, 255, 255),
+)
+PALETTE = bytes([0, 0, 0, *(part for i in range(255) for part in COLOURS[i % len(COLOURS)])])
+
 
 def write_label(path: Path, label_ZYX: np.ndarray, geometry: Geometry) -> None:
     """Write class numbers with the shape, spacing and affine of `geometry`; the file appears whole
@@ -62,7 +75,10 @@ def write_label(path: Path, label_ZYX: np.ndarray, geometry: Geometry) -> None:
                     f"{path}: {kind} holds one slice of 8-bit classes, found {label.shape} "
                     f"{label.dtype}. Use .nii.gz"
                 )
-            Image.fromarray(label[0]).save(temporary)
+            picture = Image.fromarray(label[0])
+            if label.dtype == np.uint8:  # the values stay; a viewer shows a colour for each
+                picture.putpalette(PALETTE)
+            picture.save(temporary)
 
 
 def _nifti(label: np.ndarray, geometry: Geometry) -> bytes:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 import pkgutil
@@ -17,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from segfleet.core.errors import InputError, Problem
+from segfleet.core.errors import InputError, Problem, did_you_mean, import_part
 from segfleet.preprocess.case import Case, Geometry
 from segfleet.preprocess.files.images import read_image, read_label
 from segfleet.preprocess.stores.manifest import Dataset
@@ -151,9 +150,10 @@ def reader_class(name: str) -> type[RawReader]:
     """The class of a layout. Raises InputError with the legal names."""
     if name not in readers():
         raise InputError(
-            f"data set: found '{name}', expected one of the layouts: {', '.join(readers())}"
+            f"data set: found '{name}', expected one of the layouts: {', '.join(readers())}."
+            f"{did_you_mean(name, readers())}"
         )
-    return importlib.import_module(f"segfleet.preprocess.readers.{name}").Reader
+    return import_part(f"segfleet.preprocess.readers.{name}", "layout").Reader
 
 
 def open_reader(name: str, root: str | Path, **options: str) -> RawReader:

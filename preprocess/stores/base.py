@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import importlib
 import pkgutil
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from segfleet.core.errors import InputError
+from segfleet.core.errors import InputError, import_part
 from segfleet.preprocess.stores.manifest import CaseEntry, Manifest, load_manifest
 
 Box = tuple[slice, slice, slice]  # (z, y, x), in voxels of the stored grid; may reach outside it
@@ -86,7 +85,7 @@ def store_module(name: str):
     """The module of a format. Raises InputError with the legal names."""
     if name not in formats():
         raise InputError(f"format: found '{name}', expected one of: {', '.join(formats())}")
-    return importlib.import_module(f"segfleet.preprocess.stores.{name}")
+    return import_part(f"segfleet.preprocess.stores.{name}", "store format")
 
 
 def open_store(root: str | Path) -> ShardStore:

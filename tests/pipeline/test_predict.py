@@ -446,3 +446,32 @@ def test_a_wrong_number_of_channels_names_the_file(sets, name, found, tmp_path):
         f"{path}: channels: found {found}, expected {len(store.manifest.dataset.channels)}. Save"
     )
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["predictions.json"]
+
+
+def test_a_png_prediction_shows_colours_and_keeps_its_values(sets, tmp_path):
+    store, raw = sets["dsb2018"]
+    images = copy_images(store, raw, tmp_path / "in")
+    found = predict(store, [images], tmp_path / "out", overlays=True)
+    for entry in found["done"]:
+        with Image.open(entry["file"]) as picture:
+            assert picture.mode == "P" and set(np.unique(np.asarray(picture))) == {0, 1}
+            colours = set(map(tuple, np.asarray(picture.convert("RGB")).reshape(-1, 3).tolist()))
+        assert colours == {(0, 0, 0), (230, 159, 0)}
+        label, _ = read_label(Path(entry["file"]))
+        assert set(np.unique(label)) == {0, 1}
+    # an overlay for each, drawn again if it is gone, and no image to the next prediction
+    overlays = tmp_path / "out" / "overlays"
+    names = sorted(path.name for path in overlays.iterdir())
+    assert names == sorted(f"{entry['id']}.png" for entry in found["done"])
+    drawn = np.asarray(Image.open(overlays / names[0]).convert("RGB")).reshape(-1, 3)
+    assert (drawn == (255, 140, 0)).all(1).any(), "an outline in the colour of predictions"
+    (overlays / names[0]).unlink()
+    again = predict(store, [images], tmp_path / "out", overlays=True)
+    assert len(again["kept"]) == len(names) and (overlays / names[0]).exists()
+
+
+def test_overlays_of_volumes(sets, tmp_path):
+    store, raw = sets["nnunet"]
+    images = copy_images(store, raw, tmp_path / "in")
+    found = predict(store, [images], tmp_path / "out", overlays=True)
+    assert len(list((tmp_path / "out" / "overlays").glob("*.png"))) == len(found["done"]) > 0

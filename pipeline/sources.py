@@ -1,0 +1,202 @@
+"""The code that computes a stage, as a part of its identity.
+
+What segfleet ships is stood for by `NUMERICS` (`run.py`), so that an update trains nothing again
+unless results change. A file that differs from the shipped one, or is not ours, counts by its
+source: comments, docstrings and formatting are left out. `make sources` writes the table of what
+is shipped. No torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from segfleet.core.files import write_atomically
+
+HOME = Path(__file__).resolve().parents[1]
+TABLE = Path(__file__).with_name("sources.json")
+# What every stage is computed by, besides its network and its loss.
+ALWAYS = (
+    "pipeline/data/augment.py",
+    "pipeline/data/geometry.py",
+    "pipeline/data/intensity.py",
+    "pipeline/data/sampler.py",
+    "pipeline/data/randomness.py",
+    "pipeline/losses/deep_supervision.py",
+    "pipeline/training/schedule.py",
+    "pipeline/training/sync_norm.py",
+    "pipeline/engines/common.py",
+)
+NETWORKS, LOSSES = "models", "pipeline/losses"
+FOLLOWED = (f"{NETWORKS}/", "pipeline/losses/", "pipeline/data/", *ALWAYS)  # through imports
+
+
+@functools.cache  # a process has read its code once
+def changed_sources(network: str, loss: str) -> dict[str, str]:
+    """File (relative to the package) -> hash of its source, of those that compute a stage with this
+    network and loss and are not as shipped. Empty for what segfleet ships."""
+    table = shipped()
+    files = {*network_files(network, table["networks"]), *loss_files(loss), *ALWAYS}
+    found = {name: source_hash(HOME / name) for name in sorted(closure(files))}
+    return {name: digest for name, digest in found.items() if table["files"].get(name) != digest}
+
+
+def network_files(network: str, known: dict[str, str]) -> list[str]:
+    """The file that registers a network. Of one that is not shipped: those that hold its name, or
+    if none does (it is put together) all that are not shipped."""
+    if network in known:
+        return [known[network]]
+    foreign = sorted(
+        str(path.relative_to(HOME))
+        for path in (HOME / NETWORKS).rglob("*.py")
+        if str(path.relative_to(HOME)) not in shipped()["files"]
+    )
+    return [name for name in foreign if network in texts(HOME / name)] or foreign
+
+
+def loss_files(loss: str) -> list[str]:
+    """The file of a loss; of `auto`, those of both kinds of head."""
+    names = ("dice_ce", "bce_dice") if loss == "auto" else (loss,)
+    return [f"{LOSSES}/{name}.py" for name in names if (HOME / LOSSES / f"{name}.py").is_file()]
+
+
+def closure(files: Iterable[str]) -> set[str]:
+    """These files and what they import of ours, as far as it computes."""
+    found: set[str] = set()
+    waiting = list(files)
+    while waiting:
+        name = waiting.pop()
+        if name not in found and (HOME / name).is_file():
+            found.add(name)
+            waiting += [other for other in imports(HOME / name) if other.startswith(FOLLOWED)]
+            waiting += [str(Path(name).with_name(text)) for text in _compiled(HOME / name)]
+    return found
+
+
+def imports(path: Path) -> list[str]:
+    """Files of ours that a file imports."""
+    wanted: set[str] = set()
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Import):
+            wanted |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            wanted |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    found = []
+    for module in wanted:
+        package, *parts = module.split(".")
+        if package == "segfleet" and parts:
+            stem = "/".join(parts)
+            found += [
+                name for name in (f"{stem}.py", f"{stem}/__init__.py") if (HOME / name).is_file()
+            ]
+    return found
+
+
+def _compiled(path: Path) -> list[str]:
+    """Names of the C++ files that a Python file names and that lie beside it."""
+    return [
+        text for text in texts(path) if text.endswith(".cpp") and path.with_name(text).is_file()
+    ]
+
+
+def texts(path: Path) -> set[str]:
+    return {
+        node.value
+        for node in ast.walk(_tree(path))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+
+
+def source_hash(path: Path) -> str:
+    """16 hex digits of what a Python or C++ file says."""
+    if path.suffix == ".cpp":
+        code = re.sub(r"//[^\n]*|/\*.*?\*/", " ", path.read_text(encoding="utf-8"), flags=re.S)
+        text = " ".join(code.split())
+    else:
+        text = json.dumps(_plain(_tree(path)))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _tree(path: Path) -> ast.Module:
+    try:
+        return ast.parse(path.read_bytes())
+    except SyntaxError:  # whoever needs the file will say so
+        return ast.Module(body=[], type_ignores=[])
+
+
+def _plain(node: Any) -> Any:
+    """A syntax tree as lists, the same in every version of Python: without positions, docstrings
+    and what is empty."""
+    if isinstance(node, list):
+        return [_plain(one) for one in node]
+    if not isinstance(node, ast.AST):
+        return [type(node).__name__, repr(node)]
+    fields = dict(ast.iter_fields(node))
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        fields["body"] = fields["body"][ast.get_docstring(node, clean=False) is not None :]
+    return [type(node).__name__] + [
+        [name, _plain(value)]
+        for name, value in fields.items()
+        if value not in (None, []) and name not in ("kind", "type_comment", "ctx")
+    ]
+
+
+@functools.cache
+def shipped() -> dict[str, Any]:
+    """{"numerics", "files": file -> hash, "networks": name -> file} as of this version."""
+    return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def computing() -> Iterator[str]:
+    """Files of this package whose sources are part of an identity."""
+    for folder in (NETWORKS, LOSSES):
+        yield from (str(path.relative_to(HOME)) for path in (HOME / folder).rglob("*.py"))
+    yield from ALWAYS
+
+
+def table() -> dict[str, Any]:
+    """The table as it should be for the code as it is. Imports every network."""
+    from segfleet.models.registry import specs
+    from segfleet.pipeline.run import NUMERICS
+
+    networks = {}
+    for name, spec in specs().items():
+        build = spec.build
+        while isinstance(build, functools.partial):
+            build = build.func
+        stem = build.__module__.removeprefix("segfleet.").replace(".", "/")
+        networks[name] = f"{stem}.py" if (HOME / f"{stem}.py").is_file() else f"{stem}/__init__.py"
+    files = {name: source_hash(HOME / name) for name in sorted(closure(computing()))}
+    return {"numerics": NUMERICS, "files": files, "networks": networks}
+
+
+def main() -> int:
+    """Write the table; refuses changed sources under an old `NUMERICS` unless told that results are
+    the same."""
+    made = table()
+    known = shipped() if TABLE.exists() else {"numerics": None, "files": {}}
+    changed = sorted(
+        name
+        for name in known["files"]
+        if name in made["files"] and made["files"][name] != known["files"][name]
+    )
+    if changed and made["numerics"] == known["numerics"] and "--same-results" not in sys.argv[1:]:
+        sys.stderr.write(
+            f"changed since NUMERICS {known['numerics']}: {', '.join(changed)}\nIf any recipe now "
+            "computes something else, raise NUMERICS in pipeline/run.py and run this again; if "
+            "not, run `make sources SAME=1`\n"
+        )
+        return 1
+    write_atomically(TABLE, json.dumps(made, indent=1, sort_keys=True) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""A stage's identity takes in the code that computes it."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import pytest
+
+from segfleet.pipeline import recipe as recipes
+from segfleet.pipeline import run, sources, status
+from segfleet.preprocess.stores.manifest import load_manifest
+
+MINE = '''"""My network."""
+from segfleet.models.norm import norm  # a comment
+
+
+def build(width):
+    """A docstring."""
+    return norm(width, f"{width:>3}", -1.5)
+'''
+
+
+@pytest.fixture(scope="module")
+def table():
+    """What is shipped is what is here, in this module."""
+    return sources.table()
+
+
+@pytest.fixture
+def code(table, tmp_path, monkeypatch):
+    """A copy of the package whose files may be edited: `code(file, old, new)`; the file alone:
+    write `new`."""
+    for folder in (sources.NETWORKS, "pipeline"):
+        shutil.copytree(sources.HOME / folder, tmp_path / folder)
+    table = copy.deepcopy(table)
+    monkeypatch.setattr(sources, "shipped", lambda: table)
+    monkeypatch.setattr(sources, "HOME", tmp_path)
+
+    def edit(file, old, new):
+        path = tmp_path / file
+        text = path.read_text() if path.exists() else ""
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+        sources.changed_sources.cache_clear()
+
+    sources.changed_sources.cache_clear()
+    yield edit
+    sources.changed_sources.cache_clear()
+
+
+def test_the_table_is_of_this_code_and_of_its_numerics(table):
+    known = sources.shipped()
+    changed = [
+        name
+        for name in {**known["files"], **table["files"]}
+        if known["files"].get(name) != table["files"].get(name)
+    ]
+    assert (changed, known["numerics"], known["networks"]) == (
+        [],
+        table["numerics"],
+        table["networks"],
+    ), (
+        "code that computes results has changed: raise NUMERICS in pipeline/run.py if any recipe "
+        "now computes something else, and run `make sources`; `make sources SAME=1` if none does"
+    )
+
+
+def test_what_is_shipped_counts_by_its_version_alone(code):
+    for network in ("unext", "vm_unet", "e2mi_seg_acdc"):
+        assert sources.changed_sources(network, "auto") == {}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "counts"),
+    [
+        ("models/unext.py", "from __future__", "# comment\nfrom __future__", False),
+        ("models/unext.py", "import torch\n", "import torch\n\n\n\n", False),
+        ("models/unext.py", "import torch\n", "import torch\nx = 1\n", True),
+        ("models/norm.py", "from __future__", "x = 1\nfrom __future__", True),
+        ("models/vm_unet.py", "import torch\n", "import torch\nx = 1\n", False),
+        ("pipeline/losses/dice_ce.py", "import torch\n", "import torch\nx = 1\n", True),
+        ("pipeline/losses/soft_dice.py", "import torch\n", "import torch\nx = 1\n", True),
+        ("pipeline/losses/ss.py", "import torch\n", "import torch\nx = 1\n", False),
+        ("pipeline/data/augment.py", "from __future__", "x = 1\nfrom __future__", True),
+        ("pipeline/data/intensity.py", "from __future__", "x = 1\nfrom __future__", True),
+        ("pipeline/data/kernels.cpp", "// ", "// so ", False),
+        ("pipeline/data/kernels.cpp", "return ", "return 0 + ", True),
+        ("pipeline/reports/report.py", "import json\n", "import json\nx = 1\n", False),
+    ],
+)
+def test_an_edited_file_counts_where_it_computes(code, file, old, new, counts):
+    code("models/unext.py", "import torch\n", "import torch\nfrom segfleet.models import norm\n")
+    sources.shipped()["files"]["models/unext.py"] = sources.source_hash(
+        sources.HOME / "models/unext.py"
+    )
+    code(file, old, new)
+    assert sources.changed_sources("unext", "dice_ce") == (
+        {file: sources.source_hash(sources.HOME / file)} if counts else {}
+    )
+
+
+def test_a_network_of_the_user_counts_by_its_source(code):
+    """Found by its name; one whose name is put together, by all files that are not shipped."""
+    code("models/mine.py", "", MINE + "NAME = 'my_net'\n")
+    first = sources.changed_sources("my_net", "auto")
+    assert list(first) == ["models/mine.py"]
+    code("models/other.py", "", "NAME = 'other_net'\n")
+    assert sources.changed_sources("my_net", "auto") == first
+    assert list(sources.changed_sources("put_together", "auto")) == [
+        "models/mine.py",
+        "models/other.py",
+    ]
+    code("models/mine.py", "  # a comment", "")
+    code("models/mine.py", "A docstring", "Another one")
+    code("models/mine.py", "width, f", "width,\n        f")
+    assert sources.changed_sources("my_net", "auto") == first
+    code("models/mine.py", "-1.5", "-1.25")
+    assert sources.changed_sources("my_net", "auto") != first
+
+
+def test_why_a_run_is_new_is_said(code, tiny_store, tmp_path):
+    def make(lr=1e-3, name="mine", patch=(16, 16), stages=1):
+        document = {
+            "name": name,
+            "data": {"store": str(tiny_store(dims=2)), "patch": list(patch)},
+            "model": {"name": "unext"},
+            "stages": [{"epochs": 1, "lr": lr}, {"epochs": 2, "lr": 1.0}][:stages],
+        }
+        return recipes.parse(document)
+
+    manifest = load_manifest(tiny_store(dims=2))
+
+    def standing(recipe, root="runs"):
+        return status.standing(
+            recipe, manifest, run.stage_folders(tmp_path / root, recipe, manifest)
+        )
+
+    recipe = make()
+    assert standing(recipe) == "a new run, beginning with stage 1 of 1"
+    (folder,) = run.stage_folders(tmp_path / "runs", recipe, manifest)
+    folder.path.mkdir(parents=True)
+    run.note_identity(folder, recipe, manifest)
+    assert standing(recipe) == "going on with stage 1 of 1"
+    uid = folder.path.name
+    assert standing(make(lr=2e-3)) == (
+        f"stage 1 of 1 is new: it differs from {uid} in stages.0.lr (0.002, there 0.001)"
+    )
+    assert standing(make(lr=2e-3, name="other")).startswith("a new run")
+    code("models/unext.py", "import torch\n", "import torch\nx = 1\n")
+    assert standing(recipe) == (
+        f"stage 1 of 1 is new: it differs from {uid} in the code of models/unext.py"
+    )
+    code("models/unext.py", "import torch\nx = 1\n", "import torch\n")
+    (folder.path / run.DONE).write_text("{}")
+    assert standing(recipe).startswith("training was finished on 20")
+    assert standing(make(stages=2)) == "beginning stage 2 of 2"
