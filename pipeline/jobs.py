@@ -29,7 +29,7 @@ from segfleet.pipeline.inference.predict import predict_files
 from segfleet.pipeline.parts import patch_of
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
-from segfleet.pipeline.reports.overlays import save_overlays
+from segfleet.pipeline.reports.overlays import save_overlays, save_prediction
 from segfleet.pipeline.reports.report import write_report
 from segfleet.pipeline.run import open_run, stage_folders
 from segfleet.pipeline.scoring.score import Scorer, forward_of, load_network
@@ -118,7 +118,7 @@ def predict(
         made_by=f"{folders[-1].path.name} {name}",
         ranks=ranks,
         progress=progress,
-        overlays=job.get("overlays", False),
+        draw=save_prediction if job.get("overlays") else None,
     )
 
 

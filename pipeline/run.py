@@ -19,14 +19,12 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import write_atomically
 from segfleet.core.lock import Lock, holder
 from segfleet.pipeline.recipe import Recipe, parse
-from segfleet.pipeline.sources import changed_sources
+from segfleet.pipeline.sources import NUMERICS, changed_sources
 from segfleet.preprocess.stores.manifest import Manifest
 
 if TYPE_CHECKING:  # it needs torch, which a process that only looks at runs must not load
     from segfleet.pipeline import checkpoint
 
-# Raised whenever a change of the code changes what the same recipe computes; see `sources.py`.
-NUMERICS = 3
 RECIPE, DONE, LOCK, IDENTITY = "recipe.json", "done.json", "lock", "identity.json"
 
 # Options that some other option leaves without effect.

@@ -1,6 +1,6 @@
 """The code that computes a stage, as a part of its identity.
 
-What segfleet ships is stood for by `NUMERICS` (`run.py`), so that an update trains nothing again
+What segfleet ships is stood for by `NUMERICS`, so that an update trains nothing again
 unless results change. A file that differs from the shipped one, or is not ours, counts by its
 source: comments, docstrings and formatting are left out. `make sources` writes the table of what
 is shipped. No torch.
@@ -20,6 +20,8 @@ from typing import Any
 
 from segfleet.core.files import write_atomically
 
+# Raised whenever a change of the code changes what the same recipe computes.
+NUMERICS = 3
 HOME = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_name("sources.json")
 # What every stage is computed by, besides its network and its loss.
@@ -164,7 +166,6 @@ def computing() -> Iterator[str]:
 def table() -> dict[str, Any]:
     """The table as it should be for the code as it is. Imports every network."""
     from segfleet.models.registry import specs
-    from segfleet.pipeline.run import NUMERICS
 
     networks = {}
     for name, spec in specs().items():
@@ -190,7 +191,7 @@ def main() -> int:
     if changed and made["numerics"] == known["numerics"] and "--same-results" not in sys.argv[1:]:
         sys.stderr.write(
             f"changed since NUMERICS {known['numerics']}: {', '.join(changed)}\nIf any recipe now "
-            "computes something else, raise NUMERICS in pipeline/run.py and run this again; if "
+            "computes something else, raise NUMERICS in pipeline/sources.py and run this again; if "
             "not, run `make sources SAME=1`\n"
         )
         return 1

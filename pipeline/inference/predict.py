@@ -48,7 +48,7 @@ def predict_files(
     made_by: str = "",
     ranks: Ranks | None = None,
     progress: Callable[[int, int], None] | None = None,
-    overlays: bool = False,
+    draw: Callable[[Path, np.ndarray, np.ndarray, Sequence[float]], Any] | None = None,
 ) -> dict[str, Any]:
     """Segment the images `inputs` (files and folders) into the folder `out`; one label file each,
     written whole or not at all.
@@ -59,7 +59,7 @@ def predict_files(
     refused. Every rank of `ranks` segments its share, `progress(done, total)` counts that, and
     every rank gets the whole answer: {"done", "kept": [{"id", "file"}], "failed": [{"id", "files",
     "problem"}], "exit_code"}: 2 if any failed, else 0. Raises InputError when nothing can be done
-    at all; an error of one rank is raised on all. `overlays`: also OUT/overlays/<id>.png, the
+    at all; an error of one rank is raised on all. `draw`: also OUT/overlays/<id>.png, the
     outlined prediction on its image.
     """
     ranks, found, out = ranks or Ranks(), collect(inputs, len(dataset.channels)), Path(out)
@@ -87,8 +87,8 @@ def predict_files(
     def segment() -> None:
         for index in share:
             answers[index] = _answer(forward, plan, task, found[index], out, settings, window)
-            if overlays and answers[index][0] != "failed":
-                _draw(found[index], out, plan, answers[index][0] == "kept")
+            if draw and answers[index][0] != "failed":
+                _draw(draw, found[index], out, plan, answers[index][0] == "kept")
             if progress:
                 progress(len(answers), len(share))
 
@@ -140,16 +140,14 @@ def _answer(
         }
 
 
-def _draw(one: Input, out: Path, plan: Plan, kept: bool) -> None:
+def _draw(draw: Callable[..., Any], one: Input, out: Path, plan: Plan, kept: bool) -> None:
     """The picture of a prediction that lies in `out`."""
-    from segfleet.pipeline.reports.overlays import save_prediction
-
     path = out / OVERLAYS / f"{one.id}.png"
     if kept and path.exists():
         return
     image, geometry = _image(one, plan)
     label, _ = read_label(out / one.output)
-    save_prediction(path, image, label.reshape(geometry.shape), geometry.spacing)
+    draw(path, image, label.reshape(geometry.shape), geometry.spacing)
 
 
 def _image(one: Input, plan: Plan) -> tuple[np.ndarray, Geometry]:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from segfleet.core.errors import InputError
 from segfleet.pipeline.inference.predict import collect, predict_files
+from segfleet.pipeline.reports.overlays import save_prediction
 from segfleet.pipeline.scoring.evaluate import predict_case
 from segfleet.pipeline.task import make_task
 from segfleet.preprocess.building.build import build
@@ -451,7 +452,7 @@ def test_a_wrong_number_of_channels_names_the_file(sets, name, found, tmp_path):
 def test_a_png_prediction_shows_colours_and_keeps_its_values(sets, tmp_path):
     store, raw = sets["dsb2018"]
     images = copy_images(store, raw, tmp_path / "in")
-    found = predict(store, [images], tmp_path / "out", overlays=True)
+    found = predict(store, [images], tmp_path / "out", draw=save_prediction)
     for entry in found["done"]:
         with Image.open(entry["file"]) as picture:
             assert picture.mode == "P" and set(np.unique(np.asarray(picture))) == {0, 1}
@@ -466,12 +467,12 @@ def test_a_png_prediction_shows_colours_and_keeps_its_values(sets, tmp_path):
     drawn = np.asarray(Image.open(overlays / names[0]).convert("RGB")).reshape(-1, 3)
     assert (drawn == (255, 140, 0)).all(1).any(), "an outline in the colour of predictions"
     (overlays / names[0]).unlink()
-    again = predict(store, [images], tmp_path / "out", overlays=True)
+    again = predict(store, [images], tmp_path / "out", draw=save_prediction)
     assert len(again["kept"]) == len(names) and (overlays / names[0]).exists()
 
 
 def test_overlays_of_volumes(sets, tmp_path):
     store, raw = sets["nnunet"]
     images = copy_images(store, raw, tmp_path / "in")
-    found = predict(store, [images], tmp_path / "out", overlays=True)
+    found = predict(store, [images], tmp_path / "out", draw=save_prediction)
     assert len(list((tmp_path / "out" / "overlays").glob("*.png"))) == len(found["done"]) > 0

@@ -61,7 +61,7 @@ def test_the_table_is_of_this_code_and_of_its_numerics(table):
         table["numerics"],
         table["networks"],
     ), (
-        "code that computes results has changed: raise NUMERICS in pipeline/run.py if any recipe "
+        "code that computes results has changed: raise NUMERICS in pipeline/sources.py if any recipe "
         "now computes something else, and run `make sources`; `make sources SAME=1` if none does"
     )
 
