@@ -141,9 +141,7 @@ def twice(reader: RawReader, name: str) -> bool:
     elif name == "dicom":
         save_as = label.with_name(label.name.removesuffix(".gz"))
         nib.save(nib.load(label), save_as)
-    elif name in ("folder", "cvc_clinicdb", "glas"):
-        shutil.copy(image, image.with_suffix(".jpeg"))
-    elif name in ("isic2017", "isic2018", "kvasir_seg"):
+    elif name in ("folder", "cvc_clinicdb", "glas", "isic2017", "isic2018", "kvasir_seg"):
         shutil.copy(image, image.with_suffix(".jpeg"))
     elif name == "busi":
         other = next(p for p in image.parent.parent.iterdir() if p.is_dir() and p != image.parent)

@@ -310,11 +310,11 @@ def crashing(monkeypatch, *cases):
 
 
 def test_a_crash_names_the_case(raw, tmp_path, monkeypatch):
-    with crashing(monkeypatch, "phantom_002"):
-        with pytest.raises(
-            RuntimeError, match="case 'phantom_002': ZeroDivisionError: in the middle"
-        ):
-            build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)
+    with (
+        crashing(monkeypatch, "phantom_002"),
+        pytest.raises(RuntimeError, match="case 'phantom_002': ZeroDivisionError: in the middle"),
+    ):
+        build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)
     assert not (tmp_path / "out").exists()
 
 
@@ -323,12 +323,14 @@ def test_all_failures_are_told_once_the_others_are_written(workers, raw, tmp_pat
     """Two cases that fail, one a user's fault, one ours; then two of the user's."""
     raw = Path(shutil.copytree(raw, tmp_path / "raw"))
     if workers == 1:
-        with crashing(monkeypatch, "phantom_001", "phantom_003"):
-            with pytest.raises(
+        with (
+            crashing(monkeypatch, "phantom_001", "phantom_003"),
+            pytest.raises(
                 RuntimeError,
                 match="2 shards could not be written.*\nphantom_001: .*ZeroDiv.*\nphantom_003: ",
-            ):
-                build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)
+            ),
+        ):
+            build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)
         assert len(list((tmp_path / "out.partial/shards").iterdir())) == 4
     paths = [raw / f"imagesTr/phantom_00{number}.nii.gz" for number in (1, 3)]
 
