@@ -44,6 +44,18 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def share_as_others(path: Path) -> None:
+    """Give a file that a library made private the mode of any new file of its folder: umask, setgid
+    and ACLs decide who reads it. The umask itself cannot be asked without changing it for all
+    threads."""
+    beside = temporary_name(path)
+    beside.touch()
+    try:
+        path.chmod(beside.stat().st_mode & 0o777)
+    finally:
+        beside.unlink()
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename inside `folder` survive a power cut, where the file system can."""
     handle = os.open(folder, os.O_RDONLY)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import sync_folder, temporary_name, write_atomically
+from segfleet.core.files import share_as_others, sync_folder, temporary_name, write_atomically
 
 MANIFEST = "manifest.json"
 PREFIX = "step-"
@@ -71,10 +71,9 @@ def write(root: Path, step: int, tensors: Tensors, state: dict[str, Any]) -> Pat
     try:
         for group, named in tensors.items():
             try:
-                save_file(
-                    {name: value.contiguous() for name, value in named.items()},
-                    partial / f"{group}.safetensors",
-                )
+                path = partial / f"{group}.safetensors"
+                save_file({name: value.contiguous() for name, value in named.items()}, path)
+                share_as_others(path)
             except OSError:
                 raise
             except Exception as error:  # safetensors wraps the system's error in its own

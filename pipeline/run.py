@@ -18,13 +18,13 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import write_atomically
 from segfleet.core.lock import Lock, holder
 from segfleet.pipeline.recipe import Recipe, parse
-from segfleet.preprocess.stores.manifest import Manifest
+from segfleet.preprocess.stores.manifest import Manifest, load_manifest
 
 if TYPE_CHECKING:  # it needs torch, which a process that only looks at runs must not load
     from segfleet.pipeline import checkpoint
 
 NUMERICS = 3  # raised whenever a change of the code changes what the same recipe computes
-RECIPE, DONE, LOCK = "recipe.json", "done.json", "lock"
+RECIPE, DONE, LOCK, DATA = "recipe.json", "done.json", "lock", "data.json"
 
 # Options that some other option leaves without effect.
 IDLE_OF_OPTIMIZER = {
@@ -196,6 +196,37 @@ def open_run(path: Path) -> tuple[Recipe, list[StageFolder]]:
     recipe = parse(json.loads((path / RECIPE).read_text(encoding="utf-8")), str(path / RECIPE))
     chain = [path, *path.parents][: len(recipe.stages)][::-1]
     return recipe, [StageFolder(path=folder, index=index) for index, folder in enumerate(chain)]
+
+
+def note_data(path: Path, manifest: Manifest) -> None:
+    """Keep data set and plan of the store in a run folder: a trained network does not need its
+    training data."""
+    known = {"cases": (), "splits": {}, "files": {}, "joined": None, "fingerprint": {}}
+    text = json.dumps(manifest.model_copy(update=known).model_dump(mode="json"), indent=1)
+    if not (path / DATA).is_file() or (path / DATA).read_text(encoding="utf-8") != text:
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / DATA, text)
+
+
+def data_of(path: Path, recipe: Recipe) -> Manifest:
+    """Data set and plan of a run, without cases: from its own folder; of runs that kept none, from
+    their store. Raises InputError."""
+    try:
+        return Manifest.model_validate_json((path / DATA).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        raise InputError(
+            f"run: {path / DATA} is damaged ({str(error).splitlines()[0]}); remove it, and the "
+            "store is asked"
+        ) from None
+    try:
+        return load_manifest(Path(recipe.data.store))
+    except InputError as error:
+        raise InputError(
+            f"{error.args[0]} The run {path.name} was made before runs kept what they need of it: "
+            f"once, `segfleet evaluate {path.name} data.store=FOLDER` with where the store is now"
+        ) from None
 
 
 def find_run(text: str, root: Path) -> Path:

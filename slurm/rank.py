@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from segfleet.core.errors import ExitCode
+from segfleet.core.errors import ExitCode, InputError
 from segfleet.pipeline.launch import worker
 from segfleet.pipeline.stop import Interrupted, StopRequest
 
@@ -27,6 +27,10 @@ PATIENCE = 900
 
 class Fruitless(RuntimeError):
     """The job was restarted again and again without a step of progress."""
+
+
+class OtherCode(InputError):
+    """The code that would run is not the code that was submitted."""
 
 
 def run_rank(folder: str) -> None:
@@ -42,7 +46,7 @@ def run_rank(folder: str) -> None:
     if rank == 0:
         try:
             begin(life, document, spec["fruitless"])
-        except Fruitless as error:
+        except (Fruitless, OtherCode) as error:
             worker.report(life, rank, error)
             sys.stderr.write(f"segfleet: {error}\n")
             worker.exit_now(1)
@@ -102,10 +106,23 @@ def own_address() -> str:
 def begin(life: Path, document: dict[str, Any], limit: int) -> None:
     """Note how far the job was when this start began. Raises Fruitless after `limit` restarts
     without progress."""
+    from segfleet.slurm.snapshot import digest
     from segfleet.slurm.submission import progress_of
 
+    code, frozen = digest(), os.environ.get("SEGFLEET_CODE")
+    if frozen not in (None, code):
+        raise OtherCode(
+            f"the job was to run the code {frozen} and found {code} on its Python path: the frozen "
+            "code was changed, or --setup or the container put another segfleet before it. Submit it "
+            "again"
+        )
     steps = progress_of(document)
-    facts = {"time": time.time(), "steps": steps, "node": os.environ.get("SLURMD_NODENAME")}
+    facts = {
+        "time": time.time(),
+        "steps": steps,
+        "node": os.environ.get("SLURMD_NODENAME"),
+        "code": code,
+    }
     (life / "life.json").write_text(json.dumps(facts), encoding="utf-8")
     job = life.name.rpartition(".")[0]
     begun = sorted(

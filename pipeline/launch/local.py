@@ -95,7 +95,7 @@ def _start(rendezvous: Path, rank: int, ranks: int, threads: str) -> subprocess.
     }
     # A session of its own: Ctrl-C reaches us alone, and we pass it on once.
     return subprocess.Popen(
-        [sys.executable, "-m", "segfleet.pipeline.launch.worker", str(rendezvous)],
+        [sys.executable, "-P", "-m", "segfleet.pipeline.launch.worker", str(rendezvous)],
         env=environment,
         start_new_session=True,
     )

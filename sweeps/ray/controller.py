@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from segfleet.core.errors import explain
+from segfleet.core.errors import InputError, explain
 from segfleet.pipeline.launch.local import die_with_parent
 from segfleet.sweeps.ray.slots import NAMES, share, threads_of
 from segfleet.sweeps.results.ledger import Ledger
@@ -43,6 +43,7 @@ SETTINGS = {  # of Ray and Tune: no telemetry, no files, no flood; the tree on d
     "RAY_health_check_timeout_ms": "60000",
     "RAY_raylet_start_wait_time_s": "120",
 }
+LONGEST = 40  # characters of the folder of Ray's sockets: theirs have 107, of which it adds 65
 
 
 def main() -> int:
@@ -178,7 +179,7 @@ def ray_session(resources: Any, folder: Path) -> Iterator[Path]:
     own files."""
     os.environ.update({key: os.environ.get(key, value) for key, value in SETTINGS.items()})
     sweep_away(folder)
-    temporary = Path(tempfile.mkdtemp(prefix="sf-", dir="/tmp" if Path("/tmp").is_dir() else None))
+    temporary = Path(tempfile.mkdtemp(prefix="sf-", dir=short_folder()))
     (folder / "ray.json").write_text(
         json.dumps({"temporary": str(temporary), "process": os.getpid()})
     )
@@ -197,6 +198,20 @@ def ray_session(resources: Any, folder: Path) -> Iterator[Path]:
         ray.shutdown()
         shutil.rmtree(temporary, ignore_errors=True)
         (folder / "ray.json").unlink(missing_ok=True)
+
+
+def short_folder() -> str:
+    """Where Ray's sockets go: RAY_TMPDIR or TMPDIR as the user has set them, else /tmp. The name of
+    a socket has 107 characters at most. Raises InputError if none of the folders will do."""
+    asked = [os.environ.get(name) for name in ("RAY_TMPDIR", "TMPDIR")]
+    places = [place for place in (*asked, "/tmp", "/var/tmp", "/dev/shm") if place]
+    for place in places:
+        if len(place) <= LONGEST and os.access(place, os.W_OK | os.X_OK):
+            return place
+    raise InputError(
+        f"Ray needs a folder for its sockets, of at most {LONGEST} characters, that can be written; "
+        f"found none of {', '.join(dict.fromkeys(places))}; set RAY_TMPDIR to one"
+    )
 
 
 def sweep_away(folder: Path) -> None:

@@ -14,7 +14,7 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,8 @@ def run_population(
         perturbation_interval=1,
         hyperparam_mutations=mutations,
         synch=True,
+        # it multiplies by 0.8 or 1.2, whatever the range
+        custom_explore_fn=lambda config: within(config, plan.search.axes),
     )
     starts = [{**first, "member": number} for number, first in enumerate(firsts)]
     tuner = tune.Tuner(
@@ -126,6 +128,15 @@ def run_population(
 
 def domain(axis: Any) -> Any:
     return {"uniform": tune.uniform, "loguniform": tune.loguniform}[axis.kind](*axis.values)
+
+
+def within(config: dict[str, Any], axes: Sequence[Any]) -> dict[str, Any]:
+    """The same, values of continuous axes inside the range that the space gives."""
+    ranges = {axis.label: axis.values for axis in axes if axis.continuous}
+    return {
+        label: min(max(value, ranges[label][0]), ranges[label][1]) if label in ranges else value
+        for label, value in config.items()
+    }
 
 
 def member(config: dict[str, Any], order: str) -> None:
