@@ -275,7 +275,19 @@ def be_careful(ranks: Ranks, store: str, kind: str) -> dict[str, Any]:
     run_steps(ranks, engine, recipe, range(5, 6), lr=0.0)
     facts["lr 0"] = difference({"weights": engine.tensors()["weights"]}, {"weights": settled})
     facts["thawed"], facts["counters"] = thaw(ranks, store, kind)
+    facts["after a bad first step"] = bad_first_step(ranks, store, kind)
     return facts
+
+
+def bad_first_step(ranks: Ranks, store: str, kind: str) -> str:
+    """SGD with momentum whose first step is not finite, two more after it; against an engine that
+    took only these two."""
+    recipe = recipe_of(kind, optimizer={"name": "sgd"})
+    engine, undisturbed = make_engine(ranks, store, recipe), make_engine(ranks, store, recipe)
+    run_steps(ranks, engine, recipe, range(1), poison=0)
+    run_steps(ranks, engine, recipe, range(1, 3))
+    run_steps(ranks, undisturbed, recipe, range(1, 3))
+    return difference(engine.tensors(), checkpoint.copies(undisturbed.tensors()))
 
 
 def thaw(ranks: Ranks, store: str, kind: str) -> tuple[list[list[float]], dict[str, float]]:
