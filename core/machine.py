@@ -28,6 +28,15 @@ def cpus(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int
     return max(1, min(found))
 
 
+def cpus_of_a_rank(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
+    """Cores for this rank alone: SLURM grants them to a task, other launchers to all ranks of a
+    machine together, whose number LOCAL_WORLD_SIZE says."""
+    if environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
+        return cpus(environ, root)
+    ranks = environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, cpus(environ, root) // max(1, int(ranks) if ranks.isdigit() else 1))
+
+
 def memory_budget(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
     """Bytes this process and its children may still take: 80 % of the least that machine, cgroup
     (v2, v1) and SLURM leave free."""

@@ -83,6 +83,8 @@ def become_rank() -> None:
     """SLURM's words for rank, size and node in the ranks's words."""
     e = os.environ
     e["RANK"], e["LOCAL_RANK"] = e["SLURM_PROCID"], e["SLURM_LOCALID"]
+    # such as "2(x3)": as many on every node, as submitted
+    e["LOCAL_WORLD_SIZE"] = e.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0]
     e["WORLD_SIZE"] = e.get("SLURM_STEP_NUM_TASKS") or e["SLURM_NTASKS"]
     e["SEGFLEET_MASTER_HOST"] = own_address()
     e.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -135,7 +137,7 @@ def begin(life: Path, document: dict[str, Any], limit: int) -> None:
         if document["do"] == "train":
             where, mend = (
                 f" at step {steps}",
-                "Give it more time or save more often (save_every), then: segfleet resume",
+                "Give it more time or save more often (save_minutes), then: segfleet resume",
             )
         node = os.environ.get("SLURMD_NODENAME")
         raise Fruitless(

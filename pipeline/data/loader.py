@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -207,6 +208,7 @@ def check_shares(batch: int, ranks: int, accumulate: int) -> None:
         )
 
 
+MOST_FOR_CPU, MOST_FOR_GPU = 2, 14  # loader processes of a rank
 TIMEOUT = 1800.0  # seconds without a batch after which a loader is given up
 TOO_SMALL = (
     "segfleet: /dev/shm is too small for the loader's batches, which go through pipes now and take "
@@ -221,6 +223,19 @@ def _start_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
     torch.set_num_threads(1)
+
+
+def worker_count(asked: int | Literal["auto"], device: str, cores: int) -> int:
+    """Loader processes of a rank on a `device` (a type) that has `cores` cores for itself.
+
+    A GPU waits for nothing else, so all cores but two feed it, as many as pay. On a CPU the network
+    needs them: a quarter loads.
+    """
+    if asked != "auto":
+        return asked
+    if device == "cpu":
+        return min(MOST_FOR_CPU, cores // 4)
+    return min(MOST_FOR_GPU, max(cores - 2, cores // 2))
 
 
 def batches(patches: Patches, schedule: Schedule, workers: int) -> Iterator[Batch]:

@@ -88,6 +88,7 @@ def _start(rendezvous: Path, rank: int, ranks: int, threads: str) -> subprocess.
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(ranks),
         "OMP_NUM_THREADS": threads,
         "SEGFLEET_PARENT": str(os.getpid()),
         # DDP's advice on a flag that is set on purpose

@@ -24,6 +24,7 @@ from segfleet.pipeline.parts import Objective, make_task
 from segfleet.pipeline.ranks import ENVIRONMENT, Ranks
 from segfleet.pipeline.recipe import Recipe, parse
 from segfleet.pipeline.stop import Interrupted
+from segfleet.pipeline.training import agreement
 from segfleet.pipeline.training.train import Run, train
 from segfleet.preprocess.stores.base import open_store
 
@@ -353,13 +354,14 @@ def change_engines(ranks: Ranks, store: str, root: Path) -> dict[str, Any]:
                     store=opened,
                     folders=folders,
                     ranks=ranks,
-                    asked_to_stop=lambda: next(asked) >= stop_after - 1,
+                    asked_to_stop=lambda: next(asked) >= stop_after - 2,
                     warn=lambda message: None,
                     validate=lambda engine: {},
                 )
             )
         return folders
 
+    agreement.SECONDS = 0.0  # asked in every step, answered in the next
     go("changed", "ddp", 2)
     go("changed", "zero3", 3)
     go("changed", "zero1", 3)
