@@ -35,14 +35,6 @@ from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.task import Task
 
 CUDA = torch.device("cuda", 0)
-INTENSITY = {
-    "noise": (0.01, 3),
-    "blur": [0.7, 0.7],
-    "brightness": 1.1,
-    "contrast": 0.9,
-    "low_resolution": 0.6,
-    "gamma": (1.2, True),
-}
 
 
 class Waits(TorchDispatchMode):
@@ -145,8 +137,6 @@ def step(case: dict[str, Any]) -> dict[str, Any]:
         torch.empty(2, 2, *size),
         torch.zeros(2, *size, dtype=torch.uint8),
         ("a", "b"),
-        [INTENSITY, INTENSITY] if case["intensity"] else None,
-        flat,
     )
     waits = Waits()
     found = []

@@ -37,7 +37,6 @@ def case(model: str, number: int, **changes) -> dict:
         "loss": "auto",
         "optimizer": ("adamw", "sgd")[number % 2],
         "precision": PRECISIONS[number % 3],
-        "intensity": True,
         **changes,
     }
 
