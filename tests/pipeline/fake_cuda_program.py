@@ -119,11 +119,11 @@ def step(case: dict[str, Any]) -> dict[str, Any]:
             "engine": {"precision": case["precision"], "ema": 0.9},
         }
     )
-    model = on_cuda(
-        registry.build_model(
-            spec.name, in_channels=2, num_classes=task.channels, options=dict(spec.reduced)
-        )
+    channels = spec.in_channels
+    built = registry.build_model(
+        spec.name, in_channels=channels, num_classes=task.channels, options=dict(spec.reduced)
     )
+    model = on_cuda(built)
     engine = build_engine(
         Setup(
             model=model,
@@ -134,7 +134,7 @@ def step(case: dict[str, Any]) -> dict[str, Any]:
         )
     )
     batch = loader.Batch(
-        torch.empty(2, 2, *size),
+        torch.empty(2, channels, *size),
         torch.zeros(2, *size, dtype=torch.uint8),
         ("a", "b"),
     )
@@ -153,7 +153,7 @@ def step(case: dict[str, Any]) -> dict[str, Any]:
     with readable(), torch.no_grad(), engine.evaluation() as network:
         out = sliding_window(
             lambda x: task.probabilities(network(x)),
-            torch.empty(2, *((1, *size) if flat else size), device=CUDA),
+            torch.empty(channels, *((1, *size) if flat else size), device=CUDA),
             patch=(1, *size) if flat else size,
             dims=2 if flat else 3,
         )
@@ -172,6 +172,8 @@ def main() -> None:
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_available = lambda: True
     torch.cuda.is_bf16_supported = lambda *_, **__: True
+    # it looks at values it has drawn, and draws again
+    nn.init.trunc_normal_ = lambda tensor, *_, **__: tensor
     answers = []
     for case in json.load(sys.stdin):
         try:

@@ -17,7 +17,7 @@ from segfleet.pipeline.losses.base import losses
 
 HERE = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
-NAMES = sorted(one.name for one in specs())
+NAMES = sorted(specs())
 PRECISIONS = ("fp32", "bf16", "fp16")
 HEADS = ("softmax", "sigmoid")
 LOSSES = {"bce_dice": "sigmoid", "dice_ce": "softmax", "ss": "softmax"}
