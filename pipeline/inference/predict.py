@@ -25,7 +25,7 @@ from segfleet.preprocess.stores.shard_reader import to_float32
 from segfleet.preprocess.transforms.case_transforms import (
     OF_COLOURS,
     preprocess_case,
-    resample_axis,
+    raw_resample_axis,
 )
 
 
@@ -151,7 +151,12 @@ def _predict(
     case = Case(id=one.id, image_CZYX=image, label_ZYX=None, geometry=geometry)
     stored, _, facts = preprocess_case(case, plan)
     found = sliding_window(forward, torch.from_numpy(to_float32(stored, plan.scale)), **window)
-    axis = resample_axis(geometry.spacing, plan)
-    return restore(
-        found, task, crop=facts["crop"], raw_shape=geometry.shape, anisotropic_axis=axis
-    ), geometry
+    label = restore(
+        found,
+        task,
+        crop=facts["crop"],
+        raw_shape=geometry.shape,
+        anisotropic_axis=raw_resample_axis(geometry.spacing, plan),
+        transpose=plan.transpose,
+    )
+    return label, geometry

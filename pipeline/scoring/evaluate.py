@@ -25,7 +25,7 @@ from segfleet.pipeline.scoring.summary import definitions, summarise
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.stores.base import ShardStore
 from segfleet.preprocess.stores.manifest import CaseEntry
-from segfleet.preprocess.transforms.case_transforms import resample_axis
+from segfleet.preprocess.transforms.case_transforms import raw_resample_axis
 
 Objective = Callable[[Tensor, Tensor], Tensor]  # (logits, label) -> scalar
 
@@ -195,9 +195,14 @@ def predict_case(
 
 def raw_label(found_KZYX: Tensor, store: ShardStore, case: CaseEntry, task: Task) -> np.ndarray:
     """(Z, Y, X) uint8 label on the raw grid from probabilities on the stored one."""
-    axis = resample_axis(case.raw_spacing, store.manifest.plan)
+    plan = store.manifest.plan
     return restore(
-        found_KZYX, task, crop=case.crop, raw_shape=case.raw_shape, anisotropic_axis=axis
+        found_KZYX,
+        task,
+        crop=case.crop,
+        raw_shape=case.raw_shape,
+        anisotropic_axis=raw_resample_axis(case.raw_spacing, plan),
+        transpose=plan.transpose,
     )
 
 
@@ -217,7 +222,7 @@ def truth_of(store: ShardStore, case: CaseEntry) -> np.ndarray:
     is it. Raises InputError."""
     if case.has_truth:
         return store.truth(case)
-    whole = all(
+    whole = store.manifest.plan.transpose == (0, 1, 2) and all(
         (start, stop) == (0, size)
         for (start, stop), size in zip(case.crop, case.raw_shape, strict=True)
     )

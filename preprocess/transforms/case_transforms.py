@@ -25,11 +25,13 @@ from segfleet.preprocess.transforms.resample import (
 from segfleet.preprocess.transforms.voxels import counts, draw
 
 __all__ = [
+    "along",
     "nonzero_box",
     "nonzero_mask",
     "normalise",
     "paste",
     "preprocess_case",
+    "raw_resample_axis",
     "resample_axis",
     "resample_image",
     "resample_label",
@@ -66,9 +68,10 @@ def preprocess_case(
         )
     crop = tuple((0, n) for n in raw.shape[1:]) if plan.size else crop_box(raw, plan.normalisation)
     box = tuple(slice(start, stop) for start, stop in crop)
-    image = raw[:, *box]
-    shape, spacing = stored_grid(tuple(b - a for a, b in crop), case.geometry.spacing, plan)
-    axis = resample_axis(case.geometry.spacing, plan)
+    image = raw[:, *box].transpose(0, *(1 + axis for axis in plan.transpose))
+    own = along(case.geometry.spacing, plan.transpose)
+    shape, spacing = stored_grid(image.shape[1:], own, plan)
+    axis = resample_axis(own, plan)
     if np.dtype(plan.dtype).kind == "u":
         image = (
             _to_uint8(image)
@@ -84,7 +87,10 @@ def preprocess_case(
         None
         if case.label_ZYX is None
         else resample_label(
-            case.label_ZYX[box].astype(np.uint8, copy=False), shape, axis, plan.masks
+            case.label_ZYX[box].astype(np.uint8, copy=False).transpose(plan.transpose),
+            shape,
+            axis,
+            plan.masks,
         )
     )
     facts: dict[str, Any] = {
@@ -96,7 +102,8 @@ def preprocess_case(
         "affine": case.geometry.affine,
     }
     if label is not None:
-        facts["has_truth"] = changes_grid(raw.shape[1:], crop, shape)
+        turned = plan.transpose != (0, 1, 2)
+        facts["has_truth"] = turned or changes_grid(raw.shape[1:], crop, shape)
         facts["voxels"], facts["foreground"] = foreground(label, case.id, ignore_label)
     return image, None if label is None else np.ascontiguousarray(label), facts
 
@@ -240,11 +247,22 @@ def changes_grid(raw_shape: Sequence[int], crop: Crop, shape: Sequence[int]) -> 
     return tuple(shape) != tuple(raw_shape) or crop != tuple((0, n) for n in raw_shape)
 
 
+def along(values: Sequence, axes: Sequence[int]) -> tuple:
+    """One value per axis, in another order of axes."""
+    return tuple(values[axis] for axis in axes)
+
+
 def resample_axis(spacing: tuple[float, float, float], plan: Plan) -> int | None:
-    """The axis to resample apart: the coarsest of an anisotropic raw grid, else that of the
-    plan."""
-    own = anisotropic_axis(spacing)
-    return plan.anisotropic_axis if own is None else own
+    """The axis to resample apart: the coarsest of an anisotropic grid, else that of the plan; none
+    where two axes are as coarse. In the order of stored axes."""
+    far = max(spacing) > ANISOTROPIC * min(spacing)
+    return anisotropic_axis(spacing) if far else plan.anisotropic_axis
+
+
+def raw_resample_axis(raw_spacing: tuple[float, float, float], plan: Plan) -> int | None:
+    """As `resample_axis`, in the order of the raw grid's axes."""
+    found = resample_axis(along(raw_spacing, plan.transpose), plan)
+    return None if found is None else plan.transpose[found]
 
 
 def anisotropic_axis(spacing: Sequence[float]) -> int | None:
