@@ -27,7 +27,13 @@ import torch
 from torch import Tensor
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import share_as_others, sync_folder, temporary_name, write_atomically
+from segfleet.core.files import (
+    make_folder,
+    share_as_others,
+    sync_folder,
+    temporary_name,
+    write_atomically,
+)
 
 MANIFEST = "manifest.json"
 PREFIX = "step-"
@@ -65,7 +71,7 @@ def write(root: Path, step: int, tensors: Tensors, state: dict[str, Any]) -> Pat
     """Write everything under a temporary name, synced, ready to be published."""
     from safetensors.torch import save_file
 
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     partial = temporary_name(root / folder_name(step))
     partial.mkdir()
     try:

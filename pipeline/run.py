@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import write_atomically
+from segfleet.core.files import digest_of, read_json, write_atomically
 from segfleet.core.lock import Lock, holder
 from segfleet.pipeline.recipe import Recipe, parse
 from segfleet.preprocess.stores.manifest import Manifest, load_manifest
@@ -137,10 +138,15 @@ class StageFolder:
 
     def done(self) -> dict[str, Any] | None:
         """{"checkpoint": folder name, ...} once the stage is finished, else None."""
-        try:
-            return json.loads((self.path / DONE).read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+        found = read_json(self.path / DONE)
+        if found is None:
             return None
+        best, step = (
+            found.get("best") or {},
+            re.fullmatch(r"step-\d{8,}", str(found.get("checkpoint"))),
+        )
+        whole = step and isinstance(best, dict) and isinstance(best.get("step", 0), int)
+        return {**found, "best": best} if whole else None
 
     def check_done(self) -> None:
         """Raises InputError if the stage is not finished; looks into no checkpoint."""
@@ -173,7 +179,9 @@ class StageFolder:
             ) from None
 
     def finish(self, name: str, **facts: Any) -> None:
-        write_atomically(self.path / DONE, json.dumps({"checkpoint": name, **facts}, indent=1))
+        document = {"checkpoint": name, **facts}
+        text = json.dumps({**document, "sha256": digest_of(document)}, indent=1)
+        write_atomically(self.path / DONE, text)
 
 
 def stage_folders(root: Path, recipe: Recipe, manifest: Manifest) -> list[StageFolder]:
@@ -193,7 +201,11 @@ def open_run(path: Path) -> tuple[Recipe, list[StageFolder]]:
             f"run: {path} holds no {RECIPE}, so it is no run folder; `segfleet status` lists the "
             "runs under a folder"
         )
-    recipe = parse(json.loads((path / RECIPE).read_text(encoding="utf-8")), str(path / RECIPE))
+    if (document := read_json(path / RECIPE)) is None:
+        raise InputError(
+            f"run: {path / RECIPE} is damaged; the command that began the run writes it again"
+        )
+    recipe = parse(document, str(path / RECIPE))
     chain = [path, *path.parents][: len(recipe.stages)][::-1]
     return recipe, [StageFolder(path=folder, index=index) for index, folder in enumerate(chain)]
 
@@ -235,8 +247,9 @@ def find_run(text: str, root: Path) -> Path:
     if (Path(text) / RECIPE).is_file():
         return Path(text).resolve()
     names = {
-        folder: json.loads((folder / RECIPE).read_text(encoding="utf-8")).get("name", "")
+        folder: str(document.get("name", ""))
         for folder in run_folders(root)
+        if (document := read_json(folder / RECIPE)) is not None
     }
     found = [
         folder for folder, name in names.items() if folder.name.startswith(text) or name == text

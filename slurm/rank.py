@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import ExitCode, InputError
+from segfleet.core.files import read_json, write_atomically
 from segfleet.pipeline.launch import worker
 from segfleet.pipeline.stop import Interrupted, StopRequest
 
@@ -64,7 +65,7 @@ def run_rank(folder: str) -> None:
     code, error = worker.work(life, submission / "job.json", stop, first)
     if error is None:
         if rank == 0:
-            (life / "ended.json").write_text(json.dumps({"time": time.time()}), encoding="utf-8")
+            write_atomically(life / "ended.json", json.dumps({"time": time.time()}))
         worker.exit_now(0)
     sys.stderr.write(
         json.loads((life / f"failed-{rank}.json").read_text(encoding="utf-8"))["message"] + "\n"
@@ -125,13 +126,14 @@ def begin(life: Path, document: dict[str, Any], limit: int) -> None:
         "node": os.environ.get("SLURMD_NODENAME"),
         "code": code,
     }
-    (life / "life.json").write_text(json.dumps(facts), encoding="utf-8")
+    write_atomically(life / "life.json", json.dumps(facts))
     job = life.name.rpartition(".")[0]
     begun = sorted(
         life.parent.glob(f"{job}.*/life.json"),
         key=lambda path: int(path.parent.name.rpartition(".")[2]),
     )
-    before = [json.loads(path.read_text(encoding="utf-8"))["steps"] for path in begun]
+    lives = (read_json(path) for path in begun)  # of a dead node one may be empty
+    before = [facts["steps"] for facts in lives if facts and "steps" in facts]
     if len(before) > limit and set(before[-limit - 1 :]) == {steps}:
         where, mend = "", "Give it more time and submit it again"
         if document["do"] == "train":

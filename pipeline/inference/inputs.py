@@ -155,28 +155,50 @@ def claim(out: Path, found: list[Input], made_by: str) -> None:
 
 
 def is_made(out: Path, one: Input, facts: dict[str, Any]) -> bool:
-    """Whether the prediction of `one` is in `out` and was made of `facts`. Raises InputError for a
-    file that is no prediction of ours."""
-    if not (out / one.output).exists():
+    """Whether the prediction of `one` is in `out`, was made of `facts` and is as it was written.
+    Raises InputError for a file that is no prediction of ours."""
+    path = out / one.output
+    if not path.exists():
         return False
     try:
-        return json.loads(_note(out, one).read_text(encoding="utf-8")) == facts
+        known = json.loads(_note(out, one).read_text(encoding="utf-8"))
     except FileNotFoundError:
         mend = "Move it away or choose another folder."
         raise InputError(
-            f"{out / one.output} is there already, and no note says what it was made of. {mend}"
+            f"{path} is there already, and no note says what it was made of. {mend}"
         ) from None
     except ValueError:
         return False
+    if not isinstance(known, dict) or not known.get("files"):
+        return False  # its writer was killed
+    if known.pop("files") != _written(out, one):
+        raise InputError(
+            f"{path} is not as it was written: damaged, or edited by hand. Move it away to have it "
+            "made again, or choose another folder."
+        )
+    return known == facts
 
 
-def note(out: Path, one: Input, facts: dict[str, Any]) -> None:
-    """Note what the prediction of `one` is made of, just before it is written. An older one goes
-    first: no note ever vouches for a file it was not written for, however the process ends. One
-    note per file, so ranks never write to the same one."""
+def forget(out: Path, one: Input) -> None:
+    """Remove an older prediction of `one`, then its note: no note ever vouches for a file it was
+    not written for."""
     (out / one.output).unlink(missing_ok=True)
     _note(out, one).parent.mkdir(exist_ok=True)
-    write_atomically(_note(out, one), json.dumps(facts))
+    write_atomically(_note(out, one), "{}")  # ours, but of nothing: a kill may leave a file
+
+
+def vouch(out: Path, one: Input, facts: dict[str, Any]) -> None:
+    """Note what the prediction of `one`, which is on disk now, was made of, with its hash. One note
+    per file, so ranks never write to the same one."""
+    write_atomically(_note(out, one), json.dumps({**facts, "files": _written(out, one)}))
+
+
+def _written(out: Path, one: Input) -> dict[str, Any]:
+    """The files of a prediction: a stack of slices has its spacing beside it."""
+    paths = [out / one.output]
+    if ending(paths[0]) in (".tif", ".tiff"):
+        paths.append(out / f"{one.id}.json")
+    return {path.name: file_facts(path) for path in paths if path.is_file()}
 
 
 def _note(out: Path, one: Input) -> Path:

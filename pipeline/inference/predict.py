@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from segfleet.core.errors import InputError
-from segfleet.pipeline.inference.inputs import Input, claim, collect, is_made, note
+from segfleet.pipeline.inference.inputs import Input, claim, collect, forget, is_made, vouch
 from segfleet.pipeline.inference.restore import restore
 from segfleet.pipeline.inference.sliding_window import Forward, sliding_window
 from segfleet.pipeline.ranks import Ranks, as_facts, from_facts
@@ -123,8 +123,9 @@ def _answer(
         if is_made(out, one, facts):
             return "kept", {"id": one.id, "file": str(out / one.output)}
         label, geometry = _predict(forward, plan, task, one, window)
-        note(out, one, facts)
+        forget(out, one)
         write_label(out / one.output, label, geometry)
+        vouch(out, one, facts)
         return "done", {"id": one.id, "file": str(out / one.output)}
     except (InputError, OSError, FloatingPointError, MemoryError) as error:
         return "failed", {

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from segfleet.core.errors import InputError
+from segfleet.core.files import digest_of
 from segfleet.pipeline.inference.restore import restore
 from segfleet.pipeline.inference.sliding_window import Forward, sliding_window
 from segfleet.pipeline.ranks import Ranks, apart, as_facts, from_facts
@@ -42,17 +43,17 @@ class Kept:
         """Those of `ids` that are there, by id. One rank asks, before any keeps one."""
         found = {}
         for path in sorted(self.folder.glob("*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with suppress(json.JSONDecodeError):  # a line whose writer was killed
-                    facts, entry = json.loads(line)
-                    if facts == self.facts:
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError, TypeError, KeyError):  # damaged, or its writer was killed
+                    facts, digest, entry = json.loads(line)
+                    if facts == self.facts and digest == digest_of(entry):
                         found[entry["id"]] = entry
         return {case_id: found[case_id] for case_id in ids if case_id in found}
 
     def keep(self, entry: dict[str, Any]) -> None:
         self.folder.mkdir(exist_ok=True)
         with open(self.file, "a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps([self.facts, entry]) + "\n")
+            file.write("\n" + json.dumps([self.facts, digest_of(entry), entry]) + "\n")
 
     def forget(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

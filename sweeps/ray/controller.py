@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError, explain
+from segfleet.core.files import read_json, write_atomically
 from segfleet.pipeline.launch.local import die_with_parent
 from segfleet.sweeps.ray.slots import NAMES, share, threads_of
 from segfleet.sweeps.results.ledger import Ledger
@@ -44,6 +46,7 @@ SETTINGS = {  # of Ray and Tune: no telemetry, no files, no flood; the tree on d
     "RAY_raylet_start_wait_time_s": "120",
 }
 LONGEST = 40  # characters of the folder of Ray's sockets: theirs have 107, of which it adds 65
+OWNER = "sweep"  # a file in a temporary folder: whose it is, so that nothing else is removed
 
 
 def main() -> int:
@@ -180,8 +183,9 @@ def ray_session(resources: Any, folder: Path) -> Iterator[Path]:
     os.environ.update({key: os.environ.get(key, value) for key, value in SETTINGS.items()})
     sweep_away(folder)
     temporary = Path(tempfile.mkdtemp(prefix="sf-", dir=short_folder()))
-    (folder / "ray.json").write_text(
-        json.dumps({"temporary": str(temporary), "process": os.getpid()})
+    (temporary / OWNER).write_text(str(folder.resolve()), encoding="utf-8")
+    write_atomically(
+        folder / "ray.json", json.dumps({"temporary": str(temporary), "process": os.getpid()})
     )
     import ray
 
@@ -217,9 +221,11 @@ def short_folder() -> str:
 def sweep_away(folder: Path) -> None:
     """The temporary folder of a session that was killed. The sweep's lock is ours, so nobody uses
     it."""
-    with suppress(FileNotFoundError, json.JSONDecodeError):
-        left = Path(json.loads((folder / "ray.json").read_text())["temporary"])
-        if left.name.startswith("sf-"):
+    left = Path(str((read_json(folder / "ray.json") or {}).get("temporary", "")))
+    with suppress(OSError):
+        facts = os.lstat(left)
+        ours = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
+        if ours and (left / OWNER).read_text(encoding="utf-8") == str(folder.resolve()):
             shutil.rmtree(left, ignore_errors=True)
 
 

@@ -25,11 +25,12 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from segfleet.core import settings
 from segfleet.core.errors import InputError
-from segfleet.core.files import write_atomically
+from segfleet.core.files import read_json, write_atomically
 from segfleet.pipeline.recipe import parse
+from segfleet.pipeline.scoring.scored import evaluation_of
 from segfleet.preprocess.stores.manifest import load_manifest
 from segfleet.sweeps.ray.slots import NAMES, share, threads_of
-from segfleet.sweeps.results.ledger import EVALUATION, STOP
+from segfleet.sweeps.results.ledger import STOP
 from segfleet.sweeps.space.plan import POPULATION, Plan, check, with_stores
 from segfleet.sweeps.trial import perform
 
@@ -118,7 +119,7 @@ def run_population(
             f"{results.errors[0]}"
         )
     paths = sorted((plan.folder / MEMBERS).glob("*.json"))
-    members = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    members = [read_json(path, list) or [] for path in paths]
     if len(members) < len(starts) or any(len(stages) < generations for stages in members):
         return
     write_atomically(plan.folder / POPULATION, json.dumps(members, indent=1))
@@ -197,7 +198,7 @@ def member(config: dict[str, Any], order: str) -> None:
             return
         if result["state"] == "failed":
             raise RuntimeError(result["message"])
-        summary = json.loads((leaf.path / EVALUATION).read_text(encoding="utf-8"))["summary"]
+        summary = evaluation_of(leaf.path)["summary"]
         write_atomically(Path(facts["sweep"]) / MEMBERS / f"{trial}.json", json.dumps(stages))
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "stages.json").write_text(json.dumps(stages))

@@ -446,3 +446,25 @@ def test_a_wrong_number_of_channels_names_the_file(sets, name, found, tmp_path):
         f"{path}: channels: found {found}, expected {len(store.manifest.dataset.channels)}. Save"
     )
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["predictions.json"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "zeroed", "edited"])
+def test_a_prediction_that_is_not_as_it_was_written_is_never_there(sets, tmp_path, damage):
+    store, out = sets["dsb2018"][0], tmp_path / "out"
+    path = picture(tmp_path / "a" / "x.png", 0)
+    predict(store, [path], out)
+    made = (out / "x.png").read_bytes()
+    bad = {
+        "truncated": made[:-9],
+        "emptied": b"",
+        "zeroed": bytes(len(made)),
+        "edited": made + b"\n",
+    }[damage]
+    (out / "x.png").write_bytes(bad)
+    found = predict(store, [path], out)
+    assert counts(found) == (0, 0, 1) and found["exit_code"] == 2
+    assert "not as it was written: damaged, or edited by hand" in found["failed"][0]["problem"]
+    assert (out / "x.png").read_bytes() == bad  # it may hold somebody's work
+    (out / "x.png").unlink()
+    assert counts(predict(store, [path], out)) == (1, 0, 0)
+    assert (out / "x.png").read_bytes() == made
