@@ -77,7 +77,7 @@ def perform(order: Order, report: Report) -> dict[str, Any]:
     path.mkdir(parents=True, exist_ok=True)
     if is_locked(path / LOCK):
         return {"state": "busy"}  # somebody else's run: its file `stop` is not ours to touch
-    _withdraw(path / "stop")
+    (path / "stop").unlink(missing_ok=True)  # nobody runs here: it has done its work
     if order["trunk"]:
         continue_from(
             Path(order["trunk"]),
