@@ -51,6 +51,8 @@ setup(
         "SimpleITK>=2.5.4",
         "pillow>=10.4",
         "tifffile>=2024.1",
+        "imagecodecs>=2024.1",
+        "pydicom>=3",
         "safetensors>=0.5",
         "google-crc32c>=1.6",
         "optuna>=5",
@@ -72,6 +74,8 @@ setup(
             "triton; platform_system=='Linux'",  # torch decides the version
             "hdf5plugin>=5",
             "build>=1.2",
+            "hypothesis>=6.100",
+            "pynrrd>=1",
         ],
     },
 )

@@ -48,6 +48,13 @@ def command(
     remap: Annotated[
         list[str] | None, typer.Option(help="check --fix: renumber a label, OLD=NEW.")
     ] = None,
+    same_voxels: Annotated[
+        bool,
+        typer.Option(
+            "--same-voxels",
+            help="check --fix: labels lie voxel by voxel on their images; their headers are wrong.",
+        ),
+    ] = False,
     to: Annotated[
         Path | None,
         typer.Option(
@@ -105,6 +112,7 @@ def command(
             chosen(option),
             beside(path, to, "mended"),
             renumbered(remap or []),
+            same_voxels,
             workers,
             against,
             as_json,
@@ -275,14 +283,14 @@ def check(
 
 
 def fixed(
-    name: str, root: Path, options: dict[str, str], out: Path, remap: dict[int, int], workers: int | None, against: Path | None,
+    name: str, root: Path, options: dict[str, str], out: Path, remap: dict[int, int], same_voxels: bool, workers: int | None, against: Path | None,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Write a mended copy and check that; without anything to mend, check the original."""
     from segfleet.preprocess.checking.repair import mend
     from segfleet.preprocess.readers.base import open_reader
 
-    mended = mend(open_reader(name, root, **options), out, remap)
+    mended = mend(open_reader(name, root, **options), out, remap, same_voxels=same_voxels)
     check(name, out if mended else root, options, workers, against, as_json, mended)
 
 

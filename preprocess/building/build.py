@@ -118,6 +118,8 @@ def open_raw(
     overrides: Overrides | None = None,
 ) -> RawReader:  # fmt: skip
     """The reader, after every check that looks into no image. Raises InputError."""
+    if Path(out).name in ("", ".."):
+        raise InputError(f"out: found '{out}', expected the name of a folder that is made anew")
     store_module(format)
     reader = open_reader(reader_name, raw, **(options or {}))
     (overrides or Overrides()).check(reader.dataset())

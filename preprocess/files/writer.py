@@ -12,6 +12,7 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import replacing, write_atomically
 from segfleet.preprocess.case import Geometry
 from segfleet.preprocess.files.images import LPS, ending, stem
+from segfleet.preprocess.files.nifti import label_bytes
 
 WRITABLE = (".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff", ".png", ".bmp")  # lossless
 
@@ -36,7 +37,7 @@ def write_label(path: Path, label_ZYX: np.ndarray, geometry: Geometry) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, suffix=kind) as temporary:
         if kind in (".nii", ".nii.gz"):
-            data = _nifti(label, geometry)
+            data = label_bytes(label, geometry)
             temporary.write_bytes(gzip.compress(data, 6, mtime=0) if kind == ".nii.gz" else data)
         elif kind in (".nrrd", ".mha"):
             _itk(temporary, label, geometry)
@@ -65,28 +66,16 @@ def write_label(path: Path, label_ZYX: np.ndarray, geometry: Geometry) -> None:
             Image.fromarray(label[0]).save(temporary)
 
 
-def _nifti(label: np.ndarray, geometry: Geometry) -> bytes:
-    import nibabel as nib
-
-    affine = (
-        np.diag([*geometry.spacing[::-1], 1.0])
-        if geometry.affine is None
-        else np.asarray(geometry.affine)
-    )
-    picture = nib.Nifti1Image(label.T, affine)
-    picture.header.set_xyzt_units("mm")
-    picture.header.set_zooms(geometry.spacing[::-1])
-    return picture.to_bytes()
-
-
 def _itk(path: Path, label: np.ndarray, geometry: Geometry) -> None:
     import SimpleITK as sitk
 
-    picture = sitk.GetImageFromArray(label)
-    spacing = np.asarray(geometry.spacing[::-1])
+    flat = geometry.file.dims < 3 and len(label) == 1
+    picture = sitk.GetImageFromArray(label[0] if flat else label)
+    n = 2 if flat else 3
+    spacing = np.asarray(geometry.spacing[::-1])[:n]
     picture.SetSpacing([float(s) for s in spacing])
     if geometry.affine is not None:
         affine = LPS @ np.asarray(geometry.affine)
-        picture.SetDirection([float(v) for v in (affine[:3, :3] / spacing).ravel()])
-        picture.SetOrigin([float(v) for v in affine[:3, 3]])
+        picture.SetDirection([float(v) for v in (affine[:n, :n] / spacing).ravel()])
+        picture.SetOrigin([float(v) for v in affine[:n, 3]])
     sitk.WriteImage(picture, str(path), True)

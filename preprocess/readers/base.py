@@ -19,7 +19,7 @@ import numpy as np
 
 from segfleet.core.errors import InputError, Problem
 from segfleet.preprocess.case import Case, Geometry
-from segfleet.preprocess.files.images import read_image, read_label
+from segfleet.preprocess.files.images import read_image, read_label, sources
 from segfleet.preprocess.stores.manifest import Dataset
 
 Folds = tuple[dict[str, tuple[str, ...]], ...]
@@ -137,7 +137,8 @@ def source_sha256(ref: CaseRef) -> str:
     """The hash `read` finds, without decoding anything."""
     digest = hashlib.sha256()
     for path in (*ref.images, *ref.labels):
-        digest.update(path.read_bytes())
+        for file in sources(path):
+            digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

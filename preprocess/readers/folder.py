@@ -19,6 +19,7 @@ import numpy as np
 from segfleet.core.errors import InputError, Problem
 from segfleet.preprocess.case import Geometry
 from segfleet.preprocess.files.images import NATURAL, ending, peek, read_image, read_label, stem
+from segfleet.preprocess.files.masks import read_mask
 from segfleet.preprocess.planning.splits import published
 from segfleet.preprocess.readers.base import (
     CaseRef,
@@ -35,7 +36,6 @@ from segfleet.preprocess.readers.pairs import (
     inside,
     paired,
     pictures,
-    read_mask,
     sides,
     union,
 )
@@ -185,5 +185,4 @@ def _binary(path: Path, digest: Any) -> tuple[np.ndarray, Geometry]:
     """A volume's labels are read as they are: without labels.json they have to be 0 and 1."""
     if ending(path) in (".nii", ".nii.gz", ".nrrd", ".mha"):
         return read_label(path, digest)
-    mask, geometry = read_mask(path, digest)
-    return mask.astype(np.uint8), geometry
+    return union((path,), digest)

@@ -15,12 +15,12 @@ import numpy as np
 
 from segfleet.preprocess.case import Geometry
 from segfleet.preprocess.files.images import ImageError, stem
+from segfleet.preprocess.files.masks import read_grey
 from segfleet.preprocess.readers.base import CaseRef, Facts, Folds, visible
 from segfleet.preprocess.readers.pairs import (
     PairReader,
     paired,
     pictures,
-    read_grey,
     sides,
     union,
     without,
@@ -67,7 +67,8 @@ class Reader(PairReader):
     def refs(self) -> list[CaseRef]:
         files = _files(self.folder)
         masks = [path for path in files if stem(path).lower().endswith(SUFFIX)]
-        images = [path for path in files if path not in set(masks)]
+        painted = set(masks)
+        images = [path for path in files if path not in painted]
         missing = (f"{self.folder}/{{}}.bmp", f"{self.folder}/{{}}{SUFFIX}.bmp")
         return paired(
             images,
@@ -111,7 +112,7 @@ def _files(folder: Path) -> list[Path]:
 
 def read_instances(path: Path, digest: Any = None) -> tuple[np.ndarray, Geometry]:
     """Bool (1, Y, X): any gland. Numbers are small, so no threshold of grey would see them."""
-    numbers, geometry = read_grey(path, digest)
+    numbers, geometry = read_grey(path, digest, label=True)
     glands = len(np.unique(numbers)) - 1
     if glands > MOST_GLANDS:
         found = f"{glands} different numbers in {path.name}"

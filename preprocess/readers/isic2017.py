@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+from segfleet.preprocess.files.masks import LOSSY
 from segfleet.preprocess.planning.splits import published, shuffled
 from segfleet.preprocess.readers.base import CaseRef, Facts, Folds
 from segfleet.preprocess.readers.pairs import (
-    LOSSY,
     PairReader,
     inside,
     paired,

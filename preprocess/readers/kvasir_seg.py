@@ -68,7 +68,8 @@ class Reader(PairReader):
             tuple(name for name in self.lists.get(side, ()) if name in known)
             for side in ("train", "val")
         )
-        train = tuple(name for name in train if name not in set(val))
+        validates = set(val)
+        train = tuple(name for name in train if name not in validates)
         return {
             **({"official": ({"train": train, "val": val},)} if train and val else {}),
             **super().splits(),
