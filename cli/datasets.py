@@ -242,6 +242,11 @@ def check(
         "cases": len(found.refs),
         "complete": reader.facts.complete,
         "patients": len({ref.group or ref.id for ref in found.refs}),
+        "grouping": {
+            "rule": found.grouping.rule,
+            "evidence": found.grouping.evidence,
+            "guess": found.grouping.guess,
+        },
         "splits": {split: len(folds) for split, folds in reader.splits().items()},
         "problems": [problem.as_dict() for problem in found.problems],
         "warnings": [warning.as_dict() for warning in warnings],
@@ -276,6 +281,8 @@ def check(
                 ("data set", "cases", "patients", "problems", "warnings", "splits it comes with"),
                 [row],
             )
+            grouping = document["grouping"]
+            typer.echo(f"patients: {grouping['rule']} ({grouping['evidence']})")
 
     show(document, as_json, render)
     if found.problems:

@@ -19,6 +19,8 @@ from segfleet.preprocess.checking.duplicates import leaks, link, thumbnail
 from segfleet.preprocess.files.grids import advice, disagreement
 from segfleet.preprocess.files.images import ImageError, peek, sources
 from segfleet.preprocess.planning.fingerprint import CaseFacts, samples_per_case, statistics
+from segfleet.preprocess.planning.patients import NAME as SHEET
+from segfleet.preprocess.planning.patients import Grouping
 from segfleet.preprocess.planning.plan import normalisation
 from segfleet.preprocess.readers.base import CaseRef, RawReader
 from segfleet.preprocess.stores.manifest import Dataset
@@ -42,6 +44,7 @@ class Survey:
     facts: tuple[CaseFacts, ...]
     problems: tuple[Problem, ...]
     warnings: tuple[Problem, ...]
+    grouping: Grouping
 
     def raise_problems(self) -> None:
         if self.problems:
@@ -67,12 +70,15 @@ def survey(
         reader, range(len(refs)), workers=workers, progress=progress, known=known, keep=keep
     )
     facts = [found[index] for index in range(len(refs))]
-    problems = [*reader.problems(), *(problem for case in facts for problem in case.problems)]
+    own = [ref.id for ref in refs]
+    problems = [*reader.problems(), *(reader.sheet.problems(own) if reader.sheet else ())]
+    problems += [*(problem for case in facts for problem in case.problems)]
     if any(kind == "rgb_to_0_1" for kind in normalisation(dataset)):
         problems += _depths(facts)
     odd, doubts = _whites(facts)
     problems += odd
     warnings = [w for case in facts for w in case.warnings] + doubts + _together(facts)
+    warnings += _patients(reader.grouping)
     joint, doubles = link(facts)
     facts = [case.model_copy(update={"group": joint.get(case.id, case.group)}) for case in facts]
     refs = [replace(ref, group=joint.get(ref.id, ref.group)) for ref in refs]
@@ -95,6 +101,7 @@ def survey(
         facts=tuple(facts),
         problems=tuple(problems),
         warnings=tuple(warnings),
+        grouping=reader.grouping,
     )
 
 
@@ -339,6 +346,19 @@ def _together(facts: Sequence[CaseFacts]) -> list[Problem]:
         Problem(
             case="all", field="orientation", found=counts, expected="one for all cases", mend=mend
         )
+    ]
+
+
+def _patients(grouping: Grouping) -> list[Problem]:
+    """A grouping that only names speak for, and what speaks against one."""
+    mend = f"If that is wrong, say it in {SHEET} in the raw folder: case, patient[, site, split]."
+    texts = [f"{grouping.rule}: {grouping.evidence}"] if grouping.guess else []
+    texts += [text for text in grouping.doubts if grouping.guess or grouping.doubts]
+    return [
+        Problem(
+            case="all", field="patients", found=text, expected="a table or clear names", mend=mend
+        )
+        for text in texts
     ]
 
 

@@ -211,7 +211,8 @@ def _plain(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind == "f":
         with np.errstate(over="ignore", invalid="ignore"):
             return np.ascontiguousarray(array, np.float32)
-    return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+    array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+    return array if array.flags.writeable else array.copy()
 
 
 def _short(error: BaseException) -> str:

@@ -11,7 +11,8 @@ import pkgutil
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,26 +20,26 @@ import numpy as np
 
 from segfleet.core.errors import InputError, Problem
 from segfleet.preprocess.case import Case, Geometry
-from segfleet.preprocess.files.images import read_image, read_label, sources
+from segfleet.preprocess.files.images import ENDINGS, read_image, read_label, sources
+from segfleet.preprocess.planning.patients import NAME as SHEET
+from segfleet.preprocess.planning.patients import Grouping, Sheet, by_names, read_sheet
+from segfleet.preprocess.planning.patients import patient_of as patient_of
 from segfleet.preprocess.stores.manifest import Dataset
 
 Folds = tuple[dict[str, tuple[str, ...]], ...]
 SHARED = ("base", "pairs", "places")  # what several layouts use
-VISIT = re.compile(
-    r"^(?P<patient>.*\d)[_-](frame|t|tp|time|visit|scan|ses|session|phase|slice|ed|es)[_-]?\d*$",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaseRef:
     """Where the files of one case lie. `group` is the patient; empty: the case is a patient of its
-    own."""
+    own. `stratum` is what folds are to be balanced over: a site, or a class of the data set."""
 
     id: str
     images: tuple[Path, ...]  # one file per channel, or one that holds all
     labels: tuple[Path, ...]
     group: str = ""
+    stratum: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,8 @@ class RawReader(ABC):
     about: ClassVar[str]  # one line: which data sets look like this
     layout: ClassVar[str]  # the folder, in one line
     facts: ClassVar[Facts]
+    # whose word the layout's own patients are: "what ... says"
+    patients_from: ClassVar[str] = "the layout says"
     options: ClassVar[dict[str, tuple[str, ...]]] = {}  # name -> legal values, the default first
 
     def __init__(self, root: str | Path, **options: str):
@@ -88,17 +91,78 @@ class RawReader(ABC):
     def dataset(self) -> Dataset: ...
 
     @abstractmethod
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         """All labelled cases in natural order; their files may be missing, which the check
-        reports."""
+        reports. Those without a group are grouped by `refs`."""
+
+    def refs(self) -> list[CaseRef]:
+        """The cases with their patients. Listed once: a reader describes the folder as it was."""
+        return list(self._grouped[0])
+
+    @property
+    def grouping(self) -> Grouping:
+        """How cases came to their patients."""
+        return self._grouped[1]
+
+    @cached_property
+    def sheet(self) -> Sheet | None:
+        """The user's patients.csv in the raw folder, which says more than any name. Raises
+        InputError."""
+        folders = dict.fromkeys((self.root, getattr(self, "folder", self.root)))
+        found = (read_sheet(folder / SHEET, _plain) for folder in folders)
+        return next((sheet for sheet in found if sheet), None)
+
+    @cached_property
+    def _grouped(self) -> tuple[tuple[CaseRef, ...], Grouping]:
+        refs, sheet = self.cases(), self.sheet
+        if sheet:
+            refs = [
+                replace(
+                    ref,
+                    group=sheet.patients.get(ref.id, ref.group),
+                    stratum=sheet.sites.get(ref.id, ref.stratum),
+                )
+                for ref in refs
+            ]
+            rule, many = f"the table {sheet.path.name}", len(set(sheet.patients.values()))
+            evidence = f"{len(sheet.patients)} cases of {many} patients"
+            return tuple(refs), Grouping(patients=sheet.patients, rule=rule, evidence=evidence)
+        if any(ref.group for ref in refs):
+            patients = {ref.id: ref.group for ref in refs if ref.group}
+            evidence = f"{len(patients)} cases of {len(set(patients.values()))} patients"
+            return tuple(refs), Grouping(
+                patients=patients, rule=f"what {type(self).patients_from}", evidence=evidence
+            )
+        dims = {"2D": 2, "3D": 3}.get(self.facts.dims) or self.dataset().dims
+        found = by_names([ref.id for ref in refs], dims)
+        refs = [replace(ref, group=found.patients.get(ref.id, "")) for ref in refs]
+        return tuple(refs), found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the list of cases: workers are given theirs one by one."""
+        return {key: value for key, value in self.__dict__.items() if key != "_grouped"}
 
     def problems(self) -> list[Problem]:
         """Faults of the layout itself, found without opening an image."""
         return []
 
-    def splits(self) -> dict[str, Folds]:
+    def brought(self) -> dict[str, Folds]:
         """The splits the data set brings along or is published with, by name."""
         return {}
+
+    def splits(self) -> dict[str, Folds]:
+        """Those, and the user's from patients.csv: "given", and "given-test" against its test
+        part."""
+        found = self.brought()
+        if self.sheet and self.sheet.splits:
+            side = {name: [] for name in ("train", "val", "test")}
+            for ref in self.refs():
+                if ref.id in self.sheet.splits:
+                    side[self.sheet.splits[ref.id]].append(ref.id)
+            for name, val in (("given", side["val"] or side["test"]), ("given-test", side["test"])):
+                if side["train"] and val:
+                    found[name] = ({"train": tuple(side["train"]), "val": tuple(val)},)
+        return found
 
     def may_be_empty(self, ref: CaseRef) -> bool:
         """Whether a mask without foreground is usual for this case, so that nobody needs to be
@@ -180,11 +244,10 @@ def visible(folder: Path, pattern: str = "*") -> list[Path]:
     )
 
 
-def patient_of(case_id: str) -> str:
-    """patient001_frame12 -> patient001; an id that does not speak of a visit is a patient of its
-    own."""
-    match = VISIT.match(case_id)
-    return match["patient"] if match else ""
+def _plain(name: str) -> str:
+    """A case's name, of that of a file."""
+    name = name.rpartition("/")[2]
+    return next((name[: -len(end)] for end in ENDINGS if name.lower().endswith(end)), name)
 
 
 def read_json(path: Path) -> dict:

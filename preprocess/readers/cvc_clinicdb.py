@@ -88,7 +88,7 @@ class Reader(PairReader):
             number = str(bisect_left(LAST_FRAMES, int(frame)) + 1)
         return f"sequence{number}" if number else ""
 
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         images, masks = (self.folder / name for name in ("Original", "Ground Truth"))
         return paired(
             pictures(images),

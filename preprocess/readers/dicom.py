@@ -20,7 +20,6 @@ from segfleet.preprocess.readers.base import (
     duplicates,
     natural,
     number,
-    patient_of,
     read_json,
     visible,
 )
@@ -28,8 +27,12 @@ from segfleet.preprocess.readers.pairs import pictures
 from segfleet.preprocess.readers.places import locate, subfolders
 from segfleet.preprocess.stores.manifest import Dataset
 
+# what anonymisers write instead of a patient
+NOBODY = ("none", "anonymous", "anonymized", "anonymised", "anon", "unknown", "0", "patient", "id")
+
 
 class Reader(RawReader):
+    patients_from = "the files' PatientID says"
     about = "Your own DICOM series, 3D, with a label volume each."
     layout = "images/CASE/ with the DICOM files of one series, and labels/CASE.nii.gz; optionally labels.json with the classes"
     facts = Facts(dims="3D", modality="CT, MRI, PET")
@@ -47,6 +50,18 @@ class Reader(RawReader):
                 header = header_of(path, ["Modality"])
                 return str(header.get("Modality", "") if header else "").strip() or "image"
         return "image"
+
+    @cached_property
+    def patient_ids(self) -> dict[str, str]:
+        """Case -> PatientID of its first file; none where cases are to be told apart by their
+        names, since all have one, as anonymised files do."""
+        found = {}
+        for case in _cases(self.folder):
+            header = next((header_of(path, ["PatientID"]) for path in _slices(case)[:1]), None)
+            name = str(header.get("PatientID", "") if header else "").strip()
+            if name and name.lower() not in NOBODY:
+                found[case.name] = name
+        return found if len(set(found.values())) > 1 else {}
 
     def dataset(self) -> Dataset:
         file = self.folder / "labels.json"
@@ -67,16 +82,15 @@ class Reader(RawReader):
             labels=labels,
         )
 
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         labels = {stem(path): path for path in pictures(self.folder / "labels", VOLUMES)}
         series = {case.name: _slices(case) for case in _cases(self.folder)}
         refs = []
         for case in sorted({*labels, *series}, key=natural):
             files = series.get(case) or [self.folder / "images" / case / "*.dcm"]
             label = labels.get(case, self.folder / "labels" / f"{case}.nii.gz")
-            refs.append(
-                CaseRef(id=case, group=patient_of(case), images=tuple(files), labels=(label,))
-            )
+            group = self.patient_ids.get(case, "")
+            refs.append(CaseRef(id=case, group=group, images=tuple(files), labels=(label,)))
         return refs
 
     def problems(self) -> list[Problem]:

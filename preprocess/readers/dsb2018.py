@@ -33,7 +33,7 @@ class Reader(PairReader):
             self.root, lambda p: any(visible(case / "images") for case in _cases(p)), self.layout
         )
 
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         refs = []
         for folder in _cases(self.folder):
             images = visible(folder / "images", "*.png") or [

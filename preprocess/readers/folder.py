@@ -26,7 +26,6 @@ from segfleet.preprocess.readers.base import (
     Facts,
     Folds,
     number,
-    patient_of,
     read_json,
     visible,
 )
@@ -83,7 +82,7 @@ class Reader(PairReader):
         slice is 2D."""
         flat = True
         channels = 1
-        for path in (ref.images[0] for ref in self.refs()):
+        for path in (ref.images[0] for ref in self.cases()):
             own, depth, _, _ = peek(path)
             natural = ending(path) in NATURAL
             flat &= natural or depth <= 1
@@ -113,7 +112,7 @@ class Reader(PairReader):
             file_ending=ends,
         )
 
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         refs = []
         for part, folders in self.classes.items():
             masks = [path for folder in folders or [part / "masks"] for path in pictures(folder)]
@@ -126,7 +125,6 @@ class Reader(PairReader):
                 masks,
                 *missing,
                 mask_key=lambda path: SUFFIX.sub("", stem(path)),
-                group=patient_of,
             )
         return refs
 
@@ -150,7 +148,7 @@ class Reader(PairReader):
             read_label(ref.labels[0], digest) if self.declared else _binary(ref.labels[0], digest)
         )
 
-    def splits(self) -> dict[str, Folds]:
+    def brought(self) -> dict[str, Folds]:
         refs = self.refs()
         part = {name: [ref for ref in refs if inside(ref, self.folder / name)] for name in PARTS}
         given = {

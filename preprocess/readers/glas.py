@@ -64,7 +64,7 @@ class Reader(PairReader):
                 }
         return {}
 
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         files = _files(self.folder)
         masks = [path for path in files if stem(path).lower().endswith(SUFFIX)]
         painted = set(masks)
@@ -81,7 +81,7 @@ class Reader(PairReader):
     def label(self, ref: CaseRef, digest: Any = None) -> tuple[np.ndarray, Geometry]:
         return union(ref.labels, digest, read_instances)
 
-    def splits(self) -> dict[str, Folds]:
+    def brought(self) -> dict[str, Folds]:
         refs = self.refs()
         part = {
             name: [ref for ref in refs if ref.id.startswith(name)]
@@ -98,7 +98,7 @@ class Reader(PairReader):
                 for name, val in tests.items()
                 if val and part["train_"]
             },
-            **super().splits(),
+            **super().brought(),
         }
 
 

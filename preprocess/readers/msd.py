@@ -15,7 +15,6 @@ from segfleet.preprocess.readers.base import (
     duplicates,
     field,
     number,
-    patient_of,
     read_json,
     visible,
 )
@@ -107,7 +106,7 @@ class Reader(RawReader):
             )
         return known
 
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         listed = field(self.json, "training", list, self.file)
         refs = []
         for index, entry in enumerate(listed):
@@ -122,7 +121,7 @@ class Reader(RawReader):
                 continue
             image, label = (self.root / Path(entry[key]) for key in ("image", "label"))
             name = stem(image)
-            refs.append(CaseRef(id=name, group=patient_of(name), images=(image,), labels=(label,)))
+            refs.append(CaseRef(id=name, images=(image,), labels=(label,)))
         if not refs:
             raise InputError(f"{self.file}: training: found no case. Expected {self.layout}")
         return refs

@@ -24,7 +24,6 @@ from segfleet.preprocess.readers.base import (
     fold_problems,
     natural,
     number,
-    patient_of,
     read_json,
     visible,
 )
@@ -144,7 +143,7 @@ class Reader(RawReader):
     def _dims(self) -> int:
         if self.ending in NATURAL:
             return 2
-        depths = {peek(ref.images[0])[1] for ref in self.refs()[:5] if ref.images} - {0}
+        depths = {peek(ref.images[0])[1] for ref in self.cases()[:5] if ref.images} - {0}
         return 2 if depths == {1} else 3
 
     @cached_property
@@ -162,7 +161,7 @@ class Reader(RawReader):
         }
         return images, labels
 
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         if "dataset" in self.json:
             return self._explicit()
         images, labels = self._files
@@ -181,7 +180,7 @@ class Reader(RawReader):
                 for i in wanted
             )
             label = labels.get(case, self.root / "labelsTr" / f"{case}{self.ending}")
-            refs.append(CaseRef(id=case, group=patient_of(case), images=paths, labels=(label,)))
+            refs.append(CaseRef(id=case, images=paths, labels=(label,)))
         return refs
 
     def _explicit(self) -> list[CaseRef]:
@@ -202,7 +201,6 @@ class Reader(RawReader):
             refs.append(
                 CaseRef(
                     id=case,
-                    group=patient_of(case),
                     images=images,
                     labels=(self.root / entry["label"],),
                 )
@@ -233,14 +231,14 @@ class Reader(RawReader):
         return found + self._split_problems({ref.id for ref in refs})
 
     def _split_problems(self, ids: set[str]) -> list[Problem]:
-        folds = self.splits().get("nnunet", ())
+        folds = self.brought().get("nnunet", ())
         return [
             p
             for index, fold in enumerate(folds)
             for p in fold_problems("splits_final.json", f"fold {index}", fold, ids, "imagesTr")
         ]
 
-    def splits(self) -> dict[str, Folds]:
+    def brought(self) -> dict[str, Folds]:
         path = self.root / "splits_final.json"
         if not path.is_file():
             return {}

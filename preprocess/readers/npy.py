@@ -69,7 +69,7 @@ class Reader(RawReader):
             **facts,
         )
 
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         """What stands before the last `_` is the volume, and counts as one patient in both parts:
         their numbers may mean the same."""
         refs = []
@@ -91,7 +91,7 @@ class Reader(RawReader):
     def problems(self) -> list[Problem]:
         return duplicates([ref.id for ref in self.refs()])
 
-    def splits(self) -> dict[str, Folds]:
+    def brought(self) -> dict[str, Folds]:
         refs = self.refs()
         train, test = (
             [ref for ref in refs if inside(ref, self.folder / f"{part}_image")] for part in PARTS

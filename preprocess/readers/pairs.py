@@ -60,7 +60,7 @@ class PairReader(RawReader):
                 )
         return found
 
-    def splits(self) -> dict[str, Folds]:
+    def brought(self) -> dict[str, Folds]:
         return published([ref.id for ref in self.refs()])
 
     def image(self, ref: CaseRef, digest: Any = None) -> tuple[np.ndarray, Geometry]:
