@@ -17,13 +17,14 @@ from segfleet.pipeline.inference.sliding_window import Forward, sliding_window
 from segfleet.pipeline.ranks import Ranks, as_facts, from_facts
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.case import Case, Geometry
-from segfleet.preprocess.files.images import ImageError, read_image
+from segfleet.preprocess.files.images import ImageError
 from segfleet.preprocess.files.writer import write_label
 from segfleet.preprocess.readers.pairs import colours
 from segfleet.preprocess.stores.manifest import Dataset, Plan
 from segfleet.preprocess.stores.shard_reader import to_float32
 from segfleet.preprocess.transforms.case_transforms import (
     OF_COLOURS,
+    check_room,
     preprocess_case,
     raw_resample_axis,
 )
@@ -138,7 +139,7 @@ def _answer(
 def _predict(
     forward: Forward, plan: Plan, task: Task, one: Input, window: dict[str, Any]
 ) -> tuple[np.ndarray, Geometry]:
-    image, geometry = read_image(one.images)
+    image, geometry = one.read()
     if len(plan.normalisation) == 3 and set(plan.normalisation) <= set(OF_COLOURS):
         image, geometry = colours(image, geometry)  # as all layouts of colour pictures do
     if len(image) != (channels := len(plan.normalisation)):
@@ -150,6 +151,7 @@ def _predict(
             "ones. Mend the image."
         )
     case = Case(id=one.id, image_CZYX=image, label_ZYX=None, geometry=geometry)
+    check_room(one.id, geometry.shape, geometry.spacing, plan)
     stored, _, facts = preprocess_case(case, plan)
     found = sliding_window(forward, torch.from_numpy(to_float32(stored, plan.scale)), **window)
     label = restore(

@@ -238,7 +238,7 @@ def _grid(folder: Path, slices: list[Slice]) -> tuple[list[Slice], np.ndarray]:
         _no_copies(folder, slices, steps)
         _even(folder, slices, steps, usual)
         step = (slices[-1].position - slices[0].position) / (len(slices) - 1)
-        _straight(folder, slices, step, normal)
+        _straight(folder, slices, normal)
     else:
         step = normal * float(getattr(first.dataset, "segfleet_step", 1.0))
     affine = np.eye(4)
@@ -283,14 +283,16 @@ def _even(folder: Path, slices: Sequence[Slice], steps: np.ndarray, usual: float
     raise ImageError(folder, "slice distance", found, expected, mend)
 
 
-def _straight(folder: Path, slices: Sequence[Slice], step: np.ndarray, normal: np.ndarray) -> None:
-    along = normal @ step
-    aside = np.linalg.norm(step - normal * along)
-    shift = aside * (len(slices) - 1)
-    if shift > max(SLANT * min(slices[0].pixel), ROUNDING):
-        degrees = np.degrees(np.arctan2(aside, along))
+def _straight(folder: Path, slices: Sequence[Slice], normal: np.ndarray) -> None:
+    off = np.array([one.position - slices[0].position for one in slices])
+    along = off @ normal
+    aside = np.linalg.norm(off - np.outer(along, normal), axis=1)
+    at = int(aside.argmax())
+    if aside[at] > max(SLANT * min(slices[0].pixel), ROUNDING):
+        degrees = np.degrees(np.arctan2(aside[at], along[at]))
         found = (
-            f"slices shifted against their normal by {degrees:.3g} degrees, {shift:.3g} mm in all"
+            f"slices shifted against their normal by {degrees:.3g} degrees, {aside[at]:.3g} mm "
+            f"at {_name(slices[at])}"
         )
         mend = "Convert the series with a tool that corrects the tilt, and draw the label on that."
         raise ImageError(folder, "gantry tilt", found, "slices straight above each other", mend)

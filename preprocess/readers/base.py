@@ -20,6 +20,7 @@ import numpy as np
 
 from segfleet.core.errors import InputError, Problem
 from segfleet.preprocess.case import Case, Geometry
+from segfleet.preprocess.files.faults import is_regular
 from segfleet.preprocess.files.images import ENDINGS, read_image, read_label, sources
 from segfleet.preprocess.planning.patients import NAME as SHEET
 from segfleet.preprocess.planning.patients import Grouping, Sheet, by_names, read_sheet
@@ -244,6 +245,13 @@ def visible(folder: Path, pattern: str = "*") -> list[Path]:
     )
 
 
+def tables(folder: Path) -> list[Path]:
+    """The CSV files of a folder, whatever the case of their ending: files that can be read, no
+    folders, pipes or links to nowhere."""
+    found = [path for path in visible(folder) if path.suffix.lower() == ".csv"]
+    return [path for path in found if is_regular(path) and path.name != SHEET]
+
+
 def _plain(name: str) -> str:
     """A case's name, of that of a file."""
     name = name.rpartition("/")[2]
@@ -258,6 +266,8 @@ def read_json(path: Path) -> dict:
         raise InputError(
             f"{path}: is not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}"
         ) from None
+    except RecursionError:
+        raise InputError(f"{path}: is nested too deeply to be a description") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     if not isinstance(document, dict):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from segfleet.preprocess.readers.base import CaseRef, Facts, visible
-from segfleet.preprocess.readers.pairs import PairReader
+from segfleet.preprocess.readers.pairs import PairReader, pictures
 from segfleet.preprocess.readers.places import locate, subfolders
 
 
@@ -36,10 +36,8 @@ class Reader(PairReader):
     def cases(self) -> list[CaseRef]:
         refs = []
         for folder in _cases(self.folder):
-            images = visible(folder / "images", "*.png") or [
-                folder / "images" / f"{folder.name}.png"
-            ]
-            masks = visible(folder / "masks", "*.png") or [folder / "masks" / "*.png"]
+            images = pictures(folder / "images") or [folder / "images" / f"{folder.name}.png"]
+            masks = pictures(folder / "masks") or [folder / "masks" / "*.png"]
             refs.append(CaseRef(id=folder.name, images=(images[0],), labels=tuple(masks)))
         return refs
 

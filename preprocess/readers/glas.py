@@ -16,7 +16,7 @@ import numpy as np
 from segfleet.preprocess.case import Geometry
 from segfleet.preprocess.files.images import ImageError, stem
 from segfleet.preprocess.files.masks import read_grey
-from segfleet.preprocess.readers.base import CaseRef, Facts, Folds, visible
+from segfleet.preprocess.readers.base import CaseRef, Facts, Folds, tables
 from segfleet.preprocess.readers.pairs import (
     PairReader,
     paired,
@@ -51,7 +51,7 @@ class Reader(PairReader):
     @cached_property
     def patients(self) -> dict[str, str]:
         """Image -> patient, from Grade.csv."""
-        for path in visible(self.folder, "*.csv"):
+        for path in tables(self.folder):
             with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
                 rows = list(csv.reader(file, skipinitialspace=True))
             names = [name.strip().lower() for name in rows[0]] if rows else []

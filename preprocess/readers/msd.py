@@ -54,6 +54,13 @@ class Reader(RawReader):
                 f"{self.file}: has channel_names, so it is an nnU-Net v2 folder. Use the layout "
                 "nnunet."
             )
+        if any((self.root / "imagesTr").glob("*_0000.nii.gz")) and not any(
+            ref.images[0].is_file() for ref in self.cases()[:1]
+        ):
+            raise InputError(
+                f"{self.file}: its images are a file per channel (_0000), so it is an nnU-Net v1 "
+                "folder. Use the layout nnunet."
+            )
 
     def dataset(self) -> Dataset:
         modality = field(self.json, "modality", dict, self.file)

@@ -6,6 +6,7 @@ Source: specification `datasets_3d`, section 5.
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from functools import cached_property
@@ -106,8 +107,27 @@ def dataset_of(facts: dict[str, Any], file: Path, *, name: str, dims: int, endin
     )
 
 
+def _from_version_1(document: dict, root: Path, file: Path) -> dict:
+    """What version 2 would say of a folder made for nnU-Net version 1, whose images are a file per
+    channel too. Raises InputError for a folder of the Decathlon, whose images are not."""
+    listed = [str(e.get("image", "")) for e in document.get("training", []) if isinstance(e, dict)]
+    first = Path(listed[0]).name if listed else ""
+    kind = next((end for end in ENDINGS if first.lower().endswith(end)), ".nii.gz")
+    if (root / "imagesTr" / first).is_file() or not any(
+        (root / "imagesTr").glob(f"*_0000{glob.escape(kind)}")
+    ):
+        raise InputError(f"{file}: has modality, so it is an MSD folder. Use the layout msd.")
+    labels = field(document, "labels", dict, file)
+    return {
+        **document,
+        "channel_names": field(document, "modality", dict, file),
+        "labels": {str(name): number(value, "labels", file) for value, name in labels.items()},
+        "file_ending": kind,
+    }
+
+
 class Reader(RawReader):
-    about = "Your own data in the nnU-Net v2 layout, 3D or 2D, with regions and an ignore label."
+    about = "Your own data in the nnU-Net layout (v2 or v1), 3D or 2D, with regions and an ignore label."
     layout = (
         "an nnU-Net v2 folder: dataset.json (channel_names, labels, numTraining, file_ending), "
         "imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz"
@@ -122,9 +142,7 @@ class Reader(RawReader):
             raise InputError(f"raw: {self.root} holds no dataset.json. Expected {self.layout}")
         self.json = read_json(self.file)
         if "modality" in self.json and "channel_names" not in self.json:
-            raise InputError(
-                f"{self.file}: has modality, so it is an MSD folder. Use the layout msd."
-            )
+            self.json = _from_version_1(self.json, self.root, self.file)
         self.ending = str(field(self.json, "file_ending", str, self.file)).lower()
         if self.ending not in ENDINGS or self.ending in (".jpg", ".jpeg"):
             legal = ", ".join(e for e in ENDINGS if e not in (".jpg", ".jpeg"))

@@ -7,6 +7,7 @@ Source: specification `datasets_3d`, section 6.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +16,9 @@ import numpy as np
 from scipy import ndimage
 
 from segfleet.core.errors import InputError
+from segfleet.core.machine import memory_budget
 from segfleet.preprocess.case import Case
+from segfleet.preprocess.files.faults import ALWAYS_FITS, text_of
 from segfleet.preprocess.stores.manifest import Plan
 from segfleet.preprocess.transforms.resample import (
     resample_image,
@@ -239,6 +242,24 @@ def stored_grid(
         new_shape.append(new)
         new_spacing.append(here if new == n else target)
     return tuple(new_shape), tuple(new_spacing)
+
+
+def check_room(
+    case: str, shape: tuple[int, int, int], spacing: tuple[float, float, float], plan: Plan
+) -> None:
+    """Raises InputError where resampling a box of `shape` voxels would not fit into this machine's
+    memory: mostly a spacing that is not true."""
+    grid, _ = stored_grid(shape, spacing, plan)
+    size = 4 * len(plan.normalisation) * math.prod(grid)
+    if size <= ALWAYS_FITS or 2 * size <= (budget := memory_budget()):
+        return
+    sizes, target = ("x".join(f"{s:g}" for s in three) for three in (spacing, plan.target_spacing))
+    raise InputError(
+        f"case '{case}': spacing: found {sizes} mm, which at the plan's {target} mm makes "
+        f"{'x'.join(map(str, grid))} voxels ({text_of(size)}), expected at most "
+        f"{text_of(budget // 2)} on this machine. Correct the header's spacing, choose a coarser "
+        "--spacing, or give the job more memory."
+    )
 
 
 def changes_grid(raw_shape: Sequence[int], crop: Crop, shape: Sequence[int]) -> bool:
