@@ -52,8 +52,8 @@ def sources(path: Path) -> list[Path]:
     found = [path]
     if name.endswith(ITK):
         found += itk.detached(path)
-    elif name.endswith(TIFF) and (beside := tiff.sidecar(path)):
-        found.append(beside)
+    elif name.endswith(TIFF):
+        found += tiff.sidecars(path)
     return found
 
 

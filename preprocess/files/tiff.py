@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 
 from segfleet.preprocess.case import FileFacts, Geometry
 from segfleet.preprocess.files import colours
-from segfleet.preprocess.files.faults import ImageError, check_size, damaged, read_bytes
+from segfleet.preprocess.files.faults import ImageError, check_size, damaged, is_regular, read_bytes
 
 
 def read_tiff(data: bytes, path: Path, label: bool) -> tuple[np.ndarray, Geometry]:
@@ -115,15 +116,13 @@ def _eight_bits(table: np.ndarray) -> np.ndarray:
     return (table if table.max(initial=0) < 256 else table >> 8).astype(np.uint8)
 
 
-def sidecar(path: Path) -> Path | None:
-    """CASE.json beside CASE.tif or CASE_0000.tif, if it is one of spacing: other programs put
-    files of that name there too."""
+def sidecars(path: Path) -> list[Path]:
+    """CASE.json beside CASE.tif, and beside CASE_0000.tif, where they speak of spacing: other
+    programs put files of that name there too. The first counts."""
     name = path.name.rpartition(".")[0]
-    for stem in (name, name[:-5] if name[-5:-4] == "_" and name[-4:].isdigit() else name):
-        file = path.with_name(f"{stem}.json")
-        if file.is_file() and _says_spacing(file):
-            return file
-    return None
+    stems = dict.fromkeys((name, name[:-5] if re.search(r"_\d{4}$", name) else name))
+    files = [path.with_name(f"{stem}.json") for stem in stems]
+    return [file for file in files if is_regular(file) and _says_spacing(file)]
 
 
 def _says_spacing(file: Path) -> bool:
@@ -137,8 +136,9 @@ def _says_spacing(file: Path) -> bool:
 
 def _spacing(path: Path) -> tuple[float, float, float]:
     """(z, y, x) in mm; 1 without a file that says it. Raises ImageError."""
-    if (file := sidecar(path)) is None:
+    if not (files := sidecars(path)):
         return (1.0, 1.0, 1.0)
+    file = files[0]
     try:
         spacing = [float(s) for s in json.loads(read_bytes(file))["spacing"]]
     except (ValueError, TypeError, KeyError, RecursionError):
