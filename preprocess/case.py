@@ -14,13 +14,15 @@ class FileFacts:
     `warnings` are what a person should look at: (field, found, expected, mend). `header` is a NIfTI
     file's own, so that a prediction can say where it lies in the same words. `dims` is 2 where the
     file is a flat picture by its own account. `white` is the value that a black and white mask
-    paints with.
+    paints with. `anywhere`: a label that may cover but a part of its image, and lies where its
+    affine says.
     """
 
     warnings: tuple[tuple[str, str, str, str], ...] = ()
     header: bytes = b""
     dims: int = 3
     white: int = 0
+    anywhere: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from segfleet.core.parallel import run
 from segfleet.preprocess.case import Case, Geometry
 from segfleet.preprocess.checking.duplicates import leaks, link, thumbnail
 from segfleet.preprocess.files.grids import advice, disagreement
+from segfleet.preprocess.files.grids import advice, disagreement, settled
 from segfleet.preprocess.files.images import ImageError, peek, sources
 from segfleet.preprocess.planning.fingerprint import CaseFacts, samples_per_case, statistics
 from segfleet.preprocess.planning.patients import NAME as SHEET
@@ -167,6 +168,8 @@ def check_case(reader: RawReader, dataset: Dataset, samples: int, ref: CaseRef) 
         problems.append(error.problem(ref.id))
     try:
         label, grid = reader.label(ref, digest)
+        if image is not None:
+            label, grid = settled(label, grid, geometry)
         problems += label_problems(ref.id, label, dataset)
     except ImageError as error:
         problems.append(error.problem(ref.id))

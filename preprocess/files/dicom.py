@@ -30,9 +30,10 @@ CODECS = {  # transfer syntax -> of imagecodecs
     **dict.fromkeys(("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81"), "jpegls_decode"),
 }
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # unpacked without a limit by pydicom
+SEG, RTSTRUCT = "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.481.3"
 KINDS = {  # what else may be in a series' folder
-    "1.2.840.10008.5.1.4.1.1.66.4": "a segmentation (DICOM SEG)",
-    "1.2.840.10008.5.1.4.1.1.481.3": "structures of radiotherapy (RTSTRUCT)",
+    SEG: "a segmentation (DICOM SEG)",
+    RTSTRUCT: "structures of radiotherapy (RTSTRUCT)",
 }
 AGAIN = "Copy or export the files again."
 OWN_FOLDER = "Put each series into a folder of its own."
@@ -95,6 +96,36 @@ def peek_slice(path: Path) -> tuple[int, int, int, int]:
     d = header_of(path, ["Rows", "Columns", "NumberOfFrames", "SamplesPerPixel"])
     frames, channels = int(d.get("NumberOfFrames", 1) or 1), int(d.get("SamplesPerPixel", 1))
     return channels, frames, int(d.Rows), int(d.Columns)
+
+
+def slices_of(path: Path, data: bytes) -> tuple[Any, list[Slice]]:
+    """The data set of one file and where its frames lie. Raises ImageError."""
+    d = _dataset(path, data, None)
+    if "PixelData" not in d or not (d.get("Rows") and d.get("Columns")):
+        raise damaged(path, "no pixels in it")
+    return d, _slices(path, d)
+
+
+def grid_of(path: Path, slices: Sequence[Slice]) -> tuple[np.ndarray, list[int]]:
+    """The matrix (LPS, mm) of the smallest grid that frames at any places lie on, several at one of
+    them, and the slice each lies on. Raises ImageError where they lie on none."""
+    first = slices[0]
+    normal = np.cross(first.turn[0], first.turn[1])
+    depths = np.array([one.position @ normal for one in slices])
+    steps = np.diff(np.unique(depths.round(3)))
+    step = float(steps.min()) if len(steps) else float(first.dataset.segfleet_step)
+    places = (depths - depths.min()) / step
+    lowest = slices[int(depths.argmin())].position
+    off = np.array([one.position - lowest for one in slices])
+    aside = np.linalg.norm(off - np.outer(off @ normal, normal), axis=1).max()
+    turned = max(np.abs(one.turn - first.turn).max() for one in slices)
+    if np.abs(places - np.rint(places)).max() > 0.05 or aside > ROUNDING or turned > 1e-3:
+        raise ImageError(path, "frames", f"{path.name} on no grid", "even, parallel planes", AGAIN)
+    affine = np.eye(4)
+    affine[:3, 0] = first.turn[0] * first.pixel[1]
+    affine[:3, 1] = first.turn[1] * first.pixel[0]
+    affine[:3, 2], affine[:3, 3] = normal * step, lowest
+    return affine, [int(n) for n in np.rint(places)]
 
 
 def _marked(path: Path) -> bool:

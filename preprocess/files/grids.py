@@ -4,6 +4,7 @@ exchanged and shifted by whole voxels, as the affines say."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -61,6 +62,15 @@ def laid(label_ZYX: np.ndarray, grid: Geometry, onto: Geometry) -> np.ndarray | 
         return None
     out[there] = kept
     return np.ascontiguousarray(out.T)
+
+
+def settled(label_ZYX: np.ndarray, grid: Geometry, image: Geometry) -> tuple[np.ndarray, Geometry]:
+    """A label that lies `anywhere`, laid onto the image's grid if that is exact; others as they
+    are."""
+    if not grid.file.anywhere or disagreement(grid, image) is None:
+        return label_ZYX, grid
+    placed = laid(label_ZYX, grid, image)
+    return (label_ZYX, grid) if placed is None else (placed, replace(image, file=grid.file))
 
 
 def within_rounding(one: Geometry, other: Geometry) -> bool:

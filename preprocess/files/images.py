@@ -9,7 +9,7 @@ come from (`sources`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,17 @@ def read_image(paths: Sequence[Path], digest: Any = None) -> tuple[np.ndarray, G
     return image, first
 
 
-def read_label(path: Path, digest: Any = None) -> tuple[np.ndarray, Geometry]:
+def read_label(
+    path: Path, digest: Any = None, names: Mapping[str, int] | None = None
+) -> tuple[np.ndarray, Geometry]:
     """label_ZYX as the file stores it (integers, or floats that ought to be), and its grid. Values
-    that miss an integer by a rounding error are that integer, with a warning. Raises
-    ImageError."""
+    that miss an integer by a rounding error are that integer, with a warning. Named segments (3D
+    Slicer's) get the values of `names`. Raises ImageError."""
     array, geometry = read_file(path, digest, label=True)
+    if Path(path).name.lower().endswith(".seg.nrrd"):
+        from segfleet.preprocess.files.segments import from_seg_nrrd
+
+        return from_seg_nrrd(Path(path), read_bytes(path), array, geometry, names or {})
     if len(array) > 1 and all(np.array_equal(array[0], other) for other in array[1:]):
         array = array[:1]  # a grey mask saved as RGB
     if len(array) != 1:

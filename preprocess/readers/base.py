@@ -21,7 +21,9 @@ import numpy as np
 from segfleet.core.errors import InputError, Problem
 from segfleet.preprocess.case import Case, Geometry
 from segfleet.preprocess.files.faults import is_regular
+from segfleet.preprocess.files.grids import settled
 from segfleet.preprocess.files.images import ENDINGS, read_image, read_label, sources
+from segfleet.preprocess.files.segments import is_seg_nrrd
 from segfleet.preprocess.planning.patients import NAME as SHEET
 from segfleet.preprocess.planning.patients import Grouping, Sheet, by_names, read_sheet
 from segfleet.preprocess.planning.patients import patient_of as patient_of
@@ -176,14 +178,16 @@ class RawReader(ABC):
 
     def label(self, ref: CaseRef, digest: Any = None) -> tuple[np.ndarray, Geometry]:
         """(Z, Y, X) and its grid. Raises ImageError."""
-        return read_label(ref.labels[0], digest)
+        path = ref.labels[0]
+        named = self.dataset().labels if is_seg_nrrd(path) else None
+        return read_label(path, digest, named)
 
     def read(self, ref: CaseRef) -> Case:
         """Image and label of one case; `extra["source_sha256"]` is the hash of the files' bytes.
         Raises ImageError."""
         digest = hashlib.sha256()
         image, geometry = self.image(ref, digest)
-        label, _ = self.label(ref, digest)
+        label, _ = settled(*self.label(ref, digest), geometry)
         extra = {
             "source_sha256": digest.hexdigest(),
             "files": [os.path.relpath(p, self.root) for p in ref.images],

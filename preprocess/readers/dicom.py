@@ -3,6 +3,7 @@ series."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 
 from segfleet.core.errors import InputError, Problem
 from segfleet.preprocess.case import Geometry
-from segfleet.preprocess.files.dicom import header_of, is_dicom, read_series
-from segfleet.preprocess.files.images import VOLUMES, stem
+from segfleet.preprocess.files.dicom import RTSTRUCT, header_of, is_dicom, read_series
+from segfleet.preprocess.files.images import VOLUMES, read_label, stem
+from segfleet.preprocess.files.segments import is_seg_nrrd, kind_of, read_rtstruct, read_seg
 from segfleet.preprocess.readers.base import (
     CaseRef,
     Facts,
@@ -23,7 +25,6 @@ from segfleet.preprocess.readers.base import (
     read_json,
     visible,
 )
-from segfleet.preprocess.readers.pairs import pictures
 from segfleet.preprocess.readers.places import locate, subfolders
 from segfleet.preprocess.stores.manifest import Dataset
 
@@ -34,7 +35,7 @@ NOBODY = ("none", "anonymous", "anonymized", "anonymised", "anon", "unknown", "0
 class Reader(RawReader):
     patients_from = "the files' PatientID says"
     about = "Your own DICOM series, 3D, with a label volume each."
-    layout = "images/CASE/ with the DICOM files of one series, and labels/CASE.nii.gz; optionally labels.json with the classes"
+    layout = "images/CASE/ with the DICOM files of one series, and labels/CASE.nii.gz (or .seg.nrrd, DICOM SEG, RTSTRUCT); optionally labels.json with the classes"
     facts = Facts(dims="3D", modality="CT, MRI, PET")
 
     def __init__(self, root: str | Path, **options: str):
@@ -83,7 +84,7 @@ class Reader(RawReader):
         )
 
     def cases(self) -> list[CaseRef]:
-        labels = {stem(path): path for path in pictures(self.folder / "labels", VOLUMES)}
+        labels = {_stem(path): path for path in self._labels()}
         series = {case.name: _slices(case) for case in _cases(self.folder)}
         refs = []
         for case in sorted({*labels, *series}, key=natural):
@@ -94,11 +95,36 @@ class Reader(RawReader):
         return refs
 
     def problems(self) -> list[Problem]:
-        paths = pictures(self.folder / "labels", VOLUMES)
-        return duplicates([stem(path) for path in paths])
+        return duplicates([_stem(path) for path in self._labels()])
+
+    def _labels(self) -> list[Path]:
+        """Volumes, and single DICOM files, of the folder labels/."""
+        return [
+            path
+            for path in visible(self.folder / "labels")
+            if path.name.lower().endswith(VOLUMES) or is_dicom(path)
+        ]
+
+    def label(self, ref: CaseRef, digest: Any = None) -> tuple[np.ndarray, Geometry]:
+        """A volume, DICOM SEG or RTSTRUCT. Labels of a series are mostly drawn on its conversion to
+        NIfTI, whose axes are turned: they lie where their affine says."""
+        path, names = ref.labels[0], self.dataset().labels
+        if path.name.lower().endswith(VOLUMES):
+            label, grid = read_label(path, digest, names)
+            return label, replace(grid, file=replace(grid.file, anywhere=True))
+        if kind_of(path) == RTSTRUCT:
+            values = {name: value for name, value in names.items() if value}
+            return read_rtstruct(path, read_series(ref.images)[1], values, digest)
+        return read_seg(path, names, digest)
 
     def image(self, ref: CaseRef, digest: Any = None) -> tuple[np.ndarray, Geometry]:
         return read_series(ref.images, digest)
+
+
+def _stem(path: Path) -> str:
+    if is_seg_nrrd(path):
+        return path.name[: -len(".seg.nrrd")]
+    return stem(path) if path.name.lower().endswith(VOLUMES) else path.stem
 
 
 def _cases(folder: Path) -> list[Path]:

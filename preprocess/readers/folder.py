@@ -124,7 +124,7 @@ class Reader(PairReader):
                 pictures(part / "images"),
                 masks,
                 *missing,
-                mask_key=lambda path: SUFFIX.sub("", stem(path)),
+                mask_key=lambda path: SUFFIX.sub("", stem(path).removesuffix(".seg")),
             )
         return refs
 
@@ -145,7 +145,9 @@ class Reader(PairReader):
                 label[read_mask(path)[0]] = classes.index(path.parent) + 1
             return label, geometry
         return (
-            read_label(ref.labels[0], digest) if self.declared else _binary(ref.labels[0], digest)
+            read_label(ref.labels[0], digest, self.declared)
+            if self.declared
+            else _binary(ref.labels[0], digest)
         )
 
     def brought(self) -> dict[str, Folds]:
