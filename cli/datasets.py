@@ -15,6 +15,7 @@ ACTIONS = {
     "check": "the raw folder",
     "phantom": "a new folder",
     "slices": "the raw folder",
+    "nnunet": "the raw folder",
 }
 PROBLEM = ("case", "field", "found", "expected", "how to mend")
 Options = Annotated[
@@ -32,11 +33,12 @@ def command(
     action: Annotated[
         str | None,
         typer.Argument(
-            help="check: list all problems. phantom: write a synthetic set. slices: 2.5D."
+            help="check: list all problems. phantom: write a synthetic set. slices: 2.5D. "
+            "nnunet: the data as a raw folder of nnU-Net."
         ),
     ] = None,
     path: Annotated[
-        Path | None, typer.Argument(help="check, slices: the raw folder. phantom: a new folder.")
+        Path | None, typer.Argument(help="The raw folder; phantom: a new folder.")
     ] = None,
     option: Options = None,
     fix: Annotated[
@@ -57,9 +59,7 @@ def command(
     ] = False,
     to: Annotated[
         Path | None,
-        typer.Option(
-            help="check --fix, slices: the new folder; default: ROOT-mended, ROOT-slices."
-        ),
+        typer.Option(help="check --fix, slices, nnunet: the new folder; default: ROOT-mended, ..."),
     ] = None,
     against: Annotated[
         Path | None,
@@ -69,6 +69,9 @@ def command(
         tuple[float, float], typer.Option(help="slices: HU that become -1 and 1.")
     ] = (-200.0, 200.0),
     crop: Annotated[int | None, typer.Option(help="slices: keep the middle N x N pixels.")] = None,
+    version: Annotated[
+        int, typer.Option(min=1, max=2, help="nnunet: the version of nnU-Net that will read it.")
+    ] = 2,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes of the check at most.")
     ] = None,
@@ -102,6 +105,14 @@ def command(
             beside(path, to, "slices"),
             window,
             crop,
+            workers,
+            as_json,
+        )
+    elif action == "nnunet":
+        nnunet(
+            open_reader(name, path, **chosen(option)),
+            beside(path, to, "nnunet"),
+            version,
             workers,
             as_json,
         )
@@ -342,4 +353,14 @@ def slices(
         "slices": count,
         "next": f"segfleet preprocess npy --raw {out} --out STORE",
     }
+    show(document, as_json, lambda found: table(("", ""), list(found.items())))
+
+
+def nnunet(reader, out: Path, version: int, workers: int | None, as_json: bool) -> None:
+    """Any layout, once it is checked, as a raw folder of nnU-Net."""
+    from segfleet.preprocess.exporting.nnunet import write_nnunet
+
+    with progress("checking and writing cases") as tick:
+        count = write_nnunet(reader, out, version, tick, workers)
+    document = {"root": str(out), "layout": "nnunet", "version": version, "cases": count}
     show(document, as_json, lambda found: table(("", ""), list(found.items())))

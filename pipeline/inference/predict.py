@@ -18,6 +18,7 @@ from segfleet.pipeline.ranks import Ranks, as_facts, from_facts
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.case import Case, Geometry
 from segfleet.preprocess.files.images import ImageError
+from segfleet.preprocess.files.names import write_names
 from segfleet.preprocess.files.writer import write_label
 from segfleet.preprocess.readers.pairs import colours
 from segfleet.preprocess.stores.manifest import Dataset, Plan
@@ -76,7 +77,12 @@ def predict_files(
         "averages": task.averages,
     }
     window |= {"device": device, "keep_on": "cpu"}
-    error = _caught(lambda: claim(out, found, made_by)) if ranks.rank == 0 else None
+
+    def begin() -> None:
+        claim(out, found, made_by)
+        write_names(out, dataset.labels)
+
+    error = _caught(begin) if ranks.rank == 0 else None
     if facts := ranks.share(as_facts(error)):
         raise error or from_facts(facts)
     share, answers = range(ranks.rank, len(found), ranks.size), {}

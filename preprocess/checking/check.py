@@ -328,6 +328,8 @@ def stamp(ref: CaseRef, root: Path) -> tuple[tuple[str, int, int], ...]:
                 facts.st_mtime_ns if facts else -1,
             )
         )
+    if ref.said:
+        out.append(("", len(ref.said), int(hashlib.sha256(ref.said.encode()).hexdigest()[:15], 16)))
     return tuple(out)
 
 

@@ -55,6 +55,8 @@ def mend(
     dataset, done = reader.dataset(), []
     with making(out) as partial:
         for ref in reader.refs():
+            if not ref.labels:
+                continue
             # a link counts as a file of the folder it lies in
             path = Path(os.path.abspath(ref.labels[0]))
             if (

@@ -26,6 +26,7 @@ from segfleet.preprocess.files.dicom import (
 from segfleet.preprocess.files.faults import ImageError, check_size, damaged, read_bytes
 from segfleet.preprocess.files.itk import LPS
 from segfleet.preprocess.files.itk import header_of as nrrd_header
+from segfleet.preprocess.files.polygons import filled
 
 MEND = "Name the segments in labels.json as they are named in the file."
 
@@ -99,7 +100,6 @@ def read_rtstruct(
     inside each other alternately. Regions that `values` does not name are left out. Raises
     ImageError for contours that lie on no slice of the image."""
     import pydicom
-    from PIL import Image, ImageDraw
 
     data = read_bytes(path)
     if digest is not None:
@@ -116,7 +116,6 @@ def read_rtstruct(
         raise ImageError(path, "regions", found, f"one of {expected}", MEND)
     to_voxel = np.linalg.inv(LPS @ np.asarray(image.affine))
     label = np.zeros(image.shape, np.uint8)
-    fine = 8  # PIL draws on whole pixels: contours are drawn enlarged, and centres looked up
     for name, region in wanted:
         inside = np.zeros(image.shape, bool)
         for contour in region.get("ContourSequence", ()):
@@ -127,11 +126,7 @@ def read_rtstruct(
                 found = f"a contour of {name} at slice {voxels[:, 2].mean():.2f} in {path.name}"
                 mend = "Convert the structures with the series they were drawn on."
                 raise ImageError(path, "contours", found, "slices of the image", mend)
-            canvas = Image.new("1", (image.shape[2] * fine, image.shape[1] * fine))
-            if len(points) > 2:
-                at = (voxels[:, :2] + 0.5) * fine - 0.5
-                ImageDraw.Draw(canvas).polygon([tuple(p) for p in at], fill=1)
-            inside[plane] ^= np.asarray(canvas)[fine // 2 :: fine, fine // 2 :: fine]
+            inside[plane] ^= filled([voxels[:, :2] + 0.5], image.shape[1:])
         _paint(label, inside, values[name], name, path)
     return label, image
 

@@ -66,6 +66,31 @@ def write_label(path: Path, label_ZYX: np.ndarray, geometry: Geometry) -> None:
             Image.fromarray(label[0]).save(temporary)
 
 
+def write_image(path: Path, image_CZYX: np.ndarray, geometry: Geometry) -> None:
+    """Values as they are, one channel or 8-bit colours, as NIfTI or PNG on the grid of
+    `geometry`. Raises InputError for another ending."""
+    import nibabel as nib
+    from PIL import Image
+
+    path, kind = Path(path), ending(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == ".png":
+        flat = np.moveaxis(image_CZYX[:, 0], 0, -1)
+        Image.fromarray(flat[..., 0] if flat.shape[-1] == 1 else flat).save(path)
+    elif kind in (".nii", ".nii.gz"):
+        affine = (
+            np.diag([*geometry.spacing[::-1], 1.0])
+            if geometry.affine is None
+            else np.asarray(geometry.affine)
+        )
+        picture = nib.Nifti1Image(image_CZYX[0].T, affine, dtype=image_CZYX.dtype)
+        picture.header.set_xyzt_units("mm")
+        data = picture.to_bytes()
+        path.write_bytes(gzip.compress(data, 6, mtime=0) if kind == ".nii.gz" else data)
+    else:
+        raise InputError(f"{path}: images are written as .nii.gz, .nii or .png")
+
+
 def _itk(path: Path, label: np.ndarray, geometry: Geometry) -> None:
     import SimpleITK as sitk
 

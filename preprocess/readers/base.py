@@ -36,13 +36,16 @@ SHARED = ("base", "pairs", "places")  # what several layouts use
 @dataclass(frozen=True, kw_only=True)
 class CaseRef:
     """Where the files of one case lie. `group` is the patient; empty: the case is a patient of its
-    own. `stratum` is what folds are to be balanced over: a site, or a class of the data set."""
+    own. `stratum` is what folds are to be balanced over: a site, or a class of the data set. `said`
+    is what a description of many cases says of this one, and counts for its hash as its files do.
+    """
 
     id: str
     images: tuple[Path, ...]  # one file per channel, or one that holds all
     labels: tuple[Path, ...]
     group: str = ""
     stratum: str = ""
+    said: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +211,7 @@ def source_sha256(ref: CaseRef) -> str:
     for path in (*ref.images, *ref.labels):
         for file in sources(path):
             digest.update(file.read_bytes())
+    digest.update(ref.said.encode())
     return digest.hexdigest()
 
 
@@ -280,6 +284,19 @@ def read_json(path: Path) -> dict:
             "description"
         )
     return document
+
+
+def declared_labels(file: Path) -> dict[str, int]:
+    """The classes of a labels.json, by value; none without one. Raises InputError."""
+    if not file.is_file():
+        return {}
+    labels = {str(name): number(value, name, file) for name, value in read_json(file).items()}
+    if labels.get("background") != 0 or not 1 < len(labels) == len(set(labels.values())):
+        raise InputError(
+            f'{file}: found {labels}, expected {{"background": 0, "name": 1, ...}}, all values '
+            "different"
+        )
+    return dict(sorted(labels.items(), key=lambda item: item[1]))
 
 
 def field(document: dict, name: str, kind: type | tuple[type, ...], path: Path) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from segfleet.core.errors import InputError, Problem
+from segfleet.core.errors import Problem
 from segfleet.preprocess.case import Geometry
 from segfleet.preprocess.files.dicom import RTSTRUCT, header_of, is_dicom, read_series
 from segfleet.preprocess.files.images import VOLUMES, read_label, stem
@@ -19,10 +19,9 @@ from segfleet.preprocess.readers.base import (
     CaseRef,
     Facts,
     RawReader,
+    declared_labels,
     duplicates,
     natural,
-    number,
-    read_json,
     visible,
 )
 from segfleet.preprocess.readers.places import locate, subfolders
@@ -65,16 +64,7 @@ class Reader(RawReader):
         return found if len(set(found.values())) > 1 else {}
 
     def dataset(self) -> Dataset:
-        file = self.folder / "labels.json"
-        labels = {"background": 0, "foreground": 1}
-        if file.is_file():
-            labels = {
-                str(name): number(value, name, file) for name, value in read_json(file).items()
-            }
-            if labels.get("background") != 0 or len(labels) < 2:
-                raise InputError(
-                    f'{file}: found {labels}, expected {{"background": 0, "name": 1, ...}}'
-                )
+        labels = declared_labels(self.folder / "labels.json") or {"background": 0, "foreground": 1}
         return Dataset(
             name=self.root.resolve().name,
             reader="dicom",

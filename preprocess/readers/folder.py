@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from segfleet.core.errors import InputError, Problem
+from segfleet.core.errors import Problem
 from segfleet.preprocess.case import Geometry
 from segfleet.preprocess.files.images import NATURAL, ending, peek, read_image, read_label, stem
 from segfleet.preprocess.files.masks import read_mask
@@ -25,8 +25,7 @@ from segfleet.preprocess.readers.base import (
     CaseRef,
     Facts,
     Folds,
-    number,
-    read_json,
+    declared_labels,
     visible,
 )
 from segfleet.preprocess.readers.pairs import (
@@ -61,20 +60,7 @@ class Reader(PairReader):
     @cached_property
     def declared(self) -> dict[str, int]:
         """The classes of labels.json; empty without one."""
-        file = self.folder / "labels.json"
-        if not file.is_file():
-            return {}
-        labels = {str(name): number(value, name, file) for name, value in read_json(file).items()}
-        if (
-            labels.get("background") != 0
-            or len(labels) < 2
-            or len(set(labels.values())) < len(labels)
-        ):
-            raise InputError(
-                f'{file}: found {labels}, expected {{"background": 0, "name": 1, ...}}, all '
-                "values different"
-            )
-        return dict(sorted(labels.items(), key=lambda item: item[1]))
+        return declared_labels(self.folder / "labels.json")
 
     @cached_property
     def shape(self) -> tuple[int, int]:

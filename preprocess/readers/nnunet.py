@@ -113,8 +113,10 @@ def _from_version_1(document: dict, root: Path, file: Path) -> dict:
     listed = [str(e.get("image", "")) for e in document.get("training", []) if isinstance(e, dict)]
     first = Path(listed[0]).name if listed else ""
     kind = next((end for end in ENDINGS if first.lower().endswith(end)), ".nii.gz")
-    if (root / "imagesTr" / first).is_file() or not any(
-        (root / "imagesTr").glob(f"*_0000{glob.escape(kind)}")
+    if (
+        not first
+        or (root / "imagesTr" / first).is_file()
+        or not any((root / "imagesTr").glob(f"*_0000{glob.escape(kind)}"))
     ):
         raise InputError(f"{file}: has modality, so it is an MSD folder. Use the layout msd.")
     labels = field(document, "labels", dict, file)

@@ -24,7 +24,8 @@ from segfleet.preprocess.readers.base import CaseRef, RawReader, open_reader, re
 from segfleet.preprocess.stores.base import open_store
 from segfleet.preprocess.stores.verify import verify
 
-NAMES = readers()
+# those of descriptions without masks have tests of their own: test_new_layouts.py
+NAMES = [name for name in readers() if name in PHANTOMS]
 PICTURES = [name for name in NAMES if reader_class(name).facts.dims == "2D" and name != "npy"] + [
     "folder"
 ]

@@ -36,7 +36,7 @@ RANDOM = np.random.default_rng(7)
 def test_every_layout_is_found_by_its_file():
     assert {"msd", "nnunet", "dsb2018"} <= set(readers())
     with pytest.raises(
-        InputError, match="found 'msdd', expected one of the layouts: acdc, busi, .*dsb2018"
+        InputError, match="found 'msdd', expected one of the layouts: acdc, bids, busi, .*dsb2018"
     ):
         open_reader("msdd", ".")
 
