@@ -75,6 +75,7 @@ setup(
             "hdf5plugin>=5",
             "build>=1.2",
             "hypothesis>=6.100",
+            "highdicom>=0.25",
             "pynrrd>=1",
         ],
     },

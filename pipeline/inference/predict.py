@@ -77,12 +77,7 @@ def predict_files(
         "averages": task.averages,
     }
     window |= {"device": device, "keep_on": "cpu"}
-
-    def begin() -> None:
-        claim(out, found, made_by)
-        write_names(out, dataset.labels)
-
-    error = _caught(begin) if ranks.rank == 0 else None
+    error = _caught(lambda: claim(out, found, made_by)) if ranks.rank == 0 else None
     if facts := ranks.share(as_facts(error)):
         raise error or from_facts(facts)
     share, answers = range(ranks.rank, len(found), ranks.size), {}
@@ -103,6 +98,8 @@ def predict_files(
         kind: [one for _, (what, one) in whole if what == kind]
         for kind in ("done", "kept", "failed")
     }
+    if ranks.rank == 0 and result["done"]:
+        write_names(out, dataset.labels)
     return {"out": str(out), **result, "exit_code": 2 if result["failed"] else 0}
 
 

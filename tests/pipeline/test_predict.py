@@ -187,7 +187,7 @@ def test_a_bad_image_is_listed_and_the_rest_is_done(sets, tmp_path):
     assert "nan" in problems[good[1].removesuffix(".nii.gz")]
     assert "channels: found 3, expected 1" in problems["three"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
-        [*good[2:], ".predictions", "predictions.json"]
+        [*good[2:], ".predictions", "labels.ctbl", "labels.json", "predictions.json"]
     )
     assert sorted(p.name for p in (tmp_path / "out" / ".predictions").iterdir()) == [
         f"{name}.json" for name in good[2:]
