@@ -244,9 +244,7 @@ def _survey(reader: RawReader, partial: Path, workers: int | None, tell: Progres
             known=journals.read(),
             keep=keep,
         )
-    if found.problems:
-        journals.remove()
-        found.raise_problems()
+    found.raise_problems()  # the facts of sound cases stay: only mended ones are looked at again
     return found
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import segfleet.preprocess.building.shard_job as shard_job
+import segfleet.preprocess.checking.check as check
 import segfleet.preprocess.stores.manifest as manifest_module
 from segfleet.core.errors import DataError, InputError
 from segfleet.core.parallel import run
@@ -580,3 +581,38 @@ def test_a_resumed_build_finds_a_damaged_shard(raw, tmp_path, monkeypatch):
     path.write_bytes(data)  # of the same size
     assert build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1) == straight
     assert verify(tmp_path / "out") == []
+
+
+def test_a_failed_check_keeps_the_facts_of_sound_cases(tmp_path, monkeypatch):
+    raw = PHANTOMS["msd"](tmp_path / "raw", cases=8, size=(8, 16, 16))
+    broken = raw / "imagesTr/phantom_003.nii.gz"
+    sound = broken.read_bytes()
+    broken.write_bytes(sound[:100])
+    opened = []
+    original = check.check_case
+    monkeypatch.setattr(check, "check_case", lambda *a: opened.append(a[-1].id) or original(*a))
+    with pytest.raises(DataError, match="phantom_003: file"):
+        build("msd", raw, tmp_path / "out", workers=1)
+    assert len(opened) == 8 and not (tmp_path / "out").exists()
+    opened.clear()
+    broken.write_bytes(sound)
+    manifest = build("msd", raw, tmp_path / "out", workers=1)
+    assert opened == ["phantom_003"] and len(manifest.cases) == 8
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+@pytest.mark.parametrize("place", [".", ".."])
+def test_a_folder_without_a_name_is_refused(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    raw = PHANTOMS["msd"](tmp_path / "raw", cases=1)
+    with pytest.raises(InputError, match="expected the name of a folder that is made anew"):
+        build("msd", raw, place, workers=1)
+
+
+def test_somebody_s_partial_folder_is_left_alone(tmp_path):
+    raw = PHANTOMS["msd"](tmp_path / "raw", cases=1)
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"out.partial is there, .* none of ours"):
+        build("msd", raw, tmp_path / "out", workers=1)
+    assert (tmp_path / "out.partial/thesis.txt").read_text() == "mine"
