@@ -236,6 +236,8 @@ def check(
     mended: list[dict] | None = None,
 ) -> None:  # fmt: skip
     """One pass over all files. Exit code 2 if anything is wrong; warnings do not count."""
+    from collections import Counter
+
     from segfleet.core.errors import DataError
     from segfleet.preprocess.checking.check import survey
     from segfleet.preprocess.checking.duplicates import shared
@@ -253,6 +255,9 @@ def check(
         "cases": len(found.refs),
         "complete": reader.facts.complete,
         "patients": len({ref.group or ref.id for ref in found.refs}),
+        "orientations": dict(
+            sorted(Counter(case.orientation for case in found.facts if case.orientation).items())
+        ),
         "grouping": {
             "rule": found.grouping.rule,
             "evidence": found.grouping.evidence,
@@ -293,6 +298,9 @@ def check(
                 [row],
             )
             grouping = document["grouping"]
+            if document["orientations"]:
+                counts = [f"{name} {count}" for name, count in document["orientations"].items()]
+                typer.echo(f"file axes x, y, z lead to: {', '.join(counts)}")
             typer.echo(f"patients: {grouping['rule']} ({grouping['evidence']})")
 
     show(document, as_json, render)
