@@ -14,15 +14,15 @@ class FileFacts:
     `warnings` are what a person should look at: (field, found, expected, mend). `header` is a NIfTI
     file's own, so that a prediction can say where it lies in the same words. `dims` is 2 where the
     file is a flat picture by its own account. `white` is the value that a black and white mask
-    paints with. `anywhere`: a label that may cover but a part of its image, and lies where its
-    affine says.
+    paints with. `lies`: of a label that lies where its affine says: "turned" covers all of its
+    image, "anywhere" perhaps but a part; "" is to be on the image's grid.
     """
 
     warnings: tuple[tuple[str, str, str, str], ...] = ()
     header: bytes = b""
     dims: int = 3
     white: int = 0
-    anywhere: bool = False
+    lies: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

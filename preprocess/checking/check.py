@@ -16,7 +16,6 @@ from segfleet.core.errors import DataError, Problem
 from segfleet.core.parallel import run
 from segfleet.preprocess.case import Case, Geometry
 from segfleet.preprocess.checking.duplicates import leaks, link, thumbnail
-from segfleet.preprocess.files.grids import advice, disagreement
 from segfleet.preprocess.files.grids import advice, disagreement, settled
 from segfleet.preprocess.files.images import ImageError, peek, sources
 from segfleet.preprocess.planning.fingerprint import CaseFacts, samples_per_case, statistics

@@ -32,11 +32,13 @@ def disagreement(one: Geometry, other: Geometry) -> tuple[str, str, str] | None:
     return None
 
 
-def laid(label_ZYX: np.ndarray, grid: Geometry, onto: Geometry) -> np.ndarray | None:
+def laid(
+    label_ZYX: np.ndarray, grid: Geometry, onto: Geometry, *, whole: bool = False
+) -> np.ndarray | None:
     """The label on the grid `onto`, 0 where its own grid does not reach.
 
     None where that is not exact: where voxels do not fall onto voxels, or labelled ones would be
-    cut off.
+    cut off; with `whole` also where its own grid does not reach everywhere.
     """
     if grid.affine is None or onto.affine is None:
         return None
@@ -58,6 +60,8 @@ def laid(label_ZYX: np.ndarray, grid: Geometry, onto: Geometry) -> np.ndarray | 
     here = tuple(slice(max(0, -f), max(0, n - f)) for f, n in zip(first, out.shape, strict=True))
     kept = moved[here]
     there = tuple(slice(max(0, f), max(0, f) + n) for f, n in zip(first, kept.shape, strict=True))
+    if whole and kept.shape != out.shape:
+        return None
     if np.count_nonzero(kept) != np.count_nonzero(moved):
         return None
     out[there] = kept
@@ -65,11 +69,11 @@ def laid(label_ZYX: np.ndarray, grid: Geometry, onto: Geometry) -> np.ndarray | 
 
 
 def settled(label_ZYX: np.ndarray, grid: Geometry, image: Geometry) -> tuple[np.ndarray, Geometry]:
-    """A label that lies `anywhere`, laid onto the image's grid if that is exact; others as they
-    are."""
-    if not grid.file.anywhere or disagreement(grid, image) is None:
+    """A label that lies where its affine says, laid onto the image's grid if that is exact; others
+    as they are."""
+    if not grid.file.lies or disagreement(grid, image) is None:
         return label_ZYX, grid
-    placed = laid(label_ZYX, grid, image)
+    placed = laid(label_ZYX, grid, image, whole=grid.file.lies == "turned")
     return (label_ZYX, grid) if placed is None else (placed, replace(image, file=grid.file))
 
 

@@ -61,7 +61,7 @@ def from_seg_nrrd(
             raise damaged(path, f"segment {name} in layer {layer} of {len(array_CZYX)}")
         where = array_CZYX[layer] == stored
         _paint(label, where, values.get(name, stored), name, path)
-    return label, replace(geometry, file=replace(geometry.file, anywhere=True))
+    return label, replace(geometry, file=replace(geometry.file, lies="anywhere"))
 
 
 def read_seg(
@@ -89,7 +89,7 @@ def read_seg(
         _paint(label, where, values.get(name, number), name or str(number), path)
     rows = tuple(tuple(float(v) for v in row) for row in LPS @ affine)
     spacing = tuple(float(v) for v in np.linalg.norm(affine[:3, :3], axis=0))
-    facts = FileFacts(anywhere=True)
+    facts = FileFacts(lies="anywhere")
     return label, Geometry(shape=shape, spacing=spacing[::-1], affine=rows, file=facts)
 
 

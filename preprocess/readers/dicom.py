@@ -101,7 +101,7 @@ class Reader(RawReader):
         path, names = ref.labels[0], self.dataset().labels
         if path.name.lower().endswith(VOLUMES):
             label, grid = read_label(path, digest, names)
-            return label, replace(grid, file=replace(grid.file, anywhere=True))
+            return label, replace(grid, file=replace(grid.file, lies=grid.file.lies or "turned"))
         if kind_of(path) == RTSTRUCT:
             values = {name: value for name, value in names.items() if value}
             return read_rtstruct(path, read_series(ref.images)[1], values, digest)

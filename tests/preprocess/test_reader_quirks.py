@@ -595,3 +595,11 @@ def test_dicom_files_are_named_as_they_like_and_all_are_hashed(tmp_path):
         path.write_bytes(data)
         assert source_sha256(again) != before
         before = source_sha256(again)
+
+
+def test_an_nnunet_folder_has_its_own_name(tmp_path):
+    root = PHANTOMS["nnunet"](tmp_path / "mine", cases=1)
+    document = json.loads((root / "dataset.json").read_text())
+    document.pop("name", None)
+    (root / "dataset.json").write_text(json.dumps(document))
+    assert open_reader("nnunet", root).dataset().name == "mine"
