@@ -22,6 +22,7 @@ def read_tiff(data: bytes, path: Path, label: bool) -> tuple[np.ndarray, Geometr
     """(C, Z, Y, X), colours as R, G, B, and its grid. Raises ImageError."""
     import tifffile
 
+    check_chain(io.BytesIO(data), path)
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         if not file.series:
             raise damaged(path, "no picture in it")
@@ -50,6 +51,8 @@ def peek_tiff(path: Path) -> tuple[int, int, int, int]:
     """(C, Z, Y, X) from the header alone, colours as three channels. Raises anything."""
     import tifffile
 
+    with open(path, "rb") as raw:
+        check_chain(raw, path)
     with tifffile.TiffFile(path) as file:
         series, page = file.series[0], file.series[0].keyframe
         c, z, y, x = axes_of(series.shape, series.axes)[0]
@@ -59,6 +62,37 @@ def peek_tiff(path: Path) -> tuple[int, int, int, int]:
         if page.tags.valueof("Orientation", 1) in colours.LYING:
             y, x = x, y
         return c, z, y, x
+
+
+def check_chain(file: Any, path: Path) -> None:
+    """Raises ImageError where the list of pages runs in a circle or out of the file: libraries
+    follow it for ever."""
+    file.seek(0)
+    start = file.read(16)
+    order = {b"II": "little", b"MM": "big"}.get(start[:2])
+    if order is None:
+        raise damaged(path, "no TIFF mark in its header")
+
+    def number(data: bytes) -> int:
+        return int.from_bytes(data, order)
+
+    big = number(start[2:4]) == 43
+    width, counted, tag = (8, 8, 20) if big else (4, 2, 12)
+    at, seen = number(start[8:16] if big else start[4:8]), set()
+    while at:
+        if at in seen:
+            raise damaged(path, "its pages follow each other in a circle")
+        seen.add(at)
+        file.seek(at)
+        tags = number(file.read(counted))
+        if tags > 4096:
+            raise damaged(path, f"a page of {tags} tags")
+        file.seek(at + counted + tags * tag)
+        following = file.read(width)
+        if len(following) < width:
+            break  # cut off behind this page: reading it tells
+        at = number(following)
+    file.seek(0)
 
 
 def axes_of(shape: Sequence[int], axes: str) -> tuple[tuple[int, int, int, int], list[int]]:

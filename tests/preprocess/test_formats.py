@@ -433,3 +433,15 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         assert peek(tmp_path / f"a{kind}") == (0, 0, 0, 0)
         if kind != ".npy":
             refused(tmp_path / f"a{kind}", "a pipe or device")
+
+
+def test_pages_in_a_circle_do_not_hang(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((8, 8), np.uint8))
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    first = int.from_bytes(data[4:8], "little")
+    tags = int.from_bytes(data[first : first + 2], "little")
+    end = first + 2 + 12 * tags
+    data[end : end + 4] = data[4:8]  # the page after the first is the first
+    (tmp_path / "a.tif").write_bytes(data)
+    refused(tmp_path / "a.tif", "its pages follow each other in a circle")
+    assert peek(tmp_path / "a.tif") == (0, 0, 0, 0)
