@@ -244,7 +244,9 @@ def _survey(reader: RawReader, partial: Path, workers: int | None, tell: Progres
             known=journals.read(),
             keep=keep,
         )
-    found.raise_problems()  # the facts of sound cases stay: only mended ones are looked at again
+    if found.problems:
+        journals.remove()
+        found.raise_problems()
     return found
 
 

@@ -46,6 +46,10 @@ class Journals:
                 if not file.tell():
                     path.unlink()
 
+    def remove(self) -> None:
+        for path in self._paths():
+            path.unlink()
+
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob(f"{self.name}-*.jsonl"))
 

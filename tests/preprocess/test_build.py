@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 import segfleet.preprocess.building.shard_job as shard_job
-import segfleet.preprocess.checking.check as check
 import segfleet.preprocess.stores.manifest as manifest_module
 from segfleet.core.errors import DataError, InputError
 from segfleet.core.parallel import run
@@ -581,24 +580,6 @@ def test_a_resumed_build_finds_a_damaged_shard(raw, tmp_path, monkeypatch):
     path.write_bytes(data)  # of the same size
     assert build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1) == straight
     assert verify(tmp_path / "out") == []
-
-
-def test_a_failed_check_keeps_the_facts_of_sound_cases(tmp_path, monkeypatch):
-    raw = PHANTOMS["msd"](tmp_path / "raw", cases=8, size=(8, 16, 16))
-    broken = raw / "imagesTr/phantom_003.nii.gz"
-    sound = broken.read_bytes()
-    broken.write_bytes(sound[:100])
-    opened = []
-    original = check.check_case
-    monkeypatch.setattr(check, "check_case", lambda *a: opened.append(a[-1].id) or original(*a))
-    with pytest.raises(DataError, match="phantom_003: file"):
-        build("msd", raw, tmp_path / "out", workers=1)
-    assert len(opened) == 8 and not (tmp_path / "out").exists()
-    opened.clear()
-    broken.write_bytes(sound)
-    manifest = build("msd", raw, tmp_path / "out", workers=1)
-    assert opened == ["phantom_003"] and len(manifest.cases) == 8
-    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
 @pytest.mark.parametrize("place", [".", ".."])
