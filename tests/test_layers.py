@@ -30,6 +30,7 @@ WINGS = {
         "readers",
         "checking",
         "building",
+        "exporting",
         "phantoms",
     ],
     "pipeline": [

@@ -99,9 +99,12 @@ def collect(inputs: Sequence[str | Path], channels: int) -> list[Input]:
         inside = [p for p in visible(path) if p.is_file()]
         known = [p for p in inside if p.name.lower().endswith(READABLE)]
         files += known
-        for folder in [path, *subfolders(path)] if not known else ():
-            if slices := [p for p in visible(folder) if is_dicom(p)]:
-                alone.append(Input(id=folder.resolve().name, images=tuple(slices)))
+        series = [path, *subfolders(path)] if not known else ()
+        alone += [
+            Input(id=folder.resolve().name, images=tuple(slices))
+            for folder in series
+            if (slices := [p for p in visible(folder) if is_dicom(p)])
+        ]
     if not files and not alone:
         where = ", ".join(map(str, inputs)) or "nothing"
         raise InputError(

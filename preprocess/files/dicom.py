@@ -67,6 +67,17 @@ def read_series(paths: Sequence[Path], digest: Any = None) -> tuple[np.ndarray, 
     even steps."""
     datasets = [_dataset(path, read_bytes(path), digest) for path in paths]
     folder = paths[0].parent if len(paths) > 1 else paths[0]
+    try:
+        return _volume(folder, paths, datasets)
+    except ImageError:
+        raise
+    except Exception as error:  # a tag that cannot be understood is so wherever it is asked for
+        raise damaged(folder, _short(error)) from None
+
+
+def _volume(
+    folder: Path, paths: Sequence[Path], datasets: Sequence[Any]
+) -> tuple[np.ndarray, Geometry]:
     _one_series(folder, paths, datasets)
     slices = [s for path, d in zip(paths, datasets, strict=True) for s in _slices(path, d)]
     shape = (len(slices), int(datasets[0].Rows), int(datasets[0].Columns))

@@ -19,6 +19,7 @@ from segfleet.preprocess.files.faults import ImageError, check_size, damaged
 
 GZIP = b"\x1f\x8b"
 LONGEST_HEADER = 544
+LONGEST_EXTENSION = 2**24  # bytes between header and voxels
 TRAILING = 2**20  # bytes a file may hold behind its voxels
 TO_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units of space: unknown, m, mm, um
 AGREE = 1e-3  # relative, of voxel sizes
@@ -33,8 +34,14 @@ def read_nifti(data: bytes, path: Path) -> tuple[np.ndarray, Geometry]:
     shape, dtype = _shape(header, path), _dtype(header, path)
     offset = float(header["vox_offset"])
     least = header.sizeof_hdr
-    if not least <= offset <= 2**31:
-        raise ImageError(path, "vox_offset", f"{offset:g} in {path.name}", f"{least} or more", MEND)
+    if not least <= offset <= LONGEST_EXTENSION:
+        raise ImageError(
+            path,
+            "vox_offset",
+            f"{offset:g} in {path.name}",
+            f"{least} to {LONGEST_EXTENSION}",
+            MEND,
+        )
     size = check_size(path, shape, dtype.itemsize, len(data) if _is_packed(data) else None)
     end = int(offset) + size
     if _is_packed(data):

@@ -61,7 +61,7 @@ def itk_affine(picture: sitk.Image) -> np.ndarray:
 @FEW
 @given(
     grid=grids,
-    dtype=st.sampled_from("u1 i1 i2 u2 i4 u4 f4 f8 i8".split()),
+    dtype=st.sampled_from(["u1", "i1", "i2", "u2", "i4", "u4", "f4", "f8", "i8"]),
     order=st.sampled_from("<>"),
     version=st.sampled_from([1, 2]),
     unit=st.sampled_from([0, 1, 2, 3]),
@@ -132,7 +132,9 @@ def test_nifti_is_what_nibabel_and_itk_read(
 @FEW
 @given(
     grid=grids,
-    dtype=st.sampled_from("uint8 int8 int16 uint16 int32 uint32 float32 float64".split()),
+    dtype=st.sampled_from(
+        ["uint8", "int8", "int16", "uint16", "int32", "uint32", "float32", "float64"]
+    ),
     kind=st.sampled_from([".nrrd", ".nhdr", ".mha", ".mhd"]),
     packed=st.booleans(),
     channels=st.sampled_from([1, 1, 3]),

@@ -120,8 +120,10 @@ def raw(tmp_path):
 
 def test_the_table_says_patients_sites_and_splits(raw, tmp_path):
     lines = ["Case;Patient;Site;Split"]
-    for n in range(12):
-        lines.append(f"c{n:02d}.nii.gz;P{n // 2};{'AB'[n % 4 > 1]};{'val' if n > 9 else 'train'}")
+    lines += [
+        f"c{n:02d}.nii.gz;P{n // 2};{'AB'[n % 4 > 1]};{'val' if n > 9 else 'train'}"
+        for n in range(12)
+    ]
     (raw / "patients.csv").write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")
     manifest = build("nnunet", raw, tmp_path / "store", workers=1)
     assert [case.group for case in manifest.cases] == [f"P{n // 2}" for n in range(12)]
