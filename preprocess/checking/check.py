@@ -138,11 +138,9 @@ def look_at(
 def recall(
     reader: RawReader, cases: Sequence[int], known: Sequence[CaseFacts]
 ) -> tuple[dict[int, CaseFacts], list[int]]:
-    """Facts of sound cases whose files have not changed since, by case number, and the numbers of
-    all other cases. Patients are those of today. A problem may have been the machine's: such cases
-    are looked at again."""
-    refs = reader.refs()
-    earlier = {facts.stamp: facts for facts in known if not facts.problems}
+    """Facts whose files have not changed since, by case number, and the numbers of all other cases.
+    Patients are those of today."""
+    refs, earlier = reader.refs(), {facts.stamp: facts for facts in known}
     kept = {
         index: facts for index in cases if (facts := earlier.get(stamp(refs[index], reader.root)))
     }
