@@ -173,10 +173,7 @@ def documented(pattern: str) -> list[str]:
     return shlex.split(re.search(rf"^pip install ({pattern})$", page, flags=re.M)[1])
 
 
-UNREACHABLE = re.compile(
-    "Max retries|Could not fetch URL|NewConnectionError|timed out|Connection (?:reset|refused)"
-    "|Name or service not known|ProxyError|Tunnel connection failed|No matching distribution"
-)
+UNREACHABLE = re.compile(r"connection broken by|Could not fetch URL|timed out")
 
 
 @pytest.mark.long
@@ -195,7 +192,7 @@ def test_the_documented_install_resolves(python, build, tmp_path):
         torch = [f"{name}+cpu", "--extra-index-url", index]
     report = tmp_path / "report.json"
     command = [interpreter(python), "-m", "pip", "install", "--dry-run", "--ignore-installed"]
-    command += ["--quiet", "--retries", "1", "--timeout", "30", "--report", str(report), *torch]
+    command += ["--retries", "1", "--timeout", "30", "--report", str(report), *torch]
     done = subprocess.run(
         [*command, *documented(r"-c constraints.txt -e \.")],
         cwd=ROOT,
