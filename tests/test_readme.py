@@ -34,7 +34,6 @@ LESS = [
     "data.patch=[8,16,16]",
     "data.batch=2",
 ]  # not 15 minutes
-REHEARSED = ("submit", "sweep")
 PARSED = ("logs", "cancel", "resume", "slurm-sandbox")
 BLOCK = re.compile(
     r"((?:^<!--[^\n]*-->\n+)*)^```(\w*)\n(.*?)^```|`(segfleet [^`\n]+)`", re.M | re.S
@@ -143,8 +142,11 @@ def adapted(words: list[str]) -> list[str]:
     name, *rest = words
     if name == "train":
         return [name, *rest[:1], *LESS, *rest[1:]]
-    if name in REHEARSED and "--dry-run" not in rest:
-        return [name, "--dry-run", *rest] if name == "submit" else [name, *rest, "--dry-run"]
+    rehearse = [] if "--dry-run" in rest else ["--dry-run"]
+    if name == "submit":
+        return [name, *rehearse, *rest]
+    if name == "sweep":  # phantoms are smaller than the patches of papers
+        return [name, *rest, "data.patch=null", *rehearse]
     return words
 
 
