@@ -65,6 +65,8 @@ setup(
         "SimpleITK>=2.5.4",
         "pillow>=10.4",
         "tifffile>=2024.1",
+        "imagecodecs>=2024.1",
+        "pydicom>=3",
         "safetensors>=0.5",
         "google-crc32c>=1.6",
         "optuna>=5",
@@ -86,6 +88,9 @@ setup(
             "triton; platform_system=='Linux'",  # torch decides the version
             "hdf5plugin>=5",
             "build>=1.2",
+            "hypothesis>=6.100",
+            "highdicom>=0.25",
+            "pynrrd>=1",
         ],
     },
 )

@@ -94,9 +94,8 @@ def draw(lines: list[tuple[float, str, str]]) -> str:
     for number, (_, kind, text) in enumerate(lines):
         prefix = "$ " if kind == "typed" else ""
         for at in range(0, len(text), COLUMNS - 2):
-            wrapped.append(
-                (number, kind, (prefix if at == 0 else "") + text[at : at + COLUMNS - 2])
-            )
+            part = (prefix if at == 0 else "") + text[at : at + COLUMNS - 2]
+            wrapped += [(number, kind, part)]
     height, width = TOP + LINE * len(wrapped) + 14, 2 * LEFT + round(8.05 * COLUMNS)
     colours = {"typed": "#ffffff", "printed": "#b9c4d0", "note": "#ffb454"}
     rows = "\n".join(

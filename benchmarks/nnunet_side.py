@@ -48,8 +48,8 @@ def raw_hippocampus(data: Path, raw: Path, images: Path, regions: bool) -> None:
 def raw_heart(data: Path, raw: Path, images: Path) -> None:
     import SimpleITK as sitk
 
-    count = 0
-    for truth in sorted((data / "sunnybrook_acdc_layout/training").glob("*/*_gt.nii.gz")):
+    truths = sorted((data / "sunnybrook_acdc_layout/training").glob("*/*_gt.nii.gz"))
+    for count, truth in enumerate(truths):
         name, image = truth.name.replace("_gt", ""), Path(str(truth).replace("_gt", ""))
         if count < TRAINING:
             shutil.copy(image, raw / "imagesTr" / channel(name))
@@ -57,7 +57,6 @@ def raw_heart(data: Path, raw: Path, images: Path) -> None:
             sitk.WriteImage(sitk.Cast(label == 3, sitk.sitkUInt8), str(raw / "labelsTr" / name))
         elif count < TRAINING + HELD_OUT:
             shutil.copy(image, images / channel(name))
-        count += 1
     description(raw, {"0": "MRI"}, {"background": 0, "left_ventricle": 1}, TRAINING, {})
 
 

@@ -15,6 +15,7 @@ ACTIONS = {
     "check": "the raw folder",
     "phantom": "a new folder",
     "slices": "the raw folder",
+    "nnunet": "the raw folder",
 }
 PROBLEM = ("case", "field", "found", "expected", "how to mend")
 Options = Annotated[
@@ -32,11 +33,12 @@ def command(
     action: Annotated[
         str | None,
         typer.Argument(
-            help="check: list all problems. phantom: write a synthetic set. slices: 2.5D."
+            help="check: list all problems. phantom: write a synthetic set. slices: 2.5D. "
+            "nnunet: the data as a raw folder of nnU-Net."
         ),
     ] = None,
     path: Annotated[
-        Path | None, typer.Argument(help="check, slices: the raw folder. phantom: a new folder.")
+        Path | None, typer.Argument(help="The raw folder; phantom: a new folder.")
     ] = None,
     option: Options = None,
     fix: Annotated[
@@ -48,11 +50,16 @@ def command(
     remap: Annotated[
         list[str] | None, typer.Option(help="check --fix: renumber a label, OLD=NEW.")
     ] = None,
+    same_voxels: Annotated[
+        bool,
+        typer.Option(
+            "--same-voxels",
+            help="check --fix: labels lie voxel by voxel on their images; their headers are wrong.",
+        ),
+    ] = False,
     to: Annotated[
         Path | None,
-        typer.Option(
-            help="check --fix, slices: the new folder; default: ROOT-mended, ROOT-slices."
-        ),
+        typer.Option(help="check --fix, slices, nnunet: the new folder; default: ROOT-mended, ..."),
     ] = None,
     against: Annotated[
         Path | None,
@@ -62,6 +69,9 @@ def command(
         tuple[float, float], typer.Option(help="slices: HU that become -1 and 1.")
     ] = (-200.0, 200.0),
     crop: Annotated[int | None, typer.Option(help="slices: keep the middle N x N pixels.")] = None,
+    version: Annotated[
+        int, typer.Option(min=1, max=2, help="nnunet: the version of nnU-Net that will read it.")
+    ] = 2,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes of the check at most.")
     ] = None,
@@ -98,6 +108,14 @@ def command(
             workers,
             as_json,
         )
+    elif action == "nnunet":
+        nnunet(
+            open_reader(name, path, **chosen(option)),
+            beside(path, to, "nnunet"),
+            version,
+            workers,
+            as_json,
+        )
     elif fix:
         fixed(
             name,
@@ -105,6 +123,7 @@ def command(
             chosen(option),
             beside(path, to, "mended"),
             renumbered(remap or []),
+            same_voxels,
             workers,
             against,
             as_json,
@@ -224,6 +243,8 @@ def check(
     mended: list[dict] | None = None,
 ) -> None:  # fmt: skip
     """One pass over all files. Exit code 2 if anything is wrong; warnings do not count."""
+    from collections import Counter
+
     from segfleet.core.errors import DataError
     from segfleet.preprocess.checking.check import survey
     from segfleet.preprocess.checking.duplicates import shared
@@ -241,6 +262,14 @@ def check(
         "cases": len(found.refs),
         "complete": reader.facts.complete,
         "patients": len({ref.group or ref.id for ref in found.refs}),
+        "orientations": dict(
+            sorted(Counter(case.orientation for case in found.facts if case.orientation).items())
+        ),
+        "grouping": {
+            "rule": found.grouping.rule,
+            "evidence": found.grouping.evidence,
+            "guess": found.grouping.guess,
+        },
         "splits": {split: len(folds) for split, folds in reader.splits().items()},
         "problems": [problem.as_dict() for problem in found.problems],
         "warnings": [warning.as_dict() for warning in warnings],
@@ -275,6 +304,11 @@ def check(
                 ("data set", "cases", "patients", "problems", "warnings", "splits it comes with"),
                 [row],
             )
+            grouping = document["grouping"]
+            if document["orientations"]:
+                counts = [f"{name} {count}" for name, count in document["orientations"].items()]
+                typer.echo(f"file axes x, y, z lead to: {', '.join(counts)}")
+            typer.echo(f"patients: {grouping['rule']} ({grouping['evidence']})")
 
     show(document, as_json, render)
     if found.problems:
@@ -282,14 +316,14 @@ def check(
 
 
 def fixed(
-    name: str, root: Path, options: dict[str, str], out: Path, remap: dict[int, int], workers: int | None, against: Path | None,
+    name: str, root: Path, options: dict[str, str], out: Path, remap: dict[int, int], same_voxels: bool, workers: int | None, against: Path | None,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Write a mended copy and check that; without anything to mend, check the original."""
     from segfleet.preprocess.checking.repair import mend
     from segfleet.preprocess.readers.base import open_reader
 
-    mended = mend(open_reader(name, root, **options), out, remap)
+    mended = mend(open_reader(name, root, **options), out, remap, same_voxels=same_voxels)
     check(name, out if mended else root, options, workers, against, as_json, mended)
 
 
@@ -334,4 +368,14 @@ def slices(
         "slices": count,
         "next": f"segfleet preprocess npy --raw {out} --out STORE",
     }
+    show(document, as_json, lambda found: table(("", ""), list(found.items())))
+
+
+def nnunet(reader, out: Path, version: int, workers: int | None, as_json: bool) -> None:
+    """Any layout, once it is checked, as a raw folder of nnU-Net."""
+    from segfleet.preprocess.exporting.nnunet import write_nnunet
+
+    with progress("checking and writing cases") as tick:
+        count = write_nnunet(reader, out, version, tick, workers)
+    document = {"root": str(out), "layout": "nnunet", "version": version, "cases": count}
     show(document, as_json, lambda found: table(("", ""), list(found.items())))

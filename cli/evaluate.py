@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,11 +32,25 @@ def command(
 
     job = job_of(run, changes or [], runs, fold, best)
     run_ranks(job, ranks)
-    show(
-        json.loads((Path(job["run"]) / "evaluation.json").read_text(encoding="utf-8")),
-        as_json,
-        render,
-    )
+    show(computed(job), as_json, render)
+
+
+def computed(job: dict[str, Any]) -> dict[str, Any]:
+    """The evaluation the ranks wrote. Raises InputError if it is damaged, or if another evaluation
+    has replaced it since."""
+    from segfleet.core.errors import InputError
+    from segfleet.pipeline.recipe import parse
+    from segfleet.pipeline.scoring.scored import evaluation_of, is_scored
+    from segfleet.preprocess.stores.manifest import load_manifest
+
+    run, recipe = Path(job["run"]), parse(job["recipe"])
+    document = evaluation_of(run)
+    if not is_scored(run, recipe, load_manifest(Path(recipe.data.store))):
+        raise InputError(
+            f"evaluate: {run / 'evaluation.json'} was replaced by another evaluation meanwhile; "
+            "run the same command again"
+        )
+    return document
 
 
 def job_of(

@@ -44,8 +44,7 @@ def job_of(
 ) -> dict[str, Any]:
     """What the ranks of a prediction do. Raises InputError if they cannot."""
     from segfleet.pipeline.inference.inputs import check_out, collect
-    from segfleet.pipeline.run import find_run, open_run
-    from segfleet.preprocess.stores.manifest import load_manifest
+    from segfleet.pipeline.run import data_of, find_run, open_run
 
     folder = find_run(run, runs, fold, best)
     recipe, folders = open_run(folder)
@@ -53,7 +52,7 @@ def job_of(
         stage.check_done()
     check_out(
         out,
-        collect(images, len(load_manifest(Path(recipe.data.store)).dataset.channels)),
+        collect(images, len(data_of(folder, recipe).dataset.channels)),
         folder.name,
     )
     return {

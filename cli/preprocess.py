@@ -54,6 +54,12 @@ def command(
         str | None,
         typer.Option(help="Target spacing instead of the planned one, mm: 2.5x1x1 (z, y, x)."),
     ] = None,
+    slices: Annotated[
+        bool,
+        typer.Option(
+            "--slices", help="A 3D data set for 2D networks: never resampled across its slices."
+        ),
+    ] = False,
     interpolation: Annotated[
         str | None,
         typer.Option(help="Of images that are resized: cubic (default) | bilinear | area."),
@@ -87,7 +93,7 @@ def command(
 
     store = job_of(
         name, raw, out, format, workers, seed, option, size, patch, spacing, verify,
-        interpolation=interpolation, masks=masks, normalisation=normalisation,
+        interpolation=interpolation, masks=masks, normalisation=normalisation, slices=slices,
     )["store"]  # fmt: skip
     first: dict[str, int] = {}
     with bars(first) as tick:
@@ -101,7 +107,7 @@ def command(
 def job_of(
     name: str, raw: Path, out: Path, format: str, workers: int | None, seed: int, option: list[str] | None, size: tuple[int, int] | None,
     patch: str | None, spacing: str | None, verify: bool, *, interpolation: str | None = None,
-    masks: str | None = None, normalisation: str | None = None, **_: Any,
+    masks: str | None = None, normalisation: str | None = None, slices: bool = False, **_: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What preprocessing does, as preprocess.jobs says. Raises InputError for what shows before any
     image is read."""
@@ -115,6 +121,7 @@ def job_of(
         "interpolation": interpolation,
         "masks": masks,
         "normalisation": normalisation,
+        "slices": slices,
     }
     store = {
         "reader_name": name,
@@ -196,7 +203,12 @@ def render(found: dict[str, Any]) -> None:
         if plan["anisotropic_axis"] is None
         else f", axis {'zyx'[plan['anisotropic_axis']]} resampled apart"
     )
-    spacing = " x ".join(f"{s:g}" for s in plan["target_spacing"]) + f" mm (z, y, x){anisotropic}"
+    spacing = " x ".join(f"{s:g}" if s else "as it is" for s in plan["target_spacing"])
+    spacing += f" mm (z, y, x){anisotropic}"
+    if plan["transpose"] != [0, 1, 2]:
+        spacing += (
+            f"; z, y, x are axes {', '.join('zyx'[a] for a in plan['transpose'])} of the files"
+        )
     rows = [
         (
             "store",
@@ -220,7 +232,7 @@ def render(found: dict[str, Any]) -> None:
         if plan["size"]
         else ("spacing", spacing),
         ("median case", " x ".join(map(str, plan["median_shape"]))),
-        ("patch", " x ".join(map(str, plan["patch"]))),
+        ("patch", f"{' x '.join(map(str, plan['patch']))}, {plan['batch']} fit into 8 GB"),
         ("splits", ", ".join(f"{name} ({n})" for name, n in found["splits"].items())),
         (
             "size",

@@ -64,6 +64,8 @@ def command(
         document = row(folder, None)
     else:
         refuse_if_active(folder)
+        if job["do"] in ("train", "score"):
+            refuse_if_another(folder, job, before.code)
         kept = {
             name: value
             for name, value in before.spec.items()
@@ -79,3 +81,29 @@ def command(
         name = job_name([folder]) if job["do"] == "train" else before.name
         document = row(folder, launcher.submit_jobs([(folder, job)], root, spec, name, folder)[0])
     show(document, as_json, lambda document: render([document]))
+
+
+def refuse_if_another(run: Path, job: dict, code: str | None) -> None:
+    """What is resumed is the run that was named. Raises InputError if this version of the code, or
+    the store as it is now, would make another run of its recipe."""
+    from segfleet.core.errors import InputError
+    from segfleet.pipeline.recipe import parse
+    from segfleet.pipeline.run import stage_folders
+    from segfleet.preprocess.stores.manifest import load_manifest
+
+    recipe = parse(job["recipe"])
+    manifest = load_manifest(Path(recipe.data.store))
+    there = stage_folders(Path(job["root"]), recipe, manifest)[-1].path
+    if there.name != run.name:
+        kept = f" It is kept in {code}: put that first on PYTHONPATH." if code else ""
+        raise InputError(
+            f"resume: {run.name} was begun by another version of segfleet or on another store, and "
+            f"would be trained from the beginning as {there.name}, with other results. Resume it with "
+            f"the version that began it.{kept} Or submit its recipe again"
+        )
+    if there.resolve() != run.resolve():
+        raise InputError(
+            f"resume: {run.name} was submitted in {job['root']} and lies in {run} now; submit its "
+            f"recipe again with --runs {run.parents[len(recipe.stages) - 1]}: it goes on from its "
+            "latest checkpoint"
+        )

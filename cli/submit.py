@@ -25,7 +25,8 @@ def command(
     ] = None,
     nodes: Annotated[int | None, typer.Option(help="Nodes.")] = None,
     gpus_per_node: Annotated[
-        int | None, typer.Option(help="GPUs of every node; one rank for each.")
+        str | None,
+        typer.Option(help="GPUs of every node, 4 or a100:4; one rank for each."),
     ] = None,
     ranks_per_node: Annotated[
         int | None, typer.Option(help="Ranks of every node, on CPUs.")
@@ -63,6 +64,9 @@ def command(
     sbatch: Annotated[
         list[str] | None,
         typer.Option(help="A further option of sbatch, for example --sbatch=--licenses=x."),
+    ] = None,
+    srun: Annotated[
+        list[str] | None, typer.Option(help="An option of srun, for example --srun=--mpi=none.")
     ] = None,
     setup: Annotated[
         list[str] | None, typer.Option(help="A shell line run before the ranks start.")
@@ -111,7 +115,7 @@ def command(
     from segfleet.core.errors import InputError
     from segfleet.slurm import prepare
     from segfleet.slurm.job import refuse_if_active
-    from segfleet.slurm.jobspec import JobSpec, make_spec
+    from segfleet.slurm.jobspec import JobSpec, make_spec, not_obeyed
     from segfleet.slurm.submitit_launcher import SlurmLauncher
 
     root = runs.resolve()
@@ -121,6 +125,12 @@ def command(
     if after and dependency:
         raise InputError("--after and --dependency say the same twice; give one")
     options |= {"dependency": dependency_on(after, root)} if after else {}
+    if ignored := not_obeyed():
+        typer.echo(
+            f"segfleet: {', '.join(ignored)} of the environment is not obeyed; give it as "
+            "--sbatch=--option=value",
+            err=True,
+        )
     if recipe in submit_words.COMMANDS:
         submit_words.submit([recipe, *(changes or [])], options, given)
         return

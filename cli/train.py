@@ -42,6 +42,7 @@ def command(
     from segfleet.pipeline.launch.local import run_ranks
     from segfleet.pipeline.recipe import load_recipe, with_absolute_store
     from segfleet.pipeline.run import stage_folders, stage_steps
+    from segfleet.pipeline.scoring.scored import evaluation_of
     from segfleet.pipeline.status import finished, standing
     from segfleet.preprocess.stores.manifest import load_manifest
 
@@ -67,7 +68,7 @@ def command(
             {"stage_to": stage_to} if stage_to else {}
         )
         run_ranks(job, ranks, training.poll, threads)
-    scores = json.loads((leaf / "evaluation.json").read_text(encoding="utf-8"))["summary"]
+    scores = evaluation_of(leaf)["summary"]
     document = {
         "run": str(leaf),
         "stages": [str(folder.path) for folder in folders],

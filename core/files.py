@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def temporary_name(path: Path, suffix: str = "") -> Path:
@@ -42,6 +45,52 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a whole file, text as UTF-8, so that a reader sees the old one or the new one."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def share_as_others(path: Path) -> None:
+    """Give a file that a library made private the mode of any new file of its folder: umask, setgid
+    and ACLs decide who reads it. The umask itself cannot be asked without changing it for all
+    threads."""
+    beside = temporary_name(path)
+    beside.touch()
+    try:
+        path.chmod(beside.stat().st_mode & 0o777)
+    finally:
+        beside.unlink()
+
+
+def read_json(path: Path, kind: type = dict) -> Any | None:
+    """The document in `path`; None if there is none. A damaged one (another `kind`, a "sha256" that
+    is not its own) is named on stderr and counts as none: who wrote it writes it again."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, RecursionError):
+        found = None
+    whole = isinstance(found, kind)
+    if whole and isinstance(found, dict) and "sha256" in found:
+        whole = found.pop("sha256") == digest_of(found)
+    if whole:
+        return found
+    sys.stderr.write(f"segfleet: {path} is damaged and is left out\n")
+    return None
+
+
+def digest_of(document: Any) -> str:
+    """sha256 of a plain JSON document, however it is written down."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_folder(path: Path) -> None:
+    """`path` and the folders above it, each entry synced: a file synced in a folder that a power
+    cut takes away is gone."""
+    made = [path, *path.parents]
+    made = made[: next((at for at, folder in enumerate(made) if folder.is_dir()), len(made))]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(made):
+        sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:

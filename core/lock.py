@@ -119,4 +119,7 @@ def is_locked(path: Path) -> bool:
     if not Path(path).exists():
         return False
     with Lock(path, shared=True) as lock:
-        return not lock.try_acquire()
+        try:
+            return not lock.try_acquire()
+        except PermissionError:  # a file that cannot be opened says nothing
+            return False

@@ -16,8 +16,7 @@ def cpus(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ]
     for granted in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
-        if environ.get(granted, "").isdigit():
-            found.append(int(environ[granted]))
+        found += [int(text)] if (text := environ.get(granted, "")).isdigit() else []
     for folder in _cgroups(root, ""):
         quota, _, period = _text(folder / "cpu.max").partition(" ")
         if quota.isdigit() and period.strip().isdigit():
@@ -29,13 +28,24 @@ def cpus(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int
     return max(1, min(found))
 
 
+def cpus_of_a_rank(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
+    """Cores for this rank alone: SLURM grants them to a task, other launchers to all ranks of a
+    machine together, whose number LOCAL_WORLD_SIZE says."""
+    if environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
+        return cpus(environ, root)
+    ranks = environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, cpus(environ, root) // max(1, int(ranks) if ranks.isdigit() else 1))
+
+
 def memory_budget(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
     """Bytes this process and its children may still take: 80 % of the least that machine, cgroup
     (v2, v1) and SLURM leave free."""
     free = []
-    for line in _text(root / "proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            free.append(int(line.split()[1]) * 1024)
+    free += [
+        int(line.split()[1]) * 1024
+        for line in _text(root / "proc/meminfo").splitlines()
+        if line.startswith("MemAvailable:")
+    ]
     for folder in _cgroups(root, ""):
         free += _left(folder / "memory.max", folder / "memory.current", folder / "memory.stat")
     for folder in _cgroups(root, "memory"):

@@ -18,6 +18,7 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 WATCHED = (
     {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2} if hasattr(signal, "sigwaitinfo") else set()
 )
+_function: Callable | None = None  # of a worker process
 WORTH_A_PROCESS = 256 * 2**20  # bytes of work; a process takes about a second to start
 
 
@@ -33,8 +34,9 @@ def run(
     """Yield (index, function(item)) as they finish.
 
     Args:
-        function: importable, as are the items: they cross a process border. One worker: everything
-        runs in this process.
+        function: importable, as are the items: they cross a process border, the function with all
+        that is bound to it once per process, an item once. One worker: everything runs in this
+        process.
         weights: bytes each item needs. An item starts when the sum stays below the budget; one that
         is larger than all of it runs alone.
         names: what to call the items when a worker dies.
@@ -52,7 +54,10 @@ def run(
     context = multiprocessing.get_context("forkserver")
     _start_forkserver()
     with ProcessPoolExecutor(
-        min(workers, len(items)), mp_context=context, initializer=_follow_parent
+        min(workers, len(items)),
+        mp_context=context,
+        initializer=_begin,
+        initargs=(function,),
     ) as pool:
         waiting, flying, weight = list(range(len(items)))[::-1], {}, 0
         try:
@@ -64,7 +69,7 @@ def run(
                 ):
                     index = waiting.pop()
                     weight += weights[index]
-                    flying[pool.submit(function, items[index])] = index
+                    flying[pool.submit(_call, items[index])] = index
                 for future in wait(flying, return_when=FIRST_COMPLETED).done:
                     index = flying[future]
                     result = future.result()
@@ -110,6 +115,17 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
+def _begin(function: Callable) -> None:
+    global _function
+    _function = function
+    _follow_parent()
+
+
+def _call(item: Any) -> Any:
+    assert _function is not None
+    return _function(item)
 
 
 def _follow_parent() -> None:

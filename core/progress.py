@@ -43,10 +43,19 @@ class EventFollower:
         return [event for line in whole.splitlines() if (event := parse_event(line)) is not None]
 
 
+# what is always in an event of a kind
+NUMBERS = {"stage_start": ("steps",), "step": ("step", "loss"), "validation": ("step",)}
+
+
 def parse_event(line: bytes | str) -> dict[str, Any] | None:
-    """One event, or None for what a killed process left of a line."""
+    """One event, or None for a line that is damaged, or what a killed process left of one."""
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return event if isinstance(event, dict) else None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return None
+    needed = NUMBERS.get(event["event"], ())
+    numbers = {"time", "step", "samples_per_second", *needed} & event.keys()
+    whole = all(isinstance(event[name], int | float) for name in numbers)
+    return event if whole and event.keys() >= set(needed) else None

@@ -24,7 +24,9 @@ Model = TypeVar("Model", bound=BaseModel)
 MOST_VALUES = 100_000  # of a document with its aliases written out: a recipe has about a hundred
 DEEPEST = 50
 YAML_TAG = "tag:yaml.org,2002:"
-IMPLICIT = tuple(YAML_TAG + kind for kind in "null bool int float timestamp value merge".split())
+IMPLICIT = tuple(
+    YAML_TAG + kind for kind in ["null", "bool", "int", "float", "timestamp", "value", "merge"]
+)
 SCALARS: tuple[tuple[re.Pattern, Callable[[str], Any]], ...] = (
     (re.compile(r"~|null|Null|NULL|"), lambda text: None),
     (re.compile(r"true|True|TRUE|false|False|FALSE"), lambda text: text.lower() == "true"),

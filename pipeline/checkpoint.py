@@ -27,7 +27,13 @@ import torch
 from torch import Tensor
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import sync_folder, temporary_name, write_atomically
+from segfleet.core.files import (
+    make_folder,
+    share_as_others,
+    sync_folder,
+    temporary_name,
+    write_atomically,
+)
 
 MANIFEST = "manifest.json"
 PREFIX = "step-"
@@ -65,16 +71,15 @@ def write(root: Path, step: int, tensors: Tensors, state: dict[str, Any]) -> Pat
     """Write everything under a temporary name, synced, ready to be published."""
     from safetensors.torch import save_file
 
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     partial = temporary_name(root / folder_name(step))
     partial.mkdir()
     try:
         for group, named in tensors.items():
             try:
-                save_file(
-                    {name: value.contiguous() for name, value in named.items()},
-                    partial / f"{group}.safetensors",
-                )
+                path = partial / f"{group}.safetensors"
+                save_file({name: value.contiguous() for name, value in named.items()}, path)
+                share_as_others(path)
             except OSError:
                 raise
             except Exception as error:  # safetensors wraps the system's error in its own

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import write_atomically
+from segfleet.core.files import share_as_others, write_atomically
 from segfleet.models import registry
 from segfleet.models.foreign import translated
 from segfleet.pipeline import checkpoint, run
@@ -86,6 +86,7 @@ def write_weights(path: Path, recipe: Recipe) -> Path:
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file({name: value.contiguous().clone() for name, value in tensors.items()}, partial)
+        share_as_others(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -31,12 +31,11 @@ from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.reports.overlays import save_overlays, save_prediction
 from segfleet.pipeline.reports.report import write_report
-from segfleet.pipeline.run import open_run, stage_folders
+from segfleet.pipeline.run import data_of, note_data, open_run, stage_folders
 from segfleet.pipeline.scoring.score import Scorer, forward_of, load_network
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.pipeline.training.train import Diverged, Run, train
 from segfleet.preprocess.stores.base import open_store
-from segfleet.preprocess.stores.manifest import load_manifest
 
 JOBS = ("train", "score", "predict")
 
@@ -52,6 +51,7 @@ def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
     recipe = parse(job["recipe"])
     store = open_store(recipe.data.store)
     folders = stage_folders(Path(job["root"]), recipe, store.manifest)
+    check_same_run(job, folders[-1].path)
     stop.watch = folders[-1].path / "stop"
     if job.get("max_seconds"):
         end = time.time() + job["max_seconds"]
@@ -79,6 +79,8 @@ def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
                     "listen": Lines(say) if job.get("lines") else None,
                 }
                 train(Run(recipe=recipe, store=store, waits=job.get("waits", False), **parts))
+            if ranks.rank == 0:
+                note_data(folders[-1].path, store.manifest)
             if job.get("score", True):
                 scorer.score(folders, again=job.get("again", False))
     except Interrupted as stopped:  # on all ranks
@@ -96,12 +98,22 @@ def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
         ) from None
 
 
+def check_same_run(job: dict[str, Any], path: Path) -> None:
+    """What a job continues is the run it names. Raises InputError."""
+    if "run" in job and Path(job["run"]).name != path.name:
+        raise InputError(
+            f"run: {Path(job['run']).name} is another run for this version of segfleet (it would be "
+            f"{path.name} and begin anew): its results would differ. Go on with the version that "
+            "began it, or train the recipe again"
+        )
+
+
 def predict(
     job: dict[str, Any], ranks: Ranks, progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
     """The answer of `predict_files` for a prediction's images. Raises InputError."""
     recipe, folders = open_run(Path(job["run"]))
-    manifest = load_manifest(Path(recipe.data.store))
+    manifest = data_of(Path(job["run"]), recipe)
     model, task, name = load_network(recipe, manifest, folders, ranks.device)
     return predict_files(
         forward_of(model, task, recipe, ranks.device),

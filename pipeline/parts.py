@@ -25,7 +25,10 @@ def patch_of(recipe: Recipe, manifest: Manifest) -> tuple[int, int, int]:
     """Patch in voxels (z, y, x): the recipe's or the plan's, checked against the network's rule. 2D
     networks get one slice."""
     spec = registry.spec(recipe.model.name)
-    patch = recipe.data.patch or manifest.plan.patch
+    suggested = manifest.plan.patch
+    if spec.dims == (2,) and manifest.plan.patch_2d:
+        suggested = manifest.plan.patch_2d
+    patch = recipe.data.patch or suggested
     if len(patch) == 2:
         patch = (1, *patch)
     if len(patch) != 3:

@@ -9,7 +9,7 @@ import os
 import socket
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,11 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether any rank says so; the same answer on every rank."""
         return flag
+
+    def start_max(self, values: Tensor) -> Callable[[], Tensor]:
+        """Begin to take the largest over the ranks of each of `values` (on the CPU); what is
+        returned waits for the answer."""
+        return lambda: values
 
     def gather(self, thing: Any) -> list[Any]:
         """Every rank's thing, in the order of ranks, on every rank: JSON, so tuples are lists."""
@@ -93,6 +98,15 @@ class ProcessRanks(Ranks):
         self._flag[0] = flag
         dist.all_reduce(self._flag, group=self.control)
         return bool(self._flag[0])
+
+    def start_max(self, values: Tensor) -> Callable[[], Tensor]:
+        work = dist.all_reduce(values, dist.ReduceOp.MAX, group=self.control, async_op=True)
+
+        def answer() -> Tensor:
+            work.wait()
+            return values
+
+        return answer
 
     def gather(self, thing: Any) -> list[Any]:
         return [json.loads(text) for text in self._all_texts(json.dumps(thing).encode())]

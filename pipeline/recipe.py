@@ -117,8 +117,10 @@ class Data(Section):
         "batch",
     )
     augment: Augment | None = Field(Augment(), description="augmentation; null switches it off")
-    workers: Annotated[int, Field(ge=0)] = Field(
-        0, description="loader processes per rank; never changes the samples"
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="loader processes per rank, never changes the samples; auto: what the cores of "
+        "a rank allow, up to 14 for a GPU and 2 for a CPU",
     )
 
 
@@ -277,7 +279,12 @@ class Recipe(Section):
     stages: tuple[Stage, ...] = Field(min_length=1, description="in order")
     engine: Engine = Field(default_factory=Engine, description="on what")
     evaluation: Evaluation = Field(default_factory=Evaluation, description="how it is scored")
-    save_every: Positive = Field(50, description="steps between checkpoints")
+    save_minutes: Above = Field(
+        10.0, description="minutes between checkpoints; a stop saves at once, too"
+    )
+    save_every: Positive | None = Field(
+        None, description="steps between checkpoints, beside those by the clock; none: only these"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:

@@ -10,22 +10,24 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import write_atomically
+from segfleet.core.files import digest_of, read_json, write_atomically
 from segfleet.core.lock import Lock, holder
 from segfleet.pipeline.recipe import Recipe, parse
 from segfleet.pipeline.sources import NUMERICS, changed_sources
-from segfleet.preprocess.stores.manifest import Manifest
+from segfleet.preprocess.stores.manifest import Manifest, load_manifest
 
 if TYPE_CHECKING:  # it needs torch, which a process that only looks at runs must not load
     from segfleet.pipeline import checkpoint
 
-RECIPE, DONE, LOCK, IDENTITY = "recipe.json", "done.json", "lock", "identity.json"
+RECIPE, DONE, LOCK = "recipe.json", "done.json", "lock"
+IDENTITY, DATA = "identity.json", "data.json"
 
 # Options that some other option leaves without effect.
 IDLE_OF_OPTIMIZER = {
@@ -140,10 +142,15 @@ class StageFolder:
 
     def done(self) -> dict[str, Any] | None:
         """{"checkpoint": folder name, ...} once the stage is finished, else None."""
-        try:
-            return json.loads((self.path / DONE).read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+        found = read_json(self.path / DONE)
+        if found is None:
             return None
+        best, step = (
+            found.get("best") or {},
+            re.fullmatch(r"step-\d{8,}", str(found.get("checkpoint"))),
+        )
+        whole = step and isinstance(best, dict) and isinstance(best.get("step", 0), int)
+        return {**found, "best": best} if whole else None
 
     def check_done(self) -> None:
         """Raises InputError if the stage is not finished; looks into no checkpoint."""
@@ -176,7 +183,9 @@ class StageFolder:
             ) from None
 
     def finish(self, name: str, **facts: Any) -> None:
-        write_atomically(self.path / DONE, json.dumps({"checkpoint": name, **facts}, indent=1))
+        document = {"checkpoint": name, **facts}
+        text = json.dumps({**document, "sha256": digest_of(document)}, indent=1)
+        write_atomically(self.path / DONE, text)
 
 
 def note_identity(folder: StageFolder, recipe: Recipe, manifest: Manifest) -> None:
@@ -244,9 +253,44 @@ def open_run(path: Path) -> tuple[Recipe, list[StageFolder]]:
             f"run: {path} holds no {RECIPE}, so it is no run folder; `segfleet status` lists the "
             "runs under a folder"
         )
-    recipe = parse(json.loads((path / RECIPE).read_text(encoding="utf-8")), str(path / RECIPE))
+    if (document := read_json(path / RECIPE)) is None:
+        raise InputError(
+            f"run: {path / RECIPE} is damaged; the command that began the run writes it again"
+        )
+    recipe = parse(document, str(path / RECIPE))
     chain = [path, *path.parents][: len(recipe.stages)][::-1]
     return recipe, [StageFolder(path=folder, index=index) for index, folder in enumerate(chain)]
+
+
+def note_data(path: Path, manifest: Manifest) -> None:
+    """Keep data set and plan of the store in a run folder: a trained network does not need its
+    training data."""
+    known = {"cases": (), "splits": {}, "files": {}, "joined": None, "fingerprint": {}}
+    text = json.dumps(manifest.model_copy(update=known).model_dump(mode="json"), indent=1)
+    if not (path / DATA).is_file() or (path / DATA).read_text(encoding="utf-8") != text:
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / DATA, text)
+
+
+def data_of(path: Path, recipe: Recipe) -> Manifest:
+    """Data set and plan of a run, without cases: from its own folder; of runs that kept none, from
+    their store. Raises InputError."""
+    try:
+        return Manifest.model_validate_json((path / DATA).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        raise InputError(
+            f"run: {path / DATA} is damaged ({str(error).splitlines()[0]}); remove it, and the "
+            "store is asked"
+        ) from None
+    try:
+        return load_manifest(Path(recipe.data.store))
+    except InputError as error:
+        raise InputError(
+            f"{error.args[0]} The run {path.name} was made before runs kept what they need of it: "
+            f"once, `segfleet evaluate {path.name} data.store=FOLDER` with where the store is now"
+        ) from None
 
 
 def find_run(text: str, root: Path, fold: int | None = None, best: bool = False) -> Path:

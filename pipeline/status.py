@@ -113,8 +113,8 @@ def _progress(stage: StageFolder) -> dict[str, Any]:
             facts["restarts"] += 1
         elif event["event"] == "step":
             before, last = last, event
-            facts |= {key: event[key] for key in ("step", "loss", "samples_per_second")}
-            if before and event["time"] > before["time"] and facts["steps"]:
+            facts |= {key: event.get(key) for key in ("step", "loss", "samples_per_second")}
+            if before and event.get("time", 0) > before.get("time", 0) and facts["steps"]:
                 rate = (event["step"] - before["step"]) / (event["time"] - before["time"])
                 facts["remaining_seconds"] = round((facts["steps"] - event["step"]) / rate)
     return facts

@@ -3,6 +3,7 @@ regions."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +44,9 @@ class Task:
                 if channel:
                     target[label == value] = channel
             return target
+        # compared one by one: a tensor of values would be a copy from the host in every step
         regions = [
-            torch.isin(label, torch.tensor(group, dtype=label.dtype, device=label.device))
+            functools.reduce(torch.logical_or, [label == v for v in group])
             for group in self.members
         ]
         return torch.stack(regions, 1).float()

@@ -26,6 +26,13 @@ INHERITED = (
     "OMPI_",
     "SEGFLEET_LIFE",
     "SUBMITIT_",
+    # what a user has set for SLURM's own programs would change what is seen here
+    "SQUEUE_",
+    "SINFO_",
+    "SCANCEL_",
+    "SACCT_",
+    "SACCTMGR_",
+    "SCONTROL_",
 )
 RANKS = (
     "RANK",
@@ -63,7 +70,12 @@ def call(*command: str, timeout: float = 60) -> str:
     """Output of one of SLURM's programs. Raises InputError with its own words."""
     try:
         done = subprocess.run(
-            command, env=clean_environment(), capture_output=True, text=True, timeout=timeout
+            command,
+            env=clean_environment(),
+            stdin=subprocess.DEVNULL,  # nobody answers a question that nobody sees
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
     except FileNotFoundError:
         raise InputError(
@@ -100,13 +112,14 @@ class Partition:
     cpus: int
     megabytes: int
     gpus: int
+    gpu_types: dict[str, int]  # type -> GPUs of a node; a GPU without a type is in none
     features: frozenset[str]
 
 
 def partitions() -> dict[str, Partition]:
     """Partitions by name, as sinfo tells them. Raises InputError."""
     found: dict[str, Partition] = {}
-    for line in call("sinfo", "-h", "-o", "%P|%l|%D|%c|%m|%G|%f").splitlines():
+    for line in call("sinfo", "-a", "-h", "-o", "%P|%l|%D|%c|%m|%G|%f").splitlines():
         name, limit, nodes, cpus, memory, gres, features = line.split("|")
         default, name = name.endswith("*"), name.rstrip("*")
         here = Partition(
@@ -117,6 +130,9 @@ def partitions() -> dict[str, Partition]:
             cpus=int(re.match(r"\d+", cpus)[0]),
             megabytes=int(re.match(r"\d+", memory)[0]),
             gpus=sum(int(count) for count in re.findall(r"gpu(?::[^:,(]+)?:(\d+)", gres)),
+            gpu_types={
+                kind: int(count) for kind, count in re.findall(r"gpu:([^:,(]+):(\d+)", gres)
+            },
             features=frozenset(features.split(",")) - {"(null)"},
         )
         found[name] = _joined(found[name], here) if name in found else here
@@ -132,6 +148,10 @@ def _joined(a: Partition, b: Partition) -> Partition:
         minutes=a.minutes,
         nodes=a.nodes + b.nodes,
         features=a.features | b.features,
+        gpu_types={
+            kind: max(a.gpu_types.get(kind, 0), b.gpu_types.get(kind, 0))
+            for kind in sorted(a.gpu_types | b.gpu_types)
+        },
         **best,
     )
 
@@ -171,7 +191,13 @@ def _misfits(spec: JobSpec, part: Partition) -> list[str]:
     faults, node = [], f"a node of partition {part.name} has"
     if spec.nodes > part.nodes:
         faults.append(f"nodes: found {spec.nodes}, partition {part.name} has {part.nodes}")
-    if spec.gpus_per_node > part.gpus:
+    if spec.gpu_type and spec.gpus_per_node > (count := part.gpu_types.get(spec.gpu_type, 0)):
+        types = ", ".join(f"{kind}:{number}" for kind, number in part.gpu_types.items())
+        faults.append(
+            f"gpus_per_node: found {spec.gpu_type}:{spec.gpus_per_node}, {node} {count} of that "
+            f"type; its types: {types or 'none'}"
+        )
+    elif spec.gpus_per_node > part.gpus:
         faults.append(f"gpus_per_node: found {spec.gpus_per_node}, {node} {part.gpus}")
     if (cores := (spec.cpus or 1) * spec.ranks_on_a_node) > part.cpus:
         faults.append(
@@ -210,12 +236,18 @@ def accounting(what: str) -> list[str]:
         return []
 
 
-def queue() -> dict[str, dict[str, Any]]:
-    """My jobs by id, array members as 12_3, with name, state, reason and nodes: what SLURM's
-    controller remembers."""
-    # One question for all jobs: an id it has forgotten would be an error.
+def known_nodes() -> frozenset[str]:
+    """Names of all nodes of this cluster. Raises InputError."""
+    return frozenset(call("sinfo", "-a", "-h", "-N", "-o", "%N").split())
+
+
+def queue(people: frozenset[str] = frozenset()) -> dict[str, dict[str, Any]]:
+    """My jobs and those of `people` by id, array members as 12_3, with name, state, reason and
+    nodes: what SLURM's controller remembers."""
+    # One question for all jobs: an id it has forgotten would be an error. -a: hidden partitions too
+    whose = ",".join(sorted({getpass.getuser(), *people}))
     return _jobs(
-        call("squeue", "--states=all", "-r", "-h", "-u", getpass.getuser(), "-o", "%i|%j|%T|%r|%N")
+        call("squeue", "-a", "--states=all", "-r", "-h", "-u", whose, "-o", "%i|%T|%r|%N||%j")
     )
 
 
@@ -236,7 +268,7 @@ def account(ids: list[str]) -> dict[str, dict[str, Any]]:
                 "-j",
                 ",".join(whole),
                 "-o",
-                "JobID,JobName,State,Reason,NodeList,ExitCode",
+                "JobID,State,Reason,NodeList,ExitCode,JobName",
             )
         )
     except InputError:
@@ -246,9 +278,10 @@ def account(ids: list[str]) -> dict[str, dict[str, Any]]:
 def _jobs(text: str) -> dict[str, dict[str, Any]]:
     found = {}
     for line in text.splitlines():
-        job, name, state, reason, nodes, *code = line.split("|")
+        # the name comes last: it is free text
+        job, state, reason, nodes, code, name = line.split("|", 5)
         nodes = None if nodes in ("", "None assigned") else nodes
-        reason = (_ending(*code) if code else None) if reason == "None" else reason
+        reason = (_ending(code) if code else None) if reason == "None" else reason
         found |= dict.fromkeys(
             _members(job),
             {"name": name, "state": state.split()[0], "reason": reason, "node": nodes},

@@ -3,6 +3,8 @@ it."""
 
 from __future__ import annotations
 
+import getpass
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -66,6 +68,22 @@ class SlurmJob:
         return self.submission.id
 
     @property
+    def owner(self) -> str:
+        """Who submitted it: SLURM lets nobody else, but root, cancel it."""
+        try:
+            return Path(self.submission.folder).owner()
+        except (KeyError, FileNotFoundError):  # a user this machine does not know
+            return getpass.getuser()
+
+    @property
+    def somebody_elses(self) -> bool:
+        """Of another user, and we are not root."""
+        try:
+            return os.geteuid() not in (0, Path(self.submission.folder).stat().st_uid)
+        except FileNotFoundError:
+            return False
+
+    @property
     def label(self) -> str:
         """What a job of a store does, such as "survey 0"; empty for the others, whose ranks are
         told apart."""
@@ -97,7 +115,8 @@ class SlurmJob:
             "cancelled"
             if (Path(self.submission.folder) / CANCELLED).exists()
             else "unknown"
-            if silence
+            # some clusters show nobody the jobs of others
+            if silence or self.somebody_elses
             else "lost"
         )
         # it may have come back since: only its end is certain
@@ -114,7 +133,7 @@ class SlurmJob:
                 "SLURM has forgotten this job and its ranks left no word; segfleet resume goes on"
             )
         elif state == "unknown":
-            reason = silence
+            reason = silence or f"SLURM does not show this job of {self.owner}; ask them"
         hint = HINTS.get((row or {}).get("state", "")) or HINTS.get(reason or "")
         return {
             "job": self.id,
@@ -176,7 +195,8 @@ def look_at_all(jobs: list[SlurmJob]) -> list[tuple[SlurmJob, dict[str, Any]]]:
     if not jobs:
         return []
     try:
-        queue, silence = cluster.queue(), None
+        people = frozenset(job.owner for job in jobs)
+        queue, silence = cluster.queue(people), None
     except InputError as error:
         queue, silence = {}, str(error)
     accounts = {} if silence else cluster.account([job.id for job in jobs if job.id not in queue])
@@ -190,6 +210,10 @@ def cancel(jobs: list[tuple[SlurmJob, dict[str, Any]]]) -> list[str]:
     Raises InputError with SLURM's own words if it does not answer.
     """
     active = [job for job, found in jobs if found["state"] in OPEN]
+    if others := sorted({job.owner for job in active if job.somebody_elses}):
+        raise InputError(
+            f"cancel: job {active[-1].id} belongs to {', '.join(others)}; only they can cancel it"
+        )
     if active:
         cluster.call("scancel", *(job.id for job in active))
     for job in active:

@@ -10,11 +10,12 @@ clusters:
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from segfleet.core import settings
 from segfleet.core.errors import InputError
@@ -74,7 +75,12 @@ class JobSpec(BaseModel):
 
     nodes: Count = Field(1, description="nodes")
     gpus_per_node: Annotated[int, Field(ge=0)] = Field(
-        0, description="GPUs of every node; one rank for each. 0: a job on CPUs"
+        0,
+        description="GPUs of every node; one rank for each. 0: a job on CPUs. With a type, which may "
+        "be a MIG profile: a100:2",
+    )
+    gpu_type: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = Field(
+        None, description="type of the GPUs, as in gpus_per_node: a100:2"
     )
     ranks_per_node: Count = Field(1, description="ranks of every node when there are no GPUs")
     cpus: Count | None = Field(None, description="CPU cores per rank; none: the cluster's default")
@@ -102,6 +108,7 @@ class JobSpec(BaseModel):
     sbatch: tuple[str, ...] = Field(
         (), description="further options of sbatch, for example --licenses=matlab"
     )
+    srun: tuple[str, ...] = Field((), description="options of srun, for example --mpi=none")
     setup: tuple[str, ...] = Field(
         (), description="shell lines run on the first node before the ranks start"
     )
@@ -125,6 +132,16 @@ class JobSpec(BaseModel):
     fruitless: Count = Field(
         3, description="restarts without a step of progress after which the job gives up"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _typed_gpus(cls, options: Any) -> Any:
+        """`a100:2` is two GPUs of a type; a type alone is one, as for SLURM."""
+        found = options.get("gpus_per_node") if isinstance(options, dict) else None
+        if not isinstance(found, str) or found.isdigit():
+            return options
+        kind, _, count = found.partition(":")
+        return {**options, "gpu_type": kind, "gpus_per_node": count or 1}
 
     @field_validator("time")
     @classmethod
@@ -160,6 +177,16 @@ class JobSpec(BaseModel):
                 )
             if name in OURS:
                 raise ValueError(f"'{option}': --{name} is set by segfleet itself")
+        return value
+
+    @field_validator("srun")
+    @classmethod
+    def _legal_srun(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for option in value:
+            if not re.fullmatch(r"--[a-z][a-z-]*(=[^\n]+)?", option):
+                raise ValueError(f"'{option}': expected --option or --option=value")
+            if option[2:].partition("=")[0] in ("output", "error", "kill-on-bad-exit", "wait"):
+                raise ValueError(f"'{option}': is set by segfleet itself")
         return value
 
     @field_validator("setup")
@@ -223,9 +250,25 @@ def minutes(text: str | int) -> int:
 def make_spec(
     options: dict[str, Any], cluster: str | None = None, places: tuple[Path, ...] = PLACES
 ) -> JobSpec:
-    """The profile of `cluster` (none: the file's default, if any) with `options` over it. Raises
-    InputError that names every fault."""
-    return settings.validate(JobSpec, {**read_profile(cluster, places), **options}, "job")
+    """The profile of `cluster` (none: the file's default, if any) with `options` over it. What the
+    user has set for sbatch (SBATCH_PARTITION and its like) stands between the two, as it does for
+    sbatch. Raises InputError that names every fault."""
+    mine = of_environment() if places else {}
+    return settings.validate(JobSpec, {**read_profile(cluster, places), **mine, **options}, "job")
+
+
+OBEYED = ("partition", "account", "qos", "reservation", "constraint")
+
+
+def of_environment() -> dict[str, str]:
+    """What the user has set for sbatch, as options of ours."""
+    return {key: value for key in OBEYED if (value := os.environ.get(f"SBATCH_{key.upper()}"))}
+
+
+def not_obeyed() -> list[str]:
+    """Variables that the user has set for sbatch and that no job of ours gets."""
+    mine = {f"SBATCH_{key.upper()}" for key in OBEYED}
+    return sorted(name for name in os.environ if name.startswith("SBATCH_") and name not in mine)
 
 
 def read_profile(cluster: str | None, places: tuple[Path, ...] = PLACES) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def check_recipes(recipes: list[dict[str, Any]], ranks: int) -> list[str]:
     """Network, loss, patch, batch and ranks fit together and to the store, in every recipe. Raises
     InputError. What is legal and maybe not meant is returned, a sentence each."""
     recipes = list({json.dumps(_parts(recipe)): recipe for recipe in recipes}.values())
-    command = [sys.executable, "-m", "segfleet.slurm.preflight", str(ranks)]
+    command = [sys.executable, "-P", "-m", "segfleet.slurm.preflight", str(ranks)]
     done = subprocess.run(command, input=json.dumps(recipes), capture_output=True, text=True)
     if done.returncode == 2:
         raise InputError(done.stderr.strip())

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from segfleet.core.errors import ExitCode
+from segfleet.core.errors import ExitCode, InputError
+from segfleet.core.files import read_json, write_atomically
 from segfleet.pipeline.launch import worker
 from segfleet.pipeline.stop import Interrupted, StopRequest
 
@@ -27,6 +28,10 @@ PATIENCE = 900
 
 class Fruitless(RuntimeError):
     """The job was restarted again and again without a step of progress."""
+
+
+class OtherCode(InputError):
+    """The code that would run is not the code that was submitted."""
 
 
 def run_rank(folder: str) -> None:
@@ -42,7 +47,7 @@ def run_rank(folder: str) -> None:
     if rank == 0:
         try:
             begin(life, document, spec["fruitless"])
-        except Fruitless as error:
+        except (Fruitless, OtherCode) as error:
             worker.report(life, rank, error)
             sys.stderr.write(f"segfleet: {error}\n")
             worker.exit_now(1)
@@ -60,7 +65,7 @@ def run_rank(folder: str) -> None:
     code, error = worker.work(life, submission / "job.json", stop, first)
     if error is None:
         if rank == 0:
-            (life / "ended.json").write_text(json.dumps({"time": time.time()}), encoding="utf-8")
+            write_atomically(life / "ended.json", json.dumps({"time": time.time()}))
         worker.exit_now(0)
     sys.stderr.write(
         json.loads((life / f"failed-{rank}.json").read_text(encoding="utf-8"))["message"] + "\n"
@@ -79,6 +84,8 @@ def become_rank() -> None:
     """SLURM's words for rank, size and node in the ranks's words."""
     e = os.environ
     e["RANK"], e["LOCAL_RANK"] = e["SLURM_PROCID"], e["SLURM_LOCALID"]
+    # such as "2(x3)": as many on every node, as submitted
+    e["LOCAL_WORLD_SIZE"] = e.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0]
     e["WORLD_SIZE"] = e.get("SLURM_STEP_NUM_TASKS") or e["SLURM_NTASKS"]
     e["SEGFLEET_MASTER_HOST"] = own_address()
     e.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -102,23 +109,37 @@ def own_address() -> str:
 def begin(life: Path, document: dict[str, Any], limit: int) -> None:
     """Note how far the job was when this start began. Raises Fruitless after `limit` restarts
     without progress."""
+    from segfleet.slurm.snapshot import digest
     from segfleet.slurm.submission import progress_of
 
+    code, frozen = digest(), os.environ.get("SEGFLEET_CODE")
+    if frozen not in (None, code):
+        raise OtherCode(
+            f"the job was to run the code {frozen} and found {code} on its Python path: the frozen "
+            "code was changed, or --setup or the container put another segfleet before it. Submit it "
+            "again"
+        )
     steps = progress_of(document)
-    facts = {"time": time.time(), "steps": steps, "node": os.environ.get("SLURMD_NODENAME")}
-    (life / "life.json").write_text(json.dumps(facts), encoding="utf-8")
+    facts = {
+        "time": time.time(),
+        "steps": steps,
+        "node": os.environ.get("SLURMD_NODENAME"),
+        "code": code,
+    }
+    write_atomically(life / "life.json", json.dumps(facts))
     job = life.name.rpartition(".")[0]
     begun = sorted(
         life.parent.glob(f"{job}.*/life.json"),
         key=lambda path: int(path.parent.name.rpartition(".")[2]),
     )
-    before = [json.loads(path.read_text(encoding="utf-8"))["steps"] for path in begun]
+    lives = (read_json(path) for path in begun)  # of a dead node one may be empty
+    before = [facts["steps"] for facts in lives if facts and "steps" in facts]
     if len(before) > limit and set(before[-limit - 1 :]) == {steps}:
         where, mend = "", "Give it more time and submit it again"
         if document["do"] == "train":
             where, mend = (
                 f" at step {steps}",
-                "Give it more time or save more often (save_every), then: segfleet resume",
+                "Give it more time or save more often (save_minutes), then: segfleet resume",
             )
         node = os.environ.get("SLURMD_NODENAME")
         raise Fruitless(

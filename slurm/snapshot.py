@@ -17,18 +17,8 @@ SOURCE = Path(__file__).resolve().parents[1]  # the checkout, or the installed p
 def freeze_code(root: Path, source: Path = SOURCE) -> Path:
     """Copy segfleet to `root`/.code/<hash of its content>, unless it is there; the folder to put on
     the Python path."""
-    files = sorted(
-        path
-        for room in ROOMS
-        for path in (source / room).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    )
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(
-            f"{path.relative_to(source)}\0{path.stat().st_size}\0".encode() + path.read_bytes()
-        )
-    target = root / ".code" / digest.hexdigest()[:12]
+    files = files_of(source)
+    target = root / ".code" / digest(source)
     if target.is_dir():
         return target
     partial = target.with_name(f".{target.name}.{os.getpid()}")
@@ -42,6 +32,25 @@ def freeze_code(root: Path, source: Path = SOURCE) -> Path:
     except OSError:  # another submission was quicker
         shutil.rmtree(partial)
     return target
+
+
+def files_of(source: Path) -> list[Path]:
+    return sorted(
+        path
+        for room in ROOMS
+        for path in (source / room).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    )
+
+
+def digest(source: Path = SOURCE) -> str:
+    """What tells one version of the code from another: names and contents of all files."""
+    found = hashlib.sha256()
+    for path in files_of(source):
+        found.update(
+            f"{path.relative_to(source)}\0{path.stat().st_size}\0".encode() + path.read_bytes()
+        )
+    return found.hexdigest()[:12]
 
 
 def commit(source: Path = SOURCE) -> dict[str, Any]:

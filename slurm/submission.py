@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError
+from segfleet.core.files import read_json
 from segfleet.pipeline.run import RECIPE, StageFolder, find_run, open_run, write_atomically
 from segfleet.slurm.jobspec import JobSpec
 
@@ -167,7 +168,8 @@ def record(
 def failure(life: Path) -> dict[str, Any] | None:
     """What went wrong first in a start: the report of the rank that failed by itself, else of one
     that lost its partner."""
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in life.glob("failed-*.json")]
+    found = (read_json(path) for path in life.glob("failed-*.json"))
+    reports = [report for report in found if report and "message" in report]
     own = [report for report in reports if not report["peer_failure"]]
     if own:
         return min(own, key=lambda report: report["time"])

@@ -7,6 +7,7 @@ themselves, the script requeues, and what came out stands in files.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,24 @@ _environment = threading.Lock()
 # $job is 12_3 for a member of an array: one of them has the number of the whole array as its own.
 END = r"""$(date -d "$(scontrol show job -o "$job" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')" +%s 2>/dev/null || echo 0)"""
 STATE = r"""$(scontrol show job -o "$job" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')"""
+
+# SLURM's words for: not now. Whoever asks again later is served.
+FULL = (
+    "QOSMaxSubmit",
+    "AssocMaxSubmit",
+    "AssocGrpSubmit",
+    "QOSGrpSubmit",
+    "job submit limit",
+    "MaxJobCount",
+    "temporarily unavailable",
+    "Resource temporarily",
+    "Unable to contact",
+    "Socket timed out",
+)
+
+
+class QueueFull(InputError):
+    """SLURM takes no more jobs of this user for the moment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +145,11 @@ class SlurmLauncher:
                     else chosen.map_array(run_rank, folders)
                 )
             except submitit.core.utils.FailedJobError as error:
+                busy = any(sign in str(error) for sign in FULL)
                 words = [line for line in str(error).splitlines() if "sbatch: error" in line] or [
                     str(error)
                 ]
-                raise InputError(
+                raise (QueueFull if busy else InputError)(
                     "SLURM refused the job: "
                     + " ".join(line.partition("error: ")[2] or line for line in words)
                 ) from None
@@ -165,7 +185,7 @@ def executor(logs: Path, name: str, spec: JobSpec, code: Path | None) -> Any:
     for option in spec.sbatch:
         key, equals, value = option[2:].partition("=")
         further[key] = value if equals else True
-    ranks = ["--kill-on-bad-exit=1", "--wait=0"]
+    ranks = ["--kill-on-bad-exit=1", "--wait=0", *spec.srun]
     if spec.cpus:
         # since 22.05 srun no longer takes it over from sbatch
         ranks.append(f"--cpus-per-task={spec.cpus}")
@@ -174,7 +194,9 @@ def executor(logs: Path, name: str, spec: JobSpec, code: Path | None) -> Any:
         "nodes": spec.nodes,
         "ntasks_per_node": spec.ranks_on_a_node,
         "cpus_per_task": spec.cpus,
-        "gpus_per_node": spec.gpus_per_node or None,
+        "gpus_per_node": (f"{spec.gpu_type}:" if spec.gpu_type else "") + str(spec.gpus_per_node)
+        if spec.gpus_per_node
+        else None,
         "time": spec.minutes,
         "signal_delay_s": spec.lead,
         "mail_user": spec.mail,
@@ -205,9 +227,10 @@ def executor(logs: Path, name: str, spec: JobSpec, code: Path | None) -> Any:
 
 def python(spec: JobSpec) -> str:
     """How the nodes start Python. Early signals are ignored, not deadly: until Python listens, a
-    warning is lost and the deadline kept."""
+    warning is lost and the deadline kept. -P: a file of the working folder never stands in for a
+    module."""
     program = shlex.quote(spec.python or ("python3" if spec.container else sys.executable))
-    return f"""bash -c 'trap "" USR1 USR2; exec "$@"' rank {spec.container + " " if spec.container else ""}{program}"""
+    return f"""bash -c 'trap "" USR1 USR2; exec "$@"' rank {spec.container + " " if spec.container else ""}{program} -P"""
 
 
 def before(logs: Path, spec: JobSpec, code: Path | None) -> list[str]:
@@ -224,7 +247,24 @@ def before(logs: Path, spec: JobSpec, code: Path | None) -> list[str]:
     ]
     if code is not None:
         lines.append(f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}")
-    return [*lines, *spec.setup]
+        lines.append(f"export SEGFLEET_CODE={code.name}")
+    for line in spec.setup:
+        lines += [line, f"[ $? = 0 ] || {refusal(line)}"]
+    return lines
+
+
+def refusal(line: str) -> str:
+    """Shell: end the job because `line` of its setup failed, where `segfleet status` finds it."""
+    message = (
+        f"the setup line failed: {line}. Mend it, or end it with `|| true` if that is meant; then: "
+        "segfleet resume"
+    )
+    facts = {"rank": 0, "time": 0, "exit_code": 2, "message": message, "peer_failure": False}
+    report = shlex.quote(json.dumps(facts))
+    return (
+        f"{{ echo segfleet: {shlex.quote(message)} >&2; echo {report} "
+        f'> "${submission.LIFE}/failed-0.json"; exit 2; }}'
+    )
 
 
 def after() -> list[str]:
@@ -249,6 +289,10 @@ def after() -> list[str]:
 def without_bad_nodes(spec: JobSpec, root: Path) -> JobSpec:
     """The nodes that failed the health check of a run under `root` are left out."""
     bad = [node for node in health.bad_nodes(root) if node not in (spec.exclude or "").split(",")]
+    if bad:
+        with suppress(InputError):  # of another cluster, or taken away: SLURM would refuse the name
+            known = cluster.known_nodes()
+            bad = [node for node in bad if node in known]
     return (
         spec.model_copy(
             update={"exclude": ",".join([*([spec.exclude] if spec.exclude else []), *bad])}

@@ -142,7 +142,7 @@ class Session:
             "resources": asdict(replace(resources, slots=resources.at_once)), "seconds": seconds,
         }  # fmt: skip
         environment = {**os.environ, "SEGFLEET_PARENT": str(os.getpid())}
-        command = [sys.executable, "-m", "segfleet.sweeps.ray.controller"]
+        command = [sys.executable, "-P", "-m", "segfleet.sweeps.ray.controller"]
         with open(plan.folder / LOG, "a", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 command,

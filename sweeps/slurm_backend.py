@@ -22,7 +22,7 @@ from segfleet.slurm import cluster
 from segfleet.slurm.job import OPEN, SlurmJob, attach
 from segfleet.slurm.jobspec import JobSpec, make_spec
 from segfleet.slurm.submission import train_job
-from segfleet.slurm.submitit_launcher import SlurmLauncher, job_name
+from segfleet.slurm.submitit_launcher import QueueFull, SlurmLauncher, job_name
 
 LOOK = 5.0  # seconds between looks at the queue
 
@@ -84,14 +84,18 @@ class Slurm:
                 return SlurmLauncher().submit_jobs(
                     [(path, job)], root, spec, job_name([path]), path
                 )[0]
+            except QueueFull:
+                pass
             except InputError:
                 if cluster.there_is_one() or shutil.which("sinfo") is None:  # that was the answer
                     raise
-            while not cluster.there_is_one():
+            while True:
                 tick()
                 if stop.exists():
                     raise RankFailed("stopped before SLURM took the job", ExitCode.INTERRUPTED)
                 time.sleep(LOOK)
+                if cluster.there_is_one():
+                    break
 
 
 def spec_of(options: dict[str, Any]) -> JobSpec:

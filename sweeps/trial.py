@@ -15,14 +15,17 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from segfleet.core.errors import ExitCode, InputError
 from segfleet.core.files import sync_folder, temporary_name, write_atomically
+from segfleet.core.lock import is_locked
 from segfleet.core.progress import EVENTS, EventFollower
 from segfleet.pipeline.events import read_events
 from segfleet.pipeline.launch.local import RankFailed, run_ranks
+from segfleet.pipeline.run import LOCK
 
 Order = dict[str, Any]
 Report = Callable[[dict[str, Any]], None]
@@ -30,6 +33,7 @@ RETRIES = (
     1  # after a fault of the machine (a killed rank, say); it goes on from the last checkpoint
 )
 BUSY = "is being trained by"
+STOPPED_BY_SWEEP = "by a sweep\n"  # in a file `stop`
 
 
 class Backend(Protocol):
@@ -71,7 +75,9 @@ def perform(order: Order, report: Report) -> dict[str, Any]:
     if (sweep / "stop").exists():
         return {"state": "stopped"}
     path.mkdir(parents=True, exist_ok=True)
-    (path / "stop").unlink(missing_ok=True)
+    if is_locked(path / LOCK):
+        return {"state": "busy"}  # somebody else's run: its file `stop` is not ours to touch
+    (path / "stop").unlink(missing_ok=True)  # nobody runs here: it has done its work
     if order["trunk"]:
         continue_from(
             Path(order["trunk"]),
@@ -82,13 +88,20 @@ def perform(order: Order, report: Report) -> dict[str, Any]:
 
     def poll() -> None:
         if (sweep / "stop").exists() and not (path / "stop").exists():
-            (path / "stop").touch()
+            write_atomically(path / "stop", STOPPED_BY_SWEEP)
         validations.poll()
 
     try:
         return _run(order, poll)
     finally:
-        (path / "stop").unlink(missing_ok=True)
+        _withdraw(path / "stop")
+
+
+def _withdraw(stop: Path) -> None:
+    """Remove a file `stop` that a sweep left; one that a person made stays."""
+    with suppress(OSError):
+        if stop.read_text(encoding="utf-8") == STOPPED_BY_SWEEP:
+            stop.unlink()
 
 
 def _run(order: Order, poll: Callable[[], None]) -> dict[str, Any]:

@@ -22,9 +22,28 @@ MAY_IMPORT = {
 }
 # Wings inside a room, lowest first; one may import those before it. Files of no wing are everybody's.
 WINGS = {
-    "preprocess": "stores files transforms planning readers checking building phantoms".split(),
-    "pipeline": "losses data engines inference scoring reports training launch".split(),
-    "sweeps": "space results ray".split(),
+    "preprocess": [
+        "stores",
+        "files",
+        "transforms",
+        "planning",
+        "readers",
+        "checking",
+        "building",
+        "exporting",
+        "phantoms",
+    ],
+    "pipeline": [
+        "losses",
+        "data",
+        "engines",
+        "inference",
+        "scoring",
+        "reports",
+        "training",
+        "launch",
+    ],
+    "sweeps": ["space", "results", "ray"],
 }
 HEAVY = {"deepspeed", "ray", "submitit", "mamba_ssm", "monai", "matplotlib", "triton"}
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))

@@ -1,7 +1,19 @@
-"""Every command of the README runs, in its order, on synthetic data in the layouts it names."""
+"""Every command of README and docs runs, in its order, on synthetic data in the layouts it names.
+
+A fenced block without a language is commands if its first line begins with a program; ```python is
+run, too. All pages share one folder, README first, so a page finds what the ones before it made.
+What a reader has and we have not is made here: raw data (a phantom of the layout named), images to
+predict, RUN (a run there is). `submit` and `sweep` rehearse (`--dry-run`); commands that need a
+submitted job or daemons are only parsed, and run for real in tests/slurm. In an HTML comment above
+a block a page may say
+
+    <!-- first: segfleet datasets lits phantom raw/lits -->     to be run before it
+    <!-- test: not here -->                                     parse it: needs a network or a GPU
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -10,90 +22,207 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-# not 15 minutes
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = ("segfleet", "make", "pip", "python", "python3", "podman", "apptainer", "git", "export")
 LESS = [
     "stages.0.epochs=1",
     "stages.0.steps=2",
     "model.options.features=[4,8,8]",
     "data.patch=[8,16,16]",
     "data.batch=2",
-]
-# tests/slurm, tests/sweeps
-BY_OTHER_TESTS = (
-    "submit",
-    "logs",
-    "cancel",
-    "resume",
-    "slurm-sandbox",
-    "sweep",
+]  # not 15 minutes
+PARSED = ("logs", "cancel", "resume", "slurm-sandbox")
+BLOCK = re.compile(
+    r"((?:^<!--[^\n]*-->\n+)*)^```(\w*)\n(.*?)^```|`(segfleet [^`\n]+)`", re.M | re.S
 )
+DRIVER = """
+import json, sys
+from pathlib import Path
+from segfleet.cli import main
+for words in json.load(sys.stdin):
+    if words[0] == "python":
+        print("python:", words[1][:60], flush=True)
+        exec(compile(words[1], "page", "exec"), {"__name__": "page"})
+        continue
+    if words[0] == "predict" and not Path(words[2]).exists():
+        Path(words[2]).symlink_to(next(Path().glob("*/imagesTr")).resolve())
+    if "RUN" in words:
+        run = min(Path("runs").rglob("evaluation.json")).parent.name
+        words = [run if word == "RUN" else word for word in words]
+    print("$ segfleet", *words, flush=True)
+    sys.argv = ["segfleet", *words]
+    try:
+        main.main()
+    except SystemExit as end:
+        if end.code:
+            sys.exit(f"exit code {end.code} of: segfleet {' '.join(words)}")
+"""
 
 
-def commands() -> list[list[str]]:
-    """The segfleet commands of all code blocks and in the text, comments cut off; those with a
-    placeholder like NAME left out."""
-    blocks = re.findall(r"^```\n(.*?)^```", README, flags=re.M | re.S)
-    inline = re.findall(r"`(segfleet [^`]+)`", README)
-    lines = [*"\n".join(blocks).splitlines(), *inline]
-    found = [shlex.split(line, comments=True) for line in lines if line.startswith("segfleet ")]
-    return [command for command in found if not any(word.isupper() for word in command)]
+def parts(page: Path):
+    """(what a comment says, language, text) of every block and of every command in the text."""
+    for found in BLOCK.finditer(page.read_text(encoding="utf-8")):
+        notes, language, block, inline = found.groups()
+        if inline:
+            yield "", "inline", inline
+        elif language == "python" or (
+            not language and re.split(r"[\s=]", block.strip())[0] in PROGRAMS
+        ):
+            yield notes or "", language or "commands", block
+        elif notes:
+            yield notes, language, ""
 
 
-def segfleet(*arguments: str, cwd: Path) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "segfleet.cli.main", *arguments]
-    done = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+def lines(block: str) -> list[list[str]]:
+    text = block.replace("\\\n", " ")
+    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def all_lines(program: str) -> list[tuple[str, list[str]]]:
+    """(page, words) of every line of a block that begins with `program`."""
+    return [
+        (page.name, words)
+        for page in PAGES
+        for _, kind, text in parts(page)
+        if kind == "commands"
+        for words in lines(text)
+        if words[0] == program
+    ]
+
+
+def plan() -> list[list[str]]:
+    """What to run, page after page. A second training of a recipe goes apart: one run has the
+    name."""
+    steps, raw, trained = [], set(), set()
+    for page in PAGES:
+        for notes, kind, text in parts(page):
+            steps += map(shlex.split, re.findall(r"first: segfleet (.*?)-->", notes))
+            if "test: not here" in notes or (kind == "inline" and page.name != "README.md"):
+                continue
+            if kind == "python":
+                steps.append(["python", text])
+                continue
+            for program, *words in lines(text):
+                if program == "segfleet" and can_run(words):
+                    again = words[0] == "train" and words[1] in trained
+                    apart = ["--runs", "apart"] if again else []
+                    trained |= {words[1]} if words[0] == "train" else set()
+                    steps += [*phantoms(words, raw), adapted(words) + apart]
+    return [step for k, step in enumerate(steps) if step not in steps[:k]]
+
+
+def can_run(words: list[str]) -> bool:
+    if words[0] in PARSED or words[:2] == ["sweep", "status"]:
+        return False
+    if any(word.isupper() and word != "RUN" for word in words):  # NAME, DIR
+        return False
+    needed = [option.name for option in command_of(words[0]).params if option.required]
+    return len(words) > 1 or not needed  # a bare name in the text names the command
+
+
+def phantoms(words: list[str], raw: set[str]) -> list[list[str]]:
+    """The raw data a command reads, unless an earlier one made or used them."""
+    place = None
+    if words[0] == "datasets" and words[2:3] == ["check"]:
+        layout, place = words[1], words[3]
+    elif "preprocess" in words and "--raw" in words:
+        layout, place = words[words.index("preprocess") + 1], words[words.index("--raw") + 1]
+    elif words[0] == "datasets" and words[2:3] == ["phantom"]:
+        raw.add(words[3])
+    if place is None or place in raw:
+        return []
+    raw.add(place)
+    return [["datasets", layout, "phantom", place]]
+
+
+def adapted(words: list[str]) -> list[str]:
+    name, *rest = words
+    if name == "train":
+        return [name, *rest[:1], *LESS, *rest[1:]]
+    rehearse = [] if "--dry-run" in rest else ["--dry-run"]
+    if name == "submit":
+        return [name, *rehearse, *rest]
+    if name == "sweep":  # phantoms are smaller than the patches of papers
+        return [name, *rest, "data.patch=null", *rehearse]
+    return words
 
 
 @pytest.mark.slow
-def test_commands_of_the_readme(tmp_path):
-    segfleet("datasets", "msd", "phantom", "Task04_Hippocampus", cwd=tmp_path)
-    segfleet("datasets", "nnunet", "phantom", "Dataset001_Mine", cwd=tmp_path)
-    (tmp_path / "new_images").symlink_to(tmp_path / "Task04_Hippocampus" / "imagesTr")
-    ran = []
-    for _, name, *rest in commands():
-        if name in BY_OTHER_TESTS:
-            continue
-        if name == "train":
-            rest = [*rest[:1], *LESS, *rest[1:]]
-        segfleet(name, *rest, cwd=tmp_path)
-        ran.append(name)
-    assert {
-        "doctor",
-        "datasets",
-        "preprocess",
-        "train",
-        "status",
-        "predict",
-        "recipe",
-        "evaluate",
-        "models",
-    } <= set(ran)
-    assert len(list((tmp_path / "predictions").glob("*.nii.gz"))) == len(
-        list((tmp_path / "new_images").glob("[!.]*.nii.gz"))
+@pytest.mark.timeout(620)
+def test_commands_of_all_pages(tmp_path):
+    steps = plan()
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "SLURM_CONF": "/nowhere"},
+        input=json.dumps(steps),
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
-    (code,) = re.findall(r"^```python\n(.*?)^```", README, flags=re.M | re.S)
-    code += "assert logits.shape == (1, 3, 32, 32, 32) and label.shape == image.shape[1:]\n"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=100)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    ran = {words[0] for words in steps}
+    assert {"doctor", "datasets", "preprocess", "train", "evaluate", "status", "predict"} <= ran
+    assert {"recipe", "models", "submit", "sweep"} <= ran
+    predicted = list((tmp_path / "predictions").glob("*.nii.gz"))
+    assert len(predicted) == len(list((tmp_path / "new_images").glob("[!.]*.nii.gz")))
 
 
-def test_make_targets_of_the_readme_exist():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in set(
-        re.findall(
-            r"^make (\w+)",
-            README + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
-            flags=re.M,
-        )
-    ):
-        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+def command_of(name: str):
+    from segfleet.cli import main
+
+    command = typer.main.get_command(main.app).get_command(None, name)
+    assert command is not None, f"segfleet {name}: there is no such command"
+    return command
+
+
+@pytest.mark.parametrize(
+    "page, words",
+    [pytest.param(*found, id=f"{found[0]}-{k}") for k, found in enumerate(all_lines("segfleet"))],
+)
+def test_every_command_in_a_block_parses(page, words):
+    """Options, arguments and their types, also of what no test can run in place."""
+    command_of(words[1]).make_context(words[1], words[2:])
+
+
+def test_commands_in_the_text_exist_with_their_options():
+    for page in PAGES:
+        for _, kind, text in parts(page):
+            if kind != "inline":
+                continue
+            words = shlex.split(text)[1:]
+            if words == ["--help"]:
+                continue
+            known = {flag for option in command_of(words[0]).params for flag in option.opts}
+            flags = {word for word in words if word.startswith("--") and word != "--"}
+            assert flags <= known | {"--help"}, f"{page.name}: {text}"
+
+
+def test_make_commands_of_all_pages():
+    """`make -n` with the very words: targets and variables."""
+    found = all_lines("make")
+    assert {"demo", "test", "compat", "release"} <= {words[1] for _, words in found} | {
+        word for page in PAGES for word in re.findall(r"`make (\w+)", page.read_text())
+    }
+    for page, words in found:
+        done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, f"{page}: {shlex.join(words)}\n{done.stderr}"
+
+
+def test_pip_commands_of_all_pages():
+    """Files, extras and torch's version are those of the repository. tests/test_packaging.py
+    resolves the commands."""
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    torch = re.search(r"^TORCH \?= (\S+)", (ROOT / "Makefile").read_text(), flags=re.M)[1]
+    for page, words in all_lines("pip"):
+        for flag, value in zip(words, words[1:], strict=False):
+            assert flag != "-c" or (ROOT / value).is_file(), f"{page}: {value}"
+            for extra in re.findall(r"^\.\[(\w+)\]$", value):
+                assert f'"{extra}": [' in setup, f"{page}: {value}"
+        assert {word for word in words if word.startswith("torch")} <= {torch}, page
 
 
 def test_links_of_the_documents_lead_somewhere():

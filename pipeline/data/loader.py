@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,10 +35,6 @@ class Batch:
     image: Tensor  # (B, C, *S) float32
     label: Tensor  # (B, *S) uint8
     cases: tuple[str, ...]
-    # still to be applied on the device; None: done by the loader
-    intensity: tuple[dict, ...] | None
-    in_plane: bool
-    masked: tuple[int, ...] = ()  # channels whose background stays 0
 
     def pin_memory(self) -> Batch:
         """For `DataLoader`, which leaves a class with this method to itself. Left to it, tuples
@@ -82,27 +79,22 @@ class Patches(Dataset):
         stage: int,
         steps: int,
         augment: Augment | None,
-        on_device: bool,
+        pinned: bool,
     ):
-        self.store, self.sampler, self.stage, self.steps, self.augment, self.on_device = (
-            store,
-            sampler,
-            stage,
-            steps,
-            augment,
-            on_device,
-        )
+        """`pinned`: batches are put where a GPU fetches them by itself."""
+        self.store, self.sampler, self.stage, self.steps = store, sampler, stage, steps
+        self.augment, self.pinned = augment, pinned
 
     def __getitems__(self, places: list[tuple[int, int]]) -> Batch | Failure:
         """A micro-batch. `DataLoader` calls it with the list a batch sampler yields."""
         plan = self.store.manifest.plan
         image = np.empty((len(places), len(plan.normalisation), *self.sampler.patch), np.float32)
         label = np.empty((len(places), *self.sampler.patch), np.uint8)
-        drawn, cases = [], []
+        cases = []
         for slot, (epoch, index) in enumerate(places):
             draw = self.sampler.draw(self.stage, epoch, index, self.steps)
             try:
-                drawn.append(self._sample(draw, image[slot], label[slot]))
+                self._sample(draw, image[slot], label[slot])
             except Exception as error:
                 return Failure(
                     draw.case.id,
@@ -115,24 +107,16 @@ class Patches(Dataset):
         image, label = torch.from_numpy(image), torch.from_numpy(label)
         if self.sampler.patch[0] == 1:
             image, label = image[:, :, 0], label[:, 0]
-        first = self.sampler.cases[0]
-        return Batch(
-            image,
-            label,
-            tuple(cases),
-            tuple(drawn) if self.on_device else None,
-            flat(self.sampler.patch, first.spacing),
-            plan.masked,
-        )
+        return Batch(image, label, tuple(cases))
 
-    def _sample(self, draw: Draw, image: np.ndarray, label: np.ndarray) -> dict:
-        """Fills in image (C, z, y, x) and label (z, y, x); the intensity changes drawn."""
+    def _sample(self, draw: Draw, image: np.ndarray, label: np.ndarray) -> None:
+        """Fills in image (C, z, y, x) and label (z, y, x)."""
         patch, scale = self.sampler.patch, self.store.manifest.plan.scale
         if self.augment is None:
             box = tuple(slice(s, s + p) for s, p in zip(draw.start, patch, strict=True))
             to_float32(self.store.stored_image(draw.case, box), scale, image)
             np.copyto(label, self.store.label(draw.case, box))
-            return {}
+            return
         rng = randomness.generator(
             self.sampler.seed, randomness.AUGMENT, draw.stage, draw.epoch, draw.index
         )
@@ -150,14 +134,14 @@ class Patches(Dataset):
             if spatial.turns:
                 image[...], label[...] = (a.copy() for a in mirror(spatial, image, label))
         drawn = draw_intensity(self.augment, rng, len(image))
-        if not self.on_device:
-            apply_intensity(
-                torch.from_numpy(image),
-                drawn,
-                flat(patch, draw.case.spacing),
-                self.store.manifest.plan.masked,
-            )
-        return drawn
+        # Here and not on a GPU: the same bits wherever the network is, and a training process that
+        # draws no noise and waits for no mean.
+        apply_intensity(
+            torch.from_numpy(image),
+            drawn,
+            flat(patch, draw.case.spacing),
+            self.store.manifest.plan.masked,
+        )
 
 
 class Schedule:
@@ -207,6 +191,7 @@ def check_shares(batch: int, ranks: int, accumulate: int) -> None:
         )
 
 
+MOST_FOR_CPU, MOST_FOR_GPU = 2, 14  # loader processes of a rank
 TIMEOUT = 1800.0  # seconds without a batch after which a loader is given up
 TOO_SMALL = (
     "segfleet: /dev/shm is too small for the loader's batches, which go through pipes now and take "
@@ -223,6 +208,19 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
+def worker_count(asked: int | Literal["auto"], device: str, cores: int) -> int:
+    """Loader processes of a rank on a `device` (a type) that has `cores` cores for itself.
+
+    A GPU waits for nothing else, so all cores but two feed it, as many as pay. On a CPU the network
+    needs them: a quarter loads.
+    """
+    if asked != "auto":
+        return asked
+    if device == "cpu":
+        return min(MOST_FOR_CPU, cores // 4)
+    return min(MOST_FOR_GPU, max(cores - 2, cores // 2))
+
+
 def batches(patches: Patches, schedule: Schedule, workers: int) -> Iterator[Batch]:
     """Micro-batches in order. Raises InputError or LoaderError with the case and the phase."""
     loader = DataLoader(
@@ -232,7 +230,7 @@ def batches(patches: Patches, schedule: Schedule, workers: int) -> Iterator[Batc
         collate_fn=_to_rank if workers else _as_made,
         multiprocessing_context=_forkserver() if workers else None,
         worker_init_fn=_start_worker if workers else None,
-        pin_memory=patches.on_device,
+        pin_memory=patches.pinned,
         timeout=TIMEOUT if workers else 0,
     )
     piped = False
@@ -247,8 +245,8 @@ def batches(patches: Patches, schedule: Schedule, workers: int) -> Iterator[Batc
             if not piped:
                 sys.stderr.write(TOO_SMALL)
             piped = True
-            batch = batch._replace(
-                image=torch.from_numpy(batch.image), label=torch.from_numpy(batch.label)
+            batch = replace(
+                batch, image=torch.from_numpy(batch.image), label=torch.from_numpy(batch.label)
             )
         yield batch
 
@@ -291,24 +289,14 @@ def _to_rank(batch: Batch | Failure) -> Batch | Failure:
         batch.image.share_memory_()
         batch.label.share_memory_()
     except RuntimeError:
-        return batch._replace(image=batch.image.numpy(), label=batch.label.numpy())
+        return replace(batch, image=batch.image.numpy(), label=batch.label.numpy())
     return batch
 
 
 def on_device(batch: Batch, device: torch.device, channels_last: bool) -> tuple[Tensor, Tensor]:
-    """Image and label on the device, intensity changes applied there if the loader left them to
-    us."""
-    image, label = (
-        batch.image.to(device, non_blocking=True),
-        batch.label.to(device, non_blocking=True),
-    )
-    if batch.intensity is not None:
-        volumes = image if image.ndim == 5 else image[:, :, None]
-        changed = [
-            apply_intensity(volume, drawn, batch.in_plane, batch.masked)
-            for volume, drawn in zip(volumes, batch.intensity, strict=True)
-        ]
-        image = torch.stack(changed).view_as(image)
+    """Image and label on the device; from pinned memory without waiting."""
+    image = batch.image.to(device, non_blocking=True)
+    label = batch.label.to(device, non_blocking=True)
     if channels_last:
         image = image.contiguous(
             memory_format=torch.channels_last if image.ndim == 4 else torch.channels_last_3d

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,28 @@ def build_optimizer(
         )
     kind = AdamW if options.name == "adamw" else Adam
     return kind(parts, lr=lr, betas=options.betas, fused=True)
+
+
+def zero_momentum(optimizer: Optimizer) -> None:
+    """Give SGD's momentum its value before the first step. PyTorch makes the buffers uninitialised
+    and lets the first step fill them; a first step that is skipped on the device (`found_inf`)
+    leaves them as they are, and the next one reads them."""
+    for group in optimizer.param_groups:
+        if group.get("momentum"):
+            for parameter in group["params"]:
+                # 0.99 * 0 + gradient: the first step is what it was
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
+    """The norm of all gradients together, before they are scaled down to `largest`; 0 scales
+    nothing."""
+    parameters = list(parameters)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    if largest:
+        nn.utils.clip_grads_with_norm_(parameters, largest, norm, foreach=True)
+    return norm
 
 
 def optimizer_tensors(optimizer: Optimizer, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:

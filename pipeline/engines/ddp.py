@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -16,10 +17,19 @@ from segfleet.pipeline.engines.common import (
     Average,
     Running,
     build_optimizer,
+    clip_gradients,
     load_optimizer,
     load_weights,
     optimizer_tensors,
     trainable,
+    zero_momentum,
+)
+
+# PyTorch 2.13 renamed it
+SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
 )
 
 
@@ -34,6 +44,7 @@ class Engine:
         self.model, self.clip = setup.model, setup.recipe.optimizer.clip
         self.named = trainable(self.model, setup.stage)
         self.optimizer = build_optimizer(self.named, setup.recipe.optimizer, setup.stage.lr)
+        zero_momentum(self.optimizer)
         self.scaler = torch.amp.GradScaler(
             self.ranks.device.type, enabled=self.options.precision == "fp16"
         )
@@ -44,7 +55,10 @@ class Engine:
             # step, and with it the order of sums in a ring of three or more ranks: a resumed run
             # would then differ from an uninterrupted one in the last bits.
             self.forward = DistributedDataParallel(
-                self.forward, find_unused_parameters=True, gradient_as_bucket_view=True
+                self.forward,
+                find_unused_parameters=True,
+                gradient_as_bucket_view=True,
+                **{SYNC_BUFFERS: False},  # batch normalisation over ranks keeps them equal
             )
 
     def step(
@@ -65,9 +79,7 @@ class Engine:
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(
-            self.named.values(), self.clip or float("inf"), foreach=True
-        )
+        norm = clip_gradients(self.named.values(), self.clip)
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()

@@ -35,10 +35,12 @@ from segfleet.pipeline.engines.common import (
     Average,
     Running,
     build_optimizer,
+    clip_gradients,
     load_optimizer,
     load_weights,
     optimizer_tensors,
     trainable,
+    zero_momentum,
 )
 from segfleet.pipeline.ranks import Ranks
 
@@ -85,6 +87,7 @@ class Engine:
         if self.zero == 0:
             for parameter, value in before:
                 parameter.data = value
+            zero_momentum(self.optimizer)  # with ZeRO DeepSpeed skips the whole step, on the host
             load_optimizer(self.optimizer, self.named, moments)
             return
         for names, flat in self._flats():
@@ -130,16 +133,13 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.running.keep()
-        self._share_buffers()
         total, parts = torch.zeros((), device=self.ranks.device), self.options.accumulate
         for part in range(parts):
             image, label = next(micro_batches)
             loss = self.inner.backward(self.loss(self.inner(image), label))
             total += loss.detach()
             if self.zero == 0 and part == parts - 1:
-                norm = nn.utils.clip_grad_norm_(
-                    self.named.values(), self.recipe.optimizer.clip or float("inf"), foreach=True
-                )
+                norm = clip_gradients(self.named.values(), self.recipe.optimizer.clip)
                 self.optimizer.found_inf, self.optimizer.grad_scale = (
                     (~torch.isfinite(norm)).float(),
                     None,
@@ -156,19 +156,6 @@ class Engine:
             with self._whole():
                 self.average.update(self.model, norm)
         return total, norm
-
-    def _share_buffers(self) -> None:
-        """Rank 0's buffers (running statistics) on all ranks before a step, as DDP does."""
-        if self.ranks.size > 1:
-            buffers = list(self.model.buffers())
-            for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
-                alike = [buffer for buffer in buffers if buffer.dtype == dtype]
-                packed = torch.cat([buffer.flatten() for buffer in alike])
-                dist.broadcast(packed, src=0)
-                for buffer, value in zip(
-                    alike, packed.split([buffer.numel() for buffer in alike]), strict=True
-                ):
-                    buffer.copy_(value.view_as(buffer))
 
     # Every rank must come to what follows up to `load`: weights and moments may be spread over all
     # of them.

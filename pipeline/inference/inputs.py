@@ -11,17 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from segfleet.core.errors import InputError
 from segfleet.core.files import file_facts, write_atomically
-from segfleet.preprocess.files.images import ENDINGS, ending, stem
+from segfleet.preprocess.case import FileFacts, Geometry
+from segfleet.preprocess.files.dicom import is_dicom, read_series
+from segfleet.preprocess.files.images import ENDINGS, ending, peek, read_image, sources, stem
+from segfleet.preprocess.files.npy import read_npy
 from segfleet.preprocess.files.writer import WRITABLE
 from segfleet.preprocess.readers.base import natural, visible
+from segfleet.preprocess.readers.places import subfolders
 
 # of the folder; of every file in it: what it was made of
 RECORD, NOTES = (
     "predictions.json",
     ".predictions",
 )
+READABLE = (*ENDINGS, ".npy")
+# a prediction is one file, whatever its image is made of
+INSTEAD = {".mhd": ".mha", ".nhdr": ".nrrd"}
 CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
@@ -36,46 +45,79 @@ class Input:
 
     @property
     def output(self) -> str:
-        """Name of the label file: the image's own ending if labels survive it, else .png."""
-        kind = ending(self.images[0])
-        return self.id + (kind if kind in WRITABLE else ".png")
+        """Name of the label file: the image's own ending if labels survive it; a DICOM series gets
+        a NIfTI volume, any other picture a .png."""
+        name = self.images[0].name.lower()
+        kind = next((end for end in ENDINGS if name.endswith(end)), "")
+        if kind in WRITABLE:
+            return self.id + kind
+        return self.id + (
+            INSTEAD.get(kind) or (".png" if kind or _is_npy(self.images[0]) else ".nii.gz")
+        )
+
+    def read(self) -> tuple[np.ndarray, Geometry]:
+        """(C, Z, Y, X) and its grid, as the layouts read such files. Raises ImageError."""
+        first = self.images[0]
+        if _is_npy(first):
+            array = read_npy(first, 3 if peek(first)[0] > 1 else 2)
+            image = np.moveaxis(array, -1, 0) if array.ndim == 3 else array[None]
+            facts = FileFacts(dims=2)
+            image = np.ascontiguousarray(image[:, None], np.float32)
+            return image, Geometry(shape=image.shape[1:], file=facts)
+        if not first.name.lower().endswith(ENDINGS):
+            return read_series(self.images)
+        return read_image(self.images)
 
     def content(self) -> str:
         """sha256 of everything that is read of this image. Raises OSError."""
-        files = list(self.images)
-        # their spacing stands beside them
-        for path in self.images if ending(self.images[0]) in (".tif", ".tiff") else ():
-            names = (stem(path), CHANNEL.sub(r"\1", stem(path)))
-            files += [file for name in names if (file := path.with_name(f"{name}.json")).is_file()]
+        files = dict.fromkeys(file for path in self.images for file in sources(path))
         return hashlib.sha256(
-            "".join(str(file_facts(path)["sha256"]) for path in dict.fromkeys(files)).encode()
+            "".join(str(file_facts(path)["sha256"]) for path in files).encode()
         ).hexdigest()
+
+
+def _is_npy(path: Path) -> bool:
+    return path.suffix.lower() == ".npy"
 
 
 def collect(inputs: Sequence[str | Path], channels: int) -> list[Input]:
     """The images among files and folders, in natural order. CASE_0000, CASE_0001, ... are channels
     of CASE when exactly the channels of the data set are there, or only 0000 (one channel, or all
-    in one file); any other file is an image of its own.
+    in one file); any other file is an image of its own. A folder of DICOM files is one image, and
+    so is each folder of them in a folder.
 
     Raises InputError when a path does not exist or nothing is found.
     """
     files: list[Path] = []
+    alone: list[Input] = []
     for path in map(Path, inputs):
         if not path.exists():
             raise InputError(f"input: found no file or folder {path}")
-        files += (
-            [p for p in visible(path) if p.is_file() and p.name.lower().endswith(ENDINGS)]
-            if path.is_dir()
-            else [path]
-        )
-    if not files:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        inside = [p for p in visible(path) if p.is_file()]
+        known = [p for p in inside if p.name.lower().endswith(READABLE)]
+        files += known
+        series = [path, *subfolders(path)] if not known else ()
+        alone += [
+            Input(id=folder.resolve().name, images=tuple(slices))
+            for folder in series
+            if (slices := [p for p in visible(folder) if is_dicom(p)])
+        ]
+    if not files and not alone:
         where = ", ".join(map(str, inputs)) or "nothing"
         raise InputError(
-            f"input: found no image in {where}; expected files ending in {', '.join(ENDINGS)}"
+            f"input: found no image in {where}; expected files ending in {', '.join(READABLE)}, or "
+            "folders of DICOM files"
         )
     cases: dict[tuple[Path, str, str], dict[int, Path]] = {}
-    alone: list[Input] = []
     for path in dict.fromkeys(files):
+        if not path.name.lower().endswith(ENDINGS):
+            if not _is_npy(path) and not is_dicom(path):
+                ending(path)  # raises: what this is nobody knows
+            alone.append(Input(id=path.stem, images=(path,)))
+            continue
         match = CHANNEL.fullmatch(stem(path))
         if match:
             cases.setdefault((path.parent, match[1], ending(path)), {})[int(match[2])] = path
@@ -155,28 +197,50 @@ def claim(out: Path, found: list[Input], made_by: str) -> None:
 
 
 def is_made(out: Path, one: Input, facts: dict[str, Any]) -> bool:
-    """Whether the prediction of `one` is in `out` and was made of `facts`. Raises InputError for a
-    file that is no prediction of ours."""
-    if not (out / one.output).exists():
+    """Whether the prediction of `one` is in `out`, was made of `facts` and is as it was written.
+    Raises InputError for a file that is no prediction of ours."""
+    path = out / one.output
+    if not path.exists():
         return False
     try:
-        return json.loads(_note(out, one).read_text(encoding="utf-8")) == facts
+        known = json.loads(_note(out, one).read_text(encoding="utf-8"))
     except FileNotFoundError:
         mend = "Move it away or choose another folder."
         raise InputError(
-            f"{out / one.output} is there already, and no note says what it was made of. {mend}"
+            f"{path} is there already, and no note says what it was made of. {mend}"
         ) from None
     except ValueError:
         return False
+    if not isinstance(known, dict) or not known.get("files"):
+        return False  # its writer was killed
+    if known.pop("files") != _written(out, one):
+        raise InputError(
+            f"{path} is not as it was written: damaged, or edited by hand. Move it away to have it "
+            "made again, or choose another folder."
+        )
+    return known == facts
 
 
-def note(out: Path, one: Input, facts: dict[str, Any]) -> None:
-    """Note what the prediction of `one` is made of, just before it is written. An older one goes
-    first: no note ever vouches for a file it was not written for, however the process ends. One
-    note per file, so ranks never write to the same one."""
+def forget(out: Path, one: Input) -> None:
+    """Remove an older prediction of `one`, then its note: no note ever vouches for a file it was
+    not written for."""
     (out / one.output).unlink(missing_ok=True)
     _note(out, one).parent.mkdir(exist_ok=True)
-    write_atomically(_note(out, one), json.dumps(facts))
+    write_atomically(_note(out, one), "{}")  # ours, but of nothing: a kill may leave a file
+
+
+def vouch(out: Path, one: Input, facts: dict[str, Any]) -> None:
+    """Note what the prediction of `one`, which is on disk now, was made of, with its hash. One note
+    per file, so ranks never write to the same one."""
+    write_atomically(_note(out, one), json.dumps({**facts, "files": _written(out, one)}))
+
+
+def _written(out: Path, one: Input) -> dict[str, Any]:
+    """The files of a prediction: a stack of slices has its spacing beside it."""
+    paths = [out / one.output]
+    if ending(paths[0]) in (".tif", ".tiff"):
+        paths.append(out / f"{one.id}.json")
+    return {path.name: file_facts(path) for path in paths if path.is_file()}
 
 
 def _note(out: Path, one: Input) -> Path:

@@ -11,21 +11,23 @@ import numpy as np
 import torch
 
 from segfleet.core.errors import InputError
-from segfleet.pipeline.inference.inputs import Input, claim, collect, is_made, note
+from segfleet.pipeline.inference.inputs import Input, claim, collect, forget, is_made, vouch
 from segfleet.pipeline.inference.restore import restore
 from segfleet.pipeline.inference.sliding_window import Forward, sliding_window
 from segfleet.pipeline.ranks import Ranks, as_facts, from_facts
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.case import Case, Geometry
-from segfleet.preprocess.files.images import ImageError, read_image, read_label
+from segfleet.preprocess.files.images import ImageError, read_label
+from segfleet.preprocess.files.names import write_names
 from segfleet.preprocess.files.writer import write_label
 from segfleet.preprocess.readers.pairs import colours
 from segfleet.preprocess.stores.manifest import Dataset, Plan
 from segfleet.preprocess.stores.shard_reader import to_float32
 from segfleet.preprocess.transforms.case_transforms import (
     OF_COLOURS,
+    check_room,
     preprocess_case,
-    resample_axis,
+    raw_resample_axis,
 )
 
 OVERLAYS = "overlays"  # folder of pictures among the predictions
@@ -102,6 +104,8 @@ def predict_files(
         kind: [one for _, (what, one) in whole if what == kind]
         for kind in ("done", "kept", "failed")
     }
+    if ranks.rank == 0 and result["done"]:
+        write_names(out, dataset.labels)
     return {"out": str(out), **result, "exit_code": 2 if result["failed"] else 0}
 
 
@@ -129,8 +133,9 @@ def _answer(
         if is_made(out, one, facts):
             return "kept", {"id": one.id, "file": str(out / one.output)}
         label, geometry = _predict(forward, plan, task, one, window)
-        note(out, one, facts)
+        forget(out, one)
         write_label(out / one.output, label, geometry)
+        vouch(out, one, facts)
         return "done", {"id": one.id, "file": str(out / one.output)}
     except (InputError, OSError, FloatingPointError, MemoryError) as error:
         return "failed", {
@@ -152,7 +157,7 @@ def _draw(draw: Callable[..., Any], one: Input, out: Path, plan: Plan, kept: boo
 
 def _image(one: Input, plan: Plan) -> tuple[np.ndarray, Geometry]:
     """The raw image (C, Z, Y, X) as every layout would read it."""
-    image, geometry = read_image(one.images)
+    image, geometry = one.read()
     if len(plan.normalisation) == 3 and set(plan.normalisation) <= set(OF_COLOURS):
         image, geometry = colours(image, geometry)  # as all layouts of colour pictures do
     return image, geometry
@@ -171,9 +176,15 @@ def _predict(
             "ones. Mend the image."
         )
     case = Case(id=one.id, image_CZYX=image, label_ZYX=None, geometry=geometry)
+    check_room(one.id, geometry.shape, geometry.spacing, plan)
     stored, _, facts = preprocess_case(case, plan)
     found = sliding_window(forward, torch.from_numpy(to_float32(stored, plan.scale)), **window)
-    axis = resample_axis(geometry.spacing, plan)
-    return restore(
-        found, task, crop=facts["crop"], raw_shape=geometry.shape, anisotropic_axis=axis
-    ), geometry
+    label = restore(
+        found,
+        task,
+        crop=facts["crop"],
+        raw_shape=geometry.shape,
+        anisotropic_axis=raw_resample_axis(geometry.spacing, plan),
+        transpose=plan.transpose,
+    )
+    return label, geometry

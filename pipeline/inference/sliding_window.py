@@ -35,8 +35,8 @@ def importance(patch: Sequence[int], device: torch.device | str = "cpu") -> Tens
         )
         weight = weight * line.reshape([-1 if a == axis else 1 for a in range(len(patch))])
     weight = (weight / weight.max()).float()
-    weight[weight == 0] = weight[weight > 0].min()
-    return weight.to(device)
+    smallest = torch.where(weight > 0, weight, 1.0).min()
+    return torch.where(weight == 0, smallest, weight).to(device)
 
 
 def mirrored(forward: Forward, x: Tensor, axes: Sequence[int]) -> Tensor:

@@ -88,6 +88,7 @@ def _start(rendezvous: Path, rank: int, ranks: int, threads: str) -> subprocess.
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(ranks),
         "OMP_NUM_THREADS": threads,
         "SEGFLEET_PARENT": str(os.getpid()),
         # DDP's advice on a flag that is set on purpose
@@ -95,7 +96,7 @@ def _start(rendezvous: Path, rank: int, ranks: int, threads: str) -> subprocess.
     }
     # A session of its own: Ctrl-C reaches us alone, and we pass it on once.
     return subprocess.Popen(
-        [sys.executable, "-m", "segfleet.pipeline.launch.worker", str(rendezvous)],
+        [sys.executable, "-P", "-m", "segfleet.pipeline.launch.worker", str(rendezvous)],
         env=environment,
         start_new_session=True,
     )

@@ -64,12 +64,14 @@ class DeepSupervision(nn.Module):
 
 
 def nearest(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Resample the last len(size) axes to `size`: voxel i is voxel ⌊i · old / new⌋, where a strided
-    convolution has its centre."""
+    """Resample the last len(size) axes to `size`: coarse voxel i takes the voxel its centre lies in,
+    ⌊(i + 1/2) · old / new⌋, as PyTorch's "nearest-exact", which nnU-Net uses."""
     for axis, new in zip(range(x.ndim - len(size), x.ndim), size, strict=True):
         old = x.shape[axis]
         if old != new:
-            x = x.index_select(axis, torch.arange(new, device=x.device) * old // new)
+            x = x.index_select(
+                axis, (2 * torch.arange(new, device=x.device) + 1) * old // (2 * new)
+            )
     return x
 
 

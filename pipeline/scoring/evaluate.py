@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from segfleet.core.errors import InputError
+from segfleet.core.files import digest_of
 from segfleet.pipeline.inference.restore import restore
 from segfleet.pipeline.inference.sliding_window import Forward, sliding_window
 from segfleet.pipeline.ranks import Ranks, apart, as_facts, from_facts
@@ -25,7 +26,7 @@ from segfleet.pipeline.scoring.summary import definitions, summarise, unit_of
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.stores.base import ShardStore
 from segfleet.preprocess.stores.manifest import CaseEntry
-from segfleet.preprocess.transforms.case_transforms import resample_axis
+from segfleet.preprocess.transforms.case_transforms import raw_resample_axis
 
 Objective = Callable[[Tensor, Tensor], Tensor]  # (logits, label) -> scalar
 
@@ -42,17 +43,17 @@ class Kept:
         """Those of `ids` that are there, by id. One rank asks, before any keeps one."""
         found = {}
         for path in sorted(self.folder.glob("*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with suppress(json.JSONDecodeError):  # a line whose writer was killed
-                    facts, entry = json.loads(line)
-                    if facts == self.facts:
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError, TypeError, KeyError):  # damaged, or its writer was killed
+                    facts, digest, entry = json.loads(line)
+                    if facts == self.facts and digest == digest_of(entry):
                         found[entry["id"]] = entry
         return {case_id: found[case_id] for case_id in ids if case_id in found}
 
     def keep(self, entry: dict[str, Any]) -> None:
         self.folder.mkdir(exist_ok=True)
         with open(self.file, "a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps([self.facts, entry]) + "\n")
+            file.write("\n" + json.dumps([self.facts, digest_of(entry), entry]) + "\n")
 
     def forget(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -197,9 +198,14 @@ def predict_case(
 
 def raw_label(found_KZYX: Tensor, store: ShardStore, case: CaseEntry, task: Task) -> np.ndarray:
     """(Z, Y, X) uint8 label on the raw grid from probabilities on the stored one."""
-    axis = resample_axis(case.raw_spacing, store.manifest.plan)
+    plan = store.manifest.plan
     return restore(
-        found_KZYX, task, crop=case.crop, raw_shape=case.raw_shape, anisotropic_axis=axis
+        found_KZYX,
+        task,
+        crop=case.crop,
+        raw_shape=case.raw_shape,
+        anisotropic_axis=raw_resample_axis(case.raw_spacing, plan),
+        transpose=plan.transpose,
     )
 
 
@@ -219,7 +225,7 @@ def truth_of(store: ShardStore, case: CaseEntry) -> np.ndarray:
     is it. Raises InputError."""
     if case.has_truth:
         return store.truth(case)
-    whole = all(
+    whole = store.manifest.plan.transpose == (0, 1, 2) and all(
         (start, stop) == (0, size)
         for (start, stop), size in zip(case.crop, case.raw_shape, strict=True)
     )

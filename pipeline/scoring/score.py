@@ -6,7 +6,8 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from segfleet.core.errors import InputError
 from segfleet.core.files import write_atomically
 from segfleet.models import registry
 from segfleet.pipeline import checkpoint
@@ -22,7 +24,7 @@ from segfleet.pipeline.engines.common import load_weights
 from segfleet.pipeline.parts import Objective, build_network, patch_of, task_of
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe
-from segfleet.pipeline.run import StageFolder
+from segfleet.pipeline.run import StageFolder, lock_stage
 from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.scoring.evaluate import Kept, case_probabilities, evaluate_cases
 from segfleet.pipeline.stop import Interrupted, StopRequest
@@ -88,6 +90,25 @@ def nothing(*_: Any) -> None:
     """For whoever wants no pictures and no report."""
 
 
+@contextmanager
+def locked(leaf: Path, ranks: Ranks) -> Iterator[None]:
+    """One evaluation of a run at a time: two would mix their files. Raises InputError on every
+    rank."""
+    lock, refusal = None, None
+    if ranks.rank == 0:
+        try:
+            lock = lock_stage(leaf)
+        except InputError as error:
+            refusal = str(error)
+    if refusal := ranks.share(refusal):
+        raise InputError(refusal)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
     """Scores networks of one run. `draw` gets an evaluation while the network that made it is still
@@ -135,11 +156,11 @@ class Scorer:
         """Write evaluation.json, overlays and report of a finished run, unless exactly this score
         is there already."""
         leaf, manifest = folders[-1].path, self.store.manifest
-        known = leaf / EVALUATION
         if again or not self.ranks.share(scored.is_scored(leaf, self.recipe, manifest)):
-            self._score(folders)
+            with locked(leaf, self.ranks):
+                self._score(folders)
         if self.ranks.rank == 0:
-            for sentence in scored.optimism(json.loads(known.read_text(encoding="utf-8"))):
+            for sentence in scored.optimism(scored.evaluation_of(leaf)):
                 sys.stderr.write(f"segfleet: {sentence}\n")
 
     def _score(self, folders: list[StageFolder]) -> None:
@@ -182,7 +203,7 @@ class Scorer:
                 lambda case: case_probabilities(forward, self.store, case, **self._window()),
             )
             self._note({"phase": "report", "done": 1, "total": 2})
-            write_atomically(leaf / EVALUATION, json.dumps(document, indent=1))
+            scored.write_evaluation(leaf, document)
             self.report(leaf)
             self._note(None)
             kept.forget()
@@ -233,4 +254,4 @@ class Scorer:
             if note is None:
                 (self.leaf / SCORING).unlink(missing_ok=True)
             else:
-                (self.leaf / SCORING).write_text(json.dumps(note), encoding="utf-8")
+                write_atomically(self.leaf / SCORING, json.dumps(note))

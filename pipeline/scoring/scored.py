@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from segfleet.core.errors import InputError
+from segfleet.core.files import digest_of, read_json, write_atomically
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.run import StageFolder
 from segfleet.preprocess.stores.manifest import Manifest
@@ -55,6 +57,28 @@ def score_facts(recipe: Recipe, manifest: Manifest, done: dict[str, Any]) -> dic
         "average": options.average,
         "mirror": sorted(options.mirror),
     }
+
+
+def evaluation_of(run: Path) -> dict[str, Any]:
+    """The same of a run that was scored. Raises InputError."""
+    document = read_evaluation(run)
+    if document is None or "summary" not in document:
+        raise InputError(
+            f"evaluation: {Path(run) / EVALUATION} is missing or damaged; `segfleet evaluate` "
+            "scores the run again"
+        )
+    return document
+
+
+def read_evaluation(run: Path) -> dict[str, Any] | None:
+    """The evaluation.json of a run as it was written; None if there is none or it is damaged."""
+    document = read_json(Path(run) / EVALUATION)
+    return document if document and isinstance(document.get("scored", {}), dict) else None
+
+
+def write_evaluation(run: Path, document: dict[str, Any]) -> None:
+    text = json.dumps({**document, "sha256": digest_of(document)}, indent=1)
+    write_atomically(Path(run) / EVALUATION, text)
 
 
 def is_scored(run: Path, recipe: Recipe, manifest: Manifest) -> bool:
@@ -109,11 +133,7 @@ def optimism(document: dict[str, Any]) -> list[str]:
 def _known(path: str, inode: int, changed: int) -> str | None:
     """What an evaluation.json says it was taken of; the file is replaced as a whole, so inode and
     time tell its versions apart."""
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    facts = document.get("scored") if isinstance(document, dict) else None
+    facts = (read_evaluation(Path(path).parent) or {}).get("scored")
     return json.dumps(facts, sort_keys=True) if facts else None
 
 

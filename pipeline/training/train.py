@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from segfleet.core.errors import InputError
+from segfleet.core.machine import cpus_of_a_rank
 from segfleet.pipeline import checkpoint, run
 from segfleet.pipeline.data import loader
 from segfleet.pipeline.data.sampler import PatchSampler
@@ -33,6 +34,7 @@ from segfleet.pipeline.stop import Interrupted
 from segfleet.pipeline.task import make_task
 from segfleet.pipeline.training import precision as bf16
 from segfleet.pipeline.training import sync_norm
+from segfleet.pipeline.training.agreement import Agreement
 from segfleet.pipeline.training.schedule import learning_rate
 from segfleet.pipeline.weights import load_foreign
 from segfleet.preprocess.stores.base import ShardStore
@@ -262,24 +264,28 @@ def train_stage(this: Run, index: int) -> None:
     patches = loader.Patches(
         this.store, sampler, index, steps, recipe.data.augment, ranks.device.type != "cpu"
     )
+    workers = loader.worker_count(recipe.data.workers, ranks.device.type, cpus_of_a_rank())
     stream = Stream(
-        loader.batches(patches, schedule, recipe.data.workers),
+        loader.batches(patches, schedule, workers),
         ranks.device,
         recipe.engine.channels_last,
     )
-    window = Window(stream, recipe.data.batch)
+    window = Window(stream, recipe.data.batch, Hunger(workers, this.warn))
 
     saved = progress.step if total else -1  # a stage that trains nothing keeps its beginning
+    clock = SaveClock(recipe.save_minutes, ranks)
+    agreement = Agreement(ranks, this.asked_to_stop, clock.due)
+    periods = [period for period in (LOG_EVERY, steps, recipe.save_every) if period]
     try:
         while True:
             watch_for_hangs()
-            stopping = progress.step < total and ranks.any(this.asked_to_stop())
+            stopping, by_clock = agreement.answers()
+            stopping &= progress.step < total
             if (
                 stopping
                 or progress.step == total
-                or any(
-                    progress.step % period == 0 for period in (LOG_EVERY, steps, recipe.save_every)
-                )
+                or by_clock
+                or any(progress.step % period == 0 for period in periods)
             ):
                 window.report(progress, ranks, log)
             if not stopping and validation_due(recipe, progress, steps):
@@ -293,12 +299,14 @@ def train_stage(this: Run, index: int) -> None:
             due = (
                 ended
                 or stopping
-                or progress.step % recipe.save_every == 0
+                or by_clock
+                or (recipe.save_every and progress.step % recipe.save_every == 0)
                 or progress.step in best_steps(progress)
             )
             if due and progress.step > saved:
                 save(engine, saver, progress, recipe, index, ranks)
                 saved = progress.step
+                clock.start()
             if (saver.wait() if ended or stopping else saver.poll()) and ranks.rank == 0:
                 checkpoint.prune(folder.checkpoints, KEEP, protected(progress))
             if ended:
@@ -325,12 +333,27 @@ def train_stage(this: Run, index: int) -> None:
         faulthandler.cancel_dump_traceback_later()
         if log:
             log.close()
+    agreement.close()
     ranks.barrier()
     if ranks.rank == 0:
         last = checkpoint.folder_name(progress.step)
         folder.finish(last, steps=progress.step, best=progress.best, skipped=progress.skipped)
         checkpoint.prune(folder.checkpoints, 1, protected(progress))
     ranks.barrier()
+
+
+class SaveClock:
+    """Rank 0's: whether the last checkpoint is old enough for a new one."""
+
+    def __init__(self, minutes: float, ranks: Ranks):
+        self.seconds, self.rank = 60 * minutes, ranks.rank
+        self.start()
+
+    def start(self) -> None:
+        self.since = time.monotonic()
+
+    def due(self) -> bool:
+        return self.rank == 0 and time.monotonic() - self.since >= self.seconds
 
 
 def watch_for_hangs() -> None:
@@ -453,11 +476,34 @@ class Stream:
         return loader.on_device(batch, self.device, self.channels_last)
 
 
+class Hunger:
+    """Says once when the network waits for the loader a fifth of a minute or more."""
+
+    def __init__(self, workers: int, warn: Callable[[str], None]):
+        self.workers, self.warn = workers, warn
+        self.waited = self.seconds = 0.0
+        self.said = False
+
+    def note(self, waited: float, seconds: float) -> None:
+        self.waited, self.seconds = self.waited + waited, self.seconds + seconds
+        if self.seconds < 60:
+            return
+        if self.waited > 0.2 * self.seconds and not self.said:
+            self.said = True
+            self.warn(
+                f"training waits for data {self.waited / self.seconds:.0%} of the time, with "
+                f"data.workers={self.workers}. More cores per rank (submit --cpus) and more "
+                "loader processes help, a store on the node's own disk (--stage-to), or less "
+                "augmentation; the result stays the same with the first two"
+            )
+        self.waited = self.seconds = 0.0
+
+
 class Window:
     """Losses since the last report, still on the device."""
 
-    def __init__(self, stream: Stream, batch: int):
-        self.stream, self.batch = stream, batch
+    def __init__(self, stream: Stream, batch: int, hunger: Hunger):
+        self.stream, self.batch, self.hunger = stream, batch, hunger
         self._clear()
 
     def _clear(self) -> None:
@@ -478,6 +524,8 @@ class Window:
         norms = torch.stack(self.norms).tolist()
         losses = (ranks.sum(torch.stack(self.losses)) / ranks.size).tolist()
         seconds = time.perf_counter() - self.start
+        if log:
+            self.hunger.note(self.stream.waited, seconds)
         bad: list[str] = []
         for norm, cases in zip(norms, self.cases, strict=True):
             if norm - norm == 0:  # finite

@@ -27,7 +27,7 @@ from segfleet.preprocess.building.shard_job import (
     write_shard,
 )
 from segfleet.preprocess.checking.check import Survey, memory_of, survey
-from segfleet.preprocess.planning.fingerprint import CaseFacts, Fingerprint, fingerprint
+from segfleet.preprocess.planning.fingerprint import Fingerprint, fingerprint
 from segfleet.preprocess.planning.plan import Overrides, make_plan
 from segfleet.preprocess.planning.splits import OWN, Folds, Member, make_splits
 from segfleet.preprocess.readers.base import CaseRef, RawReader, open_reader, source_sha256
@@ -35,7 +35,6 @@ from segfleet.preprocess.stores.base import store_module
 from segfleet.preprocess.stores.manifest import NAME as MANIFEST
 from segfleet.preprocess.stores.manifest import (
     CaseEntry,
-    Dataset,
     Manifest,
     load_manifest,
     save_manifest,
@@ -95,7 +94,7 @@ def build(
             cases=tuple(
                 entry.model_copy(update={"image_sha256": pixels[entry.id]}) for entry in entries
             ),
-            splits=make_splits(_members(facts.facts, facts.dataset), split_seed, reader.splits()),
+            splits=make_splits(_members(facts), split_seed, reader.splits()),
             split_seed=split_seed,
             joined={
                 case: patient
@@ -118,6 +117,8 @@ def open_raw(
     overrides: Overrides | None = None,
 ) -> RawReader:  # fmt: skip
     """The reader, after every check that looks into no image. Raises InputError."""
+    if Path(out).name in ("", ".."):
+        raise InputError(f"out: found '{out}', expected the name of a folder that is made anew")
     store_module(format)
     reader = open_reader(reader_name, raw, **(options or {}))
     (overrides or Overrides()).check(reader.dataset())
@@ -334,14 +335,16 @@ def _tidy(partial: Path, records: Sequence[dict]) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _members(facts: Sequence[CaseFacts], dataset: Dataset) -> list[Member]:
+def _members(found: Survey) -> list[Member]:
+    ignored = found.dataset.ignore_label
     return [
         Member(
             id=case.id,
             group=case.group or case.id,
-            foreground=case.foreground(dataset.ignore_label),
+            foreground=case.foreground(ignored),
+            stratum=ref.stratum,
         )
-        for case in facts
+        for case, ref in zip(found.facts, found.refs, strict=True)
     ]
 
 

@@ -19,6 +19,11 @@ def claimed(partial: Path, out: Path, shared: bool = False) -> Iterator[None]:
 
     The claim ends with the process, however that ends. Raises InputError if it cannot be had.
     """
+    if partial.exists() and not (partial / STATE).is_dir():
+        raise InputError(
+            f"out: {partial} is there, where {out.name} would be made, and is none of ours. Move "
+            "it away, or choose another --out."
+        )
     (partial / STATE / "done").mkdir(parents=True, exist_ok=True)
     with Lock(partial / STATE / "claim", shared=shared) as lock:
         if not lock.acquire():

@@ -17,7 +17,12 @@ from segfleet.preprocess.readers.base import CaseRef, RawReader
 from segfleet.preprocess.stores.base import store_module
 from segfleet.preprocess.stores.chunks import chunk_of
 from segfleet.preprocess.stores.manifest import CaseEntry, Dataset, Plan, layout_of
-from segfleet.preprocess.transforms.case_transforms import preprocess_case, stored_grid
+from segfleet.preprocess.transforms.case_transforms import (
+    along,
+    check_room,
+    preprocess_case,
+    stored_grid,
+)
 
 SHARD_BYTES = 16 * 2**20  # cases share a shard until it holds this much
 STATE = ".state"  # inside OUT.partial: records of what is finished
@@ -55,8 +60,12 @@ def shard_jobs(
     bundles: list[list[int]] = []
     sizes: list[int] = []
     for index, case in enumerate(facts.facts):
-        shape, _ = stored_grid(case.crop_shape, case.spacing, plan)
-        truth = 0 if shape == case.raw_shape == case.crop_shape else int(np.prod(case.raw_shape))
+        cropped, spacing = (along(v, plan.transpose) for v in (case.crop_shape, case.spacing))
+        check_room(case.id, cropped, spacing, plan)
+        shape, _ = stored_grid(cropped, spacing, plan)
+        turned = plan.transpose != (0, 1, 2)
+        same = not turned and shape == case.raw_shape == case.crop_shape
+        truth = 0 if same else int(np.prod(case.raw_shape))
         size = int(np.prod(shape)) * (channels * width + 1) + truth
         if bundles and sizes[-1] + size <= shard_bytes:
             bundles[-1].append(index)

@@ -16,8 +16,11 @@ from segfleet.core.errors import DataError, Problem
 from segfleet.core.parallel import run
 from segfleet.preprocess.case import Case, Geometry
 from segfleet.preprocess.checking.duplicates import leaks, link, thumbnail
-from segfleet.preprocess.files.images import ImageError, disagreement, peek
+from segfleet.preprocess.files.grids import advice, disagreement, settled
+from segfleet.preprocess.files.images import ImageError, peek, sources
 from segfleet.preprocess.planning.fingerprint import CaseFacts, samples_per_case, statistics
+from segfleet.preprocess.planning.patients import NAME as SHEET
+from segfleet.preprocess.planning.patients import Grouping
 from segfleet.preprocess.planning.plan import normalisation
 from segfleet.preprocess.readers.base import CaseRef, RawReader
 from segfleet.preprocess.stores.manifest import Dataset
@@ -26,6 +29,7 @@ from segfleet.preprocess.transforms.voxels import pieces, values
 # of memory per voxel and channel: the file, decoded, as float32, and what cropping and resampling
 # add
 BYTES_PER_VALUE = 24
+WHITES = {1, 255, 65535}  # that masks are usually painted with
 Tick = Callable[[int, int], None]
 
 
@@ -40,6 +44,7 @@ class Survey:
     facts: tuple[CaseFacts, ...]
     problems: tuple[Problem, ...]
     warnings: tuple[Problem, ...]
+    grouping: Grouping
 
     def raise_problems(self) -> None:
         if self.problems:
@@ -65,10 +70,15 @@ def survey(
         reader, range(len(refs)), workers=workers, progress=progress, known=known, keep=keep
     )
     facts = [found[index] for index in range(len(refs))]
-    problems = [*reader.problems(), *(problem for case in facts for problem in case.problems)]
+    own = [ref.id for ref in refs]
+    problems = [*reader.problems(), *(reader.sheet.problems(own) if reader.sheet else ())]
+    problems += [*(problem for case in facts for problem in case.problems)]
     if any(kind == "rgb_to_0_1" for kind in normalisation(dataset)):
         problems += _depths(facts)
-    warnings = [warning for case in facts for warning in case.warnings] + _together(facts)
+    odd, doubts = _whites(facts)
+    problems += odd
+    warnings = [w for case in facts for w in case.warnings] + doubts + _together(facts)
+    warnings += _patients(reader.grouping)
     joint, doubles = link(facts)
     facts = [case.model_copy(update={"group": joint.get(case.id, case.group)}) for case in facts]
     refs = [replace(ref, group=joint.get(ref.id, ref.group)) for ref in refs]
@@ -91,6 +101,7 @@ def survey(
         facts=tuple(facts),
         problems=tuple(problems),
         warnings=tuple(warnings),
+        grouping=reader.grouping,
     )
 
 
@@ -156,6 +167,8 @@ def check_case(reader: RawReader, dataset: Dataset, samples: int, ref: CaseRef) 
         problems.append(error.problem(ref.id))
     try:
         label, grid = reader.label(ref, digest)
+        if image is not None:
+            label, grid = settled(label, grid, geometry)
         problems += label_problems(ref.id, label, dataset)
     except ImageError as error:
         problems.append(error.problem(ref.id))
@@ -165,11 +178,16 @@ def check_case(reader: RawReader, dataset: Dataset, samples: int, ref: CaseRef) 
             "field": f"label {field}",
             "found": found,
             "expected": f"{expected} as the image has",
-            "mend": "Export both on one grid.",
+            "mend": advice(label, grid, geometry),
         }
         problems.append(Problem(case=ref.id, **facts))
     if problems:
         return CaseFacts(**identity, problems=tuple(problems))
+    doubts = dict.fromkeys((*geometry.file.warnings, *grid.file.warnings))
+    warnings = [
+        Problem(case=ref.id, field=field, found=found, expected=expected, mend=mend)
+        for field, found, expected, mend in doubts
+    ]
     case = Case(id=ref.id, group=ref.group, image_CZYX=image, label_ZYX=label, geometry=geometry)
     kinds = normalisation(dataset)
     facts = statistics(case, kinds, dataset.ignore_label, samples)
@@ -177,6 +195,8 @@ def check_case(reader: RawReader, dataset: Dataset, samples: int, ref: CaseRef) 
     found = CaseFacts(
         **identity,
         **facts,
+        white=grid.file.white,
+        warnings=tuple(warnings),
         thumbnail=thumbnail(image) if dataset.dims == 2 and "rgb_to_0_1" in kinds else "",
     )
     if found.foreground(dataset.ignore_label) or reader.may_be_empty(ref):
@@ -185,7 +205,7 @@ def check_case(reader: RawReader, dataset: Dataset, samples: int, ref: CaseRef) 
     warning = Problem(
         case=ref.id, field="label", found="no foreground voxel", expected="usually some", mend=mend
     )
-    return found.model_copy(update={"warnings": (warning,)})
+    return found.model_copy(update={"warnings": (*warnings, warning)})
 
 
 def missing(ref: CaseRef, root: Path) -> list[Problem]:
@@ -260,7 +280,7 @@ def label_problems(case: str, label: np.ndarray, dataset: Dataset) -> list[Probl
         broken += [(int(bad.sum()), piece[bad][0])] if bad.any() else []
     if broken:
         found = (
-            f"{sum(n for n, _ in broken)} voxel(s) that are no integers, such as {broken[0][1]:g}"
+            f"{sum(n for n, _ in broken)} voxel(s) that are no integers, such as {broken[0][1]!s}"
         )
         mend = "Resample labels with nearest neighbour and save them as integers."
         return [Problem(case=case, field="label", found=found, expected="integers", mend=mend)]
@@ -297,7 +317,8 @@ def label_problems(case: str, label: np.ndarray, dataset: Dataset) -> list[Probl
 def stamp(ref: CaseRef, root: Path) -> tuple[tuple[str, int, int], ...]:
     """What tells cheaply that files have changed; never () for a case with files."""
     out = []
-    for path in (*ref.images, *ref.labels):
+    files = [file for path in (*ref.images, *ref.labels) for file in sources(path)]
+    for path in dict.fromkeys(files):
         facts = path.stat() if path.is_file() else None
         out.append(
             (
@@ -306,6 +327,8 @@ def stamp(ref: CaseRef, root: Path) -> tuple[tuple[str, int, int], ...]:
                 facts.st_mtime_ns if facts else -1,
             )
         )
+    if ref.said:
+        out.append(("", len(ref.said), int(hashlib.sha256(ref.said.encode()).hexdigest()[:15], 16)))
     return tuple(out)
 
 
@@ -328,6 +351,42 @@ def _together(facts: Sequence[CaseFacts]) -> list[Problem]:
             case="all", field="orientation", found=counts, expected="one for all cases", mend=mend
         )
     ]
+
+
+def _patients(grouping: Grouping) -> list[Problem]:
+    """A grouping that only names speak for, and what speaks against one."""
+    mend = f"If that is wrong, say it in {SHEET} in the raw folder: case, patient[, site, split]."
+    texts = [f"{grouping.rule}: {grouping.evidence}"] if grouping.guess else []
+    texts += [text for text in grouping.doubts if grouping.guess or grouping.doubts]
+    return [
+        Problem(
+            case="all", field="patients", found=text, expected="a table or clear names", mend=mend
+        )
+        for text in texts
+    ]
+
+
+def _whites(facts: Sequence[CaseFacts]) -> tuple[list[Problem], list[Problem]]:
+    """(problems, warnings) where black and white masks of one data set paint with differing values:
+    they may be classes."""
+    counts = Counter(case.white for case in facts if case.white)
+    if len(counts) < 2:
+        return [], []
+    usual = counts.most_common(1)[0][0]
+    many = ", ".join(f"{value} in {n} mask(s)" for value, n in sorted(counts.items()))
+    if set(counts) <= WHITES:
+        mend = "All are taken as white. Declare them in a labels.json if they are classes."
+        fact = {"field": "mask values", "found": many, "expected": "one value for white"}
+        return [], [Problem(case="all", **fact, mend=mend)]
+    mend = "Declare the classes in a labels.json, or save all masks with one value."
+    expected = f"{usual}, as most have ({many})"
+    return [
+        Problem(
+            case=case.id, field="mask values", found=str(case.white), expected=expected, mend=mend
+        )
+        for case in facts
+        if case.white not in (0, usual)
+    ], []
 
 
 def _depths(facts: Sequence[CaseFacts]) -> list[Problem]:

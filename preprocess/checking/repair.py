@@ -6,44 +6,57 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from segfleet.core.errors import InputError
+from segfleet.core.making import making
 from segfleet.preprocess.case import Geometry
-from segfleet.preprocess.files.images import ImageError, disagreement, ending
+from segfleet.preprocess.files.grids import disagreement, laid, within_rounding
+from segfleet.preprocess.files.images import ImageError, ending
 from segfleet.preprocess.files.writer import WRITABLE, write_label
 from segfleet.preprocess.readers.base import RawReader
 from segfleet.preprocess.stores.manifest import Dataset
 from segfleet.preprocess.transforms.voxels import pieces
 
+Changes = list[dict[str, str]]
+
 
 def mend(
-    reader: RawReader, out: Path, remap: Mapping[int, int] | None = None
-) -> list[dict[str, str]]:
+    reader: RawReader,
+    out: Path,
+    remap: Mapping[int, int] | None = None,
+    *,
+    same_voxels: bool = False,
+) -> Changes:
     """Copy the raw folder to the new folder `out` with its labels mended; what was done, one entry
     per case and field.
 
     Mended are: values the user renumbers by `remap`; masks of 0 and another value, such as 255,
-    where one label is declared; labels on the right voxels but with another spacing or affine than
-    the image, which get the image's. A label that would still hold anything but integers from 0 to
-    255 is left alone, and so is one outside the raw folder: the check tells. Files that need
-    nothing are linked, not copied (copied where links are impossible). `out` appears complete or,
-    when nothing can be mended, not at all. Raises InputError if it is taken.
+    where one label is declared; values a rounding error off an integer; labels whose grid is the
+    image's turned, exchanged or shifted by whole voxels, which are laid onto the image's. The
+    image's geometry is given to voxels that stay where they are only if it says the same place, or
+    if the user says so: `same_voxels` means that labels lie voxel by voxel on their images,
+    whatever their headers say.
+
+    A label that would still hold anything but integers from 0 to 255 is left alone, and so is one
+    outside the raw folder: the check tells. Files that need nothing are linked, not copied (copied
+    where links are impossible). `out` appears complete or, when nothing can be mended, not at all.
+    Raises InputError if it is taken, or another process works at it.
     """
     out, root = Path(out), Path(os.path.abspath(reader.root))
-    if out.exists() or out.resolve().is_relative_to(root.resolve()):
+    if out.resolve().is_relative_to(root.resolve()):
         raise InputError(
-            f"to: {out} {'exists' if out.exists() else 'lies in the raw folder'}. Choose a new "
-            "folder for the mended copy."
+            f"to: {out} lies in the raw folder. Choose a new folder for the mended copy."
         )
-    dataset, partial = reader.dataset(), out.with_name(out.name + ".partial")
-    done: list[dict[str, str]] = []
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed run
-    try:
+    if out.exists():
+        raise InputError(f"to: {out} exists. Choose a new folder for the mended copy.")
+    dataset, done = reader.dataset(), []
+    with making(out) as partial:
         for ref in reader.refs():
+            if not ref.labels:
+                continue
             # a link counts as a file of the folder it lies in
             path = Path(os.path.abspath(ref.labels[0]))
             if (
@@ -56,7 +69,7 @@ def mend(
             try:
                 label, grid = reader.label(ref)
                 mended, here, changes = mended_label(
-                    label, grid, _grid(reader, ref), dataset, remap or {}
+                    label, grid, _grid(reader, ref), dataset, remap or {}, same_voxels
                 )
             except ImageError:
                 continue  # the check tells
@@ -66,10 +79,6 @@ def mend(
                 _link_tree(root, partial)
             _write(partial / path.relative_to(root), mended, here)
             done += [{"case": ref.id, **change} for change in changes]
-        if done:
-            os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return done
 
 
@@ -79,7 +88,8 @@ def mended_label(
     image: Geometry | None,
     dataset: Dataset,
     remap: Mapping[int, int],
-) -> tuple[np.ndarray, Geometry, list[dict[str, str]]]:
+    same_voxels: bool = False,
+) -> tuple[np.ndarray, Geometry, Changes]:
     """The label (Z, Y, X) with legal values on the image's grid, and what was changed: {"field",
     "was", "now"}.
 
@@ -91,36 +101,47 @@ def mended_label(
     ):
         return label, grid, []
     untouched, changes = (label, grid, []), []
+    for field, was, now, _ in grid.file.warnings:
+        if field == "label values":  # rounded when it was read
+            changes.append({"field": field, "was": was, "now": now})
+    rules = _rules(label, dataset, remap)
+    if rules:
+        # a type which holds the new values
+        original, label = label, label.astype(np.promote_types(label.dtype, np.int16))
+        for old, new in rules.items():
+            label[original == old] = new
+        pairs = (", ".join(f"{side:g}" for side in sides) for sides in (rules, rules.values()))
+        changes.append({"field": "label values", "was": next(pairs), "now": next(pairs)})
+    if image is not None and (difference := disagreement(grid, image)):
+        field, was, now = difference
+        placed = None if same_voxels and grid.shape == image.shape else laid(label, grid, image)
+        if placed is not None:
+            label, now = placed, f"{now}, laid onto the image's grid as its affine says"
+        elif grid.shape != image.shape or not (same_voxels or within_rounding(grid, image)):
+            return (label, grid, changes) if changes and _storable(label) else untouched
+        changes.append({"field": f"label {field}", "was": was, "now": now})
+        grid = image
+    return (label, grid, changes) if _storable(label) else untouched
+
+
+def _rules(label: np.ndarray, dataset: Dataset, remap: Mapping[int, int]) -> dict[float, int]:
+    """Which values become which others."""
     declared = {
         *dataset.labels.values(),
         *(v for region in dataset.regions.values() for v in region),
         dataset.ignore_label,
     }
     present = {float(v) for v in np.unique(label)}
-    rules = {old: new for old, new in remap.items() if old in present}
+    rules: dict[float, int] = {old: new for old, new in remap.items() if old in present}
     odd = sorted(present - {0.0} - declared)
     foreground = [value for value in dataset.labels.values() if value]
     if not rules and len(foreground) == 1 and present - {0.0} == {*odd} and len(odd) == 1:
-        rules = {odd[0]: foreground[0]}
-    if rules:
-        # which holds the new values
-        original, label = (
-            label,
-            label.astype(np.promote_types(label.dtype, np.int16)),
-        )
-        for old, new in rules.items():
-            label[original == old] = new
-        pairs = (", ".join(f"{side:g}" for side in sides) for sides in (rules, rules.values()))
-        changes.append({"field": "label values", "was": next(pairs), "now": next(pairs)})
-    if (
-        image is not None
-        and image.shape == grid.shape
-        and (difference := disagreement(grid, image))
-    ):
-        field, was, now = difference
-        changes.append({"field": f"label {field}", "was": was, "now": now})
-        grid = replace(grid, spacing=image.spacing, affine=image.affine)
-    return (label, grid, changes) if 0 <= label.min() and label.max() <= 255 else untouched
+        return {odd[0]: foreground[0]}
+    return rules
+
+
+def _storable(label: np.ndarray) -> bool:
+    return bool(0 <= label.min() and label.max() <= 255)
 
 
 def _grid(reader: RawReader, ref) -> Geometry | None:
@@ -131,7 +152,12 @@ def _grid(reader: RawReader, ref) -> Geometry | None:
 
 
 def _writable(path: Path) -> bool:
-    return path.suffix == ".npy" or ending(path) in WRITABLE
+    if path.suffix == ".npy":
+        return True
+    try:
+        return ending(path) in WRITABLE
+    except InputError:
+        return False
 
 
 def _write(path: Path, label: np.ndarray, grid: Geometry) -> None:
@@ -152,4 +178,4 @@ def _link_tree(root: Path, out: Path) -> None:
         except OSError:
             shutil.copy2(source, target)
 
-    shutil.copytree(root, out, copy_function=link)
+    shutil.copytree(root, out, copy_function=link, dirs_exist_ok=True)

@@ -8,14 +8,13 @@ holds the volume's own id, and values are float32.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from segfleet.core.errors import InputError
+from segfleet.core.making import making
 from segfleet.preprocess.checking.check import survey
 from segfleet.preprocess.readers.base import RawReader
 
@@ -49,13 +48,11 @@ def write_slices(
         raise InputError(f"window: found {low:g} to {high:g}, expected a lower and a higher value")
     if out.exists():
         raise InputError(f"to: {out} exists. Choose a new folder for the slices.")
-    partial = out.with_name(out.name + ".partial")
     tell = progress or (lambda done, total: None)
-    survey(
-        reader, workers=workers, progress=lambda done, total: tell(done, 2 * total)
-    ).raise_problems()
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with making(out) as partial:
+        survey(
+            reader, workers=workers, progress=lambda done, total: tell(done, 2 * total)
+        ).raise_problems()
         written, refs = 0, reader.refs()
         for kind in ("image", "label"):
             (partial / f"train_{kind}").mkdir(parents=True)
@@ -75,9 +72,6 @@ def write_slices(
             tell(len(refs) + index + 1, 2 * len(refs))
         if not written:
             raise InputError(f"slices: no case of {reader.root} has a label")
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return written
 
 

@@ -12,6 +12,7 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import replacing, write_atomically
 from segfleet.preprocess.case import Geometry
 from segfleet.preprocess.files.images import LPS, ending, stem
+from segfleet.preprocess.files.nifti import label_bytes
 
 WRITABLE = (".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff", ".png", ".bmp")  # lossless
 
@@ -49,7 +50,7 @@ def write_label(path: Path, label_ZYX: np.ndarray, geometry: Geometry) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, suffix=kind) as temporary:
         if kind in (".nii", ".nii.gz"):
-            data = _nifti(label, geometry)
+            data = label_bytes(label, geometry)
             temporary.write_bytes(gzip.compress(data, 6, mtime=0) if kind == ".nii.gz" else data)
         elif kind in (".nrrd", ".mha"):
             _itk(temporary, label, geometry)
@@ -81,28 +82,41 @@ def write_label(path: Path, label_ZYX: np.ndarray, geometry: Geometry) -> None:
             picture.save(temporary)
 
 
-def _nifti(label: np.ndarray, geometry: Geometry) -> bytes:
+def write_image(path: Path, image_CZYX: np.ndarray, geometry: Geometry) -> None:
+    """Values as they are, one channel or 8-bit colours, as NIfTI or PNG on the grid of
+    `geometry`. Raises InputError for another ending."""
     import nibabel as nib
+    from PIL import Image
 
-    affine = (
-        np.diag([*geometry.spacing[::-1], 1.0])
-        if geometry.affine is None
-        else np.asarray(geometry.affine)
-    )
-    picture = nib.Nifti1Image(label.T, affine)
-    picture.header.set_xyzt_units("mm")
-    picture.header.set_zooms(geometry.spacing[::-1])
-    return picture.to_bytes()
+    path, kind = Path(path), ending(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == ".png":
+        flat = np.moveaxis(image_CZYX[:, 0], 0, -1)
+        Image.fromarray(flat[..., 0] if flat.shape[-1] == 1 else flat).save(path)
+    elif kind in (".nii", ".nii.gz"):
+        affine = (
+            np.diag([*geometry.spacing[::-1], 1.0])
+            if geometry.affine is None
+            else np.asarray(geometry.affine)
+        )
+        picture = nib.Nifti1Image(image_CZYX[0].T, affine, dtype=image_CZYX.dtype)
+        picture.header.set_xyzt_units("mm")
+        data = picture.to_bytes()
+        path.write_bytes(gzip.compress(data, 6, mtime=0) if kind == ".nii.gz" else data)
+    else:
+        raise InputError(f"{path}: images are written as .nii.gz, .nii or .png")
 
 
 def _itk(path: Path, label: np.ndarray, geometry: Geometry) -> None:
     import SimpleITK as sitk
 
-    picture = sitk.GetImageFromArray(label)
-    spacing = np.asarray(geometry.spacing[::-1])
+    flat = geometry.file.dims < 3 and len(label) == 1
+    picture = sitk.GetImageFromArray(label[0] if flat else label)
+    n = 2 if flat else 3
+    spacing = np.asarray(geometry.spacing[::-1])[:n]
     picture.SetSpacing([float(s) for s in spacing])
     if geometry.affine is not None:
         affine = LPS @ np.asarray(geometry.affine)
-        picture.SetDirection([float(v) for v in (affine[:3, :3] / spacing).ravel()])
-        picture.SetOrigin([float(v) for v in affine[:3, 3]])
+        picture.SetDirection([float(v) for v in (affine[:n, :n] / spacing).ravel()])
+        picture.SetOrigin([float(v) for v in affine[:n, 3]])
     sitk.WriteImage(picture, str(path), True)

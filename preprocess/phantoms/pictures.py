@@ -193,7 +193,7 @@ def write_ph2_phantom(root: str | Path, cases: int = 8, seed: int = 0, size: int
 
 
 def write_folder_phantom(root: str | Path, cases: int = 10, seed: int = 0, size: int = 48) -> Path:
-    """images/ and masks/: grey, RGB and RGBA images, masks of 0/255, grey or 0/1."""
+    """images/ and masks/: grey, RGB and RGBA images, masks of 0/255, grey or in colours."""
     root = fresh(root)
     generator = np.random.default_rng(seed)
     for index in range(cases):
@@ -203,9 +203,7 @@ def write_folder_phantom(root: str | Path, cases: int = 10, seed: int = 0, size:
         write_picture(
             root / "images" / f"image{index:02d}.png", picture, ("RGB", "RGBA", "L")[index % 3]
         )
-        name, white = (
-            (f"image{index:02d}.png", 255) if index % 2 == 0 else (f"image{index:02d}_mask.png", 1)
-        )
-        write_picture(root / "masks" / name, (numbers > 0).astype(np.uint8) * white)
+        name = f"image{index:02d}{'_mask' if index % 2 else ''}.png"
+        write_picture(root / "masks" / name, (numbers > 0).astype(np.uint8) * 255)
     junk(root / "images", root / "masks")
     return root

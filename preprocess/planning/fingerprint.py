@@ -34,6 +34,7 @@ class CaseFacts(Frozen):
     crop_shape: tuple[int, int, int] = (0, 0, 0)
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
     dtype: str = ""
+    white: int = 0  # what a black and white mask paints with; 0: nothing, or no such mask
     orientation: str = ""  # such as RAS: where the file axes x, y, z lead
     voxels: dict[int, int] = {}  # label value -> count on the raw grid
     samples: str = ""  # base64 of float32 (n, C): intensities of foreground voxels

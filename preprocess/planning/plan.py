@@ -17,6 +17,7 @@ from segfleet.preprocess.stores.manifest import Dataset, Plan
 from segfleet.preprocess.transforms.case_transforms import (
     ANISOTROPIC,
     OF_COLOURS,
+    along,
     anisotropic_axis,
     stored_grid,
 )
@@ -26,8 +27,11 @@ MIN_EDGE = 4  # voxels at the bottom of the network
 FEATURES = 32  # of the first stage
 MAX_FEATURES = {2: 512, 3: 320}
 START_EDGE = {2: 2048, 3: 256}  # of the patch before it is clipped to the median case
-FEATURE_MAPS = {2: 8.5e7, 3: 5.6e8}  # values held per sample at the reference memory
+FEATURE_MAPS = {2: 8.5e7, 3: 5.6e8}  # of a sample, where a batch of the next line fills the memory
+REFERENCE_BATCH = {2: 12, 3: 2}
 REFERENCE_MEMORY = 8.0  # GB
+SMALLEST_BATCH = 2
+COVERED = 0.05  # share of the data set's voxels that a batch may hold
 COLOURS = ("r", "g", "b", "red", "green", "blue", "rgb_to_0_1")
 NORMALISATIONS = ("zscore", "rescale_to_0_1", *OF_COLOURS, "none")  # a user may ask for
 LARGEST_EDGE = 8192  # anybody asks for
@@ -40,8 +44,9 @@ class Overrides:
     (y, x) in 2D."""
 
     size: tuple[int, ...] | None = None  # pixels every image is resized to; 2D only
-    patch: tuple[int, ...] | None = None  # voxels
-    spacing: tuple[float, ...] | None = None  # mm
+    patch: tuple[int, ...] | None = None  # voxels of the stored grid, slice axis first
+    spacing: tuple[float, ...] | None = None  # mm, in the order of the raw grid's axes
+    slices: bool = False  # a 3D data set for 2D networks: nothing is resampled across slices
     interpolation: str | None = None  # of images that are resampled; see `resample_image`
     masks: str | None = None  # how labels are resampled; see `resample_label`
     normalisation: str | None = None  # of every channel; see `normalise`
@@ -57,6 +62,12 @@ class Overrides:
         if self.size is not None and self.spacing is not None:
             raise InputError(
                 "size, spacing: found both, expected one: a fixed size leaves no choice of spacing."
+            )
+        if self.slices and dataset.dims == 2:
+            raise InputError(f"slices: {dataset.name} is 2D: its images are slices already.")
+        if self.slices and self.patch and self.patch[0] != 1:
+            raise InputError(
+                f"patch: found {_text(self.patch)}, expected one slice (1 y x) with --slices"
             )
         for name, value, low, high in (
             ("size", self.size, MIN_EDGE, LARGEST_EDGE),
@@ -100,7 +111,7 @@ def make_plan(
     memory_gb: float = REFERENCE_MEMORY,
     overrides: Overrides | None = None,
 ) -> Plan:
-    """The plan for a data set on a device with `memory_gb` GB (batch 2 in 3D, 12 in 2D). Raises
+    """The plan for a data set on a device with `memory_gb` GB. Raises
     InputError for impossible overrides."""
     wish = overrides or Overrides()
     wish.check(dataset)
@@ -110,14 +121,21 @@ def make_plan(
     size = wish.padded("size", 1)
     spacing = target_spacing(fingerprint.spacings, fingerprint.shapes)
     spacing = wish.padded("spacing", spacing[0]) or spacing
-    draft = Plan(target_spacing=spacing, patch=(1, 1, 1), normalisation=kinds, size=size)
+    axes = coarsest_first(spacing) if dataset.dims == 3 else (0, 1, 2)
+    spacing = along(spacing, axes)
+    if wish.slices:
+        spacing = (0.0, *spacing[1:])
+    draft = Plan(
+        target_spacing=spacing, patch=(1, 1, 1), normalisation=kinds, size=size, transpose=axes
+    )
+    shapes = [along(shape, axes) for shape in fingerprint.shapes]
     grids = [
-        stored_grid(shape, own, draft)[0]
-        for shape, own in zip(fingerprint.shapes, fingerprint.spacings, strict=True)
+        stored_grid(shape, along(own, axes), draft)[0]
+        for shape, own in zip(shapes, fingerprint.spacings, strict=True)
     ]
-    median = tuple(int(n) for n in np.median(grids, axis=0))
+    median = tuple(float(n) for n in np.median(grids, axis=0))
     untouched = all(kind == "rgb_to_0_1" for kind in kinds) and set(fingerprint.dtypes) == {"uint8"}
-    untouched &= size is not None or grids == list(fingerprint.shapes)
+    untouched &= size is not None or grids == shapes
     largest = max(
         (abs(facts.get(end, 0.0)) for facts in fingerprint.intensity for end in ("min", "max")),
         default=0.0,
@@ -129,22 +147,45 @@ def make_plan(
         if ("none" in kinds and largest > HALF_EXACT) or "minmax255" in kinds
         else "float16"
     )
+    dims = 2 if wish.slices else dataset.dims
+    chosen = wish.padded("patch", 1) or size
+    (patch, batch), (patch_2d, batch_2d) = (
+        plan_network(
+            median,
+            spacing,
+            one,
+            outputs(dataset),
+            memory_gb,
+            voxels=math.prod(median) * len(grids),
+            patch=chosen if one == dims else None,
+        )
+        for one in (dims, 2)
+    )
     return Plan(
         target_spacing=spacing,
-        patch=wish.padded("patch", 1)
-        or size
-        or plan_patch(median, spacing, dataset.dims, outputs(dataset), memory_gb),
+        transpose=axes,
+        patch=patch,
+        batch=batch,
+        patch_2d=patch_2d,
+        batch_2d=batch_2d,
         normalisation=kinds,
         intensity=fingerprint.intensity,
         nonzero_mask=fingerprint.kept < 0.75 and "zscore" in kinds,
-        anisotropic_axis=anisotropic_axis(spacing) if dataset.dims == 3 else None,
-        median_shape=median,
+        anisotropic_axis=anisotropic_axis(spacing) if dims == 3 else None,
+        median_shape=tuple(int(n) for n in median),
         dtype=dtype,
         scale=1 / 255 if untouched else 1.0,
         size=size,
         interpolation=wish.interpolation or "cubic",
         masks=wish.masks or "linear",
     )
+
+
+def coarsest_first(spacing: Sequence[float]) -> tuple[int, int, int]:
+    """The raw grid's axes in the order they are stored: the coarsest, along which slices are
+    stacked, then the others as they are."""
+    first = int(np.argmax(spacing))
+    return (first, *(axis for axis in range(3) if axis != first))
 
 
 def normalisation(dataset: Dataset) -> tuple[str, ...]:
@@ -165,8 +206,10 @@ def normalisation(dataset: Dataset) -> tuple[str, ...]:
 
 
 def outputs(dataset: Dataset) -> int:
-    """Channels a network for this data set gives out."""
-    return len(dataset.regions) or len(dataset.labels)
+    """Outputs a network for this data set is planned with: nnU-Net counts background and what is
+    ignored."""
+    targets = len(dataset.regions) + 1 if dataset.regions else len(dataset.labels)
+    return targets + (dataset.ignore_label is not None)
 
 
 def target_spacing(
@@ -180,37 +223,57 @@ def target_spacing(
     others = [axis for axis in range(3) if axis != coarse]
     far = target[coarse] > ANISOTROPIC * target[others].max()
     if far and sizes[coarse] * ANISOTROPIC < sizes[others].min():
-        target[coarse] = max(np.percentile([s[coarse] for s in spacings], 10), target[others].max())
+        low, finest = np.percentile([s[coarse] for s in spacings], 10), target[others].max()
+        # a hair coarser than the others, so that it stays the slice axis
+        target[coarse] = low if low >= finest else finest + 1e-5
     return tuple(float(round(t, 6)) for t in target)
 
 
+def plan_network(
+    median_shape: Sequence[float],
+    spacing: Sequence[float],
+    dims: int,
+    classes: int,
+    memory_gb: float = REFERENCE_MEMORY,
+    *,
+    voxels: float,
+    patch: tuple[int, int, int] | None = None,
+) -> tuple[tuple[int, int, int], int]:
+    """Patch (z, y, x) in voxels and batch: as many patches as the memory holds, though not more
+    than a twentieth of the data set's `voxels`, and two at least. A given patch is kept."""
+    patch = patch or plan_patch(median_shape, spacing, dims, classes, memory_gb)
+    need = feature_maps(patch[3 - dims :], spacing[3 - dims :], dims, classes)
+    budget = FEATURE_MAPS[dims] * memory_gb / REFERENCE_MEMORY
+    fits, most = budget / need * REFERENCE_BATCH[dims], COVERED * voxels / math.prod(patch)
+    return patch, max(min(round(fits), round(most)), SMALLEST_BATCH)
+
+
 def plan_patch(
-    median_shape: Sequence[int],
+    median_shape: Sequence[float],
     spacing: Sequence[float],
     dims: int,
     classes: int,
     memory_gb: float = REFERENCE_MEMORY,
 ) -> tuple[int, int, int]:
     """Patch (z, y, x) in voxels: isotropic in mm, inside the median case, divisible as often as it
-    is pooled, within the memory."""
+    is pooled, two of them within the memory."""
     axes = [0, 1, 2] if dims == 3 else [1, 2]
     size = np.array([median_shape[a] for a in axes], float)
     step = np.array([spacing[a] for a in axes], float)
-    edge = START_EDGE[dims] * math.prod(step) ** (1 / dims) / step
-    patch, pools = _divisible(np.minimum(np.maximum(np.rint(edge), 1), size), step)
+    fine = 1 / step
+    edge = np.rint(fine * (START_EDGE[dims] ** dims / np.prod(fine)) ** (1 / dims))
+    patch, pools = _divisible(np.minimum(np.maximum(edge, 1), size), step)
     budget = FEATURE_MAPS[dims] * memory_gb / REFERENCE_MEMORY
-    while feature_maps(patch, step, dims, classes) > budget:
-        axis = max(
-            (a for a in range(dims) if patch[a] > MIN_EDGE),
-            key=lambda a: patch[a] / size[a],
-            default=None,
-        )
-        if axis is None:
-            break
+    while feature_maps(patch, step, dims, classes) / REFERENCE_BATCH[dims] * 2 > budget:
+        # the axis longest against the median case; of equals the last
+        axis = max(range(dims), key=lambda a: (patch[a] / size[a], a))
         smaller = patch.astype(float)
         smaller[axis] -= 2 ** pools[axis]
-        if smaller[axis] < MIN_EDGE:
+        # With less to halve the steps are finer: 224 may lie between 256 and 192.
+        unit = 2 ** poolings(smaller, step)[axis]
+        if patch[axis] - unit < 1:
             break
+        smaller[axis] = patch[axis] - unit
         patch, pools = _divisible(smaller, step)
     return tuple([1] * (3 - dims) + [int(n) for n in patch])
 
@@ -239,13 +302,15 @@ def _divisible(patch: np.ndarray, spacing: np.ndarray) -> tuple[np.ndarray, list
 
 def feature_maps(patch: Sequence[int], spacing: Sequence[float], dims: int, classes: int) -> float:
     """Values a U-Net on `patch` holds per sample: two convolutions per stage down and up, the way
-    up's input, an output per stage."""
+    up's input, and the finest output, as nnU-Net counts them."""
     size, step, total, stage = np.array(patch, float), np.array(spacing, float), 0.0, 0
     pools = poolings(patch, spacing)
     while True:
         features = min(FEATURES * 2**stage, MAX_FEATURES[dims])
         bottom = stage == max(pools)
-        total += size.prod() * (2 * features if bottom else 5 * features + classes)
+        total += size.prod() * (
+            2 * features if bottom else 5 * features + (classes if stage == 0 else 0)
+        )
         if bottom:
             return total
         able = [a for a in range(len(size)) if size[a] >= 2 * MIN_EDGE]

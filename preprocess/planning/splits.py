@@ -23,6 +23,7 @@ class Member:
     id: str
     group: str
     foreground: Mapping[int, int]
+    stratum: str = ""  # site or class, balanced over folds before anything else
 
 
 def make_splits(
@@ -48,7 +49,7 @@ def make_splits(
 
 
 def kfold(members: Sequence[Member], folds: int, seed: int) -> Folds:
-    """Patients ordered by the labels they have, then by how much foreground; each run of `folds` of
+    """Patients ordered by site or class, then by the labels they have, then by how much foreground; each run of `folds` of
     them is dealt out at random.
 
     So every fold gets its share of rare labels and of small ones.
@@ -61,6 +62,7 @@ def kfold(members: Sequence[Member], folds: int, seed: int) -> Folds:
         cases = patients[name]
         labels = sorted({value for case in cases for value in case.foreground})
         return (
+            sorted({case.stratum for case in cases}),
             labels,
             sum(sum(case.foreground.values()) for case in cases) / len(cases),
             _shuffled(name, seed),

@@ -100,7 +100,7 @@ class Reader(RawReader):
     def patients(self) -> list[Path]:
         return [patient for part in PARTS for patient in _patients(self.folder / part)]
 
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         """Testing patients without labels (older downloads) are no training cases."""
         refs = []
         for patient in self.patients:
@@ -142,7 +142,7 @@ class Reader(RawReader):
                 )
         return found
 
-    def splits(self) -> dict[str, Folds]:
+    def brought(self) -> dict[str, Folds]:
         """official: 100 training, 50 testing patients. evaluated-20: the published 20 of the
         training patients against the other 80.
         transunet: 70 against 10 of those 80; transunet-test: the 70 against the 20. nnunet: 5 folds

@@ -10,7 +10,8 @@ import pkgutil
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,26 +19,32 @@ import numpy as np
 
 from segfleet.core.errors import InputError, Problem, did_you_mean, import_part
 from segfleet.preprocess.case import Case, Geometry
-from segfleet.preprocess.files.images import read_image, read_label
+from segfleet.preprocess.files.faults import is_regular
+from segfleet.preprocess.files.grids import settled
+from segfleet.preprocess.files.images import ENDINGS, read_image, read_label, sources
+from segfleet.preprocess.files.segments import is_seg_nrrd
+from segfleet.preprocess.planning.patients import NAME as SHEET
+from segfleet.preprocess.planning.patients import Grouping, Sheet, by_names, read_sheet
+from segfleet.preprocess.planning.patients import patient_of as patient_of
 from segfleet.preprocess.stores.manifest import Dataset
 
 Folds = tuple[dict[str, tuple[str, ...]], ...]
 SHARED = ("base", "pairs", "places")  # what several layouts use
-VISIT = re.compile(
-    r"^(?P<patient>.*\d)[_-](frame|t|tp|time|visit|scan|ses|session|phase|slice|ed|es)[_-]?\d*$",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaseRef:
     """Where the files of one case lie. `group` is the patient; empty: the case is a patient of its
-    own."""
+    own. `stratum` is what folds are to be balanced over: a site, or a class of the data set. `said`
+    is what a description of many cases says of this one, and counts for its hash as its files do.
+    """
 
     id: str
     images: tuple[Path, ...]  # one file per channel, or one that holds all
     labels: tuple[Path, ...]
     group: str = ""
+    stratum: str = ""
+    said: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +70,8 @@ class RawReader(ABC):
     about: ClassVar[str]  # one line: which data sets look like this
     layout: ClassVar[str]  # the folder, in one line
     facts: ClassVar[Facts]
+    # whose word the layout's own patients are: "what ... says"
+    patients_from: ClassVar[str] = "the layout says"
     options: ClassVar[dict[str, tuple[str, ...]]] = {}  # name -> legal values, the default first
 
     def __init__(self, root: str | Path, **options: str):
@@ -87,17 +96,78 @@ class RawReader(ABC):
     def dataset(self) -> Dataset: ...
 
     @abstractmethod
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         """All labelled cases in natural order; their files may be missing, which the check
-        reports."""
+        reports. Those without a group are grouped by `refs`."""
+
+    def refs(self) -> list[CaseRef]:
+        """The cases with their patients. Listed once: a reader describes the folder as it was."""
+        return list(self._grouped[0])
+
+    @property
+    def grouping(self) -> Grouping:
+        """How cases came to their patients."""
+        return self._grouped[1]
+
+    @cached_property
+    def sheet(self) -> Sheet | None:
+        """The user's patients.csv in the raw folder, which says more than any name. Raises
+        InputError."""
+        folders = dict.fromkeys((self.root, getattr(self, "folder", self.root)))
+        found = (read_sheet(folder / SHEET, _plain) for folder in folders)
+        return next((sheet for sheet in found if sheet), None)
+
+    @cached_property
+    def _grouped(self) -> tuple[tuple[CaseRef, ...], Grouping]:
+        refs, sheet = self.cases(), self.sheet
+        if sheet:
+            refs = [
+                replace(
+                    ref,
+                    group=sheet.patients.get(ref.id, ref.group),
+                    stratum=sheet.sites.get(ref.id, ref.stratum),
+                )
+                for ref in refs
+            ]
+            rule, many = f"the table {sheet.path.name}", len(set(sheet.patients.values()))
+            evidence = f"{len(sheet.patients)} cases of {many} patients"
+            return tuple(refs), Grouping(patients=sheet.patients, rule=rule, evidence=evidence)
+        if any(ref.group for ref in refs):
+            patients = {ref.id: ref.group for ref in refs if ref.group}
+            evidence = f"{len(patients)} cases of {len(set(patients.values()))} patients"
+            return tuple(refs), Grouping(
+                patients=patients, rule=f"what {type(self).patients_from}", evidence=evidence
+            )
+        dims = {"2D": 2, "3D": 3}.get(self.facts.dims) or self.dataset().dims
+        found = by_names([ref.id for ref in refs], dims)
+        refs = [replace(ref, group=found.patients.get(ref.id, "")) for ref in refs]
+        return tuple(refs), found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the list of cases: workers are given theirs one by one."""
+        return {key: value for key, value in self.__dict__.items() if key != "_grouped"}
 
     def problems(self) -> list[Problem]:
         """Faults of the layout itself, found without opening an image."""
         return []
 
-    def splits(self) -> dict[str, Folds]:
+    def brought(self) -> dict[str, Folds]:
         """The splits the data set brings along or is published with, by name."""
         return {}
+
+    def splits(self) -> dict[str, Folds]:
+        """Those, and the user's from patients.csv: "given", and "given-test" against its test
+        part."""
+        found = self.brought()
+        if self.sheet and self.sheet.splits:
+            side = {name: [] for name in ("train", "val", "test")}
+            for ref in self.refs():
+                if ref.id in self.sheet.splits:
+                    side[self.sheet.splits[ref.id]].append(ref.id)
+            for name, val in (("given", side["val"] or side["test"]), ("given-test", side["test"])):
+                if side["train"] and val:
+                    found[name] = ({"train": tuple(side["train"]), "val": tuple(val)},)
+        return found
 
     def may_be_empty(self, ref: CaseRef) -> bool:
         """Whether a mask without foreground is usual for this case, so that nobody needs to be
@@ -110,14 +180,16 @@ class RawReader(ABC):
 
     def label(self, ref: CaseRef, digest: Any = None) -> tuple[np.ndarray, Geometry]:
         """(Z, Y, X) and its grid. Raises ImageError."""
-        return read_label(ref.labels[0], digest)
+        path = ref.labels[0]
+        named = self.dataset().labels if is_seg_nrrd(path) else None
+        return read_label(path, digest, named)
 
     def read(self, ref: CaseRef) -> Case:
         """Image and label of one case; `extra["source_sha256"]` is the hash of the files' bytes.
         Raises ImageError."""
         digest = hashlib.sha256()
         image, geometry = self.image(ref, digest)
-        label, _ = self.label(ref, digest)
+        label, _ = settled(*self.label(ref, digest), geometry)
         extra = {
             "source_sha256": digest.hexdigest(),
             "files": [os.path.relpath(p, self.root) for p in ref.images],
@@ -136,7 +208,9 @@ def source_sha256(ref: CaseRef) -> str:
     """The hash `read` finds, without decoding anything."""
     digest = hashlib.sha256()
     for path in (*ref.images, *ref.labels):
-        digest.update(path.read_bytes())
+        for file in sources(path):
+            digest.update(file.read_bytes())
+    digest.update(ref.said.encode())
     return digest.hexdigest()
 
 
@@ -179,11 +253,17 @@ def visible(folder: Path, pattern: str = "*") -> list[Path]:
     )
 
 
-def patient_of(case_id: str) -> str:
-    """patient001_frame12 -> patient001; an id that does not speak of a visit is a patient of its
-    own."""
-    match = VISIT.match(case_id)
-    return match["patient"] if match else ""
+def tables(folder: Path) -> list[Path]:
+    """The CSV files of a folder, whatever the case of their ending: files that can be read, no
+    folders, pipes or links to nowhere."""
+    found = [path for path in visible(folder) if path.suffix.lower() == ".csv"]
+    return [path for path in found if is_regular(path) and path.name != SHEET]
+
+
+def _plain(name: str) -> str:
+    """A case's name, of that of a file."""
+    name = name.rpartition("/")[2]
+    return next((name[: -len(end)] for end in ENDINGS if name.lower().endswith(end)), name)
 
 
 def read_json(path: Path) -> dict:
@@ -194,6 +274,8 @@ def read_json(path: Path) -> dict:
         raise InputError(
             f"{path}: is not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}"
         ) from None
+    except RecursionError:
+        raise InputError(f"{path}: is nested too deeply to be a description") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     if not isinstance(document, dict):
@@ -202,6 +284,19 @@ def read_json(path: Path) -> dict:
             "description"
         )
     return document
+
+
+def declared_labels(file: Path) -> dict[str, int]:
+    """The classes of a labels.json, by value; none without one. Raises InputError."""
+    if not file.is_file():
+        return {}
+    labels = {str(name): number(value, name, file) for name, value in read_json(file).items()}
+    if labels.get("background") != 0 or not 1 < len(labels) == len(set(labels.values())):
+        raise InputError(
+            f'{file}: found {labels}, expected {{"background": 0, "name": 1, ...}}, all values '
+            "different"
+        )
+    return dict(sorted(labels.items(), key=lambda item: item[1]))
 
 
 def field(document: dict, name: str, kind: type | tuple[type, ...], path: Path) -> Any:

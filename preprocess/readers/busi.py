@@ -7,6 +7,7 @@ Source: specification `datasets_2d`, section 1.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from segfleet.preprocess.files.images import stem
@@ -43,20 +44,21 @@ class Reader(PairReader):
     def name(self, layout: str) -> str:
         return layout if self.chosen["normals"] == "keep" else f"{layout}-lesions"
 
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         refs = []
         for kind in KINDS if self.chosen["normals"] == "keep" else KINDS[:2]:
             files = pictures(self.folder / kind, (".png",))
             masks = [path for path in files if MASK.search(stem(path))]
             images = [path for path in files if not MASK.search(stem(path))]
             here = str(self.folder / kind)
-            refs += paired(
+            found = paired(
                 images,
                 masks,
                 f"{here}/{{}}.png",
                 f"{here}/{{}}_mask.png",
                 mask_key=lambda path: MASK.sub("", stem(path)),
             )
+            refs += [replace(ref, stratum=kind) for ref in found]
         return refs
 
     def may_be_empty(self, ref: CaseRef) -> bool:

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from functools import cached_property
 from pathlib import Path
 
-from segfleet.preprocess.readers.base import CaseRef, Facts, visible
+from segfleet.preprocess.readers.base import CaseRef, Facts, tables
 from segfleet.preprocess.readers.pairs import PairReader, paired, pictures
 from segfleet.preprocess.readers.places import locate
 
@@ -67,7 +67,7 @@ class Reader(PairReader):
     def sequences(self) -> dict[str, str]:
         """Frame -> sequence, from a CSV with such columns."""
         for folder in (self.folder, self.folder.parent):
-            for path in visible(folder, "*.csv") if folder.is_relative_to(self.root) else ():
+            for path in tables(folder) if folder.is_relative_to(self.root) else ():
                 with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
                     rows = csv.DictReader(file)
                     columns = [name or "" for name in rows.fieldnames or ()]
@@ -88,7 +88,7 @@ class Reader(PairReader):
             number = str(bisect_left(LAST_FRAMES, int(frame)) + 1)
         return f"sequence{number}" if number else ""
 
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         images, masks = (self.folder / name for name in ("Original", "Ground Truth"))
         return paired(
             pictures(images),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from segfleet.preprocess.readers.base import CaseRef, Facts, visible
-from segfleet.preprocess.readers.pairs import PairReader
+from segfleet.preprocess.readers.pairs import PairReader, pictures
 from segfleet.preprocess.readers.places import locate, subfolders
 
 
@@ -33,13 +33,11 @@ class Reader(PairReader):
             self.root, lambda p: any(visible(case / "images") for case in _cases(p)), self.layout
         )
 
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         refs = []
         for folder in _cases(self.folder):
-            images = visible(folder / "images", "*.png") or [
-                folder / "images" / f"{folder.name}.png"
-            ]
-            masks = visible(folder / "masks", "*.png") or [folder / "masks" / "*.png"]
+            images = pictures(folder / "images") or [folder / "images" / f"{folder.name}.png"]
+            masks = pictures(folder / "masks") or [folder / "masks" / "*.png"]
             refs.append(CaseRef(id=folder.name, images=(images[0],), labels=tuple(masks)))
         return refs
 

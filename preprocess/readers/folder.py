@@ -16,17 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from segfleet.core.errors import InputError, Problem
+from segfleet.core.errors import Problem
 from segfleet.preprocess.case import Geometry
 from segfleet.preprocess.files.images import NATURAL, ending, peek, read_image, read_label, stem
+from segfleet.preprocess.files.masks import read_mask
 from segfleet.preprocess.planning.splits import published
 from segfleet.preprocess.readers.base import (
     CaseRef,
     Facts,
     Folds,
-    number,
-    patient_of,
-    read_json,
+    declared_labels,
     visible,
 )
 from segfleet.preprocess.readers.pairs import (
@@ -35,7 +34,6 @@ from segfleet.preprocess.readers.pairs import (
     inside,
     paired,
     pictures,
-    read_mask,
     sides,
     union,
 )
@@ -62,20 +60,7 @@ class Reader(PairReader):
     @cached_property
     def declared(self) -> dict[str, int]:
         """The classes of labels.json; empty without one."""
-        file = self.folder / "labels.json"
-        if not file.is_file():
-            return {}
-        labels = {str(name): number(value, name, file) for name, value in read_json(file).items()}
-        if (
-            labels.get("background") != 0
-            or len(labels) < 2
-            or len(set(labels.values())) < len(labels)
-        ):
-            raise InputError(
-                f'{file}: found {labels}, expected {{"background": 0, "name": 1, ...}}, all '
-                "values different"
-            )
-        return dict(sorted(labels.items(), key=lambda item: item[1]))
+        return declared_labels(self.folder / "labels.json")
 
     @cached_property
     def shape(self) -> tuple[int, int]:
@@ -83,7 +68,7 @@ class Reader(PairReader):
         slice is 2D."""
         flat = True
         channels = 1
-        for path in (ref.images[0] for ref in self.refs()):
+        for path in (ref.images[0] for ref in self.cases()):
             own, depth, _, _ = peek(path)
             natural = ending(path) in NATURAL
             flat &= natural or depth <= 1
@@ -113,7 +98,7 @@ class Reader(PairReader):
             file_ending=ends,
         )
 
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         refs = []
         for part, folders in self.classes.items():
             masks = [path for folder in folders or [part / "masks"] for path in pictures(folder)]
@@ -125,8 +110,7 @@ class Reader(PairReader):
                 pictures(part / "images"),
                 masks,
                 *missing,
-                mask_key=lambda path: SUFFIX.sub("", stem(path)),
-                group=patient_of,
+                mask_key=lambda path: SUFFIX.sub("", stem(path).removesuffix(".seg")),
             )
         return refs
 
@@ -147,10 +131,12 @@ class Reader(PairReader):
                 label[read_mask(path)[0]] = classes.index(path.parent) + 1
             return label, geometry
         return (
-            read_label(ref.labels[0], digest) if self.declared else _binary(ref.labels[0], digest)
+            read_label(ref.labels[0], digest, self.declared)
+            if self.declared
+            else _binary(ref.labels[0], digest)
         )
 
-    def splits(self) -> dict[str, Folds]:
+    def brought(self) -> dict[str, Folds]:
         refs = self.refs()
         part = {name: [ref for ref in refs if inside(ref, self.folder / name)] for name in PARTS}
         given = {
@@ -185,5 +171,4 @@ def _binary(path: Path, digest: Any) -> tuple[np.ndarray, Geometry]:
     """A volume's labels are read as they are: without labels.json they have to be 0 and 1."""
     if ending(path) in (".nii", ".nii.gz", ".nrrd", ".mha"):
         return read_label(path, digest)
-    mask, geometry = read_mask(path, digest)
-    return mask.astype(np.uint8), geometry
+    return union((path,), digest)

@@ -15,12 +15,12 @@ import numpy as np
 
 from segfleet.preprocess.case import Geometry
 from segfleet.preprocess.files.images import ImageError, stem
-from segfleet.preprocess.readers.base import CaseRef, Facts, Folds, visible
+from segfleet.preprocess.files.masks import read_grey
+from segfleet.preprocess.readers.base import CaseRef, Facts, Folds, tables
 from segfleet.preprocess.readers.pairs import (
     PairReader,
     paired,
     pictures,
-    read_grey,
     sides,
     union,
     without,
@@ -51,7 +51,7 @@ class Reader(PairReader):
     @cached_property
     def patients(self) -> dict[str, str]:
         """Image -> patient, from Grade.csv."""
-        for path in visible(self.folder, "*.csv"):
+        for path in tables(self.folder):
             with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
                 rows = list(csv.reader(file, skipinitialspace=True))
             names = [name.strip().lower() for name in rows[0]] if rows else []
@@ -64,10 +64,11 @@ class Reader(PairReader):
                 }
         return {}
 
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         files = _files(self.folder)
         masks = [path for path in files if stem(path).lower().endswith(SUFFIX)]
-        images = [path for path in files if path not in set(masks)]
+        painted = set(masks)
+        images = [path for path in files if path not in painted]
         missing = (f"{self.folder}/{{}}.bmp", f"{self.folder}/{{}}{SUFFIX}.bmp")
         return paired(
             images,
@@ -80,7 +81,7 @@ class Reader(PairReader):
     def label(self, ref: CaseRef, digest: Any = None) -> tuple[np.ndarray, Geometry]:
         return union(ref.labels, digest, read_instances)
 
-    def splits(self) -> dict[str, Folds]:
+    def brought(self) -> dict[str, Folds]:
         refs = self.refs()
         part = {
             name: [ref for ref in refs if ref.id.startswith(name)]
@@ -97,7 +98,7 @@ class Reader(PairReader):
                 for name, val in tests.items()
                 if val and part["train_"]
             },
-            **super().splits(),
+            **super().brought(),
         }
 
 
@@ -111,7 +112,7 @@ def _files(folder: Path) -> list[Path]:
 
 def read_instances(path: Path, digest: Any = None) -> tuple[np.ndarray, Geometry]:
     """Bool (1, Y, X): any gland. Numbers are small, so no threshold of grey would see them."""
-    numbers, geometry = read_grey(path, digest)
+    numbers, geometry = read_grey(path, digest, label=True)
     glands = len(np.unique(numbers)) - 1
     if glands > MOST_GLANDS:
         found = f"{glands} different numbers in {path.name}"

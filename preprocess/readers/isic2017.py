@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+from segfleet.preprocess.files.masks import LOSSY
 from segfleet.preprocess.planning.splits import published, shuffled
 from segfleet.preprocess.readers.base import CaseRef, Facts, Folds
 from segfleet.preprocess.readers.pairs import (
-    LOSSY,
     PairReader,
     inside,
     paired,
@@ -56,7 +56,7 @@ class Reader(PairReader):
             self.layout,
         )
 
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         """Parts whose masks are not there (they were released later) are no training cases; the
         training part always is."""
         refs = []
@@ -75,7 +75,7 @@ class Reader(PairReader):
                 )
         return refs
 
-    def splits(self) -> dict[str, Folds]:
+    def brought(self) -> dict[str, Folds]:
         refs = self.refs()
         part = {
             name: [ref for ref in refs if inside(ref, self.folder / images)]

@@ -34,7 +34,7 @@ class Reader(PairReader):
             self.root, lambda p: any(pictures(p / "images")) and (p / "masks").is_dir(), self.layout
         )
 
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         images, masks = self.folder / "images", self.folder / "masks"
         return paired(pictures(images), pictures(masks), f"{images}/{{}}.jpg", f"{masks}/{{}}.jpg")
 
@@ -60,7 +60,7 @@ class Reader(PairReader):
         )
         return super().problems() + lists
 
-    def splits(self) -> dict[str, Folds]:
+    def brought(self) -> dict[str, Folds]:
         """The authors' lists (880 and 120), where their files lie beside the images, and the random
         ones of papers."""
         known = {ref.id for ref in self.refs()}
@@ -68,10 +68,11 @@ class Reader(PairReader):
             tuple(name for name in self.lists.get(side, ()) if name in known)
             for side in ("train", "val")
         )
-        train = tuple(name for name in train if name not in set(val))
+        validates = set(val)
+        train = tuple(name for name in train if name not in validates)
         return {
             **({"official": ({"train": train, "val": val},)} if train and val else {}),
-            **super().splits(),
+            **super().brought(),
         }
 
 

@@ -45,7 +45,7 @@ class Reader(RawReader):
         }
         return Dataset(name="lits", reader="lits", dims=3, channels=("CT",), labels=labels, **facts)
 
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         volumes, segmentations = (
             _sorted(self.folder, "volume"),
             _sorted(self.folder, "segmentation"),

@@ -15,7 +15,6 @@ from segfleet.preprocess.readers.base import (
     duplicates,
     field,
     number,
-    patient_of,
     read_json,
     visible,
 )
@@ -54,6 +53,13 @@ class Reader(RawReader):
             raise InputError(
                 f"{self.file}: has channel_names, so it is an nnU-Net v2 folder. Use the layout "
                 "nnunet."
+            )
+        if any((self.root / "imagesTr").glob("*_0000.nii.gz")) and not any(
+            ref.images[0].is_file() for ref in self.cases()[:1]
+        ):
+            raise InputError(
+                f"{self.file}: its images are a file per channel (_0000), so it is an nnU-Net v1 "
+                "folder. Use the layout nnunet."
             )
 
     def dataset(self) -> Dataset:
@@ -107,7 +113,7 @@ class Reader(RawReader):
             )
         return known
 
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         listed = field(self.json, "training", list, self.file)
         refs = []
         for index, entry in enumerate(listed):
@@ -122,7 +128,7 @@ class Reader(RawReader):
                 continue
             image, label = (self.root / Path(entry[key]) for key in ("image", "label"))
             name = stem(image)
-            refs.append(CaseRef(id=name, group=patient_of(name), images=(image,), labels=(label,)))
+            refs.append(CaseRef(id=name, images=(image,), labels=(label,)))
         if not refs:
             raise InputError(f"{self.file}: training: found no case. Expected {self.layout}")
         return refs

@@ -6,6 +6,7 @@ Source: specification `datasets_3d`, section 5.
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from functools import cached_property
@@ -24,7 +25,6 @@ from segfleet.preprocess.readers.base import (
     fold_problems,
     natural,
     number,
-    patient_of,
     read_json,
     visible,
 )
@@ -107,8 +107,29 @@ def dataset_of(facts: dict[str, Any], file: Path, *, name: str, dims: int, endin
     )
 
 
+def _from_version_1(document: dict, root: Path, file: Path) -> dict:
+    """What version 2 would say of a folder made for nnU-Net version 1, whose images are a file per
+    channel too. Raises InputError for a folder of the Decathlon, whose images are not."""
+    listed = [str(e.get("image", "")) for e in document.get("training", []) if isinstance(e, dict)]
+    first = Path(listed[0]).name if listed else ""
+    kind = next((end for end in ENDINGS if first.lower().endswith(end)), ".nii.gz")
+    if (
+        not first
+        or (root / "imagesTr" / first).is_file()
+        or not any((root / "imagesTr").glob(f"*_0000{glob.escape(kind)}"))
+    ):
+        raise InputError(f"{file}: has modality, so it is an MSD folder. Use the layout msd.")
+    labels = field(document, "labels", dict, file)
+    return {
+        **document,
+        "channel_names": field(document, "modality", dict, file),
+        "labels": {str(name): number(value, "labels", file) for value, name in labels.items()},
+        "file_ending": kind,
+    }
+
+
 class Reader(RawReader):
-    about = "Your own data in the nnU-Net v2 layout, 3D or 2D, with regions and an ignore label."
+    about = "Your own data in the nnU-Net layout (v2 or v1), 3D or 2D, with regions and an ignore label."
     layout = (
         "an nnU-Net v2 folder: dataset.json (channel_names, labels, numTraining, file_ending), "
         "imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz"
@@ -123,9 +144,7 @@ class Reader(RawReader):
             raise InputError(f"raw: {self.root} holds no dataset.json. Expected {self.layout}")
         self.json = read_json(self.file)
         if "modality" in self.json and "channel_names" not in self.json:
-            raise InputError(
-                f"{self.file}: has modality, so it is an MSD folder. Use the layout msd."
-            )
+            self.json = _from_version_1(self.json, self.root, self.file)
         self.ending = str(field(self.json, "file_ending", str, self.file)).lower()
         if self.ending not in ENDINGS or self.ending in (".jpg", ".jpeg"):
             legal = ", ".join(e for e in ENDINGS if e not in (".jpg", ".jpeg"))
@@ -144,7 +163,7 @@ class Reader(RawReader):
     def _dims(self) -> int:
         if self.ending in NATURAL:
             return 2
-        depths = {peek(ref.images[0])[1] for ref in self.refs()[:5] if ref.images} - {0}
+        depths = {peek(ref.images[0])[1] for ref in self.cases()[:5] if ref.images} - {0}
         return 2 if depths == {1} else 3
 
     @cached_property
@@ -162,7 +181,7 @@ class Reader(RawReader):
         }
         return images, labels
 
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         if "dataset" in self.json:
             return self._explicit()
         images, labels = self._files
@@ -181,7 +200,7 @@ class Reader(RawReader):
                 for i in wanted
             )
             label = labels.get(case, self.root / "labelsTr" / f"{case}{self.ending}")
-            refs.append(CaseRef(id=case, group=patient_of(case), images=paths, labels=(label,)))
+            refs.append(CaseRef(id=case, images=paths, labels=(label,)))
         return refs
 
     def _explicit(self) -> list[CaseRef]:
@@ -202,7 +221,6 @@ class Reader(RawReader):
             refs.append(
                 CaseRef(
                     id=case,
-                    group=patient_of(case),
                     images=images,
                     labels=(self.root / entry["label"],),
                 )
@@ -233,14 +251,14 @@ class Reader(RawReader):
         return found + self._split_problems({ref.id for ref in refs})
 
     def _split_problems(self, ids: set[str]) -> list[Problem]:
-        folds = self.splits().get("nnunet", ())
+        folds = self.brought().get("nnunet", ())
         return [
             p
             for index, fold in enumerate(folds)
             for p in fold_problems("splits_final.json", f"fold {index}", fold, ids, "imagesTr")
         ]
 
-    def splits(self) -> dict[str, Folds]:
+    def brought(self) -> dict[str, Folds]:
         path = self.root / "splits_final.json"
         if not path.is_file():
             return {}

@@ -7,7 +7,6 @@ such folders from volumes.
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from segfleet.core.errors import Problem
 from segfleet.preprocess.case import Geometry
-from segfleet.preprocess.files.images import ImageError
+from segfleet.preprocess.files.npy import read_npy
 from segfleet.preprocess.readers.base import (
     CaseRef,
     Facts,
@@ -69,7 +68,7 @@ class Reader(RawReader):
             **facts,
         )
 
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         """What stands before the last `_` is the volume, and counts as one patient in both parts:
         their numbers may mean the same."""
         refs = []
@@ -91,7 +90,7 @@ class Reader(RawReader):
     def problems(self) -> list[Problem]:
         return duplicates([ref.id for ref in self.refs()])
 
-    def splits(self) -> dict[str, Folds]:
+    def brought(self) -> dict[str, Folds]:
         refs = self.refs()
         train, test = (
             [ref for ref in refs if inside(ref, self.folder / f"{part}_image")] for part in PARTS
@@ -102,39 +101,11 @@ class Reader(RawReader):
         return True  # slices between tumours, or below the liver
 
     def image(self, ref: CaseRef, digest: Any = None) -> tuple[np.ndarray, Geometry]:
-        array = _array(ref.images[0], 3, digest)
+        array = read_npy(ref.images[0], 3, digest)
         return np.ascontiguousarray(np.moveaxis(array, -1, 0)[:, None], np.float32), Geometry(
             shape=(1, *array.shape[:2])
         )
 
     def label(self, ref: CaseRef, digest: Any = None) -> tuple[np.ndarray, Geometry]:
-        array = _array(ref.labels[0], 2, digest)
+        array = read_npy(ref.labels[0], 2, digest)
         return array[None], Geometry(shape=(1, *array.shape))
-
-
-def _array(path: Path, dims: int, digest: Any) -> np.ndarray:
-    """A real array of `dims` axes. Raises ImageError; never unpickles."""
-    try:
-        data = path.read_bytes()
-        if digest is not None:
-            digest.update(data)
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        found = f"{path.name} damaged or truncated ({str(error).splitlines()[0][:80] if str(error) else type(error).__name__})"
-        raise ImageError(
-            path, "file", found, "an array of numbers", "Write or copy the file again."
-        ) from None
-    if array.dtype.kind not in "buif":
-        raise ImageError(
-            path, "voxel type", str(array.dtype), "integers or real numbers", "Convert the file."
-        )
-    if array.ndim != dims or not array.size:
-        shape = "x".join(map(str, array.shape))
-        raise ImageError(
-            path,
-            f"shape of {path.name}",
-            shape,
-            "HxWx3" if dims == 3 else "HxW",
-            "Write the file again.",
-        )
-    return array

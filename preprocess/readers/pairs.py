@@ -1,5 +1,4 @@
-"""What 2D data sets with black-and-white masks share: pairs by stem, colours without alpha, masks
-by threshold.
+"""What 2D data sets with black-and-white masks share: pairs by stem, colours without alpha.
 
 Source: specification `datasets_2d`, the rules that hold for all.
 """
@@ -7,6 +6,7 @@ Source: specification `datasets_2d`, the rules that hold for all.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,20 +14,11 @@ import numpy as np
 
 from segfleet.core.errors import Problem
 from segfleet.preprocess.case import Geometry
-from segfleet.preprocess.files.images import (
-    ENDINGS,
-    ImageError,
-    ending,
-    read_file,
-    read_image,
-    stem,
-)
+from segfleet.preprocess.files.images import ENDINGS, ImageError, read_image, stem
+from segfleet.preprocess.files.masks import read_mask
 from segfleet.preprocess.planning.splits import published
 from segfleet.preprocess.readers.base import CaseRef, Folds, RawReader, duplicates, natural, visible
 from segfleet.preprocess.stores.manifest import Dataset
-
-LOSSY = (".jpg", ".jpeg")
-UNDECIDED = 0.1  # share of pixels a mask may have that are neither black nor white
 
 
 class PairReader(RawReader):
@@ -69,7 +60,7 @@ class PairReader(RawReader):
                 )
         return found
 
-    def splits(self) -> dict[str, Folds]:
+    def brought(self) -> dict[str, Folds]:
         return published([ref.id for ref in self.refs()])
 
     def image(self, ref: CaseRef, digest: Any = None) -> tuple[np.ndarray, Geometry]:
@@ -95,9 +86,10 @@ def union(
     paths: Sequence[Path], digest: Any = None, read: Callable | None = None
 ) -> tuple[np.ndarray, Geometry]:
     """uint8 (1, Y, X), 1 where any mask is true. Raises ImageError if their sizes differ."""
-    together, first = None, None
+    together, first, white = None, None, 0
     for path in paths:
         mask, geometry = (read or read_mask)(path, digest)
+        white = max(white, geometry.file.white)
         if together is None:
             together, first = mask, geometry
         elif mask.shape != together.shape:
@@ -110,46 +102,8 @@ def union(
                 "Remove the mask or replace it.",
             )
         else:
-            together = together | mask
-    return together.astype(np.uint8), first
-
-
-def read_mask(path: Path, digest: Any = None) -> tuple[np.ndarray, Geometry]:
-    """Bool (1, Y, X): above half of white. White is the largest value present (masks of 0/1 and of
-    0/255 occur); 255 in a JPEG, whose compression rings around black too. Raises ImageError for
-    what is no mask."""
-    grey, geometry = read_grey(path, digest)
-    white = 255.0 if ending(path) in LOSSY else float(grey.max())
-    undecided = float(((grey > 0.1 * white) & (grey < 0.9 * white)).mean()) if white else 0.0
-    if undecided > UNDECIDED:
-        found = f"{undecided:.0%} of the pixels of {path.name} neither black nor white"
-        raise ImageError(
-            path,
-            "mask values",
-            found,
-            "a black and white mask",
-            "Perhaps it is the image itself: put the mask there.",
-        )
-    return grey > white / 2, geometry
-
-
-def read_grey(path: Path, digest: Any = None) -> tuple[np.ndarray, Geometry]:
-    """(1, Y, X): one channel of a mask that may have been saved in colour. Raises ImageError if the
-    colours differ."""
-    array, geometry = read_file(path, digest, label=True)
-    array = opaque(array)
-    if len(array) > 1:
-        low, high = array.min(axis=0).astype(np.int64), array.max(axis=0).astype(np.int64)
-        if ((high - low) > 32).mean() > 0.01:
-            raise ImageError(
-                path,
-                "label channels",
-                f"{len(array)} that differ",
-                "1",
-                "Save the mask as one grey channel.",
-            )
-        array = array[:1]
-    return array[0], geometry
+            together |= mask
+    return together.astype(np.uint8), replace(first, file=replace(first.file, white=white))
 
 
 def pictures(folder: Path, endings: Sequence[str] = ENDINGS) -> list[Path]:
@@ -178,11 +132,9 @@ def paired(
     by_key: dict[str, list[Path]] = {}
     for path in masks:
         by_key.setdefault(mask_key(path), []).append(path)
-    keys = [stem(path) for path in images]
-    found = [(key, path) for key, path in zip(keys, images, strict=True)]
-    found += [
-        (key, Path(missing_image.replace("{}", key))) for key in by_key if key not in set(keys)
-    ]
+    found = [(stem(path), path) for path in images]
+    known = {key for key, _ in found}
+    found += [(key, Path(missing_image.replace("{}", key))) for key in by_key if key not in known]
     found.sort(key=lambda item: natural(item[0]))
     return [
         CaseRef(

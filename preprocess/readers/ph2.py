@@ -32,7 +32,7 @@ class Reader(PairReader):
             self.root, lambda p: any(_images(case) for case in subfolders(_inner(p))), self.layout
         )
 
-    def refs(self) -> list[CaseRef]:
+    def cases(self) -> list[CaseRef]:
         refs = []
         for case in subfolders(_inner(self.folder)):
             images, lesions = _images(case), pictures(case / f"{case.name}_lesion")

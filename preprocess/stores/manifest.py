@@ -50,10 +50,16 @@ class Dataset(Frozen):
 
 
 class Plan(Frozen):
-    """How raw cases become training cases. Axes (z, y, x); 2D data sets have one slice."""
+    """How raw cases become training cases. Axes (z, y, x) of the stored grid, whose z is the
+    coarsest of the raw grid's; 2D data sets have one slice."""
 
     target_spacing: tuple[float, float, float]  # mm; 0: that axis is never resampled
+    # stored axis i is axis transpose[i] of the raw grid
+    transpose: tuple[int, int, int] = (0, 1, 2)
     patch: tuple[int, int, int]  # voxels
+    batch: int = 2  # patches that the planned memory holds
+    patch_2d: tuple[int, int, int] | None = None  # of 2D networks; None: not planned
+    batch_2d: int = 2
     # per channel: zscore | ct | rgb_to_0_1 | imagenet | rescale_to_0_1 | minmax | minmax255 | none
     normalisation: tuple[str, ...]
     # per channel, of the foreground: mean std median min max percentile_00_5 percentile_99_5

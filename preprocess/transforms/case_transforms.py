@@ -7,6 +7,7 @@ Source: specification `datasets_3d`, section 6.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +16,9 @@ import numpy as np
 from scipy import ndimage
 
 from segfleet.core.errors import InputError
+from segfleet.core.machine import memory_budget
 from segfleet.preprocess.case import Case
+from segfleet.preprocess.files.faults import ALWAYS_FITS, text_of
 from segfleet.preprocess.stores.manifest import Plan
 from segfleet.preprocess.transforms.resample import (
     resample_image,
@@ -25,11 +28,13 @@ from segfleet.preprocess.transforms.resample import (
 from segfleet.preprocess.transforms.voxels import counts, draw
 
 __all__ = [
+    "along",
     "nonzero_box",
     "nonzero_mask",
     "normalise",
     "paste",
     "preprocess_case",
+    "raw_resample_axis",
     "resample_axis",
     "resample_image",
     "resample_label",
@@ -66,9 +71,10 @@ def preprocess_case(
         )
     crop = tuple((0, n) for n in raw.shape[1:]) if plan.size else crop_box(raw, plan.normalisation)
     box = tuple(slice(start, stop) for start, stop in crop)
-    image = raw[:, *box]
-    shape, spacing = stored_grid(tuple(b - a for a, b in crop), case.geometry.spacing, plan)
-    axis = resample_axis(case.geometry.spacing, plan)
+    image = raw[:, *box].transpose(0, *(1 + axis for axis in plan.transpose))
+    own = along(case.geometry.spacing, plan.transpose)
+    shape, spacing = stored_grid(image.shape[1:], own, plan)
+    axis = resample_axis(own, plan)
     if np.dtype(plan.dtype).kind == "u":
         image = (
             _to_uint8(image)
@@ -84,7 +90,10 @@ def preprocess_case(
         None
         if case.label_ZYX is None
         else resample_label(
-            case.label_ZYX[box].astype(np.uint8, copy=False), shape, axis, plan.masks
+            case.label_ZYX[box].astype(np.uint8, copy=False).transpose(plan.transpose),
+            shape,
+            axis,
+            plan.masks,
         )
     )
     facts: dict[str, Any] = {
@@ -96,7 +105,8 @@ def preprocess_case(
         "affine": case.geometry.affine,
     }
     if label is not None:
-        facts["has_truth"] = changes_grid(raw.shape[1:], crop, shape)
+        turned = plan.transpose != (0, 1, 2)
+        facts["has_truth"] = turned or changes_grid(raw.shape[1:], crop, shape)
         facts["voxels"], facts["foreground"] = foreground(label, case.id, ignore_label)
     return image, None if label is None else np.ascontiguousarray(label), facts
 
@@ -234,17 +244,46 @@ def stored_grid(
     return tuple(new_shape), tuple(new_spacing)
 
 
+def check_room(
+    case: str, shape: tuple[int, int, int], spacing: tuple[float, float, float], plan: Plan
+) -> None:
+    """Raises InputError where resampling a box of `shape` voxels would not fit into this machine's
+    memory: mostly a spacing that is not true."""
+    grid, _ = stored_grid(shape, spacing, plan)
+    size = 4 * len(plan.normalisation) * math.prod(grid)
+    if size <= ALWAYS_FITS or 2 * size <= (budget := memory_budget()):
+        return
+    sizes, target = ("x".join(f"{s:g}" for s in three) for three in (spacing, plan.target_spacing))
+    raise InputError(
+        f"case '{case}': spacing: found {sizes} mm, which at the plan's {target} mm makes "
+        f"{'x'.join(map(str, grid))} voxels ({text_of(size)}), expected at most "
+        f"{text_of(budget // 2)} on this machine. Correct the header's spacing, choose a coarser "
+        "--spacing, or give the job more memory."
+    )
+
+
 def changes_grid(raw_shape: Sequence[int], crop: Crop, shape: Sequence[int]) -> bool:
     """Whether the stored grid is not the raw one, so that the truth is stored as well. A crop that
     is enlarged may have the old shape."""
     return tuple(shape) != tuple(raw_shape) or crop != tuple((0, n) for n in raw_shape)
 
 
+def along(values: Sequence, axes: Sequence[int]) -> tuple:
+    """One value per axis, in another order of axes."""
+    return tuple(values[axis] for axis in axes)
+
+
 def resample_axis(spacing: tuple[float, float, float], plan: Plan) -> int | None:
-    """The axis to resample apart: the coarsest of an anisotropic raw grid, else that of the
-    plan."""
-    own = anisotropic_axis(spacing)
-    return plan.anisotropic_axis if own is None else own
+    """The axis to resample apart: the coarsest of an anisotropic grid, else that of the plan; none
+    where two axes are as coarse. In the order of stored axes."""
+    far = max(spacing) > ANISOTROPIC * min(spacing)
+    return anisotropic_axis(spacing) if far else plan.anisotropic_axis
+
+
+def raw_resample_axis(raw_spacing: tuple[float, float, float], plan: Plan) -> int | None:
+    """As `resample_axis`, in the order of the raw grid's axes."""
+    found = resample_axis(along(raw_spacing, plan.transpose), plan)
+    return None if found is None else plan.transpose[found]
 
 
 def anisotropic_axis(spacing: Sequence[float]) -> int | None:

@@ -37,11 +37,15 @@ def resample_image(
     covers along axes that shrink (OpenCV's INTER_AREA), bilinear along those that grow.
 
     Returns (C, *new_shape) float32, or the very array where the shape does not change. Voxel
-    centres are aligned as cells of the same
-    box: `scipy.ndimage.zoom(order=3, mode="nearest", grid_mode=True)` gives the same.
+    centres are aligned as cells of the same box. No value leaves the range of its channel:
+    `skimage.transform.resize(order=3, mode="edge", clip=True, anti_aliasing=False)` gives the same.
     """
     order: int | str = {"cubic": 3, "bilinear": 1, "area": "area"}[interpolation]
-    return _resample(image_CZYX, new_shape, anisotropic_axis, order)
+    out = _resample(image_CZYX, new_shape, anisotropic_axis, order)
+    if order == 3 and out is not image_CZYX:
+        for channel, into in zip(image_CZYX, out, strict=True):
+            np.clip(into, channel.min(), channel.max(), out=into)
+    return out
 
 
 def resample_probabilities(

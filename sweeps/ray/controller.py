@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import time
@@ -22,7 +23,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from segfleet.core.errors import explain
+from segfleet.core.errors import InputError, explain
+from segfleet.core.files import read_json, write_atomically
 from segfleet.pipeline.launch.local import die_with_parent
 from segfleet.sweeps.ray.slots import NAMES, share, threads_of
 from segfleet.sweeps.results.ledger import Ledger
@@ -43,6 +45,8 @@ SETTINGS = {  # of Ray and Tune: no telemetry, no files, no flood; the tree on d
     "RAY_health_check_timeout_ms": "60000",
     "RAY_raylet_start_wait_time_s": "120",
 }
+LONGEST = 40  # characters of the folder of Ray's sockets: theirs have 107, of which it adds 65
+OWNER = "sweep"  # a file in a temporary folder: whose it is, so that nothing else is removed
 
 
 def main() -> int:
@@ -178,9 +182,10 @@ def ray_session(resources: Any, folder: Path) -> Iterator[Path]:
     own files."""
     os.environ.update({key: os.environ.get(key, value) for key, value in SETTINGS.items()})
     sweep_away(folder)
-    temporary = Path(tempfile.mkdtemp(prefix="sf-", dir="/tmp" if Path("/tmp").is_dir() else None))
-    (folder / "ray.json").write_text(
-        json.dumps({"temporary": str(temporary), "process": os.getpid()})
+    temporary = Path(tempfile.mkdtemp(prefix="sf-", dir=short_folder()))
+    (temporary / OWNER).write_text(str(folder.resolve()), encoding="utf-8")
+    write_atomically(
+        folder / "ray.json", json.dumps({"temporary": str(temporary), "process": os.getpid()})
     )
     import ray
 
@@ -199,12 +204,28 @@ def ray_session(resources: Any, folder: Path) -> Iterator[Path]:
         (folder / "ray.json").unlink(missing_ok=True)
 
 
+def short_folder() -> str:
+    """Where Ray's sockets go: RAY_TMPDIR or TMPDIR as the user has set them, else /tmp. The name of
+    a socket has 107 characters at most. Raises InputError if none of the folders will do."""
+    asked = [os.environ.get(name) for name in ("RAY_TMPDIR", "TMPDIR")]
+    places = [place for place in (*asked, "/tmp", "/var/tmp", "/dev/shm") if place]
+    for place in places:
+        if len(place) <= LONGEST and os.access(place, os.W_OK | os.X_OK):
+            return place
+    raise InputError(
+        f"Ray needs a folder for its sockets, of at most {LONGEST} characters, that can be written; "
+        f"found none of {', '.join(dict.fromkeys(places))}; set RAY_TMPDIR to one"
+    )
+
+
 def sweep_away(folder: Path) -> None:
     """The temporary folder of a session that was killed. The sweep's lock is ours, so nobody uses
     it."""
-    with suppress(FileNotFoundError, json.JSONDecodeError):
-        left = Path(json.loads((folder / "ray.json").read_text())["temporary"])
-        if left.name.startswith("sf-"):
+    left = Path(str((read_json(folder / "ray.json") or {}).get("temporary", "")))
+    with suppress(OSError):
+        facts = os.lstat(left)
+        ours = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
+        if ours and (left / OWNER).read_text(encoding="utf-8") == str(folder.resolve()):
             shutil.rmtree(left, ignore_errors=True)
 
 

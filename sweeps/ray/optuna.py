@@ -12,7 +12,8 @@ from typing import Any
 from ray import tune
 from ray.tune.search.optuna import OptunaSearch
 
-from segfleet.sweeps.results.ledger import EVALUATION, Ledger
+from segfleet.pipeline.scoring.scored import evaluation_of
+from segfleet.sweeps.results.ledger import Ledger
 from segfleet.sweeps.space.plan import POINTS, Plan, check
 from segfleet.sweeps.space.space import Axis, Point, Trial
 
@@ -128,9 +129,7 @@ def score_of(ledger: Ledger, trials: Sequence[Trial]) -> float | None:
         node = ledger.tree.nodes[ledger.tree.leaves[trial.number]]
         state = ledger.state(node)
         if state == "done":
-            summary = json.loads((ledger.path(node) / EVALUATION).read_text(encoding="utf-8"))[
-                "summary"
-            ]
+            summary = evaluation_of(ledger.path(node))["summary"]
             scores.append(summary["mean_foreground_dice"] or 0.0)
         elif state in ("failed", "pruned", "lost"):
             return FAILED

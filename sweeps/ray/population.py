@@ -14,7 +14,7 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from segfleet.core import settings
 from segfleet.core.errors import InputError
-from segfleet.core.files import write_atomically
+from segfleet.core.files import read_json, write_atomically
 from segfleet.pipeline.recipe import parse
+from segfleet.pipeline.scoring.scored import evaluation_of
 from segfleet.preprocess.stores.manifest import load_manifest
 from segfleet.sweeps.ray.slots import NAMES, share, threads_of
-from segfleet.sweeps.results.ledger import EVALUATION, STOP
+from segfleet.sweeps.results.ledger import STOP
 from segfleet.sweeps.space.plan import POPULATION, Plan, check, with_stores
 from segfleet.sweeps.trial import perform
 
@@ -85,6 +86,8 @@ def run_population(
         perturbation_interval=1,
         hyperparam_mutations=mutations,
         synch=True,
+        # it multiplies by 0.8 or 1.2, whatever the range
+        custom_explore_fn=lambda config: within(config, plan.search.axes),
     )
     starts = [{**first, "member": number} for number, first in enumerate(firsts)]
     tuner = tune.Tuner(
@@ -116,7 +119,7 @@ def run_population(
             f"{results.errors[0]}"
         )
     paths = sorted((plan.folder / MEMBERS).glob("*.json"))
-    members = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    members = [read_json(path, list) or [] for path in paths]
     if len(members) < len(starts) or any(len(stages) < generations for stages in members):
         return
     write_atomically(plan.folder / POPULATION, json.dumps(members, indent=1))
@@ -126,6 +129,15 @@ def run_population(
 
 def domain(axis: Any) -> Any:
     return {"uniform": tune.uniform, "loguniform": tune.loguniform}[axis.kind](*axis.values)
+
+
+def within(config: dict[str, Any], axes: Sequence[Any]) -> dict[str, Any]:
+    """The same, values of continuous axes inside the range that the space gives."""
+    ranges = {axis.label: axis.values for axis in axes if axis.continuous}
+    return {
+        label: min(max(value, ranges[label][0]), ranges[label][1]) if label in ranges else value
+        for label, value in config.items()
+    }
 
 
 def member(config: dict[str, Any], order: str) -> None:
@@ -186,7 +198,7 @@ def member(config: dict[str, Any], order: str) -> None:
             return
         if result["state"] == "failed":
             raise RuntimeError(result["message"])
-        summary = json.loads((leaf.path / EVALUATION).read_text(encoding="utf-8"))["summary"]
+        summary = evaluation_of(leaf.path)["summary"]
         write_atomically(Path(facts["sweep"]) / MEMBERS / f"{trial}.json", json.dumps(stages))
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "stages.json").write_text(json.dumps(stages))

@@ -118,11 +118,11 @@ def scatter(title: str, groups: dict[str, Sequence[tuple[float, float, str]]]) -
         ) * share(y, marks[0], marks[-1], False)
 
     parts = [f'<text class="title" x="{LEFT}" y="15">{e(title)}</text>', *_scale_y(marks, at, low)]
-    for x in sorted(set(xs)) if len(set(xs)) <= 6 else (low, high):
-        parts.append(
-            f'<text x="{at(x, marks[0])[0]:.1f}" y="{HEIGHT - BOTTOM + 16}" '
-            f'text-anchor="middle">{number(x)}</text>'
-        )
+    parts += [
+        f'<text x="{at(x, marks[0])[0]:.1f}" y="{HEIGHT - BOTTOM + 16}" '
+        f'text-anchor="middle">{number(x)}</text>'
+        for x in (sorted(set(xs)) if len(set(xs)) <= 6 else (low, high))
+    ]
     for index, members in enumerate(groups.values()):
         means = [
             (x, [s for other, s, _ in members if other == x])

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from segfleet.core.files import read_json
 from segfleet.pipeline.events import read_events
 from segfleet.pipeline.run import run_folders, stage_steps
 from segfleet.sweeps.results.ledger import Ledger
@@ -42,12 +43,14 @@ def past_rates(runs: Path) -> dict[str, float]:
     figure."""
     found: dict[str, float] = {}
     for folder in run_folders(runs):
-        recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+        recipe = read_json(folder / "recipe.json")
+        if recipe is None:
+            continue
         steps = [event for event in read_events(folder) if event["event"] == "step"]
         if rates := [
-            recipe["data"]["batch"] / event["samples_per_second"]
+            recipe["data"]["batch"] / rate
             for event in steps[1:] or steps
-            if event["samples_per_second"]
+            if (rate := event.get("samples_per_second"))
         ]:
             found[_kind(recipe)] = sum(rates) / len(rates)
     return found

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from segfleet.core.files import write_atomically
+from segfleet.core.files import read_json, write_atomically
 from segfleet.core.lock import is_locked
 from segfleet.pipeline.run import DONE, LOCK
 from segfleet.pipeline.scoring import scored
@@ -66,7 +66,7 @@ class Ledger:
 
     def note(self, node: StageNode, kind: str) -> dict[str, Any]:
         """What was noted of a failed or pruned node."""
-        return json.loads((self.folder / kind / f"{node.uid}.json").read_text(encoding="utf-8"))
+        return read_json(self.folder / kind / f"{node.uid}.json") or {}
 
     def forget_failures(self) -> None:
         """A new start tries again what failed."""

@@ -20,8 +20,9 @@ import numpy as np
 
 from segfleet.core.files import write_atomically
 from segfleet.core.settings import dumps
+from segfleet.pipeline.scoring.scored import evaluation_of
 from segfleet.pipeline.scoring.summary import SEED, bootstrap_weights
-from segfleet.sweeps.results.ledger import EVALUATION, Ledger
+from segfleet.sweeps.results.ledger import Ledger
 from segfleet.sweeps.space.plan import Plan
 from segfleet.sweeps.space.space import Trial, describe
 
@@ -72,9 +73,7 @@ def _row(ledger: Ledger, trials: Sequence[Trial]) -> dict[str, Any]:
     leaves = [ledger.tree.nodes[ledger.tree.leaves[trial.number]] for trial in trials]
     states = [ledger.state(leaf) for leaf in leaves]
     documents = [
-        json.loads((ledger.path(leaf) / EVALUATION).read_text(encoding="utf-8"))
-        if state == "done"
-        else None
+        evaluation_of(ledger.path(leaf)) if state == "done" else None
         for leaf, state in zip(leaves, states, strict=True)
     ]
     runs = [

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import write_atomically
+from segfleet.core.files import read_json, write_atomically
 from segfleet.pipeline.recipe import Recipe, parse, with_absolute_store
 from segfleet.pipeline.run import stage_steps
 from segfleet.preprocess.stores.manifest import Manifest, load_manifest
@@ -80,7 +80,7 @@ class Plan:
             and not self.tree.trials
             and (self.folder / POPULATION).exists()
         ):
-            self.add_members(json.loads((self.folder / POPULATION).read_text(encoding="utf-8")))
+            self.add_members(read_json(self.folder / POPULATION, list) or [])
 
     def add_members(self, members: list[list[dict[str, Any]]]) -> None:
         """Add the paths that the members of a population took: their stages."""
@@ -272,11 +272,10 @@ def claim(plan: Plan) -> None:
 
 def foreign(plan: Plan) -> str | None:
     """Why the folder cannot be used, or None."""
-    try:
-        known = json.loads((plan.folder / SPACE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    known = read_json(plan.folder / SPACE)
+    if known is None or not isinstance(known.get("space"), dict):
         return None
-    if known["identity"] == plan.search.identity:
+    if known.get("identity") == plan.search.identity:
         return None
     differing = [
         key

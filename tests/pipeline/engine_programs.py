@@ -24,6 +24,7 @@ from segfleet.pipeline.parts import Objective, make_task
 from segfleet.pipeline.ranks import ENVIRONMENT, Ranks
 from segfleet.pipeline.recipe import Recipe, parse
 from segfleet.pipeline.stop import Interrupted
+from segfleet.pipeline.training import agreement
 from segfleet.pipeline.training.train import Run, train
 from segfleet.preprocess.stores.base import open_store
 
@@ -275,7 +276,19 @@ def be_careful(ranks: Ranks, store: str, kind: str) -> dict[str, Any]:
     run_steps(ranks, engine, recipe, range(5, 6), lr=0.0)
     facts["lr 0"] = difference({"weights": engine.tensors()["weights"]}, {"weights": settled})
     facts["thawed"], facts["counters"] = thaw(ranks, store, kind)
+    facts["after a bad first step"] = bad_first_step(ranks, store, kind)
     return facts
+
+
+def bad_first_step(ranks: Ranks, store: str, kind: str) -> str:
+    """SGD with momentum whose first step is not finite, two more after it; against an engine that
+    took only these two."""
+    recipe = recipe_of(kind, optimizer={"name": "sgd"})
+    engine, undisturbed = make_engine(ranks, store, recipe), make_engine(ranks, store, recipe)
+    run_steps(ranks, engine, recipe, range(1), poison=0)
+    run_steps(ranks, engine, recipe, range(1, 3))
+    run_steps(ranks, undisturbed, recipe, range(1, 3))
+    return difference(engine.tensors(), checkpoint.copies(undisturbed.tensors()))
 
 
 def thaw(ranks: Ranks, store: str, kind: str) -> tuple[list[list[float]], dict[str, float]]:
@@ -341,13 +354,14 @@ def change_engines(ranks: Ranks, store: str, root: Path) -> dict[str, Any]:
                     store=opened,
                     folders=folders,
                     ranks=ranks,
-                    asked_to_stop=lambda: next(asked) >= stop_after - 1,
+                    asked_to_stop=lambda: next(asked) >= stop_after - 2,
                     warn=lambda message: None,
                     validate=lambda engine: {},
                 )
             )
         return folders
 
+    agreement.SECONDS = 0.0  # asked in every step, answered in the next
     go("changed", "ddp", 2)
     go("changed", "zero3", 3)
     go("changed", "zero1", 3)

@@ -155,3 +155,14 @@ def test_full_disk_leaves_the_older_checkpoint_and_no_litter(small_disk: Path):
     assert caught.value.errno == 28
     assert [path.name for path in small_disk.iterdir()] == ["step-00000001"]
     assert checkpoint.latest(small_disk, pytest.fail).step == 1
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_every_file_is_as_open_as_the_umask_says(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        made = checkpoint.write(tmp_path, 1, {"weights": {"a": torch.ones(2)}}, {})
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in made.iterdir()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask) and "weights.safetensors" in modes

@@ -14,9 +14,14 @@ import torch
 from segfleet.core.errors import InputError
 from segfleet.pipeline.engines import ddp
 from segfleet.pipeline.engines.base import engines
-from segfleet.pipeline.engines.common import Average
+from segfleet.pipeline.engines.common import (
+    Average,
+    build_optimizer,
+    clip_gradients,
+    zero_momentum,
+)
 from segfleet.pipeline.engines.deepspeed import cut, join, quiet_deepspeed, read_options
-from segfleet.pipeline.recipe import Engine
+from segfleet.pipeline.recipe import Engine, Optimizer
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
@@ -175,6 +180,35 @@ def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(sorts, kind):
         facts = sorts[rank]["careful"][kind]
         assert not any(norm - norm == 0 for norm in facts["norms"])
         assert facts["skipped"] == "" and facts["after"] == "" and facts["same losses after"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_first_step_that_is_not_finite_leaves_no_trace_in_sgds_momentum(sorts, kind):
+    assert [facts["careful"][kind]["after a bad first step"] for facts in sorts] == ["", ""]
+
+
+def test_momentum_has_its_value_before_the_first_step():
+    """PyTorch would make it of memory as it is, and only a step that is not skipped fills it."""
+    weight = torch.nn.Parameter(torch.ones(5))
+    options = Optimizer(name="sgd", weight_decay=0.0)
+    optimizer = build_optimizer({"w": weight}, options, 0.1)
+    zero_momentum(optimizer)
+    buffer = optimizer.state[weight]["momentum_buffer"]
+    weight.grad = torch.full_like(weight, float("inf"))
+    optimizer.found_inf, optimizer.grad_scale = torch.ones(()), None
+    optimizer.step()
+    assert torch.equal(buffer, torch.zeros(5)) and torch.equal(weight.detach(), torch.ones(5))
+    weight.grad, optimizer.found_inf = torch.full_like(weight, 2.0), torch.zeros(())
+    optimizer.step()
+    assert torch.equal(buffer, torch.full((5,), 2.0))
+
+
+def test_clipping_scales_only_when_asked_and_says_the_norm_before():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    for largest, wanted in ((0.0, [3.0, 4.0]), (1.0, [0.6, 0.8]), (9.0, [3.0, 4.0])):
+        weight.grad = torch.tensor([3.0, 4.0])
+        assert float(clip_gradients([weight], largest)) == 5.0
+        assert torch.allclose(weight.grad, torch.tensor(wanted), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

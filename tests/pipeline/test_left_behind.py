@@ -125,11 +125,11 @@ import torch
 from segfleet.pipeline.data import loader
 
 class Patches(torch.utils.data.Dataset):
-    on_device = False
+    pinned = False
 
     def __getitems__(self, places):
         image = torch.full((2, 1, 64, 64, 64), float(places[0][1]))
-        return loader.Batch(image, torch.zeros(2, 64, 64, 64).byte(), ("a", "b"), None, False)
+        return loader.Batch(image, torch.zeros(2, 64, 64, 64).byte(), ("a", "b"))
 
 if __name__ == "__main__":
     schedule = loader.Schedule(loader.Place(stage=0, epoch=0, step=0), 1, 6, 2, 1, 0, 1)
@@ -157,6 +157,6 @@ def test_a_batch_that_does_not_fit_is_sent_as_arrays(monkeypatch):
         raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    batch = loader.Batch(torch.ones(1, 1, 4, 4), torch.ones(1, 4, 4).byte(), ("a",), None, True)
+    batch = loader.Batch(torch.ones(1, 1, 4, 4), torch.ones(1, 4, 4).byte(), ("a",))
     sent = loader._to_rank(batch)
     assert isinstance(sent.image, np.ndarray) and isinstance(sent.label, np.ndarray)

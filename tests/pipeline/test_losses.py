@@ -245,7 +245,7 @@ def test_lower_levels_see_the_nearest_voxel_of_target_and_mask():
         torch.randn(1, 3, 2, 2, 1),
     )
     expected = 2 / 3 * loss(fine, target, valid) + 1 / 3 * loss(
-        coarse, target[..., ::2, ::4], valid[..., ::2, ::4]
+        coarse, target[..., 1::2, 2::4], valid[..., 1::2, 2::4]
     )
     torch.testing.assert_close(
         DeepSupervision(loss)([fine, coarse, dropped], target, valid), expected
@@ -253,7 +253,13 @@ def test_lower_levels_see_the_nearest_voxel_of_target_and_mask():
     torch.testing.assert_close(
         DeepSupervision(loss)(fine, target, valid), loss(fine, target, valid)
     )
-    assert nearest(torch.arange(7), (3,)).tolist() == [0, 2, 4]
+    for old, new in ((7, 3), (16, 4), (9, 9), (10, 4)):
+        line = torch.arange(old)
+        expected = torch.nn.functional.interpolate(
+            line[None, None].float(), size=new, mode="nearest-exact"
+        )
+        assert nearest(line, (new,)).tolist() == expected[0, 0].long().tolist()
+    assert nearest(torch.arange(16), (4,)).tolist() == [2, 6, 10, 14]
 
 
 def test_a_dropped_head_still_gets_a_gradient_of_zeros():

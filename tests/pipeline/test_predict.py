@@ -188,7 +188,7 @@ def test_a_bad_image_is_listed_and_the_rest_is_done(sets, tmp_path):
     assert "nan" in problems[good[1].removesuffix(".nii.gz")]
     assert "channels: found 3, expected 1" in problems["three"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
-        [*good[2:], ".predictions", "predictions.json"]
+        [*good[2:], ".predictions", "labels.ctbl", "labels.json", "predictions.json"]
     )
     assert sorted(p.name for p in (tmp_path / "out" / ".predictions").iterdir()) == [
         f"{name}.json" for name in good[2:]
@@ -476,3 +476,25 @@ def test_overlays_of_volumes(sets, tmp_path):
     images = copy_images(store, raw, tmp_path / "in")
     found = predict(store, [images], tmp_path / "out", draw=save_prediction)
     assert len(list((tmp_path / "out" / "overlays").glob("*.png"))) == len(found["done"]) > 0
+
+
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "zeroed", "edited"])
+def test_a_prediction_that_is_not_as_it_was_written_is_never_there(sets, tmp_path, damage):
+    store, out = sets["dsb2018"][0], tmp_path / "out"
+    path = picture(tmp_path / "a" / "x.png", 0)
+    predict(store, [path], out)
+    made = (out / "x.png").read_bytes()
+    bad = {
+        "truncated": made[:-9],
+        "emptied": b"",
+        "zeroed": bytes(len(made)),
+        "edited": made + b"\n",
+    }[damage]
+    (out / "x.png").write_bytes(bad)
+    found = predict(store, [path], out)
+    assert counts(found) == (0, 0, 1) and found["exit_code"] == 2
+    assert "not as it was written: damaged, or edited by hand" in found["failed"][0]["problem"]
+    assert (out / "x.png").read_bytes() == bad  # it may hold somebody's work
+    (out / "x.png").unlink()
+    assert counts(predict(store, [path], out)) == (1, 0, 0)
+    assert (out / "x.png").read_bytes() == made

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from segfleet.pipeline.inference import restore as module
 from segfleet.pipeline.inference.restore import resampled, restore
 from segfleet.pipeline.scoring.metrics import masks, ratio
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.case import Case, Geometry
+from segfleet.preprocess.planning.plan import coarsest_first
 from segfleet.preprocess.stores.manifest import Plan
 from segfleet.preprocess.transforms.case_transforms import (
     preprocess_case,
+    raw_resample_axis,
     resample_axis,
     resample_probabilities,
 )
@@ -99,6 +102,60 @@ def test_resampling_is_that_of_preprocessing(axis, old, new):
     np.testing.assert_allclose(
         resampled(torch.from_numpy(given), new, axis).numpy(), expected, atol=2e-6
     )
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (1, 0, 2), (2, 0, 1)])
+@pytest.mark.parametrize("task", [SOFTMAX, REGIONS], ids=["softmax", "regions"])
+def test_sagittal_and_coronal_stacks_are_stored_slices_first_and_return(axes, task):
+    """The same patient with the slice axis elsewhere in the file: the same store, and a label that
+    lies on the file again."""
+    straight = phantom((14, 90, 84), (6.0, 0.9, 0.9))
+    back = np.argsort(axes)  # raw axis -> axis of `straight`
+    turned = Case(
+        id="turned",
+        image_CZYX=straight.image_CZYX.transpose(0, *(1 + back)),
+        label_ZYX=straight.label_ZYX.transpose(back),
+        geometry=Geometry(
+            shape=tuple(np.array(straight.geometry.shape)[back]),
+            spacing=tuple(np.array(straight.geometry.spacing)[back]),
+        ),
+    )
+    chosen = plan((3.0, 0.9, 1.2)).model_copy(update={"transpose": axes})
+    expected = preprocess_case(straight, plan((3.0, 0.9, 1.2)))
+    image, label, facts = preprocess_case(turned, chosen)
+    assert np.array_equal(image, expected[0]) and np.array_equal(label, expected[1])
+    assert facts["shape"] == expected[2]["shape"] and facts["spacing"] == (3.0, 0.9, 1.2)
+    assert facts["foreground"].keys() == expected[2]["foreground"].keys()
+    assert coarsest_first(turned.geometry.spacing) == axes
+    found = restore(
+        one_hot(label, task),
+        task,
+        crop=facts["crop"],
+        raw_shape=facts["raw_shape"],
+        anisotropic_axis=raw_resample_axis(facts["raw_spacing"], chosen),
+        transpose=axes,
+    )
+    assert found.shape == turned.label_ZYX.shape
+    for group in task.members:
+        one, truth = masks(found, group), masks(turned.label_ZYX, group)
+        assert ratio(2 * (one & truth).sum(), one.sum() + truth.sum()) >= 0.95
+
+
+@pytest.mark.parametrize("shape", [(13, 20, 11), (40, 20, 11)])
+@pytest.mark.parametrize("axis", [None, 0, 2])
+def test_slabs_do_not_show(shape, axis, monkeypatch):
+    given = torch.from_numpy(np.random.default_rng(0).random((3, 17, 12, 10), dtype=np.float32))
+    options = {
+        "crop": tuple((2, 2 + n) for n in shape),
+        "raw_shape": tuple(n + 3 for n in shape),
+        "anisotropic_axis": axis,
+    }
+    whole, seen = restore(given, SOFTMAX, **options), []
+    monkeypatch.setattr(module, "SLAB", 3 * 20 * 11 * 3)
+    kept = module.resampled
+    monkeypatch.setattr(module, "resampled", lambda *a: seen.append(kept(*a)) or seen[-1])
+    assert np.array_equal(restore(given, SOFTMAX, **options), whole)
+    assert max(slab.numel() for slab in seen) <= 3 * 20 * 11 * 3 and len(seen) == -(-shape[0] // 3)
 
 
 def test_the_crop_lands_where_it_was_and_the_rest_is_background():

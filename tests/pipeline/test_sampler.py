@@ -42,7 +42,7 @@ def global_batches(
     for rank in range(ranks):
         begin = place or loader.Place(stage=0, epoch=0, step=0)
         schedule = loader.Schedule(begin, epochs, steps, sampler.batch, accumulate, rank, ranks)
-        patches = loader.Patches(store, sampler, 0, steps, augment, on_device=False)
+        patches = loader.Patches(store, sampler, 0, steps, augment, pinned=False)
         micro = list(loader.batches(patches, schedule, workers))
         shares.append([micro[k : k + accumulate] for k in range(0, len(micro), accumulate)])
     steps_of = [

@@ -310,11 +310,11 @@ def crashing(monkeypatch, *cases):
 
 
 def test_a_crash_names_the_case(raw, tmp_path, monkeypatch):
-    with crashing(monkeypatch, "phantom_002"):
-        with pytest.raises(
-            RuntimeError, match="case 'phantom_002': ZeroDivisionError: in the middle"
-        ):
-            build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)
+    with (
+        crashing(monkeypatch, "phantom_002"),
+        pytest.raises(RuntimeError, match="case 'phantom_002': ZeroDivisionError: in the middle"),
+    ):
+        build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)
     assert not (tmp_path / "out").exists()
 
 
@@ -323,12 +323,14 @@ def test_all_failures_are_told_once_the_others_are_written(workers, raw, tmp_pat
     """Two cases that fail, one a user's fault, one ours; then two of the user's."""
     raw = Path(shutil.copytree(raw, tmp_path / "raw"))
     if workers == 1:
-        with crashing(monkeypatch, "phantom_001", "phantom_003"):
-            with pytest.raises(
+        with (
+            crashing(monkeypatch, "phantom_001", "phantom_003"),
+            pytest.raises(
                 RuntimeError,
                 match="2 shards could not be written.*\nphantom_001: .*ZeroDiv.*\nphantom_003: ",
-            ):
-                build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)
+            ),
+        ):
+            build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)
         assert len(list((tmp_path / "out.partial/shards").iterdir())) == 4
     paths = [raw / f"imagesTr/phantom_00{number}.nii.gz" for number in (1, 3)]
 
@@ -578,3 +580,20 @@ def test_a_resumed_build_finds_a_damaged_shard(raw, tmp_path, monkeypatch):
     path.write_bytes(data)  # of the same size
     assert build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1) == straight
     assert verify(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("place", [".", ".."])
+def test_a_folder_without_a_name_is_refused(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    raw = PHANTOMS["msd"](tmp_path / "raw", cases=1)
+    with pytest.raises(InputError, match="expected the name of a folder that is made anew"):
+        build("msd", raw, place, workers=1)
+
+
+def test_somebody_s_partial_folder_is_left_alone(tmp_path):
+    raw = PHANTOMS["msd"](tmp_path / "raw", cases=1)
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"out.partial is there, .* none of ours"):
+        build("msd", raw, tmp_path / "out", workers=1)
+    assert (tmp_path / "out.partial/thesis.txt").read_text() == "mine"

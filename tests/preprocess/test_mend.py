@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 
 from segfleet.core.errors import DataError, InputError
+from segfleet.core.making import MARK, making
 from segfleet.preprocess.building.build import build
 from segfleet.preprocess.case import Geometry
 from segfleet.preprocess.checking.check import survey
 from segfleet.preprocess.checking.repair import mend
 from segfleet.preprocess.checking.slices import stacks, write_slices
+from segfleet.preprocess.files.grids import laid
 from segfleet.preprocess.files.writer import write_label
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
 from segfleet.preprocess.readers.base import open_reader
@@ -59,7 +61,8 @@ def binary(tmp_path) -> Path:
 def test_masks_of_255_and_copied_geometry_are_mended_in_a_copy(binary, tmp_path):
     before, reader = digest(binary), open_reader("msd", binary)
     assert len(survey(reader, workers=1).problems) == 2
-    done = mend(reader, tmp_path / "out")
+    assert [c["case"] for c in mend(reader, tmp_path / "unasked")] == ["phantom_000"]
+    done = mend(reader, tmp_path / "out", same_voxels=True)
     assert [(change["case"], change["field"]) for change in done] == [
         ("phantom_000", "label values"),
         ("phantom_001", "label spacing"),
@@ -77,7 +80,7 @@ def test_masks_of_255_and_copied_geometry_are_mended_in_a_copy(binary, tmp_path)
     assert np.array_equal(
         np.asarray(one.dataobj) > 0, np.asarray(other.dataobj) == 1
     ) and np.allclose(one.affine, other.affine)
-    assert {p.name for p in tmp_path.iterdir()} == {"raw", "out"}
+    assert {p.name for p in tmp_path.iterdir()} == {"raw", "out", "unasked"}
 
 
 def test_labels_are_renumbered_as_told(tmp_path):
@@ -141,7 +144,10 @@ def test_labels_behind_links_and_leftovers_are_no_obstacle(binary, tmp_path):
     (binary / "lost").symlink_to("nowhere")
     (tmp_path / "deep/out.partial/labelsTr").mkdir(parents=True)
     before = digest(elsewhere)
-    assert len(mend(open_reader("msd", binary), tmp_path / "deep/out")) == 2
+    with pytest.raises(InputError, match=r"out\.partial is there, .* and is none of ours"):
+        mend(open_reader("msd", binary), tmp_path / "deep/out")
+    (tmp_path / "deep/out.partial" / MARK).touch()  # as a killed run of ours leaves it
+    assert len(mend(open_reader("msd", binary), tmp_path / "deep/out", same_voxels=True)) == 2
     assert (
         digest(elsewhere) == before
         and not survey(open_reader("msd", tmp_path / "deep/out"), workers=1).problems
@@ -159,9 +165,8 @@ def test_a_label_outside_the_raw_folder_is_left_alone(binary, tmp_path):
     )
     assert "../beside" in (binary / "dataset.json").read_text()
     before = digest(tmp_path / "beside")
-    assert [c["case"] for c in mend(open_reader("msd", binary), tmp_path / "out")] == [
-        "phantom_001"
-    ]
+    done = mend(open_reader("msd", binary), tmp_path / "out", same_voxels=True)
+    assert [c["case"] for c in done] == ["phantom_001"]
     assert digest(tmp_path / "beside") == before
 
 
@@ -177,6 +182,94 @@ def test_a_sidecar_is_not_written_through_a_link(tmp_path):
     assert (tmp_path / "raw/a.json").read_text() == "{}" and json.loads(
         (tmp_path / "a.json").read_text()
     ) == {"spacing": [3, 1, 1]}
+
+
+def corner(shape_xyz) -> np.ndarray:
+    """A label whose every turn and mirror image differs."""
+    label = np.zeros(shape_xyz, np.uint8)
+    label[2:5, 3:10, 1:4], label[2:7, 3:5, 1:3], label[4, 8, 5] = 1, 1, 2
+    return label
+
+
+TURNS = {  # how another program stores the same label: axes of the file, which of them backwards
+    "x mirrored": ((0, 1, 2), (0,)),
+    "y mirrored": ((0, 1, 2), (1,)),
+    "z mirrored": ((0, 1, 2), (2,)),
+    "turned": ((1, 0, 2), (0,)),
+    "over and over": ((2, 0, 1), (0, 2)),
+}
+
+
+@pytest.mark.parametrize("oblique", [False, True])
+@pytest.mark.parametrize("turn", TURNS)
+def test_labels_are_turned_with_their_headers(turn, oblique, tmp_path):
+    """nibabel says where every voxel lies: the mended label must be where it was in the world."""
+    shape, (axes, backwards) = (12, 12, 12), TURNS[turn]
+    affine = np.diag([1.0, 1.5, 2.0, 1.0])
+    if oblique:
+        c, s = np.cos(0.3), np.sin(0.3)
+        affine[:3, :3] = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ affine[:3, :3]
+    affine[:3, 3] = (-10, 20, 30)
+    root, label = tmp_path / "raw", corner(shape)
+    for name in ("imagesTr", "labelsTr"):
+        (root / name).mkdir(parents=True)
+    image = label.astype(np.int16) * 100 + np.arange(12, dtype=np.int16)
+    nib.save(nib.Nifti1Image(image, affine), root / "imagesTr/a_0000.nii.gz")
+    ornt = np.array([[axes.index(a), -1 if axes.index(a) in backwards else 1] for a in range(3)])
+    stored = nib.Nifti1Image(label, affine).as_reoriented(ornt)
+    assert not np.array_equal(np.asarray(stored.dataobj), label)
+    nib.save(stored, root / "labelsTr/a.nii.gz")
+    facts = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "a": 1, "b": 2}}
+    facts |= {"numTraining": 1, "file_ending": ".nii.gz"}
+    (root / "dataset.json").write_text(json.dumps(facts))
+    (problem,) = survey(open_reader("nnunet", root), workers=1).problems
+    assert "check --fix` lays" in problem.mend
+    (done,) = mend(open_reader("nnunet", root), tmp_path / "out")
+    mended = nib.load(tmp_path / "out/labelsTr/a.nii.gz")
+    assert np.array_equal(np.asarray(mended.dataobj), label) and "laid onto" in done["now"]
+    assert np.allclose(mended.affine, affine, atol=1e-5)
+    assert not survey(open_reader("nnunet", tmp_path / "out"), workers=1).problems
+
+
+def shifted_label(label: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same label in a box that begins `shift` voxels further along x."""
+    affine = np.eye(4)
+    affine[0, 3] = shift
+    box = np.zeros_like(label)
+    box[: len(label) - shift] = label[shift:]
+    return box, affine
+
+
+def test_a_label_cut_out_elsewhere_is_shifted_or_left(tmp_path):
+    label, grid = corner((12, 12, 12)), Geometry(shape=(12, 12, 12), affine=np.eye(4).tolist())
+    for shift, whole in ((2, True), (3, False)):
+        box, affine = shifted_label(label, shift)
+        own = Geometry(shape=grid.shape, affine=affine.tolist())
+        placed = laid(np.ascontiguousarray(box.T), own, grid)
+        expected = label.copy()
+        expected[:shift] = 0
+        assert np.array_equal(placed.T, expected) and whole == np.array_equal(expected, label)
+        back = laid(np.ascontiguousarray(label.T), grid, own)
+        assert (back is not None) == whole, "labelled voxels are never cut off"
+    for bad in (0.3, 0.06):
+        own = Geometry(shape=grid.shape, affine=(np.eye(4) + np.eye(4, k=3) * bad).tolist())
+        assert laid(label, own, grid) is None, "between voxels"
+    slow = Geometry(shape=grid.shape, affine=np.diag([1.02, 1, 1, 1]).tolist())
+    assert laid(label, slow, grid) is None, "a fifth of a voxel off at the far end"
+
+
+def test_two_at_once_do_not_mix(binary, tmp_path):
+    with making(tmp_path / "out") as partial:
+        (partial / "mine").touch()
+        for other in (
+            lambda: mend(open_reader("msd", binary), tmp_path / "out"),
+            lambda: write_slices(
+                open_reader("lits", PHANTOMS["lits"](tmp_path / "lits", cases=1)), tmp_path / "out"
+            ),
+        ):
+            with pytest.raises(InputError, match="another process is writing"):
+                other()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
 def test_places_that_are_taken_are_refused(binary, tmp_path):
@@ -199,6 +292,7 @@ def test_the_command_mends_then_checks(binary, tmp_path):
         "check",
         str(binary),
         "--fix",
+        "--same-voxels",
         "--json",
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -4,6 +4,7 @@ packs beside the repository."""
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -20,8 +21,9 @@ from segfleet.preprocess.checking.check import survey
 from segfleet.preprocess.files.images import peek
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
 from segfleet.preprocess.planning.splits import published
-from segfleet.preprocess.readers.base import open_reader
+from segfleet.preprocess.readers.base import open_reader, source_sha256
 from segfleet.preprocess.readers.cvc_clinicdb import LAST_FRAMES
+from segfleet.preprocess.readers.pairs import paired
 from segfleet.preprocess.stores.base import open_store
 from segfleet.preprocess.stores.verify import verify
 
@@ -517,3 +519,87 @@ def test_all_problems_of_a_real_like_set_come_at_once(tmp_path):
         ("benign (1)", "label"),
         ("benign (2)", "file"),
     ]
+
+
+def test_nnunet_version_1_is_read_by_nnunet(tmp_path):
+    root = PHANTOMS["msd"](tmp_path / "raw", cases=3, size=(8, 16, 16))
+    document = json.loads((root / "dataset.json").read_text())
+    for path in sorted((root / "imagesTr").iterdir()):
+        for channel in range(2):
+            shutil.copy(path, path.with_name(path.name.replace(".nii", f"_{channel:04d}.nii")))
+        path.unlink()
+    document["modality"] = {"0": "T1", "1": "T2"}
+    (root / "dataset.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match="nnU-Net v1 folder. Use the layout nnunet"):
+        open_reader("msd", root)
+    reader = open_reader("nnunet", root)
+    found = survey(reader, workers=1)
+    assert not found.problems and found.dataset.channels == ("T1", "T2") and len(found.refs) == 3
+    shutil.rmtree(root)
+    with pytest.raises(InputError, match="Use the layout msd"):
+        open_reader("nnunet", PHANTOMS["msd"](root, cases=1))
+
+
+@pytest.mark.parametrize("name", ["glas", "cvc_clinicdb"])
+def test_a_csv_that_is_none_is_passed_over(name, tmp_path):
+    root = PHANTOMS[name](tmp_path / "raw")
+    folder = open_reader(name, root).folder
+    before = [ref.id for ref in open_reader(name, root).refs()]
+    for path in folder.glob("*.csv"):
+        path.unlink()
+    (folder / "folder.csv").mkdir()
+    (folder / "broken.csv").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe.CSV")
+    assert [ref.id for ref in open_reader(name, root).refs()] == before
+
+
+def test_cases_of_a_pairing_are_looked_up_in_a_set(tmp_path):
+    """However many there are, each name is asked for once."""
+
+    class Counted(str):
+        asked = 0
+
+        def __eq__(self, other):
+            Counted.asked += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    counts = []
+    for many in (50, 500):
+        Counted.asked = 0
+        images = [Path(f"images/{n}.png") for n in range(many)]
+        masks = [Path(f"masks/{n}.png") for n in range(many)]
+        refs = paired(images, masks, "{}", "{}", mask_key=lambda p: Counted(p.stem))
+        assert len(refs) == many and all(len(ref.labels) == 1 for ref in refs)
+        counts.append(Counted.asked)
+    assert counts[1] <= 11 * counts[0]
+
+
+def test_dicom_files_are_named_as_they_like_and_all_are_hashed(tmp_path):
+    reader = opened("dicom", tmp_path / "raw", 2)
+    ref = reader.refs()[0]
+    for n, path in enumerate(ref.images):
+        path.rename(path.with_name(f"CT.1.2.840.{n}") if n % 2 else path.with_suffix(".DCM"))
+    (ref.images[0].parent / "notes.txt").write_text("none of it")
+    label = ref.labels[0]
+    label.rename(label.with_name(f"1.2.840.5.{label.name}"))
+    ref.images[0].parent.rename(ref.images[0].parent.with_name(f"1.2.840.5.{ref.id}"))
+    reader = open_reader("dicom", reader.root)
+    again = next(r for r in reader.refs() if r.id.startswith("1.2"))
+    assert len(again.images) == len(ref.images) and again.labels[0].is_file()
+    before = source_sha256(again)
+    for path in again.images:
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        assert source_sha256(again) != before
+        before = source_sha256(again)
+
+
+def test_an_nnunet_folder_has_its_own_name(tmp_path):
+    root = PHANTOMS["nnunet"](tmp_path / "mine", cases=1)
+    document = json.loads((root / "dataset.json").read_text())
+    document.pop("name", None)
+    (root / "dataset.json").write_text(json.dumps(document))
+    assert open_reader("nnunet", root).dataset().name == "mine"

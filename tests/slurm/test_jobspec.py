@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,17 @@ import pytest
 
 from segfleet.core.errors import InputError
 from segfleet.pipeline.stop import StopRequest
-from segfleet.slurm import cluster, health, rank, snapshot, submission
+from segfleet.slurm import (
+    cluster,
+    health,
+    jobspec,
+    rank,
+    snapshot,
+    submission,
+    submitit_launcher,
+)
+from segfleet.slurm import job as slurm_job
+from segfleet.slurm.job import SlurmJob
 from segfleet.slurm.jobspec import JobSpec, make_spec, minutes
 from segfleet.slurm.prepare import members
 from segfleet.slurm.submitit_launcher import SlurmLauncher, cleaned_environment, without_bad_nodes
@@ -50,13 +61,20 @@ LINES = [
     ),
     (
         {"setup": ("module load CUDA/12", "ulimit -n 65536")},
-        ["\nmodule load CUDA/12\nulimit -n 65536\n"],
+        ["\nmodule load CUDA/12\n[ $? = 0 ] || {", "\nulimit -n 65536\n[ $? = 0 ] || {"],
     ),
+    ({"gpus_per_node": "a100:2"}, ["#SBATCH --gpus-per-node=a100:2", "--ntasks-per-node=2"]),
+    ({"gpus_per_node": "1g.10gb:1"}, ["#SBATCH --gpus-per-node=1g.10gb:1"]),
+    ({"gpus_per_node": 2, "gpu_type": "h100"}, ["#SBATCH --gpus-per-node=h100:2"]),
+    ({"srun": ("--mpi=none",)}, ["--wait=0 --mpi=none bash"]),
     (
         {"container": "apptainer exec --nv i.sif"},
-        ["rank apptainer exec --nv i.sif python3 -u -m submitit.core._submit"],
+        ["rank apptainer exec --nv i.sif python3 -P -u -m submitit.core._submit"],
     ),
-    ({"python": "/opt/my env/python"}, ["rank '/opt/my env/python' -u -m submitit.core._submit"]),
+    (
+        {"python": "/opt/my env/python"},
+        ["rank '/opt/my env/python' -P -u -m submitit.core._submit"],
+    ),
     (
         {},
         [
@@ -471,3 +489,109 @@ def test_a_run_that_cannot_be_read_hides_no_other(tmp_path, capsys):
     assert rows[0]["job"] == "1" and rows[0].keys() == rows[1].keys()
     words.render(rows)
     assert "a is unreadable: " in capsys.readouterr().out
+
+
+def test_what_a_user_has_set_for_sbatch_is_obeyed(monkeypatch, tmp_path):
+    profiles = tmp_path / "clusters.yaml"
+    profiles.write_text("default: a\nclusters: {a: {partition: gpu, account: hearts}}\n")
+    monkeypatch.setenv("SBATCH_PARTITION", "low")
+    monkeypatch.setenv("SBATCH_QOS", "high")
+    monkeypatch.setenv("SBATCH_NETWORK", "ib")
+    spec = make_spec({"qos": "debug"}, places=(profiles,))
+    # sbatch's own order: a script, then the environment, then the command line
+    assert (spec.partition, spec.account, spec.qos) == ("low", "hearts", "debug")
+    assert jobspec.not_obeyed() == ["SBATCH_NETWORK"]
+    assert make_spec({}, places=()).partition is None, "a job that is resumed asks for what it had"
+
+
+def test_slurm_is_asked_without_the_users_own_settings(monkeypatch, tmp_path):
+    told = tmp_path / "squeue"
+    told.write_text(
+        '#!/bin/bash\nread line && echo "$line"; env | grep -E "^S(QUEUE|CANCEL)_"\nexit 0\n'
+    )
+    told.chmod(0o755)
+    for name in ("SQUEUE_PARTITION", "SCANCEL_INTERACTIVE", "SINFO_FORMAT", "SACCT_FEDERATION"):
+        monkeypatch.setenv(name, "true")
+    assert cluster.call(str(told)) == "", "neither a setting nor anything to read"
+
+
+def test_a_bad_node_of_another_cluster_blocks_nothing(monkeypatch, tmp_path):
+    for node in ("n1", "gpu07"):
+        health.remember(tmp_path, node, "multiplies wrongly")
+    monkeypatch.setattr(cluster, "known_nodes", lambda: frozenset({"n1", "n2"}))
+    assert without_bad_nodes(make_spec({}, places=()), tmp_path).exclude == "n1"
+
+
+@pytest.mark.parametrize(
+    ("line", "code"), [("source /no/such/activate", 2), ("true", 0), ("false || true", 0)]
+)
+def test_a_setup_line_that_fails_ends_the_job_and_says_so(tmp_path, line, code):
+    lines = submitit_launcher.before(tmp_path, make_spec({"setup": (line,)}, places=()), None)
+    environment = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "0"}
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(lines)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == code
+    if code:
+        found = submission.failure(tmp_path / "life-7.0")
+        assert found["exit_code"] == 2 and line in found["message"] and line in done.stderr
+
+
+def test_a_name_with_bars_is_read(monkeypatch):
+    monkeypatch.setattr(cluster, "call", lambda *_, **__: "7|RUNNING|None|n1||a|b\n")
+    assert cluster.queue() == {
+        "7": {"name": "a|b", "state": "RUNNING", "reason": None, "node": "n1"}
+    }
+
+
+def test_a_job_of_somebody_else_that_slurm_does_not_show_is_unknown(monkeypatch, tmp_path):
+    made = submission.record(
+        submission.write_job(tmp_path, {"do": "train"}, make_spec({}, places=())),
+        id="7", name="x", launcher="slurm", spec=make_spec({}, places=()), logs=tmp_path,
+        code=None, commit=None,
+    )  # fmt: skip
+    found = SlurmJob(tmp_path, made)
+    assert found.judge({}, {}, None)["state"] == "lost"
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    told = found.judge({}, {}, None)
+    assert told["state"] == "unknown" and found.owner in told["reason"]
+    monkeypatch.setattr(cluster, "call", lambda *_: pytest.fail("scancel was called"))
+    with pytest.raises(InputError, match=f"belongs to {found.owner}"):
+        slurm_job.cancel([(found, told)])
+
+
+def test_code_that_is_not_what_was_submitted_is_refused(tmp_path, monkeypatch):
+    life = tmp_path / "life-7.0"
+    life.mkdir()
+    monkeypatch.setattr(submission, "progress_of", lambda _: 0)
+    monkeypatch.setenv("SEGFLEET_CODE", snapshot.digest())
+    rank.begin(life, {"do": "train"}, 3)
+    assert json.loads((life / "life.json").read_text())["code"] == snapshot.digest()
+    monkeypatch.setenv("SEGFLEET_CODE", "0" * 12)
+    with pytest.raises(rank.OtherCode, match="000000000000"):
+        rank.begin(life, {"do": "train"}, 3)
+
+
+def test_what_is_resumed_is_the_run_that_was_named(tiny_recipe, tmp_path, monkeypatch):
+    from segfleet.cli.resume import refuse_if_another
+    from segfleet.pipeline import jobs, run
+    from segfleet.slurm import prepare
+
+    folder = tiny_recipe([{"name": "a", "epochs": 1, "steps": 1, "lr": 0.01}], batch=2)
+    recipe, leaf = prepare.prepare(str(folder / "tiny.yaml"), [], tmp_path)
+    job = submission.train_job(leaf, prepare.describe(recipe), tmp_path)
+    refuse_if_another(leaf, job, None)
+    jobs.check_same_run(job, leaf)
+    with pytest.raises(InputError, match="lies in .* now"):
+        refuse_if_another(tmp_path / "moved" / leaf.name, job, None)
+    monkeypatch.setattr(run, "NUMERICS", run.NUMERICS + 1)
+    with pytest.raises(InputError, match=f"{leaf.name} was begun by another .*/.code/abc"):
+        refuse_if_another(leaf, job, "/runs/.code/abc")
+    with pytest.raises(InputError, match=f"{leaf.name} is another run"):
+        jobs.check_same_run(job, run.stage_folders(tmp_path, recipe, _manifest(recipe))[-1].path)
+
+
+def _manifest(recipe):
+    from segfleet.preprocess.stores.manifest import load_manifest
+
+    return load_manifest(Path(recipe.data.store))

@@ -106,9 +106,9 @@ def test_programs_that_are_missing_are_told_with_their_packages(tmp_path, monkey
 
 
 TABLE = """\
-7_0|tiny|COMPLETED|None|node1|0:0
-7_[1-2,5%1]|tiny|CANCELLED by 0|JobArrayTaskLimit|None assigned|0:0
-8|tiny|FAILED|None|node2|0:9
+7_0|COMPLETED|None|node1|0:0|tiny
+7_[1-2,5%1]|CANCELLED by 0|JobArrayTaskLimit|None assigned|0:0|tiny
+8|FAILED|None|node2|0:9|tiny
 """
 
 

@@ -103,3 +103,28 @@ def test_a_session_that_fails_is_started_again_and_at_last_its_words_are_shown(
         Ends.count == run.FRUITLESS
         and capsys.readouterr().err.count("started again") == run.FRUITLESS - 1
     )
+
+
+def test_a_population_stays_in_the_range_of_its_space():
+    from types import SimpleNamespace
+
+    from segfleet.sweeps.ray.population import within
+
+    rate = SimpleNamespace(label="stages.0.lr", continuous=True, values=(1e-3, 1.1e-3))
+    kind = SimpleNamespace(label="optimizer.name", continuous=False, values=("adamw", "sgd"))
+    for value, kept in ((0.8e-3, 1e-3), (1.05e-3, 1.05e-3), (1.2e-3, 1.1e-3)):
+        config = {"stages.0.lr": value, "optimizer.name": "sgd", "member": 3}
+        assert within(config, [rate, kind]) == {**config, "stages.0.lr": kept}
+
+
+def test_ray_goes_where_the_user_says(monkeypatch):
+    import tempfile
+
+    from segfleet.sweeps.ray import controller
+
+    with tempfile.TemporaryDirectory(prefix="r") as short:
+        monkeypatch.setenv("TMPDIR", short)
+        monkeypatch.delenv("RAY_TMPDIR", raising=False)
+        assert controller.short_folder() == short
+        monkeypatch.setenv("RAY_TMPDIR", f"{short}/{'long' * 20}")
+        assert controller.short_folder() == short, "too long for a socket"

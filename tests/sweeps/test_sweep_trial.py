@@ -199,3 +199,22 @@ def test_ranks_can_be_started_outside_the_main_thread(tmp_path):
     thread.start()
     thread.join()
     assert len(caught) == 1 and caught[0].exit_code == 2 and "found 'nothing'" in str(caught[0])
+
+
+def test_the_stop_file_and_the_run_of_somebody_else_are_left_alone(plan, monkeypatch):
+    from segfleet.pipeline.run import lock_stage
+
+    node = next(iter(plan.tree.nodes.values()))
+    path = plan.runs / node.path
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "stop").touch()
+    monkeypatch.setitem(trial.BACKENDS, "local", lambda: pytest.fail("it was started"))
+    lock = lock_stage(path)  # as another command would
+    try:
+        assert trial.perform(plan.order(node), print) == {"state": "busy"}
+    finally:
+        lock.release()
+    assert (path / "stop").read_text() == ""
+    (path / "stop").write_text(trial.STOPPED_BY_SWEEP)
+    trial._withdraw(path / "stop")
+    assert not (path / "stop").exists()

@@ -1,0 +1,452 @@
+"""What users' files really hold: every layout against 30 quirks, and mutated files by the 100,000.
+
+    python benchmarks/files.py quirks            a table: layout x quirk -> what the check says
+    python benchmarks/files.py mutants 100000    damaged files: tracebacks, hangs, crashes, memory
+
+Results: benchmarks/results/files_quirks.json and files_mutants.json.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import SimpleITK as sitk
+import tifffile
+from PIL import Image
+
+from segfleet.core.errors import InputError
+from segfleet.preprocess.checking.check import survey
+from segfleet.preprocess.files.dicom import read_series
+from segfleet.preprocess.files.images import ENDINGS, peek, read_file
+from segfleet.preprocess.files.masks import read_mask
+from segfleet.preprocess.files.npy import read_npy
+from segfleet.preprocess.phantoms.phantom import PHANTOMS
+from segfleet.preprocess.readers.base import open_reader
+
+RESULTS = Path(__file__).parent / "results"
+
+
+# ------------------------------------------------------------------ quirks
+
+
+def header_edit(path: Path, **fields) -> None:
+    data = bytearray(plain(path))
+    header = nib.Nifti1Header(bytes(data[:348]), check=False)
+    for key, value in fields.items():
+        header[key] = value
+    data[:348] = header.binaryblock
+    path.write_bytes(gzip.compress(bytes(data)) if path.name.endswith(".gz") else bytes(data))
+
+
+def plain(path: Path) -> bytes:
+    data = path.read_bytes()
+    return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+
+
+def resave(path: Path, edit: Callable, affine: Callable = lambda a: a, cls=nib.Nifti1Image) -> None:
+    old = nib.Nifti1Image.from_bytes(plain(path))
+    data = cls(edit(np.asarray(old.dataobj)), affine(old.affine)).to_bytes()
+    path.write_bytes(gzip.compress(data) if path.name.endswith(".gz") else data)
+
+
+def big_endian(path: Path) -> None:
+    old = nib.Nifti1Image.from_bytes(plain(path))
+    header = old.header.as_byteswapped(">")
+    array = np.asarray(old.dataobj).astype(header.get_data_dtype())
+    data = header.binaryblock + bytes(4) + array.tobytes(order="F")
+    path.write_bytes(gzip.compress(data) if path.name.endswith(".gz") else data)
+
+
+def mirrored(affine: np.ndarray, length: int) -> np.ndarray:
+    turn = np.diag([-1.0, 1, 1, 1])
+    turn[0, 3] = length - 1
+    return affine @ turn
+
+
+def mirror(path: Path) -> None:
+    length = nib.Nifti1Image.from_bytes(plain(path)).shape[0]
+    resave(path, lambda a: a[::-1], lambda m: mirrored(m, length))
+
+
+def odd_nan(array: np.ndarray) -> np.ndarray:
+    array = array.astype(np.float32)
+    array.flat[0] = np.nan
+    return array
+
+
+def picture(path: Path, edit: Callable[[Image.Image], Image.Image], **how) -> None:
+    with Image.open(path) as old:
+        new = edit(old.copy())
+    path.unlink()
+    new.save(path, **how)
+
+
+def palette(path: Path) -> None:
+    with Image.open(path) as old:
+        lit = np.asarray(old.convert("L")) > 0
+    new = Image.fromarray((~lit).astype(np.uint8))
+    new.putpalette([255, 255, 255, 0, 0, 0])
+    path.unlink()
+    new.convert("RGB").save(path) if path.suffix in (".jpg", ".jpeg") else new.save(path)
+
+
+def turned(path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    how = {"tiffinfo": {274: 3}} if path.suffix == ".tif" else {"exif": exif}
+    picture(path, lambda p: p.convert("RGB").rotate(180), **({} if path.suffix == ".bmp" else how))
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def slope(path: Path) -> None:
+    resave(path, lambda a: a.astype(np.int16))
+    header_edit(path, scl_slope=2.0, scl_inter=-5.0)
+
+
+def unit(path: Path) -> None:
+    header_edit(path, xyzt_units=3)
+
+
+IMAGE, LABEL = "image", "label"
+VOLUME_QUIRKS: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "NIfTI-2": (IMAGE, lambda p: resave(p, lambda a: a, cls=nib.Nifti2Image)),
+    "packed or not, against its name": (
+        IMAGE,
+        lambda p: p.write_bytes(plain(p) if p.name.endswith(".gz") else gzip.compress(plain(p))),
+    ),
+    "big endian": (IMAGE, big_endian),
+    "slope and intercept": (IMAGE, slope),
+    "micrometres": (IMAGE, unit),
+    "pixdim against sform": (IMAGE, lambda p: header_edit(p, pixdim=[1, 9, 9, 9, 1, 1, 1, 1])),
+    "pixdim of zero": (IMAGE, lambda p: header_edit(p, pixdim=[1, 1, 1, 0, 1, 1, 1, 1])),
+    "singular affine": (IMAGE, lambda p: header_edit(p, srow_x=0, sform_code=1)),
+    "spacing of 1e30": (IMAGE, lambda p: header_edit(p, srow_x=[1e30, 0, 0, 0], sform_code=1)),
+    "a voxel of nan": (IMAGE, lambda p: resave(p, odd_nan)),
+    "label mirrored with its header": (LABEL, mirror),
+    "label of 0.99999": (LABEL, lambda p: resave(p, lambda a: a.astype(np.float32) * 0.999999)),
+    "label of 0.7": (LABEL, lambda p: resave(p, lambda a: a.astype(np.float32) * 0.7)),
+    "undeclared class": (LABEL, lambda p: resave(p, lambda a: np.where(a > 0, 77, a))),
+    "image cut off": (IMAGE, cut),
+    "image of 0 bytes": (IMAGE, lambda p: p.write_bytes(b"")),
+    "image is a pipe": (IMAGE, pipe),
+    "image missing": (IMAGE, lambda p: p.unlink()),
+    "label cut off": (LABEL, cut),
+    "dim of -1": (IMAGE, lambda p: header_edit(p, dim=[3, -1, 5, 5, 1, 1, 1, 1])),
+}
+PICTURE_QUIRKS: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "mask with a palette, white first": (LABEL, palette),
+    "mask of 0, 1 and 2": (
+        LABEL,
+        lambda p: picture(
+            p,
+            lambda m: Image.fromarray(
+                (np.asarray(m.convert("L")) > 0) * np.uint8(1)
+                + np.uint8(1) * (np.indices(m.size[::-1])[0] < 5)
+            ),
+        ),
+    ),
+    "mask in colours": (LABEL, lambda p: picture(p, lambda m: m.convert("RGB"))),
+    "mask of another size": (LABEL, lambda p: picture(p, lambda m: m.resize((9, 9)))),
+    "picture turned by EXIF": (IMAGE, turned),
+    "picture with alpha": (
+        IMAGE,
+        lambda p: picture(p, lambda i: i.convert("RGB" if p.suffix == ".jpg" else "RGBA")),
+    ),
+    "grey picture": (IMAGE, lambda p: picture(p, lambda i: i.convert("L"))),
+    "picture with a palette": (
+        IMAGE,
+        lambda p: picture(p, lambda i: i.convert("RGB") if p.suffix == ".jpg" else i.quantize(64)),
+    ),
+    "picture of 16 bits": (
+        IMAGE,
+        lambda p: picture(
+            p, lambda i: Image.fromarray(np.asarray(i.convert("L")).astype("u2") * 9)
+        ),
+    ),
+    "picture cut off": (IMAGE, cut),
+    "picture of 0 bytes": (IMAGE, lambda p: p.write_bytes(b"")),
+    "picture is a pipe": (IMAGE, pipe),
+    "picture missing": (IMAGE, lambda p: p.unlink()),
+}
+QUIRKS = {**VOLUME_QUIRKS, **PICTURE_QUIRKS}
+assert len(QUIRKS) >= 30
+
+
+def quirks() -> None:
+    table: dict[str, dict[str, str]] = {}
+    for name in sorted(PHANTOMS):
+        table[name] = {}
+        for quirk, (which, edit) in QUIRKS.items():
+            with tempfile.TemporaryDirectory() as folder:
+                table[name][quirk] = outcome(name, Path(folder) / "raw", quirk, which, edit)
+        print(name, Counter(text.partition(":")[0] for text in table[name].values()), flush=True)
+    kinds = Counter(text.partition(":")[0] for row in table.values() for text in row.values())
+    save("files_quirks.json", {"counts": dict(kinds), "quirks": len(QUIRKS), "table": table})
+
+
+def outcome(name: str, root: Path, quirk: str, which: str, edit: Callable) -> str:
+    """What the check of a phantom says in which one file has the quirk."""
+    PHANTOMS[name](root)
+    ref = open_reader(name, root).refs()[0]
+    path = (ref.images if which == IMAGE else ref.labels)[0]
+    volume = path.name.endswith((".nii", ".nii.gz"))
+    flat = path.suffix.lower() in (".png", ".bmp", ".tif", ".jpg", ".jpeg")
+    if not (volume if quirk in VOLUME_QUIRKS else flat):
+        return "does not apply"
+    before = reading(name, root, ref)
+    try:
+        edit(path)
+    except (OSError, ValueError) as error:
+        return f"cannot be made: {error}"
+    started = time.process_time()
+    try:
+        found = survey(open_reader(name, root), workers=1)
+    except InputError as error:
+        return f"refused: {str(error)[:160]}"
+    except Exception as error:
+        return f"TRACEBACK: {type(error).__name__}: {error}"
+    if time.process_time() - started > 60:
+        return "HANG"
+    own = [p for p in (*found.problems, *found.warnings) if p.case in (ref.id, "all")]
+    said = [p for p in own if p.field not in ("orientation", "patients")]
+    if said and found.problems:
+        return f"problem: {said[0].field}: found {said[0].found}, expected {said[0].expected}"
+    after = reading(name, root, ref)
+    same = all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    if said:
+        return f"warning: {said[0].field}: found {said[0].found}, expected {said[0].expected}"
+    return "read: as it was" if same else "read: as its header says"
+
+
+def reading(name: str, root: Path, ref) -> tuple[np.ndarray, np.ndarray]:
+    reader = open_reader(name, root)
+    return reader.image(ref)[0], reader.label(ref)[0]
+
+
+# ------------------------------------------------------------------ mutants
+
+
+def seeds(folder: Path) -> dict[str, bytes]:
+    """Small sound files of every kind: name -> bytes."""
+    rng = np.random.default_rng(0)
+    volume = rng.integers(0, 300, (5, 6, 7)).astype(np.int16)
+    flat = rng.integers(0, 255, (9, 11, 3)).astype(np.uint8)
+    picture = nib.Nifti1Image(volume, np.diag([1, 1, 2, 1]))
+    picture.header.set_qform(picture.affine, 1)
+    nib.save(picture, folder / "a.nii")
+    nib.save(picture, folder / "a.nii.gz")
+    nib.save(nib.Nifti2Image(volume, np.eye(4)), folder / "b.nii.gz")
+    scaled = nib.Nifti1Image(volume * 0.3, np.eye(4))
+    scaled.set_data_dtype(np.int16)
+    nib.save(scaled, folder / "c.nii")
+    itk = sitk.GetImageFromArray(volume)
+    for name, packed in (
+        ("a.nrrd", 0),
+        ("b.nrrd", 1),
+        ("a.mha", 0),
+        ("b.mha", 1),
+        ("a.mhd", 0),
+        ("a.nhdr", 0),
+    ):
+        sitk.WriteImage(itk, str(folder / name), bool(packed))
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "LAB", "YCbCr"):
+        shown = Image.fromarray(flat).convert(mode)
+        shown.save(folder / f"{mode}.tif")
+        if mode not in ("CMYK", "LAB", "YCbCr"):
+            shown.save(folder / f"{mode}.png")
+        if mode in ("1", "L", "P", "RGB"):
+            shown.save(folder / f"{mode}.bmp")
+        if mode in ("L", "RGB", "CMYK"):
+            shown.save(folder / f"{mode}.jpg")
+    Image.fromarray(flat[..., 0].astype(np.uint16) * 99).save(folder / "deep.png")
+    for codec in ("lzw", "zlib", "jpeg", "packbits", "zstd", "lzma"):
+        tifffile.imwrite(folder / f"{codec}.tif", flat, compression=codec, photometric="rgb")
+    tifffile.imwrite(folder / "stack.tif", volume, photometric="minisblack")
+    np.save(folder / "a.npy", flat)
+    PHANTOMS["dicom"](folder / "dicom", cases=1)
+    first = sorted((folder / "dicom").rglob("*.dcm"))[0]
+    shutil.copy(first, folder / "a.dcm")
+    d = pydicom.dcmread(first)
+    d.compress("1.2.840.10008.1.2.5")
+    d.save_as(folder / "rle.dcm")
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+def mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    """One to four faults, mostly in the first bytes, where headers are."""
+    out = bytearray(data)
+    for _ in range(int(rng.integers(1, 5))):
+        if not out:
+            break
+        reach = len(out) if rng.random() < 0.4 else min(len(out), 700)
+        at = int(rng.integers(0, reach))
+        kind = rng.integers(0, 7)
+        if kind == 0:
+            out[at] ^= 1 << int(rng.integers(0, 8))
+        elif kind == 1:
+            out[at] = int(rng.choice([0, 1, 127, 128, 255, 32, 45, 57]))
+        elif kind == 2:
+            out = out[:at]
+        elif kind == 3:
+            out[at : at + 4] = rng.choice(
+                [b"\xff\xff\xff\x7f", b"\0\0\0\0", b"\xff\xff\xff\xff", b"\0\0\x80\x7f"]
+            )
+        elif kind == 4:
+            out[at:at] = bytes(rng.integers(0, 256, int(rng.integers(1, 40))).astype(np.uint8))
+        elif kind == 5:
+            del out[at : at + int(rng.integers(1, 40))]
+        else:
+            other = int(rng.integers(0, len(out)))
+            out[at : at + 8] = out[other : other + 8]
+    return bytes(out)
+
+
+def mutant(index: int, names: list[str], known: dict[str, bytes]) -> tuple[str, bytes]:
+    rng = np.random.default_rng(index)
+    name = names[index % len(names)]
+    data = known[name]
+    if name.endswith(".nii.gz") and rng.random() < 0.5:  # inside the packing
+        return name, gzip.compress(mutated(gzip.decompress(data), rng), 1)
+    return name, mutated(data, rng)
+
+
+def read(path: Path) -> str:
+    """How reading ends: "read", "refused" or the error that should not be."""
+    try:
+        peek(path)
+        if path.suffix == ".npy":
+            read_npy(path, 3)
+        elif path.name.endswith(ENDINGS):
+            read_file(path)
+            if path.suffix in (".png", ".bmp", ".tif", ".jpg"):
+                with suppress(InputError):  # these pictures are no masks
+                    read_mask(path)
+        else:
+            read_series([path])
+        return "read"
+    except InputError as error:
+        return "refused" if "\n" not in str(error) else f"TWO LINES: {error!r}"
+    except BaseException as error:
+        return f"TRACEBACK: {type(error).__name__}: {str(error)[:200]}"
+
+
+LEAST = 64 * 2**20  # bytes of memory that any decoder may take
+
+
+def work(start: int, stop: int, names, known, folder: str, at, out) -> None:
+    place = Path(folder)
+    for name, data in known.items():
+        (place / name).write_bytes(data)  # voxels that lie beside a header
+    os.chdir(place)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)  # libraries speak of damage themselves
+    for index in range(start, stop):
+        at.value = index
+        name, data = mutant(index, names, known)
+        path = place / f"mutant-{name}"
+        path.write_bytes(data)
+        before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+        result = read(path)
+        seconds = time.process_time() - began
+        grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        declared = 8 * int(np.prod(peek(path)))
+        if grown > 3 * max(declared, LEAST):
+            result = f"MEMORY: {grown / 2**20:.0f} MiB for {declared / 2**20:.0f}"
+        elif seconds > 5:
+            result = f"SLOW: {seconds:.1f} s"
+        out.put((index, name, result))
+        path.unlink()
+    out.put(None)
+
+
+def mutants(count: int) -> None:
+    began = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        known = seeds(Path(folder))
+    names = [name for name in known if not name.endswith(".raw")]
+    context = multiprocessing.get_context("fork")
+    results: Counter = Counter()
+    per_kind: dict[str, Counter] = {name: Counter() for name in names}
+    faults, start = [], 0
+    while start < count:
+        stop = min(count, start + 2000)
+        start = batch(start, stop, names, known, context, results, per_kind, faults)
+        print(start, dict(results), len(faults), flush=True)
+        used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        document = {"files": start, "kinds": len(names), "results": dict(results)}
+        document |= {
+            "faults": faults[:50],
+            "cpu_seconds": round(time.process_time() - began + used),
+        }
+        document["by_kind"] = {name: dict(c) for name, c in per_kind.items()}
+        save("files_mutants.json", document)
+
+
+def batch(start, stop, names, known, context, results, per_kind, faults) -> int:
+    """One worker's share; where it dies or hangs, the next number to look at."""
+    at, out = context.Value("q", start), context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        process = context.Process(target=work, args=(start, stop, names, known, folder, at, out))
+        process.start()
+        seen, last = start, time.monotonic()
+        while True:
+            try:
+                item = out.get(timeout=1)
+            except Exception:
+                stuck = time.monotonic() - last > 300  # other jobs may have the machine
+                if process.is_alive() and not stuck:
+                    continue
+                kind = "HANG" if process.is_alive() else f"CRASH: {process.exitcode}"
+                process.kill()
+                process.join()
+                index = int(at.value)
+                name = names[index % len(names)]
+                results[kind.partition(":")[0]] += 1
+                faults.append([index, name, kind])
+                return index + 1
+            last = time.monotonic()
+            if item is None:
+                break
+            seen, name, result = item
+            kind = result.partition(":")[0]
+            results[kind] += 1
+            per_kind[name][kind] += 1
+            if kind not in ("read", "refused"):
+                faults.append([seen, name, result])
+        process.join()
+    return stop
+
+
+def save(name: str, document: dict) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / name).write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "quirks":
+        quirks()
+    else:
+        mutants(int(sys.argv[2]))

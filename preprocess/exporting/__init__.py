@@ -1,0 +1,1 @@
+"""Raw data sets in layouts of other tools."""

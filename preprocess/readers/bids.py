@@ -1,0 +1,115 @@
+"""BIDS with segmentations in derivatives: sub-*/.../*_T1w.nii.gz and derivatives/*/.../*_dseg.nii.gz.
+
+Source: BIDS 1.9, "Imaging data derivatives: segmentations".
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from functools import cached_property
+from pathlib import Path
+
+from segfleet.core.errors import InputError, Problem
+from segfleet.preprocess.files.images import stem
+from segfleet.preprocess.readers.base import (
+    CaseRef,
+    Facts,
+    RawReader,
+    declared_labels,
+    duplicates,
+    natural,
+)
+from segfleet.preprocess.stores.manifest import Dataset
+
+OF_THE_LABEL = ("space", "desc", "label", "atlas", "seg", "res", "den")  # not of the image
+
+
+class Reader(RawReader):
+    about = "BIDS: images of subjects, discrete segmentations (dseg) in derivatives."
+    layout = (
+        "dataset_description.json, sub-ID/[ses-ID/]anat/*_T1w.nii.gz and "
+        "derivatives/NAME/sub-ID/.../*_dseg.nii.gz with *dseg.tsv (index, name) or labels.json"
+    )
+    facts = Facts(dims="3D", modality="MRI")
+    patients_from = "BIDS says: its subjects"
+
+    def __init__(self, root: str | Path, **options: str):
+        super().__init__(root, **options)
+        if not self.segmentations:
+            raise InputError(f"raw: {self.root} holds no *_dseg.nii.gz. Expected {self.layout}")
+
+    @cached_property
+    def segmentations(self) -> list[Path]:
+        found = [p for p in self.root.glob("derivatives/**/sub-*_dseg.nii*") if p.is_file()]
+        return sorted(found, key=lambda p: natural(p.name))
+
+    @cached_property
+    def images(self) -> dict[tuple, dict[str, Path]]:
+        """The entities of an image (subject, session, ...) -> suffix, such as T1w -> file."""
+        found: dict[tuple, dict[str, Path]] = {}
+        for path in sorted(self.root.glob("sub-*/**/sub-*_*.nii*")):
+            entities, suffix = _entities(path)
+            if path.is_file() and suffix != "dseg":
+                found.setdefault(_key(entities), {})[suffix] = path
+        return found
+
+    @cached_property
+    def channels(self) -> tuple[str, ...]:
+        """The suffixes that every segmented case has an image of."""
+        sets = [set(self.images.get(_key(_entities(p)[0]), {})) for p in self.segmentations]
+        common = set.intersection(*[s for s in sets if s] or [set()])
+        return tuple(sorted(common)) or ("image",)
+
+    def dataset(self) -> Dataset:
+        return Dataset(
+            name=self.root.resolve().name, reader="bids", dims=3, channels=self.channels,
+            labels=self.labels,
+        )  # fmt: skip
+
+    @cached_property
+    def labels(self) -> dict[str, int]:
+        if found := declared_labels(self.root / "labels.json"):
+            return found
+        tables = sorted(self.root.glob("derivatives/**/*dseg.tsv"))
+        for path in tables:
+            with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+                rows = list(csv.DictReader(file, delimiter="\t"))
+            pairs = {
+                str(row.get("name")): int(row["index"])
+                for row in rows
+                if str(row.get("index", "")).isdigit() and row.get("name")
+            }
+            if pairs:
+                named = {name: value for name, value in pairs.items() if value}
+                return {"background": 0, **dict(sorted(named.items(), key=lambda i: i[1]))}
+        raise InputError(f"raw: {self.root} names no labels. Expected {self.layout}")
+
+    def cases(self) -> list[CaseRef]:
+        refs = []
+        for path in self.segmentations:
+            entities, _ = _entities(path)
+            key = _key(entities)
+            have = self.images.get(key, {})
+            missing = self.root / f"sub-{entities['sub']}" / "anat"
+            images = tuple(have.get(s, missing / f"{_text(key)}_{s}.nii.gz") for s in self.channels)
+            group = f"sub-{entities['sub']}"
+            refs.append(CaseRef(id=_text(key), group=group, images=images, labels=(path,)))
+        return refs
+
+    def problems(self) -> list[Problem]:
+        return duplicates([ref.id for ref in self.refs()])
+
+
+def _entities(path: Path) -> tuple[dict[str, str], str]:
+    *pairs, suffix = stem(path).split("_")
+    found = [re.fullmatch(r"([a-zA-Z]+)-(.+)", pair) for pair in pairs]
+    return {match[1]: match[2] for match in found if match}, suffix
+
+
+def _key(entities: dict[str, str]) -> tuple:
+    return tuple((k, v) for k, v in entities.items() if k not in OF_THE_LABEL)
+
+
+def _text(key: tuple) -> str:
+    return "_".join(f"{name}-{value}" for name, value in key)

@@ -1,0 +1,141 @@
+"""Pictures with polygons in one COCO file."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segfleet.core.errors import InputError, Problem
+from segfleet.preprocess.case import FileFacts, Geometry
+from segfleet.preprocess.files.faults import ImageError
+from segfleet.preprocess.files.images import ENDINGS, peek
+from segfleet.preprocess.files.polygons import filled
+from segfleet.preprocess.readers.base import CaseRef, Facts, natural, read_json, visible
+from segfleet.preprocess.readers.pairs import PairReader
+from segfleet.preprocess.readers.places import locate
+from segfleet.preprocess.stores.manifest import Dataset
+
+
+class Reader(PairReader):
+    about = "Pictures with polygons in COCO's format."
+    layout = "annotations.json (or annotations/*.json, one file) with images, annotations, categories; pictures in images/ or beside it"
+    facts = Facts(dims="2D", modality="any")
+    structure = "foreground"
+
+    def __init__(self, root: str | Path, **options: str):
+        super().__init__(root, **options)
+        self.folder = locate(self.root, lambda p: bool(_files(p)), self.layout)
+        files = _files(self.folder)
+        if len(files) != 1:
+            names = ", ".join(path.name for path in files)
+            raise InputError(f"raw: found {len(files)} COCO files ({names}), expected one")
+        self.file = files[0]
+
+    @cached_property
+    def labels(self) -> dict[str, int]:
+        return {"background": 0, **dict(self._categories.values())}
+
+    @cached_property
+    def _categories(self) -> dict[int, tuple[str, int]]:
+        """Category id -> name and value, numbered from 1 in the order of the ids."""
+        try:
+            listed = sorted((int(c["id"]), str(c["name"])) for c in self.json["categories"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{self.file}: categories: found {error}, expected id and name"
+            ) from None
+        names = [name for _, name in listed]
+        if not listed or len(set(names)) < len(names) or "background" in names:
+            raise InputError(f"{self.file}: categories: found {names}, expected different names")
+        return {key: (name, n) for n, (key, name) in enumerate(listed, 1)}
+
+    @cached_property
+    def json(self) -> dict:
+        return read_json(self.file)
+
+    def dataset(self) -> Dataset:
+        name = self.root.resolve().name
+        channels = ("R", "G", "B")
+        return Dataset(
+            name=name, reader="coco", dims=2, channels=channels, labels=self.labels,
+            file_ending=".png",
+        )  # fmt: skip
+
+    def cases(self) -> list[CaseRef]:
+        """A case's own annotations travel with it, so that the file is read once."""
+        try:
+            drawn: dict[int, list] = {int(one["id"]): [] for one in self.json["images"]}
+            for one in self.json["annotations"]:
+                if int(one["image_id"]) in drawn:
+                    drawn[int(one["image_id"])].append(
+                        [int(one["category_id"]), one.get("segmentation", [])]
+                    )
+            names = [(int(one["id"]), str(one["file_name"])) for one in self.json["images"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{self.file}: found no {error}, expected {self.layout}") from None
+        refs = []
+        for key, name in sorted(names, key=lambda item: natural(item[1])):
+            places = [folder / name for folder in (self.folder / "images", self.folder)]
+            image = next((place for place in places if place.is_file()), places[0])
+            stem = next((name[: -len(e)] for e in ENDINGS if name.lower().endswith(e)), name)
+            said = json.dumps(drawn[key])
+            refs.append(CaseRef(id=stem.replace("/", "_"), images=(image,), labels=(), said=said))
+        return refs
+
+    def problems(self) -> list[Problem]:
+        """Pictures that would be read from outside the folder."""
+        found, root = super().problems(), self.root.resolve()
+        for ref in self.refs():
+            if not ref.images[0].resolve().is_relative_to(root):
+                fact = {"found": str(ref.images[0]), "expected": f"a picture in {root}"}
+                found.append(Problem(case=ref.id, field="file_name", **fact, mend="Correct it."))
+        return found
+
+    def may_be_empty(self, ref: CaseRef) -> bool:
+        return True
+
+    def label(self, ref: CaseRef, digest: Any = None) -> tuple[np.ndarray, Geometry]:
+        """Smaller areas over larger ones."""
+        if digest is not None:
+            digest.update(ref.said.encode())
+        shape = peek(ref.images[0])[2:]
+        areas = []
+        for category, outline in json.loads(ref.said):
+            if category not in self._categories:
+                found, expected = f"category {category}", "one of the categories"
+                raise ImageError(self.file, "annotation", found, expected, "Correct the file.")
+            areas.append((_area(outline, shape, self.file), self._categories[category][1]))
+        label = np.zeros(shape, np.uint8)
+        for area, value in sorted(areas, key=lambda item: -int(item[0].sum())):
+            label[area] = value
+        return label[None], Geometry(shape=(1, *shape), file=FileFacts(dims=2))
+
+
+def _files(folder: Path) -> list[Path]:
+    found = [folder / "annotations.json", *visible(folder / "annotations", "*.json")]
+    return [path for path in found if path.is_file()]
+
+
+def _area(outline: Any, shape: tuple[int, int], file: Path) -> np.ndarray:
+    """Bool (Y, X) of polygons [[x, y, x, y, ...], ...] or of runs down the columns. Raises
+    ImageError."""
+    try:
+        if isinstance(outline, list):
+            area = np.zeros(shape, bool)
+            for polygon in outline:  # parts of one thing, never holes
+                area |= filled([np.array(polygon, float).reshape(-1, 2)], shape)
+            return area
+        if isinstance(outline["counts"], list) and tuple(outline["size"]) == tuple(shape):
+            runs = np.array(outline["counts"], np.int64)
+            if (runs >= 0).all() and runs.sum() == shape[0] * shape[1]:
+                values = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+                return values.reshape(shape, order="F")
+    except (KeyError, TypeError, ValueError):
+        pass
+    expected = "polygons, or runs as a list of counts that fill the picture"
+    mend = "Convert packed runs with pycocotools."
+    raise ImageError(file, "segmentation", str(outline)[:60], expected, mend)

@@ -1,0 +1,188 @@
+"""Networks, losses, an engine's step, the loader's transfer and scoring on a "cuda" that computes
+nothing: `python fake_cuda_program.py LIBRARY < CASES`, JSON in and out.
+
+Under FakeTensorMode tensors have shapes, types and devices but no values, so PyTorch's CPU build
+refuses what a GPU would refuse: operands on two devices, a read of a value by the host. `Waits`
+counts what would make the host wait for the device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+if __name__ == "__main__":
+    ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)  # before torch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from segfleet.models import registry
+from segfleet.pipeline.data import loader
+from segfleet.pipeline.engines.base import Setup, build_engine
+from segfleet.pipeline.inference.sliding_window import sliding_window
+from segfleet.pipeline.parts import Objective
+from segfleet.pipeline.ranks import Ranks
+from segfleet.pipeline.recipe import parse
+from segfleet.pipeline.task import Task
+
+CUDA = torch.device("cuda", 0)
+
+
+class Waits(TorchDispatchMode):
+    """Copies for which the host waits: to it or, unless `non_blocking`, to the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function.overloadpacket.__name__
+        here = args[0].device.type if args and isinstance(args[0], Tensor) else ""
+        if name in ("_to_copy", "copy_"):
+            there = str(kwargs.get("device") or "").partition(":")[0]
+            source = args[1].device.type if name == "copy_" else here
+            target = here if name == "copy_" else there or here
+            if source != target and not kwargs.get("non_blocking"):
+                where = [f for f in traceback.format_stack()[:-1] if "/site-packages/" not in f]
+                self.found.append(
+                    f"{source} to {target}: {where[-1].strip()[:300] if where else ''}"
+                )
+        if name == "_fused_sgd_":  # knows no FakeTensors, and changes only what is in its lists
+            devices = {value.device for many in args for value in many if isinstance(value, Tensor)}
+            assert devices == {CUDA}, devices
+            return None
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """Outside steps the host may read: every value is 1. Inside them FakeTensors refuse it."""
+    with (
+        mock.patch.object(Tensor, "item", lambda self: 1),
+        mock.patch.object(Tensor, "__bool__", lambda self: True),
+    ):
+        yield
+
+
+def blank(value: Tensor) -> Tensor:
+    return torch.empty(value.shape, dtype=value.dtype, device=CUDA)
+
+
+def on_cuda(module: nn.Module) -> nn.Module:
+    """`module.to(CUDA)`, which FakeTensors do not allow: parameters and buffers, nothing else."""
+    for part in module.modules():
+        for name, value in part._parameters.items():
+            if value is not None:
+                moved = nn.Parameter(blank(value), value.requires_grad)
+                if hasattr(value, "_no_weight_decay"):
+                    moved._no_weight_decay = True
+                part._parameters[name] = moved
+        for name, value in part._buffers.items():
+            if value is not None:
+                part._buffers[name] = blank(value)
+    return module
+
+
+def step(case: dict[str, Any]) -> dict[str, Any]:
+    """One network through two steps, a checkpoint's tensors, evaluation and a sliding window."""
+    spec = registry.spec(case["model"])
+    classes = case["classes"]
+    values = (
+        tuple(range(classes + 1)) if case["head"] == "softmax" else tuple(range(1, classes + 1))
+    )
+    task = Task(
+        head=case["head"],
+        names=tuple(f"s{k}" for k in range(classes)),
+        members=tuple((k + 1,) for k in range(classes)),
+        values=values,
+        ignore_label=case.get("ignore"),
+    )
+    size, flat = spec.small_input, len(spec.small_input) == 2
+    recipe = parse(
+        {
+            "name": "fake",
+            "model": {"name": spec.name, "options": dict(spec.reduced)},
+            "loss": {"name": case["loss"]},
+            "optimizer": {"name": case["optimizer"]},
+            "data": {"batch": 2},
+            "stages": [{"epochs": 1, "lr": 0.01}],
+            "engine": {"precision": case["precision"], "ema": 0.9},
+        }
+    )
+    channels = spec.in_channels
+    built = registry.build_model(
+        spec.name, in_channels=channels, num_classes=task.channels, options=dict(spec.reduced)
+    )
+    model = on_cuda(built)
+    engine = build_engine(
+        Setup(
+            model=model,
+            loss=on_cuda(Objective(recipe, task)),
+            recipe=recipe,
+            stage=recipe.stages[0],
+            ranks=Ranks(CUDA),
+        )
+    )
+    batch = loader.Batch(
+        torch.empty(2, channels, *size),
+        torch.zeros(2, *size, dtype=torch.uint8),
+        ("a", "b"),
+    )
+    waits = Waits()
+    found = []
+    for _ in range(2):
+        waits.found.clear()
+        with waits:
+            image, label = loader.on_device(batch, CUDA, recipe.engine.channels_last)
+            loss, norm = engine.step(iter([(image, label)]), 0.01)
+        found = list(waits.found)  # of the second step: the first one makes the moments
+    with readable():
+        saved = engine.tensors()
+    saved.pop("scaler", None)  # of the host
+    devices = {str(value.device) for group in saved.values() for value in group.values()}
+    with readable(), torch.no_grad(), engine.evaluation() as network:
+        out = sliding_window(
+            lambda x: task.probabilities(network(x)),
+            torch.empty(channels, *((1, *size) if flat else size), device=CUDA),
+            patch=(1, *size) if flat else size,
+            dims=2 if flat else 3,
+        )
+        task.labels(out)
+    return {
+        "loss": [str(loss.device), list(loss.shape)],
+        "norm": str(norm.device),
+        "devices": sorted(devices),
+        "out": [str(out.device), list(out.shape)],
+        "waits": found,
+    }
+
+
+def main() -> None:
+    # a CPU build finds no CUDA to autocast on
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    torch.cuda.is_available = lambda: True
+    torch.cuda.is_bf16_supported = lambda *_, **__: True
+    # it looks at values it has drawn, and draws again
+    nn.init.trunc_normal_ = lambda tensor, *_, **__: tensor
+    answers = []
+    for case in json.load(sys.stdin):
+        try:
+            with FakeTensorMode():
+                answers.append(step(case))
+        except Exception:
+            answers.append({"error": traceback.format_exc()[-9000:]})
+    json.dump(answers, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

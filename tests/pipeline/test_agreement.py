@@ -1,0 +1,63 @@
+"""Ranks agree on a stop and on a save by the clock at the same step, whoever asks, without a
+collective in every step."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from segfleet.pipeline.ranks import Ranks
+from segfleet.pipeline.training import agreement
+from segfleet.pipeline.training.train import SaveClock
+
+
+def ask(ranks: Ranks, asks: int, rank: int, seconds: float, steps: int) -> dict:
+    """`rank` asks the first question from step `asks` on. -> steps with a yes; questions sent."""
+    agreement.SECONDS = seconds
+    now, sent = 0, []
+    plain = ranks.start_max
+
+    def counted(values):
+        sent.append(now)
+        return plain(values)
+
+    ranks.start_max = counted
+    decided = agreement.Agreement(ranks, lambda: ranks.rank == rank and now >= asks, lambda: False)
+    yes = []
+    for now in range(steps):
+        stop, other = decided.answers()
+        assert not other
+        if stop:
+            yes.append(now)
+    decided.close()
+    return {"yes": yes, "sent": len(sent)}
+
+
+def test_what_one_rank_asks_all_hear_at_the_same_step(run_in_ranks):
+    told = run_in_ranks("test_agreement.py:ask", 3, asks=5, rank=2, seconds=0.0, steps=12)
+    assert told[0]["yes"] == told[1]["yes"] == told[2]["yes"]
+    assert 5 < told[0]["yes"][0] <= 8
+
+
+def test_steps_shorter_than_the_pause_send_few_questions(run_in_ranks):
+    told = run_in_ranks("test_agreement.py:ask", 2, asks=10**9, rank=0, seconds=3600.0, steps=1500)
+    assert told[0] == told[1] == {"yes": [], "sent": 2}  # the first step, and after LONGEST steps
+
+
+def test_a_single_rank_answers_at_once():
+    asked = iter([False, True])
+    decided = agreement.Agreement(Ranks(), lambda: next(asked))
+    assert [decided.answers(), decided.answers()] == [[False], [True]]
+
+
+def test_rank_0_has_the_clock_of_saves(monkeypatch):
+    from segfleet.pipeline.training import train
+
+    now = [100.0]
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    first, second = (SaveClock(10.0, SimpleNamespace(rank=rank)) for rank in (0, 1))
+    now[0] += 599
+    assert not first.due()
+    now[0] += 1
+    assert first.due() and not second.due()
+    first.start()
+    assert not first.due()

@@ -1,0 +1,109 @@
+"""One damaged file of a run is named and left out or healed; it never stops what does not need it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from segfleet.core.errors import InputError
+from segfleet.core.files import digest_of, read_json
+from segfleet.pipeline import events
+from segfleet.pipeline.run import DONE, StageFolder, find_run, open_run
+from segfleet.pipeline.scoring import scored
+from segfleet.pipeline.scoring.evaluate import Kept
+
+DAMAGE = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "zeros": lambda data: bytes(len(data)),
+    "binary": lambda data: data[:3] + b"\xff\xfe" + data[5:],
+    "list": lambda data: b"[1, 2]",
+    "deep": lambda data: b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_document_is_named_and_counts_as_none(tmp_path, capsys, how):
+    path = tmp_path / "done.json"
+    assert read_json(path) is None and capsys.readouterr().err == ""
+    path.write_text('{"checkpoint": "step-00000004"}')
+    assert read_json(path) == {"checkpoint": "step-00000004"}
+    path.write_bytes(DAMAGE[how](path.read_bytes()))
+    assert read_json(path) is None
+    assert capsys.readouterr().err == f"segfleet: {path} is damaged and is left out\n"
+
+
+def test_a_changed_digit_of_a_score_is_never_shown(tmp_path):
+    document = {"summary": {"mean_foreground_dice": 0.8731}, "scored": {"step": 12}}
+    scored.write_evaluation(tmp_path, document)
+    assert scored.evaluation_of(tmp_path) == document
+    path = tmp_path / scored.EVALUATION
+    path.write_text(path.read_text().replace("0.8731", "0.9731"))
+    assert scored.read_evaluation(tmp_path) is None
+    with pytest.raises(InputError, match="damaged; `segfleet evaluate` scores the run again"):
+        scored.evaluation_of(tmp_path)
+
+
+def test_a_damaged_done_file_is_no_end(tmp_path):
+    stage = StageFolder(path=tmp_path, index=0)
+    stage.finish("step-00000004", steps=4, best={"dice": 0.5, "step": 4}, skipped=0)
+    assert stage.done()["checkpoint"] == "step-00000004"
+    text = (tmp_path / DONE).read_text()
+    for wrong in (
+        text.replace("00000004", "00000005"),
+        json.dumps({"checkpoint": "../../other"}),
+        json.dumps({"checkpoint": "step-00000004", "best": 3}),
+        json.dumps({}),
+    ):
+        (tmp_path / DONE).write_text(wrong)
+        assert stage.done() is None
+
+
+def test_damaged_events_are_left_out(tmp_path):
+    good = {
+        "event": "step",
+        "time": 1.0,
+        "step": 4,
+        "loss": 0.5,
+        "lr": 1.0,
+        "samples_per_second": 2,
+    }
+    lines = [
+        json.dumps(good).encode(),
+        b"\xff\xfe\x00",
+        b'{"event": "step", "step": 5}',
+        json.dumps({**good, "step": "8"}).encode(),
+        b"[1]",
+        b"7",
+        json.dumps({**good, "step": 9}).encode(),
+        json.dumps(good).encode()[:20],
+    ]
+    (tmp_path / "events.jsonl").write_bytes(b"\n".join(lines))
+    assert [event["step"] for event in events.read_events(tmp_path)] == [4, 9]
+    events.EventLog(tmp_path, 4).close()
+    assert [event["step"] for event in events.read_events(tmp_path)] == [4]
+
+
+def test_a_damaged_recipe_of_one_run_does_not_hide_the_others(tmp_path, capsys):
+    for name, text in (("aaa", '{"name": "one"}'), ("bbb", "{"), ("ccc", '["x"]')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.json").write_text(text)
+    assert find_run("one", tmp_path) == (tmp_path / "aaa").resolve()
+    assert capsys.readouterr().err.count("is damaged and is left out") == 2
+    with pytest.raises(InputError, match="bbb/recipe.json is damaged"):
+        open_run(tmp_path / "bbb")
+
+
+def test_a_changed_score_of_a_case_is_scored_again(tmp_path):
+    kept = Kept(tmp_path / "scored", {"store": "a"}, 0)
+    kept.keep({"id": "one", "mean_dice": 0.25})
+    kept.keep({"id": "two", "mean_dice": 0.75})
+    path: Path = kept.file
+    path.write_bytes(path.read_bytes().replace(b"0.75", b"0.95") + b"\xff[1, 2]\n3\n")
+    assert kept.entries(["one", "two"]) == {"one": {"id": "one", "mean_dice": 0.25}}
+
+
+def test_a_digest_is_of_what_is_said_not_of_how(tmp_path):
+    assert digest_of({"a": 1, "b": [0.1]}) == digest_of({"b": [0.1], "a": 1}) != digest_of({"a": 1})

@@ -1,0 +1,68 @@
+"""What can be segmented: everything the layouts read."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from PIL import Image
+
+from segfleet.core.errors import InputError
+from segfleet.pipeline.inference.inputs import collect
+from segfleet.preprocess.files.images import ImageError
+from segfleet.preprocess.phantoms.phantom import PHANTOMS
+from segfleet.preprocess.readers.base import open_reader
+from segfleet.preprocess.stores.manifest import Plan
+from segfleet.preprocess.transforms.case_transforms import check_room
+
+
+def test_dicom_folders_are_images_of_their_own(tmp_path):
+    root = PHANTOMS["dicom"](tmp_path / "raw", cases=2)
+    reader = open_reader("dicom", root)
+    images = reader.refs()[0].images[0].parents[1]
+    for given, count in (([images], 2), ([images / reader.refs()[1].id], 1)):
+        found = collect(given, 1)
+        assert len(found) == count and all(one.output == f"{one.id}.nii.gz" for one in found)
+    ref = reader.refs()[1]
+    image, geometry = found[0].read()
+    expected, known = reader.image(ref)
+    assert found[0].id == ref.id and np.array_equal(image, expected) and geometry == known
+    before = found[0].content()
+    data = bytearray(ref.images[3].read_bytes())
+    data[-1] ^= 1
+    ref.images[3].write_bytes(data)
+    assert found[0].content() != before
+
+
+def test_arrays_and_detached_volumes_are_images(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(60, dtype=np.float32).reshape(4, 5, 3))
+    np.save(tmp_path / "b.npy", np.arange(20, dtype=np.float32).reshape(4, 5))
+    sitk.WriteImage(sitk.Image(4, 5, 6, sitk.sitkInt16), str(tmp_path / "c.mhd"))
+    Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "d.jpg")
+    found = {one.id: one for one in collect([tmp_path], 3)}
+    assert [one.output for one in found.values()] == ["a.png", "b.png", "c.mha", "d.png"]
+    shapes = [one.read()[0].shape for one in found.values()]
+    assert shapes == [(3, 1, 4, 5), (1, 1, 4, 5), (1, 6, 5, 4), (1, 1, 4, 5)]
+    before = found["c"].content()
+    voxels = bytearray((tmp_path / "c.raw").read_bytes())
+    voxels[0] ^= 1
+    (tmp_path / "c.raw").write_bytes(voxels)
+    assert found["c"].content() != before
+
+
+def test_what_nobody_knows_is_named(tmp_path):
+    (tmp_path / "a.xyz").write_text("x")
+    with pytest.raises(InputError, match="file ending is none of"):
+        collect([tmp_path / "a.xyz"], 1)
+    with pytest.raises(InputError, match="or folders of DICOM files"):
+        collect([tmp_path], 1)
+    (tmp_path / "b.npy").write_bytes(b"x" * 99)
+    with pytest.raises(ImageError, match="damaged"):
+        collect([tmp_path / "b.npy"], 1)[0].read()
+
+
+def test_a_spacing_that_would_fill_the_memory_is_one_message():
+    plan = Plan(target_spacing=(1, 1, 1), patch=(8, 8, 8), normalisation=("ct",))
+    check_room("a", (100, 512, 512), (5, 1, 1), plan)
+    with pytest.raises(InputError, match="found 100x100x100 mm, .* GiB.* header's spacing"):
+        check_room("a", (100, 512, 512), (100, 100, 100), plan)
