@@ -75,7 +75,7 @@ def test_every_phase_has_its_own_name_and_total(tmp_path):
 
     follow.poll()
     assert seen == []
-    event(folders[0], event="stage_start", step=0)
+    event(folders[0], event="stage_start", step=0, steps=30)
     event(folders[0], event="step", step=10, epoch=0, loss=0.5)
     note.write_text('{"phase": "validation", "done": 1, "total": 4}')
     follow.poll()

@@ -152,6 +152,6 @@ def test_why_a_run_is_new_is_said(code, tiny_store, tmp_path):
         f"stage 1 of 1 is new: it differs from {uid} in the code of models/unext.py"
     )
     code("models/unext.py", "import torch\nx = 1\n", "import torch\n")
-    (folder.path / run.DONE).write_text("{}")
+    folder.finish("step-00000001")
     assert standing(recipe).startswith("training was finished on 20")
     assert standing(make(stages=2)) == "beginning stage 2 of 2"
