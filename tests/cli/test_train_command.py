@@ -353,7 +353,8 @@ def test_a_signal_before_the_first_step_is_an_ordinary_stop(work):
     time.sleep(0.5)  # the ranks are importing
     process.send_signal(signal.SIGTERM)
     code, out, err = finished(process)
-    assert code == 75 and "Traceback" not in err and out == "", err
+    assert code == 75 and "Traceback" not in err, err
+    assert json.loads(out)["exit_code"] == 75
 
 
 @pytest.fixture
