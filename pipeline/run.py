@@ -330,10 +330,11 @@ def find_run(text: str, root: Path, fold: int | None = None, best: bool = False)
 def _outline(folder: Path) -> dict[str, Any]:
     """Name, fold and score (None before there is one) of a run, as far as its files can be read."""
     facts: dict[str, Any] = {"name": "", "fold": None, "score": None}
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
-        facts["name"], facts["fold"] = recipe.get("name", ""), recipe["data"]["fold"]
-        scores = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    recipe, scores = read_json(folder / RECIPE) or {}, read_json(folder / "evaluation.json") or {}
+    facts["name"] = str(recipe.get("name", ""))
+    with suppress(KeyError, TypeError):
+        facts["fold"] = recipe["data"]["fold"]
+    with suppress(KeyError, TypeError):
         facts["score"] = scores["summary"]["mean_foreground_dice"]
     return facts
 

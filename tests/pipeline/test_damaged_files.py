@@ -82,7 +82,7 @@ def test_damaged_events_are_left_out(tmp_path):
     ]
     (tmp_path / "events.jsonl").write_bytes(b"\n".join(lines))
     assert [event["step"] for event in events.read_events(tmp_path)] == [4, 9]
-    events.EventLog(tmp_path, 4).close()
+    events.EventLog(tmp_path, 4, lambda event: None).close()
     assert [event["step"] for event in events.read_events(tmp_path)] == [4]
 
 
