@@ -10,7 +10,7 @@ from torch import Tensor
 
 from segfleet.pipeline.ranks import Ranks
 
-SECONDS = 0.5  # between two questions
+SECONDS = 0.1  # between two questions
 LONGEST = 1000  # steps between two questions, however short they are
 
 
@@ -18,7 +18,7 @@ class Agreement:
     """Answers that are the same on every rank at the same step: whether any rank asks for a thing.
 
     A question is sent at one step and answered at the next, so that the network works while the
-    step is computed. The next one comes after half a second, counted in steps of the slowest
+    step is computed. The next one comes after a tenth of a second, counted in steps of the slowest
     rank: with 512 ranks, a collective or a look at a shared disk in every step would take longer
     than the step. A single rank answers at once, in every step.
     """

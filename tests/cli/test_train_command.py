@@ -165,7 +165,7 @@ def test_a_signal_loses_nothing(work, straight, number):
     assert (
         code == 75 and "all saved. Run the same command again" in err and "Traceback" not in err
     ), err
-    # ranks agree within half a second or so, maybe in the next stage
+    # ranks agree within a tenth of a second or so, maybe in the next stage
     folders = [path.parent for path in (work / runs).rglob("events.jsonl")]
     folder = next(folder for folder in folders if events(folder, "stopped"))
     at = events(folder, "stopped")[-1]["at_step"]
