@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 
@@ -59,7 +60,13 @@ print(json.dumps({
 TOLERANCE = {"single": 1e-5, "bfloat16": 3e-2}
 
 
+def version(module) -> tuple[int, ...]:
+    return tuple(map(int, module.__version__.split(".")[:2]))
+
+
 def test_interpreted_kernels_equal_the_definition(tmp_path):
+    if version(triton) < (3, 7) and version(numpy) >= (2, 5):
+        pytest.skip("Triton's interpreter before 3.7 makes scalars as numpy 2.5 no longer does")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED],
