@@ -34,7 +34,8 @@ from segfleet.pipeline.reports.report import write_report
 from segfleet.pipeline.run import data_of, note_data, open_run, stage_folders
 from segfleet.pipeline.scoring.score import Scorer, forward_of, load_network
 from segfleet.pipeline.stop import Interrupted, StopRequest
-from segfleet.pipeline.training.train import Diverged, Run, train
+from segfleet.pipeline.training.train import Run, train
+from segfleet.pipeline.training.window import Diverged
 from segfleet.preprocess.stores.base import open_store
 
 JOBS = ("train", "score", "predict")

@@ -1,7 +1,6 @@
-"""Changes of intensity, in place. They run where the image is: in the loader, or on the device.
+"""Changes of intensity, in place, in the loader.
 
-On the CPU the bits depend neither on the number of threads nor on whether the compiled kernels are
-there; a device sums in an order of its own.
+The bits depend neither on the number of threads nor on whether the compiled kernels are there.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def apply_intensity(
             tuple(image.shape), dtype=np.float32
         )
         noise *= np.float32(sigma)
-        image.add_(torch.from_numpy(noise).to(image.device))
+        image.add_(torch.from_numpy(noise))
     for c, channel in enumerate(image):
         for name, change in CHANGES.items():
             if name in drawn and (value := drawn[name][c]) is not None:
@@ -49,7 +48,7 @@ def apply_intensity(
 
 def blur(channel: Tensor, sigmas: Sequence[float], in_plane: bool) -> None:
     """Gaussian blur of (z, y, x), one width per axis; the border is repeated."""
-    library = _library(channel)
+    library = kernels.library()
     for axis in (1, 2) if in_plane else (0, 1, 2):
         size, sigma = channel.shape[axis], sigmas[axis]
         if size == 1:
@@ -61,7 +60,7 @@ def blur(channel: Tensor, sigmas: Sequence[float], in_plane: bool) -> None:
             shape = kernels.sizes(*channel.shape)
             library.segfleet_blur(channel.data_ptr(), shape, axis, weights.ctypes.data, radius)
             continue
-        indices = torch.arange(-radius, size + radius).clamp(0, size - 1).to(channel.device)
+        indices = torch.arange(-radius, size + radius).clamp(0, size - 1)
         padded = channel.index_select(axis, indices)
         blurred = padded.narrow(axis, radius, size) * float(weights[radius])
         for k in range(radius):
@@ -120,25 +119,17 @@ CHANGES = {  # in nnU-Net's order
 }
 
 
-def _library(channel: Tensor) -> ctypes.CDLL | None:
-    return kernels.library() if channel.device.type == "cpu" else None
-
-
 def moments(channel: Tensor) -> tuple[float, float, float, float]:
     """Smallest and largest value, mean and standard deviation (n - 1); sums in float64."""
     n = channel.numel()
-    if library := _library(channel):
+    if library := kernels.library():
         found = (ctypes.c_double * 4)()
         library.segfleet_moments(channel.data_ptr(), n, found)
         low, high, total, square = found
-    elif channel.device.type == "cpu":
+    else:
         values = channel.reshape(-1).numpy()
         low, high = float(values.min()), float(values.max())
         total, square = _sums(values.astype(np.float64))
-    else:
-        low, high = (float(v) for v in channel.aminmax())
-        wide = channel.double()
-        total, square = float(wide.sum()), float(wide.square().sum())
     mean = total / n
     return low, high, mean, float(np.sqrt(max(square - total * mean, 0.0) / max(n - 1, 1)))
 
@@ -163,7 +154,7 @@ def affine(
     channel: Tensor, subtract: float, factor: float, add: float, low: float, high: float
 ) -> None:
     """(x - subtract) * factor + add, within [low, high]."""
-    if library := _library(channel):
+    if library := kernels.library():
         library.segfleet_affine(
             channel.data_ptr(), channel.numel(), subtract, factor, add, low, high
         )
@@ -173,10 +164,10 @@ def affine(
 
 def raise_to(channel: Tensor, low: float, span: float, extent: float, power: float) -> None:
     """((x - low) / span) ** power * extent + low, of x in [low, low + span]."""
-    if library := _library(channel):
+    if library := kernels.library():
         library.segfleet_power(channel.data_ptr(), channel.numel(), low, span, extent, power)
         return
-    unit = channel.sub_(low).div_(torch.tensor(span, device=channel.device))
+    unit = channel.sub_(low).div_(torch.tensor(span))
     channel.copy_(_power(unit, power).mul_(extent).add_(low))
 
 

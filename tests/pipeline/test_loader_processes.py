@@ -6,7 +6,7 @@ import pytest
 
 from segfleet.core.machine import cpus_of_a_rank
 from segfleet.pipeline.data.loader import worker_count
-from segfleet.pipeline.training.train import Hunger
+from segfleet.pipeline.training.window import Hunger
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.scoring import evaluate, score
 from segfleet.pipeline.stop import Interrupted, StopRequest
-from segfleet.pipeline.training.train import Diverged
+from segfleet.pipeline.training.window import Diverged
 from segfleet.preprocess.stores.base import open_store
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

@@ -19,6 +19,7 @@ from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.pipeline.training import train as training
+from segfleet.pipeline.training import window
 from segfleet.preprocess.stores.base import open_store
 
 
@@ -362,7 +363,7 @@ def test_gives_up_after_too_many_non_finite_steps_in_a_row(tiny_store, tmp_path,
     monkeypatch.setattr(training, "PATIENCE", 3)
     spoil(monkeypatch, {2, 3, 4, 5})
     with pytest.raises(
-        training.Diverged,
+        window.Diverged,
         match=r"not finite for 3 steps in a row, the last at step 4, cases case0.*Lower stages.lr",
     ):
         go(recipe_of(tiny_store(dims=2), stages=1, save_every=1), tmp_path)
