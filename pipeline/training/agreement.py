@@ -27,7 +27,7 @@ class Agreement:
         """Every rank must make it with the same questions and call `answers` before every step."""
         self.ranks, self.questions = ranks, questions
         self.pending: Callable[[], Tensor] | None = None
-        self.asked_at, self.steps = time.monotonic(), 1  # of the last question; steps since then
+        self.asked_at, self.steps = 0.0, 0  # of the last question; steps since then
         self.wait = 0  # steps until the next one
 
     def answers(self) -> list[bool]:
@@ -43,7 +43,8 @@ class Agreement:
             self.wait, self.steps = self.wait - 1, self.steps + 1
         else:
             now = time.monotonic()
-            step = (now - self.asked_at) / self.steps  # seconds
+            # seconds; before the first step nobody knows
+            step = (now - self.asked_at) / self.steps if self.steps else SECONDS
             flags = [float(question()) for question in self.questions]
             self.pending = self.ranks.start_max(torch.tensor([*flags, step], dtype=torch.float64))
             self.asked_at, self.steps = now, 0

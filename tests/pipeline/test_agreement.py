@@ -3,6 +3,7 @@ collective in every step."""
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 from segfleet.pipeline.ranks import Ranks
@@ -10,7 +11,7 @@ from segfleet.pipeline.training import agreement
 from segfleet.pipeline.training.train import SaveClock
 
 
-def ask(ranks: Ranks, asks: int, rank: int, seconds: float, steps: int) -> dict:
+def ask(ranks: Ranks, asks: int, rank: int, seconds: float, steps: int, pause: float = 0.0) -> dict:
     """`rank` asks the first question from step `asks` on. -> steps with a yes; questions sent."""
     agreement.SECONDS = seconds
     now, sent = 0, []
@@ -25,6 +26,7 @@ def ask(ranks: Ranks, asks: int, rank: int, seconds: float, steps: int) -> dict:
     yes = []
     for now in range(steps):
         stop, other = decided.answers()
+        time.sleep(pause)  # the step
         assert not other
         if stop:
             yes.append(now)
@@ -38,9 +40,18 @@ def test_what_one_rank_asks_all_hear_at_the_same_step(run_in_ranks):
     assert 5 < told[0]["yes"][0] <= 8
 
 
+def test_the_pause_is_counted_in_steps_as_long_as_they_are(run_in_ranks):
+    """Also from the beginning, before a step has been timed."""
+    told = run_in_ranks(
+        "test_agreement.py:ask", 2, asks=10, rank=1, seconds=0.1, steps=80, pause=0.01
+    )
+    assert told[0]["yes"] == told[1]["yes"]
+    assert 10 < told[0]["yes"][0] <= 10 + 15, "a tenth of a second are ten steps"
+
+
 def test_steps_shorter_than_the_pause_send_few_questions(run_in_ranks):
     told = run_in_ranks("test_agreement.py:ask", 2, asks=10**9, rank=0, seconds=3600.0, steps=1500)
-    assert told[0] == told[1] == {"yes": [], "sent": 2}  # the first step, and after LONGEST steps
+    assert told[0] == told[1] == {"yes": [], "sent": 3}  # at once, for the pace, after LONGEST
 
 
 def test_a_single_rank_answers_at_once():
