@@ -360,7 +360,7 @@ def test_a_non_finite_step_changes_nothing_and_is_reported_with_its_cases(
 
 
 def test_gives_up_after_too_many_non_finite_steps_in_a_row(tiny_store, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "PATIENCE", 3)
+    monkeypatch.setattr(window, "PATIENCE", 3)
     spoil(monkeypatch, {2, 3, 4, 5})
     with pytest.raises(
         window.Diverged,
