@@ -246,6 +246,7 @@ def check(
     from collections import Counter
 
     from segfleet.core.errors import DataError
+    from segfleet.preprocess.building.kept import known_facts, settle
     from segfleet.preprocess.checking.check import survey
     from segfleet.preprocess.checking.duplicates import shared
     from segfleet.preprocess.readers.base import open_reader
@@ -253,7 +254,8 @@ def check(
 
     reader, other = open_reader(name, root, **options), load_manifest(against) if against else None
     with progress("checking raw files") as tick:
-        found = survey(reader, workers=workers, progress=tick)
+        found = survey(reader, workers=workers, progress=tick, known=known_facts(reader))
+    settle(reader, found)
     warnings = [*found.warnings, *(shared(found.facts, other) if other else ())]
     document = {
         "root": str(root),
@@ -265,11 +267,7 @@ def check(
         "orientations": dict(
             sorted(Counter(case.orientation for case in found.facts if case.orientation).items())
         ),
-        "grouping": {
-            "rule": found.grouping.rule,
-            "evidence": found.grouping.evidence,
-            "guess": found.grouping.guess,
-        },
+        "grouping": grouping_of(found.grouping),
         "splits": {split: len(folds) for split, folds in reader.splits().items()},
         "problems": [problem.as_dict() for problem in found.problems],
         "warnings": [warning.as_dict() for warning in warnings],
@@ -313,6 +311,15 @@ def check(
     show(document, as_json, render)
     if found.problems:
         raise typer.Exit(2)
+
+
+def grouping_of(grouping) -> dict[str, Any]:
+    """How cases came to their patients, as JSON."""
+    return {
+        "rule": grouping.rule,
+        "evidence": grouping.evidence,
+        "guess": grouping.guess,
+    }
 
 
 def fixed(

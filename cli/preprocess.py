@@ -3,16 +3,20 @@ store."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from segfleet.cli.datasets import Options, chosen
+from segfleet.cli.datasets import PROBLEM, Options, chosen, grouping_of
 from segfleet.cli.output import Json, progress, show, table
 
+if TYPE_CHECKING:
+    from segfleet.core.errors import Problem
+
+MOST_WARNINGS = 20  # that are shown
 PHASES = {
     "check": "checking raw files",
     "write": "writing cases",
@@ -96,12 +100,33 @@ def command(
         interpolation=interpolation, masks=masks, normalisation=normalisation, slices=slices,
     )["store"]  # fmt: skip
     first: dict[str, int] = {}
+    said: list[Any] = []
     with bars(first) as tick:
-        manifest = build(**{**store, "overrides": overrides_of(store)}, quick=quick, progress=tick)
+        manifest = build(
+            **{**store, "overrides": overrides_of(store)},
+            quick=quick,
+            progress=tick,
+            say=lambda grouping, warnings: said.extend((grouping, warnings)),
+        )
     if verify:
         check_store(out)
     status = "up to date" if "write" not in first else "continued" if first["write"] else "written"
-    show(document(manifest, out, status, verify), as_json, render)
+    grouping, warnings = said
+    if warnings:
+        title = f"{len(warnings)} warning(s)"
+        if len(warnings) > MOST_WARNINGS:
+            title += f", the first {MOST_WARNINGS}; all: segfleet datasets {name} check {raw}"
+        rows = [(w.case, w.field, w.found, w.expected, w.mend) for w in _first(warnings)]
+        table(PROBLEM, rows, title=title, stderr=True)
+    found = document(manifest, out, status, verify)
+    found["grouping"] = grouping_of(grouping)
+    found["warnings"] = [warning.as_dict() for warning in warnings]
+    show(found, as_json, render)
+
+
+def _first(warnings: Sequence[Problem]) -> list[Problem]:
+    """Those of the whole data set before those of single cases."""
+    return sorted(warnings, key=lambda warning: warning.case != "all")[:MOST_WARNINGS]
 
 
 def job_of(
@@ -220,6 +245,7 @@ def render(found: dict[str, Any]) -> None:
             f"{dataset['name']}, {dataset['dims']}D, {found['cases']} cases of "
             f"{found['patients']} patients",
         ),
+        ("patients", f"{found['grouping']['rule']} ({found['grouping']['evidence']})"),
         ("labels", ", ".join(dataset["regions"] or dataset["labels"])),
         (
             "channels",

@@ -10,13 +10,15 @@ it.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from segfleet.core.errors import DataError
+from segfleet.core.errors import DataError, Problem
 from segfleet.preprocess.building.build import Progress, build
 from segfleet.preprocess.building.shard_job import STATE
 from segfleet.preprocess.building.share import survey_share, write_share
+from segfleet.preprocess.planning.patients import Grouping
 from segfleet.preprocess.planning.plan import Overrides
 from segfleet.preprocess.stores.verify import verify
 
@@ -38,13 +40,21 @@ def run_job(job: dict[str, Any], progress: Progress) -> None:
             else "nothing to write here: the last job does what is missing and reports"
         )
     else:
-        manifest = build(**store, progress=progress)
+        manifest = build(**store, progress=progress, say=_tell)
         if job.get("verify") and (problems := verify(store["out"], chunks=True)):
             raise DataError(str(store["out"]), problems)
         say(
             f"{store['out']}: {len(manifest.cases)} cases, id "
             f"{manifest.id}{', verified' if job.get('verify') else ''}"
         )
+
+
+def _tell(grouping: Grouping, warnings: Sequence[Problem]) -> None:
+    say(f"patients: {grouping.rule} ({grouping.evidence})")
+    for warning in [w for w in warnings if w.case == "all"]:
+        say(f"warning: {warning.field}: {warning.found}. {warning.mend}")
+    if several := sum(warning.case != "all" for warning in warnings):
+        say(f"{several} warning(s) of single cases: `segfleet datasets NAME check RAW` lists them")
 
 
 def overrides_of(store: dict[str, Any]) -> Overrides:

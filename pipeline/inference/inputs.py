@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import file_facts, write_atomically
 from segfleet.preprocess.case import FileFacts, Geometry
 from segfleet.preprocess.files.dicom import is_dicom, read_series
+from segfleet.preprocess.files.faults import instead_of_file
 from segfleet.preprocess.files.images import ENDINGS, ending, peek, read_image, sources, stem
 from segfleet.preprocess.files.npy import read_npy
 from segfleet.preprocess.files.writer import WRITABLE
@@ -96,7 +98,7 @@ def collect(inputs: Sequence[str | Path], channels: int) -> list[Input]:
         if not path.is_dir():
             files.append(path)
             continue
-        inside = [p for p in visible(path) if p.is_file()]
+        inside = [p for p in visible(path) if not p.is_dir()]
         known = [p for p in inside if p.name.lower().endswith(READABLE)]
         files += known
         series = [path, *subfolders(path)] if not known else ()
@@ -125,7 +127,15 @@ def collect(inputs: Sequence[str | Path], channels: int) -> list[Input]:
             alone.append(Input(id=stem(path), images=(path,)))
     for (_, name, _), parts in cases.items():
         alone += _channels(name, dict(sorted(parts.items())), channels)
-    return _distinct(sorted(alone, key=lambda one: natural(one.id)))
+    return _distinct(sorted(map(_looked_at, alone), key=lambda one: natural(one.id)))
+
+
+def _looked_at(one: Input) -> Input:
+    """With a problem where a file is none: a pipe would be waited for."""
+    for path in () if one.problem else one.images:
+        if found := instead_of_file(path):
+            return replace(one, problem=f"{path}: found {found}, expected a file")
+    return one
 
 
 def _channels(name: str, parts: dict[int, Path], channels: int) -> list[Input]:
@@ -157,9 +167,9 @@ def check_out(out: Path, found: list[Input], run: str) -> str | None:
     would mix with those of another run, or overwrite images."""
     if out.exists() and not out.is_dir():
         raise InputError(f"out: {out} is a file, expected a folder")
-    images = {path.resolve() for one in found for path in one.images}
+    images = {os.path.realpath(path) for one in found for path in one.images}
     for one in found:
-        if (out / one.output).resolve() in images:
+        if os.path.realpath(out / one.output) in images:
             raise InputError(
                 f"out: the prediction {one.output} would overwrite the image in {out}; choose "
                 "another folder"

@@ -13,10 +13,11 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from segfleet.core.errors import DataError, InputError, explain
+from segfleet.core.errors import DataError, InputError, Problem, explain
 from segfleet.core.files import sync_folder
 from segfleet.core.parallel import run
 from segfleet.preprocess.building.journal import Journals
+from segfleet.preprocess.building.kept import known_facts, settle
 from segfleet.preprocess.building.lock import claimed
 from segfleet.preprocess.building.shard_job import (
     SHARD_BYTES,
@@ -26,8 +27,9 @@ from segfleet.preprocess.building.shard_job import (
     shard_jobs,
     write_shard,
 )
-from segfleet.preprocess.checking.check import Survey, memory_of, survey
+from segfleet.preprocess.checking.check import Survey, guesses, memory_of, survey
 from segfleet.preprocess.planning.fingerprint import Fingerprint, fingerprint
+from segfleet.preprocess.planning.patients import Grouping
 from segfleet.preprocess.planning.plan import Overrides, make_plan
 from segfleet.preprocess.planning.splits import OWN, Folds, Member, make_splits
 from segfleet.preprocess.readers.base import CaseRef, RawReader, open_reader, source_sha256
@@ -42,6 +44,7 @@ from segfleet.preprocess.stores.manifest import (
 from segfleet.preprocess.stores.verify import verify
 
 SPLIT_SEED = 12345
+Say = Callable[[Grouping, Sequence[Problem]], None]
 Progress = Callable[[str, int, int], None]  # phase ("check" | "write" | "compare"), done, total
 
 
@@ -57,17 +60,21 @@ def build(
     options: Mapping[str, str] | None = None,
     overrides: Overrides | None = None,
     quick: bool = False,
+    say: Say | None = None,
 ) -> Manifest:
     """Preprocess the raw data set in `raw` into the store `out`, or find that this has been done.
 
     `options` are the layout's own, `overrides` replace parts of the plan; the result's bytes do not
     depend on `workers`. A finished store's files are compared with their hashes, or `quick`ly: their
-    sizes, and the hashes of those that changed after the manifest. Raises InputError: DataError with every problem of the data, no space,
+    sizes, and the hashes of those that changed after the manifest. `say` is told how cases came to
+    their patients, and every warning of the check. Raises InputError: DataError with every problem of the data, no space,
     `out` taken.
     """
     out, tell = Path(out), progress or (lambda phase, done, total: None)
     reader = open_raw(reader_name, raw, out, format=format, options=options, overrides=overrides)
+    say = say or (lambda grouping, warnings: None)
     if (out / MANIFEST).is_file():
+        say(reader.grouping, guesses(reader.grouping))
         return compare(
             reader,
             out,
@@ -81,6 +88,7 @@ def build(
     partial = out.with_name(out.name + ".partial")
     with claimed(partial, out):
         facts = _survey(reader, partial, workers, tell)
+        say(facts.grouping, facts.warnings)
         found = fingerprint(facts.dataset, facts.facts, split_seed)
         plan = make_plan(facts.dataset, found, overrides=overrides)
         jobs = shard_jobs(reader, facts, plan, format, partial, shard_bytes)
@@ -237,13 +245,20 @@ def _survey(reader: RawReader, partial: Path, workers: int | None, tell: Progres
     need not look twice."""
     journals = Journals(reader, partial)
     with journals.append() as keep:
+        own, earlier = journals.read(), known_facts(reader)
         found = survey(
             reader,
             workers=workers,
             progress=lambda done, total: tell("check", done, total),
-            known=journals.read(),
+            known=[*own, *earlier],
             keep=keep,
         )
+        if earlier and not found.problems:  # the journal alone speaks for what is written next
+            written = {facts.stamp for facts in journals.read()}
+            for facts in found.facts:
+                if facts.stamp not in written:
+                    keep(facts)
+    settle(reader, found)
     if found.problems:
         journals.remove()
         found.raise_problems()

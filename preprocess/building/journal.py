@@ -28,7 +28,7 @@ class Journals:
 
     def read(self) -> list[CaseFacts]:
         """All facts that were written so far."""
-        return [facts for path in self._paths() for facts in _facts(path)]
+        return [facts for path in self._paths() for facts in facts_in(path)]
 
     @contextmanager
     def append(self) -> Iterator[Callable[[CaseFacts], None]]:
@@ -54,7 +54,8 @@ class Journals:
         return sorted(self.folder.glob(f"{self.name}-*.jsonl"))
 
 
-def _facts(path: Path) -> Iterator[CaseFacts]:
+def facts_in(path: Path) -> Iterator[CaseFacts]:
+    """The facts in a journal, a line each. Raises OSError."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             yield CaseFacts.model_validate_json(line)

@@ -16,6 +16,7 @@ from segfleet.core.errors import DataError, Problem
 from segfleet.core.parallel import run
 from segfleet.preprocess.case import Case, Geometry
 from segfleet.preprocess.checking.duplicates import leaks, link, thumbnail
+from segfleet.preprocess.files.faults import instead_of_file
 from segfleet.preprocess.files.grids import advice, disagreement, settled
 from segfleet.preprocess.files.images import ImageError, peek, sources
 from segfleet.preprocess.planning.fingerprint import CaseFacts, samples_per_case, statistics
@@ -78,7 +79,7 @@ def survey(
     odd, doubts = _whites(facts)
     problems += odd
     warnings = [w for case in facts for w in case.warnings] + doubts + _together(facts)
-    warnings += _patients(reader.grouping)
+    warnings += guesses(reader.grouping)
     joint, doubles = link(facts)
     facts = [case.model_copy(update={"group": joint.get(case.id, case.group)}) for case in facts]
     refs = [replace(ref, group=joint.get(ref.id, ref.group)) for ref in refs]
@@ -212,20 +213,20 @@ def missing(ref: CaseRef, root: Path) -> list[Problem]:
     """Files of a case that are not there."""
     problems = []
     for index, path in enumerate(ref.images):
-        if not path.is_file():
+        if found := instead_of_file(path):
             field = "image" if len(ref.images) == 1 else f"channel {index}"
             expected, mend = _relative(path, root), "Add the file, or remove the case."
             problems.append(
-                Problem(case=ref.id, field=field, found="no file", expected=expected, mend=mend)
+                Problem(case=ref.id, field=field, found=found, expected=expected, mend=mend)
             )
     for path in ref.labels:
-        if not path.is_file():
+        if found := instead_of_file(path):
             mend = "Add the label, or remove the case from the training set."
             problems.append(
                 Problem(
                     case=ref.id,
                     field="label",
-                    found="no file",
+                    found=found,
                     expected=_relative(path, root),
                     mend=mend,
                 )
@@ -353,7 +354,7 @@ def _together(facts: Sequence[CaseFacts]) -> list[Problem]:
     ]
 
 
-def _patients(grouping: Grouping) -> list[Problem]:
+def guesses(grouping: Grouping) -> list[Problem]:
     """A grouping that only names speak for, and what speaks against one."""
     mend = f"If that is wrong, say it in {SHEET} in the raw folder: case, patient[, site, split]."
     texts = [f"{grouping.rule}: {grouping.evidence}"] if grouping.guess else []

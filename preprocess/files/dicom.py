@@ -55,10 +55,12 @@ class Slice:
 
 def is_dicom(path: Path) -> bool:
     """By its name, or by its mark where the name tells nothing: scanners name files by UID."""
-    if path.name.upper() == "DICOMDIR" or not is_regular(path):
-        return False
     suffix = path.suffix.lower()
-    return suffix in SUFFIXES or not suffix or _marked(path)
+    if path.name.upper() == "DICOMDIR" or path.is_dir():
+        return False
+    if suffix in SUFFIXES:
+        return True  # a pipe or a link to nowhere of that name is a slice that is missing
+    return is_regular(path) and (not suffix or _marked(path))
 
 
 def read_series(paths: Sequence[Path], digest: Any = None) -> tuple[np.ndarray, Geometry]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,13 @@ from segfleet.core.machine import memory_budget
 
 # No compression that the formats here use packs better than this: deflate reaches 1032.
 MOST_PACKED = 1100
+OTHERS = (  # than files
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe or device"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a pipe or device"),
+    (stat.S_ISBLK, "a pipe or device"),
+)
 ALWAYS_FITS = 64 * 2**20  # bytes nobody needs to ask for
 
 
@@ -44,12 +52,28 @@ def is_regular(path: Path) -> bool:
         return False
 
 
+def instead_of_file(path: Path) -> str:
+    """What stands where a file is expected: "" for a file; "no file", or what it is instead."""
+    try:
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            if not path.exists():
+                return f"a link to {path.readlink()}, which is not there"
+            mode = path.stat().st_mode
+    except OSError as error:
+        circle = error.errno == errno.ELOOP
+        return "a link to itself" if circle else "no file"
+    except ValueError:  # a zero byte in its name
+        return "no file"
+    return next((text for test, text in OTHERS if test(mode)), "")
+
+
 def read_bytes(path: Path) -> bytes:
     """The whole file. Raises ImageError."""
     try:
-        if not is_regular(path) and path.exists():
-            kind = "a folder" if path.is_dir() else "a pipe or device"
-            raise ImageError(path, "file", f"{path.name}, {kind}", "a file", "Move it away.")
+        if (kind := instead_of_file(path)) and kind != "no file":
+            mend = "Put the file there, or remove it."
+            raise ImageError(path, "file", f"{path.name}, {kind}", "a file", mend)
         data = path.read_bytes()
     except (OSError, ValueError) as error:
         if isinstance(error, ImageError):

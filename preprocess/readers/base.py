@@ -209,6 +209,8 @@ def source_sha256(ref: CaseRef) -> str:
     digest = hashlib.sha256()
     for path in (*ref.images, *ref.labels):
         for file in sources(path):
+            if not is_regular(file):  # a pipe would be waited for
+                raise FileNotFoundError(file)
             digest.update(file.read_bytes())
     digest.update(ref.said.encode())
     return digest.hexdigest()

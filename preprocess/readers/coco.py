@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,9 @@ class Reader(PairReader):
 
     def problems(self) -> list[Problem]:
         """Pictures that would be read from outside the folder."""
-        found, root = super().problems(), self.root.resolve()
+        found, root = super().problems(), Path(os.path.realpath(self.root))
         for ref in self.refs():
-            if not ref.images[0].resolve().is_relative_to(root):
+            if not Path(os.path.realpath(ref.images[0])).is_relative_to(root):
                 fact = {"found": str(ref.images[0]), "expected": f"a picture in {root}"}
                 found.append(Problem(case=ref.id, field="file_name", **fact, mend="Correct it."))
         return found

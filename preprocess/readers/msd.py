@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -137,10 +138,10 @@ class Reader(RawReader):
         refs = self.refs()
         found = duplicates([ref.id for ref in refs])
         found += count_problem(len(refs), self.json.get("numTraining"))
-        listed = {ref.images[0].resolve() for ref in refs}
+        listed = {os.path.realpath(ref.images[0]) for ref in refs}
         for folder in {ref.images[0].parent for ref in refs}:
             for path in visible(folder, "*.nii*"):
-                if path.resolve() not in listed:
+                if os.path.realpath(path) not in listed:
                     facts = {
                         "found": "a file",
                         "expected": "to be listed in dataset.json",

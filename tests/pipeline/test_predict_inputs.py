@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -66,3 +68,16 @@ def test_a_spacing_that_would_fill_the_memory_is_one_message():
     check_room("a", (100, 512, 512), (5, 1, 1), plan)
     with pytest.raises(InputError, match="found 100x100x100 mm, .* GiB.* header's spacing"):
         check_room("a", (100, 512, 512), (100, 100, 100), plan)
+
+
+def test_what_is_no_file_is_a_problem_of_its_own(tmp_path):
+    """Never waited for, never left out silently."""
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.nii.gz").symlink_to("nowhere")
+    (tmp_path / "c.png").symlink_to("c.png")
+    found = {one.id: one.problem for one in collect([tmp_path], 1)}
+    assert found == {
+        "a": f"{tmp_path / 'a.png'}: found a pipe or device, expected a file",
+        "b": f"{tmp_path / 'b.nii.gz'}: found a link to nowhere, which is not there, expected a file",
+        "c": f"{tmp_path / 'c.png'}: found a link to c.png, which is not there, expected a file",
+    }

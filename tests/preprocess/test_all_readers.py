@@ -17,10 +17,17 @@ from PIL import Image
 
 from segfleet.core.errors import DataError, InputError
 from segfleet.preprocess.building.build import build
-from segfleet.preprocess.checking.check import survey
+from segfleet.preprocess.checking.check import check_case, survey
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
 from segfleet.preprocess.planning.splits import Member, disjoint
-from segfleet.preprocess.readers.base import CaseRef, RawReader, open_reader, reader_class, readers
+from segfleet.preprocess.readers.base import (
+    CaseRef,
+    RawReader,
+    open_reader,
+    reader_class,
+    readers,
+    source_sha256,
+)
 from segfleet.preprocess.stores.base import open_store
 from segfleet.preprocess.stores.verify import verify
 
@@ -310,6 +317,76 @@ def test_a_broken_data_set_is_a_table_of_problems(name, fault, broken, phantoms,
     )
     assert problem.found and problem.expected and str(root) not in problem.found
     assert {p.case for p in error.problems} <= {case, "numTraining"}, "the others are sound"
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def broken_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def link_to_itself(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def socket_file(path: Path) -> None:
+    import socket
+
+    before = os.getcwd()
+    os.chdir(path.parent)  # names of sockets are short
+    try:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(path.name)
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_no_file_is_named_and_never_waited_for(name, phantoms, tmp_path):
+    root = tmp_path / "raw"
+    shutil.copytree(phantoms(name), root)
+    reader = open_reader(name, root)
+    ref = victim(reader)
+    for make, found in (
+        (pipe, "a pipe or device"),
+        (broken_link, "a link to nowhere, which is not there"),
+        (link_to_itself, "which is not there"),
+        (socket_file, "a socket"),
+        (Path.mkdir, "a folder"),
+    ):
+        for path in (ref.images[0], ref.labels[0]):
+            kept = path.read_bytes()
+            path.unlink()
+            make(path)
+            (problem,) = check_case(reader, reader.dataset(), 20, ref).problems
+            assert found in problem.found and problem.mend
+            with pytest.raises(FileNotFoundError):
+                source_sha256(ref)
+            open_reader(name, root).refs()
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+            path.write_bytes(kept)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", NAMES)
+def test_descriptions_that_are_pipes_are_never_waited_for(name, phantoms, tmp_path):
+    root = tmp_path / "raw"
+    shutil.copytree(phantoms(name), root)
+    for path in sorted(root.rglob("*")):
+        if path.suffix.lower() in (".json", ".csv", ".txt", ".cfg", ".tsv") and path.is_file():
+            kept = path.read_bytes()
+            path.unlink()
+            os.mkfifo(path)
+            try:
+                reader = open_reader(name, root)
+                reader.dataset(), reader.refs(), reader.splits(), reader.problems()
+            except InputError as error:
+                assert "\n" not in str(error)
+            path.unlink()
+            path.write_bytes(kept)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import segfleet.preprocess.building.shard_job as shard_job
+import segfleet.preprocess.checking.check as check
 import segfleet.preprocess.stores.manifest as manifest_module
 from segfleet.core.errors import DataError, InputError
 from segfleet.core.parallel import run
@@ -580,6 +581,44 @@ def test_a_resumed_build_finds_a_damaged_shard(raw, tmp_path, monkeypatch):
     path.write_bytes(data)  # of the same size
     assert build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1) == straight
     assert verify(tmp_path / "out") == []
+
+
+def test_a_failed_check_keeps_the_facts_of_sound_cases(tmp_path, monkeypatch):
+    """The next check of the same folder opens what was mended, whichever command asks."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    raw = PHANTOMS["msd"](tmp_path / "raw", cases=8, size=(8, 16, 16))
+    broken = raw / "imagesTr/phantom_003.nii.gz"
+    sound = broken.read_bytes()
+    broken.write_bytes(sound[:100])
+    opened = []
+    original = check.check_case
+    monkeypatch.setattr(check, "check_case", lambda *a: opened.append(a[-1].id) or original(*a))
+    for count in (8, 1):
+        opened.clear()
+        with pytest.raises(DataError, match="phantom_003: file"):
+            build("msd", raw, tmp_path / "out", workers=1)
+        assert len(opened) == count
+        assert {path.name for path in tmp_path.iterdir()} == {"raw", "cache"}
+    (kept,) = (tmp_path / "cache").rglob("*.jsonl")
+    assert kept.stat().st_mode & 0o077 == 0, "facts of patients are the user's alone"
+    label = raw / "labelsTr/phantom_005.nii.gz"
+    os.utime(label, ns=(1, 1))
+    opened.clear()
+    broken.write_bytes(sound)
+    manifest = build("msd", raw, tmp_path / "out", workers=1)
+    assert opened == ["phantom_003", "phantom_005"] and len(manifest.cases) == 8
+    assert not list((tmp_path / "cache").rglob("*.jsonl")), "forgotten when all is sound"
+    fresh = build("msd", raw, tmp_path / "fresh", workers=1)
+    assert fresh.id == manifest.id and fresh.fingerprint == manifest.fingerprint
+
+
+def test_facts_are_kept_only_where_they_can_be(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file, no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    raw = PHANTOMS["msd"](tmp_path / "raw", cases=3, size=(8, 16, 16))
+    (raw / "imagesTr/phantom_001.nii.gz").write_bytes(b"")
+    with pytest.raises(DataError, match="phantom_001: file"):
+        build("msd", raw, tmp_path / "out", workers=1)
 
 
 @pytest.mark.parametrize("place", [".", ".."])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from segfleet.preprocess.phantoms.phantom import PHANTOMS
 
 
 def segfleet(*arguments, code: int = 0) -> tuple[str, str]:
@@ -104,3 +107,18 @@ def test_problems_are_one_table_and_exit_code_two(raw, tmp_path):
 def test_mistakes_are_one_message(arguments, message):
     _, err = segfleet(*arguments, code=2)
     assert message in err
+
+
+def test_preprocess_says_who_is_whose_patient(tmp_path):
+    """On what evidence, and that a guess is one; so does a second run."""
+    raw = PHANTOMS["nnunet"](tmp_path / "raw", cases=6)
+    for path in sorted(raw.rglob("patient*")):
+        name = re.sub(r"patient(\d+)_visit(\d)", lambda m: f"case{int(m[1])}_0{m[2]}", path.name)
+        path.rename(path.with_name(name))
+    for _ in range(2):
+        out, err = segfleet("preprocess", "nnunet", "--raw", raw, "--out", tmp_path / "s")
+        assert "names that end in a second number (6 cases are 3 patients" in " ".join(out.split())
+        assert "1 warning(s)" in err and "patients.csv" in err
+    out, _ = segfleet("preprocess", "nnunet", "--raw", raw, "--out", tmp_path / "s", "--json")
+    found = json.loads(out)
+    assert found["grouping"]["guess"] and found["warnings"][0]["field"] == "patients"
