@@ -53,8 +53,19 @@ def render(rows: list[dict]) -> None:
     if not rows:
         typer.echo("no runs here; `segfleet train RECIPE` makes one")
         return
+    from segfleet.pipeline.status import families
+
+    grouped = families(rows)
+    together = {group["family"] for group in grouped}
     columns = ("run", "recipe", "fold", "state", "stage", "Dice", "date")
-    table(columns, [cells(row) for row in rows], whole=("run", "fold", "state", "stage", "date"))
+    whole = ("run", "fold", "state", "stage", "date")
+    if alone := [row for row in rows if row.get("family") not in together]:
+        table(columns, [cells(row) for row in alone], whole=whole)
+    if grouped:
+        if alone:
+            typer.echo()
+        columns = ("runs", "recipe", "folds", "Dice", "of each fold")
+        table(columns, [fold_cells(group) for group in grouped], whole=("runs", "folds", "Dice"))
     if going := [row for row in rows if row["state"] not in ("done", "trained", "unreadable")]:
         typer.echo()
         columns = ("run", "step", "loss", "samples/s", "left", "restarts")
@@ -87,6 +98,15 @@ def cells(row: dict) -> tuple:
     stage = f"{row['stage']}/{row['stages']}"
     date = row["date"][len("2026-") :] if row["date"] else "-"  # with the year in --json
     return short(row), row["recipe"], fold, row["state"], stage, score, date
+
+
+def fold_cells(group: dict) -> tuple:
+    """One line for the folds of a recipe."""
+    done = sum(state == "done" for state in group["states"])
+    first, count = group["runs"][0][:8], len(group["folds"])
+    score = "-" if group["score"] is None else f"{group['score']:.4f}"
+    folds = " ".join("-" if dice is None else f"{dice:.3f}" for dice in group["scores"])
+    return f"{first} +{count - 1}", group["recipe"], f"{done}/{count} done", score, folds
 
 
 def progress_cells(row: dict) -> tuple:

@@ -138,10 +138,10 @@ def command(
     changes = [*(changes or []), *([f"engine.name={engine}"] if engine else [])]
     chosen, open_ones = {}, {}
     for more in prepare.members(array or []):
-        made, run = prepare.prepare(recipe, [*changes, *more], root)
-        chosen[run] = prepare.describe(made)
-        if not prepare.finished(run, made):
-            open_ones[run] = chosen[run]
+        for made, run in prepare.prepare(recipe, [*changes, *more], root):
+            chosen[run] = prepare.describe(made)
+            if not prepare.finished(run, made):
+                open_ones[run] = chosen[run]
     for run in open_ones:
         refuse_if_active(run) if not dry_run else None
     if check and open_ones:
@@ -160,7 +160,7 @@ def command(
         else {}
     )
     rows = [row(run, jobs.get(run)) for run in chosen]
-    show(rows if array else rows[0], as_json, lambda _: render(rows))
+    show(rows if array or len(rows) > 1 else rows[0], as_json, lambda _: render(rows))
 
 
 def row(run: Path, job: Any) -> dict[str, Any]:

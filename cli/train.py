@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from segfleet.cli.output import Json, progress, show
+from segfleet.cli.output import Json, progress, show, table
+
+if TYPE_CHECKING:
+    from segfleet.pipeline.recipe import Recipe
+    from segfleet.preprocess.stores.manifest import Manifest
 
 
 def command(
@@ -39,11 +44,8 @@ def command(
     """Train every stage of RECIPE that is not finished, score it and write its report. The same
     command continues or does nothing."""
     from segfleet.core.errors import InputError
-    from segfleet.pipeline.launch.local import run_ranks
+    from segfleet.pipeline.folds import ALL, chosen_folds
     from segfleet.pipeline.recipe import load_recipe, with_absolute_store
-    from segfleet.pipeline.run import stage_folders, stage_steps
-    from segfleet.pipeline.scoring.scored import evaluation_of
-    from segfleet.pipeline.status import finished, standing
     from segfleet.preprocess.stores.manifest import load_manifest
 
     if max_time is not None and not max_time > 0:
@@ -52,38 +54,95 @@ def command(
         )
     chosen = with_absolute_store(load_recipe(recipe, changes))
     manifest = load_manifest(Path(chosen.data.store))
-    folders = stage_folders(runs.resolve(), chosen, manifest)
+    job: dict[str, Any] = {"do": "train", "root": str(runs.resolve())}
+    if "SLURM_JOB_ID" in os.environ:  # members of an array start together
+        job["waits"] = True
+    job |= {"stage_to": stage_to} if stage_to else {}
+    end = time.monotonic() + 3600 * max_time if max_time else None
+    documents = []
+    for one in chosen_folds(chosen, manifest):
+        if end is not None:
+            job["max_seconds"] = max(end - time.monotonic(), 1.0)
+        documents.append(train_run(one, manifest, job, ranks, threads))
+    if chosen.data.fold == ALL:
+        show(all_folds(runs.resolve(), chosen, manifest, documents), as_json, render_folds)
+    else:
+        show(documents[0], as_json, render)
+
+
+def train_run(
+    recipe: Recipe, manifest: Manifest, job: dict[str, Any], ranks: int, threads: int | None
+) -> dict[str, Any]:
+    """Train and score one run; what is said of it."""
+    from segfleet.pipeline.launch.local import run_ranks
+    from segfleet.pipeline.run import stage_folders, stage_steps
+    from segfleet.pipeline.scoring.scored import evaluation_of
+    from segfleet.pipeline.status import finished, standing
+
+    folders = stage_folders(Path(job["root"]), recipe, manifest)
     leaf = folders[-1].path
-    typer.echo(f"segfleet: {standing(chosen, manifest, folders)}", err=True)
+    fold = f"fold {recipe.data.fold}: " if len(manifest.folds(recipe.data.split)) > 1 else ""
+    typer.echo(f"segfleet: {fold}{standing(recipe, manifest, folders)}", err=True)
     with progress("training") as tick:
         totals = [
             stage.epochs * steps
-            for stage, steps in zip(chosen.stages, stage_steps(chosen, manifest), strict=True)
+            for stage, steps in zip(recipe.stages, stage_steps(recipe, manifest), strict=True)
         ]
-        training = TrainingProgress(folders, chosen, totals, tick)
-        job = {"do": "train", "recipe": chosen.model_dump(mode="json"), "root": str(runs.resolve())}
-        if "SLURM_JOB_ID" in os.environ:  # members of an array start together
-            job["waits"] = True
-        job |= ({"max_seconds": 3600 * max_time} if max_time else {}) | (
-            {"stage_to": stage_to} if stage_to else {}
-        )
-        run_ranks(job, ranks, training.poll, threads)
-    scores = evaluation_of(leaf)["summary"]
-    document = {
+        training = TrainingProgress(folders, recipe, totals, tick)
+        run_ranks(job | {"recipe": recipe.model_dump(mode="json")}, ranks, training.poll, threads)
+    return {
         "run": str(leaf),
+        "fold": recipe.data.fold,
         "stages": [str(folder.path) for folder in folders],
         "report": str(leaf / "report.html"),
-        "mean_foreground_dice": scores["mean_foreground_dice"],
+        "mean_foreground_dice": evaluation_of(leaf)["summary"]["mean_foreground_dice"],
         "finished": finished(folders[-1]),
     }
-    show(document, as_json, render)
+
+
+def all_folds(
+    root: Path, recipe: Recipe, manifest: Manifest, documents: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What is said of all folds together. The score is of every case by the network that was not
+    trained on it; without one (folds that validate on the same cases) it is missing."""
+    from segfleet.pipeline.folds import score_folds
+    from segfleet.pipeline.scoring.scored import evaluation_of
+
+    folder = score_folds(root, recipe, manifest)
+    summary = evaluation_of(folder)["summary"] if folder else {}
+    return {
+        "folds": documents,
+        "cases": summary.get("cases"),
+        "mean_foreground_dice": summary.get("mean_foreground_dice"),
+        "mean_foreground_dice_ci95": summary.get("mean_foreground_dice_ci95"),
+        "report": str(folder / "report.html") if folder else None,
+    }
+
+
+def number(dice: float | None) -> str:
+    return "not defined" if dice is None else f"{dice:.4f}"
 
 
 def render(document: dict) -> None:
-    dice = document["mean_foreground_dice"]
     typer.echo(
-        f"run     {document['run']}\nreport  {document['report']}\nDice    "
-        f"{'not defined' if dice is None else f'{dice:.4f}'}"
+        f"run     {document['run']}\nreport  {document['report']}\n"
+        f"Dice    {number(document['mean_foreground_dice'])}"
+    )
+
+
+def render_folds(document: dict) -> None:
+    rows = [
+        (str(one["fold"]), Path(one["run"]).name, number(one["mean_foreground_dice"]))
+        for one in document["folds"]
+    ]
+    table(("fold", "run", "Dice"), rows)
+    if document["report"] is None:
+        typer.echo("no score over all folds: they are fewer than two, or share cases they score")
+        return
+    typer.echo(
+        f"report  {document['report']}\n"
+        f"Dice    {number(document['mean_foreground_dice'])}, all {document['cases']} cases, each "
+        "by the network that was not trained on it"
     )
 
 

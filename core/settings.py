@@ -13,7 +13,8 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -208,8 +209,38 @@ def validate(model: type[Model], document: Any, where: str) -> Model:
     except ValidationError as error:
         faults = error.errors()
         told = [fault for fault in faults if fault["type"] != "too_short" or len(faults) == 1]
+        told = _one_for_each_field(told, model)
         sentences = "\n".join(f"  {sentence(fault, model)}" for fault in told)
         raise InputError(f"{where} is not valid:\n{sentences}") from None
+
+
+def _one_for_each_field(
+    faults: list[Mapping[str, Any]], model: type[BaseModel]
+) -> list[dict[str, Any]]:
+    """Of a field that takes this or that, pydantic tells what is wrong with each: one fault for
+    both."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for number, fault in enumerate(faults):
+        location = _field_of(model, tuple(fault["loc"]))
+        alternative = location != tuple(fault["loc"])
+        first = found.setdefault((location, None if alternative else number), dict(fault))
+        if first["msg"] != fault["msg"]:
+            more = fault["msg"].removeprefix("Input should ")
+            first["msg"] += f", or {more}"
+        first["loc"] = location
+    return list(found.values())
+
+
+def _field_of(model: type[BaseModel] | None, location: tuple[str | int, ...]) -> tuple:
+    """The location without what pydantic calls the alternatives of a field."""
+    for place, part in enumerate(location):
+        if model is not None and part in model.model_fields:
+            kind = model.model_fields[part].annotation
+            alternatives = [one for one in get_args(kind) if one is not type(None)]
+            model = section_of(kind)
+            if get_origin(kind) in (Union, UnionType) and len(alternatives) > 1:
+                return location[: place + 1]
+    return location
 
 
 def sentence(fault: Mapping[str, Any], model: type[BaseModel]) -> str:

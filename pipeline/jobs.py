@@ -25,6 +25,7 @@ from typing import Any
 from segfleet.core.errors import InputError
 from segfleet.pipeline.data.staged_store import on_node
 from segfleet.pipeline.events import Lines
+from segfleet.pipeline.folds import score_folds
 from segfleet.pipeline.inference.predict import predict_files
 from segfleet.pipeline.parts import patch_of
 from segfleet.pipeline.ranks import Ranks
@@ -84,6 +85,9 @@ def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
                 note_data(folders[-1].path, store.manifest)
             if job.get("score", True):
                 scorer.score(folders, again=job.get("again", False))
+                if ranks.rank == 0:
+                    score_folds(Path(job["root"]), recipe, store.manifest)
+                ranks.barrier()
     except Interrupted as stopped:  # on all ranks
         if file := ranks.share(stop.obeyed() if ranks.rank == 0 else None):
             raise Interrupted(

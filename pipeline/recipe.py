@@ -104,7 +104,10 @@ class Data(Section):
     )
     store: str = Field("", description="folder of the shard store; relative to the working folder")
     split: str = Field("kfold", description="name of a split stored in the manifest")
-    fold: Annotated[int, Field(ge=0)] = Field(0, description="fold of that split")
+    fold: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
+        0,
+        description="fold of that split; all: every fold, each a run, and one score over all cases",
+    )
     patch: tuple[Positive, ...] | None = Field(
         None, description="patch size in voxels, (z, y, x) or (y, x); none: the plan's"
     )

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # it needs torch, which a process that only looks at runs mus
 
 RECIPE, DONE, LOCK = "recipe.json", "done.json", "lock"
 IDENTITY, DATA = "identity.json", "data.json"
+FOLDS = "folds"  # folder below that of all runs: scores over all folds, see `folds.py`
 
 # Options that some other option leaves without effect.
 IDLE_OF_OPTIMIZER = {
@@ -341,7 +342,8 @@ def _outline(folder: Path) -> dict[str, Any]:
 
 def run_folders(root: Path) -> list[Path]:
     """Folders that hold a whole run's recipe, in a fixed order."""
-    return sorted(path.parent for path in Path(root).rglob(RECIPE))
+    found = (path.parent for path in Path(root).rglob(RECIPE))
+    return sorted(folder for folder in found if folder.parent.name != FOLDS)
 
 
 ADVICE = "; wait or stop it, then run the same command again"

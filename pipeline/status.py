@@ -10,6 +10,7 @@ from typing import Any
 from segfleet.core.lock import is_locked
 from segfleet.core.progress import EVENTS
 from segfleet.pipeline.events import read_events
+from segfleet.pipeline.folds import family_of, folder_of
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.run import DONE, IDENTITY, LOCK, StageFolder, differences, open_run
 from segfleet.pipeline.scoring.scored import is_scored
@@ -25,6 +26,7 @@ def run_status(path: Path) -> dict[str, Any]:
         "path": str(path),
         "recipe": recipe.name,
         "fold": recipe.data.fold,
+        "family": family_of(recipe),
         "stages": len(folders),
         "score": score(path),
         "date": _date(path, folders),
@@ -45,6 +47,35 @@ def run_status(path: Path) -> dict[str, Any]:
         else ("stopped" if found["step"] or stage.index else "waiting")
     )
     return {**row, "state": state, "stage": stage.index + 1, **found}
+
+
+def families(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs of one recipe that differ in their fold alone, of at least two folds: {"recipe", "runs",
+    "folds", "scores", "score": over all their cases, each by the network not trained on it}."""
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("family"):
+            grouped.setdefault(row["family"], []).append(row)
+    found = []
+    for members in grouped.values():
+        members = sorted(members, key=lambda row: row["fold"])
+        if len({row["fold"] for row in members}) < max(2, len(members)):
+            continue
+        first = members[0]
+        root = Path(first["path"]).parents[first["stages"] - 1]
+        runs = [row["run"] for row in members]
+        found.append(
+            {
+                "recipe": first["recipe"],
+                "family": first["family"],
+                "runs": runs,
+                "folds": [row["fold"] for row in members],
+                "states": [row["state"] for row in members],
+                "scores": [row["score"] for row in members],
+                "score": score(folder_of(root, runs)),
+            }
+        )
+    return found
 
 
 def score(run: Path) -> float | None:

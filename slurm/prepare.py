@@ -10,18 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError
+from segfleet.pipeline.folds import chosen_folds
 from segfleet.pipeline.recipe import Recipe, load_recipe, with_absolute_store
 from segfleet.pipeline.run import stage_folders
 from segfleet.pipeline.scoring.scored import is_scored
 from segfleet.preprocess.stores.manifest import load_manifest
 
 
-def prepare(source: str, changes: Sequence[str], root: Path) -> tuple[Recipe, Path]:
-    """The validated recipe with an absolute store, and the folder of its run below `root`. Raises
-    InputError."""
+def prepare(source: str, changes: Sequence[str], root: Path) -> list[tuple[Recipe, Path]]:
+    """The validated recipe with an absolute store, and the folder of its run below `root`; with
+    `data.fold: all` one of each for every fold. Raises InputError."""
     recipe = with_absolute_store(load_recipe(source, list(changes)))
     manifest = load_manifest(Path(recipe.data.store))
-    return recipe, stage_folders(root.resolve(), recipe, manifest)[-1].path
+    return [
+        (one, stage_folders(root.resolve(), one, manifest)[-1].path)
+        for one in chosen_folds(recipe, manifest)
+    ]
 
 
 def members(axes: Sequence[str]) -> list[list[str]]:

@@ -46,7 +46,16 @@ def _row(run: Path) -> dict[str, Any]:
         known = explain(error)
         reason = known[0] if known else f"{run / RECIPE} or a file beside it is damaged: {error}"
         nothing = dict.fromkeys(
-            ("fold", "score", "date", "steps", "loss", "samples_per_second", "remaining_seconds")
+            (
+                "fold",
+                "family",
+                "score",
+                "date",
+                "steps",
+                "loss",
+                "samples_per_second",
+                "remaining_seconds",
+            )
         )
         row = {
             "run": run.name,

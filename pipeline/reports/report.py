@@ -84,6 +84,11 @@ def write_report(run_folder: str | Path) -> Path:
             _facts(recipe, document, stages),
             section("Learning curves", _curves(stages), "curves"),
             *(
+                [section("Folds", _folds(document["folds"]), "folds")]
+                if (document or {}).get("folds")
+                else []
+            ),
+            *(
                 _scores(document, run)
                 if document
                 else [section("Scores", "<p>This run has not been scored yet.</p>", "scores")]
@@ -248,6 +253,18 @@ def _curves(stages: list[dict[str, Any]]) -> str:
         curve("Learning rate", of("step", "lr"), marks),
     ]
     return f'<div class="charts">{"".join(charts)}</div>'
+
+
+def _folds(folds: list[dict[str, Any]]) -> str:
+    """Every fold's own score, of a report over all folds."""
+    rows = [
+        f"<tr><th scope=row>{one['fold']}</th><td>{e(one['run'])}</td>{cell(one['cases'])}"
+        f"{cell(one['mean_foreground_dice'])}</tr>"
+        for one in folds
+    ]
+    head = _head("Fold", ["Run", "Cases", "Mean foreground Dice"])
+    caption = "Every case is scored by the one network that was not trained on it."
+    return table(head, rows, caption, "Folds")
 
 
 def _scores(document: dict[str, Any], run: Path) -> list[str]:

@@ -157,14 +157,23 @@ class Manifest(Frozen):
             f"{self.dataset.name}"
         )
 
-    def fold(self, split: str, fold: int) -> dict[str, tuple[str, ...]]:
-        """Ids of one fold: {"train": ..., "val": ...}. Raises InputError with the legal names and
-        numbers."""
+    def folds(self, split: str) -> tuple[dict[str, tuple[str, ...]], ...]:
+        """All folds of a split. Raises InputError with the legal names."""
         if split not in self.splits:
             raise InputError(
                 f"data.split: found '{split}', expected one of: {', '.join(self.splits)}"
             )
-        folds = self.splits[split]
+        return self.splits[split]
+
+    def fold(self, split: str, fold: int | str) -> dict[str, tuple[str, ...]]:
+        """Ids of one fold: {"train": ..., "val": ...}. Raises InputError with the legal names and
+        numbers."""
+        folds = self.folds(split)
+        if isinstance(fold, str):
+            raise InputError(
+                f"data.fold: found '{fold}', which train and submit take; expected one fold here, 0 "
+                f"to {len(folds) - 1} (split '{split}')"
+            )
         if not 0 <= fold < len(folds):
             raise InputError(
                 f"data.fold: found {fold}, expected 0 to {len(folds) - 1} (split '{split}')"

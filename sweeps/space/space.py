@@ -14,6 +14,7 @@ seeds: [0, 1, 2]
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -29,7 +30,9 @@ from pydantic import Field
 from segfleet.core import settings
 from segfleet.core.errors import InputError
 from segfleet.pipeline import recipe as recipes
-from segfleet.pipeline.recipe import Positive, Recipe, Section, Stage
+from segfleet.pipeline.folds import ALL
+from segfleet.pipeline.recipe import Positive, Recipe, Section, Stage, with_absolute_store
+from segfleet.preprocess.stores.manifest import load_manifest
 
 SPACES = Path(__file__).parents[1] / "spaces"
 KINDS = ("grid", "choice", "uniform", "loguniform")
@@ -78,7 +81,9 @@ class SearchSpace(Section):
         None, min_length=1, description="stages; every key may hold an axis"
     )
     seeds: tuple[Natural, ...] = Field((), description="replicates: the recipe's seed; each once")
-    folds: tuple[Natural, ...] = Field((), description="replicates: data.fold; each once")
+    folds: tuple[Natural, ...] | Literal["all"] = Field(
+        (), description="replicates: data.fold; each once, or all"
+    )
     search: Literal["grid", "random", "optuna"] = Field("grid", description="how points are chosen")
     seed: int = Field(0, description="of random and optuna search")
     forks: Positive = Field(
@@ -212,15 +217,27 @@ class Search:
                 update={"seed": seed, "data": recipe.data.model_copy(update={"fold": fold})}
             )
             for seed in self.space.seeds or (recipe.seed,)
-            for fold in self.space.folds or (recipe.data.fold,)
+            for fold in self._folds(recipe)
         ]
         return [
             Trial(number=first + i, point=point, recipe=recipe)
             for i, recipe in enumerate(replicates)
         ]
 
+    def _folds(self, recipe: Recipe) -> Sequence[int]:
+        """The space's folds, or the recipe's; `all` of the recipe's split in its store."""
+        folds = self.space.folds or (recipe.data.fold,)
+        if ALL not in (folds, folds[0]):
+            return folds
+        return range(_fold_count(with_absolute_store(recipe).data.store, recipe.data.split))
+
     def _labels(self) -> list[str]:
         return [axis.label for axis in self.axes]
+
+
+@functools.lru_cache(maxsize=64)
+def _fold_count(store: str, split: str) -> int:
+    return len(load_manifest(Path(store)).folds(split))
 
 
 def describe(point: Point) -> str:
@@ -316,7 +333,7 @@ def _check(search: Search) -> None:
     if space.search != "grid" and space.budget.trials is None and space.scheduler != "pbt":
         raise InputError(f"sweep {space.name}: search '{space.search}' needs budget.trials")
     for name, given in (("seeds", space.seeds), ("folds", space.folds)):
-        if twice := [value for value in given if given.count(value) > 1]:
+        if given != ALL and (twice := [value for value in given if given.count(value) > 1]):
             raise InputError(
                 f"sweep {space.name}: {name}: found {twice[0]} twice in {list(given)}; a run and "
                 "its copy are no replicates"
@@ -360,12 +377,16 @@ def _check(search: Search) -> None:
 def _check_population(search: Search, stages: Sequence[Stage]) -> None:
     """What Tune cannot mutate, or a generation would overwrite."""
     space, labels = search.space, [key for axis in search.axes for key in axis.keys]
+    trials = search.trials({axis.label: axis.values[0] for axis in search.axes})
+    folds = [
+        trial.recipe.data.fold for trial in trials if trial.recipe.seed == trials[0].recipe.seed
+    ]
     if len(stages) != 1 or not labels or any(key[:9] != "stages.0." for key in labels):
         raise InputError(
             f"sweep {space.name}: pbt needs a recipe of one stage, and axes of that stage alone "
             "(stages.0.lr and the like)"
         )
-    for name, given in (("seeds", space.seeds), ("folds", space.folds)):
+    for name, given in (("seeds", space.seeds), ("folds", folds)):
         if len(given) > 1:
             raise InputError(
                 f"sweep {space.name}: {name}: found {list(given)}; pbt trains one population, "

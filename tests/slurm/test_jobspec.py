@@ -577,7 +577,7 @@ def test_what_is_resumed_is_the_run_that_was_named(tiny_recipe, tmp_path, monkey
     from segfleet.slurm import prepare
 
     folder = tiny_recipe([{"name": "a", "epochs": 1, "steps": 1, "lr": 0.01}], batch=2)
-    recipe, leaf = prepare.prepare(str(folder / "tiny.yaml"), [], tmp_path)
+    [(recipe, leaf)] = prepare.prepare(str(folder / "tiny.yaml"), [], tmp_path)
     job = submission.train_job(leaf, prepare.describe(recipe), tmp_path)
     refuse_if_another(leaf, job, None)
     jobs.check_same_run(job, leaf)

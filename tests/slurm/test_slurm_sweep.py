@@ -136,7 +136,7 @@ def stage(cluster, monkeypatch):
     def order(seed: int, steps: int, **more) -> dict:
         root = cluster.folder / "stages"
         text = json.dumps([{"epochs": 1, "steps": steps, "lr": 1e-2}])
-        recipe, path = prepare(
+        [(recipe, path)] = prepare(
             str(cluster.folder / "tiny.yaml"), [f"seed={seed}", f"stages={text}"], root
         )
         job = {

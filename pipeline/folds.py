@@ -1,0 +1,121 @@
+"""All folds of a recipe: a run for each, and one score over all their cases once each run is scored.
+
+Every case is scored by the one network that was not trained on it (out of fold). Such a score lies
+in `runs/folds/<uid>/`, as evaluation.json and report.html like a run's own; recipe.json says
+`fold: all`. No torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from segfleet.core.files import digest_of, write_atomically
+from segfleet.pipeline.recipe import Recipe
+from segfleet.pipeline.run import FOLDS, RECIPE, StageFolder, stage_folders
+from segfleet.pipeline.scoring import scored
+from segfleet.pipeline.scoring.summary import summarise
+from segfleet.preprocess.stores.manifest import Manifest
+
+ALL = "all"
+SHARED = (
+    "version",
+    "dataset",
+    "store",
+    "settings",
+    "structures",
+    "unit",
+    "definitions",
+    "versions",
+)
+
+
+def with_fold(recipe: Recipe, fold: int | str) -> Recipe:
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"fold": fold})})
+
+
+def every_fold(recipe: Recipe, manifest: Manifest) -> list[Recipe]:
+    """The recipe for each fold of its split."""
+    count = len(manifest.folds(recipe.data.split))
+    return [with_fold(recipe, fold) for fold in range(count)]
+
+
+def chosen_folds(recipe: Recipe, manifest: Manifest) -> list[Recipe]:
+    """What a recipe asks for: with `data.fold: all` every fold, else itself."""
+    return every_fold(recipe, manifest) if recipe.data.fold == ALL else [recipe]
+
+
+def family_of(recipe: Recipe) -> str:
+    """What the folds of one recipe have in common, as a hash."""
+    document = recipe.model_dump(mode="json")
+    del document["name"], document["data"]["fold"], document["data"]["workers"]
+    return digest_of(document)[:12]
+
+
+def folder_of(root: Path, runs: list[str]) -> Path:
+    """Where what is known of all folds together lies; `runs`: the uids of their last stages."""
+    text = json.dumps(sorted(runs))
+    return Path(root) / FOLDS / hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def score_folds(root: Path, recipe: Recipe, manifest: Manifest) -> Path | None:
+    """Write the score over all folds, unless exactly that is there; its folder. None while a fold
+    is not scored as `recipe` asks for, or where folds say nothing more than a run does: there is
+    only one, or they validate on the same cases."""
+    members = every_fold(recipe, manifest)
+    ids = [case for member in members for case in scored.scored_ids(member, manifest)]
+    if len(members) < 2 or len(set(ids)) < len(ids):
+        return None
+    folders = [stage_folders(root, member, manifest)[-1] for member in members]
+    if not all(
+        scored.is_scored(folder.path, member, manifest)
+        for folder, member in zip(folders, members, strict=True)
+    ):
+        return None
+    out = folder_of(root, [folder.path.name for folder in folders])
+    facts = [
+        scored.score_facts(member, manifest, folder.done())
+        for folder, member in zip(folders, members, strict=True)
+    ]
+    before = scored.read_evaluation(out) if (out / scored.EVALUATION).exists() else None
+    if not before or before.get("scored") != {"folds": facts}:
+        _write(out, with_fold(recipe, ALL), folders, facts)
+    return out
+
+
+def _write(out: Path, recipe: Recipe, folders: list[StageFolder], facts: list[dict]) -> None:
+    from segfleet.pipeline.reports.report import write_report
+
+    parts = [scored.evaluation_of(folder.path) for folder in folders]
+    cases = [{**case, "fold": fold} for fold, part in enumerate(parts) for case in part["cases"]]
+    cases.sort(key=lambda case: case["id"])
+    first = parts[0]
+    document: dict[str, Any] = {key: first[key] for key in SHARED if key in first}
+    document |= {
+        "cases": cases,
+        "summary": summarise(cases, first["structures"], recipe.data.batch),
+        "split": recipe.data.split,
+        "fold": ALL,
+        "folds": [
+            {
+                "fold": fold,
+                "run": folder.path.name,
+                "cases": len(part["cases"]),
+                "mean_foreground_dice": part["summary"]["mean_foreground_dice"],
+            }
+            for fold, (folder, part) in enumerate(zip(folders, parts, strict=True))
+        ],
+        "parameters": first.get("parameters"),
+        "seen_in_training": {
+            key: sum((part.get("seen_in_training") or {}).get(key, 0) for part in parts)
+            for key in ("cases", "others_of_the_same_patients")
+        },
+        "selected_on_these_cases": any(part.get("selected_on_these_cases") for part in parts),
+        "scored": {"folds": facts},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / RECIPE, json.dumps(recipe.model_dump(mode="json"), indent=1))
+    scored.write_evaluation(out, document)
+    write_report(out)

@@ -1,0 +1,159 @@
+"""All folds of a recipe from one command: a run for each, one score over all cases, one line of
+status."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from segfleet.cli import main
+from segfleet.cli.status import render
+from segfleet.core.errors import InputError
+from segfleet.pipeline.folds import every_fold, score_folds
+from segfleet.pipeline.recipe import load_recipe
+from segfleet.pipeline.run import find_run, run_folders
+from segfleet.preprocess.stores.manifest import load_manifest, save_manifest
+from segfleet.slurm import prepare
+from segfleet.slurm.status import status
+from segfleet.sweeps.space.space import SearchSpace, search_of
+
+
+def segfleet(*words):
+    return CliRunner().invoke(main.app, [str(word) for word in words])
+
+
+def write_folds(store: Path, folds: list[list[int]]) -> None:
+    """Another split `kfold` of a store: the validation cases of every fold by their numbers."""
+    manifest = load_manifest(store)
+    ids = [case.id for case in manifest.cases]
+    kfold = tuple(
+        {
+            "train": tuple(case for n, case in enumerate(ids) if n not in val),
+            "val": tuple(ids[n] for n in val),
+        }
+        for val in folds
+    )
+    save_manifest(store, manifest.model_copy(update={"splits": {"kfold": kfold}}))
+
+
+@pytest.fixture(scope="module")
+def work(tiny_store, tmp_path_factory):
+    """A folder with tiny.yaml, a recipe of two steps on a store of two folds, and the runs of both
+    in `runs`."""
+    folder = tmp_path_factory.mktemp("folds")
+    shutil.copytree(tiny_store(dims=2), folder / "store")
+    write_folds(folder / "store", [[0, 2, 4], [1, 3]])
+    recipe = {
+        "name": "tiny",
+        "data": {"store": str(folder / "store"), "batch": 2, "patch": [16, 16], "workers": 0},
+        "model": {"name": "unet_lite_standard", "options": {"width": 4}},
+        "stages": [{"epochs": 1, "steps": 2, "lr": 1e-2}],
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    command = ("train", folder / "tiny.yaml", "data.fold=all", "--runs", folder / "runs", "--json")
+    done = segfleet(*command)
+    assert done.exit_code == 0, done.output
+    return folder, json.loads(done.stdout), command
+
+
+def test_every_case_is_scored_by_the_network_that_has_not_seen_it(work):
+    folder, document, _ = work
+    assert [one["fold"] for one in document["folds"]] == [0, 1]
+    assert document["cases"] == 5
+    own = {}
+    for one in document["folds"]:
+        found = json.loads((Path(one["run"]) / "evaluation.json").read_text())
+        own |= {case["id"]: case["scores"] for case in found["cases"]}
+    together = json.loads((Path(document["report"]).parent / "evaluation.json").read_text())
+    assert {case["id"]: case["scores"] for case in together["cases"]} == own
+    assert {case["id"]: case["fold"] for case in together["cases"]} == {
+        "case00": 0, "case02": 0, "case04": 0, "case01": 1, "case03": 1
+    }  # fmt: skip
+    # by hand: the mean over structures of each structure's mean over the five cases
+    means = []
+    for name in together["structures"]:
+        dice = [scores[name]["dice"] for scores in own.values() if scores[name]["dice"] is not None]
+        means.append(sum(dice) / len(dice))
+    assert document["mean_foreground_dice"] == pytest.approx(sum(means) / len(means))
+    assert together["seen_in_training"]["cases"] == 0
+    page = Path(document["report"]).read_text()
+    assert "fold all" in page and all(Path(one["run"]).name in page for one in document["folds"])
+
+
+def test_a_second_command_trains_nothing(work):
+    _, document, command = work
+    before = Path(document["report"]).stat().st_mtime_ns
+    again = segfleet(*command)
+    assert again.exit_code == 0 and json.loads(again.stdout) == document
+    assert again.stderr.count("nothing to do") == 2
+    assert Path(document["report"]).stat().st_mtime_ns == before
+
+
+def test_status_says_it_in_one_line(work, capsys):
+    folder, document, _ = work
+    rows = status(folder / "runs")
+    assert len(rows) == 2, "the folder of the score over all folds is no run"
+    render(rows)
+    first, second = (f"{one['mean_foreground_dice']:.3f}" for one in document["folds"])
+    shown = capsys.readouterr().out
+    assert shown.count("tiny") == 1 and f"{first} {second}" in shown
+    assert f"{document['mean_foreground_dice']:.4f}" in shown and "2/2 done" in shown
+
+
+def test_a_fold_that_is_not_scored_as_asked_leaves_no_score_of_all(work, tmp_path):
+    folder, document, _ = work
+    recipe, manifest = load_recipe(str(folder / "tiny.yaml")), load_manifest(folder / "store")
+    shutil.copytree(folder / "runs", tmp_path / "runs")
+    assert score_folds(tmp_path / "runs", recipe, manifest) is not None
+    other = recipe.model_copy(
+        update={"evaluation": recipe.evaluation.model_copy(update={"overlap": 0.25})}
+    )
+    assert score_folds(tmp_path / "runs", other, manifest) is None
+    (tmp_path / "runs" / Path(document["folds"][1]["run"]).name / "evaluation.json").unlink()
+    assert score_folds(tmp_path / "runs", recipe, manifest) is None
+
+
+def test_folds_that_share_cases_have_no_score_of_all(work, tmp_path):
+    folder, _, _ = work
+    shutil.copytree(folder / "store", tmp_path / "store")
+    write_folds(tmp_path / "store", [[0, 1], [1, 2]])
+    recipe = load_recipe(str(folder / "tiny.yaml"), [f"data.store={tmp_path / 'store'}"])
+    assert score_folds(tmp_path, recipe, load_manifest(tmp_path / "store")) is None
+
+
+def test_submit_and_sweep_take_all_folds_too(work):
+    folder, document, _ = work
+    made = prepare.prepare(str(folder / "tiny.yaml"), ["data.fold=all"], folder / "runs")
+    assert [str(run) for _, run in made] == [one["run"] for one in document["folds"]]
+    base = {**yaml.safe_load((folder / "tiny.yaml").read_text())}
+    space = {"name": "s", "base": "tiny", "axes": {"optimizer.weight_decay": [0.1, 0.2]}}
+    for folds, data in (("all", {}), ((), {"fold": "all"})):
+        search = search_of(
+            SearchSpace(**space, folds=folds), {**base, "data": {**base["data"], **data}}
+        )
+        trials = search.trials(search.points()[0])
+        assert [trial.recipe.data.fold for trial in trials] == [0, 1]
+    with pytest.raises(InputError, match=r"folds: found \[0, 1\]; pbt trains one population"):
+        search_of(
+            SearchSpace(name="s", base="tiny", axes={"stages.0.lr": [0.1, 0.2]}, scheduler="pbt"),
+            {**base, "data": {**base["data"], "fold": "all"}},
+        )
+
+
+def test_what_takes_one_fold_says_so(work):
+    folder, document, _ = work
+    uid = Path(document["folds"][0]["run"]).name
+    told = segfleet("evaluate", uid, "data.fold=all", "--runs", folder / "runs")
+    assert told.exit_code != 0 and isinstance(told.exception, InputError)
+    assert "data.fold: found 'all'" in str(told.exception) and "0 to 1" in str(told.exception)
+    with pytest.raises(InputError, match="data.fold: found 'al'"):
+        load_recipe(str(folder / "tiny.yaml"), ["data.fold=al"])
+    assert len(run_folders(folder / "runs")) == 2
+    assert find_run("tiny", folder / "runs", fold=1).name == Path(document["folds"][1]["run"]).name
+    recipe, manifest = load_recipe(str(folder / "tiny.yaml")), load_manifest(folder / "store")
+    assert [one.data.fold for one in every_fold(recipe, manifest)] == [0, 1]
