@@ -35,6 +35,9 @@ def _rising(ends: tuple[float, float]) -> tuple[float, float]:
 Axes = Annotated[tuple[Annotated[int, Field(ge=0, le=2)], ...], AfterValidator(_distinct)]
 
 
+Tolerance = Annotated[float, Field(gt=0)]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -265,6 +268,11 @@ class Evaluation(Section):
         "dice",
         description="what the best checkpoint has: the highest mean Dice of cases, the highest IoU "
         "of all voxels pooled at the stored size, or the lowest loss",
+    )
+    tolerance: Tolerance | dict[str, Tolerance] = Field(
+        2.0,
+        description="mm within which two surfaces agree, for the normalised surface Dice: one for "
+        "all structures, or {liver: 7, tumour: 5}, 2 for those not named",
     )
 
 

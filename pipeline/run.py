@@ -70,7 +70,7 @@ def stage_facts(recipe: Recipe, manifest: Manifest, index: int) -> dict[str, Any
     }
     if stage.get("patience"):  # only then does validation decide how long a stage is
         stage["validation"] = [
-            whole["evaluation"],
+            {key: value for key, value in whole["evaluation"].items() if key != "tolerance"},
             list(manifest.fold(recipe.data.split, recipe.data.fold)["val"]),
         ]
     changed = changed_sources(recipe.model.name, recipe.loss.name)

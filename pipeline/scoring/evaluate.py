@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from segfleet.core.files import digest_of
 from segfleet.pipeline.inference.restore import restore
 from segfleet.pipeline.inference.sliding_window import Forward, sliding_window
 from segfleet.pipeline.ranks import Ranks, apart, as_facts, from_facts
-from segfleet.pipeline.scoring.metrics import confusion, score_case
+from segfleet.pipeline.scoring.calibration import calibration
+from segfleet.pipeline.scoring.metrics import TOLERANCE, confusion, score_case, tolerance_of
 from segfleet.pipeline.scoring.scored import VERSION
 from segfleet.pipeline.scoring.summary import definitions, summarise, unit_of
 from segfleet.pipeline.task import Task
@@ -77,6 +78,7 @@ def evaluate_cases(
     kept: Kept | None = None,
     pool: int | None = None,
     objective: Objective | None = None,
+    tolerance: float | Mapping[str, float] = TOLERANCE,
 ) -> dict[str, Any]:
     """Score `forward` ((B, C, *S) -> probabilities (B, K, *S)) on the cases: {"cases": [...],
     "summary": {...}, "definitions": {...}}.
@@ -84,13 +86,16 @@ def evaluate_cases(
     Every rank scores its share and gets the whole document, which does not depend on the number of
     ranks. `patch` and `mirror_axes` are in (z, y, x); a patch of one slice means a 2D network,
     unless `dims` says otherwise. `progress(done, total)` counts this rank's cases.
-    `distances=False` leaves out hd95, for validation while training. Cases that `kept` has are not
+    `distances=False` leaves out surfaces, lesions, calibration and intervals, for validation while
+    training;
+    `tolerance`: of the nsd, as for `score_case`. Cases that `kept` has are not
     scored again. `pool`: cases of a batch, for the variants that pool batches. With `objective`,
     `forward` gives probabilities and then logits (B, 2K, *S), and every case gets a "loss": the
     objective over the whole case on the stored grid. The document is strict JSON: what is not defined is null. If a rank fails, its
     error is raised on all ranks.
     """
     ranks, ids = ranks or Ranks(), list(case_ids)
+    check_tolerance(tolerance, task)
     twice = sorted({i for i in ids if ids.count(i) > 1})
     if twice:
         raise InputError(f"evaluation: the case '{twice[0]}' is asked for twice")
@@ -118,11 +123,19 @@ def evaluate_cases(
                 lost = {"loss": case_loss(objective, logits, store.label(case), flat=patch[0] == 1)}
             label = raw_label(found, store, case, task)
             scores = score_case(
-                label, truth, spacing=case.raw_spacing, task=task, distances=distances
+                label,
+                truth,
+                spacing=case.raw_spacing,
+                task=task,
+                distances=distances,
+                tolerance=tolerance,
             )
             at_stored_size = confusion(task.labels(found).numpy(), store.label(case), task)
             for name, counts in at_stored_size.items():
                 scores[name]["stored_counts"] = list(counts)
+            if distances:
+                for name, calibrated in calibration(found, store.label(case), task).items():
+                    scores[name] |= calibrated
             scored.append(_entry(case, scores) | lost)
             if kept:
                 kept.keep(scored[-1])
@@ -148,14 +161,24 @@ def evaluate_cases(
             "overlap": overlap,
             "mirror_axes": list(mirror_axes),
             "distances": distances,
+            "tolerance": {name: tolerance_of(name, tolerance) for name in task.names},
             "pool": pool,
         },
         "structures": list(task.names),
         "cases": cases,
-        "summary": summarise(cases, task.names, pool),
+        "summary": summarise(cases, task.names, pool, intervals=distances),
         "unit": unit,
         "definitions": definitions(unit),
     }
+
+
+def check_tolerance(tolerance: float | Mapping[str, float], task: Task) -> None:
+    """Raises InputError for a structure that the data set does not have."""
+    if isinstance(tolerance, Mapping) and (unknown := sorted(set(tolerance) - set(task.names))):
+        raise InputError(
+            f"evaluation.tolerance: found '{unknown[0]}', expected structures of the data set: "
+            f"{', '.join(task.names)}"
+        )
 
 
 def case_probabilities(
@@ -240,6 +263,7 @@ def _entry(case: CaseEntry, scores: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": case.id,
         "group": case.group or case.id,
+        "source": case.source_sha256,
         "spacing": list(case.raw_spacing),
         "mean_dice": mean,
         "scores": scores,

@@ -8,16 +8,17 @@ never 0 and never dropped silently.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
-from scipy.spatial import cKDTree
 
+from segfleet.pipeline.scoring.lesions import lesion_counts
+from segfleet.pipeline.scoring.surfaces import NOTHING, surface_scores
 from segfleet.pipeline.task import Task
 
 Scores = dict[str, Any]
+TOLERANCE = 2.0  # mm, of the normalised surface Dice
 
 METRICS: dict[str, str] = {
     "dice": "2 TP / (2 TP + FP + FN) over the voxels of one whole case on its raw grid; missing "
@@ -40,6 +41,31 @@ METRICS: dict[str, str] = {
     "hd95_max": "The larger of the two directed 95th percentiles in mm (MONAI's convention), "
     "usually more than hd95; missing when truth or "
     "prediction is empty.",
+    "hd95_area": "The larger of the two directed 95th percentiles in mm by area of the surface, which "
+    "runs between the voxels (DeepMind's surface-distance); missing when truth or prediction is "
+    "empty.",
+    "assd": "Average symmetric surface distance in mm: mean over the surface voxels of both; missing "
+    "when truth or prediction is empty.",
+    "masd": "Mean of the two directed average surface distances in mm (what medpy calls assd); "
+    "missing when truth or prediction is empty.",
+    "nsd": "Normalised surface Dice: the share of both surfaces' area that lies within the tolerance "
+    "of the other surface (DeepMind's surface-distance); missing when truth and prediction are both "
+    "empty, 0 when only one is.",
+    "lesion_f1": "2 TP / (2 TP + FP + FN) over the lesions of one case: components of voxels that "
+    "touch by faces, edges or corners; a lesion of the truth that shares a voxel with the prediction "
+    "is a TP, else a FN, one of the prediction that shares none with the truth a FP (ISLES "
+    "convention); missing when there is none of them.",
+    "lesion_recall": "TP / (TP + FN) over the lesions of one case, matched as for lesion_f1; missing "
+    "when the truth has none.",
+    "lesion_fp": "Lesions of the prediction that share no voxel with the truth: false positives per "
+    "case.",
+    "brier": "Mean over the voxels of one case of (probability - truth)², on the stored grid; missing "
+    "where no probabilities are known.",
+    "ece": "Expected calibration error of one case on the stored grid: |mean probability - share of "
+    "truth| over 15 equal bins of the probability, weighted by their voxels (most are background); "
+    "missing where no probabilities are known.",
+    "truth_ml": "True volume of one case in millilitres.",
+    "predicted_ml": "Predicted volume of one case in millilitres.",
     "volume_error": "(predicted volume - true volume) / true volume of one case; positive: too "
     "large; missing when the truth is empty.",
     "volume_error_ml": "Predicted volume minus true volume of one case in millilitres (spacing "
@@ -65,11 +91,13 @@ def score_case(
     spacing: Sequence[float],
     task: Task,
     distances: bool = True,
+    tolerance: float | Mapping[str, float] = TOLERANCE,
 ) -> dict:
     """Scores of one case per structure of the task: {"liver": {"dice": 0.93, ...}}. Both arrays are
     uint8 label maps of one shape,
     `spacing` is in mm (z, y, x). Voxels whose truth is the ignore label count for nothing.
-    `distances=False` leaves hd95 out (None)."""
+    `tolerance` of the nsd in mm, one for all structures or one for each that is named; others have
+    TOLERANCE. `distances=False` leaves out (None) all that needs more than counting voxels."""
     assert prediction_ZYX.shape == truth_ZYX.shape, (prediction_ZYX.shape, truth_ZYX.shape)
     assert prediction_ZYX.dtype == truth_ZYX.dtype == np.uint8, (
         prediction_ZYX.dtype,
@@ -84,6 +112,7 @@ def score_case(
             spacing=spacing,
             distances=distances,
             counted=counted,
+            tolerance=tolerance_of(name, tolerance),
         )
         for name, group in zip(task.names, task.members, strict=True)
     }
@@ -96,6 +125,7 @@ def score_structure(
     spacing: Sequence[float],
     distances: bool = True,
     counted: int | None = None,
+    tolerance: float = TOLERANCE,
 ) -> Scores:
     """Scores of one structure from two bool masks (Z, Y, X); see METRICS. Counts of voxels come
     along for the pooled variants. `counted`: voxels that count at all; None: all of them."""
@@ -106,13 +136,17 @@ def score_structure(
     fp, fn = predicted - tp, true - tp
     tn = (truth.size if counted is None else counted) - tp - fp - fn
     slice_dice, slices = _slice_dice(*per_slice)
-    pooled, larger = surface_percentiles(prediction, truth, spacing) if distances else (None, None)
+    ml = float(np.prod(spacing)) / 1000.0
     return {
         **overlap(tp, fp, fn, tn),
-        "hd95": pooled,
-        "hd95_max": larger,
+        **(surface_scores(prediction, truth, spacing, tolerance) if distances else NOTHING),
+        **lesion_scores(prediction, truth, distances),
+        "brier": None,  # of probabilities, which the caller may have
+        "ece": None,
+        "truth_ml": true * ml,
+        "predicted_ml": predicted * ml,
         "volume_error": ratio(predicted - true, true),
-        "volume_error_ml": (predicted - true) * float(np.prod(spacing)) / 1000.0,
+        "volume_error_ml": (predicted - true) * ml,
         "tp": tp,
         "fp": fp,
         "fn": fn,
@@ -122,6 +156,24 @@ def score_structure(
         "slice_dice_sum": slice_dice,
         "slices": slices,
     }
+
+
+def lesion_scores(prediction: np.ndarray, truth: np.ndarray, counted: bool) -> Scores:
+    """What follows from the lesions found, missed and invented; see METRICS."""
+    if not counted:
+        return dict.fromkeys(("lesion_f1", "lesion_recall", "lesion_fp", "lesions"))
+    found, missed, invented = lesion_counts(prediction, truth)
+    return {
+        "lesion_f1": ratio(2 * found, 2 * found + missed + invented),
+        "lesion_recall": ratio(found, found + missed),
+        "lesion_fp": invented,
+        "lesions": [found, missed, invented],
+    }
+
+
+def tolerance_of(name: str, tolerance: float | Mapping[str, float]) -> float:
+    """The tolerance of a structure in mm."""
+    return tolerance.get(name, TOLERANCE) if isinstance(tolerance, Mapping) else tolerance
 
 
 def overlap(tp: int, fp: int, fn: int, tn: int) -> Scores:
@@ -164,52 +216,3 @@ def _slice_dice(tp: np.ndarray, predicted: np.ndarray, true: np.ndarray) -> tupl
     whole = predicted + true
     dice = np.where(whole == 0, 1.0, 2 * tp / np.maximum(whole, 1))
     return float(dice.sum()), len(dice)
-
-
-def surface_percentiles(
-    a: np.ndarray, b: np.ndarray, spacing: Sequence[float]
-) -> tuple[float | None, float | None]:
-    """(hd95, hd95_max) in mm between two bool masks of one shape; (None, None) when one is empty.
-    Axes of size 1 do not count as a direction, so a 2D mask has an outline, not a solid of
-    outlines."""
-    if not a.any() or not b.any():
-        return None, None
-    real = [axis for axis, size in enumerate(a.shape) if size > 1]
-    flat = tuple(axis for axis, size in enumerate(a.shape) if size == 1)
-    if not real:
-        return 0.0, 0.0
-    a, b, spacing = a.squeeze(flat), b.squeeze(flat), np.asarray(spacing, dtype=float)[real]
-    box = bounding_box(a | b)
-    there, back = surface_distances(a[box], b[box], spacing)
-    return float(np.percentile(np.concatenate([there, back]), 95)), float(
-        max(np.percentile(there, 95), np.percentile(back, 95))
-    )
-
-
-def surface_distances(
-    a: np.ndarray, b: np.ndarray, spacing: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Distances in mm from every surface voxel of a to the surface of b, and from b to a. Surface:
-    the voxels that an erosion with the face neighbours takes away; beyond the array is background.
-    Two exact ways, chosen by cost: a tree of points, a distance map."""
-    outline_a, outline_b = (mask & ~ndimage.binary_erosion(mask) for mask in (a, b))
-    if 16 * (np.count_nonzero(outline_a) + np.count_nonzero(outline_b)) > a.size:
-        to_a, to_b = (
-            ndimage.distance_transform_edt(~outline, sampling=spacing)
-            for outline in (outline_a, outline_b)
-        )
-        return to_b[outline_a], to_a[outline_b]
-    points_a, points_b = (np.argwhere(outline) * spacing for outline in (outline_a, outline_b))
-    tree_a, tree_b = (
-        cKDTree(points, balanced_tree=False, compact_nodes=False) for points in (points_a, points_b)
-    )
-    return tree_b.query(points_a)[0], tree_a.query(points_b)[0]
-
-
-def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """The smallest box that holds all True voxels. The mask is not empty."""
-    box = []
-    for axis in range(mask.ndim):
-        line = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
-        box.append(slice(int(line[0]), int(line[-1]) + 1))
-    return tuple(box)

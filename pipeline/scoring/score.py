@@ -179,6 +179,7 @@ class Scorer:
             progress=tell,
             kept=kept,
             pool=self.recipe.data.batch,
+            tolerance=self.recipe.evaluation.tolerance,
             **self._window(),
         )
         if self.ranks.rank == 0:

@@ -22,7 +22,7 @@ from segfleet.pipeline.run import StageFolder
 from segfleet.preprocess.stores.manifest import Manifest
 
 EVALUATION = "evaluation.json"
-VERSION = 2  # of what an evaluation.json holds; one of another version is made anew
+VERSION = 3  # of what an evaluation.json holds; one of another version is made anew
 
 
 def scored_ids(recipe: Recipe, manifest: Manifest) -> list[str]:
@@ -56,6 +56,7 @@ def score_facts(recipe: Recipe, manifest: Manifest, done: dict[str, Any]) -> dic
         "overlap": options.overlap,
         "average": options.average,
         "mirror": sorted(options.mirror),
+        "tolerance": options.tolerance,
     }
 
 

@@ -8,16 +8,22 @@ from typing import Any
 
 import numpy as np
 
+from segfleet.pipeline.scoring.intervals import (
+    FEWEST,
+    RESAMPLES,
+    SEED,
+    bootstrap_weights,
+    interval,
+    of_patients,
+)
 from segfleet.pipeline.scoring.metrics import METRICS, overlap, ratio
 from segfleet.preprocess.stores.manifest import Manifest
 
-RESAMPLES, SEED = 2000, 12345
-
 SUMMARY: dict[str, str] = {
     "mean_foreground_dice": "Mean over the structures of each structure's mean Dice over cases.",
-    "ci95": f"95 % bootstrap interval of the mean: {RESAMPLES} resamples of patients with "
-    "replacement (all cases of a patient together), "
-    f"2.5th to 97.5th percentile, seed {SEED}; missing for fewer than two patients.",
+    "ci95": f"95 % interval of the mean by the studentised bootstrap: {RESAMPLES} resamples of "
+    f"patients with replacement (all cases of a patient together), seed {SEED}; missing where fewer "
+    f"than {FEWEST} patients have a value, too few for any interval to hold what it promises.",
     "n": "Cases that have a value; the others are missing and are counted below, never set to 0 "
     "or 1.",
     "empty_truth": "Cases whose truth does not hold the structure.",
@@ -41,12 +47,22 @@ VARIANTS: dict[str, str] = {
     "convention).",
     "per_volume": "Mean over cases, empty/empty excluded, empty/non-empty = 0 (LiTS convention): "
     "the mean Dice above.",
+    "per_case_with_truth": "Mean over the cases whose truth holds the structure; what is predicted in "
+    "others counts nowhere (MONAI's DiceMetric with ignore_empty=True).",
     "per_patient": "Voxels of all cases of one patient pooled first, then the mean over patients, "
     "empty/empty excluded.",
     "per_slice": "Mean over all slices with empty/empty = 1 (REC-UNet convention): inflated by "
     "slices without the structure.",
 }
 
+
+# What a mean can be at all, where that is not 0 to 1.
+BOUNDS = {
+    **dict.fromkeys(("hd95", "hd95_max", "hd95_area", "assd", "masd"), (0.0, np.inf)),
+    **dict.fromkeys(("lesion_fp", "truth_ml", "predicted_ml"), (0.0, np.inf)),
+    "volume_error": (-1.0, np.inf),
+    "volume_error_ml": (-np.inf, np.inf),
+}
 
 # What papers read off one confusion matrix over many images.
 POOL_METRICS = ("dice", "iou", "accuracy", "specificity", "sensitivity", "precision", "mean_iou")
@@ -74,54 +90,51 @@ def unit_of(manifest: Manifest) -> str:
 
 
 def summarise(
-    cases: Sequence[dict[str, Any]], names: Sequence[str], pool: int | None = None
+    cases: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    pool: int | None = None,
+    intervals: bool = True,
 ) -> dict[str, Any]:
     """`cases`: [{"id", "group", "scores": {structure: Scores}}] -> the summary of the set;
     JSON-able, missing numbers are None. `pool`: cases of a batch, for the batch-pooled variants."""
     patients = sorted({case["group"] for case in cases})
-    owner = np.array([patients.index(case["group"]) for case in cases], dtype=np.int64)
-    draws = bootstrap_weights(len(patients))
-    structures, resampled = {}, []
+    number = {patient: index for index, patient in enumerate(patients)}
+    owner = np.array([number[case["group"]] for case in cases], dtype=np.int64)
+    draws = bootstrap_weights(len(patients)) if intervals else None
+    structures, dice = {}, []
     for name in names:
         scores = [case["scores"][name] for case in cases]
-        structures[name], dice_draws = _structure(scores, owner, draws, pool)
-        resampled.append(dice_draws)
+        structures[name] = _structure(scores, owner, draws, pool)
+        dice.append(of_patients(_values(scores, "dice"), owner, len(patients)))
     means = [s["dice"]["mean"] for s in structures.values() if s["dice"]["mean"] is not None]
     variants = {v: _mean([s["variants"][v] for s in structures.values()]) for v in VARIANTS}
     return {
         "cases": len(cases),
         "patients": len(patients),
         "mean_foreground_dice": _mean(means),
-        "mean_foreground_dice_ci95": _interval(_nanmean(np.array(resampled)))
-        if resampled
+        "mean_foreground_dice_ci95": interval(
+            *(np.hstack(parts) for parts in zip(*dice, strict=True)), draws, (0.0, 1.0)
+        )
+        if dice
         else None,
         "variants": variants,
         "structures": structures,
-        "bootstrap": {"over": "patients", "resamples": RESAMPLES, "seed": SEED},
+        "bootstrap": {"over": "patients", "resamples": RESAMPLES, "seed": SEED, "fewest": FEWEST},
     }
-
-
-def bootstrap_weights(patients: int) -> np.ndarray | None:
-    """(RESAMPLES, patients) how often each patient is drawn in each resample; None below two
-    patients."""
-    if patients < 2:
-        return None
-    generator = np.random.Generator(np.random.Philox(SEED))
-    return generator.multinomial(patients, np.full(patients, 1.0 / patients), size=RESAMPLES)
 
 
 def _structure(
     scores: list[dict], owner: np.ndarray, draws: np.ndarray | None, pool: int | None
-) -> tuple[dict[str, Any], np.ndarray]:
+) -> dict[str, Any]:
     empty_truth = [s["truth_voxels"] == 0 for s in scores]
     empty_prediction = [s["predicted_voxels"] == 0 for s in scores]
     result: dict[str, Any] = {}
     for metric in METRICS:
-        values = np.array([np.nan if s[metric] is None else s[metric] for s in scores], dtype=float)
-        resampled = _resampled_means(values, owner, draws)
-        result[metric] = {**_describe(values), "ci95": _interval(resampled)}
-        if metric == "dice":
-            dice_draws = resampled
+        values, found = _values(scores, metric), None
+        if draws is not None:
+            per_patient = of_patients(values, owner, draws.shape[1])
+            found = interval(*per_patient, draws, BOUNDS.get(metric, (0.0, 1.0)))
+        result[metric] = {**_describe(values), "ci95": found}
     result["counts"] = {
         "cases": len(scores),
         "empty_truth": sum(empty_truth),
@@ -131,7 +144,7 @@ def _structure(
     }
     result["variants"] = _variants(scores, owner, pool)
     result["pooled"] = _pooled(scores, pool)
-    return result, dice_draws
+    return result
 
 
 def _describe(values: np.ndarray) -> dict[str, Any]:
@@ -147,28 +160,9 @@ def _describe(values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _resampled_means(values: np.ndarray, owner: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
-    """(RESAMPLES,) means over the cases of the drawn patients; NaN where a resample holds no
-    value."""
-    if draws is None:
-        return np.full(RESAMPLES, np.nan)
-    known = ~np.isnan(values)
-    sums = np.bincount(owner[known], values[known], minlength=draws.shape[1])
-    counts = np.bincount(owner[known], minlength=draws.shape[1])
-    total = draws @ counts
-    return np.where(total > 0, draws @ sums / np.maximum(total, 1), np.nan)
-
-
-def _interval(means: np.ndarray) -> list[float] | None:
-    means = means[~np.isnan(means)]
-    return [float(v) for v in np.percentile(means, [2.5, 97.5])] if len(means) else None
-
-
-def _nanmean(rows: np.ndarray) -> np.ndarray:
-    known = ~np.isnan(rows)
-    return np.where(
-        known.any(0), np.where(known, rows, 0.0).sum(0) / np.maximum(known.sum(0), 1), np.nan
-    )
+def _values(scores: list[dict], metric: str) -> np.ndarray:
+    """One number per case, NaN where it is missing."""
+    return np.array([np.nan if s[metric] is None else s[metric] for s in scores], dtype=float)
 
 
 def _counts(scores: list[dict]) -> tuple[np.ndarray, np.ndarray | None]:
@@ -233,6 +227,7 @@ def _variants(scores: list[dict], owner: np.ndarray, pool: int | None) -> dict[s
         "pooled_per_batch_unweighted": None if batches is None else float(batches.mean()),
         "per_image": _mean([1.0 if d is None else d for d in dice]),
         "per_volume": _mean(dice),
+        "per_case_with_truth": _mean([s["dice"] for s in scores if s["truth_voxels"]]),
         "per_patient": _mean([_dice(*c) for c in of_patients]),
         "per_slice": ratio(
             sum(s["slice_dice_sum"] for s in scores), sum(s["slices"] for s in scores)

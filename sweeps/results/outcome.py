@@ -20,13 +20,11 @@ import numpy as np
 
 from segfleet.core.files import write_atomically
 from segfleet.core.settings import dumps
+from segfleet.pipeline.scoring.intervals import paired
 from segfleet.pipeline.scoring.scored import evaluation_of
-from segfleet.pipeline.scoring.summary import SEED, bootstrap_weights
 from segfleet.sweeps.results.ledger import Ledger
 from segfleet.sweeps.space.plan import Plan
 from segfleet.sweeps.space.space import Trial, describe
-
-FLIPS = 4000
 
 
 def outcome(plan: Plan, ledger: Ledger) -> dict[str, Any]:
@@ -168,24 +166,6 @@ def _difference(row: dict[str, Any], best: dict[str, Any], ledger: Ledger) -> di
         "cases": len(of_cases),
         "patients": len(groups),
         "shared_stages": shared // max(1, len(row["runs"])),
-    }
-
-
-def paired(by_patient: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Mean of paired differences, its bootstrap interval over patients, and p of a sign-flip test
-    over patients."""
-    counts, sums = np.array([len(v) for v in by_patient]), np.array([sum(v) for v in by_patient])
-    mean = float(sums.sum() / counts.sum())
-    draws = bootstrap_weights(len(by_patient))
-    if draws is None:
-        return {"mean": mean, "ci95": None, "p": None}
-    low, high = np.percentile(draws @ sums / np.maximum(draws @ counts, 1), [2.5, 97.5])
-    signs = np.random.Generator(np.random.Philox(SEED)).choice([-1.0, 1.0], size=(FLIPS, len(sums)))
-    extreme = np.abs(signs @ sums) >= abs(sums.sum()) - 1e-12
-    return {
-        "mean": mean,
-        "ci95": [float(low), float(high)],
-        "p": float((extreme.sum() + 1) / (FLIPS + 1)),
     }
 
 

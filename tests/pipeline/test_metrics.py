@@ -13,10 +13,9 @@ from segfleet.pipeline.scoring.metrics import (
     confusion,
     score_case,
     score_structure,
-    surface_distances,
-    surface_percentiles,
 )
-from segfleet.pipeline.scoring.summary import VARIANTS, bootstrap_weights, definitions, summarise
+from segfleet.pipeline.scoring.summary import VARIANTS, definitions, summarise
+from segfleet.pipeline.scoring.surfaces import distances_between, outline, surface_scores
 from segfleet.pipeline.task import Task
 
 SPACING = (2.0, 0.5, 0.8)
@@ -27,6 +26,15 @@ def box(shape, *slices) -> np.ndarray:
     mask = np.zeros(shape, dtype=bool)
     mask[slices] = True
     return mask
+
+
+def surface_percentiles(a, b, spacing):
+    found = surface_scores(a, b, spacing, tolerance=1.0)
+    return found["hd95"], found["hd95_max"]
+
+
+def surface_distances(a, b, spacing):
+    return distances_between(outline(a), outline(b), spacing)
 
 
 def brute_force(a, b, spacing, percentile=95):
@@ -271,23 +279,6 @@ def test_per_slice_is_inflated_by_empty_slices():
         "variants"
     ]
     assert variants["per_volume"] == 0.0 and variants["per_slice"] == pytest.approx(0.9)
-
-
-def test_the_interval_draws_patients_not_cases():
-    """Ten cases of one patient at 1 and one of each of two others at 0: drawing cases would never
-    give the mean 0."""
-    good, bad = ([[[1, 1]]], [[[1, 1]]]), ([[[1, 0]]], [[[0, 1]]])
-    cases = [case(f"a{i}", *good, "a") for i in range(10)] + [case("b", *bad), case("c", *bad)]
-    interval = summarise(cases, ["lesion"])["structures"]["lesion"]["dice"]["ci95"]
-    assert interval == [0.0, 1.0]  # (2/3)^3 = 30 % of resamples hold no "a", 1/27 = 3.7 % only "a"
-    assert summarise(cases, ["lesion"]) == summarise(cases, ["lesion"]), "fixed seed"
-
-
-def test_bootstrap_weights_are_resamples():
-    weights = bootstrap_weights(7)
-    assert weights.shape == (2000, 7) and (weights.sum(1) == 7).all()
-    assert weights.mean() == 1 and abs(weights.mean(0) - 1).max() < 0.1
-    assert bootstrap_weights(1) is None
 
 
 def test_the_interval_matches_the_standard_error_of_many_patients():
