@@ -91,7 +91,7 @@ def write_ours(name: str, folder: Path) -> None:
     writer = store_module("zarr").Writer(folder, "data/all", chunk=chunk, dtype=dtype)
     for k, (image, label) in enumerate(cases(name)):
         stored = np.rint(image * 255).astype("uint8") if dtype == "uint8" else image.astype(dtype)
-        writer.write(f"case-{k}", stored, label, None)
+        sha256 = writer.write(f"case-{k}", stored, label, None)
         voxels, drawn = foreground(label, f"case-{k}", None)
         entries.append(
             CaseEntry(
@@ -106,6 +106,7 @@ def write_ours(name: str, folder: Path) -> None:
                 raw_spacing=(1, 1, 1),
                 voxels=voxels,
                 foreground=drawn,
+                sha256=sha256,
             )
         )
     files |= writer.publish()

@@ -45,25 +45,15 @@ def sizes(*numbers: int) -> ctypes.Array:
     return (COUNT * len(numbers))(*numbers)
 
 
-def to_float32(stored: np.ndarray, scale: float, out: np.ndarray) -> None:
-    """What `shard_reader.to_float32` gives, the same bits, into `out`, C-contiguous of the same
-    shape; halves several times as fast."""
-    kernels = library() if stored.dtype == np.float16 and stored.flags.c_contiguous else None
-    if kernels is not None:
-        kernels.segfleet_widen(stored.ctypes.data, out.ctypes.data, out.size)
-    elif stored.dtype.kind in "iu":
-        np.multiply(stored, np.float32(scale), out=out, dtype=np.float32)
-    else:
-        np.copyto(out, stored)
-
-
-def scratch(shape: tuple[int, ...]) -> np.ndarray:
-    """A float32 array whose memory the next call of this thread uses again: fresh memory costs more
-    than what is done with it."""
+def scratch(shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
+    """An array whose memory the next call of this thread for the type uses again: fresh memory
+    costs more than what is done with it."""
     size = int(np.prod(shape))
-    if size > len(getattr(_memory, "buffer", ())):
-        _memory.buffer = np.empty(size, np.float32)
-    return _memory.buffer[:size].reshape(shape)
+    held = getattr(_memory, dtype.__name__, None)
+    if held is None or size > len(held):
+        held = np.empty(size, dtype)
+        setattr(_memory, dtype.__name__, held)
+    return held[:size].reshape(shape)
 
 
 _memory = threading.local()

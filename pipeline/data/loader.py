@@ -22,8 +22,9 @@ from segfleet.pipeline.data import randomness
 from segfleet.pipeline.data.augment import draw_intensity, draw_spatial, flat
 from segfleet.pipeline.data.geometry import mirror, resample, source
 from segfleet.pipeline.data.intensity import apply_intensity
-from segfleet.pipeline.data.kernels import scratch, to_float32
+from segfleet.pipeline.data.kernels import scratch
 from segfleet.pipeline.data.sampler import Draw, PatchSampler
+from segfleet.pipeline.data.unpack import unpack
 from segfleet.pipeline.recipe import Augment
 from segfleet.preprocess.stores.base import ShardStore
 
@@ -84,6 +85,7 @@ class Patches(Dataset):
         """`pinned`: batches are put where a GPU fetches them by itself."""
         self.store, self.sampler, self.stage, self.steps = store, sampler, stage, steps
         self.augment, self.pinned = augment, pinned
+        store.fill = unpack
 
     def __getitems__(self, places: list[tuple[int, int]]) -> Batch | Failure:
         """A micro-batch. `DataLoader` calls it with the list a batch sampler yields."""
@@ -111,28 +113,30 @@ class Patches(Dataset):
 
     def _sample(self, draw: Draw, image: np.ndarray, label: np.ndarray) -> None:
         """Fills in image (C, z, y, x) and label (z, y, x)."""
-        patch, scale = self.sampler.patch, self.store.manifest.plan.scale
+        patch, store = self.sampler.patch, self.store
         if self.augment is None:
             box = tuple(slice(s, s + p) for s, p in zip(draw.start, patch, strict=True))
-            to_float32(self.store.stored_image(draw.case, box), scale, image)
-            np.copyto(label, self.store.label(draw.case, box))
+            store.image(draw.case, box, image)
+            store.label(draw.case, box, label)
             return
         rng = randomness.generator(
             self.sampler.seed, randomness.AUGMENT, draw.stage, draw.epoch, draw.index
         )
         spatial = draw_spatial(self.augment, rng, patch, draw.case.spacing)
         box, grid = source(spatial, draw.start, patch)
-        stored, outlined = self.store.stored_image(draw.case, box), self.store.label(draw.case, box)
-        if grid is None:
-            mirrored = mirror(spatial, stored, outlined)
-            to_float32(np.ascontiguousarray(mirrored[0]), scale, image)
-            np.copyto(label, mirrored[1])
+        if grid is None and not spatial.turns and not spatial.flips:
+            store.image(draw.case, box, image)
+            store.label(draw.case, box, label)
         else:
-            part = scratch(stored.shape)
-            to_float32(stored, scale, part)
-            resample(part, outlined, grid, image, label)
-            if spatial.turns:
-                image[...], label[...] = (a.copy() for a in mirror(spatial, image, label))
+            size = tuple(s.stop - s.start for s in box)
+            part = store.image(draw.case, box, scratch((len(image), *size)))
+            outlined = store.label(draw.case, box, scratch(size, np.uint8))
+            if grid is not None:
+                resample(part, outlined, grid, image, label)
+                part, outlined = image, label
+            if grid is None or spatial.turns:
+                turned = mirror(spatial, part, outlined)
+                image[...], label[...] = (a.copy() for a in turned) if part is image else turned
         drawn = draw_intensity(self.augment, rng, len(image))
         # Here and not on a GPU: the same bits wherever the network is, and a training process that
         # draws no noise and waits for no mean.
@@ -140,7 +144,7 @@ class Patches(Dataset):
             torch.from_numpy(image),
             drawn,
             flat(patch, draw.case.spacing),
-            self.store.manifest.plan.masked,
+            store.manifest.plan.masked,
         )
 
 

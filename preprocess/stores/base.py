@@ -22,17 +22,17 @@ class ShardStore(Protocol):
     root: Path
     manifest: Manifest
 
-    def image(self, case: CaseEntry, box: Box | None = None) -> np.ndarray:
+    def image(
+        self, case: CaseEntry, box: Box | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """(C, Z, Y, X) float32 (stored integers times plan.scale). Outside the grid: 0. None: the
-        whole case."""
+        whole case. `out`: an array of that shape and type, which is filled and returned."""
         ...
 
-    def stored_image(self, case: CaseEntry, box: Box | None = None) -> np.ndarray:
-        """As `image`, in the stored type and unscaled."""
-        ...
-
-    def label(self, case: CaseEntry, box: Box | None = None) -> np.ndarray:
-        """(Z, Y, X) uint8. Outside the grid: 0, so pad voxels are background."""
+    def label(
+        self, case: CaseEntry, box: Box | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """(Z, Y, X) uint8. Outside the grid: 0, so pad voxels are background. `out` as above."""
         ...
 
     def truth(self, case: CaseEntry) -> np.ndarray:

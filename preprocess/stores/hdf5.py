@@ -25,13 +25,14 @@ from segfleet.preprocess.stores.packed import (
     IMAGES,
     LABELS,
     MISSING,
+    DamagedShard,
     OpenFile,
     PackedArray,
     Packing,
     crc32c,
     pieces,
 )
-from segfleet.preprocess.stores.shard_reader import DamagedShard, ShardReader
+from segfleet.preprocess.stores.shard_reader import ShardReader
 from segfleet.preprocess.stores.shard_writer import ShardWriter
 
 SUFFIX = ".h5"
@@ -69,8 +70,8 @@ class Shard:
                 self.owners[key] = str(self.file[key].attrs[OWNER])
         return self.owners[key]
 
-    def read(self, key: str, name: str, start: list[int], size: list[int]) -> np.ndarray:
-        return self._array(key, name)[1].read(tuple(start), size)
+    def packed(self, key: str, name: str) -> tuple[PackedArray, int]:
+        return self._array(key, name)[1], 0
 
     def _array(self, key: str, name: str) -> tuple[tuple[int, ...], PackedArray]:
         if (found := self.arrays.get((key, name))) is None:
@@ -90,7 +91,7 @@ class Shard:
                 _place(at.chunk_offset, (z, y, x)), (at.byte_offset, at.size)
             )
         )
-        sums = array.attrs[SUMS].reshape(index.shape[:-1])
+        sums = np.ascontiguousarray(array.attrs[SUMS], np.uint32).reshape(index.shape[:-1])
         packed = PackedArray(
             file=self.data,
             name=name,

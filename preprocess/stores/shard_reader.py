@@ -14,13 +14,11 @@ import numpy as np
 
 from segfleet.core.errors import InputError
 from segfleet.preprocess.stores.manifest import CaseEntry, Manifest
+from segfleet.preprocess.stores.packed import DamagedShard, PackedArray
 
 OPEN_SHARDS = 64  # per process; a shard holds at most three file handles
+Box = tuple[slice, slice, slice]
 BLOCK = 2**15  # voxels converted at a time: they stay in the cache between the passes
-
-
-class DamagedShard(Exception):
-    """Stored bytes are not what was written."""
 
 
 class OpenShard(Protocol):
@@ -35,12 +33,8 @@ class OpenShard(Protocol):
         """The content's sha256 that was written with case `key`; empty if there is none."""
         ...
 
-    def read(self, key: str, name: str, start: list[int], size: list[int]) -> np.ndarray:
-        """The box of `size` (z, y, x) voxels from `start` on, all of it inside the grid; all
-        channels, stored dtype, C-contiguous.
-
-        Every byte used is checked. Raises DamagedShard.
-        """
+    def packed(self, key: str, name: str) -> tuple[PackedArray, int]:
+        """The array and the slice of it where the case begins. Raises DamagedShard."""
         ...
 
 
@@ -76,6 +70,8 @@ class ShardReader:
     how to `open_shard`."""
 
     suffix: str
+    # How a box gets into an array; a loader puts its compiled pass here.
+    fill: Callable[..., None] = staticmethod(PackedArray.fill)
 
     def __init__(self, root: Path, manifest: Manifest):
         self.root, self.manifest = Path(root), manifest
@@ -89,16 +85,17 @@ class ShardReader:
         """Raises FileNotFoundError, DamagedShard."""
         raise NotImplementedError
 
-    def image(self, case: CaseEntry, box: tuple[slice, slice, slice] | None = None) -> np.ndarray:
-        return to_float32(self.stored_image(case, box), self.manifest.plan.scale)
-
-    def stored_image(
-        self, case: CaseEntry, box: tuple[slice, slice, slice] | None = None
+    def image(
+        self, case: CaseEntry, box: Box | None = None, out: np.ndarray | None = None
     ) -> np.ndarray:
-        return self._read(case, "image", box)
+        if out is None:
+            return to_float32(self._read(case, "image", box), self.manifest.plan.scale)
+        return self._read(case, "image", box, out)
 
-    def label(self, case: CaseEntry, box: tuple[slice, slice, slice] | None = None) -> np.ndarray:
-        return self._read(case, "label", box)
+    def label(
+        self, case: CaseEntry, box: Box | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        return self._read(case, "label", box, out)
 
     def truth(self, case: CaseEntry) -> np.ndarray:
         if not case.has_truth:
@@ -116,7 +113,7 @@ class ShardReader:
         self.handles.clear()
 
     def _read(
-        self, case: CaseEntry, name: str, box: tuple[slice, slice, slice] | None
+        self, case: CaseEntry, name: str, box: Box | None, out: np.ndarray | None = None
     ) -> np.ndarray:
         path = self.path(case)
         where = f"store: case '{case.id}': shard {case.shard}"
@@ -128,7 +125,7 @@ class ShardReader:
             expected = case.raw_shape if name == "truth" else case.shape
             if tuple(shape[-3:]) != tuple(expected):
                 raise DamagedShard(f"{name}: shape {shape}, the manifest says {expected}")
-            return _read_box(shard, case.key, name, box)
+            return self._read_box(*shard.packed(case.key, name), expected, box, out)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError(f"{where} is missing ({error.filename or path}). {MEND}") from None
         except PermissionError as error:
@@ -136,28 +133,34 @@ class ShardReader:
         except DamagedShard as error:
             raise InputError(f"{where} is damaged ({error}; {path}). {MEND}") from None
 
+    def _read_box(
+        self,
+        array: PackedArray,
+        first: int,
+        grid: tuple[int, int, int],
+        box: Box | None,
+        out: np.ndarray | None,
+    ) -> np.ndarray:
+        box = box or (slice(None),) * 3
+        begin = [0 if s.start is None else int(s.start) for s in box]
+        end = [n if s.stop is None else int(s.stop) for s, n in zip(box, grid, strict=True)]
+        size = [max(0, e - b) for b, e in zip(begin, end, strict=True)]
+        low = [max(0, b) for b in begin]
+        held = [min(e, n) - l for e, n, l in zip(end, grid, low, strict=True)]
+        start, inside = (first + low[0], *low[1:]), held == size and min(size) > 0
+        if out is None:
+            if inside:
+                return array.read(start, size)
+            out = np.empty((*array.lead, *size), array.dtype)
+        if not inside:
+            out[...] = 0
+        if min(held) > 0:
+            place = tuple(slice(l - b, l - b + h) for l, b, h in zip(low, begin, held, strict=True))
+            self.fill(array, start, held, out[(..., *place)], self.manifest.plan.scale)
+        return out
+
 
 MEND = "Restore it from a backup, or preprocess the raw data again."
-
-
-def _read_box(
-    shard: OpenShard, key: str, name: str, box: tuple[slice, slice, slice] | None
-) -> np.ndarray:
-    shape, dtype = shard.facts(key, name)
-    lead, grid = shape[:-3], shape[-3:]
-    box = box or (slice(None),) * 3
-    begin = [0 if s.start is None else int(s.start) for s in box]
-    end = [n if s.stop is None else int(s.stop) for s, n in zip(box, grid, strict=True)]
-    size = [max(0, e - b) for b, e in zip(begin, end, strict=True)]
-    low = [max(0, b) for b in begin]
-    held = [min(e, n) - l for e, n, l in zip(end, grid, low, strict=True)]
-    if held == size and min(size) > 0:
-        return shard.read(key, name, low, size)
-    out = np.zeros((*lead, *size), dtype)
-    if min(held) > 0:
-        place = tuple(slice(l - b, l - b + h) for l, b, h in zip(low, begin, held, strict=True))
-        out[(..., *place)] = shard.read(key, name, low, held)
-    return out
 
 
 def to_float32(stored: np.ndarray, scale: float) -> np.ndarray:

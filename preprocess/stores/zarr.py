@@ -14,8 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from segfleet.preprocess.stores.packed import IMAGES, LABELS, PackedArray, Packing
-from segfleet.preprocess.stores.shard_reader import DamagedShard, ShardReader
+from segfleet.preprocess.stores.packed import (
+    IMAGES,
+    LABELS,
+    DamagedShard,
+    PackedArray,
+    Packing,
+)
+from segfleet.preprocess.stores.shard_reader import ShardReader
 from segfleet.preprocess.stores.shard_writer import ShardWriter
 from segfleet.preprocess.stores.zarr_array import ArrayWriter, open_array
 
@@ -42,9 +48,8 @@ class Shard:
     def owner(self, key: str) -> str:
         return self.owners.get(key, "")
 
-    def read(self, key: str, name: str, start: list[int], size: list[int]) -> np.ndarray:
-        first = self._place(key, name)[0]
-        return self._array(name).read((first + start[0], *start[1:]), size)
+    def packed(self, key: str, name: str) -> tuple[PackedArray, int]:
+        return self._array(name), self._place(key, name)[0]
 
     def _place(self, key: str, name: str) -> list[int]:
         try:

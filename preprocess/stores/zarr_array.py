@@ -19,13 +19,13 @@ import numpy as np
 
 from segfleet.preprocess.stores.packed import (
     MISSING,
+    DamagedShard,
     OpenFile,
     PackedArray,
     Packing,
     crc32c,
     pieces,
 )
-from segfleet.preprocess.stores.shard_reader import DamagedShard
 
 FILE = "c."  # followed by 0.0.0: the one outer chunk, in a flat folder
 

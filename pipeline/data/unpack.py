@@ -1,0 +1,89 @@
+"""Boxes of a store as the loader wants them: read, checked, decoded and converted in one compiled
+pass (`unpack.cpp`) over the chunks. Without it `PackedArray.fill` does the same, chunk by chunk."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+
+from segfleet.pipeline.data.kernels import COUNT, POINTER, REAL, sizes
+from segfleet.preprocess.stores.packed import PackedArray
+from segfleet.preprocess.stores.shard_reader import DamagedShard
+
+SOURCE = Path(__file__).with_name("unpack.cpp")
+KINDS = {"float16": 0, "uint8": 1, "int16": 2, "float32": 3}  # as in unpack.cpp, of images
+LABEL = 4
+log = logging.getLogger("segfleet.data")
+
+
+@functools.cache
+def library() -> tuple[ctypes.CDLL, ctypes.c_void_p, ctypes.c_void_p] | None:
+    """The compiled pass, and blosc's functions for a whole chunk and for some of its items. None
+    where they cannot be had, which the log says once."""
+    from numcodecs import blosc
+
+    from segfleet.models.scan import build
+
+    try:
+        made = build.load(SOURCE, "-O3", "-ffp-contract=off")
+        codec = ctypes.CDLL(blosc.__file__)
+        functions = [
+            ctypes.cast(getattr(codec, name), POINTER)
+            for name in ("blosc_decompress_ctx", "blosc_getitem")
+        ]
+    except (build.BuildError, OSError, AttributeError) as error:
+        log.warning("the loader reads without its compiled pass, some times slower: %s", error)
+        return None
+    made.segfleet_unpack.restype = COUNT
+    made.segfleet_unpack.argtypes = (
+        *(POINTER,) * 2,
+        ctypes.c_int,
+        *(POINTER,) * 6,
+        COUNT,
+        REAL,
+        *(POINTER,) * 2,
+    )
+    made.segfleet_crc32c.restype = ctypes.c_uint32
+    made.segfleet_crc32c.argtypes = (POINTER, COUNT)
+    return made, *functions
+
+
+def unpack(
+    array: PackedArray,
+    start: tuple[int, int, int],
+    size: tuple[int, int, int],
+    out: np.ndarray,
+    scale: float,
+) -> None:
+    """As `PackedArray.fill`, the same bits."""
+    kind = LABEL if out.dtype == np.uint8 else KINDS.get(array.dtype.name)
+    fits = kind is not None and out.strides[-1] == out.itemsize and min(size) > 0
+    if not fits or (found := library()) is None:
+        return array.fill(start, size, out, scale)
+    made, whole, items = found
+    four = out if out.ndim == 4 else out[None]
+    code = made.segfleet_unpack(
+        whole,
+        items,
+        array.file.number,
+        array.index.ctypes.data,
+        None if array.sums is None else array.sums.ctypes.data,
+        sizes(*array.index.shape[:3]),
+        sizes(*(array.lead or (1,)), *array.chunk),
+        sizes(*start),
+        sizes(*size),
+        kind,
+        scale,
+        out.ctypes.data,
+        sizes(*(stride // out.itemsize for stride in four.strides[:3])),
+    )
+    if code > 0:
+        place = tuple(int(i) for i in np.unravel_index(code - 1, array.index.shape[:3]))
+        raise DamagedShard(f"{array.name}: checksum of chunk {place}")
+    if code < 0:
+        raise OSError(-code, os.strerror(-code))
