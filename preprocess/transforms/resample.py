@@ -6,7 +6,7 @@ It goes slab by slab, so that beside the old and the new array there is little e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -15,6 +15,7 @@ from scipy import ndimage, sparse
 PADDING = 12  # voxels of edge before a spline is fitted; its influence beyond is below 1e-6
 NEGLIGIBLE = 1e-6
 SLAB = 2**24  # voxels made at a time
+VOTES = 2**16  # voxels whose labels are compared at a time
 # slices of a slab: those around it that its edges need as well are resampled in plane more than
 # once
 THINNEST = 64
@@ -74,20 +75,101 @@ def resample_label(
                 lines = nearest(old, new) if exact else np.arange(new) * old // new
                 label_ZYX = np.take(label_ZYX, lines, axis=axis)
         return label_ZYX
-    out = np.empty(tuple(new_shape), label_ZYX.dtype)
-    for here, there, steps in _slabs(label_ZYX.shape, new_shape, anisotropic_axis, 1):
-        part = label_ZYX[there]
-        values = np.unique(part)
-        out[here] = values[0]
-        best = None
-        for value in values if len(values) > 1 else ():
-            map_ZYX = _apply(steps, (part == value)[None])[0]
-            if best is None:
-                best = map_ZYX
-                continue
-            out[here][map_ZYX > best + NEGLIGIBLE] = value
-            np.maximum(best, map_ZYX, out=best)
+    return _voted(label_ZYX, tuple(int(n) for n in new_shape), anisotropic_axis)
+
+
+def _voted(
+    label_ZYX: np.ndarray, new_shape: tuple[int, int, int], nearest_axis: int | None
+) -> np.ndarray:
+    """By cells: where all corners of the old cell that a new voxel lies in have one label, that is
+    its label; only in the others the maps of the labels are compared."""
+    lines: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    for axis in _shrinking_first(label_ZYX.shape, new_shape):
+        old, new = label_ZYX.shape[axis], new_shape[axis]
+        if axis == nearest_axis or old == 1:
+            label_ZYX = np.take(label_ZYX, nearest(old, new), axis=axis)
+        else:
+            lines[axis] = between(old, new)
+    if not lines:
+        return label_ZYX
+    out = np.empty(new_shape, label_ZYX.dtype)
+    thick = max(1, SLAB // (new_shape[1] * new_shape[2]))
+    for start in range(0, new_shape[0], thick):
+        here, own = slice(start, min(start + thick, new_shape[0])), dict(lines)
+        there = here
+        if 0 in lines:
+            low, near, far = (part[here] for part in lines[0])
+            there = slice(int(low[0]), int(low[-1]) + 2)
+            own[0] = (low - there.start, near, far)
+        _vote_slab(np.ascontiguousarray(label_ZYX[there]), own, out[here])
     return out
+
+
+def _vote_slab(
+    part_ZYX: np.ndarray,
+    lines: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    out: np.ndarray,
+) -> None:
+    mixed, chosen = _mixed(part_ZYX, lines), part_ZYX
+    for axis, (low, _, _) in lines.items():
+        mixed, chosen = np.take(mixed, low, axis=axis), np.take(chosen, low, axis=axis)
+    out[...] = chosen
+    strides = [part_ZYX.shape[1] * part_ZYX.shape[2], part_ZYX.shape[2], 1]
+    corners = np.zeros((2,) * len(lines), np.intp)  # how far each lies behind the lowest
+    for place, axis in enumerate(lines):
+        step = [1] * len(lines)
+        step[place] = 2
+        corners = corners + np.array([0, strides[axis]]).reshape(step)
+    voxels, flat = np.flatnonzero(mixed), part_ZYX.reshape(-1)
+    for first in range(0, len(voxels), VOTES):
+        some = voxels[first : first + VOTES]
+        at = np.unravel_index(some, mixed.shape)
+        lowest, weights = np.zeros(len(some), np.intp), []
+        for axis, index in enumerate(at):
+            low, near, far = lines.get(axis, (None, None, None))
+            lowest += (index if low is None else low[index]) * strides[axis]
+        for axis, (_, near, far) in lines.items():
+            weights.append((near[at[axis]], far[at[axis]]))
+        out.reshape(-1)[some] = _winner(flat[corners[..., None] + lowest], weights)
+
+
+def _winner(corners: np.ndarray, weights: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Of labels (2, ..., 2, n) at the corners of n cells the one whose 0/1 map is largest in
+    between."""
+    candidates = np.sort(corners.reshape(-1, corners.shape[-1]), axis=0)
+    chosen = best = None
+    for label in candidates:
+        shown = (corners == label).astype(np.float32)
+        for near, far in weights:
+            shown = near * shown[0] + far * shown[1]
+        if best is None:
+            chosen, best = label.copy(), shown
+            continue
+        larger = shown > best + np.float32(NEGLIGIBLE)
+        chosen[larger] = label[larger]
+        np.maximum(best, shown, out=best)
+    return chosen
+
+
+def _mixed(label_ZYX: np.ndarray, axes: Iterable[int]) -> np.ndarray:
+    """Which cells between neighbours along `axes` have corners of different labels."""
+    mixed = np.zeros(label_ZYX.shape, bool)
+    for axis in axes:
+        # what differed within the two faces, or from one to the other
+        head, tail = _halves(mixed, axis)
+        low, high = _halves(label_ZYX, axis)
+        rest = [slice(0, n) for n in head.shape]
+        mixed = head | tail | (low != high)[tuple(rest)]
+        label_ZYX = low
+    return mixed
+
+
+def _halves(array: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    cut = [slice(None)] * array.ndim
+    cut[axis] = slice(0, -1)
+    other = list(cut)
+    other[axis] = slice(1, None)
+    return array[tuple(cut)], array[tuple(other)]
 
 
 def _resample(
@@ -115,12 +197,10 @@ def _slabs(
     """(slices of the new grid, slices of the old grid they depend on, what leads from these to
     those)."""
     steps: list[Step] = []
-    # shrink first: less to do for the rest
-    for axis in sorted(range(3), key=lambda a: new_shape[a] / shape[a]):
+    for axis in _shrinking_first(shape, new_shape):
         old, new = shape[axis], int(new_shape[axis])
-        if old != new:
-            whole = axis == nearest_axis or old == 1
-            steps.append((axis, nearest(old, new) if whole else operator(old, new, order)))
+        whole = axis == nearest_axis or old == 1
+        steps.append((axis, nearest(old, new) if whole else operator(old, new, order)))
     widest = max(shape[1] * shape[2], new_shape[1] * new_shape[2])
     thick = max(THINNEST if any(axis == 0 for axis, _ in steps) else 1, SLAB // widest)
     for start in range(0, new_shape[0], thick):
@@ -134,6 +214,12 @@ def _slabs(
                 how = lines - there.start if isinstance(lines, np.ndarray) else lines[:, there]
             own.append((axis, how))
         yield here, there, own
+
+
+def _shrinking_first(shape: Sequence[int], new_shape: Sequence[int]) -> list[int]:
+    """Axes whose length changes; those that shrink first, for that leaves less to do."""
+    changing = [axis for axis in range(3) if shape[axis] != new_shape[axis]]
+    return sorted(changing, key=lambda axis: new_shape[axis] / shape[axis])
 
 
 def _apply(steps: Sequence[Step], part_CZYX: np.ndarray) -> np.ndarray:
@@ -153,6 +239,14 @@ def nearest(old: int, new: int) -> np.ndarray:
     return np.minimum(np.floor((np.arange(new) + 0.5) * (old / new)).astype(np.intp), old - 1)
 
 
+def between(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each of `new` cell centres the lower of the two of `old` samples around it, and the
+    weights (float32) of both."""
+    at = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
+    low = np.minimum(np.floor(at).astype(np.intp), max(old - 2, 0))
+    return low, (1 - (at - low)).astype(np.float32), (at - low).astype(np.float32)
+
+
 @lru_cache(maxsize=256)
 def operator(old: int, new: int, order: int | str) -> sparse.csr_array:
     """The (new, old) matrix that interpolates a line of `old` samples at `new` cell centres; rows
@@ -161,17 +255,14 @@ def operator(old: int, new: int, order: int | str) -> sparse.csr_array:
         return _area(old, new)
     if order == "area":
         order = 1
-    at = (np.arange(new) + 0.5) * (old / new) - 0.5
     if order == 1:
-        at = np.clip(at, 0, old - 1)
-        low = np.minimum(np.floor(at).astype(np.intp), max(old - 2, 0))
-        columns = np.stack([low, np.minimum(low + 1, old - 1)])
-        weights = np.stack([1 - (at - low), at - low])
+        low, near, far = between(old, new)
+        columns, weights = np.stack([low, np.minimum(low + 1, old - 1)]), np.stack([near, far])
         rows = np.broadcast_to(np.arange(new), columns.shape)
         return sparse.csr_array(
-            (weights.ravel().astype(np.float32), (rows.ravel(), columns.ravel())), shape=(new, old)
+            (weights.ravel(), (rows.ravel(), columns.ravel())), shape=(new, old)
         )
-    return _cubic(old, at)
+    return _cubic(old, (np.arange(new) + 0.5) * (old / new) - 0.5)
 
 
 def _area(old: int, new: int) -> sparse.csr_array:

@@ -11,6 +11,7 @@ from scipy import ndimage
 from segfleet.core.errors import InputError
 from segfleet.preprocess.case import Case, Geometry
 from segfleet.preprocess.stores.manifest import Plan
+from segfleet.preprocess.transforms import resample
 from segfleet.preprocess.transforms.case_transforms import (
     crop_box,
     nonzero_box,
@@ -347,3 +348,31 @@ def test_normalisations_of_pictures():
     share = (picture.astype(float) - picture.min()) / span
     np.testing.assert_allclose(by("minmax"), share, atol=1e-6)
     np.testing.assert_allclose(by("minmax255"), 255 * share, atol=1e-4)
+
+
+def by_maps(label, new_shape, axis):
+    """The 0/1 map of every label resampled as a whole, one after the other; the largest wins."""
+    values = np.unique(label)
+    maps = [resample_probabilities((label == v)[None], new_shape, axis)[0] for v in values]
+    out, best = np.full(new_shape, values[0], label.dtype), maps[0].astype(np.float32)
+    for value, shown in zip(values[1:], maps[1:], strict=True):
+        out[shown > best + np.float32(1e-6)] = value
+        best = np.maximum(best, shown)
+    return out
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_labels_by_cells_are_labels_by_maps_to_the_bit(seed, monkeypatch):
+    draw = np.random.default_rng(seed)
+    for _ in range(40):
+        shape, new = (tuple(int(n) for n in draw.integers(1, 16, 3)) for _ in range(2))
+        most = int(draw.choice([2, 3, 9, 104]))
+        label = draw.integers(0, most, shape).astype(draw.choice(["u1", "i2", "i4"]))
+        if draw.random() < 0.5:  # areas, as labels have
+            label = ndimage.zoom(label, [int(draw.integers(1, 4)) for _ in range(3)], order=0)
+        axis = draw.choice([None, 0, 1, 2])
+        monkeypatch.setattr(resample, "SLAB", int(draw.choice([1, 300, 2**24])))
+        monkeypatch.setattr(resample, "VOTES", int(draw.choice([7, 2**16])))
+        found = resample_label(label, new, axis)
+        assert found.dtype == label.dtype and found.flags.c_contiguous
+        assert np.array_equal(found, label if label.shape == new else by_maps(label, new, axis))
