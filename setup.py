@@ -40,9 +40,14 @@ setup(
     packages=packages,
     package_dir={f"segfleet.{room}": room for room in ROOMS},
     package_data={
-        "segfleet.pipeline": ["recipes/*.yaml", "sources.json", "data/*.cpp"],
+        "segfleet.pipeline": [
+            "recipes/*.yaml",
+            "sources.json",
+            "data/*.cpp",
+            "reports/templates/*",
+        ],
         "segfleet.models": ["scan/*.cpp"],
-        "segfleet.sweeps": ["spaces/*.yaml"],
+        "segfleet.sweeps": ["spaces/*.yaml", "results/templates/*"],
     },
     entry_points={"console_scripts": ["segfleet = segfleet.cli.main:main"]},
     install_requires=[
@@ -73,6 +78,7 @@ setup(
         "optuna>=5",
         "psutil>=5.9",
         "filelock>=4.2",
+        "Jinja2>=3.1",
     ],
     extras_require={
         "mamba": [

@@ -7,12 +7,19 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from segfleet.pipeline.reports.html import e
+from markupsafe import Markup
+from markupsafe import escape as e
 
 Point = tuple[float, float]
 WIDTH, HEIGHT = 480, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 18, 38, 36
 MOST = 400  # points of a curve
+
+
+def figure(width: int, height: int, text: str, parts: Sequence[str]) -> Markup:
+    """SVG of parts, whose texts are escaped; `text` is for screen readers."""
+    head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{e(text)}">'
+    return Markup(f"<figure>{head}{''.join(parts)}</svg></figure>")
 
 
 def curve(
@@ -21,12 +28,14 @@ def curve(
     stages: Sequence[tuple[float, str]] = (),
     *,
     dots: bool = False,
-) -> str:
+) -> Markup:
     """A line over training steps, broken between stages; `stages` are (first step, name). Long
     ones: a running mean over faint values."""
     points = [(x, y) for x, y in points if math.isfinite(y)]
     if not points:
-        return f"<figure><figcaption>{e(title)}: nothing was recorded.</figcaption></figure>"
+        return Markup("<figure><figcaption>{}: nothing was recorded.</figcaption></figure>").format(
+            title
+        )
     lines = [thinned(line) for line in broken(points, [first for first, _ in stages])]
     points = [point for line in lines for point in line]
     ticks_y, right = (
@@ -82,10 +91,10 @@ def curve(
             )
     (first, start), (last, end) = points[0], points[-1]
     text = f"{title} from step {number(first)} to {number(last)}: first {number(start)}, last {number(end)}"
-    return f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{e(text)}">{"".join(parts)}</svg></figure>'
+    return figure(WIDTH, HEIGHT, text, parts)
 
 
-def strips(rows: Sequence[dict[str, Any]]) -> str:
+def strips(rows: Sequence[dict[str, Any]]) -> Markup:
     """Dice of every case as a dot on a scale from 0 to 1, one line per structure, with mean and
     interval.
 
@@ -137,7 +146,7 @@ def strips(rows: Sequence[dict[str, Any]]) -> str:
         f"{len(row['values'])} cases"
         for row in rows
     )
-    return f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{e(text)}">{"".join(parts)}</svg></figure>'
+    return figure(width, height, text, parts)
 
 
 def broken(points: Sequence[Point], starts: Sequence[float]) -> list[list[Point]]:

@@ -74,10 +74,12 @@ def definitions(unit: str = "mm") -> dict[str, str]:
     found = {**METRICS, **SUMMARY, **{f"variant {name}": text for name, text in VARIANTS.items()}}
     if unit != "mm":  # spacing 1 by convention: distances and volumes are counts
         found = {name: text.replace(" in mm", f" in {unit}") for name, text in found.items()}
-        found["volume_error_ml"] = (
-            f"Predicted minus true size of one case in thousands of {unit}: the files know no "
-            "spacing, and 1 mm stands for it."
-        )
+        unknown = f"in thousands of {unit}: the files know no spacing, and 1 mm stands for it."
+        found |= {
+            "volume_error_ml": f"Predicted minus true size of one case {unknown}",
+            "truth_ml": f"True size of one case {unknown}",
+            "predicted_ml": f"Predicted size of one case {unknown}",
+        }
     return found
 
 

@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from markupsafe import Markup
+from markupsafe import escape as e
+
 from segfleet.pipeline.reports.curves import (
     BOTTOM,
     HEIGHT,
@@ -13,12 +16,12 @@ from segfleet.pipeline.reports.curves import (
     RIGHT,
     TOP,
     WIDTH,
+    figure,
     number,
     shortened,
     thinned,
     ticks,
 )
-from segfleet.pipeline.reports.html import e
 
 HUES = (210, 28, 140, 330, 265, 55, 185, 0, 95, 300)
 Point = tuple[float, float]
@@ -28,11 +31,7 @@ def colour(index: int) -> str:
     return f"hsl({HUES[index % len(HUES)]} 65% {45 + 12 * (index // len(HUES) % 3)}%)"
 
 
-def figure(width: int, height: int, text: str, parts: Sequence[str]) -> str:
-    return f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{e(text)}">{"".join(parts)}</svg></figure>'
-
-
-def parallel(axes: Sequence[str], rows: Sequence[tuple[Sequence[Any], float, str]]) -> str:
+def parallel(axes: Sequence[str], rows: Sequence[tuple[Sequence[Any], float, str]]) -> Markup:
     """Parallel coordinates: `rows` are (a value per axis, score, name). The better the score, the
     stronger the line."""
     columns = [column_places([values[i] for values, _, _ in rows]) for i in range(len(axes))]
@@ -102,7 +101,7 @@ def share(value: float, low: float, high: float, logarithmic: bool) -> float:
     return (value - low) / (high - low)
 
 
-def scatter(title: str, groups: dict[str, Sequence[tuple[float, float, str]]]) -> str:
+def scatter(title: str, groups: dict[str, Sequence[tuple[float, float, str]]]) -> Markup:
     """(x, score, name) of every group in its own colour; x is logarithmic if it spans more than a
     factor of 5; means are joined."""
     points = [point for members in groups.values() for point in members]
@@ -146,15 +145,17 @@ def scatter(title: str, groups: dict[str, Sequence[tuple[float, float, str]]]) -
             )
     return figure(
         WIDTH, HEIGHT, f"{title}: {len(points)} points in {len(groups)} groups", parts
-    ) + (legend(groups) if len(groups) > 1 else "")
+    ) + (legend(groups) if len(groups) > 1 else Markup())
 
 
-def branches(title: str, unit: str, lines: Sequence[tuple[Sequence[Point], int, str]]) -> str:
+def branches(title: str, unit: str, lines: Sequence[tuple[Sequence[Point], int, str]]) -> Markup:
     """Curves of the tree: (points (epochs along the path, value), colour, name) of every node,
     joined to its parent by its first point."""
     lines = [(thinned(points), hue, name) for points, hue, name in lines if points]
     if not lines:
-        return f"<figure><figcaption>{e(title)}: nothing was recorded.</figcaption></figure>"
+        return Markup("<figure><figcaption>{}: nothing was recorded.</figcaption></figure>").format(
+            title
+        )
     every = [point for points, _, _ in lines for point in points]
     right, marks = (
         max(max(x for x, _ in every), 1.0),
@@ -192,7 +193,7 @@ def branches(title: str, unit: str, lines: Sequence[tuple[Sequence[Point], int, 
     return figure(width, HEIGHT, f"{title}: {len(lines)} nodes", parts)
 
 
-def bars(rows: Sequence[tuple[str, float]], unit: str) -> str:
+def bars(rows: Sequence[tuple[str, float]], unit: str) -> Markup:
     """Two or three amounts side by side."""
     width, line = 760, 34
     most = max(value for _, value in rows) or 1.0
@@ -215,15 +216,10 @@ def bars(rows: Sequence[tuple[str, float]], unit: str) -> str:
     )
 
 
-def legend(groups: Sequence[str] | dict[str, Any]) -> str:
-    return (
-        '<p class="note">'
-        + "".join(
-            f'<span class="swatch" style="background:{colour(i)}"></span>{e(name)}'
-            for i, name in enumerate(groups)
-        )
-        + "</p>"
-    )
+def legend(groups: Sequence[str] | dict[str, Any]) -> Markup:
+    swatch = Markup('<span class="swatch" style="background:{}"></span>{}')
+    marks = [swatch.format(colour(i), name) for i, name in enumerate(groups)]
+    return Markup('<p class="note">{}</p>').format(Markup("").join(marks))
 
 
 def key(value: Any) -> str:

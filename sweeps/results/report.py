@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from segfleet.core.files import write_atomically
 from segfleet.pipeline.events import read_events
-from segfleet.pipeline.reports.html import cell, e, facts, interval, page, section, table
+from segfleet.pipeline.reports.html import Cell, Table, interval, render
 from segfleet.pipeline.run import stage_steps
 from segfleet.sweeps.results.charts import bars, branches, legend, parallel, scatter
 from segfleet.sweeps.results.ledger import Ledger
@@ -16,35 +17,35 @@ from segfleet.sweeps.space.plan import Plan
 from segfleet.sweeps.space.space import short
 
 NAME = "report.html"
+TEMPLATES = Path(__file__).with_name("templates")
 
 
 def write_sweep_report(plan: Plan, ledger: Ledger, document: dict[str, Any]) -> Path:
     """Write SWEEP/report.html, whole or not at all; its path."""
     best = document["best"]
-    shown = "\u2013" if best is None else f"{best['score']:.3f}"
-    score = f'<div class="score"><span class="soft">best mean foreground Dice</span><b>{shown}</b></div>'
-    winner = best["name"] if best else "no point has ended"
-    title = f'<div><p class="soft">segfleet sweep</p><h1>{e(document["sweep"])}</h1><p>{e(winner)}</p></div>'
-    body = [
-        f"<header>{title}{score}</header><main>",
-        _facts(document),
-        section("Ranking", _ranking(document), "ranking"),
-        section("All points at once", _parallel(document), "parallel"),
-        section("One axis against the score", _scatters(document), "axes"),
-        section("Learning curves along the tree", _curves(plan, ledger), "curves"),
-        section("What sharing saved", _savings(document), "savings"),
-        *([section("What failed", _failed(document), "failed")] if document["failed"] else []),
-        "</main>",
-    ]
-    write_atomically(
-        plan.folder / NAME, page(f"{document['sweep']} \u2013 segfleet sweep", "\n".join(body))
+    text = render(
+        "sweep.html",
+        TEMPLATES,
+        title=f"{document['sweep']} \u2013 segfleet sweep",
+        name=document["sweep"],
+        winner=best["name"] if best else "no point has ended",
+        score="\u2013" if best is None else f"{best['score']:.3f}",
+        known=_facts(document),
+        notes=_notes(document),
+        ranking=_ranking(document),
+        parallel=_parallel(document),
+        scatters=_scatters(document),
+        curves=_curves(plan, ledger),
+        savings=_savings(document),
+        failed=_failed(document),
     )
+    write_atomically(plan.folder / NAME, text)
     return plan.folder / NAME
 
 
-def _facts(document: dict[str, Any]) -> str:
+def _facts(document: dict[str, Any]) -> list[tuple[str, Any]]:
     rows, savings = document["ranking"], document["savings"]
-    pairs = [
+    return [
         ("Points ranked", f"{len(rows)} of {len(rows) + len(document['unranked'])}"),
         ("Runs per point", ", ".join(sorted({str(len(row["runs"])) for row in rows})) or None),
         (
@@ -58,80 +59,64 @@ def _facts(document: dict[str, Any]) -> str:
         ),
         ("Best", document["best"]["name"] if document["best"] else None),
     ]
-    notes = [*document["warnings"]]
-    if rows:
-        notes.append(
-            "The best point was chosen on the cases it is scored on, so its score is optimistic; "
-            "the more points, the more so."
-        )
-    return facts(pairs) + "".join(f'<p class="warning" role="note">{e(text)}</p>' for text in notes)
 
 
-def _ranking(document: dict[str, Any]) -> str:
+def _notes(document: dict[str, Any]) -> list[str]:
+    chosen = (
+        "The best point was chosen on the cases it is scored on, so its score is optimistic; "
+        "the more points, the more so."
+    )
+    return [*document["warnings"], *([chosen] if document["ranking"] else [])]
+
+
+def _ranking(document: dict[str, Any]) -> Table | None:
     rows = [*document["ranking"], *document["unranked"]]
     if not rows:
-        return "<p>There are no points.</p>"
+        return None
     labels = list(rows[0]["point"])
-    headings = [
-        "Rank",
-        *labels,
-        "Dice",
-        "Best minus this",
-        "p",
-        "Stages shared with the best",
-        "Epochs",
-    ]
-    head = (
-        "<tr>"
-        + "".join(
-            f'<th scope="col"><button type="button" data-column="{i}">{e(h)}</button></th>'
-            for i, h in enumerate(headings)
-        )
-        + "</tr>"
-    )
     lines = []
     for row in rows:
         against = row["against_best"] or {}
-        values = "".join(
-            f'<td class="left">{e(short(value))}</td>' for value in row["point"].values()
-        )
         state = (
             ""
             if row["score"] is not None
             else ", ".join(sorted({run["state"] for run in row["runs"]}))
         )
-        score = (
-            f'<td class="missing" data-v="">{e(state)}</td>'
-            if state
-            else cell(row["score"], 4, interval(row["ci95"], 4))
-        )
-        cells = (
-            cell(row["rank"]) + values + score
-            + cell(against.get("mean"), 4, interval(against.get("ci95"), 4), signed=True) + cell(against.get("p"), 4)
-            + cell(against.get("shared_stages")) + cell(row["epochs"])
-        )  # fmt: skip
-        lines.append(f"<tr>{cells}</tr>")
-    text = (
-        "Dice with its 95 % interval (Student's over folds, or over the seeds of one fold; over "
-        "patients where there is one run). "
+        cells = [
+            Cell(row["rank"]),
+            *(short(value) for value in row["point"].values()),
+            Cell(None, extra=state) if state else Cell(row["score"], 4, interval(row["ci95"], 4)),
+            Cell(against.get("mean"), 4, interval(against.get("ci95"), 4), signed=True),
+            Cell(against.get("p"), 4),
+            Cell(against.get("shared_stages")),
+            Cell(row["epochs"]),
+        ]
+        lines.append((None, cells))
+    others = ("Dice", "Best minus this", "p", "Stages shared with the best", "Epochs")
+    return Table(
+        label="Ranking of all points",
+        caption="Dice with its 95 % interval (Student's over folds, or over the seeds of one fold; "
+        "over patients where there is one run). "
         "Differences are paired case by case, intervals and sign-flip p over patients, not "
         "corrected for the number of points. "
-        "Points that share a stage share its luck: comparing first stages needs several seeds."
+        "Points that share a stage share its luck: comparing first stages needs several seeds.",
+        head=["Rank", *labels, *others],
+        rows=lines,
+        sortable=True,
     )
-    return table(head, lines, text, "Ranking of all points")
 
 
-def _parallel(document: dict[str, Any]) -> str:
+def _parallel(document: dict[str, Any]) -> Markup:
     rows = document["ranking"]
     labels = list(rows[0]["point"]) if rows else []
     if not rows or not labels:
-        return "<p>Nothing to draw yet.</p>"
+        return Markup("<p>Nothing to draw yet.</p>")
     return parallel(
         labels, [(list(row["point"].values()), row["score"], row["name"]) for row in rows]
     )
 
 
-def _scatters(document: dict[str, Any]) -> str:
+def _scatters(document: dict[str, Any]) -> list[Markup]:
     """Every numeric axis against the score, one colour per value of the first axis that is not
     numeric (the architecture, as a rule)."""
     rows = document["ranking"]
@@ -149,19 +134,15 @@ def _scatters(document: dict[str, Any]) -> str:
         for row in rows:
             name = short(row["point"][grouping]) if grouping else "all"
             groups.setdefault(name, []).append((row["point"][label], row["score"], row["name"]))
-        charts.append(f"<div>{scatter(label, dict(sorted(groups.items())))}</div>")
-    return (
-        f'<div class="charts">{"".join(charts)}</div>'
-        if charts
-        else "<p>No axis is a number with several values.</p>"
-    )
+        charts.append(scatter(label, dict(sorted(groups.items()))))
+    return charts
 
 
 def _numeric(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _curves(plan: Plan, ledger: Ledger) -> str:
+def _curves(plan: Plan, ledger: Ledger) -> list[Markup]:
     names = sorted({node.recipe.model.name for node in plan.tree.nodes.values()})
     losses, dices = [], []
     for node in plan.tree.walk():
@@ -188,10 +169,10 @@ def _curves(plan: Plan, ledger: Ledger) -> str:
     charts = [branches("Training loss", unit, losses)]
     if any(points for points, _, _ in dices):
         charts.append(branches("Validation Dice", unit, dices))
-    return "".join(charts) + (legend(names) if len(names) > 1 else "")
+    return [*charts, *([legend(names)] if len(names) > 1 else [])]
 
 
-def _savings(document: dict[str, Any]) -> str:
+def _savings(document: dict[str, Any]) -> Markup:
     savings = document["savings"]
     return bars(
         [
@@ -202,14 +183,13 @@ def _savings(document: dict[str, Any]) -> str:
     )
 
 
-def _failed(document: dict[str, Any]) -> str:
-    rows: Sequence[str] = [
-        f'<tr><th scope=row class="left">{e(uid)}</th><td class="left">{e(text)}</td></tr>'
-        for uid, text in document["failed"].items()
-    ]
-    return table(
-        '<tr><th scope="col">Stage</th><th scope="col" class="left">Reason</th></tr>',
-        rows,
-        "Run the sweep again to retry.",
-        "Failed stages",
+def _failed(document: dict[str, Any]) -> Table | None:
+    if not document["failed"]:
+        return None
+    return Table(
+        label="Failed stages",
+        caption="Run the sweep again to retry.",
+        head=("Stage", "Reason"),
+        rows=[(uid, [text]) for uid, text in document["failed"].items()],
+        left=2,
     )

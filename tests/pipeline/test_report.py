@@ -14,7 +14,7 @@ import torch
 
 from segfleet.core.errors import InputError
 from segfleet.pipeline.reports.curves import MOST, broken, curve, running_mean, thinned, ticks
-from segfleet.pipeline.reports.html import cell
+from segfleet.pipeline.reports.html import TEMPLATES, Cell, environment
 from segfleet.pipeline.reports.overlays import save_overlays
 from segfleet.pipeline.reports.report import write_report
 from segfleet.pipeline.scoring.evaluate import case_probabilities, evaluate_cases
@@ -221,7 +221,7 @@ def test_empty_cases_and_optimism_are_shown(finished, tmp_path):
     (run / "evaluation.json").write_text(json.dumps(document))
     text = write_report(run).read_text()
     assert "scores are optimistic" in text
-    assert text.count('<td class="missing"') == 3  # Dice, HD95 and volume error of that case
+    assert text.count('<td class="missing"') == 6  # all six scores of that case
     row = re.search(r'<tr><th scope="?row"?>core</th><td data-v="8">8</td>(.*?)</tr>', text)[1]
     assert re.findall(r'data-v="(\d)"', row) == ["3", "2", "1", "3"]
 
@@ -236,7 +236,7 @@ def test_one_patient_has_no_interval(finished, tmp_path):
             if "ci95" in scores[metric]:
                 scores[metric] |= {"ci95": None, "mean": None, "sd": None}
     (run / "evaluation.json").write_text(json.dumps(document))
-    assert "fewer than two patients" in write_report(run).read_text()
+    assert "too few patients" in write_report(run).read_text()
 
 
 @pytest.mark.parametrize(
@@ -281,9 +281,10 @@ def test_curves_stay_small_and_true():
 
 
 def test_a_cell_sorts_by_the_exact_number_and_shows_a_dash_for_what_is_missing():
-    assert cell(0.12345678) == '<td data-v="0.12345678">0.123</td>'
-    assert cell(0.5, 2, signed=True) == '<td data-v="0.5">+0.50</td>'
-    assert 'data-v=""' in cell(None)
+    cell = environment(TEMPLATES).get_template("macros.html").module.cell
+    assert str(cell(Cell(0.12345678))) == '<td data-v="0.12345678">0.123</td>'
+    assert str(cell(Cell(0.5, 2, signed=True))) == '<td data-v="0.5">+0.50</td>'
+    assert 'data-v=""' in cell(Cell(None)) and "&lt;b&gt;" in cell("<b>")
 
 
 BROWSER = [

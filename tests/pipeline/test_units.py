@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from segfleet.pipeline.reports.report import columns_of, times
+from segfleet.pipeline.reports.report import COLUMNS, in_unit, times
 from segfleet.pipeline.scoring.summary import definitions, unit_of
 
 
@@ -30,15 +30,14 @@ def test_the_unit_is_what_the_files_know(dims, cases, unit):
 
 
 def test_a_report_says_pixels_and_counts_them():
-    headings = [heading for _, heading, *_ in columns_of({"unit": "pixels"})]
+    headings = [heading for _, heading, *_ in in_unit(COLUMNS, "pixels")]
     assert "HD95 (pixels)" in headings and "Area error (pixels)" in headings
     assert not any(word in " ".join(headings) for word in ("mm", "ml", "Volume"))
     ((_, _, digits, _, factor),) = [
-        column for column in columns_of({"unit": "pixels"}) if column[0] == "volume_error_ml"
+        column for column in in_unit(COLUMNS, "pixels") if column[0] == "volume_error_ml"
     ]
     # 120 voxels of 1 mm are 0.12 ml
     assert (times(0.12, factor), times([-0.001, 0.002], factor), digits) == (120, [-1, 2], 0)
     text = " ".join(definitions("pixels").values())
     assert "95th percentile in pixels" in text and "millilitres" not in text
-    assert [c[:4] for c in columns_of({})] == [c[:4] for c in columns_of({"unit": "mm"})]
-    assert "HD95 (mm)" in [heading for _, heading, *_ in columns_of({})]
+    assert "HD95 (mm)" in [heading for _, heading, *_ in in_unit(COLUMNS, "mm")]
