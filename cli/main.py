@@ -34,7 +34,9 @@ COMMANDS = {  # name -> (module, one line); the lines stand here so that --help 
         "import_",
         "Bring trained weights along: a PyTorch file, or nnU-Net v2's model folder.",
     ),
-    "report": ("report", "Write a run's report as one HTML file."),
+    "score": ("score", "Score any folder of predictions, of whatever tool, against the truth."),
+    "compare": ("compare", "Compare runs case by case: differences, intervals, tests, tables."),
+    "report": ("report", "Write a run's report as one HTML file, or its cases as a table."),
     "submit": (
         "submit",
         "Send a recipe to a SLURM cluster; the job comes back by itself after limits and failures.",

@@ -149,6 +149,53 @@ def strips(rows: Sequence[dict[str, Any]]) -> Markup:
     return figure(width, height, text, parts)
 
 
+def slopes(title: str, runs: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> Markup:
+    """Every case as a line from run to run, at most MOST of them, and the mean as a thick one.
+
+    rows: [(case, a value per run)], none missing.
+    """
+    if not rows:
+        return Markup(
+            "<figure><figcaption>{}: no case has a value in every run.</figcaption></figure>"
+        ).format(title)
+    every = [value for _, values in rows for value in values]
+    marks = ticks(min(every), max(every))
+    low, high = marks[0], marks[-1]
+    across = [
+        LEFT + 40 + (WIDTH - LEFT - RIGHT - 80) * i / max(1, len(runs) - 1)
+        for i in range(len(runs))
+    ]
+
+    def line(values: Sequence[float]) -> str:
+        return " ".join(
+            f"{x:.1f},{HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - low) / (high - low):.1f}"
+            for x, y in zip(across, values, strict=True)
+        )
+
+    parts = [f'<text class="title" x="{LEFT}" y="15">{e(title)}</text>']
+    for y in marks:
+        down = HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - low) / (high - low)
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down:.1f}" y2="{down:.1f}"/>'
+            f'<text x="{LEFT - 6}" y="{down + 4:.1f}" text-anchor="end">{number(y)}</text>'
+        )
+    parts += [
+        f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">'
+        f"{e(shortened(name))}</text>"
+        for x, name in zip(across, runs, strict=True)
+    ]
+    for case, values in rows[:: -(-len(rows) // MOST)]:
+        text = ", ".join(f"{value:.3f}" for value in values)
+        parts.append(
+            f'<polyline class="faint" points="{line(values)}">'
+            f"<title>{e(case)}: {text}</title></polyline>"
+        )
+    means = [sum(values) / len(rows) for values in zip(*(v for _, v in rows), strict=True)]
+    parts.append(f'<polyline class="middle" points="{line(means)}"/>')
+    text = "; ".join(f"{name}: mean {mean:.3f}" for name, mean in zip(runs, means, strict=True))
+    return figure(WIDTH, HEIGHT, f"{title}, {len(rows)} cases. {text}", parts)
+
+
 def broken(points: Sequence[Point], starts: Sequence[float]) -> list[list[Point]]:
     """The points of each stage; stages without any are left out. A stage's first step is the one
     after its start."""
