@@ -94,7 +94,7 @@ def job_of(
 def render(document: dict) -> None:
     rows = []
     for name, scores in document["summary"]["structures"].items():
-        cells = [scores[key]["mean"] for key in ("dice", "iou", "hd95")]
+        cells = [scores[key]["mean"] for key in ("dice", "iou", "nsd", "hd95")]
         rows.append((name, *("-" if value is None else f"{value:.4f}" for value in cells)))
-    table(("structure", "Dice", "IoU", f"HD95 ({document.get('unit', 'mm')})"), rows)
+    table(("structure", "Dice", "IoU", "NSD", f"HD95 ({document.get('unit', 'mm')})"), rows)
     typer.echo(f"{len(document['cases'])} cases; definitions and every case: report.html")

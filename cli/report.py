@@ -17,14 +17,21 @@ def command(
     fold: Fold = None,
     best: Best = False,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    as_csv: Annotated[
+        bool,
+        typer.Option("--csv", help="Also RUN/cases.csv: every score of every case and structure."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a run's report as one HTML file and print its path."""
-    from segfleet.pipeline.reports.report import write_report
+    from segfleet.core.files import write_atomically
+    from segfleet.pipeline.reports.report import CASES_CSV, cases_csv, write_report
     from segfleet.pipeline.run import find_run
+    from segfleet.pipeline.scoring.scored import evaluation_of
 
-    show(
-        {"report": str(write_report(find_run(run, runs, fold, best)))},
-        as_json,
-        lambda document: typer.echo(document["report"]),
-    )
+    folder = find_run(run, runs, fold, best)
+    written = {"report": str(write_report(folder))}
+    if as_csv:
+        write_atomically(folder / CASES_CSV, cases_csv(evaluation_of(folder)))
+        written["csv"] = str(folder / CASES_CSV)
+    show(written, as_json, lambda document: typer.echo("\n".join(document.values())))

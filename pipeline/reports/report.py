@@ -27,7 +27,7 @@ from segfleet.pipeline.reports.html import Cell, Table, interval, render
 from segfleet.pipeline.scoring.intervals import FEWEST
 from segfleet.pipeline.scoring.scored import optimism
 
-NAME = "report.html"
+NAME, CASES_CSV = "report.html", "cases.csv"
 
 POOLED = (  # what is read off one confusion matrix
     ("dice", "Dice"),

@@ -1,0 +1,117 @@
+"""Any folder of predictions is scored as a run is; what cannot be scored is said case by case."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from segfleet.core.errors import DataError, InputError
+from segfleet.pipeline.reports.report import cases_csv, write_report
+from segfleet.pipeline.scoring.predictions import parse_labels, score_predictions, write_scores
+from segfleet.pipeline.scoring.scored import evaluation_of
+
+AFFINE = np.diag([0.5, 0.5, 2.0, 1.0])
+
+
+def save(path, label_ZYX, affine=AFFINE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(label_ZYX.transpose(2, 1, 0).astype(np.uint8), affine), path)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Six cases of two structures; predictions one row short."""
+    for index in range(6):
+        truth = np.zeros((4, 12, 12), np.uint8)
+        truth[1:3, 2:6, 2:6], truth[1:3, 7:11, 2:6] = 1, 2
+        prediction = truth.copy()
+        prediction[:, 2] = 0
+        save(tmp_path / "truth" / f"p{index}.nii.gz", truth)
+        save(tmp_path / "found" / f"p{index}.nii.gz", prediction)
+    (tmp_path / "found" / "labels.json").write_text('{"background": 0, "liver": 1, "spleen": 2}')
+    return tmp_path / "found", tmp_path / "truth"
+
+
+def test_scores_by_hand_and_the_same_report(folders, tmp_path):
+    document = score_predictions(*folders, workers=1)
+    scores = document["cases"][0]["scores"]
+    assert scores["liver"]["dice"] == pytest.approx(2 * 24 / (32 + 24))
+    assert scores["spleen"]["dice"] == 1.0 and scores["liver"]["truth_ml"] == 32 * 0.5 / 1000
+    assert document["unit"] == "mm" and document["summary"]["patients"] == 6
+    out = write_scores(tmp_path / "scores", document)
+    assert evaluation_of(out)["summary"] == document["summary"]
+    page = write_report(out).read_text()
+    assert "liver" in page and "Learning curves" not in page
+    lines = cases_csv(document).splitlines()
+    assert len(lines) == 1 + 12 and lines[0].startswith("case,patient,fold,structure,dice")
+
+
+def test_another_grid_shows_both_geometries(folders):
+    predictions, truth = folders
+    label = np.zeros((4, 12, 12), np.uint8)
+    turned = AFFINE.copy()
+    turned[0, 3] = 7.5
+    save(predictions / "p1.nii.gz", label, turned)
+    save(predictions / "p4.nii.gz", np.zeros((4, 12, 10), np.uint8))
+    with pytest.raises(DataError) as caught:
+        score_predictions(predictions, truth, workers=1)
+    shifted, smaller = caught.value.problems
+    assert (
+        shifted.case == "p1" and "7.5" in shifted.found and "origin (0, 0, 0)" in shifted.expected
+    )
+    assert "4 x 12 x 10" in smaller.found and "4 x 12 x 12" in smaller.expected
+
+
+def test_missing_predictions_are_refused_or_left_out(folders):
+    predictions, truth = folders
+    (predictions / "p5.nii.gz").unlink()
+    with pytest.raises(InputError, match="1 of 6 cases .* have no prediction .*p5.*--partial"):
+        score_predictions(predictions, truth, workers=1)
+    document = score_predictions(predictions, truth, partial=True, workers=1)
+    assert document["without_prediction"] == ["p5"] and len(document["cases"]) == 5
+    for path in predictions.glob("*.nii.gz"):
+        path.rename(path.with_name(f"x{path.name}"))
+    with pytest.raises(InputError, match="no file of .* has the name of one in"):
+        score_predictions(predictions, truth, workers=1)
+
+
+def test_labels_are_declared_or_refused(folders):
+    predictions, truth = folders
+    (predictions / "labels.json").write_text('{"background": 0, "liver": 1}')
+    with pytest.raises(DataError, match="label values: found 2 in p0.nii.gz, expected one of 0, 1"):
+        score_predictions(predictions, truth, workers=1)
+    whole = {"labels": {"background": 0, "organs": [1, 2], "spleen": [2]}}
+    whole["regions_class_order"] = [1, 2]
+    (truth / "dataset.json").write_text(json.dumps(whole))
+    with pytest.raises(InputError, match="the labels differ: .*organs.* beside the truth"):
+        score_predictions(predictions, truth, workers=1)
+    (predictions / "labels.json").unlink()
+    found = score_predictions(predictions, truth, workers=1)
+    assert found["cases"][0]["scores"]["organs"]["truth_voxels"] == 64
+    said = score_predictions(predictions, truth, labels=parse_labels("a=1,b=2"), workers=1)
+    assert said["structures"] == ["a", "b"]
+    for wrong in ("a", "a=x", "a=1,b=1", "a=1,a=2", "a=0"):
+        with pytest.raises(InputError, match="labels: found"):
+            parse_labels(wrong)
+
+
+def test_black_and_white_pictures_need_no_labels(tmp_path):
+    mask = np.zeros((10, 10), np.uint8)
+    mask[2:6, 2:6] = 255
+    for folder, rows in (("truth", mask), ("found", np.roll(mask, 1, 0))):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(rows).save(tmp_path / folder / "a.png")
+    document = score_predictions(tmp_path / "found", tmp_path / "truth", workers=1)
+    assert document["unit"] == "pixels" and document["structures"] == ["foreground"]
+    assert document["cases"][0]["scores"]["foreground"]["dice"] == pytest.approx(0.75)
+
+
+def test_patients_of_a_table(folders):
+    predictions, truth = folders
+    lines = [f"p{index},{'one' if index < 3 else 'two'}" for index in range(6)]
+    (truth / "patients.csv").write_text("case,patient\n" + "\n".join(lines) + "\n")
+    assert score_predictions(predictions, truth, workers=1)["summary"]["patients"] == 2
