@@ -2,19 +2,21 @@
 
     python benchmarks/files.py quirks            a table: layout x quirk -> what the check says
     python benchmarks/files.py mutants 100000    damaged files: tracebacks, hangs, crashes, memory
+    python benchmarks/files.py mutants 100000 --until 13:30    stops by the clock; the next run goes on
 
 Results: benchmarks/results/files_quirks.json and files_mutants.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
+import io
 import json
 import multiprocessing
 import os
 import resource
 import shutil
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -23,6 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import nibabel as nib
+import nrrd
 import numpy as np
 import pydicom
 import SimpleITK as sitk
@@ -31,10 +34,11 @@ from PIL import Image
 
 from segfleet.core.errors import InputError
 from segfleet.preprocess.checking.check import survey
-from segfleet.preprocess.files.dicom import read_series
-from segfleet.preprocess.files.images import ENDINGS, peek, read_file
+from segfleet.preprocess.files.dicom import RTSTRUCT, read_series
+from segfleet.preprocess.files.images import ENDINGS, peek, read_file, read_label
 from segfleet.preprocess.files.masks import read_mask
 from segfleet.preprocess.files.npy import read_npy
+from segfleet.preprocess.files.segments import read_rtstruct, read_seg
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
 from segfleet.preprocess.readers.base import open_reader
 
@@ -292,7 +296,49 @@ def seeds(folder: Path) -> dict[str, bytes]:
     d = pydicom.dcmread(first)
     d.compress("1.2.840.10008.1.2.5")
     d.save_as(folder / "rle.dcm")
+    slicer = {"Segment0_Name": "a", "Segment0_LabelValue": "1", "Segment0_Layer": "0"}
+    nrrd.write(str(folder / "a.seg.nrrd"), (volume > 150).astype(np.uint8), slicer)
+    (folder / "seg.dcm").write_bytes(segmentation(first))
+    (folder / "rt.dcm").write_bytes(structures(first))
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+def segmentation(source: Path) -> bytes:
+    """A DICOM SEG of one segment over one slice."""
+    from highdicom.seg import Segmentation, SegmentDescription
+    from highdicom.sr.coding import CodedConcept
+
+    d = pydicom.dcmread(source)
+    for key in ("PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "AccessionNumber"):
+        setattr(d, key, "")
+    d.StudyID, d.ReferringPhysicianName, d.SliceThickness = "", "", 3
+    code, uid = CodedConcept("1", "99X", "x"), str(d.SOPInstanceUID)
+    segment = SegmentDescription(1, "a", code, code, "MANUAL")
+    found = Segmentation(
+        [d], (d.pixel_array > 0)[None], "BINARY", [segment], series_instance_uid=uid + ".1",
+        series_number=2, sop_instance_uid=uid + ".2", instance_number=1, manufacturer="x",
+        manufacturer_model_name="x", software_versions="x", device_serial_number="x",
+    )  # fmt: skip
+    with io.BytesIO() as file:
+        found.save_as(file)
+        return file.getvalue()
+
+
+def structures(source: Path) -> bytes:
+    """An RTSTRUCT of one square on a slice."""
+    d = pydicom.dcmread(source)
+    x, y, z = (float(v) for v in d.ImagePositionPatient)
+    name, contour, region, found = (pydicom.Dataset() for _ in range(4))
+    name.ROINumber, name.ROIName = 1, "a"
+    contour.ContourGeometricType = "CLOSED_PLANAR"
+    contour.ContourData = [x, y, z, x + 5, y, z, x + 5, y + 5, z, x, y + 5, z]
+    region.ReferencedROINumber, region.ContourSequence = 1, [contour]
+    found.SOPClassUID, found.SOPInstanceUID = RTSTRUCT, d.SOPInstanceUID
+    found.StructureSetROISequence, found.ROIContourSequence = [name], [region]
+    found.file_meta = d.file_meta
+    with io.BytesIO() as file:
+        found.save_as(file)
+        return file.getvalue()
 
 
 def mutated(data: bytes, rng: np.random.Generator) -> bytes:
@@ -340,10 +386,14 @@ def read(path: Path) -> str:
         if path.suffix == ".npy":
             read_npy(path, 3)
         elif path.name.endswith(ENDINGS):
-            read_file(path)
+            (read_label if path.name.endswith(".seg.nrrd") else read_file)(path)
             if path.suffix in (".png", ".bmp", ".tif", ".jpg"):
                 with suppress(InputError):  # these pictures are no masks
                     read_mask(path)
+        elif path.name.endswith("seg.dcm"):
+            read_seg(path, {"a": 1})
+        elif path.name.endswith("rt.dcm"):
+            read_rtstruct(path, read_series([path.with_name("a.dcm")])[1], {"a": 1})
         else:
             read_series([path])
         return "read"
@@ -382,27 +432,43 @@ def work(start: int, stop: int, names, known, folder: str, at, out) -> None:
     out.put(None)
 
 
-def mutants(count: int) -> None:
-    began = time.process_time()
+def mutants(count: int, until: str) -> None:
+    """Those up to number `count` that the saved result has not; it is saved again every 2000."""
     with tempfile.TemporaryDirectory() as folder:
         known = seeds(Path(folder))
     names = [name for name in known if not name.endswith(".raw")]
-    context = multiprocessing.get_context("fork")
-    results: Counter = Counter()
-    per_kind: dict[str, Counter] = {name: Counter() for name in names}
-    faults, start = [], 0
-    while start < count:
+    results, per_kind, faults, start, before = resumed(names)
+    context, began = multiprocessing.get_context("fork"), processor_time()
+    while start < count and not (until and time.strftime("%H:%M") >= until):
         stop = min(count, start + 2000)
         start = batch(start, stop, names, known, context, results, per_kind, faults)
         print(start, dict(results), len(faults), flush=True)
-        used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        document = {"files": start, "kinds": len(names), "results": dict(results)}
-        document |= {
+        document = {
+            "files": start,
+            "kinds": len(names),
+            "results": dict(results),
             "faults": faults[:50],
-            "cpu_seconds": round(time.process_time() - began + used),
+            "cpu_seconds": round(before + processor_time() - began),
+            "by_kind": {name: dict(c) for name, c in per_kind.items()},
         }
-        document["by_kind"] = {name: dict(c) for name, c in per_kind.items()}
         save("files_mutants.json", document)
+
+
+def resumed(names: list[str]) -> tuple[Counter, dict[str, Counter], list, int, float]:
+    """What the saved result of the same kinds of files counts so far."""
+    path = RESULTS / "files_mutants.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    if list(found.get("by_kind", ())) != names:
+        return Counter(), {name: Counter() for name in names}, [], 0, 0.0
+    per_kind = {name: Counter(counts) for name, counts in found["by_kind"].items()}
+    own = (found["faults"], found["files"], found["cpu_seconds"])
+    return Counter(found["results"]), per_kind, *own
+
+
+def processor_time() -> float:
+    """Of this process and those that have ended."""
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(used.ru_utime + used.ru_stime for used in both)
 
 
 def batch(start, stop, names, known, context, results, per_kind, faults) -> int:
@@ -446,7 +512,12 @@ def save(name: str, document: dict) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "quirks":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("quirks", "mutants"))
+    parser.add_argument("count", type=int, nargs="?", default=100_000)
+    parser.add_argument("--until", default="", help="HH:MM, when to stop")
+    options = parser.parse_args()
+    if options.what == "quirks":
         quirks()
     else:
-        mutants(int(sys.argv[2]))
+        mutants(options.count, options.until)

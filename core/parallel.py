@@ -7,8 +7,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from typing import Any, TypeVar
 
@@ -30,60 +31,153 @@ def run(
     names: Sequence[str],
     workers: int | None = None,
     budget: int | None = None,
+    died: Callable[[Item, str], Result] | None = None,
 ) -> Iterator[tuple[int, Result]]:
     """Yield (index, function(item)) as they finish.
 
     Args:
         function: importable, as are the items: they cross a process border, the function with all
-        that is bound to it once per process, an item once. One worker: everything runs in this
-        process.
+        that is bound to it once per process, an item once. One worker and little work: everything
+        runs in this process.
         weights: bytes each item needs. An item starts when the sum stays below the budget; one that
         is larger than all of it runs alone.
         names: what to call the items when a worker dies.
+        died: what stands for the result of an item whose worker process dies, of what; without it
+        that is an error. A library that crashes in one file costs this file.
         workers: processes at most; None: as many as there are cores and work for.
         budget: bytes; None: what the machine, the cgroup or SLURM leave.
 
     The first exception of `function` is raised, after the items in flight have ended.
     """
-    workers = min(cpus(), 1 + sum(weights) // WORTH_A_PROCESS) if workers is None else workers
-    if min(workers, len(items)) <= 1:
+    work = sum(weights)
+    workers = min(cpus(), 1 + work // WORTH_A_PROCESS) if workers is None else workers
+    if min(workers, len(items)) <= 1 and work < WORTH_A_PROCESS:
         for index, item in enumerate(items):
             yield index, function(item)
         return
-    budget = memory_budget() if budget is None else budget
-    context = multiprocessing.get_context("forkserver")
     _start_forkserver()
-    with ProcessPoolExecutor(
-        min(workers, len(items)),
-        mp_context=context,
-        initializer=_begin,
-        initargs=(function,),
-    ) as pool:
-        waiting, flying, weight = list(range(len(items)))[::-1], {}, 0
+    waiting = list(range(len(items)))[::-1]
+    while waiting:
+        suspects: list[int] = []
+        pool = _Pool(function, max(1, min(workers, len(waiting))), budget or memory_budget())
+        yield from pool.run(items, weights, waiting, suspects)
+        for index in sorted(suspects):  # one of them took the pool along
+            result, cause = _alone(function, items[index])
+            if cause and died is None:
+                raise RuntimeError(
+                    f"a worker process died ({cause}) while it worked on one of: {names[index]}"
+                )
+            yield index, died(items[index], cause) if cause and died else result
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Worker processes until all is done or one of them dies."""
+
+    function: Callable
+    workers: int
+    budget: int
+
+    def run(
+        self, items: Sequence, weights: Sequence[int], waiting: list[int], suspects: list[int]
+    ) -> Iterator[tuple[int, Any]]:
+        """Takes from the end of `waiting`; `suspects` are what was being worked on when a worker
+        died."""
+        context = multiprocessing.get_context("forkserver")
+        flying: dict[Future, int] = {}
+        weight = 0
+        with ProcessPoolExecutor(
+            self.workers, mp_context=context, initializer=_begin, initargs=(self.function,)
+        ) as pool:
+            try:
+                while waiting or flying:
+                    while (
+                        waiting
+                        and len(flying) < self.workers
+                        and (not flying or weight + weights[waiting[-1]] <= self.budget)
+                    ):
+                        index = waiting[-1]
+                        flying[pool.submit(_call, items[index])] = index
+                        waiting.pop()
+                        weight += weights[index]
+                    for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                        index = flying[future]
+                        result = future.result()
+                        del flying[future]
+                        weight -= weights[index]
+                        yield index, result
+            except BrokenProcessPool:
+                suspects += flying.values()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Apart:
+    """Calls functions in a process of its own, which a library that crashes takes along: the next
+    call begins another. Started at the first call."""
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Apart:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __call__(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """What `function` returns. Raises what it raises, and Died if the process dies."""
+        if self._pool is None:
+            _start_forkserver()
+            context = multiprocessing.get_context("forkserver")
+            self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_follow_parent)
         try:
-            while waiting or flying:
-                while (
-                    waiting
-                    and len(flying) < workers
-                    and (not flying or weight + weights[waiting[-1]] <= budget)
-                ):
-                    index = waiting.pop()
-                    weight += weights[index]
-                    flying[pool.submit(_call, items[index])] = index
-                for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                    index = flying[future]
-                    result = future.result()
-                    del flying[future]
-                    weight -= weights[index]
-                    yield index, result
+            return self._pool.submit(function, *arguments).result()
         except BrokenProcessPool:
-            suspects = ", ".join(names[index] for index in sorted(flying.values()))
-            raise RuntimeError(
-                "a worker process died (killed, or out of memory) while it worked on one of: "
-                f"{suspects}"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.shutdown(wait=False)
+            self._pool = None
+            raise Died("the process that was to do this died") from None
+
+
+class Died(RuntimeError):
+    """A process ended before it answered."""
+
+
+def _alone(function: Callable, item: Any) -> tuple[Any, str]:
+    """(result, "") of one item in a process of its own; (None, what ended it) if that dies. Raises
+    what `function` raises."""
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_tell_once, args=(function, item, theirs))
+    process.start()
+    theirs.close()
+    try:
+        result, error = ours.recv()
+    except EOFError:
+        process.join()
+        return None, _cause(process.exitcode)
+    process.join()
+    if error is not None:
+        raise error
+    return result, ""
+
+
+def _tell_once(function: Callable, item: Any, to: Any) -> None:
+    _follow_parent()
+    try:
+        answer = (function(item), None)
+    except Exception as error:
+        answer = (None, error)
+    to.send(answer)
+
+
+def _cause(exitcode: int | None) -> str:
+    try:
+        name = signal.Signals(-(exitcode or 0)).name
+    except ValueError:
+        return f"exit code {exitcode}"
+    return f"{name}, perhaps out of memory" if name == "SIGKILL" else name
 
 
 def _start_forkserver() -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError
+from segfleet.core.parallel import Apart
 from segfleet.pipeline.data.staged_store import on_node
 from segfleet.pipeline.events import Lines
 from segfleet.pipeline.folds import score_folds
@@ -120,23 +121,25 @@ def predict(
     recipe, folders = open_run(Path(job["run"]))
     manifest = data_of(Path(job["run"]), recipe)
     model, task, name = load_network(recipe, manifest, folders, ranks.device)
-    return predict_files(
-        forward_of(model, task, recipe, ranks.device),
-        manifest.plan,
-        manifest.dataset,
-        task,
-        job["images"],
-        job["out"],
-        patch=patch_of(recipe, manifest),
-        overlap=recipe.evaluation.overlap,
-        mirror_axes=recipe.evaluation.mirror,
-        batch=recipe.evaluation.batch,
-        device=ranks.device,
-        made_by=f"{folders[-1].path.name} {name}",
-        ranks=ranks,
-        progress=progress,
-        draw=save_prediction if job.get("overlays") else None,
-    )
+    with Apart() as apart:
+        return predict_files(
+            forward_of(model, task, recipe, ranks.device),
+            manifest.plan,
+            manifest.dataset,
+            task,
+            job["images"],
+            job["out"],
+            patch=patch_of(recipe, manifest),
+            overlap=recipe.evaluation.overlap,
+            mirror_axes=recipe.evaluation.mirror,
+            batch=recipe.evaluation.batch,
+            device=ranks.device,
+            made_by=f"{folders[-1].path.name} {name}",
+            ranks=ranks,
+            progress=progress,
+            draw=save_prediction if job.get("overlays") else None,
+            read=lambda one: one.read_apart(apart),
+        )
 
 
 def run_prediction(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:

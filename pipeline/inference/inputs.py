@@ -16,10 +16,11 @@ import numpy as np
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import file_facts, write_atomically
+from segfleet.core.parallel import Apart, Died
 from segfleet.preprocess.case import FileFacts, Geometry
 from segfleet.preprocess.files.dicom import is_dicom, read_series
-from segfleet.preprocess.files.faults import instead_of_file
-from segfleet.preprocess.files.images import ENDINGS, ending, peek, read_image, sources, stem
+from segfleet.preprocess.files.faults import crashed, instead_of_file
+from segfleet.preprocess.files.images import ENDINGS, NIFTI, ending, peek, read_image, sources, stem
 from segfleet.preprocess.files.npy import read_npy
 from segfleet.preprocess.files.writer import WRITABLE
 from segfleet.preprocess.readers.base import natural, visible
@@ -69,6 +70,17 @@ class Input:
         if not first.name.lower().endswith(ENDINGS):
             return read_series(self.images)
         return read_image(self.images)
+
+    def read_apart(self, apart: Apart) -> tuple[np.ndarray, Geometry]:
+        """As `read`, in another process where a library of C code decodes the files: a damaged
+        file that makes it crash is a problem of this image, not the end of all."""
+        name = self.images[0].name.lower()
+        if name.endswith(NIFTI) or name.endswith(".npy"):
+            return self.read()
+        try:
+            return apart(Input.read, self)
+        except Died:
+            raise crashed(self.images[0]) from None
 
     def content(self) -> str:
         """sha256 of everything that is read of this image. Raises OSError."""

@@ -51,6 +51,7 @@ def predict_files(
     ranks: Ranks | None = None,
     progress: Callable[[int, int], None] | None = None,
     draw: Callable[[Path, np.ndarray, np.ndarray, Sequence[float]], Any] | None = None,
+    read: Callable[[Input], tuple[np.ndarray, Geometry]] = Input.read,
 ) -> dict[str, Any]:
     """Segment the images `inputs` (files and folders) into the folder `out`; one label file each,
     written whole or not at all.
@@ -62,7 +63,7 @@ def predict_files(
     every rank gets the whole answer: {"done", "kept": [{"id", "file"}], "failed": [{"id", "files",
     "problem"}], "exit_code"}: 2 if any failed, else 0. Raises InputError when nothing can be done
     at all; an error of one rank is raised on all. `draw`: also OUT/overlays/<id>.png, the
-    outlined prediction on its image.
+    outlined prediction on its image. `read` an image in another way than in this process.
     """
     ranks, found, out = ranks or Ranks(), collect(inputs, len(dataset.channels)), Path(out)
     window = {
@@ -88,9 +89,10 @@ def predict_files(
 
     def segment() -> None:
         for index in share:
-            answers[index] = _answer(forward, plan, task, found[index], out, settings, window)
+            one = found[index]
+            answers[index] = _answer(forward, plan, task, one, out, settings, window, read)
             if draw and answers[index][0] != "failed":
-                _draw(draw, found[index], out, plan, answers[index][0] == "kept")
+                _draw(draw, one, out, plan, answers[index][0] == "kept", read)
             if progress:
                 progress(len(answers), len(share))
 
@@ -125,6 +127,7 @@ def _answer(
     out: Path,
     settings: dict[str, Any],
     window: dict[str, Any],
+    read: Callable[[Input], tuple[np.ndarray, Geometry]],
 ) -> tuple[str, dict[str, Any]]:
     try:
         if one.problem:
@@ -132,7 +135,7 @@ def _answer(
         facts = {"image": one.content(), **settings}
         if is_made(out, one, facts):
             return "kept", {"id": one.id, "file": str(out / one.output)}
-        label, geometry = _predict(forward, plan, task, one, window)
+        label, geometry = _predict(forward, plan, task, one, window, read)
         forget(out, one)
         write_label(out / one.output, label, geometry)
         vouch(out, one, facts)
@@ -145,28 +148,30 @@ def _answer(
         }
 
 
-def _draw(draw: Callable[..., Any], one: Input, out: Path, plan: Plan, kept: bool) -> None:
+def _draw(
+    draw: Callable[..., Any], one: Input, out: Path, plan: Plan, kept: bool, read: Callable
+) -> None:
     """The picture of a prediction that lies in `out`."""
     path = out / OVERLAYS / f"{one.id}.png"
     if kept and path.exists():
         return
-    image, geometry = _image(one, plan)
+    image, geometry = _image(one, plan, read)
     label, _ = read_label(out / one.output)
     draw(path, image, label.reshape(geometry.shape), geometry.spacing)
 
 
-def _image(one: Input, plan: Plan) -> tuple[np.ndarray, Geometry]:
+def _image(one: Input, plan: Plan, read: Callable) -> tuple[np.ndarray, Geometry]:
     """The raw image (C, Z, Y, X) as every layout would read it."""
-    image, geometry = one.read()
+    image, geometry = read(one)
     if len(plan.normalisation) == 3 and set(plan.normalisation) <= set(OF_COLOURS):
         image, geometry = colours(image, geometry)  # as all layouts of colour pictures do
     return image, geometry
 
 
 def _predict(
-    forward: Forward, plan: Plan, task: Task, one: Input, window: dict[str, Any]
+    forward: Forward, plan: Plan, task: Task, one: Input, window: dict[str, Any], read: Callable
 ) -> tuple[np.ndarray, Geometry]:
-    image, geometry = _image(one, plan)
+    image, geometry = _image(one, plan, read)
     if len(image) != (channels := len(plan.normalisation)):
         mend = "Save the image with the channels the network was trained on."
         raise ImageError(one.images[0], "channels", str(len(image)), str(channels), mend)

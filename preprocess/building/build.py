@@ -283,6 +283,7 @@ def _write(
             weights=weights,
             names=[f"{jobs[i].refs[0].id} ..." for i in todo],
             workers=workers,
+            died=died,
         ):
             if isinstance(record, Exception):
                 failed[todo[position]] = record
@@ -318,6 +319,11 @@ def attempt(job: ShardJob) -> dict | Exception:
         if isinstance(error, OSError) and _is_full(error):
             raise
         return error
+
+
+def died(job: ShardJob, cause: str) -> Exception:
+    cases = _few([ref.id for ref in job.refs])
+    return RuntimeError(f"a worker process died ({cause}) while it wrote {cases}")
 
 
 def failure(failed: Sequence[tuple[ShardJob, Exception]]) -> Exception:

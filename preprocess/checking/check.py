@@ -16,7 +16,7 @@ from segfleet.core.errors import DataError, Problem
 from segfleet.core.parallel import run
 from segfleet.preprocess.case import Case, Geometry
 from segfleet.preprocess.checking.duplicates import leaks, link, thumbnail
-from segfleet.preprocess.files.faults import instead_of_file
+from segfleet.preprocess.files.faults import crashed, instead_of_file
 from segfleet.preprocess.files.grids import advice, disagreement, settled
 from segfleet.preprocess.files.images import ImageError, peek, sources
 from segfleet.preprocess.planning.fingerprint import CaseFacts, samples_per_case, statistics
@@ -128,6 +128,7 @@ def look_at(
         weights=weights,
         names=[refs[i].id for i in todo],
         workers=workers,
+        died=partial(_died, reader.root),
     ):
         found[todo[position]] = facts
         if keep is not None:
@@ -207,6 +208,15 @@ def check_case(reader: RawReader, dataset: Dataset, samples: int, ref: CaseRef) 
         case=ref.id, field="label", found="no foreground voxel", expected="usually some", mend=mend
     )
     return found.model_copy(update={"warnings": (*warnings, warning)})
+
+
+def _died(root: Path, ref: CaseRef, cause: str) -> CaseFacts:
+    """Of a case whose files a library crashed at."""
+    problem = crashed((*ref.images, *ref.labels)[0], cause).problem(ref.id)
+    if len(files := (*ref.images, *ref.labels)) > 1:
+        named = " or ".join(_relative(path, root) for path in files[:4])
+        problem = replace(problem, found=f"{named}: one {problem.found.partition(', ')[2]}")
+    return CaseFacts(id=ref.id, group=ref.group, stamp=stamp(ref, root), problems=(problem,))
 
 
 def missing(ref: CaseRef, root: Path) -> list[Problem]:

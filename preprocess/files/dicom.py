@@ -31,8 +31,10 @@ CODECS = {  # transfer syntax -> of imagecodecs
 }
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # unpacked without a limit by pydicom
 SEG, RTSTRUCT = "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.481.3"
+LABELMAP = "1.2.840.10008.5.1.4.1.1.66.7"  # a SEG whose pixels are segment numbers
 KINDS = {  # what else may be in a series' folder
     SEG: "a segmentation (DICOM SEG)",
+    LABELMAP: "a segmentation (DICOM SEG)",
     RTSTRUCT: "structures of radiotherapy (RTSTRUCT)",
 }
 AGAIN = "Copy or export the files again."
@@ -349,7 +351,7 @@ def _values(slices: Sequence[Slice], shape: tuple[int, int, int]) -> np.ndarray:
     frames: tuple[Any, np.ndarray] | None = None
     for z, one in enumerate(slices):
         if frames is None or frames[0] is not one.dataset:
-            frames = (one.dataset, _frames(one.path, one.dataset, shape[1:]))
+            frames = (one.dataset, frames_of(one.path, one.dataset, shape[1:]))
         stored = frames[1][one.frame or 0]
         kind = np.int64 if whole and stored.dtype.kind in "iu" else np.float64
         values = stored.astype(kind) * kind(one.slope) + kind(one.inter)
@@ -361,7 +363,7 @@ def _values(slices: Sequence[Slice], shape: tuple[int, int, int]) -> np.ndarray:
     return out
 
 
-def _frames(path: Path, d: Any, shape: tuple[int, int]) -> np.ndarray:
+def frames_of(path: Path, d: Any, shape: tuple[int, int]) -> np.ndarray:
     """(frames, Y, X) as stored, black where the numbers are low. Raises ImageError."""
     try:
         packed = str(d.file_meta.get("TransferSyntaxUID", "")) if "file_meta" in dir(d) else ""

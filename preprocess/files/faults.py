@@ -44,6 +44,13 @@ def damaged(path: Path, reason: str) -> ImageError:
     return ImageError(path, "file", found, "a readable image", "Copy or download the file again.")
 
 
+def crashed(path: Path, cause: str = "") -> ImageError:
+    """Of a file that killed the process which read it."""
+    found = f"{path.name}, which ended the process that read it" + (f" ({cause})" if cause else "")
+    mend = "It is damaged, or too large for this machine: save it anew, or remove it."
+    return ImageError(path, "file", found, "a readable image", mend)
+
+
 def is_regular(path: Path) -> bool:
     """Whether a path is a file with bytes: reading a pipe or a device would wait for ever."""
     try:

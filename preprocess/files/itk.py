@@ -25,6 +25,7 @@ WIDTHS = {  # bytes of a value: NRRD's and MetaImage's names
 }
 SHORT_NAMES = {name: width for width, names in WIDTHS.items() for name in names.split()}
 LONGEST_HEADER = 2**20
+MOST_AXES = 5  # SimpleITK is not asked about others: it crashes where they are negative
 MEND = "Export the image again with a sound header."
 
 
@@ -61,6 +62,8 @@ def peek_itk(path: Path) -> tuple[int, int, int, int]:
     """(C, Z, Y, X) from the header alone. Raises anything."""
     import SimpleITK as sitk
 
+    with open(path, "rb") as file:
+        _declared(header_of(file.read(LONGEST_HEADER), path), path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
@@ -125,6 +128,10 @@ def _declared(header: dict[str, str], path: Path) -> tuple[list[int], int]:
     if not width:
         found = f"'{kind[:40]}' in {path.name}"
         raise ImageError(path, "voxel type", found, "integers or real numbers", MEND)
+    axes = header.get("dimension") or header.get("ndims") or ""
+    if axes != str(len(sizes.split())) or not 1 <= int(axes) <= MOST_AXES:
+        found = f"'{axes[:20]}' of {len(sizes.split())} in {path.name}"
+        raise ImageError(path, "number of axes", found, f"1 to {MOST_AXES}, as sizes has", MEND)
     return [int(n) for n in numbers], width
 
 

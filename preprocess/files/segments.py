@@ -17,8 +17,10 @@ import numpy as np
 
 from segfleet.preprocess.case import FileFacts, Geometry
 from segfleet.preprocess.files.dicom import (
+    LABELMAP,
     RTSTRUCT,
     SEG,
+    frames_of,
     grid_of,
     header_of,
     slices_of,
@@ -28,6 +30,8 @@ from segfleet.preprocess.files.itk import LPS
 from segfleet.preprocess.files.itk import header_of as nrrd_header
 from segfleet.preprocess.files.polygons import filled
 
+MOST_EMPTY = 10_000  # planes without anything that may lie between two that are stored
+FARTHEST = 1e6  # mm
 MEND = "Name the segments in labels.json as they are named in the file."
 
 
@@ -36,10 +40,10 @@ def is_seg_nrrd(path: Path) -> bool:
 
 
 def kind_of(path: Path) -> str:
-    """SEG, RTSTRUCT or "" of a DICOM file."""
+    """SEG, LABELMAP, RTSTRUCT or "" of a DICOM file."""
     header = header_of(path, ["SOPClassUID"])
     uid = str(header.get("SOPClassUID", "")) if header is not None else ""
-    return uid if uid in (SEG, RTSTRUCT) else ""
+    return uid if uid in (SEG, LABELMAP, RTSTRUCT) else ""
 
 
 def from_seg_nrrd(
@@ -50,14 +54,17 @@ def from_seg_nrrd(
     header = nrrd_header(data, path)
     pairs = {k.lower(): v for k, v in header.items()}
     label = np.zeros(array_CZYX.shape[1:], np.uint8)
-    names = _slicer_segments(pairs)
+    try:
+        names = _slicer_segments(pairs)
+    except ValueError as error:
+        raise damaged(path, str(error)[:120]) from None
     if not names:
         found = f"no segment in {path.name}"
         raise ImageError(
             path, "segments", found, "Segment0_LabelValue, ...", "Save it from Slicer."
         )
     for name, stored, layer in names:
-        if layer >= len(array_CZYX):
+        if not 0 <= layer < len(array_CZYX):
             raise damaged(path, f"segment {name} in layer {layer} of {len(array_CZYX)}")
         where = array_CZYX[layer] == stored
         _paint(label, where, values.get(name, stored), name, path)
@@ -72,21 +79,27 @@ def read_seg(
     data = read_bytes(path)
     if digest is not None:
         digest.update(data)
-    d, slices = slices_of(path, data)
-    numbers = [_segment_number(frame) for frame in d.PerFrameFunctionalGroupsSequence]
-    described = {
-        int(s.SegmentNumber): str(s.get("SegmentLabel", "")).strip() for s in d.SegmentSequence
-    }
-    affine, places = grid_of(path, slices)
-    shape = (max(places) + 1, int(d.Rows), int(d.Columns))
-    check_size(path, shape, 1, len(data))
-    pixels = d.pixel_array.reshape(len(slices), *shape[1:])
+    try:
+        d, slices = slices_of(path, data)
+        numbers = _segment_numbers(d)
+        described = {
+            int(s.SegmentNumber): str(s.get("SegmentLabel", "")).strip() for s in d.SegmentSequence
+        }
+        affine, places = grid_of(path, slices)
+        shape = (max(places) + 1, int(d.Rows), int(d.Columns))
+        check_size(path, shape, 1, MOST_EMPTY * len(data))
+        pixels = frames_of(path, d, shape[1:])
+        most = float(d.get("MaximumFractionalValue", 1))
+    except ImageError:
+        raise
+    except Exception as error:  # a tag that cannot be understood
+        raise damaged(path, str(error)[:120]) from None
     label = np.zeros(shape, np.uint8)
-    for frame, number, place in zip(pixels, numbers, places, strict=True):
-        name = described.get(number, "")
-        where = np.zeros(shape, bool)
-        where[place] = frame > float(d.get("MaximumFractionalValue", 1)) / 2
-        _paint(label, where, values.get(name, number), name or str(number), path)
+    for frame, own, place in zip(pixels, numbers, places, strict=True):
+        for number in [own] if own else sorted(set(np.unique(frame).tolist()) - {0}):
+            name = described.get(number, "")
+            where = frame > most / 2 if own else frame == number
+            _paint(label[place], where, values.get(name, number), name or str(number), path)
     rows = tuple(tuple(float(v) for v in row) for row in LPS @ affine)
     spacing = tuple(float(v) for v in np.linalg.norm(affine[:3, :3], axis=0))
     facts = FileFacts(lies="anywhere")
@@ -118,8 +131,7 @@ def read_rtstruct(
     label = np.zeros(image.shape, np.uint8)
     for name, region in wanted:
         inside = np.zeros(image.shape, bool)
-        for contour in region.get("ContourSequence", ()):
-            points = np.asarray(contour.ContourData, float).reshape(-1, 3)
+        for points in _points(path, region):
             voxels = points @ to_voxel[:3, :3].T + to_voxel[:3, 3]
             plane = int(np.rint(voxels[:, 2].mean()))
             if np.abs(voxels[:, 2] - plane).max() > 0.1 or not 0 <= plane < image.shape[0]:
@@ -129,6 +141,20 @@ def read_rtstruct(
             inside[plane] ^= filled([voxels[:, :2] + 0.5], image.shape[1:])
         _paint(label, inside, values[name], name, path)
     return label, image
+
+
+def _points(path: Path, region: Any) -> list[np.ndarray]:
+    """The contours (n, 3) of a region, mm. Raises ImageError."""
+    try:
+        found = [
+            np.asarray(contour.ContourData, float).reshape(-1, 3)
+            for contour in region.get("ContourSequence") or ()
+        ]
+    except Exception as error:
+        raise damaged(path, str(error)[:120]) from None
+    if not all(len(points) and np.abs(points).max() < FARTHEST for points in found):
+        raise damaged(path, "a contour without points, or out of this world")
+    return found
 
 
 def _paint(label: np.ndarray, where: np.ndarray, value: int, name: str, path: Path) -> None:
@@ -152,5 +178,12 @@ def _slicer_segments(header: Mapping[str, str]) -> list[tuple[str, int, int]]:
     return sorted(found, key=lambda item: (item[2], item[1]))
 
 
-def _segment_number(frame: Any) -> int:
-    return int(frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+def _segment_numbers(d: Any) -> list[int]:
+    """The segment of every frame: of the frame's own, or what all share where there is but one
+    segment. 0 where the pixels are segment numbers themselves. Raises anything."""
+    frames = d.PerFrameFunctionalGroupsSequence
+    if str(d.get("SegmentationType", "")).strip().upper() == "LABELMAP":
+        return [0] * len(frames)
+    shared = (d.get("SharedFunctionalGroupsSequence") or [None])[0]
+    owners = [frame if "SegmentIdentificationSequence" in frame else shared for frame in frames]
+    return [int(one.SegmentIdentificationSequence[0].ReferencedSegmentNumber) for one in owners]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import SimpleITK as sitk
 from PIL import Image
 
 from segfleet.core.errors import InputError
-from segfleet.pipeline.inference.inputs import collect
+from segfleet.core.parallel import Apart
+from segfleet.pipeline.inference.inputs import Input, collect
 from segfleet.preprocess.files.images import ImageError
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
 from segfleet.preprocess.readers.base import open_reader
@@ -81,3 +83,17 @@ def test_what_is_no_file_is_a_problem_of_its_own(tmp_path):
         "b": f"{tmp_path / 'b.nii.gz'}: found a link to nowhere, which is not there, expected a file",
         "c": f"{tmp_path / 'c.png'}: found a link to c.png, which is not there, expected a file",
     }
+
+
+def killed(one):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_a_picture_that_crashes_its_reader_is_one_sentence(tmp_path, monkeypatch):
+    Image.fromarray(np.zeros((4, 5, 3), np.uint8)).save(tmp_path / "a.png")
+    (one,) = collect([tmp_path], 3)
+    with Apart() as apart:
+        assert np.array_equal(one.read_apart(apart)[0], one.read()[0])
+        monkeypatch.setattr(Input, "read", killed)
+        with pytest.raises(ImageError, match="found a.png, which ended the process that read it"):
+            one.read_apart(apart)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
+import signal
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -295,3 +298,19 @@ def test_facts_are_taken_over_only_while_files_stay_the_same(raw):
     again: list = []
     second = survey(reader, workers=1, known=first.facts, keep=again.append)
     assert [facts.id for facts in again] == ["phantom_001"] and second.facts[0] == first.facts[0]
+
+
+def crash_at(original, ref, *more):
+    if ref.id == "phantom_001":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return original(ref, *more)
+
+
+def test_files_that_crash_a_library_are_a_problem_of_their_case(raw, monkeypatch):
+    reader = open_reader("msd", raw)
+    reader.image = partial(crash_at, reader.image)
+    found = survey(reader, workers=2)
+    (problem,) = found.problems
+    assert problem.case == "phantom_001" and "SIGSEGV" in problem.found
+    assert "imagesTr/phantom_001.nii.gz or labelsTr/phantom_001.nii.gz" in problem.found
+    assert sum(bool(case.source_sha256) for case in found.facts) == len(found.refs) - 1

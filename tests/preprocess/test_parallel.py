@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from functools import partial
 
 import pytest
 
-from segfleet.core.parallel import run
+from segfleet.core.parallel import Apart, Died, run
 
 PICKLED = [0]
 
@@ -41,3 +43,47 @@ def test_what_is_bound_to_the_function_crosses_once_per_process(workers):
         assert found == {n: 2 * n for n in range(many)}
         counts.append(PICKLED[0])
     assert max(counts) <= (workers if workers > 1 else 0)
+
+
+def crash_at(bad: int, item: int) -> int:
+    if item == bad:
+        os.kill(os.getpid(), signal.SIGSEGV)  # as a library of C code does
+    return 2 * item
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_kills_its_process_costs_itself_alone(workers):
+    many = 12
+    found = dict(
+        run(
+            partial(crash_at, 3),
+            range(many),
+            weights=[2**25] * many,  # worth a process, even one
+            names=[f"case {n}" for n in range(many)],
+            workers=workers,
+            died=lambda item, cause: f"{item} died of {cause}",
+        )
+    )
+    assert found == {n: 2 * n if n != 3 else "3 died of SIGSEGV" for n in range(many)}
+    with pytest.raises(RuntimeError, match=r"died \(SIGSEGV\) while it worked on one of: case 3$"):
+        list(
+            run(
+                partial(crash_at, 3), range(many), weights=[2**25] * many,
+                names=[f"case {n}" for n in range(many)], workers=workers,
+            )
+        )  # fmt: skip
+
+
+def refuse(item: int) -> int:
+    raise ValueError(f"{item} is refused")
+
+
+def test_a_process_apart_dies_alone():
+    with Apart() as apart:
+        first = apart(os.getpid)
+        assert first == apart(os.getpid) != os.getpid()
+        with pytest.raises(Died):
+            apart(crash_at, 3, 3)
+        assert apart(crash_at, 3, 4) == 8 and apart(os.getpid) != first
+        with pytest.raises(ValueError, match="5 is refused"):
+            apart(refuse, 5)
