@@ -6,8 +6,8 @@ CPU second.
 
 The same synthetic cases are written once by each program's own writer (nnU-Net: float32, level 5,
 the filter it picks per array, its blocks and chunks). Both then draw batches of two with their
-default training augmentation, in turns, each in a process of its own, one thread a process; what
-is counted is the CPU time of that process and its loader processes after one batch, so start-up is
+default training augmentation, in turns, each in a process of its own, one thread a process, every
+round with another seed; what is counted is the CPU time of that process and its loader processes after one batch, so start-up is
 left out. nnU-Net's targets for deep supervision are left out too, since ours are made on the
 device. ENVIRONMENT holds nnunetv2 (benchmarks/preprocess.py installs one).
 """
@@ -137,7 +137,7 @@ def write_ours(name: str, folder: Path) -> None:
     )
 
 
-def ours(name: str, folder: Path, workers: int):
+def ours(name: str, folder: Path, workers: int, seed: int):
     from segfleet.pipeline.data import loader
     from segfleet.pipeline.data.sampler import PatchSampler
     from segfleet.pipeline.recipe import Augment
@@ -145,7 +145,7 @@ def ours(name: str, folder: Path, workers: int):
 
     store = open_store(folder)
     sampler = PatchSampler(
-        cases=store.manifest.cases, patch=SETS[name][0], batch=BATCH, foreground=1 / 3, seed=0
+        cases=store.manifest.cases, patch=SETS[name][0], batch=BATCH, foreground=1 / 3, seed=seed
     )
     patches = loader.Patches(store, sampler, 0, 100_000, Augment(), False)
     schedule = loader.Schedule(loader.Place(stage=0, epoch=0, step=0), 1, 100_000, BATCH, 1, 0, 1)
@@ -179,9 +179,10 @@ def write_nnunet(name: str, folder: Path) -> None:
         )
 
 
-def nnunet(name: str, folder: Path, workers: int):
+def nnunet(name: str, folder: Path, workers: int, seed: int):
     from types import SimpleNamespace
 
+    import torch
     from batchgenerators.dataloading.nondet_multi_threaded_augmenter import (
         NonDetMultiThreadedAugmenter,
     )
@@ -189,6 +190,8 @@ def nnunet(name: str, folder: Path, workers: int):
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+    np.random.seed(seed)
+    torch.manual_seed(seed)
     patch = tuple(p for p in SETS[name][0] if p > 1)
     trainer = SimpleNamespace(
         configuration_manager=SimpleNamespace(patch_size=patch),
@@ -224,7 +227,7 @@ def nnunet(name: str, folder: Path, workers: int):
         transform=None,
         num_processes=workers,
         num_cached=max(6, workers // 2),
-        seeds=None,
+        seeds=[seed + k for k in range(workers)],
         pin_memory=False,
         wait_time=0.002,
     )
@@ -273,7 +276,7 @@ def used() -> tuple[float, int]:
     return total, memory
 
 
-def side(which: str, name: str, folder: Path, workers: int, seconds: float) -> None:
+def side(which: str, name: str, folder: Path, workers: int, seed: int, seconds: float) -> None:
     """In a process of its own: prints what was measured."""
     import torch
 
@@ -281,7 +284,7 @@ def side(which: str, name: str, folder: Path, workers: int, seconds: float) -> N
     if not folder.exists():
         return SIDES[which][0](name, folder)
     began = time.perf_counter()
-    stream = SIDES[which][1](name, folder, workers)
+    stream = SIDES[which][1](name, folder, workers, seed)
     image = next(stream)
     first = time.perf_counter() - began
     for _ in range(6 if workers else 2):
@@ -318,11 +321,11 @@ def main() -> None:
         "--folder", type=Path, help="where cases are kept; default: a temporary one"
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/loader.json")
-    parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--side", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        which, name, workers = options.side
-        return side(which, name, options.folder, int(workers), options.seconds)
+        which, name, workers, seed = options.side
+        return side(which, name, options.folder, int(workers), int(seed), options.seconds)
     pythons = {"ours": sys.executable}
     if options.nnunet:
         pythons["nnunet"] = options.nnunet
@@ -333,8 +336,10 @@ def main() -> None:
     for name in options.only:
         places = {which: folder / f"{which} {name}" for which in pythons}
 
-        def ask(which: str, workers: int, name: str = name, places: dict = places) -> dict | None:
-            command = [pythons[which], __file__, "--side", which, name, str(workers)]
+        def ask(
+            which: str, workers: int, turn: int, name: str = name, places: dict = places
+        ) -> dict | None:
+            command = [pythons[which], __file__, "--side", which, name, str(workers), str(turn)]
             command += ["--folder", str(places[which]), "--seconds", str(options.seconds)]
             noise = {**os.environ, "nnUNet_raw": "/tmp", "nnUNet_preprocessed": "/tmp"}
             done = subprocess.run(
@@ -349,14 +354,20 @@ def main() -> None:
 
         for which, place in places.items():
             if not place.exists():
-                ask(which, 0)
+                ask(which, 0, 0)
         for workers in options.workers:
             found: dict[str, list[dict]] = {which: [] for which in pythons}
             for turn in range(options.rounds):
                 for which in list(pythons)[:: 1 - 2 * (turn % 2)]:
-                    found[which].append(ask(which, workers))
+                    found[which].append(ask(which, workers, turn))
             row = {
                 which: {key: statistics.median(r[key] for r in rows) for key in rows[0]}
+                # of all rounds together: which changes were drawn weighs more than the machine
+                | {
+                    "voxels_per_cpu_s": statistics.harmonic_mean(
+                        [r["voxels_per_cpu_s"] for r in rows], [r["batches"] for r in rows]
+                    )
+                }
                 for which, rows in found.items()
             }
             if "nnunet" in row:

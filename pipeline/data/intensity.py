@@ -6,6 +6,7 @@ The bits depend neither on the number of threads nor on whether the compiled ker
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,12 +31,7 @@ def apply_intensity(
         return image
     outside = (image[list(masked)] == 0).all(0) if masked else None
     if "noise" in drawn:
-        sigma, seed = drawn["noise"]
-        noise = np.random.Generator(np.random.Philox(key=seed)).standard_normal(
-            tuple(image.shape), dtype=np.float32
-        )
-        noise *= np.float32(sigma)
-        image.add_(torch.from_numpy(noise))
+        add_noise(image, *drawn["noise"])
     for c, channel in enumerate(image):
         for name, change in CHANGES.items():
             if name in drawn and (value := drawn[name][c]) is not None:
@@ -44,6 +40,32 @@ def apply_intensity(
         for c in masked:
             image[c].masked_fill_(outside, 0)
     return image
+
+
+def add_noise(image: Tensor, sigma: float, seed: int) -> None:
+    """Normal noise of standard deviation `sigma`, numpy's stream of this seed."""
+    if same_normals():
+        kernels.library().segfleet_noise(image.data_ptr(), image.numel(), sigma, seed)
+        return
+    noise = np.random.Generator(np.random.Philox(key=seed)).standard_normal(
+        tuple(image.shape), dtype=np.float32
+    )
+    noise *= np.float32(sigma)
+    image.add_(torch.from_numpy(noise))
+
+
+def same_normals() -> bool:
+    """Whether the kernel draws what this numpy draws: another numpy, or another machine's
+    mathematical library, may draw others."""
+    return (library := kernels.library()) is not None and _draws_as_numpy(library)
+
+
+@functools.cache
+def _draws_as_numpy(library: ctypes.CDLL) -> bool:
+    made = np.zeros(2**15, np.float32)
+    library.segfleet_noise(made.ctypes.data, len(made), 1.0, 1)
+    numpys = np.random.Generator(np.random.Philox(key=1))
+    return np.array_equal(made, numpys.standard_normal(len(made), dtype=np.float32))
 
 
 def blur(channel: Tensor, sigmas: Sequence[float], in_plane: bool) -> None:

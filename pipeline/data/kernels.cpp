@@ -5,19 +5,11 @@
 // intensity.py, which stand in where there is no compiler.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
 namespace {
-
-// float16 -> float32, exactly, of finite values.
-inline float widen(uint16_t half) {
-  int32_t bits = (int32_t)(int16_t)half;
-  bits = (int32_t)((uint32_t)bits << 13) & (int32_t)0x8fffffff;
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value * 5192296858534827628530496329220096.0f;  // 2^112: the other bias of the exponent
-}
 
 // Cell and fraction of a position: the cell has its upper corner inside the box.
 inline void locate(float at, int64_t size, int32_t& cell, float& part) {
@@ -77,6 +69,17 @@ uint8_t vote(const uint8_t* corner, float fz, float fy, float fx) {
   for (int k = 0; k < 8; ++k) weight[k] = (z[k >> 2] * y[(k >> 1) & 1]) * x[k & 1];
   float best = -1.0f;
   uint8_t chosen = 0;
+  const uint8_t one = corner[0];
+  uint8_t other = one;
+  for (int k = 1; k < 8; ++k) other = corner[k] != one ? corner[k] : other;
+  float ones = 0.0f, others = 0.0f;
+  bool two = true;  // nearly always: the same sums, in one pass
+  for (int k = 0; k < 8; ++k) {
+    ones = ones + (corner[k] == one ? weight[k] : 0.0f);
+    others = others + (corner[k] == other ? weight[k] : 0.0f);
+    two &= corner[k] == one || corner[k] == other;
+  }
+  if (two) return others > ones || (others == ones && other < one) ? other : one;
   for (int i = 0; i < 8; ++i) {
     bool counted = false;
     for (int k = 0; k < i; ++k) counted |= corner[k] == corner[i];
@@ -88,13 +91,33 @@ uint8_t vote(const uint8_t* corner, float fz, float fy, float fx) {
   return chosen;
 }
 
+// Two neighbours along x at each cell, side by side: loads one by one, faster than gathers.
+constexpr int64_t BLOCK = 16;
+inline void pairs(const float* in, const int32_t* cell, float* out) {
+  for (int64_t k = 0; k < BLOCK; ++k) __builtin_memcpy(out + 2 * k, in + cell[k], 8);
+}
+
 template <bool FLAT>
 void image_row(const float* in, const int32_t* cell, const float* fz, const float* fy, const float* fx,
                int64_t n, int64_t sz, int64_t sy, int64_t sx, float* out) {
   const float *a = in, *b = in + sx, *c = in + sy, *d = in + sy + sx;
   const float *e = a + sz, *f = b + sz, *g = c + sz, *h = d + sz;
-#pragma GCC ivdep
-  for (int64_t x = 0; x < n; ++x) {
+  int64_t x = 0;
+  for (; sx && x + BLOCK <= n; x += BLOCK) {
+    float ab[2 * BLOCK], cd[2 * BLOCK], ef[2 * BLOCK], gh[2 * BLOCK];
+    pairs(a, cell + x, ab), pairs(c, cell + x, cd);
+    if (!FLAT) pairs(e, cell + x, ef), pairs(g, cell + x, gh);
+    for (int64_t k = 0; k < BLOCK; ++k) {
+      const float t = fx[x + k];
+      float low = mix(mix(ab[2 * k], ab[2 * k + 1], t), mix(cd[2 * k], cd[2 * k + 1], t), fy[x + k]);
+      if (!FLAT) {
+        const float high = mix(mix(ef[2 * k], ef[2 * k + 1], t), mix(gh[2 * k], gh[2 * k + 1], t), fy[x + k]);
+        low = mix(low, high, fz[x + k]);
+      }
+      out[x + k] = low;
+    }
+  }
+  for (; x < n; ++x) {
     const int32_t i = cell[x];
     float low = mix(mix(a[i], b[i], fx[x]), mix(c[i], d[i], fx[x]), fy[x]);
     if (!FLAT) {
@@ -105,15 +128,157 @@ void image_row(const float* in, const int32_t* cell, const float* fz, const floa
   }
 }
 
+// The label of every cell whose corners agree, MIXED elsewhere.
+constexpr uint16_t MIXED = 256;
+void settle(const uint8_t* label, const int64_t* box, int64_t sz, int64_t sy, int64_t sx, uint16_t* out) {
+  const int64_t wide = box[2] - (sx ? 1 : 0);
+  for (int64_t z = 0; z < box[0] - (sz ? 1 : 0); ++z)
+    for (int64_t y = 0; y < box[1] - (sy ? 1 : 0); ++y) {
+      const uint8_t *a = label + (z * box[1] + y) * box[2], *b = a + sy, *c = a + sz, *d = a + sz + sy;
+      uint16_t* row = out + (a - label);
+#pragma GCC ivdep
+      for (int64_t x = 0; x < wide; ++x) {
+        const uint8_t differ = (uint8_t)((a[x] ^ b[x]) | (a[x] ^ c[x]) | (a[x] ^ d[x]) | (a[x] ^ a[x + sx]) |
+                                         (a[x] ^ b[x + sx]) | (a[x] ^ c[x + sx]) | (a[x] ^ d[x + sx]));
+        row[x] = differ ? MIXED : (uint16_t)a[x];
+      }
+    }
+}
+
+// numpy's stream of normal numbers, float32: Philox 4x64 (Salmon et al. 2011, ten rounds) feeds a
+// ziggurat of 256 layers (Marsaglia and Tsang 2000; its constants of Doornik 2005).
+class Normals {
+ public:
+  explicit Normals(uint64_t key) : key_(key) {}
+
+  // x[i] + normal * sigma
+  void add(float* x, int64_t n, float sigma) {
+    const Layers& layer = layers();
+    int64_t i = 0;
+    while (i < n) {
+      if (next_ + GROUP > WORDS || i + GROUP > n) {
+        x[i] = x[i] + one(layer) * sigma;
+        ++i;
+        continue;
+      }
+      // nearly always all of a group lie in the body of their layers
+      const uint32_t* r = words_ + next_;
+      float normal[GROUP];
+      int64_t good = 0;
+      for (; good < GROUP; ++good) {
+        const uint32_t at = r[good] & 255, size = r[good] >> 9;
+        normal[good] = signed_by(r[good], (float)(int32_t)size * layer.width[at]);
+        if (size >= layer.inner[at]) break;
+      }
+      next_ += good;
+      if (good < GROUP) {
+        for (int64_t k = 0; k < good; ++k) x[i + k] = x[i + k] + normal[k] * sigma;
+        i += good;
+        x[i] = x[i] + one(layer) * sigma;
+        ++i;
+        continue;
+      }
+      for (int64_t k = 0; k < GROUP; ++k) x[i + k] = x[i + k] + normal[k] * sigma;
+      i += GROUP;
+    }
+  }
+
+ private:
+  static constexpr int64_t WORDS = 2048, GROUP = 16;
+  static constexpr double EDGE = 3.6541528853610088, AREA = 0.00492867323399141;
+
+  struct Layers {
+    uint32_t inner[256];
+    float width[256], height[256];
+    Layers() {
+      const double whole = 8388608.0;  // 2^23
+      const auto density = [](double x) { return std::exp(-0.5 * x * x); };
+      double x = EDGE;
+      inner[0] = (uint32_t)(x * density(x) / AREA * whole + 0.5);
+      width[0] = (float)(AREA / density(x) / whole);
+      width[255] = (float)(x / whole);
+      height[0] = 1.0f;
+      height[255] = (float)density(x);
+      for (int i = 254; i >= 1; --i) {
+        const double smaller = std::sqrt(-2.0 * std::log(AREA / x + density(x)));
+        inner[i + 1] = (uint32_t)(smaller / x * whole + 0.5);
+        width[i] = (float)(smaller / whole);
+        height[i] = (float)density(smaller);
+        x = smaller;
+      }
+      inner[1] = 0;
+    }
+  };
+  static const Layers& layers() {
+    static const Layers made;
+    return made;
+  }
+
+  float one(const Layers& layer) {
+    const float edge = (float)EDGE, inverse = (float)(1 / EDGE);
+    for (;;) {
+      const uint32_t r = word(), at = r & 255, size = r >> 9;
+      const float x = signed_by(r, (float)(int32_t)size * layer.width[at]);
+      if (size < layer.inner[at]) return x;
+      if (at == 0) {
+        for (;;) {
+          const float a = -inverse * log1pf(-unit()), b = -log1pf(-unit());
+          if (b + b > a * a) return ((size >> 8) & 1) ? -(edge + a) : edge + a;
+        }
+      }
+      if ((layer.height[at - 1] - layer.height[at]) * unit() + layer.height[at] < std::exp(-0.5 * x * x))
+        return x;
+    }
+  }
+
+  // minus x if the word's ninth bit is set; without a branch, which would be guessed wrong half the time
+  static float signed_by(uint32_t word, float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    bits ^= (word & 256) << 23;
+    __builtin_memcpy(&x, &bits, 4);
+    return x;
+  }
+
+  float unit() { return (float)(int32_t)(word() >> 8) * (1.0f / 16777216.0f); }
+
+  uint32_t word() {
+    if (next_ == WORDS) more();
+    return words_[next_++];
+  }
+
+  void more() {
+    uint64_t made[4];
+    for (int64_t block = 0; block < WORDS; block += 8) {
+      uint64_t a = ++counter_, b = 0, c = 0, d = 0, first = key_, second = 0;
+#pragma GCC unroll 10
+      for (int round = 0; round < 10; ++round) {
+        const unsigned __int128 p = (unsigned __int128)0xD2E7470EE14C6C93ull * a;
+        const unsigned __int128 q = (unsigned __int128)0xCA5A826395121157ull * c;
+        a = (uint64_t)(q >> 64) ^ b ^ first, b = (uint64_t)q;
+        c = (uint64_t)(p >> 64) ^ d ^ second, d = (uint64_t)p;
+        first += 0x9E3779B97F4A7C15ull, second += 0xBB67AE8584CAA73Bull;
+      }
+      made[0] = a, made[1] = b, made[2] = c, made[3] = d;
+      for (int k = 0; k < 4; ++k) {
+        words_[block + 2 * k] = (uint32_t)made[k];
+        words_[block + 2 * k + 1] = (uint32_t)(made[k] >> 32);
+      }
+    }
+    next_ = 0;
+  }
+
+  uint64_t key_, counter_ = 0;
+  int64_t next_ = WORDS;
+  uint32_t words_[WORDS];
+};
+
 }  // namespace
 
 extern "C" {
 
-// float16 -> float32, exactly.
-void segfleet_widen(const uint16_t* in, float* out, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) out[i] = widen(in[i]);
-}
+// In place: x + sigma * normal, the numbers numpy's Generator(Philox(key)) draws.
+void segfleet_noise(float* x, int64_t n, float sigma, uint64_t key) { Normals(key).add(x, n, sigma); }
 
 // image: (channels, box) float32; label: (box) uint8; lines: nine rows, of source axis a along patch
 // axis b at 3 a + b; shifts: (3, patch) float32 or null; out as the inputs, of the patch's size.
@@ -126,6 +291,9 @@ void segfleet_resample(const float* image, const uint8_t* label, int64_t channel
   const int64_t sz = box[0] > 1 ? box[1] * box[2] : 0, sy = box[1] > 1 ? box[2] : 0, sx = box[2] > 1;
   std::vector<int32_t> cells(n), zs(n), ys(n), xs(n);
   std::vector<float> fz(n), fy(n), fx(n);
+  static thread_local std::vector<uint16_t> settled;
+  if ((int64_t)settled.size() < voxels) settled.resize(voxels);
+  settle(label, box, sz, sy, sx, settled.data());
   int32_t* where[3] = {zs.data(), ys.data(), xs.data()};
   float* part[3] = {fz.data(), fy.data(), fx.data()};
   for (int64_t z = 0; z < patch[0]; ++z)
@@ -154,14 +322,15 @@ void segfleet_resample(const float* image, const uint8_t* label, int64_t channel
                                                   fx.data(), n, sz, sy, sx,
                                                   out + c * patch[0] * patch[1] * n + row);
       for (int64_t x = 0; x < n; ++x) {
+        const uint16_t found = settled[cells[x]];
+        if (found < MIXED) {
+          out_label[row + x] = (uint8_t)found;
+          continue;
+        }
         const uint8_t* l = label + cells[x];
         const uint8_t corner[8] = {l[0],  l[sx],      l[sy],      l[sy + sx],
                                    l[sz], l[sz + sx], l[sz + sy], l[sz + sy + sx]};
-        uint64_t all;
-        __builtin_memcpy(&all, corner, 8);
-        out_label[row + x] = all == corner[0] * 0x0101010101010101ull
-                                 ? corner[0]
-                                 : vote(corner, fz[x], fy[x], fx[x]);
+        out_label[row + x] = vote(corner, fz[x], fy[x], fx[x]);
       }
     }
 }

@@ -16,7 +16,7 @@ FLAGS = ("-O3", "-ffp-contract=off")  # a fused multiply-add rounds once instead
 POINTER, COUNT, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 FUNCTIONS = {
     "resample": (POINTER, POINTER, COUNT, *(POINTER,) * 6),
-    "widen": (POINTER, POINTER, COUNT),
+    "noise": (POINTER, COUNT, REAL, ctypes.c_uint64),
     "moments": (POINTER, COUNT, POINTER),
     "affine": (POINTER, COUNT, *(REAL,) * 5),
     "power": (POINTER, COUNT, *(REAL,) * 4),

@@ -227,6 +227,52 @@ def test_compiled_changes_give_the_bits_of_the_others(name, shape, monkeypatch):
     assert torch.equal(ours.view(torch.int32), changed(image, {name: [value]}).view(torch.int32))
 
 
+@pytest.mark.parametrize("seed", [0, 19, 32, 2**63 - 1])
+def test_noise_is_the_stream_of_numpy(seed, monkeypatch):
+    """The body of the layers, their edges and the tail (2 million numbers reach all of them)."""
+    if not intensity.same_normals():
+        pytest.skip("no compiler, or another stream of numpy")
+    image = torch.zeros(2_000_003)
+    intensity.add_noise(image, 0.05, seed)
+    assert stats.kstest(image[:20_000] / 0.05, "norm").pvalue > 0.01
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    expected = torch.zeros(2_000_003)
+    intensity.add_noise(expected, 0.05, seed)
+    assert torch.equal(image.view(torch.int32), expected.view(torch.int32))
+
+
+def test_another_stream_of_numpy_is_taken_from_numpy(monkeypatch):
+    if kernels.library() is None:
+        pytest.skip("no compiler")
+
+    class Other:
+        def segfleet_noise(self, *ignored):
+            pass  # draws nothing, so it is not numpy's stream
+
+    monkeypatch.setattr(kernels, "library", Other)
+    assert not intensity.same_normals()
+    image = torch.zeros(100)
+    intensity.add_noise(image, 1.0, 3)
+    drawn = np.random.Generator(np.random.Philox(key=3)).standard_normal(100, dtype=np.float32)
+    assert np.array_equal(image.numpy(), drawn)
+
+
+def test_labels_of_a_turned_patch_with_one_two_and_more_in_a_cell(monkeypatch):
+    """Cells of one label, of two and of many are told apart by different code."""
+    if kernels.library() is None:
+        pytest.skip("no compiler")
+    label = rng(3).integers(0, 2, (30, 30, 30)).astype(np.uint8) * 255
+    label[:10] = 7
+    label[20:] = rng(4).integers(0, 250, (10, 30, 30))
+    turned = geometry.Spatial(matrix=augment._rotation(np.array([0.3, 0.2, 0.1])) * 0.9)
+    box, grid = geometry.source(turned, (3, 3, 3), (24, 24, 24))
+    image = np.zeros((1, *label.shape), np.float32)
+    ours = resample(cut(image, box), cut(label, box), grid)[1]
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    assert np.array_equal(ours, resample(cut(image, box), cut(label, box), grid)[1])
+    assert len(np.unique(ours)) > 50
+
+
 @pytest.mark.parametrize("name", [*intensity.CHANGES, "noise"])
 def test_changes_do_not_depend_on_threads(name):
     image, before = image_of((1, 24, 65, 67)), torch.get_num_threads()
