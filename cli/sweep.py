@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +13,11 @@ import typer
 from segfleet.cli.output import Json, progress, show, table
 
 MOST_LINES = 60  # of a tree that is printed for people
+
+
+class Code(StrEnum):
+    frozen = "frozen"
+    current = "current"
 
 
 def command(
@@ -49,6 +57,13 @@ def command(
         ),
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    code: Annotated[
+        Code | None,
+        typer.Option(
+            help="After segfleet has changed since the sweep began: go on with the code that it "
+            "began with, or with the current one."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the tree and what it costs; train nothing.")
     ] = False,
@@ -69,8 +84,10 @@ def command(
     if asking:
         show(standing(plan), as_json, render_standing)
         return
-    from segfleet.sweeps.run import Resources, run_sweep
+    from segfleet.sweeps.run import Resources, frozen_elsewhere, run_sweep
 
+    if code == Code.frozen and (before := frozen_elsewhere(plan)):
+        start_again_with(before)
     resources = Resources(
         slots=slots, ranks=ranks, on=on, address=address, options=job_options(cluster, resource)
     )
@@ -84,7 +101,7 @@ def command(
 
     warn(plan.warnings)
     with progress("epochs") as tick:
-        ledger = run_sweep(plan, resources, tick)
+        ledger = run_sweep(plan, resources, tick, current=code == Code.current)
     document = write_outcome(plan, ledger)
     show(
         {**document, "folder": str(plan.folder), "report": str(plan.folder / "report.html")},
@@ -93,6 +110,15 @@ def command(
     )
     if document["failed"]:
         raise typer.Exit(1)
+
+
+def start_again_with(code: Path) -> None:
+    """This very command, run by another version of segfleet."""
+    paths = [str(code), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    sys.stdout.flush()
+    command = [sys.executable, "-P", "-m", "segfleet.cli.main", *sys.argv[1:]]
+    os.execve(sys.executable, command, environment)
 
 
 def job_options(cluster: str | None, resources: list[str] | None) -> dict[str, Any]:
@@ -220,17 +246,21 @@ def render_standing(document: dict[str, Any]) -> None:
 
 
 def render(document: dict[str, Any]) -> None:
+    if document["unranked"]:
+        typer.echo(f"{document['standing']}; the best is the best of these")
     rows = [
         (row["rank"], row["name"], f"{row['score']:.4f}", interval(row["ci95"]))
         for row in document["ranking"]
     ]
     table(("rank", "point", "Dice", "95 % interval"), rows)
-    for uid, reason in document["failed"].items():
-        typer.echo(f"segfleet: stage {uid} failed: {reason}", err=True)
+    for row in document["unranked"][:MOST_LINES]:
+        typer.echo(f"no rank {row['name']}: {row['reason']}", err=True)
     savings = document["savings"]
+    left = savings["epochs_left_out"]
     typer.echo(
-        f"{savings['epochs_shared']:,} epochs instead of {savings['epochs_naive']:,}\nreport  "
-        f"{document['report']}"
+        f"{savings['epochs_trained']:,} epochs trained instead of {savings['epochs_naive']:,}"
+        + (f"; {left:,} left out by stopping early" if left else "")
+        + f"\nreport  {document['report']}"
     )
     if document["best"]:
         typer.echo(f"best    {document['folder']}/best.yaml")

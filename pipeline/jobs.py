@@ -80,6 +80,7 @@ def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
                     "warn": warn,
                     "validate": scorer.validate,
                     "listen": Lines(say) if job.get("lines") else None,
+                    "pause_at": job.get("pause_at"),
                 }
                 train(Run(recipe=recipe, store=store, waits=job.get("waits", False), **parts))
             if ranks.rank == 0:

@@ -15,6 +15,10 @@ class Interrupted(RuntimeError):
     exit_code = ExitCode.INTERRUPTED
 
 
+class Paused(Interrupted):
+    """A stop at a step that was agreed on before: nobody goes on before somebody says so."""
+
+
 class StopRequest:
     """Set by SIGINT, SIGTERM, SIGUSR1 or SIGUSR2, a file named `stop` in the run folder, or a
     deadline. A second SIGINT stops at once.

@@ -19,7 +19,7 @@ from typing import Any
 from segfleet.core.errors import ExitCode, InputError
 from segfleet.core.files import read_json, write_atomically
 from segfleet.pipeline.launch import worker
-from segfleet.pipeline.stop import Interrupted, StopRequest
+from segfleet.pipeline.stop import Interrupted, Paused, StopRequest
 
 # seconds a rank that lost its partner gives SLURM to find out that a node died, before it calls it
 # a failure
@@ -71,8 +71,9 @@ def run_rank(folder: str) -> None:
         json.loads((life / f"failed-{rank}.json").read_text(encoding="utf-8"))["message"] + "\n"
     )
     if isinstance(error, Interrupted):
-        if rank == 0 and stop.reason and stop.reason.startswith("the file"):
-            (life / "stay").touch()  # a person wants it to stop, so it does not come back
+        asked = stop.reason and stop.reason.startswith("the file")
+        if rank == 0 and (asked or isinstance(error, Paused)):
+            (life / "stay").touch()  # somebody wants it to stop, so it does not come back
         code = ExitCode.INTERRUPTED if rank == 0 else 0
     elif worker.peer_failure(error):
         sys.stderr.flush()

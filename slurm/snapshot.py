@@ -34,6 +34,12 @@ def freeze_code(root: Path, source: Path = SOURCE) -> Path:
     return target
 
 
+def frozen(root: Path, version: str) -> Path | None:
+    """The folder of a version that was frozen there, or None."""
+    target = Path(root) / ".code" / version
+    return target if target.is_dir() else None
+
+
 def files_of(source: Path) -> list[Path]:
     return sorted(
         path

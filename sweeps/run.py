@@ -25,8 +25,9 @@ from segfleet.core.machine import cpus
 from segfleet.pipeline.launch.local import RankFailed, signals_heard
 from segfleet.pipeline.run import DONE, lock_stage
 from segfleet.pipeline.stop import Interrupted
+from segfleet.slurm import snapshot
 from segfleet.sweeps.results.ledger import STOP, Ledger
-from segfleet.sweeps.space.plan import Plan, claim
+from segfleet.sweeps.space.plan import Plan, claim, codes_of, foreign
 from segfleet.sweeps.trial import backend
 
 JOBS = 16  # in SLURM's queue at a time, if nobody says how many
@@ -77,13 +78,44 @@ def gpus() -> int:
     return torch.cuda.device_count()
 
 
+def frozen_elsewhere(plan: Plan) -> Path | None:
+    """The frozen code that this sweep began with, if what runs here is another version."""
+    codes = codes_of(plan)
+    if not codes or codes[-1]["hash"] == snapshot.digest():
+        return None
+    return snapshot.frozen(plan.runs, codes[-1]["hash"])
+
+
+def settle_code(plan: Plan, current: bool) -> list[dict[str, Any]]:
+    """One version of segfleet for all stages, whenever they start: what runs here, frozen. Raises
+    InputError if the sweep began with another one, unless `current` says that it goes on with this.
+    """
+    codes, now = codes_of(plan), snapshot.freeze_code(plan.runs).name
+    if not codes or codes[-1]["hash"] != now:
+        if codes and not current:
+            last, commit = codes[-1]["hash"], codes[-1]["commit"] or "no commit"
+            raise InputError(
+                f"sweep {plan.search.space.name}: it began with the code {last} ({commit}), here is "
+                f"{now}. --code frozen goes on with the code that it began with, --code current "
+                "with this one; stages whose network, loss or data path changed are then trained "
+                "again"
+            )
+        codes = [*codes, {"hash": now, "commit": snapshot.commit()["commit"]}]
+    return codes
+
+
 def run_sweep(
-    plan: Plan, resources: Resources, tick: Callable[[int, int], None] = lambda done, total: None
+    plan: Plan,
+    resources: Resources,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+    current: bool = False,
 ) -> Ledger:
-    """Train and score what is missing. Raises InputError for the user's mistakes, Interrupted after
-    an agreed stop."""
+    """Train and score what is missing. `current`: see `settle_code`. Raises InputError for the
+    user's mistakes, Interrupted after an agreed stop."""
     resources.check()
-    claim(plan)
+    if fault := foreign(plan):
+        raise InputError(fault)
+    claim(plan, settle_code(plan, current))
     lock = lock_stage(plan.folder)
     try:
         (plan.folder / STOP).unlink(missing_ok=True)
@@ -141,7 +173,14 @@ class Session:
             "space": plan.search.space.model_dump(mode="json"), "base": plan.search.base, "runs": str(plan.runs),
             "resources": asdict(replace(resources, slots=resources.at_once)), "seconds": seconds,
         }  # fmt: skip
-        environment = {**os.environ, "SEGFLEET_PARENT": str(os.getpid())}
+        code = snapshot.frozen(plan.runs, snapshot.digest())
+        paths = [str(code)] if code else []
+        paths += [path] if (path := os.environ.get("PYTHONPATH")) else []
+        environment = {
+            **os.environ,
+            "SEGFLEET_PARENT": str(os.getpid()),
+            "PYTHONPATH": os.pathsep.join(paths),
+        }
         command = [sys.executable, "-P", "-m", "segfleet.sweeps.ray.controller"]
         with open(plan.folder / LOG, "a", encoding="utf-8") as log:
             self.process = subprocess.Popen(

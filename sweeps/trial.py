@@ -6,12 +6,15 @@ The order is plain JSON:
     begin: epochs along the path before it
     steps: optimizer steps of an epoch · start: epoch of the stage where a trunk ended · trunk: its
     folder or null
+    pause: epochs along the path after which it pauses; job["pause_at"]: the step. Absent: it does
+    not
     ranks, threads, on: how and where
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -92,9 +95,12 @@ def perform(order: Order, report: Report) -> dict[str, Any]:
         validations.poll()
 
     try:
-        return _run(order, poll)
+        result = _run(order, poll)
     finally:
         _withdraw(path / "stop")
+    if result["state"] == "stopped" and validations.reached >= order.get("pause", math.inf):
+        return {"state": "paused", **validations.last}
+    return result
 
 
 def _withdraw(stop: Path) -> None:
@@ -113,6 +119,7 @@ def _run(order: Order, poll: Callable[[], None]) -> dict[str, Any]:
             return {"state": "done"}
         except (RankFailed, InputError) as error:
             if error.exit_code == ExitCode.INTERRUPTED:
+                poll()
                 return {"state": "stopped"}
             if BUSY in str(error):
                 return {"state": "busy"}
@@ -171,10 +178,17 @@ class Validations:
         self.events, self.report = EventFollower(path), report
         self.begin, self.steps = order["begin"], order["steps"]
         self.reported = order["start"]  # epochs of the stage; the trunk reported its own
+        self.last: dict[str, Any] = {}
+
+    @property
+    def reached(self) -> int:
+        """Epochs along the path."""
+        return self.begin + self.reported
 
     def poll(self) -> None:
         for event in self.events.new():
             epochs = event.get("step", 0) // self.steps
             if event["event"] == "validation" and epochs > self.reported:
                 self.reported = epochs
-                self.report({"epochs": self.begin + epochs, "dice": event["dice"] or 0.0})
+                self.last = {"epochs": self.begin + epochs, "dice": event["dice"] or 0.0}
+                self.report(self.last)

@@ -43,7 +43,7 @@ WINGS = {
         "training",
         "launch",
     ],
-    "sweeps": ["space", "results", "ray"],
+    "sweeps": ["space", "results", "search", "ray"],
 }
 HEAVY = {"deepspeed", "ray", "submitit", "mamba_ssm", "monai", "matplotlib", "triton"}
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))

@@ -29,7 +29,7 @@ from segfleet.pipeline.parts import Objective, build_network, check_recipe, doub
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.scoring import scored
-from segfleet.pipeline.stop import Interrupted
+from segfleet.pipeline.stop import Interrupted, Paused
 from segfleet.pipeline.task import make_task
 from segfleet.pipeline.training import precision as bf16
 from segfleet.pipeline.training import sync_norm
@@ -89,6 +89,7 @@ class Run:
     # this very run's
     waits: bool = False
     listen: Callable[[dict[str, Any]], None] | None = None  # hears every event, on rank 0
+    pause_at: int | None = None  # step of the last stage at which it stops, saved
 
 
 def train(this: Run) -> Path:
@@ -235,6 +236,7 @@ def train_stage(this: Run, index: int) -> None:
     )
     steps = run.stage_steps(recipe, manifest)[index]
     total = stage.epochs * steps
+    pause = this.pause_at if folder is this.folders[-1] else None
 
     engine, progress = build(this, index)
     log = EventLog(folder.path, progress.step, this.listen) if ranks.rank == 0 else None
@@ -287,6 +289,8 @@ def train_stage(this: Run, index: int) -> None:
                     validate(this, engine, progress, progress.step // steps - 1, log)
                 except Interrupted:  # on all ranks; it is done again when the run goes on
                     stopping = True
+            pausing = pause is not None and pause <= progress.step < total
+            stopping |= pausing
             ended = not stopping and (
                 progress.step == total or 0 < stage.patience <= progress.stale
             )
@@ -309,7 +313,7 @@ def train_stage(this: Run, index: int) -> None:
                 if log:
                     log.write("stopped", stage=index, at_step=progress.step)
                 where = f"step {progress.step} of {total} of stage {index + 1}"
-                raise Interrupted(
+                raise (Paused if pausing else Interrupted)(
                     f"stopped after {where}; all saved. Run the same command again to go on."
                 )
 

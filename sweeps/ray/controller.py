@@ -91,12 +91,7 @@ def drive(order: dict[str, Any], tell: Callable[..., None]) -> None:
 
     with ray_session(resources, plan.folder) as storage:
         try:
-            if plan.search.space.scheduler == "pbt":
-                from segfleet.sweeps.ray.population import run_population
-
-                run_population(plan, resources, storage, tick, order["seconds"])
-            else:
-                tune_tree(plan, resources, storage, tick, order["seconds"])
+            tune_tree(plan, resources, storage, tick, order["seconds"])
         finally:
             tell(closing=True)
 
@@ -112,14 +107,18 @@ def tune_tree(
     those at work save and stop."""
     from ray import tune
 
-    from segfleet.sweeps.ray.searcher import PathAsha, TreeSearcher
+    from segfleet.sweeps.ray.searcher import TreeScheduler, TreeSearcher
     from segfleet.sweeps.ray.trial import trial
+    from segfleet.sweeps.search.asha import Rungs
+    from segfleet.sweeps.search.tree_search import TreeSearch
 
     ledger, grow = Ledger(plan.tree, plan.runs, plan.folder), None
     if plan.search.space.search == "optuna":
         from segfleet.sweeps.ray.optuna import Suggestions
 
         grow = Suggestions(plan, ledger)
+    elif plan.search.space.scheduler == "pbt":
+        grow = plan.next_generation
     deadline = time.monotonic() + seconds if seconds else None
 
     def order(node) -> dict[str, Any]:
@@ -135,35 +134,21 @@ def tune_tree(
         return made
 
     def told() -> None:
-        tick(ledger.epochs_done(), plan.tree.shared_epochs)
+        tick(ledger.epochs_done(), plan.expected_epochs)
 
-    searcher = TreeSearcher(
-        ledger, order, slots=resources.at_once, grow=grow, tick=told, deadline=deadline
-    )
-    scheduler, measure = None, {}
-    if plan.search.space.scheduler == "asha":
-        options, longest = (
-            plan.search.space.asha,
-            max((node.end for node in plan.tree.nodes.values()), default=100),
-        )
-        measure = {"metric": "dice", "mode": "max"}
-        scheduler = PathAsha(
-            time_attr="epochs",
-            max_t=longest + 1,
-            grace_period=options.grace,
-            reduction_factor=options.factor,
-            stop_last_trials=False,
-        )
-        scheduler.remember(ledger, order)
+    space = plan.search.space
+    search = TreeSearch(
+        ledger, order, slots=resources.at_once, grow=grow, tick=told, deadline=deadline,
+        rungs=Rungs(space.asha) if space.scheduler == "asha" else None,
+    )  # fmt: skip
     told()
     tuner = tune.Tuner(
         tune.with_resources(trial, share(resources)),
         tune_config=tune.TuneConfig(
-            search_alg=searcher,
-            scheduler=scheduler,
+            search_alg=TreeSearcher(search),
+            scheduler=TreeScheduler(search),
             num_samples=-1,
             reuse_actors=True,
-            **measure,
             **NAMES,
         ),
         run_config=tune.RunConfig(

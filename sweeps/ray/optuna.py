@@ -14,16 +14,16 @@ from ray.tune.search.optuna import OptunaSearch
 
 from segfleet.pipeline.scoring.scored import evaluation_of
 from segfleet.sweeps.results.ledger import Ledger
-from segfleet.sweeps.space.plan import POINTS, Plan, check
+from segfleet.sweeps.space.plan import Plan
+from segfleet.sweeps.space.population import FAILED
 from segfleet.sweeps.space.space import Axis, Point, Trial
 
 ASKED = 30  # times, at most, for a point that is not known yet
-FAILED = -1.0  # the score of a point that did not end: below any Dice
 
 
 class Suggestions:
     """Call it for one more point: it asks Optuna, adds the point's trials to the tree, and says
-    False when budget or space are used up.
+    False when budget or space are used up. A point that does not fit together is a failed one.
 
     Before every question, Optuna is told the scores of the points that have ended since; the score
     is the mean Dice of the replicates. A point that it suggests again is no new one: it is told
@@ -35,15 +35,15 @@ class Suggestions:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         space = plan.search.space
-        self.plan, self.ledger, self.file = plan, ledger, plan.folder / POINTS
+        self.plan, self.ledger = plan, ledger
         self.axes = plan.search.axes
         self.asked = 0
         self.known: dict[str, list[Trial]] = {}  # point -> its trials
         for trial in plan.trials:  # of an earlier run of the sweep
             self.known.setdefault(key_of(trial.point), []).append(trial)
+        self.known |= {key_of(point): [] for point, _ in plan.misfits}
         # Optuna's id, or a name of ours -> trials
         self.waiting = {f"old-{key}": trials for key, trials in self.known.items()}
-        self.left = min(space.budget.trials, plan.search.size) - len(self.known)
         # Another seed for every restart: the same one would draw the same points again.
         self.search = OptunaSearch(
             seed=random.Random(f"{space.seed} {len(self.known)}").getrandbits(32)
@@ -53,17 +53,10 @@ class Suggestions:
         )
 
     def __call__(self) -> bool:
-        if self.left <= 0 or (found := self.new_point()) is None:
+        if self.plan.complete or (found := self.new_point()) is None:
             return False
         name, point = found
-        self.left -= 1
         self.waiting[name] = self.known[key_of(point)] = self.plan.grow(point)
-        check(self.waiting[name], self.plan.stores)
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(point) + "\n")
-        most = self.plan.search.space.budget.epochs
-        if most and self.plan.tree.shared_epochs >= most:
-            self.left = 0
         return True
 
     def new_point(self) -> tuple[str, Point] | None:
@@ -96,7 +89,7 @@ class Suggestions:
             if name.startswith("new-"):
                 self.search.on_trial_complete(name, {"score": score})
             else:
-                point = trials[0].point
+                point = json.loads(name.removeprefix("old-"))
                 self.search.add_evaluated_point(
                     {axis.label: place_of(axis, point[axis.label]) for axis in self.axes}, score
                 )
@@ -123,7 +116,9 @@ def place_of(axis: Axis, value: Any) -> Any:
 
 def score_of(ledger: Ledger, trials: Sequence[Trial]) -> float | None:
     """Mean Dice of a point's trials; None while one of them can still run; FAILED if one never
-    ends."""
+    ends, or the point makes none."""
+    if not trials:
+        return FAILED
     scores = []
     for trial in trials:
         node = ledger.tree.nodes[ledger.tree.leaves[trial.number]]

@@ -2,7 +2,8 @@
 change, and what it handed out itself.
 
 RUNS/<uid>/<uid>/...       the nodes, shared by all sweeps and by `segfleet train`
-RUNS/sweeps/<name>/        space.json, failed/<uid>.json, pruned/<uid>.json, points.jsonl, stop, and the outcome
+RUNS/sweeps/<name>/        space.json, points.jsonl, stop, the outcome, and of nodes that did not end
+                           failed/<uid>.json, pruned/<uid>.json, paused/<uid>.json
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from segfleet.pipeline.scoring import scored
 from segfleet.sweeps.space.tree import StageNode, StageTree
 
 EVALUATION, STOP = scored.EVALUATION, "stop"
+MARKS = ("failed", "pruned", "paused")
 
 
 class Ledger:
@@ -29,8 +31,7 @@ class Ledger:
         self._trained: set[str] = set()
         self._complete: set[str] = set()
         self._marks = {
-            kind: {path.stem for path in (self.folder / kind).glob("*.json")}
-            for kind in ("failed", "pruned")
+            kind: {path.stem for path in (self.folder / kind).glob("*.json")} for kind in MARKS
         }
 
     def path(self, node: StageNode) -> Path:
@@ -64,6 +65,14 @@ class Ledger:
         )
         self._marks[kind].add(node.uid)
 
+    def unmark(self, node: StageNode, kind: str) -> None:
+        (self.folder / kind / f"{node.uid}.json").unlink(missing_ok=True)
+        self._marks[kind].discard(node.uid)
+
+    def marked(self, kind: str) -> set[str]:
+        """Uids of nodes of this tree."""
+        return self._marks[kind] & self.tree.nodes.keys()
+
     def note(self, node: StageNode, kind: str) -> dict[str, Any]:
         """What was noted of a failed or pruned node."""
         return read_json(self.folder / kind / f"{node.uid}.json") or {}
@@ -75,8 +84,8 @@ class Ledger:
         self._marks["failed"].clear()
 
     def state(self, node: StageNode) -> str:
-        """done, failed, pruned, lost (something before it failed or was pruned), running, ready or
-        waiting."""
+        """done, failed, pruned, paused, lost (something before it failed, was pruned or is paused),
+        running, ready or waiting."""
         if self.complete(node):
             return "done"
         for kind, uids in self._marks.items():
@@ -84,7 +93,7 @@ class Ledger:
                 return kind
         before = self.tree.before(node)
         if before and not self.trained(before):
-            return "lost" if self.state(before) in ("failed", "pruned", "lost") else "waiting"
+            return "lost" if self.state(before) in (*MARKS, "lost") else "waiting"
         return "running" if node.uid in self.taken or is_locked(self.path(node) / LOCK) else "ready"
 
     def states(self) -> dict[str, str]:

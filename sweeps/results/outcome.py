@@ -18,19 +18,22 @@ from typing import Any
 
 import numpy as np
 
-from segfleet.core.files import write_atomically
+from segfleet.core.files import read_json, write_atomically
 from segfleet.core.settings import dumps
+from segfleet.pipeline.events import read_events
+from segfleet.pipeline.run import DONE, stage_steps
 from segfleet.pipeline.scoring.intervals import paired
 from segfleet.pipeline.scoring.scored import evaluation_of
 from segfleet.sweeps.results.ledger import Ledger
-from segfleet.sweeps.space.plan import Plan
-from segfleet.sweeps.space.space import Trial, describe
+from segfleet.sweeps.space.plan import Plan, codes_of
+from segfleet.sweeps.space.space import Point, Trial, describe
+from segfleet.sweeps.space.tree import StageNode
 
 
 def outcome(plan: Plan, ledger: Ledger) -> dict[str, Any]:
     """The whole result as one JSON document."""
     points: dict[str, list[Trial]] = {}
-    for trial in plan.trials:
+    for trial in plan.ranked:
         points.setdefault(json.dumps(trial.point, sort_keys=True), []).append(trial)
     rows = [_row(ledger, trials) for trials in points.values()]
     ranked = sorted(
@@ -42,10 +45,12 @@ def outcome(plan: Plan, ledger: Ledger) -> dict[str, Any]:
     unranked = [row for row in rows if row["score"] is None]
     for row in rows:
         row.pop("_documents")
+    unranked += [_misfit(point, why) for point, why in plan.misfits]
     states = list(ledger.states().values())
     return {
         "sweep": plan.search.space.name,
         "metric": "mean foreground Dice of whole validation cases",
+        "standing": standing(ranked, unranked),
         "ranking": ranked,
         "unranked": unranked,
         "best": ranked[0] if ranked else None,
@@ -55,13 +60,90 @@ def outcome(plan: Plan, ledger: Ledger) -> dict[str, Any]:
             for uid, s in ledger.states().items()
             if s == "failed"
         },
-        "savings": {
-            "epochs_naive": plan.tree.naive_epochs,
-            "epochs_shared": plan.tree.shared_epochs,
-            "ratio": round(plan.tree.naive_epochs / max(1, plan.tree.shared_epochs), 3),
-        },
+        "savings": savings(plan, ledger),
+        "code": codes_of(plan),
         "warnings": plan.warnings,
     }
+
+
+def standing(ranked: Sequence[dict[str, Any]], unranked: Sequence[dict[str, Any]]) -> str:
+    """One sentence: how much of the space the ranking speaks for."""
+    if not unranked:
+        return f"all {len(ranked)} points are ranked"
+    reasons = [row["reason"].partition(":")[0] for row in unranked]
+    counts = ", ".join(f"{reasons.count(reason)} {reason}" for reason in dict.fromkeys(reasons))
+    return f"{len(ranked)} of {len(ranked) + len(unranked)} points are ranked ({counts})"
+
+
+def savings(plan: Plan, ledger: Ledger) -> dict[str, Any]:
+    """Epochs: `naive` if every run had trained its own path as far as it came, `trained` as they
+    were, `left_out` by stopping early; of a sweep that has ended."""
+    trained = {node.uid: _trained(plan, ledger, node) for node in plan.tree.nodes.values()}
+
+    def way(uid: str) -> int:
+        """Epochs of the path to a node, as far as it came."""
+        node, epochs = plan.tree.nodes[uid], 0
+        while node:
+            epochs += trained[node.uid]
+            node = plan.tree.before(node)
+        return epochs
+
+    leaves = [plan.tree.leaves[trial.number] for trial in plan.ranked]
+    naive, shared = sum(map(way, leaves)), sum(trained.values())
+    states = ledger.states()
+    left = sum(
+        plan.tree.epochs(plan.tree.nodes[uid]) - trained[uid]
+        for uid, state in states.items()
+        if state in ("done", "pruned", "paused", "lost")
+    )
+    return {
+        "epochs_naive": naive,
+        "epochs_trained": shared,
+        "epochs_left_out": left,
+        "ratio": round(naive / max(1, shared), 3),
+    }
+
+
+def _trained(plan: Plan, ledger: Ledger, node: StageNode) -> int:
+    """Whole epochs that this node itself trained; of one that did not end, by its last event."""
+    whole, path = plan.tree.epochs(node), ledger.path(node)
+    if ledger.trained(node):
+        if not node.stage.patience:
+            return whole
+        last = (read_json(path / DONE) or {}).get("steps", 0)
+    else:
+        last = max((event.get("step", 0) for event in read_events(path)), default=0)
+    steps = stage_steps(node.recipe, plan.stores(node.recipe))[-1]
+    return max(0, min(node.stage.epochs, last // steps) - (node.stage.epochs - whole))
+
+
+def _reason(ledger: Ledger, leaves: Sequence[StageNode]) -> str | None:
+    """Why a point has no rank: the first of its runs that did not end."""
+    for leaf in leaves:
+        if (state := ledger.state(leaf)) == "done":
+            continue
+        node: StageNode | None = leaf
+        while node and ledger.state(node) in ("lost", "waiting"):
+            node = ledger.tree.before(node)
+        state = ledger.state(node) if node else state
+        note = ledger.note(node, state) if node else {}
+        if state == "failed":
+            return f"failed: {note.get('message', '')}"
+        if state in ("pruned", "paused"):
+            word = "stopped early" if state == "pruned" else "paused"
+            dice = f"{note['dice']:.4f}" if note.get("dice") is not None else "not known"
+            return f"{word}: after {note.get('epochs')} of {leaf.end} epochs, Dice {dice}"
+        return f"not finished: its stage {node.index + 1 if node else 1} is {state}"
+    return None
+
+
+def _misfit(point: Point, why: str) -> dict[str, Any]:
+    """The row of a point that makes no recipe."""
+    nothing = dict.fromkeys(
+        ("rank", "score", "ci95", "over", "epochs", "against_best", "parameters")
+    )
+    row = {"point": point, "name": describe(point), "runs": [], "stages": []}
+    return {**nothing, **row, "reason": f"does not fit: {why}"}
 
 
 def _row(ledger: Ledger, trials: Sequence[Trial]) -> dict[str, Any]:
@@ -102,6 +184,7 @@ def _row(ledger: Ledger, trials: Sequence[Trial]) -> dict[str, Any]:
     row |= {
         "runs": runs,
         "epochs": leaves[0].end,
+        "reason": None if score is not None else _reason(ledger, leaves),
         "stages": [leaf.path.as_posix().split("/") for leaf in leaves],
         "against_best": None,
     }
@@ -228,7 +311,7 @@ def as_csv(document: dict[str, Any]) -> str:
 def best_recipe(plan: Plan, document: dict[str, Any]) -> str:
     """The recipe of the best point's first run, as `segfleet train` takes it."""
     best = document["best"]
-    trial = next(trial for trial in plan.trials if trial.point == best["point"])
+    trial = next(trial for trial in plan.ranked if trial.point == best["point"])
     recipe = trial.recipe.model_copy(update={"name": f"{plan.search.space.name}-best"})
     between = (
         f", 95 % interval {best['ci95'][0]:.4f} to {best['ci95'][1]:.4f} over {best['over']}"

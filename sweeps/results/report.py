@@ -46,7 +46,7 @@ def write_sweep_report(plan: Plan, ledger: Ledger, document: dict[str, Any]) -> 
 def _facts(document: dict[str, Any]) -> list[tuple[str, Any]]:
     rows, savings = document["ranking"], document["savings"]
     return [
-        ("Points ranked", f"{len(rows)} of {len(rows) + len(document['unranked'])}"),
+        ("Ranking", document["standing"]),
         ("Runs per point", ", ".join(sorted({str(len(row["runs"])) for row in rows})) or None),
         (
             "Stages of the tree",
@@ -54,8 +54,17 @@ def _facts(document: dict[str, Any]) -> list[tuple[str, Any]]:
         ),
         (
             "Epochs",
-            f"{savings['epochs_shared']:,} instead of {savings['epochs_naive']:,} "
-            f"({savings['ratio']:g} times fewer)",
+            f"{savings['epochs_trained']:,} trained instead of {savings['epochs_naive']:,} "
+            f"({savings['ratio']:g} times fewer), {savings['epochs_left_out']:,} left out by "
+            "stopping early",
+        ),
+        (
+            "Code",
+            ", then ".join(
+                f"{code['hash']} (commit {code['commit'] or 'unknown'})"
+                for code in document["code"]
+            )
+            or None,
         ),
         ("Best", document["best"]["name"] if document["best"] else None),
     ]
@@ -177,7 +186,7 @@ def _savings(document: dict[str, Any]) -> Markup:
     return bars(
         [
             ("every trial alone", savings["epochs_naive"]),
-            ("stages shared", savings["epochs_shared"]),
+            ("stages shared", savings["epochs_trained"]),
         ],
         "epochs",
     )

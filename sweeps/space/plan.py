@@ -12,13 +12,15 @@ from typing import Any
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import read_json, write_atomically
-from segfleet.pipeline.recipe import Recipe, parse, with_absolute_store
+from segfleet.pipeline.recipe import Recipe, with_absolute_store
 from segfleet.pipeline.run import stage_steps
+from segfleet.pipeline.scoring import scored
 from segfleet.preprocess.stores.manifest import Manifest, load_manifest
+from segfleet.sweeps.space import population
 from segfleet.sweeps.space.space import Point, Search, Trial, describe
 from segfleet.sweeps.space.tree import StageNode, StageTree
 
-SPACE, POINTS, POPULATION = "space.json", "points.jsonl", "population.json"
+SPACE, POINTS = "space.json", "points.jsonl"
 
 
 @dataclass
@@ -43,6 +45,10 @@ class Plan:
     tree: StageTree
     warnings: list[str]
     suggested: int = 0  # points of Optuna read from disk
+    misfits: list[tuple[Point, str]] = field(
+        default_factory=list
+    )  # points that make no recipe, why
+    grown: bool = False  # whether a population has all its generations
 
     @property
     def folder(self) -> Path:
@@ -53,47 +59,92 @@ class Plan:
         return list(self.tree.trials.values())
 
     def grow(self, point: Point) -> list[Trial]:
-        """Add a point's trials to the tree."""
-        made = with_stores(self.search.trials(point, first=len(self.tree.trials)))
-        self.tree.add(made)
+        """Add a point of Optuna's to the tree and to the sweep's folder. No trials: it does not fit
+        together."""
+        made, line = [], point
+        try:
+            made = self.trials_at(point)
+            check(made, self.stores)
+            self.tree.add(made)
+        except InputError as error:
+            made, line = [], {"point": point, "misfit": str(error)}
+            self.misfits.append((point, str(error)))
+        with open(self.folder / POINTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.suggested += 1
         return made
+
+    def trials_at(self, point: Point) -> list[Trial]:
+        return with_stores(self.search.trials(point, first=len(self.tree.trials)))
 
     @property
     def complete(self) -> bool:
         """Whether no trial can be added any more."""
         if self.search.space.scheduler == "pbt":
-            return bool(self.tree.trials)
+            return self.grown
         budget = self.search.space.budget
-        enough = self.search.planned or self.suggested >= min(budget.trials, self.search.size)
+        enough = self.search.planned or self.points_left <= 0
         return enough or bool(budget.epochs and self.tree.shared_epochs >= budget.epochs)
 
+    @property
+    def points_left(self) -> float:
+        """How many more points Optuna may be asked for. One that does not fit is replaced, as long
+        as there are not more of them than points."""
+        most, misfits = self.search.space.budget.trials, len(self.misfits)
+        if misfits >= most:
+            return 0
+        fitting = len({json.dumps(trial.point, sort_keys=True) for trial in self.trials})
+        return min(most, self.search.size - misfits) - fitting
+
+    @property
+    def ranked(self) -> list[Trial]:
+        """The trials that are compared: all, but of a population only the paths that no other one
+        goes on from."""
+        if self.search.space.scheduler != "pbt":
+            return self.trials
+        parents = {node.parent for node in self.tree.nodes.values()}
+        return [t for t in self.trials if self.tree.leaves[t.number] not in parents]
+
     def catch_up(self) -> None:
-        """Add the trials that came up while the sweep ran, from disk: Optuna's points, a finished
-        population."""
+        """Add the trials that came up while the sweep ran, from disk: Optuna's points, the
+        generations of a population."""
         if self.search.space.search == "optuna":
             points = read_points(self.folder)
-            for point in points[self.suggested :]:
-                self.grow(point)
+            for line in points[self.suggested :]:
+                if line.keys() == {"point", "misfit"}:
+                    self.misfits.append((line["point"], line["misfit"]))
+                else:
+                    self.tree.add(self.trials_at(line))
             self.suggested = len(points)
-        if (
-            self.search.space.scheduler == "pbt"
-            and not self.tree.trials
-            and (self.folder / POPULATION).exists()
-        ):
-            self.add_members(read_json(self.folder / POPULATION, list) or [])
+        if self.search.space.scheduler == "pbt":
+            self.tree = StageTree([], self.stores)
+            while self.next_generation():
+                pass
 
-    def add_members(self, members: list[list[dict[str, Any]]]) -> None:
-        """Add the paths that the members of a population took: their stages."""
-        first = self.search.trials({axis.label: axis.values[0] for axis in self.search.axes})
-        recipe = with_stores(first)[0].recipe
-        trials = []
-        for number, stages in enumerate(members):
-            walked = parse({**recipe.model_dump(mode="json"), "stages": stages})
-            point = {"member": number} | {
-                axis.label: walk_of(walked, axis.label) for axis in self.search.axes
-            }
-            trials.append(Trial(number=number, point=point, recipe=walked))
-        self.tree.add(trials)
+    def next_generation(self) -> bool | None:
+        """Add a generation of a population, as `population.grow` says."""
+        added = population.grow(self.search, self.tree, self.score)
+        self.grown = added is False
+        return added
+
+    def score(self, node: StageNode) -> float | None:
+        """Mean Dice of a node that ended and was scored, FAILED if it or one before it failed, None
+        before."""
+        path = self.runs / node.path
+        if scored.is_scored(path, node.recipe, self.stores(node.recipe)):
+            return scored.evaluation_of(path)["summary"]["mean_foreground_dice"] or 0.0
+        way = (self.folder / "failed" / f"{uid}.json" for uid in node.path.parts)
+        return population.FAILED if any(mark.exists() for mark in way) else None
+
+    @property
+    def expected_epochs(self) -> int:
+        """Epochs that the sweep will have trained, as far as they are known."""
+        epochs = self.tree.shared_epochs
+        if self.search.space.scheduler == "pbt" and not self.grown:
+            pbt = self.search.space.pbt
+            whole = pbt.population * pbt.interval * population.generations_of(self.search)
+            return max(epochs, whole)
+        return epochs
 
     def name(self, node: StageNode) -> str:
         """What the node's run is called in `segfleet status`."""
@@ -139,20 +190,15 @@ def make_plan(search: Search, runs: Path, build: bool = True) -> Plan:
     )
     if foreign(plan) is None:
         plan.catch_up()
+        if build and search.space.scheduler == "pbt":
+            plan.warnings += check(plan.trials, stores)
     plan.warnings += oddities(plan)
     return plan
 
 
-def walk_of(recipe: Recipe, label: str) -> str:
-    """What an axis of a population became, generation by generation."""
-    values = [getattr(stage, label.split(".")[2]) for stage in recipe.stages]
-    return " > ".join(
-        f"{value:.3g}" if isinstance(value, float) else str(value) for value in values
-    )
-
-
-def read_points(folder: Path) -> list[Point]:
-    """Points that Optuna suggested so far; a last line cut off by a kill is left out."""
+def read_points(folder: Path) -> list[dict[str, Any]]:
+    """Points that Optuna suggested so far, or {"point", "misfit": why it makes no recipe}; a last
+    line cut off by a kill is left out."""
     try:
         lines = (folder / POINTS).read_text(encoding="utf-8").splitlines(keepends=True)
     except FileNotFoundError:
@@ -257,8 +303,9 @@ def _why_not(plan: Plan) -> str:
     return "every axis changes the first stage"
 
 
-def claim(plan: Plan) -> None:
-    """Make the sweep's folder, or check that it is this sweep's. Raises InputError."""
+def claim(plan: Plan, code: list[dict[str, Any]]) -> None:
+    """Make the sweep's folder, or check that it is this sweep's. `code`: the versions of segfleet
+    that trained its stages, oldest first. Raises InputError."""
     if fault := foreign(plan):
         raise InputError(fault)
     plan.folder.mkdir(parents=True, exist_ok=True)
@@ -266,8 +313,14 @@ def claim(plan: Plan) -> None:
         "identity": plan.search.identity,
         "space": plan.search.space.model_dump(mode="json"),
         "base": plan.search.base,
+        "code": code,
     }
     write_atomically(plan.folder / SPACE, json.dumps(facts, indent=1))
+
+
+def codes_of(plan: Plan) -> list[dict[str, Any]]:
+    """The versions of segfleet that trained stages for this sweep so far: hash, commit."""
+    return (read_json(plan.folder / SPACE) or {}).get("code") or []
 
 
 def foreign(plan: Plan) -> str | None:

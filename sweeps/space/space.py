@@ -57,6 +57,11 @@ class Asha(Section):
     """Asynchronous successive halving. Its time axis is epochs along the path from the first
     stage."""
 
+    type: Literal["stopping", "promotion"] = Field(
+        "stopping",
+        description="stopping: the worse ones end at a rung; promotion: all pause there, and the "
+        "best go on",
+    )
     grace: Positive = Field(1, description="epochs along the path before a node may be stopped")
     factor: float = Field(3.0, gt=1, description="one in so many goes on at every rung")
 
@@ -90,7 +95,7 @@ class SearchSpace(Section):
         1, description="random search: later stages drawn per draw of the rest, which those share"
     )
     scheduler: Literal["none", "asha", "pbt"] = Field(
-        "none", description="early stopping, through Ray Tune"
+        "none", description="early stopping, or a population"
     )
     asha: Asha = Field(default_factory=Asha, description="options of asha")
     pbt: Pbt = Field(default_factory=Pbt, description="options of pbt")
@@ -144,6 +149,9 @@ class Trial:
     number: int
     point: Point
     recipe: Recipe
+    walk: tuple[
+        Point, ...
+    ] = ()  # of a member of a population: its values, generation by generation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,7 +383,7 @@ def _check(search: Search) -> None:
 
 
 def _check_population(search: Search, stages: Sequence[Stage]) -> None:
-    """What Tune cannot mutate, or a generation would overwrite."""
+    """What cannot be mutated, or a generation would overwrite."""
     space, labels = search.space, [key for axis in search.axes for key in axis.keys]
     trials = search.trials({axis.label: axis.values[0] for axis in search.axes})
     folds = [

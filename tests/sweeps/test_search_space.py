@@ -195,10 +195,10 @@ def test_what_is_odd_is_said(search, tmp_path):
 
 
 def test_a_folder_belongs_to_one_space(search, tmp_path):
-    claim(make_plan(search(), tmp_path))
+    claim(make_plan(search(), tmp_path), [])
     assert foreign(make_plan(search(), tmp_path)) is None
     with pytest.raises(InputError, match=r"belongs to another space .*differ in: seeds\)"):
-        claim(make_plan(search(seeds=[3]), tmp_path))
+        claim(make_plan(search(seeds=[3]), tmp_path), [])
 
 
 def test_shipped_spaces_plan(tiny_store, tmp_path):

@@ -54,6 +54,11 @@ def events(folder: Path, *kinds: str) -> list[dict]:
     ]
 
 
+def ends(document: dict) -> list[list[str]]:
+    """Stages of every ranked run."""
+    return [stages for row in document["ranking"] for stages in row["stages"]]
+
+
 def final(folder: Path) -> dict[str, torch.Tensor]:
     done = json.loads((folder / "done.json").read_text())
     return load_file(folder / "checkpoints" / done["checkpoint"] / "weights.safetensors")
@@ -271,6 +276,7 @@ def test_a_population_ends_with_the_hours_of_its_budget(space, tmp_path):
     "changes",
     [
         {"scheduler": "asha", "asha": {"grace": 1, "factor": 2}},
+        {"scheduler": "asha", "asha": {"grace": 1, "factor": 2, "type": "promotion"}},
         {"search": "optuna", "budget": {"trials": 3}},
         {
             "scheduler": "pbt",
@@ -278,7 +284,7 @@ def test_a_population_ends_with_the_hours_of_its_budget(space, tmp_path):
             "pbt": {"population": 3},
         },
     ],
-    ids=["asha", "optuna", "pbt"],
+    ids=["asha", "promotion", "optuna", "pbt"],
 )
 def test_schedulers_and_searches_run_and_run_again_for_nothing(space, tmp_path, changes):
     space["base"]["evaluation"] = {"every": 1}
@@ -302,5 +308,14 @@ def test_schedulers_and_searches_run_and_run_again_for_nothing(space, tmp_path, 
     assert first["best"]["score"] >= max(row["score"] for row in first["ranking"])
     if "search" in changes:
         assert len(first["ranking"]) == 3
+    if changes.get("scheduler") == "asha":
+        word = "paused" if "type" in changes["asha"] else "stopped early"
+        assert {row["reason"].partition(":")[0] for row in first["unranked"]} <= {word}
+        for path in tmp_path.rglob("done.json"):  # what is trained to its end is scored and ranked
+            assert any(path.parent.name in stages for stages in ends(first)), path
     if changes.get("scheduler") == "pbt":
-        assert len(first["ranking"]) == 3 and {row["epochs"] for row in first["ranking"]} == {3}
+        assert len(first["ranking"]) == 5 and {row["epochs"] for row in first["ranking"]} == {
+            1,
+            2,
+            3,
+        }

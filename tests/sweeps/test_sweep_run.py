@@ -4,16 +4,21 @@ test_sweep_command.py."""
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from segfleet.core.errors import InputError
 from segfleet.pipeline.launch.local import RankFailed
 from segfleet.pipeline.stop import Interrupted
+from segfleet.slurm import snapshot
 from segfleet.sweeps import run
 from segfleet.sweeps.results.ledger import STOP
-from segfleet.sweeps.space.plan import make_plan
+from segfleet.sweeps.space.plan import claim, make_plan
 
 
 class Ends(run.Session):
@@ -67,14 +72,44 @@ def test_slots_are_gpus_where_there_are_some_cores_elsewhere_and_jobs_on_slurm(m
 
 def test_the_process_that_drives_ray_is_told_the_slots(search, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "gpus", lambda: 3)
+    interpreter = sys.executable
     told = tmp_path / "order.json"
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    (tmp_path / "python").write_text(f"#!/bin/sh\ncat > {told}\n")
+    (tmp_path / "python").write_text(
+        f'#!/bin/sh\ncat > {told}\nprintf %s "$PYTHONPATH" > {told}.path\n'
+    )
     (tmp_path / "python").chmod(0o755)
     plan = make_plan(search(), tmp_path / "runs", build=False)
     plan.folder.mkdir(parents=True)
     assert run.Session(plan, run.Resources(), None).follow(print) is None
     assert json.loads(told.read_text())["resources"]["slots"] == 3
+    claim(plan, run.settle_code(plan, False))
+    assert run.Session(plan, run.Resources(), None).follow(print) is None
+    first = Path(f"{told}.path").read_text().split(":")[0]
+    assert first == str(plan.runs / ".code" / snapshot.digest())
+    found = [interpreter, "-P", "-c", "import segfleet.sweeps.run as run; print(run.__file__)"]
+    out = subprocess.run(found, env={**os.environ, "PYTHONPATH": first}, capture_output=True)
+    assert out.stdout.decode().strip() == f"{first}/segfleet/sweeps/run.py"
+
+
+def test_a_sweep_keeps_to_the_code_it_began_with(search, tmp_path, monkeypatch):
+    plan = make_plan(search(), tmp_path / "runs", build=False)
+    claim(plan, run.settle_code(plan, False))
+    began = run.codes_of(plan)
+    assert [code["hash"] for code in began] == [snapshot.digest()]
+    assert run.settle_code(plan, False) == began and run.frozen_elsewhere(plan) is None
+
+    newer = plan.runs / ".code" / "newer"
+    newer.mkdir()
+    monkeypatch.setattr(snapshot, "digest", lambda source=None: "newer")
+    monkeypatch.setattr(snapshot, "freeze_code", lambda root: newer)
+    with pytest.raises(InputError, match=f"began with the code {began[0]['hash']}.*--code frozen"):
+        run.run_sweep(plan, run.Resources(slots=1))
+    assert run.frozen_elsewhere(plan) == plan.runs / ".code" / began[0]["hash"]
+    codes = run.settle_code(plan, True)
+    assert [code["hash"] for code in codes] == [began[0]["hash"], "newer"]
+    claim(plan, codes)
+    assert run.frozen_elsewhere(plan) is None
 
 
 @pytest.mark.parametrize("kind", ["pbt", "optuna"])
@@ -103,18 +138,6 @@ def test_a_session_that_fails_is_started_again_and_at_last_its_words_are_shown(
         Ends.count == run.FRUITLESS
         and capsys.readouterr().err.count("started again") == run.FRUITLESS - 1
     )
-
-
-def test_a_population_stays_in_the_range_of_its_space():
-    from types import SimpleNamespace
-
-    from segfleet.sweeps.ray.population import within
-
-    rate = SimpleNamespace(label="stages.0.lr", continuous=True, values=(1e-3, 1.1e-3))
-    kind = SimpleNamespace(label="optimizer.name", continuous=False, values=("adamw", "sgd"))
-    for value, kept in ((0.8e-3, 1e-3), (1.05e-3, 1.05e-3), (1.2e-3, 1.1e-3)):
-        config = {"stages.0.lr": value, "optimizer.name": "sgd", "member": 3}
-        assert within(config, [rate, kind]) == {**config, "stages.0.lr": kept}
 
 
 def test_ray_goes_where_the_user_says(monkeypatch):

@@ -4,17 +4,20 @@ here."""
 from __future__ import annotations
 
 import json
-import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from segfleet.pipeline.scoring.scored import score_facts
 from segfleet.preprocess.stores.manifest import load_manifest
 from segfleet.sweeps.ray.optuna import Suggestions
-from segfleet.sweeps.ray.searcher import PathAsha, TreeSearcher
 from segfleet.sweeps.results.ledger import Ledger
+from segfleet.sweeps.results.outcome import outcome
+from segfleet.sweeps.search.asha import Rungs, cutoff
+from segfleet.sweeps.search.tree_search import FINISHED, TreeSearch
 from segfleet.sweeps.space.plan import make_plan
+from segfleet.sweeps.space.space import Asha
 
 
 @pytest.fixture
@@ -37,38 +40,33 @@ def finish(ledger, uid, **evaluation):
 
 
 def test_a_whole_sweep_runs_every_node_once(ledger):
-    searcher, ran, waited = TreeSearcher(ledger, ledger.order_of, slots=3), [], 0
+    search, ran, waited = TreeSearch(ledger, ledger.order_of, slots=3), [], 0
     running = []
     for number in range(1000):
-        given = searcher.suggest(f"t{number}")
-        if given == "FINISHED":
+        order = search.next(f"t{number}")
+        if order == FINISHED:
             break
-        if given is not None:
-            order = json.loads(given["order"])
-            assert (
-                given["begin"]
-                == order["begin"]
-                == (0 if len(order["job"]["recipe"]["stages"]) == 1 else 100)
-            )
+        if order is not None:
+            assert order["begin"] == (0 if len(order["job"]["recipe"]["stages"]) == 1 else 100)
             assert order["job"]["score"] == (order["begin"] == 100)
-            running.append((f"t{number}", given["node"]))
-        waited += given is None
-        if given is None or len(running) == 3:
+            running.append((f"t{number}", order["node"]))
+        waited += order is None
+        if order is None or len(running) == 3:
             name, uid = running.pop(0)
             finish(ledger, uid)
             ran.append(uid)
-            searcher.on_trial_complete(name, {"state": "done"})
+            search.ended(name, {"state": "done"})
     assert sorted(ran) == sorted(ledger.tree.nodes) and waited and not running
 
 
 def test_every_ending_is_noted(ledger):
-    searcher = TreeSearcher(ledger, ledger.order_of)
-    nodes = [searcher.suggest(f"t{i}")["node"] for i in range(4)]
-    assert searcher.suggest("wait") is None
-    searcher.on_trial_complete("t0", {"state": "failed", "message": "why"})
-    searcher.on_trial_complete("t1", {"epochs": 3, "dice": 0.1})  # stopped by the scheduler
-    searcher.on_trial_complete("t2", None, error=True)
-    searcher.on_trial_complete("t3", {"state": "busy"})
+    search = TreeSearch(ledger, ledger.order_of)
+    nodes = [search.next(f"t{i}")["node"] for i in range(4)]
+    assert search.next("wait") is None
+    search.ended("t0", {"state": "failed", "message": "why"})
+    search.ended("t1", {"epochs": 3, "dice": 0.1})  # stopped by the scheduler
+    search.ended("t2", None, error=True)
+    search.ended("t3", {"state": "busy"})
     assert [ledger.state(ledger.tree.nodes[uid]) for uid in nodes] == [
         "failed",
         "pruned",
@@ -76,9 +74,9 @@ def test_every_ending_is_noted(ledger):
         "ready",
     ]
     assert ledger.note(ledger.tree.nodes[nodes[1]], "pruned")["epochs"] == 3
-    assert searcher.suggest("t4")["node"] == nodes[3]
+    assert search.next("t4")["node"] == nodes[3]
     (ledger.folder / "stop").touch()
-    assert searcher.suggest("t5") == "FINISHED"
+    assert search.next("t5") == FINISHED
 
 
 @pytest.fixture
@@ -97,7 +95,11 @@ def suggestions(search, tmp_path):
         for _ in range(count):
             if not ask():
                 break
-            finish(ledger, next(reversed(plan.tree.nodes)), summary={"mean_foreground_dice": 0.5})
+            if plan.tree.nodes:
+                last = next(reversed(plan.tree.nodes))
+                facts = {"mean_foreground_dice_ci95": None, "patients": 1}
+                summary = {"mean_foreground_dice": 0.5, **facts}
+                finish(ledger, last, summary=summary, parameters=1, cases=[], store="")
         return make_plan(made, tmp_path / "runs", build=False)
 
     return session
@@ -127,49 +129,97 @@ def test_a_restart_continues_what_optuna_draws(suggestions):
     )
 
 
-def asha():
-    made = PathAsha(
-        time_attr="epochs",
-        metric="dice",
-        mode="max",
-        max_t=100,
-        grace_period=10,
-        reduction_factor=2,
-        stop_last_trials=False,
+@pytest.mark.parametrize("count", [1, 2, 5, 9, 20])
+@pytest.mark.parametrize("factor", [2.0, 3.0, 4.0])
+def test_the_cutoff_is_the_percentile_of_numpy(count, factor):
+    values = np.random.default_rng(count).random(count)
+    assert cutoff(values, factor) == pytest.approx(
+        np.percentile(values, 100 * (1 - 1 / factor)), abs=1e-12
     )
-    made.rungs = dict(made._brackets[0]._rungs)
-    return made
 
 
-def trial_of(name, begin):
-    return SimpleNamespace(trial_id=name, config={"begin": begin})
+def node_of(uid, end):
+    return SimpleNamespace(uid=uid, end=end)
 
 
 def test_a_child_counts_only_at_rungs_of_its_own_epochs():
-    scheduler = asha()
-    assert sorted(scheduler.rungs) == [10, 20, 40, 80]
-    scheduler.on_trial_add(None, trial_of("parent", 0))
+    rungs = Rungs(Asha(grace=10, factor=2))
     for epochs in (10, 20):
-        assert (
-            scheduler.on_trial_result(None, trial_of("parent", 0), {"epochs": epochs, "dice": 0.5})
-            == "CONTINUE"
-        )
-    for name, dice, expected in (("good", 0.9, "CONTINUE"), ("bad", 0.3, "STOP")):
-        scheduler.on_trial_add(None, trial_of(name, 20))
+        assert not rungs.stops(node_of("parent", 20), 0, epochs, 0.5)
+    for name, dice, stopped in (("good", 0.9, False), ("bad", 0.3, True)):
         # no rung at 30
-        assert (
-            scheduler.on_trial_result(None, trial_of(name, 20), {"epochs": 30, "dice": dice})
-            == "CONTINUE"
-        )
-        assert (
-            scheduler.on_trial_result(None, trial_of(name, 20), {"epochs": 40, "dice": dice})
-            == expected
-        )
-    own = {
-        milestone: {n for n, v in recorded.items() if not math.isnan(v)}
-        for milestone, recorded in scheduler.rungs.items()
+        assert not rungs.stops(node_of(name, 100), 20, 30, dice)
+        assert rungs.stops(node_of(name, 100), 20, 40, dice) is stopped
+    assert rungs.values == {
+        10: {"parent": 0.5},
+        20: {"parent": 0.5},
+        40: {"good": 0.9, "bad": 0.3},
     }
-    assert own == {10: {"parent"}, 20: {"parent"}, 40: {"good", "bad"}, 80: set()}
+
+
+def test_a_node_at_its_last_epoch_is_finished_and_not_stopped():
+    rungs = Rungs(Asha(grace=10, factor=2))
+    assert not rungs.stops(node_of("good", 40), 0, 40, 0.9)
+    assert not rungs.stops(node_of("worse", 40), 0, 40, 0.1)
+    assert rungs.stops(node_of("longer", 80), 0, 40, 0.1)
+
+
+def test_of_paused_nodes_the_best_go_on_and_none_is_thrown_away():
+    rungs = Rungs(Asha(type="promotion", grace=2, factor=3))
+    scores = {"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4, "e": 0.5, "f": 0.6}
+    for uid, dice in scores.items():
+        assert rungs.pause_of(uid, 0, 100) == 2
+        assert not rungs.stops(node_of(uid, 100), 0, 2, dice)
+        assert rungs.pause_of(uid, 0, 100) == 6
+    paused = set(scores)
+    assert rungs.promoted(paused) == "f"
+    paused.discard("f")
+    assert rungs.promoted(paused) == "e"
+    paused.discard("e")
+    assert rungs.promoted(paused) is None, "two of six are a third"
+    rungs.stops(node_of("f", 100), 0, 6, 0.7)  # alone at its rung: a third of one is none
+    assert rungs.promoted({*paused, "f"}) is None
+    rungs.stops(node_of("g", 100), 0, 2, 0.9)
+    assert rungs.promoted({*paused, "g"}) == "g"
+    assert rungs.pause_of("x", 0, 2) is None, "its end is no pause"
+
+
+def test_a_search_hands_out_pauses_and_goes_on_with_the_best(search, space, tmp_path):
+    space["base"]["evaluation"] = {"every": 1}
+    stages = [{"epochs": 4, "steps": 3, "lr": [1e-2, 1e-3, 1e-4]}]
+    made = search(
+        axes={},
+        stages=stages,
+        scheduler="asha",
+        asha={"type": "promotion", "grace": 2, "factor": 3},
+    )
+    plan = make_plan(made, tmp_path / "runs")
+    plan.folder.mkdir(parents=True)
+
+    def session():
+        return TreeSearch(
+            Ledger(plan.tree, plan.runs, plan.folder), plan.order, rungs=Rungs(made.space.asha)
+        )
+
+    tree = session()
+    orders = [tree.next(f"t{i}") for i in range(3)]
+    assert [order["job"]["pause_at"] for order in orders] == [6, 6, 6]
+    for i, order in enumerate(orders):
+        path = plan.runs / plan.tree.nodes[order["node"]].path
+        path.mkdir(parents=True)
+        event = {"event": "validation", "step": 6, "dice": 0.1 * (i + 1)}
+        (path / "events.jsonl").write_text(json.dumps(event) + "\n")
+        assert not tree.heard(f"t{i}", 2, 0.1 * (i + 1))
+        tree.ended(f"t{i}", {"state": "paused", "epochs": 2, "dice": 0.1 * (i + 1)})
+    for again in (tree, tree := session()):  # another one knows it from disk
+        order = again.next("again")
+        assert order["node"] == orders[2]["node"] and "pause_at" not in order["job"]
+        again.ledger.mark(plan.tree.nodes[order["node"]], "paused", epochs=2, dice=0.3)
+    finish(tree.ledger, order["node"], summary={"mean_foreground_dice": 0.3})
+    tree.ledger.unmark(plan.tree.nodes[order["node"]], "paused")
+    tree.ended("again", {"state": "done"})
+    assert tree.next("end") == FINISHED
+    assert sorted(tree.ledger.states().values()) == ["done", "paused", "paused"]
 
 
 def test_rungs_are_remembered_from_disk(ledger):
@@ -180,8 +230,47 @@ def test_rungs_are_remembered_from_disk(ledger):
     (ledger.path(first) / "events.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines)
     )
-    scheduler = asha()
-    scheduler.remember(ledger, ledger.order_of)
-    assert scheduler.rungs == {
+    rungs = Rungs(Asha(grace=10, factor=2))
+    rungs.remember(ledger, ledger.order_of)
+    assert rungs.values == {
         milestone: {first.uid: milestone / 100} for milestone in (10, 20, 40, 80)
     }
+
+
+def test_tune_is_told_what_the_search_says(ledger):
+    pytest.importorskip("ray")
+    from segfleet.sweeps.ray.searcher import TreeScheduler, TreeSearcher
+
+    search = TreeSearch(ledger, ledger.order_of, rungs=Rungs(Asha(grace=10, factor=2)))
+    searcher, scheduler = TreeSearcher(search), TreeScheduler(search)
+    given = [searcher.suggest(name) for name in ("a", "b")]
+    assert json.loads(given[0]["order"])["node"] == given[0]["node"]
+    said = [
+        scheduler.on_trial_result(None, SimpleNamespace(trial_id=name), result)
+        for name, result in (
+            ("a", {"epochs": 10, "dice": 0.9}),
+            ("b", {"epochs": 10, "dice": 0.1}),
+            ("a", {"state": "done"}),
+        )
+    ]
+    assert said == ["CONTINUE", "STOP", "CONTINUE"]
+    searcher.on_trial_complete("b", {"epochs": 10, "dice": 0.1})
+    assert ledger.state(ledger.tree.nodes[given[1]["node"]]) == "pruned"
+    (ledger.folder / "stop").touch()
+    assert searcher.suggest("c") == "FINISHED"
+
+
+def test_a_point_that_does_not_fit_is_failed_and_another_is_asked_for(suggestions):
+    for count in (2, 9):
+        plan = suggestions(
+            count,
+            stage={"lr": [1e-3, 1e-4], "epochs": 1, "warmup": [0, 0.5, 1]},
+            budget={"trials": 3},
+        )
+    assert len(plan.trials) == 3 and plan.complete and plan.misfits
+    assert all(trial.point["stages.0.warmup"] != 0.5 for trial in plan.trials)
+    for point, why in plan.misfits:
+        assert point["stages.0.warmup"] == 0.5 and "warmup" in why
+    rows = outcome(plan, Ledger(plan.tree, plan.runs, plan.folder))["unranked"]
+    assert [row["reason"].partition(":")[0] for row in rows] == ["does not fit"] * len(rows)
+    assert len(rows) == len(plan.misfits)

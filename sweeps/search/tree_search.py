@@ -1,0 +1,101 @@
+"""Which node of the tree is trained next: one whose parent is published, longest path first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from segfleet.sweeps.results.ledger import STOP, Ledger
+from segfleet.sweeps.search.asha import Rungs
+from segfleet.sweeps.space.tree import StageNode
+
+# adds points to the tree: True; None: not before more is known; False: there are no more
+Grow = Callable[[], bool | None]
+Order = dict[str, Any]
+FINISHED = "finished"
+
+
+class TreeSearch:
+    """Hands out nodes and hears what became of them.
+
+    order_of(node) -> what the trial gets; grow: asked when fewer than `slots` nodes are at work;
+    deadline: of time.monotonic().
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        order_of: Callable[[StageNode], Order],
+        *,
+        slots: int = 1,
+        grow: Grow | None = None,
+        rungs: Rungs | None = None,
+        tick: Callable[[], None] = lambda: None,
+        deadline: float | None = None,
+    ):
+        self.ledger, self.order_of, self.slots, self.grow = ledger, order_of, slots, grow
+        self.rungs, self.tick, self.deadline = rungs, tick, deadline
+        self.running: dict[str, tuple[StageNode, Order]] = {}
+        if rungs:
+            rungs.remember(ledger, order_of)
+
+    def next(self, name: str) -> Order | str | None:
+        """An order for the trial `name`; None while all are waiting for a parent; FINISHED when
+        nothing is left."""
+        late = self.deadline and time.monotonic() > self.deadline
+        if late or (self.ledger.folder / STOP).exists():
+            return FINISHED
+        node = self._promoted() or self.ledger.next()
+        while node is None and self.grow and len(self.running) < self.slots:
+            if (added := self.grow()) is None:
+                break
+            if not added:
+                self.grow = None
+            node = self.ledger.next()
+        if node is None:
+            return None if self.running or self.ledger.open() else FINISHED
+        order = self.order_of(node)
+        if self.rungs:
+            begin = order["begin"] + order["start"]
+            if pause := self.rungs.pause_of(node.uid, begin, node.end):
+                order["pause"] = pause
+                order["job"]["pause_at"] = (pause - order["begin"]) * order["steps"]
+        self.running[name] = node, order
+        return order
+
+    def _promoted(self) -> StageNode | None:
+        if self.rungs is None or (uid := self.rungs.promoted(self.ledger.marked("paused"))) is None:
+            return None
+        self.ledger.unmark(node := self.ledger.tree.nodes[uid], "paused")
+        self.ledger.taken.add(uid)
+        return node
+
+    def heard(self, name: str, epochs: int, dice: float) -> bool:
+        """A validation of a trial at work; whether it is to be stopped."""
+        self.tick()
+        if self.rungs is None:
+            return False
+        node, order = self.running[name]
+        return self.rungs.stops(node, order["begin"] + order["start"], epochs, dice)
+
+    def ended(self, name: str, result: dict[str, Any] | None, error: bool = False) -> None:
+        """A node came back. Whether it is done stands on disk; the rest is noted there."""
+        node, _ = self.running.pop(name)
+        self.ledger.taken.discard(node.uid)
+        result = result or {}
+        state = result.get("state")
+        measured = {"epochs": result.get("epochs"), "dice": result.get("dice")}
+        if self.ledger.complete(node) or state in ("stopped", "busy"):
+            pass
+        elif state == "failed":
+            self.ledger.mark(node, "failed", message=result["message"])
+        elif state == "paused":
+            self.ledger.mark(node, "paused", **measured)
+        elif error or state == "done":
+            self.ledger.mark(
+                node, "failed", message="the trial's process died, or ended without a result"
+            )
+        else:  # nobody ended it but the scheduler
+            self.ledger.mark(node, "pruned", **measured)
+        self.tick()
