@@ -26,7 +26,9 @@ from segfleet.pipeline.launch.local import RankFailed, signals_heard
 from segfleet.pipeline.run import DONE, lock_stage
 from segfleet.pipeline.stop import Interrupted
 from segfleet.slurm import snapshot
+from segfleet.sweeps import threads
 from segfleet.sweeps.results.ledger import STOP, Ledger
+from segfleet.sweeps.search.tree_search import start
 from segfleet.sweeps.space.plan import Plan, claim, codes_of, foreign
 from segfleet.sweeps.trial import backend
 
@@ -46,6 +48,13 @@ class Resources:
     on: str = "local"
     address: str | None = None
     options: dict[str, Any] | None = None  # of the back end
+
+    @property
+    def threads(self) -> int:
+        """Of every rank."""
+        return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(
+            1, cpus() // (self.at_once * self.ranks)
+        )
 
     @property
     def at_once(self) -> int:
@@ -123,7 +132,8 @@ def run_sweep(
         ledger.forget_failures()
         if ledger.open() or not plan.complete:
             with listening(plan.folder):
-                _run_sessions(plan, resources, tick)
+                run_nodes = _run_threads if resources.on == "slurm" else _run_sessions
+                run_nodes(plan, resources, tick)
             plan.catch_up()
             ledger = Ledger(plan.tree, plan.runs, plan.folder)
         ended = plan.complete and all(
@@ -141,6 +151,13 @@ def run_sweep(
         return ledger
     finally:
         lock.release()
+
+
+def _run_threads(plan: Plan, resources: Resources, tick: Callable[[int, int], None]) -> None:
+    """Jobs of SLURM, waited for by this process: no Ray where no rank runs."""
+    hours = plan.search.space.budget.hours
+    search = start(plan, resources, tick, 3600 * hours if hours else None)
+    threads.drive(search, resources.at_once, threading.Event())
 
 
 def _run_sessions(plan: Plan, resources: Resources, tick: Callable[[int, int], None]) -> None:

@@ -1,5 +1,5 @@
-"""Nodes of the tree as SLURM jobs. The controller holds no GPU: each of Tune's trials submits one
-job and waits for it.
+"""Nodes of the tree as SLURM jobs. The controller holds no GPU and starts no Ray: a thread per job
+submits it and waits for it, and one question to SLURM's queue serves them all.
 
 A job outlives its controller. Started again, the sweep finds it by the node's own folder and waits
 for it instead of submitting another. Preemption and time limits are the job's own business: it
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,12 +20,43 @@ from typing import Any
 from segfleet.core.errors import ExitCode, InputError
 from segfleet.pipeline.launch.local import RankFailed
 from segfleet.slurm import cluster
-from segfleet.slurm.job import OPEN, SlurmJob, attach
+from segfleet.slurm.job import OPEN, SlurmJob, attach, look_at_all
 from segfleet.slurm.jobspec import JobSpec, make_spec
 from segfleet.slurm.submission import train_job
 from segfleet.slurm.submitit_launcher import QueueFull, SlurmLauncher, job_name
 
-LOOK = 5.0  # seconds between looks at the queue
+LOOK = 60.0  # seconds between looks at the queue; that a job has ended well, its own files tell
+PAUSE = 0.5  # seconds between looks at a job's files
+
+
+class Leave(Exception):
+    """Whoever waited for the ranks goes, and they do not: they are found again."""
+
+
+class Queue:
+    """States of many jobs, asked for all at once and not more often than every LOOK seconds."""
+
+    def __init__(self) -> None:
+        self.lock, self.looked = threading.Lock(), -math.inf
+        self.jobs: dict[str, SlurmJob] = {}
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def look(self, job: SlurmJob) -> dict[str, Any]:
+        """{"state", "reason", ...}. One that was not there at the last look is queued."""
+        with self.lock:
+            self.jobs[job.id] = job
+            if time.monotonic() - self.looked >= LOOK:
+                found = look_at_all(list(self.jobs.values()))
+                self.found = {other.id: facts for other, facts in found}
+                self.looked = time.monotonic()
+            return self.found.get(job.id) or {"state": "queued", "reason": None}
+
+    def forget(self, job: SlurmJob) -> None:
+        with self.lock:
+            self.jobs.pop(job.id, None)
+
+
+QUEUE = Queue()
 
 
 class Slurm:
@@ -44,23 +76,37 @@ class Slurm:
 
         job = self._known(stop.parent) or self._submit(order, tick, stop)
         try:
-            looked, state = 0.0, "queued"
-            while state in OPEN:
-                tick()
-                if time.monotonic() - looked > LOOK:
-                    state, looked = job.state(), time.monotonic()
-                    if state == "queued" and stop.exists():  # nothing runs that would save and stop
-                        with suppress(InputError):
-                            job.cancel()
-                time.sleep(0.2)
+            found = self._wait(job, tick, stop)
+        except Leave:
+            raise
         except BaseException:
-            # stopped by the scheduler, or by a fault of ours: nobody waits for the job any more
+            # stopped by the search, or by a fault of ours: nobody waits for the job any more
             with suppress(InputError):
                 job.cancel()
             raise
-        if state != "done":
-            code = ExitCode.INTERRUPTED if state in ("stopped", "cancelled") else ExitCode.FAULT
-            raise RankFailed(f"job {job.id} is {state}: {job.reason()}", code)
+        finally:
+            QUEUE.forget(job)
+        if found["state"] != "done":
+            stopped = found["state"] in ("stopped", "cancelled")
+            code = ExitCode.INTERRUPTED if stopped else ExitCode.FAULT
+            raise RankFailed(f"job {job.id} is {found['state']}: {found['reason']}", code)
+
+    def _wait(self, job: SlurmJob, tick: Callable[[], None], stop: Path) -> dict[str, Any]:
+        """What became of the job."""
+        cancelled = False
+        while True:
+            tick()
+            if job.submission.outcome()[0] == "done":
+                return {"state": "done", "reason": None}
+            found = QUEUE.look(job)
+            if found["state"] not in OPEN:
+                return found
+            # nothing runs that would save and stop
+            if found["state"] == "queued" and stop.exists() and not cancelled:
+                with suppress(InputError):
+                    job.cancel()
+                    cancelled = True
+            time.sleep(PAUSE)
 
     def _known(self, path: Path) -> SlurmJob | None:
         """The job that an earlier controller submitted, if it lives."""
@@ -93,7 +139,7 @@ class Slurm:
                 tick()
                 if stop.exists():
                     raise RankFailed("stopped before SLURM took the job", ExitCode.INTERRUPTED)
-                time.sleep(LOOK)
+                time.sleep(min(LOOK, 5.0))
                 if cluster.there_is_one():
                     break
 

@@ -71,9 +71,11 @@ def backend(name: str) -> Backend:
     return BACKENDS[name]()
 
 
-def perform(order: Order, report: Report) -> dict[str, Any]:
-    """Train a node: {"state": done | stopped | busy | failed, "message": ...}. `report` gets every
-    validation as it comes."""
+def perform(
+    order: Order, report: Report, watch: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Train a node: {"state": done | stopped | paused | busy | failed, "message": ...}. `report`
+    gets every validation as it comes; what `watch`, called often, raises ends the ranks."""
     path, sweep = Path(order["path"]), Path(order["sweep"])
     if (sweep / "stop").exists():
         return {"state": "stopped"}
@@ -90,6 +92,7 @@ def perform(order: Order, report: Report) -> dict[str, Any]:
     validations = Validations(path, order, report)
 
     def poll() -> None:
+        watch()
         if (sweep / "stop").exists() and not (path / "stop").exists():
             write_atomically(path / "stop", STOPPED_BY_SWEEP)
         validations.poll()

@@ -16,7 +16,6 @@ import signal
 import stat
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,9 +25,9 @@ from typing import Any
 from segfleet.core.errors import InputError, explain
 from segfleet.core.files import read_json, write_atomically
 from segfleet.pipeline.launch.local import die_with_parent
-from segfleet.sweeps.ray.slots import NAMES, share, threads_of
-from segfleet.sweeps.results.ledger import Ledger
-from segfleet.sweeps.space.plan import Plan, make_plan
+from segfleet.sweeps.ray.slots import NAMES, share
+from segfleet.sweeps.search.tree_search import TreeSearch, start
+from segfleet.sweeps.space.plan import make_plan
 from segfleet.sweeps.space.space import SearchSpace, search_of
 
 SETTINGS = {  # of Ray and Tune: no telemetry, no files, no flood; the tree on disk is the state
@@ -89,59 +88,21 @@ def drive(order: dict[str, Any], tell: Callable[..., None]) -> None:
     def tick(done: int, total: int) -> None:
         tell(epochs=[done, total])
 
+    search = start(plan, resources, tick, order["seconds"])
     with ray_session(resources, plan.folder) as storage:
         try:
-            tune_tree(plan, resources, storage, tick, order["seconds"])
+            tune_tree(search, resources, storage)
         finally:
             tell(closing=True)
 
 
-def tune_tree(
-    plan: Plan,
-    resources: Any,
-    storage: Path,
-    tick: Callable[[int, int], None],
-    seconds: float | None,
-) -> None:
-    """Every node of the tree is a trial of Tune. `seconds`: after that no node is handed out, and
-    those at work save and stop."""
+def tune_tree(search: TreeSearch, resources: Any, storage: Path) -> None:
+    """Every node of the tree is a trial of Tune."""
     from ray import tune
 
     from segfleet.sweeps.ray.searcher import TreeScheduler, TreeSearcher
     from segfleet.sweeps.ray.trial import trial
-    from segfleet.sweeps.search.asha import Rungs
-    from segfleet.sweeps.search.tree_search import TreeSearch
 
-    ledger, grow = Ledger(plan.tree, plan.runs, plan.folder), None
-    if plan.search.space.search == "optuna":
-        from segfleet.sweeps.ray.optuna import Suggestions
-
-        grow = Suggestions(plan, ledger)
-    elif plan.search.space.scheduler == "pbt":
-        grow = plan.next_generation
-    deadline = time.monotonic() + seconds if seconds else None
-
-    def order(node) -> dict[str, Any]:
-        made = plan.order(
-            node,
-            ranks=resources.ranks,
-            threads=threads_of(resources),
-            on=resources.on,
-            options=resources.options or {},
-        )
-        if deadline:
-            made["job"]["max_seconds"] = max(1.0, deadline - time.monotonic())
-        return made
-
-    def told() -> None:
-        tick(ledger.epochs_done(), plan.expected_epochs)
-
-    space = plan.search.space
-    search = TreeSearch(
-        ledger, order, slots=resources.at_once, grow=grow, tick=told, deadline=deadline,
-        rungs=Rungs(space.asha) if space.scheduler == "asha" else None,
-    )  # fmt: skip
-    told()
     tuner = tune.Tuner(
         tune.with_resources(trial, share(resources)),
         tune_config=tune.TuneConfig(

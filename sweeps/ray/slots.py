@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
-
-from segfleet.core.machine import cpus
 
 NAMES = {
     "trial_name_creator": lambda trial: trial.trial_id,
     "trial_dirname_creator": lambda trial: trial.trial_id,
 }
-
-
-def threads_of(resources: Any) -> int:
-    return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(
-        1, cpus() // (resources.at_once * resources.ranks)
-    )
 
 
 def share(resources: Any) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from segfleet.sweeps.results.ledger import STOP, Ledger
 from segfleet.sweeps.search.asha import Rungs
+from segfleet.sweeps.space.plan import Plan
 from segfleet.sweeps.space.tree import StageNode
 
 # adds points to the tree: True; None: not before more is known; False: there are no more
@@ -99,3 +100,41 @@ class TreeSearch:
         else:  # nobody ended it but the scheduler
             self.ledger.mark(node, "pruned", **measured)
         self.tick()
+
+
+def start(
+    plan: Plan, resources: Any, tick: Callable[[int, int], None], seconds: float | None
+) -> TreeSearch:
+    """The search of a plan. `seconds`: after that no node is handed out, and those at work save and
+    stop."""
+    ledger, space = Ledger(plan.tree, plan.runs, plan.folder), plan.search.space
+    deadline = time.monotonic() + seconds if seconds else None
+    grow: Grow | None = None
+    if space.search == "optuna":
+        from segfleet.sweeps.search.optuna import Suggestions
+
+        grow = Suggestions(plan, ledger)
+    elif space.scheduler == "pbt":
+        grow = plan.next_generation
+
+    def order(node: StageNode) -> Order:
+        made = plan.order(
+            node,
+            ranks=resources.ranks,
+            threads=resources.threads,
+            on=resources.on,
+            options=resources.options or {},
+        )
+        if deadline:
+            made["job"]["max_seconds"] = max(1.0, deadline - time.monotonic())
+        return made
+
+    def told() -> None:
+        tick(ledger.epochs_done(), plan.expected_epochs)
+
+    told()
+    rungs = Rungs(space.asha) if space.scheduler == "asha" else None
+    slots = resources.at_once
+    return TreeSearch(
+        ledger, order, slots=slots, grow=grow, rungs=rungs, tick=told, deadline=deadline
+    )

@@ -92,7 +92,7 @@ class SearchSpace(Section):
     search: Literal["grid", "random", "optuna"] = Field("grid", description="how points are chosen")
     seed: int = Field(0, description="of random and optuna search")
     forks: Positive = Field(
-        1, description="random search: later stages drawn per draw of the rest, which those share"
+        1, description="random, optuna: later stages drawn per draw of the first, which those share"
     )
     scheduler: Literal["none", "asha", "pbt"] = Field(
         "none", description="early stopping, or a population"
@@ -346,10 +346,10 @@ def _check(search: Search) -> None:
                 f"sweep {space.name}: {name}: found {twice[0]} twice in {list(given)}; a run and "
                 "its copy are no replicates"
             )
-    if space.forks > 1 and space.search != "random":
+    if space.forks > 1 and space.search == "grid":
         raise InputError(
-            f"sweep {space.name}: forks: found {space.forks} with search '{space.search}'; only "
-            "search 'random' forks"
+            f"sweep {space.name}: forks: found {space.forks} with search 'grid', which draws "
+            "nothing; search: random or optuna forks"
         )
     labels = [key for axis in search.axes for key in axis.keys]
     if twice := next((label for label in labels if labels.count(label) > 1), None):

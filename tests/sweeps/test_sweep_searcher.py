@@ -11,10 +11,10 @@ import pytest
 
 from segfleet.pipeline.scoring.scored import score_facts
 from segfleet.preprocess.stores.manifest import load_manifest
-from segfleet.sweeps.ray.optuna import Suggestions
 from segfleet.sweeps.results.ledger import Ledger
 from segfleet.sweeps.results.outcome import outcome
 from segfleet.sweeps.search.asha import Rungs, cutoff
+from segfleet.sweeps.search.optuna import Suggestions
 from segfleet.sweeps.search.tree_search import FINISHED, TreeSearch
 from segfleet.sweeps.space.plan import make_plan
 from segfleet.sweeps.space.space import Asha
@@ -258,6 +258,21 @@ def test_tune_is_told_what_the_search_says(ledger):
     assert ledger.state(ledger.tree.nodes[given[1]["node"]]) == "pruned"
     (ledger.folder / "stop").touch()
     assert searcher.suggest("c") == "FINISHED"
+
+
+def test_optuna_draws_later_stages_several_times_per_first_one(search, tmp_path):
+    rate = {"loguniform": [1e-5, 1e-2]}
+    stages = [{"epochs": 4, "lr": rate}, {"epochs": 1, "lr": rate}]
+    made = search(axes={}, search="optuna", stages=stages, budget={"trials": 6}, forks=3)
+    plan = make_plan(made, tmp_path / "runs", build=False)
+    plan.folder.mkdir(parents=True)
+    ask = Suggestions(plan, Ledger(plan.tree, plan.runs, plan.folder))
+    while ask():
+        pass
+    firsts = [trial.point["stages.0.lr"] for trial in plan.trials]
+    assert [firsts.count(rate) for rate in dict.fromkeys(firsts)] == [3, 3]
+    assert len({trial.point["stages.1.lr"] for trial in plan.trials}) == 6
+    assert plan.tree.shared_epochs == 2 * 4 + 6
 
 
 def test_a_point_that_does_not_fit_is_failed_and_another_is_asked_for(suggestions):

@@ -1,0 +1,75 @@
+"""A search without Ray: a thread per node waits for its job. For back ends whose ranks run elsewhere;
+the process that waits holds no model and needs little memory."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
+
+from segfleet.sweeps.search.tree_search import FINISHED, TreeSearch
+from segfleet.sweeps.slurm_backend import Leave
+from segfleet.sweeps.trial import perform
+
+PACE = 0.5  # seconds between looks at what has happened
+
+
+class Stopped(Exception):
+    """The search ends this node."""
+
+
+class Trial:
+    """One node in the hands of a thread."""
+
+    def __init__(self, name: str, leave: threading.Event):
+        self.name, self.leave, self.stop = name, leave, threading.Event()
+        self.heard: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.last: dict[str, Any] = {}
+
+    def run(self, order: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return perform(order, self.heard.put, self.watch)
+        except Stopped:
+            return self.last
+
+    def watch(self) -> None:
+        if self.leave.is_set():
+            raise Leave
+        if self.stop.is_set():
+            raise Stopped
+
+
+def drive(search: TreeSearch, slots: int, leave: threading.Event) -> None:
+    """Until nothing is left. `leave`: set by whoever wants this process to go while the jobs stay;
+    raises Leave then."""
+    running: dict[Future, Trial] = {}
+    count = 0
+    with ThreadPoolExecutor(max_workers=slots) as pool:
+        try:
+            while True:
+                order: Any = None
+                while len(running) < slots and not leave.is_set():
+                    trial = Trial(f"n{count}", leave)
+                    order = search.next(trial.name)
+                    if order is None or order == FINISHED:
+                        break
+                    count += 1
+                    running[pool.submit(trial.run, order)] = trial
+                if not running:
+                    if leave.is_set():
+                        raise Leave
+                    return
+                ended, _ = wait(running, timeout=PACE, return_when=FIRST_COMPLETED)
+                for future, trial in list(running.items()):
+                    while not trial.heard.empty():
+                        trial.last = trial.heard.get()
+                        if search.heard(trial.name, trial.last["epochs"], trial.last["dice"]):
+                            trial.stop.set()
+                    if future in ended:
+                        del running[future]
+                        if not isinstance(future.exception(), Leave):
+                            search.ended(trial.name, future.result())
+        except BaseException:
+            leave.set()  # the threads, or the pool would wait for their jobs
+            raise

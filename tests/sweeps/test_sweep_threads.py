@@ -1,0 +1,126 @@
+"""A search driven by threads, without Ray: what is waited for is played, the search is real."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from segfleet.sweeps import slurm_backend, threads
+from segfleet.sweeps.results.ledger import Ledger
+from segfleet.sweeps.search.asha import Rungs
+from segfleet.sweeps.search.tree_search import TreeSearch
+from segfleet.sweeps.slurm_backend import Leave
+from segfleet.sweeps.space.plan import make_plan
+from segfleet.sweeps.space.space import Asha
+
+
+@pytest.fixture
+def tree(search, space, tmp_path):
+    """`tree(**options)`: a search over four runs of one stage of 100 epochs."""
+    space["base"]["evaluation"] = {"every": 1}
+    found = search(stages=[{"epochs": 100, "steps": 1, "lr": [1e-2, 1e-3]}])
+    plan = make_plan(found, tmp_path / "runs", build=False)
+    plan.folder.mkdir(parents=True)
+
+    def made(**options):
+        return TreeSearch(Ledger(plan.tree, plan.runs, plan.folder), plan.order, slots=2, **options)
+
+    return made
+
+
+def ends(order):
+    """What the ranks of a node leave, and its score."""
+    from segfleet.pipeline.recipe import parse
+    from segfleet.pipeline.scoring.scored import score_facts, write_evaluation
+    from segfleet.preprocess.stores.manifest import load_manifest
+
+    path, done = Path(order["path"]), {"checkpoint": "step-00000001"}
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "done.json").write_text(json.dumps(done))
+    recipe = parse(order["job"]["recipe"])
+    facts = score_facts(recipe, load_manifest(recipe.data.store), done)
+    write_evaluation(path, {"scored": facts, "summary": {"mean_foreground_dice": 0.5}})
+
+
+def test_every_node_is_trained_once_and_no_more_than_the_slots_at_a_time(tree, monkeypatch):
+    at_work, most, seen, both = set(), [], [], threading.Barrier(2, timeout=60)
+
+    def play(order, report, watch):
+        at_work.add(order["node"])
+        both.wait()  # two are at work together, always
+        most.append(len(at_work))
+        ends(order)
+        seen.append(order["node"])
+        at_work.discard(order["node"])
+        return {"state": "done"}
+
+    monkeypatch.setattr(threads, "perform", play)
+    search = tree()
+    threads.drive(search, 2, threading.Event())
+    assert sorted(seen) == sorted(search.ledger.tree.nodes) and max(most) == 2
+    assert set(search.ledger.states().values()) == {"done"}
+
+
+def test_what_the_search_stops_is_stopped_and_noted(tree, monkeypatch):
+    scores = [0.9, 0.3, 0.2, 0.1]
+
+    def play(order, report, watch):
+        report({"epochs": 10, "dice": (dice := scores.pop(0))})
+        if dice == 0.9:
+            ends(order)
+            return {"state": "done"}
+        for _ in range(600):
+            watch()
+            threading.Event().wait(0.1)
+        raise AssertionError("it was not stopped")
+
+    monkeypatch.setattr(threads, "perform", play)
+    search = tree(rungs=Rungs(Asha(grace=10, factor=2)))
+    threads.drive(search, 1, threading.Event())
+    assert sorted(search.ledger.states().values()) == ["done", "pruned", "pruned", "pruned"]
+
+
+def test_a_process_that_leaves_marks_nothing(tree, monkeypatch):
+    leave, waits = threading.Event(), threading.Event()
+
+    def play(order, report, watch):
+        waits.set()
+        for _ in range(600):
+            watch()
+            threading.Event().wait(0.1)
+        raise AssertionError("nobody left")
+
+    monkeypatch.setattr(threads, "perform", play)
+    search = tree()
+    threading.Thread(target=lambda: (waits.wait(60), leave.set())).start()
+    with pytest.raises(Leave):
+        threads.drive(search, 2, leave)
+    assert not list(search.ledger.folder.rglob("*/*.json"))
+
+
+def test_one_question_to_the_queue_serves_all_jobs(monkeypatch):
+    asked = []
+
+    class Job:
+        def __init__(self, number):
+            self.id = str(number)
+
+    def look(jobs):
+        asked.append(len(jobs))
+        return [(job, {"state": "running", "reason": None}) for job in jobs]
+
+    monkeypatch.setattr(slurm_backend, "look_at_all", look)
+    for count in (10, 100):
+        queue = slurm_backend.Queue()
+        jobs = [Job(number) for number in range(count)]
+        for _ in range(3):
+            for job in jobs:
+                queue.look(job)
+        assert len(asked) == 1, "within LOOK seconds"
+        monkeypatch.setattr(queue, "looked", -slurm_backend.LOOK * 2)
+        assert {queue.look(job)["state"] for job in jobs} == {"running"}
+        assert asked == [1, count]
+        asked.clear()
