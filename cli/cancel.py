@@ -21,14 +21,19 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Cancel a submitted run. Its ranks save first, so `segfleet resume` goes on where it
-    stopped."""
+    stopped. A sweep stops all its stages."""
     from segfleet.slurm import job as slurm_job
-    from segfleet.slurm.submission import find_home
+    from segfleet.slurm.submission import COMMAND, find_home
 
     home = find_home(run, runs)
     found = slurm_job.look_at_all(slurm_job.jobs_of(home))
-    active = slurm_job.cancel(found)
     job, last = found[-1]
+    if job.submission.job()["do"] == COMMAND and last["state"] == "running":
+        # it is asked, not killed: only it knows the jobs of its stages
+        home.with_name(home.name.removesuffix(".jobs")).joinpath("stop").touch()
+        active = [job.id]
+    else:
+        active = slurm_job.cancel(found)
     before = "running" if any(facts["state"] == "running" for _, facts in found) else last["state"]
     document = {
         "run": str(home),

@@ -1,4 +1,4 @@
-"""segfleet submit RECIPE [key=value ...]; segfleet submit -- preprocess | evaluate | predict ...
+"""segfleet submit RECIPE [key=value ...]; segfleet submit -- preprocess | evaluate | predict | sweep ...
 (submit_words.py)"""
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def command(
     """Submit RECIPE to SLURM. The job saves and comes back by itself after time limits, preemption
     and node failures.
 
-    After --, one of the commands preprocess, evaluate and predict with all its words: it is checked
+    After --, one of the commands preprocess, evaluate, predict and sweep with all its words: it is checked
     now, and done by SLURM.
     """
     given = dict(locals())

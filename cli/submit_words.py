@@ -1,5 +1,5 @@
-"""segfleet submit [options] -- preprocess | evaluate | predict ...: the ordinary command, checked
-here and done by SLURM."""
+"""segfleet submit [options] -- preprocess | evaluate | predict | sweep ...: the ordinary command,
+checked here and done by SLURM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 
 from segfleet.cli.output import show, table
 
-COMMANDS = ("preprocess", "evaluate", "predict")
+COMMANDS = ("preprocess", "evaluate", "predict", "sweep")
 ONE_PROCESS = {"nodes": 1, "gpus_per_node": 0, "ranks_per_node": 1}
 Step = tuple[str, list[dict[str, Any]]]  # name, jobs: one, or an array
 
@@ -42,6 +42,11 @@ def submit(words: list[str], options: dict[str, Any], given: dict[str, Any]) -> 
             )
         spec = make_spec({**options, **ONE_PROCESS}, given["cluster"])
         spec = spec.model_copy(update={"cpus": spec.cpus or told["workers"] or 1})
+    elif name == "sweep":
+        if given["array"]:
+            raise InputError("--array: a sweep is one job; its --slots are jobs at a time")
+        steps, home, options = sweeping(told, words, options)
+        spec = make_spec(options, given["cluster"])
     else:
         if given["array"]:
             raise InputError(
@@ -68,6 +73,7 @@ def submit(words: list[str], options: dict[str, Any], given: dict[str, Any]) -> 
         refuse_if_active(home)
         if name == "preprocess":
             refuse_if_claimed(told["out"])
+        home.parent.mkdir(parents=True, exist_ok=True)
         cluster.check(without_bad_nodes(spec, root))
     show(send(launcher, steps, home, root, spec), as_json, render)
 
@@ -160,6 +166,51 @@ def prediction(told: dict[str, Any]) -> tuple[list[Step], Path, Path]:
     found = job_of(told["run"], images, out, told["runs"], told["fold"], told["best"])
     job = {**found, "overlays": told["overlays"], "root": str(told["runs"].resolve())}
     return [(title("predict", out), [job])], home_of(out), Path(job["root"])
+
+
+def sweeping(
+    told: dict[str, Any], words: list[str], options: dict[str, Any]
+) -> tuple[list[Step], Path, dict[str, Any]]:
+    """The job of a whole sweep. With --on slurm it only waits for its stages' jobs: one process. Else
+    its ranks run inside it, and it has one task with all of a node's GPUs."""
+    from segfleet.cli.sweep import job_options
+    from segfleet.core.errors import InputError
+    from segfleet.slurm.submission import COMMAND, home_of
+    from segfleet.sweeps.run import Resources, foreign
+    from segfleet.sweeps.space.plan import make_plan
+    from segfleet.sweeps.space.space import load_search
+
+    if told["space"] == "status" or told["dry_run"]:
+        raise InputError("submit: sweep status and --dry-run ask; run them here")
+    plan = make_plan(load_search(told["space"], told["changes"] or []), told["runs"])
+    if fault := foreign(plan):
+        raise InputError(fault)
+    Resources(
+        slots=told["slots"],
+        ranks=told["ranks"],
+        on=told["on"],
+        address=told["address"],
+        options=job_options(told["cluster"], told["resource"]),
+    ).check()
+    if told["on"] == "slurm":
+        if options.get("gpus_per_node"):
+            raise InputError(
+                "--gpus-per-node: the job of a sweep --on slurm only waits; after the --, say what "
+                "its stages get: --resource gpus_per_node=4"
+            )
+    elif options.get("nodes", 1) != 1 or options.get("gpus_per_node") not in (None, 0):
+        raise InputError(
+            "submit: a sweep inside one job runs on the CPUs of one node (--cpus); for GPUs let "
+            "every stage be a job: --on slurm after the --"
+        )
+    options = {**options, **ONE_PROCESS}
+    space = Path(told["space"])
+    words = [
+        str(space.absolute()) if word == told["space"] and space.is_file() else word
+        for word in words
+    ]
+    job = {"do": COMMAND, "words": [*words, "--runs", str(plan.runs)]}
+    return [(title("sweep", plan.folder), [job])], home_of(plan.folder), options
 
 
 def title(what: str, out: Path) -> str:

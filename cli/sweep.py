@@ -80,7 +80,11 @@ def command(
         if not words:
             raise typer.BadParameter("segfleet sweep status SPACE")
         space, *words = words
-    plan = make_plan(load_search(space, words), runs, build=not asking)
+    # jobs are waited for by a small process: what takes torch is done in another one
+    apart = on == "slurm" and not (asking or dry_run)
+    plan = make_plan(load_search(space, words), runs, build=not asking and not apart)
+    if apart:
+        plan.warnings = checked_apart(space, words, runs)
     if asking:
         show(standing(plan), as_json, render_standing)
         return
@@ -110,6 +114,22 @@ def command(
     )
     if document["failed"]:
         raise typer.Exit(1)
+
+
+def checked_apart(space: str, words: list[str], runs: Path) -> list[str]:
+    """The warnings of a plan whose networks are built in another process. Raises InputError."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(warnings_of, space, words, runs).result()
+
+
+def warnings_of(space: str, words: list[str], runs: Path) -> list[str]:
+    from segfleet.sweeps.space.plan import make_plan
+    from segfleet.sweeps.space.space import load_search
+
+    return make_plan(load_search(space, words), runs).warnings
 
 
 def start_again_with(code: Path) -> None:

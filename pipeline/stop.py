@@ -8,6 +8,9 @@ from pathlib import Path
 
 from segfleet.core.errors import ExitCode
 
+# in the environment of a command that is to go when it is asked to, while what it waits for stays
+LEAVE = "SEGFLEET_LEAVE"
+
 
 class Interrupted(RuntimeError):
     """Training stopped because it was asked to. Everything is saved; the same command goes on."""

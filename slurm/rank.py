@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,7 +20,8 @@ from typing import Any
 from segfleet.core.errors import ExitCode, InputError
 from segfleet.core.files import read_json, write_atomically
 from segfleet.pipeline.launch import worker
-from segfleet.pipeline.stop import Interrupted, Paused, StopRequest
+from segfleet.pipeline.stop import LEAVE, Interrupted, Paused, StopRequest
+from segfleet.slurm.submission import COMMAND, LIFE
 
 # seconds a rank that lost its partner gives SLURM to find out that a node died, before it calls it
 # a failure
@@ -62,7 +64,10 @@ def run_rank(folder: str) -> None:
             health.remember(Path(document["root"]), node, str(error))
             raise
 
-    code, error = worker.work(life, submission / "job.json", stop, first)
+    if document["do"] == COMMAND:
+        code, error = command(document["words"], life, stop)
+    else:
+        code, error = worker.work(life, submission / "job.json", stop, first)
     if error is None:
         if rank == 0:
             write_atomically(life / "ended.json", json.dumps({"time": time.time()}))
@@ -79,6 +84,33 @@ def run_rank(folder: str) -> None:
         sys.stderr.flush()
         wait_for_slurm()
     worker.exit_now(code)
+
+
+def command(words: list[str], life: Path, stop: StopRequest) -> tuple[int, BaseException | None]:
+    """Run a segfleet command as a job of one process; the exit code and what went wrong. A command
+    that ends by 75 is started again by the same job."""
+    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", LIFE, "SEGFLEET_MASTER_HOST")
+    environment = {key: value for key, value in os.environ.items() if key not in own}
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "segfleet.cli.main", *words],
+        env={**environment, LEAVE: "1"},
+        stdin=subprocess.DEVNULL,
+    )
+    asked = False
+    while process.poll() is None:
+        time.sleep(0.2)
+        if stop.asked() and not asked:
+            process.send_signal(signal.SIGTERM)
+            asked = True
+    code, line = process.returncode, " ".join(words)
+    if code == 0:
+        return 0, None
+    if code == ExitCode.INTERRUPTED:  # not asked by SLURM: a person wanted it to stop
+        kind = Interrupted if asked else Paused
+        error: BaseException = kind(f"segfleet {line} stopped in order")
+    else:
+        error = InputError(f"segfleet {line} ended with exit code {code}; its words are above")
+    return worker.report(life, 0, error), error
 
 
 def become_rank() -> None:
@@ -134,6 +166,8 @@ def begin(life: Path, document: dict[str, Any], limit: int) -> None:
         key=lambda path: int(path.parent.name.rpartition(".")[2]),
     )
     lives = (read_json(path) for path in begun)  # of a dead node one may be empty
+    if document["do"] == COMMAND:
+        return  # what a command waits for is not its own progress
     before = [facts["steps"] for facts in lives if facts and "steps" in facts]
     if len(before) > limit and set(before[-limit - 1 :]) == {steps}:
         where, mend = "", "Give it more time and submit it again"

@@ -25,6 +25,7 @@ from segfleet.pipeline.run import RECIPE, StageFolder, find_run, open_run, write
 from segfleet.slurm.jobspec import JobSpec
 
 LIFE = "SEGFLEET_LIFE"
+COMMAND = "command"  # a job that runs a segfleet command: {"do": COMMAND, "words": [...]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +188,8 @@ def progress_of(job: dict[str, Any]) -> int:
 
     if job["do"] in jobs.JOBS:
         return jobs.progress_of(job)
+    if job["do"] == COMMAND:
+        return 0
     if job["do"] == "predict":
         return sum(1 for path in Path(job["out"]).glob("[!.]*"))
     return steps_done(Path(job["run"]))

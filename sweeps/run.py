@@ -24,11 +24,12 @@ from segfleet.core.errors import ExitCode, InputError
 from segfleet.core.machine import cpus
 from segfleet.pipeline.launch.local import RankFailed, signals_heard
 from segfleet.pipeline.run import DONE, lock_stage
-from segfleet.pipeline.stop import Interrupted
+from segfleet.pipeline.stop import LEAVE, Interrupted
 from segfleet.slurm import snapshot
 from segfleet.sweeps import threads
 from segfleet.sweeps.results.ledger import STOP, Ledger
 from segfleet.sweeps.search.tree_search import start
+from segfleet.sweeps.slurm_backend import Leave
 from segfleet.sweeps.space.plan import Plan, claim, codes_of, foreign
 from segfleet.sweeps.trial import backend
 
@@ -131,9 +132,11 @@ def run_sweep(
         ledger = Ledger(plan.tree, plan.runs, plan.folder)
         ledger.forget_failures()
         if ledger.open() or not plan.complete:
-            with listening(plan.folder):
-                run_nodes = _run_threads if resources.on == "slurm" else _run_sessions
-                run_nodes(plan, resources, tick)
+            with listening(plan.folder, leaves=resources.on == "slurm") as leave:
+                if resources.on == "slurm":
+                    _run_threads(plan, resources, tick, leave)
+                else:
+                    _run_sessions(plan, resources, tick)
             plan.catch_up()
             ledger = Ledger(plan.tree, plan.runs, plan.folder)
         ended = plan.complete and all(
@@ -153,11 +156,22 @@ def run_sweep(
         lock.release()
 
 
-def _run_threads(plan: Plan, resources: Resources, tick: Callable[[int, int], None]) -> None:
-    """Jobs of SLURM, waited for by this process: no Ray where no rank runs."""
+def _run_threads(
+    plan: Plan,
+    resources: Resources,
+    tick: Callable[[int, int], None],
+    leave: threading.Event,
+) -> None:
+    """Jobs of SLURM, waited for by this process: no Ray where no rank runs. Raises Interrupted if
+    it is to leave."""
     hours = plan.search.space.budget.hours
     search = start(plan, resources, tick, 3600 * hours if hours else None)
-    threads.drive(search, resources.at_once, threading.Event())
+    try:
+        threads.drive(search, resources.at_once, leave)
+    except Leave:
+        raise Interrupted(
+            "the sweep's own job goes and its stages' jobs stay; the same command goes on with them"
+        ) from None
 
 
 def _run_sessions(plan: Plan, resources: Resources, tick: Callable[[int, int], None]) -> None:
@@ -291,12 +305,17 @@ class Session:
 
 
 @contextmanager
-def listening(folder: Path) -> Iterator[None]:
+def listening(folder: Path, leaves: bool) -> Iterator[threading.Event]:
     """Ctrl-C and the like: the ranks save and stop, by the file `stop` in the folder, which anybody
-    may write. Ctrl-C twice: at once."""
+    may write. Ctrl-C twice: at once. In a job of its own, of a sweep whose stages are jobs, a signal
+    says that this process goes alone: the event is set."""
     asked: set[int] = set()
+    leave, alone = threading.Event(), leaves and os.environ.get(LEAVE) == "1"
 
     def ask(number: int, _) -> None:
+        if alone:
+            leave.set()
+            return
         if number in asked and number in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
         if not asked:
@@ -306,7 +325,7 @@ def listening(folder: Path) -> Iterator[None]:
 
     before = {number: signal.signal(number, ask) for number in signals_heard()}
     try:
-        yield
+        yield leave
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -33,17 +33,22 @@ class Leave(Exception):
     """Whoever waited for the ranks goes, and they do not: they are found again."""
 
 
+# Threads talk to SLURM one after another: submitit submits with the environment of the process,
+# which is another one for that moment.
+TALK = threading.RLock()
+
+
 class Queue:
     """States of many jobs, asked for all at once and not more often than every LOOK seconds."""
 
     def __init__(self) -> None:
-        self.lock, self.looked = threading.Lock(), -math.inf
+        self.looked = -math.inf
         self.jobs: dict[str, SlurmJob] = {}
         self.found: dict[str, dict[str, Any]] = {}
 
     def look(self, job: SlurmJob) -> dict[str, Any]:
         """{"state", "reason", ...}. One that was not there at the last look is queued."""
-        with self.lock:
+        with TALK:
             self.jobs[job.id] = job
             if time.monotonic() - self.looked >= LOOK:
                 found = look_at_all(list(self.jobs.values()))
@@ -52,7 +57,7 @@ class Queue:
             return self.found.get(job.id) or {"state": "queued", "reason": None}
 
     def forget(self, job: SlurmJob) -> None:
-        with self.lock:
+        with TALK:
             self.jobs.pop(job.id, None)
 
 
@@ -81,7 +86,7 @@ class Slurm:
             raise
         except BaseException:
             # stopped by the search, or by a fault of ours: nobody waits for the job any more
-            with suppress(InputError):
+            with suppress(InputError), TALK:
                 job.cancel()
             raise
         finally:
@@ -93,7 +98,7 @@ class Slurm:
 
     def _wait(self, job: SlurmJob, tick: Callable[[], None], stop: Path) -> dict[str, Any]:
         """What became of the job."""
-        cancelled = False
+        told = False
         while True:
             tick()
             if job.submission.outcome()[0] == "done":
@@ -101,11 +106,11 @@ class Slurm:
             found = QUEUE.look(job)
             if found["state"] not in OPEN:
                 return found
-            # nothing runs that would save and stop
-            if found["state"] == "queued" and stop.exists() and not cancelled:
-                with suppress(InputError):
-                    job.cancel()
-                    cancelled = True
+            if found["state"] == "queued" and stop.exists() and not told:
+                with suppress(InputError), TALK:
+                    if job.state() == "queued":  # nothing runs that would save and stop
+                        job.cancel()
+                    QUEUE.looked, told = -math.inf, True
             time.sleep(PAUSE)
 
     def _known(self, path: Path) -> SlurmJob | None:
@@ -114,7 +119,8 @@ class Slurm:
             job = attach(path)
         except InputError:
             return None
-        return job if job.state() in OPEN else None
+        with TALK:  # not what was found a minute ago: whether to submit again hangs on it
+            return job if job.state() in OPEN else None
 
     def _submit(self, order: dict[str, Any], tick: Callable[[], None], stop: Path) -> SlurmJob:
         path, spec, root = (
@@ -127,21 +133,25 @@ class Slurm:
         job.pop("max_seconds", None)
         while True:
             try:
-                return SlurmLauncher().submit_jobs(
-                    [(path, job)], root, spec, job_name([path]), path
-                )[0]
+                with TALK:
+                    return SlurmLauncher().submit_jobs(
+                        [(path, job)], root, spec, job_name([path]), path
+                    )[0]
             except QueueFull:
                 pass
             except InputError:
-                if cluster.there_is_one() or shutil.which("sinfo") is None:  # that was the answer
+                with TALK:
+                    answers = cluster.there_is_one() or shutil.which("sinfo") is None
+                if answers:  # that was it
                     raise
             while True:
                 tick()
                 if stop.exists():
                     raise RankFailed("stopped before SLURM took the job", ExitCode.INTERRUPTED)
                 time.sleep(min(LOOK, 5.0))
-                if cluster.there_is_one():
-                    break
+                with TALK:
+                    if cluster.there_is_one():
+                        break
 
 
 def spec_of(options: dict[str, Any]) -> JobSpec:

@@ -1,5 +1,6 @@
 """Where every node of a sweep stands. Disk is the truth: this only remembers what can no longer
-change, and what it handed out itself.
+change, and what it handed out itself. Every node is looked at once at the start, later those alone
+that something happened to.
 
 RUNS/<uid>/<uid>/...       the nodes, shared by all sweeps and by `segfleet train`
 RUNS/sweeps/<name>/        space.json, points.jsonl, stop, the outcome, and of nodes that did not end
@@ -8,7 +9,11 @@ RUNS/sweeps/<name>/        space.json, points.jsonl, stop, the outcome, and of n
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import json
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,7 @@ from segfleet.sweeps.space.tree import StageNode, StageTree
 
 EVALUATION, STOP = scored.EVALUATION, "stop"
 MARKS = ("failed", "pruned", "paused")
+LOOK = 5.0  # seconds between looks at what other processes train
 
 
 class Ledger:
@@ -30,6 +36,11 @@ class Ledger:
         self.taken: set[str] = set()  # handed out by this process and not yet given back
         self._trained: set[str] = set()
         self._complete: set[str] = set()
+        self._epochs = 0  # of the complete ones
+        self._seen = 0  # nodes of the tree that were looked at
+        self._ready: list[tuple[int, int, int, str]] = []  # a heap: longest way to go first
+        self._elsewhere: set[str] = set()  # at work in another process
+        self._looked = -math.inf
         self._marks = {
             kind: {path.stem for path in (self.folder / kind).glob("*.json")} for kind in MARKS
         }
@@ -51,6 +62,7 @@ class Ledger:
             and (not node.leaf_of or self._scored(node))
         ):
             self._complete.add(node.uid)
+            self._epochs += self.tree.epochs(node)
         return node.uid in self._complete
 
     def _scored(self, node: StageNode) -> bool:
@@ -101,17 +113,59 @@ class Ledger:
 
     def next(self) -> StageNode | None:
         """The ready node with the longest way to go; it is taken."""
-        for node in self.tree.in_order(self.tree.nodes.values()):
-            if self.state(node) == "ready":
+        self._look_at_new()
+        if time.monotonic() - self._looked > LOOK:
+            self._looked = time.monotonic()
+            for uid in sorted(self._elsewhere):
+                self.look(self.tree.nodes[uid])
+        while self._ready:
+            node = self.tree.nodes[heapq.heappop(self._ready)[-1]]
+            if (state := self.state(node)) == "ready":
                 self.taken.add(node.uid)
                 return node
+            if state == "running" and node.uid not in self.taken:
+                self._elsewhere.add(node.uid)
+            elif state == "done":
+                self._look_below(node)
         return None
+
+    def give_back(self, node: StageNode) -> None:
+        """It is no longer at work here."""
+        self.taken.discard(node.uid)
+        self.look(node)
+
+    def look(self, node: StageNode) -> None:
+        """Something may have happened to a node: what may start now is ready."""
+        state = self.state(node)
+        self._elsewhere.discard(node.uid)
+        if state == "ready":
+            way = -self.tree.remaining[node.uid]
+            heapq.heappush(self._ready, (way, node.trials[0], node.index, node.uid))
+        elif state == "running" and node.uid not in self.taken:
+            self._elsewhere.add(node.uid)
+        if self.trained(node):
+            self._look_below(node)
+
+    def _look_below(self, node: StageNode) -> None:
+        for child in self.tree.children.get(node.uid, ()):
+            if child.uid not in self._complete:
+                self.look(child)
+
+    def _look_at_new(self) -> None:
+        """At nodes that were added since the last time; the first time, at all."""
+        if self._seen < len(self.tree.nodes):
+            new = list(itertools.islice(self.tree.nodes.values(), self._seen, None))
+            self._seen = len(self.tree.nodes)
+            for node in new:
+                before = self.tree.before(node)
+                if before is None or self.trained(before):
+                    self.look(node)
 
     def open(self) -> bool:
         """Whether anything can still happen: a node runs, here or elsewhere, or is ready."""
         return any(self.state(node) in ("running", "ready") for node in self.tree.nodes.values())
 
     def epochs_done(self) -> int:
-        return sum(
-            self.tree.epochs(node) for node in self.tree.nodes.values() if self.complete(node)
-        )
+        """Epochs of the nodes that are known to be complete."""
+        self._look_at_new()
+        return self._epochs

@@ -83,12 +83,11 @@ class TreeSearch:
     def ended(self, name: str, result: dict[str, Any] | None, error: bool = False) -> None:
         """A node came back. Whether it is done stands on disk; the rest is noted there."""
         node, _ = self.running.pop(name)
-        self.ledger.taken.discard(node.uid)
         result = result or {}
         state = result.get("state")
         measured = {"epochs": result.get("epochs"), "dice": result.get("dice")}
         if self.ledger.complete(node) or state in ("stopped", "busy"):
-            pass
+            pass  # it stands on disk, or it is somebody else's
         elif state == "failed":
             self.ledger.mark(node, "failed", message=result["message"])
         elif state == "paused":
@@ -99,6 +98,7 @@ class TreeSearch:
             )
         else:  # nobody ended it but the scheduler
             self.ledger.mark(node, "pruned", **measured)
+        self.ledger.give_back(node)
         self.tick()
 
 

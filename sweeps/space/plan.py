@@ -222,7 +222,7 @@ def within_budget(
     tree = StageTree([], stores)
     for _, replicates in itertools.groupby(trials, key=lambda trial: trial.point):
         point = list(replicates)
-        tree.add(point, link=False)
+        tree.add(point)
         if tree.shared_epochs > most:
             break
         kept += point
@@ -324,19 +324,64 @@ def codes_of(plan: Plan) -> list[dict[str, Any]]:
 
 
 def foreign(plan: Plan) -> str | None:
-    """Why the folder cannot be used, or None."""
+    """Why the folder cannot be used, or None. A space may grow: what it had before stays in it."""
     known = read_json(plan.folder / SPACE)
     if known is None or not isinstance(known.get("space"), dict):
         return None
     if known.get("identity") == plan.search.identity:
         return None
+    space = plan.search.space.model_dump(mode="json")
     differing = [
         key
-        for key, value in plan.search.space.model_dump(mode="json").items()
+        for key, value in space.items()
         if known["space"].get(key) != value
-    ] or ["base"]
+        and not grows(key, known["space"].get(key), value, space)
+    ]
+    bases = [known.get("base"), plan.search.base]
+    if space["stages"] is not None:  # the base holds their first values
+        bases = [base and {**base, "stages": None} for base in bases]
+    if bases[0] != bases[1] and "base" not in differing:
+        differing.append("base")
+    if not differing:
+        return None
     return (
         f"sweep: {plan.folder} belongs to another space of the same name (they differ in: "
-        f"{', '.join(differing)}). "
+        f"{', '.join(differing)}). A space may grow by trials, epochs, hours, seeds, folds and, as "
+        "a grid or with optuna, by values of its lists. "
         "Give this one another name; stages that both need are trained once all the same."
     )
+
+
+def grows(key: str, old: Any, new: Any, space: dict[str, Any]) -> bool:
+    """Whether a space's key has become more than it was."""
+    if key == "budget":
+        return True  # what was trained stays, however much or little is asked for now
+    if key in ("seeds", "folds"):
+        return bool(old) and set(old) <= set(new)
+    listed = space["search"] in ("grid", "optuna") and space["scheduler"] != "pbt"
+    if not listed or key not in ("axes", "stages") or not old or not new or len(old) != len(new):
+        return False
+    if key == "axes":
+        return all(_contains(value, old.get(name)) for name, value in new.items())
+    return all(
+        was.keys() == now.keys()
+        and all(
+            _contains(value, was[name]) if name != "freeze" else value == was[name]
+            for name, value in now.items()
+        )
+        for was, now in zip(old, new, strict=True)
+    )
+
+
+def _contains(new: Any, old: Any) -> bool:
+    """Whether the values are the same, or all of a list (or the one value) are in a longer list."""
+    if new == old:
+        return True
+    values = [
+        next(iter(given.values())) if isinstance(given, dict) and len(given) == 1 else given
+        for given in (old, new)
+    ]
+    if isinstance(old, dict) and next(iter(old)) not in ("grid", "choice"):
+        return False
+    listed = [value if isinstance(value, list) else [value] for value in values]
+    return isinstance(values[1], list) and all(value in listed[1] for value in listed[0])

@@ -8,6 +8,7 @@ only in length form a trunk: the longer one goes on where the shorter ended.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -61,17 +62,16 @@ class StageTree:
         self.trials: dict[int, Trial] = {}
         self.leaves: dict[int, str] = {}  # trial number -> uid of its last stage
         self.manifests = manifests
-        # family, or a node that has none -> epochs of its longest stage
-        self._lengths: dict[str, int] = {}
+        self.children: dict[str | None, list[StageNode]] = {}
+        self.remaining: dict[str, int] = {}  # epochs of the longest way from a node to an end
+        self.shared_epochs = 0  # if every stage is trained once
+        self._families: dict[str, list[StageNode]] = {}  # by length
         self.add(trials)
 
-    def add(self, trials: Iterable[Trial], link: bool = True) -> None:
-        """More trials, in the middle of a sweep. Without links only `shared_epochs` is right, but a
-        point costs the same in any tree."""
+    def add(self, trials: Iterable[Trial]) -> None:
+        """More trials, in the middle of a sweep, too: what it costs depends on them alone."""
         for trial in trials:
             self._insert(trial)
-        if link:
-            self._link()
 
     def _insert(self, trial: Trial) -> None:
         recipe, manifest = trial.recipe, self.manifests(trial.recipe)
@@ -82,43 +82,56 @@ class StageTree:
             path /= uid
             if uid not in self.nodes:
                 cut = recipe.model_copy(update={"stages": recipe.stages[: index + 1]})
-                family = family_of(parent, facts, stage)
-                self.nodes[uid] = StageNode(
+                node = StageNode(
                     uid=uid,
                     path=path,
                     parent=parent,
                     index=index,
                     recipe=cut,
                     begin=begin,
-                    family=family,
+                    family=family_of(parent, facts, stage),
                 )
-                alike = family or uid
-                self._lengths[alike] = max(stage.epochs, self._lengths.get(alike, 0))
-            self.nodes[uid].trials.append(trial.number)
+                node.trials.append(trial.number)
+                self.nodes[uid] = node
+                self._link(node)
+            else:
+                self.nodes[uid].trials.append(trial.number)
             begin += stage.epochs
         self.nodes[uid].leaf_of.append(trial.number)
         self.trials[trial.number], self.leaves[trial.number] = trial, uid
 
-    def _link(self) -> None:
-        """Trunks, children and the longest path below every node."""
-        families: dict[str, list[StageNode]] = {}
-        for node in self.nodes.values():
-            if node.family:
-                families.setdefault(node.family, []).append(node)
-        for members in families.values():
-            members.sort(key=lambda node: node.stage.epochs)
-            for shorter, longer in zip(members, members[1:], strict=False):
-                longer.trunk = shorter.uid
-        self.children: dict[str | None, list[StageNode]] = {}
-        for node in self.nodes.values():
-            self.children.setdefault(node.after, []).append(node)
-        self.remaining: dict[str, int] = {}
-        order = list(self.walk())
-        for node in reversed(order):
-            below = max(
-                (self.remaining[child.uid] for child in self.children.get(node.uid, ())), default=0
-            )
-            self.remaining[node.uid] = self.epochs(node) + below
+    def _link(self, node: StageNode) -> None:
+        """Give a new node its place: after the next shorter one of its family, before the next
+        longer one."""
+        self.shared_epochs += node.stage.epochs
+        longer = None
+        if node.family:
+            members = self._families.setdefault(node.family, [])
+            place = bisect.bisect([one.stage.epochs for one in members], node.stage.epochs)
+            node.trunk = members[place - 1].uid if place else None
+            longer = members[place] if place < len(members) else None
+            members.insert(place, node)
+            whole = self.nodes[node.trunk].stage.epochs if node.trunk else 0
+            self.shared_epochs -= node.stage.epochs if longer else whole
+        self.children.setdefault(node.after, []).append(node)
+        self.remaining[node.uid] = self.epochs(node)
+        if longer:
+            self.children[longer.after].remove(longer)
+            longer.trunk = node.uid
+            self.children.setdefault(node.uid, []).append(longer)
+            self.remaining[longer.uid] -= self.epochs(node)
+            self.remaining[node.uid] += self.remaining[longer.uid]
+        self._lengthen(node)
+
+    def _lengthen(self, node: StageNode) -> None:
+        """The ways through everything before a node are at least as long as its own."""
+        above = self.before(node)
+        while (
+            above
+            and (way := self.epochs(above) + self.remaining[node.uid]) > self.remaining[above.uid]
+        ):
+            self.remaining[above.uid] = way
+            node, above = above, self.before(above)
 
     def walk(self) -> Iterable[StageNode]:
         """Every node after the one it starts from, depth first."""
@@ -136,21 +149,10 @@ class StageTree:
         return self.nodes[node.after] if node.after else None
 
     @property
-    def shared_epochs(self) -> int:
-        return sum(self._lengths.values())
-
-    @property
     def naive_epochs(self) -> int:
         """Epochs if every trial trained all its stages."""
         return sum(
             sum(stage.epochs for stage in trial.recipe.stages) for trial in self.trials.values()
-        )
-
-    def in_order(self, nodes: Iterable[StageNode]) -> list[StageNode]:
-        """Longest remaining path first: it decides when the sweep ends. Ties in the order of the
-        trials."""
-        return sorted(
-            nodes, key=lambda node: (-self.remaining[node.uid], node.trials[0], node.index)
         )
 
 

@@ -126,6 +126,53 @@ def test_a_sweep_of_jobs_survives_preemption_and_a_killed_controller(
     )
 
 
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_a_submitted_sweep_comes_back_and_finds_its_stages(cluster):
+    """The job that waits is requeued in the middle: its stages' jobs stay, and none is submitted
+    twice. Cancelled, it stops them all and stays away; submitted again, it goes on."""
+    document = yaml.safe_load((cluster.folder / "tiny.yaml").read_text())
+    stages = [
+        {"epochs": 1, "steps": 300, "lr": [1e-2, 1e-3]},
+        {"epochs": 1, "steps": 2, "lr": [1e-3, 1e-4], "inherit": "weights+optimizer"},
+    ]
+    space = {"name": "left", "base": document, "stages": stages}
+    (cluster.folder / "left.yaml").write_text(yaml.safe_dump(space))
+    runs = cluster.folder / "left"
+    words = ["--runs", runs, "--json", "--", "sweep", "left.yaml", "--on", "slurm", "--slots", 2]
+
+    def submit() -> dict:
+        return json.loads(cluster.segfleet("submit", *words).stdout)
+
+    def jobs() -> list[Path]:
+        return [path.parents[2] for path in runs.glob("[!s.]*/**/submission.json")]
+
+    def moving() -> bool:
+        return any(cluster.events(run, "step") for run in jobs())
+
+    made = submit()
+    cluster.wait(moving, 300, "a first step")
+    cluster.call("scontrol", "requeue", made["job"])
+    cluster.release(made)
+    cluster.wait(lambda: len(list(runs.rglob("done.json"))) >= 2, 300, "two stages")
+    assert "jobs stay" in Path(made["log"]).read_text()
+
+    again = cluster.segfleet("cancel", runs / "sweeps" / "left")
+    cluster.wait(
+        lambda: cluster.queue(made["job"])[0] not in ("RUNNING", "PENDING"), 120, "the end"
+    )
+    assert again.returncode == 0 and "Traceback" not in Path(made["log"]).read_text()
+    last = submit()
+    cluster.wait_for_state(last, "COMPLETED", timeout=600)
+    outcome = json.loads((runs / "sweeps" / "left" / "outcome.json").read_text())
+    assert outcome["nodes"] == {"done": 6} and len(outcome["ranking"]) == 4
+    submitted = jobs()
+    assert len(set(submitted)) == 6
+    for run in set(submitted):
+        steps = [event["step"] for event in cluster.events(run, "step")]
+        assert steps == sorted(set(steps)), "no step was trained twice"
+
+
 @pytest.fixture
 def stage(cluster, monkeypatch):
     """`stage(seed, steps)`: what a trial is told of an inner stage of one epoch."""

@@ -201,6 +201,33 @@ def test_a_folder_belongs_to_one_space(search, tmp_path):
         claim(make_plan(search(seeds=[3]), tmp_path), [])
 
 
+def test_a_space_may_grow_and_must_not_change(search, space, tmp_path):
+    def stages(first=(1e-2, 1e-3), second=(1e-3, 1e-4), **more):
+        rates = {"lr": list(first)}, {"lr": list(second), "inherit": "weights+optimizer"}
+        return [{"epochs": 5, **rates[0], **more}, {"epochs": 1, **rates[1]}]
+
+    def fault(**changes):
+        return foreign(make_plan(search(**{"axes": {}, "stages": stages(), **changes}), tmp_path))
+
+    small = make_plan(search(axes={}, stages=stages(), seeds=[0], budget={"trials": 3}), tmp_path)
+    claim(small, [])
+    assert fault(seeds=[0, 1], budget={"trials": 4}) is None
+    assert fault(seeds=[0], budget={}) is None
+    assert fault(seeds=[0], stages=stages(first=(1e-2, 5e-3, 1e-3))) is None
+    assert fault(seeds=[0], stages=stages(second=(1e-4, 1e-3, 1e-5))) is None
+    assert "differ in: seeds)" in fault(seeds=[1])
+    assert "differ in: stages)" in fault(seeds=[0], stages=stages(first=(1e-2,)))
+    assert "differ in: stages)" in fault(seeds=[0], stages=stages(warmup=1))
+    assert "differ in: base)" in fault(seeds=[0], base={**space["base"], "seed": 7})
+    random = fault(seeds=[0], search="random", budget={"trials": 3})
+    assert "search" in random
+    # what was trained counts: the same stages, and more
+    larger = make_plan(
+        search(axes={}, stages=stages(first=(1e-2, 5e-3, 1e-3)), seeds=[0]), tmp_path
+    )
+    assert small.tree.nodes.keys() < larger.tree.nodes.keys()
+
+
 def test_shipped_spaces_plan(tiny_store, tmp_path):
     """Every shipped space, with its header's epochs, on a store of its kind: every network builds
     and takes the patch."""

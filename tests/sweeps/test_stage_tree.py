@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -117,7 +118,7 @@ def test_longest_path_first_and_children_only_after_their_parent(plan, tmp_path)
     first, second = ledger.next(), ledger.next()
     assert {first.index, second.index} == {0} and ledger.next() is None and ledger.open()
     finish(ledger, first)
-    ledger.taken.discard(first.uid)
+    ledger.give_back(first)
     child = ledger.next()
     assert child.parent == first.uid and child.stage.epochs == 30 and ledger.state(first) == "done"
 
@@ -139,7 +140,7 @@ def test_a_failed_node_takes_only_its_own_subtree(plan):
     ledger.mark(victim, "failed", message="broken")
     while node := ledger.next():
         finish(ledger, node)
-        ledger.taken.discard(node.uid)
+        ledger.give_back(node)
     states = list(ledger.states().values())
     assert (states.count("failed"), states.count("lost"), states.count("done")) == (
         1,
@@ -169,6 +170,71 @@ def test_a_thousand_nodes_are_planned_in_two_seconds(search, epochs):
         trials += made.trials(point, first=len(trials))
     trials, _ = within_budget(trials, lambda _: manifest, made)
     tree = StageTree(trials, lambda _: manifest)
-    list(tree.in_order(tree.nodes.values()))
     assert len(tree.nodes) == 1000
     assert time.process_time() - before < 2.0, f"{time.perf_counter() - start:.2f} s on the clock"
+
+
+class Looks:
+    """Path.exists, counted."""
+
+    def __init__(self):
+        self.count, self.exists = 0, Path.exists
+
+    def __get__(self, path, _):
+        self.count += 1
+        return lambda: self.exists(path)
+
+
+def test_what_a_finished_node_costs_does_not_grow_with_the_tree(search, tmp_path, monkeypatch):
+    """Looks at the disk and places in the tree, per node, of a sweep from its start to its end."""
+    costs = []
+    for firsts in (10, 40):
+        made = search(
+            axes={},
+            stages=[
+                {"epochs": 50, "lr": [1e-3 * (i + 1) for i in range(firsts)]},
+                {"epochs": 20, "lr": [1e-4 * (i + 1) for i in range(10)]},
+            ],
+        )
+        runs = tmp_path / str(firsts)
+        plan = make_plan(made, runs, build=False)
+        ledger, looks = Ledger(plan.tree, plan.runs, plan.folder), Looks()
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "exists", looks)
+            while node := ledger.next():
+                ledger.epochs_done()
+                path = ledger.path(node)
+                path.mkdir(parents=True)
+                (path / "done.json").write_text("{}")
+                ledger._complete.add(node.uid)
+                ledger.give_back(node)
+        assert len(list(runs.rglob("done.json"))) == len(plan.tree.nodes) == 11 * firsts
+        costs.append(looks.count / len(plan.tree.nodes))
+    assert costs[1] <= 1.1 * costs[0]
+
+
+def test_a_tree_that_grows_point_by_point_is_the_tree_made_at_once(search, space):
+    made = search(
+        axes={},
+        stages=[
+            {"epochs": [30, 10, 20], "lr": [1e-2, 1e-3]},
+            {"epochs": [4, 2], "lr": [1e-3, 1e-4]},
+        ],
+    )
+    manifest = load_manifest(made.base["data"]["store"])
+    trials = [made.trials(point, first=number)[0] for number, point in enumerate(made.points())]
+    whole = StageTree(trials, lambda _: manifest)
+    for order in (trials, trials[::-1], trials[1::2] + trials[::2]):
+        tree = StageTree([], lambda _: manifest)
+        for trial in order:
+            tree.add([trial])
+        assert tree.shared_epochs == whole.shared_epochs == 2 * 30 + 2 * 2 * 3 * 4
+        assert tree.remaining == whole.remaining
+        facts = [{uid: node.after for uid, node in one.nodes.items()} for one in (tree, whole)]
+        assert facts[0] == facts[1]
+        below = [
+            {uid: {child.uid for child in found} for uid, found in one.children.items() if found}
+            for one in (tree, whole)
+        ]
+        assert below[0] == below[1]
+        assert len(list(tree.walk())) == len(tree.nodes)
