@@ -9,13 +9,15 @@ never 0 and never dropped silently.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from segfleet.pipeline.scoring.lesions import lesion_counts
 from segfleet.pipeline.scoring.surfaces import NOTHING, surface_scores
-from segfleet.pipeline.task import Task
+
+if TYPE_CHECKING:  # it loads torch
+    from segfleet.pipeline.task import Task
 
 Scores = dict[str, Any]
 TOLERANCE = 2.0  # mm, of the normalised surface Dice
