@@ -35,6 +35,7 @@ from segfleet.sweeps.trial import backend
 
 JOBS = 16  # in SLURM's queue at a time, if nobody says how many
 RAY = ("gcs_server", "raylet/raylet")  # a session without one of these hangs, or waits for minutes
+JOINING = 60.0  # seconds that a cluster may take to let us in
 FRUITLESS = 3  # sessions in a row that may die before one more stage is done
 LOG = "ray.log"
 
@@ -202,7 +203,8 @@ class Session:
     def __init__(self, plan: Plan, resources: Resources, seconds: float | None):
         order = {
             "space": plan.search.space.model_dump(mode="json"), "base": plan.search.base, "runs": str(plan.runs),
-            "resources": asdict(replace(resources, slots=resources.at_once)), "seconds": seconds,
+            "resources": asdict(resources if resources.address else replace(resources, slots=resources.at_once)),
+            "seconds": seconds,
         }  # fmt: skip
         code = snapshot.frozen(plan.runs, snapshot.digest())
         paths = [str(code)] if code else []
@@ -227,6 +229,7 @@ class Session:
             self.process.stdin.write(json.dumps(order))
             self.process.stdin.close()
         self.closing, self.error, self.watching = False, None, resources.address is None
+        self.joined, self.until = False, time.monotonic() + JOINING
         self.parts: dict[str, Any] = {}  # of Ray -> its process
 
     def follow(self, tick: Callable[[int, int], None]) -> str | None:
@@ -260,10 +263,19 @@ class Session:
                 elif "error" in facts:
                     self.error = facts
                 self.closing = self.closing or "closing" in facts
+                self.joined = self.joined or "joined" in facts
 
     def _missing(self) -> str | None:
-        """Which part of a Ray of our own was there and is no more."""
+        """Which part of a Ray of our own was there and is no more; or that a cluster is silent."""
         import psutil
+
+        if not (self.watching or self.joined) and time.monotonic() > self.until:
+            self.error = {
+                "error": "sweep: --address: something answers there, but no Ray cluster of this "
+                f"version and token let us in within {JOINING:.0f} s",
+                "code": ExitCode.INPUT,
+            }
+            return self.error["error"]
 
         if self.watching and len(self.parts) < len(RAY):
             for process, words in self._family():

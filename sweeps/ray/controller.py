@@ -3,7 +3,7 @@ this process dies.
 
 It reads an order from stdin, {"space", "base", "runs", "resources", "seconds"}, and writes a line
 of JSON for everything that happens:
-{"epochs": [done, total]}, {"closing": true} before Ray is shut down in order, {"error": message,
+{"joined": true} when Ray is there, {"epochs": [done, total]}, {"closing": true} before Ray is shut down in order, {"error": message,
 "code": exit code}. All state is on disk.
 """
 
@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
+import socket
 import stat
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,7 @@ SETTINGS = {  # of Ray and Tune: no telemetry, no files, no flood; the tree on d
     "RAY_raylet_start_wait_time_s": "120",
 }
 LONGEST = 40  # characters of the folder of Ray's sockets: theirs have 107, of which it adds 65
+JOIN = 5.0  # seconds in which a cluster takes a connection
 OWNER = "sweep"  # a file in a temporary folder: whose it is, so that nothing else is removed
 
 
@@ -88,9 +92,11 @@ def drive(order: dict[str, Any], tell: Callable[..., None]) -> None:
     def tick(done: int, total: int) -> None:
         tell(epochs=[done, total])
 
-    search = start(plan, resources, tick, order["seconds"])
     with ray_session(resources, plan.folder) as storage:
+        tell(joined=True)
         try:
+            resources = fit(resources)
+            search = start(plan, resources, tick, order["seconds"])
             tune_tree(search, resources, storage)
         finally:
             tell(closing=True)
@@ -133,21 +139,80 @@ def ray_session(resources: Any, folder: Path) -> Iterator[Path]:
     write_atomically(
         folder / "ray.json", json.dumps({"temporary": str(temporary), "process": os.getpid()})
     )
-    import ray
+    if not resources.address:  # a token that stays ours: Ray's own would be left in the user's home
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    import ray  # it reads the mode now
 
     try:
         if resources.address:
-            ray.init(address=resources.address, log_to_driver=False, logging_level="ERROR")
+            join(resources.address)
         else:
             ray.init(
                 address="local", num_cpus=resources.at_once, include_dashboard=False, object_store_memory=80 * 2**20,
                 _temp_dir=str(temporary), log_to_driver=False, logging_level="ERROR",
             )  # fmt: skip
-        yield temporary / "tune"
+        # the trials of a cluster are on other nodes, which see the folder of all runs
+        yield folder / "tune" if resources.address else temporary / "tune"
     finally:
         ray.shutdown()
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder / "tune", ignore_errors=True)
         (folder / "ray.json").unlink(missing_ok=True)
+
+
+def join(address: str) -> None:
+    """Attach to a running cluster. Raises InputError in one sentence for what will not pass."""
+    import ray
+
+    host, port = place_of(address)
+    if host and not answers(host, port):
+        raise InputError(
+            f"sweep: --address: nothing answers at {host}:{port}; `ray status` on the cluster's head "
+            "tells its address"
+        )
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        words = " ".join(str(error).split())
+        raise InputError(f"sweep: --address: Ray at {address} refused: {words[:300]}") from None
+
+
+def place_of(address: str) -> tuple[str | None, int]:
+    """Host and port; no host for what Ray itself finds, such as auto. Raises InputError."""
+    if address in ("auto", "local") or address.startswith("ray://"):
+        return None, 0
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isdigit() and int(port) < 2**16):
+        raise InputError(f"sweep: --address: found '{address}', expected host:port or auto")
+    return host.strip("[]"), int(port)
+
+
+def answers(host: str, port: int) -> bool:
+    """Whether anything takes a connection there within JOIN seconds."""
+    try:
+        socket.create_connection((host, port), timeout=JOIN).close()
+        return True
+    except OSError:
+        return False
+
+
+def fit(resources: Any) -> Any:
+    """The same with slots as the cluster's nodes allow, if nobody said how many. Raises InputError
+    for ranks that no node can take."""
+    import ray
+
+    if not resources.address or resources.on != "local":
+        return resources
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    kind = "GPU" if any(node.get("GPU") for node in nodes) else "CPU"
+    rooms = [int(node.get(kind, 0)) // resources.ranks for node in nodes]
+    if not any(rooms):
+        largest = max((int(node.get(kind, 0)) for node in nodes), default=0)
+        raise InputError(
+            f"sweep: --ranks: found {resources.ranks}, but no node of the cluster has more than "
+            f"{largest} {kind}s; the ranks of a stage share a node"
+        )
+    return replace(resources, slots=resources.slots or sum(rooms))
 
 
 def short_folder() -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -151,3 +152,44 @@ def test_ray_goes_where_the_user_says(monkeypatch):
         assert controller.short_folder() == short
         monkeypatch.setenv("RAY_TMPDIR", f"{short}/{'long' * 20}")
         assert controller.short_folder() == short, "too long for a socket"
+
+
+def test_a_cluster_that_is_none_is_one_sentence_soon(search, tmp_path, monkeypatch):
+    """Nothing listens; something listens that is no Ray; no address at all."""
+    plan = make_plan(search(), tmp_path / "runs", build=False)
+    plan.folder.mkdir(parents=True)
+    monkeypatch.setattr(run, "JOINING", 20.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        for address, words in (
+            (f"127.0.0.1:{port}", "no Ray cluster of this version and token let us in|refused"),
+            ("nowhere", "found 'nowhere', expected host:port or auto"),
+        ):
+            with pytest.raises(InputError, match=words):
+                run.Session(plan, run.Resources(address=address), None).follow(print)
+    with pytest.raises(InputError, match=f"nothing answers at 127.0.0.1:{port}"):
+        run.Session(plan, run.Resources(address=f"127.0.0.1:{port}"), None).follow(print)
+
+
+def test_a_local_ray_leaves_no_token_at_home(tmp_path):
+    """A session in a home of its own: nothing of it is left there."""
+    (tmp_path / "home").mkdir()
+    code = (
+        "import pathlib, sys\n"
+        "from segfleet.sweeps.ray.controller import ray_session\n"
+        "from segfleet.sweeps.run import Resources\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "with ray_session(Resources(slots=1), folder):\n"
+        "    import ray\n"
+        "    print('there', ray.is_initialized())\n"
+    )
+    (tmp_path / "sweep").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(tmp_path / "sweep")],
+        env={**os.environ, "HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert "there True" in done.stdout, done.stderr
+    assert not list((tmp_path / "home").rglob("*token*"))
