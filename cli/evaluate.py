@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from segfleet.cli.output import Best, Fold, Json, show, table
+
+if TYPE_CHECKING:
+    from segfleet.pipeline.scoring.external import TestSet
 
 
 def command(
@@ -21,6 +24,17 @@ def command(
     ranks: Annotated[
         int, typer.Option(min=1, help="Processes on this machine that share the cases.")
     ] = 1,
+    on: Annotated[
+        Path | None,
+        typer.Option(
+            help="Score on this store instead, a test set: all its cases, or those that --split and "
+            "--fold name. The run's own score stays."
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Split of the store --on; its validation cases of --fold are scored."),
+    ] = None,
     fold: Fold = None,
     best: Best = False,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
@@ -28,11 +42,64 @@ def command(
 ) -> None:
     """Score a finished run on the whole cases of its validation fold, at their original resolution;
     write its report anew."""
+    from segfleet.core.errors import InputError
     from segfleet.pipeline.launch.local import run_ranks
+    from segfleet.pipeline.run import find_run
+    from segfleet.pipeline.scoring.external import EXTERNAL
+    from segfleet.pipeline.scoring.scored import evaluation_of
+    from segfleet.preprocess.stores.manifest import load_manifest
 
-    job = job_of(run, changes or [], runs, fold, best)
+    if on is None:
+        if split is not None:
+            raise InputError("evaluate: --split is of the store that --on names; give both")
+        job = job_of(run, changes or [], runs, fold, best)
+        run_ranks(job, ranks)
+        show(computed(job), as_json, render)
+        return
+    own_fold = fold if split is None else None  # which of several runs
+    job = job_on(find_run(run, runs, own_fold, best), changes or [], on, split, fold or 0)
     run_ranks(job, ranks)
-    show(computed(job), as_json, render)
+    out = Path(job["run"]) / EXTERNAL / job_test(job).folder(load_manifest(on))
+    document = {**evaluation_of(out), "report": str(out / "report.html")}
+    show(document, as_json, lambda found: (render(found), typer.echo(found["report"])))
+
+
+def job_test(job: dict[str, Any]) -> TestSet:
+    from segfleet.pipeline.scoring.external import TestSet
+
+    return TestSet(split=job["split"], fold=job["fold"])
+
+
+def job_on(
+    run: Path, changes: list[str], store: Path, split: str | None, fold: int
+) -> dict[str, Any]:
+    """What the ranks of an evaluation on another store do. Raises InputError if they cannot."""
+    from segfleet.core.errors import InputError
+    from segfleet.pipeline.recipe import override, parse
+    from segfleet.pipeline.run import data_of, open_run
+    from segfleet.preprocess.stores.manifest import load_manifest
+
+    recipe, folders = open_run(run)
+    for stage in folders:
+        stage.check_done()
+    if other := [text for text in changes if not text.startswith(("evaluation.", "data.workers"))]:
+        raise InputError(
+            f"evaluate: found the change '{other[0]}', expected evaluation.* or data.workers; what "
+            "changes training makes another run"
+        )
+    changed = parse(override(recipe.model_dump(mode="json"), changes))
+    job = {
+        "do": "score on",
+        "recipe": changed.model_dump(mode="json"),
+        "run": str(run),
+        "store": str(store.resolve()),
+        "split": split,
+        "fold": fold,
+    }
+    manifest, test = load_manifest(store), job_test(job)
+    test.check(changed, data_of(run, recipe), manifest)
+    test.ids(manifest)
+    return job
 
 
 def computed(job: dict[str, Any]) -> dict[str, Any]:

@@ -79,6 +79,10 @@ def command(
             "rescale_to_0_1 | minmax | minmax255 | none."
         ),
     ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="Preprocess as this store was: a test set for the runs trained on it."),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Then read every chunk back and compare all checksums.")
     ] = False,
@@ -97,7 +101,7 @@ def command(
 
     store = job_of(
         name, raw, out, format, workers, seed, option, size, patch, spacing, verify,
-        interpolation=interpolation, masks=masks, normalisation=normalisation, slices=slices,
+        interpolation=interpolation, masks=masks, normalisation=normalisation, slices=slices, like=like,
     )["store"]  # fmt: skip
     first: dict[str, int] = {}
     said: list[Any] = []
@@ -132,7 +136,7 @@ def _first(warnings: Sequence[Problem]) -> list[Problem]:
 def job_of(
     name: str, raw: Path, out: Path, format: str, workers: int | None, seed: int, option: list[str] | None, size: tuple[int, int] | None,
     patch: str | None, spacing: str | None, verify: bool, *, interpolation: str | None = None,
-    masks: str | None = None, normalisation: str | None = None, slices: bool = False, **_: Any,
+    masks: str | None = None, normalisation: str | None = None, slices: bool = False, like: Path | None = None, **_: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What preprocessing does, as preprocess.jobs says. Raises InputError for what shows before any
     image is read."""
@@ -147,6 +151,7 @@ def job_of(
         "masks": masks,
         "normalisation": normalisation,
         "slices": slices,
+        "like": str(like.resolve()) if like else None,
     }
     store = {
         "reader_name": name,

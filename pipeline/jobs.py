@@ -9,6 +9,8 @@ it;
     starts a refused one again. "stage_to": "$TMPDIR" reads the store from a copy there,
     variables as the node has them. How data are reached changes no result.
 {"do": "score", ...}: only score; "again": true, even if it is scored already.
+{"do": "score on", "recipe": {...}, "run": "runs/...", "store": "stores/...", "split": null,
+"fold": 0}: score a finished run on the cases of another store.
 {"do": "predict", "run": "runs/...", "images": [...], "out": "predictions"}: segment images with a
 finished run.
 """
@@ -34,13 +36,14 @@ from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.reports.overlays import save_overlays, save_prediction
 from segfleet.pipeline.reports.report import write_report
 from segfleet.pipeline.run import data_of, note_data, open_run, stage_folders
+from segfleet.pipeline.scoring.external import TestSet
 from segfleet.pipeline.scoring.score import Scorer, forward_of, load_network
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.pipeline.training.train import Run, train
 from segfleet.pipeline.training.window import Diverged
 from segfleet.preprocess.stores.base import open_store
 
-JOBS = ("train", "score", "predict")
+JOBS = ("train", "score", "score on", "predict")
 
 
 def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
@@ -50,6 +53,9 @@ def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
         raise InputError(f"job: found '{job['do']}', expected one of: {', '.join(JOBS)}")
     if job["do"] == "predict":
         run_prediction(job, ranks, stop)
+        return
+    if job["do"] == "score on":
+        score_on(job, ranks, stop)
         return
     recipe = parse(job["recipe"])
     store = open_store(recipe.data.store)
@@ -103,6 +109,17 @@ def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
             f"{error}. Lower stages.lr, or set optimizer.clip=1 or engine.precision=fp32, and "
             "train again."
         ) from None
+
+
+def score_on(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> Path:
+    """Score a run on another store; the folder of what came out. Raises InputError, Interrupted."""
+    run, recipe, store = Path(job["run"]), parse(job["recipe"]), open_store(job["store"])
+    _, folders = open_run(run)
+    scorer = Scorer(
+        recipe=recipe, store=store, ranks=ranks, stop=stop, draw=save_overlays, report=write_report
+    )
+    test = TestSet(split=job["split"], fold=job["fold"])
+    return scorer.score_on(folders, test, data_of(run, recipe))
 
 
 def check_same_run(job: dict[str, Any], path: Path) -> None:

@@ -27,6 +27,7 @@ from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.run import StageFolder, lock_stage
 from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.scoring.evaluate import Kept, case_probabilities, evaluate_cases
+from segfleet.pipeline.scoring.external import EXTERNAL, TestSet, overlap_with_training
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.stores.base import ShardStore
@@ -164,48 +165,92 @@ class Scorer:
                 sys.stderr.write(f"segfleet: {sentence}\n")
 
     def _score(self, folders: list[StageFolder]) -> None:
-        leaf, manifest, ids = folders[-1].path, self.store.manifest, self._ids()
-        model, task, name = load_network(self.recipe, manifest, folders, self.ranks.device)
-        forward = forward_of(model, task, self.recipe, self.ranks.device)
-        tell = functools.partial(self._tell, "scoring")
+        manifest, ids = self.store.manifest, self._ids()
+        network = load_network(self.recipe, manifest, folders, self.ranks.device)
         facts = scored.score_facts(self.recipe, manifest, folders[-1].done())
-        kept = Kept(leaf / CASES, facts | {"versions": checkpoint.versions()}, self.ranks.rank)
+        self._evaluate(
+            folders[-1].path,
+            network,
+            ids,
+            facts,
+            lambda: {
+                "split": self.recipe.data.split,
+                "fold": self.recipe.data.fold,
+                "training_cases": len(
+                    manifest.fold(self.recipe.data.split, self.recipe.data.fold)["train"]
+                ),
+                "seen_in_training": scored.seen_in_training(ids, self.recipe, manifest),
+                "selected_on_these_cases": self._selected(folders[-1], network[2]),
+            },
+            self._window(),
+        )
+
+    def score_on(self, folders: list[StageFolder], test: TestSet, trained: Manifest) -> Path:
+        """Score a finished run on other cases, those of `test` in this scorer's store, into a folder
+        of its own; `trained`: data set and plan of the run. Its evaluation.json names run and store.
+        """
+        run, ids = folders[-1].path, test.ids(self.store.manifest)
+        test.check(self.recipe, trained, self.store.manifest)
+        with locked(run, self.ranks):
+            network = load_network(self.recipe, trained, folders, self.ranks.device)
+            out = run / EXTERNAL / test.folder(self.store.manifest)
+            out.mkdir(parents=True, exist_ok=True)
+            facts = scored.score_facts(self.recipe, self.store.manifest, folders[-1].done(), ids)
+            facts |= {"run": run.name, "split": test.split, "fold": test.fold}
+            extras = {
+                "name": f"{self.recipe.name} on {self.store.manifest.dataset.name}",
+                "split": test.split or "all cases",
+                "fold": test.fold,
+                **overlap_with_training(self.recipe, self.store.manifest, ids),
+            }
+            window = {**self._window(), "patch": patch_of(self.recipe, trained)}
+            self._evaluate(out, network, ids, facts, lambda: extras, window)
+        return out
+
+    def _evaluate(
+        self,
+        out: Path,
+        network: tuple[nn.Module, Task, str],
+        ids: list[str],
+        facts: dict[str, Any],
+        extras: Callable[[], dict[str, Any]],
+        window: dict[str, Any],
+    ) -> None:
+        """evaluation.json, pictures and report of the cases into `out`, vouched for by `facts`."""
+        model, task, name = network
+        forward = forward_of(model, task, self.recipe, self.ranks.device)
+        kept = Kept(out / CASES, facts | {"versions": checkpoint.versions()}, self.ranks.rank)
         document = evaluate_cases(
             forward,
             self.store,
             ids,
             task,
             ranks=self.ranks,
-            progress=tell,
+            progress=functools.partial(self._tell, "scoring"),
             kept=kept,
             pool=self.recipe.data.batch,
             tolerance=self.recipe.evaluation.tolerance,
-            **self._window(),
+            **window,
         )
         if self.ranks.rank == 0:
             document |= {
                 "checkpoint": name,
-                "split": self.recipe.data.split,
-                "fold": self.recipe.data.fold,
-            }
-            document |= {
                 "parameters": registry.count_parameters(model),
                 "versions": checkpoint.versions(),
+                "scored": facts,
+                **extras(),
             }
-            document["scored"] = facts
-            document["seen_in_training"] = scored.seen_in_training(ids, self.recipe, manifest)
-            document["selected_on_these_cases"] = self._selected(folders[-1], name)
             self._note({"phase": "report", "done": 0, "total": 2})
             self.draw(
-                leaf,
+                out,
                 document,
                 self.store,
                 task,
-                lambda case: case_probabilities(forward, self.store, case, **self._window()),
+                lambda case: case_probabilities(forward, self.store, case, **window),
             )
             self._note({"phase": "report", "done": 1, "total": 2})
-            scored.write_evaluation(leaf, document)
-            self.report(leaf)
+            scored.write_evaluation(out, document)
+            self.report(out)
             self._note(None)
             kept.forget()
         self.ranks.barrier()

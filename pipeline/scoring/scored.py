@@ -39,9 +39,11 @@ def chosen_step(recipe: Recipe, done: dict[str, Any]) -> int:
     return best["step"] if best else int(done["checkpoint"].rpartition("-")[2])
 
 
-def score_facts(recipe: Recipe, manifest: Manifest, done: dict[str, Any]) -> dict[str, Any]:
+def score_facts(
+    recipe: Recipe, manifest: Manifest, done: dict[str, Any], ids: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Everything that decides the score of a finished run, besides what its uid holds; `done`: its
-    done.json. Plain JSON."""
+    done.json; `ids`: the cases, if not those of its fold. Plain JSON."""
     options = recipe.evaluation
     return {
         "version": VERSION,
@@ -49,7 +51,7 @@ def score_facts(recipe: Recipe, manifest: Manifest, done: dict[str, Any]) -> dic
         "store": manifest.id,
         "split": recipe.data.split,
         "fold": recipe.data.fold,
-        "cases": _digest(tuple(scored_ids(recipe, manifest))),
+        "cases": _digest(tuple(scored_ids(recipe, manifest) if ids is None else ids)),
         "weights": options.weights,
         "select": options.select if options.weights == "best" else None,
         "step": chosen_step(recipe, done),

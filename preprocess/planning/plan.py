@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 
 from segfleet.core.errors import InputError
 from segfleet.preprocess.planning.fingerprint import Fingerprint
-from segfleet.preprocess.stores.manifest import Dataset, Plan
+from segfleet.preprocess.stores.manifest import Dataset, Plan, load_manifest
 from segfleet.preprocess.transforms.case_transforms import (
     ANISOTROPIC,
     OF_COLOURS,
@@ -50,9 +51,12 @@ class Overrides:
     interpolation: str | None = None  # of images that are resampled; see `resample_image`
     masks: str | None = None  # how labels are resampled; see `resample_label`
     normalisation: str | None = None  # of every channel; see `normalise`
+    like: str | None = None  # a store whose plan is taken as it is, as of a test set
 
     def check(self, dataset: Dataset) -> None:
         """Raises InputError that names the option, what was found and what is legal."""
+        if self.like:
+            self._check_like(dataset)
         axes = "z y x" if dataset.dims == 3 else "y x"
         if self.size is not None and dataset.dims == 3:
             raise InputError(
@@ -99,6 +103,19 @@ class Overrides:
                     f"but {dataset.name} has {len(dataset.channels)} channel(s)"
                 )
 
+    def _check_like(self, dataset: Dataset) -> None:
+        if other := [f.name for f in fields(self) if f.name != "like" and getattr(self, f.name)]:
+            raise InputError(
+                f"like: found --{other[0]} beside it, but the plan of {self.like} is taken as it is"
+            )
+        pattern = load_manifest(Path(self.like)).dataset
+        here, there = ((d.dims, len(d.channels)) for d in (dataset, pattern))
+        if here != there:
+            raise InputError(
+                f"like: {self.like} is {there[0]}D with {there[1]} channel(s), but {dataset.name} is "
+                f"{here[0]}D with {here[1]}"
+            )
+
     def padded(self, name: str, filler: float) -> tuple | None:
         """An option as (z, y, x)."""
         value = getattr(self, name)
@@ -115,6 +132,8 @@ def make_plan(
     InputError for impossible overrides."""
     wish = overrides or Overrides()
     wish.check(dataset)
+    if wish.like:
+        return load_manifest(Path(wish.like)).plan
     kinds = normalisation(dataset)
     if wish.normalisation:
         kinds = (wish.normalisation,) * len(kinds)
