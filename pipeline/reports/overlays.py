@@ -1,32 +1,36 @@
-"""One slice of a case as a picture: the image in grey, the truth and the prediction as outlines."""
+"""One slice of a case as a picture: the image in grey, the truth as areas, the prediction as
+outlines, a colour for each structure."""
 
 from __future__ import annotations
 
+import colorsys
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from scipy import ndimage
-from torch import Tensor
 
 from segfleet.core.files import write_atomically
+from segfleet.pipeline.scoring.evaluate import busiest_slice, without_ignored
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.stores.base import ShardStore
-from segfleet.preprocess.stores.manifest import CaseEntry
 
 FOLDER, INDEX = "overlays", "index.json"
 
-# blue, orange: told apart by the colour-blind too
-TRUTH, PREDICTION, BOTH = (
-    (0, 190, 255),
+COLOURS = (  # of label values from 1
     (255, 140, 0),
-    (255, 255, 255),
+    (0, 190, 255),
+    (0, 200, 120),
+    (240, 228, 66),
+    (204, 121, 167),
+    (230, 60, 40),
 )
+GOLDEN = 0.61803398875  # of a circle
+FILL = 0.35  # of the colour in an area of truth
 SIDE = 480  # pixels of the longer side
 
 
@@ -35,38 +39,41 @@ def save_overlays(
     document: dict[str, Any],
     store: ShardStore,
     task: Task,
-    probabilities: Callable[[CaseEntry], Tensor],
+    slices: Callable[[Collection[str]], Mapping[str, tuple[int, np.ndarray]]],
 ) -> list[dict[str, Any]]:
     """Draw the best, median and worst case of an evaluation into RUN/overlays, with an index that a
     report reads.
 
-    `probabilities(case)` gives (K, Z, Y, X) on the stored grid, which is where the pictures are
-    drawn; the scores are those of the raw grid. The index is written last, so it never names a
-    picture that is not there.
+    `slices(ids)` gives a slice's number and its predicted labels (Y, X) on the stored grid for each
+    case, as scoring kept them: that is where the pictures are drawn; the scores are those of the raw
+    grid. The index is written last, so it never names a picture that is not there.
     """
     folder = Path(run) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INDEX).unlink(missing_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
-    index = []
-    for role, entry in chosen_cases(document).items():
-        case = store.manifest.case(entry["id"])
-        truth = store.label(case)
-        truth = (
-            np.where(truth == task.ignore_label, 0, truth)
-            if task.ignore_label is not None
-            else truth
-        )
-        prediction = task.labels(torch.as_tensor(probabilities(case))).cpu().numpy()
-        z = busiest_slice(truth, prediction)
-        png = draw_overlay(store.image(case), truth, prediction, spacing=case.spacing, z=z)
+    chosen, index = chosen_cases(document), []
+    predicted = slices({entry["id"] for entry in chosen.values()})
+    names = {value: name for name, value in store.manifest.dataset.labels.items() if value}
+    for role, entry in chosen.items():
+        if entry["id"] not in predicted:
+            continue
+        case, (z, prediction) = store.manifest.case(entry["id"]), predicted[entry["id"]]
+        plane = (slice(z, z + 1), slice(0, case.shape[1]), slice(0, case.shape[2]))
+        truth = without_ignored(store.label(case, plane), task)[0]
+        image = store.image(case, plane)[:, 0]
+        png = draw_overlay(image, truth, prediction, spacing=case.spacing)
         (folder / f"{role}.png").write_bytes(png)
+        shown = sorted({int(v) for v in np.union1d(truth, prediction)} & set(names))
         facts = {
             "case": case.id,
             "mean_dice": entry["mean_dice"],
             "slice": z + 1,
             "slices": case.shape[0],
+            "colours": {
+                names[value]: "#{:02x}{:02x}{:02x}".format(*colour(value)) for value in shown
+            },
         }
         index.append({"role": role, "file": f"{role}.png", **facts})
     write_atomically(folder / INDEX, json.dumps(index, indent=1))
@@ -78,9 +85,19 @@ def save_prediction(
 ) -> None:
     """A PNG of the slice with the most prediction, outlined; all on the raw grid."""
     z = busiest_slice(np.zeros_like(label_ZYX), label_ZYX)
-    png = draw_overlay(image_CZYX, np.zeros_like(label_ZYX), label_ZYX, spacing=spacing, z=z)
+    nothing = np.zeros_like(label_ZYX[z])
+    png = draw_overlay(image_CZYX[:, z], nothing, label_ZYX[z], spacing=spacing)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png)
+
+
+def colour(value: int) -> tuple[int, int, int]:
+    """Of a label value: six that the colour-blind tell apart on grey, then as far from each other
+    as can be."""
+    if value <= len(COLOURS):
+        return COLOURS[value - 1]
+    red, green, blue = colorsys.hsv_to_rgb(value * GOLDEN % 1, 0.8, 0.95)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def chosen_cases(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -100,41 +117,33 @@ def chosen_cases(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return chosen
 
 
-def busiest_slice(truth_ZYX: np.ndarray, prediction_ZYX: np.ndarray) -> int:
-    """The slice with the most voxels of truth; of prediction where there is no truth; else the
-    middle one."""
-    for label in (truth_ZYX, prediction_ZYX):
-        counts = np.count_nonzero(label, axis=(1, 2))
-        if counts.any():
-            return int(counts.argmax())
-    return len(truth_ZYX) // 2
-
-
 def draw_overlay(
-    image_CZYX: np.ndarray,
-    truth_ZYX: np.ndarray,
-    prediction_ZYX: np.ndarray,
+    image_CYX: np.ndarray,
+    truth_YX: np.ndarray,
+    prediction_YX: np.ndarray,
     *,
     spacing: Sequence[float],
-    z: int,
 ) -> bytes:
-    """PNG of slice z, enlarged to about SIDE pixels with square millimetres. A colour image (3
+    """PNG of a slice, enlarged to about SIDE pixels with square millimetres. A colour image (3
     channels) stays in colour.
 
-    All arrays share one grid; labels are integer maps, outlines are drawn between different values.
-    Where both outlines meet: white.
+    Labels are integer maps on the image's grid; every value has its colour: the truth is an area
+    that the image shines through, the prediction a line along the inside of its area.
     """
-    grey = _pixels(image_CZYX[:, z])
+    grey = _pixels(image_CYX)
     height, width = _size(grey.shape[:2], spacing)
     picture = np.asarray(
         Image.fromarray(grey).resize((width, height), Image.Resampling.BILINEAR)
     ).copy()
-    truth, prediction = (
-        _outline(label[z], (width, height)) for label in (truth_ZYX, prediction_ZYX)
-    )
-    picture[truth] = TRUTH
-    picture[prediction] = PREDICTION
-    picture[truth & prediction] = BOTH
+    truth, prediction = (_enlarged(label, (width, height)) for label in (truth_YX, prediction_YX))
+    for value in np.unique(truth[truth > 0]):
+        area = truth == value
+        mixed = (1 - FILL) * picture[area] + FILL * np.array(colour(int(value)))
+        picture[area] = mixed.astype(np.uint8)
+    for value in np.unique(prediction[prediction > 0]):
+        area = prediction == value
+        line = area & ~ndimage.binary_erosion(area, iterations=2, border_value=1)
+        picture[line] = colour(int(value))
     file = io.BytesIO()
     Image.fromarray(picture).save(file, format="PNG", optimize=True)
     return file.getvalue()
@@ -156,13 +165,7 @@ def _size(shape: tuple[int, int], spacing: Sequence[float]) -> tuple[int, int]:
     return tuple(max(1, round(side * scale)) for side in millimetres)
 
 
-def _outline(label_YX: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(height, width) bool: a line two pixels wide along the inside of every labelled area."""
-    large = np.asarray(
-        Image.fromarray(label_YX.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
-    )
-    line = np.zeros(large.shape, dtype=bool)
-    for value in np.unique(large[large > 0]):
-        area = large == value
-        line |= area & ~ndimage.binary_erosion(area, iterations=2, border_value=1)
-    return line
+def _enlarged(label_YX: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(height, width) uint8, nearest neighbours."""
+    picture = Image.fromarray(np.ascontiguousarray(label_YX, dtype=np.uint8))
+    return np.asarray(picture.resize(size, Image.Resampling.NEAREST))

@@ -368,7 +368,7 @@ def _scores(document: dict[str, Any], run: Path) -> dict[str, Any]:
         "variants": [_variants(summary), *_pooled(structures)],
         "overlays": _overlays(run, index),
         "colours": colours_of(index),
-        "drawn": "areas are the truth, lines the prediction",
+        "drawn": "areas are the truth, lines the prediction, one colour for each structure",
         "cases": _cases(document),
         "definitions": document["definitions"],
     }

@@ -3,10 +3,12 @@ asked for."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,27 @@ class Kept:
         self.folder.mkdir(exist_ok=True)
         with open(self.file, "a", encoding="utf-8") as file:
             file.write("\n" + json.dumps([self.facts, digest_of(entry), entry]) + "\n")
+
+    def keep_slice(self, case_id: str, z: int, prediction_YX: np.ndarray) -> None:
+        """What a picture of the case shows of its prediction, uint8: a few kilobytes."""
+        self.folder.mkdir(exist_ok=True)
+        packed = base64.b85encode(zlib.compress(prediction_YX.tobytes())).decode()
+        line = json.dumps([self.facts, case_id, z, list(prediction_YX.shape), packed])
+        with open(self.folder / f"{self.file.stem}.slices", "a", encoding="utf-8") as file:
+            file.write("\n" + line)
+
+    def slices(self, ids: Collection[str]) -> dict[str, tuple[int, np.ndarray]]:
+        """Number and prediction (Y, X) of the kept slice, of those of `ids` that have one."""
+        found = {}
+        for path in sorted(self.folder.glob("*.slices")):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                for line in file:
+                    with suppress(ValueError, TypeError, zlib.error):  # its writer was killed
+                        facts, case_id, z, shape, packed = json.loads(line)
+                        if facts == self.facts and case_id in ids:
+                            data = zlib.decompress(base64.b85decode(packed))
+                            found[case_id] = z, np.frombuffer(data, np.uint8).reshape(shape)
+        return found
 
     def forget(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -130,14 +153,17 @@ def evaluate_cases(
                 distances=distances,
                 tolerance=tolerance,
             )
-            at_stored_size = confusion(task.labels(found).numpy(), store.label(case), task)
+            stored, stored_truth = task.labels(found).numpy(), store.label(case)
+            at_stored_size = confusion(stored, stored_truth, task)
             for name, counts in at_stored_size.items():
                 scores[name]["stored_counts"] = list(counts)
             if distances:
-                for name, calibrated in calibration(found, store.label(case), task).items():
+                for name, calibrated in calibration(found, stored_truth, task).items():
                     scores[name] |= calibrated
             scored.append(_entry(case, scores) | lost)
             if kept:
+                z = busiest_slice(without_ignored(stored_truth, task), stored)
+                kept.keep_slice(case.id, z, stored[z])
                 kept.keep(scored[-1])
             if progress:
                 progress(len(scored), len(share))
@@ -170,6 +196,23 @@ def evaluate_cases(
         "unit": unit,
         "definitions": definitions(unit),
     }
+
+
+def without_ignored(label_ZYX: np.ndarray, task: Task) -> np.ndarray:
+    """The label, 0 where it says "ignore"."""
+    if task.ignore_label is None:
+        return label_ZYX
+    return np.where(label_ZYX == task.ignore_label, 0, label_ZYX)
+
+
+def busiest_slice(truth_ZYX: np.ndarray, prediction_ZYX: np.ndarray) -> int:
+    """The slice with the most voxels of truth; of prediction where there is no truth; else the
+    middle one."""
+    for label in (truth_ZYX, prediction_ZYX):
+        counts = np.count_nonzero(label, axis=(1, 2))
+        if counts.any():
+            return int(counts.argmax())
+    return len(truth_ZYX) // 2
 
 
 def check_tolerance(tolerance: float | Mapping[str, float], task: Task) -> None:

@@ -26,7 +26,7 @@ from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.run import StageFolder, lock_stage
 from segfleet.pipeline.scoring import scored
-from segfleet.pipeline.scoring.evaluate import Kept, case_probabilities, evaluate_cases
+from segfleet.pipeline.scoring.evaluate import Kept, evaluate_cases
 from segfleet.pipeline.scoring.external import EXTERNAL, TestSet, overlap_with_training
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.pipeline.task import Task
@@ -112,8 +112,8 @@ def locked(leaf: Path, ranks: Ranks) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """Scores networks of one run. `draw` gets an evaluation while the network that made it is still
-    there, and may predict cases again for pictures; `report` gets the folder of a finished one."""
+    """Scores networks of one run. `draw` gets an evaluation with what was kept of its predictions;
+    `report` gets the folder of a finished one."""
 
     recipe: Recipe
     store: ShardStore
@@ -241,13 +241,7 @@ class Scorer:
                 **extras(),
             }
             self._note({"phase": "report", "done": 0, "total": 2})
-            self.draw(
-                out,
-                document,
-                self.store,
-                task,
-                lambda case: case_probabilities(forward, self.store, case, **window),
-            )
+            self.draw(out, document, self.store, task, kept.slices)
             self._note({"phase": "report", "done": 1, "total": 2})
             scored.write_evaluation(out, document)
             self.report(out)

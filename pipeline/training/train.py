@@ -34,6 +34,7 @@ from segfleet.pipeline.task import make_task
 from segfleet.pipeline.training import precision as bf16
 from segfleet.pipeline.training import sync_norm
 from segfleet.pipeline.training.agreement import Agreement
+from segfleet.pipeline.training.hardware import Energy, hardware
 from segfleet.pipeline.training.schedule import learning_rate
 from segfleet.pipeline.training.window import Hunger, Stream, Window
 from segfleet.pipeline.weights import load_foreign
@@ -239,13 +240,8 @@ def train_stage(this: Run, index: int) -> None:
     pause = this.pause_at if folder is this.folders[-1] else None
 
     engine, progress = build(this, index)
-    log = EventLog(folder.path, progress.step, this.listen) if ranks.rank == 0 else None
-    if log and progress.step == 0:
-        log.write(
-            "stage_start", step=0, stage=index, name=stage.name, steps=total, ranks=ranks.size
-        )
-    elif log:
-        log.write("resumed", stage=index, from_step=progress.step, steps=total, ranks=ranks.size)
+    log = begin_log(this, index, progress.step, total) if ranks.rank == 0 else None
+    energy = Energy(ranks.device)
     saver = checkpoint.Saver(folder.checkpoints)
     place = loader.Place(stage=index, epoch=progress.step // steps, step=progress.step % steps)
     schedule = loader.Schedule(
@@ -272,6 +268,7 @@ def train_stage(this: Run, index: int) -> None:
     clock = SaveClock(recipe.save_minutes, ranks)
     agreement = Agreement(ranks, this.asked_to_stop, clock.due)
     periods = [period for period in (LOG_EVERY, steps, recipe.save_every) if period]
+    ended = False
     try:
         while True:
             watch_for_hangs()
@@ -311,7 +308,8 @@ def train_stage(this: Run, index: int) -> None:
                 break
             if stopping:
                 if log:
-                    log.write("stopped", stage=index, at_step=progress.step)
+                    end = {"stage": index, "at_step": progress.step}
+                    log.write("stopped", **end, joules=energy.joules())
                 where = f"step {progress.step} of {total} of stage {index + 1}"
                 raise (Paused if pausing else Interrupted)(
                     f"stopped after {where}; all saved. Run the same command again to go on."
@@ -330,6 +328,8 @@ def train_stage(this: Run, index: int) -> None:
     finally:
         faulthandler.cancel_dump_traceback_later()
         if log:
+            if ended:
+                log.write("finished", stage=index, at_step=progress.step, joules=energy.joules())
             log.close()
     agreement.close()
     ranks.barrier()
@@ -338,6 +338,18 @@ def train_stage(this: Run, index: int) -> None:
         folder.finish(last, steps=progress.step, best=progress.best, skipped=progress.skipped)
         checkpoint.prune(folder.checkpoints, 1, protected(progress))
     ranks.barrier()
+
+
+def begin_log(this: Run, index: int, step: int, total: int) -> EventLog:
+    """The stage's log, opened at a step, with what begins there."""
+    log = EventLog(this.folders[index].path, step, this.listen)
+    begin = {"stage": index, "steps": total, "ranks": this.ranks.size}
+    begin["hardware"] = hardware(this.ranks.device, this.ranks.size)
+    if step == 0:
+        log.write("stage_start", step=0, name=this.recipe.stages[index].name, **begin)
+    else:
+        log.write("resumed", from_step=step, **begin)
+    return log
 
 
 class SaveClock:

@@ -14,15 +14,13 @@ from PIL import Image
 from segfleet.core.errors import InputError
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.reports.overlays import (
-    BOTH,
-    PREDICTION,
-    TRUTH,
     busiest_slice,
     chosen_cases,
+    colour,
     draw_overlay,
     save_overlays,
 )
-from segfleet.pipeline.scoring.evaluate import case_probabilities, evaluate_cases, truth_of
+from segfleet.pipeline.scoring.evaluate import Kept, evaluate_cases, truth_of
 from segfleet.pipeline.task import make_task
 from segfleet.preprocess.building.build import build
 from segfleet.preprocess.phantoms.phantom import (
@@ -263,13 +261,14 @@ def test_overlays_show_best_median_and_worst(stores, name, tmp_path):
     store, _ = stores[name]
     task = make_task(store.manifest.dataset)
     forward, ids = threshold(task.channels), [case.id for case in store.manifest.cases]
-    document = evaluate_cases(forward, store, ids, task, **window(store))
+    kept = Kept(tmp_path / "kept", {}, 0)
+    document = evaluate_cases(forward, store, ids, task, **window(store), kept=kept)
     index = save_overlays(
         tmp_path,
         document,
         store,
         task,
-        lambda case: case_probabilities(forward, store, case, **window(store)),
+        kept.slices,
     )
     assert json.loads((tmp_path / "overlays" / "index.json").read_text()) == index
     assert [entry["role"] for entry in index] == ["best", "median", "worst"]
@@ -286,7 +285,7 @@ def test_overlays_show_best_median_and_worst(stores, name, tmp_path):
         one,
         store,
         task,
-        lambda case: case_probabilities(forward, store, case, **window(store)),
+        kept.slices,
     )
     assert sorted(p.name for p in (tmp_path / "overlays").iterdir()) == [
         "best.png",
@@ -311,15 +310,13 @@ def test_an_overlay_has_the_proportions_of_the_patient_and_both_outlines():
     assert busiest_slice(truth, prediction) == 1
     assert busiest_slice(np.zeros_like(truth), prediction) == 1
     assert busiest_slice(np.zeros((5, 2, 2)), np.zeros((5, 2, 2))) == 2
-    with Image.open(
-        io.BytesIO(draw_overlay(image, truth, prediction, spacing=(5, 2, 1), z=1))
-    ) as picture:
+    png = draw_overlay(image[:, 1], truth[1], prediction[1], spacing=(5, 2, 1))
+    with Image.open(io.BytesIO(png)) as picture:
         pixels = np.asarray(picture)
     assert pixels.shape[:2] == (480, 360)  # 40 mm x 30 mm
-    colours = {tuple(int(v) for v in c) for c in np.unique(pixels.reshape(-1, 3), axis=0)}
-    assert {TRUTH, PREDICTION, BOTH} <= colours
-    # left of the prediction: only the truth's outline, at x = 4 of 30
-    left = pixels[200, : 8 * 12 - 2]
-    assert tuple(left[4 * 12]) == TRUTH and PREDICTION not in {
-        tuple(int(v) for v in p) for p in left
-    }
+    lines = (pixels == colour(2)).all(-1)
+    assert lines.any() and not (pixels == colour(1)).all(-1).any(), "the truth is an area"
+    # the prediction's outline begins at x = 8 of 30; left of it the truth shines through
+    assert np.flatnonzero(lines.any(axis=0))[0] == 8 * 12
+    left, outside = pixels[200, 6 * 12].astype(int), pixels[200, 2 * 12].astype(int)
+    assert left[0] - left[2] > 50 and (outside == outside[0]).all()

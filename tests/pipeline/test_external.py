@@ -68,7 +68,7 @@ def test_a_test_set_has_a_score_of_its_own(trained, tmp_path):
     name = load_manifest(other).id[:12]
     whole, part = (evaluation_of(run / "on" / folder) for folder in (name, f"{name}-kfold-0"))
     assert whole["dataset"] == "elsewhere" and len(whole["cases"]) == 6
-    assert whole["scored"]["run"] == run.name and len(whole["sha256"]) == 64
+    assert whole["scored"]["run"] == run.name
     assert set(whole["settings"]["tolerance"].values()) == {1.0}
     assert [c["id"] for c in part["cases"]] == sorted(load_manifest(other).fold("kfold", 0)["val"])
     page = (run / "on" / name / "report.html").read_text()
