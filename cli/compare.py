@@ -80,6 +80,11 @@ def render(document: dict[str, Any]) -> None:
 
     typer.echo(caption(document))
     table(*means(document), title="Mean (95 % interval over patients); mean rank")
-    table(HEAD, differences(document), title="Paired differences")
+    head, rows, title = HEAD, differences(document), "Paired differences"
+    if len(document["runs"]) == 2:  # the same in every row
+        first, second = document["runs"]
+        head, title = (*HEAD[:2], *HEAD[3:]), f"Paired differences: {second} - {first}"
+        rows = [(*row[:2], *row[3:]) for row in rows]
+    table(head, rows, title=title)
     for path in document.get("files", ()):
         typer.echo(path)
