@@ -68,12 +68,16 @@ def test_wheel_holds_everything_and_nothing_else(wheel):
     assert wanted <= names, sorted(wanted - names)
     data = {name for name in names if not name.endswith(".py")}
     assert (
-        all(name.endswith((".yaml", ".cpp", "/sources.json")) for name in data)
+        all(
+            name.endswith((".yaml", ".cpp", "/sources.json")) or "/templates/" in name
+            for name in data
+        )
         and "segfleet/pipeline/recipes/hippocampus.yaml" in data
     )
     assert {
         f"segfleet/{path.relative_to(ROOT)}"
-        for path in (ROOT / "pipeline" / "recipes").glob("*.yaml")
+        for files in ("pipeline/recipes/*.yaml", "*/re*/templates/*")
+        for path in ROOT.glob(files)
     } <= data
 
 
