@@ -85,6 +85,7 @@ setup(
             "mamba-ssm>=2.3.2.post1; platform_system=='Linux'",
             "causal-conv1d>=1.4; platform_system=='Linux'",
         ],
+        "onnx": ["onnx>=1.17", "onnxscript>=0.3"],
         "dev": [
             "pytest>=8",
             "pyyaml>=6",
@@ -98,6 +99,10 @@ setup(
             "hypothesis>=6.100",
             "highdicom>=0.25",
             "pynrrd>=1",
+            "onnx>=1.17",
+            "onnxscript>=0.3",
+            "onnxruntime>=1.20",
+            "ome-zarr-models>=1",
         ],
     },
 )

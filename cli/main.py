@@ -23,6 +23,7 @@ COMMANDS = {  # name -> (module, one line); the lines stand here so that --help 
     "datasets": ("datasets", "Known raw layouts; check a raw folder; write a synthetic set."),
     "preprocess": ("preprocess", "Turn a raw data set into an immutable shard store."),
     "recipe": ("recipe", "List, show and validate recipes; print their schema."),
+    "plan": ("plan", "Plan a recipe for a store, a device and a budget, and say why."),
     "train": (
         "train",
         "Train every stage of a recipe on this machine; continues where it stopped.",
@@ -30,6 +31,11 @@ COMMANDS = {  # name -> (module, one line); the lines stand here so that --help 
     "sweep": ("sweep", "Compare schedules and networks; every common beginning is trained once."),
     "evaluate": ("evaluate", "Score a run on whole cases at their original resolution."),
     "predict": ("predict", "Segment raw images with a run."),
+    "best": ("best", "The best recipe or pair of recipes, by cases not trained on."),
+    "export": (
+        "export",
+        "A model that predicts anywhere; predictions and cases for other tools.",
+    ),
     "import": (
         "import_",
         "Bring trained weights along: a PyTorch file, or nnU-Net v2's model folder.",

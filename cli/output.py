@@ -22,9 +22,26 @@ Json = Annotated[
 Fold = Annotated[
     int | None, typer.Option(min=0, help="Of several runs of that name, the one of this fold.")
 ]
+Folds = Annotated[
+    str | None,
+    typer.Option(
+        "--fold", help="Of several runs of that name, the one of this fold; all: an ensemble."
+    ),
+]
 Best = Annotated[
     bool, typer.Option("--best", help="Of several runs of that name, the one of the highest score.")
 ]
+
+
+def fold_of(text: str | None) -> int | str | None:
+    """The value of --fold: a number, or all. Raises InputError."""
+    from segfleet.core.errors import InputError
+
+    if text in (None, "all"):
+        return text
+    if not (text.isascii() and text.isdecimal()):
+        raise InputError(f"--fold: found '{text}', expected a number from 0, or all")
+    return int(text)
 
 
 def show(document: Any, as_json: bool, render: Callable[[Any], None]) -> None:

@@ -1,66 +1,133 @@
-"""segfleet predict RUN IMAGE... --out DIR"""
+"""segfleet predict RUN [RUN ...] IMAGE... --out DIR"""
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from segfleet.cli.output import Best, Fold, Json, progress, show, table
+from segfleet.cli.output import Best, Folds, Json, fold_of, progress, show, table
 
 
 def command(
-    run: Annotated[
-        str, typer.Argument(help="A run folder, the beginning of its uid, or its recipe's name.")
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN... IMAGE...",
+            help="A run folder, the beginning of its uid, its recipe's name or a model file; more "
+            "of them are an ensemble. Then image files, or folders of them.",
+        ),
     ],
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     out: Annotated[Path, typer.Option(help="Folder of the predictions.")],
+    probabilities: Annotated[
+        bool,
+        typer.Option("--probabilities", help="Also OUT/ID.npz: float16, on the image's grid."),
+    ] = False,
+    postprocess: Annotated[
+        str | None,
+        typer.Option(
+            help="largest: of each structure its largest part. min-size=N, or Nmm3: no smaller "
+            "parts. auto: what helped on cases not trained on."
+        ),
+    ] = None,
     overlays: Annotated[
         bool,
         typer.Option(
             "--overlays", help="Also OUT/overlays/: each prediction outlined on its image."
         ),
     ] = False,
-    fold: Fold = None,
+    fold: Folds = None,
     best: Best = False,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine that share the images.")
+    ] = 1,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Segment images with a finished run; every prediction lies exactly on its image. Continues
-    where it stopped."""
-    job = job_of(run, images, out, runs, fold, best) | {"overlays": overlays}
-    from segfleet.pipeline.jobs import predict
-    from segfleet.pipeline.ranks import Ranks
-
-    with progress("predicting") as tick:
-        document = predict(job, Ranks(), tick)
+    """Segment images with a finished run, or with several as an ensemble; every prediction lies
+    exactly on its image. Continues where it stopped."""
+    job = job_of(words, out, runs, fold, best) | {
+        "overlays": overlays,
+        "probabilities": probabilities,
+        "postprocess": checked_rule(postprocess),
+    }
+    document = by_ranks(job, ranks) if ranks > 1 else alone(job)
     show(document, as_json, render)
     raise typer.Exit(document["exit_code"])
 
 
+def alone(job: dict[str, Any]) -> dict[str, Any]:
+    """Predict in this process; what came out."""
+    from segfleet.pipeline.jobs import predict
+    from segfleet.pipeline.ranks import Ranks
+
+    with progress("predicting") as tick:
+        return predict(job, Ranks(), tick)
+
+
+def by_ranks(job: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """Predict with processes that share the images; what came out."""
+    from segfleet.pipeline.launch.local import run_ranks
+
+    with tempfile.TemporaryDirectory(prefix="segfleet-") as folder:
+        answer = Path(folder) / "answer.json"
+        run_ranks(job | {"answer": str(answer)}, ranks)
+        return json.loads(answer.read_text(encoding="utf-8"))
+
+
+def checked_rule(text: str | None) -> str | None:
+    """The words of --postprocess, if they can be meant. Raises InputError."""
+    if text not in (None, "auto"):
+        from segfleet.pipeline.inference.postprocess import parse_rule
+
+        parse_rule(text)
+    return text
+
+
 def job_of(
-    run: str, images: list[Path], out: Path, runs: Path, fold: int | None = None, best: bool = False
+    words: list[str], out: Path, runs: Path, fold: str | None = None, best: bool = False
 ) -> dict[str, Any]:
     """What the ranks of a prediction do. Raises InputError if they cannot."""
     from segfleet.pipeline.inference.inputs import check_out, collect
-    from segfleet.pipeline.run import data_of, find_run, open_run
+    from segfleet.pipeline.loading import find_models, open_model
 
-    folder = find_run(run, runs, fold, best)
-    recipe, folders = open_run(folder)
-    for stage in folders:
-        stage.check_done()
-    check_out(
-        out,
-        collect(images, len(data_of(folder, recipe).dataset.channels)),
-        folder.name,
-    )
+    names, images = divided(words)
+    found = [path for name in names for path in find_models(name, runs, fold_of(fold), best)]
+    models = list(dict.fromkeys(found))
+    model = open_model(models)
+    if len(model.networks) > 1:
+        typer.echo(f"segfleet: an ensemble of {len(model.networks)} networks", err=True)
+    check_out(out, collect(images, len(model.dataset.channels)), model.made_by)
     return {
         "do": "predict",
-        "run": str(folder),
+        "models": [str(path) for path in models],
         "images": [str(path) for path in images],
         "out": str(out),
     }
+
+
+def divided(words: list[str]) -> tuple[list[str], list[Path]]:
+    """The runs and the images: the first word is a run; of the others what is there and is no run
+    is an image, and so is all that follows it. Raises InputError if there is no image."""
+    from segfleet.core.errors import InputError
+    from segfleet.pipeline.modelfile import is_modelfile
+    from segfleet.pipeline.run import RECIPE
+
+    def is_image(word: str) -> bool:
+        path = Path(word)
+        there = path.exists() or "/" in word or bool(path.suffix)
+        return there and not (path / RECIPE).is_file() and not is_modelfile(path)
+
+    first = next((n for n, word in enumerate(words) if n and is_image(word)), len(words))
+    if first == len(words):
+        raise InputError(
+            f"predict: found no image or folder among: {' '.join(words)}; expected RUN [RUN ...] "
+            "and then IMAGE [IMAGE ...]"
+        )
+    return words[:first], [Path(word) for word in words[first:]]
 
 
 def render(document: dict) -> None:

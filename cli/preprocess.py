@@ -272,3 +272,4 @@ def render(found: dict[str, Any]) -> None:
         ),
     ]
     table(("", ""), rows)
+    typer.echo(f"next: segfleet train auto data.store={found['store']}")

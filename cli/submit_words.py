@@ -159,12 +159,19 @@ def evaluation(told: dict[str, Any]) -> tuple[list[Step], Path, Path]:
 
 
 def prediction(told: dict[str, Any]) -> tuple[list[Step], Path, Path]:
-    from segfleet.cli.predict import job_of
+    from segfleet.cli.predict import checked_rule, job_of
     from segfleet.slurm.submission import home_of
 
-    images, out = [path.absolute() for path in told["images"]], told["out"].absolute()
-    found = job_of(told["run"], images, out, told["runs"], told["fold"], told["best"])
-    job = {**found, "overlays": told["overlays"], "root": str(told["runs"].resolve())}
+    out = told["out"].absolute()
+    found = job_of(told["words"], out, told["runs"], told["fold"], told["best"])
+    found["images"] = [str(Path(path).absolute()) for path in found["images"]]
+    job = {
+        **found,
+        "overlays": told["overlays"],
+        "probabilities": told["probabilities"],
+        "postprocess": checked_rule(told["postprocess"]),
+        "root": str(told["runs"].resolve()),
+    }
     return [(title("predict", out), [job])], home_of(out), Path(job["root"])
 
 

@@ -18,8 +18,16 @@ if TYPE_CHECKING:
     from segfleet.preprocess.stores.manifest import Manifest
 
 
+AUTO = "auto"
+
+
 def command(
-    recipe: Annotated[str, typer.Argument(help="A recipe file or the name of a shipped recipe.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe file, the name of a shipped recipe, or auto: planned for data.store=..."
+        ),
+    ],
     changes: Annotated[
         list[str] | None, typer.Argument(help="Changes of the recipe, key.path=value.")
     ] = None,
@@ -34,6 +42,12 @@ def command(
     max_time: Annotated[
         float | None,
         typer.Option(min=0, help="Hours after which it stops in order; the same command goes on."),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="auto: time of one run with its score: 30min, 8h, 2d; see segfleet plan."
+        ),
     ] = None,
     stage_to: Annotated[
         str | None,
@@ -52,6 +66,14 @@ def command(
         raise InputError(
             f"--max-time: found {max_time:g}, expected more than 0 hours; leave it out for no limit"
         )
+    if budget is not None and recipe != AUTO:
+        raise InputError(
+            f"--budget: is for `segfleet train {AUTO}`; a recipe says its epochs itself"
+        )
+    if recipe == AUTO and not Path(AUTO).exists():
+        from segfleet.cli.plan import frozen_plan
+
+        recipe, changes = frozen_plan(changes or [], budget, runs)
     chosen = with_absolute_store(load_recipe(recipe, changes))
     manifest = load_manifest(Path(chosen.data.store))
     job: dict[str, Any] = {"do": "train", "root": str(runs.resolve())}

@@ -9,12 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from segfleet.core.errors import InputError
 from segfleet.core.files import digest_of, write_atomically
 from segfleet.pipeline.recipe import Recipe
-from segfleet.pipeline.run import FOLDS, RECIPE, StageFolder, stage_folders
+from segfleet.pipeline.run import (
+    FOLDS,
+    RECIPE,
+    StageFolder,
+    find_run,
+    open_run,
+    run_folders,
+    stage_folders,
+)
 from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.scoring.summary import summarise
 from segfleet.preprocess.stores.manifest import Manifest
@@ -52,6 +62,38 @@ def family_of(recipe: Recipe) -> str:
     document = recipe.model_dump(mode="json")
     del document["name"], document["data"]["fold"], document["data"]["workers"]
     return digest_of(document)[:12]
+
+
+def find_folds(text: str, root: Path) -> list[Path]:
+    """The runs of every fold of one recipe, in the order of the folds, from the recipe's name or
+    from the folder or the beginning of the uid of any of them. Raises InputError that lists what
+    else the name fits."""
+    wanted = set()
+    if (Path(text) / RECIPE).is_file():
+        own, (recipe, folders) = Path(text).resolve(), open_run(Path(text))
+        root = own.parents[1 if own.parent.name == FOLDS else len(folders) - 1]
+        wanted.add(family_of(recipe))
+    families: dict[str, list[tuple[int, Path]]] = {}
+    for folder in run_folders(root):
+        with suppress(InputError):  # made by another version, or damaged
+            recipe = open_run(folder)[0]
+            family = family_of(recipe)
+            families.setdefault(family, []).append((recipe.data.fold, folder.resolve()))
+            if text == recipe.name or folder.name.startswith(text):
+                wanted.add(family)
+    if not wanted & families.keys():
+        find_run(text, root)  # says what is there
+    if len(wanted) > 1:
+        lines = [
+            f"  {members[0][1].name[:8]}  {len(members)} fold(s)"
+            for family, members in sorted(families.items())
+            if family in wanted
+        ]
+        raise InputError(
+            f"run: '{text}' fits {len(wanted)} recipes under {root} that differ in more than their "
+            "fold; give the uid of one of their runs:\n" + "\n".join(lines)
+        )
+    return [folder for _, folder in sorted(families[wanted.pop()])]
 
 
 def folder_of(root: Path, runs: list[str]) -> Path:

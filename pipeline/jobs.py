@@ -11,12 +11,14 @@ it;
 {"do": "score", ...}: only score; "again": true, even if it is scored already.
 {"do": "score on", "recipe": {...}, "run": "runs/...", "store": "stores/...", "split": null,
 "fold": 0}: score a finished run on the cases of another store.
-{"do": "predict", "run": "runs/...", "images": [...], "out": "predictions"}: segment images with a
-finished run.
+{"do": "predict", "models": ["runs/...", ...], "images": [...], "out": "predictions"}: segment images
+with a finished run, several as an ensemble, or a model file; "probabilities": true keeps these,
+"postprocess": auto, largest or min-size=N. "answer": a file for what came out, said by nobody else.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -25,19 +27,22 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError
+from segfleet.core.files import write_atomically
 from segfleet.core.parallel import Apart
 from segfleet.pipeline.data.staged_store import on_node
 from segfleet.pipeline.events import Lines
 from segfleet.pipeline.folds import score_folds
-from segfleet.pipeline.inference.predict import predict_files
-from segfleet.pipeline.parts import patch_of
+from segfleet.pipeline.inference.postprocess import AUTO, for_all, parse_rule
+from segfleet.pipeline.inference.predict import Wishes, predict_files
+from segfleet.pipeline.loading import open_model
+from segfleet.pipeline.out_of_fold import decided
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.reports.overlays import save_overlays, save_prediction
 from segfleet.pipeline.reports.report import write_report
 from segfleet.pipeline.run import data_of, note_data, open_run, stage_folders
 from segfleet.pipeline.scoring.external import TestSet
-from segfleet.pipeline.scoring.score import Scorer, forward_of, load_network
+from segfleet.pipeline.scoring.score import Scorer
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.pipeline.training.train import Run, train
 from segfleet.pipeline.training.window import Diverged
@@ -136,40 +141,48 @@ def predict(
     job: dict[str, Any], ranks: Ranks, progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
     """The answer of `predict_files` for a prediction's images. Raises InputError."""
-    recipe, folders = open_run(Path(job["run"]))
-    manifest = data_of(Path(job["run"]), recipe)
-    model, task, name = load_network(recipe, manifest, folders, ranks.device)
+    model = open_model([Path(path) for path in job["models"]], ranks.device)
+    model.check()
+    rules = None
+    if (text := job.get("postprocess")) == AUTO:
+        rules = decided(model, ranks)
+    elif text:
+        rules = for_all(parse_rule(text), model.task)
     with Apart() as apart:
         return predict_files(
-            forward_of(model, task, recipe, ranks.device),
-            manifest.plan,
-            manifest.dataset,
-            task,
+            model.members(),
+            model.dataset,
             job["images"],
             job["out"],
-            patch=patch_of(recipe, manifest),
-            overlap=recipe.evaluation.overlap,
-            mirror_axes=recipe.evaluation.mirror,
-            batch=recipe.evaluation.batch,
             device=ranks.device,
-            made_by=f"{folders[-1].path.name} {name}",
+            made_by=model.made_by,
+            wishes=Wishes(
+                probabilities=job.get("probabilities", False),
+                rules=rules,
+                draw=save_prediction if job.get("overlays") else None,
+                read=lambda one: one.read_apart(apart),
+            ),
             ranks=ranks,
             progress=progress,
-            draw=save_prediction if job.get("overlays") else None,
-            read=lambda one: one.read_apart(apart),
         )
 
 
 def run_prediction(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
     """Raises InputError with every image that could not be segmented, when all others are."""
 
+    quiet = "answer" in job
+
     def tick(done: int, total: int) -> None:
-        sys.stdout.write(f"{done} of {total} images\n")
-        sys.stdout.flush()
+        if not quiet:
+            say(f"{done} of {total} images\n")
         if stop.asked() and done < total:
             raise Interrupted(f"stopped after {done} of {total} images; the same command goes on")
 
     answer = predict(job, ranks, tick)
+    if quiet:  # whoever waits for it says what came out
+        if ranks.rank == 0:
+            write_atomically(Path(job["answer"]), json.dumps(answer))
+        return
     if ranks.rank == 0:
         written, kept, failed = (len(answer[key]) for key in ("done", "kept", "failed"))
         sys.stdout.write(

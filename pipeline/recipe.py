@@ -322,6 +322,11 @@ def read_document(source: str) -> dict[str, Any]:
     path = Path(source)
     if not path.is_file():
         path = RECIPES / f"{source}.yaml"
+        if source == "auto":
+            raise InputError(
+                "recipe: 'auto' is planned by `segfleet train auto data.store=STORE` where it "
+                "trains; for other commands `segfleet plan STORE --out recipe.yaml` writes it"
+            )
         if not path.is_file() or "/" in source:
             raise InputError(
                 f"recipe: found no file '{source}' and no shipped recipe of that name; shipped: "

@@ -58,6 +58,11 @@ class Input:
             INSTEAD.get(kind) or (".png" if kind or _is_npy(self.images[0]) else ".nii.gz")
         )
 
+    @property
+    def probabilities(self) -> str:
+        """Name of the file of its probabilities, if they are wanted."""
+        return f"{self.id}.npz"
+
     def read(self) -> tuple[np.ndarray, Geometry]:
         """(C, Z, Y, X) and its grid, as the layouts read such files. Raises ImageError."""
         first = self.images[0]
@@ -240,13 +245,16 @@ def is_made(out: Path, one: Input, facts: dict[str, Any]) -> bool:
             f"{path} is not as it was written: damaged, or edited by hand. Move it away to have it "
             "made again, or choose another folder."
         )
+    if "probabilities" not in facts:  # more than is wanted
+        known.pop("probabilities", None)
     return known == facts
 
 
 def forget(out: Path, one: Input) -> None:
     """Remove an older prediction of `one`, then its note: no note ever vouches for a file it was
     not written for."""
-    (out / one.output).unlink(missing_ok=True)
+    for name in (one.output, one.probabilities):
+        (out / name).unlink(missing_ok=True)
     _note(out, one).parent.mkdir(exist_ok=True)
     write_atomically(_note(out, one), "{}")  # ours, but of nothing: a kill may leave a file
 
@@ -258,8 +266,9 @@ def vouch(out: Path, one: Input, facts: dict[str, Any]) -> None:
 
 
 def _written(out: Path, one: Input) -> dict[str, Any]:
-    """The files of a prediction: a stack of slices has its spacing beside it."""
-    paths = [out / one.output]
+    """The files of a prediction: probabilities may lie beside it, and a stack of slices has its
+    spacing there."""
+    paths = [out / one.output, out / one.probabilities]
     if ending(paths[0]) in (".tif", ".tiff"):
         paths.append(out / f"{one.id}.json")
     return {path.name: file_facts(path) for path in paths if path.is_file()}

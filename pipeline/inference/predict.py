@@ -3,7 +3,11 @@ rest is done."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,50 +15,52 @@ import numpy as np
 import torch
 
 from segfleet.core.errors import InputError
+from segfleet.core.files import write_atomically
+from segfleet.pipeline.inference.ensemble import Member, Stored, predict_maps
 from segfleet.pipeline.inference.inputs import Input, claim, collect, forget, is_made, vouch
-from segfleet.pipeline.inference.restore import restore
-from segfleet.pipeline.inference.sliding_window import Forward, sliding_window
+from segfleet.pipeline.inference.postprocess import Rule, clean
+from segfleet.pipeline.inference.probabilities import write_probabilities
+from segfleet.pipeline.inference.restore import Map, combine
 from segfleet.pipeline.ranks import Ranks, as_facts, from_facts
-from segfleet.pipeline.task import Task
 from segfleet.preprocess.case import Case, Geometry
+from segfleet.preprocess.exporting.nnunet import dataset_document as nnunet_dataset
 from segfleet.preprocess.files.images import ImageError, read_label
 from segfleet.preprocess.files.names import write_names
 from segfleet.preprocess.files.writer import write_label
 from segfleet.preprocess.readers.pairs import colours
 from segfleet.preprocess.stores.manifest import Dataset, Plan
 from segfleet.preprocess.stores.shard_reader import to_float32
-from segfleet.preprocess.transforms.case_transforms import (
-    OF_COLOURS,
-    check_room,
-    preprocess_case,
-    raw_resample_axis,
-)
+from segfleet.preprocess.transforms.case_transforms import OF_COLOURS, check_room, preprocess_case
 
 OVERLAYS = "overlays"  # folder of pictures among the predictions
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What is written besides labels, and what is done to these. `rules`: structure -> what is
+    taken out of it. `draw`: also OUT/overlays/<id>.png, the outlined prediction on its image.
+    `read` an image in another way than in this process."""
+
+    probabilities: bool = False
+    rules: dict[str, Rule] | None = None
+    draw: Callable[[Path, np.ndarray, np.ndarray, Sequence[float]], Any] | None = None
+    read: Callable[[Input], tuple[np.ndarray, Geometry]] = Input.read
+
+
 def predict_files(
-    forward: Forward,
-    plan: Plan,
+    members: Sequence[Member],
     dataset: Dataset,
-    task: Task,
     inputs: Sequence[str | Path],
     out: str | Path,
     *,
-    patch: Sequence[int],
-    overlap: float = 0.5,
-    mirror_axes: Sequence[int] = (),
-    batch: int = 1,
-    dims: int | None = None,
     device: torch.device | str = "cpu",
     made_by: str = "",
+    wishes: Wishes | None = None,
     ranks: Ranks | None = None,
     progress: Callable[[int, int], None] | None = None,
-    draw: Callable[[Path, np.ndarray, np.ndarray, Sequence[float]], Any] | None = None,
-    read: Callable[[Input], tuple[np.ndarray, Geometry]] = Input.read,
 ) -> dict[str, Any]:
     """Segment the images `inputs` (files and folders) into the folder `out`; one label file each,
-    written whole or not at all.
+    written whole or not at all. Several `members` are an ensemble.
 
     Files that were made of the same image in the same way are kept, so an interrupted call goes on;
     those of another image of that name or of other settings are written again, and a file that is
@@ -62,26 +68,16 @@ def predict_files(
     refused. Every rank of `ranks` segments its share, `progress(done, total)` counts that, and
     every rank gets the whole answer: {"done", "kept": [{"id", "file"}], "failed": [{"id", "files",
     "problem"}], "exit_code"}: 2 if any failed, else 0. Raises InputError when nothing can be done
-    at all; an error of one rank is raised on all. `draw`: also OUT/overlays/<id>.png, the
-    outlined prediction on its image. `read` an image in another way than in this process.
+    at all; an error of one rank is raised on all.
     """
     ranks, found, out = ranks or Ranks(), collect(inputs, len(dataset.channels)), Path(out)
-    window = {
-        "patch": patch,
-        "overlap": overlap,
-        "mirror_axes": mirror_axes,
-        "batch": batch,
-        "dims": dims or (2 if patch[0] == 1 else 3),
-    }
-    settings = {
-        "made_by": made_by,
-        "patch": list(patch),
-        "overlap": overlap,
-        "mirror_axes": sorted(mirror_axes),
-        "dims": window["dims"],
-        "averages": task.averages,
-    }
-    window |= {"device": device, "keep_on": "cpu"}
+    wishes = wishes or Wishes()
+    every = [member.settings() for member in members]
+    settings = {"made_by": made_by, **(every[0] if len(every) == 1 else {"members": every})}
+    if wishes.rules:
+        settings["postprocess"] = {name: rule.text for name, rule in wishes.rules.items()}
+    if wishes.probabilities:
+        settings["probabilities"] = True
     error = _caught(lambda: claim(out, found, made_by)) if ranks.rank == 0 else None
     if facts := ranks.share(as_facts(error)):
         raise error or from_facts(facts)
@@ -90,9 +86,10 @@ def predict_files(
     def segment() -> None:
         for index in share:
             one = found[index]
-            answers[index] = _answer(forward, plan, task, one, out, settings, window, read)
-            if draw and answers[index][0] != "failed":
-                _draw(draw, one, out, plan, answers[index][0] == "kept", read)
+            answers[index] = _answer(members, one, out, settings, wishes, device)
+            if wishes.draw and answers[index][0] != "failed":
+                kept = answers[index][0] == "kept"
+                _draw(wishes, one, out, members[0].plan, kept)
             if progress:
                 progress(len(answers), len(share))
 
@@ -108,7 +105,14 @@ def predict_files(
     }
     if ranks.rank == 0 and result["done"]:
         write_names(out, dataset.labels)
+        _describe(out, dataset, Path(result["done"][0]["file"]).name, result["done"][0]["id"])
     return {"out": str(out), **result, "exit_code": 2 if result["failed"] else 0}
+
+
+def _describe(out: Path, dataset: Dataset, name: str, case: str) -> None:
+    """dataset.json as nnU-Net has it beside predictions, so that its evaluation runs on them."""
+    document = nnunet_dataset(dataset, 0, name.removeprefix(case))
+    write_atomically(out / "dataset.json", json.dumps(document, indent=1) + "\n")
 
 
 def _caught(function: Callable[[], None]) -> Exception | None:
@@ -120,14 +124,12 @@ def _caught(function: Callable[[], None]) -> Exception | None:
 
 
 def _answer(
-    forward: Forward,
-    plan: Plan,
-    task: Task,
+    members: Sequence[Member],
     one: Input,
     out: Path,
     settings: dict[str, Any],
-    window: dict[str, Any],
-    read: Callable[[Input], tuple[np.ndarray, Geometry]],
+    wishes: Wishes,
+    device: torch.device | str,
 ) -> tuple[str, dict[str, Any]]:
     try:
         if one.problem:
@@ -135,8 +137,15 @@ def _answer(
         facts = {"image": one.content(), **settings}
         if is_made(out, one, facts):
             return "kept", {"id": one.id, "file": str(out / one.output)}
-        label, geometry = _predict(forward, plan, task, one, window, read)
+        image, geometry = wishes.read(one)
+        maps = image_maps(members, image, geometry, one.id, one.images[0], device, out)
         forget(out, one)
+        with _room(maps, geometry, out, wishes.probabilities) as keep:
+            label = combine(maps, geometry.shape, keep)
+            if wishes.rules:
+                label = clean(label, wishes.rules, members[0].task, geometry.spacing)
+            if keep is not None:
+                write_probabilities(out / one.probabilities, keep)
         write_label(out / one.output, label, geometry)
         vouch(out, one, facts)
         return "done", {"id": one.id, "file": str(out / one.output)}
@@ -148,48 +157,65 @@ def _answer(
         }
 
 
-def _draw(
-    draw: Callable[..., Any], one: Input, out: Path, plan: Plan, kept: bool, read: Callable
-) -> None:
+@contextmanager
+def _room(
+    maps: Sequence[Map], geometry: Geometry, out: Path, wanted: bool
+) -> Iterator[np.ndarray | None]:
+    """(K, Z, Y, X) float16 zeros on the raw grid, in a file without a name."""
+    if not wanted:
+        yield None
+        return
+    shape = (len(maps[0].found_KZYX), *geometry.shape)
+    with tempfile.TemporaryFile(dir=out) as file:
+        yield np.memmap(file, np.float16, "w+", shape=shape)
+
+
+def _draw(wishes: Wishes, one: Input, out: Path, plan: Plan, kept: bool) -> None:
     """The picture of a prediction that lies in `out`."""
     path = out / OVERLAYS / f"{one.id}.png"
     if kept and path.exists():
         return
-    image, geometry = _image(one, plan, read)
+    image, geometry = _as_planned(*wishes.read(one), plan)
     label, _ = read_label(out / one.output)
-    draw(path, image, label.reshape(geometry.shape), geometry.spacing)
+    wishes.draw(path, image, label.reshape(geometry.shape), geometry.spacing)
 
 
-def _image(one: Input, plan: Plan, read: Callable) -> tuple[np.ndarray, Geometry]:
+def _as_planned(image: np.ndarray, geometry: Geometry, plan: Plan) -> tuple[np.ndarray, Geometry]:
     """The raw image (C, Z, Y, X) as every layout would read it."""
-    image, geometry = read(one)
     if len(plan.normalisation) == 3 and set(plan.normalisation) <= set(OF_COLOURS):
         image, geometry = colours(image, geometry)  # as all layouts of colour pictures do
     return image, geometry
 
 
-def _predict(
-    forward: Forward, plan: Plan, task: Task, one: Input, window: dict[str, Any], read: Callable
-) -> tuple[np.ndarray, Geometry]:
-    image, geometry = _image(one, plan, read)
-    if len(image) != (channels := len(plan.normalisation)):
-        mend = "Save the image with the channels the network was trained on."
-        raise ImageError(one.images[0], "channels", str(len(image)), str(channels), mend)
-    if image.dtype.kind == "f" and not np.isfinite(image).all():
-        raise InputError(
-            f"{one.images[0]}: image: found voxels that are nan or infinite, expected finite "
-            "ones. Mend the image."
+def image_maps(
+    members: Sequence[Member],
+    image_CZYX: np.ndarray,
+    geometry: Geometry,
+    case_id: str,
+    where: str | Path,
+    device: torch.device | str,
+    folder: Path | None = None,
+) -> list[Map]:
+    """What the networks say of a raw image. Raises ImageError or InputError that names `where`."""
+
+    def stored(member: Member) -> Stored:
+        plan = member.plan
+        image, grid = _as_planned(image_CZYX, geometry, plan)
+        if len(image) != (channels := len(plan.normalisation)):
+            mend = "Save the image with the channels the network was trained on."
+            raise ImageError(where, "channels", str(len(image)), str(channels), mend)
+        if image.dtype.kind == "f" and not np.isfinite(image).all():
+            raise InputError(
+                f"{where}: image: found voxels that are nan or infinite, expected finite ones. "
+                "Mend the image."
+            )
+        case = Case(id=case_id, image_CZYX=image, label_ZYX=None, geometry=grid)
+        check_room(case_id, grid.shape, grid.spacing, plan)
+        array, _, facts = preprocess_case(case, plan)
+        return Stored(
+            image_CZYX=torch.from_numpy(to_float32(array, plan.scale)),
+            crop=facts["crop"],
+            raw_spacing=grid.spacing,
         )
-    case = Case(id=one.id, image_CZYX=image, label_ZYX=None, geometry=geometry)
-    check_room(one.id, geometry.shape, geometry.spacing, plan)
-    stored, _, facts = preprocess_case(case, plan)
-    found = sliding_window(forward, torch.from_numpy(to_float32(stored, plan.scale)), **window)
-    label = restore(
-        found,
-        task,
-        crop=facts["crop"],
-        raw_shape=geometry.shape,
-        anisotropic_axis=raw_resample_axis(geometry.spacing, plan),
-        transpose=plan.transpose,
-    )
-    return label, geometry
+
+    return predict_maps(members, stored, device=device, folder=folder)

@@ -4,6 +4,7 @@ labels on the raw grid."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +19,104 @@ Crop = Sequence[tuple[int, int]]
 SLAB = 2**24  # probabilities on the raw grid at a time
 
 
+@dataclass(frozen=True, kw_only=True)
+class Map:
+    """What one network, or several of one plan, say of an image: their mean on the stored grid.
+
+    `crop` is the box (start, stop) per axis of the raw grid that was kept, as in CaseEntry.
+    `anisotropic_axis`: an axis of the raw grid along which the nearest slice is taken, otherwise
+    resampling is linear. `transpose`: the raw axis that each stored one is. `networks`: how many.
+    """
+
+    found_KZYX: Tensor
+    task: Task  # `task.averages` says whether these are probabilities or logits
+    crop: Crop
+    anisotropic_axis: int | None = None
+    transpose: Sequence[int] = (0, 1, 2)
+    networks: int = 1
+
+    def slab(self, box: Crop, here: slice) -> Tensor:
+        """(K, slices, Y, X) of the raw grid: the slices `here` of the box `box`, outside the own
+        crop background."""
+        found = self.found_KZYX.detach().float().cpu()
+        found = found.permute(0, *(1 + axis for axis in np.argsort(self.transpose)))
+        shape = _shape(self.crop)
+        if tuple(self.crop) == tuple(box):
+            return resampled(found, shape, self.anisotropic_axis, here)
+        outside = torch.zeros(len(found), here.stop - here.start, *_shape(box)[1:])
+        background = _background(self.task)
+        if background is not None:
+            outside[background] = 1.0
+        (first, end), (top, bottom), (left, right) = [
+            (start - low, stop - low)
+            for (start, stop), (low, _) in zip(self.crop, box, strict=True)
+        ]
+        start, stop = max(first, here.start), min(end, here.stop)
+        if start < stop:
+            own = slice(start - first, stop - first)
+            inside = resampled(found, shape, self.anisotropic_axis, own)
+            if self.task.averages == "logits":
+                inside = self.task.probabilities(inside[None])[0]
+            rows = slice(start - here.start, stop - here.start)
+            outside[:, rows, top:bottom, left:right] = inside
+        return outside
+
+
+def combine(
+    maps: Sequence[Map], raw_shape: Sequence[int], keep: np.ndarray | None = None
+) -> np.ndarray:
+    """The mean of maps, weighted by their networks -> (Z, Y, X) uint8 label values on the raw grid,
+    background outside the crop.
+
+    Probabilities are resampled, not labels, so an outline may pass between stored voxels. It goes
+    slab by slab: beside the maps there is the label and little else. The logits of one map alone
+    are compared as they are; of several maps probabilities are averaged, after resampling, as
+    nnU-Net's ensembles do. `keep` (K, Z, Y, X), full of zeros: gets the probabilities.
+    """
+    task, alone = maps[0].task, len(maps) == 1
+    box = [
+        (min(start for start, _ in ends), max(stop for _, stop in ends))
+        for ends in zip(*(one.crop for one in maps), strict=True)
+    ]
+    shape = _shape(box)
+    label = np.empty(shape, np.uint8)
+    if keep is not None and (background := _background(task)) is not None:
+        keep[background] = 1
+    inside = tuple(slice(start, stop) for start, stop in box)
+    of_all = task if alone else replace(task, averages="probabilities")
+    total = sum(one.networks for one in maps)
+    thick = max(1, SLAB // (len(maps[0].found_KZYX) * shape[1] * shape[2]))
+    for start in range(0, shape[0], thick):
+        here = slice(start, min(start + thick, shape[0]))
+        if alone:
+            found = maps[0].slab(box, here)
+        else:
+            found = sum(_probabilities(one, box, here) * (one.networks / total) for one in maps)
+        label[here] = of_all.labels(found).numpy()
+        if keep is not None:
+            if of_all.averages == "logits":
+                found = of_all.probabilities(found[None])[0]
+            raw = slice(inside[0].start + here.start, inside[0].start + here.stop)
+            keep[:, raw, inside[1], inside[2]] = found.numpy()
+    return paste(label, box, tuple(raw_shape))
+
+
+def _probabilities(one: Map, box: Crop, here: slice) -> Tensor:
+    found = one.slab(box, here)
+    if one.task.averages == "logits" and tuple(one.crop) == tuple(box):
+        return one.task.probabilities(found[None])[0]
+    return found
+
+
+def _shape(box: Crop) -> tuple[int, ...]:
+    return tuple(int(stop) - int(start) for start, stop in box)
+
+
+def _background(task: Task) -> int | None:
+    """The channel that is 1 where nothing was looked at."""
+    return task.values.index(0) if task.head == "softmax" else None
+
+
 def restore(
     probabilities_KZYX: Tensor,
     task: Task,
@@ -28,23 +127,20 @@ def restore(
     transpose: Sequence[int] = (0, 1, 2),
 ) -> np.ndarray:
     """Probabilities (K, Z, Y, X) on the stored grid -> (Z, Y, X) uint8 label values on the raw
-    grid, background outside `crop`.
-
-    `crop` is the box (start, stop) per axis of the raw grid that was kept, as in CaseEntry.
-    Probabilities are resampled, not labels, so an outline may pass between stored voxels (linear;
-    nearest along `anisotropic_axis`, an axis of the raw grid). `transpose`: the raw axis that each
-    stored one is. It goes slab by slab: beside the probabilities there is the label and little else.
-    """
+    grid: `combine` of one `Map`."""
     assert probabilities_KZYX.ndim == 4, tuple(probabilities_KZYX.shape)
-    shape = tuple(int(stop) - int(start) for start, stop in crop)
-    found = probabilities_KZYX.detach().float().cpu()
-    found = found.permute(0, *(1 + axis for axis in np.argsort(transpose)))
-    label = np.empty(shape, np.uint8)
-    thick = max(1, SLAB // (len(found) * shape[1] * shape[2]))
-    for start in range(0, shape[0], thick):
-        here = slice(start, min(start + thick, shape[0]))
-        label[here] = task.labels(resampled(found, shape, anisotropic_axis, here)).numpy()
-    return paste(label, crop, tuple(raw_shape))
+    return combine(
+        [
+            Map(
+                found_KZYX=probabilities_KZYX,
+                task=task,
+                crop=crop,
+                anisotropic_axis=anisotropic_axis,
+                transpose=transpose,
+            )
+        ],
+        raw_shape,
+    )
 
 
 def resampled(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ def mirrored(forward: Forward, x: Tensor, axes: Sequence[int]) -> Tensor:
 
 
 def sliding_window(
-    forward: Forward,
+    forward: Forward | Iterable[Forward],
     image_CZYX: Tensor,
     *,
     patch: Sequence[int],
@@ -70,7 +70,9 @@ def sliding_window(
     zeros on both sides and cut afterwards. Tiles are moved to `device` (default: the image's), sums
     are kept on `keep_on` (default: the image's), so a volume larger than the GPU's memory still
     passes. The order of summation is
-    fixed: same input, same bits. Raises InputError for an impossible patch, overlap or axis,
+    fixed: same input, same bits. Of several `forward`, networks of one size, the mean: each goes
+    over the whole image and is dropped before the next is asked for, into the same sums, so memory
+    does not grow with their number. Raises InputError for an impossible patch, overlap or axis,
     FloatingPointError when the network's output is not finite.
     """
     patch = _checked(image_CZYX, patch, overlap, mirror_axes, batch, dims)
@@ -80,23 +82,25 @@ def sliding_window(
     weight = importance(patch, keep_on)
     total, weights = None, torch.zeros(padded.shape[1:], device=keep_on)
     flips = [axis + 2 - (3 - dims) for axis in mirror_axes]
+    networks = iter([forward] if callable(forward) else forward)
     with torch.no_grad():
-        for boxes in _batches(_boxes(padded.shape[1:], patch, overlap, dims), batch):
-            tiles = torch.stack([padded[(slice(None), *box)] for box in boxes]).to(device)
-            found = (
-                mirrored(forward, tiles[:, :, 0] if dims == 2 else tiles, flips).float().to(keep_on)
-            )
-            found = found[:, :, None] if dims == 2 else found
-            if found.shape[2:] != tiles.shape[2:]:
-                raise InputError(
-                    f"sliding window: the network gave size {tuple(found.shape[2:])} for a tile "
-                    f"of {tuple(tiles.shape[2:])}"
-                )
-            if total is None:
-                total = torch.zeros((found.shape[1], *padded.shape[1:]), device=keep_on)
-            for box, one in zip(boxes, found, strict=True):
-                total[(slice(None), *box)] += one * weight
-                weights[box] += weight
+        while (network := next(networks, None)) is not None:
+            for boxes in _batches(_boxes(padded.shape[1:], patch, overlap, dims), batch):
+                tiles = torch.stack([padded[(slice(None), *box)] for box in boxes]).to(device)
+                tiles = tiles[:, :, 0] if dims == 2 else tiles
+                found = mirrored(network, tiles, flips).float().to(keep_on)
+                if found.shape[2:] != tiles.shape[2:]:
+                    raise InputError(
+                        f"sliding window: the network gave size {tuple(found.shape[2:])} for a "
+                        f"tile of {tuple(tiles.shape[2:])}"
+                    )
+                found = found[:, :, None] if dims == 2 else found
+                if total is None:
+                    total = torch.zeros((found.shape[1], *padded.shape[1:]), device=keep_on)
+                for box, one in zip(boxes, found, strict=True):
+                    total[(slice(None), *box)] += one * weight
+                    weights[box] += weight
+            network = None  # before the next is loaded
     total = total.div_(weights)[(slice(None), *inner)]
     if not total.sum().isfinite():
         raise FloatingPointError(

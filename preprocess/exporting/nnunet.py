@@ -20,6 +20,7 @@ from segfleet.preprocess.checking.check import survey
 from segfleet.preprocess.files.names import write_names
 from segfleet.preprocess.files.writer import write_image, write_label
 from segfleet.preprocess.readers.base import RawReader
+from segfleet.preprocess.stores.manifest import Dataset
 
 
 def write_nnunet(
@@ -82,13 +83,18 @@ def _write_images(folder: Path, case: str, image: np.ndarray, grid: Geometry, ki
         write_image(folder / f"{case}_{channel:04d}{kind}", array[None], grid)
 
 
-def _version_2(dataset, ids: list[str], kind: str) -> dict:
+def _version_2(dataset: Dataset, ids: list[str], kind: str) -> dict:
+    return dataset_document(dataset, len(ids), kind)
+
+
+def dataset_document(dataset: Dataset, cases: int, kind: str) -> dict:
+    """dataset.json of nnU-Net v2 for files that end in `kind`."""
     labels: dict = dict(dataset.labels)
     found = {
         "name": dataset.name,
         "channel_names": {str(n): name for n, name in enumerate(dataset.channels)},
         "labels": labels,
-        "numTraining": len(ids),
+        "numTraining": cases,
         "file_ending": kind,
     }
     if dataset.regions:
@@ -114,3 +120,24 @@ def _version_1(dataset, ids: list[str], kind: str) -> dict:
         ],
         "test": [],
     }
+
+
+def describe_predictions(dataset: Dataset, folder: Path) -> list[Path]:
+    """Write FOLDER/dataset.json as nnU-Net has it beside predictions, so that its evaluation runs
+    on them; what was written. Raises InputError if the folder holds no labels, or of several
+    endings."""
+    from segfleet.preprocess.files.writer import WRITABLE
+
+    names = [path.name.lower() for path in folder.iterdir() if not path.name.startswith(".")]
+    endings = {next((end for end in WRITABLE if name.endswith(end)), None) for name in names}
+    endings -= {None}
+    if len(endings) != 1:
+        found = ", ".join(sorted(endings)) or "none"
+        raise InputError(
+            f"nnunet: {folder} holds labels ending in: {found}; expected one ending, as nnU-Net has "
+            "one for a data set"
+        )
+    path = folder / "dataset.json"
+    document = dataset_document(dataset, sum(n.endswith(tuple(endings)) for n in names), *endings)
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return [path]

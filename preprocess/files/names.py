@@ -17,7 +17,10 @@ def write_names(folder: Path, labels: Mapping[str, int]) -> None:
     """labels.json ({"name": value}) and labels.ctbl (value, name, red, green, blue, alpha) into
     `folder`, if what is there differs."""
     ordered = dict(sorted(labels.items(), key=lambda item: item[1]))
-    rows = [f"{value} {name.replace(' ', '_')} {_colour(value)}" for name, value in ordered.items()]
+    rows = [
+        f"{value} {name.replace(' ', '_')} {' '.join(map(str, colour(value)))}"
+        for name, value in ordered.items()
+    ]
     for name, text in (
         (JSON, json.dumps(ordered, indent=1) + "\n"),
         (SLICER, "\n".join(["# value name r g b a", *rows]) + "\n"),
@@ -27,8 +30,11 @@ def write_names(folder: Path, labels: Mapping[str, int]) -> None:
             write_atomically(path, text)
 
 
-def _colour(value: int) -> str:
+def colour(value: int) -> tuple[int, int, int, int]:
+    """Red, green, blue and alpha of a label value, 0 to 255; nothing for the background."""
     if value == 0:
-        return "0 0 0 0"
-    shades = colorsys.hsv_to_rgb(value * GOLDEN % 1, 0.75, 0.95)
-    return " ".join(str(round(255 * part)) for part in shades) + " 255"
+        return 0, 0, 0, 0
+    red, green, blue = (
+        round(255 * part) for part in colorsys.hsv_to_rgb(value * GOLDEN % 1, 0.75, 0.95)
+    )
+    return red, green, blue, 255

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from segfleet.core.errors import InputError
-from segfleet.pipeline.inference.predict import collect, predict_files
+from segfleet.pipeline.inference.ensemble import Member
+from segfleet.pipeline.inference.predict import Wishes, collect, predict_files
 from segfleet.pipeline.reports.overlays import save_prediction
 from segfleet.pipeline.scoring.evaluate import predict_case
 from segfleet.pipeline.task import make_task
@@ -57,17 +58,24 @@ def threshold(channels):
     return forward
 
 
-def predict(store, inputs, out, forward=None, **more):
+WINDOW = ("overlap", "mirror_axes", "batch", "dims", "patch")
+
+
+def member(store, forward=None, **window):
     manifest, task = store.manifest, make_task(store.manifest.dataset)
     forward = forward or threshold(task.channels)
+    window = {"patch": manifest.plan.patch, **window}
+    return Member(forward=lambda: forward, plan=manifest.plan, task=task, **window)
+
+
+def predict(store, inputs, out, forward=None, draw=None, **more):
+    window = {key: more.pop(key) for key in WINDOW if key in more}
     return predict_files(
-        forward,
-        manifest.plan,
-        manifest.dataset,
-        task,
+        [member(store, forward, **window)],
+        store.manifest.dataset,
         inputs,
         out,
-        patch=manifest.plan.patch,
+        wishes=Wishes(draw=draw),
         **more,
     )
 
@@ -188,7 +196,14 @@ def test_a_bad_image_is_listed_and_the_rest_is_done(sets, tmp_path):
     assert "nan" in problems[good[1].removesuffix(".nii.gz")]
     assert "channels: found 3, expected 1" in problems["three"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
-        [*good[2:], ".predictions", "labels.ctbl", "labels.json", "predictions.json"]
+        [
+            *good[2:],
+            ".predictions",
+            "dataset.json",
+            "labels.ctbl",
+            "labels.json",
+            "predictions.json",
+        ]
     )
     assert sorted(p.name for p in (tmp_path / "out" / ".predictions").iterdir()) == [
         f"{name}.json" for name in good[2:]

@@ -153,7 +153,7 @@ def test_a_prediction_goes_on_and_lists_what_cannot_be_segmented(straight, tmp_p
     pictures[1].write_bytes(b"no image")
     job = {
         "do": "predict",
-        "run": straight(1, *SHORT)["stages"][-1],
+        "models": [straight(1, *SHORT)["stages"][-1]],
         "images": list(map(str, pictures)),
         "out": str(tmp_path / "out"),
     }

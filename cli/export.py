@@ -1,0 +1,143 @@
+"""`segfleet export model | hub | nnunet | ome-zarr ...`: what was trained or predicted, for others
+to use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from segfleet.cli.output import Best, Folds, Json, fold_of, show
+
+KINDS = {
+    "model": "RUN...",
+    "hub": "RUN...",
+    "nnunet": "RUN PREDICTIONS",
+    "ome-zarr": "STORE CASE",
+}
+
+
+def command(
+    kind: Annotated[
+        str,
+        typer.Argument(
+            help="model: a file (or folder) that predicts anywhere. hub: the same as a folder for "
+            "Hugging Face. nnunet: dataset.json beside predictions. ome-zarr: a case "
+            "of a store."
+        ),
+    ],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="WHAT...",
+            help="model, hub: runs (folder, uid or recipe) or a model. nnunet: a run, then the "
+            "folder of predictions. ome-zarr: a store, then a case.",
+        ),
+    ],
+    to: Annotated[
+        Path | None,
+        typer.Option(help="What is written: NAME.segfleet (one file), or a new folder."),
+    ] = None,
+    pt2: Annotated[
+        bool, typer.Option("--pt2", help="model, hub: also each network as torch.export has it.")
+    ] = False,
+    onnx: Annotated[
+        bool,
+        typer.Option("--onnx", help="model, hub: also each network as ONNX (segfleet[onnx])."),
+    ] = False,
+    use: Annotated[
+        str, typer.Option(help="model, hub: intended use, a sentence for the model card.")
+    ] = "",
+    licence: Annotated[
+        str, typer.Option(help="model, hub: licence of the weights, such as cc-by-4.0.")
+    ] = "",
+    fold: Folds = None,
+    best: Best = False,
+    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Write trained networks as a model that needs no store, or data and predictions in formats of
+    other tools."""
+    from segfleet.core.errors import InputError, did_you_mean
+
+    if kind not in KINDS:
+        raise InputError(
+            f"export: found '{kind}', expected one of: {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}"
+        )
+    if kind in ("nnunet", "ome-zarr") and len(words) != 2:
+        raise InputError(f"export {kind}: found {' '.join(words)}, expected {KINDS[kind]}")
+    if kind == "nnunet":
+        show(describe(words[0], Path(words[1]), runs, fold, best), as_json, render)
+        return
+    if to is None:
+        raise InputError(f"export {kind}: --to is missing: what is to be written")
+    if kind == "ome-zarr":
+        from segfleet.preprocess.exporting.ome_zarr import write_ome_zarr
+        from segfleet.preprocess.stores.base import open_store
+
+        write_ome_zarr(open_store(Path(words[0])), words[1], to)
+        show({"written": str(to)}, as_json, render)
+        return
+    if kind == "hub" and to.suffix in (".segfleet", ".zip"):
+        raise InputError(f"export hub: --to: found {to}, expected a new folder")
+    if kind == "hub" and not licence:
+        raise InputError(
+            "export hub: --licence is missing; the hub asks for one, such as cc-by-4.0"
+        )
+    show(write(words, to, runs, fold, best, (pt2, onnx), use, licence), as_json, render)
+
+
+def write(
+    words: list[str],
+    to: Path,
+    runs: Path,
+    fold: str | None,
+    best: bool,
+    graphs: tuple[bool, bool],
+    use: str,
+    licence: str,
+) -> dict[str, Any]:
+    """Write a model; what was written."""
+    from segfleet.pipeline import graphs as writers
+    from segfleet.pipeline.card import model_card
+    from segfleet.pipeline.loading import find_models, open_model
+    from segfleet.pipeline.modelfile import write_model
+
+    found = [path for name in words for path in find_models(name, runs, fold_of(fold), best)]
+    model = open_model(list(dict.fromkeys(found)))
+    model.check()
+    pt2, onnx = graphs
+    if onnx:
+        writers.check_onnx()
+
+    def extra(folder: Path) -> None:
+        for one in model.networks:
+            name = "model" if len(model.networks) == 1 else f"model-{one.uid}"
+            if pt2:
+                writers.write_pt2(model, one, folder / f"{name}.pt2")
+            if onnx:
+                writers.write_onnx(model, one, folder / f"{name}.onnx")
+
+    written = write_model(model, to, model_card(model, use=use, licence=licence), extra)
+    return {"written": str(written), "networks": [one.uid for one in model.networks]}
+
+
+def describe(
+    run: str, predictions: Path, runs: Path, fold: str | None, best: bool
+) -> dict[str, Any]:
+    """dataset.json beside predictions, for nnU-Net's evaluation."""
+    from segfleet.core.errors import InputError
+    from segfleet.pipeline.loading import find_models, open_model
+    from segfleet.preprocess.exporting.nnunet import describe_predictions
+
+    model = open_model(find_models(run, runs, fold_of(fold), best))
+    if not predictions.is_dir():
+        raise InputError(f"export nnunet: found no folder {predictions}")
+    return {"written": [str(path) for path in describe_predictions(model.dataset, predictions)]}
+
+
+def render(document: dict) -> None:
+    written = document["written"]
+    for path in written if isinstance(written, list) else [written]:
+        typer.echo(path)

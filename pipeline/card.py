@@ -1,0 +1,125 @@
+"""The model card: what a network was trained on, how well it does, and what it is for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from segfleet.core.files import read_json
+from segfleet.pipeline.checkpoint import versions
+from segfleet.pipeline.folds import folder_of
+from segfleet.pipeline.parts import patch_of
+from segfleet.pipeline.scoring.scored import EVALUATION, optimism
+from segfleet.pipeline.trained import Model, Trained
+
+UNKNOWN = "Not said by whoever exported it."
+
+
+def model_card(model: Model, *, use: str = "", licence: str = "") -> str:
+    """README.md of a model, with the front matter of Hugging Face's hub."""
+    dataset, first = model.dataset, model.networks[0]
+    front = {
+        "library_name": "segfleet",
+        "license": licence or "other",
+        "pipeline_tag": "image-segmentation",
+        "tags": ["medical", "segmentation", f"{dataset.dims}d", first.recipe.model.name],
+    }
+    foreground = [f"`{name}` ({value})" for name, value in dataset.labels.items() if value]
+    regions = [f"`{name}` ({', '.join(map(str, of))})" for name, of in dataset.regions.items()]
+    parts = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
+        "---",
+        f"# {first.recipe.name}",
+        "",
+        f"Segments {', '.join(regions or foreground)} in {dataset.dims}D images with the channel(s) "
+        f"{', '.join(dataset.channels)}.",
+        "",
+        "```",
+        "segfleet predict THIS IMAGES --out predictions",
+        "```",
+        "",
+        "## Intended use",
+        "",
+        use or UNKNOWN,
+        "",
+        "It is a research model: it is no medical device, and nobody has approved it as one.",
+        "",
+        "## Data",
+        "",
+        f"- Data set: {dataset.name}"
+        + (f", licence {dataset.licence}" if dataset.licence else ", licence not recorded"),
+        f"- Store: `{first.manifest.id}` (identity of its content)",
+        f"- Spacing (mm, z y x): {', '.join(f'{s:g}' for s in first.manifest.plan.target_spacing)}; "
+        f"normalisation: {', '.join(first.manifest.plan.normalisation)}",
+        "",
+        "## Networks",
+        "",
+        *(_network(one) for one in model.networks),
+        "",
+        "## Scores",
+        "",
+        *_scores(model),
+        "",
+        "## Licence",
+        "",
+        f"Weights: {licence or UNKNOWN}",
+        "",
+        "## Made with",
+        "",
+        ", ".join(f"{name} {number}" for name, number in versions().items()),
+        "",
+    ]
+    return "\n".join(parts)
+
+
+def _network(one: Trained) -> str:
+    size = " x ".join(map(str, patch_of(one.recipe, one.manifest)))
+    epochs = sum(stage.epochs for stage in one.recipe.stages)
+    return (
+        f"- `{one.uid}`: {one.recipe.model.name}, patch {size}, {epochs} epochs, split "
+        f"{one.recipe.data.split}, fold {one.recipe.data.fold}, seed {one.recipe.seed}"
+    )
+
+
+def _scores(model: Model) -> list[str]:
+    """The scores of the runs, each on its own validation cases, and of all folds together."""
+    if any(one.run is None for one in model.networks):
+        return ["See the model file that this one was made from."]
+    documents = [(one.uid, read_json(one.run / EVALUATION)) for one in model.networks]
+    if len(documents) > 1:
+        together = _together(model.networks)
+        documents.append(("all folds, each case by the network not trained on it", together))
+    rows, warnings = [], []
+    for name, document in documents:
+        if document and "summary" in document:
+            rows += _rows(name, document)
+            warnings += [text for text in optimism(document) if text not in warnings]
+    if not rows:
+        return ["Not scored."]
+    return [
+        "Dice of whole cases on their raw grid, none of them trained on unless it says so.",
+        "",
+        "| network | structure | cases | mean Dice | 95 % interval over patients |",
+        "| --- | --- | --- | --- | --- |",
+        *rows,
+        *(f"\n{text}" for text in warnings),
+    ]
+
+
+def _rows(name: str, document: dict[str, Any]) -> list[str]:
+    rows = []
+    for structure, found in document["summary"]["structures"].items():
+        dice = found["dice"]
+        mean = "-" if dice["mean"] is None else f"{dice['mean']:.4f}"
+        bounds = dice.get("ci95")
+        between = f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else "-"
+        rows.append(f"| {name} | {structure} | {dice['n']} | {mean} | {between} |")
+    return rows
+
+
+def _together(networks: list[Trained]) -> dict[str, Any] | None:
+    root: Path = networks[0].run.parents[len(networks[0].recipe.stages) - 1]
+    path = folder_of(root, [one.uid for one in networks]) / EVALUATION
+    return read_json(path) if path.is_file() else None

@@ -1,0 +1,96 @@
+"""A network as a graph that runs without segfleet: torch.export's .pt2, and ONNX.
+
+Both take one batch of patches (B, C, *patch), float32 as preprocessing makes them, with any B, and
+give logits (B, K, *patch). Tiling, resampling and normalisation are not in them: config.json says
+how they are done.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from segfleet.core.errors import InputError
+from segfleet.pipeline.parts import patch_of
+from segfleet.pipeline.trained import Model, Trained
+
+
+class Logits(nn.Module):
+    """A network's finest output."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        found = self.network(image)
+        return found[0] if isinstance(found, list | tuple) else found
+
+
+def example(one: Trained) -> Tensor:
+    """(2, C, *patch) of the size the network takes."""
+    patch = patch_of(one.recipe, one.manifest)
+    channels = len(one.manifest.dataset.channels)
+    size = patch[1:] if patch[0] == 1 else patch
+    return torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
+
+
+def exported(model: Model, one: Trained) -> torch.export.ExportedProgram:
+    """The network as torch.export has it, with a free batch size. Raises InputError if it has parts
+    that cannot be exported."""
+    network = Logits(model.network(one)).to("cpu").eval()
+    free = {"image": {0: torch.export.Dim("batch", min=1, max=4096)}}
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            return torch.export.export(network, (example(one),), dynamic_shapes=free)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"export: {one.recipe.model.name} cannot be written as a graph: {first}. Leave out --pt2 "
+            "and --onnx: the model itself needs neither"
+        ) from error
+
+
+def write_pt2(model: Model, one: Trained, path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(exported(model, one), path)
+
+
+def check_onnx() -> None:
+    """Raises InputError if the packages that write ONNX are not there."""
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"export: --onnx needs {error.name}, which is not installed: pip install 'segfleet[onnx]'"
+        ) from None
+
+
+def write_onnx(model: Model, one: Trained, path: Path) -> None:
+    """One file, weights inside. Raises InputError without the packages, or for a network with parts
+    that ONNX does not know."""
+    check_onnx()
+    program = exported(model, one)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = torch.onnx.export(
+                program,
+                (example(one),),
+                input_names=["image"],
+                output_names=["logits"],
+                dynamo=True,
+                verbose=False,
+            )
+            made.save(path, external_data=False)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"export: {one.recipe.model.name} cannot be written as ONNX: {first}. --pt2 may do"
+        ) from error

@@ -1,0 +1,59 @@
+"""From a run folder, a run's name or a model file to a model that predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from segfleet.pipeline.folds import find_folds
+from segfleet.pipeline.modelfile import is_modelfile, read_model
+from segfleet.pipeline.out_of_fold import read_decision
+from segfleet.pipeline.run import find_run
+from segfleet.pipeline.trained import Model, trained_run
+
+
+def find_models(
+    text: str, root: Path, fold: int | str | None = None, best: bool = False
+) -> list[Path]:
+    """A model file, or a run's folder from its path, the beginning of its uid or its recipe's name;
+    with `fold` "all" those of every fold. Raises InputError."""
+    if is_modelfile(Path(text)):
+        return [Path(text).resolve()]
+    return find_folds(text, root) if fold == "all" else [find_run(text, root, fold, best)]
+
+
+def open_model(paths: Sequence[Path], device: torch.device | str = "cpu") -> Model:
+    """Run folders, and model files or folders, as one model. Raises InputError."""
+    networks, decision = [], None
+    for path in paths:
+        if is_modelfile(path):
+            found, decision = read_model(path)
+            networks += found
+        else:
+            networks.append(trained_run(path))
+    if len(paths) > 1 or not is_modelfile(paths[0]):
+        decision = read_decision(networks)
+    return Model(networks, device, decision)
+
+
+def load_run(
+    path: str | Path | Sequence[str | Path],
+    *,
+    runs: str | Path = "runs",
+    fold: int | str | None = None,
+    device: str = "cpu",
+) -> Model:
+    """A trained model: of a run folder, the beginning of its uid, its recipe's name below `runs`,
+    or a model file; several are an ensemble.
+
+    fold: of several runs of a recipe the one of this fold, or "all" as an ensemble. device: cpu,
+    cuda, cuda:1. Raises InputError if there is none, if it fits several, or if its training is not
+    finished.
+    """
+    several = [path] if isinstance(path, str | Path) else list(path)
+    found = [one for text in several for one in find_models(str(text), Path(runs), fold)]
+    model = open_model(found, device)
+    model.check()
+    return model

@@ -1,0 +1,241 @@
+"""What runs say of cases that they were not trained on: for choosing a post-processing, and for
+the score of an ensemble.
+
+Of a set of runs, every case is predicted by those that validate on it: the runs of one fold of each
+recipe. Cases that some run was trained on and none validates on are left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from segfleet.core.errors import InputError
+from segfleet.core.files import digest_of, read_json, write_atomically
+from segfleet.pipeline.folds import folder_of
+from segfleet.pipeline.inference.ensemble import Member, Stored, predict_maps
+from segfleet.pipeline.inference.postprocess import LARGEST, Rule, clean, rules_of
+from segfleet.pipeline.inference.restore import combine
+from segfleet.pipeline.ranks import Ranks, as_facts, from_facts
+from segfleet.pipeline.scoring.evaluate import truth_of
+from segfleet.pipeline.scoring.intervals import paired
+from segfleet.pipeline.scoring.metrics import score_case
+from segfleet.pipeline.scoring.scored import scored_ids
+from segfleet.pipeline.trained import Model, Trained
+from segfleet.preprocess.stores.base import ShardStore, open_store
+
+DECISION = "postprocessing.json"
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A case, the networks that may speak of it, and where it is stored for each."""
+
+    id: str
+    networks: tuple[Trained, ...]
+    stores: tuple[ShardStore, ...]
+
+
+def cases_of(networks: Sequence[Trained]) -> list[Case]:
+    """All cases that any of the networks validates on, with those networks; in an order in which
+    each network is loaded about once. Raises InputError if a store is gone or another one now, or
+    if the stores hold other images under the same names."""
+    stores = {one.uid: _store_of(one) for one in networks}
+    found: dict[str, list[Trained]] = {}
+    for one in networks:
+        manifest = stores[one.uid].manifest
+        trained = set(manifest.fold(one.recipe.data.split, one.recipe.data.fold)["train"])
+        for case in scored_ids(one.recipe, manifest):
+            if case not in trained:
+                found.setdefault(case, []).append(one)
+    cases = [
+        Case(id=case, networks=tuple(own), stores=tuple(stores[one.uid] for one in own))
+        for case, own in found.items()
+    ]
+    if not cases:
+        raise InputError(
+            f"out of fold: {' and '.join(one.uid for one in networks)} validate on no case that "
+            "they were not trained on"
+        )
+    for case in cases:
+        grids = {store.manifest.case(case.id).raw_shape for store in case.stores}
+        if len(grids) > 1:
+            raise InputError(
+                f"out of fold: case '{case.id}' has another grid in another store: "
+                f"{' and '.join(map(str, sorted(grids)))}; the runs are of other data"
+            )
+    return sorted(cases, key=lambda case: ([one.uid for one in case.networks], case.id))
+
+
+def _store_of(one: Trained) -> ShardStore:
+    store = open_store(one.recipe.data.store)
+    if store.manifest.id != one.manifest.id:
+        raise InputError(
+            f"out of fold: {one.recipe.data.store} is not the store that {one.uid} was trained on; "
+            "evaluate the run with its own store"
+        )
+    return store
+
+
+def predictions(
+    model: Model,
+    cases: Sequence[Case],
+    score: Callable[[Case, np.ndarray, np.ndarray], dict[str, Any]],
+    ranks: Ranks,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """`score(case, label, truth)` of every case's label on the raw grid, in the order of `cases`,
+    shared out among the ranks; an error of one is raised on all."""
+    share = range(ranks.rank, len(cases), ranks.size)
+    found, error = {}, None
+    try:
+        for index in share:
+            case = cases[index]
+            entry = case.stores[0].manifest.case(case.id)
+            label = _predict(model, case)
+            found[index] = score(case, label, truth_of(case.stores[0], entry))
+            if progress:
+                progress(len(found), len(share))
+    except Exception as caught:
+        error = caught
+    answers = ranks.gather((list(found.items()), as_facts(error)))
+    for failure in (error, *(from_facts(elsewhere) for _, elsewhere in answers)):
+        if failure:
+            raise failure
+    return [one for _, one in sorted((pair for part, _ in answers for pair in part), key=_first)]
+
+
+def _first(pair: tuple[int, Any]) -> int:
+    return pair[0]
+
+
+def _predict(model: Model, case: Case) -> np.ndarray:
+    """(Z, Y, X) label on the raw grid: the mean of the case's networks."""
+    members = [model.member(one) for one in case.networks]
+    store_of = dict(zip(map(id, members), case.stores, strict=True))
+
+    def stored(member: Member) -> Stored:
+        store = store_of[id(member)]
+        entry = store.manifest.case(case.id)
+        image = torch.from_numpy(np.ascontiguousarray(store.image(entry)))
+        return Stored(image_CZYX=image, crop=entry.crop, raw_spacing=entry.raw_spacing)
+
+    maps = predict_maps(members, stored, device=model.device)
+    return combine(maps, case.stores[0].manifest.case(case.id).raw_shape)
+
+
+# post-processing
+
+
+def decision_file(networks: Sequence[Trained]) -> Path | None:
+    """Where the decision on runs' post-processing is kept: in the run's folder, or that of all
+    folds together. None for what is no run."""
+    runs = [one.run for one in networks]
+    if None in runs or not runs:
+        return None
+    if len(runs) == 1:
+        return runs[0] / DECISION
+    root = runs[0].parents[len(networks[0].recipe.stages) - 1]
+    return folder_of(root, [run.name for run in runs]) / DECISION
+
+
+def read_decision(networks: Sequence[Trained]) -> dict[str, Any] | None:
+    """The decision, if one was made on the networks as they are."""
+    path = decision_file(networks)
+    found = read_json(path) if path else None
+    return found if found and found.get("made_on") == made_on(networks) else None
+
+
+def made_on(networks: Sequence[Trained]) -> list[list[Any]]:
+    """Networks, checkpoints and how they are used: what a decision holds for."""
+    return sorted(
+        [one.uid, one.checkpoint, digest_of(one.recipe.evaluation.model_dump(mode="json"))]
+        for one in networks
+    )
+
+
+def decided(model: Model, ranks: Ranks, progress: Progress | None = None) -> dict[str, Rule]:
+    """The rule of each structure that the cases not trained on showed to help, decided now if it
+    was not before; kept for the next time. Raises InputError where that cannot be known."""
+    if model.postprocessing is None:
+        if decision_file(model.networks) is None:
+            return model.rules("auto")  # raises: a model file brings its decision or has none
+        model.postprocessing = decide(model, ranks, progress)
+        if ranks.rank == 0:
+            path = decision_file(model.networks)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            document = model.postprocessing
+            text = json.dumps({**document, "sha256": digest_of(document)}, indent=1)
+            write_atomically(path, text)
+    return rules_of(model.postprocessing["rules"])
+
+
+def decide(model: Model, ranks: Ranks, progress: Progress | None = None) -> dict[str, Any]:
+    """Whether keeping only the largest part of a structure helps, structure by structure: where the
+    mean paired difference of Dice is above 0 and its 95 % interval over patients does not reach
+    below (nowhere with fewer than five patients). Empty in truth and prediction counts 1, so that taking out a false part is seen."""
+    task = model.task
+
+    def score(case: Case, label: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+        entry = case.stores[0].manifest.case(case.id)
+        spacing, rows = entry.raw_spacing, {}
+        before = score_case(label, truth, spacing=spacing, task=task, distances=False)
+        for name in task.names:
+            cleaned = clean(label, {name: LARGEST}, task, spacing)
+            after = score_case(cleaned, truth, spacing=spacing, task=task, distances=False)
+            rows[name] = [_dice(before[name]["dice"]), _dice(after[name]["dice"])]
+        return {"id": case.id, "group": entry.group or case.id, "dice": rows}
+
+    rows = sorted(
+        predictions(model, cases_of(model.networks), score, ranks, progress),
+        key=lambda row: row["id"],
+    )
+    structures = {
+        name: compared(
+            [row["dice"][name][0] for row in rows],
+            [row["dice"][name][1] for row in rows],
+            [row["group"] for row in rows],
+        )
+        for name in task.names
+    }
+    return {
+        "rules": {
+            name: LARGEST.text
+            for name, found in structures.items()
+            if found["difference"] > 0 and found["ci95"] and found["ci95"][0] >= 0
+        },
+        "structures": structures,
+        "made_on": made_on(model.networks),
+        "definition": " ".join((decide.__doc__ or "").split()),
+    }
+
+
+def _dice(value: float | None) -> float:
+    return 1.0 if value is None else value
+
+
+def compared(
+    before: Sequence[float], after: Sequence[float], groups: Sequence[str]
+) -> dict[str, Any]:
+    """Means before and after, their paired difference over cases, and its 95 % interval over
+    patients (None for too few of them)."""
+    difference = np.asarray(after, float) - np.asarray(before, float)
+    by_patient: dict[str, list[float]] = {}
+    for group, value in zip(groups, difference, strict=True):
+        by_patient.setdefault(group, []).append(float(value))
+    found = paired([by_patient[group] for group in sorted(by_patient)])
+    return {
+        "cases": len(difference),
+        "changed": int(np.count_nonzero(difference)),
+        "before": float(np.mean(before)),
+        "after": float(np.mean(after)),
+        "difference": found["mean"],
+        "ci95": found["ci95"],
+    }

@@ -1,0 +1,467 @@
+"""A trained network in other hands: ensembles, model files, graphs, Python; and what is wrong with
+them, one message each."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from segfleet.cli import main
+from segfleet.core.errors import InputError
+from segfleet.pipeline import load_run
+from segfleet.pipeline.run import run_folders
+from segfleet.preprocess.stores.base import open_store
+
+
+def segfleet(*words):
+    return CliRunner().invoke(main.app, [str(word) for word in words])
+
+
+def runs_of(folder):
+    """Folders of both folds."""
+    found = {json.loads((run / "recipe.json").read_text())["data"]["fold"]: run
+             for run in run_folders(folder / "runs")}  # fmt: skip
+    return found[0], found[1]
+
+
+def predict(folder, *words, out, **more):
+    done = segfleet("predict", *words, "--out", out, "--runs", folder / "runs", "--json")
+    return done, json.loads(done.stdout) if done.exit_code == 0 else None
+
+
+def labels(out):
+    return {path.stem: np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))}
+
+
+@pytest.fixture(scope="module")
+def ensemble(two_folds, tmp_path_factory):
+    """Predictions of both runs together, with probabilities."""
+    out = tmp_path_factory.mktemp("ensemble") / "out"
+    words = ("tiny", two_folds / "images", "--fold", "all", "--probabilities")
+    done, document = predict(two_folds, *words, out=out)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert len(document["done"]) == 2 and "an ensemble of 2 networks" in done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def model(two_folds, tmp_path_factory):
+    """Both runs as one file, away from everything else."""
+    path = tmp_path_factory.mktemp("model") / "both.segfleet"
+    done = segfleet(
+        "export", "model", "tiny", "--fold", "all", "--to", path, "--runs", two_folds / "runs",
+        "--use", "Blobs in noise.", "--licence", "cc-by-4.0", "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert json.loads(done.stdout)["written"] == str(path)
+    assert [p.name for p in path.parent.iterdir()] == ["both.segfleet"]
+    return path
+
+
+def test_an_ensemble_is_the_mean_of_its_runs(two_folds, ensemble, tmp_path):
+    first, second = runs_of(two_folds)
+    for run in (first, second):
+        predict(two_folds, run, two_folds / "images", "--probabilities", out=tmp_path / run.name)
+    for name in ("one", "two"):
+        mean = sum(
+            np.load(tmp_path / run.name / f"{name}.npz")["probabilities"].astype(float)
+            for run in (first, second)
+        )
+        found = np.load(ensemble / f"{name}.npz")["probabilities"].astype(float)
+        np.testing.assert_allclose(found, mean / 2, atol=2e-3)
+        assert found.shape[1:] == (1, *labels(ensemble)[name].shape)
+    # the same runs in another order, by uid and by folder: nothing to do
+    again = (second.name[:8], first, two_folds / "images")
+    assert len(predict(two_folds, *again, out=ensemble)[1]["kept"]) == 2
+    alone, _ = predict(two_folds, first, two_folds / "images", out=ensemble)
+    assert "holds predictions made by" in str(alone.exception)
+
+
+def test_ranks_share_the_images(two_folds, ensemble, tmp_path):
+    words = (*runs_of(two_folds), two_folds / "images", "--ranks", 2)
+    done, document = predict(two_folds, *words, out=tmp_path / "out")
+    assert done.exit_code == 0 and [one["id"] for one in document["done"]] == ["one", "two"]
+    assert all(np.array_equal(labels(tmp_path / "out")[k], v) for k, v in labels(ensemble).items())
+
+
+def test_auto_keeps_what_helped_on_cases_not_trained_on(two_folds, tmp_path):
+    words = ("tiny", two_folds / "images", "--fold", "all", "--postprocess", "auto")
+    done, _ = predict(two_folds, *words, out=tmp_path / "auto")
+    assert done.exit_code == 0, (done.output, done.exception)
+    (path,) = (two_folds / "runs" / "folds").glob("*/postprocessing.json")
+    decision = json.loads(path.read_text())
+    assert all(found["cases"] == 6 for found in decision["structures"].values())
+    for name, found in decision["structures"].items():
+        helped = found["difference"] > 0 and found["ci95"] and found["ci95"][0] >= 0
+        assert (decision["rules"].get(name) == "largest") == bool(helped)
+    before = path.stat().st_mtime_ns
+    assert predict(two_folds, *words, out=tmp_path / "auto")[1]["kept"]
+    assert path.stat().st_mtime_ns == before, "decided once"
+    largest = ("tiny", two_folds / "images", "--fold", "all", "--postprocess", "largest")
+    predict(two_folds, *largest, out=tmp_path / "largest")
+    from scipy import ndimage
+
+    for label in labels(tmp_path / "largest").values():
+        for value in (1, 2):
+            assert ndimage.label(label == value, np.ones((3, 3)))[1] <= 1
+    wrong, _ = predict(two_folds, *largest[:-1], "smooth", out=tmp_path / "wrong")
+    assert "postprocess: found 'smooth'" in str(wrong.exception)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_model_file_predicts_where_there_is_nothing_else(two_folds, ensemble, model, tmp_path):
+    """Another process, an empty folder, and neither runs nor store."""
+    away = tmp_path / "away"
+    shutil.copytree(two_folds / "images", away / "images")
+    command = [sys.executable, "-m", "segfleet.cli.main", "predict", str(model), "images"]
+    environment = {**os.environ, "SEGFLEET_DEVICE": "cpu"}
+    code = f"import os; os.rename({str(two_folds / 'store')!r}, {str(two_folds / 'gone')!r})"
+    exec(code)
+    try:
+        done = subprocess.run(
+            [*command, "--out", "out"], cwd=away, env=environment, capture_output=True, text=True
+        )
+    finally:
+        (two_folds / "gone").rename(two_folds / "store")
+    assert done.returncode == 0, done.stderr
+    found = labels(away / "out")
+    assert found.keys() == {"one", "two"}
+    assert all(np.array_equal(found[name], label) for name, label in labels(ensemble).items())
+    # the same networks, so the same predictions: nothing to do
+    assert len(predict(two_folds, model, two_folds / "images", out=ensemble)[1]["kept"]) == 2
+
+
+def test_nothing_of_this_machine_is_in_a_model(two_folds, model):
+    with zipfile.ZipFile(model) as whole:
+        names = whole.namelist()
+        assert names == sorted(names) and "README.md" in names and "config.json" in names
+        assert all(name.endswith((".md", ".json", ".safetensors")) for name in names)
+        content = b"".join(whole.read(name) for name in names)
+        card = whole.read("README.md").decode()
+    for place in (two_folds, Path.home(), Path.cwd()):
+        assert str(place).encode() not in content or str(place) == "/"
+    assert "Blobs in noise." in card and 'license: "cc-by-4.0"' in card and "blob1" in card
+    scores = json.loads((runs_of(two_folds)[0] / "evaluation.json").read_text())
+    assert f"{scores['summary']['structures']['blob1']['dice']['mean']:.4f}" in card
+    assert open_store(two_folds / "store").manifest.id in card
+
+
+def test_python_says_what_the_command_says(two_folds, ensemble, model, tmp_path):
+    for opened in (load_run("tiny", runs=two_folds / "runs", fold="all"), load_run(model)):
+        for name, label in labels(ensemble).items():
+            array = np.asarray(Image.open(two_folds / "images" / f"{name}.png"), np.float32)
+            found, probabilities = opened.predict(
+                array[None, None], (1.0, 1.0, 1.0), probabilities=True
+            )
+            assert np.array_equal(found[0], label) and found.dtype == np.uint8
+            kept = np.load(ensemble / f"{name}.npz")["probabilities"]
+            assert np.array_equal(probabilities, kept)
+        answer = opened.predict_files([two_folds / "images"], tmp_path / "out")
+        assert len(answer["done"] + answer["kept"]) == 2
+    for array, spacing, words in (
+        (np.zeros((4, 4)), (1, 1, 1), r"shape \(4, 4\), expected \(channels, z, y, x\)"),
+        (np.zeros((1, 1, 4, 4)), (1, 1), "expected three numbers of mm"),
+        (np.zeros((1, 1, 4, 4)), (1, 1, 0), "expected three numbers of mm"),
+        (np.zeros((2, 1, 4, 4)), (1, 1, 1), "channels: found 2, expected 1"),
+        (np.full((1, 1, 4, 4), np.nan), (1, 1, 1), "nan or infinite"),
+    ):
+        with pytest.raises(InputError, match=words):
+            opened.predict(array, spacing)
+
+
+def test_few_networks_stay_and_many_take_turns(two_folds, ensemble, monkeypatch):
+    opened = load_run("tiny", runs=two_folds / "runs", fold="all")
+    monkeypatch.setattr(opened, "_stays", False)
+    array = np.asarray(Image.open(two_folds / "images" / "one.png"), np.float32)[None, None]
+    assert np.array_equal(opened.predict(array, (1, 1, 1))[0], labels(ensemble)["one"])
+    assert len(opened._loaded) == 1
+
+
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+def test_graphs_say_what_the_network_says(two_folds, tmp_path, kind):
+    first, _ = runs_of(two_folds)
+    out = tmp_path / "model"
+    done = segfleet("export", "model", first, "--to", out, f"--{kind}")
+    if kind == "onnx":
+        pytest.importorskip("onnx")
+        pytest.importorskip("onnxscript")
+        onnxruntime = pytest.importorskip("onnxruntime")
+    assert done.exit_code == 0, (done.output, done.exception)
+    opened = load_run(first)
+    network, batch = opened.network(opened.networks[0]), torch.randn(3, 1, 16, 16)
+    with torch.no_grad():
+        expected = network(batch)
+    expected = expected[0] if isinstance(expected, list | tuple) else expected
+    if kind == "pt2":
+        found = torch.export.load(out / "model.pt2").module()(batch)
+    else:
+        session = onnxruntime.InferenceSession(
+            str(out / "model.onnx"), providers=["CPUExecutionProvider"]
+        )
+        found = torch.from_numpy(session.run(None, {"image": batch.numpy()})[0])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert load_run(out).made_by == opened.made_by
+
+
+def repacked(model, to, change):
+    """A copy of a model file with entries changed: {name: bytes} -> {name: bytes}."""
+    with zipfile.ZipFile(model) as whole:
+        content = change({name: whole.read(name) for name in whole.namelist()})
+    with zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED) as whole:
+        for name, data in content.items():
+            whole.writestr(name, data)
+    return to
+
+
+def weights_of(content):
+    return next(name for name in content if name.endswith(".safetensors"))
+
+
+def config_with(content, change):
+    from segfleet.core.files import digest_of
+
+    document = json.loads(content["config.json"])
+    document.pop("sha256")
+    change(document)
+    document["sha256"] = digest_of(document)
+    return {**content, "config.json": json.dumps(document).encode()}
+
+
+def first_network(**facts):
+    return lambda content: config_with(content, lambda d: d["networks"][0].update(facts))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: {**c, "../evil": b"x"}, r"entry '\.\./evil' leads out of it"),
+        (lambda c: {**c, "/etc/evil": b"x"}, "leads out of it"),
+        (lambda c: {**c, "a\\..\\evil": b"x"}, "leads out of it"),
+        (lambda c: {**c, "bomb": bytes(10**7)}, "would grow from"),
+        (lambda c: {**c, weights_of(c): c[weights_of(c)][:-1] + b"\0"}, "does not match its sha256"),
+        (lambda c: {**c, weights_of(c): c[weights_of(c)] + b"\0"}, r"bytes, expected \d+"),
+        (lambda c: {k: v for k, v in c.items() if k != weights_of(c)}, "is there 0 times"),
+        (lambda c: {k: v for k, v in c.items() if k != "config.json"}, "config.json is there 0"),
+        (lambda c: {**c, "config.json": b"{}"}, "config.json is no document of a model"),
+        (lambda c: {**c, "config.json": b"[1"}, "config.json is no document of a model"),
+        (lambda c: {**c, "config.json": c["config.json"].replace(b"tiny", b"tina")}, "sha256"),
+        (first_network(weights="../../etc/passwd"), "weights: found '../../etc/passwd'"),
+        (first_network(uid="../x"), "uid: found"),
+        (first_network(recipe={"name": 1}), "is not valid"),
+        (first_network(data={"version": 2}), "config.json"),
+        (lambda c: config_with(c, lambda d: d.update(version=9)), "has version 9, expected 1"),
+        (lambda c: config_with(c, lambda d: d.update(networks=[])), "it holds no network"),
+        (lambda c: config_with(c, lambda d: d.update(postprocessing=[1])), "config.json"),
+        (
+            lambda c: config_with(
+                c, lambda d: d["networks"][0]["recipe"]["model"]["options"].update(width=6)
+            ),
+            "does not fit this network",
+        ),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_trusted(model, two_folds, tmp_path, change, words):
+    bad = repacked(model, tmp_path / "bad.segfleet", change)
+    out = tmp_path / "out"
+    done, _ = predict(two_folds, bad, two_folds / "images", out=out)
+    if isinstance(done.exception, SystemExit):  # weights that do not fit show at the first image
+        assert done.exit_code == 2
+        assert words in done.stdout
+        assert not list(out.glob("*.png"))
+    else:
+        assert isinstance(done.exception, InputError), done.exception
+        assert __import__("re").search(words, str(done.exception)), done.exception
+    assert not (tmp_path / "evil").exists()
+
+
+def test_what_is_no_zip(two_folds, tmp_path):
+    (tmp_path / "x.segfleet").write_bytes(b"PK\x03\x04 and then nothing")
+    done, _ = predict(
+        two_folds, tmp_path / "x.segfleet", two_folds / "images", out=tmp_path / "out"
+    )
+    assert "is no whole zip" in str(done.exception)
+
+
+def test_runs_that_do_not_go_together(two_folds, tmp_path):
+    first, second = runs_of(two_folds)
+    other = tmp_path / second.name
+    shutil.copytree(second, other)
+    data = json.loads((other / "data.json").read_text())
+    for change, words in (
+        ({"labels": {"background": 0, "blob1": 1, "lesion": 2}}, "ensemble: labels: "),
+        ({"channels": ["t1", "t2"]}, "ensemble: channels: "),
+    ):
+        changed = {**data, "dataset": {**data["dataset"], **change}}
+        (other / "data.json").write_text(json.dumps(changed))
+        done, _ = predict(two_folds, first, other, two_folds / "images", out=tmp_path / "out")
+        assert words in str(done.exception) and isinstance(done.exception, InputError)
+        assert not (tmp_path / "out").exists()
+
+
+def test_words_that_cannot_be_meant(two_folds, model, tmp_path):
+    first, _ = runs_of(two_folds)
+    runs = ("--runs", two_folds / "runs")
+    for words, message in (
+        (("predict", first, "--out", tmp_path / "o"), "predict: found no image or folder among"),
+        (("predict", "tiny", two_folds / "images", "--fold", "x", "--out", tmp_path / "o"), "--fold"),
+        (("predict", "tiny", two_folds / "images", "--out", tmp_path / "o"), "fits 2 runs"),
+        (("predict", "nobody", two_folds / "images", "--fold", "all", "--out", tmp_path / "o"),
+         "found no run 'nobody'"),
+        (("export", "modle", first, "--to", tmp_path / "m"), "Did you mean 'model'?"),
+        (("export", "model", first), "--to is missing"),
+        (("export", "model", first, "--to", model), "exists"),
+        (("export", "hub", first, "--to", tmp_path / "h"), "--licence is missing"),
+        (("export", "hub", first, "--to", tmp_path / "h.segfleet", "--licence", "mit"), "new folder"),
+        (("export", "ome-zarr", two_folds / "store"), "expected STORE CASE"),
+        (("export", "ome-zarr", two_folds / "store", "nobody", "--to", tmp_path / "z"), "'nobody'"),
+    ):  # fmt: skip
+        done = segfleet(*words, *runs)
+        assert isinstance(done.exception, InputError), (words, done.exception, done.output)
+        assert message in str(done.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unfinished_run_is_no_model(two_folds, tmp_path):
+    first, _ = runs_of(two_folds)
+    run = tmp_path / "runs" / first.name
+    shutil.copytree(first, run)
+    (run / "done.json").unlink()
+    done = segfleet("export", "model", run, "--to", tmp_path / "m.segfleet")
+    assert "is not finished; train it first" in str(done.exception)
+    assert not (tmp_path / "m.segfleet").exists()
+
+
+def test_the_hub_gets_a_card_and_safetensors(two_folds, tmp_path):
+    first, _ = runs_of(two_folds)
+    done = segfleet("export", "hub", first, "--to", tmp_path / "hub", "--licence", "apache-2.0")
+    assert done.exit_code == 0, done.exception
+    assert sorted(path.name for path in (tmp_path / "hub").iterdir()) == [
+        "README.md", "config.json", "model.safetensors"
+    ]  # fmt: skip
+    import yaml
+
+    front = yaml.safe_load((tmp_path / "hub" / "README.md").read_text().split("---")[1])
+    assert front["license"] == "apache-2.0" and front["library_name"] == "segfleet"
+    assert (
+        len(
+            predict(two_folds, tmp_path / "hub", two_folds / "images", out=tmp_path / "o")[1][
+                "done"
+            ]
+        )
+        == 2
+    )
+
+
+def test_predictions_are_described_for_nnunet(two_folds, ensemble):
+    own = json.loads((ensemble / "dataset.json").read_text())
+    assert own["labels"] == {"background": 0, "blob1": 1, "blob2": 2}
+    assert own["file_ending"] == ".png" and own["channel_names"] == {"0": "a"}
+    (ensemble / "dataset.json").unlink()
+    done = segfleet("export", "nnunet", runs_of(two_folds)[0], ensemble)
+    assert done.exit_code == 0, done.exception
+    assert json.loads((ensemble / "dataset.json").read_text()) == {**own, "numTraining": 2}
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_case_as_ome_zarr(tiny_store, tmp_path, dims):
+    """Read back by the models of the published schema."""
+    ome_zarr_models = pytest.importorskip("ome_zarr_models")
+    import zarr
+    from ome_zarr_models.v05 import Image as OmeImage
+
+    assert ome_zarr_models.__version__
+    store = tiny_store(dims=dims)
+    out = tmp_path / "case.zarr"
+    done = segfleet("export", "ome-zarr", store, "case01", "--to", out)
+    assert done.exit_code == 0, (done.output, done.exception)
+    group = zarr.open_group(out, mode="r")
+    image = OmeImage.from_zarr(group)
+    (scales,) = [one.datasets for one in image.ome_attributes.multiscales]
+    assert [axis.unit for axis in image.ome_attributes.multiscales[0].axes] == [
+        None, *["millimeter"] * 3
+    ]  # fmt: skip
+    assert scales[0].coordinateTransformations[0].scale == [1.0, 1.0, 1.0, 1.0]
+    opened = open_store(store)
+    case = opened.manifest.case("case01")
+    assert np.array_equal(group["0"][...], opened.image(case))
+    label = group["labels/segmentation"]
+    assert np.array_equal(label["0"][...], opened.label(case))
+    assert label.attrs["ome"]["image-label"]["properties"][0] == {"label-value": 1, "name": "blob1"}
+    OmeImage.from_zarr(label)
+
+
+def test_the_best_recipe_or_pair(two_folds, tmp_path, monkeypatch):
+    """Two recipes, one of them the ensemble of the other with itself turned: by hand, the pair's
+    entries are the scores of the mean of both networks' probabilities."""
+    from segfleet.pipeline import best
+    from segfleet.pipeline.folds import every_fold
+    from segfleet.pipeline.jobs import run_job
+    from segfleet.pipeline.ranks import Ranks
+    from segfleet.pipeline.recipe import load_recipe
+    from segfleet.pipeline.scoring.evaluate import truth_of
+    from segfleet.preprocess.stores.manifest import load_manifest
+
+    shutil.copytree(two_folds / "runs", tmp_path / "runs")
+    recipe = load_recipe(str(two_folds / "tiny.yaml"), ["name=other", "seed=5"])
+    for one in every_fold(recipe, load_manifest(two_folds / "store")):
+        job = {"do": "train", "recipe": one.model_dump(mode="json"), "root": str(tmp_path / "runs")}
+        run_job(
+            job,
+            Ranks(torch.device("cpu")),
+            __import__("types").SimpleNamespace(
+                asked=lambda: False, obeyed=lambda: None, watch=None, deadline=None
+            ),
+        )
+    words = ("best", "tiny", "other", "--runs", tmp_path / "runs")
+    done = segfleet(*words, "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    document = json.loads(done.stdout)
+    assert document["cases"] == 6 and "optimistic" in document["warning"]
+    scores = [row["mean_foreground_dice"] for row in document["candidates"]]
+    assert scores == sorted(scores, reverse=True) and len(scores) == 3
+    singles = {
+        row["recipes"][0]: row["mean_foreground_dice"]
+        for row in document["candidates"]
+        if len(row["recipes"]) == 1
+    }
+    for path in (tmp_path / "runs" / "folds").glob("*/evaluation.json"):
+        name = json.loads((path.parent / "recipe.json").read_text())["name"]
+        together = json.loads(path.read_text())["summary"]["mean_foreground_dice"]
+        assert singles[name] == pytest.approx(together)
+    # one case of the pair by hand
+    (kept,) = (tmp_path / "runs" / "folds").glob("*/ensemble.json")
+    case, store = "case01", open_store(two_folds / "store")
+    own = [
+        run
+        for run in run_folders(tmp_path / "runs")
+        if case in {c["id"] for c in json.loads((run / "evaluation.json").read_text())["cases"]}
+    ]
+    assert len(own) == 2
+    entry, model = store.manifest.case(case), load_run(own)
+    maps = best.predictions(
+        model,
+        [c for c in best.cases_of(model.networks) if c.id == case],
+        lambda one, label, truth: {"label": label},
+        Ranks(),
+    )
+    truth = truth_of(store, entry)
+    for value, name in ((1, "blob1"), (2, "blob2")):
+        a, b = maps[0]["label"] == value, truth == value
+        expected = 2 * (a & b).sum() / (a.sum() + b.sum())
+        found = json.loads(kept.read_text())["cases"][case]["scores"][name]["dice"]
+        assert found == pytest.approx(expected)
+    monkeypatch.setattr(best, "predictions", None)  # what is known is not predicted again
+    assert json.loads(segfleet(*words, "--json").stdout) == document
+    alone = segfleet("best", "tiny", "tiny", "--runs", tmp_path / "runs")
+    assert "expected two or more to choose from" in str(alone.exception)

@@ -1,0 +1,187 @@
+"""`segfleet plan` and `train auto`: a recipe that fits data, device and budget, and says why."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from segfleet.cli import main, plan
+from segfleet.core.errors import InputError
+from segfleet.pipeline import planning
+from segfleet.pipeline.planning import Measured, parse_budget, parse_device, plan_recipe
+from segfleet.pipeline.recipe import load_recipe
+from segfleet.pipeline.run import stage_uids
+from segfleet.preprocess.stores.manifest import load_manifest, save_manifest
+
+
+def segfleet(*words):
+    return CliRunner().invoke(main.app, [str(word) for word in words])
+
+
+@pytest.fixture
+def speed(monkeypatch):
+    """`speed(seconds per megavoxel)`: steps take that, whatever the machine is doing."""
+    seen = []
+
+    def set_speed(seconds: float, gigabytes: float = 0.1):
+        def measure(recipe, manifest, device, steps):
+            voxels = math.prod(recipe.data.patch) * recipe.data.batch
+            seen.append(tuple(recipe.data.patch))
+            fast = 0.5 if recipe.engine.precision == "bf16" else 1.0
+            return Measured(seconds=seconds * voxels / 1e6 * fast, gigabytes=gigabytes)
+
+        monkeypatch.setattr(planning, "measure", measure)
+        return seen
+
+    return set_speed
+
+
+@pytest.fixture(scope="module")
+def large(tiny_store, tmp_path_factory):
+    """The manifest of a store of large volumes; its arrays are those of a tiny one."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("large") / "store"
+    shutil.copytree(tiny_store(dims=3), folder)
+    manifest = load_manifest(folder)
+    plan = manifest.plan.model_copy(
+        update={"median_shape": (120, 260, 240), "patch": (96, 160, 160)}
+    )
+    cases = tuple(case.model_copy(update={"shape": (120, 260, 240)}) for case in manifest.cases)
+    save_manifest(folder, manifest.model_copy(update={"plan": plan, "cases": cases}))
+    return folder
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_every_choice_has_a_sentence_and_the_recipe_is_valid(tiny_store, dims, tmp_path):
+    """Really measured: steps of this machine."""
+    out = tmp_path / "recipe.yaml"
+    done = segfleet("plan", tiny_store(dims=dims), "--budget", "30s", "--out", out, "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    document = json.loads(done.stdout)
+    text = out.read_text()
+    assert yaml.safe_load(text) == document["recipe"], "the comments are comments"
+    recipe = load_recipe(str(out))
+    assert recipe.model.name == f"plain_unet_{dims}d"
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        key = line.strip().removeprefix("- ").partition(":")[0]
+        plain = line.rstrip().endswith(":") or key in ("name", "store", "warmup", "schedule")
+        if not line.lstrip().startswith("#") and line and not plain:
+            assert lines[number - 1].lstrip().startswith("# "), line
+    assert segfleet("recipe", out).exit_code == 0
+    assert recipe.stages[0].epochs * recipe.stages[0].steps > 0
+    again = segfleet("plan", tiny_store(dims=dims), "--out", out)
+    assert isinstance(again.exception, InputError) and "exists" in str(again.exception)
+
+
+def test_a_smaller_budget_takes_a_smaller_patch_and_never_more_time(large, speed):
+    seen = speed(3.0)
+    sizes = []
+    for budget in ("12h", "1h", "15min"):
+        recipe = plan_recipe(large, "cpu", budget).recipe()
+        step = 3.0 * math.prod(recipe.data.patch) * recipe.data.batch / 1e6 / 2  # bf16
+        stage = recipe.stages[0]
+        assert stage.epochs * stage.steps * step <= parse_budget(budget)
+        assert stage.epochs * stage.steps >= planning.ENOUGH or budget == "15min"
+        sizes.append(math.prod(recipe.data.patch))
+        assert recipe.engine.precision == "bf16"
+    assert sizes[0] > sizes[1] >= sizes[2]
+    assert len(seen) < 20
+
+
+def test_a_step_that_does_not_fit_the_memory_is_not_planned(large, speed):
+    speed(1e-6, gigabytes=9.0)
+    small = plan_recipe(large, "cpu:4G", "1h").recipe().data.patch
+    speed(1e-6, gigabytes=1.0)
+    assert math.prod(small) < math.prod(plan_recipe(large, "cpu:4G", "1h").recipe().data.patch)
+
+
+def test_a_gpu_elsewhere_is_planned_by_the_table(large):
+    """By hand: patches grow with the memory as nnU-Net's planner says, and all that is assumed is
+    called assumed."""
+    small, big = (plan_recipe(large, f"cuda:{memory}G", "1d") for memory in (10, 80))
+    first, second = small.recipe(), big.recipe()
+    assert first.model.name == "plain_unet_3d" and second.model.name == "resenc_unet_3d"
+    assert math.prod(first.data.patch) < math.prod(second.data.patch)
+    from segfleet.preprocess.planning.plan import plan_patch
+
+    assert first.data.patch == plan_patch((120, 260, 240), (1, 1, 1), 3, 3, memory_gb=8.0)
+    assert first.optimizer.name == "sgd" and first.stages[0].schedule == "poly"
+    assert first.stages[0].epochs * 250 * 0.35 == pytest.approx(0.7 * 86400, rel=0.01)
+    assert "assumed" in small.reasons["stages.0.epochs"]
+    # 64 x 128 x 128 is 14 % of 120 x 260 x 240 voxels, 128 x 128 x 128 is 28 %
+    for patch, said in (((64, 128, 128), True), ((128, 128, 128), False)):
+        notes = planning._notes(load_manifest(large), patch, parse_device("cpu"), 60.0)
+        assert any("cascade" in note and "does not plan" in note for note in notes) == said
+
+
+def test_a_plan_is_made_once(tiny_store, speed, tmp_path):
+    """Steps are never of the same length twice; the run must be."""
+    speed(1.0)
+    store = tiny_store(dims=2)
+    words = [f"data.store={store}", "seed=3"]
+    first = plan.frozen_plan(words, "30s", tmp_path / "runs")
+    speed(0.01)
+    assert plan.frozen_plan(words, "30 s", tmp_path / "runs") == first
+    other = plan.frozen_plan(words, "60s", tmp_path / "runs")
+    manifest = load_manifest(store)
+    uids = [stage_uids(load_recipe(*one), manifest) for one in (first, other)]
+    assert uids[0] != uids[1] and load_recipe(*first).seed == 3
+
+
+def test_train_auto_trains(tiny_store, tmp_path):
+    words = (
+        "train",
+        "auto",
+        f"data.store={tiny_store(dims=2)}",
+        "data.split=all",
+        "--budget",
+        "4s",
+    )
+    done = segfleet(*words, "--runs", tmp_path / "runs", "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    document = json.loads(done.stdout)
+    again = segfleet(*words, "--runs", tmp_path / "runs", "--json")
+    assert json.loads(again.stdout) == document and "nothing to do" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train", "auto"), "train auto: data.store is missing"),
+        (("train", "hippocampus", "--budget", "1h"), "--budget: is for `segfleet train auto`"),
+        (("submit", "auto"), "`segfleet plan STORE --out recipe.yaml` writes it"),
+        (("plan", "STORE", "--budget", "soon"), "budget: found 'soon', expected a time such as"),
+        (("plan", "STORE", "--budget", "0h"), "budget: found '0h'"),
+        (
+            ("plan", "STORE", "--device", "tpu"),
+            "device: found 'tpu', expected cpu, cuda or cuda:80G",
+        ),
+        (("plan", "nowhere"), "nowhere holds no manifest.json"),
+    ],
+)
+def test_what_cannot_be_planned(tiny_store, words, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = [str(tiny_store(dims=2)) if word == "STORE" else word for word in words]
+    done = segfleet(*words)
+    assert isinstance(done.exception, InputError) and message in str(done.exception)
+    assert not list(tmp_path.rglob("*.yaml"))
+
+
+def test_devices_and_budgets_by_hand(monkeypatch):
+    monkeypatch.setenv("SEGFLEET_DEVICE", "cpu")
+    assert [parse_budget(text) for text in ("90s", "30min", "1.5h", "2d")] == [
+        90,
+        1800,
+        5400,
+        172800,
+    ]
+    assert parse_device("cuda:24G").memory_gb == 24 and not parse_device("cuda:24G").here
+    assert parse_device(None).kind == "cpu"
+    with pytest.raises(InputError, match="no GPU is here; say its memory"):
+        parse_device("cuda")
