@@ -11,13 +11,13 @@ SHELL := /bin/bash
 export PYTHONUTF8 := 1
 .ONESHELL:
 .SHELLFLAGS := -euo pipefail -c
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+# Byte code comes with the first import, of what is imported: all of it is most of an installation's time.
+PIP := $(PY) -m pip install --quiet --no-compile --disable-pip-version-check
 .PHONY: sources demo test install system lint long compat release clean-demo
 
 $(VENV)/ready: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("segfleet needs Python 3.11 or newer; try make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PIP) --upgrade pip setuptools wheel
 	if ! $(PY) -c 'import torch' 2>/dev/null; then
 	  echo "installing $(TORCH): gigabytes, if it is the build with CUDA (docs/install.md: the small one)"
 	  $(PIP) -c constraints.txt $(TORCH)
@@ -29,6 +29,7 @@ install: $(VENV)/ready
 
 # What only the tests need. dynamic-network-architectures is the yardstick of parameter counts; its own requirements would replace torch.
 $(VENV)/tests-ready: $(VENV)/ready
+	$(PIP) setuptools wheel
 	$(PIP) -c constraints.txt -e '.[dev]'
 	$(PIP) --no-deps -c constraints.txt dynamic-network-architectures
 	touch $@

@@ -24,7 +24,8 @@ def read_events(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 class Lines:
-    """Events as lines for a log file: at most one in ten seconds on steps, every other event."""
+    """Events as lines for a log file: the first step of a stage and at most one in ten seconds
+    afterwards, every other event."""
 
     EVERY = 10.0
 
@@ -37,6 +38,7 @@ class Lines:
             self.stage, self.steps = f"stage {event['stage'] + 1}", event.get("steps", self.steps)
             begin = f"resumed after step {event['from_step']}" if kind == "resumed" else "begins"
             self._line(f"{self.stage} {begin}, {event['ranks']} rank(s)")
+            self.last = float("-inf")
         elif kind == "step" and time.monotonic() - self.last >= self.EVERY:
             self.last = time.monotonic()
             of = f"/{self.steps}" if self.steps else ""

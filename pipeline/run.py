@@ -307,7 +307,8 @@ def find_run(text: str, root: Path, fold: int | None = None, best: bool = False)
         if folder.name.startswith(text) or facts["name"] == text
     }
     if not fitting:
-        others = ", ".join(f"{f.name} ({facts['name']})" for f, facts in known.items()) or "none"
+        others = ", ".join(f"{f.name} ({facts['name']})" for f, facts in known.items())
+        others = others or "none; `segfleet train RECIPE` makes one"
         raise InputError(f"run: found no run '{text}'; runs under {root}: {others}")
     found = {
         folder: facts for folder, facts in fitting.items() if fold is None or facts["fold"] == fold

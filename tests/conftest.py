@@ -9,8 +9,31 @@ import pytest
 import yaml
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# As make sets it: two ranks of a test cannot share the one GPU of a machine.
+os.environ.setdefault("SEGFLEET_DEVICE", "cpu")
 
 ROOT = Path(__file__).resolve().parents[1]
+# Whole files go to the next free worker. The long ones first, and those that wait for daemons
+# (SLURM, Ray) between those that compute, so that no core is idle and none is left with a long one.
+LONG_FIRST = (
+    "slurm/test_slurm_faults.py",
+    "cli/test_train_command.py",
+    "sweeps/test_sweep_command.py",
+    "slurm/test_slurm_jobs.py",
+    "pipeline/test_engines.py",
+    "slurm/test_slurm_words.py",
+    "test_readme.py",
+    "pipeline/test_train.py",
+    "slurm/test_slurm_limits.py",
+    "pipeline/test_every_model_trains.py",
+    "slurm/test_slurm_accounting.py",
+    "models/test_conformance.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    place = {ROOT / "tests" / name: number for number, name in enumerate(LONG_FIRST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 @pytest.fixture(scope="session", autouse=True)

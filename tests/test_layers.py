@@ -135,3 +135,9 @@ def test_help_imports_nothing_heavy():
     ).stdout
     for module in ("torch", "numpy", "pydantic", "rich.console", "zarr"):
         assert f"'{module}'" not in out, f"--help imports {module}"
+
+
+def test_ranks_import_the_compiler_only_when_they_train():
+    """It takes as long as PyTorch itself: a prediction does not wait for it."""
+    code = "import sys, segfleet.pipeline.jobs; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

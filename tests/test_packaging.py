@@ -153,7 +153,7 @@ def test_the_wheel_alone_trains(wheel, tmp_path):
         pytest.skip("the editable installation cannot be put aside in this environment")
     assert "submit" in run(*program, "--help")
     assert "phantom2d" in run(*program, "recipe")
-    assert "rec_unet" in run(*program, "models")
+    assert "rec_unet" in run(*program, "models", "rec_unet")
     run(*program, "datasets", "dsb2018", "phantom", "raw")
     run(*program, "preprocess", "dsb2018", "--raw", "raw", "--out", "store")
     less = ["stages.0.epochs=1", "stages.0.steps=2", "data.store=store"]

@@ -7,6 +7,8 @@ wherever the ranks does.
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,10 +18,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from segfleet.pipeline.ranks import Ranks
 
 
-def synchronise(model: nn.Module, ranks: Ranks) -> None:
+def synchronise(model: nn.Module, ranks: Ranks, compiled: bool = False) -> None:
     """Batch normalisations of `model` take their statistics over all ranks while training. Names
-    and evaluation stay as they are."""
+    and evaluation stay as they are. `compiled`: the model is going to be."""
     if ranks.size > 1:
+        if compiled:  # Collectives in the middle of a graph. The import takes as long as PyTorch's.
+            plain = inspect.unwrap(_Synchronised._normalise)
+            _Synchronised._normalise = torch.compiler.disable(plain)
         for module in model.modules():
             if type(module) in SYNCHRONISED:
                 module.__class__ = SYNCHRONISED[type(module)]
@@ -32,7 +37,6 @@ class _Synchronised(_BatchNorm):
         self._check_input_dim(x)
         return self._normalise(x)
 
-    @torch.compiler.disable  # collectives in the middle of a compiled graph
     def _normalise(self, x: Tensor) -> Tensor:
         mean, variance = statistics(x)
         count = x.numel() // x.shape[1] * dist.get_world_size()

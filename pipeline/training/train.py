@@ -411,7 +411,7 @@ def build(this: Run, index: int) -> tuple[Engine, Progress]:
     if index == 0 and recipe.model.weights:
         load_foreign(model, recipe.model)
     model = model.to(ranks.device)
-    sync_norm.synchronise(model, ranks)
+    sync_norm.synchronise(model, ranks, recipe.engine.compile)
     if recipe.engine.channels_last:
         flat = patch_of(recipe, manifest)[0] == 1
         model = model.to(memory_format=torch.channels_last if flat else torch.channels_last_3d)

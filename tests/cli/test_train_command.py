@@ -46,7 +46,7 @@ def segfleet(*arguments, cwd):
     )
 
 
-def finished(process, timeout=120):
+def finished(process, timeout=240):
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
 
@@ -68,7 +68,7 @@ def events(folder: Path, kind: str) -> list[dict]:
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
-def wait_for_step(work, runs, step, process, timeout=60):
+def wait_for_step(work, runs, step, process, timeout=150):
     """Wait until some stage has logged `step`; the stage's folder."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline and process.poll() is None:
@@ -155,12 +155,12 @@ def test_a_file_of_the_working_folder_never_stands_in_for_a_module(work, straigh
     assert json.loads(done.stdout)["run"] == straight["run"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_loses_nothing(work, straight, number):
-    runs = f"signal{number}"
+def test_ctrl_c_loses_nothing(work, straight):
+    """SIGTERM: tests/pipeline/test_ranks_resume.py, and the next test."""
+    runs = "interrupted"
     process = train(work, runs)
     wait_for_step(work, runs, 10, process)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     code, _, err = finished(process)
     assert (
         code == 75 and "all saved. Run the same command again" in err and "Traceback" not in err
@@ -211,7 +211,7 @@ def test_a_closed_terminal_loses_nothing(work):
         ]
         os.execv(sys.executable, [sys.executable, *command])
     os.set_blocking(terminal, False)
-    deadline, begun = time.monotonic() + 60, []
+    deadline, begun = time.monotonic() + 150, []
     while not begun:
         assert time.monotonic() < deadline
         with suppress(BlockingIOError):
@@ -301,26 +301,6 @@ def test_jobs_of_a_cluster_wait_for_the_stage_they_share(work, monkeypatch):
     assert len(events(folder, "stage_start")) == 1 and not events(folder, "resumed")
 
 
-def test_three_ranks_resume_to_the_bit(work):
-    """From three on, the order of sums in a ring depends on how gradients are put into buckets."""
-    runs, changes, documents = (
-        ("three", "three again"),
-        ("data.batch=6", "stages.0.epochs=1", "stages.0.steps=15", "model.options.width=16"),
-        [],
-    )
-    for folder, stops in zip(runs, (False, True), strict=True):
-        command = ("train", "tiny.yaml", *changes, "--ranks", 3, "--runs", folder, "--json")
-        if stops:
-            process = segfleet(*command, cwd=work)
-            wait_for_step(work, folder, 10, process)
-            process.send_signal(signal.SIGTERM)
-            assert finished(process)[0] == 75
-        code, out, err = finished(segfleet(*command, cwd=work))
-        assert code == 0, err
-        documents.append(json.loads(out))
-    assert_same_result(*documents)
-
-
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_takes_the_other_down_and_the_run_goes_on_exactly(work, straight, victim):
     runs = f"killed{victim}"
@@ -335,7 +315,7 @@ def test_a_killed_rank_takes_the_other_down_and_the_run_goes_on_exactly(work, st
     ranks[victim].kill()
     killed = time.monotonic()
     code, _, err = finished(process)
-    assert code == 1 and time.monotonic() - killed < 10
+    assert code == 1 and time.monotonic() - killed < 60
     assert f"rank {victim} was killed by SIGKILL" in err and "Traceback" not in err, err
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
     reached = max(event["step"] for event in events(folder, "step"))

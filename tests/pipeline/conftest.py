@@ -16,4 +16,6 @@ def run_in_ranks():
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.run_in_ranks
+    runner = module.RankRunner()
+    yield runner
+    runner.close()

@@ -7,6 +7,7 @@ facts; the tests judge them.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,10 @@ from segfleet.pipeline.training import agreement
 from segfleet.pipeline.training.train import Run, train
 from segfleet.preprocess.stores.base import open_store
 
+if importlib.util.find_spec("deepspeed"):
+    from segfleet.pipeline.engines.deepspeed import quiet_deepspeed
+
+    quiet_deepspeed(torch.device("cpu"))  # seconds, which the ranks need not spend again
 KINDS = {"ddp": {"name": "ddp"}} | {
     f"zero{stage}": {"name": "deepspeed", "options": {"zero": stage}} for stage in range(4)
 }

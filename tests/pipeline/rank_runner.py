@@ -1,13 +1,17 @@
 """Run a function on real processes that form a process group.
 
-`run_in_ranks("engine_programs.py:train_all", 2, store=...)` calls `train_all(ranks, store=...)` of
+`RankRunner()("engine_programs.py:train_all", 2, store=...)` calls `train_all(ranks, store=...)` of
 that file beside this one in two processes and returns what the ranks returned. Arguments are plain
 JSON, results what `torch.save` takes. In the ranks warnings are errors, as in pytest, and whatever
 reaches stdout is a failure: stdout belongs to the command line.
+
+The ranks are forks of one process that has imported what takes seconds (torch, its compiler, which
+every optimizer imports, and the program), and nothing else: no process group, no thread.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -16,7 +20,9 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # the last: DDP, 1x1x1
@@ -29,68 +35,130 @@ HARMLESS = (
 STRICT = ["-W", "error", *(part for kind in HARMLESS for part in ("-W", f"ignore:{kind}"))]
 
 
-def run_in_ranks(program: str, ranks: int, timeout: float = 240.0, **arguments: Any) -> list[Any]:
-    """Results, rank by rank. Raises AssertionError with the output of every rank that failed; no
-    process is left behind."""
-    import torch
+class RankRunner:
+    """Its process is started by the first call, and ends with `close` or with this process."""
 
-    with tempfile.TemporaryDirectory(prefix="ranks-") as name:
-        folder = Path(name)
-        (folder / "job.json").write_text(json.dumps({"program": program, "arguments": arguments}))
-        processes = [_start(folder, rank, ranks) for rank in range(ranks)]
-        try:
-            end = time.monotonic() + timeout
-            while any(process.poll() is None for process in processes) and time.monotonic() < end:
-                if any(process.poll() for process in processes):
-                    time.sleep(1.0)  # the others may have something to say
-                    break
-                time.sleep(0.05)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        failed = [rank for rank, process in enumerate(processes) if process.returncode]
-        said = "\n".join(
-            f"rank {rank}:\n{(folder / f'{rank}.err').read_text()[-4000:]}" for rank in failed
+    server: subprocess.Popen | None = None
+
+    def __call__(
+        self, program: str, ranks: int, timeout: float = 240.0, **arguments: Any
+    ) -> list[Any]:
+        """Results, rank by rank. Raises AssertionError with the output of every rank that failed;
+        no rank is left behind."""
+        import torch
+
+        with tempfile.TemporaryDirectory(prefix="ranks-") as name:
+            folder = Path(name)
+            order = {"folder": name, "program": program, "ranks": ranks, "timeout": timeout}
+            codes = self._ask(order | {"arguments": arguments, "environment": {**os.environ}})
+            failed = [rank for rank, code in enumerate(codes) if code]
+            said = "\n".join(
+                f"rank {rank} ({codes[rank]}; -9: too late, or another one failed):\n"
+                + (folder / f"{rank}.err").read_text()[-4000:]
+                for rank in failed
+            )
+            assert not failed, f"{program} failed on rank(s) {failed} of {ranks}\n{said}"
+            chatter = "".join((folder / f"{rank}.out").read_text() for rank in range(ranks))
+            assert not chatter, f"{program} wrote to stdout:\n{chatter}"
+            return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+
+    def _ask(self, order: dict[str, Any]) -> list[int]:
+        if self.server is None:
+            self.server = subprocess.Popen(
+                [sys.executable, *STRICT, __file__],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        self.server.stdin.write(json.dumps(order) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def close(self) -> None:
+        if self.server is not None:
+            self.server.stdin.close()
+            self.server.wait(60)
+            self.server.stdout.close()
+
+
+def serve() -> None:
+    """Orders, one a line, until there are no more."""
+    import torch._dynamo  # noqa: F401
+
+    from segfleet.pipeline import jobs  # noqa: F401
+    from segfleet.pipeline.launch.local import die_with_parent
+
+    die_with_parent(os.getppid())
+    for line in sys.stdin:
+        order = json.loads(line)
+        with suppress(Exception):  # the ranks will say it
+            _program(order["program"].rpartition(":")[0])
+        ranks = [_fork(order, rank) for rank in range(order["ranks"])]
+        codes = _watch(ranks, order["timeout"])
+        sys.stdout.write(json.dumps(codes) + "\n")
+        sys.stdout.flush()
+    os._exit(0)
+
+
+def _watch(waiting: list[int], timeout: float) -> list[int]:
+    """Exit codes of these children, all of which have ended; negative: by that signal."""
+    order, codes = list(waiting), {}
+    end = time.monotonic() + timeout
+    while len(codes) < len(order):
+        for child in order:
+            if child not in codes:
+                ended, status = os.waitpid(child, os.WNOHANG)
+                codes |= {child: os.waitstatus_to_exitcode(status)} if ended else {}
+        if any(codes.values()):  # the others may have something to say
+            end = min(end, time.monotonic() + 1.0)
+        if time.monotonic() > end:
+            for child in order:
+                if child not in codes:
+                    os.kill(child, 9)
+                    codes[child] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        time.sleep(0.02)
+    return [codes[child] for child in order]
+
+
+def _fork(order: dict[str, Any], rank: int) -> int:
+    parent = os.getpid()
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        from segfleet.pipeline.launch.local import die_with_parent
+
+        die_with_parent(parent)
+        folder = Path(order["folder"])
+        os.environ.clear()
+        os.environ.update(
+            order["environment"],
+            RANK=str(rank),
+            WORLD_SIZE=str(order["ranks"]),
+            LOCAL_RANK=str(rank),
+            OMP_NUM_THREADS="1",
         )
-        assert not failed, f"{program} failed on rank(s) {failed} of {ranks}\n{said}"
-        chatter = "".join((folder / f"{rank}.out").read_text() for rank in range(ranks))
-        assert not chatter, f"{program} wrote to stdout:\n{chatter}"
-        return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number, kind in ((1, "out"), (2, "err")):
+            os.dup2(os.open(folder / f"{rank}.{kind}", os.O_CREAT | os.O_WRONLY), number)
+        code = _work(folder, order["program"], order["arguments"])
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
-def _start(folder: Path, rank: int, ranks: int) -> subprocess.Popen:
-    environment = {
-        **os.environ,
-        "RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_RANK": str(rank),
-        "OMP_NUM_THREADS": "1",
-    }
-    with open(folder / f"{rank}.out", "w") as out, open(folder / f"{rank}.err", "w") as err:
-        return subprocess.Popen(
-            [sys.executable, *STRICT, __file__, str(folder)],
-            env=environment,
-            stdout=out,
-            stderr=err,
-        )
-
-
-def _work(folder: Path) -> int:
+def _work(folder: Path, program: str, arguments: dict[str, Any]) -> int:
     import torch
 
     from segfleet.pipeline.ranks import join_ranks
 
-    rank = os.environ["RANK"]
     try:
-        job = json.loads((folder / "job.json").read_text())
-        file, _, function = job["program"].rpartition(":")
-        spec = importlib.util.spec_from_file_location("rank_program", Path(__file__).parent / file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        file, _, function = program.rpartition(":")
+        run = getattr(_program(file), function)
         ranks = join_ranks(folder / "address")
-        result = getattr(module, function)(ranks, **job["arguments"])
-        torch.save(result, folder / f"{rank}.pt")
+        torch.save(run(ranks, **arguments), folder / f"{ranks.rank}.pt")
         ranks.barrier()
         return 0
     except BaseException:
@@ -98,8 +166,13 @@ def _work(folder: Path) -> int:
         return 1
 
 
+@functools.cache
+def _program(file: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("rank_program", Path(__file__).parent / file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 if __name__ == "__main__":
-    code = _work(Path(sys.argv[1]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    serve()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from segfleet.models.checkpointing import activation_checkpointing
-from segfleet.models.registry import build_model
-from segfleet.pipeline.launch.local import run_ranks
+from segfleet.models.registry import build_model, spec
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.training.sync_norm import synchronise
 
@@ -65,7 +65,8 @@ def networks(ranks: Ranks) -> dict[str, list[Tensor]]:
         for recompute in (False, True):
             torch.manual_seed(3)
             # float64: in float32 rounding grows to half a percent on the way
-            model = build_model(name, in_channels=1, num_classes=2, options={}).double()
+            options = dict(spec(name).reduced)
+            model = build_model(name, in_channels=1, num_classes=2, options=options).double()
             synchronise(model, ranks)
             if recompute:
                 activation_checkpointing(model)
@@ -125,7 +126,14 @@ def test_one_rank_and_copies_are_left_alone():
     assert type(layer) is nn.BatchNorm2d
 
 
-def test_training_on_two_ranks_is_training_on_one(tiny_recipe, tmp_path):
+def train(ranks: Ranks, recipe: dict, root: str) -> None:
+    from segfleet.pipeline.jobs import run_job
+    from segfleet.pipeline.stop import StopRequest
+
+    run_job({"do": "train", "recipe": recipe, "root": root, "score": False}, ranks, StopRequest())
+
+
+def test_training_on_two_ranks_is_training_on_one(tiny_recipe, run_in_ranks, tmp_path):
     """The whole way, with a network full of batch normalisations. Plain SGD: Adam turns the signs
     of rounding errors into steps."""
     folder = tiny_recipe([{"name": "train", "epochs": 1, "steps": 6, "lr": 0.05}], batch=4)
@@ -134,14 +142,18 @@ def test_training_on_two_ranks_is_training_on_one(tiny_recipe, tmp_path):
     }
     weights = []
     for ranks in (1, 2):
-        run_ranks(
-            {"do": "train", "recipe": recipe, "root": str(tmp_path / str(ranks)), "score": False},
-            ranks,
-            threads=1,
-        )
-        weights.append(
-            load_file(next((tmp_path / str(ranks)).rglob("step-00000006/weights.safetensors")))
-        )
+        root = tmp_path / str(ranks)
+        run_in_ranks("test_sync_norm.py:train", ranks, recipe=recipe, root=str(root))
+        weights.append(load_file(next(root.rglob("step-00000006/weights.safetensors"))))
     assert any("running_var" in name for name in weights[0])
     for name, one in weights[0].items():
         torch.testing.assert_close(weights[1][name], one, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_that_is_compiled_leaves_collectives_out():
+    """Torch's compiler is imported for such a network alone."""
+    layer = nn.BatchNorm2d(3)
+    synchronise(layer, SimpleNamespace(size=2), compiled=True)
+    for _ in range(2):  # every stage does it again
+        assert layer._normalise.__func__._torchdynamo_disable
+        synchronise(nn.BatchNorm2d(3), SimpleNamespace(size=2), compiled=True)

@@ -188,6 +188,7 @@ def test_a_job_outlives_the_shell_that_submitted_it(cluster, work):
             "tiny.yaml",
             *SHORT,
             "seed=11",
+            "evaluation.every=1",
             "--runs",
             "shell",
             "--json",
@@ -206,6 +207,11 @@ def test_a_job_outlives_the_shell_that_submitted_it(cluster, work):
     cluster.wait_for_state(job, "COMPLETED")
     row = cluster.row(job, "shell")
     assert row["state"] == "done" and row["job"] == job["job"]
+    told = cluster.segfleet("logs", job["run"]).stdout
+    for stage, steps in ((1, 3), (2, 2)):
+        where = rf"stage {stage}, epoch 1, step {steps}/{steps}: "
+        assert re.search(where + r"loss \d\.\d+, lr \S+, [\d.]+ samples/s\n", told), told
+        assert re.search(rf"stage {stage}, step {steps}: validation, Dice ", told), told
 
 
 def test_a_store_that_the_node_does_not_see(cluster, work, tiny_store):
