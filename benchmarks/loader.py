@@ -1,15 +1,15 @@
 """The whole training loader, from the store to an augmented batch, against nnU-Net's: voxels per
 CPU second.
 
-    python benchmarks/loader.py --nnunet ENVIRONMENT/bin/python [--seconds 4] [--rounds 3]
-    [--only 64x128x128] [--workers 0 2] [--out benchmarks/results/loader.json]
+    python benchmarks/loader.py --nnunet ENVIRONMENT/bin/python [--rounds 3] [--only 64x128x128]
+    [--workers 0 2] [--out benchmarks/results/loader.json]
 
 The same synthetic cases are written once by each program's own writer (nnU-Net: float32, level 5,
 the filter it picks per array, its blocks and chunks). Both then draw batches of two with their
 default training augmentation, in turns, each in a process of its own, one thread a process, every
-round with another seed; what is counted is the CPU time of that process and its loader processes after one batch, so start-up is
-left out. nnU-Net's targets for deep supervision are left out too, since ours are made on the
-device. ENVIRONMENT holds nnunetv2 (benchmarks/preprocess.py installs one).
+round with another seed; what is counted is the CPU time of that process and its loader processes
+after the first batches, so start-up is left out. nnU-Net's targets for deep supervision are left
+out too, since ours are made on the device. ENVIRONMENT holds nnunetv2 (benchmarks/preprocess.py installs one).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 
-# name -> patch, shape of a case, channels, cases
+# name -> patch, shape of a case, channels, cases, batches of a turn
 SETS = {
-    "32x48x32": ((32, 48, 32), (36, 50, 35), 1, 40),
-    "64x128x128": ((64, 128, 128), (110, 280, 280), 1, 4),
-    "128x128x128": ((128, 128, 128), (160, 220, 220), 1, 3),
-    "128x128x128, 4 channels": ((128, 128, 128), (140, 180, 150), 4, 3),
-    "256x256x3": ((1, 256, 256), (1, 320, 360), 3, 40),
-    "512x512x1": ((1, 512, 512), (1, 512, 512), 1, 40),
+    "32x48x32": ((32, 48, 32), (36, 50, 35), 1, 40, 400),
+    "64x128x128": ((64, 128, 128), (110, 280, 280), 1, 4, 30),
+    "128x128x128": ((128, 128, 128), (160, 220, 220), 1, 3, 16),
+    "128x128x128, 4 channels": ((128, 128, 128), (140, 180, 150), 4, 3, 8),
+    "256x256x3": ((1, 256, 256), (1, 320, 360), 3, 40, 100),
+    "512x512x1": ((1, 512, 512), (1, 512, 512), 1, 40, 60),
 }
 BATCH = 2
 
@@ -67,7 +67,7 @@ def synthetic(
 
 
 def cases(name: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    _, shape, channels, count = SETS[name]
+    _, shape, channels, count, _ = SETS[name]
     return [synthetic(shape, channels, seed, name == "256x256x3") for seed in range(count)]
 
 
@@ -84,7 +84,7 @@ def write_ours(name: str, folder: Path) -> None:
     )
     from segfleet.preprocess.transforms.case_transforms import foreground
 
-    patch, shape, channels, _ = SETS[name]
+    patch, shape, channels, *_ = SETS[name]
     dtype = "uint8" if name == "256x256x3" else "float16"
     files, entries = {}, []
     chunk = chunk_of(patch, shape, channels * np.dtype(dtype).itemsize)
@@ -276,7 +276,7 @@ def used() -> tuple[float, int]:
     return total, memory
 
 
-def side(which: str, name: str, folder: Path, workers: int, seed: int, seconds: float) -> None:
+def side(which: str, name: str, folder: Path, workers: int, seed: int) -> None:
     """In a process of its own: prints what was measured."""
     import torch
 
@@ -289,10 +289,9 @@ def side(which: str, name: str, folder: Path, workers: int, seed: int, seconds: 
     first = time.perf_counter() - began
     for _ in range(6 if workers else 2):
         next(stream)
-    start, batches, clock = used()[0], 0, time.perf_counter()
-    while time.perf_counter() - clock < seconds or batches < 8:
+    start, batches = used()[0], SETS[name][4]
+    for _ in range(batches):
         next(stream)
-        batches += 1
     taken, memory = used()
     taken -= start
     voxels = batches * image.shape[0] * int(np.prod(image.shape[2:]))
@@ -313,7 +312,6 @@ def side(which: str, name: str, folder: Path, workers: int, seed: int, seconds: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nnunet", default="", help="python of an environment with nnunetv2")
-    parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=list(SETS))
     parser.add_argument("--workers", nargs="*", type=int, default=[0, 2])
@@ -325,7 +323,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.side:
         which, name, workers, seed = options.side
-        return side(which, name, options.folder, int(workers), int(seed), options.seconds)
+        return side(which, name, options.folder, int(workers), int(seed))
     pythons = {"ours": sys.executable}
     if options.nnunet:
         pythons["nnunet"] = options.nnunet
@@ -340,7 +338,7 @@ def main() -> None:
             which: str, workers: int, turn: int, name: str = name, places: dict = places
         ) -> dict | None:
             command = [pythons[which], __file__, "--side", which, name, str(workers), str(turn)]
-            command += ["--folder", str(places[which]), "--seconds", str(options.seconds)]
+            command += ["--folder", str(places[which])]
             noise = {**os.environ, "nnUNet_raw": "/tmp", "nnUNet_preprocessed": "/tmp"}
             done = subprocess.run(
                 command,
@@ -373,6 +371,7 @@ def main() -> None:
             if "nnunet" in row:
                 row["ratio"] = row["ours"]["voxels_per_cpu_s"] / row["nnunet"]["voxels_per_cpu_s"]
             result[f"{name}, {workers} workers"] = row
+            options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             speeds = {w: f"{row[w]['voxels_per_cpu_s'] / 1e6:.2f} Mvoxel/CPU s" for w in pythons}
             print(
                 f"{name}, {workers} workers: {speeds}, ratio {row.get('ratio', 0):.2f}, first "
@@ -380,7 +379,6 @@ def main() -> None:
                 f"{row['ours']['worker_MiB']:.0f} MiB",
                 flush=True,
             )
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
