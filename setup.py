@@ -103,6 +103,7 @@ setup(
             "onnxscript>=0.3",
             "onnxruntime>=1.20",
             "ome-zarr-models>=1",
+            "scikit-image>=0.25",
         ],
     },
 )

@@ -1,6 +1,7 @@
 """Plans against nnU-Net's planner: target spacing, slice axis, patch and batch, 3D and 2D.
 
-    python benchmarks/plans.py --nnunet ENVIRONMENT/bin/python [--out benchmarks/results/plans.json]
+    python benchmarks/plans.py --nnunet ENVIRONMENT/bin/python [--seed 16]
+    [--out benchmarks/results/plans.json]
 
 70 random 3D fingerprints, 40 random 2D ones and those of ten known data sets (median shapes and
 spacings as published) go through `make_plan` and through nnU-Net's `ExperimentPlanner` in an
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -34,8 +36,8 @@ KNOWN = {
 }
 
 
-def fingerprints() -> list[dict]:
-    draw, found = np.random.default_rng(16), []
+def fingerprints(seed: int) -> list[dict]:
+    draw, found = np.random.default_rng(seed), []
     for name, (spacing, shape, cases, channel, labels) in KNOWN.items():
         found.append(
             {
@@ -75,7 +77,7 @@ def fingerprints() -> list[dict]:
 
 
 def ours(prints: list[dict]) -> list[dict]:
-    from segfleet.preprocess.checking.fingerprint import Fingerprint
+    from segfleet.preprocess.planning.fingerprint import Fingerprint
     from segfleet.preprocess.planning.plan import make_plan
     from segfleet.preprocess.stores.manifest import Dataset
 
@@ -163,6 +165,7 @@ def nnunet(prints: list[dict]) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nnunet", help="python of an environment with nnunetv2")
+    parser.add_argument("--seed", type=int, default=16, help="of the random fingerprints")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/plans.json")
     parser.add_argument("--side", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -170,12 +173,15 @@ def main() -> None:
         prints = json.loads(options.side.read_text())
         options.out.write_text(json.dumps(nnunet(prints)))
         return
-    prints = fingerprints()
+    prints = fingerprints(options.seed)
     with tempfile.TemporaryDirectory() as scratch:
         asked, told = Path(scratch) / "asked.json", Path(scratch) / "told.json"
         asked.write_text(json.dumps(prints))
         command = [options.nnunet, __file__, "--side", str(asked), "--out", str(told)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        folders = dict.fromkeys(("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"), scratch)
+        subprocess.run(
+            command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **folders}
+        )
         theirs = json.loads(told.read_text())
     mine = ours(prints)
     table, equal = [], {}

@@ -39,7 +39,8 @@ def resample_image(
 
     Returns (C, *new_shape) float32, or the very array where the shape does not change. Voxel
     centres are aligned as cells of the same box. No value leaves the range of its channel:
-    `skimage.transform.resize(order=3, mode="edge", clip=True, anti_aliasing=False)` gives the same.
+    `skimage.transform.resize(order=3, mode="edge", clip=True, anti_aliasing=False)` gives the same,
+    to some 1e-6 of the range.
     """
     order: int | str = {"cubic": 3, "bilinear": 1, "area": "area"}[interpolation]
     out = _resample(image_CZYX, new_shape, anisotropic_axis, order)
