@@ -81,6 +81,7 @@ setup(
         "Jinja2>=3.1",
     ],
     extras_require={
+        "dicom": ["highdicom>=0.25"],  # labels out as DICOM SEG
         "mamba": [
             "mamba-ssm>=2.3.2.post1; platform_system=='Linux'",
             "causal-conv1d>=1.4; platform_system=='Linux'",

@@ -39,6 +39,13 @@ def command(
             "--overlays", help="Also OUT/overlays/: each prediction outlined on its image."
         ),
     ] = False,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="Of the labels; by default the image's. dicom-seg: DICOM SEG, of DICOM series "
+            "(needs segfleet[dicom]). seg-nrrd: 3D Slicer's, with names and colours."
+        ),
+    ] = "",
     fold: Folds = None,
     best: Best = False,
     ranks: Annotated[
@@ -49,7 +56,7 @@ def command(
 ) -> None:
     """Segment images with a finished run, or with several as an ensemble; every prediction lies
     exactly on its image. Continues where it stopped."""
-    job = job_of(words, out, runs, fold, best) | {
+    job = job_of(words, out, runs, fold, best, format) | {
         "overlays": overlays,
         "probabilities": probabilities,
         "postprocess": checked_rule(postprocess),
@@ -88,7 +95,12 @@ def checked_rule(text: str | None) -> str | None:
 
 
 def job_of(
-    words: list[str], out: Path, runs: Path, fold: str | None = None, best: bool = False
+    words: list[str],
+    out: Path,
+    runs: Path,
+    fold: str | None = None,
+    best: bool = False,
+    format: str = "",
 ) -> dict[str, Any]:
     """What the ranks of a prediction do. Raises InputError if they cannot."""
     from segfleet.pipeline.inference.inputs import check_out, collect
@@ -100,12 +112,13 @@ def job_of(
     model = open_model(models)
     if len(model.networks) > 1:
         typer.echo(f"segfleet: an ensemble of {len(model.networks)} networks", err=True)
-    check_out(out, collect(images, len(model.dataset.channels)), model.made_by)
+    check_out(out, collect(images, len(model.dataset.channels), format), model.made_by)
     return {
         "do": "predict",
         "models": [str(path) for path in models],
         "images": [str(path) for path in images],
         "out": str(out),
+        "format": format,
     }
 
 

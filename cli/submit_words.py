@@ -163,7 +163,8 @@ def prediction(told: dict[str, Any]) -> tuple[list[Step], Path, Path]:
     from segfleet.slurm.submission import home_of
 
     out = told["out"].absolute()
-    found = job_of(told["words"], out, told["runs"], told["fold"], told["best"])
+    which = (told["fold"], told["best"], told["format"])
+    found = job_of(told["words"], out, told["runs"], *which)
     found["images"] = [str(Path(path).absolute()) for path in found["images"]]
     job = {
         **found,

@@ -161,6 +161,7 @@ def predict(
                 rules=rules,
                 draw=save_prediction if job.get("overlays") else None,
                 read=lambda one: one.read_apart(apart),
+                format=job.get("format", ""),
             ),
             ranks=ranks,
             progress=progress,

@@ -19,6 +19,7 @@ from segfleet.core.files import file_facts, write_atomically
 from segfleet.core.parallel import Apart, Died
 from segfleet.preprocess.case import FileFacts, Geometry
 from segfleet.preprocess.files.dicom import is_dicom, read_series
+from segfleet.preprocess.files.dicom_seg import check_highdicom
 from segfleet.preprocess.files.faults import crashed, instead_of_file
 from segfleet.preprocess.files.images import ENDINGS, NIFTI, ending, peek, read_image, sources, stem
 from segfleet.preprocess.files.npy import read_npy
@@ -34,6 +35,8 @@ RECORD, NOTES = (
 READABLE = (*ENDINGS, ".npy")
 # a prediction is one file, whatever its image is made of
 INSTEAD = {".mhd": ".mha", ".nhdr": ".nrrd"}
+SEG, SEG_NRRD = "dicom-seg", "seg-nrrd"
+FORMATS = ("", SEG, SEG_NRRD)
 CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
@@ -45,11 +48,16 @@ class Input:
     id: str
     images: tuple[Path, ...]
     problem: str = ""
+    format: str = ""  # of the label file: "" (the image's) | "dicom-seg" | "seg-nrrd"
 
     @property
     def output(self) -> str:
         """Name of the label file: the image's own ending if labels survive it; a DICOM series gets
-        a NIfTI volume, any other picture a .png."""
+        a NIfTI volume, any other picture a .png; .dcm for a DICOM SEG."""
+        if self.format == SEG:
+            return f"{self.id}.dcm"
+        if self.format == SEG_NRRD:
+            return f"{self.id}.seg.nrrd"
         name = self.images[0].name.lower()
         kind = next((end for end in ENDINGS if name.endswith(end)), "")
         if kind in WRITABLE:
@@ -99,14 +107,19 @@ def _is_npy(path: Path) -> bool:
     return path.suffix.lower() == ".npy"
 
 
-def collect(inputs: Sequence[str | Path], channels: int) -> list[Input]:
+def collect(inputs: Sequence[str | Path], channels: int, format: str = "") -> list[Input]:
     """The images among files and folders, in natural order. CASE_0000, CASE_0001, ... are channels
     of CASE when exactly the channels of the data set are there, or only 0000 (one channel, or all
     in one file); any other file is an image of its own. A folder of DICOM files is one image, and
     so is each folder of them in a folder.
 
-    Raises InputError when a path does not exist or nothing is found.
+    `format` of the labels: "dicom-seg" only goes with DICOM images. Raises InputError when a path
+    does not exist or nothing is found.
     """
+    if format not in FORMATS:
+        raise InputError(f"format: found '{format}', expected dicom-seg, seg-nrrd, or none")
+    if format == SEG:
+        check_highdicom()
     files: list[Path] = []
     alone: list[Input] = []
     for path in map(Path, inputs):
@@ -144,7 +157,8 @@ def collect(inputs: Sequence[str | Path], channels: int) -> list[Input]:
             alone.append(Input(id=stem(path), images=(path,)))
     for (_, name, _), parts in cases.items():
         alone += _channels(name, dict(sorted(parts.items())), channels)
-    return _distinct(sorted(map(_looked_at, alone), key=lambda one: natural(one.id)))
+    alone = [_looked_at(replace(one, format=format)) for one in alone]
+    return _distinct(sorted(alone, key=lambda one: natural(one.id)))
 
 
 def _looked_at(one: Input) -> Input:
@@ -152,6 +166,8 @@ def _looked_at(one: Input) -> Input:
     for path in () if one.problem else one.images:
         if found := instead_of_file(path):
             return replace(one, problem=f"{path}: found {found}, expected a file")
+        if one.format == SEG and path.name.lower().endswith(READABLE):
+            return replace(one, problem=f"{path}: a DICOM SEG needs a DICOM series, found a file")
     return one
 
 
@@ -174,7 +190,7 @@ def _distinct(found: list[Input]) -> list[Input]:
         first = seen.setdefault(one.output, one)
         if first is not one:
             problem = f"{one.images[0]}: its prediction would be called {one.output}, as that of {first.images[0]}. Rename one of them."
-            one = Input(id=one.id, images=one.images, problem=problem)
+            one = replace(one, problem=problem)
         result.append(one)
     return result
 
@@ -269,7 +285,7 @@ def _written(out: Path, one: Input) -> dict[str, Any]:
     """The files of a prediction: probabilities may lie beside it, and a stack of slices has its
     spacing there."""
     paths = [out / one.output, out / one.probabilities]
-    if ending(paths[0]) in (".tif", ".tiff"):
+    if paths[0].name.lower().endswith((".tif", ".tiff")):
         paths.append(out / f"{one.id}.json")
     return {path.name: file_facts(path) for path in paths if path.is_file()}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +17,28 @@ import torch
 from segfleet.core.errors import InputError
 from segfleet.core.files import write_atomically
 from segfleet.pipeline.inference.ensemble import Member, Stored, predict_maps
-from segfleet.pipeline.inference.inputs import Input, claim, collect, forget, is_made, vouch
+from segfleet.pipeline.inference.inputs import (
+    SEG,
+    SEG_NRRD,
+    Input,
+    claim,
+    collect,
+    forget,
+    is_made,
+    vouch,
+)
 from segfleet.pipeline.inference.postprocess import Rule, clean
 from segfleet.pipeline.inference.probabilities import write_probabilities
 from segfleet.pipeline.inference.restore import Map, combine
 from segfleet.pipeline.ranks import Ranks, as_facts, from_facts
 from segfleet.preprocess.case import Case, Geometry
 from segfleet.preprocess.exporting.nnunet import dataset_document as nnunet_dataset
+from segfleet.preprocess.files.dicom_seg import write_seg
+from segfleet.preprocess.files.grids import settled
 from segfleet.preprocess.files.images import ImageError, read_label
 from segfleet.preprocess.files.names import write_names
-from segfleet.preprocess.files.writer import write_label
+from segfleet.preprocess.files.segments import read_seg
+from segfleet.preprocess.files.writer import write_label, write_segments
 from segfleet.preprocess.readers.pairs import colours
 from segfleet.preprocess.stores.manifest import Dataset, Plan
 from segfleet.preprocess.stores.shard_reader import to_float32
@@ -39,12 +51,14 @@ OVERLAYS = "overlays"  # folder of pictures among the predictions
 class Wishes:
     """What is written besides labels, and what is done to these. `rules`: structure -> what is
     taken out of it. `draw`: also OUT/overlays/<id>.png, the outlined prediction on its image.
-    `read` an image in another way than in this process."""
+    `read` an image in another way than in this process. `format` of the labels: that of the image
+    (""), "dicom-seg" or "seg-nrrd"."""
 
     probabilities: bool = False
     rules: dict[str, Rule] | None = None
     draw: Callable[[Path, np.ndarray, np.ndarray, Sequence[float]], Any] | None = None
     read: Callable[[Input], tuple[np.ndarray, Geometry]] = Input.read
+    format: str = ""
 
 
 def predict_files(
@@ -70,8 +84,8 @@ def predict_files(
     "problem"}], "exit_code"}: 2 if any failed, else 0. Raises InputError when nothing can be done
     at all; an error of one rank is raised on all.
     """
-    ranks, found, out = ranks or Ranks(), collect(inputs, len(dataset.channels)), Path(out)
-    wishes = wishes or Wishes()
+    ranks, out, wishes = ranks or Ranks(), Path(out), wishes or Wishes()
+    found = collect(inputs, len(dataset.channels), wishes.format)
     every = [member.settings() for member in members]
     settings = {"made_by": made_by, **(every[0] if len(every) == 1 else {"members": every})}
     if wishes.rules:
@@ -86,10 +100,10 @@ def predict_files(
     def segment() -> None:
         for index in share:
             one = found[index]
-            answers[index] = _answer(members, one, out, settings, wishes, device)
+            answers[index] = _answer(members, dataset.labels, one, out, settings, wishes, device)
             if wishes.draw and answers[index][0] != "failed":
                 kept = answers[index][0] == "kept"
-                _draw(wishes, one, out, members[0].plan, kept)
+                _draw(wishes, one, out, members[0].plan, dataset.labels, kept)
             if progress:
                 progress(len(answers), len(share))
 
@@ -125,6 +139,7 @@ def _caught(function: Callable[[], None]) -> Exception | None:
 
 def _answer(
     members: Sequence[Member],
+    labels: Mapping[str, int],
     one: Input,
     out: Path,
     settings: dict[str, Any],
@@ -146,7 +161,12 @@ def _answer(
                 label = clean(label, wishes.rules, members[0].task, geometry.spacing)
             if keep is not None:
                 write_probabilities(out / one.probabilities, keep)
-        write_label(out / one.output, label, geometry)
+        if one.format == SEG:
+            write_seg(out / one.output, label, one.images, labels)
+        elif one.format == SEG_NRRD:
+            write_segments(out / one.output, label, geometry, labels)
+        else:
+            write_label(out / one.output, label, geometry)
         vouch(out, one, facts)
         return "done", {"id": one.id, "file": str(out / one.output)}
     except (InputError, OSError, FloatingPointError, MemoryError) as error:
@@ -170,13 +190,18 @@ def _room(
         yield np.memmap(file, np.float16, "w+", shape=shape)
 
 
-def _draw(wishes: Wishes, one: Input, out: Path, plan: Plan, kept: bool) -> None:
+def _draw(
+    wishes: Wishes, one: Input, out: Path, plan: Plan, labels: Mapping[str, int], kept: bool
+) -> None:
     """The picture of a prediction that lies in `out`."""
     path = out / OVERLAYS / f"{one.id}.png"
     if kept and path.exists():
         return
     image, geometry = _as_planned(*wishes.read(one), plan)
-    label, _ = read_label(out / one.output)
+    if one.format == SEG:
+        label, _ = settled(*read_seg(out / one.output, labels), geometry)
+    else:
+        label, _ = read_label(out / one.output, names=labels)
     wishes.draw(path, image, label.reshape(geometry.shape), geometry.spacing)
 
 

@@ -93,6 +93,20 @@ def _volume(
     return image[None], Geometry(shape=shape, spacing=spacing[::-1], affine=rows)
 
 
+def ordered_series(paths: Sequence[Path]) -> list[Any]:
+    """The data sets of a series without their pixels, in the order in which `read_series` has their
+    slices; of a file that holds all of them, that one. Raises ImageError."""
+    slices = []
+    for path in paths:
+        d = header_of(path)
+        if d is None:
+            raise damaged(path, "no header")
+        slices += _slices(path, d)
+    folder = paths[0].parent if len(paths) > 1 else paths[0]
+    ordered = _grid(folder, slices)[0]
+    return list({id(one.dataset): one.dataset for one in ordered}.values())
+
+
 def header_of(path: Path, keys: Sequence[str] | None = None) -> Any:
     """The data set of one file without its pixels, or None where it cannot be read, which reading
     the series then explains."""

@@ -9,6 +9,7 @@ come from (`sources`).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -223,7 +224,8 @@ def _plain(array: np.ndarray) -> np.ndarray:
 
 def _short(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:120]
+    text = lines[-1] if lines else type(error).__name__
+    return re.sub(r" <_io\.\w+ object at 0x[0-9a-f]+>", "", text)[:120]
 
 
 def _few(values: np.ndarray) -> str:

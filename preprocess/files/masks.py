@@ -20,6 +20,7 @@ from segfleet.preprocess.files.images import ending, read_file
 
 LOSSY = (".jpg", ".jpeg")
 FEW = 4  # values of a lossless mask that are classes, not smoothing
+FAINT = 32  # a JPEG mask below holds no white, but numbers of classes
 NUMBERED = 16  # up to so many values, each counts by itself
 DARK, BRIGHT = 0.1, 0.9  # of white: between them a pixel is neither
 UNDECIDED = 0.1  # share of pixels a mask may have that are neither black nor white
@@ -35,6 +36,10 @@ def read_mask(path: Path, digest: Any = None) -> tuple[np.ndarray, Geometry]:
     lossy = ending(path) in LOSSY
     values = np.unique(grey)
     white = 255.0 if lossy else float(values[-1])
+    if lossy and 0 < values[-1] < FAINT and _numbered(grey):
+        found = f"no value above {values[-1]:g} in {path.name}"
+        mend = f"Classes do not survive JPEG: save them as PNG. {DECLARE}"
+        raise ImageError(path, "mask values", found, "black and white", mend)
     if lossy or len(values) > 2 or len(values) == 2 and values[0] != 0:
         _judge(grey, values, white, lossy, path)
     facts = replace(geometry.file, white=int(white) if grey.any() else 0)
@@ -90,6 +95,15 @@ def _judge(grey: np.ndarray, values: np.ndarray, white: float, lossy: bool, path
     ):
         found = f"areas of grey {np.median(grey[area]):g} in {path.name}"
         raise ImageError(path, "mask values", found, "a black and white mask", DECLARE)
+
+
+def _numbered(grey: np.ndarray) -> bool:
+    """Whether dark pixels are even areas, as numbers of classes are, and no noise."""
+    from scipy import ndimage
+
+    low, high = (f(grey, (1, 5, 5)) for f in (ndimage.minimum_filter, ndimage.maximum_filter))
+    area = int(((low > 0) & (high - low <= 2)).sum())
+    return area > max(8, LEAST_AREA * grey.size)
 
 
 def _areas(

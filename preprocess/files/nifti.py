@@ -17,6 +17,7 @@ import numpy as np
 from segfleet.preprocess.case import FileFacts, Geometry
 from segfleet.preprocess.files.faults import ImageError, check_size, damaged
 
+LABEL_INTENT = 1002  # NIFTI_INTENT_LABEL: values are indices of names
 GZIP = b"\x1f\x8b"
 LONGEST_HEADER = 544
 LONGEST_EXTENSION = 2**24  # bytes between header and voxels
@@ -281,6 +282,7 @@ def label_bytes(label_ZYX: np.ndarray, geometry: Geometry) -> bytes:
         picture = nib.Nifti1Image(label_ZYX.T, affine)
         picture.header.set_xyzt_units("mm")
         picture.header.set_zooms(geometry.spacing[::-1])
+        picture.header["intent_code"] = LABEL_INTENT
         return picture.to_bytes()
     header = header_of(geometry.file.header, Path("header")).as_byteswapped("<")
     flat = geometry.file.dims < 3
@@ -290,7 +292,7 @@ def label_bytes(label_ZYX: np.ndarray, geometry: Geometry) -> bytes:
     header.set_data_dtype(label_ZYX.dtype)
     header["pixdim"][1 + ndim :] = 1
     header["scl_slope"], header["scl_inter"], header["cal_min"], header["cal_max"] = 1, 0, 0, 0
-    header["intent_code"], header["vox_offset"] = 0, header.single_vox_offset
+    header["intent_code"], header["vox_offset"] = LABEL_INTENT, header.single_vox_offset
     for key in ("intent_p1", "intent_p2", "intent_p3"):
         header[key] = 0
     header["intent_name"], header["descrip"] = b"", b""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from segfleet.preprocess.case import Geometry
-from segfleet.preprocess.files.images import ImageError, stem
+from segfleet.preprocess.files.images import ImageError, read_file, stem
 from segfleet.preprocess.files.masks import read_grey
 from segfleet.preprocess.readers.base import CaseRef, Facts, Folds, tables
 from segfleet.preprocess.readers.pairs import (
@@ -123,4 +123,5 @@ def read_instances(path: Path, digest: Any = None) -> tuple[np.ndarray, Geometry
             f"at most {MOST_GLANDS} glands",
             "Perhaps it is the image itself: put the mask there.",
         )
-    return numbers > 0, geometry
+    shown, _ = read_file(path)  # of a palette: what its colours show
+    return shown.any(axis=0), geometry

@@ -23,6 +23,7 @@ from segfleet.pipeline.task import make_task
 from segfleet.preprocess.building.build import build
 from segfleet.preprocess.files.images import read_label
 from segfleet.preprocess.phantoms.phantom import (
+    PHANTOMS,
     write_dsb_phantom,
     write_msd_phantom,
     write_nnunet_phantom,
@@ -68,14 +69,14 @@ def member(store, forward=None, **window):
     return Member(forward=lambda: forward, plan=manifest.plan, task=task, **window)
 
 
-def predict(store, inputs, out, forward=None, draw=None, **more):
+def predict(store, inputs, out, forward=None, draw=None, format="", **more):
     window = {key: more.pop(key) for key in WINDOW if key in more}
     return predict_files(
         [member(store, forward, **window)],
         store.manifest.dataset,
         inputs,
         out,
-        wishes=Wishes(draw=draw),
+        wishes=Wishes(draw=draw, format=format),
         **more,
     )
 
@@ -202,6 +203,7 @@ def test_a_bad_image_is_listed_and_the_rest_is_done(sets, tmp_path):
             "dataset.json",
             "labels.ctbl",
             "labels.json",
+            "labels.label",
             "predictions.json",
         ]
     )
@@ -513,3 +515,45 @@ def test_a_prediction_that_is_not_as_it_was_written_is_never_there(sets, tmp_pat
     (out / "x.png").unlink()
     assert counts(predict(store, [path], out)) == (1, 0, 0)
     assert (out / "x.png").read_bytes() == made
+
+
+def test_predictions_as_dicom_seg(tmp_path):
+    """On the series they were made of: read back they are the NIfTI prediction, voxel by voxel."""
+    pytest.importorskip("highdicom")
+    nrrd = pytest.importorskip("nrrd")
+    from segfleet.preprocess.files.grids import settled
+    from segfleet.preprocess.files.segments import read_seg
+
+    raw = PHANTOMS["dicom"](tmp_path / "raw", cases=2)
+    build("dicom", raw, tmp_path / "store", workers=1)
+    store, series = open_store(tmp_path / "store"), raw / "images"
+    plain = predict(store, [series], tmp_path / "nifti")
+    drawn = []
+    for count in (2, 0):
+        found = predict(
+            store, [series], tmp_path / "seg", format="dicom-seg",
+            draw=lambda path, image, label, spacing: drawn.append((path.stem, label)),
+        )  # fmt: skip
+        assert len(found["done"]) == count and not found["failed"]
+    for one in plain["done"]:
+        label, geometry = read_label(Path(one["file"]))
+        names = store.manifest.dataset.labels
+        seg, _ = settled(*read_seg(tmp_path / f"seg/{one['id']}.dcm", names), geometry)
+        assert label.any() and np.array_equal(seg, label)
+        assert np.array_equal(dict(drawn)[one["id"]], label)
+    found = predict(store, [series], tmp_path / "slicer", format="seg-nrrd")
+    for one, other in zip(plain["done"], found["done"], strict=True):
+        label, geometry = read_label(Path(one["file"]))
+        assert nib.load(one["file"]).header["intent_code"] == 1002
+        shown, grid = read_label(Path(other["file"]), names=names)
+        assert np.array_equal(shown, label) and np.allclose(grid.affine, geometry.affine)
+        header = nrrd.read_header(other["file"])
+        assert {
+            header[f"Segment{n}_Name"]: int(header[f"Segment{n}_LabelValue"]) for n in (0, 1)
+        } == {name: value for name, value in names.items() if value}
+        assert header["Segment0_Color"] != header["Segment1_Color"]
+    picture(tmp_path / "a.png", 0)
+    found = predict(store, [tmp_path / "a.png"], tmp_path / "more", format="dicom-seg")
+    assert "a DICOM SEG needs a DICOM series" in found["failed"][0]["problem"]
+    with pytest.raises(InputError, match="format: found 'seg', expected dicom-seg"):
+        predict(store, [series], tmp_path / "odd", format="seg")

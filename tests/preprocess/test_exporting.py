@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -57,3 +58,9 @@ def test_names_of_labels_stand_beside_them(tmp_path):
         ["0", "background"], ["1", "liver"], ["2", "left_ventricle"],
     ]  # fmt: skip
     assert all(len(row.split()) == 6 for row in rows[1:]) and rows[1].endswith("0 0 0 0")
+    lines = (
+        (tmp_path / "labels.label").read_text().splitlines()
+    )  # ITK-SNAP: "%d %d %d %d %g %d %d \"...\""
+    form = re.compile(r'\s*(\d+) (\d+) (\d+) (\d+) ([\d.]+) ([01]) ([01]) "(.*)"')
+    found = {int(m[1]): m[8] for line in lines if (m := form.fullmatch(line))}
+    assert found.pop(0) == "Clear Label" and len(found) == len(rows) - 2

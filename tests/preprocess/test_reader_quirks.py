@@ -18,7 +18,7 @@ from PIL import Image
 from segfleet.core.errors import DataError, InputError
 from segfleet.preprocess.building.build import build
 from segfleet.preprocess.checking.check import survey
-from segfleet.preprocess.files.images import peek
+from segfleet.preprocess.files.images import peek, read_file
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
 from segfleet.preprocess.planning.splits import published
 from segfleet.preprocess.readers.base import open_reader, source_sha256
@@ -603,3 +603,34 @@ def test_an_nnunet_folder_has_its_own_name(tmp_path):
     document.pop("name", None)
     (root / "dataset.json").write_text(json.dumps(document))
     assert open_reader("nnunet", root).dataset().name == "mine"
+
+
+def test_masks_of_numbers_in_a_jpeg_are_a_problem(tmp_path):
+    """Classes do not survive its compression; a mask that is all black is sound."""
+    root = PHANTOMS["kvasir_seg"](tmp_path / "raw")
+    reader = open_reader("kvasir_seg", root)
+    path = reader.refs()[0].labels[0]
+    grey = np.asarray(Image.open(path).convert("L"))
+    Image.fromarray((grey > 127).astype(np.uint8) * 2).save(path)
+    (problem,) = survey(reader, workers=1).problems
+    assert problem.field == "mask values" and "no value above" in problem.found
+    Image.fromarray(np.zeros_like(grey)).save(path)
+    assert not survey(open_reader("kvasir_seg", root), workers=1).problems
+
+
+def test_glands_are_what_a_palette_shows(tmp_path):
+    root = PHANTOMS["glas"](tmp_path / "raw")
+    reader = open_reader("glas", root)
+    ref = reader.refs()[0]
+    before = reader.label(ref)[0]
+    picture = Image.fromarray((before[0] == 0).astype(np.uint8))
+    picture.putpalette([255, 255, 255, 0, 0, 0])
+    picture.save(ref.labels[0])
+    assert np.array_equal(reader.label(ref)[0], before)
+
+
+def test_a_message_holds_no_addresses(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"<html>404</html>")
+    with pytest.raises(InputError) as caught:
+        read_file(tmp_path / "a.png")
+    assert "0x" not in str(caught.value)

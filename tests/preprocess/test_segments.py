@@ -13,6 +13,7 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from segfleet.core.errors import InputError
 from segfleet.preprocess.building.build import build
 from segfleet.preprocess.checking.check import survey
 from segfleet.preprocess.files.dicom import RTSTRUCT
@@ -162,3 +163,48 @@ def test_segments_of_slicer(cropped, tmp_path):
     found = survey(reader, workers=1)
     assert not found.problems, found.problems
     assert np.array_equal(reader.read(reader.refs()[0]).label_ZYX.T, label)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_label_as_dicom_seg_comes_back(dicom, empty, tmp_path):
+    """By highdicom itself, and by our own reader, onto the voxel; names, colours and the source."""
+    hd = pytest.importorskip("highdicom")
+    from segfleet.preprocess.files.dicom_seg import write_seg
+
+    root, ref, label, geometry, values = dicom
+    label = np.zeros_like(label) if empty else label
+    label[label == 2] = 5  # a gap between the numbers
+    labels = {"background": 0, values[1]: 1, values[2]: 5}
+    path = root / f"labels/{ref.id}.dcm"
+    write_seg(path, label, ref.images, labels)
+    seg = hd.seg.segread(path)
+    assert [seg.get_segment_description(n).segment_label for n in seg.segment_numbers] == [
+        values[1], values[2],
+    ]  # fmt: skip
+    uids = [pydicom.dcmread(p) for p in ref.images]
+    uids = [d.SOPInstanceUID for d in sorted(uids, key=lambda d: float(d.ImagePositionPatient[2]))]
+    found = seg.get_pixels_by_source_instance(uids, combine_segments=True)
+    if uids and float(geometry.affine[2][2]) < 0:
+        found = found[::-1]
+    assert np.array_equal(found, np.where(label == 5, 2, label))
+    one, two = (seg.get_segment_description(n).RecommendedDisplayCIELabValue for n in (1, 2))
+    assert list(one) != list(two)
+    (root / "labels.json").write_text(json.dumps(labels))
+    own = open_reader("dicom", root)
+    assert np.array_equal(own.read(own.refs()[0]).label_ZYX, label)
+    with pytest.raises(InputError, match="expected a name for each"):
+        write_seg(path, label + 7, ref.images, labels)
+
+
+def test_one_segment_and_label_maps_of_highdicom(dicom):
+    """highdicom says of a single segment once, for all frames, which it is."""
+    pytest.importorskip("highdicom")
+    from segfleet.preprocess.files.dicom_seg import write_seg
+
+    root, ref, label, _, values = dicom
+    path = root / f"labels/{ref.id}.dcm"
+    one = (label == 1).astype(np.uint8)
+    write_seg(path, one, ref.images, {"background": 0, values[1]: 1})
+    frames = pydicom.dcmread(path).PerFrameFunctionalGroupsSequence
+    assert not any("SegmentIdentificationSequence" in frame for frame in frames)
+    as_it_was(root, one)
