@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,8 @@ def ending(path: Path) -> str:
 
 
 def stem(path: Path) -> str:
-    return Path(path).name[: -len(ending(path))]
+    """The name less its ending, in one spelling (NFC): systems differ in how they store accents."""
+    return unicodedata.normalize("NFC", Path(path).name[: -len(ending(path))])
 
 
 def sources(path: Path) -> list[Path]:

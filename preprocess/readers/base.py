@@ -8,8 +8,9 @@ import json
 import os
 import pkgutil
 import re
+import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -119,7 +120,7 @@ class RawReader(ABC):
 
     @cached_property
     def _grouped(self) -> tuple[tuple[CaseRef, ...], Grouping]:
-        refs, sheet = self.cases(), self.sheet
+        refs, sheet = _as_spelt(self.cases()), self.sheet
         if sheet:
             refs = [
                 replace(
@@ -204,6 +205,31 @@ class RawReader(ABC):
         )
 
 
+def _as_spelt(refs: Sequence[CaseRef]) -> list[CaseRef]:
+    """With the files as the folder spells them, where one that is looked for is there but for how
+    its accents are stored (NFC, NFD) or for upper and lower case."""
+    folders: dict[Path, dict[str, list[Path]]] = {}
+
+    def spelt(path: Path) -> Path:
+        if os.path.lexists(path) or not path.parent.is_dir():
+            return path
+        if path.parent not in folders:
+            names = folders.setdefault(path.parent, {})
+            for other in path.parent.iterdir():
+                names.setdefault(_folded(other.name), []).append(other)
+        twins = folders[path.parent].get(_folded(path.name), ())
+        return twins[0] if len(twins) == 1 else path
+
+    return [
+        replace(ref, images=tuple(map(spelt, ref.images)), labels=tuple(map(spelt, ref.labels)))
+        for ref in refs
+    ]
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def source_sha256(ref: CaseRef) -> str:
     """The hash `read` finds, without decoding anything."""
     digest = hashlib.sha256()
@@ -264,7 +290,7 @@ def tables(folder: Path) -> list[Path]:
 
 def _plain(name: str) -> str:
     """A case's name, of that of a file."""
-    name = name.rpartition("/")[2]
+    name = unicodedata.normalize("NFC", name.rpartition("/")[2])
     return next((name[: -len(end)] for end in ENDINGS if name.lower().endswith(end)), name)
 
 

@@ -3,6 +3,7 @@ series."""
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -60,7 +61,7 @@ class Reader(RawReader):
             header = next((header_of(path, ["PatientID"]) for path in _slices(case)[:1]), None)
             name = str(header.get("PatientID", "") if header else "").strip()
             if name and name.lower() not in NOBODY:
-                found[case.name] = name
+                found[_plain(case.name)] = name
         return found if len(set(found.values())) > 1 else {}
 
     def dataset(self) -> Dataset:
@@ -75,7 +76,7 @@ class Reader(RawReader):
 
     def cases(self) -> list[CaseRef]:
         labels = {_stem(path): path for path in self._labels()}
-        series = {case.name: _slices(case) for case in _cases(self.folder)}
+        series = {_plain(case.name): _slices(case) for case in _cases(self.folder)}
         refs = []
         for case in sorted({*labels, *series}, key=natural):
             files = series.get(case) or [self.folder / "images" / case / "*.dcm"]
@@ -113,8 +114,12 @@ class Reader(RawReader):
 
 def _stem(path: Path) -> str:
     if is_seg_nrrd(path):
-        return path.name[: -len(".seg.nrrd")]
-    return stem(path) if path.name.lower().endswith(VOLUMES) else path.stem
+        return _plain(path.name[: -len(".seg.nrrd")])
+    return stem(path) if path.name.lower().endswith(VOLUMES) else _plain(path.stem)
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def _cases(folder: Path) -> list[Path]:

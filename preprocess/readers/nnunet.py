@@ -9,12 +9,13 @@ from __future__ import annotations
 import glob
 import json
 import re
+import unicodedata
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError, Problem
-from segfleet.preprocess.files.images import ENDINGS, NATURAL, peek
+from segfleet.preprocess.files.images import ENDINGS, NATURAL, peek, stem
 from segfleet.preprocess.readers.base import (
     CaseRef,
     Facts,
@@ -173,9 +174,12 @@ class Reader(RawReader):
         pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(self.ending)}", re.IGNORECASE)
         for path in visible(self.root / "imagesTr"):
             if match := pattern.fullmatch(path.name):
-                images.setdefault(match[1], {})[int(match[2])] = path
+                case = unicodedata.normalize("NFC", match[1])
+                if int(match[2]) in images.get(case, {}):
+                    case = match[1]  # spelt in both ways: two cases
+                images.setdefault(case, {})[int(match[2])] = path
         labels = {
-            p.name[: -len(self.ending)]: p
+            stem(p): p
             for p in visible(self.root / "labelsTr")
             if p.name.lower().endswith(self.ending)
         }

@@ -134,6 +134,12 @@ def paired(
         by_key.setdefault(mask_key(path), []).append(path)
     found = [(stem(path), path) for path in images]
     known = {key for key, _ in found}
+    bare = {}  # images without a mask of their very name, by their name in lower case
+    for key in known - by_key.keys():
+        bare.setdefault(key.casefold(), []).append(key)
+    for key in [key for key in by_key if key not in known]:
+        if len(alike := bare.get(key.casefold(), ())) == 1 and alike[0] not in by_key:
+            by_key[alike[0]] = by_key.pop(key)
     found += [(key, Path(missing_image.replace("{}", key))) for key in by_key if key not in known]
     found.sort(key=lambda item: natural(item[0]))
     return [

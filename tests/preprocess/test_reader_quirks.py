@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import unicodedata
 from pathlib import Path
 
 import nibabel as nib
@@ -634,3 +635,28 @@ def test_a_message_holds_no_addresses(tmp_path):
     with pytest.raises(InputError) as caught:
         read_file(tmp_path / "a.png")
     assert "0x" not in str(caught.value)
+
+
+def spelling(name: str) -> str:
+    return unicodedata.normalize("NFD", name)
+
+
+@pytest.mark.parametrize("layout", ["folder", "nnunet", "msd", "dicom"])
+def test_names_that_look_the_same_are_one(layout, tmp_path):
+    """Accents are stored in two ways, and some systems do not tell upper from lower case."""
+    root = PHANTOMS[layout](tmp_path / "raw", cases=3)
+    before = [reader_ref.id for reader_ref in open_reader(layout, root).refs()]
+    for path in sorted(root.rglob("*"), key=lambda p: -len(p.parts)):
+        if before[0] in path.name:
+            own = path.parent.name.lower() in ("labels", "labelstr", "masks")
+            new = path.name.replace(before[0], "Kn\u00e9e")
+            path.rename(path.with_name(spelling(new) if own else new))
+        elif before[1] in path.name and path.parent.name == "masks":
+            path.rename(path.with_name(path.name.upper()))
+    for path in root.glob("dataset.json"):
+        text = path.read_text(encoding="utf-8").replace(before[0], "Kn\u00e9e")
+        path.write_text(text, encoding="utf-8")
+    reader = open_reader(layout, root)
+    found = survey(reader, workers=1)
+    assert not found.problems, found.problems
+    assert sorted(ref.id for ref in found.refs) == sorted(["Kn\u00e9e", *before[1:]])
