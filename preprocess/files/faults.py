@@ -26,6 +26,7 @@ class ImageError(InputError):
     """A file cannot be used. `problem(case)` puts it into a table of problems."""
 
     def __init__(self, path: Path, field: str, found: str, expected: str, mend: str):
+        found = "".join(c if c.isprintable() else "?" for c in found)  # of a damaged file
         self.path, self.facts = (
             Path(path),
             {"field": field, "found": found, "expected": expected, "mend": mend},

@@ -19,7 +19,7 @@ from PIL import Image
 from segfleet.core.errors import DataError, InputError
 from segfleet.preprocess.building.build import build
 from segfleet.preprocess.checking.check import survey
-from segfleet.preprocess.files.images import peek, read_file
+from segfleet.preprocess.files.images import ImageError, peek, read_file
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
 from segfleet.preprocess.planning.splits import published
 from segfleet.preprocess.readers.base import open_reader, source_sha256
@@ -660,3 +660,8 @@ def test_names_that_look_the_same_are_one(layout, tmp_path):
     found = survey(reader, workers=1)
     assert not found.problems, found.problems
     assert sorted(ref.id for ref in found.refs) == sorted(["Kn\u00e9e", *before[1:]])
+
+
+def test_what_a_damaged_file_says_is_one_line(tmp_path):
+    error = ImageError(tmp_path / "a.dcm", "PixelSpacing", ".\x13\0SH\n", "2 numbers", "Mend it.")
+    assert error.problem("a").found == ".??SH?" and "\n" not in str(error)
