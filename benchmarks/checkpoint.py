@@ -45,11 +45,11 @@ def timed(store, folder: Path, save_every: int) -> tuple[float, float]:
     )
     folders = run.stage_folders(folder, recipe, store.manifest)
     wall, cpu = time.perf_counter(), time.process_time()
-    never, nothing = (lambda: False), (lambda engine: {})
+    never, nothing = (lambda: False), (lambda engine, settings: {})
     train(
         Run(
             recipe=recipe,
-            store=store,
+            stores=lambda settings: store,
             folders=folders,
             ranks=Ranks(),
             asked_to_stop=never,

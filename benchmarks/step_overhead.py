@@ -69,11 +69,11 @@ def bare(recipe, store, batches) -> None:
 
 def ours(recipe, store, folder) -> None:
     folders = run.stage_folders(folder, recipe, store.manifest)
-    never, nothing = (lambda: False), (lambda engine: {})
+    never, nothing = (lambda: False), (lambda engine, settings: {})
     train(
         Run(
             recipe=recipe,
-            store=store,
+            stores=lambda settings: store,
             folders=folders,
             ranks=Ranks(),
             asked_to_stop=never,

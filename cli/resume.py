@@ -87,11 +87,11 @@ def refuse_if_another(run: Path, job: dict, code: str | None) -> None:
     """What is resumed is the run that was named. Raises InputError if this version of the code, or
     the store as it is now, would make another run of its recipe."""
     from segfleet.core.errors import InputError
-    from segfleet.pipeline.recipe import parse
+    from segfleet.pipeline.recipe import parse, resolve
     from segfleet.pipeline.run import stage_folders
     from segfleet.preprocess.stores.manifest import load_manifest
 
-    recipe = parse(job["recipe"])
+    recipe = resolve(parse(job["recipe"]))
     manifest = load_manifest(Path(recipe.data.store))
     there = stage_folders(Path(job["root"]), recipe, manifest)[-1].path
     if there.name != run.name:

@@ -256,6 +256,8 @@ def sentence(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
     if fault["type"] == "missing":
         return f"{where}: missing" + (f" ({about})" if about else "")
     said = fault["msg"].removeprefix("Value error, ")
+    if not location:  # keys that do not fit together, which the sentence names
+        return said
     return f"{where}: found {fault['input']!r}. {said}" + (f" ({about})" if about else "")
 
 
@@ -295,6 +297,11 @@ def text_keys(model: type[BaseModel]) -> frozenset[str]:
         elif str in (kinds := _kinds(field.annotation)) and not kinds & {int, float, dict}:
             found.add(name)
     return frozenset(found)
+
+
+def takes_list(annotation: Any) -> bool:
+    """Whether a list may be a value of this type."""
+    return bool(_kinds(annotation) & {list, tuple})
 
 
 def _kinds(annotation: Any) -> set[Any]:

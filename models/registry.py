@@ -53,6 +53,8 @@ class ModelSpec:
         "embed",
         "down",
     )
+    # how names of the head's begin: all whose shape depends on the number of classes
+    head: tuple[str, ...] = ("head", "outc")
     source: str = ""  # paper or specification
     about: str = ""
 

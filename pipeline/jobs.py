@@ -22,7 +22,8 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from segfleet.pipeline.inference.predict import Wishes, predict_files
 from segfleet.pipeline.loading import open_model
 from segfleet.pipeline.out_of_fold import decided
 from segfleet.pipeline.ranks import Ranks
-from segfleet.pipeline.recipe import parse
+from segfleet.pipeline.recipe import Recipe, parse, resolve
 from segfleet.pipeline.reports.overlays import save_overlays, save_prediction
 from segfleet.pipeline.reports.report import write_report
 from segfleet.pipeline.run import data_of, note_data, open_run, stage_folders
@@ -46,7 +47,8 @@ from segfleet.pipeline.scoring.score import Scorer
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.pipeline.training.train import Run, train
 from segfleet.pipeline.training.window import Diverged
-from segfleet.preprocess.stores.base import open_store
+from segfleet.preprocess.stores.base import ShardStore, open_store
+from segfleet.preprocess.stores.manifest import Manifest
 
 JOBS = ("train", "score", "score on", "predict")
 
@@ -62,18 +64,26 @@ def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
     if job["do"] == "score on":
         score_on(job, ranks, stop)
         return
-    recipe = parse(job["recipe"])
-    store = open_store(recipe.data.store)
-    folders = stage_folders(Path(job["root"]), recipe, store.manifest)
+    recipe = resolve(parse(job["recipe"]))
+    stores = Stores()
+    folders = stage_folders(Path(job["root"]), recipe, stores.manifest)
     check_same_run(job, folders[-1].path)
     stop.watch = folders[-1].path / "stop"
     if job.get("max_seconds"):
         end = time.time() + job["max_seconds"]
         stop.deadline = min(stop.deadline or end, end)
-    # scoring reads every case once
-    near = job.get("stage_to") if job["do"] == "train" and folders[-1].done() is None else None
     try:
-        with on_node(store, near, ranks, stop, warn) if near else nullcontext(store) as store:
+        with ExitStack() as copies:
+            if job["do"] == "train" and job.get("stage_to"):
+                for folder in folders:  # scoring reads every case once
+                    if folder.done() is None:
+                        stores.bring(
+                            resolve(recipe, folder.index),
+                            lambda far: copies.enter_context(
+                                on_node(far, job["stage_to"], ranks, stop, warn)
+                            ),
+                        )
+            store = stores(recipe)
             scorer = Scorer(
                 recipe=recipe,
                 store=store,
@@ -89,11 +99,13 @@ def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
                     "ranks": ranks,
                     "asked_to_stop": stop.asked,
                     "warn": warn,
-                    "validate": scorer.validate,
+                    "validate": lambda engine, settings: replace(
+                        scorer, recipe=settings, store=stores(settings)
+                    ).validate(engine),
                     "listen": Lines(say) if job.get("lines") else None,
                     "pause_at": job.get("pause_at"),
                 }
-                train(Run(recipe=recipe, store=store, waits=job.get("waits", False), **parts))
+                train(Run(recipe=recipe, stores=stores, waits=job.get("waits", False), **parts))
             if ranks.rank == 0:
                 note_data(folders[-1].path, store.manifest)
             if job.get("score", True):
@@ -125,6 +137,28 @@ def score_on(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> Path:
     )
     test = TestSet(split=job["split"], fold=job["fold"])
     return scorer.score_on(folders, test, data_of(run, recipe))
+
+
+class Stores:
+    """The stores of a run's stages, each opened once."""
+
+    def __init__(self) -> None:
+        self.opened: dict[str, ShardStore] = {}
+
+    def __call__(self, settings: Recipe) -> ShardStore:
+        name = settings.data.store
+        if name not in self.opened:
+            self.opened[name] = open_store(name)
+        return self.opened[name]
+
+    def manifest(self, settings: Recipe) -> Manifest:
+        return self(settings).manifest
+
+    def bring(self, settings: Recipe, nearer: Callable[[ShardStore], ShardStore]) -> None:
+        """From now on read a copy instead."""
+        far = self(settings)
+        if far.root == Path(settings.data.store):
+            self.opened[settings.data.store] = nearer(far)
 
 
 def check_same_run(job: dict[str, Any], path: Path) -> None:

@@ -14,8 +14,10 @@ from segfleet.models import registry
 from segfleet.pipeline.engines.common import trainable
 from segfleet.pipeline.losses.base import build_loss
 from segfleet.pipeline.losses.deep_supervision import DeepSupervision
-from segfleet.pipeline.recipe import Recipe
+from segfleet.pipeline.recipe import OVERRIDES, Recipe, resolve
+from segfleet.pipeline.run import Manifests, manifests_of, named, stages_of
 from segfleet.pipeline.task import Task, make_task
+from segfleet.pipeline.training.transfer import Side, Transfer, plan_transfer, rows_of
 from segfleet.preprocess.stores.manifest import Dataset, Manifest
 
 SMALL = 32  # voxels that a network may need along an axis, however small the cases are
@@ -77,6 +79,21 @@ def task_of(recipe: Recipe, manifest: Manifest) -> Task:
 def build_network(recipe: Recipe, manifest: Manifest, task: Task) -> nn.Module:
     """The recipe's network for this data set; what the plan knows is filled in where the network
     asks for it and the recipe is silent."""
+    return _built(recipe, manifest, len(manifest.dataset.channels), task.channels)
+
+
+def input_names(recipe: Recipe, manifest: Manifest) -> set[str]:
+    """Tensors of the network whose shape depends on the number of image channels."""
+    channels, outputs = len(manifest.dataset.channels), make_task(manifest.dataset).channels
+    shapes = []
+    with torch.device("meta"):
+        for more in (0, 2):  # of slices as channels there must be an odd number
+            model = _built(recipe, manifest, channels + more, outputs)
+            shapes.append({name: value.shape for name, value in model.state_dict().items()})
+    return {name for name, shape in shapes[0].items() if shapes[1].get(name) != shape}
+
+
+def _built(recipe: Recipe, manifest: Manifest, channels: int, outputs: int) -> nn.Module:
     patch, spec = patch_of(recipe, manifest), registry.spec(recipe.model.name)
     dims = 2 if patch[0] == 1 else 3
     known = {
@@ -89,10 +106,45 @@ def build_network(recipe: Recipe, manifest: Manifest, task: Task) -> nn.Module:
     torch.manual_seed(recipe.seed)
     return registry.build_model(
         recipe.model.name,
-        in_channels=len(manifest.dataset.channels),
-        num_classes=task.channels,
+        in_channels=channels,
+        num_classes=outputs,
         options=options,
     )
+
+
+def transfer_of(
+    recipe: Recipe, manifests: Manifests, index: int, model: nn.Module, theirs: dict[str, Tensor]
+) -> Transfer:
+    """What the network of stage `index`, fresh, takes over of the weights `theirs` of the stage
+    before it. Raises InputError that names what does not fit."""
+    own = resolve(recipe, index)
+    ours, before = (_side(settings, manifests) for settings in (own, resolve(recipe, index - 1)))
+    several = len(ours.channels) != len(before.channels)
+    return plan_transfer(
+        model,
+        registry.spec(own.model.name),
+        theirs,
+        own.stages[index].inherit,
+        ours,
+        before,
+        inputs=input_names(own, manifests(own)) if several else (),
+    )
+
+
+def _side(settings: Recipe, manifests: Manifests) -> Side:
+    dataset = manifests(settings).dataset
+    rows = rows_of(make_task(dataset, settings.model.head))
+    return Side(rows=rows, channels=dataset.channels, name=settings.model.name)
+
+
+def check_transfer(recipe: Recipe, manifests: Manifests, index: int) -> None:
+    """The same before anything is trained, without memory for weights."""
+    with torch.device("meta"):
+        fresh, theirs = (
+            build_network(own, manifests(own), task_of(own, manifests(own)))
+            for own in (resolve(recipe, index), resolve(recipe, index - 1))
+        )
+    transfer_of(recipe, manifests, index, fresh, theirs.state_dict())
 
 
 class Objective(nn.Module):
@@ -146,8 +198,15 @@ def check_data(recipe: Recipe, manifest: Manifest, task: Task) -> None:
             )
 
 
-def doubts(recipe: Recipe, manifest: Manifest) -> list[str]:
-    """What is legal and maybe not meant, a sentence each."""
+def doubts(recipe: Recipe, manifest: Manifest | Manifests) -> list[str]:
+    """What is legal and maybe not meant in any stage, a sentence each."""
+    found: dict[str, None] = {}
+    for _, own, stored in stages_of(recipe, manifest):
+        found |= dict.fromkeys(_doubts(own, stored))
+    return list(found)
+
+
+def _doubts(recipe: Recipe, manifest: Manifest) -> list[str]:
     dataset, made_for = manifest.dataset, recipe.data.made_for
     found = []
     if made_for and not _same_dataset(made_for.dataset, dataset):
@@ -180,12 +239,28 @@ def _same_dataset(name: str, dataset: Dataset) -> bool:
     return any(name.lower() in known or known in name.lower() for known in names)
 
 
-def check_recipe(recipe: Recipe, manifest: Manifest) -> Task:
-    """Raise InputError or ModelError for whatever in the recipe does not fit this data set; costs
-    no memory for weights."""
+def check_recipe(recipe: Recipe, manifest: Manifest | Manifests) -> Task:
+    """Raise InputError or ModelError for whatever in the recipe does not fit its data sets, and
+    name the stage if they differ in settings; costs no memory for weights. The last stage's
+    task. `manifest`: of the recipe's own store."""
+    known: dict[str, Task] = {}
+    for index, own, stored in stages_of(recipe, manifest):
+        stage = recipe.stages[index]
+        same = own is recipe and stage.inherit.plain
+        key = repr([*(getattr(own, key) for key in OVERRIDES), stage.freeze])
+        try:
+            if key not in known:
+                known[key] = _check(own, stored, index)
+            if index and not same:
+                check_transfer(recipe, manifests_of(recipe, manifest), index)
+        except (InputError, registry.ModelError) as error:
+            raise type(error)(named(error, own is not recipe, index, stage)) from None
+    return known[key]
+
+
+def _check(recipe: Recipe, manifest: Manifest, index: int) -> Task:
     task = make_task(manifest.dataset, recipe.model.head)
     check_data(recipe, manifest, task)
-    manifest.fold(recipe.data.split, recipe.data.fold)
     with torch.device("meta"), torch.no_grad():
         network, patch = build_network(recipe, manifest, task).eval(), patch_of(recipe, manifest)
         network(
@@ -196,10 +271,9 @@ def check_recipe(recipe: Recipe, manifest: Manifest) -> Task:
             f"evaluation.mirror: found {list(recipe.evaluation.mirror)}, but the network is 2D; "
             "expected 1 (y) and 2 (x)"
         )
-    for index, stage in enumerate(recipe.stages):
-        try:
-            trainable(network, stage)
-        except InputError as error:
-            raise InputError(f"stages.{index}.{error}") from None
+    try:
+        trainable(network, recipe.stages[index])
+    except InputError as error:
+        raise InputError(f"stages.{index}.{error}") from None
     Objective(recipe, task)
     return task

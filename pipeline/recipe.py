@@ -3,10 +3,21 @@ illegal value is refused by name."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    create_model,
+    model_serializer,
+    model_validator,
+)
 
 from segfleet.core import settings
 from segfleet.core.errors import InputError, did_you_mean
@@ -106,7 +117,11 @@ class Data(Section):
         None, description="the data set that the recipe was written for; null: any"
     )
     store: str = Field("", description="folder of the shard store; relative to the working folder")
-    split: str = Field("kfold", description="name of a split stored in the manifest")
+    split: str = Field(
+        "kfold",
+        description="name of a split stored in the manifest; all: every case trains, for a stage "
+        "whose successor is scored on another store",
+    )
     fold: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
         0,
         description="fold of that split; all: every fold, each a run, and one score over all cases",
@@ -184,43 +199,6 @@ class Optimizer(Section):
     )
 
 
-class Stage(Section):
-    """One stretch of training. The next stage starts from the last checkpoint of this one."""
-
-    name: str = Field("train", description="shown in logs and reports; does not change the result")
-    epochs: Annotated[int, Field(ge=0)] = Field(
-        description="epochs of this stage; 0 trains nothing and keeps what it starts from, such as "
-        "the weights of `model.weights`"
-    )
-    steps: Positive | None = Field(
-        None, description="optimizer steps of an epoch; none: one pass over the training cases"
-    )
-    lr: Above = Field(description="peak learning rate")
-    schedule: Literal["constant", "poly", "cosine"] = Field(
-        "constant", description="how the rate falls to `floor` over the stage"
-    )
-    power: Above = Field(0.9, description="exponent of the poly schedule")
-    period: Positive | None = Field(
-        None,
-        description="epochs in which the cosine falls; then it rises as long, and so on; none: "
-        "the stage",
-    )
-    warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up from 0")
-    floor: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="lowest rate of the cosine and poly schedules"
-    )
-    patience: Annotated[int, Field(ge=0)] = Field(
-        0,
-        description="end the stage after so many validations without a better `evaluation.select`; 0: never",
-    )
-    inherit: Literal["weights", "weights+optimizer"] = Field(
-        "weights", description="what is taken over from the stage before"
-    )
-    freeze: tuple[str, ...] = Field(
-        (), description="parameter name prefixes that are not trained in this stage"
-    )
-
-
 class Engine(Section):
     """How a step is computed. Workers, logging and launcher are not here: they never change the
     result."""
@@ -276,6 +254,140 @@ class Evaluation(Section):
     )
 
 
+class Changes(Section):
+    """Some keys of a section, each of which may be left out: what a stage says otherwise."""
+
+    @model_serializer(mode="wrap")
+    def _said(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key in self.model_fields_set}
+
+
+def _changes(section: type[Section]) -> type[Changes]:
+    """`section` with all keys optional."""
+    fields = {}
+    for name, field in section.model_fields.items():
+        field, annotation = copy.copy(field), field.annotation
+        field.default, field.default_factory = None, None
+        if annotation == Augment | None:
+            annotation = AUGMENT_CHANGES | None
+        fields[name] = (annotation, field)
+    return create_model(
+        f"{section.__name__}Changes", __base__=Changes, __doc__=section.__doc__, **fields
+    )
+
+
+AUGMENT_CHANGES = _changes(Augment)
+# what a stage may say otherwise than its recipe
+DATA_CHANGES, MODEL_CHANGES, LOSS_CHANGES = map(_changes, (Data, Model, Loss))
+OPTIMIZER_CHANGES, ENGINE_CHANGES = map(_changes, (Optimizer, Engine))
+EVALUATION_CHANGES = _changes(Evaluation)
+OVERRIDES = ("seed", "data", "model", "loss", "optimizer", "engine", "evaluation")
+
+
+class Inherit(Section):
+    """What a stage takes over from the stage before it."""
+
+    weights: Literal["all", "encoder", "backbone"] | tuple[str, ...] = Field(
+        "all",
+        description="all; encoder; backbone, all but the head; or a list of roles (also decoder, "
+        "head) and of beginnings of parameter names",
+    )
+    head: Literal["keep", "new", "map"] = Field(
+        "keep",
+        description="keep: as it is, for the same classes; new: as initialised; map: the rows of "
+        "labels that both stages know by name",
+    )
+    classes: dict[str, str] = Field(
+        default_factory=dict, description="with map: label here -> label of the stage before"
+    )
+    optimizer: bool = Field(
+        False, description="whether the moments of what is taken over as it is come along"
+    )
+    channels: Literal["repeat", "mean", "new"] = Field(
+        "repeat",
+        description="first layer for other image channels: theirs in turn, their mean for each, or "
+        "as initialised",
+    )
+
+    @property
+    def plain(self) -> bool:
+        """Whether everything is taken over, weights at least."""
+        return self == Inherit(optimizer=self.optimizer)
+
+
+# how it was said before there was more to say
+PLAIN = {"weights": {}, "weights+optimizer": {"optimizer": True}}
+
+
+def _inherit(value: Any) -> Any:
+    if isinstance(value, str):
+        if value not in PLAIN:
+            raise ValueError(f"Expected {' or '.join(PLAIN)}, or keys of its own")
+        return PLAIN[value]
+    return value
+
+
+class Stage(Section):
+    """One stretch of training. The next stage starts from the last checkpoint of this one."""
+
+    name: str = Field("train", description="shown in logs and reports; does not change the result")
+    epochs: Annotated[int, Field(ge=0)] = Field(
+        description="epochs of this stage; 0 trains nothing and keeps what it starts from, such as "
+        "the weights of `model.weights`"
+    )
+    steps: Positive | None = Field(
+        None, description="optimizer steps of an epoch; none: one pass over the training cases"
+    )
+    lr: Above = Field(description="peak learning rate")
+    schedule: Literal["constant", "poly", "cosine"] = Field(
+        "constant", description="how the rate falls to `floor` over the stage"
+    )
+    power: Above = Field(0.9, description="exponent of the poly schedule")
+    period: Positive | None = Field(
+        None,
+        description="epochs in which the cosine falls; then it rises as long, and so on; none: "
+        "the stage",
+    )
+    warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up from 0")
+    floor: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="lowest rate of the cosine and poly schedules"
+    )
+    patience: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="end the stage after so many validations without a better `evaluation.select`; 0: never",
+    )
+    inherit: Annotated[Inherit, BeforeValidator(_inherit)] = Field(
+        Inherit(),
+        description="what is taken over from the stage before: weights, weights+optimizer, or keys",
+    )
+    freeze: tuple[str, ...] = Field(
+        (), description="parameter name prefixes that are not trained in this stage"
+    )
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = Field(
+        None, description="another seed than the recipe's"
+    )
+    data: DATA_CHANGES | None = Field(
+        None,
+        description="keys of `data` that are others in this stage; one with a store of its own "
+        "takes split, fold and made_for from here alone",
+    )
+    model: MODEL_CHANGES | None = Field(None, description="keys of `model` that are others")
+    loss: LOSS_CHANGES | None = Field(None, description="keys of `loss` that are others")
+    optimizer: OPTIMIZER_CHANGES | None = Field(
+        None, description="keys of `optimizer` that are others"
+    )
+    engine: ENGINE_CHANGES | None = Field(None, description="keys of `engine` that are others")
+    evaluation: EVALUATION_CHANGES | None = Field(
+        None, description="keys of `evaluation` that are others"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_idle(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Overrides are left out where there are none."""
+        said = handler(self)
+        return {k: v for k, v in said.items() if v is not None or k not in OVERRIDES}
+
+
 class Recipe(Section):
     """Everything about a run."""
 
@@ -299,14 +411,90 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        if self.data.batch % self.engine.accumulate:
-            raise ValueError(
-                f"data.batch {self.data.batch} must be a multiple of engine.accumulate "
-                f"{self.engine.accumulate}"
-            )
-        if any(stage.patience for stage in self.stages) and not self.evaluation.every:
-            raise ValueError("a stage with patience needs evaluation.every > 0")
+        for index, stage in enumerate(self.stages):
+            own = resolve(self, index)
+            where = "" if own is self else f"stages.{index} ({stage.name}): "
+            if own.data.batch % own.engine.accumulate:
+                raise ValueError(
+                    f"{where}data.batch {own.data.batch} must be a multiple of engine.accumulate "
+                    f"{own.engine.accumulate}"
+                )
+            if stage.patience and not own.evaluation.every:
+                raise ValueError(f"{where}a stage with patience needs evaluation.every > 0")
+            before = resolve(self, index - 1).optimizer.name if index else own.optimizer.name
+            if index and stage.inherit.optimizer and before != own.optimizer.name:
+                raise ValueError(
+                    f"stages.{index}.inherit.optimizer: found true, but the stage before is trained "
+                    f"by {before}, whose moments {own.optimizer.name} does not have"
+                )
         return self
+
+
+def resolve(recipe: Recipe, index: int = -1) -> Recipe:
+    """The same run with the settings of stage `index` as the recipe's own; by default the last
+    stage's, by which a run is scored.
+
+    The other stages then say what is another thing for them, so that every stage means what it
+    meant, and recipes that say the same in different words become equal.
+    """
+    if not any(getattr(stage, key) is not None for stage in recipe.stages for key in OVERRIDES):
+        return recipe
+    settled = [
+        {key: _merged(getattr(recipe, key), getattr(stage, key)) for key in OVERRIDES}
+        for stage in recipe.stages
+    ]
+    own = settled[index]
+    stages = tuple(
+        stage.model_copy(
+            update={
+                key: None
+                if value == own[key]
+                else _changed(Stage.model_fields[key], value, own[key])
+                for key, value in found.items()
+            }
+        )
+        for stage, found in zip(recipe.stages, settled, strict=True)
+    )
+    return recipe.model_copy(update={**own, "stages": stages})
+
+
+def _merged(section: Any, changes: Any) -> Any:
+    """A section of the recipe with a stage's changes."""
+    if not isinstance(changes, Changes):
+        return section if changes is None else changes
+    said = {key: getattr(changes, key) for key in changes.model_fields_set}
+    if isinstance(section, Data) and said.get("store", section.store) != section.store:
+        alone = {key: Data.model_fields[key].default for key in ("split", "fold", "made_for")}
+        said = alone | said  # of one store they say nothing of another
+        section = section.model_copy(update={"made_for": None})
+    if "options" in type(section).model_fields and said.get("name", section.name) != section.name:
+        said = {"options": {}} | said
+    for key, value in said.items():
+        if isinstance(value, Changes):  # of augmentation, which may have been off
+            said[key] = _merged(getattr(section, key) or Augment(), value)
+    return section.model_copy(update=said)
+
+
+def _changed(field: Any, value: Any, base: Any) -> Any:
+    """The changes that make a section of another one, as `_merged` reads them."""
+    if not isinstance(value, Section):
+        return value
+    kind = settings.section_of(field.annotation)
+    said = {key: getattr(value, key) for key in type(value).model_fields}
+    needed = (
+        {"split", "fold", "made_for"} if said.get("store") != getattr(base, "store", None) else ()
+    )
+    needed = {*needed, *({"options"} if said.get("name") != getattr(base, "name", None) else ())}
+    said = {k: v for k, v in said.items() if k in needed or v != getattr(base, k)}
+    if isinstance(said.get("augment"), Augment):
+        inner = kind.model_fields["augment"]
+        said["augment"] = _changed(inner, said["augment"], base.augment or Augment())
+    return kind.model_construct(set(said), **said)
+
+
+def cut(recipe: Recipe, index: int) -> Recipe:
+    """The run that ends with stage `index`."""
+    return resolve(recipe.model_copy(update={"stages": recipe.stages[: index + 1]}))
 
 
 TEXTS = settings.text_keys(Recipe)  # keys whose values stay text
@@ -357,30 +545,49 @@ def load_recipe(source: str, changes: list[str] | None = None) -> Recipe:
 
 
 def with_digest(recipe: Recipe) -> Recipe:
-    """The recipe with the sha256 and the absolute path of its `model.weights`. Raises InputError if
-    the file is not there or another one than the recipe says."""
-    model = recipe.model
-    if model.weights is None:
-        return recipe
+    """The recipe with the sha256 and the absolute path of its `model.weights`, and of its stages'.
+    Raises InputError if the file is not there or another one than the recipe says."""
+    stages = tuple(
+        stage.model_copy(update={"model": _with_digest(stage.model, f"stages.{index}.model")})
+        for index, stage in enumerate(recipe.stages)
+    )
+    return recipe.model_copy(
+        update={"model": _with_digest(recipe.model, "model"), "stages": stages}
+    )
+
+
+def _with_digest(model: Any, where: str) -> Any:
+    if model is None or model.weights is None:
+        return model
     path = Path(model.weights).resolve()
     if not path.is_file():
-        raise InputError(f"model.weights: found no file {path}; relative to the working folder")
+        raise InputError(f"{where}.weights: found no file {path}; relative to the working folder")
     found = str(file_facts(path)["sha256"])
     if model.weights_sha256 not in (None, found):
         raise InputError(
-            f"model.weights: {path} has sha256 {found}, but the recipe says {model.weights_sha256}"
+            f"{where}.weights: {path} has sha256 {found}, but the recipe says "
+            f"{model.weights_sha256}"
         )
-    model = model.model_copy(update={"weights": str(path), "weights_sha256": found})
-    return recipe.model_copy(update={"model": model})
+    return model.model_copy(update={"weights": str(path), "weights_sha256": found})
 
 
 def with_absolute_store(recipe: Recipe) -> Recipe:
-    """The recipe with its store as an absolute path, so that any working folder will do. Raises
-    InputError if it names none."""
-    if not recipe.data.store:
+    """The resolved recipe, its stores as absolute paths, so that any working folder will do. Raises
+    InputError if a stage has none."""
+    recipe = resolve(recipe)
+    stages = tuple(
+        stage.model_copy(update={"data": _absolute(stage.data, f"stages.{index}.data")})
+        for index, stage in enumerate(recipe.stages)
+    )
+    return recipe.model_copy(update={"data": _absolute(recipe.data, "data"), "stages": stages})
+
+
+def _absolute(data: Any, where: str) -> Any:
+    if data is None or (isinstance(data, Changes) and "store" not in data.model_fields_set):
+        return data
+    if not data.store:
         raise InputError(
-            "data.store: missing; name the folder of a store, for example "
-            "data.store=stores/hippocampus"
+            f"{where}.store: missing; name the folder of a store, for example "
+            f"{where}.store=stores/hippocampus"
         )
-    store = str(Path(recipe.data.store).expanduser().resolve())
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"store": store})})
+    return data.model_copy(update={"store": str(Path(data.store).expanduser().resolve())})

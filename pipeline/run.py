@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import re
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from segfleet.core.errors import InputError
 from segfleet.core.files import digest_of, read_json, write_atomically
 from segfleet.core.lock import Lock, holder
-from segfleet.pipeline.recipe import Recipe, parse
+from segfleet.pipeline.recipe import OVERRIDES, Inherit, Recipe, Stage, parse, resolve
 from segfleet.pipeline.sources import NUMERICS, changed_sources
 from segfleet.preprocess.stores.manifest import Manifest, load_manifest
 
@@ -43,8 +44,60 @@ IDLE_OF_SCHEDULE = {
 }
 
 
+# of the recipe of a stage, which is resolved: what its store holds
+Manifests = Callable[[Recipe], Manifest]
+
+
+def manifests_of(recipe: Recipe, known: Manifest | Manifests) -> Manifests:
+    """Manifests of the stores of all stages; `known`: that of the recipe's own store, or such a
+    function already. Others are read when they are asked for."""
+    if not isinstance(known, Manifest):
+        return known
+
+    def manifest(settings: Recipe) -> Manifest:
+        store = settings.data.store
+        return known if store == recipe.data.store else _read(store, *_version(Path(store)))
+
+    return manifest
+
+
+def stages_of(
+    recipe: Recipe, manifest: Manifest | Manifests
+) -> Iterator[tuple[int, Recipe, Manifest]]:
+    """Of every stage its number, the recipe resolved for it, and what its store holds, whose fold
+    is there. Raises InputError that names the stage, if it has a store of its own."""
+    manifests = manifests_of(recipe, manifest)
+    for index, stage in enumerate(recipe.stages):
+        own = resolve(recipe, index)
+        try:
+            stored = manifests(own)
+            stored.fold(own.data.split, own.data.fold)
+        except InputError as error:
+            raise InputError(named(error, own is not recipe, index, stage)) from None
+        yield index, own, stored
+
+
+def named(error: Exception, several: bool, index: int, stage: Stage) -> str:
+    """A message that says which stage it is about, where stages have `several` settings."""
+    plain = not several or str(error).startswith("stages.")
+    return str(error) if plain else f"stages.{index} ({stage.name}): {error}"
+
+
+def _version(store: Path) -> tuple[int, int]:
+    with suppress(OSError):
+        facts = (store / "manifest.json").stat()
+        return facts.st_ino, facts.st_mtime_ns
+    return 0, 0
+
+
+@functools.lru_cache(maxsize=16)
+def _read(store: str, _inode: int, _changed: int) -> Manifest:
+    return load_manifest(Path(store))
+
+
 def stage_facts(recipe: Recipe, manifest: Manifest, index: int) -> dict[str, Any]:
-    """Everything about stage `index` that changes its result, its parents left out."""
+    """Everything about stage `index` that changes its result, its parents left out. `recipe` is
+    resolved for that stage, `manifest` that of its store."""
     whole = recipe.model_dump(mode="json")
     data = {
         key: value
@@ -58,10 +111,13 @@ def stage_facts(recipe: Recipe, manifest: Manifest, index: int) -> dict[str, Any
     }
     idle = (
         "name",
+        *OVERRIDES,
         *IDLE_OF_SCHEDULE[recipe.stages[index].schedule],
         *(() if index else ("inherit",)),
     )
     stage = {key: value for key, value in whole["stages"][index].items() if key not in idle}
+    if index:
+        stage["inherit"] = inherit_facts(recipe.stages[index].inherit)
     optimizer = {
         key: value
         for key, value in whole["optimizer"].items()
@@ -90,6 +146,15 @@ def stage_facts(recipe: Recipe, manifest: Manifest, index: int) -> dict[str, Any
     }
 
 
+def inherit_facts(inherit: Inherit) -> str | dict[str, Any]:
+    """In the words of before there were more than two, where these will do."""
+    plain = {"weights": Inherit(), "weights+optimizer": Inherit(optimizer=True)}
+    for words, meaning in plain.items():
+        if inherit == meaning:
+            return words
+    return inherit.model_dump(mode="json")
+
+
 def model_facts(model: dict[str, Any]) -> dict[str, Any]:
     """Weights to start from count by what is in the file, not by where it lies."""
     facts = {key: model[key] for key in ("name", "options", "head")}
@@ -100,11 +165,11 @@ def model_facts(model: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def stage_uids(recipe: Recipe, manifest: Manifest) -> list[str]:
-    """One uid per stage; equal prefixes of two recipes have equal uids."""
+def stage_uids(recipe: Recipe, manifest: Manifest | Manifests) -> list[str]:
+    """One uid per stage; beginnings of two recipes that resolve to the same have equal uids."""
     uids: list[str] = []
-    for index in range(len(recipe.stages)):
-        uids.append(stage_uid(uids[-1] if uids else None, stage_facts(recipe, manifest, index)))
+    for index, own, stored in stages_of(recipe, manifest):
+        uids.append(stage_uid(uids[-1] if uids else None, stage_facts(own, stored, index)))
     return uids
 
 
@@ -124,10 +189,13 @@ def _encoded(ids: tuple[str, ...]) -> str:
     return json.dumps(ids)
 
 
-def stage_steps(recipe: Recipe, manifest: Manifest) -> list[int]:
+def stage_steps(recipe: Recipe, manifest: Manifest | Manifests) -> list[int]:
     """Optimizer steps of an epoch of every stage; by default one pass over the training cases."""
-    cases = len(manifest.fold(recipe.data.split, recipe.data.fold)["train"])
-    return [stage.steps or max(1, -(-cases // recipe.data.batch)) for stage in recipe.stages]
+    found = []
+    for index, own, stored in stages_of(recipe, manifest):
+        cases = len(stored.fold(own.data.split, own.data.fold)["train"])
+        found.append(recipe.stages[index].steps or max(1, -(-cases // own.data.batch)))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,24 +257,28 @@ class StageFolder:
         write_atomically(self.path / DONE, text)
 
 
-def note_identity(folder: StageFolder, recipe: Recipe, manifest: Manifest) -> None:
+def note_identity(folder: StageFolder, recipe: Recipe, manifest: Manifest | Manifests) -> None:
     """Keep in a stage's folder what its uid was made of, so that a later run can say how it
     differs."""
     if not (folder.path / IDENTITY).exists():
-        facts = stage_facts(recipe, manifest, folder.index)
+        own = resolve(recipe, folder.index)
+        facts = stage_facts(own, manifests_of(recipe, manifest)(own), folder.index)
         facts["train"] = hashlib.sha256(_encoded(tuple(facts["train"])).encode()).hexdigest()[:16]
         document = {"name": recipe.name, "facts": facts}
         write_atomically(folder.path / IDENTITY, json.dumps(document, indent=1))
 
 
-def differences(recipe: Recipe, manifest: Manifest, index: int, other: Path) -> list[str] | None:
+def differences(
+    recipe: Recipe, manifest: Manifest | Manifests, index: int, other: Path
+) -> list[str] | None:
     """How stage `index` of a recipe differs from the stage in the folder `other`, a few words each;
     None if that one has no note of its identity."""
     try:
         before = _flat(json.loads((other / IDENTITY).read_text(encoding="utf-8"))["facts"])
     except (OSError, ValueError, KeyError):
         return None
-    facts = json.loads(json.dumps(stage_facts(recipe, manifest, index)))
+    own = resolve(recipe, index)
+    facts = json.loads(json.dumps(stage_facts(own, manifests_of(recipe, manifest)(own), index)))
     facts["train"] = hashlib.sha256(_encoded(tuple(facts["train"])).encode()).hexdigest()[:16]
     now = _flat(facts)
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
@@ -237,8 +309,9 @@ def _in_words(key: str, index: int, before: Any, now: Any) -> str:
     return f"{name} ({json.dumps(now)}, there {json.dumps(before)})"
 
 
-def stage_folders(root: Path, recipe: Recipe, manifest: Manifest) -> list[StageFolder]:
-    """The folders of all stages, first to last; not created here."""
+def stage_folders(root: Path, recipe: Recipe, manifest: Manifest | Manifests) -> list[StageFolder]:
+    """The folders of all stages, first to last; not created here. `manifest`: that of the recipe's
+    own store."""
     folders, path = [], Path(root)
     for index, uid in enumerate(stage_uids(recipe, manifest)):
         path = path / uid
@@ -247,7 +320,8 @@ def stage_folders(root: Path, recipe: Recipe, manifest: Manifest) -> list[StageF
 
 
 def open_run(path: Path) -> tuple[Recipe, list[StageFolder]]:
-    """Recipe and stage folders of the run whose last stage is in `path`. Raises InputError."""
+    """Recipe, resolved for the last stage, and stage folders of the run whose last stage is in
+    `path`. Raises InputError."""
     path = Path(path).resolve()
     if not (path / RECIPE).is_file():
         raise InputError(
@@ -258,7 +332,7 @@ def open_run(path: Path) -> tuple[Recipe, list[StageFolder]]:
         raise InputError(
             f"run: {path / RECIPE} is damaged; the command that began the run writes it again"
         )
-    recipe = parse(document, str(path / RECIPE))
+    recipe = resolve(parse(document, str(path / RECIPE)))
     chain = [path, *path.parents][: len(recipe.stages)][::-1]
     return recipe, [StageFolder(path=folder, index=index) for index, folder in enumerate(chain)]
 

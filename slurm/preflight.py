@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 from segfleet.core.errors import InputError
+from segfleet.pipeline.recipe import OVERRIDES
 
 
 def check_recipes(recipes: list[dict[str, Any]], ranks: int) -> list[str]:
@@ -36,13 +37,17 @@ def _parts(recipe: dict[str, Any]) -> list[Any]:
         recipe["engine"],
         *(recipe["data"][key] for key in ("store", "patch", "batch", "made_for")),
     ]
-    return [*parts, recipe["evaluation"]["mirror"], [stage["freeze"] for stage in recipe["stages"]]]
+    stages = [
+        [stage["freeze"], stage["inherit"], *(stage.get(key) for key in OVERRIDES)]
+        for stage in recipe["stages"]
+    ]
+    return [*parts, recipe["evaluation"]["mirror"], stages]
 
 
 def main() -> int:
     from segfleet.pipeline import parts
-    from segfleet.pipeline.data import loader
     from segfleet.pipeline.recipe import parse
+    from segfleet.pipeline.training.train import check_batches
     from segfleet.preprocess.stores.manifest import load_manifest
 
     doubts: dict[str, None] = {}
@@ -51,7 +56,7 @@ def main() -> int:
             manifest = load_manifest(recipe.data.store)
             parts.check_recipe(recipe, manifest)
             doubts |= dict.fromkeys(parts.doubts(recipe, manifest))
-            loader.check_shares(recipe.data.batch, int(sys.argv[1]), recipe.engine.accumulate)
+            check_batches(recipe, int(sys.argv[1]))
     except ValueError as error:
         if getattr(error, "exit_code", None) != 2:
             raise

@@ -234,6 +234,8 @@ for _name, _channels, _classes, _total, _about in (
         divisor=(8 * _depth, 32, 32),
         deep_supervision=True,
         fixed_patch=True,
+        encoder=("full", "stem", "enc", "down"),
+        head=("head", "mfga"),  # a group aggregation guesses every class's map
         stages=dict(zip(STAGES, COUNTS[_name], strict=True)),
         reduced=SMALL | {"patch": (8 * _depth, 32, 32)},
         source="E2MISeg (Jiang et al. 2026), reconstruction of the released code",

@@ -49,9 +49,13 @@ class Engine(Protocol):
         result is used."""
         ...
 
-    def load(self, checkpoint: Checkpoint, inherit: str) -> None:
-        """`inherit` "all": continue exactly; "weights+optimizer": weights and moments; "weights":
-        fresh optimizer."""
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Continue exactly where a checkpoint of this stage was made."""
+        ...
+
+    def inherit(self, moments: dict[str, Tensor]) -> None:
+        """Begin with moments of another stage's optimizer, <parameter>.<moment>; what has none
+        begins afresh."""
         ...
 
     def evaluation(self) -> AbstractContextManager[nn.Module]:

@@ -205,12 +205,11 @@ class Average:
         return {"ema": self.values, "average": {"updates": self.updates}} if self.values else {}
 
     @torch.no_grad()
-    def load(self, model: nn.Module, checkpoint: Checkpoint, inherit: str) -> None:
-        """Continue exactly if `inherit` is "all", else start from the weights. So do parameters
-        that the checkpoint has no average of."""
-        whole = inherit == "all"
-        averaged = checkpoint.tensors("ema") if whole else {}
-        updates = checkpoint.tensors("average").get("updates") if whole else None
+    def load(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        """Continue exactly. Parameters that the checkpoint has no average of start from their
+        weights."""
+        averaged = checkpoint.tensors("ema")
+        updates = checkpoint.tensors("average").get("updates")
         self.updates.fill_(0 if updates is None else updates)
         for name, value in self.values.items():
             value.copy_(averaged.get(name, model.get_parameter(name)))

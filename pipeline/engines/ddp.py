@@ -106,12 +106,14 @@ class Engine:
             }
         return groups
 
-    def load(self, checkpoint: Checkpoint, inherit: str) -> None:
+    def inherit(self, moments: dict[str, Tensor]) -> None:
+        load_optimizer(self.optimizer, self.named, moments)
+
+    def load(self, checkpoint: Checkpoint) -> None:
         load_weights(self.model, checkpoint.tensors("weights"), str(checkpoint.path))
-        self.average.load(self.model, checkpoint, inherit)
-        if inherit != "weights":
-            load_optimizer(self.optimizer, self.named, checkpoint.tensors("optimizer"))
-        if inherit == "all" and self.scaler.is_enabled():
+        self.average.load(self.model, checkpoint)
+        load_optimizer(self.optimizer, self.named, checkpoint.tensors("optimizer"))
+        if self.scaler.is_enabled():
             state = {key: value.item() for key, value in checkpoint.tensors("scaler").items()}
             self.scaler.load_state_dict(
                 {

@@ -213,11 +213,15 @@ class Engine:
         groups = {"weights": self._weights(), "optimizer": self._moments()}
         return groups | self.average.tensors()
 
-    def load(self, checkpoint: Checkpoint, inherit: str) -> None:
+    def inherit(self, moments: dict[str, Tensor]) -> None:
+        assert self.inner is None, "inherit() comes before the first step"
+        self.start(moments)
+
+    def load(self, checkpoint: Checkpoint) -> None:
         assert self.inner is None, "load() comes before the first step"
         load_weights(self.model, checkpoint.tensors("weights"), str(checkpoint.path))
-        self.average.load(self.model, checkpoint, inherit)
-        self.start(checkpoint.tensors("optimizer") if inherit != "weights" else {})
+        self.average.load(self.model, checkpoint)
+        self.start(checkpoint.tensors("optimizer"))
 
     @contextmanager
     def evaluation(self) -> Iterator[nn.Module]:

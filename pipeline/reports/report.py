@@ -167,6 +167,7 @@ def _stages(run: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
                 "events": events,
                 "begin": begin,
                 "steps": steps,
+                "transfer": _json(folder / "transfer.json"),
             }
         )
         begin += steps
@@ -219,6 +220,7 @@ def _facts(
         ("Seed", recipe.get("seed")),
         ("Optimizer", recipe.get("optimizer", {}).get("name")),
         ("Stages", "; ".join(plans)),
+        ("Taken over", " | ".join(map(_transfer, filter(_started, stages))) or None),
         ("Engine", f"{engine.get('name', '')}, {engine.get('precision', '')}" if engine else None),
         ("Ranks", starts[-1].get("ranks") if starts else None),
         ("Hardware", "; ".join(dict.fromkeys(e["hardware"] for e in starts if "hardware" in e))),
@@ -248,6 +250,21 @@ def _facts(
             ", ".join(f"{name} {text}" for name, text in document.get("versions", {}).items()),
         ),
     ]
+
+
+def _started(stage: dict[str, Any]) -> bool:
+    """Whether a stage notes what it took over from the one before."""
+    return bool(stage.get("transfer"))
+
+
+def _transfer(stage: dict[str, Any]) -> str:
+    """What a stage took over, in words; long lists are cut."""
+    text = f"{stage['name']}: {len(stage['transfer']['taken'])} tensors as they were"
+    for key in ("changed", "new", "left"):
+        names = list(stage["transfer"][key])
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        text += f"; {key}: {', '.join(names[:8])}{more}" if names else ""
+    return text
 
 
 def _spacing(document: dict[str, Any]) -> str | None:

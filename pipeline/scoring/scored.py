@@ -18,7 +18,7 @@ from typing import Any
 from segfleet.core.errors import InputError
 from segfleet.core.files import digest_of, read_json, write_atomically
 from segfleet.pipeline.recipe import Recipe
-from segfleet.pipeline.run import StageFolder
+from segfleet.pipeline.run import StageFolder, stages_of
 from segfleet.preprocess.stores.manifest import Manifest
 
 EVALUATION = "evaluation.json"
@@ -102,10 +102,16 @@ def is_scored(run: Path, recipe: Recipe, manifest: Manifest) -> bool:
 
 
 def seen_in_training(ids: Sequence[str], recipe: Recipe, manifest: Manifest) -> dict[str, int]:
-    """How many of the cases `ids` the network was trained on, and how many others are of patients
-    it was trained on."""
+    """How many of the cases `ids` the network was trained on in any of its stages, and how many
+    others are of patients it was trained on."""
     patient = {case.id: case.group or case.id for case in manifest.cases}
-    trained = set(manifest.fold(recipe.data.split, recipe.data.fold)["train"])
+    trained: set[str] = set()
+    for _, own, stored in stages_of(recipe, manifest):
+        known = set(stored.fold(own.data.split, own.data.fold)["train"])
+        if stored.id != manifest.id:  # another store: the same images, whatever they are called
+            images = {case.image_sha256 for case in stored.cases if case.id in known} - {""}
+            known = {case.id for case in manifest.cases if case.image_sha256 in images}
+        trained |= known
     patients = {patient.get(case, case) for case in trained}
     others = [case for case in ids if case not in trained and patient.get(case, case) in patients]
     return {"cases": len(trained & set(ids)), "others_of_the_same_patients": len(others)}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from segfleet.core.errors import InputError
 from segfleet.core.machine import cpus_of_a_rank
@@ -25,9 +26,16 @@ from segfleet.pipeline.data import loader
 from segfleet.pipeline.data.sampler import PatchSampler
 from segfleet.pipeline.engines.base import Engine, Setup, build_engine
 from segfleet.pipeline.events import EventLog
-from segfleet.pipeline.parts import Objective, build_network, check_recipe, doubts, patch_of
+from segfleet.pipeline.parts import (
+    Objective,
+    build_network,
+    check_recipe,
+    doubts,
+    patch_of,
+    transfer_of,
+)
 from segfleet.pipeline.ranks import Ranks
-from segfleet.pipeline.recipe import Recipe
+from segfleet.pipeline.recipe import Recipe, resolve
 from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.stop import Interrupted, Paused
 from segfleet.pipeline.task import make_task
@@ -36,9 +44,11 @@ from segfleet.pipeline.training import sync_norm
 from segfleet.pipeline.training.agreement import Agreement
 from segfleet.pipeline.training.hardware import Energy, hardware
 from segfleet.pipeline.training.schedule import learning_rate
+from segfleet.pipeline.training.transfer import load, write_transfer
 from segfleet.pipeline.training.window import Hunger, Stream, Window
 from segfleet.pipeline.weights import load_foreign
 from segfleet.preprocess.stores.base import ShardStore
+from segfleet.preprocess.stores.manifest import Manifest
 
 LOG_EVERY = 10  # steps between fetches of the losses: between them nothing waits for the device
 LOOK = 1.0  # seconds between looks at a lock that is waited for
@@ -46,8 +56,8 @@ KEEP = 2  # newest checkpoints kept besides the best ones
 # what the best checkpoint may have, each kept: 1 the highest, -1 the lowest
 MEASURES = {"dice": 1, "iou_pooled": 1, "loss": -1}
 
-# scores while training: {"dice": ..., ...}, the same on every rank
-Validate = Callable[[Engine], dict[str, Any]]
+# (engine, resolved recipe) -> scores while training: {"dice": ..., ...}, the same on every rank
+Validate = Callable[[Engine, Recipe], dict[str, Any]]
 
 
 @dataclass
@@ -80,7 +90,7 @@ class Run:
     """What a run works with; the same on every rank."""
 
     recipe: Recipe
-    store: ShardStore
+    stores: Callable[[Recipe], ShardStore]  # of a recipe that is resolved for its stage
     folders: list[run.StageFolder]
     ranks: Ranks
     asked_to_stop: Callable[[], bool]
@@ -92,26 +102,39 @@ class Run:
     listen: Callable[[dict[str, Any]], None] | None = None  # hears every event, on rank 0
     pause_at: int | None = None  # step of the last stage at which it stops, saved
 
+    def manifests(self, settings: Recipe) -> Manifest:
+        return self.stores(settings).manifest
+
 
 def train(this: Run) -> Path:
     """Train every stage that is not finished yet; the folder of the last one. Raises Interrupted
     after an agreed stop."""
     recipe, ranks, last = this.recipe, this.ranks, this.folders[-1].path
-    check_recipe(recipe, this.store.manifest)
-    for sentence in doubts(recipe, this.store.manifest) if ranks.rank == 0 else ():
+    check_recipe(recipe, this.manifests)
+    for sentence in doubts(recipe, this.manifests) if ranks.rank == 0 else ():
         this.warn(sentence)
-    loader.check_shares(recipe.data.batch, ranks.size, recipe.engine.accumulate)
+    check_batches(recipe, ranks.size)
     for index in ranks.share(missing(this) if ranks.rank == 0 else None):
         with locked(this, this.folders[index]):
             if ranks.share(reopened(this, this.folders[index]) if ranks.rank == 0 else None):
                 note_recipe(this)
                 if ranks.rank == 0:
-                    run.note_identity(this.folders[index], recipe, this.store.manifest)
+                    run.note_identity(this.folders[index], recipe, this.manifests)
                 train_stage(this, index)
     if ranks.share(ranks.rank == 0 and not noted(this)):
         with locked(this, this.folders[-1]):
             note_recipe(this)
     return last
+
+
+def check_batches(recipe: Recipe, ranks: int) -> None:
+    """Whether the ranks can share the batches of every stage. Raises InputError."""
+    for index, stage in enumerate(recipe.stages):
+        own = resolve(recipe, index)
+        try:
+            loader.check_shares(own.data.batch, ranks, own.engine.accumulate)
+        except InputError as error:
+            raise InputError(run.named(error, own is not recipe, index, stage)) from None
 
 
 def missing(this: Run) -> list[int]:
@@ -224,7 +247,9 @@ class locked:
 
 def train_stage(this: Run, index: int) -> None:
     """Train one stage from where its folder stands to its end."""
-    recipe, ranks, manifest = this.recipe, this.ranks, this.store.manifest
+    recipe, ranks = resolve(this.recipe, index), this.ranks
+    store = this.stores(recipe)
+    manifest = store.manifest
     folder, stage = this.folders[index], recipe.stages[index]
     ids = set(manifest.fold(recipe.data.split, recipe.data.fold)["train"])
     cases = tuple(case for case in manifest.cases if case.id in ids)
@@ -235,7 +260,7 @@ def train_stage(this: Run, index: int) -> None:
         foreground=recipe.data.foreground,
         seed=recipe.seed,
     )
-    steps = run.stage_steps(recipe, manifest)[index]
+    steps = run.stage_steps(recipe, this.manifests)[index]
     total = stage.epochs * steps
     pause = this.pause_at if folder is this.folders[-1] else None
 
@@ -254,7 +279,7 @@ def train_stage(this: Run, index: int) -> None:
         ranks.size,
     )
     patches = loader.Patches(
-        this.store, sampler, index, steps, recipe.data.augment, ranks.device.type != "cpu"
+        store, sampler, index, steps, recipe.data.augment, ranks.device.type != "cpu"
     )
     workers = loader.worker_count(recipe.data.workers, ranks.device.type, cpus_of_a_rank())
     stream = Stream(
@@ -283,7 +308,7 @@ def train_stage(this: Run, index: int) -> None:
                 window.report(progress, ranks, log)
             if not stopping and validation_due(recipe, progress, steps):
                 try:
-                    validate(this, engine, progress, progress.step // steps - 1, log)
+                    validate(this, recipe, engine, progress, progress.step // steps - 1, log)
                 except Interrupted:  # on all ranks; it is done again when the run goes on
                     stopping = True
             pausing = pause is not None and pause <= progress.step < total
@@ -381,10 +406,15 @@ def validation_due(recipe: Recipe, progress: Progress, steps: int) -> bool:
 
 
 def validate(
-    this: Run, engine: Engine, progress: Progress, epoch: int, log: EventLog | None
+    this: Run,
+    recipe: Recipe,
+    engine: Engine,
+    progress: Progress,
+    epoch: int,
+    log: EventLog | None,
 ) -> None:
     """Score the network as it stands and remember whether it is the best so far."""
-    scores = this.validate(engine)
+    scores = this.validate(engine, recipe)
     progress.validated = progress.step
     for measure, sign in MEASURES.items():
         # not defined or not finite: it says neither better nor worse
@@ -395,7 +425,7 @@ def validate(
         better = known is None or sign * value > sign * known["value"]
         if better:
             progress.best[measure] = {"value": value, "step": progress.step}
-        if measure == this.recipe.evaluation.select:
+        if measure == recipe.evaluation.select:
             progress.stale = 0 if better else progress.stale + 1
     if log:
         log.write("validation", step=progress.step, epoch=epoch, **scores)
@@ -404,12 +434,19 @@ def validate(
 def build(this: Run, index: int) -> tuple[Engine, Progress]:
     """The engine of a stage with the right weights in it: the stage's own checkpoint, its parent's,
     or fresh ones."""
-    recipe, ranks, manifest = this.recipe, this.ranks, this.store.manifest
+    recipe, ranks = resolve(this.recipe, index), this.ranks
+    manifest = this.manifests(recipe)
     stage, folder = recipe.stages[index], this.folders[index]
     task = make_task(manifest.dataset, recipe.model.head)
     model = build_network(recipe, manifest, task)
     if index == 0 and recipe.model.weights:
         load_foreign(model, recipe.model)
+    found = ranks.share(
+        str(saved.path)
+        if ranks.rank == 0 and (saved := checkpoint.latest(folder.checkpoints, this.warn))
+        else None
+    )
+    moments = inherited(this, index, model) if index and not found else {}
     model = model.to(ranks.device)
     sync_norm.synchronise(model, ranks, recipe.engine.compile)
     if recipe.engine.channels_last:
@@ -424,21 +461,35 @@ def build(this: Run, index: int) -> tuple[Engine, Progress]:
     engine = build_engine(
         Setup(model=model, loss=objective, recipe=recipe, stage=stage, ranks=ranks)
     )
-    found = ranks.share(
-        str(saved.path)
-        if ranks.rank == 0 and (saved := checkpoint.latest(folder.checkpoints, this.warn))
-        else None
-    )
     if found:
         own = checkpoint.Checkpoint(
             path=Path(found),
             state=json.loads((Path(found) / "state.json").read_text(encoding="utf-8")),
         )
-        engine.load(own, "all")
+        engine.load(own)
         return engine, Progress.of(own)
-    if index:
-        engine.load(this.folders[index - 1].final(), stage.inherit)
+    if moments:
+        engine.inherit(moments)
     return engine, Progress()
+
+
+def inherited(this: Run, index: int, model: nn.Module) -> dict[str, Tensor]:
+    """Put into a fresh network what its stage takes over from the one before, and note it in the
+    stage's folder; the optimizer's moments of that, if they are to come along. Raises InputError
+    or CheckpointError, and then has changed nothing."""
+    inherit, before = this.recipe.stages[index].inherit, this.folders[index - 1].final()
+    found = transfer_of(this.recipe, this.manifests, index, model, before.tensors("weights"))
+    load(model, found)
+    if this.ranks.rank == 0:
+        write_transfer(this.folders[index].path, found)
+        if found.document()["changed"] or found.new or found.left:
+            this.warn(found.sentence(index))
+    if not inherit.optimizer:
+        return {}
+    moments = before.tensors("optimizer")
+    return {
+        name: value for name, value in moments.items() if name.rpartition(".")[0] in found.taken
+    }
 
 
 def save(

@@ -159,9 +159,11 @@ class Manifest(Frozen):
 
     def folds(self, split: str) -> tuple[dict[str, tuple[str, ...]], ...]:
         """All folds of a split. Raises InputError with the legal names."""
+        if split == "all" and split not in self.splits:  # every case trains
+            return ({"train": tuple(case.id for case in self.cases), "val": ()},)
         if split not in self.splits:
             raise InputError(
-                f"data.split: found '{split}', expected one of: {', '.join(self.splits)}"
+                f"data.split: found '{split}', expected one of: {', '.join([*self.splits, 'all'])}"
             )
         return self.splits[split]
 

@@ -65,7 +65,7 @@ def _kind(recipe: dict[str, Any]) -> str:
 
 def _seconds(plan: Plan, node: StageNode, rates: dict[str, float]) -> float | None:
     rate = rates.get(_kind(node.recipe.model_dump(mode="json")))
-    steps = stage_steps(node.recipe, plan.stores(node.recipe))[-1]
+    steps = stage_steps(node.recipe, plan.stores)[-1]
     return None if rate is None else rate * steps * plan.tree.epochs(node)
 
 

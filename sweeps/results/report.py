@@ -156,7 +156,7 @@ def _curves(plan: Plan, ledger: Ledger) -> list[Markup]:
     losses, dices = [], []
     for node in plan.tree.walk():
         steps, hue = (
-            stage_steps(node.recipe, plan.stores(node.recipe))[-1],
+            stage_steps(node.recipe, plan.stores)[-1],
             names.index(node.recipe.model.name),
         )
         first = node.begin + (plan.tree.nodes[node.trunk].stage.epochs if node.trunk else 0)

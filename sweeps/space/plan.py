@@ -12,7 +12,7 @@ from typing import Any
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import read_json, write_atomically
-from segfleet.pipeline.recipe import Recipe, with_absolute_store
+from segfleet.pipeline.recipe import Recipe, resolve, with_absolute_store
 from segfleet.pipeline.run import stage_steps
 from segfleet.pipeline.scoring import scored
 from segfleet.preprocess.stores.manifest import Manifest, load_manifest
@@ -167,7 +167,7 @@ class Plan:
         }
         return {
             "job": job, "node": node.uid, "path": str(self.runs / node.path), "sweep": str(self.folder), "begin": node.begin,
-            "steps": stage_steps(recipe, self.stores(recipe))[-1], "start": trunk.stage.epochs if trunk else 0,
+            "steps": stage_steps(recipe, self.stores)[-1], "start": trunk.stage.epochs if trunk else 0,
             "trunk": str(self.runs / trunk.path) if trunk else None, "ranks": ranks, "threads": threads, "on": on, **more,
         }  # fmt: skip
 
@@ -243,23 +243,19 @@ def check(trials: list[Trial], stores: Stores) -> list[str]:
     for trial in trials:
         recipe = trial.recipe
         parts = [
-            recipe.model.model_dump(),
-            recipe.loss.model_dump(),
-            recipe.data.patch,
-            recipe.data.store,
-            recipe.data.fold,
-            recipe.data.made_for and recipe.data.made_for.model_dump(),
-        ]
-        key = json.dumps(
-            [*parts, recipe.evaluation.mirror, [stage.freeze for stage in recipe.stages]]
-        )
+            (own.model, own.loss, own.data.patch, own.data.batch, own.data.store, own.data.split,
+             own.data.fold, own.data.made_for, own.engine.accumulate, own.evaluation.mirror,
+             own.stages[index].freeze, own.stages[index].inherit)
+            for index, own in enumerate(resolve(recipe, i) for i in range(len(recipe.stages)))
+        ]  # fmt: skip
+        key = repr(parts)
         if key not in seen:
             seen.add(key)
             try:
-                check_recipe(recipe, stores(recipe))
+                check_recipe(recipe, stores)
             except (InputError, ModelError) as error:
                 raise InputError(f"sweep at {describe(trial.point)}: {error}") from None
-            doubtful |= dict.fromkeys(doubts(recipe, stores(recipe)))
+            doubtful |= dict.fromkeys(doubts(recipe, stores))
     return list(doubtful)
 
 

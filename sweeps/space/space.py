@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from segfleet.core import settings
 from segfleet.core.errors import InputError
@@ -221,9 +221,7 @@ class Search:
         where = f"sweep {self.space.name} at {describe(point)}"
         recipe = recipes.parse(document, where)
         replicates = [
-            recipe.model_copy(
-                update={"seed": seed, "data": recipe.data.model_copy(update={"fold": fold})}
-            )
+            _with_fold(recipe.model_copy(update={"seed": seed}), fold)
             for seed in self.space.seeds or (recipe.seed,)
             for fold in self._folds(recipe)
         ]
@@ -234,10 +232,11 @@ class Search:
 
     def _folds(self, recipe: Recipe) -> Sequence[int]:
         """The space's folds, or the recipe's; `all` of the recipe's split in its store."""
-        folds = self.space.folds or (recipe.data.fold,)
+        last = recipes.resolve(recipe).data  # which is scored
+        folds = self.space.folds or (last.fold,)
         if ALL not in (folds, folds[0]):
             return folds
-        return range(_fold_count(with_absolute_store(recipe).data.store, recipe.data.split))
+        return range(_fold_count(with_absolute_store(recipe).data.store, last.split))
 
     def _labels(self) -> list[str]:
         return [axis.label for axis in self.axes]
@@ -246,6 +245,17 @@ class Search:
 @functools.lru_cache(maxsize=64)
 def _fold_count(store: str, split: str) -> int:
     return len(load_manifest(Path(store)).folds(split))
+
+
+def _with_fold(recipe: Recipe, fold: int) -> Recipe:
+    """The recipe scored on another fold. Stages that say nothing of their store follow; a
+    pre-training on a store of its own is the same for every fold."""
+    last = recipe.stages[-1]
+    if last.data is None or not {"store", "fold"} & last.data.model_fields_set:
+        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"fold": fold})})
+    data = type(last.data)(**{**last.data.model_dump(exclude_unset=True), "fold": fold})
+    stages = (*recipe.stages[:-1], last.model_copy(update={"data": data}))
+    return recipe.model_copy(update={"stages": stages})
 
 
 def describe(point: Point) -> str:
@@ -300,14 +310,10 @@ def search_of(space: SearchSpace, base: dict[str, Any]) -> Search:
     if space.stages is not None:
         base = {**base, "stages": []}
         for index, stage in enumerate(space.stages):
-            found = [
-                _axis(f"stages.{index}.{key}", value)
-                for key, value in stage.items()
-                if _is_axis(key, value)
-            ]
-            axes += found
-            varied = {key.split(".")[-1]: axis.values[0] for axis in found for key in axis.keys}
-            base["stages"].append({**stage, **varied})
+            base["stages"].append(json.loads(json.dumps(stage)))
+            for axis in _axes_of(f"stages.{index}", stage, Stage):
+                axes.append(axis)
+                settings.put(base, axis.label, axis.values[0], f"sweep {space.name}")
     for axis in axes:
         _check_comparable(axis, space.name)
     search = Search(space=space, base=base, axes=tuple(axes))
@@ -412,14 +418,24 @@ def _check_population(search: Search, stages: Sequence[Stage]) -> None:
         )
 
 
-def _is_axis(key: str, value: Any) -> bool:
-    """A list, or a mapping that names a kind; `freeze` is itself a list, so only a list of lists is
-    an axis of it."""
-    if isinstance(value, dict):
-        return True
-    return isinstance(value, list) and (
-        key != "freeze" or bool(value) and isinstance(value[0], list)
-    )
+def _axes_of(where: str, section: dict[str, Any], kind: type[BaseModel]) -> Iterator[Axis]:
+    """The axes among the keys of a stage and the sections in it: a list, or a mapping that names a
+    kind. Of a key that holds a list itself (a patch), only a list of lists is an axis."""
+    for key, value in section.items():
+        field = kind.model_fields.get(key)
+        inner = settings.section_of(field.annotation) if field else None
+        if isinstance(value, dict) and inner and not (len(value) == 1 and {*value} <= {*KINDS}):
+            yield from _axes_of(f"{where}.{key}", value, inner)
+        elif (
+            isinstance(value, dict)
+            and (key != "options" or {*value} & {*KINDS})
+            or isinstance(value, list)
+            and (
+                not (field and settings.takes_list(field.annotation))
+                or (bool(value) and isinstance(value[0], list))
+            )
+        ):
+            yield _axis(f"{where}.{key}", value)
 
 
 def _axis(label: str, given: Any) -> Axis:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from segfleet.pipeline.recipe import Recipe, Stage
-from segfleet.pipeline.run import stage_facts, stage_uid
+from segfleet.pipeline.recipe import Recipe, Stage, cut
+from segfleet.pipeline.run import stage_facts, stage_uid, stages_of
 from segfleet.preprocess.stores.manifest import Manifest
 from segfleet.sweeps.space.space import Trial
 
@@ -74,20 +74,19 @@ class StageTree:
             self._insert(trial)
 
     def _insert(self, trial: Trial) -> None:
-        recipe, manifest = trial.recipe, self.manifests(trial.recipe)
+        recipe = trial.recipe
         uid, path, begin = None, PurePosixPath(), 0
-        for index, stage in enumerate(recipe.stages):
-            facts = stage_facts(recipe, manifest, index)
+        for index, own, manifest in stages_of(recipe, self.manifests):
+            stage, facts = recipe.stages[index], stage_facts(own, manifest, index)
             parent, uid = uid, stage_uid(uid, facts)
             path /= uid
             if uid not in self.nodes:
-                cut = recipe.model_copy(update={"stages": recipe.stages[: index + 1]})
                 node = StageNode(
                     uid=uid,
                     path=path,
                     parent=parent,
                     index=index,
-                    recipe=cut,
+                    recipe=cut(recipe, index),
                     begin=begin,
                     family=family_of(parent, facts, stage),
                 )

@@ -265,3 +265,26 @@ def test_compile_changes_nothing():
         chosen.in_channels, 2, features=[4, 8], conv_per_stage=1, conv_per_decoder=1
     )
     compiled_equals_eager(shaken(model), batch(chosen), "inductor")
+
+
+def shapes_of(chosen: ModelSpec, channels: int, classes: int) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        model = twin(chosen, in_channels=channels, num_classes=classes)
+    return {name: value.shape for name, value in model.state_dict().items()}
+
+
+def test_spec_says_which_parameters_are_the_encoder_and_the_head(chosen):
+    """What depends on the classes is the head, what depends on the image channels the encoder."""
+    plain = shapes_of(chosen, chosen.in_channels, chosen.num_classes)
+    classes = shapes_of(chosen, chosen.in_channels, chosen.num_classes + 1)
+    channels = shapes_of(chosen, chosen.in_channels + 2, chosen.num_classes)
+    assert plain.keys() == classes.keys() == channels.keys()
+    head = {name for name in plain if name.startswith(chosen.head)}
+    encoder = {name for name in plain if name.startswith(chosen.encoder)}
+    assert head and encoder and not head & encoder
+    assert {name for name in plain if plain[name] != classes[name]} <= head
+    assert {name for name in plain if plain[name] != channels[name]} <= encoder
+    for prefix in chosen.head if chosen.head != ModelSpec.head else ():
+        assert any(name.startswith(prefix) for name in head)
+    # what is left makes a decoder, and a network is more than its encoder
+    assert len(encoder) < len(plain) - len(head)

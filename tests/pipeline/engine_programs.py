@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from segfleet.models.checkpointing import activation_checkpointing
 from segfleet.models.registry import build_model
 from segfleet.pipeline import checkpoint, run
 from segfleet.pipeline.engines.base import Engine, Setup, build_engine
+from segfleet.pipeline.engines.common import load_weights
 from segfleet.pipeline.events import read_events
 from segfleet.pipeline.parts import Objective, make_task
 from segfleet.pipeline.ranks import ENVIRONMENT, Ranks
@@ -188,7 +188,7 @@ def go_on(
         for writer in writers:
             recipe = recipe_of(kind, ema=0.9)
             engine = make_engine(ranks, store, recipe)
-            engine.load(saved(Path(root, writer), 10), "all")
+            engine.load(saved(Path(root, writer), 10))
             read[f"{writer} read by {kind}"] = difference(
                 engine.tensors(), groups_of(saved(Path(root, writer), 10))
             )
@@ -305,25 +305,14 @@ def thaw(ranks: Ranks, store: str, kind: str) -> tuple[list[list[float]], dict[s
     tensors = checkpoint.copies(engine.tensors())
     recipe = recipe_of(kind)
     engine = make_engine(ranks, store, recipe)
-    engine.load(InMemory(tensors), "weights+optimizer")
+    load_weights(engine.model, tensors["weights"], "memory")
+    engine.inherit(tensors["optimizer"])
     told = run_steps(ranks, engine, recipe, range(3, 6))
     return told, {
         name: float(value)
         for name, value in engine.tensors()["optimizer"].items()
         if name.endswith(".step")
     }
-
-
-class InMemory:
-    """A checkpoint that was never written."""
-
-    path = Path("memory")
-
-    def __init__(self, tensors: checkpoint.Tensors):
-        self.groups = tensors
-
-    def tensors(self, group: str) -> dict[str, Tensor]:
-        return self.groups.get(group, {})
 
 
 def change_engines(ranks: Ranks, store: str, root: Path) -> dict[str, Any]:
@@ -356,12 +345,12 @@ def change_engines(ranks: Ranks, store: str, root: Path) -> dict[str, Any]:
             train(
                 Run(
                     recipe=recipe,
-                    store=opened,
+                    stores=lambda settings: opened,
                     folders=folders,
                     ranks=ranks,
                     asked_to_stop=lambda: next(asked) >= stop_after - 2,
                     warn=lambda message: None,
-                    validate=lambda engine: {},
+                    validate=lambda engine, settings: {},
                 )
             )
         return folders

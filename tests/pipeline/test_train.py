@@ -14,6 +14,7 @@ import torch
 
 from segfleet.core.errors import InputError
 from segfleet.pipeline import checkpoint, events, run
+from segfleet.pipeline.jobs import Stores
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.scoring import scored
@@ -54,16 +55,18 @@ def recipe_of(store, stages=2, **changes):
     return parse(document)
 
 
-def go(recipe, root, stop_after=None, validate=lambda engine: {}, warn=pytest.fail, waits=False):
+def go(
+    recipe, root, stop_after=None, validate=lambda engine, own: {}, warn=pytest.fail, waits=False
+):
     """Train in this process; stop in order after so many steps."""
-    store = open_store(recipe.data.store)
-    folders = run.stage_folders(root, recipe, store.manifest)
+    stores = Stores()
+    folders = run.stage_folders(root, recipe, stores.manifest)
     asked = iter(range(10**9))
     try:
         training.train(
             training.Run(
                 recipe=recipe,
-                store=store,
+                stores=stores,
                 folders=folders,
                 ranks=Ranks(torch.device("cpu")),
                 asked_to_stop=lambda: stop_after is not None and next(asked) >= stop_after,
@@ -610,7 +613,7 @@ def test_a_hanging_run_shows_where_it_hangs(tiny_store, tmp_path):
         "ddp.Engine.step = hang_here\n"
         "never, ranks = (lambda: False), Ranks()\n"
         "folders = run.stage_folders(pathlib.Path(sys.argv[2]), recipe, store.manifest)\n"
-        "train.train(train.Run(recipe=recipe, store=store, folders=folders, ranks=ranks, "
+        "train.train(train.Run(recipe=recipe, stores=lambda own: store, folders=folders, ranks=ranks, "
         "asked_to_stop=never, warn=print, validate=print))\n"
     )
     recipe = recipe_of(tiny_store(dims=2), stages=1)

@@ -70,8 +70,8 @@ def trained(recipe, root):
     store = open_store(recipe.data.store)
     folders = stage_folders(root, recipe, store.manifest)
     job = Run(
-        recipe=recipe, store=store, folders=folders, ranks=Ranks(torch.device("cpu")),
-        asked_to_stop=lambda: False, warn=print, validate=lambda engine: {"dice": 0.5},
+        recipe=recipe, stores=lambda own: store, folders=folders, ranks=Ranks(torch.device("cpu")),
+        asked_to_stop=lambda: False, warn=print, validate=lambda engine, own: {"dice": 0.5},
     )  # fmt: skip
     train(job)
     return folders

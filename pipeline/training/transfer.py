@@ -1,0 +1,306 @@
+"""What a stage takes over from the stage before it: planned whole, tensor by tensor, before anything
+is loaded.
+
+Of equal names and shapes the values. A head of other classes gets the rows of the labels that both
+have; a first layer of other channels is filled from the channels there were; a 3D network takes a
+2D network's convolutions, as deep as they are wide and scaled to answer a constant volume as they
+answered a constant slice (Carreira and Zisserman 2017, inflation).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segfleet.core.errors import InputError
+from segfleet.core.files import write_atomically
+from segfleet.models.registry import ModelSpec
+from segfleet.pipeline.recipe import Inherit
+from segfleet.pipeline.task import Task
+
+TAKEN = "taken"
+TRANSFER = "transfer.json"  # in the folder of a stage: what of the stage before it is in it
+SHOWN = 4
+TRANSPOSED = (nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """A stage's network seen from the other: outputs and inputs by name."""
+
+    rows: tuple[str, ...]  # what every output channel is called
+    channels: tuple[str, ...]
+    name: str  # of the network
+
+
+@dataclass(kw_only=True)
+class Transfer:
+    """`tensors`: our name -> value. `how`: the same names -> in words. `new` start as the network
+    was initialised, `left` are theirs that nobody took."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    how: dict[str, str] = field(default_factory=dict)
+    new: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+    @property
+    def taken(self) -> set[str]:
+        """Tensors that are as they were; moments of the optimizer fit these alone."""
+        return {name for name, how in self.how.items() if how == TAKEN}
+
+    def document(self) -> dict[str, Any]:
+        changed = {name: how for name, how in self.how.items() if how != TAKEN}
+        return {
+            "taken": sorted(self.taken),
+            "changed": changed,
+            "new": sorted(self.new),
+            "left": sorted(self.left),
+        }
+
+    def sentence(self, index: int) -> str:
+        """One line for people."""
+        parts = [f"{len(self.taken)} tensors taken over as they are"]
+        parts += [
+            f"{len(names)} {what} ({_some(names)})"
+            for what, names in (
+                ("changed", [f"{name}: {how}" for name, how in self.how.items() if how != TAKEN]),
+                ("new", self.new),
+                ("left behind", self.left),
+            )
+            if names
+        ]
+        return f"stage {index + 1} starts from stage {index}: {', '.join(parts)}"
+
+
+def differ(ours: Side, parent: Side) -> bool:
+    """Whether there is another number of channels."""
+    return len(ours.channels) != len(parent.channels)
+
+
+@torch.no_grad()
+def load(model: nn.Module, found: Transfer) -> None:
+    own = model.state_dict()
+    for name, value in found.tensors.items():
+        own[name].copy_(value)
+
+
+def write_transfer(folder: Path, found: Transfer) -> None:
+    write_atomically(folder / TRANSFER, json.dumps(found.document(), indent=1))
+
+
+def rows_of(task: Task) -> tuple[str, ...]:
+    return (("background",) if task.head == "softmax" else ()) + task.names
+
+
+def plan_transfer(
+    model: nn.Module,
+    spec: ModelSpec,
+    theirs: Mapping[str, Tensor],
+    inherit: Inherit,
+    ours: Side,
+    parent: Side,
+    inputs: Collection[str] = (),
+) -> Transfer:
+    """What `model`, fresh, takes of the tensors `theirs`. `inputs`: our tensors whose shape depends
+    on the number of channels. Raises InputError that names every tensor that does not fit; nothing
+    is changed here."""
+    own, found, faults = model.state_dict(), Transfer(), []
+    wanted = chosen(own, spec, inherit.weights)
+    for name, fresh in own.items():
+        value, is_head = theirs.get(name), name.startswith(spec.head)
+        if name not in wanted or (is_head and inherit.head == "new"):
+            found.new.append(name)
+        elif (
+            value is not None
+            and value.shape == fresh.shape
+            and not (
+                is_head
+                and inherit.head == "map"
+                and _by_class(fresh, ours)
+                and ours.rows != parent.rows
+            )
+        ):
+            found.tensors[name], found.how[name] = value, TAKEN
+        elif is_head and inherit.head == "map":
+            _map_rows(found, name, fresh, value, inherit, ours, parent)
+        elif (
+            value is not None
+            and name in inputs
+            and (d := _channel_axis(fresh, value, ours, parent))
+        ):
+            if inherit.channels == "new":
+                found.new.append(name)
+            else:
+                axis, sizes = d
+                found.tensors[name] = _other_channels(value, axis, sizes, inherit.channels)
+                found.how[name] = f"{sizes[0]} channels to {sizes[1]} ({inherit.channels})"
+        elif value is not None and _flat_of(fresh) == tuple(value.shape):
+            found.tensors[name] = _inflated(value, fresh, _module_of(model, name))
+            found.how[name] = f"inflated from {tuple(value.shape)}"
+        else:
+            there = "missing there" if value is None else f"{tuple(value.shape)} there"
+            faults.append(f"{name} {tuple(fresh.shape)}, {there}")
+    if faults:
+        raise InputError(_refusal(faults, spec, inherit, ours, parent))
+    if inherit.head == "map" and (missing := _unmapped(inherit, ours, parent)):
+        raise InputError(missing)
+    used = set(found.tensors)
+    found.left = [name for name in theirs if name not in used]
+    return found
+
+
+def chosen(own: Collection[str], spec: ModelSpec, weights: str | Sequence[str]) -> set[str]:
+    """Names of a network that `inherit.weights`, `freeze` or the like mean: roles or prefixes.
+    Raises InputError for one that nobody has."""
+    wanted: set[str] = set()
+    for part in [weights] if isinstance(weights, str) else weights:
+        names = {name for name in own if belongs(name, part, spec)}
+        if not names:
+            parts = sorted({name.split(".", 1)[0] for name in own})
+            raise InputError(
+                f"no parameter name of {spec.name} begins with '{part}'; expected one of: "
+                f"{', '.join((*ROLES, *parts))}"
+            )
+        wanted |= names
+    return wanted
+
+
+ROLES = ("all", "encoder", "decoder", "head", "backbone")
+
+
+def belongs(name: str, part: str, spec: ModelSpec) -> bool:
+    """Whether a tensor is of a role, or else has the prefix `part`."""
+    encoder, head = name.startswith(spec.encoder), name.startswith(spec.head)
+    known = {
+        "all": True,
+        "encoder": encoder,
+        "head": head,
+        "backbone": not head,
+        "decoder": not encoder and not head,
+    }
+    return known[part] if part in known else name.startswith(part)
+
+
+def _by_class(tensor: Tensor, side: Side) -> bool:
+    return tensor.ndim > 0 and tensor.shape[0] == len(side.rows)
+
+
+def _map_rows(
+    found: Transfer,
+    name: str,
+    fresh: Tensor,
+    value: Tensor | None,
+    inherit: Inherit,
+    ours: Side,
+    parent: Side,
+) -> None:
+    """Rows of labels that both know; the others stay as they are initialised."""
+    if (
+        value is None
+        or not (_by_class(fresh, ours) and _by_class(value, parent))
+        or fresh.shape[1:] != value.shape[1:]
+    ):
+        found.new.append(name)
+        return
+    pairs = _pairs(inherit, ours, parent)
+    mapped = fresh.detach().clone()
+    for mine, its in pairs:
+        mapped[mine] = value[its]
+    found.tensors[name] = mapped
+    found.how[name] = f"rows of {', '.join(ours.rows[mine] for mine, _ in pairs)}"
+
+
+def _pairs(inherit: Inherit, ours: Side, parent: Side) -> list[tuple[int, int]]:
+    theirs = {name: number for number, name in enumerate(parent.rows)}
+    wanted = ((mine, inherit.classes.get(name, name)) for mine, name in enumerate(ours.rows))
+    return [(mine, theirs[name]) for mine, name in wanted if name in theirs]
+
+
+def _unmapped(inherit: Inherit, ours: Side, parent: Side) -> str | None:
+    """Why no row can be mapped, or a class that is named and not there."""
+    for mine, its in inherit.classes.items():
+        for name, rows in ((mine, ours.rows), (its, parent.rows)):
+            if name not in rows:
+                return (
+                    f"inherit.classes: found '{mine}: {its}', but '{name}' is none of the classes "
+                    f"{', '.join(rows)}"
+                )
+    if not any(ours.rows[mine] != "background" for mine, _ in _pairs(inherit, ours, parent)):
+        return (
+            f"inherit.head: found map, but no class of {', '.join(ours.rows)} is among those of "
+            f"the stage before ({', '.join(parent.rows)}); name pairs by inherit.classes, or set "
+            "inherit.head=new"
+        )
+    return None
+
+
+def _channel_axis(
+    fresh: Tensor, value: Tensor, ours: Side, parent: Side
+) -> tuple[int, tuple[int, int]] | None:
+    """(axis, (their channels, ours)) if that axis alone differs, by the number of channels."""
+    if fresh.ndim != value.ndim:
+        return None
+    differing = [d for d in range(fresh.ndim) if fresh.shape[d] != value.shape[d]]
+    sizes = (len(parent.channels), len(ours.channels))
+    if len(differing) != 1 or (value.shape[differing[0]], fresh.shape[differing[0]]) != sizes:
+        return None
+    return differing[0], sizes
+
+
+def _other_channels(value: Tensor, axis: int, sizes: tuple[int, int], how: str) -> Tensor:
+    """Along `axis` from sizes[0] to sizes[1] channels. Weights of inputs keep their sum, so that
+    an image whose channels are alike is answered as before."""
+    index = torch.arange(sizes[1]) % sizes[0]
+    times = torch.bincount(index)[index].to(value.device)
+    if how == "mean":
+        value = value.mean(axis, keepdim=True).expand_as(value)
+    repeated = value.index_select(axis, index.to(value.device))
+    if axis == 0:  # a channel's own filter, of a depthwise convolution
+        return repeated
+    shape = [-1 if d == axis else 1 for d in range(value.ndim)]
+    repeated = repeated / times.view(shape)
+    lost = value.sum(axis, keepdim=True) - repeated.sum(axis, keepdim=True)
+    return repeated + lost / sizes[1]
+
+
+def _flat_of(tensor: Tensor) -> tuple[int, ...] | None:
+    """The shape of a 3D convolution's weight (O, I, z, y, x) in 2D."""
+    return (*tensor.shape[:2], *tensor.shape[3:]) if tensor.ndim == 5 else None
+
+
+def _inflated(value: Tensor, fresh: Tensor, module: nn.Module) -> Tensor:
+    """(O, I, y, x) -> (O, I, z, y, x): the same in every slice, divided by the slices that reach
+    one output voxel."""
+    depth = fresh.shape[2]
+    reach = depth / module.stride[0] if isinstance(module, TRANSPOSED) else depth
+    return value.unsqueeze(2).repeat(1, 1, depth, 1, 1) / reach
+
+
+def _module_of(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _refusal(faults: list[str], spec: ModelSpec, inherit: Inherit, ours: Side, parent: Side) -> str:
+    hints = []
+    if spec.fixed_patch:
+        hints.append(f"{spec.name} is bound to its patch: its weights fit no other")
+    if ours.rows != parent.rows and inherit.head == "keep":
+        hints.append("for other classes set inherit.head=new or map")
+    if ours.name != parent.name:
+        hints.append(f"the stage before trained {parent.name}: inherit.weights names parts")
+    hints.append("a network that is planned from its patch keeps its shape by model.options")
+    return (
+        f"inherit: {len(faults)} tensor(s) of {spec.name} do not fit the stage before: "
+        f"{'; '.join(faults[:SHOWN])}{' ...' if len(faults) > SHOWN else ''}. {'; '.join(hints)}"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return "; ".join(names[:SHOWN]) + more
