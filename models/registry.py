@@ -6,7 +6,7 @@ import importlib
 import inspect
 import pkgutil
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,33 @@ class ModelSpec:
         rank = len(self.paper_input)
         divisors = (self.divisor,) * rank if isinstance(self.divisor, int) else self.divisor
         return tuple(d * -(-(32 if rank == 2 else 16) // d) for d in divisors)
+
+
+ROLES = ("all", "encoder", "decoder", "head", "backbone")
+
+
+def belongs(name: str, part: str, spec: ModelSpec) -> bool:
+    """Whether a parameter has a role in its network (the decoder is what is neither encoder nor
+    head, the backbone all but the head), or else a name that begins with `part`."""
+    encoder, head = name.startswith(spec.encoder), name.startswith(spec.head)
+    known = {
+        "all": True,
+        "encoder": encoder,
+        "head": head,
+        "backbone": not head,
+        "decoder": not encoder and not head,
+    }
+    return known[part] if part in known else name.startswith(part)
+
+
+def layers(names: Iterable[str], spec: ModelSpec) -> dict[str, int]:
+    """Name -> how many layers (stages of the network, in order) lie behind it; 0 for the head."""
+    stage_of = spec.stage_of or (lambda parameter: parameter.split(".", 1)[0])
+    stages = {n: "" if belongs(n, "head", spec) else stage_of(n) for n in names}
+    order = {
+        stage: number for number, stage in enumerate(dict.fromkeys(filter(None, stages.values())))
+    }
+    return {name: len(order) - order[stage] if stage else 0 for name, stage in stages.items()}
 
 
 _SPECS: dict[str, ModelSpec] = {}

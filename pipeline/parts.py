@@ -247,7 +247,7 @@ def check_recipe(recipe: Recipe, manifest: Manifest | Manifests) -> Task:
     for index, own, stored in stages_of(recipe, manifest):
         stage = recipe.stages[index]
         same = own is recipe and stage.inherit.plain
-        key = repr([*(getattr(own, key) for key in OVERRIDES), stage.freeze])
+        key = repr([*(getattr(own, key) for key in OVERRIDES), stage.freeze, stage.rates])
         try:
             if key not in known:
                 known[key] = _check(own, stored, index)
@@ -272,7 +272,7 @@ def _check(recipe: Recipe, manifest: Manifest, index: int) -> Task:
             "expected 1 (y) and 2 (x)"
         )
     try:
-        trainable(network, recipe.stages[index])
+        trainable(network, recipe.stages[index], registry.spec(recipe.model.name))
     except InputError as error:
         raise InputError(f"stages.{index}.{error}") from None
     Objective(recipe, task)

@@ -361,7 +361,28 @@ class Stage(Section):
         description="what is taken over from the stage before: weights, weights+optimizer, or keys",
     )
     freeze: tuple[str, ...] = Field(
-        (), description="parameter name prefixes that are not trained in this stage"
+        (),
+        description="what is not trained in this stage: roles (encoder, decoder, head, backbone) or "
+        "beginnings of parameter names",
+    )
+    unfreeze_at: Positive | None = Field(
+        None, description="epochs after which what is frozen trains, too; none: the stage's end"
+    )
+    freeze_statistics: bool = Field(
+        True, description="whether frozen batch normalisations keep their running statistics"
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="the rate of each layer as a share of the one behind it, head first"
+    )
+    rates: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description="role or beginning of a parameter name -> factor of its rate; of several that "
+        "fit the last counts",
+    )
+    anchor: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="pulls what is inherited towards the weights it began with (L2-SP), in place "
+        "of optimizer.weight_decay",
     )
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = Field(
         None, description="another seed than the recipe's"
@@ -421,6 +442,13 @@ class Recipe(Section):
                 )
             if stage.patience and not own.evaluation.every:
                 raise ValueError(f"{where}a stage with patience needs evaluation.every > 0")
+            if stage.unfreeze_at and not stage.freeze:
+                raise ValueError(f"stages.{index}.unfreeze_at: nothing is frozen; set freeze")
+            if stage.anchor and not index and own.model.weights is None:
+                raise ValueError(
+                    f"stages.{index}.anchor: there is nothing to be near to; a first stage needs "
+                    "model.weights"
+                )
             before = resolve(self, index - 1).optimizer.name if index else own.optimizer.name
             if index and stage.inherit.optimizer and before != own.optimizer.name:
                 raise ValueError(

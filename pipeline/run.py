@@ -116,6 +116,13 @@ def stage_facts(recipe: Recipe, manifest: Manifest, index: int) -> dict[str, Any
         *(() if index else ("inherit",)),
     )
     stage = {key: value for key, value in whole["stages"][index].items() if key not in idle}
+    for key in ("unfreeze_at", "freeze_statistics", "layer_decay", "rates", "anchor"):
+        if stage[key] == Stage.model_fields[key].get_default(call_default_factory=True):
+            del stage[key]
+    if stage["freeze"]:  # said even where it is the default: once, statistics went on
+        stage["freeze_statistics"] = recipe.stages[index].freeze_statistics
+    else:
+        stage.pop("freeze_statistics", None)
     if index:
         stage["inherit"] = inherit_facts(recipe.stages[index].inherit)
     optimizer = {

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -25,8 +25,10 @@ class Setup:
     model: nn.Module  # already on the ranks's device, same weights on every rank
     loss: nn.Module  # loss(output, label) -> scalar
     recipe: recipes.Recipe
-    stage: recipes.Stage
+    stage: recipes.Stage  # as it is now: what has thawed is no longer in `freeze`
     ranks: Ranks
+    # parameter -> what `stage.anchor` pulls it to
+    anchors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Engine(Protocol):

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from segfleet.core.errors import InputError
+from segfleet.models import registry
 from segfleet.pipeline import recipe as recipes
 from segfleet.pipeline.checkpoint import Checkpoint, CheckpointError, Tensors
+from segfleet.pipeline.engines.base import Setup
 
 
-def trainable(model: nn.Module, stage: recipes.Stage) -> dict[str, nn.Parameter]:
+def trainable(
+    model: nn.Module, stage: recipes.Stage, spec: registry.ModelSpec
+) -> dict[str, nn.Parameter]:
     """Named parameters of this stage; the frozen ones stop asking for gradients. Raises InputError
-    for a prefix nobody has."""
+    for a role or prefix nobody has."""
     named = dict(model.named_parameters())
-    for prefix in stage.freeze:
-        if not any(name.startswith(prefix) for name in named):
-            parts = sorted({name.split(".", 1)[0] for name in named})
-            raise InputError(
-                f"freeze: no parameter name begins with '{prefix}'; names begin with: "
-                f"{', '.join(parts)}"
-            )
+    for key, parts in (("freeze", stage.freeze), ("rates", tuple(stage.rates))):
+        for part in parts:
+            if not any(registry.belongs(name, part, spec) for name in named):
+                known = sorted({name.split(".", 1)[0] for name in named})
+                raise InputError(
+                    f"{key}: no parameter name begins with '{part}'; roles: "
+                    f"{', '.join(registry.ROLES)}; names begin with: {', '.join(known)}"
+                )
     chosen = {}
     for name, parameter in named.items():
-        parameter.requires_grad_(not any(name.startswith(prefix) for prefix in stage.freeze))
+        parameter.requires_grad_(not frozen(name, stage, spec))
         if parameter.requires_grad:
             chosen[name] = parameter
     if not chosen:
@@ -34,27 +40,84 @@ def trainable(model: nn.Module, stage: recipes.Stage) -> dict[str, nn.Parameter]
     return chosen
 
 
+def frozen(name: str, stage: recipes.Stage, spec: registry.ModelSpec) -> bool:
+    return any(registry.belongs(name, part, spec) for part in stage.freeze)
+
+
+def hold_statistics(
+    model: nn.Module, stage: recipes.Stage, spec: registry.ModelSpec
+) -> list[nn.Module]:
+    """Frozen batch normalisations, which evaluate from now on: their running statistics are those
+    they came with. Whoever puts the model into train mode does it again."""
+    held = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and frozen(f"{name}.", stage, spec)
+    ]
+    for module in held if stage.freeze_statistics else ():
+        module.eval()
+    return held if stage.freeze_statistics else []
+
+
+def rate_factors(
+    model: nn.Module, stage: recipes.Stage, spec: registry.ModelSpec
+) -> dict[str, float]:
+    """Name -> factor of the stage's rate, by `layer_decay` (Bao et al. 2022, BEiT) and `rates`."""
+    names = [name for name, _ in model.named_parameters()]
+    factors = {n: stage.layer_decay**depth for n, depth in registry.layers(names, spec).items()}
+    for name in factors:
+        given = [f for part, f in stage.rates.items() if registry.belongs(name, part, spec)]
+        factors[name] *= given[-1] if given else 1.0
+    return factors
+
+
+class Anchor:
+    """`stage.anchor` / 2 times the squared distance of parameters from what they began with (Li et
+    al. 2018, L2-SP): a term of the loss, so that every engine reduces its gradient as any other."""
+
+    def __init__(self, setup: Setup, named: dict[str, nn.Parameter]):
+        self.strength = setup.stage.anchor
+        self.names = {name for name in named if self.strength and name in setup.anchors}
+        self.pairs = [
+            (named[name], setup.anchors[name].to(named[name].device)) for name in sorted(self.names)
+        ]
+
+    def added(self, loss: Tensor, parts: int = 1) -> Tensor:
+        """A loss with its share of the term, where `parts` losses make a step."""
+        for parameter, start in self.pairs:
+            loss = loss + self.strength / 2 / parts * (parameter - start).square().sum()
+        return loss
+
+
 def build_optimizer(
     named: dict[str, nn.Parameter],
     options: recipes.Optimizer,
     lr: float,
     ages: dict[str, Hashable] | None = None,
+    factors: Mapping[str, float] | None = None,
+    anchored: Collection[str] = (),
 ) -> Optimizer:
     """Groups of weights with decay, then of biases, norms and parameters marked `_no_weight_decay`
     without; with `options.decay` "all" every parameter decays.
 
-    With `ages`, parameters of one group also share their age: for engines that keep one step
-    counter per group.
+    A group's rate is the step's times its "factor". What is `anchored` does not decay. With `ages`,
+    parameters of one group also share their age: for engines that keep one step counter per group.
     """
     groups: dict[tuple, list[nn.Parameter]] = {}
     for name, parameter in named.items():
         plain = options.decay == "weights" and (
             parameter.ndim <= 1 or getattr(parameter, "_no_weight_decay", False)
         )
-        groups.setdefault((bool(plain), (ages or {}).get(name)), []).append(parameter)
+        plain = plain or name in anchored
+        key = (bool(plain), (ages or {}).get(name), (factors or {}).get(name, 1.0))
+        groups.setdefault(key, []).append(parameter)
     parts = [
-        {"params": parameters, "weight_decay": 0.0 if plain else options.weight_decay}
-        for (plain, _), parameters in sorted(groups.items(), key=lambda item: item[0][0])
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if plain else options.weight_decay,
+            "factor": factor,
+        }
+        for (plain, _, factor), parameters in sorted(groups.items(), key=lambda item: item[0][0])
     ]
     if options.name == "sgd":
         return SGD(

@@ -11,16 +11,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from segfleet.core.errors import InputError
+from segfleet.models import registry
 from segfleet.pipeline.checkpoint import Checkpoint, Tensors
 from segfleet.pipeline.engines.base import Setup, autocast
 from segfleet.pipeline.engines.common import (
+    Anchor,
     Average,
     Running,
     build_optimizer,
     clip_gradients,
+    hold_statistics,
     load_optimizer,
     load_weights,
     optimizer_tensors,
+    rate_factors,
     trainable,
     zero_momentum,
 )
@@ -42,8 +46,17 @@ class Engine:
                 f"options; set engine.options={{}}"
             )
         self.model, self.clip = setup.model, setup.recipe.optimizer.clip
-        self.named = trainable(self.model, setup.stage)
-        self.optimizer = build_optimizer(self.named, setup.recipe.optimizer, setup.stage.lr)
+        spec = registry.spec(setup.recipe.model.name)
+        self.named = trainable(self.model, setup.stage, spec)
+        self.held = hold_statistics(self.model, setup.stage, spec)
+        self.anchor = Anchor(setup, self.named)
+        self.optimizer = build_optimizer(
+            self.named,
+            setup.recipe.optimizer,
+            setup.stage.lr,
+            factors=rate_factors(self.model, setup.stage, spec),
+            anchored=self.anchor.names,
+        )
         zero_momentum(self.optimizer)
         self.scaler = torch.amp.GradScaler(
             self.ranks.device.type, enabled=self.options.precision == "fp16"
@@ -65,7 +78,7 @@ class Engine:
         self, micro_batches: Iterator[tuple[Tensor, Tensor]], lr: float
     ) -> tuple[Tensor, Tensor]:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         self.optimizer.zero_grad(set_to_none=True)
         self.running.keep()
         total, parts = torch.zeros((), device=self.ranks.device), self.options.accumulate
@@ -76,7 +89,7 @@ class Engine:
                 with autocast(self.options.precision, self.ranks.device):
                     output = self.forward(image)
                 loss = self.loss(output, label) / parts
-                self.scaler.scale(loss).backward()
+                self.scaler.scale(self.anchor.added(loss, parts)).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.named.values(), self.clip)
@@ -135,6 +148,8 @@ class Engine:
         finally:
             self._put(own)
             self.model.train()
+            for module in self.held:
+                module.eval()
 
     @torch.no_grad()
     def _put(self, values: dict[str, Tensor]) -> None:

@@ -28,17 +28,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from segfleet.core.errors import InputError
+from segfleet.models import registry
 from segfleet.pipeline import recipe as recipes
 from segfleet.pipeline.checkpoint import Checkpoint, Tensors
 from segfleet.pipeline.engines.base import Setup, autocast
 from segfleet.pipeline.engines.common import (
+    Anchor,
     Average,
     Running,
     build_optimizer,
     clip_gradients,
+    hold_statistics,
     load_optimizer,
     load_weights,
     optimizer_tensors,
+    rate_factors,
     trainable,
     zero_momentum,
 )
@@ -59,7 +63,14 @@ class Engine:
         self.recipe, self.options = setup.recipe, setup.recipe.engine
         self.zero, self.offload = read_options(self.options)
         self.library = quiet_deepspeed(self.ranks.device)
-        self.named = trainable(self.model, setup.stage)
+        if self.zero == 3 and setup.stage.anchor:
+            raise InputError(
+                "stages.anchor: found with zero 3, whose weights come and go; expected zero 0, 1 "
+                "or 2, or engine.name=ddp"
+            )
+        self.spec = registry.spec(self.recipe.model.name)
+        self.named = trainable(self.model, setup.stage, self.spec)
+        self.anchor = Anchor(setup, self.named)
         self.average = Average(self.model, self.options.ema)
         # evaluated in place of the model, whose weights may be spread over the ranks
         self.twin = copy.deepcopy(self.model)
@@ -74,7 +85,12 @@ class Engine:
         self.model.to(memory_format=torch.contiguous_format)
         ages = {name: age(name, moments) for name in self.named}
         self.optimizer = build_optimizer(
-            self.named, self.recipe.optimizer, self.setup.stage.lr, ages
+            self.named,
+            self.recipe.optimizer,
+            self.setup.stage.lr,
+            ages,
+            rate_factors(self.model, self.setup.stage, self.spec),
+            self.anchor.names,
         )
         with quiet():
             self.inner, *_ = self.library.initialize(
@@ -83,6 +99,7 @@ class Engine:
                 config=self._config(),
                 dist_init_required=False,
             )
+        hold_statistics(self.model, self.setup.stage, self.spec)
         self.running = Running(self.model)
         if self.zero == 0:
             for parameter, value in before:
@@ -131,13 +148,13 @@ class Engine:
         if self.inner is None:
             self.start({})
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         self.running.keep()
         total, parts = torch.zeros((), device=self.ranks.device), self.options.accumulate
         for part in range(parts):
             image, label = next(micro_batches)
-            loss = self.inner.backward(self.loss(self.inner(image), label))
-            total += loss.detach()
+            loss = self.anchor.added(self.loss(self.inner(image), label))
+            total += self.inner.backward(loss).detach()
             if self.zero == 0 and part == parts - 1:
                 norm = clip_gradients(self.named.values(), self.recipe.optimizer.clip)
                 self.optimizer.found_inf, self.optimizer.grad_scale = (

@@ -264,7 +264,9 @@ def train_stage(this: Run, index: int) -> None:
     total = stage.epochs * steps
     pause = this.pause_at if folder is this.folders[-1] else None
 
+    thaws = steps * (stage.unfreeze_at or 0)
     engine, progress = build(this, index)
+    frozen = progress.step < thaws
     log = begin_log(this, index, progress.step, total) if ranks.rank == 0 else None
     energy = Energy(ranks.device)
     saver = checkpoint.Saver(folder.checkpoints)
@@ -303,7 +305,7 @@ def train_stage(this: Run, index: int) -> None:
                 stopping
                 or progress.step == total
                 or by_clock
-                or any(progress.step % period == 0 for period in periods)
+                or ends_period(progress.step, periods)
             ):
                 window.report(progress, ranks, log)
             if not stopping and validation_due(recipe, progress, steps):
@@ -322,6 +324,7 @@ def train_stage(this: Run, index: int) -> None:
                 or by_clock
                 or (recipe.save_every and progress.step % recipe.save_every == 0)
                 or progress.step in best_steps(progress)
+                or (frozen and progress.step == thaws)
             )
             if due and progress.step > saved:
                 save(engine, saver, progress, recipe, index, ranks)
@@ -332,13 +335,18 @@ def train_stage(this: Run, index: int) -> None:
             if ended:
                 break
             if stopping:
-                if log:
-                    end = {"stage": index, "at_step": progress.step}
-                    log.write("stopped", **end, joules=energy.joules())
+                stopped(log, index, progress.step, energy)
                 where = f"step {progress.step} of {total} of stage {index + 1}"
                 raise (Paused if pausing else Interrupted)(
                     f"stopped after {where}; all saved. Run the same command again to go on."
                 )
+
+            if frozen and progress.step == thaws:
+                # as a run that was stopped here goes on: from the checkpoint just saved
+                saver.wait()
+                del engine
+                engine, progress = build(this, index)
+                frozen = False
 
             epoch, lr = progress.step // steps, learning_rate(stage, progress.step, total)
             # dropout and the like
@@ -375,6 +383,15 @@ def begin_log(this: Run, index: int, step: int, total: int) -> EventLog:
     else:
         log.write("resumed", from_step=step, **begin)
     return log
+
+
+def stopped(log: EventLog | None, index: int, step: int, energy: Energy) -> None:
+    if log:
+        log.write("stopped", stage=index, at_step=step, joules=energy.joules())
+
+
+def ends_period(step: int, periods: list[int]) -> bool:
+    return any(step % period == 0 for period in periods)
 
 
 class SaveClock:
@@ -446,7 +463,20 @@ def build(this: Run, index: int) -> tuple[Engine, Progress]:
         if ranks.rank == 0 and (saved := checkpoint.latest(folder.checkpoints, this.warn))
         else None
     )
-    moments = inherited(this, index, model) if index and not found else {}
+    saved = checkpoint.read(Path(found)) if found else None
+    taken, moments = set(model.state_dict()) if index == 0 else set(), {}
+    # what is anchored must know where it began, also in the middle of its stage
+    if index and (stage.anchor or not saved):
+        taken, moments = inherited(this, index, model, first=not saved)
+    if stage.unfreeze_at and saved:
+        steps = run.stage_steps(this.recipe, this.manifests)[index]
+        if saved.step >= stage.unfreeze_at * steps:
+            stage = stage.model_copy(update={"freeze": ()})
+    anchors = {
+        name: value.detach().clone()
+        for name, value in model.state_dict().items()
+        if stage.anchor and name in taken
+    }
     model = model.to(ranks.device)
     sync_norm.synchronise(model, ranks, recipe.engine.compile)
     if recipe.engine.channels_last:
@@ -459,35 +489,31 @@ def build(this: Run, index: int) -> tuple[Engine, Progress]:
     bf16.guard(model, recipe.engine.precision, ranks.device)
     objective = Objective(recipe, task).to(ranks.device)
     engine = build_engine(
-        Setup(model=model, loss=objective, recipe=recipe, stage=stage, ranks=ranks)
+        Setup(model=model, loss=objective, recipe=recipe, stage=stage, ranks=ranks, anchors=anchors)
     )
-    if found:
-        own = checkpoint.Checkpoint(
-            path=Path(found),
-            state=json.loads((Path(found) / "state.json").read_text(encoding="utf-8")),
-        )
-        engine.load(own)
-        return engine, Progress.of(own)
+    if saved:
+        engine.load(saved)
+        return engine, Progress.of(saved)
     if moments:
         engine.inherit(moments)
     return engine, Progress()
 
 
-def inherited(this: Run, index: int, model: nn.Module) -> dict[str, Tensor]:
-    """Put into a fresh network what its stage takes over from the one before, and note it in the
-    stage's folder; the optimizer's moments of that, if they are to come along. Raises InputError
-    or CheckpointError, and then has changed nothing."""
+def inherited(
+    this: Run, index: int, model: nn.Module, first: bool
+) -> tuple[set[str], dict[str, Tensor]]:
+    """Put into a fresh network what its stage takes over from the one before, and `first` note it
+    in the stage's folder: the names of that, and the optimizer's moments, if they are to come
+    along. Raises InputError or CheckpointError, and then has changed nothing."""
     inherit, before = this.recipe.stages[index].inherit, this.folders[index - 1].final()
     found = transfer_of(this.recipe, this.manifests, index, model, before.tensors("weights"))
     load(model, found)
-    if this.ranks.rank == 0:
+    if first and this.ranks.rank == 0:
         write_transfer(this.folders[index].path, found)
         if found.document()["changed"] or found.new or found.left:
             this.warn(found.sentence(index))
-    if not inherit.optimizer:
-        return {}
-    moments = before.tensors("optimizer")
-    return {
+    moments = before.tensors("optimizer") if inherit.optimizer else {}
+    return set(found.tensors), {
         name: value for name, value in moments.items() if name.rpartition(".")[0] in found.taken
     }
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import write_atomically
-from segfleet.models.registry import ModelSpec
+from segfleet.models.registry import ROLES, ModelSpec, belongs
 from segfleet.pipeline.recipe import Inherit
 from segfleet.pipeline.task import Task
 
@@ -169,22 +169,6 @@ def chosen(own: Collection[str], spec: ModelSpec, weights: str | Sequence[str]) 
             )
         wanted |= names
     return wanted
-
-
-ROLES = ("all", "encoder", "decoder", "head", "backbone")
-
-
-def belongs(name: str, part: str, spec: ModelSpec) -> bool:
-    """Whether a tensor is of a role, or else has the prefix `part`."""
-    encoder, head = name.startswith(spec.encoder), name.startswith(spec.head)
-    known = {
-        "all": True,
-        "encoder": encoder,
-        "head": head,
-        "backbone": not head,
-        "decoder": not encoder and not head,
-    }
-    return known[part] if part in known else name.startswith(part)
 
 
 def _by_class(tensor: Tensor, side: Side) -> bool:

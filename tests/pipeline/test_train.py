@@ -16,7 +16,7 @@ from segfleet.core.errors import InputError
 from segfleet.pipeline import checkpoint, events, run
 from segfleet.pipeline.jobs import Stores
 from segfleet.pipeline.ranks import Ranks
-from segfleet.pipeline.recipe import parse
+from segfleet.pipeline.recipe import Inherit, parse
 from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.pipeline.training import train as training
@@ -197,7 +197,7 @@ def test_stage_two_starts_with_its_own_rate_and_the_right_moments(
     recipe = recipe_of(tiny_store(dims=2))
     fresh = recipe.model_copy(
         update={
-            "stages": (recipe.stages[0], recipe.stages[1].model_copy(update={"inherit": "weights"}))
+            "stages": (recipe.stages[0], recipe.stages[1].model_copy(update={"inherit": Inherit()}))
         }
     )
     go(fresh, tmp_path / "fresh")
