@@ -112,12 +112,15 @@ def train_run(
         ]
         training = TrainingProgress(folders, recipe, totals, tick)
         run_ranks(job | {"recipe": recipe.model_dump(mode="json")}, ranks, training.poll, threads)
+    rebuilt = recipe.task == "reconstruct"  # which is not scored
     return {
         "run": str(leaf),
         "fold": recipe.data.fold,
         "stages": [str(folder.path) for folder in folders],
-        "report": str(leaf / "report.html"),
-        "mean_foreground_dice": evaluation_of(leaf)["summary"]["mean_foreground_dice"],
+        "report": None if rebuilt else str(leaf / "report.html"),
+        "mean_foreground_dice": None
+        if rebuilt
+        else evaluation_of(leaf)["summary"]["mean_foreground_dice"],
         "finished": finished(folders[-1]),
     }
 
@@ -146,10 +149,13 @@ def number(dice: float | None) -> str:
 
 
 def render(document: dict) -> None:
-    typer.echo(
-        f"run     {document['run']}\nreport  {document['report']}\n"
-        f"Dice    {number(document['mean_foreground_dice'])}"
-    )
+    typer.echo(f"run     {document['run']}")
+    if document["report"] is None:
+        typer.echo("It ends with a reconstruction, which is not scored.")
+    else:
+        typer.echo(
+            f"report  {document['report']}\nDice    {number(document['mean_foreground_dice'])}"
+        )
 
 
 def render_folds(document: dict) -> None:

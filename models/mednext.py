@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segfleet.models.registry import ModelError, check_input, register
+from segfleet.models.skips import skip
 
 STAGES = 9  # four encoder stages, the bottleneck, four decoder stages
 DIVISOR = 16
@@ -136,7 +137,7 @@ class MedNeXt(nn.Module):
             x = down(x)
         maps = [self.bottleneck(x)]
         for decode, up in zip(self.decoder, self.up, strict=True):
-            maps.append(decode(up(maps[-1]) + skips.pop()))
+            maps.append(decode(up(maps[-1]) + skip(self, skips.pop())))
         if self.training and self.deep_supervision:
             return [head(m) for head, m in zip(self.heads, reversed(maps), strict=True)]
         return self.heads[0](maps[-1])

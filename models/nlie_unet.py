@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from segfleet.models.deform import DeformConv2d
 from segfleet.models.registry import ModelError, check_input, register
+from segfleet.models.skips import skip
 
 
 def depthwise(channels: int, kernel: int) -> nn.Conv2d:
@@ -241,7 +242,7 @@ class NlieUNet(nn.Module):
             levels.append(encode(F.max_pool2d(levels[-1], 2)))
         *skips, deep = self.neb(levels)
         for decode in (self.dec4, self.dec3, self.dec2, self.dec1):
-            deep = decode(deep, skips.pop())
+            deep = decode(deep, skip(self, skips.pop()))
         return self.head(deep)
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segfleet.models.registry import ModelError, check_input, register
+from segfleet.models.skips import skip
 
 
 def conv_bn_relu(a: int, b: int) -> nn.Sequential:
@@ -148,7 +149,7 @@ class RecUNet(nn.Module):
             levels.append(encode(F.max_pool2d(levels[-1], 2)))
         deep = levels.pop()
         for decode in (self.d5, self.d4, self.d3, self.d2):
-            deep = decode(deep, levels.pop())
+            deep = decode(deep, skip(self, levels.pop()))
         return self.head(deep)
 
 

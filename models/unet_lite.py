@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segfleet.models.registry import ModelError, check_input, register
+from segfleet.models.skips import skip
 
 
 def standard_block(a: int, mid: int, b: int) -> nn.Sequential:
@@ -165,10 +166,10 @@ class UNetLite(nn.Module):
         x2 = self.down1(x1)
         x3 = self.down2(x2)
         x4 = self.down3(x3)
-        x = self.up1(self.down4(x4), x4)
-        x = self.up2(x, x3)
-        x = self.up3(x, x2)
-        return self.outc(self.up4(x, x1))
+        x = self.up1(self.down4(x4), skip(self, x4))
+        x = self.up2(x, skip(self, x3))
+        x = self.up3(x, skip(self, x2))
+        return self.outc(self.up4(x, skip(self, x1)))
 
 
 def _variant(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from segfleet.models.norm import ChannelNorm
 from segfleet.models.registry import ModelError, check_input, register
+from segfleet.models.skips import skip
 
 
 def shift(x_BCYX: Tensor, axis: int) -> Tensor:
@@ -122,7 +123,7 @@ class UNeXt(nn.Module):
             skips.append(x)
         x = skips.pop()
         for decode in (self.dec5, self.dec4, self.dec3, self.dec2):
-            x = decode(x, skips.pop())
+            x = decode(x, skip(self, skips.pop()))
         return self.head(self.dec1(x))
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from segfleet.models.registry import ModelError, check_input, register
 from segfleet.models.scan import selective_scan_fn
+from segfleet.models.skips import skip
 
 DIRECTIONS = 4
 DIVISOR = 32
@@ -230,9 +231,9 @@ class VMUNet(nn.Module):
         s2 = self.encoder1(s1)
         s3 = self.encoder2(s2)
         x = self.decoder0(self.encoder3(s3))
-        x = self.decoder1(x + s3)
-        x = self.decoder2(x + s2)
-        x = self.decoder3(x + s1)
+        x = self.decoder1(x + skip(self, s3))
+        x = self.decoder2(x + skip(self, s2))
+        x = self.decoder3(x + skip(self, s1))
         return self.head(self.expand(x).movedim(-1, 1))
 
 

@@ -108,7 +108,7 @@ def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
                 train(Run(recipe=recipe, stores=stores, waits=job.get("waits", False), **parts))
             if ranks.rank == 0:
                 note_data(folders[-1].path, store.manifest)
-            if job.get("score", True):
+            if job.get("score", True) and recipe.task == "segment":
                 scorer.score(folders, again=job.get("again", False))
                 if ranks.rank == 0:
                     score_folds(Path(job["root"]), recipe, store.manifest)

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from segfleet.core.errors import InputError
 from segfleet.models import registry
+from segfleet.pipeline.data.masking import check_mask
 from segfleet.pipeline.engines.common import trainable
 from segfleet.pipeline.losses.base import build_loss
 from segfleet.pipeline.losses.deep_supervision import DeepSupervision
+from segfleet.pipeline.losses.hidden_error import hidden_error
 from segfleet.pipeline.recipe import OVERRIDES, Recipe, resolve
 from segfleet.pipeline.run import Manifests, manifests_of, named, stages_of
-from segfleet.pipeline.task import Task, make_task
+from segfleet.pipeline.task import RECONSTRUCT, Task, make_task, reconstruction
 from segfleet.pipeline.training.transfer import Side, Transfer, plan_transfer, rows_of
 from segfleet.preprocess.stores.manifest import Dataset, Manifest
 
@@ -72,6 +74,8 @@ def patch_of(recipe: Recipe, manifest: Manifest) -> tuple[int, int, int]:
 
 def task_of(recipe: Recipe, manifest: Manifest) -> Task:
     """What the recipe's network is asked to predict, and what of it is averaged."""
+    if recipe.task == RECONSTRUCT:
+        return reconstruction(manifest.dataset)
     task = make_task(manifest.dataset, recipe.model.head)
     return replace(task, averages=recipe.evaluation.average)
 
@@ -84,7 +88,7 @@ def build_network(recipe: Recipe, manifest: Manifest, task: Task) -> nn.Module:
 
 def input_names(recipe: Recipe, manifest: Manifest) -> set[str]:
     """Tensors of the network whose shape depends on the number of image channels."""
-    channels, outputs = len(manifest.dataset.channels), make_task(manifest.dataset).channels
+    channels, outputs = len(manifest.dataset.channels), task_of(recipe, manifest).channels
     shapes = []
     with torch.device("meta"):
         for more in (0, 2):  # of slices as channels there must be an odd number
@@ -104,12 +108,15 @@ def _built(recipe: Recipe, manifest: Manifest, channels: int, outputs: int) -> n
     asked = inspect.signature(spec.build).parameters
     options = {key: value for key, value in known.items() if key in asked} | recipe.model.options
     torch.manual_seed(recipe.seed)
-    return registry.build_model(
+    model = registry.build_model(
         recipe.model.name,
         in_channels=channels,
         num_classes=outputs,
         options=options,
     )
+    if recipe.task == RECONSTRUCT:
+        model.without_skips = True
+    return model
 
 
 def transfer_of(
@@ -133,8 +140,13 @@ def transfer_of(
 
 def _side(settings: Recipe, manifests: Manifests) -> Side:
     dataset = manifests(settings).dataset
-    rows = rows_of(make_task(dataset, settings.model.head))
-    return Side(rows=rows, channels=dataset.channels, name=settings.model.name)
+    task = task_of(settings, manifests(settings))
+    return Side(
+        rows=rows_of(task),
+        channels=dataset.channels,
+        name=settings.model.name,
+        rebuilds=task.head == RECONSTRUCT,
+    )
 
 
 def check_transfer(recipe: Recipe, manifests: Manifests, index: int) -> None:
@@ -153,17 +165,22 @@ class Objective(nn.Module):
 
     def __init__(self, recipe: Recipe, task: Task):
         super().__init__()
+        self.task = task
+        if task.head == RECONSTRUCT:
+            return
         name = recipe.loss.name
         if name == "auto":
             name = "dice_ce" if task.head == "softmax" else "bce_dice"
-        self.task = task
         self.loss = DeepSupervision(
             build_loss(name, head=task.head, options=recipe.loss.options),
             recipe.loss.deep_supervision,
         )
 
     def forward(self, output: Tensor | list[Tensor], label: Tensor) -> Tensor:
-        """output: logits or a list of logits; label (B, *S) uint8."""
+        """output: logits or a list of logits; label (B, *S) uint8, or what is to be reconstructed:
+        (B, C + 1, *S) float32, the mask last."""
+        if self.task.head == RECONSTRUCT:
+            return hidden_error(output[0] if isinstance(output, list) else output, label)
         return self.loss(output, self.task.target(label), self.task.valid(label))
 
 
@@ -187,10 +204,10 @@ def check_data(recipe: Recipe, manifest: Manifest, task: Task) -> None:
     made_for = recipe.data.made_for
     for key, found, names in (
         ("channels", len(dataset.channels), dataset.channels),
-        ("classes", len(task.names), task.names),
+        ("classes", None if task.head == RECONSTRUCT else len(task.names), task.names),
     ):
         expected = getattr(made_for, key, None)
-        if expected not in (None, found):
+        if found is not None and expected not in (None, found):
             raise InputError(
                 f"data.made_for.{key}: the recipe {recipe.name} is made for {made_for.dataset} with "
                 f"{expected}, but {dataset.name} in {recipe.data.store} has {found} "
@@ -259,7 +276,9 @@ def check_recipe(recipe: Recipe, manifest: Manifest | Manifests) -> Task:
 
 
 def _check(recipe: Recipe, manifest: Manifest, index: int) -> Task:
-    task = make_task(manifest.dataset, recipe.model.head)
+    task = task_of(recipe, manifest)
+    if recipe.task == RECONSTRUCT:
+        check_mask(recipe.data.mask, patch_of(recipe, manifest))
     check_data(recipe, manifest, task)
     with torch.device("meta"), torch.no_grad():
         network, patch = build_network(recipe, manifest, task).eval(), patch_of(recipe, manifest)

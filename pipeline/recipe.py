@@ -110,6 +110,13 @@ class MadeFor(Section):
     )
 
 
+class Mask(Section):
+    """What is hidden of a patch that is to be reconstructed."""
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.6, description="share that is hidden")
+    block: Positive = Field(8, description="edge of the hidden cubes (2D: squares), voxels")
+
+
 class Data(Section):
     """Which cases, and how patches are drawn from them."""
 
@@ -138,6 +145,12 @@ class Data(Section):
         "batch",
     )
     augment: Augment | None = Field(Augment(), description="augmentation; null switches it off")
+    cases: Positive | None = Field(
+        None,
+        description="train on so many cases of the fold: the first of a fixed order, so that fewer "
+        "are among more; none: all",
+    )
+    mask: Mask = Field(Mask(), description="what `task: reconstruct` hides")
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
         description="loader processes per rank, never changes the samples; auto: what the cores of "
@@ -281,7 +294,7 @@ AUGMENT_CHANGES = _changes(Augment)
 DATA_CHANGES, MODEL_CHANGES, LOSS_CHANGES = map(_changes, (Data, Model, Loss))
 OPTIMIZER_CHANGES, ENGINE_CHANGES = map(_changes, (Optimizer, Engine))
 EVALUATION_CHANGES = _changes(Evaluation)
-OVERRIDES = ("seed", "data", "model", "loss", "optimizer", "engine", "evaluation")
+OVERRIDES = ("seed", "task", "data", "model", "loss", "optimizer", "engine", "evaluation")
 
 
 class Inherit(Section):
@@ -387,6 +400,9 @@ class Stage(Section):
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = Field(
         None, description="another seed than the recipe's"
     )
+    task: Literal["segment", "reconstruct"] | None = Field(
+        None, description="another task than the recipe's"
+    )
     data: DATA_CHANGES | None = Field(
         None,
         description="keys of `data` that are others in this stage; one with a store of its own "
@@ -416,6 +432,11 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(
         0, description="of weights, sampling and augmentation"
     )
+    task: Literal["segment", "reconstruct"] = Field(
+        "segment",
+        description="reconstruct: a masked autoencoder, which needs no labels and is not scored; "
+        "skip connections are off, the loss is the squared error of what is hidden",
+    )
     data: Data = Field(default_factory=Data, description="cases and patches")
     model: Model = Field(description="which network")
     loss: Loss = Field(default_factory=Loss, description="what is minimised")
@@ -439,6 +460,10 @@ class Recipe(Section):
                 raise ValueError(
                     f"{where}data.batch {own.data.batch} must be a multiple of engine.accumulate "
                     f"{own.engine.accumulate}"
+                )
+            if stage.patience and own.task == "reconstruct":
+                raise ValueError(
+                    f"stages.{index}.patience: a reconstruction is not validated; set 0"
                 )
             if stage.patience and not own.evaluation.every:
                 raise ValueError(f"{where}a stage with patience needs evaluation.every > 0")

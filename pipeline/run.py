@@ -71,7 +71,7 @@ def stages_of(
         own = resolve(recipe, index)
         try:
             stored = manifests(own)
-            stored.fold(own.data.split, own.data.fold)
+            training_ids(own, stored)
         except InputError as error:
             raise InputError(named(error, own is not recipe, index, stage)) from None
         yield index, own, stored
@@ -95,14 +95,31 @@ def _read(store: str, _inode: int, _changed: int) -> Manifest:
     return load_manifest(Path(store))
 
 
+def training_ids(recipe: Recipe, manifest: Manifest) -> tuple[str, ...]:
+    """The cases that a stage trains on, `recipe` resolved for it: of its fold all, or the first
+    `data.cases` in an order by hashes of their ids, the same for every fold and number."""
+    ids = manifest.fold(recipe.data.split, recipe.data.fold)["train"]
+    if recipe.data.cases is None:
+        return ids
+    if recipe.data.cases > len(ids):
+        raise InputError(
+            f"data.cases: found {recipe.data.cases}, but the fold has {len(ids)} training cases"
+        )
+    order = sorted(ids, key=lambda name: hashlib.sha256(name.encode()).digest())
+    chosen = set(order[: recipe.data.cases])
+    return tuple(name for name in ids if name in chosen)
+
+
 def stage_facts(recipe: Recipe, manifest: Manifest, index: int) -> dict[str, Any]:
     """Everything about stage `index` that changes its result, its parents left out. `recipe` is
     resolved for that stage, `manifest` that of its store."""
     whole = recipe.model_dump(mode="json")
+    rebuilds = recipe.task == "reconstruct"
     data = {
         key: value
         for key, value in whole["data"].items()
-        if key not in ("made_for", "store", "workers", "split", "fold")
+        if key not in ("made_for", "store", "workers", "split", "fold", "cases")
+        and (key != "mask" or rebuilds)
     }
     engine = {
         key: value
@@ -140,12 +157,12 @@ def stage_facts(recipe: Recipe, manifest: Manifest, index: int) -> dict[str, Any
     return {
         "numerics": NUMERICS,
         **({"sources": changed} if changed else {}),
+        **({"task": recipe.task} if rebuilds else {"loss": whole["loss"]}),
         "store": manifest.id,
-        "train": list(manifest.fold(recipe.data.split, recipe.data.fold)["train"]),
+        "train": list(training_ids(recipe, manifest)),
         "seed": recipe.seed,
         "data": data,
         "model": model_facts(whole["model"]),
-        "loss": whole["loss"],
         "optimizer": optimizer,
         "engine": engine,
         "index": index,
@@ -200,7 +217,7 @@ def stage_steps(recipe: Recipe, manifest: Manifest | Manifests) -> list[int]:
     """Optimizer steps of an epoch of every stage; by default one pass over the training cases."""
     found = []
     for index, own, stored in stages_of(recipe, manifest):
-        cases = len(stored.fold(own.data.split, own.data.fold)["train"])
+        cases = len(training_ids(own, stored))
         found.append(recipe.stages[index].steps or max(1, -(-cases // own.data.batch)))
     return found
 

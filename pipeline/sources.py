@@ -31,9 +31,12 @@ ALWAYS = (
     "pipeline/data/intensity.py",
     "pipeline/data/sampler.py",
     "pipeline/data/randomness.py",
+    "pipeline/data/masking.py",
     "pipeline/losses/deep_supervision.py",
+    "pipeline/losses/hidden_error.py",
     "pipeline/training/schedule.py",
     "pipeline/training/sync_norm.py",
+    "pipeline/training/transfer.py",
     "pipeline/engines/common.py",
 )
 NETWORKS, LOSSES = "models", "pipeline/losses"

@@ -12,6 +12,8 @@ from torch import Tensor
 from segfleet.core.errors import InputError
 from segfleet.preprocess.stores.manifest import Dataset
 
+RECONSTRUCT = "reconstruct"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -80,12 +82,27 @@ class Task:
         return label
 
 
+def reconstruction(dataset: Dataset) -> Task:
+    """The image itself, channel by channel."""
+    return Task(
+        head=RECONSTRUCT,
+        names=dataset.channels,
+        members=(),
+        values=tuple(range(len(dataset.channels))),
+    )
+
+
 def make_task(dataset: Dataset, head: str = "auto") -> Task:
     """The task of a data set. `auto`: regions when it has them, sigmoid for a single foreground
     label, else softmax."""
     if head not in ("auto", "softmax", "sigmoid"):
         raise InputError(f"model.head: found '{head}', expected one of: auto, softmax, sigmoid")
     foreground = {name: value for name, value in dataset.labels.items() if value != 0}
+    if not foreground and not dataset.regions:
+        raise InputError(
+            f"data.store: {dataset.name} has no labels, which only a stage of `task: reconstruct` "
+            "does without"
+        )
     if dataset.regions:
         if head == "softmax":
             raise InputError(

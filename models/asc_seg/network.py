@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from segfleet.models.asc_seg.decoder import Connector, DecoderBlock, enlarge
 from segfleet.models.asc_seg.encoder import EncoderBlock, conv
 from segfleet.models.registry import ModelError, check_input, register
+from segfleet.models.skips import skip
 
 WIDTHS = (8, 16, 24, 32)
 DIVISOR = 16  # level 4 is at an eighth, and its decoder halves it once more
@@ -68,9 +69,9 @@ class AscSeg(nn.Module):
         e3 = self.encoder3(F.max_pool2d(e2, 2))
         e4 = self.encoder4(F.max_pool2d(e3, 2))
         d4 = self.decoder4(e4)
-        d3 = self.decoder3(self.connect3(d4, e3))
-        d2 = self.decoder2(self.connect2(d3, e2))
-        d1 = self.decoder1(self.connect1(d2, e1))
+        d3 = self.decoder3(self.connect3(d4, skip(self, e3)))
+        d2 = self.decoder2(self.connect2(d3, skip(self, e2)))
+        d1 = self.decoder1(self.connect1(d2, skip(self, e1)))
         if not (self.training and self.deep_supervision):
             return self.head1(d1)
         heads = (self.head1(d1), self.head2(d2), self.head3(d3), self.head4(d4))

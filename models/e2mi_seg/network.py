@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from segfleet.models.e2mi_seg.attention import PairedAttention
 from segfleet.models.e2mi_seg.blocks import GroupAggregation, HybridBlock, ResidualBlock
 from segfleet.models.registry import ModelError, check_input, register
+from segfleet.models.skips import skip
 
 # where queries and keys come from
 REVISIONS = {"2025-01": "conv", "2024-08": "tokens"}
@@ -183,10 +184,10 @@ class E2MISeg(nn.Module):
         x2 = self.enc2(self.down2(x1))
         x3 = self.enc3(self.down3(x2))
         x4 = self.enc4(self.down4(x3))
-        d3 = self.dec3(x4, self.mfga0(x4, x3))
-        d2 = self.dec2(d3, self.mfga1(d3, x2))
-        d1 = self.dec1(d2, self.mfga2(d2, x1))
-        d0 = self.dec0(d1, self.mfga3(d1, x0))
+        d3 = self.dec3(x4, self.mfga0(x4, skip(self, x3)))
+        d2 = self.dec2(d3, self.mfga1(d3, skip(self, x2)))
+        d1 = self.dec1(d2, self.mfga2(d2, skip(self, x1)))
+        d0 = self.dec0(d1, self.mfga3(d1, skip(self, x0)))
         if self.training and self.head1 is not None:
             return [self.head0(d0), self.head1(d1), self.head2(d2)]
         return self.head0(d0)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from segfleet.models.nnunet.topology import Topology
 from segfleet.models.registry import ModelError, check_input
+from segfleet.models.skips import skip
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -139,7 +140,7 @@ class PlannedUNet(nn.Module):
         skips.pop()
         outputs = []
         for level, stage in enumerate(self.decoder):
-            x = stage(x, skips.pop())
+            x = stage(x, skip(self, skips.pop()))
             if self.deep_supervision and self.training:
                 outputs.append(self.heads[level](x))
         return outputs[::-1] if outputs else self.heads[-1](x)

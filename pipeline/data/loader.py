@@ -23,9 +23,10 @@ from segfleet.pipeline.data.augment import draw_intensity, draw_spatial, flat
 from segfleet.pipeline.data.geometry import mirror, resample, source
 from segfleet.pipeline.data.intensity import apply_intensity
 from segfleet.pipeline.data.kernels import scratch
+from segfleet.pipeline.data.masking import hidden
 from segfleet.pipeline.data.sampler import Draw, PatchSampler
 from segfleet.pipeline.data.unpack import unpack
-from segfleet.pipeline.recipe import Augment
+from segfleet.pipeline.recipe import Augment, Mask
 from segfleet.preprocess.stores.base import ShardStore
 
 
@@ -145,6 +146,34 @@ class Patches(Dataset):
             drawn,
             flat(patch, draw.case.spacing),
             store.manifest.plan.masked,
+        )
+
+
+class MaskedPatches(Patches):
+    """Batches of (image without the hidden voxels, float32 (B, C + 1, *S) image and mask). What is
+    hidden is a pure function of (seed, stage, epoch, index), as all of a sample is."""
+
+    def __init__(self, *parts, mask: Mask):
+        super().__init__(*parts)
+        self.mask = mask
+
+    def __getitems__(self, places: list[tuple[int, int]]) -> Batch | Failure:
+        batch = super().__getitems__(places)
+        if isinstance(batch, Failure):
+            return batch
+        drawn = [
+            hidden(
+                self.mask,
+                self.sampler.patch,
+                randomness.generator(self.sampler.seed, randomness.MASK, self.stage, epoch, index),
+            )
+            for epoch, index in places
+        ]
+        mask = torch.from_numpy(np.stack(drawn))
+        mask = mask[:, 0] if self.sampler.patch[0] == 1 else mask
+        mask = mask[:, None].float()
+        return replace(
+            batch, image=batch.image * (1 - mask), label=torch.cat([batch.image, mask], 1)
         )
 
 

@@ -11,7 +11,7 @@ import functools
 
 import numpy as np
 
-CASES, PATCH, AUGMENT, INIT, DROPOUT = range(5)  # purposes: streams that never meet
+CASES, PATCH, AUGMENT, INIT, DROPOUT, MASK = range(6)  # purposes: streams that never meet
 
 
 def generator(

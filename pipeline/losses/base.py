@@ -11,7 +11,7 @@ from torch import nn
 
 from segfleet.core.errors import InputError, import_part
 
-SHARED = ("base", "deep_supervision", "soft_dice")
+SHARED = ("base", "deep_supervision", "hidden_error", "soft_dice")
 
 
 def losses() -> list[str]:

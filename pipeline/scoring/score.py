@@ -29,7 +29,7 @@ from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.scoring.evaluate import Kept, evaluate_cases
 from segfleet.pipeline.scoring.external import EXTERNAL, TestSet, overlap_with_training
 from segfleet.pipeline.stop import Interrupted, StopRequest
-from segfleet.pipeline.task import Task
+from segfleet.pipeline.task import RECONSTRUCT, Task
 from segfleet.preprocess.stores.base import ShardStore
 from segfleet.preprocess.stores.manifest import Manifest
 
@@ -77,6 +77,11 @@ def load_network(
     """The trained network in eval mode, averaged weights if there are any; its task; the
     checkpoint's folder name."""
     task = task_of(recipe, manifest)
+    if task.head == RECONSTRUCT:
+        raise InputError(
+            f"run: {folders[-1].path.name} ends with a reconstruction, which names no structure; "
+            "train a stage of `task: segment` after it"
+        )
     saved = chosen_checkpoint(recipe, folders)
     model = build_network(recipe, manifest, task)
     load_weights(model, {**saved.tensors("weights"), **saved.tensors("ema")}, str(saved.path))

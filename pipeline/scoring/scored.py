@@ -18,7 +18,7 @@ from typing import Any
 from segfleet.core.errors import InputError
 from segfleet.core.files import digest_of, read_json, write_atomically
 from segfleet.pipeline.recipe import Recipe
-from segfleet.pipeline.run import StageFolder, stages_of
+from segfleet.pipeline.run import StageFolder, stages_of, training_ids
 from segfleet.preprocess.stores.manifest import Manifest
 
 EVALUATION = "evaluation.json"
@@ -86,10 +86,12 @@ def write_evaluation(run: Path, document: dict[str, Any]) -> None:
 
 def is_scored(run: Path, recipe: Recipe, manifest: Manifest) -> bool:
     """Whether the run in the folder `run` is finished and its evaluation.json holds the score that
-    `recipe` asks for."""
+    `recipe` asks for. A reconstruction has none."""
     done = StageFolder(path=Path(run), index=len(recipe.stages) - 1).done()
     if done is None:
         return False
+    if recipe.task == "reconstruct":
+        return True  # there is nothing to score
     path = Path(run) / EVALUATION
     try:
         facts = path.stat()
@@ -107,7 +109,7 @@ def seen_in_training(ids: Sequence[str], recipe: Recipe, manifest: Manifest) -> 
     patient = {case.id: case.group or case.id for case in manifest.cases}
     trained: set[str] = set()
     for _, own, stored in stages_of(recipe, manifest):
-        known = set(stored.fold(own.data.split, own.data.fold)["train"])
+        known = set(training_ids(own, stored))
         if stored.id != manifest.id:  # another store: the same images, whatever they are called
             images = {case.image_sha256 for case in stored.cases if case.id in known} - {""}
             known = {case.id for case in manifest.cases if case.image_sha256 in images}

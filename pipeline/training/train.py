@@ -32,13 +32,13 @@ from segfleet.pipeline.parts import (
     check_recipe,
     doubts,
     patch_of,
+    task_of,
     transfer_of,
 )
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe, resolve
 from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.stop import Interrupted, Paused
-from segfleet.pipeline.task import make_task
 from segfleet.pipeline.training import precision as bf16
 from segfleet.pipeline.training import sync_norm
 from segfleet.pipeline.training.agreement import Agreement
@@ -251,7 +251,7 @@ def train_stage(this: Run, index: int) -> None:
     store = this.stores(recipe)
     manifest = store.manifest
     folder, stage = this.folders[index], recipe.stages[index]
-    ids = set(manifest.fold(recipe.data.split, recipe.data.fold)["train"])
+    ids = set(run.training_ids(recipe, manifest))
     cases = tuple(case for case in manifest.cases if case.id in ids)
     sampler = PatchSampler(
         cases=cases,
@@ -280,8 +280,11 @@ def train_stage(this: Run, index: int) -> None:
         ranks.rank,
         ranks.size,
     )
-    patches = loader.Patches(
-        store, sampler, index, steps, recipe.data.augment, ranks.device.type != "cpu"
+    parts = (store, sampler, index, steps, recipe.data.augment, ranks.device.type != "cpu")
+    patches = (
+        loader.MaskedPatches(*parts, mask=recipe.data.mask)
+        if recipe.task == "reconstruct"
+        else loader.Patches(*parts)
     )
     workers = loader.worker_count(recipe.data.workers, ranks.device.type, cpus_of_a_rank())
     stream = Stream(
@@ -418,7 +421,7 @@ def watch_for_hangs() -> None:
 def validation_due(recipe: Recipe, progress: Progress, steps: int) -> bool:
     """Whether an epoch that is to be validated ended with the last step and has not been validated
     yet, here or before a stop."""
-    every = recipe.evaluation.every * steps
+    every = recipe.evaluation.every * steps if recipe.task == "segment" else 0
     return bool(every) and progress.step > progress.validated and progress.step % every == 0
 
 
@@ -454,7 +457,7 @@ def build(this: Run, index: int) -> tuple[Engine, Progress]:
     recipe, ranks = resolve(this.recipe, index), this.ranks
     manifest = this.manifests(recipe)
     stage, folder = recipe.stages[index], this.folders[index]
-    task = make_task(manifest.dataset, recipe.model.head)
+    task = task_of(recipe, manifest)
     model = build_network(recipe, manifest, task)
     if index == 0 and recipe.model.weights:
         load_foreign(model, recipe.model)

@@ -37,6 +37,7 @@ class Side:
     rows: tuple[str, ...]  # what every output channel is called
     channels: tuple[str, ...]
     name: str  # of the network
+    rebuilds: bool = False  # the image, so that its outputs are no classes
 
 
 @dataclass(kw_only=True)
@@ -110,6 +111,8 @@ def plan_transfer(
     """What `model`, fresh, takes of the tensors `theirs`. `inputs`: our tensors whose shape depends
     on the number of channels. Raises InputError that names every tensor that does not fit; nothing
     is changed here."""
+    if ours.rebuilds != parent.rebuilds and inherit.head == "keep":
+        inherit = inherit.model_copy(update={"head": "new"})  # outputs of another kind
     own, found, faults = model.state_dict(), Transfer(), []
     wanted = chosen(own, spec, inherit.weights)
     for name, fresh in own.items():
