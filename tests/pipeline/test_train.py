@@ -258,17 +258,17 @@ def test_a_damaged_best_checkpoint_comes_back_from_the_one_before(tiny_store, tm
     )
     scores = dict(zip((3, 6, 9, 12), (0.5, 0.9, 0.7, 0.6), strict=True))
     dice = [*scores.values()]
-    folder = go(recipe, tmp_path, validate=lambda engine: {"dice": dice.pop(0)})[0]
+    folder = go(recipe, tmp_path, validate=lambda engine, own: {"dice": dice.pop(0)})[0]
     best, last = checkpoint.steps(folder.checkpoints)
     wanted = checkpoint.load(best).tensors("weights")
     harm(best)
     said, dice = [], [*scores.values()]
-    go(recipe, tmp_path, validate=lambda engine: {"dice": dice.pop(0)}, warn=said.append)
+    go(recipe, tmp_path, validate=lambda engine, own: {"dice": dice.pop(0)}, warn=said.append)
     assert len(said) == 1 and "step-00000006 of a finished stage is damaged" in said[0] and not dice
     assert_equal(wanted, checkpoint.load(best).tensors("weights"))
     harm(last)
     dice = [0.7, 0.6]  # goes on from the best one
-    go(recipe, tmp_path, validate=lambda engine: {"dice": dice.pop(0)}, warn=said.append)
+    go(recipe, tmp_path, validate=lambda engine, own: {"dice": dice.pop(0)}, warn=said.append)
     assert (
         "stage 1 is trained again from the checkpoint before it" in said[1]
         and len(said) == 2
@@ -378,7 +378,7 @@ def test_validation_keeps_the_best_checkpoint(tiny_store, tmp_path):
     recipe = recipe.model_copy(
         update={"stages": (recipe.stages[0].model_copy(update={"epochs": 4}),)}
     )
-    folder = go(recipe, tmp_path, validate=lambda engine: {"dice": next(scores)})[0]
+    folder = go(recipe, tmp_path, validate=lambda engine, own: {"dice": next(scores)})[0]
     assert folder.done()["best"] == {"dice": {"value": 0.9, "step": 6}}
     assert [path.name for path in checkpoint.steps(folder.checkpoints)] == [
         "step-00000006",
@@ -396,7 +396,7 @@ def test_a_stop_between_an_epoch_and_its_validation_loses_neither(tiny_store, tm
     recipe = recipe_of(tiny_store(dims=2), stages=1, evaluation={"every": 1})
     seen = []
 
-    def validate(engine):
+    def validate(engine, own):
         seen.append(1)
         return {"dice": 0.1 * len(seen)}
 
@@ -413,7 +413,7 @@ def test_patience_ends_a_stage_early_and_the_next_one_starts_from_there(tiny_sto
     first = recipe.stages[0].model_copy(update={"epochs": 9, "patience": 2})
     recipe = recipe.model_copy(update={"stages": (first, recipe.stages[1])})
     scores = iter([0.5, 0.6, 0.55, 0.6, 0.7, 0.7])
-    folders = go(recipe, tmp_path, validate=lambda engine: {"dice": next(scores)})
+    folders = go(recipe, tmp_path, validate=lambda engine, own: {"dice": next(scores)})
     assert folders[0].done()["steps"] == 12 and folders[0].done()["best"] == {
         "dice": {"value": 0.6, "step": 6}
     }
@@ -428,7 +428,7 @@ def test_a_dice_that_is_not_defined_is_no_best_and_no_reason_to_end(tiny_store, 
         update={"stages": (recipe.stages[0].model_copy(update={"epochs": 6, "patience": 2}),)}
     )
     scores = iter([None, None, None, 0.4, None, 0.3])
-    folder = go(recipe, tmp_path / "a", validate=lambda engine: {"dice": next(scores)})[0]
+    folder = go(recipe, tmp_path / "a", validate=lambda engine, own: {"dice": next(scores)})[0]
     assert folder.done()["steps"] == 18
     assert folder.done()["best"] == {"dice": {"value": 0.4, "step": 12}}
 
@@ -446,7 +446,7 @@ def test_every_measure_keeps_its_own_best_checkpoint(tiny_store, tmp_path, selec
         {"dice": d, "iou_pooled": i, "loss": x}
         for d, i, x in ((0.5, 0.4, 0.1), (0.9, 0.5, 0.2), (0.7, 0.6, float("nan")), (0.6, 0.1, 0.3))
     )
-    folder = go(recipe, tmp_path, validate=lambda engine: next(scores))[0]
+    folder = go(recipe, tmp_path, validate=lambda engine, own: next(scores))[0]
     assert folder.done()["best"] == {
         "dice": {"value": 0.9, "step": 6},
         "iou_pooled": {"value": 0.6, "step": 9},
@@ -503,7 +503,7 @@ def test_frozen_parameters_stay(tiny_store, tmp_path):
         update={"stages": (recipe.stages[0].model_copy(update={"freeze": ("nobody",)}),)}
     )
     with pytest.raises(
-        InputError, match="no parameter name begins with 'nobody'; names begin with: .*inc"
+        InputError, match="no parameter name begins with 'nobody'; .*names begin with: .*inc"
     ):
         go(wrong, tmp_path)
 
