@@ -575,7 +575,7 @@ def test_options_without_effect_are_no_part_of_the_identity(tiny_store):
     base = uids({}, {})
     assert (
         uids(
-            {"power": 2.0, "floor": 1e-5, "period": 3, "inherit": "weights+optimizer"},
+            {"power": 2.0, "floor": 1e-5, "period": 3, "inherit": Inherit(optimizer=True)},
             {"momentum": 0.5, "nesterov": False},
         )
         == base
