@@ -181,7 +181,7 @@ def describe(plan: Any, ledger: Any, node: Any) -> dict[str, Any]:
         depth, above = depth + 1, tree.before(above)
     return {
         "uid": node.uid, "after": node.after, "trunk": node.trunk is not None, "depth": depth, "stage": node.index + 1, "name": stage.name,
-        "model": node.recipe.model.name, "seed": node.recipe.seed, "fold": node.recipe.data.fold, "lr": stage.lr, "epochs": stage.epochs,
+        "model": node.recipe.model.name, "seed": node.recipe.seed, "fold": node.recipe.data.fold, "task": node.recipe.task, "store": node.recipe.data.store, "lr": stage.lr, "epochs": stage.epochs,
         "epochs_to_train": tree.epochs(node), "remaining_epochs": tree.remaining[node.uid], "trials": node.trials, "leaf_of": node.leaf_of,
         "state": ledger.state(node), "path": str(ledger.path(node)),
     }  # fmt: skip
@@ -189,6 +189,7 @@ def describe(plan: Any, ledger: Any, node: Any) -> dict[str, Any]:
 
 def render_forecast(document: dict[str, Any]) -> None:
     warn(document["warnings"])
+    several = len({node["store"] for node in document["tree"]}) > 1
     for node in document["tree"][:MOST_LINES]:
         goes_on = (
             f" (goes on from {node['epochs'] - node['epochs_to_train']})" if node["trunk"] else ""
@@ -198,8 +199,11 @@ def render_forecast(document: dict[str, Any]) -> None:
             if not node["depth"]
             else ""
         )
+        on = f" on {Path(node['store']).name}" if several else ""
+        on += " (reconstruct)" if node["task"] == "reconstruct" else ""
+        shared = f"  for {len(node['trials'])} trials" if len(node["trials"]) > 1 else ""
         ends = f"  ends {len(node['leaf_of'])} trial(s)" if node["leaf_of"] else ""
-        line = f"{node['uid']}  {what}{node['name']}: {node['epochs']} epochs{goes_on}, lr {node['lr']:g}{ends}  {node['state']}"
+        line = f"{node['uid']}  {what}{node['name']}{on}: {node['epochs']} epochs{goes_on}, lr {node['lr']:g}{shared}{ends}  {node['state']}"
         typer.echo("  " * node["depth"] + line)
     if len(document["tree"]) > MOST_LINES:
         typer.echo(f"... {len(document['tree']) - MOST_LINES} more; --json prints all")

@@ -162,7 +162,7 @@ def stage_facts(recipe: Recipe, manifest: Manifest, index: int) -> dict[str, Any
         "train": list(training_ids(recipe, manifest)),
         "seed": recipe.seed,
         "data": data,
-        "model": model_facts(whole["model"]),
+        "model": model_facts(whole["model"], index),
         "optimizer": optimizer,
         "engine": engine,
         "index": index,
@@ -179,10 +179,11 @@ def inherit_facts(inherit: Inherit) -> str | dict[str, Any]:
     return inherit.model_dump(mode="json")
 
 
-def model_facts(model: dict[str, Any]) -> dict[str, Any]:
-    """Weights to start from count by what is in the file, not by where it lies."""
+def model_facts(model: dict[str, Any], index: int) -> dict[str, Any]:
+    """Weights to start from count in the first stage, by what is in the file, not by where it
+    lies."""
     facts = {key: model[key] for key in ("name", "options", "head")}
-    if model["weights"] is not None:
+    if model["weights"] is not None and index == 0:
         if model["weights_sha256"] is None:
             raise InputError("model.weights_sha256: missing; read the recipe by `load_recipe`")
         facts |= {key: model[key] for key in ("weights_sha256", "mapping", "strict")}

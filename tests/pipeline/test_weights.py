@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -219,3 +220,37 @@ def test_the_command_line(weights, recipe, tmp_path, capsys):
     torch.save(state, path)
     command("torch", path, out, "plain_unet_3d", options)
     assert load_file(out).keys() == state.keys()
+
+
+def test_foreign_weights_are_a_root_that_runs_share_by_what_is_in_the_file(
+    recipe, weights, tmp_path
+):
+    path, state = weights
+    manifest = load_manifest(recipe(path).data.store)
+    stages = [{"epochs": 0, "lr": 1e-3}, {"epochs": 1, "steps": 1, "lr": 1e-3}]
+
+    def uids(document):
+        return run.stage_uids(with_digest(parse(document)), manifest)
+
+    plain = recipe(path).model_dump(mode="json") | {"stages": stages}
+    elsewhere = tmp_path / "elsewhere.pth"
+    shutil.copy(path, elsewhere)
+    moved = plain | {"model": plain["model"] | {"weights": str(elsewhere)}}
+    root = {"weights": str(elsewhere)}
+    unsaid = {**plain["model"], "weights": None, "weights_sha256": None}
+    in_stage = plain | {"model": unsaid, "stages": [{**stages[0], "model": root}, stages[1]]}
+    assert uids(plain) == uids(moved) == uids(in_stage)
+    assert uids(plain)[0] == run.stage_uids(recipe(path), manifest)[0]
+    torch.save({"state_dict": {name: value + 1 for name, value in state.items()}}, elsewhere)
+    moved["model"]["weights_sha256"] = None
+    assert uids(moved)[0] != uids(plain)[0]
+
+
+def test_a_stage_starts_from_weights_of_its_own(recipe, weights, tmp_path):
+    path, state = weights
+    document = recipe(path).model_dump(mode="json")
+    model = {"weights": document["model"].pop("weights")}
+    del document["model"]["weights_sha256"]
+    document["stages"][0]["model"] = model
+    kept = trained(with_digest(parse(document)), tmp_path / "runs")[0].final().tensors("weights")
+    assert all(torch.equal(kept[name], state[name]) for name in state)
