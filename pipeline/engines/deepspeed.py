@@ -65,8 +65,8 @@ class Engine:
         self.library = quiet_deepspeed(self.ranks.device)
         if self.zero == 3 and setup.stage.anchor:
             raise InputError(
-                "stages.anchor: found with zero 3, whose weights come and go; expected zero 0, 1 "
-                "or 2, or engine.name=ddp"
+                f"anchor: found {setup.stage.anchor:g} with zero 3, whose weights come and go; expected "
+                "zero 0, 1 or 2, or engine.name=ddp"
             )
         self.spec = registry.spec(self.recipe.model.name)
         self.named = trainable(self.model, setup.stage, self.spec)
@@ -153,8 +153,10 @@ class Engine:
         total, parts = torch.zeros((), device=self.ranks.device), self.options.accumulate
         for part in range(parts):
             image, label = next(micro_batches)
-            loss = self.anchor.added(self.loss(self.inner(image), label))
-            total += self.inner.backward(loss).detach()
+            loss = self.loss(self.inner(image), label)
+            whole = self.anchor.added(loss)
+            added = (whole - loss).detach() / parts if self.anchor.pairs else 0.0
+            total += self.inner.backward(whole).detach() - added
             if self.zero == 0 and part == parts - 1:
                 norm = clip_gradients(self.named.values(), self.recipe.optimizer.clip)
                 self.optimizer.found_inf, self.optimizer.grad_scale = (

@@ -315,6 +315,32 @@ def thaw(ranks: Ranks, store: str, kind: str) -> tuple[list[list[float]], dict[s
     }
 
 
+def finetune(ranks: Ranks, store: str, kind: str) -> list[Any]:
+    """[losses and norms of three steps, worst difference from ddp] with rates by layer and part, a
+    frozen part and anchors."""
+    found = []
+    for one in (kind, "ddp"):
+        recipe = recipe_of(one)
+        model = make_engine(ranks, store, recipe).model
+        stage = recipe.stages[0].model_copy(
+            update={"layer_decay": 0.5, "rates": {"head": 2.0}, "freeze": ("stem",), "anchor": 5.0}
+        )
+        anchors = {name: p.detach() + 0.01 for name, p in model.named_parameters()}
+        loss = Objective(recipe, make_task(open_store(store).manifest.dataset))
+        engine = build_engine(
+            Setup(model=model, loss=loss, recipe=recipe, stage=stage, ranks=ranks, anchors=anchors)
+        )
+        told = run_steps(ranks, engine, recipe, range(3))
+        found.append((told, checkpoint.copies(engine.tensors())["weights"]))
+    (told, mine), (plain, theirs) = found
+    worst = max(float((mine[name] - theirs[name]).abs().max()) for name in theirs)
+    return [told, plain, worst]
+
+
+def finetune_all(ranks: Ranks, store: str) -> dict[str, list[Any]]:
+    return {kind: finetune(ranks, store, kind) for kind in ("zero0", "zero1", "zero2")}
+
+
 def change_engines(ranks: Ranks, store: str, root: Path) -> dict[str, Any]:
     """The real loop over two stages: once straight through with ddp, once stopped in each stage and
     continued with another engine."""

@@ -336,3 +336,11 @@ def test_the_average_forgets_the_random_weights_it_began_with():
     assert float(average.values["weight"]) == pytest.approx(0.998, abs=1e-6)
     average.update(model, finite)
     assert float(average.values["weight"]) == pytest.approx(0.998**2, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_rates_by_part_frozen_parts_and_anchors_are_alike_in_every_engine(run_in_ranks, tiny_store):
+    found = run_in_ranks("engine_programs.py:finetune_all", 2, store=str(tiny_store(dims=3)))[0]
+    for kind, (told, plain, worst) in found.items():
+        assert worst < 1e-6, kind
+        torch.testing.assert_close(torch.tensor(told), torch.tensor(plain), rtol=1e-5, atol=0)
