@@ -474,8 +474,10 @@ class Recipe(Section):
                     f"stages.{index}.anchor: there is nothing to be near to; a first stage needs "
                     "model.weights"
                 )
-            before = resolve(self, index - 1).optimizer.name if index else own.optimizer.name
-            if index and stage.inherit.optimizer and before != own.optimizer.name:
+            if not index or not stage.inherit.optimizer:
+                continue
+            before = resolve(self, index - 1).optimizer.name
+            if before != own.optimizer.name:
                 raise ValueError(
                     f"stages.{index}.inherit.optimizer: found true, but the stage before is trained "
                     f"by {before}, whose moments {own.optimizer.name} does not have"

@@ -172,10 +172,8 @@ def stage_facts(recipe: Recipe, manifest: Manifest, index: int) -> dict[str, Any
 
 def inherit_facts(inherit: Inherit) -> str | dict[str, Any]:
     """In the words of before there were more than two, where these will do."""
-    plain = {"weights": Inherit(), "weights+optimizer": Inherit(optimizer=True)}
-    for words, meaning in plain.items():
-        if inherit == meaning:
-            return words
+    if inherit.plain:
+        return "weights+optimizer" if inherit.optimizer else "weights"
     return inherit.model_dump(mode="json")
 
 

@@ -227,7 +227,7 @@ def test_foreign_weights_are_a_root_that_runs_share_by_what_is_in_the_file(
 ):
     path, state = weights
     manifest = load_manifest(recipe(path).data.store)
-    stages = [{"epochs": 0, "lr": 1e-3}, {"epochs": 1, "steps": 1, "lr": 1e-3}]
+    stages = [{"epochs": 0, "steps": 2, "lr": 1e-3}, {"epochs": 1, "steps": 1, "lr": 1e-3}]
 
     def uids(document):
         return run.stage_uids(with_digest(parse(document)), manifest)
