@@ -377,7 +377,7 @@ def _contains(new: Any, old: Any) -> bool:
         next(iter(given.values())) if isinstance(given, dict) and len(given) == 1 else given
         for given in (old, new)
     ]
-    if isinstance(old, dict) and next(iter(old)) not in ("grid", "choice"):
+    if isinstance(old, dict) and next(iter(old), None) not in ("grid", "choice"):
         return False
     listed = [value if isinstance(value, list) else [value] for value in values]
     return isinstance(values[1], list) and all(value in listed[1] for value in listed[0])

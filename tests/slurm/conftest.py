@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,7 @@ class Cluster:
 
     def __init__(self, sandbox: Sandbox, folder: Path, environment: dict[str, str]):
         self.sandbox, self.folder = sandbox, folder
+        self.restarts_seen: dict[str, int] = {}  # job -> requeues, at its last release
         self.environment = {**environment, "OMP_NUM_THREADS": "1"}
 
     def segfleet(self, *arguments, code: int = 0, **more) -> subprocess.CompletedProcess:
@@ -128,9 +130,18 @@ class Cluster:
 
     def release(self, document: dict) -> None:
         """SLURM holds a requeued job back for two minutes; a test waits only until nothing of its
-        last life is left."""
-        self.wait(lambda: self.queue(document["job"])[0] == "PENDING", 60, "requeue")
-        self.wait(lambda: not self.helpers(document), 60, "the end of the last life")
+        last life is left. After a node's failure the job may start again by itself meanwhile."""
+        job = document["job"]
+        before = self.restarts_seen.get(job, 0)
+        self.wait(
+            lambda: self.queue(job)[0] == "PENDING" or self.restarts(job) > before, 60, "requeue"
+        )
+        self.wait(
+            lambda: not self.helpers(document) or self.queue(job)[0] == "RUNNING",
+            60,
+            "the end of the last life",
+        )
+        self.restarts_seen[job] = self.restarts(job)
         # a job that starts within the second of its requeue is refused: "Job credential revoked"
         time.sleep(1.5)
         deadline = time.monotonic() + 60
@@ -143,6 +154,11 @@ class Cluster:
             except subprocess.CalledProcessError:
                 pass  # it has just started
             time.sleep(0.5)
+
+    def restarts(self, job: str) -> int:
+        """How often SLURM has requeued it."""
+        words = self.call("scontrol", "show", "job", job)
+        return int(re.search(r"Restarts=(\d+)", words).group(1))
 
     def same_result(self, document: dict, straight: dict) -> None:
         """Bitwise equal weights of all stages, equal score, and every step logged exactly once."""
