@@ -11,8 +11,7 @@ SHELL := /bin/bash
 export PYTHONUTF8 := 1
 .ONESHELL:
 .SHELLFLAGS := -euo pipefail -c
-# Byte code comes with the first import, of what is imported: all of it is most of an installation's time.
-PIP := $(PY) -m pip install --quiet --no-compile --disable-pip-version-check
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 .PHONY: sources demo test install system lint long compat release clean-demo
 
 $(VENV)/ready: setup.py constraints.txt
