@@ -73,9 +73,8 @@ def test_sweeps_and_ranks_share_out_the_same_cores(monkeypatch):
     from segfleet.core import machine as core
     from segfleet.pipeline.launch import local
     from segfleet.sweeps import run
-    from segfleet.sweeps.ray import slots
 
-    assert run.cpus is core.cpus and local.cpus is core.cpus and slots.cpus is core.cpus
+    assert run.cpus is core.cpus and local.cpus is core.cpus
     monkeypatch.setenv("SEGFLEET_DEVICE", "cpu")
     monkeypatch.setattr(run, "cpus", lambda: 2)
     assert run.Resources(ranks=1).at_once == 2

@@ -111,7 +111,7 @@ def test_a_prediction_is_that_of_the_network_there(model, tmp_path):
             with torch.no_grad():
                 total += model[1][fold](x.flip(flips))[0].flip(flips)
         expected = total[0].argmax(0).numpy()
-        job = {"run": str(run), "images": [str(images)], "out": str(tmp_path / f"out{fold}")}
+        job = {"models": [str(run)], "images": [str(images)], "out": str(tmp_path / f"out{fold}")}
         predict(job, Ranks(torch.device("cpu")), lambda done, total: None)
         made = next((tmp_path / f"out{fold}").glob("*.nii.gz"))
         found = sitk.GetArrayFromImage(sitk.ReadImage(str(made)))

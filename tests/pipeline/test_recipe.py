@@ -34,7 +34,7 @@ def test_unknown_keys_and_illegal_values_are_all_named_at_once():
         "stages": [{"epochs": 2, "lr": 1, "schedule": "step"}],
     }
     message = refused({**MINIMAL, **wrong})
-    assert "modell: unknown key; expected one of: name, seed, data, model" in message
+    assert "modell: unknown key; expected one of: name, seed, task, data, model" in message
     assert "data.batch: found -1. Input should be greater than 0" in message
     assert "data.augment.flop: unknown key; expected one of: flip, rotation" in message
     assert (
@@ -165,7 +165,7 @@ def test_values_that_yaml_reads_otherwise_than_meant(tmp_path):
     [
         (
             ["stages.1.freeze=[nosuch]"],
-            "stages.1.freeze: no parameter name begins with 'nosuch'; names begin with: down1",
+            "stages.1.freeze: no parameter name begins with 'nosuch'; roles: all, encoder, decoder, head, backbone; names begin with: down1",
         ),
         (["stages.0.freeze=['']"], "stages.0.freeze:  leaves nothing to train"),
         (["evaluation.mirror=[0]"], "evaluation.mirror: found [0], but the network is 2D"),

@@ -102,7 +102,10 @@ MISTAKES = [
         {"axes": {"model.nme": ["a"]}},
         "axis model.nme: 'nme' is an unknown key; expected one of: name, options, ",
     ),
-    ({"axes": {"modell": ["a"]}}, "'modell' is an unknown key; expected one of: name, seed, data"),
+    (
+        {"axes": {"modell": ["a"]}},
+        "'modell' is an unknown key; expected one of: name, seed, task, data",
+    ),
     ({"axes": {"stages.first.lr": [1]}}, "found 'first', expected the number of a stage"),
     (
         {"axes": {"stages.5.lr": [1]}},
