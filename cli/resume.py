@@ -88,7 +88,7 @@ def refuse_if_another(run: Path, job: dict, code: str | None) -> None:
     the store as it is now, would make another run of its recipe."""
     from segfleet.core.errors import InputError
     from segfleet.pipeline.recipe import parse, resolve
-    from segfleet.pipeline.run import stage_folders
+    from segfleet.pipeline.run import root_of, stage_folders
     from segfleet.preprocess.stores.manifest import load_manifest
 
     recipe = resolve(parse(job["recipe"]))
@@ -104,6 +104,5 @@ def refuse_if_another(run: Path, job: dict, code: str | None) -> None:
     if there.resolve() != run.resolve():
         raise InputError(
             f"resume: {run.name} was submitted in {job['root']} and lies in {run} now; submit its "
-            f"recipe again with --runs {run.parents[len(recipe.stages) - 1]}: it goes on from its "
-            "latest checkpoint"
+            f"recipe again with --runs {root_of(run, recipe)}: it goes on from its latest checkpoint"
         )

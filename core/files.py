@@ -77,6 +77,12 @@ def read_json(path: Path, kind: type = dict) -> Any | None:
     return None
 
 
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write a document with its "sha256", which `read_json` checks and takes off again."""
+    text = json.dumps({**document, "sha256": digest_of(document)}, indent=1)
+    write_atomically(path, text)
+
+
 def digest_of(document: Any) -> str:
     """sha256 of a plain JSON document, however it is written down."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))

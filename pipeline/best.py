@@ -8,17 +8,17 @@ best; of equal ones a single recipe.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import digest_of, read_json, write_atomically
+from segfleet.core.files import read_json, write_json
 from segfleet.pipeline.folds import folder_of
 from segfleet.pipeline.out_of_fold import Case, cases_of, made_on, predictions
 from segfleet.pipeline.ranks import Ranks
+from segfleet.pipeline.run import root_of
 from segfleet.pipeline.scoring.metrics import score_case
 from segfleet.pipeline.scoring.scored import evaluation_of
 from segfleet.pipeline.scoring.summary import summarise
@@ -107,7 +107,7 @@ def _candidate(
 def _pair(networks: list[Trained], common: set[str]) -> dict[str, dict[str, Any]]:
     """The entries of an ensemble's cases; kept beside the score over all folds, so that they are
     predicted once."""
-    root = networks[0].run.parents[len(networks[0].recipe.stages) - 1]
+    root = root_of(networks[0].run, networks[0].recipe)
     path = folder_of(root, [one.uid for one in networks]) / PAIR
     facts = made_on(networks)
     kept = read_json(path) or {}
@@ -132,5 +132,5 @@ def _pair(networks: list[Trained], common: set[str]) -> dict[str, dict[str, Any]
     found = {entry["id"]: entry for entry in predictions(model, cases, score, Ranks())}
     document = {"made_on": facts, "cases": found}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({**document, "sha256": digest_of(document)}, indent=1))
+    write_json(path, document)
     return found

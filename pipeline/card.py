@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from segfleet.core.files import read_json
 from segfleet.pipeline.checkpoint import versions
 from segfleet.pipeline.folds import folder_of
 from segfleet.pipeline.parts import patch_of
+from segfleet.pipeline.run import root_of
 from segfleet.pipeline.scoring.scored import EVALUATION, optimism
 from segfleet.pipeline.trained import Model, Trained
 
@@ -120,6 +120,6 @@ def _rows(name: str, document: dict[str, Any]) -> list[str]:
 
 
 def _together(networks: list[Trained]) -> dict[str, Any] | None:
-    root: Path = networks[0].run.parents[len(networks[0].recipe.stages) - 1]
+    root = root_of(networks[0].run, networks[0].recipe)
     path = folder_of(root, [one.uid for one in networks]) / EVALUATION
     return read_json(path) if path.is_file() else None

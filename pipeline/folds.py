@@ -22,6 +22,7 @@ from segfleet.pipeline.run import (
     StageFolder,
     find_run,
     open_run,
+    root_of,
     run_folders,
     stage_folders,
 )
@@ -70,8 +71,8 @@ def find_folds(text: str, root: Path) -> list[Path]:
     else the name fits."""
     wanted = set()
     if (Path(text) / RECIPE).is_file():
-        own, (recipe, folders) = Path(text).resolve(), open_run(Path(text))
-        root = own.parents[1 if own.parent.name == FOLDS else len(folders) - 1]
+        own, recipe = Path(text).resolve(), open_run(Path(text))[0]
+        root = own.parents[1] if own.parent.name == FOLDS else root_of(own, recipe)
         wanted.add(family_of(recipe))
     families: dict[str, list[tuple[int, Path]]] = {}
     for folder in run_folders(root):

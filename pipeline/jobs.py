@@ -33,7 +33,7 @@ from segfleet.core.parallel import Apart
 from segfleet.pipeline.data.staged_store import on_node
 from segfleet.pipeline.events import Lines
 from segfleet.pipeline.folds import score_folds
-from segfleet.pipeline.inference.postprocess import AUTO, for_all, parse_rule
+from segfleet.pipeline.inference.postprocess import AUTO
 from segfleet.pipeline.inference.predict import Wishes, predict_files
 from segfleet.pipeline.loading import open_model
 from segfleet.pipeline.out_of_fold import decided
@@ -177,11 +177,8 @@ def predict(
     """The answer of `predict_files` for a prediction's images. Raises InputError."""
     model = open_model([Path(path) for path in job["models"]], ranks.device)
     model.check()
-    rules = None
-    if (text := job.get("postprocess")) == AUTO:
-        rules = decided(model, ranks)
-    elif text:
-        rules = for_all(parse_rule(text), model.task)
+    text = job.get("postprocess")
+    rules = decided(model, ranks) if text == AUTO else model.rules(text or None)
     with Apart() as apart:
         return predict_files(
             model.members(),

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import digest_of, replacing
+from segfleet.core.files import digest_of, file_facts, replacing, write_json
 from segfleet.core.making import making
 from segfleet.pipeline.recipe import Recipe, parse
 from segfleet.pipeline.trained import Model, Trained
@@ -86,8 +86,7 @@ def _fill(model: Model, folder: Path, card: str) -> None:
                 "uid": one.uid,
                 "checkpoint": one.checkpoint,
                 "weights": name,
-                "bytes": (folder / name).stat().st_size,
-                "sha256": _sha256(folder / name),
+                **file_facts(folder / name),
                 "recipe": portable(one.recipe),
                 "data": _plan_of(one.manifest),
             }
@@ -98,8 +97,7 @@ def _fill(model: Model, folder: Path, card: str) -> None:
         "networks": networks,
         "postprocessing": model.postprocessing,
     }
-    text = json.dumps({**document, "sha256": digest_of(document)}, indent=1)
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, document)
     (folder / CARD).write_text(card, encoding="utf-8")
 
 
@@ -118,11 +116,6 @@ def _plan_of(manifest: Manifest) -> dict[str, Any]:
     """Data set and plan: no case, no split, no file."""
     known = {"cases": (), "splits": {}, "files": {}, "joined": None, "fingerprint": {}}
     return manifest.model_copy(update=known).model_dump(mode="json")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _pack(folder: Path, out: Path) -> None:

@@ -7,7 +7,6 @@ recipe. Cases that some run was trained on and none validates on are left out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,13 @@ import numpy as np
 import torch
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import digest_of, read_json, write_atomically
+from segfleet.core.files import digest_of, read_json, write_json
 from segfleet.pipeline.folds import folder_of
 from segfleet.pipeline.inference.ensemble import Member, Stored, predict_maps
 from segfleet.pipeline.inference.postprocess import LARGEST, Rule, clean, rules_of
 from segfleet.pipeline.inference.restore import combine
 from segfleet.pipeline.ranks import Ranks, as_facts, from_facts
+from segfleet.pipeline.run import root_of
 from segfleet.pipeline.scoring.evaluate import truth_of
 from segfleet.pipeline.scoring.intervals import paired
 from segfleet.pipeline.scoring.metrics import score_case
@@ -142,8 +142,7 @@ def decision_file(networks: Sequence[Trained]) -> Path | None:
         return None
     if len(runs) == 1:
         return runs[0] / DECISION
-    root = runs[0].parents[len(networks[0].recipe.stages) - 1]
-    return folder_of(root, [run.name for run in runs]) / DECISION
+    return folder_of(root_of(runs[0], networks[0].recipe), [run.name for run in runs]) / DECISION
 
 
 def read_decision(networks: Sequence[Trained]) -> dict[str, Any] | None:
@@ -171,16 +170,15 @@ def decided(model: Model, ranks: Ranks, progress: Progress | None = None) -> dic
         if ranks.rank == 0:
             path = decision_file(model.networks)
             path.parent.mkdir(parents=True, exist_ok=True)
-            document = model.postprocessing
-            text = json.dumps({**document, "sha256": digest_of(document)}, indent=1)
-            write_atomically(path, text)
+            write_json(path, model.postprocessing)
     return rules_of(model.postprocessing["rules"])
 
 
 def decide(model: Model, ranks: Ranks, progress: Progress | None = None) -> dict[str, Any]:
     """Whether keeping only the largest part of a structure helps, structure by structure: where the
     mean paired difference of Dice is above 0 and its 95 % interval over patients does not reach
-    below (nowhere with fewer than five patients). Empty in truth and prediction counts 1, so that taking out a false part is seen."""
+    below (nowhere with fewer than five patients). Empty in truth and prediction counts 1, so that
+    taking out a false part is seen."""
     task = model.task
 
     def score(case: Case, label: np.ndarray, truth: np.ndarray) -> dict[str, Any]:

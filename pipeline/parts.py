@@ -86,6 +86,14 @@ def build_network(recipe: Recipe, manifest: Manifest, task: Task) -> nn.Module:
     return _built(recipe, manifest, len(manifest.dataset.channels), task.channels)
 
 
+def in_layout(network: nn.Module, recipe: Recipe, manifest: Manifest) -> nn.Module:
+    """The network in the memory format that the recipe asks for."""
+    if not recipe.engine.channels_last:
+        return network
+    flat = patch_of(recipe, manifest)[0] == 1
+    return network.to(memory_format=torch.channels_last if flat else torch.channels_last_3d)
+
+
 def input_names(recipe: Recipe, manifest: Manifest) -> set[str]:
     """Tensors of the network whose shape depends on the number of image channels."""
     channels, outputs = len(manifest.dataset.channels), task_of(recipe, manifest).channels

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import digest_of, read_json, write_atomically
+from segfleet.core.files import read_json, write_atomically, write_json
 from segfleet.core.lock import Lock, holder
 from segfleet.pipeline.recipe import OVERRIDES, Inherit, Recipe, Stage, parse, resolve
 from segfleet.pipeline.sources import NUMERICS, changed_sources
@@ -275,9 +275,7 @@ class StageFolder:
             ) from None
 
     def finish(self, name: str, **facts: Any) -> None:
-        document = {"checkpoint": name, **facts}
-        text = json.dumps({**document, "sha256": digest_of(document)}, indent=1)
-        write_atomically(self.path / DONE, text)
+        write_json(self.path / DONE, {"checkpoint": name, **facts})
 
 
 def note_identity(folder: StageFolder, recipe: Recipe, manifest: Manifest | Manifests) -> None:
@@ -442,6 +440,11 @@ def run_folders(root: Path) -> list[Path]:
     """Folders that hold a whole run's recipe, in a fixed order."""
     found = (path.parent for path in Path(root).rglob(RECIPE))
     return sorted(folder for folder in found if folder.parent.name != FOLDS)
+
+
+def root_of(folder: Path, recipe: Recipe) -> Path:
+    """The folder of all runs, from a run's: its stages lie inside one another."""
+    return Path(folder).parents[len(recipe.stages) - 1]
 
 
 ADVICE = "; wait or stop it, then run the same command again"

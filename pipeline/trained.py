@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from segfleet.core.errors import InputError
 from segfleet.pipeline.checkpoint import Checkpoint, folder_name
 from segfleet.pipeline.inference.ensemble import Member
-from segfleet.pipeline.inference.postprocess import Rule, clean, parse_rule, rules_of
+from segfleet.pipeline.inference.postprocess import AUTO, Rule, clean, for_all, parse_rule, rules_of
 from segfleet.pipeline.inference.predict import Wishes, image_maps, predict_files
 from segfleet.pipeline.inference.restore import combine
 from segfleet.pipeline.inference.sliding_window import Forward
-from segfleet.pipeline.parts import build_network, patch_of, task_of
+from segfleet.pipeline.parts import patch_of, task_of
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.run import data_of, open_run
-from segfleet.pipeline.scoring.score import chosen_checkpoint, forward_of
+from segfleet.pipeline.scoring.score import averaged, chosen_checkpoint, forward_of, with_weights
 from segfleet.pipeline.scoring.scored import chosen_step
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.case import Geometry
@@ -69,7 +69,7 @@ def trained_run(folder: Path) -> Trained:
         manifest=data_of(folders[-1].path, recipe),
         size=weights.stat().st_size if weights.is_file() else 0,
         check=saved,
-        read=lambda: {**saved().tensors("weights"), **saved().tensors("ema")},
+        read=lambda: averaged(saved()),
         run=folders[-1].path,
     )
 
@@ -164,24 +164,15 @@ class Model:
     def network(self, one: Trained) -> nn.Module:
         """The network itself, with its weights, in eval mode on the model's device. Raises
         CheckpointError if they do not fit."""
-        from segfleet.pipeline.engines.common import load_weights
-
-        network = build_network(one.recipe, one.manifest, one.task)
-        load_weights(network, one.read(), one.uid)
-        network = network.to(self.device)
-        if one.recipe.engine.channels_last:
-            flat = patch_of(one.recipe, one.manifest)[0] == 1
-            kind = torch.channels_last if flat else torch.channels_last_3d
-            network = network.to(memory_format=kind)
-        return network.eval()
+        return with_weights(one.recipe, one.manifest, one.read(), one.uid, self.device)
 
     def rules(self, text: str | None) -> dict[str, Rule] | None:
         """What is taken out of labels, from `auto`, `largest` or `min-size=N`. Raises
         InputError."""
         if text is None:
             return None
-        if text != "auto":
-            return dict.fromkeys(self.task.names, parse_rule(text))
+        if text != AUTO:
+            return for_all(parse_rule(text), self.task)
         if self.postprocessing is None:
             raise InputError(
                 "postprocess: nothing was decided for this model yet; `segfleet predict ... "

@@ -23,7 +23,7 @@ from typing import Any
 from segfleet.core.errors import ExitCode, InputError
 from segfleet.core.machine import cpus
 from segfleet.pipeline.launch.local import RankFailed, signals_heard
-from segfleet.pipeline.run import DONE, lock_stage
+from segfleet.pipeline.run import lock_stage
 from segfleet.pipeline.stop import LEAVE, Interrupted
 from segfleet.slurm import snapshot
 from segfleet.sweeps import threads
@@ -126,9 +126,9 @@ def run_sweep(
     resources.check()
     if fault := foreign(plan):
         raise InputError(fault)
-    claim(plan, settle_code(plan, current))
-    lock = lock_stage(plan.folder)
+    lock = lock_stage(plan.folder)  # first: who is refused changes nothing
     try:
+        claim(plan, settle_code(plan, current))
         (plan.folder / STOP).unlink(missing_ok=True)
         ledger = Ledger(plan.tree, plan.runs, plan.folder)
         ledger.forget_failures()
@@ -185,7 +185,8 @@ def _run_sessions(plan: Plan, resources: Resources, tick: Callable[[int, int], N
         fault = Session(plan, resources, seconds).follow(tick)
         if fault is None:
             return
-        finished = len(list(plan.runs.rglob(DONE)))
+        plan.catch_up()
+        finished = Ledger(plan.tree, plan.runs, plan.folder).epochs_done()
         died, known = (1 if finished > known else died + 1), finished
         log = plan.folder / LOG
         if died == FRUITLESS:

@@ -59,7 +59,10 @@ def drive(search: TreeSearch, slots: int, leave: threading.Event) -> None:
                 if not running:
                     if leave.is_set():
                         raise Leave
-                    return
+                    if order == FINISHED:
+                        return
+                    leave.wait(PACE)  # for stages that other processes train
+                    continue
                 ended, _ = wait(running, timeout=PACE, return_when=FIRST_COMPLETED)
                 for future, trial in list(running.items()):
                     while not trial.heard.empty():

@@ -1,9 +1,9 @@
 """Confidence intervals and paired tests over patients, whose cases always stay together.
 
 The interval of a mean is the studentised bootstrap's (bootstrap-t): patients are drawn with
-replacement, and every resample's mean is measured in its own standard error. Of percentile, BCa,
-Student's t and this it alone covers about 95 % from five patients on, also where scores are skewed
-(`benchmarks/intervals.py`). Below `FEWEST` patients none does: there is no interval.
+replacement, and every resample's mean is measured in its own standard error. At five patients it
+held the true mean in 84 to 94 % of trials over five kinds of scores, percentile and BCa in 62 to 83
+(`benchmarks/intervals.py`). Below `FEWEST` patients it is too far from 95: there is no interval.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from segfleet.models import registry
 from segfleet.pipeline import checkpoint
 from segfleet.pipeline.engines.base import Engine, autocast
 from segfleet.pipeline.engines.common import load_weights
-from segfleet.pipeline.parts import Objective, build_network, patch_of, task_of
+from segfleet.pipeline.parts import Objective, build_network, in_layout, patch_of, task_of
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.run import StageFolder, lock_stage
@@ -42,8 +42,8 @@ CASES = "scored"  # a folder of the cases that are scored already, while it last
 def forward_of(
     model: nn.Module, task: Task, recipe: Recipe, device: torch.device, *, logits: bool = False
 ) -> Callable[[Tensor], Tensor]:
-    """`forward(image) -> probabilities` (or logits, by `task.averages`), with the recipe's precision and memory format, without
-    gradients. With `logits`, (B, 2K, *S): the logits follow the probabilities."""
+    """`forward(image) -> probabilities` (or logits, by `task.averages`), with the recipe's precision
+    and memory format, without gradients. With `logits`, (B, 2K, *S): the logits follow the probabilities."""
 
     @torch.no_grad()
     def forward(image: Tensor) -> Tensor:
@@ -83,13 +83,27 @@ def load_network(
             "train a stage of `task: segment` after it"
         )
     saved = chosen_checkpoint(recipe, folders)
-    model = build_network(recipe, manifest, task)
-    load_weights(model, {**saved.tensors("weights"), **saved.tensors("ema")}, str(saved.path))
-    model = model.to(device)
-    if recipe.engine.channels_last:
-        flat = patch_of(recipe, manifest)[0] == 1
-        model = model.to(memory_format=torch.channels_last if flat else torch.channels_last_3d)
-    return model.eval(), task, saved.path.name
+    model = with_weights(recipe, manifest, averaged(saved), str(saved.path), device)
+    return model, task, saved.path.name
+
+
+def averaged(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
+    """The weights that are judged: averaged ones where there are any."""
+    return {**saved.tensors("weights"), **saved.tensors("ema")}
+
+
+def with_weights(
+    recipe: Recipe,
+    manifest: Manifest,
+    tensors: dict[str, Tensor],
+    where: str,
+    device: torch.device,
+) -> nn.Module:
+    """The recipe's network with these weights, in eval mode on the device. Raises CheckpointError
+    that says `where` they are from, if they do not fit."""
+    model = build_network(recipe, manifest, task_of(recipe, manifest))
+    load_weights(model, tensors, where)
+    return in_layout(model.to(device), recipe, manifest).eval()
 
 
 def nothing(*_: Any) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import digest_of, read_json, write_atomically
+from segfleet.core.files import read_json, write_json
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.run import StageFolder, stages_of, training_ids
 from segfleet.preprocess.stores.manifest import Manifest
@@ -80,8 +80,7 @@ def read_evaluation(run: Path) -> dict[str, Any] | None:
 
 
 def write_evaluation(run: Path, document: dict[str, Any]) -> None:
-    text = json.dumps({**document, "sha256": digest_of(document)}, indent=1)
-    write_atomically(Path(run) / EVALUATION, text)
+    write_json(Path(run) / EVALUATION, document)
 
 
 def is_scored(run: Path, recipe: Recipe, manifest: Manifest) -> bool:

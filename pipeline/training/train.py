@@ -31,6 +31,7 @@ from segfleet.pipeline.parts import (
     build_network,
     check_recipe,
     doubts,
+    in_layout,
     patch_of,
     task_of,
     transfer_of,
@@ -298,7 +299,6 @@ def train_stage(this: Run, index: int) -> None:
     clock = SaveClock(recipe.save_minutes, ranks)
     agreement = Agreement(ranks, this.asked_to_stop, clock.due)
     periods = [period for period in (LOG_EVERY, steps, recipe.save_every) if period]
-    ended = False
     try:
         while True:
             watch_for_hangs()
@@ -336,6 +336,9 @@ def train_stage(this: Run, index: int) -> None:
             if (saver.wait() if ended or stopping else saver.poll()) and ranks.rank == 0:
                 checkpoint.prune(folder.checkpoints, KEEP, protected(progress))
             if ended:
+                if log:
+                    end = {"stage": index, "at_step": progress.step}
+                    log.write("finished", **end, joules=energy.joules())
                 break
             if stopping:
                 stopped(log, index, progress.step, energy)
@@ -364,8 +367,6 @@ def train_stage(this: Run, index: int) -> None:
     finally:
         faulthandler.cancel_dump_traceback_later()
         if log:
-            if ended:
-                log.write("finished", stage=index, at_step=progress.step, joules=energy.joules())
             log.close()
     agreement.close()
     ranks.barrier()
@@ -482,9 +483,7 @@ def build(this: Run, index: int) -> tuple[Engine, Progress]:
     }
     model = model.to(ranks.device)
     sync_norm.synchronise(model, ranks, recipe.engine.compile)
-    if recipe.engine.channels_last:
-        flat = patch_of(recipe, manifest)[0] == 1
-        model = model.to(memory_format=torch.channels_last if flat else torch.channels_last_3d)
+    model = in_layout(model, recipe, manifest)
     if recipe.engine.checkpoint_activations:
         from segfleet.models.checkpointing import activation_checkpointing
 

@@ -79,11 +79,6 @@ class Transfer:
         return f"stage {index + 1} starts from stage {index}: {', '.join(parts)}"
 
 
-def differ(ours: Side, parent: Side) -> bool:
-    """Whether there is another number of channels."""
-    return len(ours.channels) != len(parent.channels)
-
-
 @torch.no_grad()
 def load(model: nn.Module, found: Transfer) -> None:
     own = model.state_dict()
@@ -130,6 +125,8 @@ def plan_transfer(
             )
         ):
             found.tensors[name], found.how[name] = value, TAKEN
+            if is_head and _by_class(fresh, ours) and ours.rows != parent.rows:
+                found.how[name] = f"as it was for {', '.join(parent.rows)}"
         elif is_head and inherit.head == "map":
             _map_rows(found, name, fresh, value, inherit, ours, parent)
         elif (

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -148,10 +149,16 @@ class Manifest(Frozen):
             else facts
         )
 
+    @cached_property
+    def by_id(self) -> tuple[tuple[CaseEntry, ...], dict[str, CaseEntry]]:
+        """The cases, and each by its id."""
+        return self.cases, {entry.id: entry for entry in self.cases}
+
     def case(self, case_id: str) -> CaseEntry:
-        for entry in self.cases:
-            if entry.id == case_id:
-                return entry
+        if self.by_id[0] is not self.cases:  # a copy with other cases has brought it along
+            del self.__dict__["by_id"]
+        if entry := self.by_id[1].get(case_id):
+            return entry
         raise InputError(
             f"case: found '{case_id}', which is not one of the {len(self.cases)} cases of "
             f"{self.dataset.name}"

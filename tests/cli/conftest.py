@@ -28,6 +28,12 @@ def write_folds(store: Path, folds: list[list[int]]) -> None:
     save_manifest(store, manifest.model_copy(update={"splits": {"kfold": kfold}}))
 
 
+@pytest.fixture(scope="session", name="write_folds")
+def write_folds_fixture():
+    """`write_folds(store, [[0, 2], [1, 3]])`"""
+    return write_folds
+
+
 @pytest.fixture(scope="session")
 def two_folds(tiny_store, tmp_path_factory):
     """A folder with `tiny.yaml`, its store of two folds, the trained runs of both in `runs`, and

@@ -17,7 +17,7 @@ from segfleet.core.errors import InputError
 from segfleet.pipeline.folds import every_fold, score_folds
 from segfleet.pipeline.recipe import load_recipe
 from segfleet.pipeline.run import find_run, run_folders
-from segfleet.preprocess.stores.manifest import load_manifest, save_manifest
+from segfleet.preprocess.stores.manifest import load_manifest
 from segfleet.slurm import prepare
 from segfleet.slurm.status import status
 from segfleet.sweeps.space.space import SearchSpace, search_of
@@ -27,22 +27,8 @@ def segfleet(*words):
     return CliRunner().invoke(main.app, [str(word) for word in words])
 
 
-def write_folds(store: Path, folds: list[list[int]]) -> None:
-    """Another split `kfold` of a store: the validation cases of every fold by their numbers."""
-    manifest = load_manifest(store)
-    ids = [case.id for case in manifest.cases]
-    kfold = tuple(
-        {
-            "train": tuple(case for n, case in enumerate(ids) if n not in val),
-            "val": tuple(ids[n] for n in val),
-        }
-        for val in folds
-    )
-    save_manifest(store, manifest.model_copy(update={"splits": {"kfold": kfold}}))
-
-
 @pytest.fixture(scope="module")
-def work(tiny_store, tmp_path_factory):
+def work(tiny_store, tmp_path_factory, write_folds):
     """A folder with tiny.yaml, a recipe of two steps on a store of two folds, and the runs of both
     in `runs`."""
     folder = tmp_path_factory.mktemp("folds")
@@ -118,7 +104,7 @@ def test_a_fold_that_is_not_scored_as_asked_leaves_no_score_of_all(work, tmp_pat
     assert score_folds(tmp_path / "runs", recipe, manifest) is None
 
 
-def test_folds_that_share_cases_have_no_score_of_all(work, tmp_path):
+def test_folds_that_share_cases_have_no_score_of_all(work, tmp_path, write_folds):
     folder, _, _ = work
     shutil.copytree(folder / "store", tmp_path / "store")
     write_folds(tmp_path / "store", [[0, 1], [1, 2]])

@@ -14,41 +14,13 @@ from segfleet.pipeline.engines.ddp import Engine
 from segfleet.pipeline.jobs import Stores
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Stage, override, parse, with_absolute_store
-from segfleet.pipeline.stop import Interrupted
-from segfleet.pipeline.training.train import Run, train
 
 LITE = registry.spec("unet_lite_standard")
 
 
 @pytest.fixture
-def document(tiny_store):
-    return {
-        "name": "tiny",
-        "data": {"store": str(tiny_store(dims=2)), "batch": 2, "patch": [32, 32], "workers": 0},
-        "model": {"name": "unet_lite_standard", "options": {"width": 4}},
-        "stages": [
-            {"name": "first", "epochs": 1, "steps": 2, "lr": 1e-2},
-            {"name": "second", "epochs": 3, "steps": 2, "lr": 1e-2},
-        ],
-        "save_minutes": 1000,
-    }
-
-
-def go(document, root, *changes, stop_after=None):
-    recipe = with_absolute_store(parse(override(document, list(changes))))
-    stores, asked = Stores(), iter(range(10**9))
-    folders = run.stage_folders(root, recipe, stores.manifest)
-    try:
-        train(
-            Run(
-                recipe=recipe, stores=stores, folders=folders, ranks=Ranks(torch.device("cpu")),
-                asked_to_stop=lambda: stop_after is not None and next(asked) >= stop_after,
-                warn=lambda text: None, validate=lambda engine, own: {},
-            )
-        )  # fmt: skip
-    except Interrupted:
-        assert stop_after is not None
-    return folders
+def document(two_stages):
+    return two_stages({}, {"epochs": 3, "lr": 1e-2}, save_minutes=1000)
 
 
 def weights(folder, group="weights"):
@@ -95,7 +67,7 @@ def test_of_several_rates_that_fit_the_last_counts():
     assert found["inc"] == 0.1 and found["down1"] == 0 and found["outc"] == 2 and found["up1"] == 1
 
 
-def test_a_rate_of_a_part_moves_that_part_as_such_a_rate_moves_all(document, tmp_path):
+def test_a_rate_of_a_part_moves_that_part_as_such_a_rate_moves_all(document, tmp_path, go):
     """Adam's first step is as long as its rate, whatever the gradient."""
     document["optimizer"] = {"weight_decay": 0, "clip": 0, "name": "adam"}
     document["stages"][1] |= {"epochs": 1, "steps": 1, "rates": {"encoder": 0.01, "down2": 0}}
@@ -108,7 +80,7 @@ def test_a_rate_of_a_part_moves_that_part_as_such_a_rate_moves_all(document, tmp
 
 @pytest.mark.parametrize("statistics", [True, False])
 def test_frozen_batch_norms_keep_their_statistics_unless_asked_otherwise(
-    document, tmp_path, statistics
+    document, tmp_path, statistics, go
 ):
     document["stages"][1] |= {"freeze": ["encoder"], "freeze_statistics": statistics}
     found = {name for name in moved(go(document, tmp_path)) if name.startswith(("inc", "down"))}
@@ -129,7 +101,7 @@ def test_validation_does_not_wake_frozen_statistics(document, tmp_path):
     assert all(modes[name] for name in modes if name.startswith("up"))
 
 
-def test_what_is_frozen_thaws_and_a_stopped_run_ends_in_the_same_bits(document, tmp_path):
+def test_what_is_frozen_thaws_and_a_stopped_run_ends_in_the_same_bits(document, tmp_path, go):
     document["stages"][1] |= {"freeze": ["backbone"], "unfreeze_at": 2}
     folders = go(document, tmp_path / "whole")
     steps = weights(folders[1], "optimizer")
@@ -143,12 +115,12 @@ def test_what_is_frozen_thaws_and_a_stopped_run_ends_in_the_same_bits(document, 
             assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 
 
-def test_frozen_for_the_whole_stage_is_another_result(document, tmp_path):
+def test_frozen_for_the_whole_stage_is_another_result(document, tmp_path, go):
     document["stages"][1] |= {"freeze": ["backbone"]}
     assert moved(go(document, tmp_path)) == {"outc.weight", "outc.bias"}
 
 
-def test_anchored_weights_stay_near_and_resume_to_the_same_bits(document, tmp_path):
+def test_anchored_weights_stay_near_and_resume_to_the_same_bits(document, tmp_path, go):
     document["optimizer"] = {"name": "sgd", "momentum": 0, "weight_decay": 0.5, "clip": 0}
     document["stages"][1]["inherit"] = {"head": "new"}
 
@@ -191,7 +163,7 @@ def test_the_anchor_is_the_gradient_of_half_the_squared_distance(document):
         (["stages.1.freeze=[all]"], "leaves nothing to train"),
     ],
 )
-def test_bad_values_are_one_message(document, tmp_path, changes, words):
+def test_bad_values_are_one_message(document, tmp_path, changes, words, go):
     with pytest.raises(InputError, match=f"(?s){words}"):
         go(document, tmp_path, *changes)
 

@@ -26,18 +26,9 @@ from segfleet.preprocess.stores.base import open_store
 
 
 @pytest.fixture
-def document(tiny_store):
-    return {
-        "name": "tiny",
-        "data": {"store": str(tiny_store(dims=2)), "batch": 2, "patch": [32, 32], "workers": 0},
-        "model": {"name": "unet_lite_standard", "options": {"width": 4}},
-        "stages": [
-            {"name": "pretrain", "epochs": 2, "steps": 4, "lr": 1e-2, "task": "reconstruct"},
-            {"name": "finetune", "epochs": 1, "steps": 2, "lr": 1e-3},
-        ],
-        "evaluation": {"every": 1},
-        "save_every": 1,
-    }
+def document(two_stages):
+    first = {"name": "pretrain", "epochs": 2, "steps": 4, "task": "reconstruct"}
+    return two_stages(first, {"name": "finetune"}, evaluation={"every": 1}, save_every=1)
 
 
 def recipe_of(document, *changes):

@@ -20,16 +20,8 @@ from segfleet.preprocess.stores.manifest import load_manifest
 
 
 @pytest.fixture
-def document(tiny_store):
-    return {
-        "name": "tiny",
-        "data": {"store": str(tiny_store(dims=2)), "batch": 2, "patch": [32, 32], "workers": 0},
-        "model": {"name": "unet_lite_standard", "options": {"width": 4}},
-        "stages": [
-            {"name": "first", "epochs": 1, "steps": 2, "lr": 1e-2},
-            {"name": "second", "epochs": 1, "steps": 2, "lr": 1e-3},
-        ],
-    }
+def document(two_stages):
+    return two_stages({}, {})
 
 
 def recipe_of(document, *changes) -> Recipe:

@@ -12,11 +12,8 @@ from segfleet.core.errors import InputError
 from segfleet.models import registry
 from segfleet.pipeline import run
 from segfleet.pipeline.jobs import Stores
-from segfleet.pipeline.ranks import Ranks
-from segfleet.pipeline.recipe import Inherit, override, parse, with_absolute_store
+from segfleet.pipeline.recipe import Inherit, parse, with_absolute_store
 from segfleet.pipeline.reports.report import write_report
-from segfleet.pipeline.stop import Interrupted
-from segfleet.pipeline.training.train import Run, train
 from segfleet.pipeline.training.transfer import (
     TRANSFER,
     Side,
@@ -29,34 +26,8 @@ SPEC = registry.spec("unet_lite_standard")
 
 
 @pytest.fixture
-def document(tiny_store):
-    return {
-        "name": "tiny",
-        "data": {"store": str(tiny_store(dims=2)), "batch": 2, "patch": [32, 32], "workers": 0},
-        "model": {"name": "unet_lite_standard", "options": {"width": 4}},
-        "stages": [
-            {"name": "first", "epochs": 1, "steps": 2, "lr": 1e-2},
-            {"name": "second", "epochs": 1, "steps": 4, "lr": 1e-3},
-        ],
-        "save_every": 1,
-    }
-
-
-def go(document, root, *changes, stop_after=None, warn=lambda text: None):
-    recipe = with_absolute_store(parse(override(document, list(changes))))
-    stores, asked = Stores(), iter(range(10**9))
-    folders = run.stage_folders(root, recipe, stores.manifest)
-    try:
-        train(
-            Run(
-                recipe=recipe, stores=stores, folders=folders, ranks=Ranks(torch.device("cpu")),
-                asked_to_stop=lambda: stop_after is not None and next(asked) >= stop_after,
-                warn=warn, validate=lambda engine, own: {},
-            )
-        )  # fmt: skip
-    except Interrupted:
-        assert stop_after is not None
-    return folders
+def document(two_stages):
+    return two_stages({}, {"steps": 4}, save_every=1)
 
 
 def note(folder):
@@ -161,6 +132,19 @@ def test_what_does_not_fit_is_one_message_and_changes_nothing(inherit, rows, wor
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_a_head_of_other_classes_is_taken_and_said():
+    """The shapes agree, the classes do not: nobody takes that over unawares."""
+    parent, model = network(classes=2), network(classes=2, seed=1)
+    ours = Side(rows=("background", "tumour"), channels=("a",), name="n")
+    theirs = Side(rows=("background", "liver"), channels=("a",), name="n")
+    found = plan_transfer(model, SPEC, parent.state_dict(), Inherit(), ours, theirs)
+    assert torch.equal(found.tensors["outc.weight"], parent.state_dict()["outc.weight"])
+    assert found.how["outc.weight"] == "as it was for background, liver"
+    assert "outc.weight: as it was for background, liver" in found.sentence(1)
+    same = plan_transfer(model, SPEC, parent.state_dict(), Inherit(), theirs, theirs)
+    assert same.how["outc.weight"] == "taken" and not same.document()["changed"]
+
+
 def test_no_common_class_is_refused():
     ours = Side(rows=("background", "a"), channels=("c",), name="n")
     theirs = Side(rows=("background", "b"), channels=("c",), name="n")
@@ -192,7 +176,7 @@ def test_parts_are_taken_and_the_rest_is_as_initialised(weights):
     assert set(found.new) == set(found.left) == parent.keys() - found.taken
 
 
-def test_other_classes_and_channels_end_to_end(document, tiny_store, tmp_path):
+def test_other_classes_and_channels_end_to_end(document, tiny_store, tmp_path, go):
     other = tiny_store(dims=2, classes=3, channels=3)
     said = []
     changes = [f"stages.0.data.store={other}", "stages.1.inherit.head=map",
@@ -218,7 +202,7 @@ def test_other_classes_and_channels_end_to_end(document, tiny_store, tmp_path):
         assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 
 
-def test_moments_come_along_for_what_is_as_it_was(document, tiny_store, tmp_path):
+def test_moments_come_along_for_what_is_as_it_was(document, tiny_store, tmp_path, go):
     document["stages"][1] |= {"steps": 1, "inherit": {"optimizer": True, "head": "new"}}
     folders = go(document, tmp_path)
     moments = folders[1].final().tensors("optimizer")
@@ -268,7 +252,7 @@ def test_another_network_takes_the_encoder_both_share():
         (["stages.1.inherit.head=map", "stages.1.inherit.classes.blob1=x"], "'x' is none of"),
     ],
 )
-def test_a_mismatch_is_found_before_anything_is_trained(document, tmp_path, changes, words):
+def test_a_mismatch_is_found_before_anything_is_trained(document, tmp_path, changes, words, go):
     with pytest.raises(InputError, match=f"(?s){words}"):
         go({**document}, tmp_path, *changes)
     assert not list(tmp_path.rglob("checkpoints"))

@@ -324,3 +324,18 @@ def test_threads_share_a_store(store):
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(read, range(200)))
+
+
+def test_a_case_is_found_by_its_id_also_in_a_copy_with_other_cases(store):
+    manifest = store.manifest
+    first, *rest = manifest.cases
+    assert manifest.case(first.id) is first
+    index = manifest.by_id
+    assert manifest.case(rest[0].id) is rest[0] and manifest.by_id is index, (
+        "looked up, not searched"
+    )
+    fewer = manifest.model_copy(update={"cases": tuple(rest)})
+    with pytest.raises(InputError, match=f"found '{first.id}', which is not one of"):
+        fewer.case(first.id)
+    assert fewer.case(rest[0].id) is rest[0] and manifest.case(first.id) is first
+    assert manifest == manifest.model_copy()

@@ -193,3 +193,35 @@ def test_a_local_ray_leaves_no_token_at_home(tmp_path):
     )
     assert "there True" in done.stdout, done.stderr
     assert not list((tmp_path / "home").rglob("*token*"))
+
+
+def test_a_second_command_is_refused_and_changes_nothing(search, tmp_path):
+    plan = make_plan(search(), tmp_path / "runs", build=False)
+    claim(plan, run.settle_code(plan, False))
+    before = (plan.folder / "space.json").read_bytes()
+    lock = run.lock_stage(plan.folder)
+    try:
+        larger = make_plan(search(budget={"trials": 1}), tmp_path / "runs", build=False)
+        with pytest.raises(InputError, match="is being trained by"):
+            run.run_sweep(larger, run.Resources(slots=1))
+    finally:
+        lock.release()
+    assert (plan.folder / "space.json").read_bytes() == before
+
+
+def test_a_stage_of_somebody_else_is_no_progress_of_this_sweep(search, tmp_path, monkeypatch):
+    """Sessions that die while other runs of the folder finish are given up all the same."""
+
+    class Finishes(Ends):
+        def __init__(self, plan, resources, seconds):
+            super().__init__(plan, resources, seconds)
+            other = plan.runs / f"other{type(self).count}"
+            other.mkdir()
+            (other / "done.json").write_text("{}")
+
+    monkeypatch.setattr(Finishes, "error", {"error": "the raylet went away", "code": 1})
+    monkeypatch.setattr(Finishes, "count", 0)
+    monkeypatch.setattr(run, "Session", Finishes)
+    plan = make_plan(search(), tmp_path / "runs", build=False)
+    with pytest.raises(RankFailed, match="3 times without a stage done"):
+        run.run_sweep(plan, run.Resources(slots=1))

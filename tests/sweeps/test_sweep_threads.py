@@ -124,3 +124,30 @@ def test_one_question_to_the_queue_serves_all_jobs(monkeypatch):
         assert {queue.look(job)["state"] for job in jobs} == {"running"}
         assert asked == [1, count]
         asked.clear()
+
+
+def test_stages_that_others_train_are_waited_for(tree, monkeypatch):
+    """Nothing to start and nothing at work here is no end while another process trains."""
+    from segfleet.pipeline.run import LOCK, lock_stage
+
+    search, played = tree(), []
+    monkeypatch.setattr("segfleet.sweeps.results.ledger.LOOK", 0.1)
+    nodes = list(search.ledger.tree.nodes.values())
+    locks = [lock_stage(search.ledger.path(node)) for node in nodes[:2]]
+    assert (search.ledger.path(nodes[0]) / LOCK).exists()
+
+    def play(order, report, watch):
+        played.append(order["node"])
+        ends(order)
+        return {"state": "done"}
+
+    def later():
+        for node, lock in zip(nodes, locks, strict=False):
+            ends({"path": search.ledger.path(node), "job": search.order_of(node)["job"]})
+            lock.release()
+
+    monkeypatch.setattr(threads, "perform", play)
+    threading.Timer(3.0, later).start()
+    threads.drive(search, 2, threading.Event())
+    assert sorted(played) == sorted(node.uid for node in nodes[2:])
+    assert set(search.ledger.states().values()) == {"done"}
