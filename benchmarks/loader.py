@@ -140,7 +140,7 @@ def write_ours(name: str, folder: Path) -> None:
 def ours(name: str, folder: Path, workers: int, seed: int):
     from segfleet.pipeline.data import loader
     from segfleet.pipeline.data.sampler import PatchSampler
-    from segfleet.pipeline.recipe import Augment
+    from segfleet.pipeline.sections import Augment
     from segfleet.preprocess.stores.base import open_store
 
     store = open_store(folder)

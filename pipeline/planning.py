@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import re
 import statistics
 import time
@@ -68,8 +69,6 @@ def parse_budget(text: str) -> float:
 def parse_device(text: str | None) -> Device:
     """`cpu`, `cuda`, or with the memory of one that is elsewhere `cuda:80G`; None: what is here.
     Raises InputError."""
-    import os
-
     has_gpu = torch.cuda.is_available() and os.environ.get("SEGFLEET_DEVICE", "cuda") == "cuda"
     text = text or ("cuda" if has_gpu else "cpu")
     match = re.fullmatch(r"(cpu|cuda)(?::(\d+(?:\.\d+)?)G)?", text)

@@ -15,13 +15,13 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import file_facts
 from segfleet.models import registry
 from segfleet.models.foreign import translated
-from segfleet.pipeline import recipe as recipes
+from segfleet.pipeline import sections
 
 # where the tensors may lie in a file that holds more
 PLACES = ("network_weights", "state_dict", "model_state_dict", "model", "net", "weights")
 
 
-def load_foreign(model: nn.Module, options: recipes.Model) -> None:
+def load_foreign(model: nn.Module, options: sections.Model) -> None:
     """Put the weights of `model.weights` into a fresh network. Raises InputError or ModelError, and
     then has changed nothing."""
     path = Path(str(options.weights))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from segfleet.pipeline.data.geometry import Spatial
-from segfleet.pipeline.recipe import Augment
+from segfleet.pipeline.sections import Augment
 
 ANISOTROPY = 3.0  # ratio above which rotation, scale and blur stay in plane, as in nnU-Net
 LONG = 1.5  # a 2D patch longer than this turns by 15 degrees only, as in nnU-Net

@@ -26,7 +26,7 @@ from segfleet.pipeline.data.kernels import scratch
 from segfleet.pipeline.data.masking import hidden
 from segfleet.pipeline.data.sampler import Draw, PatchSampler
 from segfleet.pipeline.data.unpack import unpack
-from segfleet.pipeline.recipe import Augment, Mask
+from segfleet.pipeline.sections import Augment, Mask
 from segfleet.preprocess.stores.base import ShardStore
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from segfleet.core.errors import InputError
-from segfleet.pipeline.recipe import Mask
+from segfleet.pipeline.sections import Mask
 
 
 def check_mask(mask: Mask, patch: Sequence[int]) -> None:

@@ -12,6 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from segfleet.core.errors import InputError
 from segfleet.models import registry
 from segfleet.pipeline import recipe as recipes
+from segfleet.pipeline import sections
 from segfleet.pipeline.checkpoint import Checkpoint, CheckpointError, Tensors
 from segfleet.pipeline.engines.base import Setup
 
@@ -91,7 +92,7 @@ class Anchor:
 
 def build_optimizer(
     named: dict[str, nn.Parameter],
-    options: recipes.Optimizer,
+    options: sections.Optimizer,
     lr: float,
     ages: dict[str, Hashable] | None = None,
     factors: Mapping[str, float] | None = None,

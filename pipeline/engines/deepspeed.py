@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from segfleet.core.errors import InputError
 from segfleet.models import registry
-from segfleet.pipeline import recipe as recipes
+from segfleet.pipeline import sections
 from segfleet.pipeline.checkpoint import Checkpoint, Tensors
 from segfleet.pipeline.engines.base import Setup, autocast
 from segfleet.pipeline.engines.common import (
@@ -280,7 +280,7 @@ def _rows(flat: Tensor, ranks: int, multiple: int) -> Tensor:
     return nn.functional.pad(flat, (0, -flat.numel() % multiple)).view(ranks, -1)
 
 
-def read_options(options: recipes.Engine) -> tuple[int, str]:
+def read_options(options: sections.Engine) -> tuple[int, str]:
     """`zero` and `offload` of engine.options. Raises InputError that names the legal ones."""
     chosen = {"zero": 1, "offload": "none"} | options.options
     for key, value in chosen.items():
@@ -314,7 +314,7 @@ def read_options(options: recipes.Engine) -> tuple[int, str]:
 class Autocast(nn.Module):
     """The network as DeepSpeed sees it: autocast inside, where DeepSpeed does not switch it off."""
 
-    def __init__(self, model: nn.Module, options: recipes.Engine):
+    def __init__(self, model: nn.Module, options: sections.Engine):
         super().__init__()
         self.model, self.precision = model, options.precision
         # in a tuple: registered once

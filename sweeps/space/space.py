@@ -31,7 +31,8 @@ from segfleet.core import settings
 from segfleet.core.errors import InputError
 from segfleet.pipeline import recipe as recipes
 from segfleet.pipeline.folds import ALL
-from segfleet.pipeline.recipe import Positive, Recipe, Section, Stage, with_absolute_store
+from segfleet.pipeline.recipe import Recipe, Stage, with_absolute_store
+from segfleet.pipeline.sections import Positive, Section
 from segfleet.preprocess.stores.manifest import load_manifest
 
 SPACES = Path(__file__).parents[1] / "spaces"

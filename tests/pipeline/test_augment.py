@@ -8,7 +8,7 @@ import torch
 from scipy import ndimage, stats
 
 from segfleet.pipeline.data import augment, geometry, intensity, kernels
-from segfleet.pipeline.recipe import Augment
+from segfleet.pipeline.sections import Augment
 
 OFF = (
     "rotation",

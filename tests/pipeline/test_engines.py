@@ -21,7 +21,7 @@ from segfleet.pipeline.engines.common import (
     zero_momentum,
 )
 from segfleet.pipeline.engines.deepspeed import cut, join, quiet_deepspeed, read_options
-from segfleet.pipeline.recipe import Engine, Optimizer
+from segfleet.pipeline.sections import Engine, Optimizer
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from segfleet.models.registry import build_model
-from segfleet.pipeline import recipe as recipes
+from segfleet.pipeline import sections
 from segfleet.pipeline.engines.common import build_optimizer
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.run import stage_facts
@@ -41,7 +41,7 @@ def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tor
 )
 def test_decay_all_is_what_the_framework_does_with_every_parameter(name, kind):
     ours, theirs = vm_unet(), vm_unet()
-    options = recipes.Optimizer(
+    options = sections.Optimizer(
         name=name, weight_decay=0.3, decay="all", momentum=0.9, nesterov=False
     )
     found = stepped(ours, build_optimizer(dict(ours.named_parameters()), options, 0.1))
@@ -53,7 +53,7 @@ def test_decay_all_is_what_the_framework_does_with_every_parameter(name, kind):
 def test_decay_weights_leaves_biases_norms_and_marked_parameters_alone():
     model = vm_unet()
     before = copy.deepcopy(model.state_dict())
-    options = recipes.Optimizer(name="adamw", weight_decay=0.3)
+    options = sections.Optimizer(name="adamw", weight_decay=0.3)
     optimizer = build_optimizer(dict(model.named_parameters()), options, 0.1)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

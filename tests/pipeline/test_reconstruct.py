@@ -19,8 +19,9 @@ from segfleet.pipeline.jobs import Stores, run_job
 from segfleet.pipeline.losses.hidden_error import hidden_error
 from segfleet.pipeline.parts import build_network, task_of
 from segfleet.pipeline.ranks import Ranks
-from segfleet.pipeline.recipe import Mask, override, parse, resolve, with_absolute_store
+from segfleet.pipeline.recipe import override, parse, resolve, with_absolute_store
 from segfleet.pipeline.scoring.scored import is_scored
+from segfleet.pipeline.sections import Mask
 from segfleet.pipeline.stop import StopRequest
 from segfleet.preprocess.stores.base import open_store
 

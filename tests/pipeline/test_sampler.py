@@ -9,7 +9,7 @@ import torch
 from segfleet.core.errors import InputError
 from segfleet.pipeline.data import loader
 from segfleet.pipeline.data.sampler import PatchSampler
-from segfleet.pipeline.recipe import Augment
+from segfleet.pipeline.sections import Augment
 from segfleet.preprocess.stores.base import open_store
 
 EVERYTHING = Augment(

@@ -1,0 +1,88 @@
+"""How a stage begins: its network with the right weights in it, and the engine around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from segfleet.pipeline import checkpoint, run
+from segfleet.pipeline.engines.base import Engine, Setup, build_engine
+from segfleet.pipeline.parts import Objective, build_network, in_layout, task_of, transfer_of
+from segfleet.pipeline.recipe import resolve
+from segfleet.pipeline.training import precision as bf16
+from segfleet.pipeline.training import sync_norm
+from segfleet.pipeline.training.transfer import load, write_transfer
+from segfleet.pipeline.weights import load_foreign
+
+if TYPE_CHECKING:
+    from segfleet.pipeline.training.train import Run
+
+
+def build(this: Run, index: int) -> tuple[Engine, checkpoint.Checkpoint | None]:
+    """The engine of a stage with the right weights in it, the stage's own checkpoint's, its
+    parent's, or fresh ones; and the stage's own checkpoint, if there is one."""
+    recipe, ranks = resolve(this.recipe, index), this.ranks
+    manifest = this.manifests(recipe)
+    stage, folder = recipe.stages[index], this.folders[index]
+    task = task_of(recipe, manifest)
+    model = build_network(recipe, manifest, task)
+    if index == 0 and recipe.model.weights:
+        load_foreign(model, recipe.model)
+    found = ranks.share(
+        str(saved.path)
+        if ranks.rank == 0 and (saved := checkpoint.latest(folder.checkpoints, this.warn))
+        else None
+    )
+    saved = checkpoint.read(Path(found)) if found else None
+    taken, moments = set(model.state_dict()) if index == 0 else set(), {}
+    # what is anchored must know where it began, also in the middle of its stage
+    if index and (stage.anchor or not saved):
+        taken, moments = inherited(this, index, model, first=not saved)
+    if stage.unfreeze_at and saved:
+        steps = run.stage_steps(this.recipe, this.manifests)[index]
+        if saved.step >= stage.unfreeze_at * steps:
+            stage = stage.model_copy(update={"freeze": ()})
+    anchors = {
+        name: value.detach().clone()
+        for name, value in model.state_dict().items()
+        if stage.anchor and name in taken
+    }
+    model = model.to(ranks.device)
+    sync_norm.synchronise(model, ranks, recipe.engine.compile)
+    model = in_layout(model, recipe, manifest)
+    if recipe.engine.checkpoint_activations:
+        from segfleet.models.checkpointing import activation_checkpointing
+
+        activation_checkpointing(model)
+    bf16.guard(model, recipe.engine.precision, ranks.device)
+    objective = Objective(recipe, task).to(ranks.device)
+    engine = build_engine(
+        Setup(model=model, loss=objective, recipe=recipe, stage=stage, ranks=ranks, anchors=anchors)
+    )
+    if saved:
+        engine.load(saved)
+        return engine, saved
+    if moments:
+        engine.inherit(moments)
+    return engine, None
+
+
+def inherited(
+    this: Run, index: int, model: nn.Module, first: bool
+) -> tuple[set[str], dict[str, Tensor]]:
+    """Put into a fresh network what its stage takes over from the one before, and `first` note it
+    in the stage's folder: the names of that, and the optimizer's moments, if they are to come
+    along. Raises InputError or CheckpointError, and then has changed nothing."""
+    inherit, before = this.recipe.stages[index].inherit, this.folders[index - 1].final()
+    found = transfer_of(this.recipe, this.manifests, index, model, before.tensors("weights"))
+    load(model, found)
+    if first and this.ranks.rank == 0:
+        write_transfer(this.folders[index].path, found)
+        if found.document()["changed"] or found.new or found.left:
+            this.warn(found.sentence(index))
+    moments = before.tensors("optimizer") if inherit.optimizer else {}
+    return set(found.tensors), {
+        name: value for name, value in moments.items() if name.rpartition(".")[0] in found.taken
+    }
