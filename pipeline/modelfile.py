@@ -172,7 +172,7 @@ def _config(path: Path) -> dict[str, Any]:
         raise _damaged(path, f"{CONFIG} is larger than {MOST_CONFIG} bytes")
     try:
         document = json.loads(raw)
-        told = document.pop("sha256")
+        digest = document.pop("sha256")
         if document.get("library_name") != LIBRARY:
             raise _damaged(path, f"{CONFIG} is none of segfleet's")
         if document.get("version") != VERSION:
@@ -180,7 +180,7 @@ def _config(path: Path) -> dict[str, Any]:
                 f"model: {path} has version {document.get('version')}, expected {VERSION}: it was "
                 "written by another version of segfleet; use that one, or export the run again"
             )
-        if told != digest_of(document):
+        if digest != digest_of(document):
             raise _damaged(path, f"{CONFIG} does not match its sha256")
     except InputError:
         raise

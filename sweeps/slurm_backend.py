@@ -98,7 +98,7 @@ class Slurm:
 
     def _wait(self, job: SlurmJob, tick: Callable[[], None], stop: Path) -> dict[str, Any]:
         """What became of the job."""
-        told = False
+        noticed = False
         while True:
             tick()
             if job.submission.outcome()[0] == "done":
@@ -106,11 +106,11 @@ class Slurm:
             found = QUEUE.look(job)
             if found["state"] not in OPEN:
                 return found
-            if found["state"] == "queued" and stop.exists() and not told:
+            if found["state"] == "queued" and stop.exists() and not noticed:
                 with suppress(InputError), TALK:
                     if job.state() == "queued":  # nothing runs that would save and stop
                         job.cancel()
-                    QUEUE.looked, told = -math.inf, True
+                    QUEUE.looked, noticed = -math.inf, True
             time.sleep(PAUSE)
 
     def _known(self, path: Path) -> SlurmJob | None:

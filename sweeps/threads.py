@@ -24,12 +24,12 @@ class Trial:
 
     def __init__(self, name: str, leave: threading.Event):
         self.name, self.leave, self.stop = name, leave, threading.Event()
-        self.heard: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.validations: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.last: dict[str, Any] = {}
 
     def run(self, order: dict[str, Any]) -> dict[str, Any]:
         try:
-            return perform(order, self.heard.put, self.watch)
+            return perform(order, self.validations.put, self.watch)
         except Stopped:
             return self.last
 
@@ -65,9 +65,9 @@ def drive(search: TreeSearch, slots: int, leave: threading.Event) -> None:
                     continue
                 ended, _ = wait(running, timeout=PACE, return_when=FIRST_COMPLETED)
                 for future, trial in list(running.items()):
-                    while not trial.heard.empty():
-                        trial.last = trial.heard.get()
-                        if search.heard(trial.name, trial.last["epochs"], trial.last["dice"]):
+                    while not trial.validations.empty():
+                        trial.last = trial.validations.get()
+                        if search.validated(trial.name, trial.last["epochs"], trial.last["dice"]):
                             trial.stop.set()
                     if future in ended:
                         del running[future]

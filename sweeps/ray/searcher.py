@@ -50,5 +50,5 @@ class TreeScheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if "epochs" not in result or "state" in result:
             return self.CONTINUE
-        stop = self.search.heard(trial.trial_id, result["epochs"], result["dice"])
+        stop = self.search.validated(trial.trial_id, result["epochs"], result["dice"])
         return self.STOP if stop else self.CONTINUE

@@ -18,7 +18,7 @@ FINISHED = "finished"
 
 
 class TreeSearch:
-    """Hands out nodes and hears what became of them.
+    """Hands out nodes and is given what became of them.
 
     order_of(node) -> what the trial gets; grow: asked when fewer than `slots` nodes are at work;
     deadline: of time.monotonic().
@@ -72,7 +72,7 @@ class TreeSearch:
         self.ledger.taken.add(uid)
         return node
 
-    def heard(self, name: str, epochs: int, dice: float) -> bool:
+    def validated(self, name: str, epochs: int, dice: float) -> bool:
         """A validation of a trial at work; whether it is to be stopped."""
         self.tick()
         if self.rungs is None:
@@ -129,12 +129,12 @@ def start(
             made["job"]["max_seconds"] = max(1.0, deadline - time.monotonic())
         return made
 
-    def told() -> None:
+    def report_progress() -> None:
         tick(ledger.epochs_done(), plan.expected_epochs)
 
-    told()
+    report_progress()
     rungs = Rungs(space.asha) if space.scheduler == "asha" else None
     slots = resources.at_once
     return TreeSearch(
-        ledger, order, slots=slots, grow=grow, rungs=rungs, tick=told, deadline=deadline
+        ledger, order, slots=slots, grow=grow, rungs=rungs, tick=report_progress, deadline=deadline
     )

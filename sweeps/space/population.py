@@ -60,7 +60,7 @@ def generations_of(search: Search) -> int:
     if (generations := epochs // interval) < 2:
         raise InputError(
             f"sweep {name}: pbt: {epochs} epochs make {generations} generation(s) of {interval}, "
-            "expected at least 2; mend stages.0.epochs or pbt.interval"
+            "expected at least 2; change stages.0.epochs or pbt.interval"
         )
     return generations
 

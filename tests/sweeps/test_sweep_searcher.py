@@ -209,7 +209,7 @@ def test_a_search_hands_out_pauses_and_goes_on_with_the_best(search, space, tmp_
         path.mkdir(parents=True)
         event = {"event": "validation", "step": 6, "dice": 0.1 * (i + 1)}
         (path / "events.jsonl").write_text(json.dumps(event) + "\n")
-        assert not tree.heard(f"t{i}", 2, 0.1 * (i + 1))
+        assert not tree.validated(f"t{i}", 2, 0.1 * (i + 1))
         tree.ended(f"t{i}", {"state": "paused", "epochs": 2, "dice": 0.1 * (i + 1)})
     for again in (tree, tree := session()):  # another one knows it from disk
         order = again.next("again")
