@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from segfleet.cli.datasets import Options, chosen
 from segfleet.cli.output import Best, Folds, Json, fold_of, progress, show, table
 
 
@@ -18,7 +19,8 @@ def command(
         typer.Argument(
             metavar="RUN... IMAGE...",
             help="A run folder, the beginning of its uid, its recipe's name or a model file; more "
-            "of them are an ensemble. Then image files, or folders of them.",
+            "of them are an ensemble. Then image files, folders of them or of DICOM series, or "
+            "stores; with --layout raw data sets.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the predictions.")],
@@ -48,6 +50,14 @@ def command(
     ] = "",
     fold: Folds = None,
     best: Best = False,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="Segment the cases of raw data sets in this layout (segfleet datasets)."),
+    ] = None,
+    option: Options = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:1; by default a GPU if there is one.")
+    ] = None,
     ranks: Annotated[
         int, typer.Option(min=1, help="Processes on this machine that share the images.")
     ] = 1,
@@ -56,33 +66,53 @@ def command(
 ) -> None:
     """Segment images with a finished run, or with several as an ensemble; every prediction lies
     exactly on its image. Continues where it stopped."""
-    job = job_of(words, out, runs, fold, best, format) | {
+    job = job_of(words, out, runs, fold, best, format, layout_of(layout, option)) | {
         "overlays": overlays,
         "probabilities": probabilities,
         "postprocess": checked_rule(postprocess),
     }
-    document = by_ranks(job, ranks) if ranks > 1 else alone(job)
+    document = by_ranks(job, ranks, device) if ranks > 1 else alone(job, device)
     show(document, as_json, render)
     raise typer.Exit(document["exit_code"])
 
 
-def alone(job: dict[str, Any]) -> dict[str, Any]:
+def alone(job: dict[str, Any], device: str | None = None) -> dict[str, Any]:
     """Predict in this process; what came out."""
     from segfleet.pipeline.jobs import predict
-    from segfleet.pipeline.ranks import Ranks
+    from segfleet.pipeline.ranks import Ranks, device_of
 
+    ranks = Ranks(device_of(device))
     with progress("predicting") as tick:
-        return predict(job, Ranks(), tick)
+        return predict(job, ranks, tick)
 
 
-def by_ranks(job: dict[str, Any], ranks: int) -> dict[str, Any]:
+def by_ranks(job: dict[str, Any], ranks: int, device: str | None) -> dict[str, Any]:
     """Predict with processes that share the images; what came out."""
+    from segfleet.core.errors import InputError
     from segfleet.pipeline.launch.local import run_ranks
+    from segfleet.pipeline.ranks import device_of
+
+    if device:
+        device_of(device)
+    if device not in (None, "cpu", "cuda"):
+        raise InputError(
+            f"--device: found {device}, which is one GPU for --ranks {ranks}; expected cpu or cuda, "
+            "of which every rank takes one"
+        )
 
     with tempfile.TemporaryDirectory(prefix="segfleet-") as folder:
         answer = Path(folder) / "answer.json"
-        run_ranks(job | {"answer": str(answer)}, ranks)
+        run_ranks(job | {"answer": str(answer)}, ranks, device=device)
         return json.loads(answer.read_text(encoding="utf-8"))
+
+
+def layout_of(name: str | None, option: list[str] | None) -> dict[str, Any] | None:
+    """The layout of raw data sets as a job has it. Raises InputError."""
+    from segfleet.core.errors import InputError
+
+    if option and not name:
+        raise InputError("--option: is of a layout; name it with --layout")
+    return {"name": name, "options": chosen(option)} if name else None
 
 
 def checked_rule(text: str | None) -> str | None:
@@ -101,9 +131,11 @@ def job_of(
     fold: str | None = None,
     best: bool = False,
     format: str = "",
+    layout: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What the ranks of a prediction do. Raises InputError if they cannot."""
-    from segfleet.pipeline.inference.inputs import check_out, collect
+    from segfleet.pipeline.inference.collect import collect
+    from segfleet.pipeline.inference.inputs import check_out
     from segfleet.pipeline.loading import find_models, open_model
 
     names, images = divided(words)
@@ -112,13 +144,16 @@ def job_of(
     model = open_model(models)
     if len(model.networks) > 1:
         typer.echo(f"segfleet: an ensemble of {len(model.networks)} networks", err=True)
-    check_out(out, collect(images, len(model.dataset.channels), format), model.made_by)
+    model.check_stores(images)
+    found = collect(images, len(model.dataset.channels), format, layout)
+    check_out(out, found, model.made_by)
     return {
         "do": "predict",
         "models": [str(path) for path in models],
         "images": [str(path) for path in images],
         "out": str(out),
         "format": format,
+        **({"layout": layout} if layout else {}),
     }
 
 

@@ -159,11 +159,17 @@ def evaluation(told: dict[str, Any]) -> tuple[list[Step], Path, Path]:
 
 
 def prediction(told: dict[str, Any]) -> tuple[list[Step], Path, Path]:
-    from segfleet.cli.predict import checked_rule, job_of
+    from segfleet.cli.predict import checked_rule, job_of, layout_of
+    from segfleet.core.errors import InputError
     from segfleet.slurm.submission import home_of
 
+    if told["device"]:
+        raise InputError(
+            "--device: is for this machine; a job has what it asks for, --gpus-per-node 0 the CPUs"
+        )
     out = told["out"].absolute()
     which = (told["fold"], told["best"], told["format"])
+    which += (layout_of(told["layout"], told["option"]),)
     found = job_of(told["words"], out, told["runs"], *which)
     found["images"] = [str(Path(path).absolute()) for path in found["images"]]
     job = {

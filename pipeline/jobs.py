@@ -13,7 +13,8 @@ it;
 "fold": 0}: score a finished run on the cases of another store.
 {"do": "predict", "models": ["runs/...", ...], "images": [...], "out": "predictions"}: segment images
 with a finished run, several as an ensemble, or a model file; "probabilities": true keeps these,
-"postprocess": auto, largest or min-size=N. "answer": a file for what came out, said by nobody else.
+"postprocess": auto, largest or min-size=N; "layout": {"name", "options"} of images that are raw
+data sets. "answer": a file for what came out, said by nobody else.
 """
 
 from __future__ import annotations
@@ -177,6 +178,7 @@ def predict(
     """The answer of `predict_files` for a prediction's images. Raises InputError."""
     model = open_model([Path(path) for path in job["models"]], ranks.device)
     model.check()
+    model.check_stores(job["images"])
     text = job.get("postprocess")
     rules = decided(model, ranks) if text == AUTO else model.rules(text or None)
     with Apart() as apart:
@@ -193,6 +195,7 @@ def predict(
                 draw=save_prediction if job.get("overlays") else None,
                 read=lambda one: one.read_apart(apart),
                 format=job.get("format", ""),
+                layout=job.get("layout"),
             ),
             ranks=ranks,
             progress=progress,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import socket
 import traceback
 from collections import Counter, defaultdict
@@ -142,6 +143,22 @@ def pick_device(local_rank: int) -> torch.device:
     if torch.cuda.is_available() and os.environ.get("SEGFLEET_DEVICE", "cuda") == "cuda":
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def device_of(text: str | None) -> torch.device:
+    """The device that a user names for one process: cpu, cuda, cuda:1; None: the best there is.
+    Raises InputError."""
+    if text is None:
+        return pick_device(0)
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", text)
+    if not match:
+        raise InputError(f"device: found '{text}', expected cpu, cuda or the number of one, cuda:1")
+    number, there = int(match[1] or 0), torch.cuda.device_count() if text != "cpu" else 0
+    if text != "cpu" and number >= there:
+        raise InputError(
+            f"device: found '{text}', but this process sees {there} GPU(s); `segfleet doctor` says why"
+        )
+    return torch.device("cpu") if text == "cpu" else torch.device("cuda", number)
 
 
 def place_of(device: torch.device) -> list[str]:

@@ -23,11 +23,12 @@ from segfleet.pipeline.inference.sliding_window import Forward
 from segfleet.pipeline.parts import patch_of, task_of
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.run import data_of, open_run
+from segfleet.pipeline.scoring.external import check_store
 from segfleet.pipeline.scoring.score import averaged, chosen_checkpoint, forward_of, with_weights
 from segfleet.pipeline.scoring.scored import chosen_step
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.case import Geometry
-from segfleet.preprocess.stores.manifest import Dataset, Manifest
+from segfleet.preprocess.stores.manifest import NAME, Dataset, Manifest, load_manifest
 
 RESIDENT = 2**28  # bytes of weights: networks that have no more in all stay loaded
 
@@ -132,6 +133,14 @@ class Model:
         for one in self.networks:
             one.check()
 
+    def check_stores(self, inputs: Sequence[str | Path]) -> None:
+        """Raises InputError if a store among the inputs was not preprocessed as a network's
+        training data were."""
+        for path in map(Path, inputs):
+            if (path / NAME).is_file():
+                for one in self.networks:
+                    check_store(one.recipe, one.manifest, load_manifest(path), "predict")
+
     def members(self) -> list[Member]:
         """The networks as `predict_files` takes them."""
         return [self.member(one) for one in self.networks]
@@ -234,9 +243,10 @@ class Model:
         probabilities: bool = False,
         postprocess: str | None = None,
     ) -> dict[str, Any]:
-        """Segment image files, and the images in folders, into the folder `out`, as `segfleet
-        predict` does: {"done", "kept", "failed", "exit_code"}, see
+        """Segment image files, the images in folders and the cases of stores into the folder
+        `out`, as `segfleet predict` does: {"done", "kept", "failed", "exit_code"}, see
         `segfleet.pipeline.inference.predict.predict_files`."""
+        self.check_stores(inputs)
         return predict_files(
             self.members(),
             self.dataset,

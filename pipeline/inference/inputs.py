@@ -1,4 +1,4 @@
-"""Which images are to be segmented, and where their labels go. Needs no torch, so it can be asked
+"""An image that is to be segmented, and where its labels go. Needs no torch, so it can be asked
 before a job waits in a queue."""
 
 from __future__ import annotations
@@ -6,9 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +16,21 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import file_facts, write_atomically
 from segfleet.core.parallel import Apart, Died
 from segfleet.preprocess.case import FileFacts, Geometry
-from segfleet.preprocess.files.dicom import is_dicom, read_series
-from segfleet.preprocess.files.dicom_seg import check_highdicom
-from segfleet.preprocess.files.faults import crashed, instead_of_file
-from segfleet.preprocess.files.images import ENDINGS, NIFTI, ending, peek, read_image, sources, stem
+from segfleet.preprocess.files.dicom import read_series
+from segfleet.preprocess.files.faults import crashed
+from segfleet.preprocess.files.images import ENDINGS, NIFTI, peek, read_image, sources
 from segfleet.preprocess.files.npy import read_npy
 from segfleet.preprocess.files.writer import WRITABLE
-from segfleet.preprocess.readers.base import natural, visible
-from segfleet.preprocess.readers.places import subfolders
+from segfleet.preprocess.readers.base import CaseRef, RawReader
+from segfleet.preprocess.stores.base import ShardStore
+from segfleet.preprocess.stores.manifest import CaseEntry
 
 # of the folder; of every file in it: what it was made of
-RECORD, NOTES = (
-    "predictions.json",
-    ".predictions",
-)
-READABLE = (*ENDINGS, ".npy")
+RECORD, NOTES = "predictions.json", ".predictions"
 # a prediction is one file, whatever its image is made of
 INSTEAD = {".mhd": ".mha", ".nhdr": ".nrrd"}
+FLAT = (".png", ".bmp")
 SEG, SEG_NRRD = "dicom-seg", "seg-nrrd"
-FORMATS = ("", SEG, SEG_NRRD)
-CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +56,7 @@ class Input:
         if kind in WRITABLE:
             return self.id + kind
         return self.id + (
-            INSTEAD.get(kind) or (".png" if kind or _is_npy(self.images[0]) else ".nii.gz")
+            INSTEAD.get(kind) or (".png" if kind or is_npy(self.images[0]) else ".nii.gz")
         )
 
     @property
@@ -74,7 +67,7 @@ class Input:
     def read(self) -> tuple[np.ndarray, Geometry]:
         """(C, Z, Y, X) and its grid, as the layouts read such files. Raises ImageError."""
         first = self.images[0]
-        if _is_npy(first):
+        if is_npy(first):
             array = read_npy(first, 3 if peek(first)[0] > 1 else 2)
             image = np.moveaxis(array, -1, 0) if array.ndim == 3 else array[None]
             facts = FileFacts(dims=2)
@@ -91,7 +84,7 @@ class Input:
         if name.endswith(NIFTI) or name.endswith(".npy"):
             return self.read()
         try:
-            return apart(Input.read, self)
+            return apart(type(self).read, self)
         except Died:
             raise crashed(self.images[0]) from None
 
@@ -103,96 +96,53 @@ class Input:
         ).hexdigest()
 
 
-def _is_npy(path: Path) -> bool:
+def is_npy(path: Path) -> bool:
     return path.suffix.lower() == ".npy"
 
 
-def collect(inputs: Sequence[str | Path], channels: int, format: str = "") -> list[Input]:
-    """The images among files and folders, in natural order. CASE_0000, CASE_0001, ... are channels
-    of CASE when exactly the channels of the data set are there, or only 0000 (one channel, or all
-    in one file); any other file is an image of its own. A folder of DICOM files is one image, and
-    so is each folder of them in a folder.
+@dataclass(frozen=True, kw_only=True)
+class LayoutInput(Input):
+    """A case of a raw data set, read as its layout reads it."""
 
-    `format` of the labels: "dicom-seg" only goes with DICOM images. Raises InputError when a path
-    does not exist or nothing is found.
-    """
-    if format not in FORMATS:
-        raise InputError(f"format: found '{format}', expected dicom-seg, seg-nrrd, or none")
-    if format == SEG:
-        check_highdicom()
-    files: list[Path] = []
-    alone: list[Input] = []
-    for path in map(Path, inputs):
-        if not path.exists():
-            raise InputError(f"input: found no file or folder {path}")
-        if not path.is_dir():
-            files.append(path)
-            continue
-        inside = [p for p in visible(path) if not p.is_dir()]
-        known = [p for p in inside if p.name.lower().endswith(READABLE)]
-        files += known
-        series = [path, *subfolders(path)] if not known else ()
-        alone += [
-            Input(id=folder.resolve().name, images=tuple(slices))
-            for folder in series
-            if (slices := [p for p in visible(folder) if is_dicom(p)])
-        ]
-    if not files and not alone:
-        where = ", ".join(map(str, inputs)) or "nothing"
-        raise InputError(
-            f"input: found no image in {where}; expected files ending in {', '.join(READABLE)}, or "
-            "folders of DICOM files"
+    reader: RawReader
+    ref: CaseRef
+
+    def read(self) -> tuple[np.ndarray, Geometry]:
+        return self.reader.image(self.ref)
+
+    def content(self) -> str:
+        return hashlib.sha256((super().content() + self.ref.said).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreInput(Input):
+    """A case of a store. Its image is preprocessed already; the raw one is not there."""
+
+    store: ShardStore
+    entry: CaseEntry
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of the raw image."""
+        entry, dims = self.entry, self.store.manifest.dataset.dims
+        facts = FileFacts(dims=dims)
+        return Geometry(
+            shape=entry.raw_shape, spacing=entry.raw_spacing, affine=entry.affine, file=facts
         )
-    cases: dict[tuple[Path, str, str], dict[int, Path]] = {}
-    for path in dict.fromkeys(files):
-        if not path.name.lower().endswith(ENDINGS):
-            if not _is_npy(path) and not is_dicom(path):
-                ending(path)  # raises: what this is nobody knows
-            alone.append(Input(id=path.stem, images=(path,)))
-            continue
-        match = CHANNEL.fullmatch(stem(path))
-        if match:
-            cases.setdefault((path.parent, match[1], ending(path)), {})[int(match[2])] = path
-        else:
-            alone.append(Input(id=stem(path), images=(path,)))
-    for (_, name, _), parts in cases.items():
-        alone += _channels(name, dict(sorted(parts.items())), channels)
-    alone = [_looked_at(replace(one, format=format)) for one in alone]
-    return _distinct(sorted(alone, key=lambda one: natural(one.id)))
 
+    @property
+    def output(self) -> str:
+        """The ending is that of the data set's own predictions where labels survive it."""
+        if self.format == SEG_NRRD:
+            return f"{self.id}.seg.nrrd"
+        dataset = self.store.manifest.dataset
+        flat = dataset.dims == 2
+        fits = WRITABLE if flat else tuple(end for end in WRITABLE if end not in FLAT)
+        kind = dataset.file_ending
+        return self.id + (kind if kind in fits else ".png" if flat else ".nii.gz")
 
-def _looked_at(one: Input) -> Input:
-    """With a problem where a file is none: a pipe would be waited for."""
-    for path in () if one.problem else one.images:
-        if found := instead_of_file(path):
-            return replace(one, problem=f"{path}: found {found}, expected a file")
-        if one.format == SEG and path.name.lower().endswith(READABLE):
-            return replace(one, problem=f"{path}: a DICOM SEG needs a DICOM series, found a file")
-    return one
-
-
-def _channels(name: str, parts: dict[int, Path], channels: int) -> list[Input]:
-    if set(parts) in ({0}, set(range(channels))):
-        return [Input(id=name, images=tuple(parts.values()))]
-    if channels == 1:  # numbered images of one channel, not channels
-        return [Input(id=stem(path), images=(path,)) for path in parts.values()]
-    have = ", ".join(f"{index:04d}" for index in parts)
-    where = next(iter(parts.values())).parent / name
-    problem = f"{where}: channels: found {have}, expected 0000 to {channels - 1:04d}. Add or remove files."
-    return [Input(id=name, images=tuple(parts.values()), problem=problem)]
-
-
-def _distinct(found: list[Input]) -> list[Input]:
-    """Two images that would be written to one file: the second is a problem."""
-    seen: dict[str, Input] = {}
-    result = []
-    for one in found:
-        first = seen.setdefault(one.output, one)
-        if first is not one:
-            problem = f"{one.images[0]}: its prediction would be called {one.output}, as that of {first.images[0]}. Rename one of them."
-            one = replace(one, problem=problem)
-        result.append(one)
-    return result
+    def content(self) -> str:
+        return f"{self.store.manifest.id} {self.entry.sha256}"
 
 
 def check_out(out: Path, found: list[Input], run: str) -> str | None:

@@ -16,13 +16,14 @@ import torch
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import write_atomically
+from segfleet.pipeline.inference.collect import collect
 from segfleet.pipeline.inference.ensemble import Member, Stored, predict_maps
 from segfleet.pipeline.inference.inputs import (
     SEG,
     SEG_NRRD,
     Input,
+    StoreInput,
     claim,
-    collect,
     forget,
     is_made,
     vouch,
@@ -52,13 +53,14 @@ class Wishes:
     """What is written besides labels, and what is done to these. `rules`: structure -> what is
     taken out of it. `draw`: also OUT/overlays/<id>.png, the outlined prediction on its image.
     `read` an image in another way than in this process. `format` of the labels: that of the image
-    (""), "dicom-seg" or "seg-nrrd"."""
+    (""), "dicom-seg" or "seg-nrrd". `layout` of the inputs, where they are raw data sets."""
 
     probabilities: bool = False
     rules: dict[str, Rule] | None = None
     draw: Callable[[Path, np.ndarray, np.ndarray, Sequence[float]], Any] | None = None
     read: Callable[[Input], tuple[np.ndarray, Geometry]] = Input.read
     format: str = ""
+    layout: Mapping[str, Any] | None = None
 
 
 def predict_files(
@@ -73,7 +75,7 @@ def predict_files(
     ranks: Ranks | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Segment the images `inputs` (files and folders) into the folder `out`; one label file each,
+    """Segment the images `inputs` (files, folders, stores, raw data sets) into the folder `out`; one label file each,
     written whole or not at all. Several `members` are an ensemble.
 
     Files that were made of the same image in the same way are kept, so an interrupted call goes on;
@@ -85,7 +87,14 @@ def predict_files(
     at all; an error of one rank is raised on all.
     """
     ranks, out, wishes = ranks or Ranks(), Path(out), wishes or Wishes()
-    found = collect(inputs, len(dataset.channels), wishes.format)
+    found = collect(inputs, len(dataset.channels), wishes.format, wishes.layout)
+    if wishes.draw and (
+        stored := next((one for one in found if isinstance(one, StoreInput)), None)
+    ):
+        raise InputError(
+            f"overlays: the raw image of {stored.id}, a case of a store, is not there to draw on; "
+            "`segfleet evaluate --on STORE` draws what a store holds"
+        )
     every = [member.settings() for member in members]
     settings = {"made_by": made_by, **(every[0] if len(every) == 1 else {"members": every})}
     if wishes.rules:
@@ -152,8 +161,7 @@ def _answer(
         facts = {"image": one.content(), **settings}
         if is_made(out, one, facts):
             return "kept", {"id": one.id, "file": str(out / one.output)}
-        image, geometry = wishes.read(one)
-        maps = image_maps(members, image, geometry, one.id, one.images[0], device, out)
+        geometry, maps = _maps(members, one, out, wishes, device)
         forget(out, one)
         with _room(maps, geometry, out, wishes.probabilities) as keep:
             label = combine(maps, geometry.shape, keep)
@@ -175,6 +183,22 @@ def _answer(
             "files": [str(p) for p in one.images],
             "problem": str(error) or type(error).__name__,
         }
+
+
+def _maps(
+    members: Sequence[Member],
+    one: Input,
+    out: Path,
+    wishes: Wishes,
+    device: torch.device | str,
+) -> tuple[Geometry, list[Map]]:
+    """The raw grid, and what the networks say of the image."""
+    if not isinstance(one, StoreInput):
+        image, geometry = wishes.read(one)
+        return geometry, image_maps(members, image, geometry, one.id, one.images[0], device, out)
+    image = torch.from_numpy(np.ascontiguousarray(one.store.image(one.entry)))
+    stored = Stored(image_CZYX=image, crop=one.entry.crop, raw_spacing=one.entry.raw_spacing)
+    return one.geometry, predict_maps(members, lambda _: stored, device=device, folder=out)
 
 
 @contextmanager

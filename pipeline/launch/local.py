@@ -41,7 +41,11 @@ def die_with_parent(parent: int) -> None:
 
 
 def run_ranks(
-    job: dict, ranks: int, poll: Callable[[], None] = lambda: None, threads: int | None = None
+    job: dict,
+    ranks: int,
+    poll: Callable[[], None] = lambda: None,
+    threads: int | None = None,
+    device: str | None = None,
 ) -> None:
     """Run `segfleet.pipeline.launch.worker` on `ranks` local processes until all end. `job` is what
     the worker gets, plain JSON.
@@ -49,7 +53,8 @@ def run_ranks(
     Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP (unless it is ignored, as under nohup) are passed
     on as a request to stop in order (in the main thread; others get no signals). Raises RankFailed
     with the first failing rank's own message; the other ranks are killed with it.
-    `threads`: of each rank; by default OMP_NUM_THREADS or an equal share of the cores.
+    `threads`: of each rank; by default OMP_NUM_THREADS or an equal share of the cores. `device`:
+    "cpu" where there are GPUs, too.
     """
     with tempfile.TemporaryDirectory(prefix="segfleet-") as folder:
         rendezvous = Path(folder)
@@ -59,7 +64,7 @@ def run_ranks(
             if threads
             else os.environ.get("OMP_NUM_THREADS") or str(max(1, cpus() // ranks))
         )
-        processes = [_start(rendezvous, rank, ranks, share) for rank in range(ranks)]
+        processes = [_start(rendezvous, rank, ranks, share, device) for rank in range(ranks)]
 
         asked: list[float] = []  # when the ranks were first asked to stop
 
@@ -82,7 +87,9 @@ def run_ranks(
             raise RankFailed(*_reason(rendezvous, codes))
 
 
-def _start(rendezvous: Path, rank: int, ranks: int, threads: str) -> subprocess.Popen:
+def _start(
+    rendezvous: Path, rank: int, ranks: int, threads: str, device: str | None
+) -> subprocess.Popen:
     environment = {
         **os.environ,
         "RANK": str(rank),
@@ -93,6 +100,7 @@ def _start(rendezvous: Path, rank: int, ranks: int, threads: str) -> subprocess.
         "SEGFLEET_PARENT": str(os.getpid()),
         # DDP's advice on a flag that is set on purpose
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
+        **({"SEGFLEET_DEVICE": device} if device else {}),
     }
     # A session of its own: Ctrl-C reaches us alone, and we pass it on once.
     return subprocess.Popen(

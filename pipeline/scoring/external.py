@@ -39,33 +39,39 @@ class TestSet:
         return manifest.id[:12] + (f"-{self.split}-{self.fold}" if self.split else "")
 
     def check(self, recipe: Recipe, trained: Manifest, manifest: Manifest) -> None:
-        """Raises InputError if the run, trained on the data and plan of `trained`, cannot be scored
-        on this store: one message."""
-        ours, theirs = (make_task(m.dataset, recipe.model.head) for m in (trained, manifest))
-        reasons = []
-        if (ours.names, ours.members) != (theirs.names, theirs.members):
-            said = (
-                ", ".join(
-                    f"{name} {'+'.join(map(str, values))}"
-                    for name, values in zip(task.names, task.members, strict=True)
-                )
-                for task in (theirs, ours)
+        check_store(recipe, trained, manifest)
+
+
+def check_store(
+    recipe: Recipe, trained: Manifest, manifest: Manifest, command: str = "evaluate"
+) -> None:
+    """Raises InputError if a run, trained on the data and plan of `trained`, cannot be used on the
+    cases of this store: one message."""
+    ours, theirs = (make_task(m.dataset, recipe.model.head) for m in (trained, manifest))
+    reasons = []
+    if (ours.names, ours.members) != (theirs.names, theirs.members):
+        said = (
+            ", ".join(
+                f"{name} {'+'.join(map(str, values))}"
+                for name, values in zip(task.names, task.members, strict=True)
             )
-            reasons.append("its labels are {}, those of the run {}".format(*said))
-        channels = len(manifest.dataset.channels), len(trained.dataset.channels)
-        if channels[0] != channels[1]:
-            reasons.append("it has {} channel(s), the run {}".format(*channels))
-        if reasons:
-            raise InputError(
-                f"evaluate: the store of {manifest.dataset.name} does not fit the run: "
-                + "; ".join(reasons)
-            )
-        if different := differences(manifest.plan, trained.plan):
-            raise InputError(
-                f"evaluate: the store of {manifest.dataset.name} was preprocessed in another way "
-                f"than the run's training data: {'; '.join(different)}. Preprocess it with `--like "
-                f"{recipe.data.store or 'STORE'}`, the store the run was trained on"
-            )
+            for task in (theirs, ours)
+        )
+        reasons.append("its labels are {}, those of the run {}".format(*said))
+    channels = len(manifest.dataset.channels), len(trained.dataset.channels)
+    if channels[0] != channels[1]:
+        reasons.append("it has {} channel(s), the run {}".format(*channels))
+    if reasons:
+        raise InputError(
+            f"{command}: the store of {manifest.dataset.name} does not fit the run: "
+            + "; ".join(reasons)
+        )
+    if different := differences(manifest.plan, trained.plan):
+        raise InputError(
+            f"{command}: the store of {manifest.dataset.name} was preprocessed in another way "
+            f"than the run's training data: {'; '.join(different)}. Preprocess it with `--like "
+            f"{recipe.data.store or 'STORE'}`, the store the run was trained on"
+        )
 
 
 def differences(found: Plan, expected: Plan) -> list[str]:

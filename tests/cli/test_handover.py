@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from segfleet.core.errors import InputError
 from segfleet.pipeline import load_run
 from segfleet.pipeline.run import run_folders
 from segfleet.preprocess.stores.base import open_store
+from segfleet.preprocess.stores.manifest import load_manifest, save_manifest
 
 
 def segfleet(*words):
@@ -93,6 +95,34 @@ def test_ranks_share_the_images(two_folds, ensemble, tmp_path):
     done, document = predict(two_folds, *words, out=tmp_path / "out")
     assert done.exit_code == 0 and [one["id"] for one in document["done"]] == ["one", "two"]
     assert all(np.array_equal(labels(tmp_path / "out")[k], v) for k, v in labels(ensemble).items())
+
+
+def test_a_store_is_predicted_on_the_device_that_is_named(two_folds, tmp_path):
+    run, store = runs_of(two_folds)[0], two_folds / "store"
+    done, document = predict(two_folds, run, store, "--device", "cpu", out=tmp_path / "out")
+    assert done.exit_code == 0, (done.output, done.exception)
+    cases = [case.id for case in open_store(store).manifest.cases]
+    assert [one["id"] for one in document["done"]] == cases
+    for device, said in (("gpu", "found 'gpu', expected cpu, cuda"), ("cuda:9", "sees .* GPU")):
+        wrong, _ = predict(two_folds, run, store, "--device", device, out=tmp_path / device)
+        assert re.search(said, str(wrong.exception)) and not (tmp_path / device).exists()
+    ranks = ("--device", "cpu", "--ranks", 2)
+    _, document = predict(two_folds, run, two_folds / "images", *ranks, out=tmp_path / "ranks")
+    assert len(document["done"]) == 2
+
+
+def test_a_store_that_was_made_otherwise_is_refused(two_folds, tmp_path):
+    run = runs_of(two_folds)[0]
+    shutil.copytree(two_folds / "store", tmp_path / "store")
+    manifest = load_manifest(tmp_path / "store")
+    other = manifest.plan.model_copy(update={"target_spacing": (1.0, 2.0, 2.0)})
+    save_manifest(tmp_path / "store", manifest.model_copy(update={"plan": other}))
+    done, _ = predict(two_folds, run, tmp_path / "store", out=tmp_path / "out")
+    assert "was preprocessed in another way" in str(done.exception)
+    assert "target_spacing (1.0, 2.0, 2.0), of the run (1.0, 1.0, 1.0)" in str(done.exception)
+    done, _ = predict(two_folds, run, tmp_path, out=tmp_path / "out")
+    assert "Of a raw data set name the layout" in str(done.exception)
+    assert not (tmp_path / "out").exists()
 
 
 def test_auto_keeps_what_helped_on_cases_not_trained_on(two_folds, tmp_path):

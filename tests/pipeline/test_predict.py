@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from segfleet.core.errors import InputError
+from segfleet.pipeline.inference.collect import collect
 from segfleet.pipeline.inference.ensemble import Member
-from segfleet.pipeline.inference.predict import Wishes, collect, predict_files
+from segfleet.pipeline.inference.predict import Wishes, predict_files
 from segfleet.pipeline.reports.overlays import save_prediction
 from segfleet.pipeline.scoring.evaluate import predict_case
 from segfleet.pipeline.task import make_task
@@ -69,14 +70,14 @@ def member(store, forward=None, **window):
     return Member(forward=lambda: forward, plan=manifest.plan, task=task, **window)
 
 
-def predict(store, inputs, out, forward=None, draw=None, format="", **more):
+def predict(store, inputs, out, forward=None, draw=None, format="", layout=None, **more):
     window = {key: more.pop(key) for key in WINDOW if key in more}
     return predict_files(
         [member(store, forward, **window)],
         store.manifest.dataset,
         inputs,
         out,
-        wishes=Wishes(draw=draw, format=format),
+        wishes=Wishes(draw=draw, format=format, layout=layout),
         **more,
     )
 
@@ -119,6 +120,24 @@ def test_raw_files_give_what_the_store_gives(sets, name, tmp_path):
             assert file.header.get_zooms() == source.header.get_zooms()
             written = np.asarray(file.dataobj).T
         np.testing.assert_array_equal(written, expected)
+
+
+@pytest.mark.parametrize("name", ["msd", "nnunet", "dsb2018"])
+def test_a_store_and_a_data_set_give_what_their_files_give(sets, name, tmp_path):
+    store, raw = sets[name]
+    files = predict(store, [copy_images(store, raw, tmp_path / "in")], tmp_path / "files")
+    stored = predict(store, [store.root], tmp_path / "stored")
+    layout = predict(store, [raw], tmp_path / "layout", layout={"name": name})
+    for kind, document in (("stored", stored), ("layout", layout)):
+        assert document["failed"] == [] and len(document["done"]) == len(files["done"])
+        for one in files["done"]:
+            path = tmp_path / kind / Path(one["file"]).name
+            assert np.array_equal(read_label(path)[0], read_label(Path(one["file"]))[0])
+            if name != "dsb2018":
+                np.testing.assert_allclose(nib.load(path).affine, nib.load(one["file"]).affine)
+    assert predict(store, [store.root], tmp_path / "stored")["done"] == [], "kept"
+    with pytest.raises(InputError, match="overlays: the raw image of"):
+        predict(store, [store.root], tmp_path / "drawn", draw=save_prediction)
 
 
 def test_an_oblique_affine_comes_back_to_the_bit(sets, tmp_path):

@@ -12,7 +12,8 @@ from PIL import Image
 
 from segfleet.core.errors import InputError
 from segfleet.core.parallel import Apart
-from segfleet.pipeline.inference.inputs import Input, collect
+from segfleet.pipeline.inference.collect import collect
+from segfleet.pipeline.inference.inputs import Input
 from segfleet.preprocess.files.images import ImageError
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
 from segfleet.preprocess.readers.base import open_reader
@@ -52,6 +53,23 @@ def test_arrays_and_detached_volumes_are_images(tmp_path):
     voxels[0] ^= 1
     (tmp_path / "c.raw").write_bytes(voxels)
     assert found["c"].content() != before
+
+
+@pytest.mark.parametrize("layout", sorted(PHANTOMS))
+def test_a_data_set_is_its_cases_as_its_layout_reads_them(layout, tmp_path):
+    root = PHANTOMS[layout](tmp_path / "raw") or tmp_path / "raw"
+    reader = open_reader(layout, root)
+    found = {one.id: one for one in collect([root], 1, layout={"name": layout})}
+    refs = {ref.id.replace("/", "_"): ref for ref in reader.refs()}
+    assert found.keys() == refs.keys()
+    name, ref = next(iter(refs.items()))
+    expected, geometry = reader.image(ref)
+    with Apart() as apart:
+        image, grid = found[name].read_apart(apart)
+    assert np.array_equal(image, expected) and grid == geometry
+    assert len({one.output for one in found.values()}) == len(refs)
+    with pytest.raises(InputError, match="data set: found 'mds'.*Did you mean 'msd'"):
+        collect([root], 1, layout={"name": "mds"})
 
 
 def test_what_nobody_knows_is_named(tmp_path):
