@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -149,16 +150,21 @@ def tested(clone: Path, tests: list[str], limit: float) -> bool:
     that hangs has noticed."""
     child = os.fork()
     if child == 0:
-        os.setsid()
-        os.chdir(clone)
-        quiet = os.open(clone / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
-        import pytest
+        code = 1
+        try:
+            os.setsid()
+            os.chdir(clone)
+            quiet = os.open(clone / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(quiet, 1)
+            os.dup2(quiet, 2)
+            import pytest
 
-        words = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
-        code = pytest.main([*words, *(f"tests/{name}" for name in tests)])
-        os._exit(int(code))
+            words = ["-x", "-q", "-p", "no:cacheprovider"]
+            code = int(pytest.main([*words, *(f"tests/{name}" for name in tests)]))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
     until = time.monotonic() + limit
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -210,7 +216,7 @@ def main() -> None:
         os.environ.setdefault("SEGFLEET_TEST_DATA", str(ROOT.parent / "shared" / "data"))
         os.environ |= {"SEGFLEET_DEVICE": "cpu", "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         sys.path.insert(0, str(package.parent))
-        for heavy in ("torch", "numpy", "scipy.ndimage", "h5py", "zarr", "nibabel", "hypothesis"):
+        for heavy in ("torch", "numpy", "scipy.ndimage", "h5py", "nibabel"):
             __import__(heavy)
         for module in given.modules:
             done[module] = examine(clone, module, given.per, given.seed) | {"seed": given.seed}

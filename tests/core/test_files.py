@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -65,3 +67,71 @@ def test_names_and_rights(tmp_path):
     finally:
         os.umask(old)
     assert path.read_bytes() == b"bytes" and stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_a_document_vouches_for_itself(tmp_path, capsys):
+    path = tmp_path / "document.json"
+    files.write_json(path, {"dice": 0.5, "sharp": "ü"})
+    assert files.read_json(path) == {"dice": 0.5, "sharp": "ü"}
+    path.write_text(path.read_text().replace("0.5", "0.6"))
+    assert files.read_json(path) is None
+    assert f"{path} is damaged" in capsys.readouterr().err
+    path.write_text('{"no": "hash"}')
+    assert files.read_json(path) == {"no": "hash"}
+    assert files.read_json(tmp_path / "none.json") is None
+    assert not capsys.readouterr().err
+    path.write_text("[1]")
+    assert files.read_json(path) is None and files.read_json(path, list) == [1]
+
+
+def test_the_hash_of_a_document_is_that_of_its_plain_json():
+    plain = b'{"a":1,"b":[2,null]}'
+    assert files.digest_of({"b": [2, None], "a": 1}) == hashlib.sha256(plain).hexdigest()
+
+
+def test_a_private_file_gets_the_rights_of_its_folder(tmp_path):
+    path = tmp_path / "weights"
+    path.touch(mode=0o600)
+    before = os.umask(0o027)
+    try:
+        files.share_as_others(path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o7777 == 0o640
+    assert [found.name for found in tmp_path.iterdir()] == ["weights"]
+
+
+def synced(monkeypatch) -> list[str]:
+    """The names of what is synced from here on, in order, among the renames."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def noted(handle):
+        done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    def renamed(old, new):
+        done.append(f"-> {Path(new).name}")
+        replace(old, new)
+
+    monkeypatch.setattr(files.os, "fsync", noted)
+    monkeypatch.setattr(files.os, "replace", renamed)
+    return done
+
+
+def test_synced_renamed_and_the_folder_synced(tmp_path, monkeypatch):
+    done = synced(monkeypatch)
+    files.write_atomically(tmp_path / "file", "content")
+    assert [name.endswith(".partial") for name in done] == [True, False, False]
+    assert done[1:] == ["-> file", tmp_path.name]
+
+
+def test_every_new_folder_is_synced_in_its_parent(tmp_path, monkeypatch):
+    done = synced(monkeypatch)
+    files.make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir() and done == [tmp_path.name, "a"]
+
+
+def test_file_facts(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    assert files.file_facts(path) == {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
