@@ -4,6 +4,7 @@ hand."""
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -221,7 +222,7 @@ def test_summary_and_samples():
     assert [samples_per_case(n) for n in (1, 200, 10**6)] == [50_000, 10_000, 20]
 
 
-def test_memory_and_cores_come_from_the_tightest_limit(tmp_path):
+def test_memory_and_cores_come_from_the_tightest_limit(tmp_path, monkeypatch):
     def write(path, text):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
@@ -240,11 +241,17 @@ def test_memory_and_cores_come_from_the_tightest_limit(tmp_path):
     write("sys/fs/cgroup/job/memory.stat", f"anon 1\ninactive_file {gib}\n")
     write("sys/fs/cgroup/job/cpu.max", "200000 100000\n")
     assert memory_budget({}, tmp_path) == int(0.8 * 7 * gib)
-    assert cpus({"SLURM_CPUS_PER_TASK": "1"}, tmp_path) == 1 and cpus({}, tmp_path) <= 2
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    assert cpus({}, tmp_path) == 2 and cpus({"SLURM_CPUS_PER_TASK": "1"}, tmp_path) == 1
+    assert cpus({"SLURM_CPUS_PER_TASK": "8"}, tmp_path) == 2
     write("proc/self/cgroup", "5:cpu,cpuacct:/a\n4:memory:/a\n")
     write("sys/fs/cgroup/memory/a/memory.limit_in_bytes", f"{3 * gib}")
     write("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712")
     assert memory_budget({}, tmp_path) == int(0.8 * 3 * gib)
+    assert cpus({}, tmp_path) == 64
+    write("sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "300000\n")
+    write("sys/fs/cgroup/cpu/a/cpu.cfs_period_us", "100000\n")
+    assert cpus({}, tmp_path) == 3
 
 
 def test_the_coarsest_axis_comes_first():

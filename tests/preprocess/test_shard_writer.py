@@ -27,6 +27,30 @@ def test_values_that_are_not_finite_are_refused(tmp_path, fmt, drawn):
     assert not list(tmp_path.iterdir())
 
 
+def test_every_file_is_synced_before_the_shard_is_named(tmp_path, fmt, drawn, monkeypatch):
+    """A power cut after the rename finds whole files under the shard's name."""
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(handle):
+        events.append(os.path.realpath(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    def renamed(old, new):
+        events.append(f"{old} -> {new}")
+        replace(old, new)
+
+    writer = store_module(fmt).Writer(tmp_path, "s", chunk=CHUNK, dtype="float16")
+    writer.write("c", *drawn())
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    files = writer.publish()
+    at = events.index(f"{writer.partial} -> {writer.final}")
+    before = {path.replace(str(writer.partial), str(writer.final), 1) for path in events[:at]}
+    assert {str(tmp_path / path) for path in files} <= before
+    assert str(tmp_path) in events[at:]
+
+
 def test_a_wrong_type_or_shape_is_the_programmers_mistake(tmp_path, fmt, drawn):
     image, label, _ = drawn()
     for wrong in (

@@ -594,3 +594,70 @@ def _manifest(recipe):
     from segfleet.preprocess.stores.manifest import load_manifest
 
     return load_manifest(Path(recipe.data.store))
+
+
+def test_a_job_inherits_no_cores_ranks_or_gpus(monkeypatch):
+    """Written out, so that a name that leaves the product's table is noticed."""
+    inherited = """SLURM_JOB_ID SLURM_NTASKS SLURM_CPUS_PER_TASK SLURMD_NODENAME SBATCH_PARTITION
+        SQUEUE_FORMAT RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+        CUDA_VISIBLE_DEVICES GPU_DEVICE_ORDINAL ROCR_VISIBLE_DEVICES""".split()
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "HOME": "/home/me", "OMP_NUM_THREADS": "4"}
+    assert cluster.clean_environment(dict.fromkeys(inherited, "1") | kept) == kept
+
+
+@pytest.mark.parametrize(
+    ("code", "life", "end", "state", "again"),
+    [
+        (75, (), "past", "RUNNING", True),
+        (75, (), "later", "RUNNING", True),
+        (75, (), "later", "COMPLETING", False),
+        (75, ("life.json",), "past", "COMPLETING", True),
+        (137, ("life.json",), "past", "COMPLETING", True),  # killed at the deadline
+        (137, ("life.json",), "later", "RUNNING", False),
+        (137, (), "past", "RUNNING", False),  # never began
+        (1, ("life.json",), "past", "RUNNING", False),
+        (0, ("life.json",), "past", "RUNNING", False),
+        (75, ("life.json", "stay"), "past", "RUNNING", False),  # a person ended it
+    ],
+)
+def test_who_comes_back(tmp_path, code, life, end, state, again):
+    """The script's last lines in a real shell, with a `scontrol` that writes down what it is asked."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\necho "JobId=7 JobState={state} Reason=None"\n'
+    )
+    scontrol.chmod(0o755)
+    (tmp_path / "sleep").symlink_to("/bin/true")
+    for name in life:
+        (tmp_path / name).touch()
+    until = int(time.time()) + (3600 if end == "later" else -5)
+    done = subprocess.run(
+        ["bash", "-c", "\n".join([f"(exit {code})", *submitit_launcher.after()])],
+        env={
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            submission.LIFE: str(tmp_path),
+            "SEGFLEET_END": str(until),
+            "job": "7",
+        },
+    )
+    asked = tmp_path / "asked"
+    assert done.returncode == code
+    assert ("requeue 7" in asked.read_text().splitlines() if asked.exists() else False) is again
+
+
+def test_a_job_without_progress_ends_after_its_last_allowed_restart(tmp_path, monkeypatch):
+    """The third restart in a row that finds the steps of the start before them is one too many;
+    a step in between counts anew."""
+    steps = iter([0, 0, 0, 5, 5, 5, 5])
+    monkeypatch.setattr(submission, "progress_of", lambda document: next(steps))
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+
+    def start(restart: int) -> None:
+        life = tmp_path / f"life-7.{restart}"
+        life.mkdir()
+        rank.begin(life, {"do": "train"}, 3)
+
+    for restart in range(6):
+        start(restart)
+    with pytest.raises(rank.Fruitless, match="restarted 3 times at step 5 .*node: n1"):
+        start(6)
