@@ -24,6 +24,7 @@ from segfleet.core.errors import DataError, InputError
 from segfleet.core.parallel import run
 from segfleet.preprocess.building.build import build
 from segfleet.preprocess.phantoms.phantom import PHANTOMS, write_msd_phantom, write_nnunet_phantom
+from segfleet.preprocess.planning.plan import Overrides
 from segfleet.preprocess.readers.base import open_reader
 from segfleet.preprocess.stores.base import open_store
 from segfleet.preprocess.stores.shard_writer import ShardWriter
@@ -237,6 +238,19 @@ def test_a_changed_plan_makes_everything_anew(raw, tmp_path, monkeypatch):
     build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1, progress=told)
     assert told.processed("check") == told.processed("write") == 6
     assert files(tmp_path / "out") == files(build_at(raw, tmp_path / "fresh"))
+
+
+def test_another_spacing_makes_every_shard_anew(raw, tmp_path, monkeypatch):
+    """Same files, same check: only the plan says that the voxels are others."""
+    interrupted(raw, tmp_path / "out", monkeypatch, "phantom_004", OSError(errno.EIO, "broken"))
+    wish, told = Overrides(spacing=(2.0, 1.5, 1.5)), ProgressMessages()
+    made = build(
+        "msd", raw, tmp_path / "out", workers=1, shard_bytes=1, progress=told, overrides=wish
+    )
+    assert told.processed("write") == 6
+    assert {entry.spacing for entry in made.cases} == {(2.0, 1.5, 1.5)}
+    fresh = build("msd", raw, tmp_path / "fresh", workers=1, shard_bytes=1, overrides=wish)
+    assert fresh == made and files(tmp_path / "out") == files(tmp_path / "fresh")
 
 
 def test_shards_of_an_earlier_layout_are_made_anew(raw, tmp_path, monkeypatch):
