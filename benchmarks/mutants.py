@@ -103,6 +103,13 @@ def places(tree: ast.AST) -> Iterator[tuple[ast.AST, str, int | None]]:
     """Every node in a place where a fault counts, as (parent, field, index): not in what is raised
     (words), in annotations or in decorators."""
     for parent in ast.walk(tree):
+        if isinstance(parent, ast.keyword) and parent.arg in (
+            "strict",
+            "frozen",
+            "kw_only",
+            "indent",
+        ):
+            continue  # no result hangs on these
         for field, value in ast.iter_fields(parent):
             if field in ("annotation", "returns", "decorator_list", "exc", "cause", "type_params"):
                 continue

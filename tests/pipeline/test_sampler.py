@@ -137,6 +137,40 @@ def test_foreground_quota_is_exact(tiny_store):
             assert label.any()
 
 
+def test_a_centred_patch_has_its_voxel_in_the_middle_or_touches_the_border(tiny_store):
+    """Drawn from the label itself: the middle of every patch is a labelled voxel, moved only as far
+    as the case's border asks, and every label is met."""
+    store = open_store(tiny_store(dims=3))
+    sampler = sampler_of(store, batch=2, foreground=0.5)
+    patch, allowed = np.array(sampler.patch), {}
+    for case in sampler.cases:
+        label = store.label(case)
+        allowed[case.id] = {
+            value: {
+                tuple(start)
+                for start in np.clip(
+                    np.argwhere(label == value) - patch // 2, 0, np.array(case.shape) - patch
+                )
+            }
+            for value in np.unique(label[label > 0])
+        }
+    met = set()
+    for index in range(1, 120, 2):
+        draw = sampler.draw(0, 0, index, 60)
+        values = [value for value, starts in allowed[draw.case.id].items() if draw.start in starts]
+        assert values
+        met.update(values)
+    assert met == {1, 2}
+
+
+def test_a_patch_anywhere_takes_every_place_that_fits_and_no_other(tiny_store):
+    case = open_store(tiny_store(dims=3)).manifest.cases[0]
+    z, y, x = case.shape
+    sampler = PatchSampler(cases=(case,), patch=(z - 2, y, x + 5), batch=1, foreground=0.0, seed=1)
+    starts = {sampler.draw(0, 0, index, 40).start for index in range(40)}
+    assert starts == {(k, 0, -2) for k in range(3)}
+
+
 def test_stages_epochs_and_seeds_differ(tiny_store):
     sampler = sampler_of(open_store(tiny_store(dims=3)), foreground=0)
     starts = {
