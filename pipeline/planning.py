@@ -37,6 +37,7 @@ CPU_BATCH = {2: 8, 3: 4}
 CPU_STAGES = {2: 5, 3: 4}
 GPU_STEP = 0.35  # seconds of an nnU-Net step at 8 GB on a data centre's GPU, where none is here
 LOW = 0.25  # share of the median case that a patch should see
+BUSY = 1.6  # times its own computing that a step takes by the clock on cores that others use, too
 UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 
@@ -52,10 +53,12 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One optimizer step."""
+    """One optimizer step. `clock`: seconds by the clock, where others kept the cores busy and
+    `seconds` is what the step's own computing takes of them."""
 
     seconds: float
     gigabytes: float | None  # None: not measured
+    clock: float | None = None
 
 
 def parse_budget(text: str) -> float:
@@ -291,6 +294,11 @@ def _for_cpu(
     notes = _notes(manifest, patch, target, seconds)
     if measured.gigabytes is not None:
         notes.append(f"A step held {measured.gigabytes:.2g} GB here.")
+    if measured.clock:
+        notes.append(
+            f"This machine was busy: a step took {measured.clock:.3g} s by the clock, of which "
+            f"{measured.seconds:.3g} s were its own. The budget holds on cores that are free."
+        )
     if total < ENOUGH:
         notes.append(
             f"The budget holds {total} steps only, and {ENOUGH} are usual: expect more of a longer one."
@@ -419,7 +427,8 @@ def _network_plan(
 
 def measure(recipe: Recipe, manifest: Manifest, device: torch.device, steps: int) -> Measured:
     """The fastest of a few optimizer steps on random patches, after one to warm up; and the memory
-    they held (of CPUs the growth of this process, or None if it did not grow)."""
+    they held (of CPUs the growth of this process, or None if it did not grow). On CPUs that others
+    use, too, its computing time over the threads: a plan outlives the hour in which it is made."""
     import psutil
 
     process = psutil.Process()
@@ -436,11 +445,11 @@ def measure(recipe: Recipe, manifest: Manifest, device: torch.device, steps: int
     image = torch.randn(size[0], channels, *size[1:], generator=generator).to(device)
     values = torch.tensor(sorted(manifest.dataset.labels.values()), dtype=torch.uint8)
     label = values[torch.randint(len(values), size, generator=generator)].to(device)
-    times, held = [], 0
+    times, shares, held = [], [], 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(steps + 1):
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), time.process_time()
         optimizer.zero_grad()
         with autocast(recipe.engine.precision, device):
             output = network(image)
@@ -450,6 +459,10 @@ def measure(recipe: Recipe, manifest: Manifest, device: torch.device, steps: int
         optimizer.step()
         float(loss.detach())  # waits for the device
         times.append(time.perf_counter() - begin)
+        shares.append((time.process_time() - used) / torch.get_num_threads())
     if device.type == "cuda":
         held = torch.cuda.max_memory_allocated(device)
-    return Measured(seconds=min(times[1:]), gigabytes=held / 1e9 or None)
+    seconds, own, gigabytes = min(times[1:]), min(shares[1:]), held / 1e9 or None
+    if device.type == "cpu" and seconds > BUSY * own:
+        return Measured(seconds=own, gigabytes=gigabytes, clock=seconds)
+    return Measured(seconds=seconds, gigabytes=gigabytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -92,6 +93,22 @@ def test_a_smaller_budget_takes_a_smaller_patch_and_never_more_time(large, speed
         assert recipe.engine.precision == "bf16"
     assert sizes[0] > sizes[1] >= sizes[2]
     assert len(seen) < 20
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_on_a_busy_machine_a_step_is_its_own_computing(tiny_store, monkeypatch, busy):
+    """A clock and a meter of CPU time by hand: 6 s a step by the clock, 4 s of two threads."""
+    ticks = {"perf_counter": itertools.count(0, 6), "process_time": itertools.count(0, 4)}
+    if not busy:
+        ticks["process_time"] = itertools.count(0, 11)
+    for name, count in ticks.items():
+        monkeypatch.setattr(planning.time, name, lambda count=count: float(next(count)))
+    monkeypatch.setattr(planning.torch, "get_num_threads", lambda: 2)
+    planned = plan_recipe(tiny_store(dims=2), "cpu", "1h")
+    step, notes = (2.0, 1) if busy else (6.0, 0)
+    stage = planned.recipe().stages[0]
+    assert stage.epochs * stage.steps == pytest.approx(0.7 * 3600 / step, rel=0.1)
+    assert sum("This machine was busy: a step took 6 s" in note for note in planned.notes) == notes
 
 
 def test_a_step_that_does_not_fit_the_memory_is_not_planned(large, speed):
