@@ -86,6 +86,8 @@ setup(
             "mamba-ssm>=2.3.2.post1; platform_system=='Linux'",
             "causal-conv1d>=1.4; platform_system=='Linux'",
         ],
+        "wandb": ["wandb>=0.19"],
+        "mlflow": ["mlflow-skinny>=3"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.3"],
         "dev": [
             "pytest>=8",
@@ -104,6 +106,8 @@ setup(
             "onnxscript>=0.3",
             "onnxruntime>=1.20",
             "ome-zarr-models>=1",
+            "wandb>=0.19",
+            "mlflow-skinny>=3",
             "scikit-image>=0.25",
         ],
     },

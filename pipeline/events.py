@@ -1,17 +1,20 @@
-"""What happened in a stage: JSON lines in `events.jsonl`, the same numbers for TensorBoard in
-`tensorboard/`. Written by rank 0 alone."""
+"""What happened in a stage: JSON lines in `events.jsonl`, and the same numbers for those who watch
+the run elsewhere (`trackers.py`). Written by rank 0 alone."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from segfleet.core.files import write_atomically
 from segfleet.core.progress import EVENTS, parse_event
+from segfleet.pipeline.trackers import Trackers
 
 
 def read_events(folder: Path) -> Iterator[dict[str, Any]]:
@@ -65,18 +68,24 @@ class Lines:
 
 class EventLog:
     """Appends events. Opened at a step, it forgets what a killed process logged after the
-    checkpoint of that step. `listen` hears every event as it is written."""
+    checkpoint of that step. `listen` hears every event as it is written, `trackers` the numbers of
+    those that have a step."""
 
-    def __init__(self, folder: Path, step: int, listen: Callable[[dict[str, Any]], None] | None):
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        listen: Callable[[dict[str, Any]], None] | None,
+        trackers: Trackers | None = None,
+    ):
         self.path = folder / EVENTS
         kept = [event for event in read_events(folder) if event.get("step", 0) <= step]
         write_atomically(self.path, "".join(json.dumps(event) + "\n" for event in kept))
         self._file = open(self.path, "a", encoding="utf-8")
-        self._board = None
-        self._folder, self._step, self._listen = folder, step, listen
+        self._listen, self._trackers = listen, trackers
 
     def write(self, event: str, **facts: Any) -> None:
-        """One event. Numbers of events that have a step also go to TensorBoard."""
+        """One event."""
         if self._listen:
             self._listen({"event": event, **facts})
         self._file.write(
@@ -84,28 +93,24 @@ class EventLog:
         )
         self._file.flush()
         step = facts.get("step")
-        if step is None:
-            return
-        for name, value in facts.items():
-            if (
-                name not in ("step", "epoch")
-                and isinstance(value, int | float)
-                and not isinstance(value, bool)
-            ):
-                self._tensorboard().add_scalar(f"{event}/{name}", value, step)
+        numbers = {
+            f"{event}/{name}": value
+            for name, value in facts.items()
+            if name not in ("step", "epoch")
+            and isinstance(value, int | float)
+            and not isinstance(value, bool)
+        }
+        if self._trackers and numbers and step is not None:
+            self._trackers.numbers(numbers, step)
 
-    def _tensorboard(self):
-        if self._board is None:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(
-                str(self._folder / "tensorboard"), purge_step=self._step + 1, flush_secs=30
-            )
-        return self._board
+    def pictures(self, found: Mapping[str, np.ndarray], step: int) -> None:
+        """Pictures (Y, X, 3) uint8 by name, for the trackers alone."""
+        for name, pixels in found.items() if self._trackers else ():
+            self._trackers.picture(name, pixels, step)
 
     def close(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        if self._trackers:
+            self._trackers.close()

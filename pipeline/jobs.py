@@ -40,7 +40,8 @@ from segfleet.pipeline.loading import open_model
 from segfleet.pipeline.out_of_fold import decided
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe, parse, resolve
-from segfleet.pipeline.reports.overlays import save_overlays, save_prediction
+from segfleet.pipeline.reports.board import publish
+from segfleet.pipeline.reports.overlays import picture, save_overlays, save_prediction
 from segfleet.pipeline.reports.report import write_report
 from segfleet.pipeline.run import data_of, note_data, open_run, stage_folders
 from segfleet.pipeline.scoring.external import TestSet
@@ -91,7 +92,8 @@ def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
                 ranks=ranks,
                 stop=stop,
                 draw=save_overlays,
-                report=write_report,
+                report=publish_all,
+                picture=picture,
                 leaf=folders[-1].path,
             )
             if job["do"] == "train":
@@ -127,6 +129,12 @@ def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
             f"{error}. Lower stages.lr, or set optimizer.clip=1 or engine.precision=fp32, and "
             "train again."
         ) from None
+
+
+def publish_all(run: Path) -> None:
+    """What people look at of a scored run."""
+    write_report(run)
+    publish(run, warn)
 
 
 def score_on(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> Path:

@@ -212,6 +212,11 @@ class Recipe(Section):
     stages: tuple[Stage, ...] = Field(min_length=1, description="in order")
     engine: Engine = Field(default_factory=Engine, description="on what")
     evaluation: Evaluation = Field(default_factory=Evaluation, description="how it is scored")
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        ("tensorboard",),
+        description="what the curves, pictures and scores are also written for; wandb and mlflow "
+        "write files unless their own variables name a server. Changes no result",
+    )
     save_minutes: Above = Field(
         10.0, description="minutes between checkpoints; a stop saves at once, too"
     )

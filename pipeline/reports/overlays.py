@@ -18,6 +18,7 @@ from segfleet.core.files import write_atomically
 from segfleet.pipeline.scoring.evaluate import busiest_slice, without_ignored
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.stores.base import ShardStore
+from segfleet.preprocess.stores.manifest import CaseEntry
 
 FOLDER, INDEX = "overlays", "index.json"
 
@@ -60,9 +61,7 @@ def save_overlays(
         if entry["id"] not in predicted:
             continue
         case, (z, prediction) = store.manifest.case(entry["id"]), predicted[entry["id"]]
-        plane = (slice(z, z + 1), slice(0, case.shape[1]), slice(0, case.shape[2]))
-        truth = without_ignored(store.label(case, plane), task)[0]
-        image = store.image(case, plane)[:, 0]
+        image, truth = _slice(store, case, z, task)
         png = draw_overlay(image, truth, prediction, spacing=case.spacing)
         (folder / f"{role}.png").write_bytes(png)
         shown = sorted({int(v) for v in np.union1d(truth, prediction)} & set(names))
@@ -78,6 +77,29 @@ def save_overlays(
         index.append({"role": role, "file": f"{role}.png", **facts})
     write_atomically(folder / INDEX, json.dumps(index, indent=1))
     return index
+
+
+def picture(
+    store: ShardStore, case_id: str, z: int, prediction_YX: np.ndarray, task: Task
+) -> np.ndarray:
+    """(Y, X, 3) uint8 of a slice of a stored case with its truth and a prediction."""
+    case = store.manifest.case(case_id)
+    image, truth = _slice(store, case, z, task)
+    png = draw_overlay(image, truth, prediction_YX, spacing=case.spacing)
+    return pixels(png)
+
+
+def pixels(png: bytes) -> np.ndarray:
+    """(Y, X, 3) uint8 of a picture."""
+    with Image.open(io.BytesIO(png)) as opened:
+        return np.asarray(opened.convert("RGB"))
+
+
+def _slice(store: ShardStore, case: CaseEntry, z: int, task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """Image (C, Y, X) and truth (Y, X) of a slice on the stored grid."""
+    plane = (slice(z, z + 1), slice(0, case.shape[1]), slice(0, case.shape[2]))
+    truth = without_ignored(store.label(case, plane), task)[0]
+    return store.image(case, plane)[:, 0], truth
 
 
 def save_prediction(

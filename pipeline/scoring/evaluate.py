@@ -101,6 +101,7 @@ def evaluate_cases(
     kept: Kept | None = None,
     pool: int | None = None,
     objective: Objective | None = None,
+    show: Callable[[str, int, np.ndarray], Any] | None = None,
     tolerance: float | Mapping[str, float] = TOLERANCE,
 ) -> dict[str, Any]:
     """Score `forward` ((B, C, *S) -> probabilities (B, K, *S)) on the cases: {"cases": [...],
@@ -114,7 +115,8 @@ def evaluate_cases(
     `tolerance`: of the nsd, as for `score_case`. Cases that `kept` has are not
     scored again. `pool`: cases of a batch, for the variants that pool batches. With `objective`,
     `forward` gives probabilities and then logits (B, 2K, *S), and every case gets a "loss": the
-    objective over the whole case on the stored grid. The document is strict JSON: what is not defined is null. If a rank fails, its
+    objective over the whole case on the stored grid. `show(id, z, labels_YX)` gets the slice of
+    each of this rank's cases that a picture shows. The document is strict JSON: what is not defined is null. If a rank fails, its
     error is raised on all ranks.
     """
     ranks, ids = ranks or Ranks(), list(case_ids)
@@ -161,10 +163,12 @@ def evaluate_cases(
                 for name, calibrated in calibration(found, stored_truth, task).items():
                     scores[name] |= calibrated
             scored.append(_entry(case, scores) | lost)
+            z = busiest_slice(without_ignored(stored_truth, task), stored)
             if kept:
-                z = busiest_slice(without_ignored(stored_truth, task), stored)
                 kept.keep_slice(case.id, z, stored[z])
                 kept.keep(scored[-1])
+            if show:
+                show(case.id, z, stored[z])
             if progress:
                 progress(len(scored), len(share))
     except Exception as caught:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +37,7 @@ from segfleet.preprocess.stores.manifest import Manifest
 EVALUATION = scored.EVALUATION
 # {"phase": validation | scoring | report, "done", "total"} of rank 0, while that lasts
 SCORING = "scoring.json"
+SHOWN = 3  # validation cases that are drawn while training, the same ones always
 CASES = "scored"  # a folder of the cases that are scored already, while it lasts
 
 
@@ -132,7 +134,8 @@ def locked(leaf: Path, ranks: Ranks) -> Iterator[None]:
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
     """Scores networks of one run. `draw` gets an evaluation with what was kept of its predictions;
-    `report` gets the folder of a finished one."""
+    `report` gets the folder of a finished one. `picture(store, id, z, labels_YX, task)`: (Y, X, 3)
+    uint8 of a case while training, for SHOWN of them."""
 
     recipe: Recipe
     store: ShardStore
@@ -141,14 +144,16 @@ class Scorer:
     draw: Callable[..., Any] = nothing
     report: Callable[[Path], Any] = nothing
     leaf: Path | None = None  # folder of the run, where the progress of a phase is noted
+    picture: Callable[..., np.ndarray] | None = None
 
     def validate(self, engine: Engine) -> dict[str, Any]:
         """Scores while training: {"dice": mean over structures and cases, "dice_<structure>": ...,
         "iou_pooled": of all voxels at the stored size, mean over structures, "loss": mean over
-        cases}; the same on every rank. Raises Interrupted on every rank when one is asked to stop."""
-        task = task_of(self.recipe, self.store.manifest)
+        cases}; the same on every rank, and on rank 0 "pictures": {name: pixels}. Raises Interrupted on every rank when one is asked to stop."""
+        task, slices = task_of(self.recipe, self.store.manifest), []
         with engine.evaluation() as model:
             ids = self._ids()[: self.recipe.evaluation.cases]
+            shown = set(ids[:SHOWN]) if self.picture else set()
             forward = forward_of(model, task, self.recipe, self.ranks.device, logits=True)
             document = evaluate_cases(
                 forward,
@@ -159,9 +164,13 @@ class Scorer:
                 objective=Objective(self.recipe, task),
                 ranks=self.ranks,
                 progress=functools.partial(self._tell, "validation"),
+                show=lambda case, z, label: (
+                    slices.append((case, z, label.tolist())) if case in shown else None
+                ),
                 **self._window(),
             )
         self._note(None)
+        found = [one for part in self.ranks.gather(slices) for one in part]
         structures = document["summary"]["structures"]
         pooled = [s["pooled"]["pooled_at_stored_size"].get("iou") for s in structures.values()]
         known = [iou for iou in pooled if iou is not None]
@@ -170,6 +179,12 @@ class Scorer:
             **{f"dice_{name}": scores["dice"]["mean"] for name, scores in structures.items()},
             "iou_pooled": sum(known) / len(known) if known else None,
             "loss": sum(case["loss"] for case in document["cases"]) / len(document["cases"]),
+            "pictures": {
+                f"validation/{case}": self.picture(
+                    self.store, case, z, np.asarray(label, np.uint8), task
+                )
+                for case, z, label in (found if self.ranks.rank == 0 else ())
+            },
         }
 
     def score(self, folders: list[StageFolder], again: bool = False) -> None:

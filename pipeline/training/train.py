@@ -34,6 +34,7 @@ from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe, resolve
 from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.stop import Interrupted, Paused
+from segfleet.pipeline.trackers import check_trackers, open_trackers
 from segfleet.pipeline.training.agreement import Agreement
 from segfleet.pipeline.training.begin import build
 from segfleet.pipeline.training.hardware import Energy, hardware
@@ -106,6 +107,7 @@ def train(this: Run) -> Path:
     for sentence in doubts(recipe, this.manifests) if ranks.rank == 0 else ():
         this.warn(sentence)
     check_batches(recipe, ranks.size)
+    check_trackers(recipe.trackers)
     for index in ranks.share(missing(this) if ranks.rank == 0 else None):
         with locked(this, this.folders[index]):
             if ranks.share(reopened(this, this.folders[index]) if ranks.rank == 0 else None):
@@ -372,7 +374,9 @@ def train_stage(this: Run, index: int) -> None:
 
 def begin_log(this: Run, index: int, step: int, total: int) -> EventLog:
     """The stage's log, opened at a step, with what begins there."""
-    log = EventLog(this.folders[index].path, step, this.listen)
+    folder = this.folders[index].path
+    trackers = open_trackers(this.recipe.trackers, folder, this.recipe.name, this.warn, step)
+    log = EventLog(folder, step, this.listen, trackers)
     begin = {"stage": index, "steps": total, "ranks": this.ranks.size}
     begin["hardware"] = hardware(this.ranks.device, this.ranks.size)
     if step == 0:
@@ -429,6 +433,7 @@ def validate(
 ) -> None:
     """Score the network as it stands and remember whether it is the best so far."""
     scores = this.validate(engine, recipe)
+    pictures = scores.pop("pictures", {})
     progress.validated = progress.step
     for measure, sign in MEASURES.items():
         # not defined or not finite: it says neither better nor worse
@@ -443,6 +448,7 @@ def validate(
             progress.stale = 0 if better else progress.stale + 1
     if log:
         log.write("validation", step=progress.step, epoch=epoch, **scores)
+        log.pictures(pictures, progress.step)
 
 
 def save(
