@@ -35,6 +35,7 @@ def command(
     from segfleet.core.errors import InputError
     from segfleet.slurm.job import OPEN, jobs_of, look_at_all
     from segfleet.slurm.jobspec import JobSpec
+    from segfleet.slurm.poll import Pace
     from segfleet.slurm.submission import find_home
 
     jobs = jobs_of(find_home(run, runs))
@@ -57,9 +58,14 @@ def command(
         )
         return
     tails = [Tail(path, f"{name}: " if len(logs) > 1 else "") for name, path in logs.items()]
-    told = False
+    told, pace, found = False, Pace(), []
+    ends = [job.submission.outcome() for job in jobs]
     while True:
-        found = [facts for _, facts in look_at_all(jobs)] if follow else []
+        if follow and ends != (ends := [job.submission.outcome() for job in jobs]):
+            pace.hurry()
+        if follow and pace.is_due():
+            found = [facts for _, facts in look_at_all(jobs, pace.interval / 2)]
+            pace.looked(found)
         over = all(facts["state"] not in OPEN for facts in found)
         silent = next((facts["reason"] for facts in found if facts["state"] == "unknown"), None)
         if silent and not told:

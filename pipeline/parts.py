@@ -255,7 +255,7 @@ def _doubts(recipe: Recipe, manifest: Manifest) -> list[str]:
 
 def largest_case(manifest: Manifest) -> tuple[int, ...]:
     """The largest extent of any case along (z, y, x), voxels."""
-    return tuple(map(max, zip(*(case.shape for case in manifest.cases), strict=True)))
+    return tuple(map(max, zip(*manifest.cases.grids("shape"), strict=True)))
 
 
 def _same_dataset(name: str, dataset: Dataset) -> bool:

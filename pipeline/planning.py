@@ -150,8 +150,7 @@ def plan_recipe(
 def median_case(manifest: Manifest) -> tuple[int, int, int]:
     """Voxels (z, y, x) of the stored cases, the median per axis."""
     return tuple(
-        int(statistics.median(sizes))
-        for sizes in zip(*(case.shape for case in manifest.cases), strict=True)
+        int(statistics.median(sizes)) for sizes in zip(*manifest.cases.grids("shape"), strict=True)
     )
 
 

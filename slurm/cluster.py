@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from segfleet.core.errors import InputError
+from segfleet.slurm import poll
 from segfleet.slurm.jobspec import JobSpec, minutes
 
 INHERITED = (
@@ -241,14 +242,16 @@ def known_nodes() -> frozenset[str]:
     return frozenset(call("sinfo", "-a", "-h", "-N", "-o", "%N").split())
 
 
-def queue(people: frozenset[str] = frozenset()) -> dict[str, dict[str, Any]]:
+def queue(
+    people: frozenset[str] = frozenset(), age: float = 0.0, since: float = 0.0
+) -> dict[str, dict[str, Any]]:
     """My jobs and those of `people` by id, array members as 12_3, with name, state, reason and
-    nodes: what SLURM's controller remembers."""
+    nodes: what SLURM's controller remembers. `age`, `since`: an answer this old will do
+    (`poll.Answers`)."""
     # One question for all jobs: an id it has forgotten would be an error. -a: hidden partitions too
     whose = ",".join(sorted({getpass.getuser(), *people}))
-    return _jobs(
-        call("squeue", "-a", "--states=all", "-r", "-h", "-u", whose, "-o", "%i|%T|%r|%N||%j")
-    )
+    question = ("squeue", "-a", "--states=all", "-r", "-h", "-u", whose, "-o", "%i|%T|%r|%N||%j")
+    return _jobs(poll.Answers(" ".join(question)).get(lambda: call(*question), age, since))
 
 
 def account(ids: list[str]) -> dict[str, dict[str, Any]]:
@@ -327,7 +330,8 @@ def ask(script: str) -> list[str]:
         file.write(known)
         file.flush()
         try:
-            return call("bash", "-c", f"sbatch --test-only {file.name} 2>&1").splitlines()
+            asked = 'sbatch --test-only "$1" 2>&1'
+            return call("bash", "-c", asked, "bash", file.name).splitlines()
         except InputError as error:
             raise InputError(
                 "SLURM would refuse the job: " + str(error).partition("says: ")[2]

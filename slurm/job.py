@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError
-from segfleet.slurm import cluster
+from segfleet.slurm import cluster, poll
 from segfleet.slurm.submission import Submission, latest, submissions, together
 
 WORDS = {
@@ -190,13 +190,15 @@ def refuse_if_active(run: Path) -> None:
             )
 
 
-def look_at_all(jobs: list[SlurmJob]) -> list[tuple[SlurmJob, dict[str, Any]]]:
-    """What `look` says of each; SLURM is asked once for all."""
+def look_at_all(jobs: list[SlurmJob], age: float = 0.0) -> list[tuple[SlurmJob, dict[str, Any]]]:
+    """What `look` says of each; SLURM is asked once for all, and not at all where an answer of the
+    last `age` seconds is there that is younger than the jobs."""
     if not jobs:
         return []
     try:
         people = frozenset(job.owner for job in jobs)
-        queue, silence = cluster.queue(people), None
+        since = max(job.submission.time for job in jobs)
+        queue, silence = cluster.queue(people, age, min(since, time.time())), None
     except InputError as error:
         queue, silence = {}, str(error)
     accounts = {} if silence else cluster.account([job.id for job in jobs if job.id not in queue])
@@ -216,6 +218,7 @@ def cancel(jobs: list[tuple[SlurmJob, dict[str, Any]]]) -> list[str]:
         )
     if active:
         cluster.call("scancel", *(job.id for job in active))
+        poll.forget()
     for job in active:
         (Path(job.submission.folder) / CANCELLED).touch()
     return [job.id for job in active]

@@ -9,6 +9,7 @@ from typing import Any
 from segfleet.core.errors import explain
 from segfleet.pipeline.run import RECIPE, run_folders
 from segfleet.pipeline.status import run_status
+from segfleet.slurm import poll
 from segfleet.slurm.job import SlurmJob, jobs_of, look_at_all
 from segfleet.slurm.submission import submissions
 
@@ -26,7 +27,8 @@ def status(root: Path) -> list[dict[str, Any]]:
             for run in runs
             for last in submissions(run)[-1:]
             if last.launcher == "slurm"
-        ]
+        ],
+        poll.seconds(),
     )
     jobs = {str(job.run): facts for job, facts in found}
     return [
@@ -74,7 +76,7 @@ def jobs(home: Path) -> list[dict[str, Any]]:
     """Rows of the jobs that make a store or a folder of predictions."""
     return [
         {"name": job.label or job.submission.name, **found}
-        for job, found in look_at_all(jobs_of(home))
+        for job, found in look_at_all(jobs_of(home), poll.seconds())
     ]
 
 

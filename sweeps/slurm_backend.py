@@ -19,7 +19,7 @@ from typing import Any
 
 from segfleet.core.errors import ExitCode, InputError
 from segfleet.pipeline.launch.local import RankFailed
-from segfleet.slurm import cluster
+from segfleet.slurm import cluster, poll
 from segfleet.slurm.job import OPEN, SlurmJob, attach, look_at_all
 from segfleet.slurm.jobspec import JobSpec, make_spec
 from segfleet.slurm.submission import train_job
@@ -51,7 +51,7 @@ class Queue:
         with TALK:
             self.jobs[job.id] = job
             if time.monotonic() - self.looked >= LOOK:
-                found = look_at_all(list(self.jobs.values()))
+                found = look_at_all(list(self.jobs.values()), min(LOOK, poll.seconds()))
                 self.found = {other.id: facts for other, facts in found}
                 self.looked = time.monotonic()
             return self.found.get(job.id) or {"state": "queued", "reason": None}

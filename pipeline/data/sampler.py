@@ -4,12 +4,14 @@ number of ranks or loader processes."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from segfleet.core.errors import InputError
 from segfleet.pipeline.data import randomness
+from segfleet.preprocess.stores.case_table import with_foreground
 from segfleet.preprocess.stores.manifest import CaseEntry
 
 EVERY, FOREGROUND = 0, 1  # streams of cases
@@ -36,7 +38,7 @@ class PatchSampler:
     case has; they walk through the cases that have foreground.
     """
 
-    cases: tuple[CaseEntry, ...]
+    cases: Sequence[CaseEntry]
     patch: tuple[int, int, int]
     batch: int
     foreground: float
@@ -47,8 +49,8 @@ class PatchSampler:
             raise InputError("data: the chosen fold has no training case")
 
     @functools.cached_property
-    def _with_foreground(self) -> tuple[CaseEntry, ...]:
-        return tuple(case for case in self.cases if any(case.foreground.values()))
+    def _with_foreground(self) -> Sequence[CaseEntry]:
+        return with_foreground(self.cases)
 
     def __getstate__(self) -> dict:
         """Without the index, which each loader process makes for itself."""
@@ -59,16 +61,16 @@ class PatchSampler:
         step, slot = divmod(index, self.batch)
         centred = round(self.batch * self.foreground)
         pools = (self.cases, self._with_foreground)
-        stream = FOREGROUND if slot >= self.batch - centred and pools[FOREGROUND] else EVERY
-        width = (
-            centred if stream == FOREGROUND else self.batch - (centred if pools[FOREGROUND] else 0)
-        )
+        centres = len(pools[FOREGROUND]) > 0
+        stream = FOREGROUND if slot >= self.batch - centred and centres else EVERY
+        width = centred if stream == FOREGROUND else self.batch - (centred if centres else 0)
         place = (epoch * steps + step) * width + (
             slot - (self.batch - centred) if stream == FOREGROUND else slot
         )
         pool = pools[stream]
         cycle, position = divmod(place, len(pool))
-        case = pool[randomness.permutation(self.seed, stage, stream, cycle, len(pool))[position]]
+        order = randomness.permutation(self.seed, stage, stream, cycle, len(pool))
+        case = pool[int(order[position])]
         rng = randomness.generator(self.seed, randomness.PATCH, stage, epoch, index)
         start = self._centred(case, rng) if stream == FOREGROUND else self._anywhere(case, rng)
         return Draw(case=case, start=start, stage=stage, epoch=epoch, index=index)
@@ -80,9 +82,10 @@ class PatchSampler:
         )
 
     def _centred(self, case: CaseEntry, rng: np.random.Generator) -> tuple[int, int, int]:
-        voxels = [voxels for _, voxels in sorted(case.foreground.items()) if voxels]
+        sampled = (case.foreground[label] for label in sorted(case.foreground))
+        voxels = [voxels for voxels in sampled if len(voxels)]
         chosen = voxels[rng.integers(len(voxels))]
-        centre = np.unravel_index(chosen[rng.integers(len(chosen))], case.shape)
+        centre = np.unravel_index(int(chosen[rng.integers(len(chosen))]), case.shape)
         axes = zip(centre, case.shape, self.patch, strict=True)
         return tuple(
             min(max(int(c) - p // 2, 0), s - p) if s > p else -((p - s) // 2) for c, s, p in axes

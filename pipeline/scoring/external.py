@@ -32,7 +32,7 @@ class TestSet:
     def ids(self, manifest: Manifest) -> list[str]:
         """In the order of their ids. Raises InputError."""
         if self.split is None:
-            return sorted(case.id for case in manifest.cases)
+            return sorted(manifest.cases.column("id"))
         return sorted(manifest.fold(self.split, self.fold)["val"])
 
     def folder(self, manifest: Manifest) -> str:
@@ -92,9 +92,10 @@ def overlap_with_training(recipe: Recipe, manifest: Manifest, ids: list[str]) ->
     with suppress(InputError):
         trained = load_manifest(recipe.data.store)
         fold = trained.fold(recipe.data.split, recipe.data.fold)
-        hashes = {case.id: case.source_sha256 for case in trained.cases}
+        hashes = dict(trained.cases.columns("id", "source_sha256"))
         wanted = set(ids)
-        scored = {case.source_sha256 for case in manifest.cases if case.id in wanted} - {""}
+        columns = manifest.cases.columns("id", "source_sha256")
+        scored = {source for case, source in columns if case in wanted} - {""}
         seen = len(scored & {hashes[case] for case in fold["train"]})
         chosen = bool(scored & {hashes[case] for case in fold["val"]})
         return {

@@ -105,13 +105,18 @@ def is_scored(run: Path, recipe: Recipe, manifest: Manifest) -> bool:
 def seen_in_training(ids: Sequence[str], recipe: Recipe, manifest: Manifest) -> dict[str, int]:
     """How many of the cases `ids` the network was trained on in any of its stages, and how many
     others are of patients it was trained on."""
-    patient = {case.id: case.group or case.id for case in manifest.cases}
+    patient = {case: group or case for case, group in manifest.cases.columns("id", "group")}
     trained: set[str] = set()
     for _, own, stored in stages_of(recipe, manifest):
         known = set(training_ids(own, stored))
         if stored.id != manifest.id:  # another store: the same images, whatever they are called
-            images = {case.image_sha256 for case in stored.cases if case.id in known} - {""}
-            known = {case.id for case in manifest.cases if case.image_sha256 in images}
+            images = dict(stored.cases.columns("id", "image_sha256"))
+            same = {images[case] for case in known if case in images} - {""}
+            known = {
+                case
+                for case, image in manifest.cases.columns("id", "image_sha256")
+                if image in same
+            }
         trained |= known
     patients = {patient.get(case, case) for case in trained}
     others = [case for case in ids if case not in trained and patient.get(case, case) in patients]

@@ -86,7 +86,8 @@ def definitions(unit: str = "mm") -> dict[str, str]:
 def unit_of(manifest: Manifest) -> str:
     """What distances are counted in: "mm", or "pixels" ("voxels" in 3D) where no file of the data
     set knows its spacing."""
-    if any(case.affine is not None or set(case.raw_spacing) != {1.0} for case in manifest.cases):
+    grids = zip(manifest.cases.grids("affine"), manifest.cases.grids("raw_spacing"), strict=True)
+    if any(affine is not None or set(spacing) != {1.0} for affine, spacing in grids):
         return "mm"
     return "pixels" if manifest.dataset.dims == 2 else "voxels"
 

@@ -245,10 +245,8 @@ def train_stage(this: Run, index: int) -> None:
     store = this.stores(recipe)
     manifest = store.manifest
     folder, stage = this.folders[index], recipe.stages[index]
-    ids = set(run.training_ids(recipe, manifest))
-    cases = tuple(case for case in manifest.cases if case.id in ids)
     sampler = PatchSampler(
-        cases=cases,
+        cases=manifest.cases.among(set(run.training_ids(recipe, manifest))),
         patch=patch_of(recipe, manifest),
         batch=recipe.data.batch,
         foreground=recipe.data.foreground,

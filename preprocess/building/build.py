@@ -24,6 +24,7 @@ from segfleet.preprocess.building.shard_job import (
     STATE,
     ShardJob,
     finished,
+    record_of,
     shard_jobs,
     write_shard,
 )
@@ -34,6 +35,7 @@ from segfleet.preprocess.planning.plan import Overrides, make_plan
 from segfleet.preprocess.planning.splits import OWN, Folds, Member, make_splits
 from segfleet.preprocess.readers.base import CaseRef, RawReader, open_reader, source_sha256
 from segfleet.preprocess.stores.base import store_module
+from segfleet.preprocess.stores.case_table import CaseTable, TableBuilder
 from segfleet.preprocess.stores.manifest import NAME as MANIFEST
 from segfleet.preprocess.stores.manifest import (
     CaseEntry,
@@ -92,22 +94,22 @@ def build(
         found = fingerprint(facts.dataset, facts.facts, split_seed)
         plan = make_plan(facts.dataset, found, overrides=overrides)
         jobs = shard_jobs(reader, facts, plan, format, partial, shard_bytes)
-        entries, files = _write(jobs, partial, workers, tell)
+        _write(jobs, partial, workers, tell)
         pixels = {case.id: case.image_sha256 for case in facts.facts}
+        cases, files = _written(jobs, pixels)
+        patients = _patients(facts.refs)
         manifest = Manifest(
             format=format,
             dataset=facts.dataset,
             plan=plan,
             fingerprint=found.model_dump(mode="json"),
-            cases=tuple(
-                entry.model_copy(update={"image_sha256": pixels[entry.id]}) for entry in entries
-            ),
+            cases=cases,
             splits=make_splits(_members(facts), split_seed, reader.splits()),
             split_seed=split_seed,
             joined={
                 case: patient
                 for case, patient in _patients(reader.refs()).items()
-                if patient != _patients(facts.refs)[case]
+                if patient != patients[case]
             },
             files=files,
         )
@@ -159,7 +161,7 @@ def compare(
     ):
         hashes[refs[index].id] = found
         progress("compare", len(hashes), len(refs))
-    stored = {entry.id: entry.source_sha256 for entry in manifest.cases}
+    stored = dict(manifest.cases.columns("id", "source_sha256"))
     differences = []
     if manifest.format != format:
         differences.append(f"format {manifest.format}, now {format}")
@@ -196,16 +198,15 @@ def _patients(refs: Sequence[CaseRef]) -> dict[str, str]:
 def _regrouped(manifest: Manifest, now: Mapping[str, str]) -> list[str]:
     """What differs in who is whose patient. Stores that do not record joined patients show only
     that one was divided."""
-    stored = {entry.id: entry.group for entry in manifest.cases}
+    stored = dict(manifest.cases.columns("id", "group"))
     if manifest.joined is None:
         homes: dict[str, set[str]] = {}
         for case, patient in now.items():
             homes.setdefault(patient, set()).add(stored[case])
         moved = [case for case, patient in now.items() if len(homes[patient]) > 1]
     else:
-        moved = [
-            case for case, patient in now.items() if {**stored, **manifest.joined}[case] != patient
-        ]
+        then = {**stored, **manifest.joined}
+        moved = [case for case, patient in now.items() if then[case] != patient]
     return [f"patients of {len(moved)} case(s): {_few(moved)}"] if moved else []
 
 
@@ -265,10 +266,9 @@ def _survey(reader: RawReader, partial: Path, workers: int | None, tell: Progres
     return found
 
 
-def _write(
-    jobs: Sequence[ShardJob], partial: Path, workers: int | None, tell: Progress
-) -> tuple[tuple[CaseEntry, ...], dict]:
-    records = [finished(job) for job in jobs]
+def _write(jobs: Sequence[ShardJob], partial: Path, workers: int | None, tell: Progress) -> None:
+    """Make every shard that is not there; each leaves its record."""
+    records = [finished(job) for job in jobs]  # the files of a shard, None: to be made
     todo = [index for index, record in enumerate(records) if record is None]
     _tidy(partial, [record for record in records if record])
     total = sum(len(job.refs) for job in jobs)
@@ -304,14 +304,23 @@ def _write(
         ) from None
     if failed:
         raise failure([(jobs[index], failed[index]) for index in sorted(failed)])
-    entries = tuple(
-        CaseEntry.model_validate(case) for record in records for case in record["cases"]
-    )
-    return entries, {path: facts for record in records for path, facts in record["files"].items()}
+
+
+def _written(
+    jobs: Sequence[ShardJob], pixels: Mapping[str, str]
+) -> tuple[CaseTable, dict[str, dict]]:
+    """Cases and files of all shards, from their records, one after the other."""
+    table, files = TableBuilder(), {}
+    for job in jobs:
+        record = record_of(job)
+        for case in record["cases"]:
+            table.add(CaseEntry.model_validate({**case, "image_sha256": pixels[case["id"]]}))
+        files |= record["files"]
+    return table.table(), files
 
 
 def attempt(job: ShardJob) -> dict | Exception:
-    """The record of a shard, or why there is none: one that fails does not keep the others from
+    """The files of a shard, or why there are none: one that fails does not keep the others from
     being made. A full disk is raised."""
     try:
         return write_shard(job)
@@ -350,7 +359,7 @@ def weight_of(job: ShardJob) -> int:
 
 def _tidy(partial: Path, records: Sequence[dict]) -> None:
     """Remove shards that no valid record speaks for."""
-    kept = {Path(path).parts[1] for record in records for path in record["files"]}
+    kept = {Path(path).parts[1] for files in records for path in files}
     for path in (partial / "shards").glob("*"):
         if path.name not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

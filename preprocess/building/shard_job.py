@@ -107,8 +107,8 @@ def shard_jobs(
 
 
 def write_shard(job: ShardJob) -> dict:
-    """Make one shard and leave its record. Nothing of it remains if that fails. Raises an error
-    that names the case."""
+    """Make one shard and leave its record; its files. Nothing of it remains if that fails. Raises
+    an error that names the case."""
     writer = store_module(job.format).Writer(
         job.root, job.shard, chunk=job.chunk, dtype=job.plan.dtype
     )
@@ -124,7 +124,7 @@ def write_shard(job: ShardJob) -> dict:
         "files": files,
     }
     write_atomically(job.record, json.dumps(record))
-    return record
+    return files
 
 
 def _write_case(writer, job: ShardJob, number: int) -> CaseEntry:
@@ -155,15 +155,20 @@ def _write_case(writer, job: ShardJob, number: int) -> CaseEntry:
     )
 
 
+def record_of(job: ShardJob) -> dict:
+    """What `write_shard` left: {"key", "cases", "files"}."""
+    return json.loads(job.record.read_text(encoding="utf-8"))
+
+
 def finished(job: ShardJob) -> dict | None:
-    """The record of a shard that is complete and made from what is there now."""
+    """The files of a shard that is complete and made from what is there now."""
     try:
-        record = json.loads(job.record.read_text(encoding="utf-8"))
+        record = record_of(job)
         whole = all(
             (job.root / path).stat().st_size == facts["bytes"]
             and file_facts(job.root / path) == facts
             for path, facts in record["files"].items()
         )
-        return record if record["key"] == job.key and whole else None
+        return record["files"] if record["key"] == job.key and whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -130,7 +130,8 @@ def link(facts: Sequence[CaseFacts]) -> tuple[dict[str, str], list[Problem]]:
 def shared(facts: Sequence[CaseFacts], manifest: Manifest) -> list[Problem]:
     """One warning per case whose image is in another data set's store too, as the same pixels.
     Raises InputError if that cannot be told."""
-    stored = {entry.image_sha256: entry.id for entry in manifest.cases if entry.image_sha256}
+    columns = manifest.cases.columns("image_sha256", "id")
+    stored = {image: case for image, case in columns if image}
     if not stored:
         raise InputError(
             "against: the store does not record its images' hashes. Preprocess its raw data again "

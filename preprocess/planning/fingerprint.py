@@ -6,8 +6,10 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
+from pydantic import BeforeValidator
 
 from segfleet.core.errors import Problem
 from segfleet.preprocess.case import Case
@@ -53,8 +55,8 @@ class CaseFacts(Frozen):
 class Fingerprint(Frozen):
     """What planning needs of a data set. Lists are in the order of the cases."""
 
-    shapes: tuple[tuple[int, int, int], ...]  # after cropping, voxels
-    spacings: tuple[tuple[float, float, float], ...]  # mm
+    shapes: Annotated[tuple[tuple[int, int, int], ...], BeforeValidator(tuple)]  # cropped, voxels
+    spacings: Annotated[tuple[tuple[float, float, float], ...], BeforeValidator(tuple)]  # mm
     intensity: tuple[dict[str, float], ...]  # per channel, of foreground voxels
     kept: float  # median share of the raw volume that cropping keeps
     dtypes: tuple[str, ...]  # those of the raw images

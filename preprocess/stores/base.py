@@ -63,7 +63,10 @@ class ShardWriter(Protocol):
 
 SHARED = (
     "base",
+    "case_entry",
+    "case_table",
     "chunks",
+    "columns",
     "content",
     "manifest",
     "packed",

@@ -1,36 +1,58 @@
 """The manifest of a shard store: small, versioned, written last. It is the only thing a loader
-trusts."""
+trusts.
+
+STORE/manifest.json                what a person reads: data set, plan, names of the splits
+      cases-<hash>.safetensors     cases, splits, files and sampled voxels in columns (`case_table.py`),
+                                   mapped when the store is opened; the manifest has its sha256
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from functools import cached_property
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapSerializer,
+    WrapValidator,
     model_validator,
 )
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import write_atomically
+from segfleet.preprocess.stores.case_entry import CaseEntry, Frozen, InsidePath, inside
+from segfleet.preprocess.stores.case_table import (
+    CaseTable,
+    FileTable,
+    Rows,
+    SplitTable,
+    mapped,
+    split_columns,
+    stamp_of,
+)
+from segfleet.preprocess.stores.columns import (
+    CodedBuilder,
+    TextBuilder,
+    sha256_of,
+    write_columns,
+)
 
 # 2: the id holds all that changes a result, the file its own sha256, shards whose they are
-VERSION = 2
+# 3: cases, splits and files in columns beside it; an older store is read, and has the same id
+VERSION = 3
+READ = (2, 3)
 # store format -> revision of its shard files, where it has changed since the first: another one
 # cannot be read
 LAYOUTS = {"hdf5": 2}
 NAME = "manifest.json"
-
-
-class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+TABLE = "cases-{}.safetensors"
 
 
 class Dataset(Frozen):
@@ -83,41 +105,23 @@ class Plan(Frozen):
         return tuple(channel for channel, kind in kinds if kind == "zscore")
 
 
-def inside(path: str) -> str:
-    """A path that stays inside its folder, whatever system reads it. Raises ValueError."""
-    parts = path.split("/")
-    if any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts):
-        raise ValueError(f"path {path!r} leads out of its folder")
-    return path
+def _as_it_lies(kind: type):
+    """A field that is `kind` when it was read from a table, and plain otherwise."""
+
+    def check(value: Any, plain: ValidatorFunctionWrapHandler) -> Any:
+        return value if isinstance(value, kind) else plain(value)
+
+    return WrapValidator(check)
 
 
-InsidePath = Annotated[str, AfterValidator(inside)]
+def _cases(value: Any, check: ValidatorFunctionWrapHandler) -> CaseTable:
+    return value if isinstance(value, CaseTable) else CaseTable.of(check(value))
 
 
-class CaseEntry(Frozen):
-    """One case of the store."""
-
-    id: str
-    group: str  # patient: never on both sides of a split
-    shard: InsidePath  # path inside the store
-    key: InsidePath  # array group inside the shard
-    shape: tuple[int, int, int]  # of the stored grid (z, y, x), voxels
-    spacing: tuple[float, float, float]  # mm
-    # box of the raw grid that was kept: (start, stop) per axis
-    crop: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
-    raw_shape: tuple[int, int, int]
-    raw_spacing: tuple[float, float, float]
-    affine: tuple[tuple[float, ...], ...] | None = None
-    has_truth: bool = False  # the label on the raw grid is stored beside the resampled one
-    voxels: dict[int, int] = Field(default_factory=dict)  # label value -> count on the stored grid
-    # label value -> sampled flat voxel indices of the stored grid
-    foreground: dict[int, tuple[int, ...]] = Field(default_factory=dict)
-    sha256: str = ""  # of the stored image and label bytes: the same for every store format
-    source_sha256: str = ""  # of the raw files
-    image_sha256: str = (
-        ""  # of the raw image's pixels, whatever file they were in; empty: not recorded
-    )
-    image_file: str = ""  # relative to the raw folder, for the reader of predictions and reports
+def _plain(value: Any, write: SerializerFunctionWrapHandler) -> Any:
+    if isinstance(value, CaseTable):
+        return write(tuple(value))
+    return write(dict(value)) if isinstance(value, Mapping) else write(value)
 
 
 class Manifest(Frozen):
@@ -128,9 +132,13 @@ class Manifest(Frozen):
     dataset: Dataset
     plan: Plan
     fingerprint: dict[str, Any] = Field(default_factory=dict)
-    cases: tuple[CaseEntry, ...]
+    cases: Annotated[tuple[CaseEntry, ...], WrapValidator(_cases), WrapSerializer(_plain)]
     # name -> folds of {"train": ids, "val": ids}
-    splits: dict[str, tuple[dict[str, tuple[str, ...]], ...]] = Field(default_factory=dict)
+    splits: Annotated[
+        dict[str, tuple[dict[str, tuple[str, ...]], ...]],
+        _as_it_lies(SplitTable),
+        WrapSerializer(_plain),
+    ] = Field(default_factory=dict)
     split_seed: int = 0
     joined: dict[str, str] | None = (
         # case id -> its patient in the layout, where equal images made it another's; None: not
@@ -138,7 +146,11 @@ class Manifest(Frozen):
         None
     )
     # path -> {"bytes": n, "sha256": hex}
-    files: dict[InsidePath, dict[str, Any]] = Field(default_factory=dict)
+    files: Annotated[
+        dict[InsidePath, dict[str, Any]], _as_it_lies(FileTable), WrapSerializer(_plain)
+    ] = Field(default_factory=dict)
+    # of a store that was read: the file of columns beside the manifest, {path: {"bytes", "sha256"}}
+    tables: dict[InsidePath, dict[str, Any]] = Field(default_factory=dict, exclude=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -149,15 +161,16 @@ class Manifest(Frozen):
             else facts
         )
 
-    @cached_property
-    def by_id(self) -> tuple[tuple[CaseEntry, ...], dict[str, CaseEntry]]:
-        """The cases, and each by its id."""
-        return self.cases, {entry.id: entry for entry in self.cases}
+    def model_copy(
+        self, *, update: Mapping[str, Any] | None = None, deep: bool = False
+    ) -> Manifest:
+        changed = dict(update or {})
+        if "cases" in changed:
+            changed["cases"] = CaseTable.of(changed["cases"])
+        return super().model_copy(update=changed, deep=deep)
 
     def case(self, case_id: str) -> CaseEntry:
-        if self.by_id[0] is not self.cases:  # a copy with other cases has brought it along
-            del self.__dict__["by_id"]
-        if entry := self.by_id[1].get(case_id):
+        if entry := self.cases.find(case_id):
             return entry
         raise InputError(
             f"case: found '{case_id}', which is not one of the {len(self.cases)} cases of "
@@ -167,7 +180,7 @@ class Manifest(Frozen):
     def folds(self, split: str) -> tuple[dict[str, tuple[str, ...]], ...]:
         """All folds of a split. Raises InputError with the legal names."""
         if split == "all" and split not in self.splits:  # every case trains
-            return ({"train": tuple(case.id for case in self.cases), "val": ()},)
+            return ({"train": tuple(self.cases.column("id")), "val": ()},)
         if split not in self.splits:
             raise InputError(
                 f"data.split: found '{split}', expected one of: {', '.join([*self.splits, 'all'])}"
@@ -195,19 +208,44 @@ def layout_of(format: str) -> int:
     return LAYOUTS.get(format, 1)
 
 
+MEASURED = ("shapes", "spacings")  # of the fingerprint: one of every case
 # of a case: where it lies and where it came from, which change no result
 PLACE = {"shard", "key", "source_sha256", "image_sha256", "image_file"}
 
 
-def content_id(document: dict[str, Any]) -> str:
+def content_id(manifest: Manifest) -> str:
     """Identity of a store, the same for every format, folder and time: the hash of everything in
     its manifest (as plain JSON) that changes a result."""
-    cases = [
-        {name: value for name, value in case.items() if name not in PLACE}
-        for case in sorted(document["cases"], key=lambda case: case["id"])
+    splits = {
+        name: [{side: list(ids) for side, ids in fold.items()} for fold in folds]
+        for name, folds in manifest.splits.items()
+    }
+    facts = [
+        manifest.dataset.model_dump(mode="json"),
+        manifest.plan.model_dump(mode="json"),
+        splits,
     ]
-    facts = [document["dataset"], document["plan"], document["splits"], cases]
-    return hashlib.sha256(_canonical(facts)).hexdigest()[:32]
+    ids = tuple(manifest.cases.column("id"))
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    return _identity(
+        facts, (manifest.cases[index].model_dump(mode="json", exclude=PLACE) for index in order)
+    )
+
+
+def _id_as_written(document: dict[str, Any]) -> str:
+    """`content_id` of a manifest without columns, in which settings that came later are missing."""
+    cases = sorted(document["cases"], key=lambda case: case["id"])
+    own = ({key: value for key, value in case.items() if key not in PLACE} for case in cases)
+    return _identity([document["dataset"], document["plan"], document["splits"]], own)
+
+
+def _identity(facts: list[Any], cases: Iterable[dict[str, Any]]) -> str:
+    """The hash of the JSON document [*facts, [*cases]], which is never in memory as a whole."""
+    digest = hashlib.sha256(_canonical(facts)[:-1] + b",[")
+    for number, case in enumerate(cases):
+        digest.update((b"," if number else b"") + _canonical(case))
+    digest.update(b"]]")
+    return digest.hexdigest()[:32]
 
 
 def _canonical(facts: Any) -> bytes:
@@ -220,8 +258,8 @@ def _digest(document: dict[str, Any]) -> str:
 
 
 def load_manifest(store: Path) -> Manifest:
-    """Read STORE/manifest.json. Raises InputError if there is none, it is damaged, or its shards
-    are of another revision."""
+    """Read STORE/manifest.json and map the columns beside it. Raises InputError if there is none,
+    it is damaged, or its shards are of another revision."""
     path = Path(store) / NAME
     if not path.is_file():
         raise InputError(
@@ -231,7 +269,7 @@ def load_manifest(store: Path) -> Manifest:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         told = raw.pop("sha256", None)
-        if raw.get("version") != VERSION:
+        if raw.get("version") not in READ:
             raise InputError(
                 f"store: {path} has version {raw.get('version')}, expected {VERSION}. Preprocess "
                 "the raw data again into a new folder."
@@ -242,12 +280,15 @@ def load_manifest(store: Path) -> Manifest:
                 f"store: {store} was made by {age} version of segfleet. Preprocess the raw data "
                 "again into a new folder."
             )
-        if told != _digest(raw) or raw.get("id") != content_id(raw):
-            raise InputError(
-                f"store: {path} is damaged or was changed by hand (its sha256 differs). Restore it "
-                "from a backup, or preprocess the raw data again."
-            )
-        return Manifest.model_validate(raw)
+        if told == _digest(raw):
+            if raw["version"] >= 3:
+                return _with_columns(Path(store), raw)
+            if raw.get("id") == _id_as_written(raw):
+                return Manifest.model_validate(raw)
+        raise InputError(
+            f"store: {path} is damaged or was changed by hand (its sha256 differs). Restore it "
+            "from a backup, or preprocess the raw data again."
+        )
     except (
         ValidationError,
         json.JSONDecodeError,
@@ -263,15 +304,93 @@ def load_manifest(store: Path) -> Manifest:
         ) from None
 
 
+def _with_columns(store: Path, raw: dict[str, Any]) -> Manifest:
+    ((name, facts),) = raw.pop("tables").items()
+    path = (store / inside(name)).absolute()
+    try:
+        stamp = stamp_of(path)
+        whole = stamp[0] == facts["bytes"] and sha256_of(path) == facts["sha256"]
+    except OSError as error:
+        raise InputError(
+            f"store: {path} cannot be read ({error.strerror}). Restore it from a backup, or "
+            "preprocess the raw data again."
+        ) from None
+    if not whole:
+        raise InputError(
+            f"store: {path} is damaged (its sha256 is not that of the manifest). Restore it from a "
+            "backup, or preprocess the raw data again."
+        )
+    arrays = mapped(path, stamp)
+    cases = CaseTable(arrays, None, (path, stamp))
+    if len(cases) != raw.pop("cases"):
+        raise KeyError("cases")
+    measured = {
+        key: Rows(arrays, f"measured.{key}", (path, stamp))
+        for key in MEASURED
+        if f"measured.{key}.code" in arrays
+    }
+    return Manifest.model_validate(
+        {
+            **raw,
+            "fingerprint": {**measured, **raw["fingerprint"]},
+            "cases": cases,
+            "splits": SplitTable(cases, arrays, raw["splits"]),
+            "files": FileTable(arrays, (path, stamp)),
+            "tables": {name: facts},
+        }
+    )
+
+
 def with_id(manifest: Manifest) -> Manifest:
     """The manifest with the id of its content."""
-    return manifest.model_copy(update={"id": content_id(manifest.model_dump(mode="json"))})
+    return manifest.model_copy(update={"id": content_id(manifest)})
 
 
 def save_manifest(store: Path, manifest: Manifest) -> Manifest:
-    """Write STORE/manifest.json with the id of its content; the manifest as written."""
-    manifest = with_id(manifest)
-    document = manifest.model_dump(mode="json")
+    """Write STORE/manifest.json with the id of its content, and its columns; the manifest as
+    written. Whoever has an earlier one open reads on in it."""
+    return _save(Path(store), with_id(manifest))
+
+
+def _save(store: Path, manifest: Manifest) -> Manifest:
+    arrays, spans = split_columns(manifest.cases.column("id"), manifest.splits)
+    arrays |= CaseTable.of(manifest.cases).arrays()
+    arrays |= TextBuilder(manifest.files).arrays("file.path")
+    arrays |= TextBuilder(map(json.dumps, manifest.files.values())).arrays("file.facts")
+    fingerprint = dict(manifest.fingerprint)
+    for key in MEASURED:
+        if key in fingerprint:
+            texts = (json.dumps(row, separators=(",", ":")) for row in fingerprint.pop(key))
+            arrays |= CodedBuilder(texts).arrays(f"measured.{key}")
+    partial = store / TABLE.format("partial")
+    write_columns(partial, arrays)
+    digest = sha256_of(partial)
+    table = store / TABLE.format(digest[:12])
+    os.replace(partial, table)
+    tables = {table.name: {"bytes": table.stat().st_size, "sha256": digest}}
+    manifest = manifest.model_copy(update={"version": VERSION, "tables": tables})
+    known = manifest.model_copy(
+        update={"cases": (), "splits": {}, "files": {}, "fingerprint": fingerprint}
+    )
+    document = {
+        **known.model_dump(mode="json", exclude={"files"}),
+        "cases": len(manifest.cases),
+        "splits": spans,
+        "tables": tables,
+    }
     text = json.dumps({**document, "sha256": _digest(document)}, indent=1)
-    write_atomically(Path(store) / NAME, text)
+    write_atomically(store / NAME, text)
+    for other in store.glob(TABLE.format("*")):
+        if other != table:
+            other.unlink()
     return manifest
+
+
+def upgrade(store: Path) -> bool:
+    """Rewrite the manifest of a published store as this version does; False if it is so already.
+    Its id and its shards stay. Raises InputError."""
+    manifest = load_manifest(store)
+    if manifest.version == VERSION:
+        return False
+    _save(Path(store), manifest)
+    return True

@@ -31,7 +31,7 @@ from typing import Any
 from segfleet.core.errors import InputError
 from segfleet.core.files import file_facts, sync_folder, temporary_name, write_atomically
 from segfleet.core.lock import Lock
-from segfleet.preprocess.stores.manifest import NAME, Manifest, load_manifest
+from segfleet.preprocess.stores.manifest import NAME, load_manifest
 
 BLOCK = 2**22  # bytes copied at a time
 SPARE = 2**26  # bytes that are left free
@@ -90,24 +90,19 @@ class LocalCopy:
                 self.root if self.root.is_dir() else self.partial,
             )
             target.mkdir(exist_ok=True)
-            missing = [
-                path for path, facts in manifest.files.items() if not _right(target / path, facts)
-            ]
-            needed = sum(manifest.files[path]["bytes"] for path in missing)
+            files = {**manifest.tables, **manifest.files}
+            missing = [path for path, facts in files.items() if not _right(target / path, facts)]
+            needed = sum(files[path]["bytes"] for path in missing)
             try:
                 if not self._room(needed):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 began = time.monotonic()
                 for path in missing:
-                    _copy(
-                        self.source / path, target / path, manifest.files[path]["sha256"], stopped
-                    )
-                _publish(manifest, (self.source / NAME).read_bytes(), target, self.root)
+                    _copy(self.source / path, target / path, files[path]["sha256"], stopped)
+                _publish(manifest.id, (self.source / NAME).read_bytes(), target, self.root)
                 write_atomically(
                     self.record,
-                    json.dumps(
-                        {path: _stamp(self.root / path) for path in (NAME, *manifest.files)}
-                    ),
+                    json.dumps({path: _stamp(self.root / path) for path in (NAME, *files)}),
                 )
             except OSError as error:
                 if error.errno not in FULL:
@@ -261,9 +256,9 @@ def _copy(source: Path, target: Path, sha256: str, stopped: Callable[[], bool]) 
     os.replace(partial, target)
 
 
-def _publish(manifest: Manifest, text: bytes, target: Path, root: Path) -> None:
+def _publish(content: str, text: bytes, target: Path, root: Path) -> None:
     (target / NAME).write_bytes(text)
-    assert load_manifest(target) == manifest, "the manifest changed while its store was copied"
+    assert load_manifest(target).id == content, "the manifest changed while its store was copied"
     if target != root:
         sync_folder(target)
         os.replace(target, root)

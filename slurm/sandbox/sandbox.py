@@ -127,7 +127,12 @@ class Sandbox:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "PATH": SEARCH, "SLURM_CONF": str(self.configuration)}
+        return {
+            **os.environ,
+            "PATH": SEARCH,
+            "SLURM_CONF": str(self.configuration),
+            "SEGFLEET_QUEUE_SECONDS": "0",  # of its own: ask as often as you like
+        }
 
     def call(self, *command: str, timeout: float = 30) -> str:
         """Output of a SLURM program. Raises CalledProcessError with its own words."""

@@ -52,7 +52,8 @@ def test_a_copy_is_made_once_and_found_again(tiny_store, tmp_path, copied, forma
     copy = local_copy(source, str(tmp_path))
     assert not copy.whole() and copy.make(told.append) and copy.whole()
     assert not verify(copy.root) and not copy.partial.exists()
-    assert len(copied) == len(open_store(source).manifest.files) and len(told) == 1
+    manifest = open_store(source).manifest
+    assert len(copied) == len({**manifest.tables, **manifest.files}) and len(told) == 1
     assert local_copy(source, str(tmp_path)).make(told.append)
     assert len(copied) == len(set(copied)) and len(told) == 1
 
@@ -79,7 +80,8 @@ def test_a_damaged_copy_is_mended(tiny_store, tmp_path, copied, damage):
 
 def test_a_killed_copy_is_gone_on_with(tiny_store, tmp_path, copied):
     source = tiny_store(dims=2)
-    first, *rest = open_store(source).manifest.files
+    manifest = open_store(source).manifest
+    _, *rest = (*manifest.tables, *manifest.files)
     copy = local_copy(source, str(tmp_path))
     killed = "import sys; from segfleet.preprocess.stores import staged_copy as m; plain = m._copy; import os\n"
     killed += "def copy(*a): plain(*a); os.kill(os.getpid(), 9)\n"

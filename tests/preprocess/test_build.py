@@ -79,7 +79,11 @@ def test_layouts_in_every_format(name, format, tmp_path):
         and not verify(tmp_path / "out", chunks=True)
     )
     assert {p.name for p in tmp_path.iterdir()} == {"raw", "out"}
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"manifest.json", "shards"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "manifest.json",
+        "shards",
+        *manifest.tables,
+    }
     assert [entry.id for entry in manifest.cases] == [ref.id for ref in reader.refs()]
     for ref, entry in list(zip(reader.refs(), manifest.cases, strict=True))[:3]:
         case = reader.read(ref)

@@ -138,7 +138,7 @@ def test_a_store_of_an_earlier_version_says_so(store):
     path = store.root / "manifest.json"
     facts = json.loads(path.read_text())
     path.write_text(json.dumps({**facts, "version": 1}))
-    with pytest.raises(InputError, match="version 1, expected 2. Preprocess .* a new folder"):
+    with pytest.raises(InputError, match="version 1, expected 3. Preprocess .* a new folder"):
         open_store(store.root)
     path.write_text(json.dumps({**facts, "layout": 0}))
     with pytest.raises(
