@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +21,7 @@ WATCHED = (
     {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2} if hasattr(signal, "sigwaitinfo") else set()
 )
 _function: Callable | None = None  # of a worker process
+SMALL, MOST_AT_ONCE = 16 * 2**20, 64  # bytes and items that are handed over together
 WORTH_A_PROCESS = 256 * 2**20  # bytes of work; a process takes about a second to start
 
 
@@ -84,7 +86,7 @@ class _Pool:
         """Takes from the end of `waiting`; `suspects` are what was being worked on when a worker
         died."""
         context = multiprocessing.get_context("forkserver")
-        flying: dict[Future, int] = {}
+        flying: dict[Future, list[int]] = {}
         weight = 0
         with ProcessPoolExecutor(
             self.workers, mp_context=context, initializer=_begin, initargs=(self.function,)
@@ -96,20 +98,34 @@ class _Pool:
                         and len(flying) < self.workers
                         and (not flying or weight + weights[waiting[-1]] <= self.budget)
                     ):
-                        index = waiting[-1]
-                        flying[pool.submit(_call, items[index])] = index
-                        waiting.pop()
-                        weight += weights[index]
+                        group = self._group(weights, waiting)
+                        flying[pool.submit(_call, [items[index] for index in group])] = group
+                        del waiting[-len(group) :]
+                        weight += sum(weights[index] for index in group)
                     for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                        index = flying[future]
-                        result = future.result()
+                        group = flying[future]
+                        results, error = future.result()
                         del flying[future]
-                        weight -= weights[index]
-                        yield index, result
+                        weight -= sum(weights[index] for index in group)
+                        yield from zip(group, results, strict=False)
+                        if error is not None:
+                            raise error
             except BrokenProcessPool:
-                suspects += flying.values()
+                suspects += [index for group in flying.values() for index in group]
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
+
+    def _group(self, weights: Sequence[int], waiting: list[int]) -> list[int]:
+        """What one worker does next: one item, or several that are so small that handing them over
+        one by one would take as long as the work. Never so many that another worker has none."""
+        most = min(MOST_AT_ONCE, max(1, len(waiting) // (4 * self.workers)))
+        group, weight = [], 0
+        for index in reversed(waiting[-most:]):
+            weight += weights[index]
+            if group and weight > SMALL:
+                break
+            group.append(index)
+        return group
 
 
 class Apart:
@@ -217,9 +233,17 @@ def _begin(function: Callable) -> None:
     _follow_parent()
 
 
-def _call(item: Any) -> Any:
+def _call(items: Sequence[Any]) -> tuple[list[Any], Exception | None]:
+    """The results, up to the first item that fails, and why it did."""
     assert _function is not None
-    return _function(item)
+    results: list[Any] = []
+    for item in items:
+        try:
+            results.append(_function(item))
+        except Exception as error:
+            error.add_note(traceback.format_exc())
+            return results, error
+    return results, None
 
 
 def _follow_parent() -> None:

@@ -13,6 +13,7 @@ import base64
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 from segfleet.core.errors import InputError, Problem
 from segfleet.preprocess.planning.fingerprint import CaseFacts
@@ -23,6 +24,8 @@ EDGE = 16  # of a thumbnail
 FINE = 256  # steps of a grey level
 APART = 0.1  # two thumbnails differ by less than this share of their contrast
 LEVELS = 3.0  # and nowhere by more than this, in grey levels of 255
+AXES = 12  # along which thumbnails are looked up
+BLOCK = 1024  # of them at a time
 FLAT = 1.0  # standard deviation, in grey levels, below which a picture has nothing to compare
 
 
@@ -56,13 +59,10 @@ def nearly(facts: Sequence[CaseFacts]) -> Iterator[tuple[CaseFacts, CaseFacts]]:
     )
     own = grey - grey.mean(axis=1, keepdims=True)
     power = (own**2).mean(axis=1)
-    for i, case in enumerate(cases[:-1]):
-        if power[i] < FLAT**2:
-            continue
-        difference = power[i] + power[i + 1 :] - 2 * (own[i + 1 :] @ own[i]) / own.shape[1]
-        for j in (
-            i + 1 + np.flatnonzero(difference < APART**2 * np.minimum(power[i], power[i + 1 :]))
-        ):
+    for i, others in _close(own, power):
+        case = cases[i]
+        difference = power[i] + power[others] - 2 * (own[others] @ own[i]) / own.shape[1]
+        for j in others[difference < APART**2 * np.minimum(power[i], power[others])]:
             other = cases[j]
             apart = (case.group or case.id) != (
                 other.group or other.id
@@ -73,6 +73,30 @@ def nearly(facts: Sequence[CaseFacts]) -> Iterator[tuple[CaseFacts, CaseFacts]]:
                 and np.abs(grey[i] - grey[j]).max() <= LEVELS
             ):
                 yield case, other
+
+
+def _close(own: np.ndarray, power: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Pictures with something to compare, and the later ones that can be like each: all that are
+    apart by less than APART of the contrast, and few others.
+
+    Divided by their contrast, two such pictures are unit vectors less than APART apart, and so are
+    their shadows on any axes. A tree finds those on the axes along which these pictures differ
+    most, instead of comparing all with all.
+    """
+    sharp = np.flatnonzero(power >= FLAT**2)
+    if len(sharp) < 2:
+        return
+    units = own[sharp] / np.sqrt(power[sharp] * own.shape[1])[:, None]
+    spread = units.astype(np.float64).T @ units
+    shadows = units @ np.linalg.eigh(spread)[1][:, -AXES:].astype(np.float32)
+    tree = cKDTree(shadows)
+    reach = APART * 1.001 + 1e-5  # and what rounding takes away
+    for start in range(0, len(sharp), BLOCK):
+        stop = min(start + BLOCK, len(sharp))
+        near = tree.query_ball_point(shadows[start:stop], reach, return_sorted=True)
+        for i, found in zip(range(start, stop), near, strict=True):
+            if others := [other for other in found if other > i]:
+                yield int(sharp[i]), sharp[others]
 
 
 def link(facts: Sequence[CaseFacts]) -> tuple[dict[str, str], list[Problem]]:

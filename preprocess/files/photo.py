@@ -16,6 +16,7 @@ from segfleet.preprocess.files.faults import check_size
 
 ORIENTATION = 0x0112  # of EXIF
 PNG = b"\x89PNG\r\n\x1a\n"
+WORDS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # PNG chunks in which EXIF or XMP may be
 COLOURED = (2, 4, 6)  # PNG colour types: R G B, grey with alpha, R G B with alpha
 
 
@@ -64,9 +65,28 @@ def _opened(source: Any) -> Any:
 
 def _orientation(picture: Any) -> int:
     try:
+        if picture.format == "PNG" and not _has_words(picture.fp):
+            return 1
         return int(picture.getexif().get(ORIENTATION, 1))
     except Exception:  # EXIF that cannot be read says nothing
         return 1
+
+
+def _has_words(file: Any) -> bool:
+    """Whether a PNG has a chunk that may say an orientation. Pillow would decode all pixels to look
+    for one behind them, which takes longer than all else about a header."""
+    place = file.tell()
+    try:
+        file.seek(len(PNG))
+        while len(head := file.read(8)) == 8:
+            if head[4:] in WORDS:
+                return True
+            if head[4:] == b"IEND":
+                return False
+            file.seek(int.from_bytes(head[:4], "big") + 4, io.SEEK_CUR)
+        return True  # cut off, or no list of chunks: as Pillow finds it
+    finally:
+        file.seek(place)
 
 
 def _is_deep(data: bytes) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import pytest
 
-from segfleet.core.parallel import Apart, Died, run
+from segfleet.core.parallel import SMALL, Apart, Died, run
 
 PICKLED = [0]
 
@@ -87,3 +88,44 @@ def test_a_process_apart_dies_alone():
         assert apart(crash_at, 3, 4) == 8 and apart(os.getpid) != first
         with pytest.raises(ValueError, match="5 is refused"):
             apart(refuse, 5)
+
+
+def fail_at(bad: int, item: int) -> int:
+    if item == bad:
+        raise ValueError(f"item {item}")
+    return 2 * item
+
+
+def test_small_items_cross_many_at_a_time(monkeypatch):
+    """Counted: what is handed over. Large ones still go one by one, and so does what is left for
+    several workers."""
+    handed = []
+    plain = ProcessPoolExecutor.submit
+    monkeypatch.setattr(
+        ProcessPoolExecutor,
+        "submit",
+        lambda pool, call, group: handed.append(len(group)) or plain(pool, call, group),
+    )
+    for weight, most in ((1000, 64), (SMALL // 4, 4), (SMALL, 1)):
+        handed.clear()
+        found = run(
+            partial(double, Heavy()),
+            range(300),
+            weights=[weight] * 300,
+            names=[""] * 300,
+            workers=2,
+            budget=2**40,
+        )
+        assert dict(found) == {n: 2 * n for n in range(300)}
+        assert sum(handed) == 300 and max(handed) == min(most, 300 // 8) and handed[-1] == 1
+
+
+def test_what_was_done_before_an_error_is_kept():
+    found = {}
+    with pytest.raises(ValueError, match="item 70") as caught:
+        for one in run(
+            partial(fail_at, 70), range(90), weights=[1] * 90, names=[""] * 90, workers=2
+        ):
+            found.update([one])
+    assert set(range(60)) <= set(found) and all(found[n] == 2 * n for n in found)
+    assert "in fail_at" in caught.value.__notes__[0]
