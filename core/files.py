@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import socket
 import sys
@@ -61,26 +62,50 @@ def share_as_others(path: Path) -> None:
 
 def read_json(path: Path, kind: type = dict) -> Any | None:
     """The document in `path`; None if there is none. A damaged one (another `kind`, a "sha256" that
-    is not its own) is named on stderr and counts as none: who wrote it writes it again."""
+    is not its own) is named on stderr and counts as none, as is one that was written for another
+    run's folder: who wrote it writes it again."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, RecursionError):
         found = None
-    whole = isinstance(found, kind)
+    whole, fault = isinstance(found, kind), "is damaged"
     if whole and isinstance(found, dict) and "sha256" in found:
         whole = found.pop("sha256") == digest_of(found)
+    if whole and isinstance(found, dict):
+        of = found.pop("of", None)
+        if isinstance(of, str) and is_uid(path.absolute().parent.name) and of != owner(path):
+            whole, fault = False, f"was written for {of}"
     if whole:
         return found
-    sys.stderr.write(f"segfleet: {path} is damaged and is left out\n")
+    sys.stderr.write(f"segfleet: {path} {fault} and is left out\n")
     return None
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write a document with its "sha256", which `read_json` checks and takes off again."""
-    text = json.dumps({**document, "sha256": digest_of(document)}, indent=1)
-    write_atomically(path, text)
+    """Write a document with its "sha256" and whose it is ("of"), which `read_json` checks and takes
+    off again."""
+    whole = {**document, "of": owner(path)} if owner(path) else document
+    write_atomically(path, json.dumps({**whole, "sha256": digest_of(whole)}, indent=1))
+
+
+def owner(path: Path) -> str:
+    """The uid in whose folder a document lies; "" if that is named in another way."""
+    name = path.absolute().parent.name
+    return name if is_uid(name) else ""
+
+
+def is_uid(name: str) -> bool:
+    """Whether a folder is called by a hash, as those of stages are."""
+    return re.fullmatch(r"[0-9a-f]{12}", name) is not None
+
+
+def unstamped(document: Any) -> Any:
+    """A document without what `write_json` added, wherever it was read."""
+    if not isinstance(document, dict):
+        return document
+    return {key: value for key, value in document.items() if key not in ("of", "sha256")}
 
 
 def digest_of(document: Any) -> str:

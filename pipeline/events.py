@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,18 +13,28 @@ from typing import Any
 
 import numpy as np
 
-from segfleet.core.files import write_atomically
+from segfleet.core.files import is_uid, write_atomically
 from segfleet.core.progress import EVENTS, parse_event
 from segfleet.pipeline.trackers import Trackers
 
 
 def read_events(folder: Path) -> Iterator[dict[str, Any]]:
-    """Events of a stage folder in order. A line cut off by a kill is left out."""
+    """Events of a stage folder in order. A line cut off by a kill is left out, as is a file that was
+    put there from another stage."""
     path = Path(folder) / EVENTS
     if not path.exists():
         return
+    own = path.absolute().parent.name
     with open(path, "rb") as file:
-        yield from (event for line in file if (event := parse_event(line)) is not None)
+        for line in file:
+            if (event := parse_event(line)) is None:
+                continue
+            if event.get("of", own) != own and is_uid(own):
+                sys.stderr.write(
+                    f"segfleet: {path} was written for {event['of']} and is left out\n"
+                )
+                return
+            yield event
 
 
 class Lines:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import digest_of, write_atomically
+from segfleet.core.files import digest_of, write_json
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.run import (
     FOLDS,
@@ -159,6 +159,6 @@ def _write(out: Path, recipe: Recipe, folders: list[StageFolder], facts: list[di
         "scored": {"folds": facts},
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / RECIPE, json.dumps(recipe.model_dump(mode="json"), indent=1))
+    write_json(out / RECIPE, recipe.model_dump(mode="json"))
     scored.write_evaluation(out, document)
     write_report(out)

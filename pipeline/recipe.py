@@ -18,7 +18,7 @@ from pydantic import (
 
 from segfleet.core import settings
 from segfleet.core.errors import InputError, did_you_mean
-from segfleet.core.files import file_facts
+from segfleet.core.files import file_facts, unstamped
 from segfleet.pipeline.sections import (
     Above,
     Augment,
@@ -364,7 +364,7 @@ def override(document: dict[str, Any], changes: list[str]) -> dict[str, Any]:
 def parse(document: dict[str, Any], source: str = "recipe") -> Recipe:
     """A validated recipe. Raises InputError that names every wrong key, its value and the legal
     ones."""
-    return settings.validate(Recipe, document, source)
+    return settings.validate(Recipe, unstamped(document), source)
 
 
 def load_recipe(source: str, changes: list[str] | None = None) -> Recipe:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import read_json, write_atomically, write_json
+from segfleet.core.files import read_json, write_json
 from segfleet.core.lock import Lock, holder
 from segfleet.pipeline.recipe import OVERRIDES, Inherit, Recipe, Stage, parse, resolve
 from segfleet.pipeline.sources import NUMERICS, changed_sources
@@ -286,7 +286,7 @@ def note_identity(folder: StageFolder, recipe: Recipe, manifest: Manifest | Mani
         facts = stage_facts(own, manifests_of(recipe, manifest)(own), folder.index)
         facts["train"] = hashlib.sha256(_encoded(tuple(facts["train"])).encode()).hexdigest()[:16]
         document = {"name": recipe.name, "facts": facts}
-        write_atomically(folder.path / IDENTITY, json.dumps(document, indent=1))
+        write_json(folder.path / IDENTITY, document)
 
 
 def differences(
@@ -294,10 +294,10 @@ def differences(
 ) -> list[str] | None:
     """How stage `index` of a recipe differs from the stage in the folder `other`, a few words each;
     None if that one has no note of its identity."""
-    try:
-        before = _flat(json.loads((other / IDENTITY).read_text(encoding="utf-8"))["facts"])
-    except (OSError, ValueError, KeyError):
+    noted = read_json(other / IDENTITY)
+    if noted is None or not isinstance(noted.get("facts"), dict):
         return None
+    before = _flat(noted["facts"])
     own = resolve(recipe, index)
     facts = json.loads(json.dumps(stage_facts(own, manifests_of(recipe, manifest)(own), index)))
     facts["train"] = hashlib.sha256(_encoded(tuple(facts["train"])).encode()).hexdigest()[:16]
@@ -362,24 +362,22 @@ def note_data(path: Path, manifest: Manifest) -> None:
     """Keep data set and plan of the store in a run folder: a trained network does not need its
     training data."""
     known = {"cases": (), "splits": {}, "files": {}, "joined": None, "fingerprint": {}}
-    text = json.dumps(manifest.model_copy(update=known).model_dump(mode="json"), indent=1)
-    if not (path / DATA).is_file() or (path / DATA).read_text(encoding="utf-8") != text:
+    document = manifest.model_copy(update=known).model_dump(mode="json")
+    if read_json(path / DATA) != document:
         path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path / DATA, text)
+        write_json(path / DATA, document)
 
 
 def data_of(path: Path, recipe: Recipe) -> Manifest:
     """Data set and plan of a run, without cases: from its own folder; of runs that kept none, from
     their store. Raises InputError."""
-    try:
-        return Manifest.model_validate_json((path / DATA).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        pass
-    except ValueError as error:
-        raise InputError(
-            f"run: {path / DATA} is damaged ({str(error).splitlines()[0]}); remove it, and the "
-            "store is asked"
-        ) from None
+    if (path / DATA).exists():
+        try:
+            return Manifest.model_validate(read_json(path / DATA))
+        except ValueError:
+            raise InputError(
+                f"run: {path / DATA} is damaged; remove it, and the store is asked"
+            ) from None
     try:
         return load_manifest(Path(recipe.data.store))
     except InputError as error:

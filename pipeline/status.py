@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
+from segfleet.core.files import read_json
 from segfleet.core.lock import is_locked
 from segfleet.core.progress import EVENTS
 from segfleet.pipeline.events import read_events
 from segfleet.pipeline.folds import family_of, folder_of
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.run import DONE, IDENTITY, LOCK, StageFolder, differences, open_run
-from segfleet.pipeline.scoring.scored import is_scored
+from segfleet.pipeline.scoring.scored import is_scored, read_evaluation
 from segfleet.preprocess.stores.manifest import Manifest
 
 
@@ -33,7 +33,7 @@ def run_status(path: Path) -> dict[str, Any]:
     }
     stage = next((folder for folder in folders if folder.done() is None), None)
     if stage is None:
-        scored = (path / "evaluation.json").exists()
+        scored = read_evaluation(path) is not None
         return {
             **row,
             "state": "done" if scored else "trained",
@@ -81,9 +81,8 @@ def families(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def score(run: Path) -> float | None:
     """Mean Dice of the foreground of a run's evaluation, if there is one."""
     try:
-        document = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
-        return document["summary"]["mean_foreground_dice"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return (read_evaluation(run) or {})["summary"]["mean_foreground_dice"]
+    except (KeyError, TypeError):
         return None
 
 
@@ -117,7 +116,7 @@ def standing(recipe: Recipe, manifest: Manifest, folders: list[StageFolder]) -> 
     closest = None
     for path in sorted(stage.path.parent.glob(f"*/{IDENTITY}")):
         found = differences(recipe, manifest, stage.index, path.parent)
-        same_name = found and json.loads(path.read_text(encoding="utf-8"))["name"] == recipe.name
+        same_name = found and (read_json(path) or {}).get("name") == recipe.name
         if same_name and (closest is None or len(found) < len(closest[1])):
             closest = (path.parent.name, found)
     if closest is None:

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import read_json
-from segfleet.pipeline.run import RECIPE, StageFolder, find_run, open_run, write_atomically
+from segfleet.core.files import read_json, write_atomically, write_json
+from segfleet.pipeline.run import RECIPE, StageFolder, find_run, open_run
 from segfleet.slurm.jobspec import JobSpec
 
 LIFE = "SEGFLEET_LIFE"
@@ -43,7 +44,7 @@ class Submission:
     commit: str | None
 
     def save(self) -> None:
-        write_atomically(Path(self.folder) / "submission.json", json.dumps(asdict(self), indent=1))
+        write_json(Path(self.folder) / "submission.json", asdict(self))
 
     def job(self) -> dict[str, Any]:
         """What every rank does."""
@@ -78,11 +79,17 @@ class Submission:
 
 def submissions(run: Path) -> list[Submission]:
     """All submissions of a run, first to last."""
-    return [_load(path) for path in sorted((run / "slurm").glob("*/submission.json"))]
+    known = (_load(path) for path in sorted((run / "slurm").glob("*/submission.json")))
+    return [submission for submission in known if submission]
 
 
-def _load(path: Path) -> Submission:
-    return Submission(**json.loads(path.read_text(encoding="utf-8")))
+def _load(path: Path) -> Submission | None:
+    facts = read_json(path)
+    try:
+        return Submission(**facts) if facts else None
+    except TypeError:
+        sys.stderr.write(f"segfleet: {path} is damaged and is left out\n")
+        return None
 
 
 def home_of(out: Path) -> Path:
@@ -131,7 +138,7 @@ def train_job(run: Path, recipe: dict[str, Any], root: Path) -> dict[str, Any]:
     """What every rank of a training does; the run is seen by `status` from now on. It waits for a
     stage that another member of its array trains."""
     run.mkdir(parents=True, exist_ok=True)
-    write_atomically(run / RECIPE, json.dumps(recipe, indent=1))
+    write_json(run / RECIPE, recipe)
     return {"do": "train", "recipe": recipe, "root": str(root), "run": str(run), "waits": True}
 
 

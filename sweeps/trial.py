@@ -28,7 +28,7 @@ from segfleet.core.lock import is_locked
 from segfleet.core.progress import EVENTS, EventFollower
 from segfleet.pipeline.events import read_events
 from segfleet.pipeline.launch.local import RankFailed, run_ranks
-from segfleet.pipeline.run import LOCK
+from segfleet.pipeline.run import LOCK, StageFolder
 
 Order = dict[str, Any]
 Report = Callable[[dict[str, Any]], None]
@@ -139,7 +139,8 @@ def continue_from(trunk: Path, path: Path, steps: int) -> None:
     length. The best checkpoints so far come along: the longer stage may find none better.
     """
     checkpoints = path / "checkpoints"
-    done = json.loads((trunk / "done.json").read_text(encoding="utf-8"))
+    if (done := StageFolder(path=trunk, index=0).done()) is None:
+        return  # damaged: the stage is trained from its own beginning
     name = done["checkpoint"]
     best = {f"step-{one['step']:08d}" for one in done["best"].values()} - {name}
     known = {found.name for found in checkpoints.glob("step-*")}
@@ -150,7 +151,9 @@ def continue_from(trunk: Path, path: Path, steps: int) -> None:
         os.replace(_copied(trunk / "checkpoints" / one, checkpoints), checkpoints / one)
     partial = _copied(trunk / "checkpoints" / name, checkpoints)
     events = [
-        {**event, "steps": steps} if event["event"] == "stage_start" else event
+        {**event, "of": path.name, **({"steps": steps} if event["event"] == "stage_start" else {})}
+        if "of" in event
+        else event
         for event in read_events(trunk)
     ]
     write_atomically(path / EVENTS, "".join(json.dumps(event) + "\n" for event in events))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import write_atomically
+from segfleet.core.files import read_json, write_atomically
 from segfleet.pipeline.events import read_events
 from segfleet.pipeline.reports.curves import curve, strips
 from segfleet.pipeline.reports.html import Cell, Table, interval, render
@@ -138,14 +137,10 @@ def cases_csv(document: dict[str, Any]) -> str:
 
 def _json(path: Path) -> Any:
     """The document in a file, or None if there is no file. Raises InputError if it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"report: {path} is damaged ({error}). Score the run again, or remove the file."
-        ) from None
+    found = read_json(path)
+    if found is None and path.exists():
+        raise InputError(f"report: {path} is damaged. Score the run again, or remove the file.")
+    return found
 
 
 def _stages(run: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
@@ -375,7 +370,7 @@ def _scores(document: dict[str, Any], run: Path) -> dict[str, Any]:
         for name in structures
     ]
     too_few = f"no interval: too few patients (fewer than {FEWEST} with a score)"
-    index = _json(run / "overlays" / "index.json") or []
+    index = read_json(run / "overlays" / "index.json", list) or []
     return {
         "summary": summary,
         "between": f"95 % interval {interval(bounds)}" if bounds else too_few,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import faulthandler
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from segfleet.core.errors import InputError
+from segfleet.core.files import read_json, write_json
 from segfleet.core.machine import cpus_of_a_rank
 from segfleet.pipeline import checkpoint, run
 from segfleet.pipeline.data import loader
@@ -183,12 +183,7 @@ def reopened(this: Run, folder: run.StageFolder) -> bool:
 
 def noted(this: Run) -> bool:
     """Whether the run's folder holds its recipe as it is now."""
-    try:
-        return json.loads(
-            (this.folders[-1].path / run.RECIPE).read_text(encoding="utf-8")
-        ) == this.recipe.model_dump(mode="json")
-    except (FileNotFoundError, ValueError):
-        return False
+    return read_json(this.folders[-1].path / run.RECIPE) == this.recipe.model_dump(mode="json")
 
 
 def note_recipe(this: Run) -> None:
@@ -196,10 +191,7 @@ def note_recipe(this: Run) -> None:
     trains."""
     if this.ranks.rank == 0 and not noted(this):
         this.folders[-1].path.mkdir(parents=True, exist_ok=True)
-        run.write_atomically(
-            this.folders[-1].path / run.RECIPE,
-            json.dumps(this.recipe.model_dump(mode="json"), indent=1),
-        )
+        write_json(this.folders[-1].path / run.RECIPE, this.recipe.model_dump(mode="json"))
 
 
 class locked:
@@ -376,6 +368,7 @@ def begin_log(this: Run, index: int, step: int, total: int) -> EventLog:
     trackers = open_trackers(this.recipe.trackers, folder, this.recipe.name, this.warn, step)
     log = EventLog(folder, step, this.listen, trackers)
     begin = {"stage": index, "steps": total, "ranks": this.ranks.size}
+    begin["of"] = this.folders[index].path.name
     begin["hardware"] = hardware(this.ranks.device, this.ranks.size)
     if step == 0:
         log.write("stage_start", step=0, name=this.recipe.stages[index].name, **begin)

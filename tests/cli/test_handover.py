@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from segfleet.cli import main
 from segfleet.core.errors import InputError
+from segfleet.core.files import unstamped
 from segfleet.pipeline import load_run
 from segfleet.pipeline.run import run_folders
 from segfleet.preprocess.stores.base import open_store
@@ -327,7 +328,7 @@ def test_runs_that_do_not_go_together(two_folds, tmp_path):
     first, second = runs_of(two_folds)
     other = tmp_path / second.name
     shutil.copytree(second, other)
-    data = json.loads((other / "data.json").read_text())
+    data = unstamped(json.loads((other / "data.json").read_text()))
     for change, words in (
         ({"labels": {"background": 0, "blob1": 1, "lesion": 2}}, "ensemble: labels: "),
         ({"channels": ["t1", "t2"]}, "ensemble: channels: "),

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from segfleet.core.files import unstamped
 from segfleet.preprocess.stores.manifest import load_manifest
 
 STAGES = [
@@ -123,7 +124,7 @@ def test_a_trained_network_does_not_need_its_training_data(work, straight, tmp_p
     root, leaf = Path(straight["stages"][0]), Path(straight["run"])
     shutil.copytree(root, tmp_path / "elsewhere" / root.name)
     copied = tmp_path / "elsewhere" / leaf.relative_to(root.parent)
-    recipe = json.loads((copied / "recipe.json").read_text())
+    recipe = unstamped(json.loads((copied / "recipe.json").read_text()))
     store, recipe["data"]["store"] = recipe["data"]["store"], str(tmp_path / "gone")
     (copied / "recipe.json").write_text(json.dumps(recipe))
     image = tmp_path / "image.png"

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import digest_of, read_json
+from segfleet.core.files import digest_of, read_json, write_json
 from segfleet.pipeline import events
+from segfleet.pipeline.recipe import load_recipe
 from segfleet.pipeline.run import DONE, StageFolder, find_run, open_run
 from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.scoring.evaluate import Kept
+from segfleet.pipeline.status import score
+from segfleet.slurm.submission import submissions
 
 DAMAGE = {
     "empty": lambda data: b"",
@@ -107,3 +110,46 @@ def test_a_changed_score_of_a_case_is_scored_again(tmp_path):
 
 def test_a_digest_is_of_what_is_said_not_of_how(tmp_path):
     assert digest_of({"a": 1, "b": [0.1]}) == digest_of({"b": [0.1], "a": 1}) != digest_of({"a": 1})
+
+
+def test_a_document_of_another_run_counts_as_none(tmp_path, capsys):
+    """As good as it is: another run's score under this run's name would be believed."""
+    ours, theirs = tmp_path / "0123456789ab", tmp_path / "ba9876543210"
+    for folder, dice in ((ours, 0.5), (theirs, 0.9)):
+        folder.mkdir()
+        scored.write_evaluation(folder, {"summary": {"mean_foreground_dice": dice}})
+    (ours / scored.EVALUATION).write_bytes((theirs / scored.EVALUATION).read_bytes())
+    assert score(ours) is None and score(theirs) == 0.9
+    assert f"was written for {theirs.name} and is left out" in capsys.readouterr().err
+    elsewhere = tmp_path / "my model"  # a run may be called what its owner likes
+    theirs.rename(elsewhere)
+    assert score(elsewhere) == 0.9
+
+
+@pytest.mark.parametrize("wrong", ['{"run": 3}', "[]", "{", ""])
+def test_a_damaged_note_of_a_submission_is_left_out(tmp_path, capsys, wrong):
+    folder = tmp_path / "slurm" / "0001"
+    folder.mkdir(parents=True)
+    (folder / "submission.json").write_text(wrong)
+    assert submissions(tmp_path) == []
+    assert "submission.json is damaged" in capsys.readouterr().err or wrong == ""
+
+
+def test_events_of_another_stage_are_left_out(tmp_path, capsys):
+    ours, theirs = tmp_path / "0123456789ab", tmp_path / "ba9876543210"
+    for folder in (ours, theirs):
+        folder.mkdir()
+        log = events.EventLog(folder, 0, None)
+        log.write("stage_start", step=0, stage=0, steps=4, of=folder.name)
+        log.close()
+    assert len(list(events.read_events(ours))) == 1
+    (ours / "events.jsonl").write_bytes((theirs / "events.jsonl").read_bytes())
+    assert list(events.read_events(ours)) == []
+    assert "was written for ba9876543210" in capsys.readouterr().err
+
+
+def test_a_stamped_recipe_is_a_recipe(tmp_path):
+    document = {"name": "mine", "data": {"batch": 2, "patch": [16, 16]}}
+    document |= {"model": {"name": "unext"}, "stages": [{"epochs": 1, "lr": 1e-3}]}
+    write_json(tmp_path / "recipe.json", document)
+    assert load_recipe(str(tmp_path / "recipe.json")).name == "mine"
