@@ -8,6 +8,7 @@ import json
 import os
 import re
 import socket
+import sys
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -58,6 +59,13 @@ class Ranks:
 
     def barrier(self) -> None:
         pass
+
+    def give_up(self, message: str) -> None:
+        """End this process at once, from any thread: another rank hangs. Whoever started it may put
+        its own way in place of this."""
+        sys.stderr.write(f"segfleet: {message}\n")
+        sys.stderr.flush()
+        os._exit(Interrupted.exit_code)
 
     def close(self) -> None:
         pass

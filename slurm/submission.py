@@ -110,7 +110,8 @@ def together(run: Path) -> list[Submission]:
     if there is none."""
     last = latest(run)
     before = last.job().get("before", [])
-    return [*(_load(run / "slurm" / name / "submission.json") for name in before), last]
+    known = (_load(run / "slurm" / name / "submission.json") for name in before)
+    return [*(one for one in known if one), last]
 
 
 def latest(run: Path) -> Submission:

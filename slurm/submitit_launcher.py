@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import ExitCode, InputError
+from segfleet.pipeline.launch.local import AGAIN
 from segfleet.slurm import cluster, health, snapshot, submission
 from segfleet.slurm.job import SlurmJob
 from segfleet.slurm.jobspec import JobSpec
@@ -280,6 +281,8 @@ def after() -> list[str]:
         f'[ $code = {ExitCode.INTERRUPTED} ] && [ "{STATE}" = RUNNING ] && again=yes',
         f'[ -e "{life}/life.json" ] && {{ [ $code = {ExitCode.INTERRUPTED} ] || [ $code -gt 128 ]; }} && \\',
         '  [ "${SEGFLEET_END:-0}" -gt 0 ] && [ "$(date +%s)" -ge "$SEGFLEET_END" ] && again=yes',
+        # a rank hung: it had to be killed, which tells the exit code
+        f'[ -e "{life}/{AGAIN}" ] && [ "{STATE}" = RUNNING ] && again=yes',
         f'[ $again = yes ] && [ ! -e "{life}/stay" ] && scontrol requeue "$job" && sleep 60  # '
         "SLURM ends this script",
         "exit $code",

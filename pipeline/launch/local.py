@@ -20,6 +20,7 @@ from segfleet.core.errors import ExitCode
 from segfleet.core.machine import cpus
 
 HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+AGAIN = "again"  # of a job that ended because a rank hangs: nobody waits for that one
 GRACE = 120.0  # seconds the ranks have to save and go after they were asked to
 
 
@@ -75,7 +76,7 @@ def run_ranks(
 
         before = {number: signal.signal(number, hear) for number in signals_heard()}
         try:
-            codes = _watch(processes, poll, asked)
+            codes = _watch(processes, poll, asked, rendezvous / AGAIN)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -161,10 +162,13 @@ def survive_hangup() -> None:
 
 
 def _watch(
-    processes: list[subprocess.Popen], poll: Callable[[], None], asked: list[float]
+    processes: list[subprocess.Popen],
+    poll: Callable[[], None],
+    asked: list[float],
+    again: Path | None = None,
 ) -> list[int | None]:
     """Exit codes when all ranks have ended, soon after the first one failed, or when they had their
-    time to stop (None: still running)."""
+    time to stop (None: still running). No time is given once `again` is there."""
     since = 0.0
     while True:
         codes = [process.poll() for process in processes]
@@ -175,6 +179,7 @@ def _watch(
             agreed = all(
                 code in (None, ExitCode.OK, ExitCode.INTERRUPTED) for code in codes
             )  # the others stop in order, too
+            agreed = agreed and not (again and again.exists())
             if time.monotonic() - since > (GRACE if agreed else 1.0):
                 return codes
         elif asked and time.monotonic() - asked[0] > GRACE:

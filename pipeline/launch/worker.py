@@ -17,7 +17,7 @@ from typing import Any
 
 from segfleet.core.errors import explain
 from segfleet.core.files import write_atomically
-from segfleet.pipeline.launch.local import die_with_parent, survive_hangup
+from segfleet.pipeline.launch.local import AGAIN, die_with_parent, survive_hangup
 from segfleet.pipeline.stop import Interrupted, StopRequest
 
 LOST = (
@@ -64,6 +64,7 @@ def work(
         from segfleet.pipeline.ranks import join_ranks
 
         ranks = join_ranks(rendezvous / "address")
+        ranks.give_up = lambda message: give_up(rendezvous, message)
         first(ranks)
         jobs.run_job(document, ranks, stop)
         return 0, None
@@ -107,6 +108,12 @@ def report(rendezvous: Path, rank: int, error: BaseException) -> int:
     }
     write_atomically(rendezvous / f"failed-{rank}.json", json.dumps(facts))
     return code
+
+
+def give_up(rendezvous: Path, message: str) -> None:
+    """End this rank because another one hangs; the job is to come back by itself."""
+    (rendezvous / AGAIN).touch()
+    exit_now(report(rendezvous, int(os.environ.get("RANK", "0")), Interrupted(message)))
 
 
 def peer_failure(error: BaseException) -> bool:

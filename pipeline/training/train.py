@@ -38,6 +38,7 @@ from segfleet.pipeline.trackers import check_trackers, open_trackers
 from segfleet.pipeline.training.agreement import Agreement
 from segfleet.pipeline.training.begin import build
 from segfleet.pipeline.training.hardware import Energy, hardware
+from segfleet.pipeline.training.pulse import Pulse
 from segfleet.pipeline.training.schedule import learning_rate
 from segfleet.pipeline.training.window import Hunger, Stream, Window
 from segfleet.preprocess.stores.base import ShardStore
@@ -282,10 +283,12 @@ def train_stage(this: Run, index: int) -> None:
     saved = progress.step if total else -1  # a stage that trains nothing keeps its beginning
     clock = SaveClock(recipe.save_minutes, ranks)
     agreement = Agreement(ranks, this.asked_to_stop, clock.due)
+    pulse = Pulse(ranks, this.warn)
     periods = [period for period in (LOG_EVERY, steps, recipe.save_every) if period]
     try:
         while True:
             watch_for_hangs()
+            pulse.beat(progress.step)
             stopping, by_clock = agreement.answers()
             stopping &= progress.step < total
             if (
@@ -296,6 +299,7 @@ def train_stage(this: Run, index: int) -> None:
             ):
                 window.report(progress, ranks, log)
             if not stopping and validation_due(recipe, progress, steps):
+                pulse.rest()
                 try:
                     validate(this, recipe, engine, progress, progress.step // steps - 1, log)
                 except Interrupted:  # on all ranks; it is done again when the run goes on
@@ -314,9 +318,12 @@ def train_stage(this: Run, index: int) -> None:
                 or (frozen and progress.step == thaws)
             )
             if due and progress.step > saved:
+                pulse.rest()
                 save(engine, saver, progress, recipe, index, ranks)
                 saved = progress.step
                 clock.start()
+            if ended or stopping:
+                pulse.rest()
             if (saver.wait() if ended or stopping else saver.poll()) and ranks.rank == 0:
                 checkpoint.prune(folder.checkpoints, KEEP, protected(progress))
             if ended:
@@ -333,12 +340,14 @@ def train_stage(this: Run, index: int) -> None:
 
             if frozen and progress.step == thaws:
                 # as a run that was stopped here goes on: from the checkpoint just saved
+                pulse.rest()
                 saver.wait()
                 del engine
                 engine, before = build(this, index)
                 progress = Progress.of(before)
                 frozen = False
 
+            pulse.beat(progress.step)
             epoch, lr = progress.step // steps, learning_rate(stage, progress.step, total)
             # dropout and the like
             torch.manual_seed(step_seed(recipe.seed, index, progress.step, ranks.rank))
@@ -351,6 +360,7 @@ def train_stage(this: Run, index: int) -> None:
         raise
     finally:
         faulthandler.cancel_dump_traceback_later()
+        pulse.close()
         if log:
             log.close()
     agreement.close()
