@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,6 +88,7 @@ def alone(job: dict[str, Any], device: str | None = None) -> dict[str, Any]:
 def by_ranks(job: dict[str, Any], ranks: int, device: str | None) -> dict[str, Any]:
     """Predict with processes that share the images; what came out."""
     from segfleet.core.errors import InputError
+    from segfleet.core.litter import temporary_folder
     from segfleet.pipeline.launch.local import run_ranks
     from segfleet.pipeline.ranks import device_of
 
@@ -100,8 +100,8 @@ def by_ranks(job: dict[str, Any], ranks: int, device: str | None) -> dict[str, A
             "of which every rank takes one"
         )
 
-    with tempfile.TemporaryDirectory(prefix="segfleet-") as folder:
-        answer = Path(folder) / "answer.json"
+    with temporary_folder() as folder:
+        answer = folder / "answer.json"
         run_ranks(job | {"answer": str(answer)}, ranks, device=device)
         return json.loads(answer.read_text(encoding="utf-8"))
 

@@ -10,13 +10,13 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from segfleet.core.errors import ExitCode
+from segfleet.core.litter import temporary_folder
 from segfleet.core.machine import cpus
 
 HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -57,8 +57,7 @@ def run_ranks(
     `threads`: of each rank; by default OMP_NUM_THREADS or an equal share of the cores. `device`:
     "cpu" where there are GPUs, too.
     """
-    with tempfile.TemporaryDirectory(prefix="segfleet-") as folder:
-        rendezvous = Path(folder)
+    with temporary_folder() as rendezvous:
         (rendezvous / "job.json").write_text(json.dumps(job), encoding="utf-8")
         share = (
             str(threads)

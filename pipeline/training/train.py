@@ -19,6 +19,7 @@ import torch
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import read_json, write_json
+from segfleet.core.litter import remove_partial
 from segfleet.core.machine import cpus_of_a_rank
 from segfleet.pipeline import checkpoint, run
 from segfleet.pipeline.data import loader
@@ -225,6 +226,7 @@ class locked:
         except InputError as error:
             return str(error)
         checkpoint.clean(self.folder.checkpoints)
+        remove_partial(self.folder.path, alone=True)
         return None
 
     def __exit__(self, *_) -> None:

@@ -237,7 +237,25 @@ def sweep_away(folder: Path) -> None:
         facts = os.lstat(left)
         ours = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
         if ours and (left / OWNER).read_text(encoding="utf-8") == str(folder.resolve()):
+            _end_processes(left)
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _end_processes(session: Path) -> None:
+    """Ray's processes of a session, which name its folder in their command, look for their parent
+    once a minute only."""
+    import psutil
+
+    left = []
+    for process in psutil.process_iter(["uids", "cmdline"]):
+        words = process.info["cmdline"] or []
+        ours = process.info["uids"] and process.info["uids"].real == os.getuid()
+        if ours and any(f"{session}/" in f"{word}/" for word in words):
+            left.append(process)
+    for process in left:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(left, timeout=10)
 
 
 if __name__ == "__main__":

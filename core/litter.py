@@ -1,0 +1,104 @@
+"""What a killed process leaves behind, found and removed by the next one.
+
+Nothing is removed for its name or age alone. A temporary folder holds a note of the process that
+made it; a temporary file has its host and process in its name. It goes once that process is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from segfleet.core.files import read_json
+
+PREFIX, NOTE = "segfleet-", "made-by.json"
+PARTIAL = re.compile(
+    r"\.(?P<name>.+)\.(?P<host>[^.]+)-(?P<process>\d+)-[0-9a-f]{8}\.partial(\..+)?"
+)
+HOUR = 3600.0
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder for this process alone, which goes with the block; those of killed processes of this
+    user go before."""
+    remove_folders(Path(tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as name:
+        (Path(name) / NOTE).write_text(json.dumps(_this_process()), encoding="utf-8")
+        yield Path(name)
+
+
+def remove_folders(place: Path) -> None:
+    """The temporary folders in `place` that killed processes of this user and host left."""
+    for folder in place.glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            facts = os.lstat(folder)
+            if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
+                continue
+            note = folder / NOTE
+            if note.is_file() and _gone(read_json(note) or {}):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_partial(folder: Path, alone: bool = False) -> None:
+    """Half-written files and folders directly in `folder` whose writer is gone. `alone`: a lock
+    says that nobody else writes there; otherwise young ones stay, for a container may have the
+    host's name and other numbers of processes."""
+    for path in folder.glob(".*.partial*"):
+        found = PARTIAL.fullmatch(path.name)
+        if not found or found["host"] != _host():
+            continue
+        with suppress(OSError):
+            facts = os.lstat(path)
+            young = time.time() - facts.st_mtime < HOUR
+            if _alive(int(found["process"])) or (young and not alone):
+                continue
+            if stat.S_ISDIR(facts.st_mode):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+
+
+def _this_process() -> dict:
+    return {"host": socket.gethostname(), "process": os.getpid(), "began": _began(os.getpid())}
+
+
+def _gone(note: dict) -> bool:
+    """Whether the process of a note has ended; of another host, or unreadable: nobody knows."""
+    if note.get("host") != socket.gethostname() or not isinstance(note.get("process"), int):
+        return False
+    return not _alive(note["process"]) or _began(note["process"]) != note.get("began")
+
+
+def _host() -> str:
+    return socket.gethostname().partition(".")[0][:16]
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _began(process: int) -> str | None:
+    """When a process began, in the kernel's own count, and which boot of the machine that was: its
+    number may be another's now."""
+    try:
+        stat_line = Path(f"/proc/{process}/stat").read_text()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{stat_line.rpartition(')')[2].split()[19]} of {boot}"
+    except (OSError, IndexError):
+        return None

@@ -1,0 +1,86 @@
+"""What killed processes left is removed by the next one, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+
+from segfleet.core import litter
+from segfleet.core.files import temporary_name
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def killed(place, *more: str) -> str:
+    """What a process printed that held a temporary folder and was killed."""
+    program = (
+        "import os, sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
+        "from pathlib import Path\n"
+        "from segfleet.core import litter\n"
+        "from segfleet.core.files import temporary_name\n"
+        "with litter.temporary_folder() as folder:\n"
+        "    for name in sys.argv[2:]: temporary_name(Path(name)).write_text('half')\n"
+        "    print(folder, flush=True); os.kill(os.getpid(), 9)\n"
+    )
+    words = [sys.executable, "-c", program, str(place), *more]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_folder_of_a_killed_process_goes_and_no_other(place):
+    left = killed(place)
+    assert os.path.isdir(left)
+    strange = place / "segfleet-1000"  # copies of stores: no note
+    (strange / "key").mkdir(parents=True)
+    other = place / "segfleet-elsewhere"  # of another machine that shares the disk
+    other.mkdir()
+    note = {"host": "elsewhere", "process": 1, "began": None}
+    (other / litter.NOTE).write_text(json.dumps(note))
+    broken = place / "segfleet-broken"
+    broken.mkdir()
+    (broken / litter.NOTE).write_text("{")
+    (place / "segfleet-link").symlink_to(strange)
+    with litter.temporary_folder() as first, litter.temporary_folder() as second:
+        assert not os.path.exists(left) and first.is_dir() and second.is_dir()
+    assert sorted(path.name for path in place.iterdir()) == sorted(
+        [strange.name, other.name, broken.name, "segfleet-link"]
+    )
+
+
+def test_a_number_that_is_another_process_now_says_nothing(place):
+    left = place / "segfleet-old"
+    left.mkdir()
+    note = {**litter._this_process(), "began": "1 of another boot"}
+    (left / litter.NOTE).write_text(json.dumps(note))
+    litter.remove_folders(place)
+    assert not left.exists()
+
+
+def test_half_written_files_go_when_their_writer_is_gone(place):
+    folder = place / "run"
+    folder.mkdir()
+    killed(place, str(folder / "done.json"))
+    ours = temporary_name(folder / "recipe.json")
+    ours.write_text("half")
+    for name in (".hidden", "kept.partial", ".x.partial"):
+        (folder / name).write_text("theirs")
+    litter.remove_partial(folder)
+    assert len(list(folder.iterdir())) == 5  # young: perhaps of a container
+    litter.remove_partial(folder, alone=True)
+    assert {path.name for path in folder.iterdir()} == {
+        ours.name, ".hidden", "kept.partial", ".x.partial"
+    }  # fmt: skip
+    killed(place, str(folder / "done.json"))
+    old = next(folder.glob(".done.json.*"))
+    os.utime(old, (time.time() - 7200,) * 2)
+    litter.remove_partial(folder)
+    assert not old.exists() and ours.exists()
