@@ -86,11 +86,17 @@ def build_network(recipe: Recipe, manifest: Manifest, task: Task) -> nn.Module:
     return _built(recipe, manifest, len(manifest.dataset.channels), task.channels)
 
 
+def channels_last(recipe: Recipe, device: torch.device, flat: bool) -> bool:
+    """Whether weights and images lie channels last; `flat`: in 2D."""
+    asked = recipe.engine.channels_last
+    return device.type != "cpu" or not flat if asked == "auto" else asked
+
+
 def in_layout(network: nn.Module, recipe: Recipe, manifest: Manifest) -> nn.Module:
-    """The network in the memory format that the recipe asks for."""
-    if not recipe.engine.channels_last:
-        return network
+    """The network, on its device, in the memory format that the recipe asks for."""
     flat = patch_of(recipe, manifest)[0] == 1
+    if not channels_last(recipe, next(network.parameters()).device, flat):
+        return network
     return network.to(memory_format=torch.channels_last if flat else torch.channels_last_3d)
 
 

@@ -203,7 +203,11 @@ class Engine(Section):
         "fp32", description="autocast type; weights and optimizer stay fp32"
     )
     accumulate: Positive = Field(1, description="micro-batches per step")
-    channels_last: bool = Field(True, description="memory format of weights and images")
+    channels_last: bool | Literal["auto"] = Field(
+        True,
+        description="memory format of weights and images; auto: but for 2D on CPUs, where it costs "
+        "a third. It changes the rounding of convolutions",
+    )
     compile: bool = Field(False, description="torch.compile")
     checkpoint_activations: bool = Field(
         False, description="recompute activations in backward: less memory, more time"

@@ -22,7 +22,14 @@ from segfleet.models import registry
 from segfleet.pipeline import checkpoint
 from segfleet.pipeline.engines.base import Engine, autocast
 from segfleet.pipeline.engines.common import load_weights
-from segfleet.pipeline.parts import Objective, build_network, in_layout, patch_of, task_of
+from segfleet.pipeline.parts import (
+    Objective,
+    build_network,
+    channels_last,
+    in_layout,
+    patch_of,
+    task_of,
+)
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.run import StageFolder, lock_stage
@@ -50,7 +57,7 @@ def forward_of(
     @torch.no_grad()
     def forward(image: Tensor) -> Tensor:
         image = image.to(device)
-        if recipe.engine.channels_last:
+        if channels_last(recipe, device, flat=image.ndim == 4):
             image = image.contiguous(
                 memory_format=torch.channels_last if image.ndim == 4 else torch.channels_last_3d
             )

@@ -27,6 +27,7 @@ from segfleet.pipeline.data.sampler import PatchSampler
 from segfleet.pipeline.engines.base import Engine
 from segfleet.pipeline.events import EventLog
 from segfleet.pipeline.parts import (
+    channels_last,
     check_recipe,
     doubts,
     patch_of,
@@ -278,7 +279,7 @@ def train_stage(this: Run, index: int) -> None:
     stream = Stream(
         loader.batches(patches, schedule, workers),
         ranks.device,
-        recipe.engine.channels_last,
+        channels_last(recipe, ranks.device, flat=sampler.patch[0] == 1),
     )
     window = Window(stream, recipe.data.batch, Hunger(workers, this.warn))
 

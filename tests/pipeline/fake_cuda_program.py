@@ -143,7 +143,7 @@ def step(case: dict[str, Any]) -> dict[str, Any]:
     for _ in range(2):
         waits.found.clear()
         with waits:
-            image, label = loader.on_device(batch, CUDA, recipe.engine.channels_last)
+            image, label = loader.on_device(batch, CUDA, recipe.engine.channels_last is not False)
             loss, norm = engine.step(iter([(image, label)]), 0.01)
         found = list(waits.found)  # of the second step: the first one makes the moments
     with readable():

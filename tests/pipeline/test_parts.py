@@ -4,10 +4,12 @@ is said."""
 from __future__ import annotations
 
 import pytest
+import torch
 
 from segfleet.core.errors import InputError
 from segfleet.pipeline import recipe as recipes
-from segfleet.pipeline.parts import check_recipe, doubts
+from segfleet.pipeline.parts import channels_last, check_recipe, doubts, in_layout, task_of
+from segfleet.pipeline.scoring.score import forward_of
 from segfleet.preprocess.stores.manifest import load_manifest
 
 NET_2D = {"name": "unet_lite_standard", "options": {"width": 4}}
@@ -89,3 +91,28 @@ def test_the_data_set_a_recipe_was_made_for_is_no_part_of_a_result(meet):
 
     plain, noted = meet(3, NET_3D), meet(3, NET_3D, None, {"dataset": "Hippocampus"})
     assert stage_uids(*plain) == stage_uids(*noted)
+
+
+@pytest.mark.parametrize(
+    ("asked", "cpu", "solid", "gpu"),
+    [(True, True, True, True), (False, False, False, False), ("auto", False, True, True)],
+)
+def test_memory_format_by_device(meet, asked, cpu, solid, gpu):
+    recipe, manifest = meet(2, NET_2D)
+    document = recipe.model_dump(mode="json")
+    document["engine"]["channels_last"] = asked
+    recipe = recipes.parse(document)
+    assert channels_last(recipe, torch.device("cuda"), flat=True) is gpu
+    assert channels_last(recipe, torch.device("cpu"), flat=True) is cpu
+    assert channels_last(recipe, torch.device("cpu"), flat=False) is solid
+    seen = []
+
+    def network(image):
+        seen.append(image.is_contiguous(memory_format=torch.channels_last))
+        return torch.zeros(1, task_of(recipe, manifest).channels, 8, 8)
+
+    forward = forward_of(network, task_of(recipe, manifest), recipe, torch.device("cpu"))
+    forward(torch.zeros(1, 3, 8, 8))
+    assert seen == [cpu]
+    model = in_layout(torch.nn.Conv2d(3, 4, 3), recipe, manifest)
+    assert model.weight.is_contiguous(memory_format=torch.channels_last) is cpu
