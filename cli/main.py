@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
@@ -97,7 +98,16 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def top(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Networks, losses and raw layouts of your own, of any command: a folder laid out "
+            "as segfleet is.",
+        ),
+    ] = None,
 ) -> None:
     """Train medical image segmentation networks at scale: shards, exact resume, SLURM, sweeps,
     honest scores."""
@@ -106,6 +116,26 @@ def top(
 
         typer.echo(installed("segfleet"))
         raise typer.Exit()
+    if context.invoked_subcommand:
+        from segfleet.core import plugins
+
+        plugins.add_installed()
+        for folder in plugin or ():
+            plugins.add(folder)
+
+
+def plugins_first(words: list[str]) -> list[str]:
+    """--plugin stands before the command for Typer, and anywhere before `--` for people."""
+    end = words.index("--") if "--" in words else len(words)
+    ahead, rest, given = [], [], iter(words[:end])
+    for word in given:
+        if word == "--plugin" and (folder := next(given, None)):
+            ahead += [word, folder]
+        elif word.startswith("--plugin"):
+            ahead.append(word if "=" in word else "--plugin=")
+        else:
+            rest.append(word)
+    return [*ahead, *rest, *words[end:]]
 
 
 def complain(message: str) -> None:
@@ -153,7 +183,7 @@ def main() -> None:
 
     survive_hangup()
     try:
-        code = app(prog_name="segfleet", standalone_mode=False)
+        code = app(plugins_first(sys.argv[1:]), prog_name="segfleet", standalone_mode=False)
         if code == 130:  # what Typer makes of Ctrl-C
             code = exit_code(KeyboardInterrupt())
     except typer.Exit as stop:

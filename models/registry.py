@@ -154,7 +154,10 @@ def spec(name: str) -> ModelSpec:
     known = specs()
     if name not in known:
         faults = "".join(f"; {sentence}" for sentence in broken())
-        raise ModelError(f"model.name: found '{name}', expected one of: {', '.join(known)}{faults}")
+        raise ModelError(
+            f"model.name: found '{name}', expected one of: {', '.join(known)}; one of your own is "
+            f"named by --plugin FOLDER{faults}"
+        )
     return known[name]
 
 

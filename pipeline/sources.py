@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from segfleet.core import plugins
 from segfleet.core.files import write_atomically
 
 # Raised whenever a change of the code changes what the same recipe computes.
@@ -49,7 +50,7 @@ def changed_sources(network: str, loss: str) -> dict[str, str]:
     network and loss and are not as shipped. Empty for what segfleet ships."""
     table = shipped()
     files = {*network_files(network, table["networks"]), *loss_files(loss), *ALWAYS}
-    found = {name: source_hash(HOME / name) for name in sorted(closure(files))}
+    found = {name: source_hash(where(name)) for name in sorted(closure(files))}
     return {name: digest for name, digest in found.items() if table["files"].get(name) != digest}
 
 
@@ -58,18 +59,23 @@ def network_files(network: str, known: dict[str, str]) -> list[str]:
     if none does (it is put together) all that are not shipped."""
     if network in known:
         return [known[network]]
-    foreign = sorted(
-        str(path.relative_to(HOME))
-        for path in (HOME / NETWORKS).rglob("*.py")
-        if str(path.relative_to(HOME)) not in shipped()["files"]
-    )
-    return [name for name in foreign if network in texts(HOME / name)] or foreign
+    ours = (str(path.relative_to(HOME)) for path in (HOME / NETWORKS).rglob("*.py"))
+    foreign = sorted({*ours, *plugins.files()} - set(shipped()["files"]))
+    foreign = [name for name in foreign if name.startswith(f"{NETWORKS}/")]
+    return [name for name in foreign if network in texts(where(name))] or foreign
 
 
 def loss_files(loss: str) -> list[str]:
     """The file of a loss; of `auto`, those of both kinds of head."""
     names = ("dice_ce", "bce_dice") if loss == "auto" else (loss,)
-    return [f"{LOSSES}/{name}.py" for name in names if (HOME / LOSSES / f"{name}.py").is_file()]
+    files = (f"{LOSSES}/{name}.py" for name in names)
+    return [name for name in files if where(name).is_file()]
+
+
+def where(name: str) -> Path:
+    """The file of this name in the package: ours, else a plugin's."""
+    path = HOME / name
+    return path if path.exists() else plugins.files().get(name, path)
 
 
 def closure(files: Iterable[str]) -> set[str]:
@@ -78,10 +84,10 @@ def closure(files: Iterable[str]) -> set[str]:
     waiting = list(files)
     while waiting:
         name = waiting.pop()
-        if name not in found and (HOME / name).is_file():
+        if name not in found and where(name).is_file():
             found.add(name)
-            waiting += [other for other in imports(HOME / name) if other.startswith(FOLLOWED)]
-            waiting += [str(Path(name).with_name(text)) for text in _compiled(HOME / name)]
+            waiting += [other for other in imports(where(name)) if other.startswith(FOLLOWED)]
+            waiting += [str(Path(name).with_name(text)) for text in _compiled(where(name))]
     return found
 
 
@@ -99,7 +105,7 @@ def imports(path: Path) -> list[str]:
         if package == "segfleet" and parts:
             stem = "/".join(parts)
             found += [
-                name for name in (f"{stem}.py", f"{stem}/__init__.py") if (HOME / name).is_file()
+                name for name in (f"{stem}.py", f"{stem}/__init__.py") if where(name).is_file()
             ]
     return found
 

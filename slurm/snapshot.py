@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from segfleet.core import plugins
+
 ROOMS = ("cli", "core", "models", "pipeline", "preprocess", "slurm", "sweeps")
 SOURCE = Path(__file__).resolve().parents[1]  # the checkout, or the installed package
 
@@ -17,14 +19,13 @@ SOURCE = Path(__file__).resolve().parents[1]  # the checkout, or the installed p
 def freeze_code(root: Path, source: Path = SOURCE) -> Path:
     """Copy segfleet to `root`/.code/<hash of its content>, unless it is there; the folder to put on
     the Python path."""
-    files = files_of(source)
     target = root / ".code" / digest(source)
     if target.is_dir():
         return target
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    for path in files:
-        copy = partial / "segfleet" / path.relative_to(source)
+    for name, path in files_of(source).items():
+        copy = partial / "segfleet" / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
     try:
@@ -40,22 +41,22 @@ def frozen(root: Path, version: str) -> Path | None:
     return target if target.is_dir() else None
 
 
-def files_of(source: Path) -> list[Path]:
-    return sorted(
-        path
+def files_of(source: Path) -> dict[str, Path]:
+    """Name in the package -> file, in order of names; with what plugins add."""
+    own = {
+        str(path.relative_to(source)): path
         for room in ROOMS
         for path in (source / room).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
-    )
+    }
+    return dict(sorted((plugins.files() | own).items()))
 
 
 def digest(source: Path = SOURCE) -> str:
     """What tells one version of the code from another: names and contents of all files."""
     found = hashlib.sha256()
-    for path in files_of(source):
-        found.update(
-            f"{path.relative_to(source)}\0{path.stat().st_size}\0".encode() + path.read_bytes()
-        )
+    for name, path in files_of(source).items():
+        found.update(f"{name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return found.hexdigest()[:12]
 
 

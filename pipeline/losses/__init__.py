@@ -1,1 +1,5 @@
 """Losses, one file each, found by name."""
+
+from segfleet.core.plugins import paths
+
+__path__ += paths("pipeline/losses")

@@ -1,1 +1,5 @@
 """Raw layouts, one file each, found by name."""
+
+from segfleet.core.plugins import paths
+
+__path__ += paths("preprocess/readers")
