@@ -7,7 +7,7 @@ import multiprocessing
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -282,6 +282,40 @@ def batches(patches: Patches, schedule: Schedule, workers: int) -> Iterator[Batc
                 batch, image=torch.from_numpy(batch.image), label=torch.from_numpy(batch.label)
             )
         yield batch
+
+
+def training_batches(
+    store: ShardStore,
+    *,
+    batch: int,
+    steps: int,
+    epochs: int = 1,
+    patch: Sequence[int] | None = None,
+    cases: Sequence[str] | None = None,
+    foreground: float = 1 / 3,
+    augment: Augment | None = None,
+    seed: int = 0,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """Augmented batches for a loop of one's own, `steps` of them in each of `epochs`.
+
+    patch: voxels (z, y, x), by default the plan's. cases: ids, by default all of the store.
+    foreground: share of each batch that is centred on a labelled voxel. augment: by default that of
+    recipes. The batches are a pure function of these, whatever the number of `workers`. Raises
+    InputError.
+    """
+    manifest = store.manifest
+    chosen = manifest.cases if cases is None else tuple(manifest.case(name) for name in cases)
+    sampler = PatchSampler(
+        cases=chosen,
+        patch=tuple(patch or manifest.plan.patch),
+        batch=batch,
+        foreground=foreground,
+        seed=seed,
+    )
+    patches = Patches(store, sampler, 0, steps, augment or Augment(), pinned=False)
+    start = Place(stage=0, epoch=0, step=0)
+    return batches(patches, Schedule(start, epochs, steps, batch, 1, 0, 1), workers)
 
 
 def _forkserver() -> multiprocessing.context.BaseContext:
