@@ -99,17 +99,22 @@ def all_lines(program: str) -> list[tuple[str, list[str]]]:
 def plan() -> list[list[str]]:
     """What to run, page after page. A second training of a recipe goes apart: one run has the
     name."""
-    steps, raw, trained = [], set(), set()
+    steps, raw, trained, follows = [], set(), set(), None
     for page in PAGES:
         for notes, kind, text in parts(page):
             steps += map(shlex.split, re.findall(r"first: segfleet (.*?)-->", notes))
             if "test: not here" in notes or (kind == "inline" and page.name != "README.md"):
                 continue
             if kind == "python":
-                steps.append(["python", text])
+                if follows == page:  # a block may use what the one before it made
+                    steps[-1] = ["python", steps[-1][1] + text]
+                else:
+                    steps.append(["python", text])
+                follows = page
                 continue
             for program, *words in lines(text):
                 if program == "segfleet" and can_run(words):
+                    follows = None
                     again = words[0] == "train" and words[1] in trained
                     apart = ["--runs", "apart"] if again else []
                     trained |= {words[1]} if words[0] == "train" else set()

@@ -202,6 +202,30 @@ def test_no_training_case_and_uneven_shares_are_refused():
         loader.check_shares(5, 2, 1)
 
 
+def test_batches_for_a_loop_of_ones_own_are_those_of_training(tiny_store):
+    store = open_store(tiny_store(dims=3))
+    facts = {
+        "batch": 4,
+        "steps": 3,
+        "epochs": 2,
+        "foreground": 0.5,
+        "augment": EVERYTHING,
+        "seed": 3,
+    }
+    made = [
+        (batch.image, batch.label, list(batch.cases))
+        for batch in loader.training_batches(store, **facts)
+    ]
+    assert_same(made, global_batches(store, ranks=2, workers=0))
+    chosen = [store.manifest.cases[2].id]
+    few = loader.training_batches(store, batch=1, steps=2, patch=(8, 12, 16), cases=chosen)
+    assert [(tuple(b.image.shape), b.cases) for b in few] == [
+        ((1, 1, 8, 12, 16), tuple(chosen))
+    ] * 2
+    with pytest.raises(InputError, match="nobody"):
+        loader.training_batches(store, batch=1, steps=1, cases=["nobody"])
+
+
 def test_a_damaged_case_is_named_with_its_phase(tiny_store, tmp_path):
     import shutil
 
