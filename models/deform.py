@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -57,18 +58,17 @@ def deform_conv2d(
 def _gather_and_convolve(
     x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, groups: int, layout: str
 ) -> Tensor:
-    batch, _, rows, columns = x.shape
+    rows = x.shape[2]
     samples = F.grid_sample(
         x.to(_exact(x)),
         _grid(offset, weight.shape[-1], layout),
         padding_mode="zeros",
         align_corners=False,
     )
-    # reshape: images and weights may be in channels-last memory
-    out = weight.reshape(groups, weight.shape[0] // groups, -1) @ samples.reshape(
-        batch, groups, -1, rows * columns
-    )
-    out = out.reshape(batch, -1, rows, columns)
+    taps = weight.shape[-1] ** 2
+    kernels = rearrange(weight, "(g o) c row column -> g o (c row column)", g=groups)
+    samples = rearrange(samples, "b (g c) (tap y) x -> b g (c tap) (y x)", g=groups, tap=taps)
+    out = rearrange(kernels @ samples, "b g o (y x) -> b (g o) y x", y=rows)
     return out if bias is None else out + bias.to(out.dtype).view(-1, 1, 1)
 
 
@@ -81,7 +81,7 @@ def _exact(t: Tensor) -> torch.dtype:
 def _grid(offset: Tensor, k: int, layout: str) -> Tensor:
     """Sampling positions (B, k²·Y, X, 2) as `grid_sample` wants them: (column, row), -1 and 1 at
     the image's outer edges."""
-    batch, _, rows, columns = offset.shape
+    rows, columns = offset.shape[2:]
     dtype, device = _exact(offset), offset.device
     offset = offset.to(dtype)
     if layout == "rows_columns":
@@ -93,7 +93,7 @@ def _grid(offset: Tensor, k: int, layout: str) -> Tensor:
     row = row + tap_row + torch.arange(rows, dtype=dtype, device=device).view(-1, 1)
     column = column + tap_column + torch.arange(columns, dtype=dtype, device=device)
     grid = torch.stack(((2 * column + 1) / columns - 1, (2 * row + 1) / rows - 1), -1)
-    return grid.reshape(batch, k * k * rows, columns, 2)
+    return rearrange(grid, "b tap y x place -> b (tap y) x place")
 
 
 class DeformConv2d(nn.Module):

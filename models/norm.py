@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -9,4 +10,5 @@ class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of (B, C, *S), one mean and variance per position."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        normed = super().forward(rearrange(x, "b c ... -> b ... c"))
+        return rearrange(normed, "b ... c -> b c ...")

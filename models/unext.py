@@ -11,6 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from segfleet.models.norm import ChannelNorm
@@ -50,7 +51,7 @@ class TokenMLP(nn.Module):
 
 
 def _on_channels(linear: nn.Linear, x_BCYX: Tensor) -> Tensor:
-    return linear(x_BCYX.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return rearrange(linear(rearrange(x_BCYX, "b c y x -> b y x c")), "b y x c -> b c y x")
 
 
 def conv_encoder(a: int, b: int) -> nn.Sequential:

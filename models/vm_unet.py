@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,7 +27,8 @@ DIVISOR = 32
 def unfold_directions(x_BDYX: Tensor) -> Tensor:
     """The map as four sequences (B, 4, D, Y·X): row by row, column by column, and both
     backwards."""
-    forwards = torch.stack([x_BDYX.flatten(2), x_BDYX.transpose(2, 3).flatten(2)], 1)
+    by_row, by_column = (rearrange(x_BDYX, f"b d y x -> b d ({order})") for order in ("y x", "x y"))
+    forwards = torch.stack([by_row, by_column], 1)
     return torch.cat([forwards, forwards.flip(-1)], 1)
 
 
@@ -34,10 +36,9 @@ def fold_directions(y_BKDL: Tensor, size: tuple[int, int]) -> Tensor:
     """Sum of the four sequences, each put back to its pixels: (B, 4, D, Y·X) -> (B, D, Y, X)."""
     rows, columns = size
     both = y_BKDL[:, :2] + y_BKDL[:, 2:].flip(-1)
-    by_row, by_column = both.unbind(1)
-    return by_row.unflatten(-1, (rows, columns)) + by_column.unflatten(
-        -1, (columns, rows)
-    ).transpose(2, 3)
+    by_row = rearrange(both[:, 0], "b d (y x) -> b d y x", y=rows, x=columns)
+    by_column = rearrange(both[:, 1], "b d (x y) -> b d y x", y=rows, x=columns)
+    return by_row + by_column
 
 
 class SS2D(nn.Module):
@@ -64,8 +65,8 @@ class SS2D(nn.Module):
 
     def forward(self, x_BYXC: Tensor) -> Tensor:
         x, z = self.in_proj(x_BYXC).chunk(2, -1)
-        x = F.silu(self.conv2d(x.movedim(-1, 1)))
-        y = self.out_norm(self.scan(x).movedim(1, -1))
+        x = F.silu(self.conv2d(rearrange(x, "b y x d -> b d y x")))
+        y = self.out_norm(rearrange(self.scan(x), "b d y x -> b y x d"))
         return self.out_proj(y * F.silu(z))
 
     def scan(self, x_BDYX: Tensor) -> Tensor:
@@ -77,16 +78,19 @@ class SS2D(nn.Module):
         delta_BKDL = torch.einsum("bkrl,kdr->bkdl", steps, self.dt_projs_weight)
         y = selective_scan_fn(
             # the type of y, and of the sum over directions
-            u_BKDL.flatten(1, 2).to(torch.promote_types(u_BKDL.dtype, torch.float32)),
-            delta_BKDL.flatten(1, 2),
+            rearrange(u_BKDL, "b k d l -> b (k d) l").to(
+                torch.promote_types(u_BKDL.dtype, torch.float32)
+            ),
+            rearrange(delta_BKDL, "b k d l -> b (k d) l"),
             -self.A_logs.exp(),
             B_BKNL,
             C_BKNL,
             self.Ds,
-            delta_bias=self.dt_projs_bias.flatten(),
+            delta_bias=rearrange(self.dt_projs_bias, "k d -> (k d)"),
             delta_softplus=True,
         )
-        return fold_directions(y.view(u_BKDL.shape), x_BDYX.shape[2:])
+        y_BKDL = rearrange(y, "b (k d) l -> b k d l", k=DIRECTIONS)
+        return fold_directions(y_BKDL, x_BDYX.shape[2:])
 
 
 def _uniform(*shape: int, bound: float) -> Tensor:
@@ -137,7 +141,7 @@ class PatchEmbed(nn.Module):
         self.conv, self.norm = nn.Conv2d(in_channels, width, 4, stride=4), nn.LayerNorm(width)
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
-        return self.norm(self.conv(x_BCYX).movedim(1, -1))
+        return self.norm(rearrange(self.conv(x_BCYX), "b c y x -> b y x c"))
 
 
 class PatchMerge(nn.Module):
@@ -152,8 +156,10 @@ class PatchMerge(nn.Module):
         )
 
     def forward(self, x_BYXC: Tensor) -> Tensor:
-        square = [x_BYXC[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        return self.linear(self.norm(torch.cat(square, -1)))
+        squares = rearrange(
+            x_BYXC, "b (y row) (x column) c -> b y x (column row c)", row=2, column=2
+        )
+        return self.linear(self.norm(squares))
 
 
 class PatchExpand(nn.Module):
@@ -166,9 +172,9 @@ class PatchExpand(nn.Module):
         self.linear, self.norm = nn.Linear(a, factor * factor * c, bias=False), nn.LayerNorm(c)
 
     def forward(self, x_BYXC: Tensor) -> Tensor:
-        # (B, Y, X, row, column, c)
-        pixels = self.linear(x_BYXC).unflatten(-1, (self.factor, self.factor, -1))
-        return self.norm(pixels.transpose(2, 3).flatten(3, 4).flatten(1, 2))
+        dealt = "b y x (row column c) -> b (y row) (x column) c"
+        pixels = rearrange(self.linear(x_BYXC), dealt, row=self.factor, column=self.factor)
+        return self.norm(pixels)
 
 
 class VMUNet(nn.Module):
@@ -234,7 +240,7 @@ class VMUNet(nn.Module):
         x = self.decoder1(x + skip(self, s3))
         x = self.decoder2(x + skip(self, s2))
         x = self.decoder3(x + skip(self, s1))
-        return self.head(self.expand(x).movedim(-1, 1))
+        return self.head(rearrange(self.expand(x), "b y x c -> b c y x"))
 
 
 def _rates(depths: Sequence[int], highest: float) -> list[list[float]]:

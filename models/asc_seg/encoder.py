@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,7 +31,8 @@ class RasterMamba(Mamba):
     C) -> the same shape."""
 
     def forward(self, x_BYXC: Tensor) -> Tensor:
-        return super().forward(x_BYXC.flatten(1, 2)).view_as(x_BYXC)
+        scanned = super().forward(rearrange(x_BYXC, "b y x c -> b (y x) c"))
+        return rearrange(scanned, "b (y x) c -> b y x c", y=x_BYXC.shape[1])
 
 
 class GatedConv(nn.Module):
@@ -53,8 +54,8 @@ class GatedConv(nn.Module):
 
     def forward(self, x_BYXC: Tensor) -> Tensor:
         u, z = self.in_proj(x_BYXC).chunk(2, -1)
-        u = self.conv(u.movedim(-1, 1)).movedim(1, -1)
-        return self.out_proj(F.silu(u) * F.silu(z))
+        u = self.conv(rearrange(u, "b y x c -> b c y x"))
+        return self.out_proj(F.silu(rearrange(u, "b c y x -> b y x c")) * F.silu(z))
 
 
 MIXERS: dict[str, Callable[[int], nn.Module]] = {"mamba": RasterMamba, "gated_conv": GatedConv}
@@ -85,15 +86,15 @@ class ParallelMixer(nn.Module):
         self.tail = nn.Sequential(conv(c, c), conv(c, c, 7, groups=c), nn.GELU(), conv(c, c))
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
-        x = x_BCYX.movedim(1, -1)
+        x = rearrange(x_BCYX, "b c y x -> b y x c")
         mixed = self.linear(self.norm(self.mix(self.norm(x)))) + x
-        return self.tail(self.norm(mixed).movedim(-1, 1))
+        return self.tail(rearrange(self.norm(mixed), "b y x c -> b c y x"))
 
     def mix(self, n_BYXC: Tensor) -> Tensor:
         """mixer(n_j) + n_j for each of the four channel groups; one call, with the groups on the
         batch axis."""
-        n = torch.cat(n_BYXC.chunk(GROUPS, -1))
-        return torch.cat((self.mixer(n) + n).chunk(GROUPS), -1)
+        n = rearrange(n_BYXC, "b y x (group c) -> (group b) y x c", group=GROUPS)
+        return rearrange(self.mixer(n) + n, "(group b) y x c -> b y x (group c)", group=GROUPS)
 
 
 class DeformableGate(nn.Module):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from segfleet.models.registry import ModelError
@@ -95,16 +96,14 @@ class PairedAttention(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, t_BNC: Tensor, y_BCN: Tensor) -> Tensor:
-        batch, tokens, channels = t_BNC.shape
         used = 4 if self.from_tokens else 2  # the last parts are the values
-        parts = F.linear(t_BNC, self.qkvv.weight[-used * channels :])
-        # (used, B, h, d, N)
-        parts = parts.view(batch, tokens, used, self.heads, -1).permute(2, 0, 3, 4, 1)
+        parts = F.linear(t_BNC, self.qkvv.weight[-used * t_BNC.shape[-1] :])
+        parts = rearrange(parts, "b n (part h d) -> part b h d n", part=used, h=self.heads)
         value_c, value_s = parts[-2], parts[-1]
         q, k = (
             (parts[0], parts[1])
             if self.from_tokens
-            else (y_BCN.view(batch, self.heads, -1, tokens),) * 2
+            else (rearrange(y_BCN, "b (h d) n -> b h d n", h=self.heads),) * 2
         )
         k_p = self.key_projection(k)  # (B, h, d, p), of the keys before normalisation
         v_p = (self.value_projection or self.key_projection)(value_s)
@@ -113,13 +112,14 @@ class PairedAttention(nn.Module):
 
         scores = (self.channel_scale * (q_unit @ k_unit.mT)).softmax(-1)
         by_channel = F.dropout(scores, self.dropout, self.training) @ value_c  # (B, h, d, N)
-        by_channel = by_channel.permute(0, 3, 1, 2).reshape(t_BNC.shape)
+        by_channel = rearrange(by_channel, "b h d n -> b n (h d)")
 
         scores = (self.spatial_scale * (q_unit.mT @ k_p)).softmax(-1)
         by_space = F.dropout(scores, self.dropout, self.training) @ v_p.mT  # (B, h, N, d)
-        by_space = by_space.permute((0, 3, 1, 2) if self.scramble else (0, 2, 1, 3)).reshape(
-            t_BNC.shape
-        )
+        if self.scramble:
+            by_space = rearrange(by_space, "b h n d -> b d h n").reshape(t_BNC.shape)
+        else:
+            by_space = rearrange(by_space, "b h n d -> b n (h d)")
 
         if self.merge is None:
             return by_space + by_channel

@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from segfleet.models.e2mi_seg.attention import PairedAttention
@@ -92,9 +93,11 @@ class HybridBlock(nn.Module):
         y = self.local(x)
         if self.local_residual:
             y = x + y
-        t = x.flatten(2).mT + self.position  # (B, N, C), x fastest
-        t = t + self.scale * self.attention(self.norm(t), y.flatten(2))
-        a = t.mT.reshape(x.shape)
+        t = rearrange(x, "b c z y x -> b (z y x) c") + self.position
+        keys = rearrange(y, "b c z y x -> b c (z y x)")
+        t = t + self.scale * self.attention(self.norm(t), keys)
+        _, _, depth, rows, columns = x.shape
+        a = rearrange(t, "b (z y x) c -> b c z y x", z=depth, y=rows, x=columns)
         r = a + self.refine(a)
         return self.out(r + self.local_weight * y if self.joins_late else r) + x
 

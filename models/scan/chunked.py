@@ -10,6 +10,7 @@ recurrence.
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -88,25 +89,25 @@ class _Segment:
         """The segment's part of (..., L), in the type of the arithmetic."""
         return x[..., self.begin : self.end].to(self.s.dtype)
 
-    def chunked(self, x: Tensor) -> Tensor:
-        """(..., steps) to (..., K, T), zeros past the end."""
-        return F.pad(x, (0, self.chunks * self.s.chunk - x.shape[-1])).unflatten(
-            -1, (self.chunks, self.s.chunk)
-        )
+    def padded(self, x: Tensor) -> Tensor:
+        """(..., steps) to (..., K · T), zeros past the end."""
+        return F.pad(x, (0, self.chunks * self.s.chunk - x.shape[-1]))
 
     def fold(self, x: Tensor) -> Tensor:
         """(B, D, steps) to (T, B, G, E, K)."""
-        return self.chunked(x.unflatten(1, (self.s.groups, -1))).permute(4, 0, 1, 2, 3).contiguous()
+        folded = "b (g e) (k t) -> t b g e k"
+        return rearrange(self.padded(x), folded, g=self.s.groups, t=self.s.chunk).contiguous()
 
     def unfold(self, x: Tensor) -> Tensor:
         """The inverse of `fold`."""
-        return x.permute(1, 2, 3, 4, 0).flatten(3, 4).flatten(1, 2)[..., : self.end - self.begin]
+        return rearrange(x, "t b g e k -> b (g e) (k t)")[..., : self.end - self.begin]
 
     def matrix(self, x: Tensor) -> Tensor:
         """B or C to (T, B, G, 1, K, N); constant: to (G, E, 1, N)."""
         if x.ndim == 2:
-            return x.to(self.s.dtype).view(self.s.groups, -1, 1, x.shape[1])
-        return self.chunked(self.rows(x)).permute(4, 0, 1, 3, 2).unsqueeze(3).contiguous()
+            return rearrange(x.to(self.s.dtype), "(g e) n -> g e 1 n", g=self.s.groups)
+        folded = "b g n (k t) -> t b g 1 k n"
+        return rearrange(self.padded(self.rows(x)), folded, t=self.s.chunk).contiguous()
 
     def add_matrix(self, total: Tensor, grad: Tensor) -> None:
         """Put the gradient (T, B, G, E, K, N) of B or C where it belongs in `total`, (B, G, N, L)
@@ -114,7 +115,7 @@ class _Segment:
         if total.ndim == 2:
             total += grad.sum(dim=(0, 1, 4)).view_as(total)
         else:
-            rows = grad.sum(dim=3).permute(1, 2, 4, 3, 0).flatten(3, 4)
+            rows = rearrange(grad.sum(dim=3), "t b g k n -> b g n (k t)")
             total[..., self.begin : self.end] = rows[..., : self.end - self.begin]
 
     def states(self, before: Tensor) -> Tensor:
