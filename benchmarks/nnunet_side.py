@@ -3,7 +3,8 @@ it predict. It runs in an environment that holds nnunetv2, and imports nothing o
 
     ENV/bin/python benchmarks/nnunet_side.py DATA WORK SET
 
-DATA holds Task04_Hippocampus and sunnybrook_acdc_layout. SET is one of `SETS`. Leaves in WORK/SET:
+hippocampus_turned drops every second column of the images, so that the last axis is the coarsest and
+nnU-Net's plans turn the axes. DATA holds Task04_Hippocampus and sunnybrook_acdc_layout. SET is one of `SETS`. Leaves in WORK/SET:
 model (nnU-Net's model folder), images, predictions_FOLD, and nothing else that anybody reads.
 """
 
@@ -14,13 +15,15 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-# set: what is trained, nnU-Net's planner and configuration, folds, steps, changes of the plan
+# set: what is trained, nnU-Net's planner and configuration, folds, steps
 SETS = {
     "hippocampus_3d": ("hippocampus", "ExperimentPlanner", "3d_fullres", (0, 1), 100),
     "hippocampus_2d": ("hippocampus", "ExperimentPlanner", "2d", (0,), 300),
     "heart_resenc_3d": ("heart", "nnUNetPlannerResEncM", "3d_fullres", (0,), 40),
+    "hippocampus_turned": ("turned", "ExperimentPlanner", "3d_fullres", (0,), 100),
     "hippocampus_regions": ("regions", "ExperimentPlanner", "3d_fullres", (0,), 100),
 }
 TRAINING, HELD_OUT = 14, 4  # cases
@@ -28,21 +31,29 @@ BATCH = 2
 NARROWER = 4  # a quarter of the planned features, so that a few minutes teach it something
 
 
-def raw_hippocampus(data: Path, raw: Path, images: Path, regions: bool) -> None:
+def raw_hippocampus(
+    data: Path, raw: Path, images: Path, *, regions: bool, copy: Callable[[Path, Path], object]
+) -> None:
     source = data / "Task04_Hippocampus"
     names = sorted(p.name for p in (source / "labelsTr").glob("*.nii.gz"))
     for count, name in enumerate(names[: TRAINING + HELD_OUT]):
         if count < TRAINING:
-            shutil.copy(source / "imagesTr" / name, raw / "imagesTr" / channel(name))
-            shutil.copy(source / "labelsTr" / name, raw / "labelsTr" / name)
+            copy(source / "imagesTr" / name, raw / "imagesTr" / channel(name))
+            copy(source / "labelsTr" / name, raw / "labelsTr" / name)
         else:
-            shutil.copy(source / "imagesTr" / name, images / channel(name))
+            copy(source / "imagesTr" / name, images / channel(name))
     labels: dict = {"background": 0, "anterior": 1, "posterior": 2}
     more: dict = {}
     if regions:
         labels = {"background": 0, "whole": [1, 2], "posterior": [2]}
         more = {"regions_class_order": [1, 2]}
     description(raw, {"0": "MRI"}, labels, TRAINING, more)
+
+
+def every_second_column(source: Path, target: Path) -> None:
+    import SimpleITK as sitk
+
+    sitk.WriteImage(sitk.ReadImage(str(source))[::2, :, :], str(target))
 
 
 def raw_heart(data: Path, raw: Path, images: Path) -> None:
@@ -84,7 +95,8 @@ def main(data: Path, work: Path, chosen: str) -> None:
     if kind == "heart":
         raw_heart(data, raw, images)
     else:
-        raw_hippocampus(data, raw, images, kind == "regions")
+        copy = every_second_column if kind == "turned" else shutil.copy
+        raw_hippocampus(data, raw, images, regions=kind == "regions", copy=copy)
 
     import torch
     from nnunetv2.experiment_planning.plan_and_preprocess_api import (
@@ -101,6 +113,7 @@ def main(data: Path, work: Path, chosen: str) -> None:
     plan_experiments([101], experiment_planner_class_name=planner)
     plans_file = next((home / "pre" / name).glob("*lans.json"))
     plans = json.loads(plans_file.read_text())
+    assert (plans["transpose_forward"] == [0, 1, 2]) == (kind != "turned")
     settings = plans["configurations"][configuration]
     settings["batch_size"] = BATCH
     widths = settings["architecture"]["arch_kwargs"]

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segfleet.models.drop_path import DropPath
 from segfleet.models.registry import ModelError, check_input, register
 from segfleet.models.scan import selective_scan_fn
 from segfleet.models.skips import skip
@@ -101,21 +102,6 @@ def _step_bias(*shape: int, low: float = 1e-3, high: float = 1e-1) -> Tensor:
     """Biases whose softplus is log-uniform in [low, high], as in Mamba."""
     step = torch.empty(shape).uniform_(math.log(low), math.log(high)).exp().clamp(min=1e-4)
     return step + torch.log(-torch.expm1(-step))
-
-
-class DropPath(nn.Module):
-    """In training, leaves out a residual branch for a sample with probability `rate` and scales the
-    kept ones by 1/(1 - rate)."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
-            return x
-        kept = 1 - self.rate
-        return x * x.new_empty((len(x),) + (1,) * (x.ndim - 1)).bernoulli_(kept) / kept
 
 
 class VSSBlock(nn.Module):

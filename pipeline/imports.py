@@ -186,8 +186,14 @@ def plan_of(plans: dict[str, Any], settings: dict[str, Any], dataset: Dataset) -
             "import: use_mask_for_norm: found true for some z-scored channels and false for "
             "others, expected one for all"
         )
+    turned = tuple(plans.get("transpose_forward", (0, 1, 2)))  # as our plans say it
+    if sorted(turned) != [0, 1, 2]:
+        raise InputError(
+            f"import: transpose_forward: found {list(turned)}, expected an order of [0, 1, 2]"
+        )
     properties = plans["foreground_intensity_properties_per_channel"]
     return Plan(
+        transpose=turned,
         target_spacing=tuple(spacing) if len(spacing) == 3 else (0.0, *spacing),
         patch=tuple(patch) if len(patch) == 3 else (1, *patch),
         normalisation=tuple(NORMALISATION[scheme] for scheme in schemes),
@@ -254,11 +260,6 @@ def _settings(plans: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
         raise InputError(
             f"import: {folder}: '{name}' is the second stage of a cascade, which takes another "
             "network's labels; only single networks can be imported"
-        )
-    if list(plans.get("transpose_forward", [0, 1, 2])) != [0, 1, 2]:
-        raise InputError(
-            f"import: {folder}: transpose_forward: found {plans['transpose_forward']}, expected "
-            "[0, 1, 2]; plans that turn the axes cannot be imported"
         )
     return found
 

@@ -1,7 +1,7 @@
 """Names of tensors in other people's weight files, and what they are called here.
 
-A network's table is one file `models/foreign/<family>.py` with `TABLE`. A table is total in both
-directions: every tensor of the file has a place or is ignored by name, and every tensor of the
+The networks of a family share one file `models/foreign/<family>.py` with `TABLE`, or with one table
+for each by name. A table is total in both directions: every tensor of the file has a place or is ignored by name, and every tensor of the
 network gets exactly one.
 """
 
@@ -23,17 +23,20 @@ WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")  # around all
 # what profilers leave behind in a network that is then saved
 LEFTOVERS = r"(?:.*\.)?total_(?:ops|params)"
 COUNTER = "num_batches_tracked"  # of batch norms: some files leave it out
+LEAF = f"(?:weight|bias|running_mean|running_var|{COUNTER})"  # what a layer's tensors are called
 SHOWN = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """`rules`: (pattern, replacement) tried in order against the whole of their name; `ignored`:
-    patterns of their tensors that are copies of others or of no use here. `prefixes`: more
-    wrappers that a file of this family may have around all of its names."""
+    patterns of their tensors that are copies of others or of no use here. `turned`: patterns of
+    their matrices that are the transposed of ours. `prefixes`: more wrappers that a file of this
+    family may have around all of its names."""
 
     rules: Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
     ignored: Sequence[str] = ()
+    turned: Sequence[str] = ()
     prefixes: Sequence[str] = ()
 
     def rename(self, theirs: str) -> str | None:
@@ -51,12 +54,11 @@ def families() -> list[str]:
 
 
 def table_of(network: str) -> Table | None:
-    """The table of the family a network belongs to: the longest file name its name begins with, or
-    the one that lists it."""
+    """The table of a network, from the file that lists it."""
     for family in families():
         module = importlib.import_module(f"segfleet.models.foreign.{family}")
         if network in module.NETWORKS:
-            return module.TABLE
+            return module.TABLE if isinstance(module.TABLE, Table) else module.TABLE[network]
     return None
 
 
@@ -132,7 +134,8 @@ def _named(
         elif ours:
             if ours in named:
                 raise ModelError(f"weights: {where}: two tensors become {ours}, one is {theirs}")
-            named[ours] = value
+            turned = any(re.fullmatch(pattern, theirs) for pattern in table.turned)
+            named[ours] = value.mT if turned else value
     return named, left
 
 

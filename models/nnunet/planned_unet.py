@@ -35,8 +35,10 @@ def conv_norm(
     return nn.Sequential(conv, NORM[dims](b, affine=True))
 
 
-def conv_norm_act(a: int, b: int, kernel: Sequence[int], stride: Sequence[int]) -> nn.Sequential:
-    return conv_norm(a, b, kernel, stride).append(nn.LeakyReLU(SLOPE, inplace=True))
+def conv_norm_act(
+    a: int, b: int, kernel: Sequence[int], stride: Sequence[int], *, bias: bool = True
+) -> nn.Sequential:
+    return conv_norm(a, b, kernel, stride, bias=bias).append(nn.LeakyReLU(SLOPE, inplace=True))
 
 
 def conv_stack(

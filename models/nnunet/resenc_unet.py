@@ -30,11 +30,13 @@ class ResidualBlock(nn.Module):
     The last normalisation starts at zero, so a fresh block is its shortcut.
     """
 
-    def __init__(self, a: int, b: int, kernel: Sequence[int], stride: Sequence[int]) -> None:
+    def __init__(
+        self, a: int, b: int, kernel: Sequence[int], stride: Sequence[int], *, bias: bool = True
+    ) -> None:
         super().__init__()
         ones = (1,) * len(kernel)
-        self.conv1 = conv_norm_act(a, b, kernel, stride)
-        self.conv2 = conv_norm(b, b, kernel, ones)
+        self.conv1 = conv_norm_act(a, b, kernel, stride, bias=bias)
+        self.conv2 = conv_norm(b, b, kernel, ones, bias=bias)
         self.shortcut = nn.Sequential()
         if max(stride) > 1:
             self.shortcut.append(POOL[len(kernel)](tuple(stride), tuple(stride)))

@@ -108,6 +108,24 @@ def nnunet(name: str, module: nn.Module, leaf: str) -> Rule | None:
     return framework(module, leaf)
 
 
+def primus(name: str, module: nn.Module, leaf: str) -> Rule | None:
+    """Linear layers and positions narrow, a branch's last layer over sqrt(2 · number of its block);
+    convolutions He's normal for slope 0.01, biases zero; scales 0.1, the tokenizer's 1e-5."""
+    if name == "position":
+        return ("normal", 0.02)
+    if leaf in ("scale1", "scale2"):
+        return ("constant", 0.1)
+    if ".scales." in name:
+        return ("constant", 1e-5)
+    if isinstance(module, nn.Linear) and leaf == "weight" and ".out." in name:
+        return ("normal", 0.02 / math.sqrt(2 * (int(name.split(".")[1]) + 1)))
+    if isinstance(module, nn.Linear):
+        return narrow(leaf)
+    if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+        return nnunet("", module, leaf)
+    return framework(module, leaf)
+
+
 def plain(name: str, module: nn.Module, leaf: str) -> Rule | None:
     return framework(module, leaf)
 
@@ -129,6 +147,8 @@ NETWORKS: dict[str, Callable[[str, nn.Module, str], Rule | None]] = {
     "resenc_unet_2d": nnunet,
     "resenc_unet_3d": nnunet,
     "mednext_s3": plain,
+    "primus_m": primus,
+    "primus_v3_m": primus,
 }
 
 

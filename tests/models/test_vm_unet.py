@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from segfleet.models.drop_path import DropPath
 from segfleet.models.profile import count_macs
 from segfleet.models.registry import ModelError, build_model, count_parameters, spec
 from segfleet.models.scan import selective_scan_ref
 from segfleet.models.vm_unet import (
     SS2D,
-    DropPath,
     PatchExpand,
     PatchMerge,
     VSSBlock,

@@ -97,20 +97,24 @@ def test_one_run_per_fold_with_nnunet_s_settings(model, tmp_path):
     assert manifest.plan.normalisation == ("zscore",) and manifest.plan.dtype == "float32"
 
 
-def test_a_prediction_is_that_of_the_network_there(model, tmp_path):
-    """One tile, so that all there is to do is z-score, mirror, average logits, take the highest."""
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1)])
+def test_a_prediction_is_that_of_the_network_there(model, tmp_path, axes):
+    """One tile, so that all there is to do is turn the axes as planned, z-score, mirror, average
+    logits, take the highest, turn back."""
+    turned = plans() | {"transpose_forward": list(axes)}
+    (model[0] / "plans.json").write_text(json.dumps(turned))
     runs = import_nnunet(model[0], tmp_path / "runs")
     image = np.random.default_rng(0).normal(100, 20, (16, 16, 16)).astype(np.float32)
     images = tmp_path / "images"
     images.mkdir()
     sitk.WriteImage(sitk.GetImageFromArray(image), str(images / "a_0000.nii.gz"))
-    x = torch.from_numpy((image - image.mean()) / image.std())[None, None]
+    x = torch.from_numpy(((image - image.mean()) / image.std()).transpose(axes))[None, None]
     for run, fold in zip(runs, (0, 2), strict=True):
         total = torch.zeros(1, 3, 16, 16, 16)
         for flips in ((), (2,), (3,), (4,), (2, 3), (2, 4), (3, 4), (2, 3, 4)):
             with torch.no_grad():
                 total += model[1][fold](x.flip(flips))[0].flip(flips)
-        expected = total[0].argmax(0).numpy()
+        expected = total[0].argmax(0).numpy().transpose(np.argsort(axes))
         job = {"models": [str(run)], "images": [str(images)], "out": str(tmp_path / f"out{fold}")}
         predict(job, Ranks(torch.device("cpu")), lambda done, total: None)
         made = next((tmp_path / f"out{fold}").glob("*.nii.gz"))
@@ -140,9 +144,11 @@ def test_folders_and_files_that_are_none(model, tmp_path):
         import_nnunet(tmp_path, tmp_path / "runs")
     with pytest.raises(InputError, match="holds no fold_N/checkpoint_best.pth"):
         import_nnunet(folder, tmp_path / "runs", "checkpoint_best.pth")
-    turned = plans() | {"transpose_forward": [1, 0, 2]}
-    (folder / "plans.json").write_text(json.dumps(turned))
-    with pytest.raises(InputError, match="plans that turn the axes cannot be imported"):
+    twice = plans() | {"transpose_forward": [1, 1, 2]}
+    (folder / "plans.json").write_text(json.dumps(twice))
+    with pytest.raises(
+        InputError, match=r"transpose_forward: found \[1, 1, 2\], expected an order"
+    ):
         import_nnunet(folder, tmp_path / "runs")
     wider = plans()
     wider["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"] = [
