@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from segfleet.core.errors import InputError
-from segfleet.pipeline.data import loader
+from segfleet.pipeline.data import loader, randomness
 from segfleet.pipeline.data.sampler import PatchSampler
 from segfleet.pipeline.sections import Augment
 from segfleet.preprocess.stores.base import open_store
@@ -200,6 +200,36 @@ def test_no_training_case_and_uneven_shares_are_refused():
         InputError, match="found 5.*2 rank.*expected a multiple of 2, for example 6"
     ):
         loader.check_shares(5, 2, 1)
+
+
+def test_a_place_in_the_run_is_a_key_and_a_counter():
+    """Written out: other numbers would train every run to other weights."""
+    assert (randomness.CASES, randomness.PATCH, randomness.AUGMENT) == (0, 1, 2)
+    assert (randomness.INIT, randomness.DROPOUT, randomness.MASK) == (3, 4, 5)
+    found = randomness.generator(7, 2, stage=1, epoch=3, index=5)
+    philox = np.random.Philox(key=[7, 2], counter=[0, 5, 3, 1])
+    assert found.bit_generator.random_raw(3).tolist() == philox.random_raw(3).tolist()
+    plain = np.random.Philox(key=[7, 0], counter=[0, 0, 0, 0])
+    assert randomness.generator(7, 0).bit_generator.random_raw() == plain.random_raw()
+    order = np.random.Generator(np.random.Philox(key=[7, 0], counter=[0, 1, 4, 2])).permutation(9)
+    assert np.array_equal(randomness.permutation(7, 2, 1, 4, 9), order)
+
+
+def test_the_last_samples_of_a_batch_are_centred_and_each_stream_visits_every_case(tiny_store):
+    """Of three cases one has no foreground: of batches of four the first two walk through all
+    three, the last two through the two that have some."""
+    store = open_store(tiny_store(dims=3))
+    cases = store.manifest.cases[:3]
+    empty = cases[1].model_copy(update={"foreground": {}})
+    sampler = PatchSampler(
+        cases=(cases[0], empty, cases[2]), patch=(16, 16, 16), batch=4, foreground=0.5, seed=3
+    )
+    ids = [sampler.draw(0, 0, index, 6).case.id for index in range(24)]
+    anywhere = [name for k, name in enumerate(ids) if k % 4 < 2]
+    centred = [name for k, name in enumerate(ids) if k % 4 >= 2]
+    every = [case.id for case in cases]
+    assert all(sorted(anywhere[k : k + 3]) == every for k in range(0, 12, 3))
+    assert all(sorted(centred[k : k + 2]) == every[::2] for k in range(0, 12, 2))
 
 
 def test_batches_for_a_loop_of_ones_own_are_those_of_training(tiny_store):
