@@ -1,4 +1,4 @@
-"""segfleet best RUN RUN [...]"""
+"""segfleet best RUN RUN [...]; segfleet best SWEEP"""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ def command(
         list[str],
         typer.Argument(
             metavar="RUN...",
-            help="Recipes by name, or any run of each: all their folds count as one.",
+            help="Recipes by name, or any run of each: all their folds count as one. Or a sweep, by "
+            "name or folder: the best of its points.",
         ),
     ],
+    top: Annotated[
+        int, typer.Option(min=1, help="So many points of a sweep, since every pair is predicted.")
+    ] = 4,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
@@ -28,7 +32,10 @@ def command(
     from segfleet.pipeline.folds import find_folds
     from segfleet.pipeline.trained import trained_run
 
-    found = [find_folds(name, runs) for name in recipes]
+    found: list[list[Path]] = []
+    for name in recipes:
+        sweep = sweep_of(name, runs)
+        found += best_points(sweep, top) if sweep else [find_folds(name, runs)]
     configurations = list({tuple(folders): None for folders in found})
     if len(configurations) < 2:
         raise InputError(
@@ -39,6 +46,32 @@ def command(
             [[trained_run(folder) for folder in folders] for folders in configurations], tick
         )
     show(document, as_json, render)
+
+
+def sweep_of(name: str, runs: Path) -> Path | None:
+    """The outcome of the sweep of that name, or in that folder, if it is one."""
+    from segfleet.sweeps.results.outcome import OUTCOME
+
+    places = (Path(name), Path(name) / OUTCOME, runs / "sweeps" / name / OUTCOME)
+    return next((path for path in places if path.name == OUTCOME and path.is_file()), None)
+
+
+def best_points(outcome: Path, top: int) -> list[list[Path]]:
+    """The runs of the best points of a sweep, those of each seed by themselves. Raises InputError
+    if the outcome is damaged or ranks nothing."""
+    from segfleet.core.errors import InputError
+    from segfleet.core.files import read_json
+
+    rows = (read_json(outcome) or {}).get("ranking")
+    if not rows:
+        raise InputError(f"best: {outcome} ranks no point; wait for the sweep, or run it again")
+    found: list[list[Path]] = []
+    for row in rows[:top]:
+        seeds: dict[int, list[Path]] = {}
+        for run in sorted(row["runs"], key=lambda run: run["fold"]):
+            seeds.setdefault(run["seed"], []).append(Path(run["run"]))
+        found += seeds.values()
+    return found
 
 
 def render(document: dict[str, Any]) -> None:

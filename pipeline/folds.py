@@ -62,6 +62,7 @@ def family_of(recipe: Recipe) -> str:
     """What the folds of one recipe have in common, as a hash."""
     document = recipe.model_dump(mode="json")
     del document["name"], document["data"]["fold"], document["data"]["workers"]
+    del document["trackers"], document["save_minutes"], document["save_every"]
     return digest_of(document)[:12]
 
 

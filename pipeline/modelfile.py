@@ -104,11 +104,14 @@ def _fill(model: Model, folder: Path, card: str) -> None:
 def portable(recipe: Recipe) -> dict[str, Any]:
     """A recipe without a place on any machine."""
     document = recipe.model_dump(mode="json")
-    document["data"]["store"] = ""
-    if document["model"]["weights"] is not None:  # known by their hash
-        document["model"]["weights"] = Path(document["model"]["weights"]).name
-    if document["model"]["mapping"] != "auto":
-        document["model"]["mapping"] = Path(document["model"]["mapping"]).name
+    for part in (document, *document["stages"]):  # a stage may have its own
+        if "store" in (part.get("data") or {}):
+            part["data"]["store"] = ""
+        model = part.get("model") or {}
+        if model.get("weights") is not None:  # known by their hash
+            model["weights"] = Path(model["weights"]).name
+        if model.get("mapping", "auto") != "auto":
+            model["mapping"] = Path(model["mapping"]).name
     return document
 
 

@@ -24,6 +24,7 @@ import torch
 from segfleet.core.errors import InputError
 from segfleet.core.machine import cpus, memory_budget
 from segfleet.models.nnunet.topology import doubling_features, topology_from_plan
+from segfleet.pipeline.data.augment import flat
 from segfleet.pipeline.engines.base import autocast
 from segfleet.pipeline.parts import Objective, build_network, check_recipe, patch_of, task_of
 from segfleet.pipeline.recipe import Recipe, parse
@@ -36,7 +37,9 @@ SIZES = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0625)  # GB that patches for a 
 CPU_BATCH = {2: 8, 3: 4}
 CPU_STAGES = {2: 5, 3: 4}
 GPU_STEP = 0.35  # seconds of an nnU-Net step at 8 GB on a data centre's GPU, where none is here
-LOW = 0.25  # share of the median case that a patch should see
+LOW = 0.25  # share of the median case that a patch should see, as for nnU-Net
+LOW_GAIN = 2.0  # times fewer voxels that a low resolution must have to be worth it, as for nnU-Net
+LOW_SHARE = 1 / 3  # of the epochs
 BUSY = 1.6  # times its own computing that a step takes by the clock on cores that others use, too
 UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
@@ -182,7 +185,7 @@ def _base(manifest: Manifest, store: Path, seconds: float, target: Device) -> tu
     return document, reasons
 
 
-def _notes(manifest: Manifest, patch: tuple[int, ...], target: Device, seconds: float) -> list[str]:
+def _notes(manifest: Manifest, target: Device, seconds: float) -> list[str]:
     median, plan = median_case(manifest), manifest.plan
     spacing = " x ".join(f"{s:g}" for s in plan.target_spacing)
     notes = [
@@ -191,14 +194,43 @@ def _notes(manifest: Manifest, patch: tuple[int, ...], target: Device, seconds: 
         f"{', '.join(name for name, value in manifest.dataset.labels.items() if value)}.",
         f"Device: {target.name}. Budget: {in_words(seconds)} for one run.",
     ]
-    seen = math.prod(patch) / max(1, math.prod(median))
-    if patch[0] > 1 and seen < LOW:
-        notes.append(
-            f"A patch sees {seen:.0%} of the median case. nnU-Net would train at a low resolution "
-            "first (a cascade), which segfleet does not plan: compare with a store of a coarser "
-            "--spacing."
-        )
     return notes
+
+
+def _low_first(
+    document: dict[str, Any], reasons: dict[str, str], manifest: Manifest, patch: tuple[int, ...]
+) -> list[str]:
+    """Make the one stage two, the first at a low resolution, where a patch of a volume sees too
+    little: the same patch over a larger field of view of the same store, so that folds stay as
+    they are. Where nnU-Net would plan `3d_lowres`, and as coarse; its cascade also shows the second
+    network what the first one said, here the second stage goes on with the first one's weights.
+    The note on it."""
+    seen = math.prod(patch) / max(1, math.prod(median_case(manifest)))
+    stage = document["stages"][0]
+    if patch[0] == 1 or LOW / seen < LOW_GAIN or stage["epochs"] < 3:
+        return []
+    spacing = tuple(step or 1.0 for step in manifest.plan.target_spacing)
+    factor = (LOW / seen) ** (1 / 2 if flat(patch, spacing) else 1 / 3)
+    first = max(1, round(stage["epochs"] * LOW_SHARE))
+    wide = [round(factor * 0.85, 3), round(factor * 1.15, 3)]
+    augment = {"augment": {"scale": 1.0, "scale_range": wide}}
+    low = {**stage, "name": "low_resolution", "epochs": first, "data": augment}
+    document["stages"] = [low, {**stage, "epochs": stage["epochs"] - first}]
+    for key in [key for key in reasons if key.startswith("stages.0.")]:
+        reasons[key.replace("stages.0.", "stages.1.")] = reasons[key]
+    reasons["stages.0.epochs"] = (
+        f"A third of all epochs at a low resolution; of both: {reasons['stages.1.epochs']}"
+    )
+    reasons["stages.0.data"] = (
+        f"Fields of view {factor:.3g} times as wide as the patch, so that it sees {LOW:.0%} of the "
+        "median case, by which nnU-Net chooses its low resolution."
+    )
+    reasons["stages.1.epochs"] = "The others at the full resolution, from the weights before."
+    return [
+        f"A patch sees {seen:.1%} of the median case, so a stage at a low resolution comes first. "
+        "Whether it helps on these data is for `segfleet compare` to say: without it, give its "
+        "epochs to the other stage."
+    ]
 
 
 def in_words(seconds: float) -> str:
@@ -295,7 +327,7 @@ def _for_cpu(
         "evaluation.overlap": "Half a tile, as nnU-Net.",
         "evaluation.mirror": "No mirrored copies: each doubles the time of scoring.",
     }
-    notes = _notes(manifest, patch, target, seconds)
+    notes = _notes(manifest, target, seconds) + _low_first(document, reasons, manifest, patch)
     if measured.gigabytes is not None:
         notes.append(f"A step held {measured.gigabytes:.2g} GB here.")
     if measured.clock:
@@ -408,7 +440,9 @@ def _for_gpu(
     return Planned(
         document=document,
         reasons=reasons,
-        notes=tuple(_notes(manifest, patch, target, seconds)),
+        notes=tuple(
+            _notes(manifest, target, seconds) + _low_first(document, reasons, manifest, patch)
+        ),
     )
 
 

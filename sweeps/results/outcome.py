@@ -29,6 +29,8 @@ from segfleet.sweeps.space.plan import Plan, codes_of
 from segfleet.sweeps.space.space import Point, Trial, describe
 from segfleet.sweeps.space.tree import StageNode
 
+OUTCOME = "outcome.json"
+
 
 def outcome(plan: Plan, ledger: Ledger) -> dict[str, Any]:
     """The whole result as one JSON document."""
@@ -257,7 +259,7 @@ def write_outcome(plan: Plan, ledger: Ledger) -> dict[str, Any]:
     from segfleet.sweeps.results.report import write_sweep_report
 
     document = outcome(plan, ledger)
-    write_atomically(plan.folder / "outcome.json", json.dumps(document, indent=1))
+    write_atomically(plan.folder / OUTCOME, json.dumps(document, indent=1))
     write_atomically(plan.folder / "ranking.csv", as_csv(document))
     if document["best"]:
         write_atomically(plan.folder / "best.yaml", best_recipe(plan, document))

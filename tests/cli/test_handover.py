@@ -496,3 +496,42 @@ def test_the_best_recipe_or_pair(two_folds, tmp_path, monkeypatch):
     assert json.loads(segfleet(*words, "--json").stdout) == document
     alone = segfleet("best", "tiny", "tiny", "--runs", tmp_path / "runs")
     assert "expected two or more to choose from" in str(alone.exception)
+    # the same as a sweep's outcome: two points, then one of them only
+    recipes = {
+        run: json.loads((run / "recipe.json").read_text()) for run in run_folders(tmp_path / "runs")
+    }
+    points = [
+        {"runs": [{"run": str(run), "seed": found["seed"], "fold": found["data"]["fold"]}
+                  for run, found in recipes.items() if found["name"] == name]}
+        for name in ("tiny", "other")
+    ]  # fmt: skip
+    outcome = tmp_path / "runs" / "sweeps" / "both" / "outcome.json"
+    outcome.parent.mkdir(parents=True)
+    outcome.write_text(json.dumps({"ranking": points}))
+    for sweep in ("both", outcome.parent, outcome):
+        told = segfleet("best", sweep, "--runs", tmp_path / "runs", "--json")
+        assert json.loads(told.stdout) == document, (told.output, told.exception)
+    few = segfleet("best", "both", "--top", 1, "--runs", tmp_path / "runs")
+    assert "expected two or more to choose from" in str(few.exception)
+    outcome.write_text(json.dumps({"ranking": []}))
+    none = segfleet("best", "both", "--runs", tmp_path / "runs")
+    assert "ranks no point" in str(none.exception)
+
+
+def test_no_stage_of_a_model_file_says_where_it_was_trained():
+    from segfleet.pipeline.modelfile import portable
+    from segfleet.pipeline.recipe import parse
+
+    stages = [
+        {"epochs": 1, "lr": 1e-3, "data": {"store": "/secret/first"}, "model": {"weights": "/secret/w.pt"}},
+        {"epochs": 1, "lr": 1e-3},
+    ]  # fmt: skip
+    recipe = parse(
+        {
+            "name": "r",
+            "data": {"store": "/secret/second"},
+            "model": {"name": "unext"},
+            "stages": stages,
+        }
+    )
+    assert "secret" not in json.dumps(portable(recipe))

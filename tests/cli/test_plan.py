@@ -14,7 +14,7 @@ from segfleet.cli import main, plan
 from segfleet.core.errors import InputError
 from segfleet.pipeline import planning
 from segfleet.pipeline.planning import Measured, parse_budget, parse_device, plan_recipe
-from segfleet.pipeline.recipe import load_recipe
+from segfleet.pipeline.recipe import load_recipe, resolve
 from segfleet.pipeline.run import stage_uids
 from segfleet.preprocess.stores.manifest import load_manifest, save_manifest
 
@@ -86,9 +86,9 @@ def test_a_smaller_budget_takes_a_smaller_patch_and_never_more_time(large, speed
     for budget in ("12h", "1h", "15min"):
         recipe = plan_recipe(large, "cpu", budget).recipe()
         step = 3.0 * math.prod(recipe.data.patch) * recipe.data.batch / 1e6 / 2  # bf16
-        stage = recipe.stages[0]
-        assert stage.epochs * stage.steps * step <= parse_budget(budget)
-        assert stage.epochs * stage.steps >= planning.ENOUGH or budget == "15min"
+        steps = sum(stage.epochs * stage.steps for stage in recipe.stages)
+        assert steps * step <= parse_budget(budget)
+        assert steps >= planning.ENOUGH or budget == "15min"
         sizes.append(math.prod(recipe.data.patch))
         assert recipe.engine.precision == "bf16"
     assert sizes[0] > sizes[1] >= sizes[2]
@@ -131,10 +131,33 @@ def test_a_gpu_elsewhere_is_planned_by_the_table(large):
     assert first.optimizer.name == "sgd" and first.stages[0].schedule == "poly"
     assert first.stages[0].epochs * 250 * 0.35 == pytest.approx(0.7 * 86400, rel=0.01)
     assert "assumed" in small.reasons["stages.0.epochs"]
-    # 64 x 128 x 128 is 14 % of 120 x 260 x 240 voxels, 128 x 128 x 128 is 28 %
-    for patch, said in (((64, 128, 128), True), ((128, 128, 128), False)):
-        notes = planning._notes(load_manifest(large), patch, parse_device("cpu"), 60.0)
-        assert any("cascade" in note and "does not plan" in note for note in notes) == said
+
+
+def test_a_patch_that_sees_little_is_trained_at_a_low_resolution_first(large, speed):
+    """By hand: 64 x 64 x 64 is 3.5 % of 120 x 260 x 240 voxels; a quarter is 7.14 times as much,
+    1.926 times along each axis. 14 % (64 x 128 x 128) is too near to a quarter, as for nnU-Net."""
+    manifest = load_manifest(large)
+    stage = {"name": "train", "epochs": 30, "steps": 10, "lr": 1e-3}
+    for patch, stages in (((64, 64, 64), 2), ((64, 128, 128), 1), ((1, 64, 64), 1)):
+        document, reasons = {"stages": [dict(stage)]}, {"stages.0.epochs": "300 steps."}
+        notes = planning._low_first(document, reasons, manifest, patch)
+        assert len(document["stages"]) == stages == 1 + len(notes)
+    document, reasons = {"stages": [dict(stage)]}, {"stages.0.epochs": "300 steps."}
+    planning._low_first(document, reasons, manifest, (64, 64, 64))
+    first, second = document["stages"]
+    assert (first["epochs"], second["epochs"]) == (10, 20)
+    low, high = first["data"]["augment"]["scale_range"]
+    assert (low + high) / 2 == pytest.approx(1.926, abs=0.002) and "data" not in second
+    # and as a whole recipe: valid, the same epochs in all, the second stage as it would be alone
+    speed(30.0)
+    planned = plan_recipe(large, "cpu", "3h")
+    one, two = planned.recipe().stages
+    assert one.name == "low_resolution" and any("sees" in note for note in planned.notes)
+    settings = resolve(planned.recipe(), 0).data.augment, resolve(planned.recipe(), 1).data.augment
+    assert settings[0].scale == 1.0 and settings[1] == planned.recipe().data.augment
+    assert yaml.safe_load(planned.yaml()) == planned.document
+    uids = stage_uids(planned.recipe(), manifest)
+    assert len(set(uids)) == 2
 
 
 def test_a_plan_is_made_once(tiny_store, speed, tmp_path):
