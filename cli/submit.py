@@ -28,6 +28,10 @@ def command(
         str | None,
         typer.Option(help="GPUs of every node, 4 or a100:4; one rank for each."),
     ] = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(help="GPUs of the whole job, 8 or a100:8, on as few nodes as it takes."),
+    ] = None,
     ranks_per_node: Annotated[
         int | None, typer.Option(help="Ranks of every node, on CPUs.")
     ] = None,
@@ -114,6 +118,7 @@ def command(
     from segfleet.cli import submit_words
     from segfleet.core.errors import InputError
     from segfleet.slurm import prepare
+    from segfleet.slurm.cluster import settled
     from segfleet.slurm.job import refuse_if_active
     from segfleet.slurm.jobspec import JobSpec, make_spec, not_obeyed
     from segfleet.slurm.submitit_launcher import SlurmLauncher
@@ -134,7 +139,7 @@ def command(
     if recipe in submit_words.COMMANDS:
         submit_words.submit([recipe, *(changes or [])], options, given)
         return
-    spec = make_spec(options, cluster)
+    spec = settled(make_spec(options, cluster))
     changes = [*(changes or []), *([f"engine.name={engine}"] if engine else [])]
     chosen, open_ones = {}, {}
     for more in prepare.members(array or []):

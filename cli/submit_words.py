@@ -46,7 +46,7 @@ def submit(words: list[str], options: dict[str, Any], given: dict[str, Any]) -> 
         if given["array"]:
             raise InputError("--array: a sweep is one job; its --slots are jobs at a time")
         steps, home, options = sweeping(told, words, options)
-        spec = make_spec(options, given["cluster"])
+        spec = cluster.settled(make_spec(options, given["cluster"]))
     else:
         if given["array"]:
             raise InputError(
@@ -54,7 +54,7 @@ def submit(words: list[str], options: dict[str, Any], given: dict[str, Any]) -> 
                 "and ranks instead"
             )
         steps, home, root = (evaluation if name == "evaluate" else prediction)(told)
-        spec = make_spec(options, given["cluster"])
+        spec = cluster.settled(make_spec(options, given["cluster"]))
     as_json = given["as_json"] or told["as_json"]
     if given["dry_run"]:
         asked = zip(steps, chained(steps, spec), strict=True)
@@ -259,8 +259,9 @@ def send(launcher, steps: list[Step], home: Path, root: Path, spec) -> dict[str,
                 for job in jobs
             ]
             sent += (taken := launcher.submit_jobs(members, root, spec, name, home / "logs"))
+            arrays = [job.id.partition("_")[0] for job in taken]  # more than one, if split
             spec = spec.model_copy(
-                update={"dependency": f"afterany:{taken[0].id.partition('_')[0]}"}
+                update={"dependency": "afterany:" + ":".join(dict.fromkeys(arrays))}
             )
     except BaseException:
         if sent:

@@ -37,6 +37,13 @@ def cpus_of_a_rank(environ: Mapping[str, str] = os.environ, root: Path = Path("/
     return max(1, cpus(environ, root) // max(1, int(ranks) if ranks.isdigit() else 1))
 
 
+def threads_of(environ: Mapping[str, str] = os.environ) -> int | None:
+    """Threads that OMP_NUM_THREADS asks for: its first number, for nested loops have more (`4,2`).
+    None: not said, or nothing that OpenMP would obey."""
+    first = environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdigit() and int(first) else None
+
+
 def memory_budget(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
     """Bytes this process and its children may still take: 80 % of the least that machine, cgroup
     (v2, v1) and SLURM leave free."""

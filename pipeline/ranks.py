@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from segfleet.core.errors import InputError, explain
-from segfleet.pipeline.rendezvous import SealedStore, join, prove
+from segfleet.pipeline.rendezvous import JoinFailed, NotOurs, SealedStore, join, prove
 from segfleet.pipeline.stop import Interrupted
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 TIMEOUT = datetime.timedelta(minutes=30)
+DESCRIPTORS = 65_536
 
 
 class Ranks:
@@ -91,16 +92,15 @@ class ProcessRanks(Ranks):
         self.store = (
             store  # torch calls its methods whenever a group is made, and keeps no reference
         )
+        # tensors on the CPU go by gloo in either case: one mesh of connections, not two
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-        self.control = (
-            dist.new_group(backend="gloo") if self.device.type == "cuda" else dist.group.WORLD
-        )
+        self.control = dist.group.WORLD
         prove(self.control, rank, size, store)
         self._flag = torch.zeros(1, dtype=torch.int32)
 
     def sum(self, value: Tensor) -> Tensor:
-        dist.all_reduce(value, group=self.control if value.device.type == "cpu" else None)
+        dist.all_reduce(value)
         return value
 
     def any(self, flag: bool) -> bool:
@@ -140,7 +140,7 @@ class ProcessRanks(Ranks):
         ]
 
     def barrier(self) -> None:
-        dist.barrier(group=self.control)
+        self.any(False)  # torch's own would wait for the GPU
 
     def close(self) -> None:
         dist.destroy_process_group()
@@ -221,9 +221,31 @@ def join_ranks(rendezvous: Path) -> Ranks:
     rank, size, local_rank = (int(os.environ[name]) for name in ENVIRONMENT)
     if size == 1:
         return Ranks(pick_device(local_rank))
+    raise_descriptor_limit()
     host = os.environ.get("SEGFLEET_MASTER_HOST", "127.0.0.1")
-    store = join(rendezvous, rank, size, host, TIMEOUT)
-    return ProcessRanks(rank, size, local_rank, store)
+    try:
+        store = join(rendezvous, rank, size, host, TIMEOUT)
+        return ProcessRanks(rank, size, local_rank, store)
+    except (InputError, NotOurs, JoinFailed):
+        raise
+    except (RuntimeError, OSError) as error:
+        way = os.environ.get("GLOO_SOCKET_IFNAME", "of the host's name")
+        raise JoinFailed(
+            f"rank {rank} on {socket.gethostname()} could not join the other {size - 1}: "
+            f"{' '.join(str(error).split())[:400]}. The nodes must reach each other on every port; "
+            f"the interface was {way} (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose another)"
+        ) from error
+
+
+def raise_descriptor_limit() -> None:
+    """Every rank holds a connection to every other one; many systems start with 1024."""
+    with suppress(ImportError, ValueError, OSError):  # not on Windows; a limit that may not move
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _tensor(text: bytes, length: int) -> Tensor:

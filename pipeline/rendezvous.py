@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import hmac
+import ipaddress
 import json
 import os
 import secrets
@@ -20,12 +21,22 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from segfleet.core.errors import ExitCode
+
 PATIENCE = 300.0  # seconds until the address is there
+SLOWEST = 1.0  # seconds between two looks: hundreds of ranks look into one folder
 TAG = 32  # bytes of an HMAC-SHA256
 
 
 class NotOurs(RuntimeError):
     """Something that does not know the token answered or was answered to."""
+
+
+class JoinFailed(RuntimeError):
+    """The ranks did not find each other. Nobody is lost yet, so nobody is waited for."""
+
+    exit_code = ExitCode.FAULT
+    joining = True  # what went wrong before it says more
 
 
 class Seal:
@@ -129,15 +140,11 @@ def join(path: Path, rank: int, size: int, host: str, timeout: datetime.timedelt
     else:
         facts = _address(path, rank)
         token = bytes.fromhex(facts["token"])
+        address = facts["host"], facts["port"]
         inner = dist.TCPStore(
-            facts["host"],
-            facts["port"],
-            size,
-            is_master=False,
-            timeout=timeout,
-            wait_for_workers=False,
+            *address, size, is_master=False, timeout=timeout, wait_for_workers=False
         )
-    use_interface_of(host)
+    choose_interface(address[0])
     return SealedStore(inner, Seal(token))
 
 
@@ -156,31 +163,57 @@ def _publish(path: Path, facts: dict) -> None:
 
 
 def _address(path: Path, rank: int) -> dict:
-    deadline = time.monotonic() + PATIENCE
+    deadline, pause = time.monotonic() + PATIENCE, 0.02
     while True:
         try:
             facts = os.lstat(path)
             break
         except FileNotFoundError:
             if time.monotonic() > deadline:
-                raise TimeoutError(
+                raise JoinFailed(
                     f"rank {rank} waited {PATIENCE:.0f} s for rank 0 to publish its address in "
-                    f"{path}"
+                    f"{path}: did rank 0 start, and does this node see that folder?"
                 ) from None
-            time.sleep(0.02)
+            time.sleep(pause)
+            pause = min(SLOWEST, 1.5 * pause)
     if facts.st_uid != os.getuid() or facts.st_mode & 0o077:
         raise NotOurs(f"rendezvous: {path} is not this user's alone: somebody else put it there")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def use_interface_of(host: str) -> None:
-    """Let gloo listen on the interface of `host` alone, unless GLOO_SOCKET_IFNAME says which."""
+def own_address_towards(host: str) -> str | None:
+    """The address of this machine on the way to `host`; None where there is no way. Nothing is
+    sent."""
+    try:
+        ways = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)
+    except OSError:
+        return None
+    for family, kind, protocol, _, address in ways:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.connect(address)
+                return probe.getsockname()[0]
+        except OSError:
+            continue
+    return None
+
+
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def choose_interface(address: str) -> None:
+    """Let gloo and NCCL talk over the interface on the way to `address`, where rank 0 listens,
+    unless the user's variables say which. Gloo itself would take the address of the host's own name, which
+    Debian maps to the loopback. Within one machine NCCL needs no word."""
     import psutil
 
-    address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
+    own = own_address_towards(address)
     for name, addresses in psutil.net_if_addrs().items():
-        if any(one.address == address for one in addresses):
+        if any(one.address.partition("%")[0] == own for one in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            if not is_loopback(own):
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
 
 
 def prove(group: dist.ProcessGroup | None, rank: int, size: int, store: SealedStore) -> None:

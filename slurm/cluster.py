@@ -8,13 +8,13 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from segfleet.core.errors import InputError
 from segfleet.slurm import poll
-from segfleet.slurm.jobspec import JobSpec, minutes
+from segfleet.slurm.jobspec import JobSpec, minutes, typed
 
 INHERITED = (
     "SLURM_",
@@ -103,64 +103,60 @@ def there_is_one() -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Node:
+    """What one node has."""
+
+    name: str
+    cpus: int
+    megabytes: int
+    gpus: int
+    gpu_types: dict[str, int]  # type -> GPUs; a GPU without a type is in none
+    features: frozenset[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Partition:
-    """A partition's limits: the best of any node in it."""
+    """A partition's limits, and its nodes."""
 
     name: str
     default: bool
     minutes: int | None  # None: no limit
-    nodes: int
-    cpus: int
-    megabytes: int
-    gpus: int
-    gpu_types: dict[str, int]  # type -> GPUs of a node; a GPU without a type is in none
-    features: frozenset[str]
+    nodes: tuple[Node, ...]
+
+    @property
+    def features(self) -> frozenset[str]:
+        return frozenset().union(*(node.features for node in self.nodes))
 
 
 def partitions() -> dict[str, Partition]:
-    """Partitions by name, as sinfo tells them. Raises InputError."""
-    found: dict[str, Partition] = {}
-    for line in call("sinfo", "-a", "-h", "-o", "%P|%l|%D|%c|%m|%G|%f").splitlines():
-        name, limit, nodes, cpus, memory, gres, features = line.split("|")
+    """Partitions by name, as sinfo tells them: one row for every node in every partition. Raises
+    InputError."""
+    limits: dict[str, tuple[bool, int | None]] = {}
+    nodes: dict[str, list[Node]] = {}
+    for line in call("sinfo", "-a", "-h", "-N", "-o", "%P|%l|%N|%c|%m|%G|%f").splitlines():
+        name, limit, node, cpus, memory, gres, features = line.split("|")
         default, name = name.endswith("*"), name.rstrip("*")
-        here = Partition(
-            name=name,
-            default=default,
-            minutes=None if limit in ("infinite", "n/a") else minutes(limit),
-            nodes=int(nodes),
-            cpus=int(re.match(r"\d+", cpus)[0]),
-            megabytes=int(re.match(r"\d+", memory)[0]),
-            gpus=sum(int(count) for count in re.findall(r"gpu(?::[^:,(]+)?:(\d+)", gres)),
-            gpu_types={
-                kind: int(count) for kind, count in re.findall(r"gpu:([^:,(]+):(\d+)", gres)
-            },
-            features=frozenset(features.split(",")) - {"(null)"},
+        limits[name] = default, None if limit in ("infinite", "n/a") else minutes(limit)
+        nodes.setdefault(name, []).append(
+            Node(
+                name=node,
+                cpus=int(re.match(r"\d+", cpus)[0]),
+                megabytes=int(re.match(r"\d+", memory)[0]),
+                gpus=sum(int(count) for count in re.findall(r"gpu(?::[^:,(]+)?:(\d+)", gres)),
+                gpu_types={
+                    kind: int(count) for kind, count in re.findall(r"gpu:([^:,(]+):(\d+)", gres)
+                },
+                features=frozenset(features.split(",")) - {"(null)"},
+            )
         )
-        found[name] = _joined(found[name], here) if name in found else here
-    return found
+    return {
+        name: Partition(name=name, default=default, minutes=limit, nodes=tuple(nodes[name]))
+        for name, (default, limit) in limits.items()
+    }
 
 
-def _joined(a: Partition, b: Partition) -> Partition:
-    """Nodes of different kinds in one partition are told on several lines."""
-    best = {key: max(getattr(a, key), getattr(b, key)) for key in ("cpus", "megabytes", "gpus")}
-    return Partition(
-        name=a.name,
-        default=a.default,
-        minutes=a.minutes,
-        nodes=a.nodes + b.nodes,
-        features=a.features | b.features,
-        gpu_types={
-            kind: max(a.gpu_types.get(kind, 0), b.gpu_types.get(kind, 0))
-            for kind in sorted(a.gpu_types | b.gpu_types)
-        },
-        **best,
-    )
-
-
-def check(spec: JobSpec) -> None:
-    """Refuse what the cluster can never run, with the legal values. Of several partitions one must
-    do. Raises InputError."""
-    known = partitions()
+def chosen(spec: JobSpec, known: Mapping[str, Partition]) -> list[Partition]:
+    """The partitions a job may run in. Raises InputError."""
     names = (
         spec.partition.split(",")
         if spec.partition
@@ -169,7 +165,27 @@ def check(spec: JobSpec) -> None:
     if not names or (unknown := [name for name in names if name not in known]):
         found = f"found '{unknown[0]}'" if names else "missing, and the cluster has no default"
         raise InputError(f"partition: {found}; expected one of: {', '.join(known)}")
-    faults = min((_misfits(spec, known[name]) for name in names), key=len)
+    return [known[name] for name in names]
+
+
+def settled(spec: JobSpec) -> JobSpec:
+    """The same with GPUs of the whole job (`gpus`) shared out to as few nodes as the partition allows.
+    Raises InputError."""
+    if spec.gpus is None:
+        return spec
+    kind, count = typed(spec.gpus)
+    for nodes in (number for number in range(1, count + 1) if count % number == 0):
+        each = {"gpus": None, "nodes": nodes, "gpus_per_node": count // nodes, "gpu_type": kind}
+        shared = spec.model_copy(update=each)
+        if any(not _misfits(shared, part) for part in chosen(spec, partitions())):
+            return shared
+    return spec.model_copy(update={"gpus": None, "gpus_per_node": count, "gpu_type": kind})
+
+
+def check(spec: JobSpec) -> None:
+    """Refuse what the cluster can never run, with the legal values. Of several partitions one must
+    do. Raises InputError."""
+    faults = min((_misfits(spec, part) for part in chosen(spec, partitions())), key=len)
     if spec.reservation and spec.reservation not in (legal := reservations()):
         faults.append(
             f"reservation: found '{spec.reservation}', expected one of: "
@@ -188,36 +204,74 @@ def check(spec: JobSpec) -> None:
         )
 
 
+NAMED = 5  # nodes that a message names
+
+
 def _misfits(spec: JobSpec, part: Partition) -> list[str]:
-    faults, node = [], f"a node of partition {part.name} has"
-    if spec.nodes > part.nodes:
-        faults.append(f"nodes: found {spec.nodes}, partition {part.name} has {part.nodes}")
-    if spec.gpu_type and spec.gpus_per_node > (count := part.gpu_types.get(spec.gpu_type, 0)):
-        types = ", ".join(f"{kind}:{number}" for kind, number in part.gpu_types.items())
-        faults.append(
-            f"gpus_per_node: found {spec.gpu_type}:{spec.gpus_per_node}, {node} {count} of that "
-            f"type; its types: {types or 'none'}"
-        )
-    elif spec.gpus_per_node > part.gpus:
-        faults.append(f"gpus_per_node: found {spec.gpus_per_node}, {node} {part.gpus}")
-    if (cores := (spec.cpus or 1) * spec.ranks_on_a_node) > part.cpus:
-        faults.append(
-            f"cpus: {spec.ranks_on_a_node} rank(s) x {spec.cpus or 1} are {cores}, {node} "
-            f"{part.cpus}"
-        )
-    if (spec.megabytes or 0) > part.megabytes:
-        faults.append(f"memory: found {spec.memory}, {node} {part.megabytes}M")
+    """What keeps a job out of a partition: its limits, and what the nodes lack that may be used."""
+    faults, here = [], {node.name for node in part.nodes}
+    wanted, excluded = names_of(spec.nodelist or ""), set(names_of(spec.exclude or ""))
+    if strange := [name for name in wanted if name not in here]:
+        faults.append(f"nodelist: found '{strange[0]}', which partition {part.name} has not")
+    if refused := sorted(excluded & set(wanted)):
+        faults.append(f"nodelist: '{refused[0]}' is left out by exclude, or by RUNS/.bad-nodes")
+    if spec.nodes > len(part.nodes):
+        faults.append(f"nodes: found {spec.nodes}, partition {part.name} has {len(part.nodes)}")
+    usable = [node for node in part.nodes if node.name not in excluded] or list(part.nodes)
+    lacks = {node.name: _lacks(spec, node, part.name) for node in usable}
+    without = [name for name in lacks if lacks[name]]
+    if len(usable) - len(without) < min(spec.nodes, len(part.nodes)):
+        # of those that lack something, the words about the best
+        faults += min(filter(None, lacks.values()), key=len, default=[]) or []
+        if len(without) < len(usable):
+            faults.append(_named("nodes", without, spec, len(usable) - len(without)))
+    elif bad := [name for name in wanted if name in lacks and lacks[name]]:
+        faults += [f"nodelist: {name}: {lacks[name][0]}" for name in bad[:NAMED]]
+    if len(usable) < spec.nodes <= len(part.nodes):
+        faults.append(f"nodes: found {spec.nodes}, {len(usable)} are left after exclude")
     if part.minutes is not None and spec.minutes > part.minutes:
         faults.append(
             f"time: found {spec.time}, partition {part.name} allows {part.minutes} minutes"
         )
-    wanted = set(re.split(r"[&|,\[\]()*]+", spec.constraint or "")) - {""}
-    if unknown := sorted(word for word in wanted - part.features if not word.isdigit()):
+    words = set(re.split(r"[&|,\[\]()*]+", spec.constraint or "")) - {""}
+    if unknown := sorted(word for word in words - part.features if not word.isdigit()):
         legal = ", ".join(sorted(part.features)) or "none"
         faults.append(
             f"constraint: found '{unknown[0]}', features in partition {part.name}: {legal}"
         )
     return faults
+
+
+def _named(field: str, without: list[str], spec: JobSpec, enough: int) -> str:
+    names = ", ".join(without[:NAMED]) + (" ..." if len(without) > NAMED else "")
+    return f"{field}: found {spec.nodes}, {enough} have all that was asked for; not {names}"
+
+
+def _lacks(spec: JobSpec, node: Node, partition: str) -> list[str]:
+    """What a node has too little of."""
+    faults, words = [], f"a node of partition {partition} has"
+    if spec.gpu_type and spec.gpus_per_node > (count := node.gpu_types.get(spec.gpu_type, 0)):
+        types = ", ".join(f"{kind}:{number}" for kind, number in node.gpu_types.items())
+        faults.append(
+            f"gpus_per_node: found {spec.gpu_type}:{spec.gpus_per_node}, {words} {count} of that "
+            f"type; its types: {types or 'none'}"
+        )
+    elif spec.gpus_per_node > node.gpus:
+        faults.append(f"gpus_per_node: found {spec.gpus_per_node}, {words} {node.gpus}")
+    if (cores := (spec.cpus or 1) * spec.ranks_on_a_node) > node.cpus:
+        faults.append(
+            f"cpus: {spec.ranks_on_a_node} rank(s) x {spec.cpus or 1} are {cores}, {words} "
+            f"{node.cpus}"
+        )
+    if (spec.megabytes or 0) > node.megabytes:
+        faults.append(f"memory: found {spec.memory}, {words} {node.megabytes}M")
+    return faults
+
+
+def most_of_an_array() -> int:
+    """Members that an array may have here (MaxArraySize counts one more). Raises InputError."""
+    found = re.search(r"MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config"))
+    return max(1, int(found[1]) - 1) if found else 1000
 
 
 def reservations() -> list[str]:
@@ -290,6 +344,30 @@ def _jobs(text: str) -> dict[str, dict[str, Any]]:
             {"name": name, "state": state.split()[0], "reason": reason, "node": nodes},
         )
     return found
+
+
+def names_of(nodes: str) -> list[str]:
+    """SLURM's short form of node names, `a[01-03,7],b`, written out; nothing of a file's name."""
+    found: list[str] = []
+    if "/" in nodes:
+        return found
+    for group in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes):
+        names = [""]
+        for plain, numbers in re.findall(r"([^\[]+)|\[([^\]]*)\]", group):
+            ends = [plain] if plain else list(_numbers(numbers))
+            names = [name + end for name in names for end in ends]
+        found += names
+    return found
+
+
+def _numbers(text: str) -> Iterator[str]:
+    """`01-03,7`: 01, 02, 03, 7."""
+    for piece in text.split(","):
+        first, _, last = piece.partition("-")
+        if not (first + last).isdigit():  # SLURM will say so
+            return
+        for number in range(int(first), int(last or first) + 1):
+            yield f"{number:0{len(first)}d}"
 
 
 def _ending(code: str) -> str | None:

@@ -10,23 +10,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from segfleet.core.errors import InputError
+from segfleet.pipeline.stop import Interrupted
 
 if TYPE_CHECKING:
+    import torch
+
     from segfleet.pipeline.ranks import Ranks
 
 REMEMBERED = 7 * 24 * 3600  # seconds a bad node is left out of new jobs
 FREE = 0.5  # share of a granted GPU's memory that must be free
+PATIENCE, LOOK = 60.0, 2.0  # s in which the last job may leave it, between two looks
 
 
 class BadNode(RuntimeError):
     """A node failed the health check. New jobs leave it out for a week."""
 
 
+class Busy(Interrupted):
+    """A granted GPU is still held by somebody else. This start ends; the job comes back."""
+
+
 def examine(ranks: Ranks, gpus: int, node: str) -> None:
     """A granted GPU is visible and nearly empty, multiplies rightly, and all ranks reach each
     other.
 
-    Raises BadNode, or InputError if this Python cannot use a GPU on any node.
+    Raises BadNode, Busy on every rank, or InputError if this Python cannot use a GPU on any node.
     """
     import torch
 
@@ -42,13 +50,9 @@ def examine(ranks: Ranks, gpus: int, node: str) -> None:
         raise BadNode(
             f"node {node}: {gpus} GPU(s) were granted and torch sees none (a driver? {cpu})"
         )
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        if free < FREE * total:
-            share = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB"
-            raise BadNode(
-                f"node {node}: only {share} of {device} are free; a leftover process holds the rest"
-            )
+    held = next(filter(None, ranks.gather(_held(device, node))), None)
+    if held:  # all of them go together, and nobody waits for a partner
+        raise Busy(held)
     values = torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(0))
     exact = values[0].double() @ values[1].double()
     found = (values[0].to(device) @ values[1].to(device)).double().cpu()
@@ -56,6 +60,25 @@ def examine(ranks: Ranks, gpus: int, node: str) -> None:
         raise BadNode(f"node {node}: {device} multiplies two matrices wrongly")
     if (count := int(ranks.sum(torch.ones(1, device=device)).item())) != ranks.size:
         raise BadNode(f"node {node}: the ranks add up to {count}, expected {ranks.size}")
+
+
+def _held(device: torch.device, node: str) -> str | None:
+    """What keeps this rank from starting: too little of its GPU becomes free within PATIENCE."""
+    import torch
+
+    end = time.monotonic() + PATIENCE
+    while device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        if free >= FREE * total:
+            return None
+        if time.monotonic() > end:
+            share = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB"
+            return (
+                f"node {node}: only {share} of {device} were free for {PATIENCE:.0f} s; another "
+                "process holds the rest. This start ends, the job comes back"
+            )
+        time.sleep(LOOK)
+    return None
 
 
 def remember(root: Path, node: str, why: str) -> None:

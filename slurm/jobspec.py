@@ -55,9 +55,7 @@ INSTEAD = {  # of sbatch's option: a field of ours, which writes more than that 
         ("ntasks", "ntasks-per-node", "tasks-per-node", "ntasks-per-core", "ntasks-per-socket"),
         "ranks_per_node",
     ),
-    **dict.fromkeys(
-        ("gpus", "gpus-per-task", "gpus-per-socket", "ntasks-per-gpu"), "gpus_per_node"
-    ),
+    **dict.fromkeys(("gpus-per-task", "gpus-per-socket", "ntasks-per-gpu"), "gpus_per_node"),
     **dict.fromkeys(("cpus-per-task", "cpus-per-gpu"), "cpus"),
     "mail-user": "mail",
     "mail-type": "mail_on",
@@ -81,6 +79,11 @@ class JobSpec(BaseModel):
     )
     gpu_type: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = Field(
         None, description="type of the GPUs, as in gpus_per_node: a100:2"
+    )
+    gpus: Word | None = Field(
+        None,
+        description="GPUs of the whole job, 8 or a100:8, in place of gpus_per_node; without nodes, on "
+        "as few as the partition allows",
     )
     ranks_per_node: Count = Field(1, description="ranks of every node when there are no GPUs")
     cpus: Count | None = Field(None, description="CPU cores per rank; none: the cluster's default")
@@ -135,13 +138,35 @@ class JobSpec(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
+    def _whole_job(cls, options: Any) -> Any:
+        """GPUs of the whole job, shared out to its nodes. Without nodes they wait for `cluster.settled`,
+        which knows how many a node has."""
+        if not isinstance(options, dict) or options.get("gpus") in (None, ""):
+            return options
+        text = str(options["gpus"])
+        kind, count = typed(text)
+        if count < 1:
+            raise ValueError(f"gpus: found '{text}', expected a number or type:number, a100:8")
+        if options.get("gpus_per_node"):
+            raise ValueError("gpus and gpus_per_node say the same twice; give one")
+        if not options.get("nodes"):
+            return {**options, "gpus": text}
+        each, rest = divmod(count, int(options["nodes"]))
+        if rest:
+            raise ValueError(f"gpus: {count} on {options['nodes']} nodes are not as many on each")
+        return {**options, "gpus": None, "gpus_per_node": f"{kind}:{each}" if kind else each}
+
+    @model_validator(mode="before")
+    @classmethod
     def _typed_gpus(cls, options: Any) -> Any:
         """`a100:2` is two GPUs of a type; a type alone is one, as for SLURM."""
         found = options.get("gpus_per_node") if isinstance(options, dict) else None
         if not isinstance(found, str) or found.isdigit():
             return options
-        kind, _, count = found.partition(":")
-        return {**options, "gpu_type": kind, "gpus_per_node": count or 1}
+        kind, count = typed(found)
+        if count < 1:
+            raise ValueError(f"gpus_per_node: found '{found}', expected a number or a100:2")
+        return {**options, "gpu_type": kind, "gpus_per_node": count}
 
     @field_validator("time")
     @classmethod
@@ -223,6 +248,14 @@ class JobSpec(BaseModel):
         )
 
 
+def typed(text: str) -> tuple[str | None, int]:
+    """`a100:2` is two GPUs of a type, a type alone is one, as for SLURM; a number has no type."""
+    kind, colon, count = str(text).rpartition(":")
+    if not colon:
+        return (None, int(text)) if str(text).isdigit() else (str(text), 1)
+    return kind or None, int(count) if count.isdigit() else 0
+
+
 def minutes(text: str | int) -> int:
     """A time limit in minutes, rounded up as SLURM does. Raises ValueError."""
     text = str(text).strip()
@@ -254,7 +287,11 @@ def make_spec(
     user has set for sbatch (SBATCH_PARTITION and its like) stands between the two, as it does for
     sbatch. Raises InputError that names every fault."""
     mine = of_environment() if places else {}
-    return settings.validate(JobSpec, {**read_profile(cluster, places), **mine, **options}, "job")
+    profile = read_profile(cluster, places)
+    for one, other in (("gpus", "gpus_per_node"), ("gpus_per_node", "gpus")):
+        if one in options:  # what the profile says of the same
+            profile.pop(other, None)
+    return settings.validate(JobSpec, {**profile, **mine, **options}, "job")
 
 
 OBEYED = ("partition", "account", "qos", "reservation", "constraint")
@@ -305,4 +342,4 @@ def read_profile(cluster: str | None, places: tuple[Path, ...] = PLACES) -> dict
             f"{path}: found no cluster '{name}'; expected one of: "
             f"{', '.join(map(str, profiles)) or 'none'}"
         )
-    return profiles[name] if name is not None else {}
+    return dict(profiles[name]) if name is not None else {}

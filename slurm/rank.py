@@ -21,6 +21,7 @@ from segfleet.core.errors import ExitCode, InputError
 from segfleet.core.files import read_json, write_atomically
 from segfleet.pipeline.launch import worker
 from segfleet.pipeline.stop import LEAVE, Interrupted, Paused, StopRequest
+from segfleet.slurm import cluster
 from segfleet.slurm.submission import COMMAND, LIFE
 
 # seconds a rank that lost its partner gives SLURM to find out that a node died, before it calls it
@@ -121,22 +122,38 @@ def become_rank() -> None:
     e["LOCAL_WORLD_SIZE"] = e.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0]
     e["WORLD_SIZE"] = e.get("SLURM_STEP_NUM_TASKS") or e["SLURM_NTASKS"]
     e["SEGFLEET_MASTER_HOST"] = own_address()
+    slices = e.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if slices[0].startswith("MIG-"):  # CUDA shows a process the first slice alone
+        e["CUDA_VISIBLE_DEVICES"] = slices[int(e["LOCAL_RANK"]) % len(slices)]
     e.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def own_address() -> str:
-    """A name or address of this node that resolves: what SLURM calls it, else the host's name."""
-    for name in (
-        os.environ.get("SLURMD_NODENAME"),
-        os.environ.get("SLURM_TOPOLOGY_ADDR", "").rpartition(".")[2],
+    """A name or address of this node at which the job's other nodes find it: what SLURM calls it,
+    else the host's name. Many systems map their own name to the loopback (127.0.1.1); where another node's
+    name leads out of this one, it is the address on that way."""
+    e = os.environ
+    names = (
+        e.get("SLURMD_NODENAME"),
+        e.get("SLURM_TOPOLOGY_ADDR", "").rpartition(".")[2],
         socket.gethostname(),
-    ):
-        try:
-            if name and socket.getaddrinfo(name, None):
-                return name
-        except OSError:
-            continue
-    return "127.0.0.1"
+    )
+    found = next((name for name in names if name and addresses_of(name)), "127.0.0.1")
+    if e.get("SLURM_JOB_NUM_NODES", "1") != "1":
+        from segfleet.pipeline.rendezvous import is_loopback, own_address_towards
+
+        if all(map(is_loopback, addresses_of(found))):
+            for other in cluster.names_of(e.get("SLURM_JOB_NODELIST", "")):
+                if other != e.get("SLURMD_NODENAME") and (way := own_address_towards(other)):
+                    return found if is_loopback(way) else way
+    return found
+
+
+def addresses_of(name: str) -> list[str]:
+    try:
+        return [str(one[4][0]) for one in socket.getaddrinfo(name, None)]
+    except OSError:
+        return []
 
 
 def begin(life: Path, document: dict[str, Any], limit: int) -> None:

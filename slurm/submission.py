@@ -181,7 +181,7 @@ def failure(life: Path) -> dict[str, Any] | None:
     reports = [report for report in found if report and "message" in report]
     own = [report for report in reports if not report["peer_failure"]]
     if own:
-        return min(own, key=lambda report: report["time"])
+        return min(own, key=lambda report: (report.get("joining", False), report["time"]))
     if not reports:
         return None
     first = min(reports, key=lambda report: report["time"])

@@ -130,13 +130,32 @@ class SlurmLauncher:
     def _hand_over(
         self, folders: list[str], logs: Path, name: str, spec: JobSpec, code: Path | None
     ) -> list[Any]:
-        import submitit
-
+        """submitit's jobs, in as many arrays as the cluster's MaxArraySize asks for: all or none."""
         if shutil.which("sbatch") is None:
             raise InputError(
                 "sbatch: not found; this machine has no SLURM. `segfleet train` runs here without "
                 "one"
             )
+        most = cluster.most_of_an_array() if len(folders) > 1 else 1
+        parts = [folders[first : first + most] for first in range(0, len(folders), most)]
+        if spec.throttle:
+            spec = spec.model_copy(update={"throttle": max(1, spec.throttle // len(parts))})
+        taken: list[Any] = []
+        try:
+            for part in parts:
+                taken += self._array(part, logs, name, spec, code)
+        except BaseException:
+            if taken:
+                with suppress(InputError):
+                    cluster.call("scancel", *sorted({job.job_id.split("_")[0] for job in taken}))
+            raise
+        return taken
+
+    def _array(
+        self, folders: list[str], logs: Path, name: str, spec: JobSpec, code: Path | None
+    ) -> list[Any]:
+        import submitit
+
         with cleaned_environment():
             chosen = executor(logs, name, spec, code)
             try:
@@ -165,6 +184,8 @@ class SlurmLauncher:
         with cleaned_environment():
             chosen = executor(logs, name or job_name([run] * members), spec, code)
             if members > 1:
+                with suppress(InputError):  # where there is no SLURM
+                    members = min(members, cluster.most_of_an_array())
                 chosen.parameters["map_count"] = members  # what map_array does
             return chosen._make_submission_file_text(chosen._submitit_command_str, "dry-run")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import ExitCode, InputError
-from segfleet.core.machine import cpus
+from segfleet.core.machine import cpus, threads_of
 from segfleet.pipeline.launch.local import RankFailed, signals_heard
 from segfleet.pipeline.run import lock_stage
 from segfleet.pipeline.stop import LEAVE, Interrupted
@@ -54,9 +54,7 @@ class Resources:
     @property
     def threads(self) -> int:
         """Of every rank."""
-        return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(
-            1, cpus() // (self.at_once * self.ranks)
-        )
+        return threads_of() or max(1, cpus() // (self.at_once * self.ranks))
 
     @property
     def at_once(self) -> int:

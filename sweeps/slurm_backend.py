@@ -155,7 +155,7 @@ class Slurm:
 
 
 def spec_of(options: dict[str, Any]) -> JobSpec:
-    return make_spec(options.get("spec") or {}, options.get("cluster"))
+    return cluster.settled(make_spec(options.get("spec") or {}, options.get("cluster")))
 
 
 def check(options: dict[str, Any]) -> JobSpec:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from segfleet.core.errors import ExitCode
 from segfleet.core.litter import temporary_folder
-from segfleet.core.machine import cpus
+from segfleet.core.machine import cpus, threads_of
 
 HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 AGAIN = "again"  # of a job that ended because a rank hangs: nobody waits for that one
@@ -59,11 +59,7 @@ def run_ranks(
     """
     with temporary_folder() as rendezvous:
         (rendezvous / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        share = (
-            str(threads)
-            if threads
-            else os.environ.get("OMP_NUM_THREADS") or str(max(1, cpus() // ranks))
-        )
+        share = str(threads or threads_of() or max(1, cpus() // ranks))
         processes = [_start(rendezvous, rank, ranks, share, device) for rank in range(ranks)]
 
         asked: list[float] = []  # when the ranks were first asked to stop
@@ -196,12 +192,12 @@ def _reason(rendezvous: Path, codes: list[int | None]) -> tuple[str, int]:
     ]
     own = sorted(
         (report for report in reports if not report["peer_failure"]),
-        key=lambda report: report["time"],
+        key=lambda report: (report["joining"], report["time"]),
     )
     killed = [
         (rank, signal.Signals(-code).name) for rank, code in enumerate(codes) if code and code < 0
     ]
-    if own:
+    if own and not (own[0]["joining"] and killed):
         return own[0]["message"], own[0]["exit_code"]
     if killed:
         rank, name = killed[0]

@@ -105,6 +105,8 @@ def report(rendezvous: Path, rank: int, error: BaseException) -> int:
         "exit_code": code,
         "message": message,
         "peer_failure": peer_failure(error),
+        # whoever failed first kept the others from meeting
+        "joining": getattr(error, "joining", False),
     }
     write_atomically(rendezvous / f"failed-{rank}.json", json.dumps(facts))
     return code

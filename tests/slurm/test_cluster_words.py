@@ -1,0 +1,186 @@
+"""What SLURM's programs say of a cluster, read: nodes of several kinds, limits, names."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from segfleet.core.errors import InputError
+from segfleet.core.machine import threads_of
+from segfleet.slurm import cluster, health, rank, submission, submitit_launcher
+from segfleet.slurm.jobspec import JobSpec, make_spec
+from segfleet.slurm.submitit_launcher import SlurmLauncher
+
+NODES = """\
+gpu*|1-00:00:00|g01|64|512000|gpu:a100:4(S:0-1)|ib
+gpu*|1-00:00:00|g02|64|512000|gpu:a100:4(S:0-1)|ib
+gpu*|1-00:00:00|g03|64|512000|gpu:v100:2|(null)
+gpu*|1-00:00:00|m01|64|512000|gpu:a100:1,gpu:1g.10gb:7|(null)
+cpu|infinite|c01|32+|128000+|(null)|(null)
+"""
+
+
+@pytest.fixture
+def sinfo(monkeypatch):
+    monkeypatch.setattr(cluster, "call", lambda *_, **__: NODES)
+
+
+def spec(**options) -> JobSpec:
+    return make_spec(options, places=())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"gpus_per_node": "a100:4", "nodes": 2}, None),
+        ({"gpus_per_node": "1g.10gb:7"}, None),
+        ({"gpus_per_node": 2, "nodes": 4}, None),  # m01 has eight, of two kinds
+        ({"gpus_per_node": 2, "gpu_type": "v100", "nodelist": "g03"}, None),
+        (
+            {"gpus_per_node": "a100:4", "nodes": 3},
+            "nodes: found 3, 2 have all that was asked for; not g03, m01",
+        ),
+        (
+            {"gpus_per_node": 4, "nodelist": "g[01,03]"},
+            "nodelist: g03: gpus_per_node: found 4, a node of partition gpu has 2",
+        ),
+        ({"nodelist": "c01"}, "nodelist: found 'c01', which partition gpu has not"),
+        ({"nodelist": "g01", "exclude": "g[01-02]"}, "'g01' is left out by exclude"),
+        ({"nodes": 3, "exclude": "g[01-02]"}, "nodes: found 3, 2 are left after exclude"),
+        ({"gpus_per_node": 1, "partition": "cpu"}, "found 1, a node of partition cpu has 0"),
+    ],
+)
+def test_nodes_without_what_was_asked_for_are_named(sinfo, options, words):
+    if words is None:
+        cluster.check(spec(**options))
+        return
+    with pytest.raises(InputError) as error:
+        cluster.check(spec(**options))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "nodes", "each", "kind"),
+    [
+        ({"gpus": "a100:8"}, 2, 4, "a100"),
+        ({"gpus": 8, "nodes": 4}, 4, 2, None),
+        ({"gpus": "a100:2"}, 1, 2, "a100"),
+        ({"gpus": 2}, 1, 2, None),
+        ({"gpus": "1g.10gb:3"}, 1, 3, "1g.10gb"),
+        ({"gpus": "a100:7"}, 1, 7, "a100"),  # nowhere: `check` says so
+    ],
+)
+def test_gpus_of_the_whole_job_are_shared_out(sinfo, options, nodes, each, kind):
+    found = cluster.settled(spec(**options))
+    assert (found.nodes, found.gpus_per_node, found.gpu_type, found.gpus) == (
+        nodes, each, kind, None,
+    )  # fmt: skip
+    assert found.ranks == nodes * each
+
+
+def test_gpus_said_twice_or_wrongly(tmp_path):
+    for options, words in [
+        ({"gpus": 4, "gpus_per_node": 2}, "say the same twice"),
+        ({"gpus": 5, "nodes": 2}, "not as many on each"),
+        ({"gpus": "a100:many"}, "expected a number or type:number"),
+        ({"gpus_per_node": "a100:many"}, "expected a number or a100:2"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            spec(**options)
+    place = tmp_path / "clusters.yaml"
+    place.write_text("default: a\nclusters: {a: {gpus_per_node: 4, nodes: 2}}\n")
+    assert make_spec({"gpus": "2"}, places=(place,)).ranks == 2, "the command line wins"
+
+
+def test_short_names_of_nodes_are_written_out():
+    names = "a[01-03,7],b,127.0.0.[11-12],r[1-2]n[8,9]x"
+    assert cluster.names_of(names) == [
+        "a01", "a02", "a03", "a7", "b", "127.0.0.11", "127.0.0.12", "r1n8x", "r1n9x", "r2n8x", "r2n9x",
+    ]  # fmt: skip
+    assert cluster.names_of("") == [] and cluster.names_of("./nodes.txt") == []
+
+
+def test_arrays_are_split_where_the_cluster_wants_it(monkeypatch, tmp_path):
+    """Seven members where an array may have three; the third part is refused: nothing stays."""
+    monkeypatch.setattr(submitit_launcher.shutil, "which", lambda name: name)
+    cancelled, sent = [], []
+
+    def call(*command, **_):
+        if command[0] == "scancel":
+            cancelled.append(command[1:])
+        return "MaxArraySize            = 4\n"
+
+    def array(self, folders, logs, name, spec, code):
+        if len(sent) == refused:
+            raise InputError("SLURM refused the job: no")
+        sent.append((len(folders), spec.throttle))
+        return [SimpleNamespace(job_id=f"{len(sent)}0_{index}") for index in range(len(folders))]
+
+    monkeypatch.setattr(cluster, "call", call)
+    monkeypatch.setattr(SlurmLauncher, "_array", array)
+    jobs = [(tmp_path / f"run{index}", {"do": "predict"}) for index in range(7)]
+    refused = 9
+    taken = SlurmLauncher(live=True).submit_jobs(jobs, tmp_path, spec(throttle=6), "x", tmp_path)
+    assert sent == [(3, 2), (3, 2), (1, 2)] and len({job.id for job in taken}) == 7
+    sent.clear()
+    refused = 2
+    with pytest.raises(InputError, match="no"):
+        SlurmLauncher(live=True).submit_jobs(jobs, tmp_path, spec(), "x", tmp_path)
+    assert cancelled == [("10", "20")]
+
+
+@pytest.mark.parametrize(
+    ("value", "threads"), [("4", 4), ("4,2", 4), (" 8 ", 8), ("", None), ("0", None), ("x", None)]
+)
+def test_numbers_of_threads_as_openmp_takes_them(value, threads):
+    assert threads_of({"OMP_NUM_THREADS": value}) == threads
+    assert threads_of({}) is None
+
+
+def test_every_rank_gets_a_mig_slice_of_its_own(monkeypatch):
+    """CUDA shows a process one slice, the first of those it may see."""
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "SEGFLEET_MASTER_HOST"):
+        monkeypatch.setenv(name, "")
+    for seen, left in [("MIG-a,MIG-b", "MIG-b"), ("0,1", "0,1"), ("GPU-x,GPU-y", "GPU-x,GPU-y")]:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+        rank.become_rank()
+        assert rank.os.environ["CUDA_VISIBLE_DEVICES"] == left
+
+
+def test_a_busy_gpu_ends_this_start_and_blames_no_node(monkeypatch):
+    """It is looked at again; all ranks go together, and the job comes back."""
+    import torch
+
+    from segfleet.pipeline.ranks import Ranks
+
+    free, clock = [], [0.0]
+
+    def sleep(seconds):
+        clock[0] += seconds
+
+    monkeypatch.setattr(health.time, "sleep", sleep)
+    monkeypatch.setattr(health.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free.pop() if free else 10, 100))
+    device = torch.device("cuda", 0)
+    free += [90, 10, 10]
+    assert health._held(device, "n1") is None and clock[0] == 4.0
+    words = health._held(device, "n1")
+    assert "node n1: only" in words and clock[0] >= 60
+    ranks = Ranks(torch.device("cpu"))
+    monkeypatch.setattr(ranks, "gather", lambda mine: [mine, words], raising=False)
+    with pytest.raises(health.Busy, match="comes back") as error:
+        health.examine(ranks, 0, "n2")  # the GPU of another rank
+    assert error.value.exit_code == 75 and not isinstance(error.value, health.BadNode)
+
+
+def test_what_kept_the_ranks_from_meeting_is_told_first(tmp_path):
+    facts = {"exit_code": 1, "peer_failure": False}
+    for number, (message, joining) in enumerate([("could not join", True), ("no torch", False)]):
+        report = {"rank": number, "time": number, "message": message, "joining": joining, **facts}
+        (tmp_path / f"failed-{number}.json").write_text(json.dumps(report))
+    assert submission.failure(tmp_path)["message"] == "no torch"
