@@ -154,7 +154,7 @@ class JobSpec(BaseModel):
         each, rest = divmod(count, int(options["nodes"]))
         if rest:
             raise ValueError(f"gpus: {count} on {options['nodes']} nodes are not as many on each")
-        return {**options, "gpus": None, "gpus_per_node": f"{kind}:{each}" if kind else each}
+        return {**options, "gpus": None, "gpus_per_node": each, "gpu_type": kind}
 
     @model_validator(mode="before")
     @classmethod
