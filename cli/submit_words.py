@@ -14,6 +14,7 @@ import typer
 from segfleet.cli.output import show, table
 
 COMMANDS = ("preprocess", "evaluate", "predict", "sweep")
+RAY_IN_SLURM = "ray-in-slurm"
 ONE_PROCESS = {"nodes": 1, "gpus_per_node": 0, "ranks_per_node": 1}
 Step = tuple[str, list[dict[str, Any]]]  # name, jobs: one, or an array
 
@@ -46,7 +47,7 @@ def submit(words: list[str], options: dict[str, Any], given: dict[str, Any]) -> 
         if given["array"]:
             raise InputError("--array: a sweep is one job; its --slots are jobs at a time")
         steps, home, options = sweeping(told, words, options)
-        spec = cluster.settled(make_spec(options, given["cluster"]))
+        spec = cluster.settled(make_spec(options, given["cluster"] or told["cluster"]))
     else:
         if given["array"]:
             raise InputError(
@@ -202,7 +203,7 @@ def sweeping(
     Resources(
         slots=told["slots"],
         ranks=told["ranks"],
-        on=told["on"],
+        on="local" if told["on"] == RAY_IN_SLURM else told["on"],
         address=told["address"],
         options=job_options(told["cluster"], told["resource"]),
     ).check()
@@ -212,10 +213,12 @@ def sweeping(
                 "--gpus-per-node: the job of a sweep --on slurm only waits; after the --, say what "
                 "its stages get: --resource gpus_per_node=4"
             )
+    elif told["on"] == RAY_IN_SLURM:
+        return on_ray(told, options, plan)
     elif options.get("nodes", 1) != 1 or options.get("gpus_per_node") not in (None, 0):
         raise InputError(
-            "submit: a sweep inside one job runs on the CPUs of one node (--cpus); for GPUs let "
-            "every stage be a job: --on slurm after the --"
+            "submit: a sweep inside one job runs on the CPUs of one node (--cpus); for GPUs and more "
+            f"nodes say --on {RAY_IN_SLURM} after the --, or let every stage be a job: --on slurm"
         )
     options = {**options, **ONE_PROCESS}
     space = Path(told["space"])
@@ -224,6 +227,28 @@ def sweeping(
         for word in words
     ]
     job = {"do": COMMAND, "words": [*words, "--runs", str(plan.runs)]}
+    return [(title("sweep", plan.folder), [job])], home_of(plan.folder), options
+
+
+def on_ray(
+    told: dict[str, Any], options: dict[str, Any], plan: Any
+) -> tuple[list[Step], Path, dict[str, Any]]:
+    """The job of a sweep on a Ray cluster of its own: one process of every node."""
+    from segfleet.cli.sweep import job_options
+    from segfleet.core.errors import InputError
+    from segfleet.slurm.submission import COMMAND, home_of
+
+    if told["address"]:
+        raise InputError(f"sweep: --address and --on {RAY_IN_SLURM} are two clusters; give one")
+    nodes = {"nodes": told["nodes"]} if told["nodes"] else {}
+    space = Path(told["space"])
+    words = ["sweep", str(space.absolute()) if space.is_file() else told["space"]]
+    words += [*(told["changes"] or []), "--ranks", str(told["ranks"]), "--runs", str(plan.runs)]
+    words += ["--slots", str(told["slots"])] if told["slots"] else []
+    words += ["--code", told["code"].value] if told["code"] else []
+    job = {"do": COMMAND, "ray": True, "words": words}
+    spec = job_options(None, told["resource"])["spec"]
+    options = {**spec, **options, **nodes, "whole_nodes": True}
     return [(title("sweep", plan.folder), [job])], home_of(plan.folder), options
 
 

@@ -30,7 +30,16 @@ def command(
     changes: Annotated[
         list[str] | None, typer.Argument(help="Changes of the base recipe, key.path=value.")
     ] = None,
-    on: Annotated[str, typer.Option(help="Where trials run: local or slurm.")] = "local",
+    on: Annotated[
+        str,
+        typer.Option(
+            help="Where trials run: local, slurm (every stage a job), or ray-in-slurm (one job, with a Ray "
+            "cluster of its own over its nodes)."
+        ),
+    ] = "local",
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="With --on ray-in-slurm: nodes of the job.")
+    ] = None,
     slots: Annotated[
         int | None,
         typer.Option(
@@ -48,7 +57,9 @@ def command(
     ] = None,
     resource: Annotated[
         list[str] | None,
-        typer.Option(help="With --on slurm: a field of the job, gpus_per_node=4. Repeatable."),
+        typer.Option(
+            help="With --on slurm or ray-in-slurm: a field of the job, gpus_per_node=4. Repeatable."
+        ),
     ] = None,
     address: Annotated[
         str | None,
@@ -80,6 +91,25 @@ def command(
         if not words:
             raise typer.BadParameter("segfleet sweep status SPACE")
         space, *words = words
+    if on == "ray-in-slurm" and not asking:
+        from segfleet.cli import submit_words
+
+        whole = ["sweep", space, *words, "--on", on, "--ranks", str(ranks)]
+        for name, value in (
+            ("slots", slots),
+            ("nodes", nodes),
+            ("code", code),
+            ("address", address),
+        ):
+            whole += [f"--{name}", str(value)] if value is not None else []
+        given = {"runs": runs, "as_json": as_json, "cluster": cluster, "dry_run": dry_run}
+        given |= {"engine": None, "array": None, "live": False}
+        submit_words.submit(whole, job_options(cluster, resource)["spec"], given)
+        return
+    if nodes:
+        raise typer.BadParameter(
+            "--nodes is for --on ray-in-slurm; with --on slurm: --resource nodes="
+        )
     # jobs are waited for by a small process: what takes torch is done in another one
     apart = on == "slurm" and not (asking or dry_run)
     plan = make_plan(load_search(space, words), runs, build=not asking and not apart)

@@ -86,6 +86,9 @@ class JobSpec(BaseModel):
         "as few as the partition allows",
     )
     ranks_per_node: Count = Field(1, description="ranks of every node when there are no GPUs")
+    whole_nodes: bool = Field(
+        False, description="one process of every node, which has all its GPUs: Ray's"
+    )
     cpus: Count | None = Field(None, description="CPU cores per rank; none: the cluster's default")
     memory: str | None = Field(
         None, description="memory per node, for example 64G; none: the cluster's default"
@@ -223,7 +226,7 @@ class JobSpec(BaseModel):
 
     @property
     def ranks_on_a_node(self) -> int:
-        return self.gpus_per_node or self.ranks_per_node
+        return 1 if self.whole_nodes else self.gpus_per_node or self.ranks_per_node
 
     @property
     def ranks(self) -> int:

@@ -65,7 +65,17 @@ def run_rank(folder: str) -> None:
             health.remember(Path(document["root"]), node, str(error))
             raise
 
-    if document["do"] == COMMAND:
+    if document["do"] == COMMAND and document.get("ray"):
+        from segfleet.slurm import ray_nodes
+
+        def on_ray(words: list[str], environment: dict[str, str]) -> Any:
+            return command([*document["words"], *words], life, stop, environment)
+
+        try:
+            code, error = ray_nodes.run(life, rank, spec["gpus_per_node"], stop, on_ray)
+        except Exception as fault:
+            code, error = worker.report(life, rank, fault), fault
+    elif document["do"] == COMMAND:
         code, error = command(document["words"], life, stop)
     else:
         code, error = worker.work(life, submission / "job.json", stop, first)
@@ -87,14 +97,16 @@ def run_rank(folder: str) -> None:
     worker.exit_now(code)
 
 
-def command(words: list[str], life: Path, stop: StopRequest) -> tuple[int, BaseException | None]:
+def command(
+    words: list[str], life: Path, stop: StopRequest, further: dict[str, str] | None = None
+) -> tuple[int, BaseException | None]:
     """Run a segfleet command as a job of one process; the exit code and what went wrong. A command
     that ends by 75 is started again by the same job."""
     own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", LIFE, "SEGFLEET_MASTER_HOST")
     environment = {key: value for key, value in os.environ.items() if key not in own}
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "segfleet.cli.main", *words],
-        env={**environment, LEAVE: "1"},
+        env={**environment, **(further or {}), LEAVE: "1"},
         stdin=subprocess.DEVNULL,
     )
     asked = False

@@ -82,10 +82,11 @@ GresTypes=gpu
 JobCompType=jobcomp/filetxt
 JobCompLoc={folder}/log/jobcomp.txt
 {accounting}
-NodeName=127.0.0.[11-14] NodeHostname={host} Port=[{first_port}-{last_port}] CPUs=8 RealMemory=8000 Gres=gpu:4 Feature=fake State=UNKNOWN
+NodeName=127.0.0.[11-14] NodeHostname={host} Port=[{first_port}-{last_port}] CPUs=8 RealMemory=8000 Gres={gres} Feature=fake State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF State=UP
 PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=8 State=UP
 PartitionName=low0 Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=0 State=UP
+{further}
 """
 
 
@@ -109,7 +110,8 @@ class Sandbox:
     """The daemons of one folder. `environment` is what programs need to talk to them.
 
     `accounting`: with slurmdbd and a database of its own. `remembers`: seconds for which the
-    controller knows a job that has ended.
+    controller knows a job that has ended. `gpus`: how many of which type every node pretends, four at most.
+    `further`: lines of slurm.conf.
     """
 
     def __init__(
@@ -118,9 +120,12 @@ class Sandbox:
         first_job: int | None = None,
         accounting: bool = False,
         remembers: int = 300,
+        gpus: dict[str, int] | None = None,
+        further: str = "",
     ):
         self.folder = Path(folder).resolve()
         self.accounting, self.remembers = accounting, remembers
+        self.gpus, self.further = gpus or {"": 4}, further
         # ids of an earlier sandbox do not come again
         self.first_job = first_job or random.SystemRandom().randrange(1000, 900_000)
         self.configuration = self.folder / "etc" / "slurm.conf"
@@ -247,15 +252,24 @@ class Sandbox:
             last_port=port + 14,
             first_job=self.first_job,
             remembers=self.remembers,
+            further=self.further,
+            gres=",".join(
+                f"gpu:{kind}:{count}" if kind else f"gpu:{count}"
+                for kind, count in self.gpus.items()
+            ),
             accounting=database.controller
             if database
             else "AccountingStorageType=accounting_storage/none",
         )
         self.configuration.write_text(text)
         names = ",".join(NODES)
-        (self.folder / "etc" / "gres.conf").write_text(
-            f"NodeName={names} Name=gpu Count=4 File={self.folder}/dev/nvidia[0-3]\n"
-        )
+        lines, first = [], 0
+        for kind, count in self.gpus.items():
+            devices = f"{self.folder}/dev/nvidia[{first}-{first + count - 1}]"
+            typed = f" Type={kind}" if kind else ""
+            lines.append(f"NodeName={names} Name=gpu{typed} Count={count} File={devices}\n")
+            first += count
+        (self.folder / "etc" / "gres.conf").write_text("".join(lines))
         # else slurmd wants a mounted cgroup
         (self.folder / "etc" / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         return database

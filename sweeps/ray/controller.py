@@ -28,6 +28,7 @@ from typing import Any
 from segfleet.core.errors import InputError, explain
 from segfleet.core.files import read_json, write_atomically
 from segfleet.pipeline.launch.local import die_with_parent
+from segfleet.slurm.ray_nodes import short_folder
 from segfleet.sweeps.ray.slots import NAMES, share
 from segfleet.sweeps.search.tree_search import TreeSearch, start
 from segfleet.sweeps.space.plan import make_plan
@@ -47,7 +48,6 @@ SETTINGS = {  # of Ray and Tune: no telemetry, no files, no flood; the tree on d
     "RAY_health_check_timeout_ms": "60000",
     "RAY_raylet_start_wait_time_s": "120",
 }
-LONGEST = 40  # characters of the folder of Ray's sockets: theirs have 107, of which it adds 65
 JOIN = 5.0  # seconds in which a cluster takes a connection
 OWNER = "sweep"  # a file in a temporary folder: whose it is, so that nothing else is removed
 
@@ -213,20 +213,6 @@ def fit(resources: Any) -> Any:
             f"{largest} {kind}s; the ranks of a stage share a node"
         )
     return replace(resources, slots=resources.slots or sum(rooms))
-
-
-def short_folder() -> str:
-    """Where Ray's sockets go: RAY_TMPDIR or TMPDIR as the user has set them, else /tmp. The name of
-    a socket has 107 characters at most. Raises InputError if none of the folders will do."""
-    asked = [os.environ.get(name) for name in ("RAY_TMPDIR", "TMPDIR")]
-    places = [place for place in (*asked, "/tmp", "/var/tmp", "/dev/shm") if place]
-    for place in places:
-        if len(place) <= LONGEST and os.access(place, os.W_OK | os.X_OK):
-            return place
-    raise InputError(
-        f"Ray needs a folder for its sockets, of at most {LONGEST} characters, that can be written; "
-        f"found none of {', '.join(dict.fromkeys(places))}; set RAY_TMPDIR to one"
-    )
 
 
 def sweep_away(folder: Path) -> None:

@@ -64,6 +64,7 @@ LINES = [
         ["\nmodule load CUDA/12\n[ $? = 0 ] || {", "\nulimit -n 65536\n[ $? = 0 ] || {"],
     ),
     ({"gpus_per_node": "a100:2"}, ["#SBATCH --gpus-per-node=a100:2", "--ntasks-per-node=2"]),
+    ({"whole_nodes": True, "gpus_per_node": 4}, ["--ntasks-per-node=1", "--gpus-per-node=4"]),
     ({"gpus": "a100:4", "nodes": 2}, ["#SBATCH --gpus-per-node=a100:2", "#SBATCH --nodes=2"]),
     ({"gpus_per_node": "1g.10gb:1"}, ["#SBATCH --gpus-per-node=1g.10gb:1"]),
     ({"gpus_per_node": 2, "gpu_type": "h100"}, ["#SBATCH --gpus-per-node=h100:2"]),
