@@ -68,10 +68,18 @@ def team(work):
 
 def everybodys_python(venv: Path) -> None:
     """An environment like this one whose Python others may run: root's own is often closed to them."""
-    nobody = ["setpriv", f"--reuid={ANN}", f"--regid={GROUP}", "--clear-groups"]
+    nobody = [
+        "setpriv",
+        f"--reuid={ANN}",
+        f"--regid={GROUP}",
+        "--clear-groups",
+        "bash",
+        "-c",
+        "$0 -c 1",
+    ]
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     for python in (os.path.realpath(sys.executable), f"/usr/bin/python{version}"):
-        tried = subprocess.run([*nobody, python, "-c", "import venv"], capture_output=True)
+        tried = subprocess.run([*nobody, python], capture_output=True)
         if tried.returncode == 0:
             break
     else:
