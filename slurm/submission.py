@@ -16,7 +16,8 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +79,35 @@ class Submission:
 
 
 def submissions(run: Path) -> list[Submission]:
-    """All submissions of a run, first to last."""
-    known = (_load(path) for path in sorted((run / "slurm").glob("*/submission.json")))
-    return [submission for submission in known if submission]
+    """All submissions of a run, first to last. A copy of a run has none: the jobs are the
+    original's."""
+    made = (_load(path) for path in sorted((run / "slurm").glob("*/submission.json")))
+    return [one for one in made if one is not None]
 
 
 def _load(path: Path) -> Submission | None:
+    """A submission where it lies now: folders of runs are moved, and seen under other names. None: a copy, or
+    damaged."""
     facts = read_json(path)
     try:
-        return Submission(**facts) if facts else None
+        made = Submission(**facts) if facts else None
     except TypeError:
         sys.stderr.write(f"segfleet: {path} is damaged and is left out\n")
+        made = None
+    if made is None:
         return None
+    here, then = path.parent.resolve(), Path(made.folder)
+    if here == then:
+        return made
+    with suppress(OSError):
+        if (then / path.name).exists() and not then.samefile(here):
+            return None
+
+    def now(old: str) -> str:
+        """The same way from the run's folder, which was one folder and is another one."""
+        return os.path.normpath(here.parents[1] / os.path.relpath(old, then.parents[1]))
+
+    return replace(made, folder=str(here), logs=now(made.logs))
 
 
 def home_of(out: Path) -> Path:
@@ -110,8 +128,7 @@ def together(run: Path) -> list[Submission]:
     if there is none."""
     last = latest(run)
     before = last.job().get("before", [])
-    known = (_load(run / "slurm" / name / "submission.json") for name in before)
-    return [*(one for one in known if one), last]
+    return [one for one in submissions(run) if Path(one.folder).name in before] + [last]
 
 
 def latest(run: Path) -> Submission:

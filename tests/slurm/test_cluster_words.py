@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -184,3 +186,36 @@ def test_what_kept_the_ranks_from_meeting_is_told_first(tmp_path):
         report = {"rank": number, "time": number, "message": message, "joining": joining, **facts}
         (tmp_path / f"failed-{number}.json").write_text(json.dumps(report))
     assert submission.failure(tmp_path)["message"] == "no torch"
+
+
+def submitted(run: Path) -> submission.Submission:
+    asked = spec()
+    folder = submission.write_job(run, {"do": "train", "run": str(run)}, asked)
+    return submission.record(
+        folder, id="7", name="x", launcher="slurm", spec=asked, logs=run.parent / ".arrays" / "a",
+        code=None, commit=None,
+    )  # fmt: skip
+
+
+def test_a_folder_of_runs_may_be_moved_and_copied(tmp_path):
+    made = submitted(tmp_path / "runs" / "abc")
+    life = Path(made.logs) / "life-7.0"
+    life.mkdir(parents=True)
+    (life / "ended.json").write_text("{}")
+    shutil.copytree(tmp_path / "runs", tmp_path / "copy")
+    assert submission.submissions(tmp_path / "copy" / "abc") == [], "the job is the original's"
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    [found] = submission.submissions(tmp_path / "elsewhere" / "abc")
+    assert found.outcome() == ("done", None) and Path(found.folder).is_dir()
+    assert found.log(3) == tmp_path / "elsewhere" / ".arrays" / "a" / "7_3_log.out"
+    (tmp_path / "other").symlink_to(tmp_path / "elsewhere")
+    assert submission.submissions(tmp_path / "other" / "abc")[0].folder == found.folder
+
+
+def test_what_a_sweep_on_ray_in_slurm_refuses(tmp_path):
+    from typer.testing import CliRunner
+
+    from segfleet.cli.main import app
+
+    told = CliRunner().invoke(app, ["sweep", "x.yaml", "--nodes", "2"])
+    assert told.exit_code == 2 and "ray-in-slurm" in told.output

@@ -189,3 +189,21 @@ def test_an_array_longer_than_an_array_may_be(cluster, tmp_path):
         cluster.wait_for_state(row, "COMPLETED")
     rows = json.loads(cluster.segfleet("status", tmp_path, "--json").stdout)
     assert {row["state"] for row in rows} == {"done"}
+
+
+def test_a_sweep_on_a_ray_cluster_over_two_nodes(cluster, tmp_path):
+    """It comes up inside one job, trains every point, and goes with it."""
+    (tmp_path / "space.yaml").write_text(
+        f"name: rays\nbase: {cluster.folder / 'tiny.yaml'}\n"
+        "axes: {optimizer.weight_decay: [1.0e-4, 2.0e-4, 3.0e-4]}\n"
+        "stages:\n  - {name: base, epochs: 1, steps: 5, lr: 1.0e-3}\n"
+    )
+    on = ("--on", "ray-in-slurm", "--nodes", 2, "--resource", "cpus=1", "--resource", "memory=3G")
+    words = ("sweep", tmp_path / "space.yaml", *on, "--runs", tmp_path / "runs", "--json")
+    made = json.loads(cluster.segfleet(*words).stdout)
+    home = tmp_path / "runs" / "sweeps" / "rays"
+    cluster.wait_for_state({**made, "log": str(home)}, "COMPLETED")
+    outcome = json.loads((home / "outcome.json").read_text())
+    assert len(outcome["ranking"]) == 3 and not outcome["failed"]
+    told = "".join(path.read_text() for path in home.with_name("rays.jobs").rglob("*_log.out"))
+    assert "127.0.0.12" in told, "the second node joined"
