@@ -188,7 +188,6 @@ def sweeping(
 ) -> tuple[list[Step], Path, dict[str, Any]]:
     """The job of a whole sweep. With --on slurm it only waits for its stages' jobs: one process. Else
     its ranks run inside it, and it has one task with all of a node's GPUs."""
-    from segfleet.cli.sweep import job_options
     from segfleet.core.errors import InputError
     from segfleet.slurm.submission import COMMAND, home_of
     from segfleet.sweeps.run import Resources, foreign
@@ -230,11 +229,19 @@ def sweeping(
     return [(title("sweep", plan.folder), [job])], home_of(plan.folder), options
 
 
+def job_options(cluster: str | None, resources: list[str] | None) -> dict[str, Any]:
+    """{"cluster": ..., "spec": fields of a JobSpec} from the command line."""
+    from segfleet.core.settings import override, text_keys
+    from segfleet.slurm.jobspec import JobSpec
+
+    spec = override({}, resources or [], text_keys(JobSpec), "--resource")
+    return {"cluster": cluster, "spec": spec}
+
+
 def on_ray(
     told: dict[str, Any], options: dict[str, Any], plan: Any
 ) -> tuple[list[Step], Path, dict[str, Any]]:
     """The job of a sweep on a Ray cluster of its own: one process of every node."""
-    from segfleet.cli.sweep import job_options
     from segfleet.core.errors import InputError
     from segfleet.slurm.submission import COMMAND, home_of
 

@@ -82,6 +82,7 @@ def command(
 ) -> None:
     """Train every schedule of SPACE, each common beginning once; rank them. The same command
     continues or does nothing."""
+    from segfleet.cli.submit_words import job_options
     from segfleet.sweeps.space.plan import foreign, make_plan
     from segfleet.sweeps.space.space import load_search
 
@@ -169,15 +170,6 @@ def start_again_with(code: Path) -> None:
     sys.stdout.flush()
     command = [sys.executable, "-P", "-m", "segfleet.cli.main", *sys.argv[1:]]
     os.execve(sys.executable, command, environment)
-
-
-def job_options(cluster: str | None, resources: list[str] | None) -> dict[str, Any]:
-    """{"cluster": ..., "spec": fields of a JobSpec} from the command line."""
-    from segfleet.core.settings import override, text_keys
-    from segfleet.slurm.jobspec import JobSpec
-
-    spec = override({}, resources or [], text_keys(JobSpec), "--resource")
-    return {"cluster": cluster, "spec": spec}
 
 
 def warn(lines: list[str]) -> None:
