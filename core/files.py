@@ -64,12 +64,14 @@ def read_json(path: Path, kind: type = dict) -> Any | None:
     """The document in `path`; None if there is none. A damaged one (another `kind`, a "sha256" that
     is not its own) is named on stderr and counts as none, as is one that was written for another
     run's folder: who wrote it writes it again."""
+    found = None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        if path.is_file() or not path.exists():  # a pipe would be waited for
+            found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, RecursionError):
-        found = None
+        pass
     whole, fault = isinstance(found, kind), "is damaged"
     if whole and isinstance(found, dict) and "sha256" in found:
         whole = found.pop("sha256") == digest_of(found)

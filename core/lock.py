@@ -87,6 +87,8 @@ class Lock:
         assert self._handle is not None and not self.shared, "only a holder signs"
         os.ftruncate(self._handle, 0)
         words = f"process {os.getpid()} on {socket.gethostname()}"
+        if job := os.environ.get("SLURM_JOB_ID"):
+            words += f" of job {job}"
         os.pwrite(self._handle, words.encode(), 0)
 
     def release(self) -> None:

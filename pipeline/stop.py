@@ -34,6 +34,7 @@ class StopRequest:
     def __init__(self, watch: Path | None = None):
         self.reason: str | None = None
         self.watch = watch
+        self.later: Path | None = None  # there once a later start has taken this one's place
         self.deadline: float | None = None
         self.margin = 60.0
         self._start = self._looked = time.time()
@@ -49,6 +50,8 @@ class StopRequest:
     def asked(self) -> bool:
         if self.reason is None and self.watch is not None and self.watch.exists():
             self.reason = f"the file {self.watch.name}"
+        if self.reason is None and self.later is not None and self.later.exists():
+            self.reason = "a later start of the same job"
         if self.reason is None and self.deadline is not None and self._too_late():
             self.reason = "the time limit"
         return self.reason is not None

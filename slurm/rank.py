@@ -47,6 +47,7 @@ def run_rank(folder: str) -> None:
     rank, spec = int(os.environ["RANK"]), document["spec"]
     end = int(os.environ.get("SEGFLEET_END") or 0)
     stop.deadline, stop.margin = (float(end) if end else None), spec["lead"] / 2
+    stop.later = next_life(life)
     if rank == 0:
         try:
             begin(life, document, spec["fruitless"])
@@ -166,6 +167,13 @@ def addresses_of(name: str) -> list[str]:
         return [str(one[4][0]) for one in socket.getaddrinfo(name, None)]
     except OSError:
         return []
+
+
+def next_life(life: Path) -> Path:
+    """The folder of the job's next start. SLURM starts a job again when it has lost a node, which
+    may only have lost SLURM: who lives on there has to go."""
+    job, _, number = life.name.rpartition(".")
+    return life.with_name(f"{job}.{int(number) + 1}")
 
 
 def begin(life: Path, document: dict[str, Any], limit: int) -> None:

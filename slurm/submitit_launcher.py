@@ -304,7 +304,9 @@ def after() -> list[str]:
         '  [ "${SEGFLEET_END:-0}" -gt 0 ] && [ "$(date +%s)" -ge "$SEGFLEET_END" ] && again=yes',
         # a rank hung: it had to be killed, which tells the exit code
         f'[ -e "{life}/{AGAIN}" ] && [ "{STATE}" = RUNNING ] && again=yes',
-        f'[ $again = yes ] && [ ! -e "{life}/stay" ] && scontrol requeue "$job" && sleep 60  # '
+        f'later="${{{submission.LIFE}%.*}}.$((${{SLURM_RESTART_COUNT:-0}} + 1))"',
+        # a start that SLURM gave up for lost must not requeue the one that took its place
+        f'[ $again = yes ] && [ ! -e "$later" ] && [ ! -e "{life}/stay" ] && scontrol requeue "$job" && sleep 60  # '
         "SLURM ends this script",
         "exit $code",
     ]

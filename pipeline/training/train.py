@@ -205,9 +205,9 @@ class locked:
         self.this, self.folder, self.ranks, self.lock = this, folder, this.ranks, None
 
     def __enter__(self) -> None:
-        waits, told = self.this.waits and self.folder is not self.this.folders[-1], False
+        told = False
         while refusal := self.ranks.share(self._taken() if self.ranks.rank == 0 else None):
-            if not waits:
+            if not self._waits(refusal):
                 raise InputError(refusal)
             if self.ranks.rank == 0 and not told:
                 self.this.warn(f"{refusal.removesuffix(run.ADVICE)}; waiting for it")
@@ -219,6 +219,16 @@ class locked:
                     "again to go on."
                 )
             time.sleep(LOOK)
+
+    def _waits(self, refusal: str) -> bool:
+        """For a stage that another run, which shares it, trains; and for an earlier start of this
+        very job, whose node SLURM gave up while it lives on: it stops when it sees this one, and a
+        lock on a shared disk ends with its node's lease."""
+        if not self.this.waits:
+            return False
+        job = os.environ.get("SLURM_JOB_ID")
+        earlier = bool(job) and f" of job {job}{run.ADVICE}" in refusal
+        return earlier or self.folder is not self.this.folders[-1]
 
     def _taken(self) -> str | None:
         """Take the lock, or say who has it."""

@@ -9,6 +9,7 @@ CRC-32C.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -20,6 +21,7 @@ from numcodecs import blosc
 
 blosc.set_nthreads(1)  # loaders bring their own processes
 
+HEADER = 16  # bytes of a blosc chunk's
 MISSING = 2**64 - 1  # offset of a chunk of zeros: it is left out
 FILTERS = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 
@@ -51,6 +53,14 @@ def crc32c(data: bytes | np.ndarray) -> int:
     return google_crc32c.value(data)
 
 
+def told(packed: np.ndarray) -> tuple[int, int]:
+    """(bytes unpacked, bytes packed) as the header of a blosc chunk says; of none (-1, -1)."""
+    if len(packed) < HEADER:
+        return -1, -1
+    sizes = packed[4:HEADER].view("<u4")
+    return int(sizes[0]), int(sizes[2])
+
+
 def pieces(
     array: np.ndarray, chunk: tuple[int, int, int], dtype: np.dtype
 ) -> Iterator[tuple[tuple[int, int, int], np.ndarray]]:
@@ -71,7 +81,12 @@ class OpenFile:
     number = -1
 
     def __init__(self, path: Path):
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        """Raises DamagedShard for what is no file: a pipe would be waited for."""
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+        facts = os.fstat(self.number)
+        if not stat.S_ISREG(facts.st_mode):
+            raise DamagedShard(f"{path.name} is no file")
+        self.size = facts.st_size
 
     def __del__(self):
         if self.number >= 0:
@@ -110,6 +125,8 @@ class PackedArray:
             if offset == MISSING:
                 out[..., tz, ty, tx] = 0
                 continue
+            if offset + count > self.file.size:  # before memory is taken for it
+                raise DamagedShard(f"{self.name}: chunk {(i, j, k)} lies behind the file's end")
             packed = np.frombuffer(os.pread(self.file.number, count, offset), np.uint8)
             whole = len(packed) == count
             if self.sums is not None:
@@ -118,6 +135,8 @@ class PackedArray:
                 packed, expected = packed[:-4], int.from_bytes(packed[-4:].tobytes(), "little")
             if not whole or crc32c(packed) != expected:
                 raise DamagedShard(f"{self.name}: checksum of chunk {(i, j, k)}")
+            if told(packed) != (piece.nbytes, len(packed)):  # or old memory would show in the rest
+                raise DamagedShard(f"{self.name}: chunk {(i, j, k)} holds another number of bytes")
             blosc.decompress(packed, piece)
             out[..., tz, ty, tx] = piece[..., fz, fy, fx]
         return out

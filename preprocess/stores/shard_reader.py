@@ -119,12 +119,16 @@ class ShardReader:
         where = f"store: case '{case.id}': shard {case.shard}"
         try:
             shard = self.handles.get(path, self.open_shard)
-            shape, _ = shard.facts(case.key, name)
+            shape, dtype = shard.facts(case.key, name)
             if shard.owner(case.key) != case.sha256:
                 raise DamagedShard("it holds the data of another case or of another store")
             expected = case.raw_shape if name == "truth" else case.shape
             if tuple(shape[-3:]) != tuple(expected):
                 raise DamagedShard(f"{name}: shape {shape}, the manifest says {expected}")
+            kind = np.dtype(self.manifest.plan.dtype if name == "image" else np.uint8)
+            lead = (len(self.manifest.plan.normalisation),) if name == "image" else ()
+            if dtype.newbyteorder("=") != kind or tuple(shape[:-3]) != lead:
+                raise DamagedShard(f"{name}: {dtype} of shape {shape}, expected {kind}")
             return self._read_box(*shard.packed(case.key, name), expected, box, out)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError(f"{where} is missing ({error.filename or path}). {MEND}") from None

@@ -38,7 +38,7 @@ class Shard:
             facts = self._metadata("zarr.json")["attributes"]
             self.cases: dict[str, dict[str, list[int]]] = facts["cases"]
             self.owners: dict[str, str] = facts["sha256"]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise DamagedShard(f"zarr.json: {type(error).__name__} {error}") from None
 
     def facts(self, key: str, name: str) -> tuple[tuple[int, ...], np.dtype]:
@@ -66,12 +66,14 @@ class Shard:
 
     def _metadata(self, name: str) -> dict:
         """The one part of a shard without a checksum of its own; the manifest has one."""
+        if (self.folder / name).exists() and not (self.folder / name).is_file():
+            raise DamagedShard(f"{name} is no file")  # a pipe would be waited for
         raw = (self.folder / name).read_bytes()
         if name in self.hashes and hashlib.sha256(raw).hexdigest() != self.hashes[name]:
             raise DamagedShard(f"{name}: its sha256 is not that of the manifest")
         try:
             return json.loads(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DamagedShard(f"{name}: {error}") from None
 
 

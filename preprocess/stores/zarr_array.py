@@ -149,7 +149,7 @@ def open_array(folder: Path, facts: dict) -> PackedArray:
         dtype = np.dtype(facts["data_type"]).newbyteorder("<")
         chunk, lead = tuple(inner[-3:]), tuple(inner[:-3])
         chunks = tuple(-(-n // c) for n, c in zip(shape[-3:], chunk, strict=True))
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise DamagedShard(f"{folder.name}/zarr.json: {type(error).__name__} {error}") from None
     file = OpenFile(folder / (FILE + ".".join("0" * len(shape))))
     size, length = os.fstat(file.number).st_size, 16 * math.prod(chunks) + 4

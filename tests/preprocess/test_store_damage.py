@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import h5py
@@ -10,6 +11,9 @@ import numpy as np
 import pytest
 
 from segfleet.core.errors import InputError
+from segfleet.core.files import read_json
+from segfleet.pipeline.data.unpack import unpack
+from segfleet.preprocess.stores import packed as packing
 from segfleet.preprocess.stores.base import formats, open_store
 from segfleet.preprocess.stores.content import content_sha256
 from segfleet.preprocess.stores.manifest import (
@@ -202,3 +206,45 @@ def test_no_path_of_a_manifest_leads_out_of_the_store(store, path):
     for name in ("shard", "key"):
         with pytest.raises(ValueError, match="leads out of its folder"):
             CaseEntry.model_validate({**case, name: path})
+
+
+@pytest.mark.parametrize("how", ["short", "long", "behind", "huge"])
+def test_a_crafted_chunk_never_shows_other_memory(tmp_path, how):
+    """With a right checksum, which is no secret."""
+    piece = np.arange(4**3, dtype=np.int16).reshape(4, 4, 4)
+    other = {"short": piece[:2], "long": np.tile(piece, (2, 1, 1))}.get(how, piece)
+    packed = packing.IMAGES.pack(np.ascontiguousarray(other))
+    data = packed + packing.crc32c(packed).to_bytes(4, "little")
+    (tmp_path / "data").write_bytes(data)
+    place = {"behind": (len(data), 64), "huge": (0, 2**40)}.get(how, (0, len(data)))
+    array = packing.PackedArray(
+        file=packing.OpenFile(tmp_path / "data"),
+        name="image",
+        lead=(),
+        chunk=(4, 4, 4),
+        dtype=np.dtype(np.int16),
+        index=np.array(place, np.uint64).reshape(1, 1, 1, 2),
+    )
+    with pytest.raises(packing.DamagedShard, match="chunk"):
+        array.read((0, 0, 0), [4, 4, 4])
+    with pytest.raises(packing.DamagedShard, match="chunk"):
+        unpack(array, (0, 0, 0), (4, 4, 4), np.empty((4, 4, 4), np.float32), 1.0)
+
+
+def test_what_is_no_file_is_not_waited_for(store, capfd):
+    path = data_file(store)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="is no file"):
+        read_all(store.root)
+    os.mkfifo(store.root / "done.json")
+    assert read_json(store.root / "done.json") is None
+
+
+@pytest.mark.parametrize("change", [{"dtype": "float32"}, {"normalisation": ("zscore",) * 3}])
+def test_a_store_of_another_kind_of_numbers_is_refused(store, change):
+    manifest = store.manifest
+    plan = manifest.plan.model_copy(update=change)
+    save_manifest(store.root, manifest.model_copy(update={"plan": plan}))
+    with pytest.raises(InputError, match="image: .* expected"):
+        read_all(store.root)
