@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 from segfleet.core.machine import cpus, memory_budget
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 WATCHED = (
     {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2} if hasattr(signal, "sigwaitinfo") else set()
 )
@@ -119,7 +120,8 @@ class _Pool:
         """What one worker does next: one item, or several that are so small that handing them over
         one by one would take as long as the work. Never so many that another worker has none."""
         most = min(MOST_AT_ONCE, max(1, len(waiting) // (4 * self.workers)))
-        group, weight = [], 0
+        group: list[int] = []
+        weight = 0
         for index in reversed(waiting[-most:]):
             weight += weights[index]
             if group and weight > SMALL:
@@ -182,7 +184,7 @@ def _alone(function: Callable, item: Any) -> tuple[Any, str]:
 def _tell_once(function: Callable, item: Any, to: Any) -> None:
     _follow_parent()
     try:
-        answer = (function(item), None)
+        answer: tuple[Any, Exception | None] = (function(item), None)
     except Exception as error:
         answer = (None, error)
     to.send(answer)

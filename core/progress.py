@@ -25,7 +25,8 @@ class EventFollower:
 
     def __init__(self, folder: Path):
         self.path = Path(folder) / EVENTS
-        self._offset, self._file = 0, None  # bytes read, and of which file
+        self._offset = 0  # bytes read
+        self._file: int | None = None  # and of which file
 
     def new(self) -> list[dict[str, Any]]:
         """Events that were written since the last call; none while there is no file."""

@@ -10,11 +10,11 @@ import difflib
 import io
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -74,7 +74,8 @@ class _Builder:
     memory."""
 
     def __init__(self, texts: frozenset[str]):
-        self.texts, self.values, self.path = texts, 0, []
+        self.texts, self.values = texts, 0
+        self.path: list[Any] = []
 
     def value(self, node: Any, as_text: bool = False) -> Any:
         self.values += 1
@@ -134,7 +135,8 @@ def dumps(document: Any) -> str:
     """The YAML of a plain document; `loads` of it is the document again."""
     from ruamel.yaml import YAML
 
-    writer, out = YAML(typ="safe", pure=True), io.StringIO()
+    writer: Any = YAML(typ="safe", pure=True)
+    out = io.StringIO()
     writer.default_flow_style, writer.sort_base_mapping_type_on_output = False, False
     writer.width = 100
     writer.dump(document, out)
@@ -209,13 +211,13 @@ def validate(model: type[Model], document: Any, where: str) -> Model:
     except ValidationError as error:
         faults = error.errors()
         told = [fault for fault in faults if fault["type"] != "too_short" or len(faults) == 1]
-        told = _one_for_each_field(told, model)
-        sentences = "\n".join(f"  {sentence(fault, model)}" for fault in told)
+        each = _one_for_each_field(told, model)
+        sentences = "\n".join(f"  {sentence(fault, model)}" for fault in each)
         raise InputError(f"{where} is not valid:\n{sentences}") from None
 
 
 def _one_for_each_field(
-    faults: list[Mapping[str, Any]], model: type[BaseModel]
+    faults: Sequence[Mapping[str, Any]], model: type[BaseModel]
 ) -> list[dict[str, Any]]:
     """Of a field that takes this or that, pydantic tells what is wrong with each: one fault for
     both."""
@@ -278,11 +280,11 @@ def legal_keys(model: type[BaseModel], location: tuple[str | int, ...] = ()) -> 
 
 def description_of(model: type[BaseModel], location: tuple[str | int, ...]) -> str | None:
     """What the last field on the way to `location` is for."""
-    found = None
+    found, section = None, cast("type[BaseModel] | None", model)
     for part in location:
-        if model is not None and part in model.model_fields:
-            found = model.model_fields[part].description
-            model = section_of(model.model_fields[part].annotation)
+        if section is not None and part in section.model_fields:
+            found = section.model_fields[part].description
+            section = section_of(section.model_fields[part].annotation)
     return found
 
 
