@@ -3,6 +3,7 @@ the run elsewhere (`trackers.py`). Written by rank 0 alone."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -16,6 +17,8 @@ import numpy as np
 from segfleet.core.files import is_uid, write_atomically
 from segfleet.core.progress import EVENTS, parse_event
 from segfleet.pipeline.trackers import Trackers
+
+THIN = 20_000  # steps of a stage after which its file gets fewer of them
 
 
 def read_events(folder: Path) -> Iterator[dict[str, Any]]:
@@ -35,6 +38,46 @@ def read_events(folder: Path) -> Iterator[dict[str, Any]]:
                 )
                 return
             yield event
+
+
+def recent_events(
+    folder: Path,
+) -> tuple[dict[str, Any] | None, int, list[dict[str, Any]]]:
+    """What tells where a stage stands: its last beginning, how often it was resumed, and its last
+    two steps. Of a long file these lines alone are decoded."""
+    try:
+        whole = (Path(folder) / EVENTS).read_bytes()
+    except FileNotFoundError:
+        return None, 0, []
+    begun = next(_backwards(whole, "stage_start"), None)
+    steps = list(itertools.islice(_backwards(whole, "step"), 2))[::-1]
+    resumed = sum(parse_event(line) is not None for line in _lines(whole, "resumed"))
+    return begun, resumed, steps
+
+
+def _backwards(whole: bytes, kind: str) -> Iterator[dict[str, Any]]:
+    """Events of a kind, the last one first."""
+    mark, end = _mark(kind), len(whole)
+    while (at := whole.rfind(mark, 0, end)) >= 0:
+        if at == 0 or whole[at - 1 : at] == b"\n":
+            stop = whole.find(b"\n", at)
+            line = whole[at : stop if stop >= 0 else len(whole)]
+            if (event := parse_event(line)) is not None:
+                yield event
+        end = at
+
+
+def _lines(whole: bytes, kind: str) -> Iterator[bytes]:
+    mark, at = _mark(kind), -1
+    while (at := whole.find(mark, at + 1)) >= 0:
+        if at == 0 or whole[at - 1 : at] == b"\n":
+            stop = whole.find(b"\n", at)
+            yield whole[at : stop if stop >= 0 else len(whole)]
+
+
+def _mark(kind: str) -> bytes:
+    """How a line of `EventLog` begins."""
+    return json.dumps({"event": kind}).encode()[:-1]
 
 
 class Lines:
@@ -77,8 +120,18 @@ class Lines:
         self.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
 
+def comes_to_file(last: int, step: int) -> bool:
+    """Whether the file gets a step's numbers after those of step `last`: all of them up to step
+    20,000, then every second one, from 40,000 on every fourth, and so on. So a stage of a million
+    steps has 7,600 lines and not 100,000, and each is near its neighbours."""
+    if step < THIN:
+        return True
+    gap = 10 * 2 ** ((step // THIN).bit_length())
+    return step // gap != last // gap
+
+
 class EventLog:
-    """Appends events. Opened at a step, it forgets what a killed process logged after the
+    """Appends events. Those of steps get fewer as a stage gets longer (`comes_to_file`). Opened at a step, it forgets what a killed process logged after the
     checkpoint of that step. `listen` hears every event as it is written, `trackers` the numbers of
     those that have a step."""
 
@@ -94,16 +147,20 @@ class EventLog:
         write_atomically(self.path, "".join(json.dumps(event) + "\n" for event in kept))
         self._file = open(self.path, "a", encoding="utf-8")
         self._listen, self._trackers = listen, trackers
+        self._step, self._waiting = step, ""
 
     def write(self, event: str, **facts: Any) -> None:
         """One event."""
         if self._listen:
             self._listen({"event": event, **facts})
-        self._file.write(
-            json.dumps({"event": event, "time": round(time.time(), 3), **facts}) + "\n"
-        )
-        self._file.flush()
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **facts}) + "\n"
         step = facts.get("step")
+        if event == "step" and not comes_to_file(self._step, step):
+            self._waiting = line  # it is written if anything else happens before the next one is
+        else:
+            self._file.write(line if event == "step" else self._waiting + line)
+            self._file.flush()
+            self._step, self._waiting = self._step if step is None else step, ""
         numbers = {
             f"{event}/{name}": value
             for name, value in facts.items()
@@ -120,6 +177,7 @@ class EventLog:
             self._trackers.picture(name, pixels, step)
 
     def close(self) -> None:
+        self._file.write(self._waiting)
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

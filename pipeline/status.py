@@ -9,7 +9,7 @@ from typing import Any
 from segfleet.core.files import read_json
 from segfleet.core.lock import is_locked
 from segfleet.core.progress import EVENTS
-from segfleet.pipeline.events import read_events
+from segfleet.pipeline.events import recent_events
 from segfleet.pipeline.folds import family_of, folder_of
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.run import DONE, IDENTITY, LOCK, StageFolder, differences, open_run
@@ -135,16 +135,15 @@ def _progress(stage: StageFolder) -> dict[str, Any]:
         "remaining_seconds": None,
         "restarts": 0,
     }
-    last = None
-    for event in read_events(stage.path):
-        if event["event"] == "stage_start":
-            facts["steps"] = event["steps"]
-        elif event["event"] == "resumed":
-            facts["restarts"] += 1
-        elif event["event"] == "step":
-            before, last = last, event
-            facts |= {key: event.get(key) for key in ("step", "loss", "samples_per_second")}
-            if before and event.get("time", 0) > before.get("time", 0) and facts["steps"]:
-                rate = (event["step"] - before["step"]) / (event["time"] - before["time"])
-                facts["remaining_seconds"] = round((facts["steps"] - event["step"]) / rate)
+    begun, facts["restarts"], steps = recent_events(stage.path)
+    if begun:
+        facts["steps"] = begun["steps"]
+    if not steps:
+        return facts
+    *before, last = steps
+    facts |= {key: last.get(key) for key in ("step", "loss", "samples_per_second")}
+    seconds = last.get("time", 0) - before[0].get("time", 0) if before else 0
+    done = last["step"] - before[0]["step"] if before else 0
+    if seconds > 0 and done > 0 and facts["steps"]:
+        facts["remaining_seconds"] = round((facts["steps"] - last["step"]) * seconds / done)
     return facts
