@@ -1,0 +1,46 @@
+"""How many files and folders a run leaves: clusters count them, a million for a group is usual."""
+
+from __future__ import annotations
+
+import torch
+
+from segfleet.pipeline import recipe as recipes
+from segfleet.pipeline.jobs import run_job
+from segfleet.pipeline.ranks import Ranks
+from segfleet.pipeline.run import RECIPE
+from segfleet.pipeline.stop import StopRequest
+
+STAGE, SCORED = 16, 36  # inodes of a stage; of one that is scored and has a report, beside that
+
+
+def inodes(folder, but=None) -> int:
+    """Files and folders in a folder, one of them left out."""
+    return sum(but is None or but not in (path, *path.parents) for path in folder.rglob("*"))
+
+
+def test_a_run_of_two_stages_and_so_a_sweep_leave_few_files(tiny_store, tmp_path):
+    """Trained for longer than it takes to prune checkpoints, scored, reported;
+    twice as long leaves no file more."""
+    counts = []
+    for epochs in (4, 8):
+        document = {
+            "name": "tiny",
+            "data": {"store": str(tiny_store(dims=2)), "batch": 2, "patch": [16, 16], "workers": 0},
+            "model": {"name": "unet_lite_standard", "options": {"width": 4}},
+            "stages": [
+                {"name": "base", "epochs": epochs, "steps": 1, "lr": 2e-2},
+                {"name": "tune", "epochs": 2, "steps": 2, "lr": 2e-2, "inherit": "weights"},
+            ],
+            "save_every": 1,
+        }
+        recipe = recipes.parse(document, "tiny").model_dump(mode="json")
+        root = tmp_path / str(epochs)
+        job = {"do": "train", "recipe": recipe, "root": str(root)}
+        run_job(job, Ranks(torch.device("cpu")), StopRequest())
+        (leaf,) = (path.parent for path in root.rglob(RECIPE))
+        counts.append((inodes(leaf.parent, leaf), inodes(leaf)))
+    assert counts[0] == counts[1]
+    first, last = counts[0]
+    assert first <= STAGE and last <= STAGE + SCORED, counts
+    # a hundred points of ten common beginnings, by these numbers: far from any quota
+    assert 10 * (first + 1) + 100 * (last + 1) < 6000
