@@ -93,6 +93,17 @@ def command(
         bool,
         typer.Option("--quick", help="Of a finished store compare sizes and times, not hashes."),
     ] = False,
+    on: Annotated[
+        str,
+        typer.Option(help="local | ray: shares on the nodes of a running Ray cluster (--address)."),
+    ] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="With --on ray: host:port of the cluster, or auto.")
+    ] = None,
+    members: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --on ray: shares; default: the cluster's cores."),
+    ] = None,
     upgrade: Annotated[
         Path | None,
         typer.Option(
@@ -115,6 +126,8 @@ def command(
         name, raw, out, format, workers, seed, option, size, patch, spacing, verify,
         interpolation=interpolation, masks=masks, normalisation=normalisation, slices=slices, like=like,
     )["store"]  # fmt: skip
+    if on != "local" or address or members:
+        on_cluster(store, on, address, members)
     first: dict[str, int] = {}
     said: list[Any] = []
     with bars(first) as tick:
@@ -186,6 +199,25 @@ def job_of(
         "store": {**store, "workers": workers, "split_seed": seed},
         "verify": verify,
     }
+
+
+def on_cluster(store: dict[str, Any], on: str, address: str | None, members: int | None) -> None:
+    """Have a cluster do what can be shared; what went wrong there is done again here. Raises
+    InputError."""
+    from segfleet.core.errors import InputError
+    from segfleet.preprocess.readers.base import open_reader
+    from segfleet.sweeps.ray.preprocess import spread
+
+    if on != "ray":
+        found = "--address and --members say where" if on == "local" else f"found '{on}'"
+        raise InputError(f"--on: {found}; expected --on ray (or local without them)")
+    shared = {**store, "raw": str(Path(store["raw"]).absolute())}
+    shared["out"] = str(Path(store["out"]).absolute())
+    cases = len(open_reader(store["reader_name"], store["raw"], **store["options"]).refs())
+    with bars({}) as tick:
+        faults = spread(shared, address or "auto", members, cases, tick)
+    for fault in faults[:MOST_WARNINGS]:
+        typer.echo(f"segfleet: a share failed on the cluster and is done here: {fault}", err=True)
 
 
 def rewrite(store: Path, as_json: bool) -> None:

@@ -160,30 +160,30 @@ def ray_session(resources: Any, folder: Path) -> Iterator[Path]:
         (folder / "ray.json").unlink(missing_ok=True)
 
 
-def join(address: str) -> None:
+def join(address: str, command: str = "sweep") -> None:
     """Attach to a running cluster. Raises InputError in one sentence for what will not pass."""
     import ray
 
-    host, port = place_of(address)
+    host, port = place_of(address, command)
     if host and not answers(host, port):
         raise InputError(
-            f"sweep: --address: nothing answers at {host}:{port}; `ray status` on the cluster's head "
+            f"{command}: --address: nothing answers at {host}:{port}; `ray status` on the cluster's head "
             "tells its address"
         )
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
         words = " ".join(str(error).split())
-        raise InputError(f"sweep: --address: Ray at {address} refused: {words[:300]}") from None
+        raise InputError(f"{command}: --address: Ray at {address} refused: {words[:300]}") from None
 
 
-def place_of(address: str) -> tuple[str | None, int]:
+def place_of(address: str, command: str = "sweep") -> tuple[str | None, int]:
     """Host and port; no host for what Ray itself finds, such as auto. Raises InputError."""
     if address in ("auto", "local") or address.startswith("ray://"):
         return None, 0
     host, colon, port = address.rpartition(":")
     if not (colon and host and port.isdigit() and int(port) < 2**16):
-        raise InputError(f"sweep: --address: found '{address}', expected host:port or auto")
+        raise InputError(f"{command}: --address: found '{address}', expected host:port or auto")
     return host.strip("[]"), int(port)
 
 
