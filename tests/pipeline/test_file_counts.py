@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+
+import pytest
 import torch
 
 from segfleet.pipeline import recipe as recipes
@@ -13,12 +16,22 @@ from segfleet.pipeline.stop import StopRequest
 STAGE, SCORED = 16, 36  # inodes of a stage; of one that is scored and has a report, beside that
 
 
+@pytest.fixture
+def handlers():
+    """The signal handlers a job sets for its process do not outlive the test."""
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def inodes(folder, but=None) -> int:
     """Files and folders in a folder, one of them left out."""
     return sum(but is None or but not in (path, *path.parents) for path in folder.rglob("*"))
 
 
-def test_a_run_of_two_stages_and_so_a_sweep_leave_few_files(tiny_store, tmp_path):
+def test_a_run_of_two_stages_and_so_a_sweep_leave_few_files(tiny_store, tmp_path, handlers):
     """Trained for longer than it takes to prune checkpoints, scored, reported;
     twice as long leaves no file more."""
     counts = []
