@@ -2,6 +2,8 @@
 
     python benchmarks/scale.py 2000 20000 100000      pictures of 64 x 64, written once into --folder
     python benchmarks/scale.py 20000 --label before   figures of another version beside today's
+    python benchmarks/scale.py 100000 --table         a manifest of so many cases without shards: open and draws alone
+    python benchmarks/scale.py 20000 --only check     steps whose name begins so; others keep their figures
 
 Every step is a process of its own: CPU seconds of it and of all that it started, the largest resident
 memory of any one of them, and the files that are there afterwards. Check and preprocess run with one
@@ -148,12 +150,81 @@ def files_in(folder: Path) -> int:
     return sum(len(files) for _, _, files in os.walk(folder))
 
 
-def one_size(count: int, root: Path, keep: bool) -> dict:
+def write_table(root: Path, count: int) -> Path:
+    """A manifest as that of `count` pictures with 256 sampled voxels each: no shards, no pictures."""
+    from segfleet.preprocess.stores.case_table import CaseTable
+    from segfleet.preprocess.stores.manifest import (
+        CaseEntry,
+        Dataset,
+        Manifest,
+        Plan,
+        save_manifest,
+    )
+
+    store = root / f"table-{count}"
+    store.mkdir(parents=True, exist_ok=True)
+    if (store / "manifest.json").exists():
+        return store
+    draw = np.random.default_rng(count)
+    grid = {"shape": (1, EDGE, EDGE), "raw_shape": (1, EDGE, EDGE), "spacing": (1.0,) * 3}
+    cases = (
+        CaseEntry(
+            id=f"case{index:06d}",
+            group=f"p{index // PATIENT:05d}",
+            shard=f"shards/{index // 1000:05d}",
+            key=f"case{index % 1000:05d}",
+            crop=((0, 1), (0, EDGE), (0, EDGE)),
+            raw_spacing=(1.0,) * 3,
+            voxels={0: EDGE**2 - 300, 1: 300},
+            foreground={1: tuple(draw.integers(0, EDGE**2, 256).tolist())},
+            sha256=f"{index:064x}",
+            source_sha256=f"{index:064x}",
+            image_sha256=f"{index:032x}",
+            image_file=f"images/case{index:06d}.png",
+            **grid,
+        )
+        for index in range(count)
+    )
+    ids = [f"case{index:06d}" for index in range(count)]
+    folds = tuple(
+        {
+            "train": tuple(name for n, name in enumerate(ids) if n % 5 != fold),
+            "val": tuple(ids[fold::5]),
+        }
+        for fold in range(5)
+    )
+    names = ("R", "G", "B")
+    dataset = {"name": "table", "reader": "folder", "dims": 2, "channels": names}
+    manifest = Manifest(
+        format="zarr",
+        dataset=Dataset(**dataset, labels={"background": 0, "spot": 1}),
+        plan=Plan(target_spacing=(0, 0, 0), patch=(1, 64, 64), normalisation=("rgb_to_0_1",) * 3),
+        cases=CaseTable.of(cases),
+        splits={"kfold": folds},
+    )
+    save_manifest(store, manifest)
+    return store
+
+
+def one_table(count: int, root: Path) -> dict:
+    store, steps = write_table(root, count), {}
+    for name, script in (("open", OPEN), ("draws", DRAWS)):
+        found = measured([sys.executable, "-c", script, str(store)], root)
+        lines = [line for line in found.pop("text").splitlines() if line.startswith("{")]
+        steps[name] = {**found, **json.loads(lines[-1])}
+        print(f"{count:>7,} {name:<28} {steps[name]}", flush=True)
+    steps["bytes"] = sum(path.stat().st_size for path in store.iterdir())
+    return steps
+
+
+def one_size(count: int, root: Path, keep: bool, only: str) -> dict:
     raw, python = write_pictures(root, count), sys.executable
     segfleet = [python, "-m", "segfleet.cli.main"]
     steps: dict[str, dict] = {}
 
     def step(name: str, command: Sequence[str], **facts) -> None:
+        if not name.startswith(only):
+            return
         found = measured(command, root)
         lines = [line for line in found.pop("text").splitlines() if line.startswith("{")]
         inside = json.loads(lines[-1]) if command[0] == python and "-c" in command else {}
@@ -165,16 +236,17 @@ def one_size(count: int, root: Path, keep: bool) -> dict:
         check = ["datasets", "folder", "check", str(raw), "--workers", str(workers)]
         step(f"check, {workers} worker(s)", [*segfleet, *check])
     store = root / f"store-{count}"
-    for workers in (2, 1):
+    for workers in (2, 1) if "preprocess".startswith(only) or only.startswith("pre") else ():
         shutil.rmtree(store, ignore_errors=True)
         make = ["preprocess", "folder", "--raw", str(raw), "--out", str(store)]
         make += ["--workers", str(workers)]
         step(f"preprocess, {workers} worker(s)", [*segfleet, *make])
-    steps["preprocess, 1 worker(s)"] |= {
+    steps["store"] = {
         "files": files_in(store),
         "bytes": sum(path.stat().st_size for path in store.rglob("*") if path.is_file()),
         "manifest_bytes": sum(path.stat().st_size for path in store.glob("*") if path.is_file()),
     }
+    make = ["preprocess", "folder", "--raw", str(raw), "--out", str(store), "--workers", "1"]
     step("compare", [*segfleet, *make])
     script = root / "first_batch.py"
     script.write_text(BATCH, encoding="utf-8")
@@ -182,7 +254,7 @@ def one_size(count: int, root: Path, keep: bool) -> dict:
     step("first batch", [python, str(script), str(store)])
     step("draws", [python, "-c", DRAWS, str(store)])
     if not keep:
-        shutil.rmtree(store)
+        shutil.rmtree(store, ignore_errors=True)
     return steps
 
 
@@ -191,19 +263,23 @@ def main() -> None:
     parser.add_argument("pictures", type=int, nargs="+")
     parser.add_argument("--folder", type=Path, help="scratch; kept if given")
     parser.add_argument("--label", default="now")
+    parser.add_argument("--only", default="", help="steps whose name begins so")
+    parser.add_argument("--table", action="store_true", help="a manifest alone")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     root = options.folder or Path(tempfile.mkdtemp())
     root.mkdir(parents=True, exist_ok=True)
     for count in options.pictures:
-        steps = one_size(count, root, bool(options.folder))
+        if options.table:
+            steps = one_table(count, root)
+        else:
+            steps = one_size(count, root, bool(options.folder), options.only)
         known = json.loads(options.out.read_text()) if options.out.exists() else {}
         known["machine"] = {"processor": platform.machine(), "cores": os.cpu_count()}
-        known.setdefault(options.label, {})[str(count)] = {
-            "load": round(os.getloadavg()[0], 1),
-            **steps,
-        }
+        size = f"{count} cases, manifest alone" if options.table else str(count)
+        mine = known.setdefault(options.label, {}).setdefault(size, {})
+        mine |= {"load": round(os.getloadavg()[0], 1), **steps}
         options.out.parent.mkdir(exist_ok=True)
         options.out.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     if not options.folder:
