@@ -1,4 +1,4 @@
-"""`segfleet export model | hub | nnunet | ome-zarr ...`: what was trained or predicted, for others
+"""`segfleet export model | hub | nnunet | ome-zarr | dicom-seg ...`: what was trained or predicted, for others
 to use."""
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ KINDS = {
     "hub": "RUN...",
     "nnunet": "RUN PREDICTIONS",
     "ome-zarr": "STORE CASE",
+    "dicom-seg": "STORE CASE SERIES",
 }
 
 
@@ -24,7 +25,7 @@ def command(
         typer.Argument(
             help="model: a file (or folder) that predicts anywhere. hub: the same as a folder for "
             "Hugging Face. nnunet: dataset.json beside predictions. ome-zarr: a case "
-            "of a store."
+            "of a store. dicom-seg: the label of a case as DICOM SEG."
         ),
     ],
     words: Annotated[
@@ -32,7 +33,8 @@ def command(
         typer.Argument(
             metavar="WHAT...",
             help="model, hub: runs (folder, uid or recipe) or a model. nnunet: a run, then the "
-            "folder of predictions. ome-zarr: a store, then a case.",
+            "folder of predictions. ome-zarr: a store, then a case. dicom-seg: a store, a case, the "
+            "folder of its DICOM series.",
         ),
     ],
     to: Annotated[
@@ -65,7 +67,8 @@ def command(
         raise InputError(
             f"export: found '{kind}', expected one of: {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}"
         )
-    if kind in ("nnunet", "ome-zarr") and len(words) != 2:
+    wanted = {"nnunet": 2, "ome-zarr": 2, "dicom-seg": 3}.get(kind, len(words))
+    if len(words) != wanted:
         raise InputError(f"export {kind}: found {' '.join(words)}, expected {KINDS[kind]}")
     if kind == "nnunet":
         show(describe(words[0], Path(words[1]), runs, fold, best), as_json, render)
@@ -77,6 +80,13 @@ def command(
         from segfleet.preprocess.stores.base import open_store
 
         write_ome_zarr(open_store(Path(words[0])), words[1], to)
+        show({"written": str(to)}, as_json, render)
+        return
+    if kind == "dicom-seg":
+        from segfleet.preprocess.exporting.dicom_seg import export_seg
+        from segfleet.preprocess.stores.base import open_store
+
+        export_seg(open_store(Path(words[0])), words[1], Path(words[2]), to)
         show({"written": str(to)}, as_json, render)
         return
     if kind == "hub" and to.suffix in (".segfleet", ".zip"):

@@ -82,6 +82,12 @@ def command(
             "rescale_to_0_1 | minmax | minmax255 | none."
         ),
     ] = None,
+    unlabelled: Annotated[
+        bool,
+        typer.Option(
+            "--unlabelled", help="Images alone, for a stage of `task: reconstruct`; any layout."
+        ),
+    ] = False,
     like: Annotated[
         Path | None,
         typer.Option(help="Preprocess as this store was: a test set for the runs trained on it."),
@@ -124,7 +130,7 @@ def command(
         return rewrite(upgrade, as_json)
     store = job_of(
         name, raw, out, format, workers, seed, option, size, patch, spacing, verify,
-        interpolation=interpolation, masks=masks, normalisation=normalisation, slices=slices, like=like,
+        interpolation=interpolation, masks=masks, normalisation=normalisation, slices=slices, like=like, unlabelled=unlabelled,
     )["store"]  # fmt: skip
     if on != "local" or address or members:
         on_cluster(store, on, address, members)
@@ -161,7 +167,7 @@ def _first(warnings: Sequence[Problem]) -> list[Problem]:
 def job_of(
     name: str | None, raw: Path | None, out: Path | None, format: str, workers: int | None, seed: int, option: list[str] | None, size: tuple[int, int] | None,
     patch: str | None, spacing: str | None, verify: bool, *, interpolation: str | None = None,
-    masks: str | None = None, normalisation: str | None = None, slices: bool = False, like: Path | None = None, **_: Any,
+    masks: str | None = None, normalisation: str | None = None, slices: bool = False, like: Path | None = None, unlabelled: bool = False, **_: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What preprocessing does, as preprocess.jobs says. Raises InputError for what shows before any
     image is read."""
@@ -190,7 +196,7 @@ def job_of(
         "raw": str(raw),
         "out": str(out),
         "format": format,
-        "options": chosen(option),
+        "options": chosen(option) | ({"unlabelled": "yes"} if unlabelled else {}),
         "overrides": overrides,
     }
     open_raw(name, raw, out, format=format, options=store["options"], overrides=overrides_of(store))
@@ -319,7 +325,7 @@ def render(found: dict[str, Any]) -> None:
             f"{found['patients']} patients",
         ),
         ("patients", f"{found['grouping']['rule']} ({found['grouping']['evidence']})"),
-        ("labels", ", ".join(dataset["regions"] or dataset["labels"])),
+        ("labels", _labels(dataset)),
         (
             "channels",
             ", ".join(
@@ -340,4 +346,12 @@ def render(found: dict[str, Any]) -> None:
         ),
     ]
     table(("", ""), rows)
-    typer.echo(f"next: segfleet train auto data.store={found['store']}")
+    if any(dataset["labels"].values()) or dataset["regions"]:
+        typer.echo(f"next: segfleet train auto data.store={found['store']}")
+    else:
+        typer.echo(f"next: a stage with task=reconstruct and data.store={found['store']}")
+
+
+def _labels(dataset: dict[str, Any]) -> str:
+    names = dataset["regions"] or dataset["labels"]
+    return ", ".join(names) if len(names) > 1 or dataset["regions"] else "none: images alone"

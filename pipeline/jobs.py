@@ -39,7 +39,7 @@ from segfleet.pipeline.inference.predict import Wishes, predict_files
 from segfleet.pipeline.loading import open_model
 from segfleet.pipeline.out_of_fold import decided
 from segfleet.pipeline.ranks import Ranks
-from segfleet.pipeline.recipe import Recipe, parse, resolve
+from segfleet.pipeline.recipe import Recipe, members, parse, resolve
 from segfleet.pipeline.reports.board import publish
 from segfleet.pipeline.reports.overlays import picture, save_overlays, save_prediction
 from segfleet.pipeline.reports.report import write_report
@@ -78,9 +78,10 @@ def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
         with ExitStack() as copies:
             if job["do"] == "train" and job.get("stage_to"):
                 for folder in folders:  # scoring reads every case once
-                    if folder.done() is None:
+                    own = resolve(recipe, folder.index)
+                    for one in members(own) if folder.done() is None else ():
                         stores.bring(
-                            resolve(recipe, folder.index),
+                            one,
                             lambda far: copies.enter_context(
                                 on_node(far, job["stage_to"], ranks, stop, warn)
                             ),

@@ -13,10 +13,11 @@ from segfleet.core.errors import InputError
 from segfleet.models import registry
 from segfleet.pipeline.data.masking import check_mask
 from segfleet.pipeline.engines.common import trainable
+from segfleet.pipeline.lora import adapt
 from segfleet.pipeline.losses.base import build_loss
 from segfleet.pipeline.losses.deep_supervision import DeepSupervision
 from segfleet.pipeline.losses.hidden_error import hidden_error
-from segfleet.pipeline.recipe import OVERRIDES, Recipe, resolve
+from segfleet.pipeline.recipe import OVERRIDES, Recipe, members, resolve
 from segfleet.pipeline.run import Manifests, manifests_of, named, stages_of
 from segfleet.pipeline.task import RECONSTRUCT, Task, make_task, reconstruction
 from segfleet.pipeline.training.transfer import Side, Transfer, plan_transfer, rows_of
@@ -278,15 +279,42 @@ def check_recipe(recipe: Recipe, manifest: Manifest | Manifests) -> Task:
     for index, own, stored in stages_of(recipe, manifest):
         stage = recipe.stages[index]
         same = own is recipe and stage.inherit.plain
-        key = repr([*(getattr(own, key) for key in OVERRIDES), stage.freeze, stage.rates])
+        key = repr(
+            [*(getattr(own, key) for key in OVERRIDES), stage.freeze, stage.rates, stage.lora]
+        )
         try:
             if key not in known:
                 known[key] = _check(own, stored, index)
+                check_stores(own, manifests_of(recipe, manifest))
             if index and not same:
                 check_transfer(recipe, manifests_of(recipe, manifest), index)
         except (InputError, registry.ModelError) as error:
             raise type(error)(named(error, own is not recipe, index, stage)) from None
     return known[key]
+
+
+def check_stores(recipe: Recipe, manifests: Manifests) -> None:
+    """Raises InputError where the stores of a stage cannot share batches: other channels, other
+    classes unless nobody asks for them, 2D beside 3D."""
+    first = manifests(recipe).dataset
+    for one in members(recipe)[1:]:
+        other = manifests(one).dataset
+        facts = [
+            ("channels", len(first.channels), len(other.channels)),
+            ("dims", first.dims, other.dims),
+        ]
+        if recipe.task != RECONSTRUCT:
+            facts += [
+                ("classes", first.labels, other.labels),
+                ("regions", first.regions, other.regions),
+                ("ignored label", first.ignore_label, other.ignore_label),
+            ]
+        for what, expected, found in facts:
+            if found != expected:
+                raise InputError(
+                    f"data.stores: {one.data.store} has {what} {found}, but {recipe.data.store} has "
+                    f"{expected}; stores of one stage need the same"
+                )
 
 
 def _check(recipe: Recipe, manifest: Manifest, index: int) -> Task:
@@ -305,6 +333,8 @@ def _check(recipe: Recipe, manifest: Manifest, index: int) -> Task:
             "expected 1 (y) and 2 (x)"
         )
     try:
+        if recipe.stages[index].lora:
+            adapt(network, recipe.stages[index], registry.spec(recipe.model.name), recipe.seed)
         trainable(network, recipe.stages[index], registry.spec(recipe.model.name))
     except InputError as error:
         raise InputError(f"stages.{index}.{error}") from None

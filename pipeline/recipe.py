@@ -30,6 +30,7 @@ from segfleet.pipeline.sections import (
     Optimizer,
     Positive,
     Section,
+    first_store,
 )
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -52,9 +53,11 @@ def _changes(section: type[Section]) -> type[Changes]:
         if annotation == Augment | None:
             annotation = AUGMENT_CHANGES | None
         fields[name] = (annotation, field)
+    checks = {"first": model_validator(mode="before")(first_store)} if section is Data else None
     return create_model(
-        f"{section.__name__}Changes", __base__=Changes, __doc__=section.__doc__, **fields
-    )
+        f"{section.__name__}Changes", __base__=Changes, __doc__=section.__doc__,
+        __validators__=checks, **fields,
+    )  # fmt: skip
 
 
 AUGMENT_CHANGES = _changes(Augment)
@@ -108,6 +111,13 @@ def _inherit(value: Any) -> Any:
     return value
 
 
+class Lora(Section):
+    """Adapters of low rank."""
+
+    rank: Positive = Field(8, description="columns of the thin matrices")
+    alpha: Above = Field(16.0, description="what they add is scaled by alpha / rank")
+
+
 class Stage(Section):
     """One stretch of training. The next stage starts from the last checkpoint of this one."""
 
@@ -159,6 +169,11 @@ class Stage(Section):
         default_factory=dict,
         description="role or beginning of a parameter name -> factor of its rate; of several that "
         "fit the last counts",
+    )
+    lora: Lora | None = Field(
+        None,
+        description="train adapters of low rank on the linear and convolution layers, and the head; "
+        "all else stays. Checkpoints hold the sums",
     )
     anchor: Annotated[float, Field(ge=0)] = Field(
         0.0,
@@ -242,6 +257,22 @@ class Recipe(Section):
                 raise ValueError(f"{where}a stage with patience needs evaluation.every > 0")
             if stage.unfreeze_at and not stage.freeze:
                 raise ValueError(f"stages.{index}.unfreeze_at: nothing is frozen; set freeze")
+            if stage.lora and (
+                clash := [k for k in ("anchor", "unfreeze_at") if getattr(stage, k)]
+            ):
+                raise ValueError(
+                    f"stages.{index}.{clash[0]}: does not go with lora, whose stage keeps what it "
+                    "inherits as it is; leave one out"
+                )
+            if stage.lora and own.engine.name != "ddp":
+                raise ValueError(
+                    f"stages.{index}.lora: found engine.name={own.engine.name}; expected ddp"
+                )
+            if stage.lora and not index and own.model.weights is None:
+                raise ValueError(
+                    f"stages.{index}.lora: there is nothing to adapt; a first stage needs "
+                    "model.weights"
+                )
             if stage.anchor and not index and own.model.weights is None:
                 raise ValueError(
                     f"stages.{index}.anchor: there is nothing to be near to; a first stage needs "
@@ -292,7 +323,9 @@ def _merged(section: Any, changes: Any) -> Any:
         return section if changes is None else changes
     said = {key: getattr(changes, key) for key in changes.model_fields_set}
     if isinstance(section, Data) and said.get("store", section.store) != section.store:
-        alone = {key: Data.model_fields[key].default for key in ("split", "fold", "made_for")}
+        alone = {
+            key: Data.model_fields[key].default for key in ("split", "fold", "made_for", "stores")
+        }
         said = alone | said  # of one store they say nothing of another
         section = section.model_copy(update={"made_for": None})
     if "options" in type(section).model_fields and said.get("name", section.name) != section.name:
@@ -310,7 +343,9 @@ def _changed(field: Any, value: Any, base: Any) -> Any:
     kind = settings.section_of(field.annotation)
     said = {key: getattr(value, key) for key in type(value).model_fields}
     needed = (
-        {"split", "fold", "made_for"} if said.get("store") != getattr(base, "store", None) else ()
+        {"split", "fold", "made_for", "stores"}
+        if said.get("store") != getattr(base, "store", None)
+        else ()
     )
     needed = {*needed, *({"options"} if said.get("name") != getattr(base, "name", None) else ())}
     said = {k: v for k, v in said.items() if k in needed or v != getattr(base, k)}
@@ -318,6 +353,18 @@ def _changed(field: Any, value: Any, base: Any) -> Any:
         inner = kind.model_fields["augment"]
         said["augment"] = _changed(inner, said["augment"], base.augment or Augment())
     return kind.model_construct(set(said), **said)
+
+
+def members(recipe: Recipe) -> list[Recipe]:
+    """A resolved recipe for each of its stores alone: itself where there is but one."""
+    if not recipe.data.stores:
+        return [recipe]
+    return [
+        recipe.model_copy(
+            update={"data": recipe.data.model_copy(update={"store": one.store, "stores": ()})}
+        )
+        for one in recipe.data.stores
+    ]
 
 
 def cut(recipe: Recipe, index: int) -> Recipe:
@@ -418,4 +465,13 @@ def _absolute(data: Any, where: str) -> Any:
             f"{where}.store: missing; name the folder of a store, for example "
             f"{where}.store=stores/hippocampus"
         )
-    return data.model_copy(update={"store": str(Path(data.store).expanduser().resolve())})
+    found = {"store": _resolved(data.store)}
+    if data.stores:
+        found["stores"] = tuple(
+            one.model_copy(update={"store": _resolved(one.store)}) for one in data.stores
+        )
+    return data.model_copy(update=found)
+
+
+def _resolved(store: str) -> str:
+    return str(Path(store).expanduser().resolve())

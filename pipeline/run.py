@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from segfleet.core.errors import InputError
 from segfleet.core.files import read_json, write_json
 from segfleet.core.lock import Lock, holder
-from segfleet.pipeline.recipe import OVERRIDES, Inherit, Recipe, Stage, parse, resolve
+from segfleet.pipeline.recipe import OVERRIDES, Inherit, Recipe, Stage, members, parse, resolve
 from segfleet.pipeline.sources import NUMERICS, changed_sources
 from segfleet.preprocess.stores.manifest import Manifest, load_manifest
 
@@ -71,7 +71,8 @@ def stages_of(
         own = resolve(recipe, index)
         try:
             stored = manifests(own)
-            training_ids(own, stored)
+            for one in members(own):
+                training_ids(one, manifests(one))
         except InputError as error:
             raise InputError(named(error, own is not recipe, index, stage)) from None
         yield index, own, stored
@@ -110,15 +111,27 @@ def training_ids(recipe: Recipe, manifest: Manifest) -> tuple[str, ...]:
     return tuple(name for name in ids if name in chosen)
 
 
-def stage_facts(recipe: Recipe, manifest: Manifest, index: int) -> dict[str, Any]:
+def shares_of(recipe: Recipe, manifests: Manifests) -> list[tuple[Recipe, Manifest, int]]:
+    """Of a resolved recipe's stores: the recipe for it alone, what it holds, its weight."""
+    found = []
+    for number, one in enumerate(members(recipe)):
+        stored = manifests(one)
+        weight = recipe.data.stores[number].weight if recipe.data.stores else None
+        found.append((one, stored, weight or len(training_ids(one, stored))))
+    return found
+
+
+def stage_facts(recipe: Recipe, manifest: Manifest | Manifests, index: int) -> dict[str, Any]:
     """Everything about stage `index` that changes its result, its parents left out. `recipe` is
     resolved for that stage, `manifest` that of its store."""
+    manifests = manifests_of(recipe, manifest)
+    manifest = manifests(recipe)
     whole = recipe.model_dump(mode="json")
     rebuilds = recipe.task == "reconstruct"
     data = {
         key: value
         for key, value in whole["data"].items()
-        if key not in ("made_for", "store", "workers", "split", "fold", "cases")
+        if key not in ("made_for", "store", "stores", "workers", "split", "fold", "cases")
         and (key != "mask" or rebuilds)
     }
     engine = {
@@ -133,7 +146,7 @@ def stage_facts(recipe: Recipe, manifest: Manifest, index: int) -> dict[str, Any
         *(() if index else ("inherit",)),
     )
     stage = {key: value for key, value in whole["stages"][index].items() if key not in idle}
-    for key in ("unfreeze_at", "freeze_statistics", "layer_decay", "rates", "anchor"):
+    for key in ("unfreeze_at", "freeze_statistics", "layer_decay", "rates", "anchor", "lora"):
         if stage[key] == Stage.model_fields[key].get_default(call_default_factory=True):
             del stage[key]
     if stage["freeze"]:  # said even where it is the default: once, statistics went on
@@ -153,12 +166,21 @@ def stage_facts(recipe: Recipe, manifest: Manifest, index: int) -> dict[str, Any
             {key: value for key, value in whole["evaluation"].items() if key != "tolerance"},
             list(manifest.fold(recipe.data.split, recipe.data.fold)["val"]),
         ]
+    several = {
+        "stores": [
+            [stored.id, weight, list(training_ids(one, stored))]
+            for one, stored, weight in shares_of(recipe, manifests)
+        ]
+        if recipe.data.stores
+        else []
+    }
     changed = changed_sources(recipe.model.name, recipe.loss.name)
     return {
         "numerics": NUMERICS,
         **({"sources": changed} if changed else {}),
         **({"task": recipe.task} if rebuilds else {"loss": whole["loss"]}),
         "store": manifest.id,
+        **(several if several["stores"] else {}),
         "train": list(training_ids(recipe, manifest)),
         "seed": recipe.seed,
         "data": data,
@@ -191,8 +213,9 @@ def model_facts(model: dict[str, Any], index: int) -> dict[str, Any]:
 def stage_uids(recipe: Recipe, manifest: Manifest | Manifests) -> list[str]:
     """One uid per stage; beginnings of two recipes that resolve to the same have equal uids."""
     uids: list[str] = []
-    for index, own, stored in stages_of(recipe, manifest):
-        uids.append(stage_uid(uids[-1] if uids else None, stage_facts(own, stored, index)))
+    manifests = manifests_of(recipe, manifest)
+    for index, own, _ in stages_of(recipe, manifests):
+        uids.append(stage_uid(uids[-1] if uids else None, stage_facts(own, manifests, index)))
     return uids
 
 
@@ -215,8 +238,9 @@ def _encoded(ids: tuple[str, ...]) -> str:
 def stage_steps(recipe: Recipe, manifest: Manifest | Manifests) -> list[int]:
     """Optimizer steps of an epoch of every stage; by default one pass over the training cases."""
     found = []
-    for index, own, stored in stages_of(recipe, manifest):
-        cases = len(training_ids(own, stored))
+    manifests = manifests_of(recipe, manifest)
+    for index, own, _ in stages_of(recipe, manifests):
+        cases = sum(len(training_ids(one, manifests(one))) for one in members(own))
         found.append(recipe.stages[index].steps or max(1, -(-cases // own.data.batch)))
     return found
 
@@ -283,7 +307,7 @@ def note_identity(folder: StageFolder, recipe: Recipe, manifest: Manifest | Mani
     differs."""
     if not (folder.path / IDENTITY).exists():
         own = resolve(recipe, folder.index)
-        facts = stage_facts(own, manifests_of(recipe, manifest)(own), folder.index)
+        facts = stage_facts(own, manifests_of(recipe, manifest), folder.index)
         facts["train"] = hashlib.sha256(_encoded(tuple(facts["train"])).encode()).hexdigest()[:16]
         document = {"name": recipe.name, "facts": facts}
         write_json(folder.path / IDENTITY, document)
@@ -299,7 +323,7 @@ def differences(
         return None
     before = _flat(noted["facts"])
     own = resolve(recipe, index)
-    facts = json.loads(json.dumps(stage_facts(own, manifests_of(recipe, manifest)(own), index)))
+    facts = json.loads(json.dumps(stage_facts(own, manifests_of(recipe, manifest), index)))
     facts["train"] = hashlib.sha256(_encoded(tuple(facts["train"])).encode()).hexdigest()[:16]
     now = _flat(facts)
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]

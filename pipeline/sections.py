@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Above = Annotated[float, Field(gt=0)]
@@ -99,13 +99,44 @@ class Mask(Section):
     block: Positive = Field(8, description="edge of the hidden cubes (2D: squares), voxels")
 
 
+class Source(Section):
+    """One of several stores that patches are drawn from."""
+
+    store: str = Field(min_length=1, description="folder of a shard store")
+    weight: Positive | None = Field(
+        None,
+        description="how often it is drawn from, as a share of all weights; none: the number of its "
+        "training cases",
+    )
+
+
+def first_store(said: Any) -> Any:
+    """Of `stores` without `store`: the first is the one that says channels, classes and patch."""
+    if not isinstance(said, dict) or not isinstance(said.get("stores"), list | tuple):
+        return said
+    sources = [{"store": one} if isinstance(one, str) else one for one in said["stores"]]
+    first = sources[0].get("store") if sources and isinstance(sources[0], dict) else None
+    if first and said.get("store") not in (None, "", first):
+        raise ValueError(
+            f"data.store: found {said['store']}, but the first of data.stores is {first}; name one"
+        )
+    return said | {"stores": sources} | ({"store": first} if first else {})
+
+
 class Data(Section):
     """Which cases, and how patches are drawn from them."""
+
+    _first = model_validator(mode="before")(first_store)
 
     made_for: MadeFor | None = Field(
         None, description="the data set that the recipe was written for; null: any"
     )
     store: str = Field("", description="folder of the shard store; relative to the working folder")
+    stores: tuple[Source, ...] = Field(
+        (),
+        description="several stores to train on, each with a `weight`: folders, or {store, weight}; "
+        "the first stands for `store`, and split, fold and cases mean each",
+    )
     split: str = Field(
         "kfold",
         description="name of a split stored in the manifest; all: every case trains, for a stage "

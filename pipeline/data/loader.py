@@ -24,7 +24,7 @@ from segfleet.pipeline.data.geometry import mirror, resample, source
 from segfleet.pipeline.data.intensity import apply_intensity
 from segfleet.pipeline.data.kernels import scratch
 from segfleet.pipeline.data.masking import hidden
-from segfleet.pipeline.data.sampler import Draw, PatchSampler
+from segfleet.pipeline.data.sampler import Draw, MixedSampler, PatchSampler
 from segfleet.pipeline.data.unpack import unpack
 from segfleet.pipeline.sections import Augment, Mask
 from segfleet.preprocess.stores.base import ShardStore
@@ -76,21 +76,23 @@ class Patches(Dataset):
 
     def __init__(
         self,
-        store: ShardStore,
-        sampler: PatchSampler,
+        store: ShardStore | Sequence[ShardStore],
+        sampler: PatchSampler | MixedSampler,
         stage: int,
         steps: int,
         augment: Augment | None,
         pinned: bool,
     ):
         """`pinned`: batches are put where a GPU fetches them by itself."""
-        self.store, self.sampler, self.stage, self.steps = store, sampler, stage, steps
+        self.stores = tuple(store) if isinstance(store, Sequence) else (store,)
+        self.sampler, self.stage, self.steps = sampler, stage, steps
         self.augment, self.pinned = augment, pinned
-        store.fill = unpack
+        for one in self.stores:
+            one.fill = unpack
 
     def __getitems__(self, places: list[tuple[int, int]]) -> Batch | Failure:
         """A micro-batch. `DataLoader` calls it with the list a batch sampler yields."""
-        plan = self.store.manifest.plan
+        plan = self.stores[0].manifest.plan
         image = np.empty((len(places), len(plan.normalisation), *self.sampler.patch), np.float32)
         label = np.empty((len(places), *self.sampler.patch), np.uint8)
         cases = []
@@ -114,7 +116,7 @@ class Patches(Dataset):
 
     def _sample(self, draw: Draw, image: np.ndarray, label: np.ndarray) -> None:
         """Fills in image (C, z, y, x) and label (z, y, x)."""
-        patch, store = self.sampler.patch, self.store
+        patch, store = self.sampler.patch, self.stores[draw.store]
         if self.augment is None:
             box = tuple(slice(s, s + p) for s, p in zip(draw.start, patch, strict=True))
             store.image(draw.case, box, image)

@@ -23,7 +23,7 @@ def generator(
     )
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def permutation(seed: int, stage: int, stream: int, cycle: int, size: int) -> np.ndarray:
     """Order in which `size` cases are visited in the given cycle of a stream."""
     return generator(seed, CASES, stage, cycle, stream).permutation(size)

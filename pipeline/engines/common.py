@@ -11,8 +11,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from segfleet.core.errors import InputError
 from segfleet.models import registry
+from segfleet.pipeline import lora, sections
 from segfleet.pipeline import recipe as recipes
-from segfleet.pipeline import sections
 from segfleet.pipeline.checkpoint import Checkpoint, CheckpointError, Tensors
 from segfleet.pipeline.engines.base import Setup
 
@@ -42,6 +42,8 @@ def trainable(
 
 
 def frozen(name: str, stage: recipes.Stage, spec: registry.ModelSpec) -> bool:
+    if stage.lora and not lora.is_adapter(name) and not registry.belongs(name, "head", spec):
+        return True
     return any(registry.belongs(name, part, spec) for part in stage.freeze)
 
 
@@ -245,7 +247,7 @@ class Average:
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
+        self.model, self.decay = model, decay
         self.values = (
             {name: p.detach().clone() for name, p in model.named_parameters()} if decay else {}
         )
@@ -266,13 +268,17 @@ class Average:
 
     def tensors(self) -> Tensors:
         """The groups of a checkpoint that `load` takes; none without a decay."""
-        return {"ema": self.values, "average": {"updates": self.updates}} if self.values else {}
+        if not self.values:
+            return {}
+        found = {"ema": lora.merged(self.model, self.values), "average": {"updates": self.updates}}
+        parts = lora.adapters(self.values)
+        return found | ({"lora_ema": parts} if parts else {})
 
     @torch.no_grad()
     def load(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         """Continue exactly. Parameters that the checkpoint has no average of start from their
         weights."""
-        averaged = checkpoint.tensors("ema")
+        averaged = lora.divided(model, checkpoint.tensors("ema"), checkpoint.tensors("lora_ema"))
         updates = checkpoint.tensors("average").get("updates")
         self.updates.fill_(0 if updates is None else updates)
         for name, value in self.values.items():

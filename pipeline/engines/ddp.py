@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from segfleet.core.errors import InputError
 from segfleet.models import registry
+from segfleet.pipeline import lora
 from segfleet.pipeline.checkpoint import Checkpoint, Tensors
 from segfleet.pipeline.engines.base import Setup, autocast
 from segfleet.pipeline.engines.common import (
@@ -108,9 +109,11 @@ class Engine:
 
     def tensors(self) -> Tensors:
         groups = {
-            "weights": dict(self.model.state_dict()),
+            "weights": lora.merged(self.model),
             "optimizer": optimizer_tensors(self.optimizer, self.named),
         }
+        if parts := lora.adapters(dict(self.model.named_parameters())):
+            groups["lora"] = parts
         groups |= self.average.tensors()
         if self.scaler.is_enabled():
             groups["scaler"] = {
@@ -123,7 +126,10 @@ class Engine:
         load_optimizer(self.optimizer, self.named, moments)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        load_weights(self.model, checkpoint.tensors("weights"), str(checkpoint.path))
+        weights = lora.divided(
+            self.model, checkpoint.tensors("weights"), checkpoint.tensors("lora")
+        )
+        load_weights(self.model, weights, str(checkpoint.path))
         self.average.load(self.model, checkpoint)
         load_optimizer(self.optimizer, self.named, checkpoint.tensors("optimizer"))
         if self.scaler.is_enabled():

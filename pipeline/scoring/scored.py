@@ -17,8 +17,8 @@ from typing import Any
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import read_json, write_json
-from segfleet.pipeline.recipe import Recipe
-from segfleet.pipeline.run import StageFolder, stages_of, training_ids
+from segfleet.pipeline.recipe import Recipe, members
+from segfleet.pipeline.run import StageFolder, manifests_of, stages_of, training_ids
 from segfleet.preprocess.stores.manifest import Manifest
 
 EVALUATION = "evaluation.json"
@@ -107,7 +107,10 @@ def seen_in_training(ids: Sequence[str], recipe: Recipe, manifest: Manifest) -> 
     others are of patients it was trained on."""
     patient = {case: group or case for case, group in manifest.cases.columns("id", "group")}
     trained: set[str] = set()
-    for _, own, stored in stages_of(recipe, manifest):
+    manifests = manifests_of(recipe, manifest)
+    own_stores = [one for _, own, _ in stages_of(recipe, manifests) for one in members(own)]
+    for own in own_stores:
+        stored = manifests(own)
         known = set(training_ids(own, stored))
         if stored.id != manifest.id:  # another store: the same images, whatever they are called
             images = dict(stored.cases.columns("id", "image_sha256"))

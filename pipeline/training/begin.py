@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from segfleet.models import registry
 from segfleet.pipeline import checkpoint, run
 from segfleet.pipeline.engines.base import Engine, Setup, build_engine
+from segfleet.pipeline.lora import adapt
 from segfleet.pipeline.parts import Objective, build_network, in_layout, task_of, transfer_of
 from segfleet.pipeline.recipe import resolve
 from segfleet.pipeline.training import precision as bf16
@@ -37,8 +39,8 @@ def build(this: Run, index: int) -> tuple[Engine, checkpoint.Checkpoint | None]:
     )
     saved = checkpoint.read(Path(found)) if found else None
     taken, moments = set(model.state_dict()) if index == 0 else set(), {}
-    # what is anchored must know where it began, also in the middle of its stage
-    if index and (stage.anchor or not saved):
+    # what is anchored or adapted must know where it began, also in the middle of its stage
+    if index and (stage.anchor or stage.lora or not saved):
         taken, moments = inherited(this, index, model, first=not saved)
     if stage.unfreeze_at and saved:
         steps = run.stage_steps(this.recipe, this.manifests)[index]
@@ -49,6 +51,8 @@ def build(this: Run, index: int) -> tuple[Engine, checkpoint.Checkpoint | None]:
         for name, value in model.state_dict().items()
         if stage.anchor and name in taken
     }
+    if stage.lora:
+        adapt(model, stage, registry.spec(recipe.model.name), recipe.seed)
     model = model.to(ranks.device)
     sync_norm.synchronise(model, ranks, recipe.engine.compile)
     model = in_layout(model, recipe, manifest)

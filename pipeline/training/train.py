@@ -23,7 +23,7 @@ from segfleet.core.litter import remove_partial
 from segfleet.core.machine import cpus_of_a_rank
 from segfleet.pipeline import checkpoint, run
 from segfleet.pipeline.data import loader
-from segfleet.pipeline.data.sampler import PatchSampler
+from segfleet.pipeline.data.sampler import MixedSampler, PatchSampler
 from segfleet.pipeline.engines.base import Engine
 from segfleet.pipeline.events import EventLog
 from segfleet.pipeline.parts import (
@@ -248,16 +248,8 @@ class locked:
 def train_stage(this: Run, index: int) -> None:
     """Train one stage from where its folder stands to its end."""
     recipe, ranks = resolve(this.recipe, index), this.ranks
-    store = this.stores(recipe)
-    manifest = store.manifest
     folder, stage = this.folders[index], recipe.stages[index]
-    sampler = PatchSampler(
-        cases=manifest.cases.among(set(run.training_ids(recipe, manifest))),
-        patch=patch_of(recipe, manifest),
-        batch=recipe.data.batch,
-        foreground=recipe.data.foreground,
-        seed=recipe.seed,
-    )
+    stores, sampler = sampler_of(this, recipe)
     steps = run.stage_steps(recipe, this.manifests)[index]
     total = stage.epochs * steps
     pause = this.pause_at if folder is this.folders[-1] else None
@@ -279,7 +271,7 @@ def train_stage(this: Run, index: int) -> None:
         ranks.rank,
         ranks.size,
     )
-    parts = (store, sampler, index, steps, recipe.data.augment, ranks.device.type != "cpu")
+    parts = (stores, sampler, index, steps, recipe.data.augment, ranks.device.type != "cpu")
     patches = (
         loader.MaskedPatches(*parts, mask=recipe.data.mask)
         if recipe.task == "reconstruct"
@@ -383,6 +375,26 @@ def train_stage(this: Run, index: int) -> None:
         folder.finish(last, steps=progress.step, best=progress.best, skipped=progress.skipped)
         checkpoint.prune(folder.checkpoints, 1, protected(progress))
     ranks.barrier()
+
+
+def sampler_of(this: Run, recipe: Recipe) -> tuple[list[ShardStore], PatchSampler | MixedSampler]:
+    """The stores of a stage, whose recipe is resolved, and what is drawn from them."""
+    patch, stores, samplers, weights = patch_of(recipe, this.manifests(recipe)), [], [], []
+    for one, manifest, weight in run.shares_of(recipe, this.manifests):
+        samplers.append(
+            PatchSampler(
+                cases=manifest.cases.among(set(run.training_ids(one, manifest))),
+                patch=patch,
+                batch=recipe.data.batch,
+                foreground=recipe.data.foreground,
+                seed=recipe.seed,
+            )
+        )
+        stores.append(this.stores(one))
+        weights.append(weight)
+    if len(samplers) == 1:
+        return stores, samplers[0]
+    return stores, MixedSampler(parts=tuple(samplers), weights=tuple(weights))
 
 
 def begin_log(this: Run, index: int, step: int, total: int) -> EventLog:

@@ -23,7 +23,7 @@ from segfleet.preprocess.planning.fingerprint import CaseFacts, samples_per_case
 from segfleet.preprocess.planning.patients import NAME as SHEET
 from segfleet.preprocess.planning.patients import Grouping
 from segfleet.preprocess.planning.plan import normalisation
-from segfleet.preprocess.readers.base import CaseRef, RawReader
+from segfleet.preprocess.readers.base import CaseRef, RawReader, no_label
 from segfleet.preprocess.stores.manifest import Dataset
 from segfleet.preprocess.transforms.voxels import pieces, values
 
@@ -84,7 +84,8 @@ def survey(
     facts = [case.model_copy(update={"group": joint.get(case.id, case.group)}) for case in facts]
     refs = [replace(ref, group=joint.get(ref.id, ref.group)) for ref in refs]
     warnings += doubles + leaks(reader.splits(), {ref.id: ref.group or ref.id for ref in refs})
-    if not problems and not any(case.foreground(dataset.ignore_label) for case in facts):
+    asked = any(dataset.labels.values()) or dataset.regions
+    if asked and not problems and not any(case.foreground(dataset.ignore_label) for case in facts):
         mend = "Check that labels and images belong together."
         problems.append(
             Problem(
@@ -168,10 +169,13 @@ def check_case(reader: RawReader, dataset: Dataset, samples: int, ref: CaseRef) 
     except ImageError as error:
         problems.append(error.problem(ref.id))
     try:
-        label, grid = reader.label(ref, digest)
-        if image is not None:
+        if ref.labels:
+            label, grid = reader.label(ref, digest)
+        elif image is not None:
+            label, grid = no_label(geometry), geometry
+        if ref.labels and image is not None:
             label, grid = settled(label, grid, geometry)
-        problems += label_problems(ref.id, label, dataset)
+        problems += label_problems(ref.id, label, dataset) if label is not None else []
     except ImageError as error:
         problems.append(error.problem(ref.id))
     if image is not None and label is not None and (difference := disagreement(grid, geometry)):
@@ -192,7 +196,7 @@ def check_case(reader: RawReader, dataset: Dataset, samples: int, ref: CaseRef) 
     ]
     case = Case(id=ref.id, group=ref.group, image_CZYX=image, label_ZYX=label, geometry=geometry)
     kinds = normalisation(dataset)
-    facts = statistics(case, kinds, dataset.ignore_label, samples)
+    facts = statistics(case, kinds, dataset.ignore_label, samples, labelled=bool(ref.labels))
     facts |= {"source_sha256": digest.hexdigest(), "image_sha256": _pixels(image)}
     found = CaseFacts(
         **identity,

@@ -70,17 +70,26 @@ def samples_per_case(cases: int) -> int:
 
 
 def statistics(
-    case: Case, normalisation: Sequence[str], ignore_label: int | None, samples: int
+    case: Case,
+    normalisation: Sequence[str],
+    ignore_label: int | None,
+    samples: int,
+    labelled: bool = True,
 ) -> dict:
     """The fields of CaseFacts that follow from the arrays of a sound case. The draw depends on the
-    case's id alone."""
+    case's id alone: foreground voxels, or where nothing is `labelled` those above the lowest value.
+    """
     label = case.label_ZYX.astype(np.uint8, copy=False)
     found = counts(label)
     seed = int.from_bytes(hashlib.sha256(f"intensity {case.id}".encode()).digest()[:8], "little")
     ignored = 0 if ignore_label is None else ignore_label
-    where = draw(
-        label, lambda piece: (piece > 0) & (piece != ignored), samples, np.random.default_rng(seed)
-    )
+    rng = np.random.default_rng(seed)
+    if labelled:
+        where = draw(label, lambda piece: (piece > 0) & (piece != ignored), samples, rng)
+    else:
+        first = case.image_CZYX[0]
+        lowest = first.min()
+        where = draw(first, lambda piece: piece > lowest, samples, rng)
     drawn = np.stack([channel.ravel()[where] for channel in case.image_CZYX], axis=-1).astype("<f4")
     return {
         "raw_shape": case.geometry.shape,

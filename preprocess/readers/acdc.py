@@ -105,8 +105,10 @@ class Reader(RawReader):
         refs = []
         for patient in self.patients:
             frames = _frames(patient)
-            if patient.parent.name == "testing" and not any(
-                _label(image).is_file() for image in frames
+            if (
+                self.labelled
+                and patient.parent.name == "testing"
+                and not any(_label(image).is_file() for image in frames)
             ):
                 continue
             refs += [

@@ -30,12 +30,12 @@ from segfleet.preprocess.planning.patients import patient_of as patient_of
 from segfleet.preprocess.stores.manifest import Dataset
 
 Folds = tuple[dict[str, tuple[str, ...]], ...]
-SHARED = ("base", "pairs", "places")  # what several layouts use
+SHARED = ("base", "pairs", "places", "unlabelled")  # what several layouts use
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaseRef:
-    """Where the files of one case lie. `group` is the patient; empty: the case is a patient of its
+    """Where the files of one case lie; no `labels` where nobody asks for them. `group` is the patient; empty: the case is a patient of its
     own. `stratum` is what folds are to be balanced over: a site, or a class of the data set. `said`
     is what a description of many cases says of this one, and counts for its hash as its files do.
     """
@@ -75,8 +75,9 @@ class RawReader(ABC):
     patients_from: ClassVar[str] = "the layout says"
     options: ClassVar[dict[str, tuple[str, ...]]] = {}  # name -> legal values, the default first
 
-    def __init__(self, root: str | Path, **options: str):
-        self.root = Path(root)
+    def __init__(self, root: str | Path, *, labelled: bool = True, **options: str):
+        """`labelled`: whether labels are wanted; without, images that have none are cases, too."""
+        self.root, self.labelled = Path(root), labelled
         if not self.root.is_dir():
             raise InputError(f"raw: {self.root} is not a folder. Expected {self.layout}")
         self.chosen = {name: values[0] for name, values in self.options.items()}
@@ -137,7 +138,7 @@ class RawReader(ABC):
             patients = {ref.id: ref.group for ref in refs if ref.group}
             evidence = f"{len(patients)} cases of {len(set(patients.values()))} patients"
             return tuple(refs), Grouping(
-                patients=patients, rule=f"what {type(self).patients_from}", evidence=evidence
+                patients=patients, rule=f"what {self.patients_from}", evidence=evidence
             )
         dims = {"2D": 2, "3D": 3}.get(self.facts.dims) or self.dataset().dims
         found = by_names([ref.id for ref in refs], dims)
@@ -190,7 +191,10 @@ class RawReader(ABC):
         Raises ImageError."""
         digest = hashlib.sha256()
         image, geometry = self.image(ref, digest)
-        label, _ = settled(*self.label(ref, digest), geometry)
+        if ref.labels:
+            label, _ = settled(*self.label(ref, digest), geometry)
+        else:
+            label = no_label(geometry)
         extra = {
             "source_sha256": digest.hexdigest(),
             "files": [os.path.relpath(p, self.root) for p in ref.images],
@@ -203,6 +207,11 @@ class RawReader(ABC):
             geometry=geometry,
             extra=extra,
         )
+
+
+def no_label(geometry: Geometry) -> np.ndarray:
+    """(Z, Y, X) of an image without a label: background."""
+    return np.zeros(geometry.shape, np.uint8)
 
 
 def _as_spelt(refs: Sequence[CaseRef]) -> list[CaseRef]:
@@ -258,8 +267,12 @@ def reader_class(name: str) -> type[RawReader]:
     return import_part(f"segfleet.preprocess.readers.{name}", "layout").Reader
 
 
-def open_reader(name: str, root: str | Path, **options: str) -> RawReader:
-    return reader_class(name)(root, **options)
+def open_reader(name: str, root: str | Path, *, unlabelled: str = "", **options: str) -> RawReader:
+    """The reader of a layout with its options; `unlabelled`, if not empty: of its images alone."""
+    if not unlabelled:
+        return reader_class(name)(root, **options)
+    bare = import_part("segfleet.preprocess.readers.unlabelled", "layout")
+    return bare.Unlabelled(reader_class(name)(root, labelled=False, **options))
 
 
 def natural(text: str) -> list:

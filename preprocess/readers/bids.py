@@ -34,9 +34,9 @@ class Reader(RawReader):
     facts = Facts(dims="3D", modality="MRI")
     patients_from = "BIDS says: its subjects"
 
-    def __init__(self, root: str | Path, **options: str):
-        super().__init__(root, **options)
-        if not self.segmentations:
+    def __init__(self, root: str | Path, *, labelled: bool = True, **options: str):
+        super().__init__(root, labelled=labelled, **options)
+        if labelled and not self.segmentations:
             raise InputError(f"raw: {self.root} holds no *_dseg.nii.gz. Expected {self.layout}")
 
     @cached_property
@@ -55,16 +55,29 @@ class Reader(RawReader):
         return found
 
     @cached_property
+    def keys(self) -> list[tuple]:
+        """The entities of every case: what is segmented or, without labels, whatever lies in a
+        folder anat."""
+        if self.labelled:
+            return [_key(_entities(path)[0]) for path in self.segmentations]
+        anat = [
+            k
+            for k, have in self.images.items()
+            if any(p.parent.name == "anat" for p in have.values())
+        ]
+        return sorted(anat, key=lambda key: natural(_text(key)))
+
+    @cached_property
     def channels(self) -> tuple[str, ...]:
-        """The suffixes that every segmented case has an image of."""
-        sets = [set(self.images.get(_key(_entities(p)[0]), {})) for p in self.segmentations]
+        """The suffixes that every case has an image of."""
+        sets = [set(self.images.get(key, {})) for key in self.keys]
         common = set.intersection(*[s for s in sets if s] or [set()])
         return tuple(sorted(common)) or ("image",)
 
     def dataset(self) -> Dataset:
         return Dataset(
             name=self.root.resolve().name, reader="bids", dims=3, channels=self.channels,
-            labels=self.labels,
+            labels=self.labels if self.labelled else {"background": 0},
         )  # fmt: skip
 
     @cached_property
@@ -86,15 +99,13 @@ class Reader(RawReader):
         raise InputError(f"raw: {self.root} names no labels. Expected {self.layout}")
 
     def cases(self) -> list[CaseRef]:
-        refs = []
-        for path in self.segmentations:
-            entities, _ = _entities(path)
-            key = _key(entities)
-            have = self.images.get(key, {})
-            missing = self.root / f"sub-{entities['sub']}" / "anat"
+        refs, labels = [], self.segmentations if self.labelled else [None] * len(self.keys)
+        for key, label in zip(self.keys, labels, strict=True):
+            subject, have = f"sub-{dict(key)['sub']}", self.images.get(key, {})
+            missing = self.root / subject / "anat"
             images = tuple(have.get(s, missing / f"{_text(key)}_{s}.nii.gz") for s in self.channels)
-            group = f"sub-{entities['sub']}"
-            refs.append(CaseRef(id=_text(key), group=group, images=images, labels=(path,)))
+            own = (label,) if label else ()
+            refs.append(CaseRef(id=_text(key), group=subject, images=images, labels=own))
         return refs
 
     def problems(self) -> list[Problem]:

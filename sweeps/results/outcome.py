@@ -24,6 +24,7 @@ from segfleet.pipeline.events import read_events
 from segfleet.pipeline.run import DONE, stage_steps
 from segfleet.pipeline.scoring.intervals import paired
 from segfleet.pipeline.scoring.scored import evaluation_of
+from segfleet.sweeps.results.learning import learning_curves
 from segfleet.sweeps.results.ledger import Ledger
 from segfleet.sweeps.space.plan import Plan, codes_of
 from segfleet.sweeps.space.space import Point, Trial, describe
@@ -45,6 +46,7 @@ def outcome(plan: Plan, ledger: Ledger) -> dict[str, Any]:
         row["rank"] = rank
         row["against_best"] = _difference(row, ranked[0], ledger) if rank > 1 else None
     unranked = [row for row in rows if row["score"] is None]
+    curves = learning_curves(rows, lambda row, other: _difference(row, other, ledger))
     for row in rows:
         row.pop("_documents")
     unranked += [_misfit(point, why) for point, why in plan.misfits]
@@ -56,6 +58,7 @@ def outcome(plan: Plan, ledger: Ledger) -> dict[str, Any]:
         "ranking": ranked,
         "unranked": unranked,
         "best": ranked[0] if ranked else None,
+        "learning": curves,
         "nodes": {state: states.count(state) for state in sorted(set(states))},
         "failed": {
             uid: ledger.note(ledger.tree.nodes[uid], "failed")["message"]

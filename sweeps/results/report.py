@@ -33,6 +33,7 @@ def write_sweep_report(plan: Plan, ledger: Ledger, document: dict[str, Any]) -> 
         known=_facts(document),
         notes=_notes(document),
         ranking=_ranking(document),
+        learning=_learning(document),
         parallel=_parallel(document),
         scatters=_scatters(document),
         curves=_curves(plan, ledger),
@@ -112,6 +113,31 @@ def _ranking(document: dict[str, Any]) -> Table | None:
         head=["Rank", *labels, *others],
         rows=lines,
         sortable=True,
+    )
+
+
+def _learning(document: dict[str, Any]) -> Table | None:
+    found = document.get("learning")
+    if not found or not found["rows"]:
+        return None
+    lines = []
+    for row in found["rows"]:
+        gain = row["gain"] or {}
+        cells = [
+            "all" if row["cases"] is None else str(row["cases"]),
+            Cell(row["score"], 4, interval(row["ci95"], 4)),
+            Cell(gain.get("mean"), 4, interval(gain.get("ci95"), 4), signed=True),
+            Cell(gain.get("p"), 4),
+        ]
+        lines.append((None, [row["way"], *cells]))
+    return Table(
+        label="Score by labelled cases",
+        caption=f"Gains are over {found['reference']}, the first of the space, at equal {found['axis']}: "
+        "paired case by case, intervals and sign-flip p over patients, not corrected for the number "
+        "of rows. Fewer cases are among more.",
+        head=["", "Labelled cases", "Dice", "Gain", "p"],
+        rows=lines,
+        left=1,
     )
 
 

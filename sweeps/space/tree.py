@@ -76,8 +76,8 @@ class StageTree:
     def _insert(self, trial: Trial) -> None:
         recipe = trial.recipe
         uid, path, begin = None, PurePosixPath(), 0
-        for index, own, manifest in stages_of(recipe, self.manifests):
-            stage, facts = recipe.stages[index], stage_facts(own, manifest, index)
+        for index, own, _ in stages_of(recipe, self.manifests):
+            stage, facts = recipe.stages[index], stage_facts(own, self.manifests, index)
             parent, uid = uid, stage_uid(uid, facts)
             path /= uid
             if uid not in self.nodes:

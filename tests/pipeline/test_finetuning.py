@@ -161,6 +161,10 @@ def test_the_anchor_is_the_gradient_of_half_the_squared_distance(document):
         (["stages.0.anchor=1"], "stages.0.anchor: there is nothing to be near to"),
         (["stages.1.layer_decay=0"], "stages.1.layer_decay: found 0"),
         (["stages.1.freeze=[all]"], "leaves nothing to train"),
+        (["stages.0.lora.rank=2"], "stages.0.lora: there is nothing to adapt"),
+        (["stages.1.lora.rank=2", "stages.1.anchor=1"], "stages.1.anchor: does not go with lora"),
+        (["stages.1.lora.rank=999"], "stages.1.lora.rank: found 999, but no layer"),
+        (["stages.1.lora.rank=2", "engine.name=deepspeed"], "stages.1.lora: found engine.name"),
     ],
 )
 def test_bad_values_are_one_message(document, tmp_path, changes, words, go):
@@ -178,6 +182,94 @@ def test_defaults_change_no_uid_and_values_do(document):
     others = [
         frozen, uid("stages.1.freeze=[encoder]", "stages.1.freeze_statistics=false"),
         uid("stages.1.freeze=[encoder]", "stages.1.unfreeze_at=1"), uid("stages.1.layer_decay=0.9"),
-        uid("stages.1.rates.head=2"), uid("stages.1.anchor=1"),
+        uid("stages.1.rates.head=2"), uid("stages.1.anchor=1"), uid("stages.1.lora.rank=2"),
+        uid("stages.1.lora.rank=3"),
     ]  # fmt: skip
-    assert len({plain, *others}) == 7
+    assert len({plain, *others}) == 9
+
+
+def ranks_of(before, after) -> dict[str, int]:
+    """Of every weight that moved the rank of what was added."""
+    found = {}
+    for name, value in after.items():
+        off = (value - before[name]).double()
+        if value.ndim > 1 and off.abs().max() > 0:
+            sizes = torch.linalg.svdvals(off.flatten(1))
+            found[name] = int((sizes > 1e-4 * sizes[0]).sum())
+    return found
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_adapters_add_a_low_rank_and_leave_all_else(document, tmp_path, go, ema):
+    document["stages"][1] |= {"lora": {"rank": 2, "alpha": 4}}
+    document["engine"] = {"ema": ema}
+    folders = go(document, tmp_path)
+    before, after = map(weights, folders)
+    assert before.keys() == after.keys(), "checkpoints hold sums by the layers' own names"
+    found = ranks_of(before, after)
+    assert len(found) > 8 and all(r <= 2 for name, r in found.items() if "outc" not in name)
+    assert all("outc" in n or n in found for n in moved(folders)), "norms and biases stay"
+    if ema:
+        averaged = weights(folders[1], "ema")
+        assert averaged.keys() <= after.keys()
+        assert any(not torch.equal(averaged[n], after[n]) for n in found)
+    trained = weights(folders[1], "optimizer")
+    assert all("parametrizations" in n or n.startswith("outc") for n in trained)
+
+
+def test_an_adapted_stage_that_was_stopped_ends_in_the_same_bits(document, tmp_path, go):
+    document["stages"][1] |= {"lora": {"rank": 2}}
+    document["engine"] = {"ema": 0.5}
+    folders = go(document, tmp_path / "whole")
+    go(document, tmp_path / "2", stop_after=5)
+    again = go(document, tmp_path / "2")
+    for group in ("weights", "optimizer", "ema", "lora", "lora_ema"):
+        one, two = weights(folders[1], group), weights(again[1], group)
+        assert one and one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+
+
+def test_the_sum_answers_as_the_adapted_network_does(document):
+    from segfleet.pipeline.lora import adapt, merged
+
+    torch.manual_seed(0)
+    model, plain = network(), network()
+    image = torch.randn(1, 1, 32, 32)
+    expected = model.eval()(image)
+    adapt(model, stage(lora={"rank": 2}), LITE, 0)
+    assert torch.equal(model(image), expected), "an adapter begins with nothing"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".up"):
+                parameter.normal_()
+    plain.load_state_dict(merged(model))
+    assert torch.equal(plain.eval()(image), model(image)) and not torch.equal(
+        model(image), expected
+    )
+
+
+def test_a_stage_after_an_adapted_one_inherits_the_sum(document, tmp_path, go):
+    document["stages"][1] |= {"lora": {"rank": 2}}
+    document["stages"].append({"name": "third", "epochs": 0, "lr": 1e-3})
+    folders = go(document, tmp_path)
+    one, two = weights(folders[1]), weights(folders[2])
+    assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+
+
+@pytest.mark.parametrize("name", list(registry.specs()))
+def test_every_architecture_can_be_adapted(name):
+    from segfleet.pipeline.lora import adapt, is_adapter, merged
+
+    spec = registry.spec(name)
+    with torch.device("meta"):
+        model = registry.build_model(
+            name, in_channels=spec.in_channels, num_classes=spec.num_classes, options=spec.reduced
+        )
+        names = set(model.state_dict())
+        adapt(model, stage(lora={"rank": 1}), spec, 0)
+    chosen = trainable(model, stage(lora={"rank": 1}), spec)
+    assert {n for n in chosen if not is_adapter(n)} == {
+        n
+        for n, _ in model.named_parameters()
+        if registry.belongs(n, "head", spec) and not is_adapter(n)
+    }
+    assert set(merged(model)) == names

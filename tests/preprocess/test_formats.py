@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import struct
+import zlib
 
 import nibabel as nib
 import numpy as np
@@ -447,3 +449,70 @@ def test_pages_in_a_circle_do_not_hang(tmp_path):
     (tmp_path / "a.tif").write_bytes(data)
     refused(tmp_path / "a.tif", "its pages follow each other in a circle")
     assert peek(tmp_path / "a.tif") == (0, 0, 0, 0)
+
+
+SLIDE = (13_500, 13_500)  # 182 megapixels, more than Pillow takes of itself
+
+
+def slide(kind, path, size) -> None:
+    """A white picture with a black corner, a few kilobytes."""
+    height, width = size
+    if kind == "png":  # in bits, row by row: nothing of it is ever in memory
+        pack, row = zlib.compressobj(9), b"\0" + b"\xff" * -(-width // 8)
+        data = pack.compress(b"\0" + bytes(1) + row[2:])
+        for _ in range(height // 500):
+            data += pack.compress(row * 500)
+        data += pack.compress(row * (height - 1 - height // 500 * 500)) + pack.flush()
+        head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part))
+            for name, part in ((b"IHDR", head), (b"IDAT", data), (b"IEND", b""))
+        ))  # fmt: skip
+        return
+    white = np.full((512, 512), 255, np.uint8)
+    first = white.copy()
+    first[:1, :8] = 0
+    tiles = -(-height // 512) * -(-width // 512)
+    tifffile.imwrite(
+        path, (first if n == 0 else white for n in range(tiles)), shape=size, dtype=np.uint8,
+        tile=(512, 512), compression="zlib", photometric="minisblack",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_pictures_of_the_size_of_slides_are_read(kind, tmp_path):
+    path = tmp_path / f"a.{kind}"
+    slide(kind, path, SLIDE)
+    assert path.stat().st_size < 2**20
+    assert peek(path) == (1, 1, *SLIDE)
+    image, geometry = read_image([path])
+    assert geometry.shape == (1, *SLIDE) and image.dtype == np.uint8
+    assert not image[0, 0, 0, :8].any() and image[0, 0, 0, 8] == image[0, 0, -1, -1] == 255
+    assert int((image == 0).sum()) == 8
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_slides_that_fit_into_no_memory_are_one_message_that_says_what_to_do(
+    kind, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("segfleet.preprocess.files.faults.memory_budget", lambda: 2**28)
+    slide(kind, tmp_path / f"a.{kind}", SLIDE)
+    with pytest.raises(ImageError) as raised:
+        read_image([tmp_path / f"a.{kind}"])
+    text = str(raised.value)
+    assert "173.8 MiB of values" in text and "Cut the image into tiles" in text
+    assert "\n" not in text and "damaged" not in text
+
+
+def test_a_tile_that_says_it_is_larger_than_its_place_takes_no_memory(tmp_path):
+    """Its own header is what a decoder asks memory for: 12 GiB for a picture of 9x11."""
+    path = tmp_path / "a.tif"
+    picture = np.random.default_rng(0).integers(0, 255, (9, 11, 3)).astype(np.uint8)
+    tifffile.imwrite(path, picture, compression="jpeg", photometric="rgb")
+    assert read_image([path])[0].shape == (3, 1, 9, 11)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"\xff\xc0") + 5  # height and width in the start of the frame
+    data[at : at + 4] = b"\xff\xff\xff\x7f"
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match="a tile of 65407x65535 pixels where 11x9 belong"):
+        read_image([path])

@@ -18,6 +18,7 @@ from segfleet.preprocess.building.build import build
 from segfleet.preprocess.checking.check import survey
 from segfleet.preprocess.files.dicom import RTSTRUCT
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
+from segfleet.preprocess.planning.plan import Overrides
 from segfleet.preprocess.readers.base import open_reader
 from segfleet.preprocess.stores.base import open_store
 
@@ -208,3 +209,74 @@ def test_one_segment_and_label_maps_of_highdicom(dicom):
     frames = pydicom.dcmread(path).PerFrameFunctionalGroupsSequence
     assert not any("SegmentIdentificationSequence" in frame for frame in frames)
     as_it_was(root, one)
+
+
+def test_label_maps_of_highdicom(dicom):
+    """A SEG whose pixels are segment numbers (LABELMAP), as newer writers make it."""
+    hd = pytest.importorskip("highdicom")
+    from highdicom.sr.coding import CodedConcept
+
+    root, ref, label, _, values = dicom
+    files = [pydicom.dcmread(path) for path in ref.images]
+    files.sort(key=lambda d: float(d.ImagePositionPatient[2]))
+    for d in files:
+        d.PatientBirthDate = d.PatientSex = d.StudyDate = d.StudyTime = d.AccessionNumber = ""
+        d.StudyID = d.ReferringPhysicianName = ""
+        d.SliceThickness = 3
+    code = CodedConcept("1", "99X", "x")
+    segments = [
+        hd.seg.SegmentDescription(
+            segment_number=n, segment_label=values[n], segmented_property_category=code,
+            segmented_property_type=code, algorithm_type="MANUAL",
+        )
+        for n in (1, 2)
+    ]  # fmt: skip
+    seg = hd.seg.Segmentation(
+        source_images=files, pixel_array=label.astype(np.uint8), segmentation_type="LABELMAP",
+        segment_descriptions=segments, series_instance_uid=generate_uid(), series_number=2,
+        sop_instance_uid=generate_uid(), instance_number=1, manufacturer="x",
+        manufacturer_model_name="x", software_versions="x", device_serial_number="x",
+    )  # fmt: skip
+    assert seg.SegmentationType == "LABELMAP"
+    seg.save_as(root / f"labels/{ref.id}.dcm")
+    as_it_was(root, label)
+
+
+def test_the_label_of_a_case_of_a_store_as_dicom_seg(dicom, capsys):
+    """On the raw grid, whatever the store resampled; read back by highdicom's own reader."""
+    hd = pytest.importorskip("highdicom")
+    from segfleet.cli.export import command
+
+    root, ref, label, geometry, values = dicom
+    nib.save(
+        nib.Nifti1Image(label.T, np.asarray(geometry.affine)), root / f"labels/{ref.id}.nii.gz"
+    )
+    store, out, series = root.with_name("store"), root.with_name("a.dcm"), ref.images[0].parent
+    coarse = Overrides(spacing=(6.0, 2.0, 2.0))
+    manifest = build("dicom", root, store, workers=1, overrides=coarse)
+    assert manifest.cases[0].shape != label.shape
+
+    def export(where, to):
+        command("dicom-seg", [str(store), ref.id, str(where)], to)
+
+    export(series, out)
+    assert str(out) in capsys.readouterr().out
+    seg = hd.seg.segread(out)
+    files = sorted(map(pydicom.dcmread, ref.images), key=lambda d: float(d.ImagePositionPatient[2]))
+    uids = [d.SOPInstanceUID for d in files]
+    found = seg.get_pixels_by_source_instance(uids, combine_segments=True)
+    assert np.array_equal(found, label if float(geometry.affine[2][2]) > 0 else label[::-1])
+    assert [seg.get_segment_description(n).segment_label for n in (1, 2)] == [values[1], values[2]]
+    other = out.with_name("b.dcm")
+    last = max(ref.images, key=lambda p: float(pydicom.dcmread(p).ImagePositionPatient[2]))
+    last.rename(root / "gone")
+    for where, to, words in (
+        (series, out, "expected a new file"),
+        (series, other.with_suffix(".nii"), "NAME.dcm"),
+        (root / "labels", other, "no DICOM file"),
+        (root / "none", other, "no folder"),
+        (series, other, "not that of case"),
+    ):
+        with pytest.raises(InputError, match=words):
+            export(where, to)
+    assert not other.exists()

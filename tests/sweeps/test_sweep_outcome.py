@@ -166,3 +166,49 @@ def test_files(scored):
     )
     for words in ("2.29 times fewer", "tiny", "stages.1.lr", "chosen on the cases it is scored on"):
         assert words in page, words
+
+
+def test_learning_curves_are_paired_at_equal_numbers_of_cases(search, tmp_path):
+    """Two ways, two numbers of cases: the gain is what the second way adds, and with one missing
+    there is none."""
+    stages = [
+        {"name": "train", "epochs": 4, "steps": 1, "lr": [1e-2, 1e-3]},
+        {"name": "finetune", "epochs": 2, "steps": 1, "lr": 3e-4},
+    ]
+    space = search(axes={"stages.1.data.cases": [1, 2]}, stages=stages, seeds=[0])
+    plan = make_plan(space, tmp_path / "runs")
+    ledger = Ledger(plan.tree, plan.runs, plan.folder)
+    plan.folder.mkdir(parents=True)
+    gains = {1: 0.2, 2: 0.05}
+    for node in plan.tree.nodes.values():
+        folder, done = ledger.path(node), {"checkpoint": "step-00000001"}
+        folder.mkdir(parents=True)
+        (folder / "done.json").write_text(json.dumps(done))
+        if len(node.recipe.stages) < 2:
+            continue
+        many = node.recipe.data.cases
+        helped = gains[many] if node.recipe.stages[0].lr == 1e-3 else 0.0
+        cases = [
+            {"id": f"c{i}", "group": f"p{i}", "mean_dice": 0.3 * many + helped + 0.01 * i}
+            for i in range(6)
+        ]
+        mean = sum(case["mean_dice"] for case in cases) / 6
+        summary = {"mean_foreground_dice": mean, "mean_foreground_dice_ci95": None, "patients": 6}
+        document = {"cases": cases, "summary": summary, "store": "s", "parameters": 7}
+        document["scored"] = score_facts(node.recipe, plan.stores(node.recipe), done)
+        (folder / "evaluation.json").write_text(json.dumps(document))
+    found = write_outcome(plan, ledger)["learning"]
+    assert found["axis"] == "stages.1.data.cases" and "0.01" in found["reference"]
+    rows = {(row["way"] == found["reference"], row["cases"]): row for row in found["rows"]}
+    assert len(rows) == 4
+    for many, expected in gains.items():
+        assert rows[True, many]["gain"] is None
+        gain = rows[False, many]["gain"]
+        assert gain["mean"] == pytest.approx(expected) and gain["patients"] == 6
+        assert gain["ci95"] == pytest.approx([expected, expected])
+    text = (plan.folder / "report.html").read_text()
+    assert "With how many labelled cases" in text and "+0.2000" in text and "+0.0500" in text
+
+
+def test_without_an_axis_of_cases_there_are_no_learning_curves(scored):
+    assert outcome(*scored)["learning"] is None
