@@ -161,15 +161,18 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=("init", "targets", "nnunet", "recipes"))
     parser.add_argument("--work", type=Path)
     told = parser.parse_args()
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known: dict[str, Any] = {}
     for part in told.parts:
         if part in ("nnunet", "recipes"):
             if told.work is None:
                 parser.error(f"{part} needs --work DIR")
-            known[part] = {"nnunet": nnunet, "recipes": recipes}[part](told.work)
+            found = {"nnunet": nnunet, "recipes": recipes}[part](told.work)
         else:
-            known[part] = {"init": initialisation, "targets": targets}[part]()
-        print(part, json.dumps(known[part], indent=1))
+            found = {"init": initialisation, "targets": targets}[part]()
+        print(part, json.dumps(found, indent=1))
+        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        # sets of nnU-Net come one by one, each in minutes
+        known[part] = known.get(part, {}) | found if part == "nnunet" else found
         RESULTS.write_text(json.dumps(known, indent=1) + "\n")
     if not all(one["met"] for one in known.get("nnunet", {}).values()):
         sys.exit("imported nnU-Nets do not predict as nnU-Net does")
