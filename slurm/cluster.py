@@ -151,7 +151,8 @@ def partitions() -> dict[str, Partition]:
         )
     return {
         name: Partition(name=name, default=default, minutes=limit, nodes=tuple(nodes[name]))
-        for name, (default, limit) in limits.items()
+        # the default first, then as sinfo sorts them
+        for name, (default, limit) in sorted(limits.items(), key=lambda item: not item[1][0])
     }
 
 
