@@ -35,6 +35,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 from conftest import write_tiny_store  # noqa: E402
 
 MARK = "SEGFLEET_CHAOS"
+CACHES = ("torchinductor",)  # torch's own, which is meant to stay
 LONGEST = 600.0  # seconds of one command; more is a hang
 DEEPSPEED = "engine.name=deepspeed"
 
@@ -182,7 +183,7 @@ def litter(folder: Path) -> list[str]:
     """Half-written files of the scenario, temporary folders that killed processes left."""
     half = [path for path in folder.rglob("*") if ".partial" in path.name or path.name == "stop"]
     temporary = folder.parent / "tmp"
-    left = [path for path in temporary.iterdir() if not path.name.startswith("pymp-")]
+    left = [path for path in temporary.iterdir() if not path.name.startswith(CACHES)]
     return [str(path.relative_to(folder.parent)) for path in (*half, *left)]
 
 

@@ -182,7 +182,14 @@ def build_model(
                 f"model.options: '{key}' is no option of {name}; expected one of: "
                 f"{', '.join(legal) or 'none'}"
             )
-    return chosen.build(in_channels=in_channels, num_classes=num_classes, **options)
+    try:
+        return chosen.build(in_channels=in_channels, num_classes=num_classes, **options)
+    except ModelError:
+        raise
+    except (TypeError, ValueError) as error:
+        if not options:
+            raise
+        raise ModelError(f"model.options: {name} cannot be built of {options}: {error}") from error
 
 
 def check_input(

@@ -358,6 +358,12 @@ def stage_folders(root: Path, recipe: Recipe, manifest: Manifest | Manifests) ->
     """The folders of all stages, first to last; not created here. `manifest`: that of the recipe's
     own store."""
     folders, path = [], Path(root)
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"runs: {str(path)!a} is no UTF-8, as safetensors wants paths to be; choose another"
+        ) from None
     for index, uid in enumerate(stage_uids(recipe, manifest)):
         path = path / uid
         folders.append(StageFolder(path=path, index=index))

@@ -9,9 +9,10 @@ import pytest
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import digest_of, read_json, write_json
+from segfleet.models.registry import ModelError, build_model
 from segfleet.pipeline import events
 from segfleet.pipeline.recipe import load_recipe
-from segfleet.pipeline.run import DONE, StageFolder, find_run, open_run
+from segfleet.pipeline.run import DONE, StageFolder, find_run, open_run, stage_folders
 from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.scoring.evaluate import Kept
 from segfleet.pipeline.status import score
@@ -153,3 +154,13 @@ def test_a_stamped_recipe_is_a_recipe(tmp_path):
     document |= {"model": {"name": "unext"}, "stages": [{"epochs": 1, "lr": 1e-3}]}
     write_json(tmp_path / "recipe.json", document)
     assert load_recipe(str(tmp_path / "recipe.json")).name == "mine"
+
+
+def test_a_folder_of_runs_whose_name_is_no_text_is_refused_before_training(tmp_path):
+    with pytest.raises(InputError, match="is no UTF-8"):
+        stage_folders(tmp_path / "x\udcff", None, None)
+
+
+def test_an_option_of_another_type_is_one_sentence():
+    with pytest.raises(ModelError, match="model.options: unet_lite_standard cannot be built of"):
+        build_model("unet_lite_standard", in_channels=1, num_classes=2, options={"width": [1]})
