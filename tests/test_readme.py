@@ -197,6 +197,9 @@ def test_every_command_in_a_block_parses(page, words):
 
 
 def test_commands_in_the_text_exist_with_their_options():
+    from segfleet.cli import main
+
+    everywhere = typer.main.get_command(main.app)  # takes its options before or after a command
     for page in PAGES:
         for _, kind, text in parts(page):
             if kind != "inline":
@@ -204,7 +207,8 @@ def test_commands_in_the_text_exist_with_their_options():
             words = shlex.split(text)[1:]
             if words == ["--help"]:
                 continue
-            known = {flag for option in command_of(words[0]).params for flag in option.opts}
+            options = [*command_of(words[0]).params, *everywhere.params]
+            known = {flag for option in options for flag in option.opts}
             flags = {word for word in words if word.startswith("--") and word != "--"}
             assert flags <= known | {"--help"}, f"{page.name}: {text}"
 
