@@ -70,10 +70,10 @@ class CaseTable(Sequence[CaseEntry]):
             return self.take(range(*index.indices(len(self))))
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        return self._entry(self._row(index % len(self)))
+        return self._recent(self._row(index % len(self)))
 
     def __iter__(self) -> Iterator[CaseEntry]:
-        return (self[index] for index in range(len(self)))
+        return (self._entry(self._row(index)) for index in range(len(self)))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str):
@@ -147,6 +147,11 @@ class CaseTable(Sequence[CaseEntry]):
             return {name: _tuples(value) for name, value in json.loads(texts[number]).items()}
 
         return grid
+
+    @functools.cached_property
+    def _recent(self):
+        """Entries by row: a loader draws the cases of most data sets again and again."""
+        return functools.lru_cache(maxsize=1024)(self._entry)
 
     def _row(self, index: int) -> int:
         return index if self._rows is None else int(self._rows[index])

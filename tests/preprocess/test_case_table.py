@@ -251,3 +251,8 @@ def test_the_id_is_the_hash_of_the_plain_document(store):
     manifest = stored(store.root, entries(12))
     assert manifest.id == module._id_as_written(manifest.model_dump(mode="json"))
     assert CaseTable.of(manifest.cases) is manifest.cases
+
+
+def test_a_case_that_is_drawn_again_is_not_made_again(tiny_store):
+    cases = open_store(tiny_store(dims=3)).manifest.cases
+    assert cases[1] is cases[1] and cases[1] == list(cases)[1]
