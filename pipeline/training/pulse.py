@@ -138,8 +138,14 @@ class Pulse:
         try:
             store = self._store()
             told, minute, known = 0.0, time.monotonic(), {}
+            looked = minute
             while not self._end.wait(min(LOOK, self.limit / 4)):
-                now, since = time.monotonic(), self.since
+                now, away = time.monotonic(), time.monotonic() - looked
+                looked = now
+                if self.since is not None and away > self.limit:
+                    self.since += away  # this process was stopped itself: SLURM suspends jobs
+                    minute, known = now, {}
+                since = self.since
                 self._look()
                 if store and now - told > TELL:
                     told = now

@@ -101,6 +101,40 @@ def test_nobody_hangs_in_a_save_or_between_fast_steps(monkeypatch):
     assert said == []
 
 
+SUSPENDED = """
+import sys, time
+from segfleet.pipeline.ranks import Ranks
+from segfleet.pipeline.training import pulse
+
+pulse.END = 2
+said = []
+watch = pulse.Pulse(Ranks(), said.append)
+watch.beat(1)
+print("begun", flush=True)
+for _ in range(40):
+    time.sleep(0.02)
+watch.close()
+sys.exit("; ".join(said) or 0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="stops a process")
+def test_a_job_that_slurm_suspends_is_not_late():
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", SUSPENDED],
+        env={**os.environ, "SEGFLEET_WATCHDOG": "1", "SEGFLEET_DEVICE": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    process.send_signal(signal.SIGCONT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="stops a process")
 def test_a_stopped_rank_is_named_and_the_command_ends_to_be_run_again(tiny_recipe, tmp_path):
     folder = tiny_recipe([{"name": "long", "epochs": 400, "steps": 100, "lr": 1e-3}], 2)
