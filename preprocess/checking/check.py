@@ -169,11 +169,11 @@ def check_case(reader: RawReader, dataset: Dataset, samples: int, ref: CaseRef) 
     except ImageError as error:
         problems.append(error.problem(ref.id))
     try:
-        if ref.labels:
+        if reader.labelled:
             label, grid = reader.label(ref, digest)
         elif image is not None:
             label, grid = no_label(geometry), geometry
-        if ref.labels and image is not None:
+        if reader.labelled and image is not None:
             label, grid = settled(label, grid, geometry)
         problems += label_problems(ref.id, label, dataset) if label is not None else []
     except ImageError as error:
@@ -196,7 +196,7 @@ def check_case(reader: RawReader, dataset: Dataset, samples: int, ref: CaseRef) 
     ]
     case = Case(id=ref.id, group=ref.group, image_CZYX=image, label_ZYX=label, geometry=geometry)
     kinds = normalisation(dataset)
-    facts = statistics(case, kinds, dataset.ignore_label, samples, labelled=bool(ref.labels))
+    facts = statistics(case, kinds, dataset.ignore_label, samples, labelled=reader.labelled)
     facts |= {"source_sha256": digest.hexdigest(), "image_sha256": _pixels(image)}
     found = CaseFacts(
         **identity,

@@ -191,7 +191,7 @@ class RawReader(ABC):
         Raises ImageError."""
         digest = hashlib.sha256()
         image, geometry = self.image(ref, digest)
-        if ref.labels:
+        if self.labelled:
             label, _ = settled(*self.label(ref, digest), geometry)
         else:
             label = no_label(geometry)

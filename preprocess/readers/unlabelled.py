@@ -20,7 +20,7 @@ class Unlabelled(RawReader):
     is a label alone are none, and splits that were made for labelled cases are left out."""
 
     def __init__(self, inner: RawReader):
-        self.inner, self.root = inner, inner.root
+        self.inner, self.root, self.labelled = inner, inner.root, False
         self.folder = getattr(inner, "folder", inner.root)  # where the table of patients may lie
         self.chosen = {**inner.chosen, "unlabelled": "yes"}
         self.about, self.layout, self.facts = inner.about, inner.layout, inner.facts

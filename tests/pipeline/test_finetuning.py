@@ -48,6 +48,10 @@ def test_roles_fit_every_architecture(name, role):
         model = registry.build_model(
             name, in_channels=spec.in_channels, num_classes=spec.num_classes, options=spec.reduced
         )
+    if role == "decoder" and name.startswith("primus"):  # a head of a few layers is all it has
+        with pytest.raises(InputError, match="no parameter name begins with 'decoder'"):
+            trainable(model, stage(freeze=[role]), spec)
+        return
     chosen = trainable(model, stage(freeze=[role]), spec)
     rest = dict(model.named_parameters()).keys() - chosen.keys()
     assert chosen and rest

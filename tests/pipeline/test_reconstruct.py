@@ -130,7 +130,8 @@ def test_every_network_can_do_without_its_skip_connections(name):
         model.without_skips = True
         without = model(image)
     assert without.shape == with_skips.shape and torch.isfinite(without).all()
-    assert not torch.allclose(with_skips, without)
+    # a vision transformer has none
+    assert torch.equal(with_skips, without) == name.startswith("primus")
     assert torch.equal(skip(model, image), torch.zeros_like(image))
 
 

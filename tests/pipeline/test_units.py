@@ -11,8 +11,9 @@ from segfleet.pipeline.scoring.summary import definitions, unit_of
 
 
 def manifest(dims, *cases):
-    entries = [SimpleNamespace(affine=a, raw_spacing=s) for a, s in cases]
-    return SimpleNamespace(dataset=SimpleNamespace(dims=dims), cases=entries)
+    columns = dict(zip(("affine", "raw_spacing"), zip(*cases, strict=True), strict=True))
+    table = SimpleNamespace(grids=lambda name: iter(columns[name]))
+    return SimpleNamespace(dataset=SimpleNamespace(dims=dims), cases=table)
 
 
 @pytest.mark.parametrize(

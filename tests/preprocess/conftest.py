@@ -36,7 +36,8 @@ def draw_case(shape=SHAPE, dtype="float16", channels=2, seed=0):
 def publish_store(root: Path, fmt: str, shards: dict[str, dict], *, chunk=CHUNK, scale=1.0):
     """A store of `shards`: shard -> case -> (image, label, truth or None)."""
     files, cases = {}, []
-    dtype = next(iter(next(iter(shards.values())).values()))[0].dtype.name
+    first = next(iter(next(iter(shards.values())).values()))[0]
+    dtype = first.dtype.name
     for shard, members in shards.items():
         writer = store_module(fmt).Writer(root, shard, chunk=chunk, dtype=dtype)
         for name, (image, label, truth) in members.items():
@@ -66,13 +67,13 @@ def publish_store(root: Path, fmt: str, shards: dict[str, dict], *, chunk=CHUNK,
         name="drawn",
         reader="none",
         dims=3,
-        channels=("a", "b"),
+        channels=tuple("abc"[: len(first)]),
         labels={"background": 0, "x": 1, "y": 2},
     )
     plan = Plan(
         target_spacing=(1, 1, 1),
         patch=(8, 16, 16),
-        normalisation=("none",) * 2,
+        normalisation=("none",) * len(first),
         dtype=dtype,
         scale=scale,
     )

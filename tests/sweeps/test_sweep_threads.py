@@ -108,7 +108,7 @@ def test_one_question_to_the_queue_serves_all_jobs(monkeypatch):
         def __init__(self, number):
             self.id = str(number)
 
-    def look(jobs):
+    def look(jobs, age=0.0):
         asked.append(len(jobs))
         return [(job, {"state": "running", "reason": None}) for job in jobs]
 
