@@ -151,8 +151,10 @@ def partitions() -> dict[str, Partition]:
         )
     return {
         name: Partition(name=name, default=default, minutes=limit, nodes=tuple(nodes[name]))
-        # the default first, then as sinfo sorts them
-        for name, (default, limit) in sorted(limits.items(), key=lambda item: not item[1][0])
+        # the default first, the others by name: sinfo's rows of nodes come in no fixed order
+        for name, (default, limit) in sorted(
+            limits.items(), key=lambda item: (not item[1][0], item[0])
+        )
     }
 
 

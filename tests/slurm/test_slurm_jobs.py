@@ -265,7 +265,7 @@ def test_ids_that_start_again_at_one(cluster, work, tmp_path):
 
 
 MISTAKES = [
-    (["--partition", "gpus"], "partition: found 'gpus'; expected one of: main, low0, low"),
+    (["--partition", "gpus"], "partition: found 'gpus'; expected one of: main, low, low0"),
     (["--gpus-per-node", "9"], "gpus_per_node: found 9, a node of partition main has 4"),
     (["--nodes", "9"], "nodes: found 9, partition main has 4"),
     (["--time", "2 days"], "time: found '2 days'"),
