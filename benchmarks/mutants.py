@@ -140,8 +140,8 @@ def mutants(source: str) -> Iterator[tuple[str, int, str]]:
             continue
         for new in changed(node):
             put(parent, field, index, new)
-            told = f"{ast.unparse(node)[:90]} -> {ast.unparse(new)[:90]}"
-            yield ast.unparse(ast.fix_missing_locations(tree)), node.lineno, told
+            change = f"{ast.unparse(node)[:90]} -> {ast.unparse(new)[:90]}"
+            yield ast.unparse(ast.fix_missing_locations(tree)), node.lineno, change
             put(parent, field, index, node)
 
 
@@ -196,11 +196,11 @@ def examine(clone: Path, module: str, per: int, seed: int) -> dict:
     survivors = []
     try:
         for number in chosen:
-            faulty, line, told = every[number]
+            faulty, line, change = every[number]
             path.write_text(faulty, encoding="utf-8")
             if tested(clone, tests, limit):
-                survivors.append(f"{line}: {told}")
-                print(f"{module}:{line} survived: {told}", flush=True)
+                survivors.append(f"{line}: {change}")
+                print(f"{module}:{line} survived: {change}", flush=True)
     finally:
         path.write_text(source, encoding="utf-8")
     return {"possible": len(every), "tried": len(chosen), "survivors": survivors}

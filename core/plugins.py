@@ -36,9 +36,13 @@ def paths(place: str) -> list[str]:
 
 def files() -> dict[str, Path]:
     """Name in the package -> file, of everything that plugins add."""
+    return {name: path for folder in folders() for name, path in files_of(folder).items()}
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """The same of one plugin."""
     return {
         str(path.relative_to(folder)): path
-        for folder in reversed(folders())
         for place in PLACES
         for path in sorted((folder / place).rglob("*.py"))
     }
@@ -52,9 +56,7 @@ def add(folder: str | Path) -> None:
     folder = Path(folder).resolve()
     if folder in folders():
         return
-    own = {
-        str(path.relative_to(folder)) for place in PLACES for path in (folder / place).rglob("*.py")
-    }
+    own = files_of(folder)
     if not own:
         raise InputError(
             f"--plugin: {folder} holds no Python file in {', '.join(PLACES)}; a plugin is a folder "

@@ -136,9 +136,9 @@ def join(path: Path, rank: int, size: int, host: str, timeout: datetime.timedelt
             wait_for_workers=False,
             master_listen_fd=listener.detach(),
         )
-        _publish(path, {"host": address[0], "port": address[1], "token": token.hex()})
+        publish(path, {"host": address[0], "port": address[1], "token": token.hex()})
     else:
-        facts = _address(path, rank)
+        facts = published(path, rank)
         token = bytes.fromhex(facts["token"])
         address = facts["host"], facts["port"]
         inner = dist.TCPStore(
@@ -152,7 +152,7 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
 
 
-def _publish(path: Path, facts: dict) -> None:
+def publish(path: Path, facts: dict) -> None:
     """For this user alone, whatever the folder's mode."""
     partial = path.with_suffix(".partial")
     partial.unlink(missing_ok=True)
@@ -162,7 +162,7 @@ def _publish(path: Path, facts: dict) -> None:
     os.replace(partial, path)
 
 
-def _address(path: Path, rank: int) -> dict:
+def published(path: Path, rank: int) -> dict:
     deadline, pause = time.monotonic() + PATIENCE, 0.02
     while True:
         try:

@@ -166,21 +166,17 @@ def stage_facts(recipe: Recipe, manifest: Manifest | Manifests, index: int) -> d
             {key: value for key, value in whole["evaluation"].items() if key != "tolerance"},
             list(manifest.fold(recipe.data.split, recipe.data.fold)["val"]),
         ]
-    several = {
-        "stores": [
-            [stored.id, weight, list(training_ids(one, stored))]
-            for one, stored, weight in shares_of(recipe, manifests)
-        ]
-        if recipe.data.stores
-        else []
-    }
+    several = [
+        [stored.id, weight, list(training_ids(one, stored))]
+        for one, stored, weight in (shares_of(recipe, manifests) if recipe.data.stores else ())
+    ]
     changed = changed_sources(recipe.model.name, recipe.loss.name)
     return {
         "numerics": NUMERICS,
         **({"sources": changed} if changed else {}),
         **({"task": recipe.task} if rebuilds else {"loss": whole["loss"]}),
         "store": manifest.id,
-        **(several if several["stores"] else {}),
+        **({"stores": several} if several else {}),
         "train": list(training_ids(recipe, manifest)),
         "seed": recipe.seed,
         "data": data,

@@ -143,8 +143,8 @@ def become_rank() -> None:
 
 def own_address() -> str:
     """A name or address of this node at which the job's other nodes find it: what SLURM calls it,
-    else the host's name. Many systems map their own name to the loopback (127.0.1.1); where another node's
-    name leads out of this one, it is the address on that way."""
+    else the host's name. Many systems map their own name to the loopback (127.0.1.1); where another
+    node's name leads out of this one, it is the address on that way."""
     e = os.environ
     names = (
         e.get("SLURMD_NODENAME"),

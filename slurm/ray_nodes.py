@@ -1,5 +1,5 @@
-"""A Ray cluster inside a SLURM job: one task of each node starts Ray there, the first one's command uses it, and all of it goes
-with the job. The cluster's token is drawn anew and known to this user alone."""
+"""A Ray cluster inside a SLURM job: one task of each node starts Ray there, the first one's command
+uses it, and all of it goes with the job. The cluster's token is drawn anew and known to this user alone."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def run(
     stop: StopRequest,
     command: Callable[[list[str], dict[str, str]], Outcome],
 ) -> Outcome:
-    """The part of one node. `command` gets the words that name the cluster and its environment; it is called on the first
-    node alone, when all nodes are there."""
+    """The part of one node. `command` gets the words that name the cluster and its environment; it is
+    called on the first node alone, when all nodes are there."""
     address = life / "ray"
     if rank:
-        facts = rendezvous._address(address, rank)
+        facts = rendezvous.published(address, rank)
         place = f"{facts['host']}:{facts['port']}"
         with started(["--address", place], facts["token"], gpus) as ray:
             while not (life / OVER).exists() and ray.poll() is None:
@@ -58,7 +58,7 @@ def run(
     try:
         with started([*words, "--node-ip-address", host], token, gpus) as ray:
             _await(ray, host, port)
-            rendezvous._publish(address, {"host": host, "port": port, "token": token})
+            rendezvous.publish(address, {"host": host, "port": port, "token": token})
             share = str(max(1, cpus() // (gpus or cpus())))
             environment = {**SETTINGS, "RAY_AUTH_TOKEN": token, "OMP_NUM_THREADS": share}
             _await_nodes(f"{host}:{port}", environment, int(os.environ["WORLD_SIZE"]), stop)

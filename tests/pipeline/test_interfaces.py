@@ -133,7 +133,7 @@ def test_a_rank_that_cannot_join_has_lost_nobody(tmp_path):
     from segfleet.pipeline.launch.worker import peer_failure
     from segfleet.pipeline.ranks import join_ranks
 
-    rendezvous._publish(tmp_path / "address", {"host": "127.0.0.1", "port": 9, "token": "00" * 32})
+    rendezvous.publish(tmp_path / "address", {"host": "127.0.0.1", "port": 9, "token": "00" * 32})
     settings = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("segfleet.pipeline.ranks.TIMEOUT", rendezvous.datetime.timedelta(seconds=1))
@@ -156,7 +156,7 @@ def test_looks_for_the_address_become_rare(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", sleep)
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with pytest.raises(rendezvous.JoinFailed, match="waited 300 s for rank 0"):
-        rendezvous._address(tmp_path / "address", 3)
+        rendezvous.published(tmp_path / "address", 3)
     assert pauses[0] < 0.05 and pauses[-1] == 1.0 and len(pauses) < 320
 
 

@@ -77,14 +77,14 @@ def store(tmp_path):
 def test_the_address_is_for_its_user_alone(store, tmp_path):
     before = os.umask(0)
     try:
-        rendezvous._publish(tmp_path / "other", {"host": "127.0.0.1", "port": 1, "token": "00"})
+        rendezvous.publish(tmp_path / "other", {"host": "127.0.0.1", "port": 1, "token": "00"})
     finally:
         os.umask(before)
     for name in ("address", "other"):
         assert stat.S_IMODE(os.stat(tmp_path / name).st_mode) == 0o600
     os.chmod(tmp_path / "other", 0o644)
     with pytest.raises(rendezvous.NotOurs, match="not this user's alone"):
-        rendezvous._address(tmp_path / "other", 1)
+        rendezvous.published(tmp_path / "other", 1)
 
 
 def test_a_stranger_reads_nothing_and_writes_nothing(store):
