@@ -131,8 +131,8 @@ def comes_to_file(last: int, step: int) -> bool:
 
 
 class EventLog:
-    """Appends events. Those of steps get fewer as a stage gets longer (`comes_to_file`). Opened at a step, it forgets what a killed process logged after the
-    checkpoint of that step. `listen` hears every event as it is written, `trackers` the numbers of
+    """Appends events. Those of steps get fewer as a stage gets longer (`comes_to_file`). Opened at a
+    step, it forgets what a killed process logged after the checkpoint of that step. `listen` hears every event as it is written, `trackers` the numbers of
     those that have a step."""
 
     def __init__(

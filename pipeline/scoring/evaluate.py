@@ -116,8 +116,8 @@ def evaluate_cases(
     scored again. `pool`: cases of a batch, for the variants that pool batches. With `objective`,
     `forward` gives probabilities and then logits (B, 2K, *S), and every case gets a "loss": the
     objective over the whole case on the stored grid. `show(id, z, labels_YX)` gets the slice of
-    each of this rank's cases that a picture shows. The document is strict JSON: what is not defined is null. If a rank fails, its
-    error is raised on all ranks.
+    each of this rank's cases that a picture shows. The document is strict JSON: what is not
+    defined is null. If a rank fails, its error is raised on all ranks.
     """
     ranks, ids = ranks or Ranks(), list(case_ids)
     check_tolerance(tolerance, task)

@@ -156,7 +156,8 @@ class Scorer:
     def validate(self, engine: Engine) -> dict[str, Any]:
         """Scores while training: {"dice": mean over structures and cases, "dice_<structure>": ...,
         "iou_pooled": of all voxels at the stored size, mean over structures, "loss": mean over
-        cases}; the same on every rank, and on rank 0 "pictures": {name: pixels}. Raises Interrupted on every rank when one is asked to stop."""
+        cases}; the same on every rank, and on rank 0 "pictures": {name: pixels}. Raises
+        Interrupted on every rank when one is asked to stop."""
         task, slices = task_of(self.recipe, self.store.manifest), []
         with engine.evaluation() as model:
             ids = self._ids()[: self.recipe.evaluation.cases]
