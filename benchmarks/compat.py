@@ -26,6 +26,7 @@ SETS = {  # name -> Python, how to resolve, further requirements
     "3.13 newest": ("3.13", "highest", []),
 }
 QUICK = "not slow and not long and not compile"
+PARALLEL = ["-n", "3", "--dist", "loadfile"]  # as `make test`
 SHOWN = ("torch", "triton", "numpy", "h5py", "zarr", "numcodecs", "ray", "deepspeed", "submitit")
 UV = [sys.executable, "-m", "uv", "--no-config"]
 
@@ -61,7 +62,8 @@ def compat(name: str, folder: Path) -> dict:
     ).stdout
     lines = [line for line in pinned.splitlines() if not line.startswith("segfleet")]
     (folder / "pinned.txt").write_text("\n".join(lines) + "\n")
-    install = [*UV, "pip", "install", "-q", *target]
+    # without --compile-bytecode every process that a test starts would compile torch again
+    install = [*UV, "pip", "install", "-q", "--compile-bytecode", *target]
     subprocess.run([*install, "-r", folder / "pinned.txt"], check=True)
     subprocess.run([*install, "--no-deps", "dynamic-network-architectures"], check=True)
     subprocess.run([*install, "--no-deps", "-e", ROOT], check=True)
@@ -84,7 +86,7 @@ def tests(python: str, folder: Path) -> dict:
     start = time.time()
     with open(folder / "log", "w+", encoding="utf-8") as log:
         subprocess.run(
-            [python, "-m", "pytest", "-q", "-m", QUICK, "-p", "no:cacheprovider"],
+            [python, "-m", "pytest", "-q", "-m", QUICK, "-p", "no:cacheprovider", *PARALLEL],
             cwd=ROOT,
             env=environment,
             stdout=log,
