@@ -27,7 +27,7 @@ DATA = Path(os.environ.get("SEGFLEET_TEST_DATA", HERE.parents[1] / "shared" / "d
 RESULTS = HERE / "results" / "fidelity.json"
 SEEDS = 5
 EQUAL = 0.999  # of all voxels: the target for imported nnU-Nets
-SHORT = 60  # steps of a published set-up here
+SHORT = 120  # steps of a published set-up here
 
 
 def segfleet(*arguments: object) -> dict[str, Any]:
@@ -156,6 +156,29 @@ def recipes(work: Path) -> dict[str, Any]:
     return found
 
 
+def numbers(found: dict[str, Any], path: str = "") -> dict[str, float]:
+    """Every number in nested tables, by the keys that lead to it."""
+    flat: dict[str, float] = {}
+    for key, value in found.items():
+        where = f"{path} {key}".replace("_", " ").strip()
+        if isinstance(value, dict):
+            flat |= numbers(value, where)
+        elif isinstance(value, float):
+            flat[where] = value
+    return flat
+
+
+def side_by_side(setups: dict[str, dict[str, Any]]) -> str:
+    """A table of all scores, one column for each set-up."""
+    columns = {name: numbers(found) for name, found in setups.items()}
+    rows = dict.fromkeys(row for column in columns.values() for row in column)
+    lines = ["  ".join([" " * 60, *columns])]
+    for row in rows:
+        cells = (f"{column.get(row, float('nan')):{len(n)}.4f}" for n, column in columns.items())
+        lines.append("  ".join([f"{row:60}", *cells]))
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="+", choices=("init", "targets", "nnunet", "recipes"))
@@ -169,7 +192,7 @@ def main() -> None:
             found = {"nnunet": nnunet, "recipes": recipes}[part](told.work)
         else:
             found = {"init": initialisation, "targets": targets}[part]()
-        print(part, json.dumps(found, indent=1))
+        print(part, side_by_side(found) if part == "recipes" else json.dumps(found, indent=1))
         known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         # sets of nnU-Net come one by one, each in minutes
         known[part] = known.get(part, {}) | found if part == "nnunet" else found

@@ -95,7 +95,8 @@ def facts(name: str, recipe: Recipe) -> dict[str, str]:
 
 
 PER_STEP = "the rate falls a little with every step, and at the end of each epoch is the same"
-FRESH = "upstream draws once when it caches the data, or once per run: a defect, not a method"
+CACHED = "upstream caches what it drew, for all epochs: a defect, not a method"
+ANGLE = "one angle per run is a defect, not a method"
 NATIVE = "both are printed: scores at the stored size, and at the size of the original image"
 LEAK = "upstream shuffles anew for each part, so its parts overlap; ours has its sizes, disjoint"
 ASC_SPLIT = {
@@ -105,6 +106,17 @@ ASC_SPLIT = {
     "asc_seg_kvasir": ("880 / 120, also the test set, overlapping", LEAK),
     "asc_seg_ph2": ("160 / 20 / 20, seed 42, overlapping", LEAK),
 }
+
+
+def rotation(*, cached: bool) -> list[Row]:
+    """What ASC-Seg's and VM-UNet's code augments by."""
+    drawn = "one angle per run, " + ("drawn once" if cached else "drawn for every sample")
+    return [
+        ("augmentation", f"rotation p 0.5, flips p 0.5 each; {drawn}",
+         "rotation p 0.5, flips p 0.5 each; drawn for every sample", CACHED if cached else ANGLE),
+        ("turned pixels", "the original's, nearest", "the stored grid's, linear",
+         "a store is resized once, what is turned afterwards is interpolated"),
+    ]  # fmt: skip
 
 
 def asc_seg(name: str) -> list[Row]:
@@ -117,8 +129,7 @@ def asc_seg(name: str) -> list[Row]:
         ("masks", "bilinear, soft in the loss, cut at 0.5 in scores", "{masks}, cut at 0.5",
          "labels are whole numbers here; the cut is where upstream's scores have it"),
         ("split", split, "{split}", why or "the same 2000 and 150; the 600 by data.split=official-test"),
-        ("augmentation", "rotation p 0.5, flips p 0.5 each, one angle per run, drawn once",
-         "rotation p 0.5, flips p 0.5 each, drawn for every sample", FRESH),
+        *rotation(cached=name != "asc_seg_ph2"),
         ("intensity", "none", "{intensity}", ""),
         ("loss", "bce_dice bce_weight=0.5 dice_weight=0.5 smooth=1.0", "{loss}", ""),
         ("deep supervision", "1, 1, 1, 1", "{heads}", ""),
@@ -144,11 +155,13 @@ def vm_unet(name: str) -> list[Row]:
         "deep supervision",
         "batch",
         "checkpoint",
+        "augmentation",
+        "turned pixels",
     }
     rows = {row[0]: row for row in asc_seg("asc_seg_isic2017") if row[0] not in kept}
     return [
-        ("initialisation", "narrow normal, VMamba-S from ImageNet where it fits", "narrow normal",
-         "no weights are shipped; give them by model.weights=FILE model.strict=encoder"),
+        ("initialisation", "narrow normal, VMamba-S from ImageNet in encoder and decoder", "narrow normal",
+         "no weights are shipped; model.weights=FILE model.strict=encoder puts them in both"),
         ("normalisation", "data set's mean and deviation, then minmax255", "{normalisation}",
          "the same numbers: mean and deviation cancel in the range"),
         ("split", f"7:3, {sizes}, names published as folders", "{split}",
@@ -156,6 +169,7 @@ def vm_unet(name: str) -> list[Row]:
         ("loss", "bce_dice smooth=1.0", "{loss}", ""),
         ("batch", "32", "{batch}", ""),
         ("checkpoint", "best loss on the validation cases", "{checkpoint}", ""),
+        *rotation(cached=False),
         *rows.values(),
     ]  # fmt: skip
 
@@ -204,6 +218,8 @@ def unet_lite(name: str) -> list[Row]:
         ("size", "256 x 256", "{size}", ""),
         ("interpolation", "bilinear", "{interpolation}", ""),
         ("masks", "nearest", "{masks}", ""),
+        ("target", "first mask of an image" if busi else "the mask", "union of its masks" if busi else "the mask",
+         "17 images have several lesions" if busi else ""),
         ("split", "70/15/15, seed 42, directory order" if busi else "70/15/15, 1815 / 389 / 390, not published", "{split}", "sorted names, scikit-learn's drawing"),
         ("augmentation", "flips, quarter turns, brightness, contrast, blur, noise, elastic, shift-scale-rotate" if busi else "unknown",
          "the same kinds with our ranges, no noise" if busi else "none", "our noise is for standardised images" if busi else "the older loader has none"),
@@ -236,6 +252,9 @@ def e2mi_seg(name: str) -> list[Row]:
     return [
         ("revision", "2025-01, last of two", "2025-01", "which one made the paper's numbers cannot be told; model.options.revision=2024-08 is the other"),
         ("initialisation", "encoder's linear layers normal 0.02, all else PyTorch's", "encoder's linear layers normal 0.02, all else PyTorch's", ""),
+        ("last skip", "before the block's last convolution" if variant == "mcl" else "after the block's last convolution",
+         "after the block's last convolution",
+         "before it only in the last file of this variant, which does not parse; model.options.early_skip=true has it" if variant == "mcl" else ""),
         ("spatial attention", "tokens and channels scrambled", "in order", "a defect; model.options.legacy_scramble=true has it"),
         ("split", split, "{split}", why),
         ("intensity", "noise 0.1, blur 0.2, brightness 0.15, contrast 0.15, low resolution 0.25, gamma 0.3, gamma inverted 0.1, per channel", "{intensity}", ""),

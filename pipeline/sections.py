@@ -184,10 +184,13 @@ class Model(Section):
     )
     mapping: str = Field(
         "auto",
-        description="how names in that file become ours: auto, or a JSON file {theirs: ours}",
+        description="how names in that file become ours: auto, order (one by one), or a JSON file "
+        "{theirs: ours}",
     )
     strict: Literal["all", "encoder"] = Field(
-        "all", description="whether every tensor must come from the file, or the encoder's alone"
+        "all",
+        description="all: every tensor must come from the file; encoder: the encoder's, and what its "
+        "authors start from them",
     )
     head: Literal["auto", "softmax", "sigmoid"] = Field(
         "auto", description="softmax over classes or one sigmoid per region"

@@ -64,3 +64,47 @@ def test_headers_name_ways_of_counting_that_exist():
         words = " ".join(line.strip("# ") for line in text.splitlines() if line.startswith("#"))
         for named in re.findall(r"compare (?:the variant )?'(\w+)'", words):
             assert named in VARIANTS, f"{name}: {named}"
+
+
+# what a header says under "differs", and the row of the table that says it too
+CLAIMS = {
+    r"no overlap|parts overlap|7:3 division|has its sizes|[Ss]orted (file )?names|Split: |fold 0 of"
+    r"|Patients, not slices": "split",
+    r"[Aa]ugmentation drawn anew|rotation angle|Gaussian noise|have our ranges|augmentation are not "
+    r"documented": "augmentation",
+    r"masks cut at half": "masks",
+    r"rate per step|rate falls per step|warm restarts|halves the rate|ours is constant": "rate",
+    r"the best checkpoint": "checkpoint",
+    r"ImageNet weights": "initialisation",
+    r"publishes the network only|those of its framework": "set-up",
+    r"normalised once": "normalisation",
+    r"union of all masks": "target",
+    r"as the last revision": "revision",
+    r"scrambled layout": "spatial attention",
+    r"after its last convolution|which does not, has it before": "last skip",
+    r"momentum stays": "momentum",
+    r"bf16 instead of fp32": "precision",
+    r"HD95 in mm|empty masks are counted": "score",
+    r"annotated slice": "slices",
+    r"no early stop": "early stop",
+    r"last weights of stage 1|those of its lowest": "second stage",
+}  # fmt: skip
+ADVICE = r"docs/fidelity.md lists|ends at its bottom"
+
+
+def test_what_a_header_says_differs_is_in_the_table(maker):
+    for name in maker.published():
+        lines = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").split("# differs ")[1]
+        words = []
+        for line in lines.splitlines():
+            if words and not line.startswith("#  "):
+                break
+            words.append(line.strip("# "))
+        text = re.sub(r" \([^)]*\)", "", " ".join(words))
+        rows = {setting: (theirs, ours) for setting, theirs, ours, _ in maker.rows(name)}
+        for clause in re.split(r"[.;]\s+|[.]$", text):
+            settings = [row for claim, row in CLAIMS.items() if re.search(claim, clause)]
+            assert settings or not clause or re.search(ADVICE, clause), f"{name}: {clause}"
+            for setting in settings:
+                theirs, ours = rows[setting]
+                assert theirs != ours or "as upstream" in clause, f"{name}: {setting}: {clause}"

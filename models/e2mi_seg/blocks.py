@@ -46,7 +46,8 @@ class HybridBlock(nn.Module):
     `qk_source="tokens"`, is added to the output, `local_weight` times).
 
     Maps (B, C, Z, Y, X) to the same shape. The position embedding and the attention's projections
-    depend on the grid (Z, Y, X).
+    depend on the grid (Z, Y, X). early_skip: the block's input is added before the last convolution
+    instead of after it.
     """
 
     def __init__(
@@ -63,12 +64,13 @@ class HybridBlock(nn.Module):
         residual_blocks: int,
         dropout: float,
         attention: dict[str, object],
+        early_skip: bool = False,
     ) -> None:
         super().__init__()
         if norm not in NORMS:
             raise ModelError(f"e2mi_seg: norm is '{norm}', expected one of: {', '.join(NORMS)}")
         self.local_residual, self.joins_late = local_residual, attention["qk_source"] == "tokens"
-        self.local_weight = local_weight
+        self.local_weight, self.early_skip = local_weight, early_skip
         tokens = grid[0] * grid[1] * grid[2]
         local: list[nn.Module] = []
         for _ in range(2):
@@ -99,7 +101,9 @@ class HybridBlock(nn.Module):
         _, _, depth, rows, columns = x.shape
         a = rearrange(t, "b (z y x) c -> b c z y x", z=depth, y=rows, x=columns)
         r = a + self.refine(a)
-        return self.out(r + self.local_weight * y if self.joins_late else r) + x
+        if self.joins_late:
+            r = r + self.local_weight * y
+        return self.out(r + x) if self.early_skip else self.out(r) + x
 
 
 class GroupAggregation(nn.Module):

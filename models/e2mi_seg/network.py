@@ -48,8 +48,10 @@ class E2MISeg(nn.Module):
     from the tokens and adds `local_weight` times the branch, which then has no residual of its own,
     before the last convolution (the released bytecode of BraTS has 1.1). legacy_qkvv keeps the
     released, half unused value projection (needed for the published counts), legacy_scramble its
-    layout of the spatial attention; clamp_dilation keeps dilated taps inside small grids; norm "instance" replaces the
-    batch norm of the hybrid blocks. Raises ModelError for a wrong option or input.
+    layout of the spatial attention. early_skip adds a hybrid block's input before its last
+    convolution, as the one file of MCL's last revision does that the repository still has.
+    clamp_dilation keeps dilated taps inside small grids; norm "instance" replaces the batch norm of
+    the hybrid blocks. Raises ModelError for a wrong option or input.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class E2MISeg(nn.Module):
         local_weight: float = 1.0,
         legacy_qkvv: bool = True,
         legacy_scramble: bool = False,
+        early_skip: bool = False,
         clamp_dilation: bool = False,
         deep_supervision: bool = True,
     ) -> None:
@@ -126,7 +129,7 @@ class E2MISeg(nn.Module):
             "local_weight": local_weight,
             "residual_blocks": residual_blocks,
         }
-        switches |= {"dropout": dropout, "attention": attention}
+        switches |= {"dropout": dropout, "attention": attention, "early_skip": early_skip}
 
         def blocks(level: int, depth: int) -> nn.Sequential:
             return nn.Sequential(

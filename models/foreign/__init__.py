@@ -1,8 +1,9 @@
 """Names of tensors in other people's weight files, and what they are called here.
 
-The networks of a family share one file `models/foreign/<family>.py` with `TABLE`, or with one table
-for each by name. A table is total in both directions: every tensor of the file has a place or is ignored by name, and every tensor of the
-network gets exactly one.
+The networks of a family share one file `models/foreign/<family>.py` with `TABLE`: one table, one for
+each network by name, or, where names depend on a network's options, a function of its name and the
+network. A table is total in both directions: every tensor of the file has a place or is ignored by
+name, and every tensor of the network gets exactly one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ LEFTOVERS = r"(?:.*\.)?total_(?:ops|params)"
 COUNTER = "num_batches_tracked"  # of batch norms: some files leave it out
 LEAF = f"(?:weight|bias|running_mean|running_var|{COUNTER})"  # what a layer's tensors are called
 SHOWN = 6
+Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str | None]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,33 +34,40 @@ class Table:
     """`rules`: (pattern, replacement) tried in order against the whole of their name; `ignored`:
     patterns of their tensors that are copies of others or of no use here. `turned`: patterns of
     their matrices that are the transposed of ours. `prefixes`: more wrappers that a file of this
-    family may have around all of its names."""
+    family may have around all of its names. `mirrored`: (our name, another of ours) for tensors
+    outside the encoder that the authors start from a pre-trained encoder's."""
 
-    rules: Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
+    rules: Rules
     ignored: Sequence[str] = ()
     turned: Sequence[str] = ()
     prefixes: Sequence[str] = ()
+    mirrored: Rules = ()
 
     def rename(self, theirs: str) -> str | None:
         """Our name, "" for what is to be ignored, None for what no rule knows."""
         if any(re.fullmatch(pattern, theirs) for pattern in self.ignored):
             return ""
-        for pattern, ours in self.rules:
-            if found := re.fullmatch(pattern, theirs):
-                return ours(found) if callable(ours) else found.expand(ours)
-        return None
+        return _first(self.rules, theirs)
+
+
+def _first(rules: Rules, name: str) -> str | None:
+    for pattern, replacement in rules:
+        if found := re.fullmatch(pattern, name):
+            return replacement(found) if callable(replacement) else found.expand(replacement)
+    return None
 
 
 def families() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def table_of(network: str) -> Table | None:
+def table_of(network: str, model: nn.Module) -> Table | None:
     """The table of a network, from the file that lists it."""
     for family in families():
         module = importlib.import_module(f"segfleet.models.foreign.{family}")
         if network in module.NETWORKS:
-            return module.TABLE if isinstance(module.TABLE, Table) else module.TABLE[network]
+            known = module.TABLE(network, model) if callable(module.TABLE) else module.TABLE
+            return known if isinstance(known, Table) else known[network]
     return None
 
 
@@ -71,28 +80,26 @@ def translated(
     strict: str = "all",
     where: str = "",
 ) -> dict[str, Tensor]:
-    """Our name -> tensor, for all of the network's tensors or (strict "encoder") for its encoder's.
+    """Our name -> tensor, for all of the network's tensors or (strict "encoder") for its encoder's
+    and what the authors start from them. An encoder of one channel serves any number: its first
+    layer is repeated, divided by their number.
 
     mapping "auto": their names are ours, or the family's table knows them. "order": both have the
     same shapes in the same order. Else a JSON file {theirs: ours}. Raises ModelError that names
     what is missing, left over or of another shape; nothing is loaded here.
     """
     own = model.state_dict()
-    wanted = {
-        name: value
-        for name, value in own.items()
-        if strict == "all" or name.startswith(chosen.encoder)
-    }
-    named, left = _named(tensors, own, chosen, mapping, where)
-    optional = {name for name in wanted if name.endswith(COUNTER)}
-    missing = [name for name in wanted if name not in named and name not in optional]
+    table = table_of(chosen.name, model)
+    wanted = [name for name in own if strict == "all" or name.startswith(chosen.encoder)]
+    named, left = _named(tensors, own, table, mapping, where)
+    missing = [name for name in wanted if name not in named and not name.endswith(COUNTER)]
     if strict == "encoder":
-        named, left = {k: v for k, v in named.items() if k in wanted}, []
+        named, left = _encoder(named, own, wanted, table.mirrored if table else ()), []
     extra = [*left, *(name for name in named if name not in own)]
     shapes = [
-        f"{name} {tuple(named[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in wanted
-        if name in named and named[name].shape != own[name].shape
+        f"{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}"
+        for name, value in named.items()
+        if name in own and value.shape != own[name].shape
     ]
     if missing or extra or shapes:
         parts = [_some("missing", missing), _some("left over", extra), _some("other shape", shapes)]
@@ -101,13 +108,28 @@ def translated(
             "Choose the network and the options it was trained with, or give the names by "
             "--mapping FILE (model.mapping), a JSON object {theirs: ours}"
         )
-    return {name: named[name] for name in wanted if name in named}
+    return {name: named[name] for name in own if name in named}
+
+
+def _encoder(
+    named: Mapping[str, Tensor], own: Mapping[str, Tensor], wanted: Sequence[str], mirrored: Rules
+) -> dict[str, Tensor]:
+    """The tensors of an encoder, fitted to the image channels, and what else starts from them."""
+    found = {name: named[name] for name in wanted if name in named}
+    for name, value in found.items():
+        into = own[name].shape
+        if value.ndim > 2 and value.shape == (into[0], 1, *into[2:]) != into:
+            found[name] = (value / into[1]).expand(into)
+    copies = {_first(mirrored, name): value for name, value in found.items()}
+    copies = {name: value for name, value in copies.items() if name in own}
+    # a file that has these itself is a trained network, no pre-trained encoder
+    return found if named.keys() & copies.keys() else found | copies
 
 
 def _named(
     tensors: Mapping[str, Tensor],
     own: Mapping[str, Tensor],
-    chosen: ModelSpec,
+    table: Table | None,
     mapping: str,
     where: str,
 ) -> tuple[dict[str, Tensor], list[str]]:
@@ -120,7 +142,6 @@ def _named(
             {pairs[name]: value for name, value in tensors.items() if pairs.get(name)},
             [name for name in tensors if name not in pairs],
         )
-    table = table_of(chosen.name)
     tensors = {k: v for k, v in tensors.items() if not re.fullmatch(LEFTOVERS, k)}
     tensors = _unwrapped(tensors, (*WRAPPERS, *(table.prefixes if table else ())))
     if table is None or _overlap(tensors, own) > 0.5:

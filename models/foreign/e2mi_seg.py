@@ -1,9 +1,13 @@
 """E2MISeg as released (SoloTillDawn/E2MISeg), one table for each data set: what a hybrid block holds
-differs. Convolutions are MONAI's, whose tensors lie one level deeper (`conv1.conv.weight`)."""
+differs. Convolutions are MONAI's, whose tensors lie one level deeper (`conv1.conv.weight`). The
+attention is `epa_block` in the older of two designs and `cs_block` in the newer: a file of one does
+not fit a network of the other, though every shape does."""
 
 from __future__ import annotations
 
 import re
+
+from torch import nn
 
 from segfleet.models.foreign import LEAF, Table
 
@@ -14,6 +18,7 @@ ATTENTION = {
     "temperature1": "channel_scale", "temperature2": "spatial_scale", "qkvv": "qkvv",
     "out_proj": "merge.0", "out_proj2": "merge.1",
 }  # fmt: skip
+ENCODER = "(?:e2mis|unetr_pp)_encoder"  # ACDC's, the other two's
 RESBLOCK = rf"(conv[123]|norm[123])(?:\.conv)?\.({LEAF})"
 
 
@@ -33,7 +38,10 @@ def _hybrid(normed: bool, blocks: int, projections: dict[str, str]) -> dict[str,
 
 
 def _table(
-    hybrid: dict[str, str], ignored: tuple[str, ...] = (), turned: tuple[str, ...] = ()
+    hybrid: dict[str, str],
+    attention: str,
+    ignored: tuple[str, ...] = (),
+    turned: tuple[str, ...] = (),
 ) -> Table:
     def block(found: re.Match[str]) -> str | None:
         encoder, encoder_block, decoder, decoder_block, rest = found.groups()
@@ -42,7 +50,7 @@ def _table(
             if encoder
             else f"dec{int(decoder) - 2}.blocks.{decoder_block}"
         )
-        rest = re.sub(r"^(?:cs|epa)_block\.", "attention.", rest)
+        rest = re.sub(rf"^{attention}\.", "attention.", rest)
         rest = re.sub(r"^(conv5\d\.conv\d)\.conv\.", r"\1.", rest)
         for theirs, ours in hybrid.items():
             if rest == theirs or rest.startswith(f"{theirs}."):
@@ -52,13 +60,13 @@ def _table(
     return Table(
         rules=(
             (
-                r"(?:e2mis_encoder\.stages\.(\d)\.(\d+)|decoder([345])\.decoder_block\.0\.(\d+))\.(.+)",
+                rf"(?:{ENCODER}\.stages\.(\d)\.(\d+)|decoder([345])\.decoder_block\.0\.(\d+))\.(.+)",
                 block,
             ),
-            (rf"e2mis_encoder\.downsample_layers\.0\.0\.conv\.({LEAF})", r"stem.0.\1"),
-            (rf"e2mis_encoder\.downsample_layers\.0\.1\.({LEAF})", r"stem.1.\1"),
+            (rf"{ENCODER}\.downsample_layers\.0\.0\.conv\.({LEAF})", r"stem.0.\1"),
+            (rf"{ENCODER}\.downsample_layers\.0\.1\.({LEAF})", r"stem.1.\1"),
             (
-                rf"e2mis_encoder\.downsample_layers\.(\d)\.([01])(?:\.conv)?\.({LEAF})",
+                rf"{ENCODER}\.downsample_layers\.(\d)\.([01])(?:\.conv)?\.({LEAF})",
                 lambda m: f"down{int(m[1]) + 1}.{m[2]}.{m[3]}",
             ),
             (rf"encoder\.{RESBLOCK}", lambda m: f"full.{RESIDUAL[m[1]]}.{m[2]}"),
@@ -86,14 +94,14 @@ def _table(
     )
 
 
-TABLE = {
-    "e2mi_seg_acdc": _table(_hybrid(True, 2, {"E": "key_projection", "F": "value_projection"})),
-    # one matrix, tokens first
-    "e2mi_seg_brats": _table(
-        _hybrid(False, 1, {"EF": "key_projection.weight"}), turned=(r".*_block\.EF",)
-    ),
-    # one layer under two names
-    "e2mi_seg_mcl": _table(
-        _hybrid(False, 1, {"E": "key_projection"}), ignored=(r".*_block\.F\.(?:weight|bias)",)
-    ),
-}
+def TABLE(network: str, model: nn.Module) -> Table:
+    older = any(getattr(module, "from_tokens", False) for module in model.modules())
+    attention = "epa_block" if older else "cs_block"
+    if network == "e2mi_seg_acdc":
+        inside = _hybrid(True, 2, {"E": "key_projection", "F": "value_projection"})
+        return _table(inside, attention)
+    if network == "e2mi_seg_brats":  # one matrix, tokens first; the newer file is not to be had
+        inside = _hybrid(False, 1, {"EF": "key_projection.weight"})
+        return _table(inside, "(?:cs|epa)_block", turned=(r".*_block\.EF",))
+    inside = _hybrid(False, 1, {"E": "key_projection"})  # one layer under two names
+    return _table(inside, attention, ignored=(r".*_block\.F\.(?:weight|bias)",))

@@ -1,4 +1,5 @@
-"""Primus as nnU-Net and nnssl (OpenMind) train it: the transformer is `eva`."""
+"""Primus as nnU-Net and nnssl (OpenMind) train it: the transformer is `eva`. Contrastive methods of
+nnssl have the whole network as their `encoder`."""
 
 from __future__ import annotations
 
@@ -40,23 +41,24 @@ def _shortcut(where: str):
 
 
 STEM, STAGE = r"down_projection\.stem\.blocks\.0", r"down_projection\.stages\.(\d)\.blocks\.0"
+RULES = (
+    (r"eva\.pos_embed", "position"),
+    (rf"eva\.blocks\.(\d+)\.({'|'.join(map(re.escape, LAYERS))})\.({LEAF})", _layer),
+    (r"eva\.blocks\.(\d+)\.gamma_([12])", r"blocks.\1.scale\2"),
+    (rf"eva\.norm\.({LEAF})", r"norm.\1"),
+    (rf"down_projection\.proj\.({LEAF})", r"embed.\1"),
+    (rf"{STEM}\.{BLOCK}", _residual("stem")),
+    (rf"{STEM}\.{SHORTCUT}", _shortcut("stem")),
+    (rf"{STAGE}\.{BLOCK}", _residual("halve.{}")),
+    (rf"{STAGE}\.{SHORTCUT}", _shortcut("halve.{}")),
+    (rf"down_projection\.final_proj\.({LEAF})", r"embed.project.\1"),
+    (rf"down_projection\.proj_to_tokens\.(\d)\.({LEAF})", r"embed.shortcuts.\1.\2"),
+    (r"down_projection\.scale_proj_to_tokens\.(\d)", r"embed.scales.\1"),
+    (rf"up_projection\.decode\.([01]\.[01]\.{LEAF})", r"decoder.\1"),
+    (rf"up_projection\.decode\.2\.({LEAF})", r"decoder.2.\1"),
+)
 TABLE = Table(
-    rules=(
-        (r"eva\.pos_embed", "position"),
-        (rf"eva\.blocks\.(\d+)\.({'|'.join(map(re.escape, LAYERS))})\.({LEAF})", _layer),
-        (r"eva\.blocks\.(\d+)\.gamma_([12])", r"blocks.\1.scale\2"),
-        (rf"eva\.norm\.({LEAF})", r"norm.\1"),
-        (rf"down_projection\.proj\.({LEAF})", r"embed.\1"),
-        (rf"{STEM}\.{BLOCK}", _residual("stem")),
-        (rf"{STEM}\.{SHORTCUT}", _shortcut("stem")),
-        (rf"{STAGE}\.{BLOCK}", _residual("halve.{}")),
-        (rf"{STAGE}\.{SHORTCUT}", _shortcut("halve.{}")),
-        (rf"down_projection\.final_proj\.({LEAF})", r"embed.project.\1"),
-        (rf"down_projection\.proj_to_tokens\.(\d)\.({LEAF})", r"embed.shortcuts.\1.\2"),
-        (r"down_projection\.scale_proj_to_tokens\.(\d)", r"embed.scales.\1"),
-        (rf"up_projection\.decode\.([01]\.[01]\.{LEAF})", r"decoder.\1"),
-        (rf"up_projection\.decode\.2\.({LEAF})", r"decoder.2.\1"),
-    ),
+    rules=[(rf"(?:encoder\.)?{theirs}", ours) for theirs, ours in RULES],
     # of masked training; places that follow from the grid; layers that are there twice
-    ignored=("mask_token", r"eva\.rope\..*", r".*\.all_modules\..*"),
+    ignored=("mask_token", r".*eva\.rope\..*", r".*\.all_modules\..*"),
 )

@@ -1,8 +1,12 @@
-"""VM-UNet's own files, and VMamba's (first generation), which hold the encoder alone."""
+"""VM-UNet's own files, and VMamba's (first generation), which hold the encoder alone. VMamba's
+deeper encoders come with as many blocks as there are here, the first of each stage, and start the
+decoder's blocks of equal width too, as in the published code."""
 
 from __future__ import annotations
 
 import re
+
+from torch import nn
 
 from segfleet.models.foreign import Table
 
@@ -11,39 +15,62 @@ MIXER = (
     "in_proj.weight|conv2d.weight|conv2d.bias|x_proj_weight|dt_projs_weight|dt_projs_bias|A_logs|"
     "Ds|out_norm.weight|out_norm.bias|out_proj.weight"
 )
-DEPTHS = 2  # blocks before the patch merging in the published encoder
+INSIDE = rf"(ln_1|self_attention)\.(weight|bias|{MIXER})"
+PART = {"ln_1": "norm", "self_attention": "mixer"}
+LAST = 3  # stage without a patch merging, whose width the decoder begins with
 
 
-def _upsampled(match: re.Match[str]) -> str:
+def _first_block(stage: int) -> int:
     """In a decoder stage the expansion comes first, so blocks count from 1 but in stage 0."""
-    stage, block, rest = match.groups()
-    part = rest.replace("ln_1", "norm").replace("self_attention", "mixer")
-    return f"decoder{stage}.{int(block) + (stage != '0')}.{part}"
+    return 0 if stage == 0 else 1
 
 
-def _block(match: re.Match[str]) -> str:
-    stage, block, rest = match.groups()
-    return (
-        f"encoder{stage}.{block}.{rest.replace('ln_1', 'norm').replace('self_attention', 'mixer')}"
+def _decoder_block(found: re.Match[str]) -> str:
+    stage, block, part, leaf = found.groups()
+    return f"decoder{stage}.{int(block) + _first_block(int(stage))}.{PART[part]}.{leaf}"
+
+
+def TABLE(network: str, model: nn.Module) -> Table:
+    """In a stage of the encoder the patch merging comes after the blocks, and files may have more
+    of these than the network."""
+    merging = (
+        re.fullmatch(r"encoder(\d)\.(\d+)\.linear\.weight", name)
+        for name, _ in model.named_parameters()
     )
+    blocks = {int(found[1]): int(found[2]) for found in merging if found}
 
+    def is_block(stage: int, number: int) -> bool:
+        return number < blocks.get(stage, number + 1)
 
-INSIDE = rf"(ln_1\.(?:weight|bias)|self_attention\.(?:{MIXER}))"
-TABLE = Table(
-    rules=(
-        (r"patch_embed\.proj\.(weight|bias)", r"embed.conv.\1"),
-        (r"patch_embed\.norm\.(weight|bias)", r"embed.norm.\1"),
-        (rf"layers\.(\d)\.blocks\.(\d+)\.{INSIDE}", _block),
-        (r"layers\.(\d)\.downsample\.norm\.(weight|bias)", rf"encoder\1.{DEPTHS}.norm.\2"),
-        (r"layers\.(\d)\.downsample\.reduction\.weight", rf"encoder\1.{DEPTHS}.linear.weight"),
-        (rf"layers_up\.(\d)\.blocks\.(\d+)\.{INSIDE}", _upsampled),
-        (r"layers_up\.(\d)\.upsample\.norm\.(weight|bias)", r"decoder\1.0.norm.\2"),
-        (r"layers_up\.(\d)\.upsample\.expand\.weight", r"decoder\1.0.linear.weight"),
-        (r"final_up\.norm\.(weight|bias)", r"expand.norm.\1"),
-        (r"final_up\.expand\.weight", "expand.linear.weight"),
-        (r"final_conv\.(weight|bias)", r"head.\1"),
-    ),
-    # VMamba's classifier
-    ignored=(r"(?:norm|head|classifier)\..*",),
-    prefixes=("vmunet.",),
-)
+    def encoder_block(found: re.Match[str]) -> str | None:
+        stage, block, part, leaf = int(found[1]), int(found[2]), found[3], found[4]
+        return f"encoder{stage}.{block}.{PART[part]}.{leaf}" if is_block(stage, block) else None
+
+    def mirrored(found: re.Match[str]) -> str | None:
+        """The decoder's block that has an encoder block's width."""
+        stage, block, rest = int(found[1]), int(found[2]), found[3]
+        ours = f"decoder{LAST - stage}.{block + _first_block(LAST - stage)}.{rest}"
+        return ours if is_block(stage, block) else None  # else the patch merging's norm
+
+    def merge(found: re.Match[str]) -> str | None:
+        stage, layer = int(found[1]), {"norm": "norm", "reduction": "linear"}[found[2]]
+        return f"encoder{stage}.{blocks[stage]}.{layer}.{found[3]}" if stage in blocks else None
+
+    return Table(
+        rules=(
+            (r"patch_embed\.proj\.(weight|bias)", r"embed.conv.\1"),
+            (r"patch_embed\.norm\.(weight|bias)", r"embed.norm.\1"),
+            (rf"layers\.(\d)\.blocks\.(\d+)\.{INSIDE}", encoder_block),
+            (r"layers\.(\d)\.downsample\.(norm|reduction)\.(weight|bias)", merge),
+            (rf"layers_up\.(\d)\.blocks\.(\d+)\.{INSIDE}", _decoder_block),
+            (r"layers_up\.(\d)\.upsample\.norm\.(weight|bias)", r"decoder\1.0.norm.\2"),
+            (r"layers_up\.(\d)\.upsample\.expand\.weight", r"decoder\1.0.linear.weight"),
+            (r"final_up\.norm\.(weight|bias)", r"expand.norm.\1"),
+            (r"final_up\.expand\.weight", "expand.linear.weight"),
+            (r"final_conv\.(weight|bias)", r"head.\1"),
+        ),
+        # VMamba's classifier
+        ignored=(r"(?:norm|head|classifier)\..*",),
+        prefixes=("vmunet.",),
+        mirrored=((r"encoder(\d)\.(\d+)\.((?:norm|mixer)\..*)", mirrored),),
+    )

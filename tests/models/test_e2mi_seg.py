@@ -106,8 +106,9 @@ def test_unused_projection_does_not_act():
 
 
 @pytest.mark.parametrize("local_residual", [True, False])
+@pytest.mark.parametrize("early_skip", [False, True])
 @pytest.mark.parametrize(("qk_source", "weight"), [("conv", 1.0), ("tokens", 1.0), ("tokens", 1.1)])
-def test_hybrid_block(local_residual, qk_source, weight):
+def test_hybrid_block(local_residual, qk_source, weight, early_skip):
     switches = {
         "norm": "batch",
         "local_norm": True,
@@ -117,8 +118,9 @@ def test_hybrid_block(local_residual, qk_source, weight):
         "dropout": 0.1,
     }
     block = HybridBlock(
-        8, (2, 3, 4), 3, 2, **switches, attention=MCL | {"qk_source": qk_source}
-    ).eval()
+        8, (2, 3, 4), 3, 2, **switches, early_skip=early_skip,
+        attention=MCL | {"qk_source": qk_source},
+    ).eval()  # fmt: skip
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.3)
     x = torch.randn(2, 8, 2, 3, 4)
@@ -133,7 +135,11 @@ def test_hybrid_block(local_residual, qk_source, weight):
     a = a.transpose(1, 2).reshape(x.shape)
     mix = block.refine[-1]
     r = a + F.conv3d(block.refine[1](block.refine[0](a)), mix.weight, mix.bias)
-    expected = F.conv3d(r + weight * y if qk_source == "tokens" else r, block.out.weight) + x
+    last = r + weight * y if qk_source == "tokens" else r
+    if early_skip:
+        expected = F.conv3d(last + x, block.out.weight)
+    else:
+        expected = F.conv3d(last, block.out.weight) + x
     torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -150,6 +156,8 @@ def test_one_option_is_one_revision(variant):
             assert block.attention.from_tokens == (source == "tokens")
             assert block.joins_late == (source == "tokens") and block.local_weight == 1.1
             assert block.local_residual == (variant == "acdc" and revision == "2025-01")
+    early = chosen.build(in_channels=1, num_classes=2, **chosen.reduced, early_skip=True)
+    assert all(m.early_skip for m in early.modules() if isinstance(m, HybridBlock))
     with torch.device("meta"):  # "the old revision has identical counts"
         old = chosen.build(
             in_channels=chosen.in_channels, num_classes=chosen.num_classes, revision="2024-08"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from segfleet.models.foreign import families, table_of, translated
+from segfleet.models.foreign import Table, families, table_of, translated
 from segfleet.models.registry import ModelError, build_model, spec
 
 
@@ -167,23 +168,124 @@ def test_a_table_is_total_in_both_directions(network):
         translated(theirs, model, chosen, where="file")
 
 
-def test_vmamba_s_encoder_comes_without_its_classifier():
+def vmamba(depths: tuple[int, ...], width: int) -> dict[str, torch.Tensor]:
+    """A first-generation VMamba: its names and shapes, every value from its own draw."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "patch_embed.proj.weight": (width, 3, 4, 4), "patch_embed.proj.bias": (width,),
+        "patch_embed.norm.weight": (width,), "patch_embed.norm.bias": (width,),
+        "norm.weight": (8 * width,), "norm.bias": (8 * width,),
+        "head.weight": (1000, 8 * width), "head.bias": (1000,),
+    }  # fmt: skip
+    for stage, depth in enumerate(depths):
+        c = width * 2**stage
+        d, rank = 2 * c, math.ceil(c / 16)
+        block = {
+            "ln_1.weight": (c,), "ln_1.bias": (c,), "in_proj.weight": (2 * d, c),
+            "conv2d.weight": (d, 1, 3, 3), "conv2d.bias": (d,), "x_proj_weight": (4, rank + 32, d),
+            "dt_projs_weight": (4, d, rank), "dt_projs_bias": (4, d), "A_logs": (4 * d, 16),
+            "Ds": (4 * d,), "out_norm.weight": (d,), "out_norm.bias": (d,),
+            "out_proj.weight": (c, d),
+        }  # fmt: skip
+        for number in range(depth):
+            for leaf, shape in block.items():
+                inside = leaf if leaf.startswith("ln_1") else f"self_attention.{leaf}"
+                shapes[f"layers.{stage}.blocks.{number}.{inside}"] = shape
+        if stage < 3:
+            shapes[f"layers.{stage}.downsample.norm.weight"] = (4 * c,)
+            shapes[f"layers.{stage}.downsample.norm.bias"] = (4 * c,)
+            shapes[f"layers.{stage}.downsample.reduction.weight"] = (2 * c, 4 * c)
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("depths", [(2, 2, 2, 2), (2, 2, 5, 2)])
+def test_a_vmamba_starts_the_encoder_and_mirrored_the_decoder(depths):
+    """As the authors do with VMamba-S, whose third stage is deeper: the blocks that there are, in
+    the encoder and in the decoder's stage of equal width."""
+    chosen = spec("vm_unet")
+    model = chosen.build(in_channels=3, num_classes=1, width=8)
+    theirs = vmamba(depths, 8)
+    found = translated(theirs, model, chosen, strict="encoder", where="vmamba_small.pth")
+    ours = model.state_dict()
+    encoder = {name for name in ours if name.startswith(("embed", "encoder"))}
+    blocks = [("decoder0.0", 3, 0), ("decoder0.1", 3, 1), ("decoder1.1", 2, 0), ("decoder1.2", 2, 1),
+              ("decoder2.1", 1, 0), ("decoder2.2", 1, 1), ("decoder3.1", 0, 0)]  # fmt: skip
+    for where, stage, number in blocks:
+        for leaf, name in (("norm.bias", "ln_1.bias"), ("mixer.Ds", "self_attention.Ds")):
+            value = theirs[f"layers.{stage}.blocks.{number}.{name}"]
+            assert found[f"{where}.{leaf}"] is value is found[f"encoder{stage}.{number}.{leaf}"]
+    assert found["encoder2.2.norm.weight"] is theirs["layers.2.downsample.norm.weight"]
+    mirrored = {name for name in ours if name.startswith(tuple(f"{b[0]}." for b in blocks))}
+    assert found.keys() == encoder | mirrored
+    with pytest.raises(ModelError, match="vmamba_small.pth does not fit vm_unet: missing: decoder"):
+        translated(theirs, model, chosen, where="vmamba_small.pth")
+
+
+def test_a_trained_vm_unet_gives_its_encoder_alone_and_a_deeper_one_its_blocks():
     chosen = spec("vm_unet")
     with torch.device("meta"):
         model = chosen.build(in_channels=3, num_classes=1)
+        deeper = chosen.build(in_channels=3, num_classes=1, depths=(2, 2, 5, 2))
     ours = model.state_dict()
-    pairs = backwards("vm_unet", list(ours))
-    theirs = {
-        their.removeprefix("vmunet."): ours[our]
-        for their, our in pairs.items()
-        if our.startswith(("encoder", "embed"))
+    theirs = {their: ours[our] for their, our in backwards("vm_unet", list(ours)).items()}
+    found = translated(theirs, model, chosen, strict="encoder", where="file")
+    assert {name.split(".")[0].rstrip("0123") for name in found} == {"embed", "encoder"}
+    last = "vmunet.layers.2.blocks.4.ln_1.weight"
+    with pytest.raises(ModelError, match="left over: layers.2.blocks.4.ln_1.weight"):
+        translated(theirs | {last: torch.empty(384)}, model, chosen, where="file")
+    whole = deeper.state_dict()
+    pairs = backwards("vm_unet", [name for name in whole if not name.startswith("encoder2.")])
+    for name in whole.keys() - set(pairs.values()):
+        _, number, rest = name.split(".", 2)
+        if number == "5":
+            pairs[f"vmunet.layers.2.downsample.{rest.replace('linear', 'reduction')}"] = name
+        else:
+            rest = rest if rest.startswith("mixer") else rest.replace("norm", "ln_1")
+            rest = rest.replace("mixer", "self_attention")
+            pairs[f"vmunet.layers.2.blocks.{number}.{rest}"] = name
+    found = translated({n: whole[ours] for n, ours in pairs.items()}, deeper, chosen, where="file")
+    assert found.keys() == whole.keys() and all(found[name] is whole[name] for name in whole)
+
+
+def test_an_encoder_of_one_channel_serves_several():
+    """An image whose channels are alike is answered as by the network of one channel."""
+    theirs = nnunet_of("resenc", 3)
+    one = {
+        name: value[:, :1] if value.ndim == 5 and value.shape[1] == 2 else value
+        for name, value in theirs.state_dict().items()
     }
-    theirs |= {"classifier.head.weight": torch.empty(1000, 768), "norm.weight": torch.empty(768)}
-    found = translated(theirs, model, chosen, strict="encoder", where="vmamba.pth")
-    assert {name.rstrip("0123").split(".")[0].rstrip("0123") for name in found} == {
-        "embed",
-        "encoder",
-    }
+    options = {"features": [8, 16, 24], "strides": [1, 2, 2], "blocks_per_stage": [1, 3, 2]}
+    chosen = spec("resenc_unet_3d")
+    ours = build_model("resenc_unet_3d", in_channels=4, num_classes=3, options=options)
+    found = translated(one, ours, chosen, strict="encoder", where="file")
+    given, kernel = one["encoder.stem.convs.0.conv.weight"], found["stem.0.weight"]
+    assert kernel.shape == (8, 4, 3, 3, 3)
+    torch.testing.assert_close(kernel, given.expand_as(kernel) / 4)
+    with pytest.raises(
+        ModelError, match=r"other shape: stem.0.weight \(8, 1, 3, 3, 3\) instead of"
+    ):
+        translated(one, ours, chosen, where="file")
+
+
+def test_the_names_of_openmind_s_resenc_l():
+    """Released checkpoints hold 956 names, 448 of them the encoder's, which are there again in the
+    decoder, and as many numbers as the preset has."""
+    unet = pytest.importorskip("dynamic_network_architectures.architectures.unet")
+    with torch.device("meta"):
+        theirs = unet.ResidualEncoderUNet(
+            1, 6, [32, 64, 128, 256, 320, 320], nn.Conv3d, 3, [1, 2, 2, 2, 2, 2],
+            [1, 3, 4, 6, 6, 6], 1, [1] * 5, True, nn.InstanceNorm3d, {"eps": 1e-5, "affine": True},
+            nonlin=nn.LeakyReLU,
+        ).state_dict()  # fmt: skip
+        ours = build_model("resenc_unet_3d", in_channels=1, num_classes=2)
+        single = build_model("resenc_unet_3d", in_channels=1, num_classes=1)
+    assert len(theirs) == 956 and sum(name.startswith("encoder.") for name in theirs) == 448
+    chosen = spec("resenc_unet_3d")
+    found = translated(theirs, ours, chosen, strict="encoder", where="checkpoint_final.pth")
+    assert found.keys() == {k for k in ours.state_dict() if k.startswith(("encoder", "stem"))}
+    contrastive = {name: value for name, value in theirs.items() if name.startswith("encoder.")}
+    contrastive["projector.net.0.weight"] = torch.empty(8, 8)
+    assert found.keys() == translated(contrastive, ours, chosen, strict="encoder").keys()
+    assert translated(theirs, single, chosen).keys() == single.state_dict().keys()
 
 
 def test_order_and_file(tmp_path):
@@ -229,6 +331,9 @@ def test_every_table_names_registered_networks():
     for family in families():
         module = __import__(f"segfleet.models.foreign.{family}", fromlist=["NETWORKS"])
         for network in module.NETWORKS:
-            known = module.TABLE
-            own = known[network] if isinstance(known, dict) else known
-            assert table_of(network) is own and spec(network)
+            chosen = spec(network)
+            with torch.device("meta"):
+                model = chosen.build(
+                    in_channels=chosen.in_channels, num_classes=chosen.num_classes, **chosen.reduced
+                )
+            assert isinstance(table_of(network, model), Table)

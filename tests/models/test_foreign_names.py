@@ -161,6 +161,7 @@ def e2mi_seg(variant: str) -> list[tuple[str, object]]:
     acdc = variant == "acdc"
     last, projection = (3, "E") if acdc else (2, "EF" if variant == "brats" else "E")
     attention = "epa_block" if variant == "brats" else "cs_block"
+    encoder = "e2mis_encoder" if acdc else "unetr_pp_encoder"
     return [
         (r"^mfga(\d)\.up\.", r"mfgam\1.transp_conv.conv."),
         (r"^mfga(\d)\.guess\.", r"mfgam\1.maskout.conv.conv."),
@@ -186,7 +187,7 @@ def e2mi_seg(variant: str) -> list[tuple[str, object]]:
         (r"\.scale$", ".gamma"),
         (r"\.position$", ".pos_embed"),
         (r"^(enc\d\.\d|dec[123]\.blocks\.\d)\.out\.", r"\1.conv9.conv."),
-        (r"^enc(\d)\.(\d)", lambda m: f"e2mis_encoder.stages.{int(m[1]) - 1}.{m[2]}"),
+        (r"^enc(\d)\.(\d)", lambda m: f"{encoder}.stages.{int(m[1]) - 1}.{m[2]}"),
         (
             r"^dec([123])\.blocks\.(\d)",
             lambda m: f"decoder{int(m[1]) + 2}.decoder_block.0.{m[2]}",
@@ -194,10 +195,10 @@ def e2mi_seg(variant: str) -> list[tuple[str, object]]:
         (r"^dec0\.blocks", "decoder2.decoder_block.0"),
         (r"^dec(\d)\.up\.", lambda m: f"decoder{int(m[1]) + 2}.transp_conv.conv."),
         (r"^full", "encoder"),
-        (r"^stem\.0\.", "e2mis_encoder.downsample_layers.0.0.conv."),
-        (r"^stem\.1", "e2mis_encoder.downsample_layers.0.1"),
-        (r"^down(\d)\.0\.", lambda m: f"e2mis_encoder.downsample_layers.{int(m[1]) - 1}.0.conv."),
-        (r"^down(\d)\.1", lambda m: f"e2mis_encoder.downsample_layers.{int(m[1]) - 1}.1"),
+        (r"^stem\.0\.", f"{encoder}.downsample_layers.0.0.conv."),
+        (r"^stem\.1", f"{encoder}.downsample_layers.0.1"),
+        (r"^down(\d)\.0\.", lambda m: f"{encoder}.downsample_layers.{int(m[1]) - 1}.0.conv."),
+        (r"^down(\d)\.1", lambda m: f"{encoder}.downsample_layers.{int(m[1]) - 1}.1"),
         (r"^head(\d)", lambda m: f"out{int(m[1]) + 1}.conv.conv"),
     ]
 
@@ -308,5 +309,38 @@ def test_a_matrix_that_is_the_other_way_round_is_turned():
     theirs = {name: value for name, (_, value) in theirs_of("e2mi_seg_brats", model).items()}
     found = translated(theirs, model, chosen, where="file")
     assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
-    given = theirs["e2mis_encoder.stages.0.0.epa_block.EF"]
+    given = theirs["unetr_pp_encoder.stages.0.0.epa_block.EF"]
     assert given.shape == (512, 8)  # tokens first, as the authors multiply
+
+
+@pytest.mark.parametrize("variant", ["acdc", "mcl"])
+def test_weights_of_the_other_design_of_e2mi_seg_are_refused(variant):
+    """Every shape fits, but the network would compute something else: the attention's name tells."""
+    network = f"e2mi_seg_{variant}"
+    chosen, found = spec(network), {}
+    with torch.device("meta"):
+        for revision in ("2025-01", "2024-08"):
+            found[revision] = build_model(
+                network, in_channels=1, num_classes=2,
+                options=chosen.reduced | {"revision": revision},
+            )  # fmt: skip
+    newer = {n: value for n, (_, value) in theirs_of(network, found["2025-01"]).items()}
+    older = {n.replace("cs_block", "epa_block"): value for n, value in newer.items()}
+    for theirs, fits, other in (
+        (newer, found["2025-01"], found["2024-08"]),
+        (older, found["2024-08"], found["2025-01"]),
+    ):
+        assert translated(theirs, fits, chosen).keys() == fits.state_dict().keys()
+        with pytest.raises(ModelError, match=r"does not fit .* left over: .*(cs|epa)_block"):
+            translated(theirs, other, chosen, where="file")
+
+
+def test_a_contrastive_primus_lies_one_level_deeper():
+    """Methods of nnssl that have the network as their encoder, beside a projection head."""
+    chosen = spec("primus_m")
+    with torch.device("meta"):
+        model = build_model("primus_m", in_channels=1, num_classes=2)
+    theirs = {f"encoder.{n}": value for n, (_, value) in theirs_of("primus_m", model).items()}
+    theirs |= {"projector.0.weight": torch.empty(8, 8), "encoder.eva.rope.freqs": torch.empty(3)}
+    found = translated(theirs, model, chosen, strict="encoder", where="file")
+    assert found.keys() == {n for n in model.state_dict() if n.startswith(chosen.encoder)}

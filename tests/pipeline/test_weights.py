@@ -254,3 +254,29 @@ def test_a_stage_starts_from_weights_of_its_own(recipe, weights, tmp_path):
     document["stages"][0]["model"] = model
     kept = trained(with_digest(parse(document)), tmp_path / "runs")[0].final().tensors("weights")
     assert all(torch.equal(kept[name], state[name]) for name in state)
+
+
+def test_a_checkpoint_of_nnssl_is_an_encoder_to_start_from(tiny_store, tmp_path):
+    """As OpenMind's are: weights beside citations and a plan, the decoder of a masked autoencoder."""
+    unet = pytest.importorskip("dynamic_network_architectures.architectures.unet")
+    common = {"norm_op": torch.nn.InstanceNorm3d, "norm_op_kwargs": {"eps": 1e-5, "affine": True}}
+    theirs = unet.ResidualEncoderUNet(
+        1, 2, [4, 8], torch.nn.Conv3d, 3, [1, 2], [1, 2], 1, [1], True,
+        nonlin=torch.nn.LeakyReLU, **common,
+    )  # fmt: skip
+    path = tmp_path / "checkpoint_final.pth"
+    plan = {"architecture_plans": {"arch_class_name": "ResEncL"}, "key_to_stem": "encoder.stem"}
+    document = {"network_weights": theirs.state_dict(), "citations": ["somebody"]}
+    torch.save(document | {"nnssl_adaptation_plan": plan | {"key_to_lpe": None}}, path)
+    options = {"features": [4, 8], "strides": [1, 2], "kernels": [3, 3], "blocks_per_stage": [1, 2]}
+    store = tiny_store(dims=3, classes=1)
+    recipe = with_digest(parse({
+        "name": "x", "data": {"store": str(store), "split": "all", "patch": [8, 8, 8]},
+        "model": {"name": "resenc_unet_3d", "options": options, "weights": str(path),
+                  "strict": "encoder"},
+        "stages": [{"epochs": 0, "lr": 1e-3}],
+    }))  # fmt: skip
+    leaf = write_run(tmp_path / "runs", recipe, load_manifest(store))
+    kept = checkpoint.load(leaf / "checkpoints" / "step-00000000").tensors("weights")
+    given = theirs.state_dict()["encoder.stages.1.blocks.0.conv1.conv.weight"]
+    assert torch.equal(kept["encoder.1.0.conv1.0.weight"], given)
