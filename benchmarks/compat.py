@@ -2,12 +2,14 @@
 
 Each set gets a fresh environment: versions by `uv pip compile`, wheels from the configured index
 (gigabytes: torch comes with CUDA), tests on the CPU. `python benchmarks/compat.py [SET ...]`; needs
-uv, and the Pythons on PATH or under pyenv. What was installed and what failed goes to
-results/compat.json. Exit code 1 if anything failed.
+uv, and the Pythons on PATH or under pyenv. `--keep FOLDER` leaves environments and the tests' output
+there. What was installed and what failed goes to results/compat.json. Exit code 1 if anything
+failed or the tests did not come to their end.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -52,7 +54,9 @@ def compat(name: str, folder: Path) -> dict:
     python, wanted = str(folder / "venv" / "bin" / "python"), folder / "wanted.in"
     wanted.write_text("\n".join([f"segfleet[dev] @ file://{ROOT}", *more]) + "\n")
     target = ["--python", python]
-    subprocess.run([*UV, "venv", "-q", "-p", interpreter(version), folder / "venv"], check=True)
+    subprocess.run(
+        [*UV, "venv", "-q", "--clear", "-p", interpreter(version), folder / "venv"], check=True
+    )
     pinned = subprocess.run(
         [*UV, "pip", "compile", "-q", "--resolution", resolution, *target]
         + ["--no-header", "--no-annotate", str(wanted)],
@@ -85,13 +89,13 @@ def tests(python: str, folder: Path) -> dict:
     }
     start = time.time()
     with open(folder / "log", "w+", encoding="utf-8") as log:
-        subprocess.run(
+        ended = subprocess.run(
             [python, "-m", "pytest", "-q", "-m", QUICK, "-p", "no:cacheprovider", *PARALLEL],
             cwd=ROOT,
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
-        )
+        ).returncode
         log.seek(0)
         said = log.read()
     counts = {
@@ -100,6 +104,7 @@ def tests(python: str, folder: Path) -> dict:
     }
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
+        "complete": ended in (0, 1),  # pytest's other codes: interrupted, or an error of its own
         "tests": counts,
         "failed": sorted(re.findall(r"^(?:FAILED|ERROR) (\S+)", said, flags=re.M)),
         "minutes": round((time.time() - start) / 60, 1),
@@ -108,14 +113,22 @@ def tests(python: str, folder: Path) -> dict:
 
 
 def main() -> int:
-    names = sys.argv[1:] or list(SETS)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sets", nargs="*", metavar="SET", help=f"of {', '.join(SETS)}")
+    parser.add_argument("--keep", type=Path, help="leave environments and output in this folder")
+    options = parser.parse_args()
+    names = options.sets or list(SETS)
+    if unknown := sorted(set(names) - set(SETS)):
+        parser.error(f"no set {', '.join(unknown)}; there are {', '.join(SETS)}")
     done = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     for name in names:
-        with tempfile.TemporaryDirectory(prefix="segfleet-compat-") as folder:
-            done[name] = {"date": time.strftime("%Y-%m-%d")} | compat(name, Path(folder))
+        with tempfile.TemporaryDirectory(prefix="compat-") as temporary:
+            folder = options.keep / name.replace(" ", "-") if options.keep else Path(temporary)
+            folder.mkdir(parents=True, exist_ok=True)
+            done[name] = {"date": time.strftime("%Y-%m-%d")} | compat(name, folder)
         print(name, json.dumps(done[name], indent=1), flush=True)
         RESULT.write_text(json.dumps(done, indent=1) + "\n")
-    return int(any(done[name]["failed"] for name in names))
+    return int(any(done[name]["failed"] or not done[name]["complete"] for name in names))
 
 
 if __name__ == "__main__":
