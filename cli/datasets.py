@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from segfleet.cli.output import Json, problem_table, progress, show, table
+from segfleet.core.files import absolute
 
 # action -> its path
 ACTIONS = {
@@ -162,7 +163,8 @@ def renumbered(rules: list[str]) -> dict[int, int]:
 
 
 def beside(root: Path, to: Path | None, suffix: str) -> Path:
-    return to or root.resolve().with_name(f"{root.resolve().name}-{suffix}")
+    root = absolute(root)
+    return to or root.with_name(f"{root.name}-{suffix}")
 
 
 def layouts(names: list[str] | None = None) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from segfleet.cli.output import Best, Fold, Json, show, table
+from segfleet.core.files import absolute
 
 if TYPE_CHECKING:
     from segfleet.pipeline.scoring.external import TestSet
@@ -92,7 +93,7 @@ def job_on(
         "do": "score on",
         "recipe": changed.model_dump(mode="json"),
         "run": str(run),
-        "store": str(store.resolve()),
+        "store": str(absolute(store)),
         "split": split,
         "fold": fold,
     }
@@ -134,7 +135,7 @@ def job_of(
     root = folders[0].path.parent
     changed = with_absolute_store(parse(override(recipe.model_dump(mode="json"), changes), run))
     there = stage_folders(root, changed, load_manifest(Path(changed.data.store)))[-1].path
-    if there.resolve() != folder:
+    if there.resolve() != folder.resolve():
         manifest = load_manifest(Path(changed.data.store))
         for stage in folders:
             found = differences(recipe, manifest, stage.index, stage.path) or []

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from segfleet.cli.output import Json, show
+from segfleet.core.files import absolute
 
 KINDS = ("torch", "nnunet")
 
@@ -77,7 +78,7 @@ def import_torch(
     document = {
         "name": source.stem,
         "model": {
-            "name": network, "weights": str(source.resolve()), "mapping": mapping, "strict": strict
+            "name": network, "weights": str(absolute(source)), "mapping": mapping, "strict": strict
         },
         "data": {"split": "all"},
         "stages": [{"name": "imported", "epochs": 0, "lr": 1.0}],
@@ -90,8 +91,8 @@ def import_torch(
             "import: a run needs --store, for the channels, labels and plan it is for; "
             "--to FILE.safetensors needs none"
         )
-    document["data"]["store"] = str(store.resolve())
-    return write_run(to.resolve(), parse(document, "import"), load_manifest(store))
+    document["data"]["store"] = str(absolute(store))
+    return write_run(absolute(to), parse(document, "import"), load_manifest(store))
 
 
 def render(document: dict) -> None:

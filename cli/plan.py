@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from segfleet.cli.output import Json, show
+from segfleet.core.files import absolute
 
 
 def command(
@@ -73,7 +74,7 @@ def frozen_plan(changes: list[str], budget: str | None, runs: Path) -> tuple[str
     seconds = parse_budget(budget) if budget else None
     manifest = load_manifest(Path(stores[-1]))
     name = f"{manifest.id[:12]}-{digest_of(seconds)[:6]}.yaml"
-    path = runs.resolve() / "auto" / name
+    path = absolute(runs) / "auto" / name
     if path.is_file():
         typer.echo(f"segfleet: going on with the plan {path}", err=True)
     else:

@@ -13,6 +13,7 @@ from click import MissingParameter
 
 from segfleet.cli.datasets import PROBLEM, Options, chosen, grouping_of
 from segfleet.cli.output import Json, progress, show, table
+from segfleet.core.files import absolute
 
 if TYPE_CHECKING:
     from segfleet.core.errors import Problem
@@ -189,7 +190,7 @@ def job_of(
         "masks": masks,
         "normalisation": normalisation,
         "slices": slices,
-        "like": str(like.resolve()) if like else None,
+        "like": str(absolute(like)) if like else None,
     }
     store = {
         "reader_name": name,
@@ -217,8 +218,8 @@ def on_cluster(store: dict[str, Any], on: str, address: str | None, members: int
     if on != "ray":
         found = "--address and --members say where" if on == "local" else f"found '{on}'"
         raise InputError(f"--on: {found}; expected --on ray (or local without them)")
-    shared = {**store, "raw": str(Path(store["raw"]).absolute())}
-    shared["out"] = str(Path(store["out"]).absolute())
+    shared = {**store, "raw": str(absolute(store["raw"]))}
+    shared["out"] = str(absolute(store["out"]))
     cases = len(open_reader(store["reader_name"], store["raw"], **store["options"]).refs())
     with bars({}) as tick:
         faults = spread(shared, address or "auto", members, cases, tick)

@@ -59,7 +59,7 @@ def command(
             else (folder / DONE).exists()
         )
     else:
-        over = last.state() == "done"
+        over = before.outcome()[0] == "done"
     if over:
         document = row(folder, None)
     else:

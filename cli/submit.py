@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from segfleet.cli.output import Json, show, table
+from segfleet.core.files import absolute
 
 
 def command(
@@ -42,6 +43,9 @@ def command(
         typer.Option(
             help="Time limit: minutes, 12h, 1d6h, 12:00:00, 1-06:00:00; the job comes back."
         ),
+    ] = None,
+    clusters: Annotated[
+        str | None, typer.Option(help="Another cluster behind this login node, as sbatch -M.")
     ] = None,
     partition: Annotated[str | None, typer.Option(help="Partition.")] = None,
     account: Annotated[str | None, typer.Option(help="Account.")] = None,
@@ -123,7 +127,7 @@ def command(
     from segfleet.slurm.jobspec import JobSpec, make_spec, not_obeyed
     from segfleet.slurm.submitit_launcher import SlurmLauncher
 
-    root = runs.resolve()
+    root = absolute(runs)
     options = {
         name: given[name] for name in JobSpec.model_fields if given.get(name) not in (None, [])
     }
@@ -147,8 +151,8 @@ def command(
             chosen[run] = prepare.describe(made)
             if not prepare.finished(run, made):
                 open_ones[run] = chosen[run]
-    for run in open_ones:
-        refuse_if_active(run) if not dry_run else None
+    if not dry_run:
+        refuse_if_active(*open_ones)
     if check and open_ones:
         from segfleet.slurm.preflight import check_recipes
 
@@ -209,14 +213,14 @@ def dependency_on(after: str, root: Path) -> str | None:
     """SLURM's words for: when that run is done. None if it is."""
     from segfleet.core.errors import InputError
     from segfleet.pipeline.run import find_run, open_run
-    from segfleet.slurm import prepare
-    from segfleet.slurm.job import attach
+    from segfleet.slurm import poll, prepare
+    from segfleet.slurm.job import attach, look_at_all
 
     run = find_run(after, root)
     if prepare.finished(run, open_run(run)[0]):
         return None
     job = attach(run)
-    found = job.look()
+    [(_, found)] = look_at_all([job], poll.moment())
     if (state := found["state"]) == "unknown":
         raise InputError(
             f"--after: whether run {run.name} will be done is unknown; {found['reason']}"

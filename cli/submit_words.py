@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from segfleet.cli.output import show, table
+from segfleet.core.files import absolute
 
 COMMANDS = ("preprocess", "evaluate", "predict", "sweep")
 RAY_IN_SLURM = "ray-in-slurm"
@@ -28,7 +29,7 @@ def submit(words: list[str], options: dict[str, Any], given: dict[str, Any]) -> 
     from segfleet.slurm.jobspec import make_spec
     from segfleet.slurm.submitit_launcher import SlurmLauncher, without_bad_nodes
 
-    name, root = words[0], given["runs"].resolve()
+    name, root = words[0], absolute(given["runs"])
     told = parse(name, words[1:], given["runs"])
     if given["engine"]:
         raise InputError(f"--engine: is chosen for a training, not for {name}")
@@ -105,7 +106,7 @@ def preprocessing(told: dict[str, Any], array: list[str] | None) -> tuple[list[S
     from segfleet.preprocess.stores.manifest import NAME
     from segfleet.slurm.submission import home_of
 
-    told = {**told, "raw": told["raw"].absolute(), "out": told["out"].absolute()}
+    told = {**told, "raw": absolute(told["raw"]), "out": absolute(told["out"])}
     if array and not (len(array) == 1 and array[0].isdigit() and int(array[0]) > 0):
         raise InputError(
             f"--array: found '{' '.join(array)}', expected the number of jobs that share the "
@@ -168,17 +169,17 @@ def prediction(told: dict[str, Any]) -> tuple[list[Step], Path, Path]:
         raise InputError(
             "--device: is for this machine; a job has what it asks for, --gpus-per-node 0 the CPUs"
         )
-    out = told["out"].absolute()
+    out = absolute(told["out"])
     which = (told["fold"], told["best"], told["format"])
     which += (layout_of(told["layout"], told["option"]),)
     found = job_of(told["words"], out, told["runs"], *which)
-    found["images"] = [str(Path(path).absolute()) for path in found["images"]]
+    found["images"] = [str(absolute(path)) for path in found["images"]]
     job = {
         **found,
         "overlays": told["overlays"],
         "probabilities": told["probabilities"],
         "postprocess": checked_rule(told["postprocess"]),
-        "root": str(told["runs"].resolve()),
+        "root": str(absolute(told["runs"])),
     }
     return [(title("predict", out), [job])], home_of(out), Path(job["root"])
 
@@ -222,7 +223,7 @@ def sweeping(
     options = {**options, **ONE_PROCESS}
     space = Path(told["space"])
     words = [
-        str(space.absolute()) if word == told["space"] and space.is_file() else word
+        str(absolute(space)) if word == told["space"] and space.is_file() else word
         for word in words
     ]
     job = {"do": COMMAND, "words": [*words, "--runs", str(plan.runs)]}
@@ -249,7 +250,7 @@ def on_ray(
         raise InputError(f"sweep: --address and --on {RAY_IN_SLURM} are two clusters; give one")
     nodes = {"nodes": told["nodes"]} if told["nodes"] else {}
     space = Path(told["space"])
-    words = ["sweep", str(space.absolute()) if space.is_file() else told["space"]]
+    words = ["sweep", str(absolute(space)) if space.is_file() else told["space"]]
     words += [*(told["changes"] or []), "--ranks", str(told["ranks"]), "--runs", str(plan.runs)]
     words += ["--slots", str(told["slots"])] if told["slots"] else []
     words += ["--code", told["code"].value] if told["code"] else []
@@ -297,7 +298,8 @@ def send(launcher, steps: list[Step], home: Path, root: Path, spec) -> dict[str,
             )
     except BaseException:
         if sent:
-            cluster.call("scancel", *dict.fromkeys(job.id.partition("_")[0] for job in sent))
+            ids = dict.fromkeys(job.id.partition("_")[0] for job in sent)
+            cluster.call("scancel", *ids, of=spec.clusters)
         raise
     out = str(home.with_suffix("")) if home.suffix == ".jobs" else str(home)
     rows = [

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from segfleet.cli.output import Json, progress, show, table
+from segfleet.core.files import absolute
 
 if TYPE_CHECKING:
     from segfleet.pipeline.recipe import Recipe
@@ -76,7 +77,7 @@ def command(
         recipe, changes = frozen_plan(changes or [], budget, runs)
     chosen = with_absolute_store(load_recipe(recipe, changes))
     manifest = load_manifest(Path(chosen.data.store))
-    job: dict[str, Any] = {"do": "train", "root": str(runs.resolve())}
+    job: dict[str, Any] = {"do": "train", "root": str(absolute(runs))}
     if "SLURM_JOB_ID" in os.environ:  # members of an array start together
         job["waits"] = True
     job |= {"stage_to": stage_to} if stage_to else {}
@@ -87,7 +88,7 @@ def command(
             job["max_seconds"] = max(end - time.monotonic(), 1.0)
         documents.append(train_run(one, manifest, job, ranks, threads))
     if chosen.data.fold == ALL:
-        show(all_folds(runs.resolve(), chosen, manifest, documents), as_json, render_folds)
+        show(all_folds(absolute(runs), chosen, manifest, documents), as_json, render_folds)
     else:
         show(documents[0], as_json, render)
 

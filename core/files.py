@@ -16,6 +16,21 @@ from pathlib import Path
 from typing import Any
 
 
+def absolute(path: str | Path) -> Path:
+    """`path` from the root, as its user sees it: through the links of $PWD. What a link leads to (an
+    automounted home's /net/...) need not be there on other machines."""
+    here = os.environ.get("PWD", "")
+    try:
+        seen = os.path.isabs(here) and os.path.samefile(here, ".")
+    except OSError:
+        seen = False
+    whole = os.path.join(here if seen else os.getcwd(), path)
+    plain = os.path.normpath(whole)
+    # `link/..` is the folder above what the link leads to
+    same = os.pardir not in Path(path).parts or os.path.realpath(plain) == os.path.realpath(whole)
+    return Path(plain if same else os.path.realpath(whole))
+
+
 def temporary_name(path: Path, suffix: str = "") -> Path:
     """A hidden name beside `path` that no other process uses, on this machine or another: process
     numbers repeat between containers that share a disk."""

@@ -24,7 +24,7 @@ PREFIX, NOTE = "segfleet-", "made-by.json"
 PARTIAL = re.compile(
     r"\.(?P<name>.+)\.(?P<host>[^.]+)-(?P<process>\d+)-[0-9a-f]{8}\.partial(\..+)?"
 )
-HOUR = 3600.0
+YOUNG = 24 * 3600.0  # s; hours more than clocks of machines and file servers differ by
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def remove_partial(folder: Path, alone: bool = False) -> None:
             continue
         with suppress(OSError):
             facts = os.lstat(path)
-            young = time.time() - facts.st_mtime < HOUR
+            young = time.time() - facts.st_mtime < YOUNG
             if _alive(int(found["process"])) or (young and not alone):
                 continue
             if stat.S_ISDIR(facts.st_mode):

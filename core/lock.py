@@ -18,6 +18,10 @@ except ImportError:  # not on Windows
 NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 BRIEFLY = 0.5  # s: `is_locked` holds a lock for a moment, which must refuse nobody
 LOOK = 0.05  # s between two attempts
+HEARTBEAT = 30.0  # s between two signs of life of a lease; one without three of them has ended
+# Leases that were not to be had. Each knows since when, on the clock of this process, their holder
+# has given no sign of life; no clock of another machine is looked at.
+_waiting: dict[tuple[int, str, bool], Any] = {}
 
 
 class Lock:
@@ -73,11 +77,14 @@ class Lock:
                 raise
         from filelock import SoftReadWriteLock, Timeout
 
-        lease = SoftReadWriteLock(self.path, is_singleton=False)
+        asked = (os.getpid(), os.path.abspath(self.path), self.shared)
+        lease = _waiting.pop(asked, None) or SoftReadWriteLock(
+            self.path, is_singleton=False, heartbeat_interval=HEARTBEAT
+        )
         try:
             (lease.acquire_read if self.shared else lease.acquire_write)(blocking=False)
         except Timeout:
-            lease.close()
+            _waiting[asked] = lease
             return False
         self._lease = lease
         return True

@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from segfleet.core.errors import InputError
+from segfleet.core.files import absolute
 
 PLACES = ("models", "pipeline/losses", "preprocess/readers")
 VARIABLE = "SEGFLEET_PLUGINS"  # read in models/__init__.py, too, which imports nothing of ours
@@ -53,7 +54,7 @@ def add(folder: str | Path) -> None:
     nothing in it to use, or if it names a file as one of ours or of another plugin is named."""
     if not folder:
         raise InputError("--plugin: found nothing after it, expected a folder")
-    folder = Path(folder).resolve()
+    folder = absolute(folder)
     if folder in folders():
         return
     own = files_of(folder)

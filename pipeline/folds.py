@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import digest_of, write_json
+from segfleet.core.files import absolute, digest_of, write_json
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.run import (
     FOLDS,
     RECIPE,
     StageFolder,
     find_run,
+    folder_at,
     open_run,
     root_of,
     run_folders,
@@ -63,7 +65,17 @@ def family_of(recipe: Recipe) -> str:
     document = recipe.model_dump(mode="json")
     del document["name"], document["data"]["fold"], document["data"]["workers"]
     del document["trackers"], document["save_minutes"], document["save_every"]
-    return digest_of(document)[:12]
+    return digest_of(_followed(document))[:12]
+
+
+def _followed(document: Any) -> Any:
+    """The same with all links of its paths followed: one store has several names."""
+    if isinstance(document, dict):
+        return {key: _followed(value) for key, value in document.items()}
+    if isinstance(document, list):
+        return [_followed(value) for value in document]
+    path = isinstance(document, str) and os.path.isabs(document)
+    return os.path.realpath(document) if path else document
 
 
 def find_folds(text: str, root: Path) -> list[Path]:
@@ -72,7 +84,7 @@ def find_folds(text: str, root: Path) -> list[Path]:
     else the name fits."""
     wanted = set()
     if (Path(text) / RECIPE).is_file():
-        own, recipe = Path(text).resolve(), open_run(Path(text))[0]
+        own, recipe = folder_at(Path(text)), open_run(Path(text))[0]
         root = own.parents[1] if own.parent.name == FOLDS else root_of(own, recipe)
         wanted.add(family_of(recipe))
     families: dict[str, list[tuple[int, Path]]] = {}
@@ -80,7 +92,7 @@ def find_folds(text: str, root: Path) -> list[Path]:
         with suppress(InputError):  # made by another version, or damaged
             recipe = open_run(folder)[0]
             family = family_of(recipe)
-            families.setdefault(family, []).append((recipe.data.fold, folder.resolve()))
+            families.setdefault(family, []).append((recipe.data.fold, absolute(folder)))
             if text == recipe.name or folder.name.startswith(text):
                 wanted.add(family)
     if not wanted & families.keys():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import share_as_others, write_atomically
+from segfleet.core.files import absolute, share_as_others, write_atomically
 from segfleet.models import registry
 from segfleet.models.foreign import translated
 from segfleet.pipeline import checkpoint, run
@@ -96,7 +96,7 @@ def write_weights(path: Path, recipe: Recipe) -> Path:
 def import_nnunet(folder: Path, root: Path, name: str = CHECKPOINT) -> list[Path]:
     """One run per fold of a trained nnU-Net v2 model folder, below `root`; what the network needs
     to know of the data lies in `root`/stores. Raises InputError."""
-    folder, root = folder.resolve(), root.resolve()
+    folder, root = absolute(folder), absolute(root)
     plans, described = (_json(folder / file) for file in ("plans.json", "dataset.json"))
     checkpoints = {
         path.parent.name.removeprefix("fold_"): path

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from segfleet.core.files import absolute
 from segfleet.pipeline.folds import find_folds
 from segfleet.pipeline.modelfile import is_modelfile, read_model
 from segfleet.pipeline.out_of_fold import read_decision
@@ -20,7 +21,7 @@ def find_models(
     """A model file, or a run's folder from its path, the beginning of its uid or its recipe's name;
     with `fold` "all" those of every fold. Raises InputError."""
     if is_modelfile(Path(text)):
-        return [Path(text).resolve()]
+        return [absolute(text)]
     return find_folds(text, root) if fold == "all" else [find_run(text, root, fold, best)]
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from segfleet.core.errors import InputError
+from segfleet.core.files import absolute
 from segfleet.core.machine import cpus, memory_budget
 from segfleet.models.nnunet.topology import doubling_features, topology_from_plan
 from segfleet.pipeline.data.augment import flat
@@ -145,7 +146,7 @@ def plan_recipe(
     if not manifest.cases:
         raise InputError(f"plan: {store} holds no case")
     make = _for_cpu if target.kind == "cpu" else _for_gpu
-    planned = make(manifest, Path(store).resolve(), target, seconds, measure_steps)
+    planned = make(manifest, absolute(store), target, seconds, measure_steps)
     check_recipe(planned.recipe(), manifest)
     return planned
 

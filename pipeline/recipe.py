@@ -18,7 +18,7 @@ from pydantic import (
 
 from segfleet.core import settings
 from segfleet.core.errors import InputError, did_you_mean
-from segfleet.core.files import file_facts, unstamped
+from segfleet.core.files import absolute, file_facts, unstamped
 from segfleet.pipeline.sections import (
     Above,
     Augment,
@@ -434,7 +434,7 @@ def with_digest(recipe: Recipe) -> Recipe:
 def _with_digest(model: Any, where: str) -> Any:
     if model is None or model.weights is None:
         return model
-    path = Path(model.weights).resolve()
+    path = absolute(model.weights)
     if not path.is_file():
         raise InputError(f"{where}.weights: found no file {path}; relative to the working folder")
     found = str(file_facts(path)["sha256"])
@@ -474,4 +474,4 @@ def _absolute(data: Any, where: str) -> Any:
 
 
 def _resolved(store: str) -> str:
-    return str(Path(store).expanduser().resolve())
+    return str(absolute(Path(store).expanduser()))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import read_json, write_json
+from segfleet.core.files import absolute, read_json, write_json
 from segfleet.core.lock import Lock, holder
 from segfleet.pipeline.recipe import OVERRIDES, Inherit, Recipe, Stage, members, parse, resolve
 from segfleet.pipeline.sources import NUMERICS, changed_sources
@@ -366,10 +367,19 @@ def stage_folders(root: Path, recipe: Recipe, manifest: Manifest | Manifests) ->
     return folders
 
 
+def folder_at(path: Path) -> Path:
+    """A run's own folder, absolute. Links above it stay; it lies in its earlier stages, so one that is
+    itself a link is followed."""
+    path = absolute(path)
+    while path.is_symlink():
+        path = absolute(path.parent / os.readlink(path))
+    return path
+
+
 def open_run(path: Path) -> tuple[Recipe, list[StageFolder]]:
     """Recipe, resolved for the last stage, and stage folders of the run whose last stage is in
     `path`. Raises InputError."""
-    path = Path(path).resolve()
+    path = folder_at(path)
     if not (path / RECIPE).is_file():
         raise InputError(
             f"run: {path} holds no {RECIPE}, so it is no run folder; `segfleet status` lists the "
@@ -418,8 +428,8 @@ def find_run(text: str, root: Path, fold: int | None = None, best: bool = False)
     several: that of `fold`, and with `best` that of the highest score. Raises InputError that
     lists them."""
     if (Path(text) / RECIPE).is_file():
-        return Path(text).resolve()
-    known = {folder: _outline(folder) for folder in run_folders(root)}
+        return folder_at(Path(text))
+    known = {folder: _outline(folder) for folder in run_folders(absolute(root))}
     fitting = {
         folder: facts
         for folder, facts in known.items()
@@ -433,9 +443,9 @@ def find_run(text: str, root: Path, fold: int | None = None, best: bool = False)
         folder: facts for folder, facts in fitting.items() if fold is None or facts["fold"] == fold
     }
     if best and (scored := {f: facts for f, facts in found.items() if facts["score"] is not None}):
-        return max(scored, key=lambda folder: scored[folder]["score"]).resolve()
+        return max(scored, key=lambda folder: scored[folder]["score"])
     if len(found) == 1:
-        return next(iter(found)).resolve()
+        return next(iter(found))
     lines = [
         f"  {folder.name}  fold {facts['fold']}  "
         + ("not scored" if facts["score"] is None else f"Dice {facts['score']:.4f}")

@@ -67,8 +67,11 @@ def clean_environment(environment: Mapping[str, str] | None = None) -> dict[str,
     }
 
 
-def call(*command: str, timeout: float = 60) -> str:
-    """Output of one of SLURM's programs. Raises InputError with its own words."""
+def call(*command: str, of: str | None = None, timeout: float = 60) -> str:
+    """Output of one of SLURM's programs, about the cluster `of`; none: that of SLURM_CONF. Raises
+    InputError with its own words."""
+    if of:
+        command = (command[0], "-M", of, *command[1:])
     try:
         done = subprocess.run(
             command,
@@ -89,7 +92,7 @@ def call(*command: str, timeout: float = 60) -> str:
         ) from None
     if done.returncode:
         raise InputError(f"{command[0]} says: {(done.stderr or done.stdout).strip()}")
-    return done.stdout
+    return re.sub(r"^CLUSTER: .*\n", "", done.stdout, flags=re.MULTILINE) if of else done.stdout
 
 
 def there_is_one() -> bool:
@@ -128,12 +131,12 @@ class Partition:
         return frozenset().union(*(node.features for node in self.nodes))
 
 
-def partitions() -> dict[str, Partition]:
-    """Partitions by name, as sinfo tells them: one row for every node in every partition. Raises
-    InputError."""
+def partitions(of: str | None = None) -> dict[str, Partition]:
+    """Partitions of a cluster by name, as sinfo tells them: one row for every node in every
+    partition. Raises InputError."""
     limits: dict[str, tuple[bool, int | None]] = {}
     nodes: dict[str, list[Node]] = {}
-    for line in call("sinfo", "-a", "-h", "-N", "-o", "%P|%l|%N|%c|%m|%G|%f").splitlines():
+    for line in call("sinfo", "-a", "-h", "-N", "-o", "%P|%l|%N|%c|%m|%G|%f", of=of).splitlines():
         name, limit, node, cpus, memory, gres, features = line.split("|")
         default, name = name.endswith("*"), name.rstrip("*")
         limits[name] = default, None if limit in ("infinite", "n/a") else minutes(limit)
@@ -176,11 +179,11 @@ def settled(spec: JobSpec) -> JobSpec:
     Raises InputError."""
     if spec.gpus is None:
         return spec
-    kind, count = typed(spec.gpus)
+    (kind, count), known = typed(spec.gpus), partitions(spec.clusters)
     for nodes in (number for number in range(1, count + 1) if count % number == 0):
         each = {"gpus": None, "nodes": nodes, "gpus_per_node": count // nodes, "gpu_type": kind}
         shared = spec.model_copy(update=each)
-        if any(not _misfits(shared, part) for part in chosen(spec, partitions())):
+        if any(not _misfits(shared, part) for part in chosen(spec, known)):
             return shared
     return spec.model_copy(update={"gpus": None, "gpus_per_node": count, "gpu_type": kind})
 
@@ -188,8 +191,9 @@ def settled(spec: JobSpec) -> JobSpec:
 def check(spec: JobSpec) -> None:
     """Refuse what the cluster can never run, with the legal values. Of several partitions one must
     do. Raises InputError."""
-    faults = min((_misfits(spec, part) for part in chosen(spec, partitions())), key=len)
-    if spec.reservation and spec.reservation not in (legal := reservations()):
+    known = partitions(spec.clusters)
+    faults = min((_misfits(spec, part) for part in chosen(spec, known)), key=len)
+    if spec.reservation and spec.reservation not in (legal := reservations(spec.clusters)):
         faults.append(
             f"reservation: found '{spec.reservation}', expected one of: "
             f"{', '.join(legal) or 'none exists'}"
@@ -271,14 +275,15 @@ def _lacks(spec: JobSpec, node: Node, partition: str) -> list[str]:
     return faults
 
 
-def most_of_an_array() -> int:
+def most_of_an_array(of: str | None = None) -> int:
     """Members that an array may have here (MaxArraySize counts one more). Raises InputError."""
-    found = re.search(r"MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config"))
+    found = re.search(r"MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config", of=of))
     return max(1, int(found[1]) - 1) if found else 1000
 
 
-def reservations() -> list[str]:
-    return re.findall(r"ReservationName=(\S+)", call("scontrol", "show", "reservation", "-o"))
+def reservations(of: str | None = None) -> list[str]:
+    told = call("scontrol", "show", "reservation", "-o", of=of)
+    return re.findall(r"ReservationName=(\S+)", told)
 
 
 def accounting(what: str) -> list[str]:
@@ -294,45 +299,47 @@ def accounting(what: str) -> list[str]:
         return []
 
 
-def known_nodes() -> frozenset[str]:
-    """Names of all nodes of this cluster. Raises InputError."""
-    return frozenset(call("sinfo", "-a", "-h", "-N", "-o", "%N").split())
+def known_nodes(of: str | None = None) -> frozenset[str]:
+    """Names of all nodes of a cluster. Raises InputError."""
+    return frozenset(call("sinfo", "-a", "-h", "-N", "-o", "%N", of=of).split())
 
 
 def queue(
-    people: frozenset[str] = frozenset(), age: float = 0.0, since: float = 0.0
+    people: frozenset[str] = frozenset(),
+    age: float = 0.0,
+    since: float = 0.0,
+    of: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """My jobs and those of `people` by id, array members as 12_3, with name, state, reason and
-    nodes: what SLURM's controller remembers. `age`, `since`: an answer this old will do
+    """My jobs and those of `people` in a cluster by id, array members as 12_3, with name, state,
+    reason and nodes: what SLURM's controller remembers. `age`, `since`: an answer this old will do
     (`poll.Answers`)."""
     # One question for all jobs: an id it has forgotten would be an error. -a: hidden partitions too
     whose = ",".join(sorted({getpass.getuser(), *people}))
     question = ("squeue", "-a", "--states=all", "-r", "-h", "-u", whose, "-o", "%i|%T|%r|%N||%j")
-    return _jobs(poll.Answers(" ".join(question)).get(lambda: call(*question), age, since))
+    return _ask(question, age, since, of)
 
 
-def account(ids: list[str]) -> dict[str, dict[str, Any]]:
+def account(
+    ids: list[str], age: float = 0.0, since: float = 0.0, of: str | None = None
+) -> dict[str, dict[str, Any]]:
     """The same of these jobs, and of all members of their arrays, from the accounting database;
     empty where there is none."""
     if not ids or shutil.which("sacct") is None:
         return {}
     # a member that never started has no row of its own
-    whole = sorted({job.partition("_")[0] for job in ids})
+    whole = ",".join(sorted({job.partition("_")[0] for job in ids}))
+    facts = "JobID,State,Reason,NodeList,ExitCode,JobName"
     try:
-        return _jobs(
-            call(
-                "sacct",
-                "-n",
-                "-P",
-                "-X",
-                "-j",
-                ",".join(whole),
-                "-o",
-                "JobID,State,Reason,NodeList,ExitCode,JobName",
-            )
-        )
+        return _ask(("sacct", "-n", "-P", "-X", "-j", whole, "-o", facts), age, since, of)
     except InputError:
         return {}
+
+
+def _ask(
+    question: tuple[str, ...], age: float, since: float, of: str | None
+) -> dict[str, dict[str, Any]]:
+    answers = poll.Answers(" ".join((*question, of or "")))
+    return _jobs(answers.get(lambda: call(*question, of=of), age, since))
 
 
 def _jobs(text: str) -> dict[str, dict[str, Any]]:

@@ -49,6 +49,7 @@ WORDS = {
 }
 STATES = {word: state for state, words in WORDS.items() for word in words}
 OPEN = ("queued", "running", "unknown")  # not known to have ended; unknown: SLURM does not answer
+CLOCKS = 2 * 3600.0  # s by which the clocks of machines that share a folder may differ
 CANCELLED = "cancelled"  # a file in the submission's folder
 HINTS = {
     "OUT_OF_MEMORY": "ask for more memory (--memory)",
@@ -66,6 +67,11 @@ class SlurmJob:
     @property
     def id(self) -> str:
         return self.submission.id
+
+    @property
+    def cluster(self) -> str | None:
+        """The cluster that was asked for by name; None: that of SLURM_CONF."""
+        return self.submission.spec.get("clusters")
 
     @property
     def owner(self) -> str:
@@ -171,13 +177,14 @@ def attach(run: Path) -> SlurmJob:
     return SlurmJob(run, found)
 
 
-def refuse_if_active(run: Path) -> None:
-    """Raises InputError if a job of this run, or of what is made beside it, waits or runs."""
-    for job, found in look_at_all(
-        [SlurmJob(run, made) for made in submissions(run) if made.launcher == "slurm"]
-    ):
+def refuse_if_active(*runs: Path) -> None:
+    """Raises InputError if a job of these runs, or of what is made beside them, waits or runs."""
+    made = [
+        SlurmJob(run, one) for run in runs for one in submissions(run) if one.launcher == "slurm"
+    ]
+    for job, found in look_at_all(made, poll.moment()):
+        run, name = job.run, job.run.name.removesuffix(".jobs")
         if found["state"] in ("queued", "running"):
-            name = run.name.removesuffix(".jobs")
             cancel = name if name == run.name else run.with_suffix("")
             raise InputError(
                 f"run: {name} is {found['state']} already as job {job.id}; `segfleet cancel "
@@ -185,24 +192,38 @@ def refuse_if_active(run: Path) -> None:
             )
         if found["state"] == "unknown":
             raise InputError(
-                f"run: whether {run.name.removesuffix('.jobs')} still runs as job {job.id} is "
-                f"unknown; {found['reason']}"
+                f"run: whether {name} still runs as job {job.id} is unknown; {found['reason']}"
             )
 
 
 def look_at_all(jobs: list[SlurmJob], age: float = 0.0) -> list[tuple[SlurmJob, dict[str, Any]]]:
-    """What `look` says of each; SLURM is asked once for all, and not at all where an answer of the
-    last `age` seconds is there that is younger than the jobs."""
-    if not jobs:
-        return []
+    """What `look` says of each; SLURM is asked once for all of a cluster, and not at all where an
+    answer of the last `age` seconds is there that is younger than the jobs."""
+    found: dict[int, dict[str, Any]] = {}
+    for of in dict.fromkeys(job.cluster for job in jobs):
+        own = [job for job in jobs if job.cluster == of]
+        found |= zip(map(id, own), _look(own, of, age), strict=True)
+    return [(job, found[id(job)]) for job in jobs]
+
+
+def _look(jobs: list[SlurmJob], of: str | None, age: float) -> list[dict[str, Any]]:
+    """The same of jobs of one cluster."""
+    now, since = time.time(), max(job.submission.time for job in jobs)
+    when = {"age": age, "since": min(since, now), "of": of}
     try:
-        people = frozenset(job.owner for job in jobs)
-        since = max(job.submission.time for job in jobs)
-        queue, silence = cluster.queue(people, age, min(since, time.time())), None
+        queue, silence = cluster.queue(frozenset(job.owner for job in jobs), **when), None
     except InputError as error:
         queue, silence = {}, str(error)
-    accounts = {} if silence else cluster.account([job.id for job in jobs if job.id not in queue])
-    return [(job, job.judge(queue, accounts, silence)) for job in jobs]
+    unlisted = [] if silence else [job.id for job in jobs if job.id not in queue]
+    accounts = cluster.account(unlisted, **when)
+    found = [job.judge(queue, accounts, silence) for job in jobs]
+    # Nobody is lost by an old answer: a job from a machine whose clock is late may be younger
+    new = [job for job in jobs if abs(now - job.submission.time) < CLOCKS]
+    if age and any(
+        facts["state"] == "lost" and job in new for job, facts in zip(jobs, found, strict=True)
+    ):
+        return _look(jobs, of, 0.0)
+    return found
 
 
 def cancel(jobs: list[tuple[SlurmJob, dict[str, Any]]]) -> list[str]:
@@ -217,7 +238,8 @@ def cancel(jobs: list[tuple[SlurmJob, dict[str, Any]]]) -> list[str]:
             f"cancel: job {active[-1].id} belongs to {', '.join(others)}; only they can cancel it"
         )
     if active:
-        cluster.call("scancel", *(job.id for job in active))
+        for of in dict.fromkeys(job.cluster for job in active):
+            cluster.call("scancel", *(job.id for job in active if job.cluster == of), of=of)
         poll.forget()
     for job in active:
         (Path(job.submission.folder) / CANCELLED).touch()

@@ -98,6 +98,11 @@ class JobSpec(BaseModel):
         description="time limit: minutes, 12h, 1d6h, hours:minutes:seconds or "
         "days-hours:minutes:seconds",
     )
+    clusters: Annotated[str, Field(pattern=r"^[^\s,]+$")] | None = Field(
+        None,
+        description="another cluster behind the same login node, as sbatch -M names it; one. None: "
+        "that of SLURM_CONF",
+    )
     partition: Word | None = Field(None, description="partition")
     account: Word | None = Field(None, description="account")
     qos: Word | None = Field(None, description="quality of service")
@@ -297,12 +302,14 @@ def make_spec(
     return settings.validate(JobSpec, {**profile, **mine, **options}, "job")
 
 
-OBEYED = ("partition", "account", "qos", "reservation", "constraint")
+OBEYED = ("partition", "account", "qos", "reservation", "constraint", "clusters")
 
 
 def of_environment() -> dict[str, str]:
     """What the user has set for sbatch, as options of ours."""
-    return {key: value for key in OBEYED if (value := os.environ.get(f"SBATCH_{key.upper()}"))}
+    mine = {"clusters": os.environ.get("SLURM_CLUSTERS")}
+    mine |= {key: value for key in OBEYED if (value := os.environ.get(f"SBATCH_{key.upper()}"))}
+    return {key: value for key, value in mine.items() if value}
 
 
 def not_obeyed() -> list[str]:

@@ -1,4 +1,4 @@
-"""How often SLURM is asked for its queue: one question in half a minute for all commands of a person
+"""How often SLURM is asked for its queue and its accounting: one question in half a minute for all commands of a person
 on a machine, however many of them follow a job. Sites lock accounts that ask every second.
 
 The last answer lies in a folder of that person alone, with a lock: who wants to know while another
@@ -14,6 +14,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from segfleet.core.errors import InputError
@@ -23,6 +24,8 @@ from segfleet.core.lock import Lock
 SECONDS, LONGEST = 30.0, 300.0
 ENDING = 5.0  # s between the word of a job's ranks that they are done and the first look at SLURM
 WAIT = 90.0  # s for the answer to another one's question
+AT_ONCE = 2.0  # s: all looks of one action, such as a submission, share one question
+KEPT = 24 * 3600.0  # s after which an answer that nobody asked for again is removed
 
 
 def seconds() -> float:
@@ -31,6 +34,11 @@ def seconds() -> float:
         return max(0.0, float(os.environ.get("SEGFLEET_QUEUE_SECONDS", SECONDS)))
     except ValueError:
         return SECONDS
+
+
+def moment() -> float:
+    """Age up to which an answer is good enough to act on."""
+    return min(AT_ONCE, seconds())
 
 
 class Answers:
@@ -58,6 +66,7 @@ class Answers:
                     fault = str(error)
                 document = {"asked": asked, "text": text, "fault": fault}
                 write_atomically(self.folder / f"{self.name}.json", json.dumps(document))
+                self._tidy()
         if fault:
             raise InputError(fault)
         return text
@@ -68,6 +77,12 @@ class Answers:
             return float(found["asked"]), str(found["text"]), str(found["fault"])
         except (OSError, ValueError, KeyError, TypeError):
             return 0.0, "", ""
+
+    def _tidy(self) -> None:
+        for path in self.folder.iterdir():
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > KEPT:
+                    path.unlink()
 
 
 class Pace:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError
+from segfleet.core.files import absolute
 from segfleet.pipeline.folds import chosen_folds
 from segfleet.pipeline.recipe import Recipe, load_recipe, with_absolute_store
 from segfleet.pipeline.run import stage_folders
@@ -23,7 +24,7 @@ def prepare(source: str, changes: Sequence[str], root: Path) -> list[tuple[Recip
     recipe = with_absolute_store(load_recipe(source, list(changes)))
     manifest = load_manifest(Path(recipe.data.store))
     return [
-        (one, stage_folders(root.resolve(), one, manifest)[-1].path)
+        (one, stage_folders(absolute(root), one, manifest)[-1].path)
         for one in chosen_folds(recipe, manifest)
     ]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import read_json, write_atomically, write_json
+from segfleet.core.files import absolute, read_json, write_atomically, write_json
 from segfleet.pipeline.run import RECIPE, StageFolder, find_run, open_run
 from segfleet.slurm.jobspec import JobSpec
 
@@ -97,11 +97,9 @@ def _load(path: Path) -> Submission | None:
     if made is None:
         return None
     here, then = path.parent.resolve(), Path(made.folder)
-    if here == then:
-        return made
     with suppress(OSError):
-        if (then / path.name).exists() and not then.samefile(here):
-            return None
+        if (then / path.name).exists():
+            return made if then.samefile(here) else None
 
     def now(old: str) -> str:
         """The same way from the run's folder, which was one folder and is another one."""
@@ -112,7 +110,7 @@ def _load(path: Path) -> Submission | None:
 
 def home_of(out: Path) -> Path:
     """Where the jobs are kept that make `out`, which is no run."""
-    out = Path(out).resolve()
+    out = absolute(out)
     return out.with_name(out.name + ".jobs")
 
 
@@ -194,14 +192,15 @@ def record(
 def failure(life: Path) -> dict[str, Any] | None:
     """What went wrong first in a start: the report of the rank that failed by itself, else of one
     that lost its partner."""
-    found = (read_json(path) for path in life.glob("failed-*.json"))
-    reports = [report for report in found if report and "message" in report]
+    # by the clock of the disk they share: those of the nodes differ
+    paths = sorted(life.glob("failed-*.json"), key=lambda path: path.stat().st_mtime_ns)
+    reports = [report for report in map(read_json, paths) if report and "message" in report]
     own = [report for report in reports if not report["peer_failure"]]
     if own:
-        return min(own, key=lambda report: (report.get("joining", False), report["time"]))
+        return min(own, key=lambda report: report.get("joining", False))
     if not reports:
         return None
-    first = min(reports, key=lambda report: report["time"])
+    first = reports[0]
     silent = f"rank {first['rank']} lost its partner, which went without a word (killed? out of memory? its node?)"
     return {**first, "message": f"{silent}\n{first['message']}"}
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import ExitCode, InputError
+from segfleet.core.files import absolute
 from segfleet.pipeline.launch.local import AGAIN
 from segfleet.slurm import cluster, health, snapshot, submission
 from segfleet.slurm.job import SlurmJob
@@ -136,7 +137,7 @@ class SlurmLauncher:
                 "sbatch: not found; this machine has no SLURM. `segfleet train` runs here without "
                 "one"
             )
-        most = cluster.most_of_an_array() if len(folders) > 1 else 1
+        most = cluster.most_of_an_array(spec.clusters) if len(folders) > 1 else 1
         parts = [folders[first : first + most] for first in range(0, len(folders), most)]
         if spec.throttle:
             spec = spec.model_copy(update={"throttle": max(1, spec.throttle // len(parts))})
@@ -147,7 +148,8 @@ class SlurmLauncher:
         except BaseException:
             if taken:
                 with suppress(InputError):
-                    cluster.call("scancel", *sorted({job.job_id.split("_")[0] for job in taken}))
+                    ids = sorted({job.job_id.split("_")[0] for job in taken})
+                    cluster.call("scancel", *ids, of=spec.clusters)
             raise
         return taken
 
@@ -185,7 +187,7 @@ class SlurmLauncher:
             chosen = executor(logs, name or job_name([run] * members), spec, code)
             if members > 1:
                 with suppress(InputError):  # where there is no SLURM
-                    members = min(members, cluster.most_of_an_array())
+                    members = min(members, cluster.most_of_an_array(spec.clusters))
                 chosen.parameters["map_count"] = members  # what map_array does
             return chosen._make_submission_file_text(chosen._submitit_command_str, "dry-run")
 
@@ -200,8 +202,9 @@ def executor(logs: Path, name: str, spec: JobSpec, code: Path | None) -> Any:
             return 2  # a script can be written where there is no SLURM
 
     made = Executor(folder=logs, python=python(spec))
-    further = {"requeue": True, "kill-on-invalid-dep": "yes"}
-    further |= {key: value for key in ("reservation",) if (value := getattr(spec, key))}
+    # sbatch would name the working folder without the links that lead to it
+    further = {"requeue": True, "kill-on-invalid-dep": "yes", "chdir": str(absolute("."))}
+    further |= {key: value for key in ("clusters", "reservation") if (value := getattr(spec, key))}
     if spec.memory:
         further["mem"] = spec.memory
     for option in spec.sbatch:
@@ -317,7 +320,7 @@ def without_bad_nodes(spec: JobSpec, root: Path) -> JobSpec:
     bad = [node for node in health.bad_nodes(root) if node not in (spec.exclude or "").split(",")]
     if bad:
         with suppress(InputError):  # of another cluster, or taken away: SLURM would refuse the name
-            known = cluster.known_nodes()
+            known = cluster.known_nodes(spec.clusters)
             bad = [node for node in bad if node in known]
     return (
         spec.model_copy(

@@ -40,7 +40,7 @@ NODES = tuple(f"127.0.0.{number}" for number in range(11, 15))
 SEARCH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 CONFIGURATION = """\
-ClusterName=sandbox
+ClusterName={name}
 FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
@@ -48,7 +48,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge/sock
+AuthInfo=socket={keys}/munge/sock
 SlurmctldPidFile={folder}/ctld.pid
 SlurmdPidFile={folder}/spool/slurmd-%n.pid
 SlurmdSpoolDir={folder}/spool/%n
@@ -111,7 +111,8 @@ class Sandbox:
 
     `accounting`: with slurmdbd and a database of its own. `remembers`: seconds for which the
     controller knows a job that has ended. `gpus`: how many of which type every node pretends, four at most.
-    `further`: lines of slurm.conf.
+    `further`: lines of slurm.conf. `beside`: a running sandbox with accounting; this is another
+    cluster, called `name`, of its database.
     """
 
     def __init__(
@@ -122,10 +123,14 @@ class Sandbox:
         remembers: int = 300,
         gpus: dict[str, int] | None = None,
         further: str = "",
+        name: str = "sandbox",
+        beside: Sandbox | None = None,
     ):
         self.folder = Path(folder).resolve()
         self.accounting, self.remembers = accounting, remembers
         self.gpus, self.further = gpus or {"": 4}, further
+        self.name, self.beside = name, beside
+        self.database: Database | None = beside.database if beside else None
         # ids of an earlier sandbox do not come again
         self.first_job = first_job or random.SystemRandom().randrange(1000, 900_000)
         self.configuration = self.folder / "etc" / "slurm.conf"
@@ -165,7 +170,7 @@ class Sandbox:
             raise InputError(
                 f"slurm-sandbox: {self.folder} is too long a path for a socket; give a shorter one"
             )
-        database = self._write()
+        self._write()
         if closed := next(
             (path for path in self.folder.parents if not path.stat().st_mode & 0o001), None
         ):
@@ -173,12 +178,14 @@ class Sandbox:
                 f"slurm-sandbox: not everybody may enter {closed}, and munge insists on that; "
                 "give another folder"
             )
-        munge = self.folder / "munge"
-        files = (f"--{name}={munge}/{file}" for name, file in FILES.items())
-        self._daemon("munged", *files)
-        if database:
-            database.start(SEARCH)
-            self._daemon("slurmdbd")
+        if self.beside is None:
+            munge = self.folder / "munge"
+            files = (f"--{name}={munge}/{file}" for name, file in FILES.items())
+            self._daemon("munged", *files)
+            if self.database:
+                self.database.start(SEARCH)
+                self._daemon("slurmdbd")
+        if self.database:
             self._register()
         self._daemon("slurmctld")
         for node in NODES:
@@ -227,8 +234,8 @@ class Sandbox:
                     found[name] = pid
         return found
 
-    def _write(self) -> Database | None:
-        """All files but the database's; the database, if there shall be one."""
+    def _write(self) -> None:
+        """All files but the database's."""
         for name in ("munge", "ctld", "log", "dev", "etc", *(f"spool/{node}" for node in NODES)):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         for path in (self.folder, self.folder / "munge"):
@@ -243,9 +250,12 @@ class Sandbox:
                 # a second /dev/null: only its being a device matters
                 os.mknod(device, 0o666 | 0o020000, os.makedev(1, 3))
         port = free_ports(15)
-        database = Database(self.folder, port + 2, port + 1) if self.accounting else None
+        if self.accounting and not self.beside:
+            self.database = Database(self.folder, port + 2, port + 1)
         text = CONFIGURATION.format(
+            name=self.name,
             folder=self.folder,
+            keys=self.beside.folder if self.beside else self.folder,
             host=socket.gethostname().split(".")[0],
             port=port,
             first_port=port + 11,
@@ -257,8 +267,8 @@ class Sandbox:
                 f"gpu:{kind}:{count}" if kind else f"gpu:{count}"
                 for kind, count in self.gpus.items()
             ),
-            accounting=database.controller
-            if database
+            accounting=self.database.controller
+            if self.database
             else "AccountingStorageType=accounting_storage/none",
         )
         self.configuration.write_text(text)
@@ -272,7 +282,6 @@ class Sandbox:
         (self.folder / "etc" / "gres.conf").write_text("".join(lines))
         # else slurmd wants a mounted cgroup
         (self.folder / "etc" / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
-        return database
 
     def _daemon(self, *command: str) -> None:
         # Not from inside a job: a daemon that inherits a job's variables hands them on.
@@ -297,12 +306,12 @@ class Sandbox:
         while True:
             try:
                 if (
-                    "sandbox"
+                    self.name
                     not in self.call(
                         "sacctmgr", "-n", "-P", "list", "cluster", "format=cluster"
                     ).split()
                 ):
-                    self.call("sacctmgr", "-i", "add", "cluster", "sandbox")
+                    self.call("sacctmgr", "-i", "add", "cluster", self.name)
                 return
             except subprocess.SubprocessError:
                 if time.monotonic() > deadline:

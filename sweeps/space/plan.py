@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import read_json, write_atomically
+from segfleet.core.files import absolute, read_json, write_atomically
 from segfleet.pipeline.recipe import Recipe, resolve, with_absolute_store
 from segfleet.pipeline.run import stage_steps
 from segfleet.pipeline.scoring import scored
@@ -175,7 +175,7 @@ class Plan:
 def make_plan(search: Search, runs: Path, build: bool = True) -> Plan:
     """Everything that can be known before anything runs; `build`: also whether every network fits
     its data. Raises InputError."""
-    runs, stores, tree_trials = Path(runs).resolve(), Stores(), []
+    runs, stores, tree_trials = absolute(runs), Stores(), []
     for point in search.points() if search.planned else ():
         tree_trials += with_stores(search.trials(point, first=len(tree_trials)))
     tree_trials, warnings = within_budget(tree_trials, stores, search)

@@ -138,6 +138,9 @@ def test_a_trained_network_does_not_need_its_training_data(work, straight, tmp_p
         assert code == 0, err
         made.append(Path(json.loads(out)["done"][0]["file"]).read_bytes())
     assert made[0] == made[1]
+    words = ("export", "model", copied, "--to", tmp_path / "m.segfleet")
+    code, _, err = finished(segfleet(*words, cwd=tmp_path))
+    assert code == 0 and (tmp_path / "m.segfleet").is_file(), err
     (copied / "data.json").unlink()
     words = ("predict", copied, image, "--out", tmp_path / "none")
     code, _, err = finished(segfleet(*words, cwd=tmp_path))

@@ -41,6 +41,28 @@ def test_many_writers_with_one_process_number(tmp_path):
     assert seen and [found.name for found in tmp_path.iterdir()] == ["index.json"]
 
 
+def test_paths_are_absolute_as_their_user_sees_them(tmp_path, monkeypatch):
+    """/home/me is a link to /net/vol/me, which only this machine has."""
+    (tmp_path / "net/vol/me/proj").mkdir(parents=True)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/me").symlink_to(tmp_path / "net/vol/me")
+    home = tmp_path / "home/me"
+    monkeypatch.chdir(home / "proj")
+    monkeypatch.setenv("PWD", str(home / "proj"))
+    for given, found in [
+        ("runs", home / "proj/runs"),
+        (".", home / "proj"),
+        ("./a//b/", home / "proj/a/b"),
+        ("../store", home / "store"),
+        (str(home / "store"), home / "store"),
+        ("../../other", tmp_path / "net/vol/other"),  # as the system finds it, not as `cd` would
+    ]:
+        assert files.absolute(given) == found, given
+    for stale in (str(tmp_path), "home", "/nowhere", ""):  # left by a program that changed folders
+        monkeypatch.setenv("PWD", stale)
+        assert files.absolute("runs") == tmp_path / "net/vol/me/proj/runs"
+
+
 def test_the_old_file_stays_when_writing_fails(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     files.write_atomically(path, "old")

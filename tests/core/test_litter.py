@@ -81,6 +81,6 @@ def test_half_written_files_go_when_their_writer_is_gone(place):
     }  # fmt: skip
     killed(place, str(folder / "done.json"))
     old = next(folder.glob(".done.json.*"))
-    os.utime(old, (time.time() - 7200,) * 2)
+    os.utime(old, (time.time() - 48 * 3600,) * 2)
     litter.remove_partial(folder)
     assert not old.exists() and ours.exists()

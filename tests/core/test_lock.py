@@ -14,9 +14,15 @@ from segfleet.core import lock as locks
 from segfleet.core.lock import Lock, holder, is_locked
 
 HOLD = """
-import sys
+import sys, time
+now, late = time.time, float(sys.argv[3])
+time.time = lambda: now() - late  # this node's clock
 from pathlib import Path
+from segfleet.core import lock as locks
 from segfleet.core.lock import Lock
+if sys.argv[4] == "no flock":
+    def missing(*_): raise OSError(38, "no flock here")
+    locks.fcntl.flock, locks.HEARTBEAT = missing, 0.2
 lock = Lock(Path(sys.argv[1]), shared=sys.argv[2] == "shared")
 assert lock.acquire()
 lock.shared or lock.sign()
@@ -30,9 +36,9 @@ def hold(tmp_path):
     """Start a process that holds tmp_path/lock until it is killed."""
     started = []
 
-    def start(how):
+    def start(how, late=0, disk=""):
         process = subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(tmp_path / "lock"), how],
+            [sys.executable, "-c", HOLD, str(tmp_path / "lock"), how, str(late), disk],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -111,3 +117,37 @@ def test_a_file_system_without_flock(tmp_path, monkeypatch, number):
         assert first.acquire() and second.acquire() and not Lock(path).acquire(0.1)
         assert not is_locked(path)
     assert Lock(path).try_acquire()
+
+
+@pytest.mark.parametrize("late", [0, 3600, -3600])
+def test_a_lease_ends_with_its_holder_whatever_its_clock_says(hold, tmp_path, monkeypatch, late):
+    """Each look is an attempt of its own, as of a job that waits for another one's stage."""
+
+    def missing(*_):
+        raise OSError(errno.ENOSYS, "no flock here")
+
+    process = hold("alone", late, "no flock")
+    monkeypatch.setattr(locks.fcntl, "flock", missing)
+    monkeypatch.setattr(locks, "HEARTBEAT", 0.2)  # three of them, and a lease has ended
+    end = time.monotonic() + 1.5
+    while time.monotonic() < end:
+        assert not Lock(tmp_path / "lock").try_acquire(), "it lives"
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 20
+    while not (lock := Lock(tmp_path / "lock")).try_acquire():
+        assert time.monotonic() < end, "a dead holder's lease never ends"
+        time.sleep(0.05)
+    lock.release()
+
+
+def test_a_lock_that_cannot_be_opened_is_not_held(tmp_path, monkeypatch):
+    """A colleague's run, read by somebody who may not write there."""
+    (tmp_path / "lock").touch()
+
+    def closed(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(locks.os, "open", closed)
+    assert not is_locked(tmp_path / "lock")

@@ -46,6 +46,7 @@ class Cluster:
     """`segfleet` commands against the sandbox, in a folder of their own."""
 
     python = sys.executable
+    of: str | None = None  # the cluster that `queue` asks, if not the sandbox's own
 
     def __init__(self, sandbox: Sandbox, folder: Path, environment: dict[str, str]):
         self.sandbox, self.folder = sandbox, folder
@@ -82,8 +83,15 @@ class Cluster:
         rows = [
             line.split("|")
             for line in self.call(
-                "squeue", "--states=all", "-r", "-h", "-o", "%i|%T|%r"
+                "squeue",
+                *(("-M", self.of) if self.of else ()),
+                "--states=all",
+                "-r",
+                "-h",
+                "-o",
+                "%i|%T|%r",
             ).splitlines()
+            if "|" in line
         ]
         return next(((state, reason) for found, state, reason in rows if found == job), ("", ""))
 

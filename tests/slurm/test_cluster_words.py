@@ -26,7 +26,11 @@ cpu|infinite|c01|32+|128000+|(null)|(null)
 
 @pytest.fixture
 def sinfo(monkeypatch):
-    monkeypatch.setattr(cluster, "call", lambda *_, **__: NODES)
+    def told(program, *options, of=None):
+        assert program == "sinfo" and "-a" in options, "hidden partitions too"
+        return NODES
+
+    monkeypatch.setattr(cluster, "call", told)
 
 
 def spec(**options) -> JobSpec:
@@ -219,3 +223,56 @@ def test_what_a_sweep_on_ray_in_slurm_refuses(tmp_path):
 
     told = CliRunner().invoke(app, ["sweep", "x.yaml", "--nodes", "2"])
     assert told.exit_code == 2 and "ray-in-slurm" in told.output
+
+
+def test_scripts_and_jobs_name_paths_as_their_user_does(tiny_recipe, tmp_path, monkeypatch):
+    """/home/me is a link to /net/vol/me, which the nodes have not: nothing that a node reads names
+    that."""
+    from segfleet.cli.resume import refuse_if_another
+    from segfleet.pipeline.run import find_run, open_run
+    from segfleet.slurm import prepare
+
+    made = tiny_recipe([{"name": "a", "epochs": 1, "steps": 1, "lr": 0.01}], batch=2)
+    net, home = tmp_path / "net" / "vol" / "me", tmp_path / "home" / "me"
+    net.mkdir(parents=True)
+    home.parent.mkdir()
+    home.symlink_to(net)
+    text = (made / "tiny.yaml").read_text()
+    store = next(line.split(": ")[-1] for line in text.splitlines() if "store:" in line)
+    shutil.copytree(store.strip("'\""), net / "store")
+    (net / "tiny.yaml").write_text(text.replace(store, "store"))
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("PWD", str(home))
+    [(recipe, leaf)] = prepare.prepare("tiny.yaml", [], Path("runs"))
+    assert leaf == home / "runs" / leaf.name and recipe.data.store == str(home / "store")
+    job = submission.train_job(leaf, prepare.describe(recipe), home / "runs")
+    folder = submission.write_job(leaf, job, spec())
+    script = SlurmLauncher().script(leaf, home / "runs", spec())
+    assert f"#SBATCH --chdir={home}\n" in script
+    logs = {"id": "7", "name": "x", "launcher": "slurm", "code": None, "commit": None}
+    submission.record(folder, spec=spec(), logs=folder, **logs)
+    told = "".join(path.read_text() for path in leaf.rglob("*.json"))
+    for written in (script, told, str(submission.home_of(Path("store")))):
+        assert str(home) in written and str(tmp_path / "net") not in written
+    # seen by either name it is the same run, with the same job
+    for name in (leaf.name, str(home / "runs" / leaf.name)):
+        assert find_run(name, Path("runs")) == leaf
+    there = net / "runs" / leaf.name
+    assert submission.latest(there).folder == submission.latest(leaf).folder
+    refuse_if_another(there, job, None)
+    (tmp_path / "best").symlink_to(there)
+    assert [stage.path for stage in open_run(tmp_path / "best")[1]] == [there]
+
+
+def test_folds_trained_through_a_link_are_one_family(tiny_recipe, tmp_path):
+    from segfleet.pipeline.folds import family_of
+    from segfleet.slurm import prepare
+
+    made = tiny_recipe([{"name": "a", "epochs": 1, "steps": 1, "lr": 0.01}], batch=2)
+    [(recipe, _)] = prepare.prepare(str(made / "tiny.yaml"), [], tmp_path)
+    (tmp_path / "link").symlink_to(recipe.data.store)
+    [(linked, _)] = prepare.prepare(
+        str(made / "tiny.yaml"), [f"data.store={tmp_path / 'link'}"], tmp_path
+    )
+    assert linked.data.store == str(tmp_path / "link")
+    assert family_of(recipe) == family_of(linked)

@@ -63,6 +63,7 @@ LINES = [
         {"setup": ("module load CUDA/12", "ulimit -n 65536")},
         ["\nmodule load CUDA/12\n[ $? = 0 ] || {", "\nulimit -n 65536\n[ $? = 0 ] || {"],
     ),
+    ({"clusters": "beta"}, ["#SBATCH --clusters=beta"]),
     ({"gpus_per_node": "a100:2"}, ["#SBATCH --gpus-per-node=a100:2", "--ntasks-per-node=2"]),
     ({"whole_nodes": True, "gpus_per_node": 4}, ["--ntasks-per-node=1", "--gpus-per-node=4"]),
     ({"gpus": "a100:4", "nodes": 2}, ["#SBATCH --gpus-per-node=a100:2", "#SBATCH --nodes=2"]),
@@ -108,6 +109,7 @@ def test_every_option_is_in_the_script(options, expected):
         "reservation",
         "dependency",
         "wckey",
+        "clusters",
     ):
         assert f"--{name}=" not in ours or any(f"--{name}=" in line for line in expected), (
             "nothing is set that nobody asked for"
@@ -165,6 +167,8 @@ def test_an_array_and_live_code_in_the_script():
         ({"sbatch": ("--cpus-per-task=3",)}, "give --cpus instead"),
         ({"sbatch": ("--mail-type=ALL",)}, "give --mail-on instead (mail_on in clusters.yaml)"),
         ({"sbatch": ("--gpus-per-node=3",)}, "give --gpus-per-node instead"),
+        ({"sbatch": ("--clusters=b",)}, "give --clusters instead"),
+        ({"clusters": "a,b"}, "clusters: found 'a,b'"),
         ({"setup": ("a\nb",)}, "one shell line per item"),
         ({"partition": "a b"}, "partition: found 'a b'"),
         ({"gpu": 1}, "gpu: unknown key; expected one of: nodes, gpus_per_node"),
@@ -271,6 +275,7 @@ def test_bad_nodes_are_left_out_for_a_week(tmp_path):
     health.remember(tmp_path, "n3", "no GPU")
     health.remember(tmp_path, "n4", "no GPU")
     os.utime(tmp_path / ".bad-nodes" / "n4", (0, time.time() - 8 * 24 * 3600))
+    os.utime(tmp_path / ".bad-nodes" / "n3", (0, time.time() + 3600))  # its clock is early
     assert without_bad_nodes(JobSpec(exclude="n1"), tmp_path).exclude == "n1,n3"
 
 
@@ -335,15 +340,18 @@ def test_results_of_another_job_of_the_same_id_never_count(tmp_path):
 
 
 def test_the_first_own_failure_is_shown(tmp_path):
+    """First by the clock of the disk: rank 2's node is an hour late."""
     for number, (lost, moment) in enumerate([(True, 1.0), (False, 3.0), (False, 2.0)]):
         report = {
             "rank": number,
-            "time": moment,
+            "time": moment + 3600 * number,
             "exit_code": 1,
             "message": f"rank {number}",
             "peer_failure": lost,
         }
-        (tmp_path / f"failed-{number}.json").write_text(json.dumps(report))
+        path = tmp_path / f"failed-{number}.json"
+        path.write_text(json.dumps(report))
+        os.utime(path, (moment, moment))
     assert submission.failure(tmp_path)["message"] == "rank 2"
 
 
@@ -504,6 +512,10 @@ def test_what_a_user_has_set_for_sbatch_is_obeyed(monkeypatch, tmp_path):
     # sbatch's own order: a script, then the environment, then the command line
     assert (spec.partition, spec.account, spec.qos) == ("low", "hearts", "debug")
     assert jobspec.not_obeyed() == ["SBATCH_NETWORK"]
+    monkeypatch.setenv("SLURM_CLUSTERS", "wice")
+    assert make_spec({}, places=(profiles,)).clusters == "wice"
+    monkeypatch.setenv("SBATCH_CLUSTERS", "beta")
+    assert make_spec({}, places=(profiles,)).clusters == "beta"
     assert make_spec({}, places=()).partition is None, "a job that is resumed asks for what it had"
 
 
@@ -521,7 +533,7 @@ def test_slurm_is_asked_without_the_users_own_settings(monkeypatch, tmp_path):
 def test_a_bad_node_of_another_cluster_blocks_nothing(monkeypatch, tmp_path):
     for node in ("n1", "gpu07"):
         health.remember(tmp_path, node, "multiplies wrongly")
-    monkeypatch.setattr(cluster, "known_nodes", lambda: frozenset({"n1", "n2"}))
+    monkeypatch.setattr(cluster, "known_nodes", lambda of=None: frozenset({"n1", "n2"}))
     assert without_bad_nodes(make_spec({}, places=()), tmp_path).exclude == "n1"
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from segfleet.core.errors import InputError
 from segfleet.slurm import cluster, poll, submission
-from segfleet.slurm.job import SlurmJob, look_at_all
+from segfleet.slurm.job import SlurmJob, cancel, look_at_all, refuse_if_active
 from segfleet.slurm.jobspec import JobSpec
 
 
@@ -85,12 +85,71 @@ def test_a_folder_others_may_write_to_is_not_believed(squeue, tmp_path):
 def test_a_job_is_never_judged_by_an_answer_from_before_it(squeue, tmp_path):
     squeue("6|RUNNING|None|n1||other\n")
     cluster.queue(age=30)
-    facts = {"launcher": "slurm", "spec": JobSpec(), "code": None, "commit": None, "name": "fit"}
-    folder = submission.write_job(tmp_path / "run", {"do": "train"}, JobSpec())
-    made = submission.record(folder, id="7", logs=folder, **facts)
+    job = submitted(tmp_path / "run", 7)
     squeue("7|PENDING|Priority|||fit\n")
-    ((_, found),) = look_at_all([SlurmJob(tmp_path / "run", made)], 30)
+    ((_, found),) = look_at_all([job], 30)
     assert found["state"] == "queued" and squeue() == 2
+
+
+def submitted(run, number: int, **options) -> SlurmJob:
+    facts = {"launcher": "slurm", "code": None, "commit": None, "name": "fit"}
+    facts["spec"] = JobSpec(**options)
+    folder = submission.write_job(run, {"do": "train"}, JobSpec())
+    return SlurmJob(run, submission.record(folder, id=str(number), logs=folder, **facts))
+
+
+def test_an_action_asks_once(squeue, tmp_path):
+    """Whatever the number of runs that an array is about."""
+    runs = [tmp_path / f"run{number}" for number in range(20)]
+    for number, run in enumerate(runs):
+        submitted(run, number)
+    squeue("".join(f"{number}|COMPLETED|None|n1||fit\n" for number in range(20)))
+    refuse_if_active(*runs)
+    refuse_if_active(*runs[:3])
+    assert squeue() == 1
+    squeue("7|RUNNING|None|n1||fit\n")
+    with pytest.raises(InputError, match="run7 is running already as job 7"):
+        time.sleep(poll.AT_ONCE)
+        refuse_if_active(*runs)
+
+
+def test_accounting_is_asked_as_rarely(squeue, tmp_path, monkeypatch):
+    """Of jobs that the queue has forgotten; a look that must be fresh asks again."""
+    asked = tmp_path / "sacct-asked"
+    (tmp_path / "bin" / "sacct").write_text(
+        f'#!/bin/sh\necho x >> "{asked}"; echo "7|TIMEOUT|None|n1|0:0|fit"\n'
+    )
+    (tmp_path / "bin" / "sacct").chmod(0o755)
+    squeue("6|RUNNING|None|n1||other\n")
+    job = submitted(tmp_path / "run", 7)
+    for age, times in ((30, 1), (30, 1), (0, 2), (30, 2)):
+        [(_, found)] = look_at_all([job], age)
+        assert found["queue"] == "TIMEOUT" and asked.read_text().count("x") == times
+    poll.forget()
+    look_at_all([job], 30)
+    assert asked.read_text().count("x") == 3
+
+
+def test_nobody_is_lost_by_an_old_answer(squeue, tmp_path):
+    """Submitted a moment ago on a machine whose clock is an hour late or early."""
+    for number, late in enumerate((3600, -3600), 7):
+        squeue("6|RUNNING|None|n1||other\n")
+        cluster.queue()
+        with pytest.MonkeyPatch.context() as patch:
+            there = time.time() - late
+            patch.setattr(time, "time", lambda there=there: there)
+            job = submitted(tmp_path / f"run{number}", number)
+        squeue(f"{number}|PENDING|Priority|||fit\n")
+        ((_, found),) = look_at_all([job], 30)
+        assert found["state"] == "queued"
+
+
+def test_old_answers_are_removed(squeue, tmp_path):
+    cluster.queue(frozenset({"ann"}))
+    [before] = (tmp_path / f"segfleet-queue-{os.getuid()}").glob("*.json")
+    os.utime(before, (0, 0))
+    cluster.queue(frozenset({"ben"}))
+    assert not before.exists()
 
 
 def test_whoever_follows_looks_less_and_less_often(monkeypatch):
@@ -147,3 +206,22 @@ def test_sbatch_is_asked_whatever_the_folder_for_temporary_files_is_called(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / place))
     monkeypatch.setattr(cluster, "there_is_one", lambda: True)
     assert cluster.ask("#!/bin/sh\ntrue\n") == ["#!/bin/sh", "true"]
+
+
+def test_jobs_of_two_clusters_with_one_number(squeue, tmp_path):
+    """Each is asked of its own cluster, once; both are cancelled there."""
+    said = tmp_path / "said"
+    for program in ("squeue", "scancel"):
+        (tmp_path / "bin" / program).write_text(
+            f'#!/bin/sh\necho "{program} $*" >> "{said}"\n'
+            'case "$*" in *"-M beta"*) echo "CLUSTER: beta"; echo "7|PENDING|Priority|||fit";;\n'
+            '*) echo "7|RUNNING|None|n1||fit";; esac\n'
+        )
+        (tmp_path / "bin" / program).chmod(0o755)
+    jobs = [submitted(tmp_path / str(n), 7, clusters=of) for n, of in enumerate((None, "beta"))]
+    found = look_at_all([*jobs, jobs[1]])
+    assert [facts["queue"] for _, facts in found] == ["RUNNING", "PENDING", "PENDING"]
+    assert cancel(found[:2]) == ["7", "7"]
+    assert [line.split(" -a ")[0] for line in said.read_text().splitlines()] == [
+        "squeue", "squeue -M beta", "scancel 7", "scancel -M beta 7"
+    ]  # fmt: skip

@@ -1,5 +1,6 @@
 """Clusters as sites run them, on one real SLURM with accounting: limits that are enforced, a partition that is hidden, GPUs of
-types, short arrays, and two people of one group."""
+types, short arrays, two people of one group, a second cluster and a federation, nodes that lack what
+a link leads to, clocks an hour apart."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import json
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from segfleet.slurm.sandbox.sandbox import Sandbox, missing
+from segfleet.slurm.sandbox.sandbox import NODES, Sandbox, missing
 
 pytestmark = pytest.mark.long
 ANN, BEN, GROUP = (
@@ -48,6 +50,33 @@ def sandbox():
         made.stop()
         assert not made.pids()
         shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def beta(sandbox):
+    """A second real cluster of the same accounting database, with a partition of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="segfleet-slurm-"))
+    further = f"{FURTHER}\nPartitionName=wide Nodes=ALL MaxTime=INFINITE PriorityTier=10 State=UP"
+    made = Sandbox(folder, accounting=True, further=further, name="beta", beside=sandbox)
+    try:
+        made.start()
+        for user in ("root", ANN, BEN):
+            made.call("sacctmgr", "-i", "add", "user", user, "account=hearts", "cluster=beta")
+        yield made
+    finally:
+        made.stop()
+        assert not made.pids()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def federation(cluster, beta):
+    """Both clusters as one federation."""
+    both = ("both", "clusters=sandbox,beta")
+    cluster.call("sacctmgr", "-i", "add", "federation", *both)
+    cluster.wait(lambda: "beta" in cluster.call("scontrol", "show", "federation"), 30, "both")
+    yield
+    cluster.call("sacctmgr", "-i", "delete", "federation", "both")
 
 
 @pytest.fixture
@@ -207,3 +236,129 @@ def test_a_sweep_on_a_ray_cluster_over_two_nodes(cluster, tmp_path):
     assert len(outcome["ranking"]) == 3 and not outcome["failed"]
     told = "".join(path.read_text() for path in home.with_name("rays.jobs").rglob("*_log.out"))
     assert "127.0.0.12" in told, "the second node joined"
+
+
+def test_a_setup_line_that_fails_fails_the_run(cluster, tmp_path):
+    line = "source /no/such/venv/bin/activate"
+    made = cluster.submit(*SHORT, "--setup", line, runs=tmp_path)
+    cluster.wait_for_state(made, "FAILED")
+    row = cluster.row(made, tmp_path)
+    assert row["state"] == "failed" and f"the setup line failed: {line}" in row["reason"]
+    assert not list(tmp_path.rglob("done.json"))
+
+
+LONG = ("stages.0.epochs=400", "stages.0.steps=50", "--no-check")
+
+
+def test_a_second_cluster_behind_the_login_node(cluster, beta, tmp_path):
+    """Asked for by name once: everything later finds the job there, whatever SLURM_CONF says."""
+    wide = ("--clusters", "beta", "--partition", "wide")
+    refused = cluster.segfleet("submit", "tiny.yaml", *LONG, *wide[2:], "--runs", tmp_path, code=2)
+    assert "partition: found 'wide', expected one of: main" in refused.stderr
+    made = cluster.submit(*LONG, *wide, runs=tmp_path)
+    cluster.of = "beta"
+    cluster.wait_for_step(made, 10)
+    assert cluster.queue(made["job"])[0] == "RUNNING" and not cluster.call("squeue", "-h").strip()
+    row = cluster.row(made, tmp_path)
+    assert (row["state"], row["queue"], row["job"]) == ("training", "RUNNING", made["job"])
+    run = Path(made["run"])
+    twice = cluster.segfleet("submit", "tiny.yaml", *LONG, "--runs", tmp_path, code=2).stderr
+    assert f"is running already as job {made['job']}" in twice
+    cluster.segfleet("cancel", run)
+    cluster.wait_for_state(made, "CANCELLED")
+    cluster.wait(lambda: cluster.stopped(made), 20, "the save")
+    again = json.loads(cluster.segfleet("resume", run, "--json").stdout)
+    cluster.wait(lambda: cluster.resumed(again), what="the second start")
+    assert cluster.resumed(again) == cluster.stopped(made)
+    cluster.segfleet("cancel", run)
+    cluster.wait_for_state(again, "CANCELLED")
+    cluster.wait(lambda: not cluster.helpers(again), 20, "the end")
+    # forgotten by the queue, it is asked of that cluster's accounting
+    members = ("--array", "seed=1..5", "--clusters", "beta", "--runs", tmp_path / "array", "--json")
+    rows = json.loads(cluster.segfleet("submit", "tiny.yaml", *SHORT, *members).stdout)
+    assert len({row["job"].partition("_")[0] for row in rows}) == 2, "its own MaxArraySize"
+    for row in rows:
+        cluster.wait_for_state(row, "COMPLETED")
+
+
+def test_a_job_that_starts_in_another_cluster_of_the_federation(cluster, federation, tmp_path):
+    """Submitted here, started there, because here all nodes are drained: neither lost nor
+    cancelled."""
+    names = f"nodename={','.join(NODES)}"
+    cluster.call("scontrol", "update", names, "state=DRAIN", "reason=test")
+    try:
+        made = cluster.submit(*LONG, runs=tmp_path)
+        cluster.wait_for_step(made, 10)
+        row = cluster.row(made, tmp_path)
+        assert (row["state"], row["queue"]) == ("training", "RUNNING")
+        twice = cluster.segfleet("resume", made["run"], code=2).stderr
+        assert f"is running already as job {made['job']}" in twice
+        cluster.segfleet("cancel", made["run"])
+        cluster.wait(lambda: cluster.stopped(made), 30, "the save")
+        cluster.wait(lambda: not cluster.helpers(made), 30, "the end")
+        assert cluster.row(made, tmp_path)["state"] in ("cancelled", "stopped")
+    finally:
+        cluster.call("scontrol", "update", names, "state=RESUME")
+
+
+def test_nodes_that_lack_what_a_link_leads_to(cluster, work):
+    """/home/me is a link to /net/me, which nodes mount under /home alone, as automounters do."""
+    folder, node = Path(tempfile.mkdtemp(prefix="segfleet-home-", dir="/var/tmp")), NODES[3]
+    net, home = folder / "net" / "me", folder / "home" / "me"
+    for path in (net, home.parent, folder / "kept"):
+        path.mkdir(parents=True)
+    home.symlink_to(net)
+    text = (work / "tiny.yaml").read_text()
+    store = next(line.split(": ")[-1] for line in text.splitlines() if "store:" in line)
+    shutil.copytree(store.strip("'\""), net / "store")
+    (net / "tiny.yaml").write_text(text.replace(store, "store"))
+    os.kill(cluster.sandbox.pids()[f"slurmd {node}"], signal.SIGTERM)
+    cluster.wait(lambda: f"slurmd {node}" not in cluster.sandbox.pids(), 20, "the node's end")
+    mounts = (
+        'mount --bind "$0/net/me" "$0/kept" && mount -t tmpfs tmpfs "$0/home" && mkdir "$0/home/me"'
+        ' && mount --bind "$0/kept" "$0/home/me" && mount -t tmpfs tmpfs "$0/net" && exec "$@"'
+    )
+    apart = ("unshare", "--mount", "bash", "-c", mounts, str(folder), "slurmd", "-N", node)
+    try:
+        cluster.sandbox._daemon(*apart)
+        here = type(cluster)(cluster.sandbox, home, {**cluster.environment, "PWD": str(home)})
+        job = here.submit(*SHORT, "--nodelist", node)
+        here.wait_for_state(job, "COMPLETED")
+        assert here.row(job)["state"] == "done" and job["run"].startswith(str(home))
+        for path in (path for path in net.rglob("*") if path.suffix in (".json", ".out", ".sh")):
+            assert str(net) not in path.read_text(), path
+    finally:
+        pid = cluster.sandbox.pids().get(f"slurmd {node}")
+        if pid:
+            os.kill(pid, signal.SIGTERM)
+            cluster.wait(lambda: f"slurmd {node}" not in cluster.sandbox.pids(), 20, "the end")
+        shutil.rmtree(folder)
+
+
+CLOCK = """\
+import os, time
+shift = float(os.environ.get("CLOCK") or (3600 if os.environ.get("SLURM_NODEID") == "1" else 0))
+now = time.time
+time.time = lambda: now() + shift
+"""
+
+
+def test_an_hour_between_the_clocks_of_two_nodes(cluster, straight, tmp_path):
+    """And of whoever looks on: a save, a second start and the same weights."""
+    (tmp_path / "sitecustomize.py").write_text(CLOCK)
+    clocks = {"PYTHONPATH": str(tmp_path)}
+    two = ("--nodes", "2", "--no-check", "--time", "6h")
+    job = cluster.submit(*two, runs=tmp_path / "runs", **clocks)
+    cluster.wait_for_step(job, 10)
+    for late in ("-3600", "3600"):
+        told = cluster.segfleet("status", tmp_path / "runs", "--json", CLOCK=late, **clocks)
+        [row] = json.loads(told.stdout)
+        assert (row["state"], row["job"]) == ("training", job["job"])
+        twice = ("submit", "tiny.yaml", *two, "--runs", tmp_path / "runs")
+        refused = cluster.segfleet(*twice, code=2, CLOCK=late, **clocks).stderr
+        assert f"already as job {job['job']}" in refused
+    cluster.call("scancel", "--signal=USR2", job["job"])
+    cluster.release(job)
+    cluster.wait_for_state(job, "COMPLETED")
+    assert cluster.resumed(job) == cluster.stopped(job)
+    cluster.same_result(job, straight(2))

@@ -126,6 +126,31 @@ def test_one_question_to_the_queue_serves_all_jobs(monkeypatch):
         asked.clear()
 
 
+def test_a_full_queue_is_waited_for(tmp_path, monkeypatch):
+    """A limit of submitted jobs is no failure of the stage; what SLURM refuses for good is."""
+    from segfleet.core.errors import InputError
+    from segfleet.slurm.submitit_launcher import QueueFull, SlurmLauncher
+
+    answers = [QueueFull("QOSMaxSubmitJobPerUserLimit"), QueueFull("busy"), "job"]
+
+    def submit(*_):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return [answer]
+
+    monkeypatch.setattr(SlurmLauncher, "submit_jobs", submit)
+    monkeypatch.setattr(slurm_backend, "LOOK", 0.01)
+    monkeypatch.setattr(slurm_backend.cluster, "there_is_one", lambda: True)
+    order = {"path": tmp_path, "options": {}, "job": {"root": str(tmp_path), "recipe": {}}}
+    stop, ticks = tmp_path / "stop", []
+    assert slurm_backend.Slurm()._submit(order, lambda: ticks.append(1), stop) == "job"
+    assert len(ticks) == 2 and not answers
+    answers.append(InputError("SLURM refused the job: Invalid qos specification"))
+    with pytest.raises(InputError, match="Invalid qos"):
+        slurm_backend.Slurm()._submit(order, lambda: None, stop)
+
+
 def test_stages_that_others_train_are_waited_for(tree, monkeypatch):
     """Nothing to start and nothing at work here is no end while another process trains."""
     from segfleet.pipeline.run import LOCK, lock_stage

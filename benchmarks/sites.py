@@ -1,0 +1,91 @@
+"""Clusters as sites run them: all long tests of tests/slurm on real SLURM sandboxes, and scripts that
+rebuild what users have reported. Needs root and Debian's SLURM with its accounting.
+
+`python benchmarks/sites.py [--tests] [--cases FOLDER] [NAME ...]`. A script exits 0 where all is
+right, 1 where the fault is back. What is not asked for keeps its last result in results/sites.json;
+NAME: only the tests or scripts whose names contain it. Exit code 1 if anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = Path(__file__).parent / "results" / "sites.json"
+PATIENCE = 600  # s for one script
+
+
+def tests(names: list[str]) -> dict[str, dict]:
+    """Outcome and seconds of every long test, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        chosen = ["-k", " or ".join(names)] if names else []
+        command = ["-m", "pytest", "-q", "-m", "long", "tests/slurm", f"--junitxml={report}"]
+        subprocess.run([sys.executable, *command, *chosen], cwd=ROOT)
+        cases = ElementTree.parse(report).getroot().iter("testcase")
+        found = {}
+        for case in cases:
+            module = case.get("classname", "").rpartition(".")[2]
+            outcome = next((child.tag for child in case if child.tag != "system-out"), "passed")
+            found[f"{module}::{case.get('name')}"] = {
+                "outcome": outcome,
+                "seconds": round(float(case.get("time", 0)), 1),
+            }
+    return found
+
+
+def case(script: Path) -> dict:
+    """Exit code, last words and CPU seconds of one script. `segfleet` is that of this Python."""
+    own = str(Path(sys.executable).parent)
+    environment = {**os.environ, "PATH": f"{own}{os.pathsep}{os.environ['PATH']}"}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with tempfile.TemporaryFile("w+") as output:
+        done = subprocess.run(
+            ["bash", script], env=environment, stdin=subprocess.DEVNULL, stdout=output,
+            stderr=subprocess.STDOUT, timeout=PATIENCE,
+        )  # fmt: skip
+        output.seek(0)
+        lines = output.read().splitlines()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    words = next((line for line in lines if line.startswith("FAULT")), "".join(lines[-1:]))
+    return {"exit_code": done.returncode, "last_words": words[:300], "cpu_seconds": round(used, 1)}
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--tests", action="store_true", help="run the long tests")
+    options.add_argument("--cases", type=Path, help="run the scripts in this folder")
+    options.add_argument("names", nargs="*", help="only those whose names contain one of these")
+    asked = options.parse_args()
+    kept = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    version = subprocess.run(["sinfo", "--version"], capture_output=True, text=True).stdout.strip()
+    scripts = sorted(asked.cases.glob("*.sh")) if asked.cases else []
+    for script in scripts:
+        if not asked.names or any(re.search(name, script.stem) for name in asked.names):
+            kept.setdefault("cases", {})[script.stem] = found = case(script)
+            print(script.stem, found, flush=True)
+    if asked.tests:
+        kept.setdefault("tests", {}).update(tests(asked.names))
+    kept |= {"date": time.strftime("%Y-%m-%d"), "slurm": version, "cores": os.cpu_count()}
+    RESULT.write_text(json.dumps(kept, indent=1) + "\n")
+    faults = [name for name, found in kept.get("cases", {}).items() if found["exit_code"]]
+    faults += [
+        name for name, found in kept.get("tests", {}).items() if found["outcome"] != "passed"
+    ]
+    print("\n".join(["not right:", *faults]) if faults else "all right")
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
