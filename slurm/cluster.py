@@ -329,8 +329,10 @@ def account(
     # a member that never started has no row of its own
     whole = ",".join(sorted({job.partition("_")[0] for job in ids}))
     facts = "JobID,State,Reason,NodeList,ExitCode,JobName"
+    # of a federation's other clusters too, where SLURM_CONF's is in one
+    where = () if of else ("--federation",)
     try:
-        return _ask(("sacct", "-n", "-P", "-X", "-j", whole, "-o", facts), age, since, of)
+        return _ask(("sacct", *where, "-n", "-P", "-X", "-j", whole, "-o", facts), age, since, of)
     except InputError:
         return {}
 
@@ -347,6 +349,8 @@ def _jobs(text: str) -> dict[str, dict[str, Any]]:
     for line in text.splitlines():
         # the name comes last: it is free text
         job, state, reason, nodes, code, name = line.split("|", 5)
+        if state == "REVOKED":  # here; another cluster of the federation started it
+            continue
         nodes = None if nodes in ("", "None assigned") else nodes
         reason = (_ending(code) if code else None) if reason == "None" else reason
         found |= dict.fromkeys(

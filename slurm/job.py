@@ -36,7 +36,7 @@ WORDS = {
         "STAGE_OUT",
     ),
     "done": ("COMPLETED",),
-    "cancelled": ("CANCELLED", "REVOKED"),
+    "cancelled": ("CANCELLED",),
     "failed": (
         "FAILED",
         "TIMEOUT",

@@ -30,8 +30,9 @@ from segfleet.slurm.rank import run_rank
 
 _environment = threading.Lock()
 # $job is 12_3 for a member of an array: one of them has the number of the whole array as its own.
-END = r"""$(date -d "$(scontrol show job -o "$job" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')" +%s 2>/dev/null || echo 0)"""
-STATE = r"""$(scontrol show job -o "$job" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')"""
+# --local: in a federation the cluster that submitted the job says nothing of a job that runs here.
+END = r"""$(date -d "$(scontrol --local show job -o "$job" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')" +%s 2>/dev/null || echo 0)"""
+STATE = r"""$(scontrol --local show job -o "$job" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')"""
 
 # SLURM's words for: not now. Whoever asks again later is served.
 FULL = (

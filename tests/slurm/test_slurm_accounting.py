@@ -109,6 +109,9 @@ TABLE = """\
 7_0|COMPLETED|None|node1|0:0|tiny
 7_[1-2,5%1]|CANCELLED by 0|JobArrayTaskLimit|None assigned|0:0|tiny
 8|FAILED|None|node2|0:9|tiny
+9|REVOKED|None|None assigned|0:0|tiny
+9|RUNNING|None|node3|0:0|tiny
+10|REVOKED|None|None assigned|0:0|tiny
 """
 
 
@@ -117,11 +120,12 @@ def test_how_sacct_is_read(monkeypatch):
     monkeypatch.setattr(slurm.shutil, "which", lambda name: name)
     monkeypatch.setattr(slurm, "call", lambda *command: asked.append(command) or TABLE)
     found = slurm.account(["7_1", "7_2", "8"])
-    assert "7,8" in asked[0] and sorted(found) == ["7_0", "7_1", "7_2", "7_5", "8"]
+    assert "7,8" in asked[0] and sorted(found) == ["7_0", "7_1", "7_2", "7_5", "8", "9"]
     assert found["7_2"] == {
         "name": "tiny",
         "state": "CANCELLED",
         "reason": "JobArrayTaskLimit",
         "node": None,
     }
+    assert found["9"]["state"] == "RUNNING", "in another cluster of the federation"
     assert found["8"]["reason"] == "signal 9" and found["7_0"]["reason"] is None

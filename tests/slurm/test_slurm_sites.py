@@ -60,6 +60,7 @@ def beta(sandbox):
     made = Sandbox(folder, accounting=True, further=further, name="beta", beside=sandbox)
     try:
         made.start()
+        made.call("sacctmgr", "-i", "add", "account", "hearts", "cluster=beta")
         for user in ("root", ANN, BEN):
             made.call("sacctmgr", "-i", "add", "user", user, "account=hearts", "cluster=beta")
         yield made
@@ -281,16 +282,21 @@ def test_a_second_cluster_behind_the_login_node(cluster, beta, tmp_path):
         cluster.wait_for_state(row, "COMPLETED")
 
 
-def test_a_job_that_starts_in_another_cluster_of_the_federation(cluster, federation, tmp_path):
+def test_a_job_that_starts_in_another_cluster_of_the_federation(
+    cluster, beta, federation, tmp_path
+):
     """Submitted here, started there, because here all nodes are drained: neither lost nor
     cancelled."""
     names = f"nodename={','.join(NODES)}"
     cluster.call("scontrol", "update", names, "state=DRAIN", "reason=test")
     try:
-        made = cluster.submit(*LONG, runs=tmp_path)
+        # as on nodes of that cluster, where SLURM_CONF is its own
+        conf = ("--setup", f"export SLURM_CONF={beta.configuration}")
+        made = cluster.submit(*LONG, *conf, runs=tmp_path)
         cluster.wait_for_step(made, 10)
+        assert cluster.queue(made["job"])[0] == "REVOKED"
         row = cluster.row(made, tmp_path)
-        assert (row["state"], row["queue"]) == ("training", "RUNNING")
+        assert (row["state"], row["queue"], row["node"]) == ("training", "RUNNING", NODES[0])
         twice = cluster.segfleet("resume", made["run"], code=2).stderr
         assert f"is running already as job {made['job']}" in twice
         cluster.segfleet("cancel", made["run"])
@@ -350,14 +356,15 @@ def test_an_hour_between_the_clocks_of_two_nodes(cluster, straight, tmp_path):
     two = ("--nodes", "2", "--no-check", "--time", "6h")
     job = cluster.submit(*two, runs=tmp_path / "runs", **clocks)
     cluster.wait_for_step(job, 10)
+    cluster.call("scancel", "--signal=USR2", job["job"])
+    cluster.wait(lambda: cluster.queue(job["job"])[0] == "PENDING", 60, "requeue")
     for late in ("-3600", "3600"):
         told = cluster.segfleet("status", tmp_path / "runs", "--json", CLOCK=late, **clocks)
         [row] = json.loads(told.stdout)
-        assert (row["state"], row["job"]) == ("training", job["job"])
+        assert (row["state"], row["job"]) == ("queued", job["job"])
         twice = ("submit", "tiny.yaml", *two, "--runs", tmp_path / "runs")
         refused = cluster.segfleet(*twice, code=2, CLOCK=late, **clocks).stderr
         assert f"already as job {job['job']}" in refused
-    cluster.call("scancel", "--signal=USR2", job["job"])
     cluster.release(job)
     cluster.wait_for_state(job, "COMPLETED")
     assert cluster.resumed(job) == cluster.stopped(job)
