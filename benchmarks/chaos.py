@@ -3,12 +3,18 @@
     python benchmarks/chaos.py [--kills 200] [--seconds 3600] [--work FOLDER] [--only WORD]
 
 Scenarios: training with DDP and ZeRO 0 to 3 (two ranks, two loader processes each), saving (every
-step), scoring, preprocessing, predicting, staging and a sweep. A kill starts the scenario in a fresh
-folder, waits for a moment drawn by the kill's seed, kills one process drawn from its tree (or the
-command itself) with SIGKILL, waits until nothing of it runs, and gives the same command again until
-it is done. Then its result must be that of an undisturbed run, bit by bit, and there must be no
-process, no half-written file and no temporary folder. Kill n is the same whenever it is done: with
---seconds the command stops and goes on later with the same --work.
+step), staging, scoring, preprocessing, predicting and a sweep. A chain starts the scenario in a
+fresh folder and kills it up to four times, each time given the same command again, and then lets it
+end. A kill is SIGKILL, either
+
+    inside      of the process that makes the n-th change to a file, before that change, or
+    anywhere    of one process of the tree, or of the command itself, at some moment.
+
+n, the moment and who it is are drawn by the chain's seed. After each kill all that ran must go; at
+the end the result must be that of an undisturbed run, bit by bit, with no half-written file, no
+temporary folder and no shared memory left. Commands are forks of a warm process (`forked.py`), so
+nearly all of their time is work that a kill can hit. With --seconds it stops after that time and
+goes on later with the same --work; chain n is the same whenever it is done.
 """
 
 from __future__ import annotations
@@ -16,11 +22,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import mmap
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -28,16 +34,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked
 import yaml
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
+sys.path.insert(0, str(HERE.parent / "tests"))
 from conftest import write_tiny_store  # noqa: E402
 
-MARK = "SEGFLEET_CHAOS"
 CACHES = ("torchinductor",)  # torch's own, which is meant to stay
 LONGEST = 600.0  # seconds of one command; more is a hang
+KILLS = 4  # of a chain at most
 DEEPSPEED = "engine.name=deepspeed"
+
+
+# --- what is killed -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +55,14 @@ class Scenario:
     words: list[str]  # of segfleet; paths are relative to the scenario's own folder
     results: tuple[str, ...]  # globs whose bytes must be the same
     before: tuple[str, ...] = ()  # folders of the world that are copied into it
-    share: float = 1.0  # of the kills
+    share: float = 1.0  # of the chains
 
 
 def scenarios() -> dict[str, Scenario]:
-    weights = ("runs/**/done.json:checkpoint",)
+    weights = ("runs/**/done.json:checkpoint", "runs/**/evaluation.json:summary")
     train = ["train", "tiny.yaml", "--ranks", "2", "data.workers=2"]
-    found = {
+    store = ["preprocess", "msd", "--raw", "../raw", "--workers", "2", "--out", "made"]
+    zero = {
         f"train zero{n}": Scenario(
             words=[*train, DEEPSPEED, f"engine.options.zero={n}"], results=weights, share=0.5
         )
@@ -59,23 +70,18 @@ def scenarios() -> dict[str, Scenario]:
     }
     return {
         "train ddp": Scenario(words=train, results=weights, share=2.0),
-        **found,
+        **zero,
         "save": Scenario(words=["train", "tiny.yaml", "save_every=1"], results=weights, share=2.0),
         "stage": Scenario(
-            words=["train", "tiny.yaml", "--stage-to", "$TMPDIR/../staged"],
-            results=weights,
-            share=1.0,
+            words=["train", "tiny.yaml", "--stage-to", "$TMPDIR/../staged"], results=weights
         ),
         "score": Scenario(
             words=["evaluate", "tiny", "evaluation.mirror=[0]"],
             results=("runs/**/evaluation.json:summary",),
             before=("runs",),
         ),
-        "preprocess": Scenario(
-            words=["preprocess", "msd", "--raw", "../raw", "--out", "made", "--workers", "2"],
-            results=("made/manifest.json:id",),
-            share=2.0,
-        ),
+        "preprocess": Scenario(words=store, results=("made/**/*",)),
+        "preprocess hdf5": Scenario(words=[*store, "--format", "hdf5"], results=("made/**/*",)),
         "predict": Scenario(
             words=["predict", "tiny", "../images", "--out", "predicted"],
             results=("predicted/*.png", "predicted/*.nii.gz"),
@@ -83,12 +89,13 @@ def scenarios() -> dict[str, Scenario]:
             share=2.0,
         ),
         "sweep": Scenario(
-            words=["sweep", "space.yaml", "--slots", "2"], results=weights, share=0.5
+            words=["sweep", "space.yaml", "--slots", "2"], results=weights[:1], share=0.25
         ),
     }
 
 
 def build(world: Path) -> None:
+    import numpy as np
     from PIL import Image
 
     write_tiny_store(world / "store", 2, "zarr", 6, 1, 24, 1)
@@ -108,54 +115,175 @@ def build(world: Path) -> None:
     space = {"name": "space", "base": {**recipe, "name": "space"}, "stages": axes}
     (world / "space.yaml").write_text(yaml.safe_dump(space))
     (world / "images").mkdir()
-    import numpy as np
-
     for number in range(6):
         pixels = np.random.default_rng(number).integers(0, 255, (40, 40), dtype=np.uint8)
         Image.fromarray(pixels).save(world / "images" / f"image{number}.png")
-    run(world, ["datasets", "msd", "phantom", "raw", "--cases", "6"], "none")
-    run(world, ["train", "tiny.yaml"], "none")
+    done(world, ["datasets", "msd", "phantom", "raw", "--cases", "6"])
+    done(world, ["train", "tiny.yaml"])
 
 
-def start(folder: Path, words: list[str], mark: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "segfleet.cli.main", *words],
-        cwd=folder,
-        env={
-            **os.environ,
-            MARK: mark,
-            "OMP_NUM_THREADS": "1",
-            "SEGFLEET_DEVICE": "cpu",
-            "TMPDIR": str(folder.resolve().parent / "tmp"),
-        },
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=open(folder / "stderr", "a"),
-        start_new_session=True,
-    )
-
-
-def run(folder: Path, words: list[str], mark: str) -> float:
-    begin, process = time.monotonic(), start(folder, words, mark)
-    try:
-        code = process.wait(LONGEST)
-    except subprocess.TimeoutExpired:
-        code = "hangs"
+def done(folder: Path, words: list[str]) -> float:
+    """Seconds of a command that must end well."""
+    begin, err = time.monotonic(), folder / "stderr"
+    code = forked.run(folder, words, seconds=LONGEST, err=err, TMPDIR=str(folder.parent / "tmp"))
     if code != 0:
-        raise SystemExit(f"{words}: {code}\n{(folder / 'stderr').read_text()[-3000:]}")
+        raise SystemExit(f"{words}: {code}\n{err.read_text()[-3000:]}")
     return time.monotonic() - begin
 
 
-def marked(mark: str) -> list[int]:
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            words = (folder / "cmdline").read_bytes()  # a zombie has none
-            if words and f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(
-                b"\0"
-            ):
-                found.append(int(folder.name))
-    return sorted(found)
+def fresh(world: Path, folder: Path, scenario: Scenario) -> None:
+    for name in ("here", "tmp", "staged"):
+        shutil.rmtree(folder.parent / name, ignore_errors=True)
+    (folder.parent / "tmp").mkdir(parents=True)
+    folder.mkdir()
+    for name in ("tiny.yaml", "space.yaml"):
+        shutil.copy(world / name, folder / name)
+    for name in scenario.before:
+        shutil.copytree(world / name, folder / name)
+    for name in ("raw", "images"):
+        if not (folder.parent / name).exists():
+            shutil.copytree(world / name, folder.parent / name)
+
+
+# --- how ------------------------------------------------------------------------------------------
+
+
+class Changes:
+    """Counts the changes to files that all processes of a command make together, and kills the one
+    that is about to make number `limit`. Shared memory that forks inherit."""
+
+    NAMES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate")
+    WRITING = os.O_WRONLY | os.O_RDWR
+
+    def __init__(self) -> None:
+        self.shared, self.own = mmap.mmap(-1, 64), os.getpid()
+        fsync = os.fsync
+
+        def counted(handle: int) -> None:
+            self.add()
+            fsync(handle)
+
+        os.fsync = counted
+        sys.addaudithook(self.heard)
+
+    def heard(self, event: str, words: tuple) -> None:
+        if event in self.NAMES or (
+            event == "open" and isinstance(words[2], int) and words[2] & self.WRITING
+        ):
+            self.add()
+
+    def add(self) -> None:
+        if os.getpid() == self.own:
+            return
+        count = self.count + 1
+        self.shared[:8] = count.to_bytes(8, "little")
+        if count == int.from_bytes(self.shared[8:16], "little"):
+            self.shared[16:32] = Path("/proc/self/comm").read_bytes().strip().ljust(16, b"\0")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    @property
+    def count(self) -> int:
+        return int.from_bytes(self.shared[:8], "little")
+
+    @property
+    def victim(self) -> str:
+        return self.shared[16:32].rstrip(b"\0").decode()
+
+    def arm(self, limit: int) -> None:
+        """`limit` 0: never."""
+        self.shared[:] = bytes(8) + limit.to_bytes(8, "little") + bytes(48)
+
+
+def kill(
+    folder: Path, scenario: Scenario, rng: random.Random, calm: dict, changes: Changes
+) -> dict | None:
+    """One start and one kill; None if it had ended before, which is well."""
+    inside, share, own = rng.random() < 0.5, rng.uniform(0.05, 0.95), rng.random() < 0.4
+    choice, ended, tree = rng.random(), {}, {}
+    inside &= calm["changes"] > 20  # a sweep's changes are made by Ray's processes
+    changes.arm(max(1, int(share * calm["changes"])) if inside else 0)
+    begin = time.monotonic()
+    child = start(folder, scenario)
+    while child not in forked.reap(ended) and not changes.victim:
+        if not inside and time.monotonic() - begin > share * calm["seconds"]:
+            tree = forked.tree()
+            number = child if own or not tree else sorted(tree)[int(choice * len(tree))]
+            forked.end({number: ""})
+            victim = tree.get(number, "?")
+            break
+        if time.monotonic() - begin > LONGEST:
+            break
+        time.sleep(0.005)
+    else:
+        victim = changes.victim
+        if not victim:  # it ended first
+            return None
+    begin = time.monotonic()
+    while (left := forked.tree()) and time.monotonic() - begin < LONGEST:
+        forked.reap(ended)
+        if child in ended and ended[child] == -signal.SIGKILL and time.monotonic() - begin > 60:
+            break
+        time.sleep(0.02)
+    forked.end(left)
+    forked.reap(ended)
+    return {
+        "how": "inside" if inside else "anywhere",
+        "at": round(share, 2),
+        "victim": victim,
+        "command": ended.get(child),
+        "seconds": round(time.monotonic() - begin, 1),
+        "processes_left": len(left),
+    }
+
+
+def start(folder: Path, scenario: Scenario) -> int:
+    tmp = str(folder.parent / "tmp")
+    return forked.start(folder, scenario.words, err=folder / "stderr", TMPDIR=tmp)
+
+
+def chain(world: Path, folder: Path, name: str, seed: int, calm: dict, changes: Changes) -> dict:
+    scenario, rng = scenarios()[name], random.Random(seed)
+    fresh(world, folder, scenario)
+    memory, kills = shared_memory(), []
+    for _ in range(KILLS):
+        if (found := kill(folder, scenario, rng, calm, changes)) is None:
+            break
+        kills.append(found)
+    changes.arm(0)
+    for tries in range(1, 4):
+        again = forked.run(
+            folder,
+            scenario.words,
+            seconds=LONGEST,
+            err=folder / "stderr",
+            TMPDIR=str(folder.parent / "tmp"),
+        )
+        if again == 0:
+            break
+    end = time.monotonic() + 5
+    while (left := forked.tree()) and time.monotonic() < end:
+        time.sleep(0.05)
+        forked.reap({})
+    forked.end(left)
+    found = outcome(folder, scenario)
+    differs = sorted(
+        path for path in {*found, *calm["right"]} if found.get(path) != calm["right"].get(path)
+    )
+    return {
+        "scenario": name,
+        "seed": seed,
+        "kills": kills,
+        "again": again,
+        "tries": tries,
+        "same": again == 0 and not differs,
+        "differs": differs[:5],
+        "processes_left": len(left) + sum(one["processes_left"] for one in kills),
+        "files_left": [*litter(folder), *sorted(shared_memory() - memory)],
+        "tracebacks": (folder / "stderr").read_text().count("Traceback (most recent call last)"),
+    }
+
+
+# --- what is left ---------------------------------------------------------------------------------
 
 
 def outcome(folder: Path, scenario: Scenario) -> dict[str, str]:
@@ -163,7 +291,7 @@ def outcome(folder: Path, scenario: Scenario) -> dict[str, str]:
     found = {}
     for result in scenario.results:
         glob, _, key = result.partition(":")
-        for path in sorted(folder.glob(glob)):
+        for path in sorted(path for path in folder.glob(glob) if path.is_file()):
             name = str(path.relative_to(folder))
             if key == "checkpoint":
                 last = path.parent / "checkpoints" / json.loads(path.read_text())[key]
@@ -181,81 +309,50 @@ def sha(data: bytes) -> str:
 
 def litter(folder: Path) -> list[str]:
     """Half-written files of the scenario, temporary folders that killed processes left."""
-    half = [path for path in folder.rglob("*") if ".partial" in path.name or path.name == "stop"]
+    places = (folder, folder.parent / "staged")
+    half = [
+        path
+        for place in places
+        for path in place.rglob("*")
+        if ".partial" in path.name or path.name == "stop"
+    ]
     temporary = folder.parent / "tmp"
     left = [path for path in temporary.iterdir() if not path.name.startswith(CACHES)]
     return [str(path.relative_to(folder.parent)) for path in (*half, *left)]
 
 
-def fresh(world: Path, folder: Path, scenario: Scenario) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(folder.parent / "tmp", ignore_errors=True)
-    (folder.parent / "tmp").mkdir(parents=True)
-    folder.mkdir(parents=True)
-    for name in ("tiny.yaml", "space.yaml"):
-        shutil.copy(world / name, folder / name)
-    for name in scenario.before:
-        shutil.copytree(world / name, folder / name)
-    for name in ("raw", "images"):
-        if not (folder.parent / name).exists():
-            shutil.copytree(world / name, folder.parent / name)
+def shared_memory() -> set[str]:
+    """What lies in /dev/shm and belongs to nobody who lives: torch and multiprocessing put the
+    number of its maker into a name."""
+    found = set()
+    for path in Path("/dev/shm").iterdir():
+        numbers = [part for part in path.name.split("_") if part.isdigit()]
+        if path.name.startswith("torch_") and not any(
+            Path(f"/proc/{number}").exists() for number in numbers
+        ):
+            found.add(str(path))
+    return found
 
 
-def disturbed(
-    world: Path, work: Path, name: str, scenario: Scenario, seed: int, takes: float
-) -> dict:
-    rng, folder, mark = random.Random(seed), work / "at" / "here", f"{os.getpid()}-{seed}"
+# --- all of it ------------------------------------------------------------------------------------
+
+
+def calm_run(world: Path, folder: Path, scenario: Scenario, changes: Changes) -> dict:
+    """What an undisturbed run gives, how long it takes, how often it changes a file."""
     fresh(world, folder, scenario)
-    process, moment = start(folder, scenario.words, mark), rng.uniform(0.1, 0.95) * takes
-    end = time.monotonic() + moment
-    while process.poll() is None and time.monotonic() < end:
-        time.sleep(0.02)
-    row = {"scenario": name, "seed": seed, "moment": round(moment / takes, 2), "killed": None}
-    if process.poll() is None:
-        tree = marked(mark)
-        victim = process.pid if rng.random() < 0.4 or not tree else rng.choice(tree)
-        with suppress(OSError):
-            words = Path(f"/proc/{victim}/cmdline").read_bytes().split(b"\0")
-            row["killed"] = "command" if victim == process.pid else words[-2].decode()[:60]
-            os.kill(victim, signal.SIGKILL)
-    begin = time.monotonic()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(LONGEST)
-    killed = row["killed"] == "command"
-    while marked(mark) and time.monotonic() - begin < 90:
-        time.sleep(0.1)
-    row["seconds_until_gone" if killed else "seconds_until_end"] = round(
-        time.monotonic() - begin, 1
-    )
-    row["processes_left"] = len(marked(mark))
-    for number in marked(mark):
-        with suppress(OSError):
-            os.kill(number, signal.SIGKILL)
-    row["ends"] = process.returncode
-    for _ in range(3):
-        again = start(folder, scenario.words, mark)
-        try:
-            code = again.wait(LONGEST)
-        except subprocess.TimeoutExpired:
-            again.kill()
-            code = "hangs"
-        if code == 0:
-            break
-    row["again"] = code
-    row["same"] = code == 0 and outcome(folder, scenario) == json.loads(
-        (work / f"{name}.json").read_text()
-    )
-    end = time.monotonic() + 5
-    while marked(mark) and time.monotonic() < end:
-        time.sleep(0.1)
-    row["processes_left"] += len(marked(mark))
-    row["files_left"] = litter(folder)
-    return row
+    changes.arm(0)
+    seconds = done(folder, scenario.words)
+    facts = {"seconds": seconds, "changes": changes.count, "right": outcome(folder, scenario)}
+    if not facts["right"] or (left := litter(folder)):
+        raise SystemExit(f"{scenario.words}: {facts}, {left}")
+    return facts
 
 
 def main(options: argparse.Namespace) -> int:
-    work, log = options.work.resolve(), options.work.resolve() / "log.jsonl"
-    world = work / "world"
+    work = options.work.resolve()
+    world, folder, log = work / "world", work / "at" / "here", work / "log.jsonl"
+    forked.warm("deepspeed", "segfleet.pipeline.engines.deepspeed")
+    changes = Changes()
     if not (work / "built").exists():
         shutil.rmtree(work, ignore_errors=True)
         (work / "tmp").mkdir(parents=True)
@@ -264,46 +361,59 @@ def main(options: argparse.Namespace) -> int:
         (work / "built").touch()
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     known, end = {row["seed"] for row in rows}, time.monotonic() + options.seconds
-    table = scenarios()
+    table, seed = scenarios(), -1
+    if not any(options.only in name for name in table):
+        raise SystemExit(f"--only: found '{options.only}', expected a word of: {', '.join(table)}")
     names, shares = list(table), [one.share for one in table.values()]
     with open(log, "a") as file:
-        for seed in range(options.kills):
+        while sum(len(row["kills"]) for row in rows) < options.kills and time.monotonic() < end:
+            seed += 1
             name = random.Random(1000 + seed).choices(names, shares)[0]
             if seed in known or options.only not in name:
                 continue
-            if time.monotonic() > end:
-                break
             right = work / f"{name}.json"
             if not right.exists():
-                fresh(world, work / "at" / "here", table[name])
-                takes = run(work / "at" / "here", table[name].words, "calm")
-                right.write_text(json.dumps(outcome(work / "at" / "here", table[name])))
-                (work / f"{name}.takes").write_text(str(takes))
-            takes = float((work / f"{name}.takes").read_text())
-            row = disturbed(world, work, name, table[name], seed, takes)
+                right.write_text(json.dumps(calm_run(world, folder, table[name], changes)))
+            begin = forked.cpu_seconds()
+            row = chain(world, folder, name, seed, json.loads(right.read_text()), changes)
+            row["cpu_seconds"] = round(forked.cpu_seconds() - begin, 1)
             rows.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
             print(json.dumps(row), flush=True)
-    return report(rows, options.kills)
+            report(rows, options.kills)
+    return report(rows, options.kills, say=True)
 
 
-def report(rows: list[dict], wanted: int) -> int:
-    hit = [row for row in rows if row["killed"]]
-    faults = [row for row in hit if not row["same"] or row["processes_left"] or row["files_left"]]
+def report(rows: list[dict], wanted: int, say: bool = False) -> int:
+    kills = [{"scenario": row["scenario"], **one} for row in rows for one in row["kills"]]
+    faults = [
+        row
+        for row in rows
+        if not row["same"] or row["processes_left"] or row["files_left"] or row["tracebacks"]
+    ]
+    own = [one["seconds"] for one in kills if one["victim"] == "command"]
+    others = [one["seconds"] for one in kills if one["victim"] != "command"]
     result = {
         "kills_wanted": wanted,
-        "kills": len(hit),
-        "by_scenario": dict(sorted(Counter(row["scenario"] for row in hit).items())),
-        "equal_results": sum(row["same"] for row in hit),
-        "processes_left": sum(row["processes_left"] for row in hit),
-        "files_left": sum(len(row["files_left"]) for row in hit),
-        "longest_seconds_until_gone": max((r.get("seconds_until_gone", 0) for r in hit), default=0),
-        "longest_seconds_until_end": max((r.get("seconds_until_end", 0) for r in hit), default=0),
+        "kills": len(kills),
+        "chains": len(rows),
+        "by_scenario": dict(sorted(Counter(one["scenario"] for one in kills).items())),
+        "by_victim": dict(sorted(Counter(one["victim"] for one in kills).items())),
+        "by_way": dict(sorted(Counter(one["how"] for one in kills).items())),
+        "chains_with_equal_results": sum(row["same"] for row in rows),
+        "processes_left": sum(row["processes_left"] for row in rows),
+        "files_left": sum(len(row["files_left"]) for row in rows),
+        "tracebacks": sum(row["tracebacks"] for row in rows),
+        "longest_seconds_until_gone": max(own, default=0),
+        "longest_seconds_until_the_command_ends": max(others, default=0),
+        "cpu_minutes": round(sum(row["cpu_seconds"] for row in rows) / 60, 1),
         "faults": faults,
     }
-    (HERE / "results" / "chaos.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({key: value for key, value in result.items() if key != "faults"}))
+    with suppress(OSError):
+        (HERE / "results" / "chaos.json").write_text(json.dumps(result, indent=1) + "\n")
+    if say:
+        print(json.dumps({key: value for key, value in result.items() if key != "faults"}))
     return 1 if faults else 0
 
 

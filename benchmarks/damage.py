@@ -5,14 +5,20 @@
 A small world is made once: raw data, a store (Zarr and HDF5), two finished runs, one that was
 stopped, predictions, scores, a model file, a sweep, folds. Of every kind of file one is then flipped
 (two bits in its middle), truncated, emptied, filled with zeros, deleted, or swapped with another's
-of its kind, in a fresh copy of that world, and a command is run, forked off a process that has
-everything imported. What is right is what the same command says and leaves in the undamaged world,
-run twice: what differs between the two is no result.
+of its kind, in a fresh copy of that world, and a command is run, a fork of a process that has
+everything imported (`forked.py`). What is right is what the same command says and leaves in the
+undamaged world, run twice: what differs between the two is no result.
+
+JSON documents are crafted, too: valid, without their hash, but of another kind,
+nested deeply, all their numbers texts, all their texts numbers, all values null, or numbers that no
+float holds. Whoever writes into a run folder may change its results, so of these only tracebacks
+and hangs are faults.
 
     same      exit code 0 and the same results
     told      exit code 0, some results missing or made anew, and a warning names the file
     refused   another exit code and one message
     wrong     exit code 0 and another result, or one missing that nobody speaks of
+    crafted   exit code 0 after a document was crafted
     traceback, hang: what they say
 
 `wrong`, `traceback` and `hang` are faults. With --seconds it stops after that time and goes on with
@@ -28,8 +34,7 @@ import os
 import random
 import re
 import shutil
-import signal
-import subprocess
+import stat
 import sys
 import time
 from collections import Counter, defaultdict
@@ -37,6 +42,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import yaml
 
 HERE = Path(__file__).resolve().parent
@@ -44,6 +50,7 @@ LONGEST = 90.0  # seconds of a command
 FAULTS = ("wrong", "traceback", "hang")
 DEAR = ("train", "train on", "evaluate", "evaluate hdf5", "evaluate on", "sweep", "best")
 DAMAGES = ("flip", "truncate", "empty", "zeros", "delete", "swap")
+CRAFTS = ("list", "deep", "texts", "numbers", "nulls", "huge")
 # another file of the kind may be put in place of these, and nothing can know: they are the input
 INPUT = ("raw/", "images/", "truth/")
 
@@ -81,15 +88,10 @@ def longer() -> list[dict[str, Any]]:
 
 
 def segfleet(where: Path, *words: str, code: int = 0) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "segfleet.cli.main", *words],
-        cwd=where,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    if done.returncode != code:
-        raise SystemExit(f"segfleet {' '.join(words)}: {done.returncode}\n{done.stderr}")
+    err = where.parent / "building"
+    found = forked.run(where, list(words), seconds=600, err=err)
+    if found != code:
+        raise SystemExit(f"segfleet {' '.join(words)}: {found}\n{err.read_text()[-3000:]}")
 
 
 def build(world: Path) -> None:
@@ -144,20 +146,16 @@ def build(world: Path) -> None:
 def stop_half_way(world: Path) -> None:
     """The run `half`, killed in its second stage."""
     known = set(world.glob("runs/*"))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "segfleet.cli.main", "train", "half.yaml"],
-        cwd=world,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while process.poll() is None:
-        time.sleep(0.02)
+    process = forked.start(world, ["train", "half.yaml"], err=world.parent / "building")
+    ended: dict[int, int] = {}
+    while process not in forked.reap(ended):
+        time.sleep(0.005)
         new = set(world.glob("runs/*")) - known
         if any(list(run.glob("*/checkpoints/step-00000008")) for run in new):
-            process.kill()
-            break
-    process.wait()
-    time.sleep(1)
+            forked.end({process: "command"})
+    while forked.tree():
+        time.sleep(0.05)
+        forked.reap(ended)
     if (leaf(world, "half") / "done.json").exists():
         raise SystemExit("half was done before it could be killed")
 
@@ -243,12 +241,45 @@ def damage(world: Path, path: str, how: str, other: str | None, try_only: bool =
             "truncate": data[:middle],
             "empty": b"",
             "zeros": bytes(len(data)),
-        }[how]
-        if new == data:
+        }.get(how)
+        new = crafted(file, data, how) if how in CRAFTS else new
+        if new is None or new == data:
             return False
     if not try_only:
         file.write_bytes(new)
     return True
+
+
+def crafted(path: Path, data: bytes, how: str) -> bytes | None:
+    """A document as somebody may have written it; None for what is none."""
+    if path.suffix not in (".json", ".jsonl"):
+        return None
+    if how == "deep":
+        return b'{"a":' * 100_000 + b"1" + b"}" * 100_000
+    if how == "list":
+        return b"[1, 2]\n"
+    lines = data.splitlines() if path.suffix == ".jsonl" else [data]
+    try:
+        return b"\n".join(
+            json.dumps(changed(json.loads(line), how)).encode() for line in lines if line.strip()
+        )
+    except ValueError:
+        return None
+
+
+def changed(thing: Any, how: str) -> Any:
+    if isinstance(thing, dict):
+        return {key: changed(value, how) for key, value in thing.items() if key != "sha256"}
+    if isinstance(thing, list):
+        return [changed(value, how) for value in thing]
+    if how == "nulls":
+        return None
+    number = isinstance(thing, int | float) and not isinstance(thing, bool)
+    if how == "huge" and number:
+        return float("inf") if isinstance(thing, float) else 10**400
+    if how == "texts" and number:
+        return f"{thing}x"
+    return 7 if how == "numbers" and isinstance(thing, str) else thing
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -307,59 +338,14 @@ def commands(world: Path) -> dict[str, tuple[list[str], str]]:
 def fork(world: Path, words: list[str]) -> tuple[int | None, str, str]:
     """Exit code (None: it hung), stdout, stderr of a command in a copy of this process."""
     out, err = world.parent / "stdout", world.parent / "stderr"
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        for path, number in ((out, 1), (err, 2)):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
-        os.chdir(world)
-        code = 1
-        try:
-            code = in_process(words)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(code)
-    end = time.monotonic() + LONGEST * (4 if words[0] == "sweep" else 1)
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status), read(out), read(err)
-        time.sleep(0.02)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None, read(out), read(err)
+    err.unlink(missing_ok=True)
+    limit = LONGEST * (4 if words[0] == "sweep" else 1)
+    code = forked.run(world, words, seconds=limit, out=out, err=err)
+    return code, read(out), read(err)
 
 
 def read(path: Path) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
-
-
-def in_process(words: list[str]) -> int:
-    """`segfleet` with one rank that is this very process."""
-    import tempfile
-
-    from segfleet.cli import main
-    from segfleet.pipeline.launch import local, worker
-    from segfleet.pipeline.stop import StopRequest
-
-    def alone(job: dict, ranks: int, poll: Any = None, threads: int | None = None) -> None:
-        with tempfile.TemporaryDirectory(prefix="damage-") as folder:
-            (Path(folder) / "job.json").write_text(json.dumps(job))
-            code, _ = worker.work(Path(folder), Path(folder) / "job.json", StopRequest())
-            if code:
-                raise local.RankFailed(*local._reason(Path(folder), [code]))
-
-    local.run_ranks = alone
-    sys.argv = ["segfleet", *words]
-    try:
-        main.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 # --- what came out --------------------------------------------------------------------------------
@@ -438,6 +424,8 @@ def judge(
         return "traceback", last
     if code:
         return ("refused", last) if err.strip() else ("wrong", f"exit code {code} without a word")
+    if how in CRAFTS:
+        return "crafted", last
     other = sorted(
         key for key in right if key in found and found[key] != right[key] and found[key] is not None
     )
@@ -462,58 +450,65 @@ def names_of(path: str) -> Iterator[str]:
 # --- all of it ------------------------------------------------------------------------------------
 
 
-def rights(pristine: Path, world: Path, name: str, words: list[str]) -> Result:
+def rights(world: World, name: str, words: list[str]) -> Result:
     """What the command says and leaves where nothing is damaged, as far as that is the same twice."""
     seen = []
     for _ in range(2):
-        fresh(pristine, world)
-        code, out, err = fork(world, words)
+        world.mend()
+        code, out, err = fork(world.place, words)
         if code != 0:
             raise SystemExit(f"{name}: {code} in the undamaged world\n{err}")
-        seen.append(results(world, out))
+        seen.append(results(world.place, out))
     return {key: value for key, value in seen[0].items() if seen[1].get(key) == value}
 
 
-def fresh(pristine: Path, world: Path) -> None:
-    if world.exists():
-        shutil.rmtree(world)
-    shutil.copytree(pristine, world, symlinks=True)
+class World:
+    """A copy of the pristine world that is put right again after each case: what changed, and no
+    more."""
 
+    def __init__(self, pristine: Path, place: Path):
+        self.pristine, self.place = pristine, place
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(pristine, place, symlinks=True)
+        self.known = self._facts()
 
-def preload() -> None:
-    """Import what commands need, once; nothing is computed, so that copies of this process can."""
-    import h5py  # noqa: F401
-    import nibabel  # noqa: F401
-    import scipy.ndimage  # noqa: F401
-    import torch
-    import zarr  # noqa: F401
+    def _facts(self) -> dict[str, tuple]:
+        found = {}
+        for folder, folders, files in os.walk(self.place):
+            for name in (*folders, *files):
+                path = os.path.join(folder, name)
+                facts = os.lstat(path)
+                is_folder = stat.S_ISDIR(facts.st_mode)
+                found[path] = () if is_folder else (facts.st_size, facts.st_mtime_ns, facts.st_ino)
+        return found
 
-    import segfleet.cli.main
-    import segfleet.pipeline.jobs
-    import segfleet.pipeline.modelfile
-    import segfleet.pipeline.reports.report
-    import segfleet.preprocess.building.build
-    import segfleet.slurm.status
-    import segfleet.sweeps.run  # noqa: F401
-
-    torch.set_num_threads(1)
+    def mend(self) -> None:
+        now = self._facts()
+        for path in sorted(now.keys() - self.known.keys(), reverse=True):
+            Path(path).rmdir() if now[path] == () else Path(path).unlink()
+        for path, facts in self.known.items():
+            if now.get(path) == facts:
+                continue
+            if facts == ():
+                Path(path).mkdir()
+                continue
+            Path(path).unlink(missing_ok=True)
+            shutil.copy2(self.pristine / Path(path).relative_to(self.place), path)
+            new = os.lstat(path)
+            self.known[path] = (new.st_size, new.st_mtime_ns, new.st_ino)
 
 
 def main(options: argparse.Namespace) -> int:
     work = options.work.resolve()
-    pristine, world, log = work / "pristine", work / "world", work / "log.jsonl"
-    os.environ |= {
-        "OMP_NUM_THREADS": "1",
-        "SEGFLEET_DEVICE": "cpu",
-        "XDG_CACHE_HOME": str(work / "cache"),
-    }
+    pristine, log = work / "pristine", work / "log.jsonl"
+    os.environ["XDG_CACHE_HOME"] = str(work / "cache")
+    forked.warm()
     if not (work / "built").exists():
-        for folder in (pristine, world):
-            shutil.rmtree(folder, ignore_errors=True)
-        build(world)  # where it will be damaged: recipes hold whole paths
-        world.rename(pristine)
+        shutil.rmtree(work, ignore_errors=True)
+        build(work / "world")  # where it will be damaged: recipes hold whole paths
+        (work / "world").rename(pristine)
         (work / "built").touch()
-    preload()
+    world = World(pristine, work / "world")
     found = kinds(pristine)
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     known = {(row["command"], row["kind"], row["damage"]) for row in rows}
@@ -529,14 +524,16 @@ def main(options: argparse.Namespace) -> int:
                 break
             words, path = commands(pristine)[name][0], found[kind][-1]  # of checkpoints the latest
             if name not in rightly:
-                rightly[name] = rights(pristine, world, name, words)
-            fresh(pristine, world)
-            damage(world, path, how, partner(kind, path, found))
-            begin = time.monotonic()
-            code, out, err = fork(world, words)
-            verdict, why = judge(code, err, out, results(world, out), rightly[name], path, how)
+                rightly[name] = rights(world, name, words)
+            world.mend()
+            damage(world.place, path, how, partner(kind, path, found))
+            begin, cpu = time.monotonic(), forked.cpu_seconds()
+            code, out, err = fork(world.place, words)
+            now = results(world.place, out)
+            verdict, why = judge(code, err, out, now, rightly[name], path, how)
             row = {"command": name, "kind": kind, "damage": how, "verdict": verdict}
             row |= {"seconds": round(time.monotonic() - begin, 2), "why": why}
+            row["cpu_seconds"] = round(forked.cpu_seconds() - cpu, 2)
             file.write(json.dumps(row) + "\n")
             file.flush()
             rows.append(row)
@@ -553,7 +550,7 @@ def cases(pristine: Path, found: dict[str, list[str]], only: str) -> Iterator[tu
         for kind, paths in found.items():
             if SKIP.match(kind) or not re.match(pattern, kind):
                 continue
-            for how in DAMAGES:
+            for how in DAMAGES + CRAFTS:
                 possible = how == "delete" or damage(
                     pristine, paths[-1], how, partner(kind, paths[-1], found), try_only=True
                 )
@@ -574,6 +571,7 @@ def report(rows: list[dict[str, Any]], every: int) -> int:
         "commands": sorted({row["command"] for row in rows}),
         "verdicts": dict(sorted(counts.items())),
         "longest_seconds": max((row["seconds"] for row in rows), default=0),
+        "cpu_minutes": round(sum(row["cpu_seconds"] for row in rows) / 60, 1),
         "faults": faults,
     }
     (HERE / "results" / "damage.json").write_text(json.dumps(document, indent=1) + "\n")

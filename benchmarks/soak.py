@@ -3,7 +3,7 @@
     python benchmarks/soak.py [--steps 20000] [--minutes 60]
 
 A tiny network on a tiny store, one rank, two loader processes, logs and a checkpoint every 500
-steps. Every two seconds all processes of the command are looked at. Growth is that of the medians of
+steps. Every five seconds all processes of the command are looked at. Growth is that of the medians of
 the third and the last quarter of the samples: the first half warms caches up. --minutes ends it in
 order before all steps are done; the result says how many were.
 """
@@ -72,11 +72,12 @@ def main(steps: int, minutes: float) -> int:
             stderr=subprocess.PIPE,
             text=True,
         )
-        samples, begin = [], time.monotonic()
+        samples, begin, warm = [], time.monotonic(), False
         while process.poll() is None:
-            if (last_step(work / "runs") >= EPOCH // 5) and (found := look(process)):
+            warm = warm or last_step(work / "runs") >= EPOCH // 5
+            if warm and (found := look(process)):
                 samples.append(found)
-            time.sleep(2)
+            time.sleep(5)
         done = last_step(work / "runs")
         if process.returncode not in (0, 75):
             raise SystemExit(process.stderr.read())
@@ -93,6 +94,7 @@ def main(steps: int, minutes: float) -> int:
         result = {
             "steps": done,
             "seconds": round(time.monotonic() - begin),
+            "cpu_minutes": round(sum(os.times()[:4]) / 60, 1),
             "samples": len(settled),
             "processes": settled[-1][0],
             "MiB": round(settled[-1][1] / 2**20),

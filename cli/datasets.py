@@ -157,7 +157,7 @@ def renumbered(rules: list[str]) -> dict[int, int]:
 
     pairs = [rule.partition("=") for rule in rules]
     for old, _, new in pairs:
-        if not (old.isdigit() and new.isdigit() and int(new) < 256):
+        if not (old.isdecimal() and new.isdecimal() and int(new) < 256):
             raise InputError(f"remap: found '{old}={new}', expected OLD=NEW, two label values")
     return {int(old): int(new) for old, _, new in pairs}
 

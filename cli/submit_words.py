@@ -107,7 +107,7 @@ def preprocessing(told: dict[str, Any], array: list[str] | None) -> tuple[list[S
     from segfleet.slurm.submission import home_of
 
     told = {**told, "raw": absolute(told["raw"]), "out": absolute(told["out"])}
-    if array and not (len(array) == 1 and array[0].isdigit() and int(array[0]) > 0):
+    if array and not (len(array) == 1 and array[0].isdecimal() and int(array[0]) > 0):
         raise InputError(
             f"--array: found '{' '.join(array)}', expected the number of jobs that share the "
             "cases, for example 8"

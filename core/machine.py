@@ -16,14 +16,14 @@ def cpus(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ]
     for granted in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
-        found += [int(text)] if (text := environ.get(granted, "")).isdigit() else []
+        found += [int(text)] if (text := environ.get(granted, "")).isdecimal() else []
     for folder in _cgroups(root, ""):
         quota, _, period = _text(folder / "cpu.max").partition(" ")
-        if quota.isdigit() and period.strip().isdigit():
+        if quota.isdecimal() and period.strip().isdecimal():
             found.append(int(quota) // int(period))
     for folder in _cgroups(root, "cpu"):
         quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
-        if quota.isdigit() and period.isdigit():
+        if quota.isdecimal() and period.isdecimal():
             found.append(int(quota) // int(period))
     return max(1, min(found))
 
@@ -31,17 +31,17 @@ def cpus(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int
 def cpus_of_a_rank(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
     """Cores for this rank alone: SLURM grants them to a task, other launchers to all ranks of a
     machine together, whose number LOCAL_WORLD_SIZE says."""
-    if environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
+    if environ.get("SLURM_CPUS_PER_TASK", "").isdecimal():
         return cpus(environ, root)
     ranks = environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, cpus(environ, root) // max(1, int(ranks) if ranks.isdigit() else 1))
+    return max(1, cpus(environ, root) // max(1, int(ranks) if ranks.isdecimal() else 1))
 
 
 def threads_of(environ: Mapping[str, str] = os.environ) -> int | None:
     """Threads that OMP_NUM_THREADS asks for: its first number, for nested loops have more (`4,2`).
     None: not said, or nothing that OpenMP would obey."""
     first = environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return int(first) if first.isdigit() and int(first) else None
+    return int(first) if first.isdecimal() and int(first) else None
 
 
 def memory_budget(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
@@ -61,12 +61,12 @@ def memory_budget(environ: Mapping[str, str] = os.environ, root: Path = Path("/"
             folder / "memory.usage_in_bytes",
             folder / "memory.stat",
         )
-    if environ.get("SLURM_MEM_PER_NODE", "").isdigit() and int(environ["SLURM_MEM_PER_NODE"]):
+    if environ.get("SLURM_MEM_PER_NODE", "").isdecimal() and int(environ["SLURM_MEM_PER_NODE"]):
         free.append(int(environ["SLURM_MEM_PER_NODE"]) * 2**20)
-    elif environ.get("SLURM_MEM_PER_CPU", "").isdigit():
+    elif environ.get("SLURM_MEM_PER_CPU", "").isdecimal():
         on_node = environ.get("SLURM_CPUS_ON_NODE", environ.get("SLURM_CPUS_PER_TASK", "1"))
         free.append(
-            int(environ["SLURM_MEM_PER_CPU"]) * (int(on_node) if on_node.isdigit() else 1) * 2**20
+            int(environ["SLURM_MEM_PER_CPU"]) * (int(on_node) if on_node.isdecimal() else 1) * 2**20
         )
     return int(RESERVE * min(free, default=2 * 2**30))
 
@@ -74,14 +74,14 @@ def memory_budget(environ: Mapping[str, str] = os.environ, root: Path = Path("/"
 def _left(limit: Path, used: Path, stat: Path) -> list[int]:
     """Bytes below a limit; page cache counts as free, since the kernel gives it back."""
     # "max", or version 1's way to say so
-    if not _text(limit).isdigit() or int(_text(limit)) > 2**60:
+    if not _text(limit).isdecimal() or int(_text(limit)) > 2**60:
         return []
     cache = [
         int(line.split()[1])
         for line in _text(stat).splitlines()
         if line.startswith(("inactive_file ", "total_inactive_file "))
     ]
-    taken = int(_text(used)) if _text(used).isdigit() else 0
+    taken = int(_text(used)) if _text(used).isdecimal() else 0
     return [max(0, int(_text(limit)) - taken + max(cache, default=0))]
 
 

@@ -196,7 +196,7 @@ def put(document: dict[str, Any], key: str, value: Any, where: str) -> None:
 
 
 def _index(node: list, part: str, where: str) -> int:
-    if not (part.isascii() and part.isdecimal() and int(part) < len(node)):
+    if not (part.isascii() and part.isdecimal() and len(part) < 9 and int(part) < len(node)):
         raise InputError(
             f"{where}: '{part}' is no index of a list of {len(node)}; expected 0 to {len(node) - 1}"
         )

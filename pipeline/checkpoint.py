@@ -157,7 +157,7 @@ def steps(root: Path) -> list[Path]:
     return sorted(
         path
         for path in root.glob(f"{PREFIX}*")
-        if path.is_dir() and path.name[len(PREFIX) :].isdigit()
+        if path.is_dir() and path.name[len(PREFIX) :].isdecimal()
     )
 
 

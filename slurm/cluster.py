@@ -241,7 +241,7 @@ def _misfits(spec: JobSpec, part: Partition) -> list[str]:
             f"time: found {spec.time}, partition {part.name} allows {part.minutes} minutes"
         )
     words = set(re.split(r"[&|,\[\]()*]+", spec.constraint or "")) - {""}
-    if unknown := sorted(word for word in words - part.features if not word.isdigit()):
+    if unknown := sorted(word for word in words - part.features if not word.isdecimal()):
         legal = ", ".join(sorted(part.features)) or "none"
         faults.append(
             f"constraint: found '{unknown[0]}', features in partition {part.name}: {legal}"
@@ -378,7 +378,7 @@ def _numbers(text: str) -> Iterator[str]:
     """`01-03,7`: 01, 02, 03, 7."""
     for piece in text.split(","):
         first, _, last = piece.partition("-")
-        if not (first + last).isdigit():  # SLURM will say so
+        if not (first + last).isdecimal():  # SLURM will say so
             return
         for number in range(int(first), int(last or first) + 1):
             yield f"{number:0{len(first)}d}"

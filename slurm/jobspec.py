@@ -169,7 +169,7 @@ class JobSpec(BaseModel):
     def _typed_gpus(cls, options: Any) -> Any:
         """`a100:2` is two GPUs of a type; a type alone is one, as for SLURM."""
         found = options.get("gpus_per_node") if isinstance(options, dict) else None
-        if not isinstance(found, str) or found.isdigit():
+        if not isinstance(found, str) or found.isdecimal():
             return options
         kind, count = typed(found)
         if count < 1:
@@ -260,8 +260,8 @@ def typed(text: str) -> tuple[str | None, int]:
     """`a100:2` is two GPUs of a type, a type alone is one, as for SLURM; a number has no type."""
     kind, colon, count = str(text).rpartition(":")
     if not colon:
-        return (None, int(text)) if str(text).isdigit() else (str(text), 1)
-    return kind or None, int(count) if count.isdigit() else 0
+        return (None, int(text)) if str(text).isdecimal() else (str(text), 1)
+    return kind or None, int(count) if count.isdecimal() else 0
 
 
 def minutes(text: str | int) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from contextlib import suppress
@@ -23,7 +24,7 @@ from typing import Any
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import absolute, read_json, write_atomically, write_json
-from segfleet.pipeline.run import RECIPE, StageFolder, find_run, open_run
+from segfleet.pipeline.run import StageFolder, find_run, open_run
 from segfleet.slurm.jobspec import JobSpec
 
 LIFE = "SEGFLEET_LIFE"
@@ -151,10 +152,8 @@ def new_folder(run: Path) -> Path:
 
 
 def train_job(run: Path, recipe: dict[str, Any], root: Path) -> dict[str, Any]:
-    """What every rank of a training does; the run is seen by `status` from now on. It waits for a
-    stage that another member of its array trains."""
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(run / RECIPE, recipe)
+    """What every rank of a training does. It waits for a stage that another member of its array
+    trains."""
     return {"do": "train", "recipe": recipe, "root": str(root), "run": str(run), "waits": True}
 
 
@@ -166,6 +165,17 @@ def write_job(home: Path, job: dict[str, Any], spec: JobSpec) -> Path:
         folder / "job.json", json.dumps({**job, "spec": asked, "stage_to": spec.stage_to}, indent=1)
     )
     return folder
+
+
+def take_back(folders: list[Path], root: Path) -> None:
+    """Remove new submission folders and the folders of runs that were made for them: nothing was
+    submitted, so nothing must look like it."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        slurm, home, *above = folder.parents
+        with suppress(OSError):  # until one is not empty
+            for path in (slurm, home, *(path for path in above if root in path.parents)):
+                path.rmdir()
 
 
 def record(

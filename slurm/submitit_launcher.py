@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import ExitCode, InputError
-from segfleet.core.files import absolute
+from segfleet.core.files import absolute, write_json
 from segfleet.pipeline.launch.local import AGAIN
+from segfleet.pipeline.run import RECIPE
 from segfleet.slurm import cluster, health, snapshot, submission
 from segfleet.slurm.job import SlurmJob
 from segfleet.slurm.jobspec import JobSpec
@@ -109,11 +110,12 @@ class SlurmLauncher:
                 [str(folder) for folder in folders], logs, name, without_bad_nodes(spec, root), code
             )
         except BaseException:
-            for folder in folders:  # nothing was submitted, so nothing must look like it
-                (folder / "job.json").unlink(missing_ok=True)
+            submission.take_back([*folders, logs] if len(folders) > 1 else folders, root)
             raise
         made = []
-        for folder, (home, _), job in zip(folders, jobs, taken, strict=True):
+        for folder, (home, asked), job in zip(folders, jobs, taken, strict=True):
+            if asked["do"] == "train":  # `status` sees a new run from now on
+                write_json(home / RECIPE, asked["recipe"])
             if commit["diff"]:
                 (folder / "code.diff").write_text(commit["diff"], encoding="utf-8")
             # The spec as it was asked for: a node that is bad today must not be left out of a later

@@ -24,6 +24,7 @@ from segfleet.slurm.job import OPEN, SlurmJob, attach, look_at_all
 from segfleet.slurm.jobspec import JobSpec, make_spec
 from segfleet.slurm.submission import train_job
 from segfleet.slurm.submitit_launcher import QueueFull, SlurmLauncher, job_name
+from segfleet.sweeps.stopping import ask
 
 LOOK = 60.0  # seconds between looks at the queue; that a job has ended well, its own files tell
 PAUSE = 0.5  # seconds between looks at a job's files
@@ -77,7 +78,7 @@ class Slurm:
         def tick() -> None:
             poll()
             if time.monotonic() > self.end:
-                stop.touch()
+                ask(stop.parent)
 
         job = self._known(stop.parent) or self._submit(order, tick, stop)
         try:
@@ -95,6 +96,11 @@ class Slurm:
             stopped = found["state"] in ("stopped", "cancelled")
             code = ExitCode.INTERRUPTED if stopped else ExitCode.FAULT
             raise RankFailed(f"job {job.id} is {found['state']}: {found['reason']}", code)
+
+    def taken(self, order: dict[str, Any]) -> bool:
+        """Whether a job that another sweep or a person submitted trains this node, or waits to."""
+        known = self._known(Path(order["path"]))
+        return known is not None and known.submission.job().get("sweep") != order["sweep"]
 
     def _wait(self, job: SlurmJob, tick: Callable[[], None], stop: Path) -> dict[str, Any]:
         """What became of the job."""
@@ -129,6 +135,7 @@ class Slurm:
             Path(order["job"]["root"]),
         )
         job = {**order["job"], **train_job(path, order["job"]["recipe"], root)}
+        job["sweep"] = order["sweep"]  # by which `taken` knows it again
         # kept by `run`: every start of the job would have all of it again
         job.pop("max_seconds", None)
         while True:

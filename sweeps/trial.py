@@ -18,7 +18,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +28,7 @@ from segfleet.core.progress import EVENTS, EventFollower
 from segfleet.pipeline.events import read_events
 from segfleet.pipeline.launch.local import RankFailed, run_ranks
 from segfleet.pipeline.run import LOCK, StageFolder
+from segfleet.sweeps.stopping import ask, withdraw
 
 Order = dict[str, Any]
 Report = Callable[[dict[str, Any]], None]
@@ -36,7 +36,6 @@ RETRIES = (
     1  # after a fault of the machine (a killed rank, say); it goes on from the last checkpoint
 )
 BUSY = "is being trained by"
-STOPPED_BY_SWEEP = "by a sweep\n"  # in a file `stop`
 
 
 class Backend(Protocol):
@@ -47,8 +46,15 @@ class Backend(Protocol):
         the ranks."""
 
 
+    def taken(self, order: Order) -> bool:
+        """Whether somebody else has asked for ranks of this node, which may not run yet."""
+
+
 class Local:
     """Ranks on this machine."""
+
+    def taken(self, order: Order) -> bool:
+        return False  # who runs holds the lock
 
     def run(self, order: Order, poll: Callable[[], None]) -> None:
         # Ray sets it to the CPUs of its own worker
@@ -80,7 +86,7 @@ def perform(
     if (sweep / "stop").exists():
         return {"state": "stopped"}
     path.mkdir(parents=True, exist_ok=True)
-    if is_locked(path / LOCK):
+    if is_locked(path / LOCK) or backend(order["on"]).taken(order):
         return {"state": "busy"}  # somebody else's run: its file `stop` is not ours to touch
     (path / "stop").unlink(missing_ok=True)  # nobody runs here: it has done its work
     if order["trunk"]:
@@ -93,24 +99,17 @@ def perform(
 
     def poll() -> None:
         watch()
-        if (sweep / "stop").exists() and not (path / "stop").exists():
-            write_atomically(path / "stop", STOPPED_BY_SWEEP)
+        if (sweep / "stop").exists():
+            ask(path)
         validations.poll()
 
     try:
         result = _run(order, poll)
     finally:
-        _withdraw(path / "stop")
+        withdraw(path)
     if result["state"] == "stopped" and validations.reached >= order.get("pause", math.inf):
         return {"state": "paused", **validations.last}
     return result
-
-
-def _withdraw(stop: Path) -> None:
-    """Remove a file `stop` that a sweep left; one that a person made stays."""
-    with suppress(OSError):
-        if stop.read_text(encoding="utf-8") == STOPPED_BY_SWEEP:
-            stop.unlink()
 
 
 def _run(order: Order, poll: Callable[[], None]) -> dict[str, Any]:

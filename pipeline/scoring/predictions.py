@@ -170,7 +170,7 @@ def described(folder: Path) -> Task | None:
     if file.is_file():
         document = read_json(file)
         labels = document.get("labels")
-        if isinstance(labels, dict) and labels and all(str(key).isdigit() for key in labels):
+        if isinstance(labels, dict) and labels and all(str(key).isdecimal() for key in labels):
             return _plain_task({str(name): number(v, "labels", file) for v, name in labels.items()})
         if isinstance(labels, dict):
             facts = {"channel_names": {"0": "image"}, **document}
@@ -208,7 +208,7 @@ def parse_labels(text: str | None) -> dict[str, int] | None:
     found: dict[str, int] = {}
     for part in text.split(","):
         name, _, value = (piece.strip() for piece in part.partition("="))
-        if not name or not value.isdigit() or not 0 < int(value) < 256:
+        if not name or not value.isdecimal() or not 0 < int(value) < 256:
             raise InputError(
                 f"labels: found '{part.strip()}', expected name=value with a value from 1 to 255, as "
                 "in liver=1,tumour=2"

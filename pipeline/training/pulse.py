@@ -30,6 +30,9 @@ TELL = 2.0  # seconds between two notes to the others
 PATIENCE = 5 * TELL  # seconds a rank may be silent on a busy node
 LEAST, TIMES = 30.0, 5  # a step is late after so many seconds, or times the longest of late
 END = 10  # times that, the job ends: gloo and NCCL wait for half an hour
+# as END, while a rank waits for data: a shared file system may be away for minutes, and whoever
+# starts again waits for it, too. With LEAST this is a bit less than gloo's and the loader's time
+DATA_END = 50
 UNKNOWN = 900.0  # seconds a step may take before any was measured: it compiles, it fills caches
 MINUTE = 60.0  # over which a rank is slow
 SLOW, OTHERS = 0.1, 0.5  # it waits less than this share of the time, the others more than that
@@ -41,6 +44,8 @@ COLLECTIVE = (
     "training/agreement.py",
     "training/window.py",
 )
+# what is on the stack of a training thread that waits for its batch
+DATA = ("pipeline/data/", "preprocess/stores/", "torch/utils/data/")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +55,7 @@ class Beat:
     number: int  # of this note: one that does not grow says that nobody is there
     step: int
     waits: bool  # for other ranks, as far as its Python stack says
+    data: bool  # whether it waits for its batch
     where: str  # innermost frame of the training thread
     place: str  # node and device
     looks: int  # so far in this stage
@@ -96,6 +102,15 @@ def slow(before: dict[int, Beat], now: dict[int, Beat]) -> list[int]:
     found = [rank for rank, share in shares.items() if share < SLOW]
     rest = [share for rank, share in shares.items() if rank not in found]
     return found if rest and len(found) <= len(rest) and min(rest) > OTHERS else []
+
+
+def _waits_for_data(frame: Any) -> bool:
+    while frame:
+        name = frame.f_code.co_filename.replace(os.sep, "/")
+        if any(part in name for part in DATA):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Pulse:
@@ -156,7 +171,9 @@ class Pulse:
                 if now - since > self.limit and self._told != self.step:
                     self._told = self.step
                     self._late(store, now - since)
-                if now - since > END * self.limit:
+                if now - since > END * self.limit and now - since > self._most(
+                    self._all(store) if store else {}
+                ):
                     self._give_up(now - since)
                 if store and self.ranks.rank == 0 and now - minute > MINUTE:
                     minute, known = now, self._tell_slow(known, self._all(store))
@@ -204,6 +221,7 @@ class Pulse:
             number=self.number,
             step=self.step,
             waits=self._waits(frame),
+            data=_waits_for_data(frame),
             where=where,
             place=self.place,
             looks=self.looks,
@@ -236,9 +254,16 @@ class Pulse:
         if self.since is not None and time.monotonic() - self.since > self.limit:
             self._name(hung(before, now), now, seconds)
 
+    def _most(self, beats: dict[int, Beat | None]) -> float:
+        """Seconds a step may take before the job ends."""
+        data = any(beat and beat.data for beat in (self._beat(), *beats.values()))
+        return (DATA_END if data else END) * self.limit
+
     def _name(self, found: dict[int, str], beats: dict[int, Beat | None], seconds: float) -> None:
-        ends = f"; the job ends after {END * self.limit:.0f} s and goes on from its last checkpoint"
+        ends = f"; the job ends after {self._most(beats):.0f} s and goes on from its last checkpoint"
         for rank, why in found.items():
+            if beats[rank] and beats[rank].data:
+                why = f"it waits for data; {why}"
             place = beats[rank].place if beats[rank] else "nobody knows where"
             self.warn(f"rank {rank} ({place}) hangs: {why}. Its step takes {seconds:.0f} s{ends}")
         if not found:

@@ -118,7 +118,7 @@ def _declared(header: dict[str, str], path: Path) -> tuple[list[int], int]:
     kind = (header.get("type") or header.get("elementtype") or "").lower()
     channels = header.get("elementnumberofchannels", "1")
     numbers = [*sizes.split(), channels]
-    if not sizes or not all(n.isdigit() and len(n) < 12 and int(n) for n in numbers):
+    if not sizes or not all(n.isdecimal() and len(n) < 12 and int(n) for n in numbers):
         found = f"'{' '.join(numbers)[:60]}' in {path.name}"
         raise ImageError(path, "sizes", found, "whole numbers of 1 or more", MEND)
     plain = re.sub(r"\b(unsigned|signed) (?=short|int|long)|(?<=short) int\b", "", kind).strip()

@@ -179,7 +179,7 @@ def info(file: Path) -> dict[str, int]:
         line.partition(":")
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines()
     )
-    return {key.strip(): int(value) for key, _, value in pairs if value.strip().isdigit()}
+    return {key.strip(): int(value) for key, _, value in pairs if value.strip().isdecimal()}
 
 
 def _patients(part: Path) -> list[Path]:

@@ -278,7 +278,7 @@ def open_reader(name: str, root: str | Path, *, unlabelled: str = "", **options:
 def natural(text: str) -> list:
     """Sort key: case2 before case10."""
     return [
-        (0, int(part), "") if part.isdigit() else (1, 0, part.lower())
+        (0, int(part), "") if part.isdecimal() else (1, 0, part.lower())
         for part in re.split(r"(\d+)", text)
         if part
     ]

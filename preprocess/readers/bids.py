@@ -91,7 +91,7 @@ class Reader(RawReader):
             pairs = {
                 str(row.get("name")): int(row["index"])
                 for row in rows
-                if str(row.get("index", "")).isdigit() and row.get("name")
+                if str(row.get("index", "")).isdecimal() and row.get("name")
             }
             if pairs:
                 named = {name: value for name, value in pairs.items() if value}

@@ -82,7 +82,7 @@ class Reader(PairReader):
         if (
             number is None
             and not self.sequences
-            and frame.isdigit()
+            and frame.isdecimal()
             and 1 <= int(frame) <= LAST_FRAMES[-1]
         ):
             number = str(bisect_left(LAST_FRAMES, int(frame)) + 1)

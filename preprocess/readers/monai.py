@@ -84,7 +84,7 @@ class Reader(RawReader):
                 f'{self.file}: names no labels. Add "labels": {{"0": "background", "1": "name"}} '
                 "to it, or a labels.json beside it"
             )
-        flipped = all(str(key).isdigit() for key in said)
+        flipped = all(str(key).isdecimal() for key in said)
         pairs = {str(n): v for v, n in said.items()} if flipped else said
         found = {name: number(value, f"labels: {name}", self.file) for name, value in pairs.items()}
         if found.get("background") != 0:

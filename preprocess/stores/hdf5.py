@@ -76,7 +76,8 @@ class Shard:
     def _array(self, key: str, name: str) -> tuple[tuple[int, ...], PackedArray]:
         if (found := self.arrays.get((key, name))) is None:
             with damage_named(name):
-                found = self.arrays[key, name] = self._look_up(self.file[f"{key}/{name}"], name)
+                array = _inside(self.file, f"{key}/{name}")
+                found = self.arrays[key, name] = self._look_up(array, name)
         return found
 
     def _look_up(self, array: h5py.Dataset, name: str) -> tuple[tuple[int, ...], PackedArray]:
@@ -85,6 +86,11 @@ class Shard:
         if filters != [BLOSC]:
             raise DamagedShard(f"{name}: filters {filters}, expected [{BLOSC}], Blosc")
         *lead, z, y, x = array.chunks
+        kept = array.attrs.get_id(SUMS)
+        if 4 * math.prod(_chunks(array.shape, (z, y, x))) != kept.get_storage_size():
+            raise DamagedShard(f"{name}: another number of chunks than of checksums")
+        if kept.get_storage_size() > self.data.size:  # before memory is taken for it
+            raise DamagedShard(f"{name}: more checksums than the file is long")
         index = np.full((*_chunks(array.shape, (z, y, x)), 2), MISSING, np.uint64)
         array.id.chunk_iter(
             lambda at: index.__setitem__(
@@ -102,6 +108,17 @@ class Shard:
             sums=sums,
         )
         return array.shape, packed
+
+
+def _inside(file: h5py.File, path: str) -> h5py.Dataset:
+    """What lies at `path` in this file. A link to another one is none of ours: that may be a pipe,
+    or private."""
+    found = file
+    for name in path.split("/"):
+        if found.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
+            raise DamagedShard(f"{path}: a link")
+        found = found[name]
+    return found
 
 
 def _chunks(shape: tuple[int, ...], chunk: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -242,5 +259,5 @@ def damage_named(name: str = "file"):
         if error.errno:
             raise
         raise DamagedShard(f"{name}: {error}") from None
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+    except (LookupError, AttributeError, RuntimeError, ValueError, TypeError) as error:
         raise DamagedShard(f"{name}: {error}") from None

@@ -146,14 +146,18 @@ def open_array(folder: Path, facts: dict) -> PackedArray:
         inner, shape = sharding["chunk_shape"], facts["shape"]
         if codecs != ["bytes", "blosc", "crc32c"] or sharding["index_location"] != "end":
             raise DamagedShard(f"{folder.name}: codecs {codecs}, expected bytes, blosc, crc32c")
+        if not all(isinstance(n, int) and n > 0 for n in (*shape, *inner)):
+            raise DamagedShard(f"{folder.name}: shape {shape}, chunks {inner}")
         dtype = np.dtype(facts["data_type"]).newbyteorder("<")
         chunk, lead = tuple(inner[-3:]), tuple(inner[:-3])
         chunks = tuple(-(-n // c) for n, c in zip(shape[-3:], chunk, strict=True))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        length = 16 * math.prod(chunks) + 4
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DamagedShard(f"{folder.name}/zarr.json: {type(error).__name__} {error}") from None
     file = OpenFile(folder / (FILE + ".".join("0" * len(shape))))
-    size, length = os.fstat(file.number).st_size, 16 * math.prod(chunks) + 4
-    tail = os.pread(file.number, length, max(0, size - length))
+    if not 4 <= length <= file.size:  # before memory is taken for it
+        raise DamagedShard(f"{folder.name}: no room for an index of {chunks} chunks")
+    tail = os.pread(file.number, length, file.size - length)
     if len(tail) != length or checksum(tail[:-4]) != tail[-4:]:
         raise DamagedShard(f"{folder.name}: checksum of the chunk index")
     index = np.frombuffer(tail, "<u8", len(tail) // 8).reshape(*chunks, 2)

@@ -182,7 +182,7 @@ def place_of(address: str, command: str = "sweep") -> tuple[str | None, int]:
     if address in ("auto", "local") or address.startswith("ray://"):
         return None, 0
     host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isdigit() and int(port) < 2**16):
+    if not (colon and host and port.isdecimal() and int(port) < 2**16):
         raise InputError(f"{command}: --address: found '{address}', expected host:port or auto")
     return host.strip("[]"), int(port)
 
@@ -219,7 +219,7 @@ def sweep_away(folder: Path) -> None:
     """The temporary folder of a session that was killed. The sweep's lock is ours, so nobody uses
     it."""
     left = Path(str((read_json(folder / "ray.json") or {}).get("temporary", "")))
-    with suppress(OSError):
+    with suppress(OSError, ValueError):  # ValueError: no path can be called so
         facts = os.lstat(left)
         ours = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
         if ours and (left / OWNER).read_text(encoding="utf-8") == str(folder.resolve()):

@@ -474,7 +474,7 @@ def check_key(key: str) -> None:
     parts = key.split(".")
     for place, part in enumerate(parts):
         if kind is Stage and parts[place - 1] == "stages":  # an index
-            if not part.isdigit():
+            if not part.isdecimal():
                 raise InputError(
                     f"axis {key}: found '{part}', expected the number of a stage, for example "
                     "stages.0.lr"

@@ -19,6 +19,7 @@ from segfleet.pipeline.training.pulse import Beat, Pulse, hung, slow
 
 def beat(number: int = 2, step: int = 5, waits: bool = True, **more) -> Beat:
     facts = {"where": "read (slow.py, line 3)", "place": "node, cpu", "looks": 100, "waited": 0}
+    facts["data"] = False
     return Beat(number=number, step=step, waits=waits, **{**facts, **more})
 
 
@@ -84,6 +85,36 @@ def test_a_single_rank_says_where_and_ends_for_another_try(monkeypatch):
         pulse.close()
     assert len(said) == 1 and "hangs: is in" in said[0]
     assert ended and ended[0].startswith("step 7 did not end within 2 s")
+
+
+def away(ranks, seconds: float) -> list[str]:
+    """Rank 1 waits for a batch from a file system that is away for `seconds`, three times as long
+    as a rank may hang; what each rank says."""
+    import torch
+
+    from segfleet.pipeline.data import loader
+    from segfleet.pipeline.training import pulse as module
+
+    def slow_disk():
+        time.sleep(seconds)
+        yield "batch"
+
+    os.environ["SEGFLEET_WATCHDOG"], module.TELL = str(seconds / 30), 0.2
+    said, file = [], open("/proc/self/fd/2", "w")
+    ranks.give_up = lambda message: said.append("gives up: " + message)
+    pulse = Pulse(ranks, said.append, file)
+    pulse.beat(0)
+    if ranks.rank == 1:
+        assert list(loader._in_time(slow_disk())) == ["batch"]
+    ranks.sum(torch.ones(1))
+    pulse.close()
+    return said
+
+
+def test_a_file_system_that_is_away_ends_no_job_that_waits_for_it(run_in_ranks):
+    said = sum(run_in_ranks("test_pulse.py:away", 2, seconds=5.0), [])
+    assert len(said) == 1, said
+    assert "rank 1 (" in said[0] and "it waits for data" in said[0] and "after 8 s" in said[0]
 
 
 def test_nobody_hangs_in_a_save_or_between_fast_steps(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -13,6 +14,7 @@ import pytest
 from segfleet.core.errors import InputError
 from segfleet.core.files import read_json
 from segfleet.pipeline.data.unpack import unpack
+from segfleet.preprocess.stores import hdf5, zarr_array
 from segfleet.preprocess.stores import packed as packing
 from segfleet.preprocess.stores.base import formats, open_store
 from segfleet.preprocess.stores.content import content_sha256
@@ -248,3 +250,85 @@ def test_a_store_of_another_kind_of_numbers_is_refused(store, change):
     save_manifest(store.root, manifest.model_copy(update={"plan": plan}))
     with pytest.raises(InputError, match="image: .* expected"):
         read_all(store.root)
+
+
+CRAFTED = {  # a shard's array, as somebody may have made it on purpose, and what is said of it
+    "another file": "a link",
+    "deep": "object 'image' doesn't exist",
+    "huge": "another number of chunks than of checksums",
+    "a group": "no attribute",
+    "whole": "damaged|cannot unpack|NoneType",
+}
+
+
+@pytest.mark.parametrize("how", CRAFTED)
+def test_a_crafted_hdf5_shard_is_refused_at_once(tmp_path, how):
+    """Without a file outside it opened, and without the memory it says it needs."""
+    path, outside = tmp_path / "shard.h5", tmp_path / "pipe"
+    os.mkfifo(outside)
+    with h5py.File(path, "w", libver=hdf5.FORMAT) as file:
+        case = file.create_group("case")
+        if how == "another file":
+            case["image"] = h5py.ExternalLink(str(outside), "/image")
+        elif how == "deep":
+            for _ in range(5000):
+                case = case.create_group("a")
+        elif how == "a group":
+            case.create_group("image")
+        else:
+            chunks = None if how == "whole" else (1, 1, 1)
+            shape = (2, 2, 2) if how == "whole" else (2**20, 2**20, 2**20)
+            array = case.create_dataset("image", shape, "u1", chunks=chunks)
+            array.attrs[hdf5.SUMS] = np.zeros(8, "<u4")
+            if chunks:
+                _set_filter(case, array)
+    shard = hdf5.Shard(path)
+    with memory_limit(2**30), pytest.raises(packing.DamagedShard, match=CRAFTED[how]):
+        shard.facts("case", "image")
+
+
+def _set_filter(case: h5py.Group, array: h5py.Dataset) -> None:
+    """The same array again, as Blosc would have made it."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_chunk(array.chunks)
+    properties.set_filter(hdf5.BLOSC, h5py.h5z.FLAG_OPTIONAL, (2, 2, 1, 1, 5, 1, 1))
+    space, kind = h5py.h5s.create_simple(array.shape), h5py.h5t.py_create(array.dtype)
+    sums = array.attrs[hdf5.SUMS]
+    del case["image"]
+    h5py.h5d.create(case.id, b"image", kind, space, properties)
+    case["image"].attrs[hdf5.SUMS] = sums
+
+
+@contextmanager
+def memory_limit(size: int):
+    """So many bytes more than this process has now."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"shape": [2**20] * 3}, {"shape": [2**62] * 3}, {"inner": [0, 4, 4]}, {"shape": [1.5] * 3},
+     {"shape": [-4, 4, 4]}, {"shape": ["a", 4, 4]}, {"inner": None}, {"data_type": "a"}],
+)  # fmt: skip
+def test_a_crafted_zarr_array_is_refused_at_once(tmp_path, change):
+    writer = zarr_array.ArrayWriter(
+        tmp_path / "label", chunk=(4, 4, 4), dtype=np.dtype("u1"), packing=packing.LABELS
+    )
+    writer.append(np.ones((4, 4, 4), np.uint8))
+    writer.finish()
+    facts = json.loads((tmp_path / "label" / "zarr.json").read_text())
+    zarr_array.open_array(tmp_path / "label", facts)
+    if "inner" in change:
+        facts["codecs"][0]["configuration"]["chunk_shape"] = change["inner"]
+    else:
+        facts |= change
+    with memory_limit(2**30), pytest.raises(packing.DamagedShard):
+        zarr_array.open_array(tmp_path / "label", facts)

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import pytest
 
 from segfleet.core.errors import InputError
+from segfleet.core.files import read_json
 from segfleet.core.machine import threads_of
 from segfleet.slurm import cluster, health, rank, submission, submitit_launcher
 from segfleet.slurm.jobspec import JobSpec, make_spec
-from segfleet.slurm.submitit_launcher import SlurmLauncher
+from segfleet.slurm.status import status
+from segfleet.slurm.submitit_launcher import QueueFull, SlurmLauncher
 
 NODES = """\
 gpu*|1-00:00:00|g01|64|512000|gpu:a100:4(S:0-1)|ib
@@ -135,6 +137,36 @@ def test_arrays_are_split_where_the_cluster_wants_it(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="no"):
         SlurmLauncher(live=True).submit_jobs(jobs, tmp_path, spec(), "x", tmp_path)
     assert cancelled == [("10", "20")]
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_refused_submission_leaves_no_run_that_waits(monkeypatch, tmp_path, runs):
+    def refuse(*_):
+        assert not list(tmp_path.rglob("recipe.json")), "nothing was submitted yet"
+        raise QueueFull("SLURM refused the job: QOSMaxSubmitJobPerUserLimit")
+
+    root = tmp_path / "runs"
+    root.mkdir()
+    members = [(root / "0123456789ab" / f"leaf{n}", {"name": f"leaf{n}"}) for n in range(runs)]
+    launcher = SlurmLauncher(live=True, ask=False)
+    monkeypatch.setattr(SlurmLauncher, "_hand_over", refuse)
+    with pytest.raises(QueueFull):
+        launcher.submit_array(members, root, spec())
+    assert [path for path in root.rglob("*") if path.is_file()] == []
+    assert status(root) == [] and not (root / "0123456789ab").exists()
+    taken = [SimpleNamespace(job_id=str(n)) for n in range(runs)]
+    monkeypatch.setattr(SlurmLauncher, "_hand_over", lambda *_: taken)
+    launcher.submit_array(members, root, spec())
+    assert [read_json(run / "recipe.json") for run, _ in members] == [one for _, one in members]
+    monkeypatch.setattr(SlurmLauncher, "_hand_over", refuse_again)
+    with pytest.raises(QueueFull):  # what was there before stays
+        launcher.submit_array(members, root, spec())
+    assert all((run / "slurm" / "0001" / "submission.json").exists() for run, _ in members)
+    assert not any((run / "slurm" / "0002").exists() for run, _ in members)
+
+
+def refuse_again(*_):
+    raise QueueFull("no")
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,68 @@ def test_a_local_ray_leaves_no_token_at_home(tmp_path):
     assert not list((tmp_path / "home").rglob("*token*"))
 
 
+@pytest.fixture
+def session(tmp_path):
+    """`session(name)`: what a killed session of the sweep `tmp_path/sweep` left, its own process and
+    all."""
+    from segfleet.sweeps.ray import controller
+
+    sweep, started = tmp_path / "sweep", []
+    sweep.mkdir()
+
+    def made(name: str = "sf-x", owner: Path = sweep) -> tuple[Path, subprocess.Popen]:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / controller.OWNER).write_text(str(owner.resolve()))
+        (sweep / "ray.json").write_text(json.dumps({"temporary": str(folder), "process": 1}))
+        code = "print(flush=True); import time; time.sleep(60)"
+        process = subprocess.Popen(
+            [sys.executable, "-S", "-c", code, f"{folder}/log"], stdout=subprocess.PIPE
+        )
+        process.stdout.readline()
+        started.append(process)
+        return folder, process
+
+    yield made
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_what_a_killed_session_left_is_swept_away(session, tmp_path):
+    from segfleet.sweeps.ray.controller import sweep_away
+
+    (other, lives), (folder, process) = session("sf-y"), session("sf-x")
+    sweep_away(tmp_path / "sweep")
+    assert not folder.exists() and process.wait(10) == -signal.SIGKILL
+    assert other.exists() and lives.poll() is None
+    sweep_away(tmp_path / "sweep")  # nothing is left, nothing is done
+
+
+@pytest.mark.parametrize("whose", ["another sweep", "nobody", "a link", "another user"])
+def test_what_a_file_merely_names_is_not_swept_away(session, tmp_path, whose):
+    """`ray.json` may say anything."""
+    from segfleet.sweeps.ray import controller
+
+    folder, process = session(owner=tmp_path / "other" if whose == "another sweep" else tmp_path / "sweep")
+    if whose == "nobody":
+        (folder / controller.OWNER).unlink()
+    elif whose == "a link":
+        folder.rename(tmp_path / "precious")
+        folder.symlink_to(tmp_path / "precious")
+    elif whose == "another user":
+        if os.getuid():
+            pytest.skip("only root can give a folder away")
+        os.chown(folder, 65534, 65534)
+    controller.sweep_away(tmp_path / "sweep")
+    assert folder.exists() and process.poll() is None
+    for said in ({"temporary": ["x"]}, {"temporary": ""}, {"temporary": "\0"}, []):
+        (tmp_path / "sweep" / "ray.json").write_text(json.dumps(said))
+        controller.sweep_away(tmp_path / "sweep")
+    assert folder.exists() and tmp_path.exists()
+
+
 def test_a_second_command_is_refused_and_changes_nothing(search, tmp_path):
     plan = make_plan(search(), tmp_path / "runs", build=False)
     claim(plan, run.settle_code(plan, False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 from segfleet.pipeline.events import read_events
 from segfleet.pipeline.launch.local import RankFailed, run_ranks
-from segfleet.sweeps import trial
+from segfleet.sweeps import slurm_backend, stopping, trial
 from segfleet.sweeps.space.plan import make_plan
 
 
@@ -104,6 +105,9 @@ class Scripted:
     def __init__(self, *acts):
         self.acts, self.runs = list(acts), 0
 
+    def taken(self, order):
+        return False
+
     def run(self, order, poll):
         self.runs += 1
         poll()
@@ -147,7 +151,7 @@ def test_the_sweeps_stop_file_reaches_the_ranks(plan, monkeypatch):
     node = next(iter(plan.tree.walk()))
     path, seen = plan.runs / node.path, []
 
-    class Stopping:
+    class Stopping(Scripted):
         def run(self, order, poll):
             poll()
             seen.append((path / "stop").exists())
@@ -215,6 +219,28 @@ def test_the_stop_file_and_the_run_of_somebody_else_are_left_alone(plan, monkeyp
     finally:
         lock.release()
     assert (path / "stop").read_text() == ""
-    (path / "stop").write_text(trial.STOPPED_BY_SWEEP)
-    trial._withdraw(path / "stop")
+    stopping.ask(path)
+    stopping.withdraw(path)
+    assert (path / "stop").read_text() == "", "the person's"
+    (path / "stop").unlink()
+    stopping.ask(path)
+    stopping.withdraw(path)
     assert not (path / "stop").exists()
+
+
+def test_a_job_that_somebody_else_submitted_is_neither_waited_for_nor_stopped(plan, monkeypatch):
+    """It may still be queued, so that no lock says whose the stage is."""
+    order = plan.order(next(iter(plan.tree.nodes.values())), on="slurm")
+    path, job = Path(order["path"]), {"do": "train"}
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "stop").touch()
+    queued = SimpleNamespace(submission=SimpleNamespace(job=lambda: job))
+    monkeypatch.setattr(slurm_backend.Slurm, "_known", lambda *_: queued)
+    monkeypatch.setattr(slurm_backend.Slurm, "run", lambda *_: waited.append(order))
+    waited = []
+    assert trial.perform(order, print) == {"state": "busy"}
+    job["sweep"] = "/runs/sweeps/another"
+    assert trial.perform(order, print) == {"state": "busy"}
+    assert waited == [] and (path / "stop").read_text() == ""
+    job["sweep"] = order["sweep"]  # an earlier controller of this sweep submitted it
+    assert trial.perform(order, print) == {"state": "done"} and waited == [order]
