@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import gc
+import json
 import multiprocessing.util
 import os
 import signal
@@ -21,6 +22,7 @@ import types
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,11 +38,9 @@ def warm(*more: str) -> None:
 
     for name in (
         "h5py",
-        "matplotlib.pyplot",
         "nibabel",
         "scipy.ndimage",
         "torch._dynamo",
-        "torch.utils.tensorboard",
         "zarr",
         "segfleet.cli.main",
         "segfleet.pipeline.data.loader",
@@ -104,7 +104,11 @@ class Fork:
             _become(f"rank {env['RANK']}", env)
             from segfleet.pipeline.launch import worker
 
-            _end(lambda: worker.exit_now(worker.main(Path(words[-1]))))
+            folder = Path(words[-1])
+            job = json.loads((folder / "job.json").read_text())
+            if job.get("recipe", {}).get("data", {}).get("workers") not in (0, "auto", None):
+                forkserver.ensure_running()  # now: later this process has threads and sockets
+            _end(lambda: worker.exit_now(worker.main(folder)))
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -225,5 +229,3 @@ def run(folder: Path, words: list[str], *, seconds: float, err: Path, **more: An
 def cpu_seconds() -> float:
     """Of this process and of all its children that have ended."""
     return sum(os.times()[:4])
-
-

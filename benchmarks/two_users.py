@@ -150,7 +150,7 @@ def joined_ray(address: str) -> Got:
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
         os.environ.pop(name, None)
     os.environ |= {"HOME": tempfile.mkdtemp(prefix="nobody-"), "RAY_AUTH_MODE": "disabled"}
-    os.environ["RAY_gcs_server_request_timeout_seconds"] = "10"
+    os.environ["RAY_gcs_server_request_timeout_seconds"] = "10"  # noqa: SIM112
     ray.init(address=address, logging_level="ERROR", log_to_driver=False)
     return f"joined: {ray.nodes()}"
 
@@ -219,7 +219,9 @@ def training(work: Path) -> dict[str, Got]:
         raise SystemExit(err.read_text())
     memory = set(os.listdir("/dev/shm"))
     child, ended = forked.start(work, command("runs"), err=err, TMPDIR=str(tmp)), {}
-    while len([n for n in forked.tree().values() if n == "loader"]) < 6:  # two servers, four loaders
+    while (
+        len([n for n in forked.tree().values() if n == "loader"]) < 6
+    ):  # two servers, four loaders
         if child in forked.reap(ended):
             raise SystemExit(f"it ended before it was looked at\n{err.read_text()}")
         time.sleep(0.02)
@@ -272,7 +274,9 @@ def ambushes(work: Path) -> dict[str, Got]:
         else:
             taken.mkdir()
             os.chmod(taken, 0o777)
-        os.chown(taken, *((NOBODY, NOBODY) if how != "an open folder" else (0, 0)), follow_symlinks=False)
+        os.chown(
+            taken, *((NOBODY, NOBODY) if how != "an open folder" else (0, 0)), follow_symlinks=False
+        )
         code = forked.run(work, command("ambushed"), seconds=600, err=err, TMPDIR=str(tmp), out=out)
         got[f"takes the staged copies' place by {how}"] = "" if code == 2 else f"exit code {code}"
     return got
@@ -324,7 +328,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--join"]:
-        import ray  # noqa: F401 - while it may be read
+        import ray  # while it may be read
 
         os.setgroups([])
         os.setgid(NOBODY)

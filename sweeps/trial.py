@@ -45,7 +45,6 @@ class Backend(Protocol):
         """Do order["job"], calling `poll` often. Raises RankFailed. Whatever ends this call ends
         the ranks."""
 
-
     def taken(self, order: Order) -> bool:
         """Whether somebody else has asked for ranks of this node, which may not run yet."""
 

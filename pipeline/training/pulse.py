@@ -260,7 +260,9 @@ class Pulse:
         return (DATA_END if data else END) * self.limit
 
     def _name(self, found: dict[int, str], beats: dict[int, Beat | None], seconds: float) -> None:
-        ends = f"; the job ends after {self._most(beats):.0f} s and goes on from its last checkpoint"
+        ends = (
+            f"; the job ends after {self._most(beats):.0f} s and goes on from its last checkpoint"
+        )
         for rank, why in found.items():
             if beats[rank] and beats[rank].data:
                 why = f"it waits for data; {why}"

@@ -158,7 +158,9 @@ def _parts(folder: Path) -> list[Path]:
 def _classes(masks: Path) -> list[Path]:
     """masks/0, masks/1, ...; none where the masks lie in `masks` itself."""
     found = [
-        folder for folder in (subfolders(masks) if masks.is_dir() else []) if folder.name.isdecimal()
+        folder
+        for folder in (subfolders(masks) if masks.is_dir() else [])
+        if folder.name.isdecimal()
     ]
     return (
         sorted(found, key=lambda folder: int(folder.name))

@@ -239,7 +239,9 @@ def test_what_a_file_merely_names_is_not_swept_away(session, tmp_path, whose):
     """`ray.json` may say anything."""
     from segfleet.sweeps.ray import controller
 
-    folder, process = session(owner=tmp_path / "other" if whose == "another sweep" else tmp_path / "sweep")
+    folder, process = session(
+        owner=tmp_path / "other" if whose == "another sweep" else tmp_path / "sweep"
+    )
     if whose == "nobody":
         (folder / controller.OWNER).unlink()
     elif whose == "a link":
