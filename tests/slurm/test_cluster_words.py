@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import read_json
+from segfleet.core.files import read_json, write_json
 from segfleet.core.machine import threads_of
 from segfleet.slurm import cluster, health, rank, submission, submitit_launcher
 from segfleet.slurm.jobspec import JobSpec, make_spec
@@ -282,6 +282,7 @@ def test_scripts_and_jobs_name_paths_as_their_user_does(tiny_recipe, tmp_path, m
     script = SlurmLauncher().script(leaf, home / "runs", spec())
     assert f"#SBATCH --chdir={home}\n" in script
     logs = {"id": "7", "name": "x", "launcher": "slurm", "code": None, "commit": None}
+    write_json(leaf / "recipe.json", job["recipe"])
     submission.record(folder, spec=spec(), logs=folder, **logs)
     told = "".join(path.read_text() for path in leaf.rglob("*.json"))
     for written in (script, told, str(submission.home_of(Path("store")))):
