@@ -118,7 +118,7 @@ TABLE = """\
 def test_how_sacct_is_read(monkeypatch):
     asked = []
     monkeypatch.setattr(slurm.shutil, "which", lambda name: name)
-    monkeypatch.setattr(slurm, "call", lambda *command: asked.append(command) or TABLE)
+    monkeypatch.setattr(slurm, "call", lambda *command, of: asked.append(command) or TABLE)
     found = slurm.account(["7_1", "7_2", "8"])
     assert "7,8" in asked[0] and sorted(found) == ["7_0", "7_1", "7_2", "7_5", "8", "9"]
     assert found["7_2"] == {
