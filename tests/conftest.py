@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,27 @@ def own_cache(tmp_path_factory):
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm():
+    """`python -m segfleet...` starts at once, see warm.py. A test that is about the start itself
+    asks for `cold`."""
+    if sys.platform != "linux":
+        yield
+        return
+    spec = importlib.util.spec_from_file_location("warm", Path(__file__).with_name("warm.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    undo = module.install()
+    yield
+    undo()
+
+
+@pytest.fixture
+def cold(monkeypatch):
+    """Every command in this test is a new interpreter."""
+    monkeypatch.setenv("SEGFLEET_TESTS_COLD", "1")
 
 
 @pytest.fixture(scope="session")

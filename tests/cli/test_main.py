@@ -27,7 +27,7 @@ def run(*arguments, **options):
     )
 
 
-def test_help_is_quick_and_lists_every_command():
+def test_help_is_quick_and_lists_every_command(cold):
     def used():
         spent = resource.getrusage(resource.RUSAGE_CHILDREN)
         return spent.ru_utime + spent.ru_stime

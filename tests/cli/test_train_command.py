@@ -147,7 +147,7 @@ def test_a_trained_network_does_not_need_its_training_data(work, straight, tmp_p
     assert code == 2 and "data.store=FOLDER" in err and "Traceback" not in err
 
 
-def test_a_file_of_the_working_folder_never_stands_in_for_a_module(work, straight, tmp_path):
+def test_a_file_of_the_working_folder_never_stands_in_for_a_module(work, straight, tmp_path, cold):
     (tmp_path / "random.py").write_text("raise RuntimeError('a script of my own')")
     command = [sys.executable, "-P", "-m", "segfleet.cli.main", "train", work / "tiny.yaml"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -330,7 +330,7 @@ def test_a_killed_rank_takes_the_other_down_and_the_run_goes_on_exactly(work, st
     assert_same_result(json.loads(out), straight)
 
 
-def test_a_signal_before_the_first_step_is_an_ordinary_stop(work):
+def test_a_signal_before_the_first_step_is_an_ordinary_stop(work, cold):
     process = train(work, "early")
     while not psutil.Process(process.pid).children() and process.poll() is None:
         time.sleep(0.02)
