@@ -4,6 +4,9 @@
     python benchmarks/files_mutants.py 120000 --until 13:30    stops by the clock; the next run goes on
     python benchmarks/files_mutants.py 200000 --only lzw.tif   one kind of file; nothing is saved
 
+Three quarters are files of images, of every format and codec; the others are what describes a data
+set, in every layout (`layout_mutants.py`).
+
 Result: benchmarks/results/files_mutants.json.
 """
 
@@ -23,12 +26,16 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+import imagecodecs
 import nibabel as nib
 import nrrd
 import numpy as np
 import pydicom
+import pydicom.encaps
 import SimpleITK as sitk
 import tifffile
+from files_quirks import LAYOUTS
+from layout_mutants import Layout
 from PIL import Image
 
 from segfleet.core.errors import InputError
@@ -77,6 +84,14 @@ def seeds(folder: Path) -> dict[str, bytes]:
     Image.fromarray(flat[..., 0].astype(np.uint16) * 99).save(folder / "deep.png")
     for codec in ("lzw", "zlib", "jpeg", "packbits", "zstd", "lzma"):
         tifffile.imwrite(folder / f"{codec}.tif", flat, compression=codec, photometric="rgb")
+    deep = rng.integers(0, 2**16, (33, 37)).astype(np.uint16)
+    for codec in ("lzw", "zlib", "jpeg2000", "webp"):
+        how = {"predictor": True} if codec in ("lzw", "zlib") else {}
+        shown = np.tile(flat, (4, 4, 1)) if codec == "webp" else deep
+        tifffile.imwrite(
+            folder / f"{codec}-tiles.tif", shown, tile=(16, 16), compression=codec, **how
+        )
+    tifffile.imwrite(folder / "big.tif", flat, bigtiff=True, byteorder=">", photometric="rgb")
     tifffile.imwrite(folder / "stack.tif", volume, photometric="minisblack")
     np.save(folder / "a.npy", flat)
     PHANTOMS["dicom"](folder / "dicom", cases=1)
@@ -85,11 +100,29 @@ def seeds(folder: Path) -> dict[str, bytes]:
     d = pydicom.dcmread(first)
     d.compress("1.2.840.10008.1.2.5")
     d.save_as(folder / "rle.dcm")
+    for syntax, encode in (("70", "ljpeg"), ("80", "jpegls"), ("90", "jpeg2k")):
+        (folder / f"{encode}.dcm").write_bytes(with_picture(first, syntax, encode))
     slicer = {"Segment0_Name": "a", "Segment0_LabelValue": "1", "Segment0_Layer": "0"}
     nrrd.write(str(folder / "a.seg.nrrd"), (volume > 150).astype(np.uint8), slicer)
     (folder / "seg.dcm").write_bytes(segmentation(first))
     (folder / "rt.dcm").write_bytes(structures(first))
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+def with_picture(source: Path, syntax: str, encode: str) -> bytes:
+    """A slice whose pixels are a picture: lossless JPEG, JPEG-LS, JPEG 2000."""
+    d = pydicom.dcmread(source)
+    pixels = d.pixel_array.astype(np.uint16)
+    d.PixelRepresentation, d.BitsAllocated, d.BitsStored, d.HighBit = 0, 16, 16, 15
+    picture = getattr(imagecodecs, f"{encode}_encode")(
+        pixels, **({"level": 0} if encode == "jpeg2k" else {})
+    )
+    d.PixelData = pydicom.encaps.encapsulate([bytes(picture)])
+    d["PixelData"].is_undefined_length = True
+    d.file_meta.TransferSyntaxUID = pydicom.uid.UID(f"1.2.840.10008.1.2.4.{syntax}")
+    with io.BytesIO() as file:
+        d.save_as(file)
+        return file.getvalue()
 
 
 def segmentation(source: Path) -> bytes:
@@ -159,13 +192,32 @@ def mutated(data: bytes, rng: np.random.Generator) -> bytes:
     return bytes(out)
 
 
-def mutant(index: int, names: list[str], known: dict[str, bytes]) -> tuple[str, bytes]:
+def mutant(index: int, name: str, known: dict[str, bytes]) -> bytes:
     rng = np.random.default_rng(index)
-    name = names[index % len(names)]
     data = known[name]
     if name.endswith(".nii.gz") and rng.random() < 0.5:  # inside the packing
-        return name, gzip.compress(mutated(gzip.decompress(data), rng), 1)
-    return name, mutated(data, rng)
+        return gzip.compress(mutated(gzip.decompress(data), rng), 1)
+    return mutated(data, rng)
+
+
+def described(index: int, layout: Layout) -> str:
+    """How checking a data set ends, one of whose documents is damaged."""
+    layout.damage(np.random.default_rng(index), mutated)
+    peak, began = resident(), time.process_time()
+    try:
+        result = layout.look()
+    finally:
+        layout.mend()
+    if (grown := resident() - peak) > 3 * LEAST:
+        return f"MEMORY: {grown / 2**20:.0f} MiB"
+    return (
+        f"SLOW: {time.process_time() - began:.1f} s" if time.process_time() - began > 5 else result
+    )
+
+
+def resident() -> int:
+    """Bytes that this process has had in memory at most."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def read(path: Path) -> str:
@@ -193,24 +245,31 @@ def read(path: Path) -> str:
 
 
 LEAST = 64 * 2**20  # bytes of memory that any decoder may take
+LAYOUT = "layout "
 
 
-def work(start: int, stop: int, names, known, folder: str, at, out) -> None:
+def work(start: int, stop: int, names, known, layouts, folder: str, at, out) -> None:
     place = Path(folder)
     for name, data in known.items():
         (place / name).write_bytes(data)  # voxels that lie beside a header
+    for layout in layouts.values():  # as one that died may have left them
+        layout.mend()
     os.chdir(place)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)  # libraries speak of damage themselves
     for index in range(start, stop):
         at.value = index
-        name, data = mutant(index, names, known)
+        name = names[index % len(names)]
+        if name.startswith(LAYOUT):
+            out.put((index, name, described(index, layouts[name])))
+            continue
+        data = mutant(index, name, known)
         path = place / f"mutant-{name}"
         path.write_bytes(data)
-        before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+        before, began = resident(), time.process_time()
         result = read(path)
         seconds = time.process_time() - began
-        grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        grown = resident() - before
         declared = 8 * int(np.prod(peek(path)))
         if grown > 3 * max(declared, LEAST):
             result = f"MEMORY: {grown / 2**20:.0f} MiB for {declared / 2**20:.0f}"
@@ -225,23 +284,28 @@ def mutants(count: int, until: str, only: str) -> None:
     """Those up to number `count` that the saved result has not; it is saved again every 2000."""
     with tempfile.TemporaryDirectory() as folder:
         known = seeds(Path(folder))
-    names = [name for name in known if not name.endswith(".raw") and only in ("", name)]
+    names = [name for name in known if not name.endswith(".raw")]
+    names += [f"{LAYOUT}{name}" for name in sorted(LAYOUTS)]
+    names = [name for name in names if only in ("", name)]
     results, per_kind, faults, start, before = resumed(names)
-    context, began = multiprocessing.get_context("fork"), processor_time()
-    while start < count and not (until and time.strftime("%H:%M") >= until):
-        stop = min(count, start + 2000)
-        start = batch(start, stop, names, known, context, results, per_kind, faults)
-        print(start, dict(results), len(faults), flush=True)
-        document = {
-            "files": start,
-            "kinds": len(names),
-            "results": dict(results),
-            "faults": faults[:50],
-            "cpu_seconds": round(before + processor_time() - began),
-            "by_kind": {name: dict(c) for name, c in per_kind.items()},
-        }
-        if not only:
-            RESULT.write_text(json.dumps(document, indent=1) + "\n")
+    began = processor_time()
+    with tempfile.TemporaryDirectory() as folder:
+        own = [name for name in names if name.startswith(LAYOUT)]
+        layouts = {n: Layout(n.removeprefix(LAYOUT), Path(folder) / n) for n in own}
+        while start < count and not (until and time.strftime("%H:%M") >= until):
+            stop = min(count, start + 2000)
+            start = batch(start, stop, (names, known, layouts), results, per_kind, faults)
+            print(start, dict(results), len(faults), flush=True)
+            document = {
+                "files": start,
+                "kinds": len(names),
+                "results": dict(results),
+                "faults": faults[:50],
+                "cpu_seconds": round(before + processor_time() - began),
+                "by_kind": {name: dict(c) for name, c in per_kind.items()},
+            }
+            if not only:
+                RESULT.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def resumed(names: list[str]) -> tuple[Counter, dict[str, Counter], list, int, float]:
@@ -260,11 +324,12 @@ def processor_time() -> float:
     return sum(used.ru_utime + used.ru_stime for used in both)
 
 
-def batch(start, stop, names, known, context, results, per_kind, faults) -> int:
+def batch(start, stop, what, results, per_kind, faults) -> int:
     """One worker's share; where it dies or hangs, the next number to look at."""
+    context, names = multiprocessing.get_context("fork"), what[0]
     at, out = context.Value("q", start), context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        process = context.Process(target=work, args=(start, stop, names, known, folder, at, out))
+        process = context.Process(target=work, args=(start, stop, *what, folder, at, out))
         process.start()
         seen, last = start, time.monotonic()
         while True:

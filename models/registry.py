@@ -187,9 +187,37 @@ def build_model(
     except ModelError:
         raise
     except (TypeError, ValueError) as error:
-        if not options:
+        # a TypeError is the network's own fault where every option is of the type it should be
+        if not options or (isinstance(error, TypeError) and not mistyped(chosen, options)):
             raise
         raise ModelError(f"model.options: {name} cannot be built of {options}: {error}") from error
+
+
+def mistyped(chosen: ModelSpec, options: Mapping[str, Any]) -> list[str]:
+    """Options that are missing, or of another type than their default."""
+    found = []
+    for name in legal_options(chosen):
+        default = inspect.signature(chosen.build).parameters[name].default
+        if name not in options:
+            found += [name] if default is inspect.Parameter.empty else []
+        elif not _alike(options[name], default):
+            found.append(name)
+    return found
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Whether a value may replace a default: a number another, a list a tuple of its likes; None,
+    "as planned", stands for numbers and lists of them."""
+    if default is None and isinstance(value, list | tuple):
+        return all(_alike(v, None) for v in value)
+    if default is None or type(default) in (int, float):
+        planned = value is None and default is None
+        return planned or isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(default, bool | str):
+        return isinstance(value, type(default))
+    if isinstance(default, list | tuple) and default:
+        return isinstance(value, list | tuple) and all(_alike(v, default[0]) for v in value)
+    return True
 
 
 def check_input(

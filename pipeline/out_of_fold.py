@@ -124,8 +124,13 @@ def _predict(model: Model, case: Case) -> np.ndarray:
     def stored(member: Member) -> Stored:
         store = store_of[id(member)]
         entry = store.manifest.case(case.id)
-        image = torch.from_numpy(np.ascontiguousarray(store.image(entry)))
-        return Stored(image_CZYX=image, crop=entry.crop, raw_spacing=entry.raw_spacing)
+        image = torch.from_numpy(np.ascontiguousarray(store.stored_image(entry)))
+        return Stored(
+            image_CZYX=image,
+            scale=store.manifest.plan.scale,
+            crop=entry.crop,
+            raw_spacing=entry.raw_spacing,
+        )
 
     maps = predict_maps(members, stored, device=model.device)
     return combine(maps, case.stores[0].manifest.case(case.id).raw_shape)

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from segfleet.core.errors import InputError
 from segfleet.models import registry
 from segfleet.pipeline.data.masking import check_mask
-from segfleet.pipeline.engines.common import trainable
+from segfleet.pipeline.engines.common import hold_statistics, trainable
 from segfleet.pipeline.lora import adapt
 from segfleet.pipeline.losses.base import build_loss
 from segfleet.pipeline.losses.deep_supervision import DeepSupervision
@@ -317,6 +320,32 @@ def check_stores(recipe: Recipe, manifests: Manifests) -> None:
                 )
 
 
+def check_norms(network: nn.Module, recipe: Recipe, index: int) -> None:
+    """From now on raise InputError where `network` is given one image and a normalisation is left
+    with a single value of each channel, which has no variance: at a small patch's deepest level.
+    Batch normalisation takes the images of a micro-batch together, those of all ranks."""
+    together = recipe.data.batch // recipe.engine.accumulate
+    held = hold_statistics(network, recipe.stages[index], registry.spec(recipe.model.name))
+
+    def look(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        samples, channels = inputs[0].shape[:2]
+        values, larger = inputs[0].numel() // channels, "data.patch"
+        if isinstance(module, _BatchNorm):
+            values, larger = values * together, f"{larger} or data.batch"
+        else:
+            values //= samples
+        if values < 2:
+            raise InputError(
+                f"{recipe.model.name}: found one value of each channel at the layer {name}, with "
+                f"data.batch {recipe.data.batch} in {recipe.engine.accumulate} micro-batch(es); its "
+                f"normalisation needs two: expected a larger {larger}"
+            )
+
+    for name, module in network.named_modules():
+        if isinstance(module, _BatchNorm | _InstanceNorm) and not any(m is module for m in held):
+            module.register_forward_pre_hook(partial(look, name))
+
+
 def _check(recipe: Recipe, manifest: Manifest, index: int) -> Task:
     task = task_of(recipe, manifest)
     if recipe.task == RECONSTRUCT:
@@ -324,6 +353,7 @@ def _check(recipe: Recipe, manifest: Manifest, index: int) -> Task:
     check_data(recipe, manifest, task)
     with torch.device("meta"), torch.no_grad():
         network, patch = build_network(recipe, manifest, task).eval(), patch_of(recipe, manifest)
+        check_norms(network, recipe, index)
         network(
             torch.empty(1, len(manifest.dataset.channels), *(patch[1:] if patch[0] == 1 else patch))
         )

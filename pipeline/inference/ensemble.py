@@ -61,9 +61,11 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """An image as a plan has it. `image_CZYX` float32, on the stored grid."""
+    """An image as a plan has it, on the stored grid, in the type of its store: integers are to be
+    multiplied by `scale`. A photograph of a slide has billions of values, of a byte each."""
 
     image_CZYX: Tensor
+    scale: float = 1.0
     crop: Crop
     raw_spacing: Sequence[float]
 
@@ -84,6 +86,7 @@ def predict_maps(
         sums = sliding_window(
             (member.forward() for member in group),
             image.image_CZYX,
+            scale=image.scale,
             device=device,
             keep_on="cpu",
             **first.window(),

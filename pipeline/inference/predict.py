@@ -4,6 +4,7 @@ rest is done."""
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import torch
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import write_atomically
+from segfleet.core.machine import memory_budget
 from segfleet.pipeline.inference.collect import collect
 from segfleet.pipeline.inference.ensemble import Member, Stored, predict_maps
 from segfleet.pipeline.inference.inputs import (
@@ -32,9 +34,11 @@ from segfleet.pipeline.inference.postprocess import Rule, clean
 from segfleet.pipeline.inference.probabilities import write_probabilities
 from segfleet.pipeline.inference.restore import Map, combine
 from segfleet.pipeline.ranks import Ranks, as_facts, from_facts
+from segfleet.pipeline.task import Task
 from segfleet.preprocess.case import Case, Geometry
 from segfleet.preprocess.exporting.nnunet import dataset_document as nnunet_dataset
 from segfleet.preprocess.files.dicom_seg import write_seg
+from segfleet.preprocess.files.faults import ALWAYS_FITS, text_of
 from segfleet.preprocess.files.grids import settled
 from segfleet.preprocess.files.images import ImageError, read_label
 from segfleet.preprocess.files.names import write_names
@@ -42,7 +46,6 @@ from segfleet.preprocess.files.segments import read_seg
 from segfleet.preprocess.files.writer import write_label, write_segments
 from segfleet.preprocess.readers.pairs import colours
 from segfleet.preprocess.stores.manifest import Dataset, Plan
-from segfleet.preprocess.stores.shard_reader import to_float32
 from segfleet.preprocess.transforms.case_transforms import OF_COLOURS, check_room, preprocess_case
 
 OVERLAYS = "overlays"  # folder of pictures among the predictions
@@ -196,8 +199,13 @@ def _maps(
     if not isinstance(one, StoreInput):
         image, geometry = wishes.read(one)
         return geometry, image_maps(members, image, geometry, one.id, one.images[0], device, out)
-    image = torch.from_numpy(np.ascontiguousarray(one.store.image(one.entry)))
-    stored = Stored(image_CZYX=image, crop=one.entry.crop, raw_spacing=one.entry.raw_spacing)
+    image = torch.from_numpy(np.ascontiguousarray(one.store.stored_image(one.entry)))
+    stored = Stored(
+        image_CZYX=image,
+        scale=one.store.manifest.plan.scale,
+        crop=one.entry.crop,
+        raw_spacing=one.entry.raw_spacing,
+    )
     return one.geometry, predict_maps(members, lambda _: stored, device=device, folder=out)
 
 
@@ -227,6 +235,19 @@ def _draw(
     else:
         label, _ = read_label(out / one.output, names=labels)
     wishes.draw(path, image, label.reshape(geometry.shape), geometry.spacing)
+
+
+def check_sums(where: str | Path, shape_ZYX: Sequence[int], task: Task) -> None:
+    """Raises InputError where what networks say of an image would not fit into this machine's
+    memory: a number for every class and pixel, and the weights of the tiles."""
+    size = 4 * (task.channels + 1) * math.prod(shape_ZYX)
+    if size > ALWAYS_FITS and size > (budget := memory_budget()):
+        pixels = "x".join(map(str, shape_ZYX))
+        raise InputError(
+            f"{where}: size: found {pixels} voxels and {task.channels} classes, which take "
+            f"{text_of(size)}, expected at most {text_of(budget)} on this machine. Cut the image "
+            "into tiles, or give the job more memory."
+        )
 
 
 def _as_planned(image: np.ndarray, geometry: Geometry, plan: Plan) -> tuple[np.ndarray, Geometry]:
@@ -261,8 +282,10 @@ def image_maps(
         case = Case(id=case_id, image_CZYX=image, label_ZYX=None, geometry=grid)
         check_room(case_id, grid.shape, grid.spacing, plan)
         array, _, facts = preprocess_case(case, plan)
+        check_sums(where, facts["shape"], member.task)
         return Stored(
-            image_CZYX=torch.from_numpy(to_float32(array, plan.scale)),
+            image_CZYX=torch.from_numpy(array),
+            scale=plan.scale,
             crop=facts["crop"],
             raw_spacing=grid.spacing,
         )

@@ -92,7 +92,10 @@ def combine(
             found = maps[0].slab(box, here)
         else:
             found = sum(_probabilities(one, box, here) * (one.networks / total) for one in maps)
-        label[here] = of_all.labels(found).numpy()
+        rows = max(1, SLAB // (found.shape[0] * found.shape[1] * shape[2]))
+        for top in range(0, shape[1], rows):  # comparing copies a channel
+            strip = slice(top, min(top + rows, shape[1]))
+            label[here, strip] = of_all.labels(found[:, :, strip]).numpy()
         if keep is not None:
             if of_all.averages == "logits":
                 found = of_all.probabilities(found[None])[0]

@@ -58,12 +58,14 @@ def sliding_window(
     mirror_axes: Sequence[int] = (),
     batch: int = 1,
     dims: int,
+    scale: float = 1.0,
     device: torch.device | str | None = None,
     keep_on: torch.device | str | None = None,
 ) -> Tensor:
     """(C, Z, Y, X) image -> (K, Z, Y, X) float32: the weighted mean of what `forward` says of every
     tile.
 
+    The image may be of any type; its tiles become float32, those of integers times `scale`.
     forward maps (B, C, *S) to (B, K, *S), probabilities or logits, with S = patch (dims=3) or
     patch[1:] (dims=2: slice by slice, up to `batch` tiles of any slices at a time). `patch` and
     `mirror_axes` are in axes (z, y, x) = (0, 1, 2). An image smaller than the patch is padded with
@@ -87,6 +89,7 @@ def sliding_window(
         while (network := next(networks, None)) is not None:
             for boxes in _batches(_boxes(padded.shape[1:], patch, overlap, dims), batch):
                 tiles = torch.stack([padded[(slice(None), *box)] for box in boxes]).to(device)
+                tiles = tiles.float() if tiles.is_floating_point() else tiles.float() * scale
                 tiles = tiles[:, :, 0] if dims == 2 else tiles
                 found = mirrored(network, tiles, flips).float().to(keep_on)
                 if found.shape[2:] != tiles.shape[2:]:

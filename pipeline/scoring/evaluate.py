@@ -241,7 +241,7 @@ def case_probabilities(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """(K, Z, Y, X) float32 probabilities of a stored case on the stored grid, on the CPU."""
-    image = torch.from_numpy(np.ascontiguousarray(store.image(case)))
+    image = torch.from_numpy(np.ascontiguousarray(store.stored_image(case)))
     dims = dims or (2 if patch[0] == 1 else 3)
     try:
         return sliding_window(
@@ -252,6 +252,7 @@ def case_probabilities(
             mirror_axes=mirror_axes,
             batch=batch,
             dims=dims,
+            scale=store.manifest.plan.scale,
             device=device,
             keep_on="cpu",
         )

@@ -21,10 +21,13 @@ from segfleet.pipeline.scoring.scored import VERSION
 from segfleet.pipeline.scoring.summary import definitions, summarise
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.case import Geometry
-from segfleet.preprocess.files.faults import ImageError
-from segfleet.preprocess.files.grids import disagreement
+from segfleet.preprocess.files.dicom import LABELMAP, SEG
+from segfleet.preprocess.files.faults import ImageError, is_regular
+from segfleet.preprocess.files.grids import disagreement, settled
 from segfleet.preprocess.files.images import ENDINGS, peek, read_label, sources, stem
 from segfleet.preprocess.files.masks import LOSSY, read_mask
+from segfleet.preprocess.files.npy import read_npy
+from segfleet.preprocess.files.segments import kind_of, read_seg
 from segfleet.preprocess.planning.patients import NAME as SHEET
 from segfleet.preprocess.planning.patients import by_names, read_sheet
 from segfleet.preprocess.readers.base import declared_labels, natural, number, read_json, visible
@@ -32,6 +35,7 @@ from segfleet.preprocess.readers.nnunet import dataset_of
 
 DESCRIPTIONS = ("dataset.json", "labels.json")
 FEW = 5  # names in a message
+OTHERS = (".npy", ".dcm")  # that hold labels: arrays of the layout npy, DICOM SEG
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +130,8 @@ def label_files(folder: Path, what: str) -> dict[str, Path]:
         raise InputError(f"score: {what}: {folder} is not a folder")
     found: dict[str, Path] = {}
     for path in visible(folder):
-        if path.name.lower().endswith(ENDINGS) and path.is_file():
-            name = stem(path)
+        if path.name.lower().endswith((*ENDINGS, *OTHERS)) and is_regular(path):
+            name = path.stem if path.suffix.lower() in OTHERS else stem(path)
             name = name[:-4] if name.lower().endswith(".seg") else name
             if name in found:
                 raise InputError(
@@ -138,7 +142,7 @@ def label_files(folder: Path, what: str) -> dict[str, Path]:
     if not found:
         raise InputError(
             f"score: {what}: {folder} holds no label files; expected one per case, ending in one "
-            f"of: {', '.join(ENDINGS)}"
+            f"of: {', '.join((*ENDINGS, *OTHERS))}"
         )
     return found
 
@@ -231,6 +235,8 @@ def score_pair(
         prediction, own = _read(pair.prediction, task, whole=False)
     except ImageError as error:
         return error.problem(pair.id)
+    truth, grid = settled(truth, grid, own)  # segments may lie on a part of the other's grid
+    prediction, own = settled(prediction, own, grid)
     if difference := disagreement(own, grid):
         return Problem(
             case=pair.id,
@@ -261,19 +267,14 @@ def _read(path: Path, task: Task | None, *, whole: bool) -> tuple[np.ndarray, Ge
     """uint8 (Z, Y, X) of declared values. `whole`: the truth, which alone may say "ignore". Raises
     ImageError."""
     names = dict(zip(task.names, (m[0] for m in task.members), strict=True)) if task else {}
-    label, grid = (
-        read_label(path, None, names or {"foreground": 1})
-        if task or path.name.lower().endswith((".seg.nrrd",))
-        else read_mask(path)
-    )
-    label = np.asarray(label)
+    label, grid = _label(path, names, declared=bool(task))
     legal = {0, *(v for group in (task or FOREGROUND).members for v in group)}
     if task:
         legal |= set(task.values) | ({task.ignore_label} if task.ignore_label and whole else set())
     found = {float(value) for value in np.unique(label)}
     white = len(found | {0.0}) == 2 or path.name.lower().endswith(LOSSY)
     if not found <= legal and len(legal) == 2 and white:  # one structure, painted white
-        label, grid = read_mask(path)
+        label = label != 0 if path.suffix.lower() in OTHERS else read_mask(path)[0]
         label, found = label.astype(np.uint8) * max(legal), legal
     if not found <= legal:
         shown = ", ".join(f"{value:g}" for value in sorted(found - legal)[:8])
@@ -285,6 +286,23 @@ def _read(path: Path, task: Task | None, *, whole: bool) -> tuple[np.ndarray, Ge
             "Declare all labels: --labels name=value,..., dataset.json or labels.json.",
         )
     return label.astype(np.uint8), grid
+
+
+def _label(path: Path, names: Mapping[str, int], *, declared: bool) -> tuple[np.ndarray, Geometry]:
+    """A label file as it is stored; black and white where nothing is `declared`. Raises
+    ImageError."""
+    named = names or {"foreground": 1}
+    if path.suffix.lower() == ".npy":
+        array = read_npy(path, 2)[None]
+        return array, Geometry(shape=array.shape)
+    if path.suffix.lower() == ".dcm":
+        if kind_of(path) not in (SEG, LABELMAP):
+            expected, mend = "a segmentation (DICOM SEG)", "Keep only label files in this folder."
+            raise ImageError(path, "file", f"{path.name}, another DICOM object", expected, mend)
+        return read_seg(path, named)
+    if declared or path.name.lower().endswith(".seg.nrrd"):
+        return read_label(path, None, named)
+    return read_mask(path)
 
 
 def _grid(grid: Geometry) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from segfleet.preprocess.case import Geometry
+from segfleet.preprocess.files.codestreams import check_own_size
 from segfleet.preprocess.files.faults import ImageError, check_size, damaged, is_regular, read_bytes
 from segfleet.preprocess.files.itk import LPS
 
@@ -29,6 +30,7 @@ CODECS = {  # transfer syntax -> of imagecodecs
     **dict.fromkeys(("1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70"), "ljpeg_decode"),
     **dict.fromkeys(("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81"), "jpegls_decode"),
 }
+RLE = "1.2.840.10008.1.2.5"  # packs bytes, not pictures with a header
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # unpacked without a limit by pydicom
 SEG, RTSTRUCT = "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.481.3"
 LABELMAP = "1.2.840.10008.5.1.4.1.1.66.7"  # a SEG whose pixels are segment numbers
@@ -380,9 +382,14 @@ def _values(slices: Sequence[Slice], shape: tuple[int, int, int]) -> np.ndarray:
 def frames_of(path: Path, d: Any, shape: tuple[int, int]) -> np.ndarray:
     """(frames, Y, X) as stored, black where the numbers are low. Raises ImageError."""
     try:
-        packed = str(d.file_meta.get("TransferSyntaxUID", "")) if "file_meta" in dir(d) else ""
-        stored = _by_imagecodecs(d) if packed in CODECS else d.pixel_array
+        syntax = d.file_meta.get("TransferSyntaxUID", "") if "file_meta" in dir(d) else ""
+        pictures = _pictures(d) if syntax and syntax.is_compressed and syntax != RLE else []
+        for picture in pictures:
+            check_own_size(picture, shape[1], shape[0], "a frame", path)
+        stored = _by_imagecodecs(pictures, CODECS[syntax]) if syntax in CODECS else d.pixel_array
         stored = _significant(stored.reshape(-1, *shape), d)
+    except ImageError:
+        raise
     except Exception as error:
         raise damaged(path, _short(error)) from None
     if str(d.get("PhotometricInterpretation", "")).strip() == "MONOCHROME1":
@@ -391,15 +398,18 @@ def frames_of(path: Path, d: Any, shape: tuple[int, int]) -> np.ndarray:
     return stored
 
 
-def _by_imagecodecs(d: Any) -> np.ndarray:
-    import imagecodecs
+def _pictures(d: Any) -> list[bytes]:
+    """The frames as they are packed."""
     from pydicom.encaps import generate_frames
 
-    decode = getattr(imagecodecs, CODECS[str(d.file_meta.TransferSyntaxUID)])
     count = int(d.get("NumberOfFrames", 1) or 1)
-    return np.stack(
-        [decode(frame) for frame in generate_frames(d.PixelData, number_of_frames=count)]
-    )
+    return list(generate_frames(d.PixelData, number_of_frames=count))
+
+
+def _by_imagecodecs(pictures: Sequence[bytes], decode: str) -> np.ndarray:
+    import imagecodecs
+
+    return np.stack([getattr(imagecodecs, decode)(picture) for picture in pictures])
 
 
 def _significant(stored: np.ndarray, d: Any) -> np.ndarray:

@@ -138,7 +138,8 @@ def read_rtstruct(
                 found = f"a contour of {name} at slice {voxels[:, 2].mean():.2f} in {path.name}"
                 mend = "Convert the structures with the series they were drawn on."
                 raise ImageError(path, "contours", found, "slices of the image", mend)
-            inside[plane] ^= filled([voxels[:, :2] + 0.5], image.shape[1:])
+            area = filled([voxels[:, :2] + 0.5], image.shape[1:])
+            inside[plane, area.rows, area.columns] ^= area.inside
         _paint(label, inside, values[name], name, path)
     return label, image
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from segfleet.preprocess.case import FileFacts, Geometry
 from segfleet.preprocess.files import colours
+from segfleet.preprocess.files.codestreams import HEAD, check_own_size
 from segfleet.preprocess.files.faults import ImageError, check_size, damaged, is_regular, read_bytes
 
 # compressions whose strips and tiles have headers of their own
@@ -22,8 +23,6 @@ PICTURES = (
     "JPEG", "OJPEG", "ALT_JPEG", "JPEG_99", "JPEG_LOSSY", "JPEG2000", "JPEG_2000_LOSSY", "PNG", "WEBP",
     "APERIO_JP2000_RGB", "APERIO_JP2000_YCBC", "WEBP_DEPRECATED",
 )  # fmt: skip
-HEAD = 2**16  # bytes of one in which its header stands
-BLOCK = 64
 
 
 def read_tiff(data: bytes, path: Path, label: bool) -> tuple[np.ndarray, Geometry]:
@@ -83,32 +82,8 @@ def check_chunks(data: bytes, series: Any, path: Path) -> None:
         contiguous = page.keyframe.planarconfig == 1 and len(size) > 2
         height, width = size[-3:-1] if contiguous else size[-2:]
         for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
-            found = _own_size(data[offset : offset + min(count, HEAD)])
-            if found[0] > width + BLOCK or found[1] > height + BLOCK:  # padded to whole blocks
-                reason = f"a tile of {found[0]}x{found[1]} pixels where {width}x{height} belong"
-                raise damaged(path, reason)
-
-
-def _own_size(head: bytes) -> tuple[int, int]:
-    """(width, height) that a picture's own header says; zeros where it cannot be told, which the
-    decoder then tells. JPEG is looked through as its decoder does, which passes over rubbish."""
-    if head[:2] == b"\xff\xd8":
-        at = 2
-        while (at := head.find(b"\xff", at)) >= 0 and at + 9 <= len(head):
-            mark = head[at + 1]
-            if 0xC0 <= mark <= 0xCF and mark not in (0xC4, 0xC8, 0xCC):
-                height, width = (int.from_bytes(head[at + n : at + n + 2]) for n in (5, 7))
-                return width, height
-            bare = mark in (0, 1, 0xFF) or 0xD0 <= mark <= 0xD9
-            at += 1 if bare else 2 + int.from_bytes(head[at + 2 : at + 4])
-        return 0, 0
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(head)) as own:
-            return own.size
-    except Exception:
-        return 0, 0
+            head = data[offset : offset + min(count, HEAD)]
+            check_own_size(head, width, height, "a tile", path)
 
 
 def check_chain(file: Any, path: Path) -> None:

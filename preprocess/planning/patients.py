@@ -87,34 +87,35 @@ def read_sheet(path: Path, plain: Callable[[str], str]) -> Sheet | None:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
+        delimiter = ";" if ";" in text.partition("\n")[0] else ","
+        table = csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
+        names = {(name or "").strip().lower(): name for name in table.fieldnames or ()}
+        rows = list(table)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
-    delimiter = ";" if ";" in text.partition("\n")[0] else ","
-    rows = csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
-    names = {(name or "").strip().lower(): name for name in rows.fieldnames or ()}
     if "case" not in names or "patient" not in names:
         raise InputError(
             f"{path}: found the columns {', '.join(names) or 'none'}, expected: case, patient, and "
             "if you like site and split"
         )
-    table: dict[str, dict[str, str]] = {column: {} for column in COLUMNS[1:]}
+    facts: dict[str, dict[str, str]] = {column: {} for column in COLUMNS[1:]}
     for line, row in enumerate(rows, 2):
         case, patient = (str(row.get(names[c]) or "").strip() for c in ("case", "patient"))
         if not case and not patient:
             continue
         case = plain(case)
-        if not case or not patient or case in table["patient"]:
-            found = f"'{case}' twice" if case in table["patient"] else f"'{case}', '{patient}'"
+        if not case or not patient or case in facts["patient"]:
+            found = f"'{case}' twice" if case in facts["patient"] else f"'{case}', '{patient}'"
             raise InputError(f"{path}: line {line}: found {found}, expected a case and its patient")
         for column in COLUMNS[1:]:
             value = str(row.get(names[column]) or "").strip() if column in names else ""
             if value:
-                table[column][case] = value
+                facts[column][case] = value
     sides = {"train", "val", "test"}
-    if odd := sorted({s for s in table["split"].values() if s.lower() not in sides}):
+    if odd := sorted({s for s in facts["split"].values() if s.lower() not in sides}):
         raise InputError(f"{path}: split: found '{odd[0]}', expected train, val or test")
-    splits = {case: side.lower() for case, side in table["split"].items()}
-    return Sheet(path=path, patients=table["patient"], sites=table["site"], splits=splits)
+    splits = {case: side.lower() for case, side in facts["split"].items()}
+    return Sheet(path=path, patients=facts["patient"], sites=facts["site"], splits=splits)
 
 
 def by_names(cases: Sequence[str], dims: int) -> Grouping:

@@ -108,7 +108,8 @@ class Reader(RawReader):
             if (
                 self.labelled
                 and patient.parent.name == "testing"
-                and not any(_label(image).is_file() for image in frames)
+                and not {_label(image).name for image in frames}
+                & {path.name.lower() for path in patient.iterdir()}
             ):
                 continue
             refs += [

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -286,12 +288,11 @@ def natural(text: str) -> list:
 
 def visible(folder: Path, pattern: str = "*") -> list[Path]:
     """The files of a folder in natural order, without what macOS and Windows leave behind (`._*`,
-    Thumbs.db)."""
-    junk = ("Thumbs.db", "desktop.ini")
-    return sorted(
-        (p for p in folder.glob(pattern) if not p.name.startswith(".") and p.name not in junk),
-        key=lambda p: natural(p.name),
-    )
+    Thumbs.db). `pattern` is in lower case, and fits names in upper case, too."""
+    junk = ("thumbs.db", "desktop.ini")
+    names = [(p.name.lower(), p) for p in folder.glob("*")]
+    found = [p for n, p in names if n[0] != "." and n not in junk and fnmatchcase(n, pattern)]
+    return sorted(found, key=lambda p: natural(p.name))
 
 
 def tables(folder: Path) -> list[Path]:
@@ -317,7 +318,7 @@ def read_json(path: Path) -> dict:
         ) from None
     except RecursionError:
         raise InputError(f"{path}: is nested too deeply to be a description") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # no text, or a number of thousands of digits
         raise InputError(f"{path}: cannot be read ({error})") from None
     if not isinstance(document, dict):
         raise InputError(
@@ -325,6 +326,16 @@ def read_json(path: Path) -> dict:
             "description"
         )
     return document
+
+
+def read_table(path: Path, delimiter: str = ",") -> tuple[list[str], list[dict[str, str]]]:
+    """The columns of a CSV file in their order, and its rows. Raises InputError."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+            found = csv.DictReader(file, delimiter=delimiter, restval="", skipinitialspace=True)
+            return [name or "" for name in found.fieldnames or ()], list(found)
+    except (OSError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as a table ({error})") from None
 
 
 def declared_labels(file: Path) -> dict[str, int]:
@@ -359,7 +370,7 @@ def field(document: dict, name: str, kind: type | tuple[type, ...], path: Path) 
 
 def number(text: Any, key: str, path: Path) -> int:
     """An integer that JSON may have as a text. Raises InputError."""
-    if isinstance(text, bool) or not re.fullmatch(r"\d+", str(text)):
+    if isinstance(text, bool) or not re.fullmatch(r"\d{1,18}", str(text)):
         raise InputError(f"{path}: {key}: found {text!r}, expected an integer from 0")
     return int(text)
 

@@ -5,13 +5,13 @@ Source: BIDS 1.9, "Imaging data derivatives: segmentations".
 
 from __future__ import annotations
 
-import csv
 import re
 from functools import cached_property
 from pathlib import Path
 
 from segfleet.core.errors import InputError, Problem
-from segfleet.preprocess.files.images import stem
+from segfleet.preprocess.files.faults import is_regular
+from segfleet.preprocess.files.images import NIFTI, stem
 from segfleet.preprocess.readers.base import (
     CaseRef,
     Facts,
@@ -19,6 +19,8 @@ from segfleet.preprocess.readers.base import (
     declared_labels,
     duplicates,
     natural,
+    number,
+    read_table,
 )
 from segfleet.preprocess.stores.manifest import Dataset
 
@@ -41,17 +43,16 @@ class Reader(RawReader):
 
     @cached_property
     def segmentations(self) -> list[Path]:
-        found = [p for p in self.root.glob("derivatives/**/sub-*_dseg.nii*") if p.is_file()]
+        found = [p for p in _volumes(self.root, "derivatives/**/sub-*") if _suffix(p) == "dseg"]
         return sorted(found, key=lambda p: natural(p.name))
 
     @cached_property
     def images(self) -> dict[tuple, dict[str, Path]]:
         """The entities of an image (subject, session, ...) -> suffix, such as T1w -> file."""
         found: dict[tuple, dict[str, Path]] = {}
-        for path in sorted(self.root.glob("sub-*/**/sub-*_*.nii*")):
-            entities, suffix = _entities(path)
-            if path.is_file() and suffix != "dseg":
-                found.setdefault(_key(entities), {})[suffix] = path
+        for path in sorted(_volumes(self.root, "sub-*/**/sub-*")):
+            if (suffix := _suffix(path)) != "dseg":
+                found.setdefault(_key(_entities(path)), {})[suffix] = path
         return found
 
     @cached_property
@@ -59,7 +60,7 @@ class Reader(RawReader):
         """The entities of every case: what is segmented or, without labels, whatever lies in a
         folder anat."""
         if self.labelled:
-            return [_key(_entities(path)[0]) for path in self.segmentations]
+            return [_key(_entities(path)) for path in self.segmentations]
         anat = [
             k
             for k, have in self.images.items()
@@ -86,12 +87,12 @@ class Reader(RawReader):
             return found
         tables = sorted(self.root.glob("derivatives/**/*dseg.tsv"))
         for path in tables:
-            with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-                rows = list(csv.DictReader(file, delimiter="\t"))
+            if not is_regular(path):
+                continue
             pairs = {
-                str(row.get("name")): int(row["index"])
-                for row in rows
-                if str(row.get("index", "")).isdecimal() and row.get("name")
+                row["name"]: number(row["index"], "index", path)
+                for row in read_table(path, "\t")[1]
+                if row.get("index", "").isdecimal() and row.get("name")
             }
             if pairs:
                 named = {name: value for name, value in pairs.items() if value}
@@ -112,10 +113,19 @@ class Reader(RawReader):
         return duplicates([ref.id for ref in self.refs()])
 
 
-def _entities(path: Path) -> tuple[dict[str, str], str]:
-    *pairs, suffix = stem(path).split("_")
+def _volumes(root: Path, pattern: str) -> list[Path]:
+    found = [path for path in root.glob(pattern) if path.name.lower().endswith(NIFTI)]
+    return [path for path in found if path.is_file()]
+
+
+def _suffix(path: Path) -> str:
+    return stem(path).rpartition("_")[2]
+
+
+def _entities(path: Path) -> dict[str, str]:
+    pairs = stem(path).split("_")[:-1]
     found = [re.fullmatch(r"([a-zA-Z]+)-(.+)", pair) for pair in pairs]
-    return {match[1]: match[2] for match in found if match}, suffix
+    return {match[1]: match[2] for match in found if match}
 
 
 def _key(entities: dict[str, str]) -> tuple:

@@ -14,7 +14,7 @@ from segfleet.core.errors import InputError, Problem
 from segfleet.preprocess.case import FileFacts, Geometry
 from segfleet.preprocess.files.faults import ImageError
 from segfleet.preprocess.files.images import ENDINGS, peek
-from segfleet.preprocess.files.polygons import filled
+from segfleet.preprocess.files.polygons import Area, filled
 from segfleet.preprocess.readers.base import CaseRef, Facts, natural, read_json, visible
 from segfleet.preprocess.readers.pairs import PairReader
 from segfleet.preprocess.readers.places import locate
@@ -45,7 +45,7 @@ class Reader(PairReader):
         """Category id -> name and value, numbered from 1 in the order of the ids."""
         try:
             listed = sorted((int(c["id"]), str(c["name"])) for c in self.json["categories"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(
                 f"{self.file}: categories: found {error}, expected id and name"
             ) from None
@@ -76,7 +76,7 @@ class Reader(PairReader):
                         [int(one["category_id"]), one.get("segmentation", [])]
                     )
             names = [(int(one["id"]), str(one["file_name"])) for one in self.json["images"]]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise InputError(f"{self.file}: found no {error}, expected {self.layout}") from None
         refs = []
         for key, name in sorted(names, key=lambda item: natural(item[1])):
@@ -109,10 +109,12 @@ class Reader(PairReader):
             if category not in self._categories:
                 found, expected = f"category {category}", "one of the categories"
                 raise ImageError(self.file, "annotation", found, expected, "Correct the file.")
-            areas.append((_area(outline, shape, self.file), self._categories[category][1]))
+            value = self._categories[category][1]
+            areas.append((_areas(outline, shape, self.file), value))
         label = np.zeros(shape, np.uint8)
-        for area, value in sorted(areas, key=lambda item: -int(item[0].sum())):
-            label[area] = value
+        for parts, value in sorted(areas, key=lambda item: -sum(part.size for part in item[0])):
+            for part in parts:
+                part.paint(label, value)
         return label[None], Geometry(shape=(1, *shape), file=FileFacts(dims=2))
 
 
@@ -121,22 +123,34 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
-def _area(outline: Any, shape: tuple[int, int], file: Path) -> np.ndarray:
-    """Bool (Y, X) of polygons [[x, y, x, y, ...], ...] or of runs down the columns. Raises
-    ImageError."""
+def _areas(outline: Any, shape: tuple[int, int], file: Path) -> list[Area]:
+    """The parts of one thing, which are never holes: polygons [[x, y, x, y, ...], ...], or runs down
+    the columns. Raises ImageError."""
     try:
         if isinstance(outline, list):
-            area = np.zeros(shape, bool)
-            for polygon in outline:  # parts of one thing, never holes
-                area |= filled([np.array(polygon, float).reshape(-1, 2)], shape)
-            return area
+            return [filled([np.array(polygon, float)], shape) for polygon in outline]
         if isinstance(outline["counts"], list) and tuple(outline["size"]) == tuple(shape):
             runs = np.array(outline["counts"], np.int64)
             if (runs >= 0).all() and runs.sum() == shape[0] * shape[1]:
-                values = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-                return values.reshape(shape, order="F")
-    except (KeyError, TypeError, ValueError):
+                return [_of_runs(runs, shape)]
+    except (KeyError, TypeError, ValueError, OverflowError):
         pass
     expected = "polygons, or runs as a list of counts that fill the picture"
     mend = "Convert packed runs with pycocotools."
     raise ImageError(file, "segmentation", str(outline)[:60], expected, mend)
+
+
+def _of_runs(runs: np.ndarray, shape: tuple[int, int]) -> Area:
+    """The columns that hold any pixel; of `runs` every second one is inside."""
+    ends = np.cumsum(runs)
+    some = np.flatnonzero(runs[1::2]) * 2 + 1
+    if not len(some):
+        return filled([], shape)
+    height = shape[0]
+    left = int(ends[some[0] - 1]) // height
+    right = int(ends[some[-1]] - 1) // height + 1
+    values = np.zeros(height * (right - left), bool)
+    for run in some:
+        values[ends[run - 1] - left * height : ends[run] - left * height] = True
+    inside = values.reshape((height, right - left), order="F")
+    return Area(rows=slice(0, height), columns=slice(left, right), inside=inside)

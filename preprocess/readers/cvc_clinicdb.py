@@ -7,12 +7,11 @@ without one, the table of the data set's page (recalled, not checked against fil
 
 from __future__ import annotations
 
-import csv
 from bisect import bisect_left
 from functools import cached_property
 from pathlib import Path
 
-from segfleet.preprocess.readers.base import CaseRef, Facts, tables
+from segfleet.preprocess.readers.base import CaseRef, Facts, read_table, tables
 from segfleet.preprocess.readers.pairs import PairReader, paired, pictures
 from segfleet.preprocess.readers.places import locate
 
@@ -68,13 +67,11 @@ class Reader(PairReader):
         """Frame -> sequence, from a CSV with such columns."""
         for folder in (self.folder, self.folder.parent):
             for path in tables(folder) if folder.is_relative_to(self.root) else ():
-                with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-                    rows = csv.DictReader(file)
-                    columns = [name or "" for name in rows.fieldnames or ()]
-                    frame = next((name for name in columns if "frame" in name.lower()), None)
-                    sequence = next((name for name in columns if "sequence" in name.lower()), None)
-                    if frame and sequence:
-                        return {str(row[frame]).strip(): str(row[sequence]).strip() for row in rows}
+                columns, rows = read_table(path)
+                frame = next((name for name in columns if "frame" in name.lower()), None)
+                sequence = next((name for name in columns if "sequence" in name.lower()), None)
+                if frame and sequence:
+                    return {row[frame].strip(): row[sequence].strip() for row in rows}
         return {}
 
     def sequence(self, frame: str) -> str:

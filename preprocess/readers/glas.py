@@ -6,7 +6,6 @@ Source: specification `datasets_2d`, section 4.
 
 from __future__ import annotations
 
-import csv
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from segfleet.preprocess.case import Geometry
 from segfleet.preprocess.files.images import ImageError, read_file, stem
 from segfleet.preprocess.files.masks import read_grey
-from segfleet.preprocess.readers.base import CaseRef, Facts, Folds, tables
+from segfleet.preprocess.readers.base import CaseRef, Facts, Folds, read_table, tables
 from segfleet.preprocess.readers.pairs import (
     PairReader,
     paired,
@@ -52,15 +51,13 @@ class Reader(PairReader):
     def patients(self) -> dict[str, str]:
         """Image -> patient, from Grade.csv."""
         for path in tables(self.folder):
-            with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-                rows = list(csv.reader(file, skipinitialspace=True))
-            names = [name.strip().lower() for name in rows[0]] if rows else []
-            column = next((i for i, name in enumerate(names) if "patient" in name), None)
-            if column is not None:
+            names, rows = read_table(path)
+            patient = next((name for name in names if "patient" in name.lower()), None)
+            if patient is not None:
                 return {
-                    row[0].strip(): f"patient{row[column].strip()}"
-                    for row in rows[1:]
-                    if len(row) > column and row[column].strip()
+                    row[names[0]].strip(): f"patient{row[patient].strip()}"
+                    for row in rows
+                    if row[patient].strip()
                 }
         return {}
 

@@ -14,7 +14,7 @@ from segfleet.core.errors import InputError
 from segfleet.preprocess.case import FileFacts, Geometry
 from segfleet.preprocess.files.faults import ImageError, damaged, read_bytes
 from segfleet.preprocess.files.images import peek
-from segfleet.preprocess.files.polygons import filled
+from segfleet.preprocess.files.polygons import FARTHEST, filled
 from segfleet.preprocess.readers.base import CaseRef, Facts, declared_labels, natural, visible
 from segfleet.preprocess.readers.pairs import PairReader, pictures
 from segfleet.preprocess.readers.places import locate
@@ -74,7 +74,7 @@ class Reader(PairReader):
             if name not in self.labels:
                 found, expected = f"'{name}' in {path.name}", ", ".join(self.labels)
                 raise ImageError(path, "label", found, expected, "Name it in labels.json.")
-            label[filled([_outline(kind, points)], shape)] = self.labels[name]
+            filled([_outline(kind, points)], shape).paint(label, self.labels[name])
         return label[None], Geometry(shape=(1, *shape), file=FileFacts(dims=2))
 
 
@@ -96,8 +96,11 @@ def _shapes(path: Path, lenient: bool = False) -> list[tuple[str, str, np.ndarra
             for s in json.loads(read_bytes(path))["shapes"]
         ]
         for _, kind, points in found:
-            if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
-                raise ValueError("points that are no pairs of numbers")
+            least = 1 if kind == "polygon" else 2
+            if points.ndim != 2 or points.shape[1] != 2 or len(points) < least:
+                raise ValueError(f"points of a {kind} that are no pairs of numbers")
+            if not np.abs(points).max() < FARTHEST:
+                raise ValueError(f"points of a {kind} that are on no picture")
             if kind not in SHAPES and not lenient:
                 mend = "Draw areas, or remove the shape."
                 raise ImageError(path, "shape", f"{kind} in {path.name}", " or ".join(SHAPES), mend)

@@ -91,7 +91,7 @@ def _files(folder: Path) -> list[Path]:
     """Volumes and segmentations in a folder and in the batches inside it."""
     found = [
         p
-        for pattern in ("*.nii*", "[!.]*/*.nii*")
+        for pattern in ("*", "[!.]*/*")
         for p in folder.glob(pattern)
         if FILE.fullmatch(p.name) and p.is_file()
     ]

@@ -14,6 +14,7 @@ from segfleet.preprocess.readers.base import (
     RawReader,
     declared_labels,
     duplicates,
+    field,
     number,
     read_json,
     visible,
@@ -43,9 +44,10 @@ class Reader(RawReader):
         """(list, entry) of every labelled case. Raises InputError."""
         found = []
         for part in LISTS:
-            for index, entry in enumerate(self.json.get(part, [])):
+            listed = field(self.json, part, list, self.file) if part in self.json else []
+            for index, entry in enumerate(listed):
                 images = entry.get("image") if isinstance(entry, dict) else None
-                images = [images] if isinstance(images, str) else images
+                images = images if isinstance(images, list) else [images]
                 if not images or not all(isinstance(i, str) and i for i in images):
                     raise InputError(
                         f'{self.file}: {part}[{index}]: found {entry!r}, expected {{"image": path, '
@@ -61,7 +63,8 @@ class Reader(RawReader):
         first = self.cases()[0]
         channels = self.json.get("channel_names", self.json.get("modality", {}))
         if isinstance(channels, dict) and channels:
-            names = tuple(str(channels[key]) for key in sorted(channels, key=lambda k: int(k)))
+            indices = {number(key, "modality", self.file): key for key in channels}
+            names = tuple(str(channels[indices[index]]) for index in sorted(indices))
         else:
             count = max(1, sum(peek(path)[0] for path in first.images))
             names = tuple(f"channel {n}" for n in range(count)) if count > 1 else ("image",)
@@ -87,8 +90,9 @@ class Reader(RawReader):
         flipped = all(str(key).isdecimal() for key in said)
         pairs = {str(n): v for v, n in said.items()} if flipped else said
         found = {name: number(value, f"labels: {name}", self.file) for name, value in pairs.items()}
-        if found.get("background") != 0:
-            raise InputError(f"{self.file}: labels: found {said}, expected 0 for background")
+        if found.get("background") != 0 or not len(said) == len(set(found.values())) == len(found):
+            expected = "0 for background, all names and values different"
+            raise InputError(f"{self.file}: labels: found {said}, expected {expected}")
         return dict(sorted(found.items(), key=lambda item: item[1]))
 
     def cases(self) -> list[CaseRef]:

@@ -111,7 +111,8 @@ def dataset_of(facts: dict[str, Any], file: Path, *, name: str, dims: int, endin
 def _from_version_1(document: dict, root: Path, file: Path) -> dict:
     """What version 2 would say of a folder made for nnU-Net version 1, whose images are a file per
     channel too. Raises InputError for a folder of the Decathlon, whose images are not."""
-    listed = [str(e.get("image", "")) for e in document.get("training", []) if isinstance(e, dict)]
+    entries = field(document, "training", list, file) if "training" in document else []
+    listed = [str(e.get("image", "")) for e in entries if isinstance(e, dict)]
     first = Path(listed[0]).name if listed else ""
     kind = next((end for end in ENDINGS if first.lower().endswith(end)), ".nii.gz")
     if (
@@ -274,7 +275,7 @@ class Reader(RawReader):
                     for fold in folds
                 )
             }
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise InputError(
                 f'{path}: expected a list of {{"train": [case, ...], "val": [case, ...]}} '

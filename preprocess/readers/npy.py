@@ -74,9 +74,9 @@ class Reader(RawReader):
         refs = []
         for part in PARTS:
             image, label = self.folder / f"{part}_image", self.folder / f"{part}_label"
-            names = {p.name for folder in (image, label) for p in visible(folder, "*.npy")}
-            for name in sorted(names, key=natural):
-                stem = name.removesuffix(".npy")
+            files = [p for folder in (label, image) for p in visible(folder, "*.npy")]
+            names = {p.stem: p.name for p in files}
+            for stem, name in sorted(names.items(), key=lambda item: natural(item[0])):
                 refs.append(
                     CaseRef(
                         id=f"{part}_{stem}",

@@ -29,6 +29,11 @@ class ShardStore(Protocol):
         whole case. `out`: an array of that shape and type, which is filled and returned."""
         ...
 
+    def stored_image(self, case: CaseEntry) -> np.ndarray:
+        """(C, Z, Y, X), the whole case in the plan's type; integers are to be multiplied by
+        plan.scale."""
+        ...
+
     def label(
         self, case: CaseEntry, box: Box | None = None, out: np.ndarray | None = None
     ) -> np.ndarray:

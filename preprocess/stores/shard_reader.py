@@ -92,6 +92,9 @@ class ShardReader:
             return to_float32(self._read(case, "image", box), self.manifest.plan.scale)
         return self._read(case, "image", box, out)
 
+    def stored_image(self, case: CaseEntry) -> np.ndarray:
+        return self._read(case, "image", None)
+
     def label(
         self, case: CaseEntry, box: Box | None = None, out: np.ndarray | None = None
     ) -> np.ndarray:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segfleet.models import registry
 from segfleet.models.checkpointing import activation_checkpointing, checkpointed_stages
 from segfleet.models.registry import (
     ModelError,
@@ -196,6 +197,28 @@ def test_refuses_a_wrong_input(chosen):
 def test_refuses_an_unknown_option(chosen):
     with pytest.raises(ModelError, match="'no_such_option' is no option of"):
         build_model(chosen.name, in_channels=1, num_classes=1, options={"no_such_option": 1})
+
+
+def test_only_what_the_user_can_mend_is_called_a_wrong_option(monkeypatch):
+    """An error of the network's own code stays one, with its traceback."""
+
+    def build(in_channels, num_classes, width=8, sizes=(1, 2), kind=None):
+        return torch.nn.Conv2d(in_channels * width, num_classes, sizes[0]) + kind
+
+    own = registry.ModelSpec(
+        name="own", build=build, dims=(2,), in_channels=1, num_classes=1, paper_input=(8, 8),
+        parameters=1,
+    )  # fmt: skip
+    monkeypatch.setitem(registry._SPECS, "own", own)
+    counts = {"in_channels": 1, "num_classes": 1}
+    for sound in ({"width": 4}, {"sizes": [3, 4]}, {"width": 2.0}, {"kind": [1, [2]]}):
+        with pytest.raises(TypeError):
+            build_model("own", options=sound, **counts)
+    for wrong in ({"width": "4"}, {"width": None}, {"sizes": 3}, {"sizes": ["3"]}, {"kind": "x"}):
+        with pytest.raises(
+            ModelError, match=f"model.options: own cannot be built of .*{[*wrong][0]}"
+        ):
+            build_model("own", options=wrong, **counts)
 
 
 def test_overfits_one_batch(chosen):

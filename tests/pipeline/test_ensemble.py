@@ -16,12 +16,13 @@ import torch
 from segfleet.core.errors import InputError
 from segfleet.pipeline.inference.ensemble import Member, Stored, predict_maps
 from segfleet.pipeline.inference.postprocess import LARGEST, clean, parse_rule
-from segfleet.pipeline.inference.predict import Wishes, predict_files
+from segfleet.pipeline.inference.predict import Wishes, check_sums, predict_files
 from segfleet.pipeline.inference.restore import Map, combine
 from segfleet.pipeline.inference.sliding_window import sliding_window
 from segfleet.pipeline.out_of_fold import compared
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.stores.manifest import Dataset, Plan
+from segfleet.preprocess.stores.shard_reader import to_float32
 
 LABELS = {"background": 0, "a": 1, "b": 2}
 TASK = Task(head="softmax", names=("a", "b"), members=((1,), (2,)), values=(0, 1, 2))
@@ -124,6 +125,23 @@ def test_one_network_alone_gives_the_bits_it_gave(image, tmp_path):
     assert torch.equal(sliding_window(iter([forward]), x, **options), alone)
     both = sliding_window([forward, network(5)], x, **options)
     torch.testing.assert_close(both, (alone + sliding_window(network(5), x, **options)) / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+def test_an_image_in_the_type_of_its_store_gives_the_bits_of_float32(dtype):
+    """A byte for each value of a slide, not four."""
+    stored = torch.randint(0, 255, (1, 12, 10, 9)).to(dtype)
+    whole = torch.from_numpy(to_float32(stored.numpy(), 1 / 255))
+    options = {"patch": (8, 8, 16), "dims": 3}  # padded along x
+    expected = sliding_window(network(4), whole, **options)
+    assert torch.equal(sliding_window(network(4), stored, scale=1 / 255, **options), expected)
+
+
+def test_what_the_sums_would_take_is_asked_for_before(monkeypatch):
+    monkeypatch.setattr("segfleet.pipeline.inference.predict.memory_budget", lambda: 2**30)
+    check_sums("a.tif", (1, 8_000, 8_000), TASK)
+    with pytest.raises(InputError, match=r"a.tif: size: found 1x20000x20000 .* 6.0 GiB.*tiles"):
+        check_sums("a.tif", (1, 20_000, 20_000), TASK)
 
 
 def test_no_two_networks_and_no_two_maps_are_there_at_once(tmp_path):

@@ -232,6 +232,39 @@ def test_a_bad_image_is_listed_and_the_rest_is_done(sets, tmp_path):
     json.dumps(found, allow_nan=False)
 
 
+GRIDS = {
+    "singular": np.diag([1.0, 1.0, 0.0, 1.0]),
+    "not finite": np.diag([np.nan, 1.0, 1.0, 1.0]),
+    "beyond this world": np.diag([1e30, 1.0, 1.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("fault", GRIDS)
+def test_a_grid_that_cannot_be_true_is_one_line_and_an_older_prediction_stays(
+    fault, sets, tmp_path
+):
+    store, raw = sets["msd"]
+    folder, out = copy_images(store, raw, tmp_path / "in"), tmp_path / "out"
+    first, *others = sorted(folder.iterdir())
+    for path in others[1:]:
+        path.unlink()
+    done = predict(store, [folder], out)["done"]
+    before = Path(done[0]["file"]).read_bytes()
+    image = nib.load(first)
+    header = image.header.copy()
+    header.set_qform(None, 0)
+    header.set_sform(GRIDS[fault], 1)
+    header["vox_offset"] = 352
+    data = header.binaryblock + bytes(4) + np.asarray(image.dataobj).tobytes(order="F")
+    first.write_bytes(data)
+    found = predict(store, [folder], out)
+    (failed,) = found["failed"]
+    assert failed["id"] == done[0]["id"] and "\n" not in failed["problem"]
+    assert "affine" in failed["problem"] or "spacing" in failed["problem"]
+    assert [one["id"] for one in found["kept"]] == [done[1]["id"]]
+    assert Path(done[0]["file"]).read_bytes() == before
+
+
 def test_finished_files_are_kept_and_other_networks_are_refused(sets, tmp_path):
     store, raw = sets["msd"]
     folder, out = copy_images(store, raw, tmp_path / "in"), tmp_path / "out"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -13,6 +14,11 @@ from segfleet.core.errors import DataError, InputError
 from segfleet.pipeline.reports.report import cases_csv, write_report
 from segfleet.pipeline.scoring.predictions import parse_labels, score_predictions, write_scores
 from segfleet.pipeline.scoring.scored import evaluation_of
+from segfleet.preprocess.files.dicom_seg import write_seg
+from segfleet.preprocess.files.images import read_label
+from segfleet.preprocess.files.writer import write_segments
+from segfleet.preprocess.phantoms.phantom import PHANTOMS
+from segfleet.preprocess.readers.base import open_reader
 
 AFFINE = np.diag([0.5, 0.5, 2.0, 1.0])
 
@@ -108,6 +114,41 @@ def test_black_and_white_pictures_need_no_labels(tmp_path):
     document = score_predictions(tmp_path / "found", tmp_path / "truth", workers=1)
     assert document["unit"] == "pixels" and document["structures"] == ["foreground"]
     assert document["cases"][0]["scores"]["foreground"]["dice"] == pytest.approx(0.75)
+
+
+def test_arrays_are_labels(tmp_path):
+    """As `predict` and the layout npy write them."""
+    for folder, shift in (("truth", 0), ("found", 1)):
+        mask = np.zeros((10, 10), np.uint8)
+        mask[2 + shift : 6 + shift, 2:6] = 255
+        (tmp_path / folder).mkdir()
+        np.save(tmp_path / folder / "a.npy", mask)
+    document = score_predictions(tmp_path / "found", tmp_path / "truth", workers=1)
+    assert document["cases"][0]["scores"]["foreground"]["dice"] == pytest.approx(0.75)
+
+
+def test_segments_are_laid_onto_the_truth(tmp_path):
+    """3D Slicer cuts a segmentation to where something is; DICOM SEG is turned, too."""
+    raw = PHANTOMS["dicom"](tmp_path / "raw", cases=2)
+    reader = open_reader("dicom", raw)
+    for folder in ("truth", "slicer", "seg"):
+        (tmp_path / folder).mkdir()
+    labels = reader.dataset().labels
+    for ref in reader.refs():
+        path = ref.labels[0]
+        (tmp_path / "truth" / path.name).write_bytes(path.read_bytes())
+        label, grid = read_label(path)
+        assert label[0].max() == 0 and label.any(), "there is something to cut away"
+        moved = np.array(grid.affine)
+        moved[:3, 3] += moved[:3, 2]
+        cut = replace(grid, shape=(len(label) - 1, *label.shape[1:]), affine=moved.tolist())
+        write_segments(tmp_path / "slicer" / f"{ref.id}.seg.nrrd", label[1:], cut, labels)
+        onto = reader.read(ref).label_ZYX
+        write_seg(tmp_path / "seg" / f"{ref.id}.dcm", onto, ref.images, labels)
+    named = {name: value for name, value in labels.items() if value}
+    for folder in ("slicer", "seg"):
+        found = score_predictions(tmp_path / folder, tmp_path / "truth", labels=named, workers=1)
+        assert {s["dice"] for c in found["cases"] for s in c["scores"].values()} <= {1.0, None}
 
 
 def test_patients_of_a_table(folders):

@@ -169,6 +169,11 @@ def test_values_that_yaml_reads_otherwise_than_meant(tmp_path):
         ),
         (["stages.0.freeze=['']"], "stages.0.freeze:  leaves nothing to train"),
         (["evaluation.mirror=[0]"], "evaluation.mirror: found [0], but the network is 2D"),
+        (
+            ["data.batch=1", "data.patch=[16,16]"],
+            "unet_lite_standard: found one value of each channel at the layer ",
+        ),
+        (["engine.accumulate=2", "data.patch=[16,16]"], "data.batch 2 in 2 micro-batch(es)"),
     ],
 )
 def test_what_would_show_only_after_training_is_found_before(tiny_recipe, changes, words):

@@ -18,6 +18,7 @@ from PIL import Image
 from segfleet.core.errors import DataError, InputError
 from segfleet.preprocess.building.build import build
 from segfleet.preprocess.checking.check import check_case, survey
+from segfleet.preprocess.files.images import ENDINGS
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
 from segfleet.preprocess.planning.splits import Member, disjoint
 from segfleet.preprocess.readers.base import (
@@ -458,6 +459,23 @@ def test_alpha_changes_nothing(name, broken, phantoms, tmp_path):
         one.label_ZYX, other.label_ZYX
     )
     assert not survey(after, workers=1).problems
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_endings_in_upper_case_change_nothing(name, phantoms, tmp_path):
+    """Cameras, scanners and Windows write them."""
+    root = tmp_path / "raw"
+    shutil.copytree(phantoms(name), root, copy_function=os.link)
+    before = open_reader(name, phantoms(name))
+    for path in [p for p in root.rglob("*") if p.is_file()]:
+        end = next((e for e in (*ENDINGS, ".npy", ".dcm") if path.name.endswith(e)), "")
+        path.rename(path.with_name(path.name.removesuffix(end) + end.upper()))
+    after = open_reader(name, root)
+    assert [r.id for r in after.refs()] == [r.id for r in before.refs()]
+    assert [r.group for r in after.refs()] == [r.group for r in before.refs()]
+    found = survey(after, workers=1)
+    assert not found.problems, found.problems[:3]
+    assert after.dataset() == before.dataset().model_copy(update={"name": after.dataset().name})
 
 
 @pytest.mark.parametrize("name", NAMES)

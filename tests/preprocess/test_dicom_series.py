@@ -123,6 +123,35 @@ def test_lossless_jpeg_is_unpacked(tmp_path):
     assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(path)))[0], pixels)
 
 
+@pytest.mark.parametrize("syntax, encode, mark", [
+    ("1.2.840.10008.1.2.4.70", "ljpeg_encode", b"\xff\xc3"),
+    ("1.2.840.10008.1.2.4.80", "jpegls_encode", b"\xff\xf7"),
+])  # fmt: skip
+def test_a_frame_that_says_it_is_larger_than_its_place_takes_no_memory(
+    syntax, encode, mark, tmp_path
+):
+    import imagecodecs
+    from pydicom.encaps import encapsulate
+    from pydicom.uid import UID
+
+    pixels = (VOLUME[0].astype(int) + 1000).astype(np.uint16)
+    path = write(tmp_path / "a.dcm", pixels, (0, 0, 0), PixelRepresentation=0)
+    d = pydicom.dcmread(path)
+    d.file_meta.TransferSyntaxUID = UID(syntax)
+    data = bytearray(getattr(imagecodecs, encode)(pixels))
+    for size in (None, b"\xff\xff\xff\x7f"):
+        if size:
+            at = data.index(mark) + 5
+            data[at : at + 4] = size
+        d.PixelData = encapsulate([bytes(data)])
+        d["PixelData"].is_undefined_length = True
+        d.save_as(path)
+        if not size:
+            assert np.array_equal(read_series([path])[0][0, 0], pixels)
+    with pytest.raises(ImageError, match="a frame of 65407x65535 pixels where"):
+        read_series([path])
+
+
 def places(*values):
     return [(0, 0, z) for z in values]
 

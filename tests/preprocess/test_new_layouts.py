@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -104,11 +105,31 @@ def centres_inside(outline, shape) -> np.ndarray:
     return inside
 
 
-@pytest.mark.parametrize("outline", [SQUARE, TRIANGLE, [(-9, -9), (70, 10), (10, 60)]])
+def drawn(outlines, shape) -> np.ndarray:
+    picture = np.zeros(shape, np.uint8)
+    filled([np.array(outline) for outline in outlines], shape).paint(picture, 1)
+    return picture
+
+
+BEYOND = [(-9, -9), (70, 10), (10, 60)]
+
+
+@pytest.mark.parametrize("outline", [SQUARE, TRIANGLE, BEYOND, [(60, 3), (70, 3), (65, 9)]])
 def test_a_pixel_is_inside_if_its_centre_is(outline):
     expected = centres_inside(outline, (40, 50))
-    found = filled([np.array(outline)], (40, 50))
-    assert np.array_equal(found, expected)
+    assert np.array_equal(drawn([outline], (40, 50)), expected)
+    hole = [(20.5, 8.5), (30.5, 9.5), (24.5, 15.5)]
+    expected = expected ^ centres_inside(hole, (40, 50))
+    assert np.array_equal(drawn([outline, hole], (40, 50)), expected)
+
+
+def test_an_outline_takes_the_memory_of_its_box():
+    area = filled([np.array(SQUARE) + 90_000], (100_000, 100_000))
+    assert area.size == 140 and area.inside.size < 300
+    assert filled([], (4, 5)).size == filled([[]], (4, 5)).size == 0
+    for wrong in ([[0, 0], [np.nan, 3]], [[0, 0], [1e300, 3]], [1, 2, 3]):
+        with pytest.raises(ValueError):
+            filled([wrong], (40, 50))
 
 
 def test_labelme(tmp_path):
@@ -125,7 +146,12 @@ def test_labelme(tmp_path):
     assert not found.problems and found.dataset.labels == {"background": 0, "cell": 1, "core": 2}
     label = reader.label(reader.refs()[2])[0][0]
     assert np.array_equal(label == 2, centres_inside(SQUARE, (40, 50)))
-    assert (label == 1).sum() == pytest.approx(filled([np.array(TRIANGLE)], (40, 50)).sum())
+    assert np.array_equal(label == 1, centres_inside(TRIANGLE, (40, 50)) & (label != 2))
+    for kind, points in (("circle", [[3, 4]]), ("rectangle", []), ("polygon", [[1e300, 2]])):
+        wrong = [{"label": "cell", "points": points, "shape_type": kind}]
+        (tmp_path / "raw/p1.json").write_text(json.dumps({"shapes": wrong}))
+        (problem,) = survey(open_reader("labelme", tmp_path / "raw"), workers=1).problems
+        assert problem.case == "p1" and f"points of a {kind}" in problem.found
     shapes[0]["shape_type"] = "line"
     (tmp_path / "raw/p1.json").write_text(json.dumps({"shapes": shapes}))
     (problem,) = survey(open_reader("labelme", tmp_path / "raw"), workers=1).problems
@@ -174,7 +200,53 @@ def test_coco(tmp_path):
     (root / "annotations.json").write_text(json.dumps(document))
     after = {r.id: source_sha256(r) for r in open_reader("coco", root).refs()}
     assert [case for case in before if before[case] != after[case]] == ["p0"]
+    for wrong in ([[0, 0, float("nan"), 3]], {"counts": "packed", "size": [40, 50]}, 7):
+        annotations[0]["segmentation"] = wrong
+        (root / "annotations.json").write_text(json.dumps(document))
+        (problem,) = survey(open_reader("coco", root), workers=1).problems
+        assert problem.case == "p0" and problem.field == "segmentation"
+    annotations[0]["segmentation"] = [flat]
     images[0]["file_name"] = "../../p0.png"
     (root / "annotations.json").write_text(json.dumps(document))
     problems = survey(open_reader("coco", root), workers=1).problems
     assert "file_name" in {problem.field for problem in problems}
+
+
+def test_a_coco_file_of_many_small_things_in_a_large_picture(tmp_path):
+    """Each takes the memory of its own box, not that of the picture."""
+    root = tmp_path / "raw"
+    root.mkdir()
+    Image.fromarray(np.zeros((2000, 2000), np.uint8)).save(root / "p.png")
+    places = [(x, y) for x in range(0, 1900, 100) for y in range(0, 1900, 100)]
+    outlines = [[x, y, x + 9, y, x + 9, y + 9, x, y + 9] for x, y in places]
+    annotations = [
+        {"id": n, "image_id": 1, "category_id": 1, "segmentation": [outline]}
+        for n, outline in enumerate(outlines)
+    ]
+    document = {
+        "images": [{"id": 1, "file_name": "p.png"}],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "cell"}],
+    }
+    (root / "annotations.json").write_text(json.dumps(document))
+    reader = open_reader("coco", root)
+    (ref,) = reader.refs()
+    tracemalloc.start()
+    label, _ = reader.label(ref)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert int(label.sum()) == 81 * len(places)
+    assert peak < 3 * label.nbytes
+
+
+@pytest.mark.parametrize("change", [{"labels": {"0": "background", "1": "a", "2": "a"}},
+                                    {"training": 5}, {"modality": {"x": "MRI"}}])  # fmt: skip
+def test_a_datalist_that_cannot_be_meant_is_one_sentence(change, volumes, tmp_path):
+    refs = volumes.refs()
+    listed = [{"image": str(r.images[0]), "label": str(r.labels[0])} for r in refs]
+    document = {"training": listed, "labels": {"0": "background", "1": "a"}, **change}
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list/data.json").write_text(json.dumps(document))
+    with pytest.raises(InputError):
+        reader = open_reader("monai", tmp_path / "list")
+        reader.dataset(), reader.refs()

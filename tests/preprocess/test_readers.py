@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import nibabel as nib
@@ -18,6 +19,7 @@ from segfleet.preprocess.case import Geometry
 from segfleet.preprocess.files.images import ImageError, peek, read_image, read_label
 from segfleet.preprocess.files.writer import write_label
 from segfleet.preprocess.phantoms.phantom import (
+    PHANTOMS,
     write_dsb_phantom,
     write_msd_phantom,
     write_nnunet_phantom,
@@ -135,6 +137,40 @@ def test_broken_json_names_line_and_column(tmp_path):
         InputError, match=r"dataset.json: is not valid JSON: .* in line 2, column 12"
     ):
         open_reader("msd", tmp_path)
+
+
+DIGITS = "9" * 5000  # more than Python turns into a number
+DAMAGED = {
+    "a number of thousands of digits": ("msd", "dataset.json", lambda t: t.replace("12", DIGITS)),
+    "no list": ("nnunet", "dataset.json", lambda t: t.replace("channel_names", "modality").replace(
+        '"numTraining"', '"training": 5, "numTraining"')),
+    "a cell without an end": ("glas", "Grade.csv", lambda t: t + '"' + "x" * 200_000),
+    "a cell as long in a list of frames": (
+        "cvc_clinicdb", "metadata.csv", lambda t: t + '"' + "x" * 200_000),
+    "a cell as long in the table of patients": ("ph2", "patients.csv", lambda t: '"' + "x" * 200_000),
+    "a split of brackets": ("nnunet", "splits_final.json", lambda t: "[" * 100_000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_description_that_cannot_be_understood_is_one_sentence(case, tmp_path):
+    layout, name, change = DAMAGED[case]
+    root = PHANTOMS[layout](tmp_path / "raw")
+    path = next(root.rglob(name), root / name)
+    path.write_text(change(path.read_text() if path.is_file() else ""))
+    with pytest.raises(InputError, match=re.escape(str(path))) as caught:
+        reader = open_reader(layout, root)
+        reader.dataset(), reader.refs(), reader.problems(), reader.splits()
+    assert "\n" not in str(caught.value)
+
+
+def test_digits_that_are_no_numbers_are_letters(tmp_path):
+    """Superscripts count as digits to Python's isdigit, not to int."""
+    assert sorted(["a\u00b2", "a\u00b3", "a10", "a2"], key=natural)[:2] == ["a2", "a10"]
+    root = PHANTOMS["acdc"](tmp_path / "raw")
+    info = next(root.rglob("Info.cfg"))
+    info.write_text(info.read_text() + "Weight: \u00b2\n")
+    assert open_reader("acdc", root).refs()
 
 
 def test_nnunet_regions_and_ignore_label(tmp_path):
