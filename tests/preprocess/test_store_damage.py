@@ -254,7 +254,7 @@ def test_a_store_of_another_kind_of_numbers_is_refused(store, change):
 
 CRAFTED = {  # a shard's array, as somebody may have made it on purpose, and what is said of it
     "another file": "a link",
-    "deep": "object 'image' doesn't exist",
+    "deep": "doesn't exist",
     "huge": "another number of chunks than of checksums",
     "a group": "no attribute",
     "whole": "damaged|cannot unpack|NoneType",
