@@ -149,6 +149,8 @@ def open_array(folder: Path, facts: dict) -> PackedArray:
         if not all(isinstance(n, int) and n > 0 for n in (*shape, *inner)):
             raise DamagedShard(f"{folder.name}: shape {shape}, chunks {inner}")
         dtype = np.dtype(facts["data_type"]).newbyteorder("<")
+        if dtype.kind not in "iuf":
+            raise DamagedShard(f"{folder.name}: {dtype}, expected numbers")
         chunk, lead = tuple(inner[-3:]), tuple(inner[:-3])
         chunks = tuple(-(-n // c) for n, c in zip(shape[-3:], chunk, strict=True))
         length = 16 * math.prod(chunks) + 4
