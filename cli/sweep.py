@@ -294,11 +294,26 @@ def render_standing(document: dict[str, Any]) -> None:
 def render(document: dict[str, Any]) -> None:
     if document["unranked"]:
         typer.echo(f"{document['standing']}; the best is the best of these")
+    first, *others = document["objectives"]
     rows = [
-        (row["rank"], row["name"], f"{row['score']:.4f}", interval(row["ci95"]))
+        (
+            row["rank"],
+            row["name"],
+            number(row["score"]),
+            interval(row["ci95"]),
+            *(number(row["values"][name]) for name in others),
+            *(["*" if row["front"] == 1 and not row["violates"] else ""] if others else []),
+            *([", ".join(row["violates"])] if document["constraints"] else []),
+        )
         for row in document["ranking"]
     ]
-    table(("rank", "point", "Dice", "95 % interval"), rows)
+    head = ("rank", "point", "Dice" if first == "dice" else first, "95 % interval", *others)
+    table(
+        (*head, *(["front"] if others else []), *(["violates"] if document["constraints"] else [])),
+        rows,
+    )
+    if document["ranking"] and not document["best"]:
+        typer.echo("no point keeps the constraints", err=True)
     for row in document["unranked"][:MOST_LINES]:
         typer.echo(f"no rank {row['name']}: {row['reason']}", err=True)
     savings = document["savings"]
@@ -310,6 +325,10 @@ def render(document: dict[str, Any]) -> None:
     )
     if document["best"]:
         typer.echo(f"best    {document['folder']}/best.yaml")
+
+
+def number(value: float) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
 
 
 def interval(bounds: list[float] | None) -> str:

@@ -9,6 +9,7 @@ The order is plain JSON:
     pause: epochs along the path after which it pauses; job["pause_at"]: the step. Absent: it does
     not
     ranks, threads, on: how and where
+    measure: the key of a validation that counts, dice or dice_<structure>
 """
 
 from __future__ import annotations
@@ -181,6 +182,7 @@ class Validations:
     def __init__(self, path: Path, order: Order, report: Report):
         self.events, self.report = EventFollower(path), report
         self.begin, self.steps = order["begin"], order["steps"]
+        self.measure = order["measure"]  # dice, or dice_<structure>
         self.reported = order["start"]  # epochs of the stage; the trunk reported its own
         self.last: dict[str, Any] = {}
 
@@ -194,5 +196,5 @@ class Validations:
             epochs = event.get("step", 0) // self.steps
             if event["event"] == "validation" and epochs > self.reported:
                 self.reported = epochs
-                self.last = {"epochs": self.begin + epochs, "dice": event["dice"] or 0.0}
+                self.last = {"epochs": self.begin + epochs, "dice": event.get(self.measure) or 0.0}
                 self.report(self.last)

@@ -31,9 +31,11 @@ def colour(index: int) -> str:
     return f"hsl({HUES[index % len(HUES)]} 65% {45 + 12 * (index // len(HUES) % 3)}%)"
 
 
-def parallel(axes: Sequence[str], rows: Sequence[tuple[Sequence[Any], float, str]]) -> Markup:
-    """Parallel coordinates: `rows` are (a value per axis, score, name). The better the score, the
-    stronger the line."""
+def parallel(
+    axes: Sequence[str], rows: Sequence[tuple[Sequence[Any], float, str]], measure: str = "Dice"
+) -> Markup:
+    """Parallel coordinates: `rows` are (a value per axis, score, name). The
+    higher the score, by `measure`, the stronger the line."""
     columns = [column_places([values[i] for values, _, _ in rows]) for i in range(len(axes))]
     scores = [score for _, score, _ in rows]
     columns.append(column_places(scores, numeric=True))
@@ -52,7 +54,7 @@ def parallel(axes: Sequence[str], rows: Sequence[tuple[Sequence[Any], float, str
         tip = f"<title>{e(name)}: {score:.4f}</title>"
         drawn = f'style="stroke:var(--accent)" stroke-width="2" stroke-opacity="{strength:.2f}"'
         parts.append(f'<polyline fill="none" {drawn} points="{line}">{tip}</polyline>')
-    for x, label, (_, marks) in zip(across, [*axes, "Dice"], columns, strict=True):
+    for x, label, (_, marks) in zip(across, [*axes, measure], columns, strict=True):
         parts.append(
             f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - bottom}"/>'
         )
@@ -67,7 +69,7 @@ def parallel(axes: Sequence[str], rows: Sequence[tuple[Sequence[Any], float, str
     return figure(
         width,
         height,
-        f"Parallel coordinates of {len(rows)} points over {', '.join(axes)} and Dice",
+        f"Parallel coordinates of {len(rows)} points over {', '.join(axes)} and {measure}",
         parts,
     )
 

@@ -1,8 +1,9 @@
 """What came out of a sweep: a ranking with intervals, paired differences, the best recipe, CSV and
 JSON.
 
-score: mean over a point's runs (seeds, folds) of the mean foreground Dice. Its 95 % interval is
-Student's over the folds, or over the seeds of the one fold; else the bootstrap interval over the
+score: mean over a point's runs (seeds, folds) of the objective, the mean foreground Dice if the
+space names no other; of several objectives the first. With several, a point's rank follows the
+number of its Pareto front; points that violate a constraint come last. The score's 95 % interval is Student's over the folds, or over the seeds of the one fold; else the bootstrap interval over the
 patients of the one run. Seeds of a fold share its cases: their mean is one value. Differences to
 the best point are paired: case by case, then resampled by patient. Points that share a stage also
 share its luck, which makes that difference sharper and says nothing of other seeds.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,10 +26,13 @@ from segfleet.pipeline.events import read_events
 from segfleet.pipeline.run import DONE, stage_steps
 from segfleet.pipeline.scoring.intervals import paired
 from segfleet.pipeline.scoring.scored import evaluation_of
+from segfleet.sweeps.results.importance import importance
 from segfleet.sweeps.results.learning import learning_curves
 from segfleet.sweeps.results.ledger import Ledger
+from segfleet.sweeps.results.measured import means_of, values_of, violations
+from segfleet.sweeps.space.objectives import COSTS, Objective, fronts
 from segfleet.sweeps.space.plan import Plan, codes_of
-from segfleet.sweeps.space.space import Point, Trial, describe
+from segfleet.sweeps.space.space import Point, Search, Trial, describe
 from segfleet.sweeps.space.tree import StageNode
 
 OUTCOME = "outcome.json"
@@ -38,26 +43,29 @@ def outcome(plan: Plan, ledger: Ledger) -> dict[str, Any]:
     points: dict[str, list[Trial]] = {}
     for trial in plan.ranked:
         points.setdefault(json.dumps(trial.point, sort_keys=True), []).append(trial)
-    rows = [_row(ledger, trials) for trials in points.values()]
-    ranked = sorted(
-        (row for row in rows if row["score"] is not None), key=lambda row: -row["score"]
-    )
+    search = plan.search
+    first = search.objectives[0]
+    rows = [_row(search, ledger, trials) for trials in points.values()]
+    ranked = ranking(search, [row for row in rows if row["reason"] is None])
     for rank, row in enumerate(ranked, 1):
         row["rank"] = rank
-        row["against_best"] = _difference(row, ranked[0], ledger) if rank > 1 else None
-    unranked = [row for row in rows if row["score"] is None]
-    curves = learning_curves(rows, lambda row, other: _difference(row, other, ledger))
+        row["against_best"] = _difference(row, ranked[0], first) if rank > 1 else None
+    unranked = [row for row in rows if row["reason"] is not None]
+    curves = learning_curves(rows, lambda row, other: _difference(row, other, first))
+    best = ranked[0] if ranked and not ranked[0]["violates"] else None
     for row in rows:
         row.pop("_documents")
     unranked += [_misfit(point, why) for point, why in plan.misfits]
     states = list(ledger.states().values())
     return {
-        "sweep": plan.search.space.name,
-        "metric": "mean foreground Dice of whole validation cases",
-        "standing": standing(ranked, unranked),
+        "sweep": search.space.name,
+        "objectives": {one.name: explained(one) for one in search.objectives},
+        "constraints": list(search.space.constraints),
+        "standing": standing(ranked, unranked, len(search.objectives)),
         "ranking": ranked,
         "unranked": unranked,
-        "best": ranked[0] if ranked else None,
+        "best": best,
+        "importance": importance(search, ranked),
         "learning": curves,
         "nodes": {state: states.count(state) for state in sorted(set(states))},
         "failed": {
@@ -71,13 +79,49 @@ def outcome(plan: Plan, ledger: Ledger) -> dict[str, Any]:
     }
 
 
-def standing(ranked: Sequence[dict[str, Any]], unranked: Sequence[dict[str, Any]]) -> str:
+def ranking(search: Search, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that have all their values, best first; `front` is the number of their Pareto front, by
+    all objectives and constraints."""
+    found = fronts(
+        [
+            (
+                sum(row["violates"].values()),
+                [objective.sign * row["values"][objective.name] for objective in search.objectives],
+            )
+            for row in rows
+        ]
+    )
+    for row, number in zip(rows, found, strict=True):
+        row["front"] = number
+    sign = search.objectives[0].sign
+    return sorted(rows, key=lambda row: (row["front"], -sign * row["score"]))
+
+
+def explained(objective: Objective) -> str:
+    """What a measure is, in one sentence."""
+    if objective.cost:
+        return COSTS[objective.metric]
+    if objective.name == "dice":
+        return "Mean foreground Dice of whole validation cases."
+    from segfleet.pipeline.scoring.summary import definitions
+
+    of = f"of {objective.structure}" if objective.structure else "over the structures' means"
+    return f"Mean {of} over whole validation cases. {definitions()[objective.metric]}"
+
+
+def standing(
+    ranked: Sequence[dict[str, Any]], unranked: Sequence[dict[str, Any]], objectives: int = 1
+) -> str:
     """One sentence: how much of the space the ranking speaks for."""
+    kept = [row for row in ranked if not row["violates"]]
+    more = "" if len(kept) == len(ranked) else f"; {len(kept)} keep the constraints"
+    if objectives > 1:
+        more += f"; {sum(row['front'] == 1 for row in kept)} on the Pareto front"
     if not unranked:
-        return f"all {len(ranked)} points are ranked"
+        return f"all {len(ranked)} points are ranked{more}"
     reasons = [row["reason"].partition(":")[0] for row in unranked]
     counts = ", ".join(f"{reasons.count(reason)} {reason}" for reason in dict.fromkeys(reasons))
-    return f"{len(ranked)} of {len(ranked) + len(unranked)} points are ranked ({counts})"
+    return f"{len(ranked)} of {len(ranked) + len(unranked)} points are ranked ({counts}){more}"
 
 
 def savings(plan: Plan, ledger: Ledger) -> dict[str, Any]:
@@ -145,13 +189,14 @@ def _reason(ledger: Ledger, leaves: Sequence[StageNode]) -> str | None:
 def _misfit(point: Point, why: str) -> dict[str, Any]:
     """The row of a point that makes no recipe."""
     nothing = dict.fromkeys(
-        ("rank", "score", "ci95", "over", "epochs", "against_best", "parameters")
+        ("rank", "front", "score", "ci95", "over", "epochs", "against_best", "parameters")
     )
     row = {"point": point, "name": describe(point), "runs": [], "stages": []}
+    row |= {"values": {}, "violates": {}}
     return {**nothing, **row, "reason": f"does not fit: {why}"}
 
 
-def _row(ledger: Ledger, trials: Sequence[Trial]) -> dict[str, Any]:
+def _row(search: Search, ledger: Ledger, trials: Sequence[Trial]) -> dict[str, Any]:
     """One point. `score` is None until all its runs are scored. Trials with the same last stage are
     one run."""
     trials = list({ledger.tree.leaves[trial.number]: trial for trial in trials}.values())
@@ -165,31 +210,36 @@ def _row(ledger: Ledger, trials: Sequence[Trial]) -> dict[str, Any]:
         {
             "run": str(ledger.path(leaf)), "seed": trial.recipe.seed, "fold": trial.recipe.data.fold, "state": state,
             "dice": document["summary"]["mean_foreground_dice"] if document else None,
+            "values": values_of(search, ledger, leaf, document) if document else {},
         }
         for trial, leaf, state, document in zip(trials, leaves, states, documents, strict=True)
     ]  # fmt: skip
-    values = [run["dice"] for run in runs]
-    score = float(np.mean(values)) if None not in values else None
-    interval, over = None, None
-    if score is not None and len(values) > 1:
-        interval, over = replicates(runs)
+    first, reason = search.objectives[0], _reason(ledger, leaves)
+    values = {} if reason else means_of([run["values"] for run in runs])
+    undefined = [one.name for one in search.objectives if not reason and values[one.name] is None]
+    if undefined:
+        reason = f"not defined: {', '.join(undefined)} of a run (nothing was found, perhaps)"
+    score, interval, over = values.get(first.name), None, None
+    if score is not None and len(runs) > 1:
+        interval, over = replicates([{**run, "dice": run["values"][first.name]} for run in runs])
     elif score is not None:
-        interval, over = (
-            documents[0]["summary"]["mean_foreground_dice_ci95"],
-            f"{documents[0]['summary']['patients']} patients",
-        )
+        interval = first.interval(documents[0])
+        over = f"{documents[0]['summary']['patients']} patients"
     row = {
         "rank": None,
+        "front": None,
         "point": trials[0].point,
         "name": describe(trials[0].point),
         "score": score,
+        "values": values,
+        "violates": {} if reason else violations(search, values),
         "ci95": interval,
         "over": over,
     }
     row |= {
         "runs": runs,
         "epochs": leaves[0].end,
-        "reason": None if score is not None else _reason(ledger, leaves),
+        "reason": reason,
         "stages": [leaf.path.as_posix().split("/") for leaf in leaves],
         "against_best": None,
     }
@@ -220,23 +270,21 @@ def student(values: Sequence[float]) -> list[float]:
     return [float(np.mean(values) - reach), float(np.mean(values) + reach)]
 
 
-def _difference(row: dict[str, Any], best: dict[str, Any], ledger: Ledger) -> dict[str, Any] | None:
-    """Best minus this point on the cases both were scored on, paired by seed, fold and case. None
-    if there are none."""
+def _difference(
+    row: dict[str, Any], best: dict[str, Any], objective: Objective
+) -> dict[str, Any] | None:
+    """Best minus this point on the cases both were scored on, paired by seed, fold and the hash of
+    the case's files, whatever store it lies in. None if there are none."""
     pairs: dict[tuple[str, str], list[float]] = {}
     for ours, run in zip(row["_documents"], row["runs"], strict=True):
+        known = {name: objective.of_case(case) for name, case in by_source(ours).items()}
         for theirs, other in zip(best["_documents"], best["runs"], strict=True):
-            if (run["seed"], run["fold"], ours["store"]) == (
-                other["seed"],
-                other["fold"],
-                theirs["store"],
-            ):
-                known = {case["id"]: case["mean_dice"] for case in ours["cases"]}
-                for case in theirs["cases"]:
-                    if case["mean_dice"] is not None and known.get(case["id"]) is not None:
-                        pairs.setdefault((case["group"], case["id"]), []).append(
-                            case["mean_dice"] - known[case["id"]]
-                        )
+            if (run["seed"], run["fold"]) != (other["seed"], other["fold"]):
+                continue
+            for name, case in by_source(theirs).items():
+                value = objective.of_case(case)
+                if value is not None and known.get(name) is not None:
+                    pairs.setdefault((case["group"], name), []).append(value - known[name])
     if not pairs:
         return None
     groups = sorted({group for group, _ in pairs})
@@ -257,6 +305,19 @@ def _difference(row: dict[str, Any], best: dict[str, Any], ledger: Ledger) -> di
     }
 
 
+def by_source(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The cases of an evaluation by the hash of their files; by store and id where there is none,
+    or several cases have the same."""
+    cases = document["cases"]
+    hashes = Counter(case.get("source") for case in cases)
+    return {
+        case["source"]
+        if case.get("source") and hashes[case["source"]] == 1
+        else f"{document['store']} {case['id']}": case
+        for case in cases
+    }
+
+
 def write_outcome(plan: Plan, ledger: Ledger) -> dict[str, Any]:
     """outcome.json, ranking.csv, best.yaml and report.html in the sweep's folder; the document."""
     from segfleet.sweeps.results.report import write_sweep_report
@@ -274,6 +335,7 @@ def as_csv(document: dict[str, Any]) -> str:
     """One line per run, best point first."""
     rows = [*document["ranking"], *document["unranked"]]
     labels = list(rows[0]["point"]) if rows else []
+    measured = list(document["ranking"][0]["values"]) if document["ranking"] else []
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
@@ -288,6 +350,8 @@ def as_csv(document: dict[str, Any]) -> str:
             "ci95_low",
             "ci95_high",
             "epochs",
+            "front",
+            *measured,
             "run",
         ]
     )
@@ -297,7 +361,7 @@ def as_csv(document: dict[str, Any]) -> str:
             for value in row["point"].values()
         ]
         for run in row["runs"]:
-            measured = [run["dice"], row["score"], *(row["ci95"] or (None, None))]
+            numbers = [run["dice"], row["score"], *(row["ci95"] or (None, None))]
             writer.writerow(
                 [
                     row["rank"],
@@ -305,8 +369,10 @@ def as_csv(document: dict[str, Any]) -> str:
                     run["seed"],
                     run["fold"],
                     run["state"],
-                    *measured,
+                    *numbers,
                     row["epochs"],
+                    row["front"],
+                    *(run["values"].get(name) for name in measured),
                     run["run"],
                 ]
             )
@@ -323,6 +389,6 @@ def best_recipe(plan: Plan, document: dict[str, Any]) -> str:
         if best["ci95"]
         else ""
     )
-    head = f"# Best of {len(document['ranking'])} points of the sweep {plan.search.space.name}: Dice {best['score']:.4f}{between}\n"
+    head = f"# Best of {len(document['ranking'])} points of the sweep {plan.search.space.name}: {plan.search.objectives[0].label} {best['score']:.4f}{between}\n"
     head += f"# at {best['name']}\n# It was chosen on its own validation cases, so the score is optimistic.\n"
     return head + dumps(recipe.model_dump(mode="json"))

@@ -29,13 +29,16 @@ def write_sweep_report(plan: Plan, ledger: Ledger, document: dict[str, Any]) -> 
         title=f"{document['sweep']} \u2013 segfleet sweep",
         name=document["sweep"],
         winner=best["name"] if best else "no point has ended",
-        score="\u2013" if best is None else f"{best['score']:.3f}",
+        score="\u2013" if best is None else _number(best["score"]),
+        measure=_labels(document)[0],
         known=_facts(document),
         notes=_notes(document),
         ranking=_ranking(document),
         learning=_learning(document),
         parallel=_parallel(document),
         scatters=_scatters(document),
+        front=_front(document),
+        importance=_importance(document),
         curves=_curves(plan, ledger),
         savings=_savings(document),
         failed=_failed(document),
@@ -83,7 +86,10 @@ def _ranking(document: dict[str, Any]) -> Table | None:
     rows = [*document["ranking"], *document["unranked"]]
     if not rows:
         return None
-    labels = list(rows[0]["point"])
+    labels, measures = list(rows[0]["point"]), _labels(document)
+    others = list(document["objectives"])[1:]
+    bounded = _bounded(document)
+    several = [*(["Pareto front"] if others else []), *(["Violates"] if bounded else [])]
     lines = []
     for row in rows:
         against = row["against_best"] or {}
@@ -96,23 +102,77 @@ def _ranking(document: dict[str, Any]) -> Table | None:
             Cell(row["rank"]),
             *(short(value) for value in row["point"].values()),
             Cell(None, extra=state) if state else Cell(row["score"], 4, interval(row["ci95"], 4)),
+            *(Cell(row["values"].get(name), 4) for name in others),
+            *([Cell(row["front"])] if others else []),
+            *([", ".join(row["violates"]) or "\u2013"] if bounded else []),
             Cell(against.get("mean"), 4, interval(against.get("ci95"), 4), signed=True),
             Cell(against.get("p"), 4),
             Cell(against.get("shared_stages")),
             Cell(row["epochs"]),
         ]
         lines.append((None, cells))
-    others = ("Dice", "Best minus this", "p", "Stages shared with the best", "Epochs")
+    last = ("Best minus this", "p", "Stages shared with the best", "Epochs")
+    front = (
+        "Front 1 is the Pareto front: no other point is nowhere worse and somewhere better. "
+        if others
+        else ""
+    )
     return Table(
         label="Ranking of all points",
-        caption="Dice with its 95 % interval (Student's over folds, or over the seeds of one fold; "
+        caption=f"{front}{measures[0]} with its 95 % interval (Student's over folds, or over the seeds of one fold; "
         "over patients where there is one run). "
         "Differences are paired case by case, intervals and sign-flip p over patients, not "
         "corrected for the number of points. "
         "Points that share a stage share its luck: comparing first stages needs several seeds.",
-        head=["Rank", *labels, *others],
+        head=["Rank", *labels, *measures, *several, *last],
         rows=lines,
         sortable=True,
+    )
+
+
+def _labels(document: dict[str, Any]) -> list[str]:
+    """The objectives as headings."""
+    return ["Dice" if name == "dice" else name for name in document["objectives"]]
+
+
+def _bounded(document: dict[str, Any]) -> bool:
+    return bool(document["constraints"])
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+
+
+def _front(document: dict[str, Any]) -> list[Markup]:
+    """The first objective over every other one, the Pareto front in its own colour."""
+    names, labels, charts = list(document["objectives"]), _labels(document), []
+    for name, label in zip(names[1:], labels[1:], strict=True):
+        groups: dict[str, list] = {"Pareto front": [], "other points": []}
+        for row in document["ranking"]:
+            group = "Pareto front" if row["front"] == 1 and not row["violates"] else "other points"
+            groups[group].append((row["values"][name], row["score"], row["name"]))
+        groups = {group: points for group, points in groups.items() if points}
+        if groups:
+            charts.append(scatter(f"{labels[0]} over {label}", groups))
+    return charts
+
+
+def _importance(document: dict[str, Any]) -> Table | None:
+    found = document["importance"]
+    if not found:
+        return None
+    axes = sorted({axis for shares in found.values() for axis in shares})
+    axes.sort(key=lambda axis: -next(iter(found.values())).get(axis, 0.0))
+    return Table(
+        label="Importance of the axes",
+        caption="Shares of what sets the best quarter of the points apart from all of them "
+        "(PED-ANOVA). Of few points they are rough.",
+        head=["Axis", *_labels(document)],
+        rows=[
+            (None, [axis, *(Cell(shares.get(axis), 3) for shares in found.values())])
+            for axis in axes
+        ],
+        left=1,
     )
 
 
@@ -135,7 +195,7 @@ def _learning(document: dict[str, Any]) -> Table | None:
         caption=f"Gains are over {found['reference']}, the first of the space, at equal {found['axis']}: "
         "paired case by case, intervals and sign-flip p over patients, not corrected for the number "
         "of rows. Fewer cases are among more.",
-        head=["", "Labelled cases", "Dice", "Gain", "p"],
+        head=["", "Labelled cases", _labels(document)[0], "Gain", "p"],
         rows=lines,
         left=1,
     )
@@ -146,9 +206,8 @@ def _parallel(document: dict[str, Any]) -> Markup:
     labels = list(rows[0]["point"]) if rows else []
     if not rows or not labels:
         return Markup("<p>Nothing to draw yet.</p>")
-    return parallel(
-        labels, [(list(row["point"].values()), row["score"], row["name"]) for row in rows]
-    )
+    lines = [(list(row["point"].values()), row["score"], row["name"]) for row in rows]
+    return parallel(labels, lines, _labels(document)[0])
 
 
 def _scatters(document: dict[str, Any]) -> list[Markup]:

@@ -96,5 +96,6 @@ def validations(path: Path, order: dict[str, Any]) -> list[tuple[int, float]]:
     """(epochs along the path, Dice) of a node's validations."""
     found = [event for event in read_events(path) if event["event"] == "validation"]
     return [
-        (order["begin"] + event["step"] // order["steps"], event["dice"] or 0.0) for event in found
+        (order["begin"] + event["step"] // order["steps"], event.get(order["measure"]) or 0.0)
+        for event in found
     ]

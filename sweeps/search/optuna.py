@@ -10,23 +10,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
-from segfleet.pipeline.scoring.scored import evaluation_of
+from segfleet.core.errors import InputError
 from segfleet.sweeps.results.ledger import Ledger
+from segfleet.sweeps.results.measured import Values, means_of, values_of
+from segfleet.sweeps.space.distributions import domain, place_of, value_at
 from segfleet.sweeps.space.plan import Plan
-from segfleet.sweeps.space.population import FAILED
-from segfleet.sweeps.space.space import Axis, Point, Trial
+from segfleet.sweeps.space.space import Point, Search, Trial
+from segfleet.sweeps.space.warm import warm_points
 
 ASKED = 30  # times, at most, for a point that is not known yet
+ENDS = "it ends with a score"  # a constraint that a failed point violates
+FAR = 1e6  # by so much: more than any real one
 
 
 class Suggestions:
     """Call it for one more point: it asks Optuna, adds the point's trials to the tree, and says
     False when budget or space are used up. A point that does not fit together is a failed one.
 
-    Before every question, Optuna is told the scores of the points that have ended since; the score
-    is the mean Dice of the replicates. A point that it suggests again is no new one: it is told
+    Before every question, Optuna is told the objectives of the points that have ended since, means
+    over the replicates, and how far they violate the constraints. A point that it suggests again is no new one: it is told
     that point's score once more and asked for another. With forks, so many points in a row share
     the values of the first stage: it is trained once for all of them.
     """
@@ -46,9 +49,9 @@ class Suggestions:
         ]
         # Another seed for every restart: the same one would draw the same points again.
         seed = random.Random(f"{space.seed} {len(self.known)}").getrandbits(32)
-        self.study = optuna.create_study(
-            direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed)
-        )
+        self.study = study_of(plan.search, seed)
+        for point, values in warm_points(plan.search, plan.runs)[0]:
+            self.study.add_trial(told(plan.search, point, self.domains, values))
         self.forked: dict[str, Any] = {}  # values of the first stage that the next points share
         self.forks = len(self.known) % space.forks
 
@@ -64,8 +67,23 @@ class Suggestions:
         return True
 
     def new_point(self) -> tuple[Point, optuna.Trial | None] | None:
-        """A point that is not known yet. If Optuna keeps to known ones: the next of a finite space,
-        or None."""
+        """A point that is not known yet: one of `candidates`, the cheaper the likelier. If Optuna
+        keeps to known ones: the next of a finite space, or None."""
+        drawn = [self._draw() for _ in range(self.plan.search.space.candidates)]
+        found = {key_of(one[0]): one for one in drawn if one}  # of the same point, the last trial
+        if found:
+            chosen = self._cheap([point for point, _ in found.values()])
+            for one in drawn:
+                if one and one is not found[key_of(chosen)]:
+                    self.study.tell(one[1], state=optuna.trial.TrialState.FAIL)
+            return found[key_of(chosen)]
+        if math.isinf(self.plan.search.size):
+            return None
+        points = self.plan.search.every_point()
+        return next(((point, None) for point in points if key_of(point) not in self.known), None)
+
+    def _draw(self) -> tuple[Point, optuna.Trial] | None:
+        """A point that is not known yet, as Optuna suggests it."""
         for attempt in range(ASKED):
             self.tell()
             if self.forks and self.forked and attempt < ASKED // 2:
@@ -75,64 +93,90 @@ class Suggestions:
             if key_of(point) not in self.known:
                 return point, trial
             self.waiting.append((point, trial))
-        if math.isinf(self.plan.search.size):
+        return None
+
+    def _cheap(self, points: Sequence[Point]) -> Point:
+        """One of the points, at odds of one over the epochs that it adds to the tree: every draw of
+        Optuna's is worth the same, so what is spent on each is, too."""
+        if len(points) == 1:
+            return points[0]
+        prices = [self._price(point) for point in points]
+        fitting = [(1 / max(1, price), i) for i, price in enumerate(prices) if price is not None]
+        if not fitting:
+            return points[0]
+        odds, places = zip(*fitting, strict=True)
+        draws = random.Random(f"{self.plan.search.space.seed} {len(self.known)} price")
+        return points[draws.choices(places, odds)[0]]
+
+    def _price(self, point: Point) -> int | None:
+        """Epochs that a point adds; None if it makes no recipe."""
+        try:
+            return self.plan.tree.price(self.plan.trials_at(point))
+        except InputError:
             return None
-        points = self.plan.search.every_point()
-        return next((point, None) for point in points if key_of(point) not in self.known)
 
     def tell(self) -> None:
-        """Scores of the points that have ended since the last time."""
+        """The objectives of the points that have ended since the last time."""
         still = []
         for point, trial in self.waiting:
-            score = score_of(self.ledger, self.known[key_of(point)])
-            if score is None:
+            ended, values = values_at(self.plan.search, self.ledger, self.known[key_of(point)])
+            if not ended:
                 still.append((point, trial))
-            elif trial is not None:
-                self.study.tell(trial, score)
-            else:
-                params = {axis.label: place_of(axis, point[axis.label]) for axis in self.axes}
-                self.study.add_trial(
-                    optuna.trial.create_trial(
-                        params=params, distributions=self.domains, value=score
-                    )
-                )
+                continue
+            if trial is not None:  # of this session; a finished trial says all that it stands for
+                self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            self.study.add_trial(told(self.plan.search, point, self.domains, values))
         self.waiting = still
+
+
+def study_of(search: Search, seed: int) -> optuna.Study:
+    """A study in memory, with TPE: it takes several objectives, constraints and what others
+    measured."""
+    return optuna.create_study(
+        directions=["maximize" if one.sign > 0 else "minimize" for one in search.objectives],
+        sampler=optuna.samplers.TPESampler(seed=seed),
+    )
+
+
+def told(
+    search: Search, point: Point, domains: dict[str, Any], values: Values | None
+) -> optuna.trial.FrozenTrial:
+    """A point as a finished trial. `values` None: it failed, which is a constraint that it violates,
+    so that no worst value has to be made up."""
+    axes = [axis for axis in search.axes if axis.label in point]
+    measured = {one.name: (values or {}).get(one.name) for one in search.objectives}
+    failed = None in measured.values()
+    constraints = {ENDS: FAR if failed else 0.0}
+    for constraint in search.constraints:
+        amount = constraint.violation((values or {}).get(constraint.objective.name))
+        constraints[constraint.name] = 0.0 if failed else amount
+    return optuna.trial.create_trial(
+        params={axis.label: place_of(axis, point[axis.label]) for axis in axes},
+        distributions={axis.label: domains[axis.label] for axis in axes},
+        values=[0.0] * len(measured) if failed else [float(v) for v in measured.values()],
+        constraints=constraints,
+    )
 
 
 def key_of(point: Point) -> str:
     return json.dumps(point, sort_keys=True)
 
 
-def domain(axis: Axis) -> BaseDistribution:
-    """The axis for Optuna. Values of a list go by their place: Optuna cannot hold mappings."""
-    if axis.continuous:
-        low, high = axis.values
-        return FloatDistribution(low, high, log=axis.kind == "loguniform")
-    return CategoricalDistribution(list(range(len(axis.values))))
-
-
-def value_at(axis: Axis, given: Any) -> Any:
-    return given if axis.continuous else axis.values[given]
-
-
-def place_of(axis: Axis, value: Any) -> Any:
-    return value if axis.continuous else axis.values.index(value)
-
-
-def score_of(ledger: Ledger, trials: Sequence[Trial]) -> float | None:
-    """Mean Dice of a point's trials; None while one of them can still run; FAILED if one never
-    ends, or the point makes none."""
+def values_at(
+    search: Search, ledger: Ledger, trials: Sequence[Trial]
+) -> tuple[bool, Values | None]:
+    """Whether a point has ended, and the means over its trials; no values: one of them never ends,
+    or the point makes none."""
     if not trials:
-        return FAILED
-    scores = []
+        return True, None
+    found = []
     for trial in trials:
         node = ledger.tree.nodes[ledger.tree.leaves[trial.number]]
         state = ledger.state(node)
         if state == "done":
-            summary = evaluation_of(ledger.path(node))["summary"]
-            scores.append(summary["mean_foreground_dice"] or 0.0)
+            found.append(values_of(search, ledger, node))
         elif state in ("failed", "pruned", "paused", "lost"):
-            return FAILED
+            return True, None
         else:
-            return None
-    return sum(scores) / len(scores)
+            return False, None
+    return True, means_of(found)

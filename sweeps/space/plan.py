@@ -5,20 +5,21 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import absolute, read_json, write_atomically
-from segfleet.pipeline.recipe import Recipe, resolve, with_absolute_store
+from segfleet.pipeline.recipe import Recipe, resolve
 from segfleet.pipeline.run import stage_steps
 from segfleet.pipeline.scoring import scored
 from segfleet.preprocess.stores.manifest import Manifest, load_manifest
 from segfleet.sweeps.space import population
-from segfleet.sweeps.space.space import Point, Search, Trial, describe
+from segfleet.sweeps.space.checks import check_measures, check_read, with_stores
+from segfleet.sweeps.space.space import Point, Search, SearchSpace, Trial, describe
 from segfleet.sweeps.space.tree import StageNode, StageTree
+from segfleet.sweeps.space.warm import warm_points
 
 SPACE, POINTS = "space.json", "points.jsonl"
 
@@ -128,11 +129,15 @@ class Plan:
         return added
 
     def score(self, node: StageNode) -> float | None:
-        """Mean Dice of a node that ended and was scored, FAILED if it or one before it failed, None
-        before."""
+        """What a node that ended was scored, more is better; FAILED if it or one before it failed,
+        None before."""
         path = self.runs / node.path
         if scored.is_scored(path, node.recipe, self.stores(node.recipe)):
-            return scored.evaluation_of(path)["summary"]["mean_foreground_dice"] or 0.0
+            objective = self.search.objectives[0]
+            value = objective.of(scored.evaluation_of(path))
+            if value is None:
+                return 0.0 if objective.name == "dice" else population.FAILED
+            return objective.sign * value
         way = (self.folder / "failed" / f"{uid}.json" for uid in node.path.parts)
         return population.FAILED if any(mark.exists() for mark in way) else None
 
@@ -168,7 +173,8 @@ class Plan:
         return {
             "job": job, "node": node.uid, "path": str(self.runs / node.path), "sweep": str(self.folder), "begin": node.begin,
             "steps": stage_steps(recipe, self.stores)[-1], "start": trunk.stage.epochs if trunk else 0,
-            "trunk": str(self.runs / trunk.path) if trunk else None, "ranks": ranks, "threads": threads, "on": on, **more,
+            "trunk": str(self.runs / trunk.path) if trunk else None, "ranks": ranks, "threads": threads, "on": on,
+            "measure": self.search.objectives[0].validated or "dice", **more,
         }  # fmt: skip
 
 
@@ -180,6 +186,9 @@ def make_plan(search: Search, runs: Path, build: bool = True) -> Plan:
         tree_trials += with_stores(search.trials(point, first=len(tree_trials)))
     tree_trials, warnings = within_budget(tree_trials, stores, search)
     if build:
+        check_measures(search, tree_trials, stores)
+        check_read(search, stores)
+        warnings += warm_points(search, runs)[1]
         warnings += check(tree_trials, stores)
     plan = Plan(
         search=search,
@@ -204,11 +213,6 @@ def read_points(folder: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def with_stores(trials: Iterable[Trial]) -> list[Trial]:
-    """The same trials with absolute store folders, so that any working folder will do."""
-    return [replace(trial, recipe=with_absolute_store(trial.recipe)) for trial in trials]
 
 
 def within_budget(
@@ -283,6 +287,9 @@ def oddities(plan: Plan) -> list[str]:
         )
     if search.planned and len(plan.trials) > 1 and tree.shared_epochs == tree.naive_epochs:
         found.append(f"no two trials share a stage: {_why_not(plan)}")
+    first = search.objectives[0]
+    if search.space.scheduler == "asha" and not first.validated:
+        found.append(f"asha stops by the Dice of validations; {first.name} ranks what is left")
     return found
 
 
@@ -326,13 +333,13 @@ def foreign(plan: Plan) -> str | None:
         return None
     if known.get("identity") == plan.search.identity:
         return None
-    space = plan.search.space.model_dump(mode="json")
-    differing = [
-        key
-        for key, value in space.items()
-        if known["space"].get(key) != value
-        and not grows(key, known["space"].get(key), value, space)
-    ]
+    space, was = plan.search.space.model_dump(mode="json"), known["space"]
+    unsaid = SearchSpace(name="x", base="x").model_dump(mode="json")  # of an earlier version's
+    differing = []
+    for key, value in space.items():
+        old = was.get(key, unsaid[key])
+        if old != value and not grows(key, old, value, space):
+            differing += changed(key, old, value)
     bases = [known.get("base"), plan.search.base]
     if space["stages"] is not None:  # the base holds their first values
         bases = [base and {**base, "stages": None} for base in bases]
@@ -342,16 +349,40 @@ def foreign(plan: Plan) -> str | None:
         return None
     return (
         f"sweep: {plan.folder} belongs to another space of the same name (they differ in: "
-        f"{', '.join(differing)}). A space may grow by trials, epochs, hours, seeds, folds and, as "
+        f"{'; '.join(differing)}). A space may grow by trials, epochs, hours, seeds, folds and, as "
         "a grid or with optuna, by values of its lists. "
-        "Give this one another name; stages that both need are trained once all the same."
+        "Give this one another name: stages that both need are trained once all the same, and "
+        f"with optuna `warm_start: [{plan.search.space.name}]` takes the scores along."
     )
+
+
+def changed(key: str, old: Any, new: Any) -> list[str]:
+    """What is another one in a key of a space, axis by axis."""
+    if key == "stages" and old and new and len(old) == len(new):
+        pairs = [(f"stages.{i}", *both) for i, both in enumerate(zip(old, new, strict=True))]
+    else:
+        pairs = [(key, old, new)] if isinstance(old, dict) and isinstance(new, dict) else []
+    found = [
+        f"{where}.{name}: was {_said(was, name)}, is {_said(now, name)}"
+        for where, was, now in pairs
+        for name in [*was, *(name for name in now if name not in was)]
+        if was.get(name) != now.get(name)
+    ]
+    return found or [key]
+
+
+def _said(values: dict[str, Any], name: str) -> str:
+    return json.dumps(values[name]) if name in values else "not there"
 
 
 def grows(key: str, old: Any, new: Any, space: dict[str, Any]) -> bool:
     """Whether a space's key has become more than it was."""
     if key == "budget":
         return True  # what was trained stays, however much or little is asked for now
+    if key in ("objective", "constraints"):
+        return space["scheduler"] != "pbt"  # whose generations follow from it
+    if key in ("warm_start", "candidates"):
+        return True
     if key in ("seeds", "folds"):
         return bool(old) and set(old) <= set(new)
     listed = space["search"] in ("grid", "optuna") and space["scheduler"] != "pbt"

@@ -22,7 +22,7 @@ from segfleet.sweeps.space.tree import StageNode, StageTree
 QUANTILE = 0.25  # of the members are replaced, by as many of the best
 RESAMPLED = 0.25  # chance of a value to be drawn anew instead of being shifted
 FACTORS = (0.8, 1.2)  # what a value is multiplied by
-FAILED = -1.0  # the score of a node that never ends: below any Dice
+FAILED = -math.inf  # the score of a node that never ends: below any other
 
 Walk = list[Point]  # a member's values, generation by generation
 Score = Callable[[StageNode], float | None]  # None: not known yet

@@ -34,6 +34,12 @@ from segfleet.pipeline.folds import ALL
 from segfleet.pipeline.recipe import Recipe, Stage, with_absolute_store
 from segfleet.pipeline.sections import Positive, Section
 from segfleet.preprocess.stores.manifest import load_manifest
+from segfleet.sweeps.space.objectives import (
+    Constraint,
+    Objective,
+    parse_constraint,
+    parse_objective,
+)
 
 SPACES = Path(__file__).parents[1] / "spaces"
 KINDS = ("grid", "choice", "uniform", "loguniform")
@@ -90,10 +96,27 @@ class SearchSpace(Section):
     folds: tuple[Natural, ...] | Literal["all"] = Field(
         (), description="replicates: data.fold; each once, or all"
     )
+    objective: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        "dice",
+        description="what points are ranked by: a metric of evaluation.json, also of one structure "
+        "(nsd:liver), gpu_hours, epochs or parameters; several make a Pareto front",
+    )
+    constraints: tuple[str, ...] = Field(
+        (), description="what a point must keep to be chosen: 'hd95 <= 10', 'gpu_hours <= 24'"
+    )
     search: Literal["grid", "random", "optuna"] = Field("grid", description="how points are chosen")
     seed: int = Field(0, description="of random and optuna search")
     forks: Positive = Field(
         1, description="random, optuna: later stages drawn per draw of the first, which those share"
+    )
+    candidates: Positive = Field(
+        1,
+        description="optuna: points drawn for each that is trained; the fewer epochs one adds to the "
+        "tree, the likelier it is chosen",
+    )
+    warm_start: tuple[str, ...] = Field(
+        (),
+        description="optuna: other sweeps in the same folder of runs, whose scores it begins with",
     )
     scheduler: Literal["none", "asha", "pbt"] = Field(
         "none", description="early stopping, or a population"
@@ -170,6 +193,20 @@ class Search:
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[
             :16
         ]
+
+    @functools.cached_property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What points are ranked by, the first one first. Raises InputError."""
+        given = self.space.objective
+        where = f"sweep {self.space.name}: objective"
+        return tuple(
+            parse_objective(text, where) for text in ([given] if isinstance(given, str) else given)
+        )
+
+    @functools.cached_property
+    def constraints(self) -> tuple[Constraint, ...]:
+        where = f"sweep {self.space.name}: constraints"
+        return tuple(parse_constraint(text, where) for text in self.space.constraints)
 
     @property
     def planned(self) -> bool:
@@ -345,6 +382,7 @@ def _check_comparable(axis: Axis, sweep: str) -> None:
 def _check(search: Search) -> None:
     """What only shows when everything is known."""
     space = search.space
+    _check_objectives(search)
     if space.search != "grid" and space.budget.trials is None and space.scheduler != "pbt":
         raise InputError(f"sweep {space.name}: search '{space.search}' needs budget.trials")
     for name, given in (("seeds", space.seeds), ("folds", space.folds)):
@@ -387,6 +425,32 @@ def _check(search: Search) -> None:
                 f"sweep {space.name}: budget.epochs is {short_of}, less than one trial: the "
                 f"shortest takes {least} epochs"
             )
+
+
+def _check_objectives(search: Search) -> None:
+    """What is ranked, and what a search may learn from."""
+    space = search.space
+    names = [objective.name for objective in search.objectives]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"sweep {space.name}: objective: '{twice}' stands twice")
+    if space.scheduler == "pbt" and (
+        len(names) > 1 or search.constraints or search.objectives[0].cost
+    ):
+        found = [*names, *space.constraints]
+        raise InputError(
+            f"sweep {space.name}: objective: pbt compares its members by one metric of their scores "
+            f"and knows no constraints; found {', '.join(found)}"
+        )
+    for name, given in (("candidates", space.candidates > 1), ("warm_start", space.warm_start)):
+        if given and space.search != "optuna":
+            raise InputError(
+                f"sweep {space.name}: {name}: search '{space.search}' does not learn from scores; "
+                "expected search: optuna"
+            )
+    if space.name in space.warm_start:
+        raise InputError(
+            f"sweep {space.name}: warm_start: it names itself; its own points are known anyway"
+        )
 
 
 def _check_population(search: Search, stages: Sequence[Stage]) -> None:

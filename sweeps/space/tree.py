@@ -9,7 +9,7 @@ only in length form a trunk: the longer one goes on where the shorter ended.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -75,10 +75,9 @@ class StageTree:
 
     def _insert(self, trial: Trial) -> None:
         recipe = trial.recipe
-        uid, path, begin = None, PurePosixPath(), 0
-        for index, own, _ in stages_of(recipe, self.manifests):
-            stage, facts = recipe.stages[index], stage_facts(own, self.manifests, index)
-            parent, uid = uid, stage_uid(uid, facts)
+        path, begin, uid = PurePosixPath(), 0, ""
+        for index, parent, uid, facts in self._way(recipe):
+            stage = recipe.stages[index]
             path /= uid
             if uid not in self.nodes:
                 node = StageNode(
@@ -98,6 +97,29 @@ class StageTree:
             begin += stage.epochs
         self.nodes[uid].leaf_of.append(trial.number)
         self.trials[trial.number], self.leaves[trial.number] = trial, uid
+
+    def _way(self, recipe: Recipe) -> Iterator[tuple[int, str | None, str, dict]]:
+        """Of every stage its number, its parent's uid, its own, and what decides its result."""
+        parent = None
+        for index, own, _ in stages_of(recipe, self.manifests):
+            facts = stage_facts(own, self.manifests, index)
+            uid = stage_uid(parent, facts)
+            yield index, parent, uid, facts
+            parent = uid
+
+    def price(self, trials: Iterable[Trial]) -> int:
+        """Epochs that these trials would add to what is to be trained."""
+        epochs, seen = 0, set()
+        for trial in trials:
+            for index, parent, uid, facts in self._way(trial.recipe):
+                if uid in self.nodes or uid in seen:
+                    continue
+                seen.add(uid)
+                stage = trial.recipe.stages[index]
+                known = self._families.get(family_of(parent, facts, stage) or "", ())
+                longest = max((node.stage.epochs for node in known), default=0)
+                epochs += max(0, stage.epochs - longest)
+        return epochs
 
     def _link(self, node: StageNode) -> None:
         """Give a new node its place: after the next shorter one of its family, before the next

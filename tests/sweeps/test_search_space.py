@@ -154,6 +154,9 @@ MISTAKES = [
         {**PBT, "axes": {"stages.0.steps, stages.0.warmup": [[2, 0], [4, 1]]}},
         "keys that change together cannot be mutated by pbt",
     ),
+    ({"axes": {"engine.name": ["ddp", "deepspeed"]}}, "axis engine.name: no stage reads it"),
+    ({"axes": {"optimizer.momentum": {"grid": [0.9, 0.8]}}}, "optimizer.momentum: no stage reads"),
+    ({"axes": {"evaluation.overlap": [0.25, 0.5]}}, "axis evaluation.overlap: no stage reads it"),
     ({"name": "a b"}, "name: found 'a b'"),
     ({"base": "nope"}, "no shipped recipe of that name"),
 ]
@@ -177,9 +180,8 @@ def test_what_is_odd_is_said(search, tmp_path):
         return " / ".join(make_plan(search(**changes), tmp_path).warnings)
 
     assert warnings() == ""
-    assert "engine.name does not change what is trained" in warnings(
-        axes={"engine.name": ["ddp", "deepspeed"]}
-    )
+    idle = {"optimizer.name, optimizer.momentum": [["sgd", 0.9], ["adamw", 0.9], ["adamw", 0.8]]}
+    assert "does not change what is trained" in warnings(axes=idle)
     falling = [{"epochs": [2, 4], "steps": 1, "lr": 1e-3, "schedule": "cosine"}]
     assert "lengths of a cosine schedule have no common beginning" in warnings(
         axes={}, stages=falling
@@ -195,6 +197,11 @@ def test_what_is_odd_is_said(search, tmp_path):
     )
     assert "keeps the first 5 of 12 trials" in warnings(budget={"epochs": 300})
     assert "keeps the first 4 points" in warnings(budget={"trials": 4})
+
+
+def test_an_axis_that_only_another_one_makes_count_is_read(search, tmp_path):
+    axes = {"optimizer.momentum": [0.9, 0.8], "optimizer.name": ["adamw", "sgd"]}
+    assert len(make_plan(search(axes=axes), tmp_path).trials) == 24
 
 
 def test_a_folder_belongs_to_one_space(search, tmp_path):
@@ -219,8 +226,13 @@ def test_a_space_may_grow_and_must_not_change(search, space, tmp_path):
     assert fault(seeds=[0], stages=stages(first=(1e-2, 5e-3, 1e-3))) is None
     assert fault(seeds=[0], stages=stages(second=(1e-4, 1e-3, 1e-5))) is None
     assert "differ in: seeds)" in fault(seeds=[1])
-    assert "differ in: stages)" in fault(seeds=[0], stages=stages(first=(1e-2,)))
-    assert "differ in: stages)" in fault(seeds=[0], stages=stages(warmup=1))
+    assert "differ in: stages.0.lr: was [0.01, 0.001], is [0.01])" in fault(
+        seeds=[0], stages=stages(first=(1e-2,))
+    )
+    assert "stages.0.warmup: was not there, is 1)" in fault(seeds=[0], stages=stages(warmup=1))
+    other = fault(seeds=[0], axes={"data.batch": [2, 4]})
+    assert "axes.data.batch: was not there, is [2, 4])" in other and "warm_start: [tiny]" in other
+    assert fault(seeds=[0], objective=["nsd", "gpu_hours"], constraints=["hd95 <= 9"]) is None
     assert "differ in: base)" in fault(seeds=[0], base={**space["base"], "seed": 7})
     random = fault(seeds=[0], search="random", budget={"trials": 3})
     assert "search" in random

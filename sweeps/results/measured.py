@@ -1,0 +1,69 @@
+"""What the points of a sweep are worth, by its objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from segfleet.pipeline.events import read_events
+from segfleet.pipeline.scoring.scored import evaluation_of
+from segfleet.sweeps.results.ledger import Ledger
+from segfleet.sweeps.space.objectives import Objective
+from segfleet.sweeps.space.space import Search
+from segfleet.sweeps.space.tree import StageNode
+
+Values = dict[str, float | None]
+
+
+def measures(search: Search) -> dict[str, Objective]:
+    """The objectives and those of the constraints, each once, by name."""
+    every = [*search.objectives, *(constraint.objective for constraint in search.constraints)]
+    return {objective.name: objective for objective in every}
+
+
+def values_of(
+    search: Search, ledger: Ledger, leaf: StageNode, evaluation: Mapping[str, Any] | None = None
+) -> Values:
+    """The measures of a run that is scored; None where one is not defined."""
+    document = evaluation or evaluation_of(ledger.path(leaf))
+    found: Values = {}
+    for name, objective in measures(search).items():
+        if objective.metric == "gpu_hours":
+            found[name] = gpu_hours(ledger, leaf)
+        elif objective.metric == "epochs":
+            found[name] = leaf.end
+        else:
+            found[name] = objective.of(document)
+    return found
+
+
+def means_of(runs: Sequence[Values]) -> Values:
+    """Over the runs of a point; None where one of them has no value."""
+    found: Values = {}
+    for name in runs[0] if runs else ():
+        known = [run[name] for run in runs if run[name] is not None]
+        found[name] = float(sum(known)) / len(known) if len(known) == len(runs) else None
+    return found
+
+
+def violations(search: Search, values: Values) -> dict[str, float]:
+    """Constraint -> by how much it is violated, those alone that are."""
+    found = {
+        constraint.name: constraint.violation(values.get(constraint.objective.name))
+        for constraint in search.constraints
+    }
+    return {name: amount for name, amount in found.items() if amount > 0}
+
+
+def gpu_hours(ledger: Ledger, leaf: StageNode) -> float:
+    """Of the whole path: hours of every stage, pauses left out, times its ranks."""
+    from segfleet.pipeline.reports.report import trained_seconds
+
+    hours, node = 0.0, leaf
+    while True:
+        events = list(read_events(ledger.path(node)))
+        ranks = next((event["ranks"] for event in reversed(events) if "ranks" in event), 1)
+        hours += ranks * trained_seconds({"events": events}) / 3600
+        if node.parent is None:
+            return hours
+        node = ledger.tree.nodes[node.parent]
