@@ -39,7 +39,7 @@ def write_run(plan, node, shifts, hours=0.0, ranks=1):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "done.json").write_text(json.dumps(done))
     events = [
-        {"event": "stage_start", "time": 0.0, "step": 0, "ranks": ranks},
+        {"event": "stage_start", "time": 0.0, "step": 0, "steps": 1, "ranks": ranks},
         {"event": "finished", "time": 3600.0 * hours, "step": 1},
     ]
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))

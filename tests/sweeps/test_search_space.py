@@ -233,7 +233,8 @@ def test_a_space_may_grow_and_must_not_change(search, space, tmp_path):
     other = fault(seeds=[0], axes={"data.batch": [2, 4]})
     assert "axes.data.batch: was not there, is [2, 4])" in other and "warm_start: [tiny]" in other
     assert fault(seeds=[0], objective=["nsd", "gpu_hours"], constraints=["hd95 <= 9"]) is None
-    assert "differ in: base)" in fault(seeds=[0], base={**space["base"], "seed": 7})
+    seeded = fault(seeds=[0], base={**space["base"], "seed": 7})
+    assert "differ in: base.seed: was not there, is 7)" in seeded
     random = fault(seeds=[0], search="random", budget={"trials": 3})
     assert "search" in random
     # what was trained counts: the same stages, and more
