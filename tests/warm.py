@@ -8,7 +8,7 @@ session, which runs the module as `python -m` does and ends as an interpreter en
 
 A new interpreter is started after all where the test is about that (SEGFLEET_TESTS_COLD in the
 environment), where the environment holds what is read while importing, such as PYTHONPATH, on a
-terminal, and for every other command.
+terminal, and for every other command. `SEGFLEET_TESTS_COLD=1 make test` warms nothing.
 """
 
 from __future__ import annotations
@@ -108,7 +108,10 @@ class Warm:
 
 
 def install() -> Callable[[], None]:
-    """Use a warm process from here on; what undoes that."""
+    """Use a warm process from here on; what undoes that. Not at all if SEGFLEET_TESTS_COLD is set
+    already."""
+    if "SEGFLEET_TESTS_COLD" in os.environ:
+        return lambda: None
     same = early(os.environ) | {"OMP_NUM_THREADS": "1"}
     server: list[subprocess.Popen] = []
 
