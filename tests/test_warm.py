@@ -11,7 +11,9 @@ import sys
 import psutil
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="warm.py is for Linux")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or "SEGFLEET_TESTS_COLD" in os.environ, reason="nothing is warm"
+)
 LOOK = """from multiprocessing.forkserver import main; import json, os, signal, sys
 print(json.dumps({
     "argv": sys.argv, "path": sys.path, "folder": os.getcwd(), "stdin": sys.stdin.read(),
