@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from segfleet.models.registry import build_model, spec
+from segfleet.models.registry import build_model, spec, specs
 
 SEEDS = 5
 Rule = tuple[str, float]  # ("constant" | "uniform" | "normal", value | bound | standard deviation)
@@ -150,6 +150,11 @@ NETWORKS: dict[str, Callable[[str, nn.Module, str], Rule | None]] = {
     "primus_m": primus,
     "primus_v3_m": primus,
 }
+
+
+def test_every_family_has_a_rule():
+    known = {name.split("_")[0] for name in NETWORKS}
+    assert {name.split("_")[0] for name in specs()} == known
 
 
 @pytest.mark.parametrize("name", NETWORKS)

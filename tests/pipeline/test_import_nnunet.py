@@ -52,22 +52,37 @@ def plans(**changes):
     }
 
 
-@pytest.fixture
-def model(tmp_path):
-    """(folder, its networks by fold)."""
-    folder, networks = tmp_path / "model", {}
+LABELS = {"background": 0, "core": 1, "rim": 2}
+REGIONS = {"background": 0, "whole": [1, 2], "rim": [2]}
+
+
+def network_of(kind, classes):
+    common = {"norm_op": nn.InstanceNorm3d, "nonlin": nn.LeakyReLU, "deep_supervision": True}
+    common |= {"conv_op": nn.Conv3d, "num_classes": classes}
+    if kind == "plain":
+        return unet.PlainConvUNet(1, **common, **WIDTHS)
+    widths = {k: v for k, v in WIDTHS.items() if k != "n_conv_per_stage"}
+    return unet.ResidualEncoderUNet(1, n_blocks_per_stage=[1, 2, 2], **common, **widths)
+
+
+def write_model(folder, kind="plain", labels=LABELS):
+    """A model folder as nnU-Net leaves it -> its networks by fold."""
     folder.mkdir()
-    (folder / "plans.json").write_text(json.dumps(plans()))
-    labels = {"background": 0, "core": 1, "rim": 2}
+    made, networks = plans(), {}
+    architecture = made["configurations"]["3d_fullres"]["architecture"]
+    if kind == "resenc":
+        architecture["network_class_name"] = "somewhere.unet.ResidualEncoderUNet"
+        architecture["arch_kwargs"]["n_blocks_per_stage"] = [1, 2, 2]
+    (folder / "plans.json").write_text(json.dumps(made))
     facts = {"channel_names": {"0": "MRI"}, "labels": labels, "file_ending": ".nii.gz"}
+    facts |= {"regions_class_order": [1, 2]} if labels is REGIONS else {}
     (folder / "dataset.json").write_text(json.dumps(facts | {"numTraining": 3}))
     for fold in (0, 2):
         torch.manual_seed(fold)
-        network = unet.PlainConvUNet(
-            1, conv_op=nn.Conv3d, norm_op=nn.InstanceNorm3d, nonlin=nn.LeakyReLU, num_classes=3,
-            deep_supervision=True, **WIDTHS,
-        )  # fmt: skip
-        networks[fold] = network.eval()
+        networks[fold] = network = network_of(kind, 2 if labels is REGIONS else 3).eval()
+        with torch.no_grad():  # so that every class occurs
+            mean = network(torch.randn(1, 1, 16, 16, 16))[0].mean((0, 2, 3, 4))
+            network.decoder.seg_layers[-1].bias -= mean
         (folder / f"fold_{fold}").mkdir()
         checkpoint = {
             "network_weights": network.state_dict(),
@@ -82,7 +97,13 @@ def model(tmp_path):
             "inference_allowed_mirroring_axes": (0, 1, 2),
         }  # fmt: skip
         torch.save(checkpoint, folder / f"fold_{fold}" / "checkpoint_final.pth")
-    return folder, networks
+    return networks
+
+
+@pytest.fixture
+def model(tmp_path):
+    """(folder, its networks by fold)."""
+    return tmp_path / "model", write_model(tmp_path / "model")
 
 
 def test_one_run_per_fold_with_nnunet_s_settings(model, tmp_path):
@@ -97,24 +118,39 @@ def test_one_run_per_fold_with_nnunet_s_settings(model, tmp_path):
     assert manifest.plan.normalisation == ("zscore",) and manifest.plan.dtype == "float32"
 
 
-@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1)])
-def test_a_prediction_is_that_of_the_network_there(model, tmp_path, axes):
+@pytest.mark.parametrize(
+    ("kind", "labels", "axes"),
+    [
+        ("plain", LABELS, (0, 1, 2)),
+        ("plain", LABELS, (2, 0, 1)),
+        ("resenc", LABELS, (0, 1, 2)),
+        ("plain", REGIONS, (0, 1, 2)),
+    ],
+)
+def test_a_prediction_is_that_of_the_network_there(tmp_path, kind, labels, axes):
     """One tile, so that all there is to do is turn the axes as planned, z-score, mirror, average
-    logits, take the highest, turn back."""
-    turned = plans() | {"transpose_forward": list(axes)}
-    (model[0] / "plans.json").write_text(json.dumps(turned))
-    runs = import_nnunet(model[0], tmp_path / "runs")
+    logits, take the highest (of regions: those above 0, later ones over earlier), turn back."""
+    folder = tmp_path / "model"
+    networks = write_model(folder, kind, labels)
+    made = json.loads((folder / "plans.json").read_text())
+    (folder / "plans.json").write_text(json.dumps(made | {"transpose_forward": list(axes)}))
+    runs = import_nnunet(folder, tmp_path / "runs")
     image = np.random.default_rng(0).normal(100, 20, (16, 16, 16)).astype(np.float32)
     images = tmp_path / "images"
     images.mkdir()
     sitk.WriteImage(sitk.GetImageFromArray(image), str(images / "a_0000.nii.gz"))
     x = torch.from_numpy(((image - image.mean()) / image.std()).transpose(axes))[None, None]
     for run, fold in zip(runs, (0, 2), strict=True):
-        total = torch.zeros(1, 3, 16, 16, 16)
+        total = 0
         for flips in ((), (2,), (3,), (4,), (2, 3), (2, 4), (3, 4), (2, 3, 4)):
             with torch.no_grad():
-                total += model[1][fold](x.flip(flips))[0].flip(flips)
-        expected = total[0].argmax(0).numpy().transpose(np.argsort(axes))
+                total = total + networks[fold](x.flip(flips))[0].flip(flips)
+        if labels is REGIONS:
+            whole, rim = total[0] > 0
+            expected = torch.where(rim, 2, whole.long())
+        else:
+            expected = total[0].argmax(0)
+        expected = expected.numpy().transpose(np.argsort(axes))
         job = {"models": [str(run)], "images": [str(images)], "out": str(tmp_path / f"out{fold}")}
         predict(job, Ranks(torch.device("cpu")), lambda done, total: None)
         made = next((tmp_path / f"out{fold}").glob("*.nii.gz"))
