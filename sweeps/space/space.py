@@ -40,6 +40,7 @@ from segfleet.sweeps.space.objectives import (
     parse_constraint,
     parse_objective,
 )
+from segfleet.sweeps.space.prepare import PREFIX, Prepare
 
 SPACES = Path(__file__).parents[1] / "spaces"
 KINDS = ("grid", "choice", "uniform", "loguniform")
@@ -89,6 +90,9 @@ class SearchSpace(Section):
         description="a shipped recipe's name, a recipe file, or a recipe"
     )
     axes: dict[str, Any] = Field(default_factory=dict, description="recipe key -> values")
+    prepare: Prepare | None = Field(
+        None, description="stores as axes: each is made once, and is the point's data.store"
+    )
     stages: tuple[dict[str, Any], ...] | None = Field(
         None, min_length=1, description="stages; every key may hold an axis"
     )
@@ -252,7 +256,12 @@ class Search:
         """The trials of a point, one per seed and fold. Raises InputError if the recipe is not
         valid there."""
         document = json.loads(json.dumps(self.base))
+        if self.space.prepare:
+            store = str(self.space.prepare.store(point))
+            settings.put(document, "data.store", store, f"sweep {self.space.name}: prepare")
         for axis in self.axes:
+            if axis.label.startswith(PREFIX):
+                continue
             values = point[axis.label] if len(axis.keys) > 1 else [point[axis.label]]
             for key, value in zip(axis.keys, values, strict=True):
                 settings.put(document, key, value, f"sweep {self.space.name}: {axis.label}")
@@ -352,6 +361,11 @@ def search_of(space: SearchSpace, base: dict[str, Any]) -> Search:
             for axis in _axes_of(f"stages.{index}", stage, Stage):
                 axes.append(axis)
                 settings.put(base, axis.label, axis.values[0], f"sweep {space.name}")
+    if space.prepare:
+        axes += [
+            Axis(keys=(PREFIX + key,), kind="grid", values=values)
+            for key, values in space.prepare.axes().items()
+        ]
     for axis in axes:
         _check_comparable(axis, space.name)
     search = Search(space=space, base=base, axes=tuple(axes))
