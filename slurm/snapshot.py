@@ -3,11 +3,13 @@ per version, shared by all runs."""
 
 from __future__ import annotations
 
+import compileall
 import hashlib
 import os
 import shutil
 import subprocess
 from pathlib import Path
+from py_compile import PycInvalidationMode
 from typing import Any
 
 from segfleet.core import plugins
@@ -28,6 +30,15 @@ def freeze_code(root: Path, source: Path = SOURCE) -> Path:
         copy = partial / "segfleet" / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
+    # Compiled here once, not by every rank at every start. A Python of another version, in a
+    # container, compiles for itself.
+    compileall.compile_dir(
+        partial,
+        stripdir=partial,
+        prependdir=target,
+        quiet=2,
+        invalidation_mode=PycInvalidationMode.UNCHECKED_HASH,
+    )
     try:
         os.rename(partial, target)
     except OSError:  # another submission was quicker

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -362,6 +364,19 @@ def test_code_is_frozen_once(tmp_path):
         rank.__file__
     ).read_bytes()
     assert (first / "segfleet" / "pipeline" / "recipes").is_dir()
+    # and compiled once, not by every rank at every start
+    for path in (first / "segfleet").rglob("*.py"):
+        assert Path(importlib.util.cache_from_source(path)).is_file(), path
+    look = (
+        "from segfleet.pipeline.stop import StopRequest as it; print(it.asked.__code__.co_filename)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-v", "-c", look],
+        env={**os.environ, "PYTHONPATH": str(first)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(first / "segfleet/pipeline/stop.py")
+    compiled = importlib.util.cache_from_source(first / "segfleet/pipeline/stop.py")
+    assert f"# code object from '{compiled}'" in done.stderr
 
 
 def test_a_deadline_asks_to_stop_in_time(monkeypatch):
