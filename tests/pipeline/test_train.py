@@ -55,9 +55,13 @@ def recipe_of(store, stages=2, **changes):
     return parse(document)
 
 
-def go(
-    recipe, root, stop_after=None, validate=lambda engine, own: {}, warn=pytest.fail, waits=False
-):
+def refuse(text):
+    """Whatever is said is a failure, but for how busy the machine is."""
+    if "waits for data" not in text:
+        pytest.fail(text)
+
+
+def go(recipe, root, stop_after=None, validate=lambda engine, own: {}, warn=refuse, waits=False):
     """Train in this process; stop in order after so many steps."""
     stores = Stores()
     folders = run.stage_folders(root, recipe, stores.manifest)
@@ -476,7 +480,8 @@ def test_stop_file_and_time_limit(tmp_path):
 @pytest.mark.compile
 def test_compiled_steps_are_those_of_the_eager_network_and_resume_exactly(tiny_store, tmp_path):
     eager, compiled = (
-        recipe_of(tiny_store(dims=2), engine={"compile": choice}) for choice in (False, True)
+        recipe_of(tiny_store(dims=2), stages=1, engine={"compile": choice})
+        for choice in (False, True)
     )
     plain, straight = go(eager, tmp_path / "eager"), go(compiled, tmp_path / "straight")
     assert plain[0].path.name != straight[0].path.name  # the last bits differ
