@@ -126,19 +126,23 @@ def nnunet(work: Path) -> dict[str, Any]:
     return found
 
 
-def recipes(work: Path) -> dict[str, Any]:
+SETUPS = {  # recipe: a smaller network, how its header prepares images besides
+    "nlie_unet_dsb2018": ("nlie_unet_t", ("--masks", "nearest", "--normalisation", "imagenet")),
+    "asc_seg_busi": ("asc_seg_nomamba", ("--normalisation", "minmax255")),
+}
+
+
+def recipes(work: Path, names: list[str]) -> dict[str, Any]:
     """Published set-ups end to end, shortened: every way of counting, side by side."""
     found, raw = {}, work / "raw"
     for image in sorted((DATA / "dsb2018/stage1_train").iterdir())[:IMAGES]:
         shutil.copytree(image, raw / "stage1_train" / image.name, dirs_exist_ok=True)
-    for name, network, extra in (
-        ("nlie_unet_dsb2018", "nlie_unet_t", ("--normalisation", "imagenet")),
-        ("asc_seg_busi", "asc_seg_nomamba", ("--normalisation", "minmax")),
-    ):
+    for name in names:
+        network, more = SETUPS[name]
         store = work / f"{name}_store"
         segfleet(
             "preprocess", "dsb2018", "--raw", raw, "--out", store, "--size", 96, 96,
-            "--interpolation", "bilinear", "--masks", "nearest", *extra,
+            "--interpolation", "bilinear", *more,
         )  # fmt: skip
         trained = segfleet(
             "train", name, f"data.store={store}", f"model.name={network}", "data.patch=[96,96]",
@@ -186,19 +190,20 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="+", choices=("init", "targets", "nnunet", "recipes"))
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--setups", nargs="+", choices=SETUPS, default=list(SETUPS))
     told = parser.parse_args()
     known: dict[str, Any] = {}
     for part in told.parts:
         if part in ("nnunet", "recipes"):
             if told.work is None:
                 parser.error(f"{part} needs --work DIR")
-            found = {"nnunet": nnunet, "recipes": recipes}[part](told.work)
+            found = nnunet(told.work) if part == "nnunet" else recipes(told.work, told.setups)
         else:
             found = {"init": initialisation, "targets": targets}[part]()
         print(part, side_by_side(found) if part == "recipes" else json.dumps(found, indent=1))
         known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        # sets of nnU-Net come one by one, each in minutes
-        known[part] = known.get(part, {}) | found if part == "nnunet" else found
+        # sets of nnU-Net and set-ups may come one by one, each in minutes
+        known[part] = known.get(part, {}) | found if part in ("nnunet", "recipes") else found
         RESULTS.write_text(json.dumps(known, indent=1) + "\n")
     if not all(one["met"] for one in known.get("nnunet", {}).values()):
         sys.exit("imported nnU-Nets do not predict as nnU-Net does")
