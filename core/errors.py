@@ -99,6 +99,14 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             f"{file} is a file, expected a folder. Choose another folder, or move the file away.",
             ExitCode.INPUT,
         )
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        name = Path(str(error.filename or "")).name or "a file"
+        return (
+            f"{name[:40]}...: the name is too long for the file system. Choose a shorter one.",
+            ExitCode.INPUT,
+        )
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
+        return f"{error.object!a} is no UTF-8. Rename the file, or choose another.", ExitCode.INPUT
     if isinstance(error, OSError) and error.errno == errno.EROFS:
         return (
             f"{error.filename or 'output'}: the file system can only be read. Choose a folder you "

@@ -204,6 +204,12 @@ def executor(logs: Path, name: str, spec: JobSpec, code: Path | None) -> Any:
         def affinity(cls) -> int:
             return 2  # a script can be written where there is no SLURM
 
+    for path in (str(logs), str(absolute("."))):
+        if not path.isprintable():
+            raise InputError(
+                f"submit: {path!a} has a line break or another sign that a script cannot hold in a "
+                "path. Choose another folder."
+            )
     made = Executor(folder=logs, python=python(spec))
     # sbatch would name the working folder without the links that lead to it
     further = {"requeue": True, "kill-on-invalid-dep": "yes", "chdir": str(absolute("."))}

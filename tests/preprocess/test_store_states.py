@@ -151,7 +151,7 @@ def _damage(path: Path, how: str) -> None:
 
 TestStore = StoreMachine.TestCase
 TestStore.settings = settings(
-    max_examples=8,
+    max_examples=5,
     stateful_step_count=12,
     deadline=None,
     derandomize=True,
