@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import pytest
@@ -60,7 +61,10 @@ def refused(tiny_recipe, monkeypatch, capsys):
         assert "Traceback" not in said
         return said
 
-    return run
+    before = {number: signal.getsignal(number) for number in local.HEARD}
+    yield run
+    for number, handler in before.items():  # the rank in this process took them
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("words", TRAIN, ids=lambda words: ascii(words[-1][:40]))
