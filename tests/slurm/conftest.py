@@ -18,6 +18,7 @@ import pytest
 
 from segfleet.slurm.sandbox.sandbox import NODES, Sandbox, missing
 
+PATIENCE = float(os.environ.get("SEGFLEET_TEST_PATIENCE", 1))  # more on a loaded machine
 MODEL = {"name": "plain_unet_2d", "options": {"features": [4, 8]}}
 STAGES = [
     {"name": "base", "epochs": 2, "steps": 80, "lr": 1e-2},
@@ -57,7 +58,12 @@ class Cluster:
         command = [sys.executable, "-m", "segfleet.cli.main", *map(str, arguments)]
         environment = {**self.environment, **more}
         done = subprocess.run(
-            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=200
+            command,
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200 * PATIENCE,
         )
         assert done.returncode == code, (
             f"exit code {done.returncode}, expected {code}\n{done.stdout}\n{done.stderr}"
@@ -99,7 +105,7 @@ class Cluster:
         return self.sandbox.call(*command)
 
     def wait(self, condition, timeout=240.0, what="") -> None:
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout * PATIENCE
         while not condition():
             assert time.monotonic() < deadline, (
                 f"{what} did not come within {timeout:.0f} "
