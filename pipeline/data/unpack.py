@@ -63,8 +63,8 @@ def unpack(
     """As `PackedArray.fill`, the same bits."""
     kind = LABEL if out.dtype == np.uint8 else KINDS.get(array.dtype.name)
     fits = kind is not None and out.strides[-1] == out.itemsize and min(size) > 0
-    if not fits or (found := library()) is None:
-        return array.fill(start, size, out, scale)
+    if not isinstance(array, PackedArray) or not fits or (found := library()) is None:
+        return PackedArray.fill(array, start, size, out, scale)
     made, whole, items = found
     four = out if out.ndim == 4 else out[None]
     code = made.segfleet_unpack(

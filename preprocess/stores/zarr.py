@@ -1,9 +1,11 @@
 """Zarr v3 shards: a folder `<shard>.zarr` is a plain group of the arrays image, label and, where
 there is one, truth.
 
-Each array is one shard file with small inner chunks (preprocess.zarr_array). The cases of a shard
-are stacked along z, each from a chunk border on, so that thousands of 2D images are seven files and
-any Zarr tool still shows them as slices; the group's attribute `cases` says where each lies.
+zarr-python makes the group and describes its arrays. Each is one shard file with small inner chunks,
+which we write ourselves (zarr_array.py). The group holds the arrays' metadata too (consolidated), so
+that one file is read to open a shard. The cases of a shard are stacked along z, each from a chunk
+border on, so that thousands of 2D images are seven files and any Zarr tool still shows them as
+slices; the group's attribute `cases` says where each lies.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from segfleet.preprocess.stores.packed import (
 )
 from segfleet.preprocess.stores.shard_reader import ShardReader
 from segfleet.preprocess.stores.shard_writer import ShardWriter
-from segfleet.preprocess.stores.zarr_array import ArrayWriter, open_array
+from segfleet.preprocess.stores.zarr_array import AnyArray, ArrayWriter, open_array, write_metadata
 
 SUFFIX = ".zarr"
 
@@ -35,7 +37,10 @@ class Shard:
     def __init__(self, folder: Path, hashes: dict[str, str]):
         self.folder, self.hashes, self.arrays = folder, hashes, {}
         try:
-            facts = self._metadata("zarr.json")["attributes"]
+            group = self._metadata("zarr.json")
+            facts = group["attributes"]
+            # stores of earlier versions have none
+            self.described = (group.get("consolidated_metadata") or {}).get("metadata", {})
             self.cases: dict[str, dict[str, list[int]]] = facts["cases"]
             self.owners: dict[str, str] = facts["sha256"]
         except (KeyError, TypeError, AttributeError) as error:
@@ -48,7 +53,7 @@ class Shard:
     def owner(self, key: str) -> str:
         return self.owners.get(key, "")
 
-    def packed(self, key: str, name: str) -> tuple[PackedArray, int]:
+    def packed(self, key: str, name: str) -> tuple[PackedArray | AnyArray, int]:
         return self._array(name), self._place(key, name)[0]
 
     def _place(self, key: str, name: str) -> list[int]:
@@ -57,11 +62,10 @@ class Shard:
         except KeyError:
             raise DamagedShard(f"zarr.json: no {name} of '{key}'") from None
 
-    def _array(self, name: str) -> PackedArray:
+    def _array(self, name: str) -> PackedArray | AnyArray:
         if (found := self.arrays.get(name)) is None:
-            found = self.arrays[name] = open_array(
-                self.folder / name, self._metadata(f"{name}/zarr.json")
-            )
+            facts = self.described.get(name) or self._metadata(f"{name}/zarr.json")
+            found = self.arrays[name] = open_array(self.folder / name, facts)
         return found
 
     def _metadata(self, name: str) -> dict:
@@ -120,15 +124,20 @@ class Writer(ShardWriter):
         return [self.arrays[name].append(array), *array.shape[-3:]]
 
     def _finish(self) -> None:
-        for array in self.arrays.values():
-            array.finish()
+        from zarr.core.group import ConsolidatedMetadata, GroupMetadata
+
+        described = {name: array.finish() for name, array in self.arrays.items()}
         attributes = {
             "layout": "cases: name -> array -> [first slice, z, y, x]; sha256: of their content",
             "cases": self.cases,
             "sha256": self.owners,
         }
-        text = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes})
-        (self.partial / "zarr.json").write_text(text, encoding="utf-8")
+        group = GroupMetadata(
+            attributes=attributes,
+            zarr_format=3,
+            consolidated_metadata=ConsolidatedMetadata(metadata=described),
+        )
+        write_metadata(self.partial, group)
 
     def _drop(self) -> None:
         for array in getattr(self, "arrays", {}).values():

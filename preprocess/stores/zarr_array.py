@@ -1,5 +1,5 @@
 """One Zarr v3 array that is one shard file: written case by case, its index read once. zarr-python
-reads the same files.
+describes it (zarr.json), reads the same files, and reads for us what has other codecs or chunks.
 
 Zarr v3 core and its sharding codec:
 https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html An inner chunk is
@@ -9,11 +9,13 @@ Chunks of zeros are left out.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,6 +28,10 @@ from segfleet.preprocess.stores.packed import (
     crc32c,
     pieces,
 )
+
+if TYPE_CHECKING:
+    from zarr.core.group import GroupMetadata
+    from zarr.core.metadata.v3 import ArrayV3Metadata
 
 FILE = "c."  # followed by 0.0.0: the one outer chunk, in a flat folder
 
@@ -77,8 +83,8 @@ class ArrayWriter:
         self.entries[at] = self.position, len(packed) + 4
         self.position += len(packed) + 4
 
-    def finish(self) -> None:
-        """Write index and metadata, close."""
+    def finish(self) -> ArrayV3Metadata:
+        """Write index and metadata, close; the metadata."""
         shape = (self.stop, *self.extent)
         chunks = tuple(-(-n // c) for n, c in zip(shape, self.chunk, strict=True))
         index = np.full((*chunks, 2), MISSING, "<u8")
@@ -91,8 +97,7 @@ class ArrayWriter:
         name = FILE + ".".join("0" * (len(lead) + 3))
         (self.folder / "data").rename(self.folder / name)
         outer = (*lead, *(n * c for n, c in zip(chunks, self.chunk, strict=True)))
-        text = json.dumps(self._metadata((*lead, *shape), outer, (*lead, *self.chunk)), indent=1)
-        (self.folder / "zarr.json").write_text(text, encoding="utf-8")
+        return self._describe((*lead, *shape), outer, (*lead, *self.chunk))
 
     def close(self) -> None:
         try:
@@ -101,51 +106,91 @@ class ArrayWriter:
             # what is still in the buffer does not fit on the disk; the file is about to be removed
             pass
 
-    def _metadata(
+    def _describe(
         self, shape: tuple[int, ...], outer: tuple[int, ...], inner: tuple[int, ...]
-    ) -> dict:
-        endian = (
-            {"name": "bytes", "configuration": {"endian": "little"}}
-            if self.dtype.itemsize > 1
-            else {"name": "bytes"}
+    ) -> ArrayV3Metadata:
+        """zarr.json, by zarr-python, which refuses what is no Zarr array."""
+        from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
+        from zarr.core.metadata.v3 import ArrayV3Metadata
+
+        packing = BloscCodec(
+            cname=self.packing.codec,
+            clevel=self.packing.level,
+            shuffle=self.packing.filter,
+            typesize=self.dtype.itemsize,
+            blocksize=0,
         )
-        how = {
-            "cname": self.packing.codec,
-            "clevel": self.packing.level,
-            "shuffle": self.packing.filter,
-        }
-        packing = {**how, "typesize": self.dtype.itemsize, "blocksize": 0}
-        sharding = {
-            "chunk_shape": inner,
-            "codecs": [endian, {"name": "blosc", "configuration": packing}, {"name": "crc32c"}],
-            "index_codecs": [
-                {"name": "bytes", "configuration": {"endian": "little"}},
-                {"name": "crc32c"},
-            ],
-            "index_location": "end",
-        }
-        return {
+        endian = BytesCodec(endian="little" if self.dtype.itemsize > 1 else None)
+        shard = ShardingCodec(chunk_shape=inner, codecs=[endian, packing, Crc32cCodec()])
+        document = {
             "zarr_format": 3,
             "node_type": "array",
             "shape": shape,
             "data_type": self.dtype.name,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": outer}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-            "fill_value": 0 if self.dtype.kind in "iu" else 0.0,
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "fill_value": 0,
+            "codecs": [shard.to_dict()],
             "dimension_names": ["c", "z", "y", "x"][-len(shape) :],
             "attributes": {},
         }
+        made = ArrayV3Metadata.from_dict(document)
+        write_metadata(self.folder, made)
+        return made
 
 
-def open_array(folder: Path, facts: dict) -> PackedArray:
-    """An array of `ArrayWriter`; `facts` is its zarr.json. Raises DamagedShard, OSError."""
+def write_metadata(folder: Path, made: ArrayV3Metadata | GroupMetadata) -> None:
+    """zarr.json of an array or a group."""
+    from zarr.core.buffer import default_buffer_prototype
+
+    for name, text in made.to_buffer_dict(default_buffer_prototype()).items():
+        (folder / name).write_bytes(text.to_bytes())
+
+
+class AnyArray:
+    """An array (*lead, z, y, x) of whatever codecs and chunks, read by zarr-python: as a
+    `PackedArray`, but slower, and with the checksums that its codecs have."""
+
+    def __init__(self, folder: Path, facts: dict):
+        """Raises DamagedShard, also where `facts` are not what lies there."""
+        import zarr
+
+        self.name = folder.name
+        for path in folder.rglob("*"):
+            if not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+                raise DamagedShard(f"{self.name}/{path.relative_to(folder)} is no file")
+        with self._damaged():
+            self.array = zarr.open_array(folder, mode="r", zarr_format=3)
+        if list(self.array.shape) != facts["shape"]:
+            raise DamagedShard(f"{self.name}: {self.array.shape}, its group says {facts['shape']}")
+        self.lead, self.dtype = self.array.shape[:-3], self.array.dtype
+
+    def read(self, start: tuple[int, int, int], size: list[int]) -> np.ndarray:
+        """As `PackedArray.read`."""
+        box = tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))
+        with self._damaged():
+            found = np.asarray(self.array[(..., *box)])
+        if found.shape != (*self.lead, *size):
+            raise DamagedShard(f"{self.name}: {found.shape} at {start}, expected {tuple(size)}")
+        return found
+
+    @contextmanager
+    def _damaged(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # a codec's own
+            words = f"{type(error).__name__} {error}"
+            raise DamagedShard(f"{self.name}: zarr-python: {words}") from None
+
+
+def open_array(folder: Path, facts: dict) -> PackedArray | AnyArray:
+    """An array of a shard; `facts` is its zarr.json. Raises DamagedShard, OSError."""
     try:
-        sharding = facts["codecs"][0]["configuration"]
-        codecs = [codec["name"] for codec in sharding["codecs"]]
-        inner, shape = sharding["chunk_shape"], facts["shape"]
-        if codecs != ["bytes", "blosc", "crc32c"] or sharding["index_location"] != "end":
-            raise DamagedShard(f"{folder.name}: codecs {codecs}, expected bytes, blosc, crc32c")
+        if not _ours(facts):
+            return AnyArray(folder, facts)
+        inner, shape = facts["codecs"][0]["configuration"]["chunk_shape"], facts["shape"]
         if not all(isinstance(n, int) and n > 0 for n in (*shape, *inner)):
             raise DamagedShard(f"{folder.name}: shape {shape}, chunks {inner}")
         dtype = np.dtype(facts["data_type"]).newbyteorder("<")
@@ -165,4 +210,22 @@ def open_array(folder: Path, facts: dict) -> PackedArray:
     index = np.frombuffer(tail, "<u8", len(tail) // 8).reshape(*chunks, 2)
     return PackedArray(
         file=file, name=folder.name, lead=lead, chunk=chunk, dtype=dtype, index=index
+    )
+
+
+def _ours(facts: dict) -> bool:
+    """Whether an array is one shard, packed and checked as `ArrayWriter` does it."""
+    (how, *more), shape = facts["codecs"], facts["shape"]
+    if more or how["name"] != "sharding_indexed":
+        return False
+    sharding, outer = how["configuration"], facts["chunk_grid"]["configuration"]["chunk_shape"]
+    inner, key = sharding["chunk_shape"], facts["chunk_key_encoding"]
+    return (
+        [codec["name"] for codec in sharding["codecs"]] == ["bytes", "blosc", "crc32c"]
+        and [codec["name"] for codec in sharding["index_codecs"]] == ["bytes", "crc32c"]
+        and sharding.get("index_location", "end") == "end"
+        and key["name"] == "default"
+        and key["configuration"]["separator"] == "."
+        and inner[:-3] == shape[:-3]
+        and all(whole >= size for whole, size in zip(outer, shape, strict=True))
     )

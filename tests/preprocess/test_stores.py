@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +18,12 @@ import pytest
 import zarr
 
 from segfleet.core.errors import InputError
+from segfleet.core.files import file_facts
+from segfleet.pipeline.data.unpack import unpack
 from segfleet.preprocess.stores.base import formats, open_store
 from segfleet.preprocess.stores.content import content_sha256
+from segfleet.preprocess.stores.manifest import save_manifest
+from segfleet.preprocess.stores.packed import PackedArray
 from segfleet.preprocess.stores.shard_reader import to_float32
 
 CHUNK, SHAPE = (4, 8, 16), (9, 21, 34)  # as in the fixtures
@@ -212,6 +218,65 @@ def test_zarr_python_reads_a_bundle_as_slices(tmp_path, fmt, drawn, publish):
         np.testing.assert_array_equal(label[start : start + z, :y, :x], members[key][1])
         start, z, y, x = place["truth"]
         np.testing.assert_array_equal(truth[start : start + z, :y, :x], members[key][2])
+
+
+def test_zarr_python_describes_a_shard_and_reads_it_by_one_file(tmp_path, drawn, publish):
+    """Consolidated metadata: what zarr-python says of the arrays is what it finds beside them."""
+    store = publish(tmp_path, "zarr", {"a": {"one": drawn()}})
+    group = zarr.open_group(tmp_path / "a.zarr", mode="r", use_consolidated=True)
+    alone = zarr.open_group(tmp_path / "a.zarr", mode="r", use_consolidated=False)
+    assert sorted(group.array_keys()) == ["image", "label", "truth"]
+    for name in group.array_keys():
+        assert group[name].metadata == alone[name].metadata
+    assert group["image"].metadata.dimension_names == ("c", "z", "y", "x")
+    whole = store.image(store.manifest.cases[0])
+    for name in group.array_keys():  # an older store has no consolidated metadata, a newer needs
+        (tmp_path / "a.zarr" / name / "zarr.json").unlink()  # no others
+    again = open_store(tmp_path)
+    np.testing.assert_array_equal(again.image(again.manifest.cases[0]), whole)
+
+
+def other_codecs(kind: str) -> dict:
+    chunk = (2, *CHUNK)
+    return {
+        "zstd": {"chunks": chunk, "compressors": zarr.codecs.ZstdCodec(level=3)},
+        "gzip in shards": {
+            "chunks": chunk,
+            "shards": (2, 8, 16, 32),  # several of them, in folders
+            "compressors": zarr.codecs.GzipCodec(),
+        },
+        "bare": {"chunks": (1, 3, 5, 7), "compressors": None},
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["zstd", "gzip in shards", "bare"])
+def test_other_codecs_are_read_by_zarr_python(tmp_path, drawn, publish, kind):
+    """Rewritten by another tool, the same voxels: whole cases, boxes, through the loader's pass."""
+    store = publish(tmp_path, "zarr", {"a": {"one": drawn()}})
+    case, folder = store.manifest.cases[0], tmp_path / "a.zarr" / "image"
+    boxes = [None, BOXES["inside"], BOXES["around"], BOXES["outside beyond"]]
+    expected = [store.image(case, one) for one in boxes]
+    array = zarr.open_array(folder, mode="r")[...]
+    shutil.rmtree(folder)
+    options = {**other_codecs(kind), "shape": array.shape, "dtype": array.dtype}
+    zarr.create_array(folder, **options)[...] = array
+    text = json.loads((tmp_path / "a.zarr/zarr.json").read_text())
+    (tmp_path / "a.zarr/zarr.json").write_text(
+        json.dumps({**text, "consolidated_metadata": None})  # which would say how it was
+    )
+    files = {path: facts for path, facts in store.manifest.files.items() if "/image/" not in path}
+    files["a.zarr/zarr.json"] = file_facts(tmp_path / "a.zarr/zarr.json")
+    save_manifest(tmp_path, store.manifest.model_copy(update={"files": files}))
+    again = open_store(tmp_path)
+    for fill in (PackedArray.fill, unpack):
+        again.fill = fill
+        for one, there in zip(boxes, expected, strict=True):
+            np.testing.assert_array_equal(again.image(case, one), there)
+        assert content_sha256(*again.stored(case)) == case.sha256
+    chunk = next(path for path in folder.rglob("*") if path.is_file() and path.name != "zarr.json")
+    chunk.write_bytes(b"no chunk")
+    with pytest.raises(InputError, match=r"case 'one': shard a is damaged \(image: "):
+        open_store(tmp_path).image(case)
 
 
 OTHERS = """
