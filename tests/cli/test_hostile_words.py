@@ -29,7 +29,6 @@ TRAIN = [
     ["stages.0.epochs=" + "9" * 5000],
     ["data.patch=2026-11-29"],
     ["data.store=a\nb"],
-    ["data.store=\udcff"],
     [f"data.store={LONG}"],
     ["seed=" + "9" * 400],
     ["--runs", LONG],
