@@ -55,7 +55,8 @@ def compat(name: str, folder: Path) -> dict:
     wanted.write_text("\n".join([f"segfleet[dev] @ file://{ROOT}", *more]) + "\n")
     target = ["--python", python]
     subprocess.run(
-        [*UV, "venv", "-q", "--clear", "-p", interpreter(version), folder / "venv"], check=True
+        [*UV, "venv", "-q", "--allow-existing", "-p", interpreter(version), folder / "venv"],
+        check=True,
     )
     pinned = subprocess.run(
         [*UV, "pip", "compile", "-q", "--resolution", resolution, *target]
@@ -67,8 +68,9 @@ def compat(name: str, folder: Path) -> dict:
     lines = [line for line in pinned.splitlines() if not line.startswith("segfleet")]
     (folder / "pinned.txt").write_text("\n".join(lines) + "\n")
     # without --compile-bytecode every process that a test starts would compile torch again
-    install = [*UV, "pip", "install", "-q", "--compile-bytecode", *target]
-    subprocess.run([*install, "-r", folder / "pinned.txt"], check=True)
+    how = ["-q", "--compile-bytecode", *target]
+    install = [*UV, "pip", "install", *how]
+    subprocess.run([*UV, "pip", "sync", *how, folder / "pinned.txt"], check=True)
     subprocess.run([*install, "--no-deps", "dynamic-network-architectures"], check=True)
     subprocess.run([*install, "--no-deps", "-e", ROOT], check=True)
     return {"python": version} | tests(python, folder) | {"versions": versions(lines)}
