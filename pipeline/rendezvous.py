@@ -127,15 +127,7 @@ def join(path: Path, rank: int, size: int, host: str, timeout: datetime.timedelt
         token = secrets.token_bytes(32)
         listener = socket.create_server((host, 0), family=_family(host), backlog=4096)
         address = listener.getsockname()[:2]
-        inner = dist.TCPStore(
-            address[0],
-            address[1],
-            size,
-            is_master=True,
-            timeout=timeout,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
+        inner = _listening(listener, size, timeout)
         publish(path, {"host": address[0], "port": address[1], "token": token.hex()})
     else:
         facts = published(path, rank)
@@ -146,6 +138,27 @@ def join(path: Path, rank: int, size: int, host: str, timeout: datetime.timedelt
         )
     choose_interface(address[0])
     return SealedStore(inner, Seal(token))
+
+
+def _listening(listener: socket.socket, size: int, timeout: datetime.timedelta) -> dist.TCPStore:
+    """The store on a socket that is open already, so that nobody else gets its port."""
+
+    def store(libuv: bool) -> dist.TCPStore:
+        return dist.TCPStore(
+            *listener.getsockname()[:2],
+            size,
+            is_master=True,
+            timeout=timeout,
+            wait_for_workers=False,
+            master_listen_fd=os.dup(listener.fileno()),
+            use_libuv=libuv,
+        )
+
+    with listener:
+        try:
+            return store(libuv=True)
+        except RuntimeError:  # torch 2.6: libuv takes no open socket, the older server does
+            return store(libuv=False)
 
 
 def _family(host: str) -> socket.AddressFamily:

@@ -37,9 +37,10 @@ def how(request, monkeypatch):
 
 
 @pytest.mark.parametrize("session", [True, False])
-def test_a_fork_finds_what_a_new_interpreter_finds(tmp_path, monkeypatch, session):
+def test_a_fork_finds_what_a_new_interpreter_finds(tmp_path, monkeypatch, request, session):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    found = []
+    before, found = signal.signal(signal.SIGHUP, signal.SIG_IGN), []
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
     with open(os.devnull) as kept:
         for early in ({}, {"SEGFLEET_TESTS_COLD": "1"}):
             done = subprocess.run(

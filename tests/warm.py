@@ -22,6 +22,7 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -91,6 +92,7 @@ class Warm:
             "environment": variables,
             "folder": os.getcwd() if folder is None else os.fsdecode(folder),
             "session": bool(session),
+            "ignored": sorted(ignored()),
             "group": os.getpgid(0),
             "numbers": [0, 1, 2, *further],
         }
@@ -219,10 +221,20 @@ def become(order: dict[str, Any], files: list[int]) -> None:
     for file, number in zip(files, order["numbers"], strict=True):
         os.dup2(file, number)
         os.close(file)
+    for number in ignored() ^ set(order["ignored"]):
+        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN if number in order["ignored"] else usual)
     os.chdir(order["folder"])
     os.environ.clear()
     os.environ.update(order["environment"])
     show(order["words"], order["environment"])
+
+
+def ignored() -> set[int]:
+    """Signals that this process ignores, and thus a new interpreter would; those that Python itself
+    ignores are restored by `subprocess`."""
+    found = {n for n in signal.valid_signals() if signal.getsignal(n) == signal.SIG_IGN}
+    return {int(n) for n in found} - {signal.SIGPIPE, signal.SIGXFSZ}
 
 
 def finish(code: Any) -> None:

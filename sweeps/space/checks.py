@@ -71,7 +71,7 @@ def _differ(search: Search, point: Point, axis: Axis, manifests: Manifests) -> b
             trial = with_stores(search.trials({**point, axis.label: value})[:1])[0]
             ends.add(end_of(trial.recipe, manifests))
         except InputError:  # it does not fit there, which is said elsewhere
-            ends.add(None)
+            return True
     return len(ends) > 1
 
 

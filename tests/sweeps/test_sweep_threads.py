@@ -142,7 +142,8 @@ def test_a_full_queue_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(SlurmLauncher, "submit_jobs", submit)
     monkeypatch.setattr(slurm_backend, "LOOK", 0.01)
     monkeypatch.setattr(slurm_backend.cluster, "there_is_one", lambda: True)
-    order = {"path": tmp_path, "options": {}, "job": {"root": str(tmp_path), "recipe": {}}}
+    job = {"root": str(tmp_path), "recipe": {}}
+    order = {"path": tmp_path, "options": {}, "job": job, "sweep": str(tmp_path)}
     stop, ticks = tmp_path / "stop", []
     assert slurm_backend.Slurm()._submit(order, lambda: ticks.append(1), stop) == "job"
     assert len(ticks) == 2 and not answers
