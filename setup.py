@@ -81,7 +81,7 @@ setup(
         "Jinja2>=3.1",
     ],
     extras_require={
-        "dicom": ["highdicom>=0.26"],  # labels out as DICOM SEG
+        "dicom": ["highdicom>=0.25"],  # labels out as DICOM SEG
         "mamba": [
             "mamba-ssm>=2.3.2.post1; platform_system=='Linux'",
             "causal-conv1d>=1.4; platform_system=='Linux'",
@@ -100,8 +100,8 @@ setup(
             "hdf5plugin>=5",
             "build>=1.2",
             "hypothesis>=6.100",
-            "highdicom>=0.26",
-            "pynrrd>=1",
+            "highdicom>=0.25",
+            "pynrrd>=1.1.3",
             "onnx>=1.17",
             "onnxscript>=0.3",
             "onnxruntime>=1.20",
