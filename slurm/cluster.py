@@ -282,8 +282,8 @@ def most_of_an_array(of: str | None = None) -> int:
 
 
 def reservations(of: str | None = None) -> list[str]:
-    told = call("scontrol", "show", "reservation", "-o", of=of)
-    return re.findall(r"ReservationName=(\S+)", told)
+    answer = call("scontrol", "show", "reservation", "-o", of=of)
+    return re.findall(r"ReservationName=(\S+)", answer)
 
 
 def accounting(what: str) -> list[str]:

@@ -1,5 +1,6 @@
-"""How often SLURM is asked for its queue and its accounting: one question in half a minute for all commands of a person
-on a machine, however many of them follow a job. Sites lock accounts that ask every second.
+"""How often SLURM is asked for its queue and its accounting: one question in half a minute for all
+commands of a person on a machine, however many of them follow a job. Sites lock accounts that ask
+every second.
 
 The last answer lies in a folder of that person alone, with a lock: who wants to know while another
 asks waits for that answer. SEGFLEET_QUEUE_SECONDS says another time than 30 s; 0: always ask.

@@ -17,6 +17,7 @@ from segfleet.core import files, litter
 from segfleet.pipeline import checkpoint
 from segfleet.pipeline.run import StageFolder, lock_stage
 from segfleet.pipeline.scoring import scored
+from tests.states import damage, until
 
 
 class Killed(BaseException):
@@ -54,7 +55,7 @@ class StageMachine(RuleBasedStateMachine):
         if child == 0:
             count = [after]
             for name in ("fsync", "replace"):
-                setattr(os, name, _until(getattr(os, name), count))
+                setattr(os, name, until(getattr(os, name), count))
             try:
                 self.saved(self.step)
             finally:
@@ -69,7 +70,7 @@ class StageMachine(RuleBasedStateMachine):
         step = data.draw(st.sampled_from(sorted(self.whole)))
         folder = self.stage.checkpoints / checkpoint.folder_name(step)
         path = data.draw(st.sampled_from(sorted(folder.iterdir())))
-        _damage(path, how)
+        damage(path, how)
         self.whole.discard(step)
 
     @precondition(lambda self: len(self.whole) > 2)
@@ -110,7 +111,7 @@ class StageMachine(RuleBasedStateMachine):
             files.write_json(other / path.name, files.read_json(path))
             shutil.copy(other / path.name, path)
         else:
-            _damage(path, how)
+            damage(path, how)
 
     @rule()
     def restart(self) -> None:
@@ -137,26 +138,6 @@ class StageMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "root"):
             shutil.rmtree(self.root.parent)
-
-
-def _until(function, count: list[int]):
-    def call(*words, **more):
-        if not count[0]:
-            os._exit(0)
-        count[0] -= 1
-        return function(*words, **more)
-
-    return call
-
-
-def _damage(path: Path, how: str) -> None:
-    data = path.read_bytes()
-    if how == "gone":
-        path.unlink()
-    else:
-        middle = len(data) // 2
-        flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :] if data else b"x"
-        path.write_bytes({"flip": flipped, "cut": data[:middle], "empty": b""}[how])
 
 
 TestStage = StageMachine.TestCase

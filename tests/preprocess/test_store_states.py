@@ -19,6 +19,7 @@ from segfleet.preprocess.phantoms.phantom import write_msd_phantom
 from segfleet.preprocess.stores.base import open_store
 from segfleet.preprocess.stores.content import content_sha256
 from segfleet.preprocess.stores.verify import verify
+from tests.states import damage, until
 
 DAMAGE = st.sampled_from(["flip", "cut", "empty", "gone"])
 
@@ -74,7 +75,7 @@ class StoreMachine(RuleBasedStateMachine):
         if child == 0:
             count = [after]
             for name in ("fsync", "replace", "rename", "unlink"):
-                setattr(os, name, _until(getattr(os, name), count))
+                setattr(os, name, until(getattr(os, name), count))
             try:
                 self.build()
             finally:
@@ -93,13 +94,13 @@ class StoreMachine(RuleBasedStateMachine):
     def damage_what_is_half_made(self, data, how: str) -> None:
         files = sorted(path for path in self.partial.rglob("*") if path.is_file())
         if files:
-            _damage(data.draw(st.sampled_from(files)), how)
+            damage(data.draw(st.sampled_from(files)), how)
 
     @precondition(lambda self: self.made_of is not None)
     @rule(data=st.data(), how=DAMAGE)
     def damage_the_store(self, data, how: str) -> None:
         files = sorted(path for path in self.out.rglob("*") if path.is_file())
-        _damage(data.draw(st.sampled_from(files)), how)
+        damage(data.draw(st.sampled_from(files)), how)
         self.damaged = True
 
     @precondition(lambda self: self.made_of is not None)
@@ -127,26 +128,6 @@ class StoreMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "root"):
             shutil.rmtree(self.root)
-
-
-def _until(function, count: list[int]):
-    def call(*words, **more):
-        if not count[0]:
-            os._exit(0)
-        count[0] -= 1
-        return function(*words, **more)
-
-    return call
-
-
-def _damage(path: Path, how: str) -> None:
-    data = path.read_bytes()
-    if how == "gone":
-        path.unlink()
-    else:
-        middle = len(data) // 2
-        flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :] if data else b"x"
-        path.write_bytes({"flip": flipped, "cut": data[:middle], "empty": b""}[how])
 
 
 TestStore = StoreMachine.TestCase

@@ -377,6 +377,15 @@ def test_code_is_frozen_once(tmp_path):
     assert done.stdout.strip() == str(first / "segfleet/pipeline/stop.py")
     compiled = importlib.util.cache_from_source(first / "segfleet/pipeline/stop.py")
     assert f"# code object from '{compiled}'" in done.stderr
+    # what runs is the source, whose hash the job checks: a changed one is compiled again
+    source = first / "segfleet/pipeline/stop.py"
+    source.write_text(source.read_text(encoding="utf-8") + "\nCHANGED = True\n", encoding="utf-8")
+    look = "from segfleet.pipeline.stop import CHANGED; print(CHANGED)"
+    again = [sys.executable, "-P", "-c", look]
+    done = subprocess.run(
+        again, env={**os.environ, "PYTHONPATH": str(first)}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "True", done.stderr
 
 
 def test_a_deadline_asks_to_stop_in_time(monkeypatch):
