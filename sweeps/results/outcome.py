@@ -327,6 +327,8 @@ def write_outcome(plan: Plan, ledger: Ledger) -> dict[str, Any]:
     write_atomically(plan.folder / "ranking.csv", as_csv(document))
     if document["best"]:
         write_atomically(plan.folder / "best.yaml", best_recipe(plan, document))
+    else:  # one of other objectives or constraints is the best no longer
+        (plan.folder / "best.yaml").unlink(missing_ok=True)
     write_sweep_report(plan, ledger, document)
     return document
 

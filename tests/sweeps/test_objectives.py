@@ -137,6 +137,9 @@ def test_who_violates_a_constraint_comes_last_and_is_never_the_best(ended):
     document, plan = ended(constraints=["hd95 <= 4", "gpu_hours <= 1.5"])
     # hd95 3, 2, 4.5 at 3, 2, 1 hours: all violate one
     assert document["best"] is None and not (plan.folder / "best.yaml").exists()
+    (plan.folder / "best.yaml").write_text("of other constraints")
+    write_outcome(plan, Ledger(plan.tree, plan.runs, plan.folder))
+    assert not (plan.folder / "best.yaml").exists()
     assert document["standing"].endswith("0 keep the constraints")
     assert rates(document) == [1e-4, 1e-3, 1e-2], "by how much they violate"
     assert document["ranking"][0]["violates"] == pytest.approx({"hd95 <= 4": 0.125})
