@@ -57,7 +57,6 @@ class Cables:
         self.process = os.fork()
         if self.process == 0:
             with suppress(BaseException):
-                os.setpriority(os.PRIO_PROCESS, 0, -20)  # it does not wait for a core
                 _carry(devices, self.rate, self.delay)
             os._exit(1)
         for device in devices:
@@ -93,8 +92,6 @@ def in_processes(works: list[Callable[[Path], Any]]) -> list[Any]:
             child = os.fork()
             if child == 0:
                 code = 1
-                with suppress(PermissionError):  # what else this machine does is not measured
-                    os.setpriority(os.PRIO_PROCESS, 0, -15)
                 try:
                     (folder / f"answer-{number}").write_text(json.dumps(work(folder)))
                     code = 0

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,26 +21,28 @@ import time
 from pathlib import Path
 from xml.etree import ElementTree
 
+from segfleet.core.files import write_atomically
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = Path(__file__).parent / "results" / "sites.json"
 PATIENCE = 600  # s for one script
 
 
-def tests(names: list[str]) -> dict[str, dict]:
-    """Outcome and seconds of every long test, by name."""
+def tests(module: Path, names: list[str]) -> dict[str, dict]:
+    """Outcome and seconds of every long test of a module, by name."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         chosen = ["-k", " or ".join(names)] if names else []
-        command = ["-m", "pytest", "-q", "-m", "long", "tests/slurm", f"--junitxml={report}"]
+        command = ["-m", "pytest", "-q", "-m", "long", module, f"--junitxml={report}"]
         subprocess.run([sys.executable, *command, *chosen], cwd=ROOT)
-        cases = ElementTree.parse(report).getroot().iter("testcase")
         found = {}
-        for case in cases:
-            module = case.get("classname", "").rpartition(".")[2]
-            outcome = next((child.tag for child in case if child.tag != "system-out"), "passed")
-            found[f"{module}::{case.get('name')}"] = {
-                "outcome": outcome,
+        for case in ElementTree.parse(report).getroot().iter("testcase"):
+            outcomes = [child for child in case if child.tag in ("failure", "error", "skipped")]
+            words = {"last_words": outcomes[0].get("message", "")[:300]} if outcomes else {}
+            found[f"{module.stem}::{case.get('name')}"] = {
+                "outcome": outcomes[0].tag if outcomes else "passed",
                 "seconds": round(float(case.get("time", 0)), 1),
+                **words,
             }
     return found
 
@@ -50,10 +53,15 @@ def case(script: Path) -> dict:
     environment = {**os.environ, "PATH": f"{own}{os.pathsep}{os.environ['PATH']}"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryFile("w+") as output:
-        done = subprocess.run(
+        done = subprocess.Popen(
             ["bash", script], env=environment, stdin=subprocess.DEVNULL, stdout=output,
-            stderr=subprocess.STDOUT, timeout=PATIENCE,
+            stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
+        try:
+            done.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(done.pid, signal.SIGTERM)  # the script's trap stops its SLURM
+            done.wait()
         output.seek(0)
         lines = output.read().splitlines()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -68,17 +76,23 @@ def main() -> int:
     options.add_argument("--cases", type=Path, help="run the scripts in this folder")
     options.add_argument("names", nargs="*", help="only those whose names contain one of these")
     asked = options.parse_args()
-    kept = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     version = subprocess.run(["sinfo", "--version"], capture_output=True, text=True).stdout.strip()
-    scripts = sorted(asked.cases.glob("*.sh")) if asked.cases else []
-    for script in scripts:
+
+    def keep(part: str, found: dict[str, dict]) -> None:
+        kept = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+        kept |= {"slurm": version, "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d")}
+        kept.setdefault(part, {}).update(found)
+        write_atomically(RESULT, json.dumps(kept, indent=1) + "\n")
+
+    for script in sorted(asked.cases.glob("*.sh")) if asked.cases else []:
         if not asked.names or any(re.search(name, script.stem) for name in asked.names):
-            kept.setdefault("cases", {})[script.stem] = found = case(script)
+            found = case(script)
             print(script.stem, found, flush=True)
-    if asked.tests:
-        kept.setdefault("tests", {}).update(tests(asked.names))
-    kept |= {"date": time.strftime("%Y-%m-%d"), "slurm": version, "cores": os.cpu_count()}
-    RESULT.write_text(json.dumps(kept, indent=1) + "\n")
+            keep("cases", {script.stem: found})
+    for module in sorted((ROOT / "tests" / "slurm").glob("test_slurm_*.py")) if asked.tests else []:
+        if not asked.names or any(name in module.read_text() for name in asked.names):
+            keep("tests", tests(module, asked.names))
+    kept = json.loads(RESULT.read_text())
     faults = [name for name, found in kept.get("cases", {}).items() if found["exit_code"]]
     faults += [
         name for name, found in kept.get("tests", {}).items() if found["outcome"] != "passed"

@@ -1,5 +1,5 @@
 """Seconds from `segfleet submit` to the first line of our code on a node, and to the first training
-step, on a SLURM of this machine.
+step, on a SLURM of this machine, and each part's share.
 
     python benchmarks/submit.py [--repeats 5] [--nodes 2] [--ranks-per-node 2]
 
@@ -68,19 +68,24 @@ def once(work: Path, environment: dict[str, str], shape: list[str], seed: int) -
             raise RuntimeError(f"the job ended without a result; see {job['log']}")
         time.sleep(0.5)
     line = json.loads((folder / f"life-{job['job']}.0" / "life.json").read_text())["time"]
-    step = next(
-        e["time"]
-        for e in map(json.loads, (run / "events.jsonl").read_text().splitlines())
-        if e["event"] == "step"
+    events = list(map(json.loads, (run / "events.jsonl").read_text().splitlines()))
+    stage, step = (
+        next(event["time"] for event in events if event["event"] == kind)
+        for kind in ("stage_start", "step")
     )
     while subprocess.run(
         ["squeue", "-h"], env=environment, capture_output=True, text=True
     ).stdout.strip():
         time.sleep(0.2)
     return {
-        "command_to_accepted": accepted - start, "accepted_to_first_line": line - accepted, "accepted_to_first_step": step - accepted,
-        "command_to_first_line": line - start, "command_to_first_step": step - start, "load": load,
-    }  # fmt: skip
+        "command_to_accepted": accepted - start,  # code frozen, recipe checked, sbatch
+        "accepted_to_first_line": line - accepted,  # SLURM's start, Python, the first imports
+        "first_line_to_stage": stage - line,  # torch, the ranks meet, store, network
+        "stage_to_first_step": step - stage,  # loader, optimizer, the step itself
+        "command_to_first_line": line - start,
+        "command_to_first_step": step - start,
+        "load": load,
+    }
 
 
 def main() -> None:

@@ -4,6 +4,8 @@ out together."""
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -145,7 +147,9 @@ def recall(
     Patients are those of today."""
     refs, earlier = reader.refs(), {facts.stamp: facts for facts in known}
     kept = {
-        index: facts for index in cases if (facts := earlier.get(stamp(refs[index], reader.root)))
+        index: facts
+        for index in (cases if earlier else ())
+        if (facts := earlier.get(stamp(refs[index], reader.root)))
     }
     found = {
         index: facts.model_copy(update={"group": refs[index].group})
@@ -334,7 +338,7 @@ def stamp(ref: CaseRef, root: Path) -> tuple[tuple[str, int, int], ...]:
     out = []
     files = [file for path in (*ref.images, *ref.labels) for file in sources(path)]
     for path in dict.fromkeys(files):
-        facts = path.stat() if path.is_file() else None
+        facts = _file_facts(path)
         out.append(
             (
                 _relative(path, root),
@@ -345,6 +349,15 @@ def stamp(ref: CaseRef, root: Path) -> tuple[tuple[str, int, int], ...]:
     if ref.said:
         out.append(("", len(ref.said), int(hashlib.sha256(ref.said.encode()).hexdigest()[:15], 16)))
     return tuple(out)
+
+
+def _file_facts(path: Path) -> os.stat_result | None:
+    """None for what is no file."""
+    try:
+        facts = path.stat()
+    except (OSError, ValueError):
+        return None
+    return facts if stat.S_ISREG(facts.st_mode) else None
 
 
 def memory_of(ref: CaseRef) -> int:
@@ -431,4 +444,4 @@ def _pixels(image: np.ndarray) -> str:
 
 
 def _relative(path: Path, root: Path) -> str:
-    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+    return str(path).removeprefix(f"{str(root).rstrip('/')}/")

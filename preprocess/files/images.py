@@ -9,6 +9,7 @@ come from (`sources`).
 from __future__ import annotations
 
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -35,7 +36,7 @@ SMALLEST, LARGEST = 1e-7, 1e4  # mm that a voxel may measure: from electron micr
 
 def ending(path: Path) -> str:
     """The ending of a file name as this module knows it. Raises InputError with the legal ones."""
-    name = Path(path).name.lower()
+    name = os.path.basename(path).lower()  # a new Path for every question costs more than reading
     for known in ENDINGS:
         if name.endswith(known):
             return known
@@ -44,7 +45,7 @@ def ending(path: Path) -> str:
 
 def stem(path: Path) -> str:
     """The name less its ending, in one spelling (NFC): systems differ in how they store accents."""
-    return unicodedata.normalize("NFC", Path(path).name[: -len(ending(path))])
+    return unicodedata.normalize("NFC", os.path.basename(path)[: -len(ending(path))])
 
 
 def sources(path: Path) -> list[Path]:

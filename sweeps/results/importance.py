@@ -30,7 +30,7 @@ def importance(
     distributions = {axis.label: domain(axis) for axis in axes}
     found = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.simplefilter("ignore", UserWarning)  # experimental; all scores are equal
         evaluator = PedAnovaImportanceEvaluator(target_quantile=BEST)
         for objective in search.objectives:
             study = optuna.create_study(direction="maximize" if objective.sign > 0 else "minimize")

@@ -1,4 +1,4 @@
-"""How many files and folders a run leaves: clusters count them, a million for a group is usual."""
+"""How many files and folders a run and a store leave: clusters count them, a million for a group is usual."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from segfleet.pipeline.jobs import run_job
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.run import RECIPE
 from segfleet.pipeline.stop import StopRequest
+from segfleet.preprocess.building.build import build
+from segfleet.preprocess.phantoms.phantom import PHANTOMS
 
 STAGE, SCORED = 16, 36  # inodes of a stage; of one that is scored and has a report, beside that
 
@@ -53,5 +55,20 @@ def test_a_run_of_two_stages_and_so_a_sweep_leave_few_files(tiny_store, tmp_path
     (leaf,) = (path.parent for path in tmp_path.rglob(RECIPE))
     first, last = inodes(leaf.parent, leaf), inodes(leaf)
     assert first <= STAGE and last <= STAGE + SCORED, (first, last)
-    # a hundred points of ten common beginnings, by these numbers: far from any quota
+    # a hundred points of ten common beginnings, by these numbers: far from any quota. What the sweep
+    # adds is counted in tests/sweeps/test_sweep_threads.py
     assert 10 * (first + 1) + 100 * (last + 1) < 6000
+
+
+@pytest.mark.parametrize(("format", "each"), [("zarr", 8), ("hdf5", 1)])
+def test_a_store_has_files_of_its_bytes_not_of_its_cases(tmp_path, format, each):
+    """Three of the store, `each` of a shard of 16 MiB, however many cases are in it."""
+    for cases in (8, 32):
+        raw = PHANTOMS["folder"](tmp_path / f"raw{cases}", cases=cases)
+        out = tmp_path / f"store{cases}"
+        build("folder", raw, out, format=format, workers=1)
+        assert inodes(out) <= 3 + each
+    few = -(-sum(path.stat().st_size for path in (out / "shards").rglob("*")) // 8)
+    build("folder", raw, tmp_path / "parts", format=format, workers=1, shard_bytes=few)
+    shards = len(list((tmp_path / "parts" / "shards").iterdir()))
+    assert 1 < shards < cases and inodes(tmp_path / "parts") <= 3 + each * shards

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -53,3 +55,67 @@ def test_a_collective_costs_what_is_not_hidden_behind_the_computing():
     assert replay(events, lambda event: 0.75) == [4.0]  # both end before they are waited for
     assert replay(events, lambda event: 2.0) == [6.0]  # one after the other: from 1 to 5
     assert replay(events, lambda event: 2.0, 2.0) == [8.0]  # twice as long to compute: all hidden
+
+
+RECORDED = """\
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from recorder import pretend
+
+tape = pretend(4)
+torch.manual_seed(0)
+plain = torch.nn.Sequential(torch.nn.Linear(300, 100), torch.nn.Linear(100, 10))
+images = torch.randn(8, 300)
+plain(images).square().sum().backward()
+own = [weights.grad.clone() for weights in plain.parameters()]
+plain.zero_grad(set_to_none=True)
+network = DistributedDataParallel(plain)
+begun = len(tape.events)
+network(images).square().sum().backward()
+tape.backward_ended()
+shared = [weights.grad for weights in plain.parameters()]
+step = tape.events[begun:]
+begun = len(tape.events)
+numbers = torch.arange(8.0)
+gathered, part, asked = torch.zeros(4, 8), torch.zeros(2), torch.tensor([3.0])
+dist.all_gather(list(gathered.unbind()), numbers)
+dist.reduce_scatter_tensor(part, numbers)
+dist.broadcast(asked, 0)
+dist.all_reduce(numbers, async_op=True)  # nobody waits
+print(json.dumps({
+    "same": all(torch.allclose(a, b) for a, b in zip(own, shared)),
+    "bytes": sum(weights.numel() * 4 for weights in plain.parameters()),
+    "step": [vars(event) for event in step],
+    "calls": [vars(event) for event in tape.events[begun:]],
+    "gathered": gathered.tolist(), "part": part.tolist(), "sum": numbers.tolist(),
+}), flush=True)
+os._exit(0)  # a recorded process group may hang a process at its end
+"""
+
+
+def test_what_ranks_send_is_recorded_and_answered_as_by_ranks_that_hold_the_same():
+    """Rank 0 of 4: DistributedDataParallel's own calls, their bytes, and when it waits for them."""
+    benchmarks = str(Path(__file__).resolve().parents[2] / "benchmarks")
+    done = subprocess.run(
+        [sys.executable, "-c", RECORDED, benchmarks], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["same"], "the mean over four ranks that hold the same is what one rank has"
+    assert told["gathered"] == [list(range(8))] * 4
+    assert told["part"] == [0.0, 4.0] and told["sum"] == [4.0 * number for number in range(8)]
+    sent = [event for event in told["step"] if event["kind"] == START]
+    assert {event["call"] for event in sent} == {"all_reduce"}
+    assert sum(event["size"] for event in sent) == told["bytes"]
+    for event in sent:
+        [wait] = [e for e in told["step"] if (e["kind"], e["number"]) == (WAIT, event["number"])]
+        assert wait["at"] >= event["at"]
+    calls = [event for event in told["calls"] if event["kind"] == START]
+    assert [(event["call"], event["size"]) for event in calls] == [
+        ("all_gather", 4 * 32), ("reduce_scatter", 32), ("broadcast", 4), ("all_reduce", 32),
+    ]  # fmt: skip
+    waited = {event["number"] for event in told["calls"] if event["kind"] == WAIT}
+    assert waited == {event["number"] for event in calls[:3]}

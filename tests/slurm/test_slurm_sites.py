@@ -129,7 +129,7 @@ def as_user(cluster, name: str, folder: Path, *words, code: int = 0) -> subproce
     environment = {**cluster.environment, "HOME": pwd.getpwnam(name).pw_dir, "USER": name}
     environment.pop("XDG_CACHE_HOME", None)  # a home that cannot be written is no obstacle
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1000
     )
     assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

@@ -10,6 +10,7 @@ import pytest
 
 from segfleet.sweeps import slurm_backend, threads
 from segfleet.sweeps.results.ledger import Ledger
+from segfleet.sweeps.results.outcome import write_outcome
 from segfleet.sweeps.search.asha import Rungs
 from segfleet.sweeps.search.tree_search import TreeSearch
 from segfleet.sweeps.slurm_backend import Leave
@@ -42,7 +43,12 @@ def ends(order):
     (path / "done.json").write_text(json.dumps(done))
     recipe = parse(order["job"]["recipe"])
     facts = score_facts(recipe, load_manifest(recipe.data.store), done)
-    write_evaluation(path, {"scored": facts, "summary": {"mean_foreground_dice": 0.5}})
+    dice = 0.5 + int(path.name[:2], 16) / 1000
+    summary = {"mean_foreground_dice": dice, "mean_foreground_dice_ci95": None, "patients": 1}
+    cases = [{"id": "c0", "group": "p0", "mean_dice": dice}]
+    write_evaluation(
+        path, {"scored": facts, "summary": summary, "cases": cases, "parameters": 7, "store": "s"}
+    )
 
 
 def test_every_node_is_trained_once_and_no_more_than_the_slots_at_a_time(tree, monkeypatch):
@@ -62,6 +68,31 @@ def test_every_node_is_trained_once_and_no_more_than_the_slots_at_a_time(tree, m
     threads.drive(search, 2, threading.Event())
     assert sorted(seen) == sorted(search.ledger.tree.nodes) and max(most) == 2
     assert set(search.ledger.states().values()) == {"done"}
+
+
+def test_a_sweep_of_a_hundred_points_adds_ten_files_to_those_of_its_stages(
+    search, tmp_path, monkeypatch
+):
+    """Trained and scored stages are played; their own files: tests/pipeline/test_file_counts.py."""
+    played = []
+
+    def play(order, report, watch):
+        played.append(order["path"])
+        ends(order)
+        return {"state": "done"}
+
+    monkeypatch.setattr(threads, "perform", play)
+    firsts, seconds = ([10.0**-power * (1 + i) for i in range(10)] for power in (3, 4))
+    stages = [{"epochs": 4, "steps": 1, "lr": firsts}, {"epochs": 1, "steps": 1, "lr": seconds}]
+    plan = make_plan(search(axes={}, stages=stages), tmp_path / "runs", build=False)
+    plan.folder.mkdir(parents=True)
+    ledger = Ledger(plan.tree, plan.runs, plan.folder)
+    threads.drive(TreeSearch(ledger, plan.order, slots=8), 8, threading.Event())
+    write_outcome(plan, ledger)
+    assert len(played) == 110 and json.loads((plan.folder / "outcome.json").read_text())["ranking"]
+    stages = {path for name in played for path in (Path(name), *Path(name).iterdir())}
+    other = set((tmp_path / "runs").rglob("*")) - stages
+    assert len(other) <= 10, sorted(other)
 
 
 def test_what_the_search_stops_is_stopped_and_noted(tree, monkeypatch):
