@@ -10,6 +10,9 @@ memory of any one of them, and the files that are there afterwards. Check and pr
 worker and with two. `open` and `draws` are measured inside their process, without imports; a loader
 process's own memory is what it does not share (USS).
 
+CPU seconds grow with what else the machine does: `loop_ms` is what a fixed loop of Python took beside a step, so
+steps of different hours may be compared.
+
 Results: benchmarks/results/scale.json, by label and number of pictures.
 """
 
@@ -117,11 +120,23 @@ def write_pictures(root: Path, count: int) -> Path:
     return raw
 
 
+def loop_ms() -> float:
+    """CPU ms of a fixed loop of Python, the median of many."""
+    taken = []
+    for _ in range(60):
+        began, seen = time.process_time(), {}
+        for number in range(20_000):
+            seen[number % 977] = str(number)
+        taken.append(time.process_time() - began)
+    return round(1e3 * sorted(taken)[30], 2)
+
+
 def measured(command: Sequence[str], scratch: Path) -> dict:
     """A command and all it leaves behind: CPU seconds, wall seconds, largest resident memory of a
     process, and what it prints."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(scratch / "cache"), "OMP_NUM_THREADS": "1"}
     log = open(scratch / "out.txt", "w+", encoding="utf-8")
+    loop = loop_ms()
     began = time.monotonic()
     child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     cpu, most, code = 0.0, 0, None
@@ -134,14 +149,16 @@ def measured(command: Sequence[str], scratch: Path) -> dict:
         most = max(most, usage.ru_maxrss)
         if pid == child.pid:
             code = child.returncode = os.waitstatus_to_exitcode(status)
+    wall = round(time.monotonic() - began, 2)
     log.seek(0)
     text = log.read()
     if code:
         raise SystemExit(f"{' '.join(command)} ended with {code}:\n{text[-3000:]}")
     return {
         "cpu_s": round(cpu, 2),
-        "wall_s": round(time.monotonic() - began, 2),
+        "wall_s": wall,
         "peak_mb": round(most / 1024, 1),
+        "loop_ms": [loop, loop_ms()],
         "text": text,
     }
 

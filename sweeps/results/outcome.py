@@ -319,7 +319,8 @@ def by_source(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def write_outcome(plan: Plan, ledger: Ledger) -> dict[str, Any]:
-    """outcome.json, ranking.csv, best.yaml and report.html in the sweep's folder; the document."""
+    """outcome.json, ranking.csv, best.yaml and report.html in the sweep's folder; of a population
+    what its members were trained with, too: population.json. Returns the outcome's document."""
     from segfleet.sweeps.results.report import write_sweep_report
 
     document = outcome(plan, ledger)
@@ -329,8 +330,16 @@ def write_outcome(plan: Plan, ledger: Ledger) -> dict[str, Any]:
         write_atomically(plan.folder / "best.yaml", best_recipe(plan, document))
     else:  # one of other objectives or constraints is the best no longer
         (plan.folder / "best.yaml").unlink(missing_ok=True)
+    if plan.search.space.scheduler == "pbt":
+        write_atomically(plan.folder / "population.json", json.dumps(members(plan), indent=1))
     write_sweep_report(plan, ledger, document)
     return document
+
+
+def members(plan: Plan) -> list[list[dict[str, Any]]]:
+    """The stages of every member of a population, those of the last generation: its schedule."""
+    last = plan.trials[-plan.search.space.pbt.population :]
+    return [[stage.model_dump(mode="json") for stage in trial.recipe.stages] for trial in last]
 
 
 def as_csv(document: dict[str, Any]) -> str:

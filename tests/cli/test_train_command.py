@@ -107,6 +107,10 @@ def test_one_command_gives_weights_scores_and_a_report(straight):
     )
     assert [Path(stage).name for stage in straight["stages"]] == list(leaf.parts[-2:])
     assert not (leaf / "scoring.json").exists()
+    os.umask(mask := os.umask(0))
+    made = [path for path in leaf.parents[1].rglob("*") if path.is_file()]
+    modes = {path: path.stat().st_mode & 0o666 for path in made}
+    assert modes == dict.fromkeys(made, 0o666 & ~mask), "libraries make weights 0600"
 
 
 def test_a_second_run_does_nothing(work, straight):

@@ -6,6 +6,7 @@ import hashlib
 import os
 import socket
 import stat
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,24 @@ def test_a_private_file_gets_the_rights_of_its_folder(tmp_path):
         os.umask(before)
     assert path.stat().st_mode & 0o7777 == 0o640
     assert [found.name for found in tmp_path.iterdir()] == ["weights"]
+
+
+def test_a_new_file_is_open_to_whom_the_folders_acl_names(tmp_path):
+    """One that a library made private, too."""
+    colleague, nobody = 4711, 2**32 - 1
+    entries = [(1, 7, nobody), (2, 7, colleague), (4, 5, nobody), (16, 7, nobody), (32, 0, nobody)]
+    default = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    try:
+        os.setxattr(tmp_path, "system.posix_acl_default", default)
+    except OSError:
+        pytest.skip("a file system without access control lists")
+    (tmp_path / "weights").touch(mode=0o600)
+    files.share_as_others(tmp_path / "weights")
+    files.write_atomically(tmp_path / "facts", b"bytes")
+    for name in ("weights", "facts"):
+        found = os.getxattr(tmp_path / name, "system.posix_acl_access")
+        rights = {tag: rights for tag, rights, _ in struct.iter_unpack("<HHI", found[4:])}
+        assert (rights[2] & rights[16], rights[32]) == (6, 0), name
 
 
 def synced(monkeypatch) -> list[str]:

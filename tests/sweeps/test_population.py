@@ -9,7 +9,7 @@ import pytest
 from segfleet.pipeline.scoring.scored import score_facts, write_evaluation
 from segfleet.preprocess.stores.manifest import load_manifest
 from segfleet.sweeps.results.ledger import Ledger
-from segfleet.sweeps.results.outcome import outcome
+from segfleet.sweeps.results.outcome import outcome, write_outcome
 from segfleet.sweeps.space.plan import make_plan
 from segfleet.sweeps.space.population import FAILED, explored, next_generation
 
@@ -85,6 +85,18 @@ def test_every_path_that_was_trained_is_a_row_once(population):
     assert document["best"]["stages"][0][-1] == best[1]
     # four members, and whoever was replaced on the way; none after the last generation
     assert len(leaves) == 4 + 2 and {row["epochs"] for row in document["ranking"]} == {2, 4, 6}
+
+
+def test_the_schedules_of_all_members_are_written_down(population):
+    _, make = population()
+    plan = whole(make, rate)
+    write_outcome(plan, Ledger(plan.tree, plan.runs, plan.folder))
+    found = json.loads((plan.folder / "population.json").read_text())
+    assert [[stage["lr"] for stage in member] for member in found] == [
+        [stage.lr for stage in trial.recipe.stages] for trial in plan.trials[-4:]
+    ]
+    assert [len(member) for member in found] == [3] * 4
+    assert all(1e-3 <= stage["lr"] <= 1.1e-3 for member in found for stage in member)
 
 
 def test_the_worst_go_on_from_the_best_with_values_near_theirs(population):
