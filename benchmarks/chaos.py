@@ -269,6 +269,7 @@ def chain(world: Path, folder: Path, name: str, seed: int, calm: dict, changes: 
     differs = sorted(
         path for path in {*found, *calm["right"]} if found.get(path) != calm["right"].get(path)
     )
+    said = (folder / "stderr").read_text()
     return {
         "scenario": name,
         "seed": seed,
@@ -278,7 +279,8 @@ def chain(world: Path, folder: Path, name: str, seed: int, calm: dict, changes: 
         "differs": differs[:5],
         "processes_left": len(left) + sum(one["processes_left"] for one in kills),
         "files_left": [*litter(folder), *sorted(shared_memory() - memory)],
-        "tracebacks": (folder / "stderr").read_text().count("Traceback (most recent call last)"),
+        "tracebacks": said.count("Traceback (most recent call last)"),
+        "said": said[-2000:] if "Traceback" in said else "",
     }
 
 
@@ -367,7 +369,8 @@ def main(options: argparse.Namespace) -> int:
     with open(log, "a") as file:
         while sum(len(row["kills"]) for row in rows) < options.kills and time.monotonic() < end:
             seed += 1
-            name = random.Random(1000 + seed).choices(names, shares)[0]
+            drawn = random.Random(1000 + seed).choices(names, shares)[0]
+            name = names[seed] if seed < len(names) else drawn  # each once, then by their shares
             if seed in known or options.only not in name:
                 continue
             right = work / f"{name}.json"

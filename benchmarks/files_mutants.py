@@ -2,6 +2,7 @@
 
     python benchmarks/files_mutants.py 120000
     python benchmarks/files_mutants.py 120000 --until 13:30    stops by the clock; the next run goes on
+    python benchmarks/files_mutants.py --again                 the faults that are saved, once more
     python benchmarks/files_mutants.py 200000 --only lzw.tif   one kind of file; nothing is saved
 
 Three quarters are files of images, of every format and codec; the others are what describes a data
@@ -215,6 +216,22 @@ def described(index: int, layout: Layout) -> str:
     )
 
 
+def opened(index: int, name: str, known: dict[str, bytes]) -> str:
+    """How reading a damaged file in the working folder ends."""
+    data = mutant(index, name, known)
+    path = Path.cwd() / f"mutant-{name}"
+    path.write_bytes(data)
+    before, began = resident(), time.process_time()
+    result = read(path)
+    seconds = time.process_time() - began
+    grown = resident() - before
+    declared = 8 * int(np.prod(peek(path)))
+    path.unlink()
+    if grown > 3 * max(declared, LEAST):
+        return f"MEMORY: {grown / 2**20:.0f} MiB for {declared / 2**20:.0f}"
+    return f"SLOW: {seconds:.1f} s" if seconds > 5 else result
+
+
 def resident() -> int:
     """Bytes that this process has had in memory at most."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -244,6 +261,7 @@ def read(path: Path) -> str:
         return f"TRACEBACK: {type(error).__name__}: {str(error)[:200]}"
 
 
+SAVED = 500  # numbers after which the result is
 LEAST = 64 * 2**20  # bytes of memory that any decoder may take
 LAYOUT = "layout "
 
@@ -260,28 +278,18 @@ def work(start: int, stop: int, names, known, layouts, folder: str, at, out) -> 
     for index in range(start, stop):
         at.value = index
         name = names[index % len(names)]
-        if name.startswith(LAYOUT):
-            out.put((index, name, described(index, layouts[name])))
-            continue
-        data = mutant(index, name, known)
-        path = place / f"mutant-{name}"
-        path.write_bytes(data)
-        before, began = resident(), time.process_time()
-        result = read(path)
-        seconds = time.process_time() - began
-        grown = resident() - before
-        declared = 8 * int(np.prod(peek(path)))
-        if grown > 3 * max(declared, LEAST):
-            result = f"MEMORY: {grown / 2**20:.0f} MiB for {declared / 2**20:.0f}"
-        elif seconds > 5:
-            result = f"SLOW: {seconds:.1f} s"
-        out.put((index, name, result))
-        path.unlink()
+        try:
+            tried = (
+                described(index, layouts[name]) if name in layouts else opened(index, name, known)
+            )
+        except Exception as error:
+            tried = f"FAULT OF THIS SCRIPT: {type(error).__name__}: {str(error)[:200]}"
+        out.put((index, name, tried))
     out.put(None)
 
 
 def mutants(count: int, until: str, only: str) -> None:
-    """Those up to number `count` that the saved result has not; it is saved again every 2000."""
+    """Those up to number `count` that the saved result has not; it is saved again every few hundred."""
     with tempfile.TemporaryDirectory() as folder:
         known = seeds(Path(folder))
     names = [name for name in known if not name.endswith(".raw")]
@@ -293,7 +301,7 @@ def mutants(count: int, until: str, only: str) -> None:
         own = [name for name in names if name.startswith(LAYOUT)]
         layouts = {n: Layout(n.removeprefix(LAYOUT), Path(folder) / n) for n in own}
         while start < count and not (until and time.strftime("%H:%M") >= until):
-            stop = min(count, start + 2000)
+            stop = min(count, start + SAVED)
             start = batch(start, stop, (names, known, layouts), results, per_kind, faults)
             print(start, dict(results), len(faults), flush=True)
             document = {
@@ -324,6 +332,36 @@ def processor_time() -> float:
     return sum(used.ru_utime + used.ru_stime for used in both)
 
 
+def used_by(pid: int) -> float:
+    """Seconds of processors that a process has used; 0 of one that has ended."""
+    with suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+def tried_again() -> None:
+    """The faults of the saved result, with the code of today: what comes out now stands behind
+    each."""
+    document = json.loads(RESULT.read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        known = seeds(Path(folder))
+    names = list(document["by_kind"])
+    with tempfile.TemporaryDirectory() as folder:
+        own = [name for name in names if name.startswith(LAYOUT)]
+        layouts = {n: Layout(n.removeprefix(LAYOUT), Path(folder) / n) for n in own}
+        for fault in document["faults"]:
+            now: Counter = Counter()
+            again: list = []
+            batch(
+                fault[0], fault[0] + 1, (names, known, layouts), now,
+                {name: Counter() for name in names}, again,
+            )  # fmt: skip
+            fault[3:] = [f"today: {again[0][2] if again else next(iter(now))}"]
+            print(fault, flush=True)
+    RESULT.write_text(json.dumps(document, indent=1) + "\n")
+
+
 def batch(start, stop, what, results, per_kind, faults) -> int:
     """One worker's share; where it dies or hangs, the next number to look at."""
     context, names = multiprocessing.get_context("fork"), what[0]
@@ -331,12 +369,13 @@ def batch(start, stop, what, results, per_kind, faults) -> int:
     with tempfile.TemporaryDirectory() as folder:
         process = context.Process(target=work, args=(start, stop, *what, folder, at, out))
         process.start()
-        seen, last = start, time.monotonic()
+        seen, last, used = start, time.monotonic(), 0.0
         while True:
             try:
                 item = out.get(timeout=1)
             except Exception:
-                stuck = time.monotonic() - last > 300  # other jobs may have the machine
+                # the work's own time, for other jobs may have the machine
+                stuck = time.monotonic() - last > 900 or used_by(process.pid) - used > 60
                 if process.is_alive() and not stuck:
                     continue
                 kind = "HANG" if process.is_alive() else f"CRASH: {process.exitcode}"
@@ -347,7 +386,7 @@ def batch(start, stop, what, results, per_kind, faults) -> int:
                 results[kind.partition(":")[0]] += 1
                 faults.append([index, name, kind])
                 return index + 1
-            last = time.monotonic()
+            last, used = time.monotonic(), used_by(process.pid)
             if item is None:
                 break
             seen, name, result = item
@@ -364,6 +403,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("count", type=int, nargs="?", default=100_000)
     parser.add_argument("--until", default="", help="HH:MM, when to stop")
+    parser.add_argument("--again", action="store_true", help="only the faults that are saved")
     parser.add_argument("--only", default="", help="one kind of file, as the result names it")
     options = parser.parse_args()
-    mutants(options.count, options.until, options.only)
+    if options.again:
+        tried_again()
+    else:
+        mutants(options.count, options.until, options.only)

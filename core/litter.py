@@ -7,6 +7,7 @@ made it; a temporary file has its host and process in its name. It goes once tha
 from __future__ import annotations
 
 import json
+import multiprocessing.util
 import os
 import re
 import shutil
@@ -24,17 +25,50 @@ PREFIX, NOTE = "segfleet-", "made-by.json"
 PARTIAL = re.compile(
     r"\.(?P<name>.+)\.(?P<host>[^.]+)-(?P<process>\d+)-[0-9a-f]{8}\.partial(\..+)?"
 )
+UNNOTED = re.compile(rf"{PREFIX}(\d+)-[a-z0-9_]{{8}}")  # as _new_folder names them
+LONGEST = 85  # bytes of a folder's path; a socket's may have 107, "/listener-12345678" among them
 YOUNG = 24 * 3600.0  # s; hours more than clocks of machines and file servers differ by
+_sockets: tuple[int, Path] | None = None  # process and folder of multiprocessing
 
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
     """A folder for this process alone, which goes with the block; those of killed processes of this
     user go before."""
-    remove_folders(Path(tempfile.gettempdir()))
-    with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as name:
-        (Path(name) / NOTE).write_text(json.dumps(_this_process()), encoding="utf-8")
-        yield Path(name)
+    folder = _new_folder()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _new_folder() -> Path:
+    place = Path(tempfile.gettempdir())
+    remove_folders(place)
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=place))
+    (folder / NOTE).write_text(json.dumps(_this_process()), encoding="utf-8")
+    return folder
+
+
+def note_multiprocessing() -> None:
+    """Have the multiprocessing of this process keep its sockets in a folder with a note. Its own
+    (`pymp-...`) stays for ever when the process is killed or ends by `os._exit`. To be called
+    before it starts its first server."""
+    global _sockets
+    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    if config.get("tempdir") is None:
+        folder = _new_folder()
+        if len(os.fsencode(folder)) > LONGEST:
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        config["tempdir"], _sockets = str(folder), (os.getpid(), folder)
+        multiprocessing.util.Finalize(None, forget_multiprocessing, exitpriority=-100)
+
+
+def forget_multiprocessing() -> None:
+    """Remove the folder of this process' sockets, at its end."""
+    if _sockets and _sockets[0] == os.getpid():
+        shutil.rmtree(_sockets[1], ignore_errors=True)
 
 
 def remove_folders(place: Path) -> None:
@@ -45,8 +79,12 @@ def remove_folders(place: Path) -> None:
             if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
                 continue
             note = folder / NOTE
-            if note.is_file() and _gone(read_json(note) or {}):
-                shutil.rmtree(folder, ignore_errors=True)
+            if note.is_file() and note.stat().st_size:
+                if _gone(read_json(note) or {}):
+                    shutil.rmtree(folder, ignore_errors=True)
+            elif (maker := UNNOTED.fullmatch(folder.name)) and not _alive(int(maker[1])):
+                note.unlink(missing_ok=True)  # killed before it had written its note
+                folder.rmdir()  # refuses what holds anything
 
 
 def remove_partial(folder: Path, alone: bool = False) -> None:

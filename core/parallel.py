@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from typing import Any, TypeVar
 
+from segfleet.core.litter import note_multiprocessing
 from segfleet.core.machine import cpus, memory_budget
 
 Item = TypeVar("Item")
@@ -201,6 +202,7 @@ def _cause(exitcode: int | None) -> str:
 def _start_forkserver() -> None:
     """With signals blocked, for it and all that it starts: SLURM sends warnings to every process of
     a job, and the parent decides."""
+    note_multiprocessing()
     if not WATCHED:
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from segfleet.core.errors import InputError
+from segfleet.core.litter import note_multiprocessing
 from segfleet.core.parallel import end_with_parent
 from segfleet.pipeline.data import randomness
 from segfleet.pipeline.data.augment import draw_intensity, draw_spatial, flat
@@ -228,6 +230,7 @@ def check_shares(batch: int, ranks: int, accumulate: int) -> None:
 
 MOST_FOR_CPU, MOST_FOR_GPU = 2, 14  # loader processes of a rank
 TIMEOUT = 1800.0  # seconds without a batch after which a loader is given up
+LOOK = 5.0  # seconds without a batch after which is looked whether a loader process died
 TOO_SMALL = (
     "segfleet: /dev/shm is too small for the loader's batches, which go through pipes now and take "
     "longer. Make it larger (docker: --shm-size=2g), or set data.workers=0.\n"
@@ -266,7 +269,7 @@ def batches(patches: Patches, schedule: Schedule, workers: int) -> Iterator[Batc
         multiprocessing_context=_forkserver() if workers else None,
         worker_init_fn=_start_worker if workers else None,
         pin_memory=patches.pinned,
-        timeout=TIMEOUT if workers else 0,
+        timeout=LOOK if workers else 0,
     )
     piped = False
     for batch in _in_time(loader):
@@ -323,22 +326,39 @@ def training_batches(
 def _forkserver() -> multiprocessing.context.BaseContext:
     """Loader processes start from a server that has loaded this module: at once, and sharing its
     memory."""
+    note_multiprocessing()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context
 
 
 def _in_time(loader: DataLoader) -> Iterator[Batch | Failure]:
-    """Raises LoaderError when a loader process is gone, or gives nothing for long."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        raise LoaderError(
-            f"loading: {error}. A loader process was killed (out of memory?) or hangs on a slow "
-            "disk. Run the same command again; data.workers=0 reads in the rank itself."
-        ) from error
+    """Raises LoaderError soon after a loader process is gone, or when they give nothing for long.
+
+    Loader processes are children of a server, so no signal tells of their death: torch looks when a
+    wait ends, which may therefore not be a long one, and can be asked again after it.
+    """
+    batches, since = iter(loader), time.monotonic()
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            late = "timed out" in str(error)
+            if late and time.monotonic() - since < TIMEOUT:
+                continue
+            for process in getattr(batches, "_workers", ()):
+                process.kill()  # it may wait for ever for what the dead one held, deaf to SIGTERM
+            reason = f"no batch for {TIMEOUT:.0f} s" if late else error
+            raise LoaderError(
+                f"loading: {reason}. A loader process was killed (out of memory?) or hangs on a "
+                "slow disk. Run the same command again; data.workers=0 reads in the rank itself."
+            ) from error
+        yield batch
+        since = time.monotonic()
 
 
 def _as_made(batch: Batch | Failure) -> Batch | Failure:

@@ -17,6 +17,7 @@ from typing import Any
 
 from segfleet.core.errors import explain
 from segfleet.core.files import write_atomically
+from segfleet.core.litter import forget_multiprocessing
 from segfleet.pipeline.launch.local import AGAIN, die_with_parent, survive_hangup
 from segfleet.pipeline.stop import Interrupted, StopRequest
 
@@ -130,6 +131,7 @@ def exit_now(code: int) -> None:
     rank back."""
     sys.stdout.flush()
     sys.stderr.flush()
+    forget_multiprocessing()
     os._exit(code)
 
 

@@ -21,6 +21,17 @@ def check_own_size(data: bytes, width: int, height: int, what: str, path: Path) 
         raise damaged(path, reason)
 
 
+def check_boxes(data: bytes, path: Path) -> None:
+    """Raises ImageError where a box of a JPEG 2000 file says that it has no length: pydicom, which
+    steps from box to box, would never end."""
+    at = 12
+    while data[4:8] == b"jP  " and at < len(data) and data[at + 4 : at + 8] != b"jp2c":
+        length = int.from_bytes(data[at : at + 4])
+        if length == 0:
+            raise damaged(path, "a JPEG 2000 frame with a box without length")
+        at += length
+
+
 def own_size(head: bytes) -> tuple[int, int]:
     """(width, height) that a picture's own header says; zeros where it cannot be told, which the
     decoder then tells. JPEG and JPEG-LS are looked through as decoders do, which pass over rubbish."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from segfleet.preprocess.case import Geometry
-from segfleet.preprocess.files.codestreams import check_own_size
+from segfleet.preprocess.files.codestreams import check_boxes, check_own_size
 from segfleet.preprocess.files.faults import ImageError, check_size, damaged, is_regular, read_bytes
 from segfleet.preprocess.files.itk import LPS
 
@@ -386,6 +386,7 @@ def frames_of(path: Path, d: Any, shape: tuple[int, int]) -> np.ndarray:
         pictures = _pictures(d) if syntax and syntax.is_compressed and syntax != RLE else []
         for picture in pictures:
             check_own_size(picture, shape[1], shape[0], "a frame", path)
+            check_boxes(picture, path)
         stored = _by_imagecodecs(pictures, CODECS[syntax]) if syntax in CODECS else d.pixel_array
         stored = _significant(stored.reshape(-1, *shape), d)
     except ImageError:

@@ -56,6 +56,38 @@ def test_the_folder_of_a_killed_process_goes_and_no_other(place):
     )
 
 
+def test_a_process_killed_before_its_note_leaves_nothing_either(place):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    bare, empty, full = (place / f"segfleet-{gone.pid}-{8 * letter}" for letter in "abc")
+    living = place / f"segfleet-{os.getpid()}-dddddddd"
+    for folder in (bare, empty, full, living):
+        folder.mkdir()
+    (empty / litter.NOTE).touch()
+    (full / "something").touch()
+    litter.remove_folders(place)
+    assert set(place.iterdir()) == {full, living}
+
+
+END = {"killed": "os.kill(os.getpid(), 9)", "at its end": "pass", "at once": "exit_now(0)"}
+
+
+@pytest.mark.parametrize("how", END)
+def test_sockets_of_multiprocessing_go_with_their_process(place, how):
+    program = (
+        "import os, sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
+        "from multiprocessing import forkserver\n"
+        "from segfleet.core.litter import note_multiprocessing\n"
+        "from segfleet.pipeline.launch.worker import exit_now\n"
+        "note_multiprocessing(); forkserver.ensure_running()\n"
+        f"assert len(os.listdir(tempfile.tempdir)) == 1; {END[how]}\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(place)], capture_output=True)
+    assert [path.name for path in place.iterdir() if how != "killed"] == []
+    litter.remove_folders(place)
+    assert list(place.iterdir()) == []
+
+
 def test_a_number_that_is_another_process_now_says_nothing(place):
     left = place / "segfleet-old"
     left.mkdir()

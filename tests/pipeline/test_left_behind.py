@@ -4,6 +4,7 @@ end."""
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from segfleet.core import litter
 from segfleet.core.errors import ExitCode
 from segfleet.pipeline.data import loader
 from segfleet.pipeline.launch import local
@@ -48,12 +50,19 @@ def training(tiny_recipe, tmp_path):
     """`training()`: one with two ranks and two loader processes each, behind a pipe, at work."""
     folder = tiny_recipe([{"name": "long", "epochs": 400, "steps": 100, "lr": 1e-3}], 2)
     mark, started = uuid.uuid4().hex, []
+    (tmp_path / "tmp").mkdir()
 
     def start():
         words = [sys.executable, "-m", "segfleet.cli.main", "train", str(folder / "tiny.yaml")]
         process = subprocess.Popen(
             [*words, "data.workers=2", "--ranks", "2", "--runs", str(tmp_path / "runs")],
-            env={**os.environ, MARK: mark, "OMP_NUM_THREADS": "1", "SEGFLEET_DEVICE": "cpu"},
+            env={
+                **os.environ,
+                MARK: mark,
+                "OMP_NUM_THREADS": "1",
+                "SEGFLEET_DEVICE": "cpu",
+                "TMPDIR": str(tmp_path / "tmp"),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -98,11 +107,14 @@ LONG = ("SIGTERM", "a loader is killed", "a rank is killed")  # Ctrl-C is a SIGT
 @pytest.mark.parametrize(
     "way", [pytest.param(way, marks=pytest.mark.long) if way in LONG else way for way in WAYS]
 )
-def test_no_process_is_left(training, way):
+def test_no_process_and_no_folder_is_left(training, way, tmp_path):
     process, mark = training()
     WAYS[way](process, mark)
     process.communicate(timeout=60)  # the end of its output: nobody holds the pipe any more
     assert until(lambda: not marked(mark), SECONDS), marked(mark)
+    litter.remove_folders(tmp_path / "tmp")  # as the next command does
+    left = [path.name for path in (tmp_path / "tmp").iterdir()]
+    assert [name for name in left if not name.startswith("torchinductor")] == []
 
 
 def test_ranks_that_do_not_stop_are_killed_when_their_time_is_over(monkeypatch):
@@ -160,3 +172,44 @@ def test_a_batch_that_does_not_fit_is_sent_as_arrays(monkeypatch):
     batch = loader.Batch(torch.ones(1, 1, 4, 4), torch.ones(1, 4, 4).byte(), ("a",))
     sent = loader._to_rank(batch)
     assert isinstance(sent.image, np.ndarray) and isinstance(sent.label, np.ndarray)
+
+
+DYING = """
+import os, signal, time, torch
+from segfleet.pipeline.data import loader
+
+class Patches(torch.utils.data.Dataset):
+    pinned = False
+
+    def __getitems__(self, places):
+        if places[0][1] == 6:
+            HOW
+        return loader.Batch(torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4).byte(), ("a", "b"))
+
+if __name__ == "__main__":
+    loader.LOOK, loader.TIMEOUT = 0.5, LIMIT
+    schedule = loader.Schedule(loader.Place(stage=0, epoch=0, step=0), 1, 6, 2, 1, 0, 1)
+    begun = 0
+    try:
+        for batch in loader.batches(Patches(), schedule, 2):
+            begun += 1
+    except loader.LoaderError as error:
+        print(begun, error)
+    else:
+        print(begun, "no error")
+"""
+
+
+@pytest.mark.parametrize("how, limit, said", [
+    ("os.kill(os.getpid(), signal.SIGKILL)", 60, r"\d loading: DataLoader worker \(pid\(s\) "),
+    ("time.sleep(8)", 4, "3 loading: no batch for 4 s"),
+    ("time.sleep(3)", 60, "6 no error"),
+])  # fmt: skip
+def test_a_loader_process_that_dies_is_missed_soon(how, limit, said, tmp_path):
+    """Long before the time that a slow disk is given."""
+    program = DYING.replace("HOW", how).replace("LIMIT", str(limit))
+    (tmp_path / "dying.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "dying.py")], capture_output=True, text=True, timeout=200
+    )
+    assert re.match(said, done.stdout), done.stdout + done.stderr

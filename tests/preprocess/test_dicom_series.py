@@ -152,6 +152,32 @@ def test_a_frame_that_says_it_is_larger_than_its_place_takes_no_memory(
         read_series([path])
 
 
+@pytest.mark.parametrize(
+    "length, fault", [(None, ""), (0, "a box without length"), (1, "damaged"), (7, "damaged")]
+)
+def test_boxes_that_lead_nowhere_do_not_hang(length, fault, tmp_path):
+    import imagecodecs
+    from pydicom.encaps import encapsulate
+    from pydicom.uid import JPEG2000Lossless
+
+    pixels = (VOLUME[0].astype(int) + 1000).astype(np.uint16)
+    path = write(tmp_path / "a.dcm", pixels, (0, 0, 0), PixelRepresentation=0)
+    d = pydicom.dcmread(path)
+    data = bytearray(imagecodecs.jpeg2k_encode(pixels, level=0, codecformat="jp2"))
+    assert data[16:20] == b"ftyp"
+    if length is not None:
+        data[12:16] = length.to_bytes(4)
+    d.file_meta.TransferSyntaxUID = JPEG2000Lossless
+    d.PixelData = encapsulate([bytes(data)])
+    d["PixelData"].is_undefined_length = True
+    d.save_as(path)
+    if length is None:
+        assert np.array_equal(read_series([path])[0][0, 0], pixels)
+    else:
+        with pytest.raises(ImageError, match=fault):
+            read_series([path])
+
+
 def places(*values):
     return [(0, 0, z) for z in values]
 
