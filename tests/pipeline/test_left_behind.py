@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -46,11 +47,17 @@ def until(condition, seconds: float):
 
 
 @pytest.fixture
-def training(tiny_recipe, tmp_path):
+def temporary():
+    """TMPDIR of the training; a short path, for sockets lie in it."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def training(tiny_recipe, tmp_path, temporary):
     """`training()`: one with two ranks and two loader processes each, behind a pipe, at work."""
     folder = tiny_recipe([{"name": "long", "epochs": 400, "steps": 100, "lr": 1e-3}], 2)
     mark, started = uuid.uuid4().hex, []
-    (tmp_path / "tmp").mkdir()
 
     def start():
         words = [sys.executable, "-m", "segfleet.cli.main", "train", str(folder / "tiny.yaml")]
@@ -61,7 +68,7 @@ def training(tiny_recipe, tmp_path):
                 MARK: mark,
                 "OMP_NUM_THREADS": "1",
                 "SEGFLEET_DEVICE": "cpu",
-                "TMPDIR": str(tmp_path / "tmp"),
+                "TMPDIR": str(temporary),
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -107,13 +114,13 @@ LONG = ("SIGTERM", "a loader is killed", "a rank is killed")  # Ctrl-C is a SIGT
 @pytest.mark.parametrize(
     "way", [pytest.param(way, marks=pytest.mark.long) if way in LONG else way for way in WAYS]
 )
-def test_no_process_and_no_folder_is_left(training, way, tmp_path):
+def test_no_process_and_no_folder_is_left(training, way, temporary):
     process, mark = training()
     WAYS[way](process, mark)
     process.communicate(timeout=60)  # the end of its output: nobody holds the pipe any more
     assert until(lambda: not marked(mark), SECONDS), marked(mark)
-    litter.remove_folders(tmp_path / "tmp")  # as the next command does
-    left = [path.name for path in (tmp_path / "tmp").iterdir()]
+    litter.remove_folders(temporary)  # as the next command does
+    left = [path.name for path in temporary.iterdir()]
     assert [name for name in left if not name.startswith("torchinductor")] == []
 
 
