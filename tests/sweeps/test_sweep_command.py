@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 from segfleet.pipeline.launch.local import run_ranks
 from segfleet.pipeline.recipe import load_recipe
 
-TREE = 16
+TREE = 9
 SHORT = [
-    {"name": "train", "epochs": 1, "steps": 2, "lr": [1e-2, 1e-3]},
+    {"name": "train", "epochs": 1, "steps": 2, "lr": [1e-2, 3e-3, 1e-3]},
     {
         "name": "finetune",
         "epochs": 1,
         "steps": 1,
-        "lr": [1e-3, 3e-4, 1e-4],
+        "lr": [1e-3, 1e-4],
         "inherit": "weights+optimizer",
     },
 ]
@@ -76,7 +76,7 @@ def wait_until(condition, process, timeout=600):
 def test_a_sweep_is_killed_and_goes_on_and_a_failing_stage_takes_only_its_own(
     space, tmp_path, monkeypatch
 ):
-    (tmp_path / "space.yaml").write_text(yaml.safe_dump({**space, "stages": SHORT}))
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump({**space, "axes": {}, "stages": SHORT}))
     code, out, err = finished(segfleet("sweep", "space.yaml", "--dry-run", "--json", cwd=tmp_path))
     assert code == 0, err
     planned = json.loads(out)
@@ -85,7 +85,7 @@ def test_a_sweep_is_killed_and_goes_on_and_a_failing_stage_takes_only_its_own(
         planned["stage_trainings_naive"],
         planned["epochs_shared"],
         planned["epochs_naive"],
-    ) == (TREE, 24, 16, 24)
+    ) == (TREE, 12, 9, 12)
     assert not (tmp_path / "runs").exists() and planned["disk_bytes"] > 0
     nodes = {node["uid"]: node for node in planned["tree"]}
     victim = [node for node in planned["tree"] if node["depth"] == 0][1]
@@ -101,14 +101,14 @@ def test_a_sweep_is_killed_and_goes_on_and_a_failing_stage_takes_only_its_own(
         }
 
     first = segfleet("sweep", "space.yaml", "--slots", 2, cwd=tmp_path)
-    wait_until(lambda: len(done()) >= 4, first)
+    wait_until(lambda: len(done()) >= 2, first)
     family = psutil.Process(first.pid).children(recursive=True)
     first.send_signal(signal.SIGKILL)
     first.communicate()
     _, alive = psutil.wait_procs([process for process in family if is_ours(process)], timeout=30)
     assert not alive, "no rank and no part of Ray outlives the controller"
     before = done()  # not earlier: a rank may write its last word while it is being killed
-    assert 4 <= len(before) < TREE - 4
+    assert 2 <= len(before) < TREE - 4
 
     second = segfleet("sweep", "space.yaml", "--slots", 2, "--json", cwd=tmp_path)
     wait_until(lambda: len(done()) > len(before), second)
@@ -123,7 +123,7 @@ def test_a_sweep_is_killed_and_goes_on_and_a_failing_stage_takes_only_its_own(
         err
     )
     document = json.loads(out)
-    assert document["nodes"] == {"done": 12, "failed": 1, "lost": 3} and list(
+    assert document["nodes"] == {"done": 6, "failed": 1, "lost": 2} and list(
         document["failed"]
     ) == [victim["uid"]]
     assert (
@@ -139,9 +139,9 @@ def test_a_sweep_is_killed_and_goes_on_and_a_failing_stage_takes_only_its_own(
         assert steps == sorted(set(steps)), "no step was trained twice"
         if uid in before:
             assert len(events(stage, "stage_start")) == 1 and not events(stage, "resumed")
-    assert [row["rank"] for row in document["ranking"]] == list(range(1, 10)) and len(
+    assert [row["rank"] for row in document["ranking"]] == list(range(1, 5)) and len(
         document["unranked"]
-    ) == 3
+    ) == 2
 
     leaves = [node for node in planned["tree"] if node["leaf_of"] and node["uid"] in after]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -167,7 +167,7 @@ def test_a_sweep_is_killed_and_goes_on_and_a_failing_stage_takes_only_its_own(
     assert load_recipe(str(sweep / "best.yaml")).name == "tiny-best"
     code, out, err = finished(segfleet("sweep", "status", "space.yaml", "--json", cwd=tmp_path))
     states = json.loads(out)["states"]
-    assert code == 0 and states["done"] == 12 and states["failed"] == 1 and states["lost"] == 3
+    assert code == 0 and states["done"] == 6 and states["failed"] == 1 and states["lost"] == 2
     assert not list(Path("/tmp").glob(f"sf-*/session_*_{first.pid}")), (
         "a killed controller's temporary folder is swept away"
     )
