@@ -46,8 +46,9 @@ system:
 test: $(VENV)/tests-ready system
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
+# Outcome and seconds of each go to benchmarks/results/long.json. Some only: make long LONG=tests/slurm
 long: $(VENV)/tests-ready system
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m long
+	OMP_NUM_THREADS=1 $(PY) benchmarks/long.py $(LONG)
 
 lint: $(VENV)/tests-ready
 	$(PY) -m ruff check .

@@ -19,33 +19,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from xml.etree import ElementTree
+
+from long import PATIENCE, ROOT, outcomes
 
 from segfleet.core.files import write_atomically
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULT = Path(__file__).parent / "results" / "sites.json"
-PATIENCE = float(os.environ.get("SEGFLEET_TEST_PATIENCE", 1))  # more on a loaded machine
-
-
-def tests(module: Path, names: list[str]) -> dict[str, dict]:
-    """Outcome and seconds of every long test of a module, by name."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        chosen = ["-k", " or ".join(names)] if names else []
-        command = ["-m", "pytest", "-q", "-m", "long", module, f"--junitxml={report}"]
-        command.append(f"--timeout={1200 * PATIENCE:.0f}")  # s for a test
-        subprocess.run([sys.executable, *command, *chosen], cwd=ROOT)
-        found = {}
-        for case in ElementTree.parse(report).getroot().iter("testcase"):
-            outcomes = [child for child in case if child.tag in ("failure", "error", "skipped")]
-            words = {"last_words": outcomes[0].get("message", "")[:300]} if outcomes else {}
-            found[f"{module.stem}::{case.get('name')}"] = {
-                "outcome": outcomes[0].tag if outcomes else "passed",
-                "seconds": round(float(case.get("time", 0)), 1),
-                **words,
-            }
-    return found
 
 
 def case(script: Path) -> dict:
@@ -90,9 +69,10 @@ def main() -> int:
             found = case(script)
             print(script.stem, found, flush=True)
             keep("cases", {script.stem: found})
+    chosen = ["-k", " or ".join(asked.names)] if asked.names else []
     for module in sorted((ROOT / "tests" / "slurm").glob("test_slurm_*.py")) if asked.tests else []:
         if not asked.names or any(name in module.read_text() for name in asked.names):
-            keep("tests", tests(module, asked.names))
+            keep("tests", outcomes([str(module), *chosen]))
     kept = json.loads(RESULT.read_text())
     faults = [name for name, found in kept.get("cases", {}).items() if found["exit_code"]]
     faults += [
