@@ -23,8 +23,8 @@ from segfleet.models.registry import (
     specs,
     stage_table,
 )
+from tests.networks import LIKE, each_network
 
-NAMES = list(specs())
 BATCH = 2
 
 
@@ -36,8 +36,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=each_network())
 def chosen(request) -> ModelSpec:
+    """To compute with."""
+    return spec(request.param)
+
+
+@pytest.fixture(params=list(specs()))
+def registered(request) -> ModelSpec:
+    """To look at: every one."""
     return spec(request.param)
 
 
@@ -85,22 +92,38 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def test_spec_is_complete(chosen):
-    assert chosen.source and chosen.about
-    assert len(chosen.paper_input) in chosen.dims
-    assert len(chosen.small_input) == len(chosen.paper_input)
-    if chosen.stages:
-        assert sum(chosen.stages.values()) == chosen.parameters
+def test_spec_is_complete(registered):
+    assert registered.source and registered.about
+    assert len(registered.paper_input) in registered.dims
+    assert len(registered.small_input) == len(registered.paper_input)
+    if registered.stages:
+        assert sum(registered.stages.values()) == registered.parameters
 
 
-def test_parameters_are_those_of_the_specification(chosen):
+@pytest.mark.parametrize(("name", "like"), LIKE.items())
+def test_a_small_twin_left_to_the_long_tests_is_made_as_its_like(name, like):
+    """The same modules with the same kernels and strides: only widths and how many differ."""
+
+    def kinds(name: str) -> set[tuple]:
+        with torch.device("meta"):
+            model = twin(spec(name))
+        return {
+            (type(part), *(getattr(part, key, None) for key in ("kernel_size", "stride", "dim")))
+            for part in model.modules()
+        }
+
+    assert kinds(name) == kinds(like) and spec(name).small_input == spec(like).small_input
+    assert spec(name).deep_supervision == spec(like).deep_supervision and like not in LIKE
+
+
+def test_parameters_are_those_of_the_specification(registered):
     with torch.device("meta"):
         model = build_model(
-            chosen.name, in_channels=chosen.in_channels, num_classes=chosen.num_classes
+            registered.name, in_channels=registered.in_channels, num_classes=registered.num_classes
         )
-    assert count_parameters(model) == chosen.parameters
-    if chosen.stages:
-        assert stage_table(model, chosen) == dict(chosen.stages)
+    assert count_parameters(model) == registered.parameters
+    if registered.stages:
+        assert stage_table(model, registered) == dict(registered.stages)
 
 
 def test_output_shape_and_gradients(chosen):
@@ -194,9 +217,9 @@ def test_refuses_a_wrong_input(chosen):
             model(odd)
 
 
-def test_refuses_an_unknown_option(chosen):
+def test_refuses_an_unknown_option(registered):
     with pytest.raises(ModelError, match="'no_such_option' is no option of"):
-        build_model(chosen.name, in_channels=1, num_classes=1, options={"no_such_option": 1})
+        build_model(registered.name, in_channels=1, num_classes=1, options={"no_such_option": 1})
 
 
 def test_only_what_the_user_can_mend_is_called_a_wrong_option(monkeypatch):
@@ -286,18 +309,18 @@ def shapes_of(chosen: ModelSpec, channels: int, classes: int) -> dict[str, torch
     return {name: value.shape for name, value in model.state_dict().items()}
 
 
-def test_spec_says_which_parameters_are_the_encoder_and_the_head(chosen):
+def test_spec_says_which_parameters_are_the_encoder_and_the_head(registered):
     """What depends on the classes is the head, what depends on the image channels the encoder."""
-    plain = shapes_of(chosen, chosen.in_channels, chosen.num_classes)
-    classes = shapes_of(chosen, chosen.in_channels, chosen.num_classes + 1)
-    channels = shapes_of(chosen, chosen.in_channels + 2, chosen.num_classes)
+    plain = shapes_of(registered, registered.in_channels, registered.num_classes)
+    classes = shapes_of(registered, registered.in_channels, registered.num_classes + 1)
+    channels = shapes_of(registered, registered.in_channels + 2, registered.num_classes)
     assert plain.keys() == classes.keys() == channels.keys()
-    head = {name for name in plain if name.startswith(chosen.head)}
-    encoder = {name for name in plain if name.startswith(chosen.encoder)}
+    head = {name for name in plain if name.startswith(registered.head)}
+    encoder = {name for name in plain if name.startswith(registered.encoder)}
     assert head and encoder and not head & encoder
     assert {name for name in plain if plain[name] != classes[name]} <= head
     assert {name for name in plain if plain[name] != channels[name]} <= encoder
-    for prefix in chosen.head if chosen.head != ModelSpec.head else ():
+    for prefix in registered.head if registered.head != ModelSpec.head else ():
         assert any(name.startswith(prefix) for name in head)
     # what is left makes a decoder, unless the head is all of it; a network is more than its encoder
     whole = any(name.startswith("decoder") for name in head)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from segfleet.models.registry import ModelSpec, spec, specs
+from segfleet.models.registry import ModelSpec, spec
 from segfleet.pipeline import events
 from segfleet.pipeline.jobs import run_job
 from segfleet.pipeline.parts import build_network
@@ -23,6 +23,7 @@ from segfleet.pipeline.run import stage_folders
 from segfleet.pipeline.stop import StopRequest
 from segfleet.pipeline.task import make_task
 from segfleet.preprocess.stores.base import open_store
+from tests.networks import each_network
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +70,7 @@ def store_for(chosen: ModelSpec, tiny_store):
     )
 
 
-@pytest.mark.parametrize("name", list(specs()))
+@pytest.mark.parametrize("name", each_network())
 def test_trains_one_epoch_and_is_scored(name, tiny_store, tmp_path, stop):
     chosen = spec(name)
     recipe = recipe_for(chosen, store_for(chosen, tiny_store))
