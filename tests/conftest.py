@@ -23,13 +23,20 @@ LONG_FIRST = (
     "sweeps/test_sweep_command.py",
     "slurm/test_slurm_jobs.py",
     "pipeline/test_engines.py",
+    "pipeline/test_fake_cuda.py",
     "slurm/test_slurm_words.py",
     "test_readme.py",
     "pipeline/test_train.py",
     "slurm/test_slurm_limits.py",
+    "sweeps/test_preprocess_on_ray.py",
     "pipeline/test_every_model_trains.py",
-    "slurm/test_slurm_accounting.py",
+    "sweeps/test_transfer_sweep.py",
     "models/test_conformance.py",
+    "sweeps/test_sweep_run.py",
+    "preprocess/test_growth.py",
+    "sweeps/test_sweep_trial.py",
+    "test_packaging.py",
+    "slurm/test_slurm_accounting.py",
 )
 
 
