@@ -2,6 +2,8 @@ PYTHON ?= python3
 # Installed first, alone, and only where the environment has no torch yet: with CUDA on Linux.
 # docs/install.md has what to say here for the build without CUDA, which is a tenth of its size.
 TORCH ?= torch==2.13.0
+# Of the suite, for two cores: the tests of SLURM and of Ray mostly wait.
+WORKERS ?= 3
 # The demo and the tests run on any machine: two ranks cannot share its one GPU.
 demo test long compat release: export SEGFLEET_DEVICE ?= cpu
 VENV := .venv
@@ -44,7 +46,7 @@ system:
 
 # In the order of the folders, not the files with most tests first: the longest, of SLURM, have few.
 test: $(VENV)/tests-ready system
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Outcome and seconds of each go to benchmarks/results/long.json. Some only: make long LONG=tests/slurm
 long: $(VENV)/tests-ready system
