@@ -40,8 +40,7 @@ def test_time_limits_change_nothing(cluster, straight, tmp_path):
 
 
 def test_zero_one_on_two_nodes(cluster, straight):
-    job = cluster.submit(
-        "--nodes", "2", "--ranks-per-node", "2", "--engine", "deepspeed", "--no-check", runs="zero"
-    )
+    short = ("stages.0.epochs=1", "stages.0.steps=10", "stages.1.steps=5")
+    job = cluster.submit(*TWO, *short, "--engine", "deepspeed", runs="zero")
     cluster.wait_for_state(job, "COMPLETED", timeout=280)
-    cluster.same_result(job, straight(4, "engine.name=deepspeed"))
+    cluster.same_result(job, straight(2, *short, "engine.name=deepspeed"))
