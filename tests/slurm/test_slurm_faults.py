@@ -102,7 +102,8 @@ ALONE = [
     ("fault", "partition"),
     [
         (preempted, "low"),
-        (preempted, "low0"),
+        # as when SLURM requeues a job: no warning, its last checkpoint
+        pytest.param(preempted, "low0", marks=pytest.mark.long),
         *(pytest.param(*each, marks=pytest.mark.long) for each in ALONE),
     ],
     ids=lambda value: getattr(value, "__name__", value),
