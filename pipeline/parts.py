@@ -16,6 +16,7 @@ from segfleet.core.errors import InputError
 from segfleet.models import registry
 from segfleet.pipeline.data.masking import check_mask
 from segfleet.pipeline.engines.common import hold_statistics, trainable
+from segfleet.pipeline.engines.compiler import load_later
 from segfleet.pipeline.lora import adapt
 from segfleet.pipeline.losses.base import build_loss
 from segfleet.pipeline.losses.deep_supervision import DeepSupervision
@@ -351,6 +352,7 @@ def _check(recipe: Recipe, manifest: Manifest, index: int) -> Task:
     if recipe.task == RECONSTRUCT:
         check_mask(recipe.data.mask, patch_of(recipe, manifest))
     check_data(recipe, manifest, task)
+    load_later()  # PyTorch's own formulas for shapes ask for it
     with torch.device("meta"), torch.no_grad():
         network, patch = build_network(recipe, manifest, task).eval(), patch_of(recipe, manifest)
         check_norms(network, recipe, index)

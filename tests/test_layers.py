@@ -137,12 +137,6 @@ def test_help_imports_nothing_heavy():
         assert f"'{module}'" not in out, f"--help imports {module}"
 
 
-def test_ranks_import_the_compiler_only_when_they_train():
-    """It takes as long as PyTorch itself: a prediction does not wait for it."""
-    code = "import sys, segfleet.pipeline.jobs; sys.exit('torch._dynamo' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_digits_are_those_that_int_takes():
     """ "²".isdigit() is true, and int("²") an error."""
     found = [path for path in FILES if ".isdigit()" in path.read_text(encoding="utf-8")]

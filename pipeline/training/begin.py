@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from segfleet.models import registry
 from segfleet.pipeline import checkpoint, run
+from segfleet.pipeline.engines import compiler
 from segfleet.pipeline.engines.base import Engine, Setup, build_engine
 from segfleet.pipeline.lora import adapt
 from segfleet.pipeline.parts import Objective, build_network, in_layout, task_of, transfer_of
@@ -54,6 +55,10 @@ def build(this: Run, index: int) -> tuple[Engine, checkpoint.Checkpoint | None]:
     if stage.lora:
         adapt(model, stage, registry.spec(recipe.model.name), recipe.seed)
     model = model.to(ranks.device)
+    if recipe.engine.name == "ddp" and not recipe.engine.compile:
+        compiler.load_later()
+    else:
+        compiler.load_now()
     sync_norm.synchronise(model, ranks, recipe.engine.compile)
     model = in_layout(model, recipe, manifest)
     if recipe.engine.checkpoint_activations:
