@@ -60,7 +60,7 @@ store = open_store(sys.argv[1])
 manifest = store.manifest
 train = set(manifest.fold("kfold", 0)["train"])
 first = time.process_time()
-sampler = PatchSampler(cases=tuple(case for case in manifest.cases if case.id in train),
+sampler = PatchSampler(cases=manifest.cases.among(train),
                        patch=(1, 32, 32), batch=16, foreground=1 / 3, seed=7)
 steps = len(train) // 16
 for index in range(steps * 16):
@@ -78,7 +78,7 @@ if __name__ == "__main__":
     store = open_store(sys.argv[1])
     manifest = store.manifest
     train = set(manifest.fold("kfold", 0)["train"])
-    sampler = PatchSampler(cases=tuple(case for case in manifest.cases if case.id in train),
+    sampler = PatchSampler(cases=manifest.cases.among(train),
                            patch=(1, 32, 32), batch=16, foreground=1 / 3, seed=7)
     patches = loader.Patches(store, sampler, 0, 100, None, False)
     place = loader.Place(stage=0, epoch=0, step=0)
