@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # it needs torch, which a process that only looks at runs mus
     from segfleet.pipeline import checkpoint
 
 RECIPE, DONE, LOCK = "recipe.json", "done.json", "lock"
+CHECKPOINTS = "checkpoints"
 IDENTITY, DATA = "identity.json", "data.json"
 FOLDS = "folds"  # folder below that of all runs: scores over all folds, see `folds.py`
 
@@ -251,7 +252,7 @@ class StageFolder:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     def done(self) -> dict[str, Any] | None:
         """{"checkpoint": folder name, ...} once the stage is finished, else None."""
@@ -472,7 +473,11 @@ def _outline(folder: Path) -> dict[str, Any]:
 
 def run_folders(root: Path) -> list[Path]:
     """Folders that hold a whole run's recipe, in a fixed order."""
-    found = (path.parent for path in Path(root).rglob(RECIPE))
+    found = []
+    for folder, inner, files in os.walk(root):  # passes over what a running job removes meanwhile
+        inner[:] = [name for name in inner if name != CHECKPOINTS and not name.startswith(".")]
+        if RECIPE in files:
+            found.append(Path(folder))
     return sorted(folder for folder in found if folder.parent.name != FOLDS)
 
 

@@ -526,6 +526,26 @@ def test_a_run_that_cannot_be_read_hides_no_other(tmp_path, capsys):
     assert "a is unreadable: " in capsys.readouterr().out
 
 
+def test_folders_that_go_while_runs_are_listed_are_passed_over(tmp_path, monkeypatch):
+    """As the unfinished checkpoints of jobs that train; nobody looks into finished ones."""
+    from segfleet.pipeline.run import run_folders
+
+    leaf, looked, scandir = tmp_path / "a" / "b", [], os.scandir
+    for folder in (leaf, leaf / "going", leaf / "checkpoints" / "step-1", tmp_path / ".code" / "c"):
+        folder.mkdir(parents=True)
+    (leaf / "recipe.json").write_text("{}")
+
+    def look(path):
+        looked.append(Path(path).name)
+        if looked[-1] == "going":
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", look)
+    assert run_folders(tmp_path) == [leaf]
+    assert looked == [tmp_path.name, "a", "b", "going"]
+
+
 def test_what_a_user_has_set_for_sbatch_is_obeyed(monkeypatch, tmp_path):
     profiles = tmp_path / "clusters.yaml"
     profiles.write_text("default: a\nclusters: {a: {partition: gpu, account: hearts}}\n")
