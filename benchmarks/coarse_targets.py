@@ -13,6 +13,7 @@ Kept in benchmarks/results/coarse_targets.json after every training; the same co
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -168,21 +169,22 @@ def main() -> None:
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if known.get("steps") != told.steps:
         known = {"steps": told.steps, "batch": BATCH, "cpu_seconds": 0, "experiments": {}}
-    for name, (load, classes) in SETS.items():
-        train, test = load()
-        for heads in HEADS:
-            key = f"{name}, heads as in {heads}"
-            found = known["experiments"].setdefault(key, {"slices": [len(train), len(test)]})
-            dice = found.setdefault("dice_of_each_head", {rule: [] for rule in RULES})
-            for seed in range(told.seeds):
-                for rule in (rule for rule in RULES if len(dice[rule]) <= seed):
-                    began = time.process_time()
-                    model = trained(train, classes, heads, told.steps, seed, rule)
-                    dice[rule].append(scores(model, test, classes, heads))
-                    found |= summary(dice)
-                    known["cpu_seconds"] = round(known["cpu_seconds"] + time.process_time() - began)
-                    RESULTS.write_text(json.dumps(known, indent=1) + "\n")
-                    print(key, seed, rule, dice[rule][-1], flush=True)
+    data = {name: load() for name, (load, _) in SETS.items()}
+    # seed by seed, so that a run that was cut short has all experiments as often
+    for seed, (name, (_, classes)), heads in itertools.product(
+        range(told.seeds), SETS.items(), HEADS
+    ):
+        key, (train, test) = f"{name}, heads as in {heads}", data[name]
+        found = known["experiments"].setdefault(key, {"slices": [len(train), len(test)]})
+        dice = found.setdefault("dice_of_each_head", {rule: [] for rule in RULES})
+        for rule in (rule for rule in RULES if len(dice[rule]) <= seed):
+            began = time.process_time()
+            model = trained(train, classes, heads, told.steps, seed, rule)
+            dice[rule].append(scores(model, test, classes, heads))
+            found |= summary(dice)
+            known["cpu_seconds"] = round(known["cpu_seconds"] + time.process_time() - began)
+            RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+            print(key, seed, rule, dice[rule][-1], flush=True)
     for key, found in known["experiments"].items():
         print(key, found["centre_minus_corner"], "+-", found["standard_error"])
 

@@ -1,4 +1,4 @@
-"""`segfleet export model | hub | nnunet | ome-zarr | dicom-seg ...`: what was trained or predicted, for others
+"""`segfleet export model | hub | monai | nnunet | ome-zarr | dicom-seg ...`: what was trained or predicted, for others
 to use."""
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from segfleet.cli.output import Best, Folds, Json, fold_of, show
 KINDS = {
     "model": "RUN...",
     "hub": "RUN...",
+    "monai": "RUN...",
     "nnunet": "RUN PREDICTIONS",
     "ome-zarr": "STORE CASE",
     "dicom-seg": "STORE CASE SERIES",
@@ -24,7 +25,7 @@ def command(
         str,
         typer.Argument(
             help="model: a file (or folder) that predicts anywhere. hub: the same as a folder for "
-            "Hugging Face. nnunet: dataset.json beside predictions. ome-zarr: a case "
+            "Hugging Face. monai: a bundle of MONAI that calls segfleet. nnunet: dataset.json beside predictions. ome-zarr: a case "
             "of a store. dicom-seg: the label of a case as DICOM SEG."
         ),
     ],
@@ -32,7 +33,7 @@ def command(
         list[str],
         typer.Argument(
             metavar="WHAT...",
-            help="model, hub: runs (folder, uid or recipe) or a model. nnunet: a run, then the "
+            help="model, hub, monai: runs (folder, uid or recipe) or a model. nnunet: a run, then the "
             "folder of predictions. ome-zarr: a store, then a case. dicom-seg: a store, a case, the "
             "folder of its DICOM series.",
         ),
@@ -49,10 +50,10 @@ def command(
         typer.Option("--onnx", help="model, hub: also each network as ONNX (segfleet[onnx])."),
     ] = False,
     use: Annotated[
-        str, typer.Option(help="model, hub: intended use, a sentence for the model card.")
+        str, typer.Option(help="model, hub, monai: intended use, a sentence for the model card.")
     ] = "",
     licence: Annotated[
-        str, typer.Option(help="model, hub: licence of the weights, such as cc-by-4.0.")
+        str, typer.Option(help="model, hub, monai: licence of the weights, such as cc-by-4.0.")
     ] = "",
     fold: Folds = None,
     best: Best = False,
@@ -89,16 +90,19 @@ def command(
         export_seg(open_store(Path(words[0])), words[1], Path(words[2]), to)
         show({"written": str(to)}, as_json, render)
         return
-    if kind == "hub" and to.suffix in (".segfleet", ".zip"):
-        raise InputError(f"export hub: --to: found {to}, expected a new folder")
+    if kind in ("hub", "monai") and to.suffix in (".segfleet", ".zip"):
+        raise InputError(f"export {kind}: --to: found {to}, expected a new folder")
     if kind == "hub" and not licence:
         raise InputError(
             "export hub: --licence is missing; the hub asks for one, such as cc-by-4.0"
         )
-    show(write(words, to, runs, fold, best, (pt2, onnx), use, licence), as_json, render)
+    if kind == "monai" and (pt2 or onnx):
+        raise InputError("export monai: a bundle takes no --pt2 and no --onnx; use export model")
+    show(write(kind, words, to, runs, fold, best, (pt2, onnx), use, licence), as_json, render)
 
 
 def write(
+    kind: str,
     words: list[str],
     to: Path,
     runs: Path,
@@ -110,6 +114,7 @@ def write(
 ) -> dict[str, Any]:
     """Write a model; what was written."""
     from segfleet.pipeline import graphs as writers
+    from segfleet.pipeline.bundle import write_bundle
     from segfleet.pipeline.card import model_card
     from segfleet.pipeline.loading import find_models, open_model
     from segfleet.pipeline.modelfile import write_model
@@ -129,7 +134,11 @@ def write(
             if onnx:
                 writers.write_onnx(model, one, folder / f"{name}.onnx")
 
-    written = write_model(model, to, model_card(model, use=use, licence=licence), extra)
+    card = model_card(model, use=use, licence=licence)
+    if kind == "monai":
+        written = write_bundle(model, to, card, use=use, licence=licence)
+    else:
+        written = write_model(model, to, card, extra)
     return {"written": str(written), "networks": [one.uid for one in model.networks]}
 
 

@@ -38,27 +38,59 @@ def example(one: Trained) -> Tensor:
     return torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
 
 
-def exported(model: Model, one: Trained) -> torch.export.ExportedProgram:
-    """The network as torch.export has it, with a free batch size. Raises InputError if it has parts
-    that cannot be exported."""
-    network = Logits(model.network(one)).to("cpu").eval()
+def exported(network: nn.Module, image: Tensor, name: str) -> torch.export.ExportedProgram:
+    """A network on the CPU in eval mode as torch.export has it, with a free batch size. `image`: a
+    batch of two or more patches. Raises InputError, by `name`, if it has parts that cannot be
+    exported."""
     free = {"image": {0: torch.export.Dim("batch", min=1, max=4096)}}
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            return torch.export.export(network, (example(one),), dynamic_shapes=free)
+            return torch.export.export(Logits(network), (image,), dynamic_shapes=free)
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"export: {one.recipe.model.name} cannot be written as a graph: {first}. Leave out --pt2 "
-            "and --onnx: the model itself needs neither"
+            f"export: {name} cannot be written as a graph: {_first(error)}. Leave out --pt2 and "
+            "--onnx: the model itself needs neither"
         ) from error
+
+
+def as_onnx(
+    program: torch.export.ExportedProgram, image: Tensor, name: str
+) -> torch.onnx.ONNXProgram:
+    """The same as ONNX. Raises InputError for parts that ONNX does not know."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = torch.onnx.export(
+                program,
+                (image,),
+                input_names=["image"],
+                output_names=["logits"],
+                dynamo=True,
+                verbose=False,
+            )
+            assert made is not None
+            return made
+    except Exception as error:
+        raise InputError(
+            f"export: {name} cannot be written as ONNX: {_first(error)}. --pt2 may do"
+        ) from error
+
+
+def _first(error: Exception) -> str:
+    """The first line of what an exporter says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _program(model: Model, one: Trained) -> torch.export.ExportedProgram:
+    network = model.network(one).to("cpu").eval()
+    return exported(network, example(one), one.recipe.model.name)
 
 
 def write_pt2(model: Model, one: Trained, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.export.save(exported(model, one), path)
+        torch.export.save(_program(model, one), path)
 
 
 def check_onnx() -> None:
@@ -76,21 +108,5 @@ def write_onnx(model: Model, one: Trained, path: Path) -> None:
     """One file, weights inside. Raises InputError without the packages, or for a network with parts
     that ONNX does not know."""
     check_onnx()
-    program = exported(model, one)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            made = torch.onnx.export(
-                program,
-                (example(one),),
-                input_names=["image"],
-                output_names=["logits"],
-                dynamo=True,
-                verbose=False,
-            )
-            made.save(path, external_data=False)
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"export: {one.recipe.model.name} cannot be written as ONNX: {first}. --pt2 may do"
-        ) from error
+    made = as_onnx(_program(model, one), example(one), one.recipe.model.name)
+    made.save(path, external_data=False)

@@ -44,6 +44,28 @@ def test_every_publication_is_there_and_every_difference_has_a_reason(maker):
             )
 
 
+# settings in which every recipe is its publication; in others each recipe says why it is not
+AS_PUBLISHED = {
+    "size", "interpolation", "intensity", "loss", "deep supervision", "optimizer", "weight decay",
+    "length", "validation", "clip", "forced foreground", "mirroring at test time",
+}  # fmt: skip
+
+
+def test_what_needs_no_excuse_is_the_authors(maker):
+    """And those who decay every parameter do so here."""
+    seen = set()
+    for name in maker.published():
+        for setting, theirs, ours, _ in maker.rows(name):
+            if setting in AS_PUBLISHED:
+                seen.add(setting)
+                assert ours == theirs, f"{name}: {setting}"
+        if name.startswith(("asc_seg", "vm_unet", "e2mi_seg", "unext")):
+            assert load_recipe(name).optimizer.decay == "all", name
+        if maker.prepare(name)["size"] != "native grid":
+            assert maker.prepare(name)["interpolation"] == "bilinear", name
+    assert seen == AS_PUBLISHED
+
+
 @pytest.mark.parametrize("name", ["asc_seg_isic2018", "e2mi_seg_acdc", "unext_busi_512"])
 def test_ours_follows_the_recipe(maker, name):
     """A changed recipe changes the table: nothing of ours is written by hand twice."""

@@ -356,6 +356,8 @@ def test_words_that_cannot_be_meant(two_folds, model, tmp_path):
         (("export", "model", first, "--to", model), "exists"),
         (("export", "hub", first, "--to", tmp_path / "h"), "--licence is missing"),
         (("export", "hub", first, "--to", tmp_path / "h.segfleet", "--licence", "mit"), "new folder"),
+        (("export", "monai", first, "--to", tmp_path / "m.zip"), "expected a new folder"),
+        (("export", "monai", first, "--to", tmp_path / "m", "--onnx"), "takes no --pt2 and no"),
         (("export", "ome-zarr", two_folds / "store"), "expected STORE CASE"),
         (("export", "ome-zarr", two_folds / "store", "nobody", "--to", tmp_path / "z"), "'nobody'"),
     ):  # fmt: skip
@@ -394,6 +396,57 @@ def test_the_hub_gets_a_card_and_safetensors(two_folds, tmp_path):
         )
         == 2
     )
+
+
+@pytest.fixture(scope="module")
+def bundle(two_folds, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bundle") / "blobs"
+    done = segfleet(
+        "export", "monai", "tiny", "--fold", "all", "--to", path, "--runs", two_folds / "runs",
+        "--use", "Blobs in noise.",
+    )  # fmt: skip
+    assert done.exit_code == 0, (done.output, done.exception)
+    return path
+
+
+def test_a_bundle_of_monai_says_what_goes_in_and_out(two_folds, bundle):
+    """Without MONAI: its files are all there, hold no path, and describe what the network does."""
+    names = sorted(str(p.relative_to(bundle)) for p in bundle.rglob("*") if p.is_file())
+    assert names == [
+        "configs/inference.json", "configs/metadata.json", "docs/README.md", "models/model.segfleet",
+    ]  # fmt: skip
+    meta = json.loads((bundle / "configs/metadata.json").read_text())
+    image, found = meta["network_data_format"]["inputs"]["image"], load_run(bundle / names[-1])
+    output = found.network(found.networks[0])(
+        torch.zeros(2, image["num_channels"], *image["spatial_shape"])
+    )
+    pred = meta["network_data_format"]["outputs"]["pred"]
+    assert output.shape == (2, pred["num_channels"], *pred["spatial_shape"])
+    assert pred["channel_def"] == {"0": "background", "1": "blob1", "2": "blob2"}
+    assert meta["intended_use"] == "Blobs in noise." and "2 network(s)" in meta["description"]
+    configs = (bundle / "configs/inference.json").read_text()
+    assert str(bundle.parent) not in configs and str(two_folds) not in configs
+
+
+def test_monai_verifies_and_runs_its_bundle(two_folds, bundle, ensemble, tmp_path):
+    """MONAI's own checks and `run`: the predictions are those of `segfleet predict`."""
+    bundles = pytest.importorskip("monai.bundle")
+    root, configs = str(bundle), bundle / "configs"
+    meta = bundles.ConfigParser.load_config_file(configs / "metadata.json")
+    needed = "version monai_version pytorch_version numpy_version required_packages_version task"
+    assert {*needed.split(), "optional_packages_version", "description", "authors"} <= {*meta}
+    bundles.verify_net_in_out(
+        "network_def", str(configs / "metadata.json"), str(configs / "inference.json"),
+        device="cpu", bundle_root=root,
+    )  # fmt: skip
+    bundles.run(
+        run_id="run", meta_file=str(configs / "metadata.json"),
+        config_file=str(configs / "inference.json"), bundle_root=root,
+        images=[str(two_folds / "images")], output_dir=str(tmp_path / "out"), device="cpu",
+    )  # fmt: skip
+    found = labels(tmp_path / "out")
+    assert found.keys() == {"one", "two"}
+    assert all(np.array_equal(found[name], label) for name, label in labels(ensemble).items())
 
 
 def test_predictions_are_described_for_nnunet(two_folds, ensemble):

@@ -51,7 +51,8 @@ def forward(x):
 
 
 def events(steps, start, lr):
-    lines = [{"event": "stage_start", "time": start, "step": 0, "steps": steps, "ranks": 2}]
+    first = {"event": "stage_start", "time": start, "step": 0, "steps": steps, "ranks": 2}
+    lines = [first | {"hardware": "2 x 16 cores of Fast CPU 9000"}]
     for step in range(10, steps + 1, 10):
         loss = 0.2 + math.exp(-step / 300) + 0.1 * math.sin(step * 12.9898)
         facts = {"time": start + step, "step": step, "epoch": step // 100}
@@ -59,6 +60,7 @@ def events(steps, start, lr):
         if step % 100 == 0:
             dice = 0.9 - 0.6 * math.exp(-step / 300)
             lines.append({"event": "validation", **facts, "dice": dice})
+    lines.append({"event": "finished", "time": start + steps, "step": steps, "joules": 1.8e6})
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
@@ -87,6 +89,7 @@ def finished(tmp_path_factory):
         "fold": 0,
         "selected_on_these_cases": False,
         "parameters": 1234567,
+        "training_cases": 32,
     }
     save_overlays(leaf, document, store, task, kept.slices)
     (leaf / "evaluation.json").write_text(json.dumps(document))
@@ -172,6 +175,51 @@ def test_the_numbers_are_those_of_the_evaluation(finished, written):
         "2023-11-14 22:13 UTC",
     ):
         assert fact in text, fact
+
+
+def test_what_a_paper_asks_for_is_there(finished, written):
+    """By hand: 1,000 and 200 steps of a second; twice half a kilowatt hour, of which the kill of the
+    second stage left nothing; voxels of the phantom; ml per case; colours as in the pictures."""
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", written))
+    assert facts["Training cases"] == "32" and facts["Training time"] == "0 h 20 min"
+    assert facts["Hardware"] == "2 x 16 cores of Fast CPU 9000"
+    assert facts["Energy"].startswith("1 kWh")
+    document = json.loads((finished / "evaluation.json").read_text())
+    steps = {tuple(case["spacing"]) for case in document["cases"]}
+    assert all(f"{step:.3g}" in facts["Voxels (z, y, x)"] for step in min(steps)) or len(steps) > 1
+    text = " ".join(Page(written).text)
+    assert "True volume (ml)" in text and "Predicted volume (ml)" in text
+    volume = document["cases"][0]["scores"]["core"]["truth_ml"]
+    assert f'data-v="{volume!r}"' in written
+    index = json.loads((finished / "overlays" / "index.json").read_text())
+    colours = {name: one for picture in index for name, one in picture["colours"].items()}
+    assert len(set(colours.values())) == len(colours) == 2
+    for name, colour in colours.items():
+        assert f'<span class="swatch" style="background:{colour}"></span>{name}' in written
+
+
+def test_without_spacing_sizes_are_counted(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    document = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps(document | {"unit": "pixels"}))
+    text = write_report(run).read_text()
+    assert "True area (pixels)" in text and "(ml)" not in text and "(mm)" not in text
+    assert "<dt>Voxels (z, y, x)</dt>" not in text
+
+
+def test_a_validation_curve_is_always_there(finished, tmp_path):
+    """Of a run that validated only at its end: the final score as a point."""
+    run = tmp_path / "0a1b2c3d4e5f" / "f5e4d3c2b1a0"
+    shutil.copytree(finished.parent, run.parent)
+    for events_file in (run.parent / "events.jsonl", run / "events.jsonl"):
+        lines = events_file.read_text().splitlines(keepends=True)
+        events_file.write_text("".join(line for line in lines if '"validation"' not in line))
+    labels = [
+        a["aria-label"] for tag, a in Page(write_report(run).read_text()).tags if tag == "svg"
+    ]
+    final = json.loads((run / "evaluation.json").read_text())["summary"]["mean_foreground_dice"]
+    assert labels[1].startswith("Validation Dice") and f"{final:.3g}" in labels[1], labels[1]
 
 
 def test_every_case_is_a_row(finished, written):

@@ -57,6 +57,7 @@ def test_preprocess_writes_then_finds_nothing_to_do(raw, tmp_path):
     assert "writing cases: 3/3" in err
     out, _ = segfleet("preprocess", "msd", "--raw", raw, "--out", store)
     assert "up to date" in out and first["id"] in out
+    assert f"next: segfleet train auto data.store={store}" in out
     victim = max((p for p in store.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:-1] + b"?")
     _, err = segfleet("preprocess", "msd", "--raw", raw, "--out", store, "--verify", code=2)
