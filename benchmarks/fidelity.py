@@ -101,9 +101,6 @@ def targets() -> dict[str, Any]:
 
 def nnunet(work: Path) -> dict[str, Any]:
     """set and fold -> share of voxels on which the imported run and nnU-Net agree."""
-    import nibabel
-    import numpy as np
-
     found = {}
     for home in sorted(path.parent for path in work.glob("*/model")):
         runs = segfleet("import", "nnunet", home / "model", "--to", home / "imported")["runs"]
@@ -111,19 +108,33 @@ def nnunet(work: Path) -> dict[str, Any]:
             fold = theirs.name.rpartition("_")[2]
             out = home / f"ours_{fold}"
             segfleet("predict", run, home / "images", "--out", out)
-            equal = voxels = foreground = 0
-            for file in sorted(theirs.glob("*.nii.gz")):
-                a, b = (np.asarray(nibabel.load(p).dataobj) for p in (file, out / file.name))
-                equal, voxels = equal + int((a == b).sum()), voxels + a.size
-                foreground += int((a > 0).sum())
+            as_it_is = alike(theirs, out)
             found[f"{home.name} fold {fold}"] = {
-                "voxels": voxels,
-                "foreground": foreground,
-                "equal": equal / voxels,
-                "different": voxels - equal,
-                "met": equal / voxels >= EQUAL and foreground > 0,
+                **as_it_is,
+                "met": as_it_is["equal"] >= EQUAL and as_it_is["foreground"] > 0,
+                # nnU-Net adds up tiles in half precision, in which close logits become equal
+                "with_single_precision_sums": alike(home / f"single_{fold}", out),
+                "nnunet_half_against_single": alike(theirs, home / f"single_{fold}"),
             }
     return found
+
+
+def alike(one: Path, other: Path) -> dict[str, Any]:
+    """How many voxels of two folders of label files are equal."""
+    import nibabel
+    import numpy as np
+
+    equal = voxels = foreground = 0
+    for file in sorted(one.glob("*.nii.gz")):
+        a, b = (np.asarray(nibabel.load(p).dataobj) for p in (file, other / file.name))
+        equal, voxels = equal + int((a == b).sum()), voxels + a.size
+        foreground += int((a > 0).sum())
+    return {
+        "voxels": voxels,
+        "foreground": foreground,
+        "equal": equal / voxels,
+        "different": voxels - equal,
+    }
 
 
 SETUPS = {  # recipe: a smaller network, how its header prepares images besides

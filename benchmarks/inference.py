@@ -6,7 +6,7 @@ against nnU-Net; each in a process of its own with one thread.
 Peak resident memory above that of the imports:
 
 maps     a small network, large maps: 8 classes of 64 x 192 x 192 voxels on the raw grid
-weights  a large network, small maps: 31 million parameters, which do not stay loaded five times
+weights  a large network, small maps: 16 million parameters, which do not stay loaded five times
 
 A volume of 40 classes, 64 x 192 x 192 voxels on the raw grid, 48 x 128 x 128 on the network's, which
 is two convolutions, so that little but the tools is measured:

@@ -5,11 +5,13 @@ it predict. It runs in an environment that holds nnunetv2, and imports nothing o
 
 hippocampus_turned drops every second column of the images, so that the last axis is the coarsest and
 nnU-Net's plans turn the axes. DATA holds Task04_Hippocampus and sunnybrook_acdc_layout. SET is one of `SETS`. Leaves in WORK/SET:
-model (nnU-Net's model folder), images, predictions_FOLD, and nothing else that anybody reads.
+model (nnU-Net's model folder), images, predictions_FOLD, single_FOLD (the same with sums of tiles in
+single precision; nnU-Net's are in half) and nothing else that anybody reads.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -137,17 +139,28 @@ def main(data: Path, work: Path, chosen: str) -> None:
 
 
 def predict(model: Path, home: Path, folds: tuple[int, ...]) -> None:
-    """Each fold for itself, with nnU-Net's defaults."""
+    """Each fold for itself, with nnU-Net's defaults, then with sums in single precision."""
     import torch
+    from nnunetv2.inference import predict_from_raw_data as module
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+    gaussian = module.compute_gaussian
+
+    def single(*words: object, **more: object) -> torch.Tensor:
+        return gaussian(*words, **{**more, "dtype": torch.float32})
+
+    single.cache_clear = gaussian.cache_clear
+    half = torch.half
     predictor = nnUNetPredictor(
         tile_step_size=0.5, use_gaussian=True, use_mirroring=True, device=torch.device("cpu"),
         perform_everything_on_device=False, verbose=False, allow_tqdm=False,
     )  # fmt: skip
     images = sorted((home / "images").glob("*.nii.gz"))
-    for fold in folds:
-        out = home / f"predictions_{fold}"
+    for fold, name in itertools.product(folds, ("predictions", "single")):
+        # nnU-Net makes its sums of whatever torch.half is
+        torch.half = torch.float32 if name == "single" else half
+        module.compute_gaussian = single if name == "single" else gaussian
+        out = home / f"{name}_{fold}"
         out.mkdir(exist_ok=True)
         predictor.initialize_from_trained_model_folder(str(model), (fold,), "checkpoint_final.pth")
         predictor.predict_from_files_sequential(

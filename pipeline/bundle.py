@@ -8,7 +8,7 @@
 MONAI's own transforms would prepare images otherwise than the networks were trained on, so the
 bundle calls segfleet, which has to be installed: its predictions are those of `segfleet predict`.
 
-Source: MONAI's bundle specification, metadata schema of 2022-03-24.
+Source: MONAI's bundle specification, metadata schema of 2024-07-25.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from segfleet.pipeline.trained import Model
 MONAI = "1.6.1"  # the version that runs these bundles in our test
 SCHEMA = (
     "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/"
-    "meta_schema_20220324.json"
+    "meta_schema_20240725.json"
 )
 INFERENCE = {
     "bundle_root": ".",
@@ -80,7 +80,6 @@ def metadata(model: Model, use: str, licence: str) -> dict[str, Any]:
         "pytorch_version": known["torch"],
         "numpy_version": known["numpy"],
         "required_packages_version": {"segfleet": known["segfleet"]},
-        "optional_packages_version": {},
         "task": f"Segmentation of {', '.join(task.names)} in {dataset.dims}D images",
         "description": f"{len(model.networks)} network(s) trained by segfleet on {dataset.name}; "
         "of several the mean of their probabilities",
