@@ -41,6 +41,7 @@ GPU_STEP = 0.35  # seconds of an nnU-Net step at 8 GB on a data centre's GPU, wh
 LOW = 0.25  # share of the median case that a patch should see, as for nnU-Net
 LOW_GAIN = 2.0  # times fewer voxels that a low resolution must have to be worth it, as for nnU-Net
 LOW_SHARE = 1 / 3  # of the epochs
+SURELY = 4.0  # times longer than wanted: a first step that takes more is not repeated
 BUSY = 1.6  # times its own computing that a step takes by the clock on cores that others use, too
 UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
@@ -63,6 +64,7 @@ class Measured:
     seconds: float
     gigabytes: float | None  # None: not measured
     clock: float | None = None
+    rough: bool = False  # of the first step alone, which was far too slow
 
 
 def parse_budget(text: str) -> float:
@@ -274,7 +276,7 @@ def _for_cpu(
             continue
         try:
             recipe = parse(_cpu_document(document, manifest, patch, batch), "plan")
-            measured = measure(recipe, manifest, torch.device("cpu"), measure_steps)
+            measured = measure(recipe, manifest, torch.device("cpu"), measure_steps, SURELY * limit)
         except (InputError, ValueError):
             break  # too small a patch for the network
         tried.append((recipe, measured))
@@ -285,6 +287,8 @@ def _for_cpu(
     if not tried:
         raise InputError(f"plan: no patch of {manifest.dataset.name} is large enough for a network")
     recipe, measured = tried[-1]
+    if measured.rough:  # the smallest there is, so it is taken
+        measured = measure(recipe, manifest, torch.device("cpu"), measure_steps)
     precision, measured = _precision(recipe, manifest, measured, measure_steps)
     patch = patch_of(recipe, manifest)
     total = max(20, int(seconds * SHARE / measured.seconds))
@@ -368,7 +372,8 @@ def _precision(
     half = recipe.model_copy(
         update={"engine": recipe.engine.model_copy(update={"precision": "bf16"})}
     )
-    found = measure(half, manifest, torch.device("cpu"), steps)
+    # some CPUs compute bf16 many times slower
+    found = measure(half, manifest, torch.device("cpu"), steps, SURELY * fp32.seconds)
     return ("bf16", found) if found.seconds < 0.9 * fp32.seconds else ("fp32", fp32)
 
 
@@ -465,9 +470,16 @@ def _network_plan(
     )
 
 
-def measure(recipe: Recipe, manifest: Manifest, device: torch.device, steps: int) -> Measured:
-    """The fastest of a few optimizer steps on random patches, after one to warm up; and the memory
-    they held (of CPUs the growth of this process, or None if it did not grow). On CPUs that others
+def measure(
+    recipe: Recipe,
+    manifest: Manifest,
+    device: torch.device,
+    steps: int,
+    enough: float = math.inf,
+) -> Measured:
+    """The fastest of a few optimizer steps on random patches, after one to warm up, unless that took
+    more than `enough` seconds of computing: then it alone, so that planning for a small budget does
+    not take longer than the budget; and the memory they held (of CPUs the growth of this process, or None if it did not grow). On CPUs that others
     use, too, its computing time over the threads: a plan outlives the hour in which it is made."""
     import psutil
 
@@ -500,9 +512,12 @@ def measure(recipe: Recipe, manifest: Manifest, device: torch.device, steps: int
         float(loss.detach())  # waits for the device
         times.append(time.perf_counter() - begin)
         shares.append((time.process_time() - used) / torch.get_num_threads())
+        if shares[0] > enough:
+            break
     if device.type == "cuda":
         held = torch.cuda.max_memory_allocated(device)
-    seconds, own, gigabytes = min(times[1:]), min(shares[1:]), held / 1e9 or None
+    rough = len(times) < steps + 1
+    seconds, own, gigabytes = min(times[1:] or times), min(shares[1:] or shares), held / 1e9 or None
     if device.type == "cpu" and seconds > BUSY * own:
-        return Measured(seconds=own, gigabytes=gigabytes, clock=seconds)
-    return Measured(seconds=seconds, gigabytes=gigabytes)
+        return Measured(seconds=own, gigabytes=gigabytes, clock=seconds, rough=rough)
+    return Measured(seconds=seconds, gigabytes=gigabytes, rough=rough)

@@ -29,7 +29,7 @@ def speed(monkeypatch):
     seen = []
 
     def set_speed(seconds: float, gigabytes: float = 0.1):
-        def measure(recipe, manifest, device, steps):
+        def measure(recipe, manifest, device, steps, enough=math.inf):
             voxels = math.prod(recipe.data.patch) * recipe.data.batch
             seen.append(tuple(recipe.data.patch))
             fast = 0.5 if recipe.engine.precision == "bf16" else 1.0
@@ -109,6 +109,37 @@ def test_on_a_busy_machine_a_step_is_its_own_computing(tiny_store, monkeypatch, 
     stage = planned.recipe().stages[0]
     assert stage.epochs * stage.steps == pytest.approx(0.7 * 3600 / step, rel=0.1)
     assert sum("This machine was busy: a step took 6 s" in note for note in planned.notes) == notes
+
+
+def test_a_step_that_is_far_too_slow_is_not_repeated(tiny_store, monkeypatch):
+    """By hand: steps of 6 s by the clock and 8 s of computing of two threads, 4 s each. One says that
+    it takes more than 3 s; three, after one to warm up, that it takes less than 5 s."""
+    monkeypatch.setattr(planning.torch, "get_num_threads", lambda: 2)
+    recipe = plan_recipe(tiny_store(dims=2), "cpu", "30s").recipe()
+    manifest = load_manifest(tiny_store(dims=2))
+    for enough, steps in ((3.0, 1), (5.0, 4)):
+        seen = {"perf_counter": itertools.count(0, 6), "process_time": itertools.count(0, 8)}
+        for name, count in seen.items():
+            monkeypatch.setattr(planning.time, name, lambda count=count: float(next(count)))
+        found = planning.measure(recipe, manifest, planning.torch.device("cpu"), 3, enough)
+        assert (found.seconds, found.rough) == (6.0, steps == 1)
+        assert next(seen["perf_counter"]) == 2 * 6 * steps
+
+
+def test_the_smallest_patch_is_measured_in_full(large, monkeypatch):
+    """When no patch is fast enough the last one is taken, by more than its first step."""
+    asked = []
+
+    def measure(recipe, manifest, device, steps, enough=math.inf):
+        asked.append((tuple(recipe.data.patch), enough))
+        rough = enough < math.inf and recipe.engine.precision == "fp32"
+        return Measured(seconds=50.0 if rough else 10.0, gigabytes=0.1, rough=rough)
+
+    monkeypatch.setattr(planning, "measure", measure)
+    recipe = plan_recipe(large, "cpu", "1h").recipe()
+    assert (tuple(recipe.data.patch), math.inf) in asked
+    steps = sum(stage.epochs * stage.steps for stage in recipe.stages)
+    assert steps == pytest.approx(0.7 * 3600 / 10, rel=0.1)
 
 
 def test_a_step_that_does_not_fit_the_memory_is_not_planned(large, speed):
