@@ -265,29 +265,36 @@ def _for_cpu(
     dims, limit = _dims(manifest)[0], seconds * SHARE / ENOUGH
     batch, cases = CPU_BATCH[dims], len(manifest.fold(document["data"]["split"], 0)["train"])
     batch = max(2, min(batch, cases))
-    tried: list[tuple[Recipe, Measured]] = []
-    before, guess = None, math.inf
-    for memory in SIZES:
-        patch, _ = _network_plan(manifest, dims, memory)
-        if patch == before:
-            continue
-        before = patch
-        if tried and guess * math.prod(patch) > 1.5 * limit:  # surely too slow
-            continue
+    patches = list(dict.fromkeys(_network_plan(manifest, dims, memory)[0] for memory in SIZES))
+
+    def timed(patch: tuple[int, int, int], enough: float) -> tuple[Recipe, Measured] | None:
+        """None: too small a patch for the network."""
         try:
             recipe = parse(_cpu_document(document, manifest, patch, batch), "plan")
-            measured = measure(recipe, manifest, torch.device("cpu"), measure_steps, SURELY * limit)
+            return recipe, measure(recipe, manifest, torch.device("cpu"), measure_steps, enough)
         except (InputError, ValueError):
-            break  # too small a patch for the network
-        tried.append((recipe, measured))
-        guess = measured.seconds / math.prod(patch)
+            return None
+
+    tried, skipped, guess = None, [], 0.0
+    for patch in patches:  # the largest first
+        if guess * math.prod(patch) > limit:
+            skipped.append(patch)
+            continue
+        if (found := timed(patch, SURELY * limit)) is None:
+            break
+        tried, measured = found, found[1]
         fits = measured.gigabytes is None or measured.gigabytes < 0.8 * target.memory_gb
         if measured.seconds <= limit and fits:
             break
+        # a step per voxel may well be faster, above all than one that was not repeated
+        guess = measured.seconds / math.prod(patch) / (SURELY if measured.rough else 1.5)
+    else:  # none is fast enough: the smallest
+        small = (found for patch in reversed(skipped) if (found := timed(patch, math.inf)))
+        tried = next(small, tried)
     if not tried:
         raise InputError(f"plan: no patch of {manifest.dataset.name} is large enough for a network")
-    recipe, measured = tried[-1]
-    if measured.rough:  # the smallest there is, so it is taken
+    recipe, measured = tried
+    if measured.rough:
         measured = measure(recipe, manifest, torch.device("cpu"), measure_steps)
     precision, measured = _precision(recipe, manifest, measured, measure_steps)
     patch = patch_of(recipe, manifest)

@@ -142,6 +142,16 @@ def test_the_smallest_patch_is_measured_in_full(large, monkeypatch):
     assert steps == pytest.approx(0.7 * 3600 / 10, rel=0.1)
 
 
+def test_where_no_patch_is_fast_enough_the_smallest_is_planned(large, speed):
+    """Not the largest, whose few steps would outlast the budget."""
+    seen = speed(300.0)
+    recipe = plan_recipe(large, "cpu", "10min").recipe()
+    assert math.prod(recipe.data.patch) == min(map(math.prod, seen)) < math.prod(seen[0])
+    step = 300.0 * math.prod(recipe.data.patch) * recipe.data.batch / 1e6 / 2  # bf16
+    assert recipe.stages[0].epochs * recipe.stages[0].steps * step <= 600
+    assert len(seen) <= 4, "patches that are surely too slow are not timed"
+
+
 def test_a_step_that_does_not_fit_the_memory_is_not_planned(large, speed):
     speed(1e-6, gigabytes=9.0)
     small = plan_recipe(large, "cpu:4G", "1h").recipe().data.patch
