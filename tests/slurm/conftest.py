@@ -292,7 +292,12 @@ def straight(work):
             ]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(
-                command, cwd=work, env=environment, capture_output=True, text=True, timeout=200
+                command,
+                cwd=work,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=200 * PATIENCE,
             )
             assert done.returncode == 0, done.stderr
             made[ranks, changes] = json.loads(done.stdout)
