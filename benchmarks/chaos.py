@@ -76,7 +76,7 @@ def scenarios() -> dict[str, Scenario]:
             words=["train", "tiny.yaml", "--stage-to", "$TMPDIR/../staged"], results=weights
         ),
         "score": Scenario(
-            words=["evaluate", "tiny", "evaluation.mirror=[0]"],
+            words=["evaluate", "tiny", "evaluation.mirror=[1]"],
             results=("runs/**/evaluation.json:summary",),
             before=("runs",),
         ),

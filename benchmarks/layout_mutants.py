@@ -57,13 +57,13 @@ class Layout:
         if rng.random() < 0.3:
             path.write_bytes(mutated(data, rng))
         elif path.suffix == ".json":
-            path.write_text(json.dumps(_replaced(json.loads(data), rng)))
+            path.write_text(json.dumps(_replaced(json.loads(data), rng)), encoding="utf-8")
         else:
-            text = data.decode()
+            text = data.decode("utf-8")
             at = int(rng.integers(0, len(text) + 1))
             end = min(len(text), at + int(rng.integers(0, 6)))
             odd = WORDS[int(rng.integers(0, len(WORDS)))]
-            path.write_text(text[:at] + odd + text[end:])
+            path.write_text(text[:at] + odd + text[end:], encoding="utf-8")
 
     def look(self) -> str:
         """As the check does. "read", "refused", or the error that should not be."""

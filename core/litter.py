@@ -42,6 +42,19 @@ def temporary_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def temporary_files() -> Iterator[None]:
+    """What libraries of this process put into the temporary folder meanwhile lies in one with a
+    note."""
+    before = tempfile.tempdir
+    with temporary_folder() as folder:
+        tempfile.tempdir = str(folder)
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
+
+
 def _new_folder() -> Path:
     place = Path(tempfile.gettempdir())
     remove_folders(place)

@@ -22,6 +22,7 @@ Result = TypeVar("Result")
 WATCHED = (
     {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2} if hasattr(signal, "sigwaitinfo") else set()
 )
+SERVED = "segfleet.core.served"  # what a server of worker processes imports first
 _function: Callable | None = None  # of a worker process
 SMALL, MOST_AT_ONCE = 16 * 2**20, 64  # bytes and items that are handed over together
 WORTH_A_PROCESS = 256 * 2**20  # bytes of work; a process takes about a second to start
@@ -210,6 +211,7 @@ def _start_forkserver() -> None:
         resource_tracker.ensure_running()
         # the tracker lets SIGTERM through when it has started
         signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
+        forkserver.set_forkserver_preload(["__main__", SERVED])
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

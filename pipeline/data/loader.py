@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from segfleet.core.errors import InputError
 from segfleet.core.litter import note_multiprocessing
-from segfleet.core.parallel import end_with_parent
+from segfleet.core.parallel import SERVED, end_with_parent
 from segfleet.pipeline.data import randomness
 from segfleet.pipeline.data.augment import draw_intensity, draw_spatial, flat
 from segfleet.pipeline.data.geometry import mirror, resample, source
@@ -328,7 +328,7 @@ def _forkserver() -> multiprocessing.context.BaseContext:
     memory."""
     note_multiprocessing()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([SERVED, __name__])
     return context
 
 

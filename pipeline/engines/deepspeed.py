@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from segfleet.core.errors import InputError
+from segfleet.core.litter import temporary_files
 from segfleet.models import registry
 from segfleet.pipeline import sections
 from segfleet.pipeline.checkpoint import Checkpoint, Tensors
@@ -372,7 +373,7 @@ def quiet_deepspeed(device: torch.device) -> ModuleType:
 @contextmanager
 def quiet() -> Iterator[None]:
     """stdout belongs to the command line: what a library prints goes to stderr. Its warnings are
-    not ours to mend."""
-    with redirect_stdout(sys.stderr), warnings.catch_warnings():
+    not ours to mend. What it tries to compile is gone after a kill, too."""
+    with redirect_stdout(sys.stderr), warnings.catch_warnings(), temporary_files():
         warnings.simplefilter("ignore")
         yield

@@ -97,6 +97,14 @@ def test_sockets_of_multiprocessing_go_with_their_process(short, how):
     assert list(place.iterdir()) == []
 
 
+def test_what_libraries_put_into_the_temporary_folder_goes_too(place):
+    with litter.temporary_files():
+        tempfile.mkdtemp()
+        (folder,) = place.iterdir()
+        assert len(list(folder.iterdir())) == 2 and (folder / litter.NOTE).is_file()
+    assert tempfile.gettempdir() == str(place) and list(place.iterdir()) == []
+
+
 def test_a_number_that_is_another_process_now_says_nothing(place):
     left = place / "segfleet-old"
     left.mkdir()

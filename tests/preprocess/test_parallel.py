@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
@@ -73,6 +75,39 @@ def test_what_kills_its_process_costs_itself_alone(workers):
                 names=[f"case {n}" for n in range(many)], workers=workers,
             )
         )  # fmt: skip
+
+
+ORPHANED = """
+import os, time
+from multiprocessing import forkserver
+from segfleet.core import parallel
+
+if __name__ == "__main__":
+    parallel._start_forkserver()
+    for orders in (b"", b"cut off"):
+        parent, write = forkserver.connect_to_new_process([])
+        os.write(write, orders)
+        os.close(write)
+        os.read(parent, 8), os.read(parent, 8)  # its number, and how it ended
+"""
+
+
+def test_a_worker_whose_orders_never_came_says_nothing(tmp_path):
+    (tmp_path / "orphaned.py").write_text(ORPHANED)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "orphaned.py"], capture_output=True, text=True, timeout=200
+    )
+    assert done.stderr == ""
+
+
+def test_other_errors_are_told(capsys):
+    from segfleet.core.served import tell
+
+    try:
+        raise EOFError("of a file")
+    except EOFError as error:
+        tell(type(error), error, error.__traceback__)
+    assert "EOFError: of a file" in capsys.readouterr().err
 
 
 def refuse(item: int) -> int:
