@@ -371,7 +371,7 @@ def results(world: Path, out: str) -> Result:
                 found[f"weights {name}"] = sha(
                     folder / "checkpoints" / last / "weights.safetensors"
                 )
-            except (ValueError, KeyError, OSError, TypeError):
+            except (ValueError, KeyError, OSError, TypeError, RecursionError):
                 found[f"weights {name}"] = None
         for scores in folder.rglob("evaluation.json"):
             document(scores, f"score {scores.relative_to(world / 'runs')}", found)
@@ -390,7 +390,7 @@ def document(path: Path, name: str, into: Result, key: str = "summary") -> None:
     if path.exists():
         try:
             flatten(name, json.loads(path.read_text())[key], into)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             into[name] = None
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/soak.py [--steps 20000] [--minutes 60]
 
-A tiny network on a tiny store, one rank, two loader processes, logs and a checkpoint every 500
-steps. Every five seconds all processes of the command are looked at. Growth is that of the medians of
+The smallest network and patch on a tiny store, one rank, two loader processes, logs and a checkpoint
+every 500 steps. Every five seconds all processes of the command are looked at. Growth is that of the medians of
 the third and the last quarter of the samples: the first half warms caches up. --minutes ends it in
 order before all steps are done; the result says how many were.
 """
@@ -29,6 +29,13 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 from conftest import write_tiny_store  # noqa: E402
 
 EPOCH = 500  # steps
+NETWORK = {
+    "features": [2, 2],
+    "strides": [[1, 1], [2, 2]],
+    "kernels": [[3, 3], [3, 3]],
+    "conv_per_stage": [1, 1],
+    "conv_per_decoder": [1],
+}
 
 
 def look(process: subprocess.Popen) -> tuple[int, int, int] | None:
@@ -57,8 +64,8 @@ def main(steps: int, minutes: float) -> int:
         store = write_tiny_store(work / "store", 2, "zarr", 6, 1, 24, 1)
         recipe = {
             "name": "soak",
-            "data": {"store": str(store), "batch": 2, "patch": [16, 16], "workers": 2},
-            "model": {"name": "unet_lite_standard", "options": {"width": 2}},
+            "data": {"store": str(store), "batch": 1, "patch": [8, 8], "workers": 2},
+            "model": {"name": "plain_unet_2d", "options": NETWORK},
             "evaluation": {"every": 0},
             "save_every": EPOCH,
             "stages": [{"epochs": max(1, steps // EPOCH), "steps": EPOCH, "lr": 1e-4}],

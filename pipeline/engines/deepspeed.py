@@ -360,7 +360,7 @@ def quiet_deepspeed(device: torch.device) -> ModuleType:
                 f"engine.name: deepspeed cannot be imported ({error}): pip install it or set "
                 "engine.name=ddp"
             ) from None
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # in every step: it calls collectives by their older names
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     logger = logging.getLogger("DeepSpeed")
