@@ -54,7 +54,7 @@ setup(
         "torch>=2.6,!=2.9.*",
         "deepspeed>=0.19.8,<0.20",
         "submitit>=1.5.4,<1.6",
-        "ray[tune]>=2.43,<3",
+        "ray[tune]>=2.52,<3",
         "h5py>=3.15",
         "zarr>=3.1,<4",
         "numcodecs>=0.16,<0.18",

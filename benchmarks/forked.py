@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 import types
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
@@ -161,6 +162,7 @@ def _become(role: str, environment: dict[str, str]) -> None:
                 signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     tempfile.tempdir = None
+    weakref.finalize._registry.clear()  # temporary folders of the process that was copied
     sys.modules["__main__"] = types.ModuleType("__main__")  # which children would import
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
 

@@ -9,10 +9,11 @@ import shutil
 import pytest
 import torch
 
+from segfleet.core.errors import InputError
 from segfleet.pipeline.jobs import run_job
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import override, parse
-from segfleet.pipeline.run import stage_folders
+from segfleet.pipeline.run import lock_stage, stage_folders
 from segfleet.pipeline.scoring import evaluate, score, scored
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.preprocess.stores.base import open_store
@@ -137,6 +138,25 @@ class AfterTwo(StopRequest):
 
     def asked(self):
         return len(self.predicted) >= 2
+
+
+def test_a_run_is_scored_by_one_command_at_a_time(train):
+    """Two would print one score: that of whoever wrote last."""
+    leaf, whole = train("data.split=all")
+    recipe = parse(json.loads((leaf / "recipe.json").read_text()))
+    folders = stage_folders(leaf.parent, recipe, load_manifest(recipe.data.store))
+    (leaf / "evaluation.json").unlink()
+
+    def again():
+        store, ranks = open_store(recipe.data.store), Ranks(torch.device("cpu"))
+        scorer = score.Scorer(recipe=recipe, store=store, ranks=ranks, stop=StopRequest())
+        scorer.score(folders)
+
+    with lock_stage(leaf), pytest.raises(InputError, match="is being"):
+        again()
+    assert not (leaf / "evaluation.json").exists()
+    again()
+    assert json.loads((leaf / "evaluation.json").read_text())["summary"] == whole["summary"]
 
 
 def test_an_interrupted_score_goes_on_with_the_cases_that_are_missing(train, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -169,6 +170,13 @@ def test_a_cluster_that_is_none_is_one_sentence_soon(search, tmp_path, monkeypat
                 run.Session(plan, run.Resources(address=address), None).follow(print)
     with pytest.raises(InputError, match=f"nothing answers at 127.0.0.1:{port}"):
         run.Session(plan, run.Resources(address=f"127.0.0.1:{port}"), None).follow(print)
+
+
+def test_every_ray_that_may_be_installed_has_tokens():
+    """Ray listens on all interfaces; before 2.52 whoever reached it could run code."""
+    setup = (Path(__file__).parents[2] / "setup.py").read_text()
+    (lowest,) = re.findall(r'"ray\[tune\]>=(\d+)\.(\d+),<3"', setup)
+    assert tuple(map(int, lowest)) >= (2, 52)
 
 
 def test_a_local_ray_leaves_no_token_at_home(tmp_path):
