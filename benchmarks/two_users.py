@@ -1,6 +1,7 @@
 """Two users on one machine: what `nobody` gets of a training, a staged copy and a sweep's Ray.
 
     sudo python benchmarks/two_users.py
+    sudo env STEPS=30 python benchmarks/two_users.py       on a slow machine
 
 As root a training with two ranks, two loader processes each and a staged copy is started, in a place
 that everybody may enter, as on a cluster. While it runs, a process of the user nobody tries whatever
@@ -33,6 +34,7 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 from conftest import write_tiny_store  # noqa: E402
 
 NOBODY = 65534
+STEPS = int(os.environ.get("STEPS", 400))  # of each of two epochs: as long as the attempts take
 Got = str  # what an attempt came away with; "" for nothing
 
 
@@ -194,7 +196,7 @@ def world(work: Path) -> None:
         "name": "two",
         "data": {"store": str(work / "store"), "batch": 4, "patch": [16, 16], "workers": 2},
         "model": {"name": "unet_lite_standard", "options": {"width": 2}},
-        "stages": [{"name": "base", "epochs": 2, "steps": 400, "lr": 1e-3}],
+        "stages": [{"name": "base", "epochs": 2, "steps": STEPS, "lr": 1e-3}],
         "evaluation": {"every": 0},
     }
     (work / "two.yaml").write_text(yaml.safe_dump(recipe))
