@@ -295,7 +295,7 @@ def mutants(count: int, until: str, only: str) -> None:
     names = [name for name in known if not name.endswith(".raw")]
     names += [f"{LAYOUT}{name}" for name in sorted(LAYOUTS)]
     names = [name for name in names if only in ("", name)]
-    results, per_kind, faults, start, before = resumed(names)
+    results, per_kind, faults, start, before, mended = resumed(names)
     began = processor_time()
     with tempfile.TemporaryDirectory() as folder:
         own = [name for name in names if name.startswith(LAYOUT)]
@@ -309,6 +309,7 @@ def mutants(count: int, until: str, only: str) -> None:
                 "kinds": len(names),
                 "results": dict(results),
                 "faults": faults[:50],
+                "mended": mended,  # faults that the code after them has no more
                 "cpu_seconds": round(before + processor_time() - began),
                 "by_kind": {name: dict(c) for name, c in per_kind.items()},
             }
@@ -316,13 +317,13 @@ def mutants(count: int, until: str, only: str) -> None:
                 RESULT.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def resumed(names: list[str]) -> tuple[Counter, dict[str, Counter], list, int, float]:
+def resumed(names: list[str]) -> tuple[Counter, dict[str, Counter], list, int, float, list]:
     """What the saved result of the same kinds of files counts so far."""
     found = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
     if list(found.get("by_kind", ())) != names:
-        return Counter(), {name: Counter() for name in names}, [], 0, 0.0
+        return Counter(), {name: Counter() for name in names}, [], 0, 0.0, []
     per_kind = {name: Counter(counts) for name, counts in found["by_kind"].items()}
-    own = (found["faults"], found["files"], found["cpu_seconds"])
+    own = (found["faults"], found["files"], found["cpu_seconds"], found.get("mended", []))
     return Counter(found["results"]), per_kind, *own
 
 
@@ -341,24 +342,29 @@ def used_by(pid: int) -> float:
 
 
 def tried_again() -> None:
-    """The faults of the saved result, with the code of today: what comes out now stands behind
-    each."""
+    """The faults of the saved result, with the code of today: what ends well is counted as that and
+    kept as mended."""
     document = json.loads(RESULT.read_text())
     with tempfile.TemporaryDirectory() as folder:
         known = seeds(Path(folder))
     names = list(document["by_kind"])
+    results = Counter(document["results"])
+    per_kind = {name: Counter(counts) for name, counts in document["by_kind"].items()}
+    left: list = []
     with tempfile.TemporaryDirectory() as folder:
         own = [name for name in names if name.startswith(LAYOUT)]
         layouts = {n: Layout(n.removeprefix(LAYOUT), Path(folder) / n) for n in own}
-        for fault in document["faults"]:
-            now: Counter = Counter()
-            again: list = []
-            batch(
-                fault[0], fault[0] + 1, (names, known, layouts), now,
-                {name: Counter() for name in names}, again,
-            )  # fmt: skip
-            fault[3:] = [f"today: {again[0][2] if again else next(iter(now))}"]
-            print(fault, flush=True)
+        for index, name, kind, *_ in document["faults"]:
+            count = len(left)
+            batch(index, index + 1, (names, known, layouts), results, per_kind, left)
+            was = kind.partition(":")[0]
+            results[was] -= 1
+            per_kind[name][was] -= per_kind[name][was] > 0
+            if len(left) == count:
+                document.setdefault("mended", []).append([index, name, kind])
+            print(index, name, kind, left[count:] or "mended", flush=True)
+    document["faults"], document["results"] = left, dict(+results)
+    document["by_kind"] = {name: dict(+counts) for name, counts in per_kind.items()}
     RESULT.write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -34,6 +34,7 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 from conftest import write_tiny_store  # noqa: E402
 
 NOBODY = 65534
+LOADERS = ("loader", "pt_data_worker")  # torch names its own
 STEPS = int(os.environ.get("STEPS", 400))  # of each of two epochs: as long as the attempts take
 Got = str  # what an attempt came away with; "" for nothing
 
@@ -222,7 +223,7 @@ def training(work: Path) -> dict[str, Got]:
     memory = set(os.listdir("/dev/shm"))
     child, ended = forked.start(work, command("runs"), err=err, TMPDIR=str(tmp)), {}
     while (
-        len([n for n in forked.tree().values() if n == "loader"]) < 6
+        len([n for n in forked.tree().values() if n in LOADERS]) < 6
     ):  # two servers, four loaders
         if child in forked.reap(ended):
             raise SystemExit(f"it ended before it was looked at\n{err.read_text()}")

@@ -56,9 +56,8 @@ def temporary_files() -> Iterator[None]:
 
 
 def _new_folder() -> Path:
-    place = Path(tempfile.gettempdir())
-    remove_folders(place)
-    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=place))
+    remove_folders()
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
     (folder / NOTE).write_text(json.dumps(_this_process()), encoding="utf-8")
     return folder
 
@@ -84,9 +83,10 @@ def forget_multiprocessing() -> None:
         shutil.rmtree(_sockets[1], ignore_errors=True)
 
 
-def remove_folders(place: Path) -> None:
-    """The temporary folders in `place` that killed processes of this user and host left."""
-    for folder in place.glob(f"{PREFIX}*"):
+def remove_folders(place: Path | None = None) -> None:
+    """The folders in `place` (by default where temporary files lie) that killed processes of this
+    user and host left."""
+    for folder in Path(place or tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with suppress(OSError):
             facts = os.lstat(folder)
             if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():

@@ -14,7 +14,7 @@ import numpy as np
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import file_facts, write_atomically
-from segfleet.core.litter import remove_partial
+from segfleet.core.litter import remove_folders, remove_partial
 from segfleet.core.parallel import Apart, Died
 from segfleet.preprocess.case import FileFacts, Geometry
 from segfleet.preprocess.files.dicom import read_series
@@ -186,7 +186,9 @@ def claim(out: Path, found: list[Input], made_by: str) -> None:
             "another folder"
         )
     out.mkdir(parents=True, exist_ok=True)
-    remove_partial(out)
+    for folder in (out, out / NOTES):
+        remove_partial(folder)
+    remove_folders()
     if known is None:
         write_atomically(out / RECORD, json.dumps({"made_by": made_by}))
 

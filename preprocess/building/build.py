@@ -15,6 +15,7 @@ from pathlib import Path
 
 from segfleet.core.errors import DataError, InputError, Problem, explain
 from segfleet.core.files import sync_folder
+from segfleet.core.litter import remove_folders
 from segfleet.core.parallel import run
 from segfleet.preprocess.building.journal import Journals
 from segfleet.preprocess.building.kept import known_facts, settle
@@ -75,6 +76,7 @@ def build(
     out, tell = Path(out), progress or (lambda phase, done, total: None)
     reader = open_raw(reader_name, raw, out, format=format, options=options, overrides=overrides)
     say = say or (lambda grouping, warnings: None)
+    remove_folders()  # also where nothing is left to do
     if (out / MANIFEST).is_file():
         say(reader.grouping, guesses(reader.grouping))
         return compare(

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -597,6 +598,17 @@ def test_a_resumed_build_finds_a_damaged_shard(raw, tmp_path, monkeypatch):
     path.write_bytes(data)  # of the same size
     assert build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1) == straight
     assert verify(tmp_path / "out") == []
+
+
+def test_what_a_killed_build_left_goes_also_where_nothing_is_to_do(raw, tmp_path, monkeypatch):
+    build("msd", raw, tmp_path / "out", workers=1)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    left = tmp_path / f"tmp/segfleet-{gone.pid}-abcdefgh"
+    left.mkdir(parents=True)
+    build("msd", raw, tmp_path / "out", workers=1)
+    assert not left.exists()
 
 
 def test_a_failed_check_keeps_the_facts_of_sound_cases(tmp_path, monkeypatch):
