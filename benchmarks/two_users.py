@@ -222,9 +222,7 @@ def training(work: Path) -> dict[str, Got]:
         raise SystemExit(err.read_text())
     memory = set(os.listdir("/dev/shm"))
     child, ended = forked.start(work, command("runs"), err=err, TMPDIR=str(tmp)), {}
-    while (
-        len([n for n in forked.tree().values() if n in LOADERS]) < 6
-    ):  # two servers, four loaders
+    while len([n for n in forked.tree().values() if n in LOADERS]) < 6:  # two servers, four loaders
         if child in forked.reap(ended):
             raise SystemExit(f"it ended before it was looked at\n{err.read_text()}")
         time.sleep(0.02)
