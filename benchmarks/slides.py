@@ -53,13 +53,14 @@ def make(folder: Path, edge: int) -> None:
 
 def step(name: str, raw: Path, out: Path) -> None:
     from segfleet.preprocess.building.build import build
+    from segfleet.preprocess.building.request import BuildRequest
     from segfleet.preprocess.checking.check import survey
     from segfleet.preprocess.readers.base import open_reader
 
     if name == "check":
         survey(open_reader("folder", raw), workers=1).raise_problems()
     elif name == "preprocess":
-        build("folder", raw, out / "store", workers=1)
+        build(BuildRequest("folder", raw, out / "store", workers=1))
     else:
         predict(raw, out)
 

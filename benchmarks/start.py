@@ -59,13 +59,15 @@ def build(this, index):
     engine.step = first
     return engine, before
 train.build = build
-jobs.run_job(json.loads(sys.argv[1]), ranks.Ranks(torch.device("cpu")), stop.StopRequest())
+from segfleet.pipeline.launch.job import parse_job
+jobs.run_job(parse_job(json.loads(sys.argv[1])), ranks.Ranks(torch.device("cpu")), stop.StopRequest())
 """
 
 
 def one_rank(engine: dict) -> list[dict]:
     """The parts of a start, one after the other."""
     with tempfile.TemporaryDirectory() as scratch:
+        from segfleet.pipeline.launch.job import Train
         from segfleet.pipeline.recipe import parse
 
         store = write_tiny_store(Path(scratch) / "store", 2, "zarr", 6, 2, 24, 1)
@@ -76,9 +78,9 @@ def one_rank(engine: dict) -> list[dict]:
             "stages": [{"epochs": 1, "steps": 2, "lr": 1e-2}],
             "engine": engine,
         }
-        job = {"do": "train", "recipe": parse(document).model_dump(mode="json"), "root": scratch}
+        job = Train(recipe=parse(document).model_dump(mode="json"), root=scratch)
         done = subprocess.run(
-            [sys.executable, "-P", "-c", RANK, json.dumps(job)],
+            [sys.executable, "-P", "-c", RANK, job.model_dump_json()],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             text=True,

@@ -59,6 +59,7 @@ def plain(document: dict, runs: Path, slots: int) -> None:
     """What one writes without segfleet's tree: a grid and a function."""
     from ray import tune
 
+    from segfleet.pipeline.launch.job import Train
     from segfleet.sweeps.ray.controller import NAMES, ray_session
     from segfleet.sweeps.run import Resources
     from segfleet.sweeps.space.plan import make_plan
@@ -66,25 +67,22 @@ def plain(document: dict, runs: Path, slots: int) -> None:
 
     plan = make_plan(parse_search(document), runs)
     jobs = [
-        {
-            "do": "train",
-            "recipe": trial.recipe.model_dump(mode="json"),
-            "root": str(runs / str(trial.number)),
-        }
+        Train(recipe=trial.recipe.model_dump(mode="json"), root=runs / str(trial.number))
         for trial in plan.trials
     ]
 
     def alone(config: dict) -> None:
+        from segfleet.pipeline.launch.job import Train
         from segfleet.pipeline.launch.local import run_ranks
 
         os.environ["OMP_NUM_THREADS"] = "1"
-        run_ranks(json.loads(config["job"]), 1, threads=1)
+        run_ranks(Train.model_validate_json(config["job"]), 1, threads=1)
 
     runs.mkdir(parents=True)
     with ray_session(Resources(slots=slots), runs) as storage:
         tune.Tuner(
             tune.with_resources(alone, {"cpu": 1}),
-            param_space={"job": tune.grid_search([json.dumps(job) for job in jobs])},
+            param_space={"job": tune.grid_search([job.model_dump_json() for job in jobs])},
             tune_config=tune.TuneConfig(reuse_actors=True, **NAMES),
             run_config=tune.RunConfig(name="tune", storage_path=str(storage), verbose=0),
         ).fit()
@@ -98,7 +96,7 @@ def alone(document: dict, runs: Path, slots: int) -> None:
 
     plan = make_plan(parse_search(document), runs)
     for node in plan.tree.walk():
-        run_ranks(plan.order(node)["job"], 1, threads=1)
+        run_ranks(plan.order(node).job, 1, threads=1)
 
 
 def weights(root: Path) -> dict[str, str]:

@@ -90,7 +90,7 @@ def search(store: str, points: int, runs: str) -> dict:
     halves: list[float] = []
     while (order := tree.next(f"n{number}")) != FINISHED or running:
         if order not in (None, FINISHED):
-            running.append((f"n{number}", order["node"]))
+            running.append((f"n{number}", order.node))
             number += 1
             if len(running) < SLOTS:
                 continue

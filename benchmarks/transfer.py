@@ -29,12 +29,14 @@ import torch
 from PIL import Image
 
 from segfleet.pipeline.jobs import Stores, run_job
+from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse, with_absolute_store
 from segfleet.pipeline.run import stage_folders
 from segfleet.pipeline.scoring.intervals import holm, paired
 from segfleet.pipeline.stop import StopRequest
 from segfleet.preprocess.building.build import build
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.planning.plan import Overrides
 
 HERE = Path(__file__).resolve().parent
@@ -99,7 +101,7 @@ def stores(work: Path) -> dict[str, Path]:
     found = {}
     for name, (reader, folder) in made.items():
         found[name] = work / "stores" / name
-        build(reader, folder, found[name], overrides=Overrides(), quick=True)
+        build(BuildRequest(reader, folder, found[name], overrides=Overrides()), quick=True)
     return found
 
 
@@ -131,7 +133,7 @@ def recipe_of(pair: str, start: str, cases: int, seed: int, known: dict, more: d
 def scores(document: dict, runs: Path) -> dict[tuple[str, str], float]:
     """(patient, case) -> mean Dice of a run, trained and scored now unless it has been."""
     ranks, recipe = Ranks(torch.device("cpu")), with_absolute_store(parse(document))
-    job = {"do": "train", "recipe": recipe.model_dump(mode="json"), "root": str(runs)}
+    job = Train(recipe=recipe.model_dump(mode="json"), root=runs)
     run_job(job, ranks, StopRequest())
     leaf = stage_folders(runs, recipe, Stores().manifest)[-1].path
     found = json.loads((leaf / "evaluation.json").read_text())["cases"]

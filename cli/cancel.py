@@ -22,13 +22,14 @@ def command(
 ) -> None:
     """Cancel a submitted run. Its ranks save first, so `segfleet resume` goes on where it
     stopped. A sweep stops all its stages."""
+    from segfleet.pipeline.launch.job import Command
     from segfleet.slurm import job as slurm_job
-    from segfleet.slurm.submission import COMMAND, find_home
+    from segfleet.slurm.submission import find_home
 
     home = find_home(run, runs)
     found = slurm_job.look_at_all(slurm_job.jobs_of(home))
     job, last = found[-1]
-    if job.submission.job()["do"] == COMMAND and last["state"] == "running":
+    if isinstance(job.submission.job(), Command) and last["state"] == "running":
         # it is asked, not killed: only it knows the jobs of its stages
         home.with_name(home.name.removesuffix(".jobs")).joinpath("stop").touch()
         active = [job.id]

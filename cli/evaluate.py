@@ -11,6 +11,7 @@ from segfleet.cli.output import Best, Fold, Json, show, table
 from segfleet.core.files import absolute
 
 if TYPE_CHECKING:
+    from segfleet.pipeline.launch.job import Score, ScoreOn
     from segfleet.pipeline.scoring.external import TestSet
 
 
@@ -60,22 +61,21 @@ def command(
     own_fold = fold if split is None else None  # which of several runs
     job = job_on(find_run(run, runs, own_fold, best), changes or [], on, split, fold or 0)
     run_ranks(job, ranks)
-    out = Path(job["run"]) / EXTERNAL / job_test(job).folder(load_manifest(on))
+    out = job.run / EXTERNAL / job_test(job).folder(load_manifest(on))
     document = {**evaluation_of(out), "report": str(out / "report.html")}
     show(document, as_json, lambda found: (render(found), typer.echo(found["report"])))
 
 
-def job_test(job: dict[str, Any]) -> TestSet:
+def job_test(job: ScoreOn) -> TestSet:
     from segfleet.pipeline.scoring.external import TestSet
 
-    return TestSet(split=job["split"], fold=job["fold"])
+    return TestSet(split=job.split, fold=job.fold)
 
 
-def job_on(
-    run: Path, changes: list[str], store: Path, split: str | None, fold: int
-) -> dict[str, Any]:
+def job_on(run: Path, changes: list[str], store: Path, split: str | None, fold: int) -> ScoreOn:
     """What the ranks of an evaluation on another store do. Raises InputError if they cannot."""
     from segfleet.core.errors import InputError
+    from segfleet.pipeline.launch.job import ScoreOn
     from segfleet.pipeline.recipe import override, parse
     from segfleet.pipeline.run import data_of, open_run
     from segfleet.preprocess.stores.manifest import load_manifest
@@ -89,21 +89,15 @@ def job_on(
             "changes training makes another run"
         )
     changed = parse(override(recipe.model_dump(mode="json"), changes))
-    job = {
-        "do": "score on",
-        "recipe": changed.model_dump(mode="json"),
-        "run": str(run),
-        "store": str(absolute(store)),
-        "split": split,
-        "fold": fold,
-    }
+    settings = changed.model_dump(mode="json")
+    job = ScoreOn(recipe=settings, run=run, store=absolute(store), split=split, fold=fold)
     manifest, test = load_manifest(store), job_test(job)
     test.check(changed, data_of(run, recipe), manifest)
     test.ids(manifest)
     return job
 
 
-def computed(job: dict[str, Any]) -> dict[str, Any]:
+def computed(job: Score) -> dict[str, Any]:
     """The evaluation the ranks wrote. Raises InputError if it is damaged, or if another evaluation
     has replaced it since."""
     from segfleet.core.errors import InputError
@@ -111,7 +105,7 @@ def computed(job: dict[str, Any]) -> dict[str, Any]:
     from segfleet.pipeline.scoring.scored import evaluation_of, is_scored
     from segfleet.preprocess.stores.manifest import load_manifest
 
-    run, recipe = Path(job["run"]), parse(job["recipe"])
+    run, recipe = job.run, parse(job.recipe)
     document = evaluation_of(run)
     if not is_scored(run, recipe, load_manifest(Path(recipe.data.store))):
         raise InputError(
@@ -123,9 +117,10 @@ def computed(job: dict[str, Any]) -> dict[str, Any]:
 
 def job_of(
     run: str, changes: list[str], runs: Path, fold: int | None = None, best: bool = False
-) -> dict[str, Any]:
+) -> Score:
     """What the ranks of an evaluation do. Raises InputError if they cannot."""
     from segfleet.core.errors import InputError
+    from segfleet.pipeline.launch.job import Score
     from segfleet.pipeline.recipe import override, parse, with_absolute_store
     from segfleet.pipeline.run import differences, find_run, open_run, stage_folders
     from segfleet.preprocess.stores.manifest import load_manifest
@@ -150,13 +145,7 @@ def job_of(
         )
     for stage in folders:
         stage.check_done()
-    return {
-        "do": "score",
-        "again": True,
-        "recipe": changed.model_dump(mode="json"),
-        "root": str(root),
-        "run": str(folder),
-    }
+    return Score(recipe=changed.model_dump(mode="json"), root=root, run=folder, again=True)
 
 
 def render(document: dict) -> None:

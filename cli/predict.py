@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from segfleet.cli.datasets import Options, chosen
 from segfleet.cli.output import Best, Folds, Json, fold_of, progress, show, table
+
+if TYPE_CHECKING:
+    from segfleet.pipeline.launch.job import Predict
+    from segfleet.preprocess.readers.base import Layout
 
 
 def command(
@@ -65,17 +69,16 @@ def command(
 ) -> None:
     """Segment images with a finished run, or with several as an ensemble; every prediction lies
     exactly on its image. Continues where it stopped."""
-    job = job_of(words, out, runs, fold, best, format, layout_of(layout, option)) | {
-        "overlays": overlays,
-        "probabilities": probabilities,
-        "postprocess": checked_rule(postprocess),
-    }
+    job = job_of(
+        words, runs, fold, best, out=out, format=format, layout=layout_of(layout, option),
+        overlays=overlays, probabilities=probabilities, postprocess=checked_rule(postprocess),
+    )  # fmt: skip
     document = by_ranks(job, ranks, device) if ranks > 1 else alone(job, device)
     show(document, as_json, render)
     raise typer.Exit(document["exit_code"])
 
 
-def alone(job: dict[str, Any], device: str | None = None) -> dict[str, Any]:
+def alone(job: Predict, device: str | None = None) -> dict[str, Any]:
     """Predict in this process; what came out."""
     from segfleet.pipeline.jobs import predict
     from segfleet.pipeline.ranks import Ranks, device_of
@@ -85,7 +88,7 @@ def alone(job: dict[str, Any], device: str | None = None) -> dict[str, Any]:
         return predict(job, ranks, tick)
 
 
-def by_ranks(job: dict[str, Any], ranks: int, device: str | None) -> dict[str, Any]:
+def by_ranks(job: Predict, ranks: int, device: str | None) -> dict[str, Any]:
     """Predict with processes that share the images; what came out."""
     from segfleet.core.errors import InputError
     from segfleet.core.litter import temporary_folder
@@ -102,17 +105,18 @@ def by_ranks(job: dict[str, Any], ranks: int, device: str | None) -> dict[str, A
 
     with temporary_folder() as folder:
         answer = folder / "answer.json"
-        run_ranks(job | {"answer": str(answer)}, ranks, device=device)
+        run_ranks(job.model_copy(update={"answer": answer}), ranks, device=device)
         return json.loads(answer.read_text(encoding="utf-8"))
 
 
-def layout_of(name: str | None, option: list[str] | None) -> dict[str, Any] | None:
-    """The layout of raw data sets as a job has it. Raises InputError."""
+def layout_of(name: str | None, option: list[str] | None) -> Layout | None:
+    """The layout of raw data sets. Raises InputError."""
     from segfleet.core.errors import InputError
+    from segfleet.preprocess.readers.base import Layout
 
     if option and not name:
         raise InputError("--option: is of a layout; name it with --layout")
-    return {"name": name, "options": chosen(option)} if name else None
+    return Layout(name, chosen(option)) if name else None
 
 
 def checked_rule(text: str | None) -> str | None:
@@ -125,36 +129,25 @@ def checked_rule(text: str | None) -> str | None:
 
 
 def job_of(
-    words: list[str],
-    out: Path,
-    runs: Path,
-    fold: str | None = None,
-    best: bool = False,
-    format: str = "",
-    layout: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """What the ranks of a prediction do. Raises InputError if they cannot."""
+    words: list[str], runs: Path, fold: str | None, best: bool, *, out: Path, **wishes: Any
+) -> Predict:
+    """What the ranks of a prediction do; `wishes`: the job's further fields. Raises InputError if
+    they cannot."""
     from segfleet.pipeline.inference.collect import collect
     from segfleet.pipeline.inference.inputs import check_out
+    from segfleet.pipeline.launch.job import Predict
     from segfleet.pipeline.loading import find_models, open_model
 
     names, images = divided(words)
     found = [path for name in names for path in find_models(name, runs, fold_of(fold), best)]
-    models = list(dict.fromkeys(found))
-    model = open_model(models)
+    job = Predict(models=tuple(dict.fromkeys(found)), images=images, out=out, **wishes)
+    model = open_model(job.models)
     if len(model.networks) > 1:
         typer.echo(f"segfleet: an ensemble of {len(model.networks)} networks", err=True)
-    model.check_stores(images)
-    found = collect(images, len(model.dataset.channels), format, layout)
-    check_out(out, found, model.made_by)
-    return {
-        "do": "predict",
-        "models": [str(path) for path in models],
-        "images": [str(path) for path in images],
-        "out": str(out),
-        "format": format,
-        **({"layout": layout} if layout else {}),
-    }
+    model.check_stores(job.images)
+    inputs = collect(job.images, len(model.dataset.channels), job.format, job.layout)
+    check_out(out, inputs, model.made_by)
+    return job
 
 
 def divided(words: list[str]) -> tuple[list[str], list[Path]]:

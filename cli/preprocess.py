@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from segfleet.core.files import absolute
 
 if TYPE_CHECKING:
     from segfleet.core.errors import Problem
+    from segfleet.preprocess.building.request import BuildRequest
 
 MOST_WARNINGS = 20  # that are shown
 PHASES = {
@@ -125,21 +127,20 @@ def command(
     A run that was stopped goes on where it was; a second run on a finished store only compares.
     """
     from segfleet.preprocess.building.build import build
-    from segfleet.preprocess.jobs import overrides_of
 
     if upgrade:
         return rewrite(upgrade, as_json)
-    store = job_of(
-        name, raw, out, format, workers, seed, option, size, patch, spacing, verify,
+    request = request_of(
+        name, raw, out, format=format, workers=workers, seed=seed, option=option, size=size, patch=patch, spacing=spacing,
         interpolation=interpolation, masks=masks, normalisation=normalisation, slices=slices, like=like, unlabelled=unlabelled,
-    )["store"]  # fmt: skip
+    )  # fmt: skip
     if on != "local" or address or members:
-        on_cluster(store, on, address, members)
+        on_cluster(request, on, address, members)
     first: dict[str, int] = {}
     said: list[Any] = []
     with bars(first) as tick:
         manifest = build(
-            **{**store, "overrides": overrides_of(store)},
+            request,
             quick=quick,
             progress=tick,
             say=lambda grouping, warnings: said.extend((grouping, warnings)),
@@ -165,15 +166,15 @@ def _first(warnings: Sequence[Problem]) -> list[Problem]:
     return sorted(warnings, key=lambda warning: warning.case != "all")[:MOST_WARNINGS]
 
 
-def job_of(
-    name: str | None, raw: Path | None, out: Path | None, format: str, workers: int | None, seed: int, option: list[str] | None, size: tuple[int, int] | None,
-    patch: str | None, spacing: str | None, verify: bool, *, interpolation: str | None = None,
-    masks: str | None = None, normalisation: str | None = None, slices: bool = False, like: Path | None = None, unlabelled: bool = False, **_: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """What preprocessing does, as preprocess.jobs says. Raises InputError for what shows before any
-    image is read."""
+def request_of(
+    name: str | None, raw: Path | None, out: Path | None, *, format: str, workers: int | None, seed: int,
+    option: list[str] | None, patch: str | None, spacing: str | None, like: Path | None, unlabelled: bool, **arguments: Any,
+) -> BuildRequest:  # fmt: skip
+    """What the command's arguments ask for; the further ones that are fields of `Overrides` go
+    there. Raises InputError for what shows before any image is read."""
     from segfleet.preprocess.building.build import open_raw
-    from segfleet.preprocess.jobs import overrides_of
+    from segfleet.preprocess.building.request import BuildRequest
+    from segfleet.preprocess.planning.plan import Overrides
 
     for value, hint, kind in (
         (name, "NAME", "argument"),
@@ -182,33 +183,21 @@ def job_of(
     ):
         if value is None:
             raise MissingParameter(param_hint=f"'{hint}'", param_type=kind)
-    overrides = {
-        "size": size,
-        "patch": numbers("patch", patch, int),
-        "spacing": numbers("spacing", spacing, float),
-        "interpolation": interpolation,
-        "masks": masks,
-        "normalisation": normalisation,
-        "slices": slices,
-        "like": str(absolute(like)) if like else None,
-    }
-    store = {
-        "reader_name": name,
-        "raw": str(raw),
-        "out": str(out),
-        "format": format,
-        "options": chosen(option) | ({"unlabelled": "yes"} if unlabelled else {}),
-        "overrides": overrides,
-    }
-    open_raw(name, raw, out, format=format, options=store["options"], overrides=overrides_of(store))
-    return {
-        "do": "preprocess",
-        "store": {**store, "workers": workers, "split_seed": seed},
-        "verify": verify,
-    }
+    overrides = Overrides(
+        patch=numbers("patch", patch, int),
+        spacing=numbers("spacing", spacing, float),
+        like=str(absolute(like)) if like else None,
+        **{one.name: arguments[one.name] for one in fields(Overrides) if one.name in arguments},
+    )
+    options = chosen(option) | ({"unlabelled": "yes"} if unlabelled else {})
+    request = BuildRequest(
+        name, raw, out, format=format, options=options, overrides=overrides, split_seed=seed, workers=workers
+    )  # fmt: skip
+    open_raw(request)
+    return request
 
 
-def on_cluster(store: dict[str, Any], on: str, address: str | None, members: int | None) -> None:
+def on_cluster(request: BuildRequest, on: str, address: str | None, members: int | None) -> None:
     """Have a cluster do what can be shared; what went wrong there is done again here. Raises
     InputError."""
     from segfleet.core.errors import InputError
@@ -218,9 +207,8 @@ def on_cluster(store: dict[str, Any], on: str, address: str | None, members: int
     if on != "ray":
         found = "--address and --members say where" if on == "local" else f"found '{on}'"
         raise InputError(f"--on: {found}; expected --on ray (or local without them)")
-    shared = {**store, "raw": str(absolute(store["raw"]))}
-    shared["out"] = str(absolute(store["out"]))
-    cases = len(open_reader(store["reader_name"], store["raw"], **store["options"]).refs())
+    shared = replace(request, raw=absolute(request.raw), out=absolute(request.out))
+    cases = len(open_reader(request.reader_name, request.raw, **request.options).refs())
     with bars({}) as tick:
         faults = spread(shared, address or "auto", members, cases, tick)
     for fault in faults[:MOST_WARNINGS]:

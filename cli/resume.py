@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from segfleet.cli.output import Json, show
+
+if TYPE_CHECKING:
+    from segfleet.pipeline.launch.job import Score, Train
 
 
 def command(
@@ -36,6 +39,7 @@ def command(
     }
     from segfleet.cli.submit import render, row
     from segfleet.core.errors import InputError
+    from segfleet.pipeline.launch.job import Predict, Score, Train
     from segfleet.pipeline.recipe import parse
     from segfleet.pipeline.run import DONE
     from segfleet.slurm import cluster, prepare
@@ -47,24 +51,21 @@ def command(
     folder = find_home(run, runs)
     last = attach(folder)
     before, job = last.submission, last.submission.job()
-    if job["do"] not in ("train", "score", "predict"):
+    if not isinstance(job, Train | Score | Predict):
         raise InputError(
             "resume: give the same `segfleet submit ... -- preprocess ...` again; it goes on "
             "where it stopped"
         )
-    if job["do"] == "train":  # a stage inside a sweep is not scored
-        over = (
-            prepare.finished(folder, parse(job["recipe"]))
-            if job.get("score", True)
-            else (folder / DONE).exists()
-        )
+    if isinstance(job, Train):  # a stage inside a sweep is not scored
+        whole = job.score and prepare.finished(folder, parse(job.recipe))
+        over = whole or (not job.score and (folder / DONE).exists())
     else:
         over = before.outcome()[0] == "done"
     if over:
         document = row(folder, None)
     else:
         refuse_if_active(folder)
-        if job["do"] in ("train", "score"):
+        if not isinstance(job, Predict):
             refuse_if_another(folder, job, before.code)
         kept = {
             name: value
@@ -75,15 +76,15 @@ def command(
             {**kept, **{name: value for name, value in changes.items() if value is not None}},
             places=(),
         )
-        launcher, root = SlurmLauncher(live=live), Path(job["root"])
+        launcher, root = SlurmLauncher(live=live), job.root
         cluster.check(without_bad_nodes(spec, root))
         # not that of the array it was in
-        name = job_name([folder]) if job["do"] == "train" else before.name
+        name = job_name([folder]) if isinstance(job, Train) else before.name
         document = row(folder, launcher.submit_jobs([(folder, job)], root, spec, name, folder)[0])
     show(document, as_json, lambda document: render([document]))
 
 
-def refuse_if_another(run: Path, job: dict, code: str | None) -> None:
+def refuse_if_another(run: Path, job: Train | Score, code: str | None) -> None:
     """What is resumed is the run that was named. Raises InputError if this version of the code, or
     the store as it is now, would make another run of its recipe."""
     from segfleet.core.errors import InputError
@@ -91,9 +92,9 @@ def refuse_if_another(run: Path, job: dict, code: str | None) -> None:
     from segfleet.pipeline.run import root_of, stage_folders
     from segfleet.preprocess.stores.manifest import load_manifest
 
-    recipe = resolve(parse(job["recipe"]))
+    recipe = resolve(parse(job.recipe))
     manifest = load_manifest(Path(recipe.data.store))
-    there = stage_folders(Path(job["root"]), recipe, manifest)[-1].path
+    there = stage_folders(job.root, recipe, manifest)[-1].path
     if there.name != run.name:
         kept = f" It is kept in {code}: put that first on PYTHONPATH." if code else ""
         raise InputError(
@@ -103,6 +104,6 @@ def refuse_if_another(run: Path, job: dict, code: str | None) -> None:
         )
     if there.resolve() != run.resolve():
         raise InputError(
-            f"resume: {run.name} was submitted in {job['root']} and lies in {run} now; submit its "
+            f"resume: {run.name} was submitted in {job.root} and lies in {run} now; submit its "
             f"recipe again with --runs {root_of(run, recipe)}: it goes on from its latest checkpoint"
         )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from segfleet.cli.output import Json, duration, show, table
+
+if TYPE_CHECKING:
+    from segfleet.pipeline.status import Row
 
 
 def command(
@@ -27,7 +31,8 @@ def command(
     if (home_of(runs) / "slurm").is_dir():
         show(jobs(home_of(runs)), as_json, render_jobs)
     else:
-        show(status(runs), as_json, render)
+        rows = status(runs)
+        show([asdict(row) for row in rows], as_json, lambda _: render(rows))
 
 
 def render_jobs(rows: list[dict]) -> None:
@@ -35,21 +40,19 @@ def render_jobs(rows: list[dict]) -> None:
         ("what", "job", "state", "node", "starts"),
         [(r["name"], r["job"], r["state"], r["node"] or "-", r["starts"]) for r in rows],
     )
-    tell_unknown(rows)
+    tell_unknown([row["reason"] for row in rows if row["queue"] == "unknown"])
     for row in rows:
         if row["reason"] and row["queue"] != "unknown":
             typer.echo(f"\n{row['name']} is {row['state']}: {row['reason'].strip()}")
 
 
-def tell_unknown(rows: list[dict]) -> None:
+def tell_unknown(reasons: list[str]) -> None:
     """SLURM's silence is told once for all."""
-    if unknown := [row for row in rows if row["queue"] == "unknown"]:
-        typer.echo(
-            f"\nwhat became of {len(unknown)} job(s) is unknown: {unknown[0]['reason'].strip()}"
-        )
+    if reasons:
+        typer.echo(f"\nwhat became of {len(reasons)} job(s) is unknown: {reasons[0].strip()}")
 
 
-def render(rows: list[dict]) -> None:
+def render(rows: list[Row]) -> None:
     if not rows:
         typer.echo("no runs here; `segfleet train RECIPE` makes one")
         return
@@ -59,45 +62,44 @@ def render(rows: list[dict]) -> None:
     together = {group["family"] for group in grouped}
     columns = ("run", "recipe", "fold", "state", "stage", "Dice", "date")
     whole = ("run", "fold", "state", "stage", "date")
-    if alone := [row for row in rows if row.get("family") not in together]:
+    if alone := [row for row in rows if row.family not in together]:
         table(columns, [cells(row) for row in alone], whole=whole)
     if grouped:
         if alone:
             typer.echo()
         columns = ("runs", "recipe", "folds", "Dice", "of each fold")
         table(columns, [fold_cells(group) for group in grouped], whole=("runs", "folds", "Dice"))
-    if going := [row for row in rows if row["state"] not in ("done", "trained", "unreadable")]:
+    if going := [row for row in rows if row.state not in ("done", "trained", "unreadable")]:
         typer.echo()
         columns = ("run", "step", "loss", "samples/s", "left", "restarts")
         table(columns, [progress_cells(row) for row in going])
-    if jobs := [row for row in rows if row["job"]]:
+    if jobs := [row for row in rows if row.job]:
         typer.echo()
         table(
             ("run", "job", "queue", "node"),
-            [(short(row), row["job"], row["queue"] or "-", row["node"] or "-") for row in jobs],
+            [(short(row), row.job, row.queue or "-", row.node or "-") for row in jobs],
         )
-    tell_unknown(rows)
+    tell_unknown([row.reason or "" for row in rows if row.queue == "unknown"])
     for row in rows:
-        if row["reason"] and row["queue"] != "unknown":
+        if row.reason and row.queue != "unknown":
             # a traceback is whole in --json and in `segfleet logs`
-            lines = row["reason"].strip().splitlines()
+            lines = row.reason.strip().splitlines()
             typer.echo(
-                f"\n{row['run']} is {row['state']}: "
-                f"{' '.join(dict.fromkeys((lines[0], lines[-1])))}"
+                f"\n{row.run} is {row.state}: {' '.join(dict.fromkeys((lines[0], lines[-1])))}"
             )
 
 
-def short(row: dict) -> str:
+def short(row: Row) -> str:
     """The beginning of a uid, which every command takes."""
-    return row["run"][:8]
+    return row.run[:8]
 
 
-def cells(row: dict) -> tuple:
-    fold = "-" if row["fold"] is None else str(row["fold"])
-    score = "-" if row["score"] is None else f"{row['score']:.4f}"
-    stage = f"{row['stage']}/{row['stages']}"
-    date = row["date"][len("2026-") :] if row["date"] else "-"  # with the year in --json
-    return short(row), row["recipe"], fold, row["state"], stage, score, date
+def cells(row: Row) -> tuple:
+    fold = "-" if row.fold is None else str(row.fold)
+    score = "-" if row.score is None else f"{row.score:.4f}"
+    stage = f"{row.stage}/{row.stages}"
+    date = row.date[len("2026-") :] if row.date else "-"  # with the year in --json
+    return short(row), row.recipe, fold, row.state, stage, score, date
 
 
 def fold_cells(group: dict) -> tuple:
@@ -109,9 +111,9 @@ def fold_cells(group: dict) -> tuple:
     return f"{first} +{count - 1}", group["recipe"], f"{done}/{count} done", score, folds
 
 
-def progress_cells(row: dict) -> tuple:
-    loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
-    known = row["remaining_seconds"] is not None and row["state"] == "training"
-    left = duration(row["remaining_seconds"]) if known else "-"
-    steps = f"{row['step']}/{row['steps'] or '?'}"
-    return short(row), steps, loss, str(row["samples_per_second"] or "-"), left, row["restarts"]
+def progress_cells(row: Row) -> tuple:
+    loss = "-" if row.loss is None else f"{row.loss:.4f}"
+    known = row.remaining_seconds is not None and row.state == "training"
+    left = duration(row.remaining_seconds) if known else "-"
+    steps = f"{row.step}/{row.steps or '?'}"
+    return short(row), steps, loss, str(row.samples_per_second or "-"), left, row.restarts

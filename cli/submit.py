@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +15,65 @@ import typer
 
 from segfleet.cli.output import Json, show, table
 from segfleet.core.files import absolute
+from segfleet.slurm.jobspec import JobSpec
+
+TYPED = ("gpus_per_node",)  # a number, or one with a type: a100:4
+IN_A_PROFILE = ("gpu_type", "whole_nodes", "fruitless")  # no option of the command line
 
 
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """How to submit, beside the resources of a JobSpec."""
+
+    options: dict[str, Any]  # fields of a JobSpec that the command line gives
+    cluster: str | None = None  # a profile
+    array: tuple[str, ...] = ()
+    engine: str | None = None
+    live: bool = False
+    dry_run: bool = False
+    runs: Path
+    as_json: bool = False
+
+
+def with_resources(function: Callable[..., None]) -> Callable[..., None]:
+    """In place of `**resources` an option for every field of a JobSpec, with the field's description
+    as its help."""
+    own = list(inspect.signature(function, eval_str=True).parameters.values())[:-1]
+    more = []
+    for name, field in JobSpec.model_fields.items():
+        if name in IN_A_PROFILE:
+            continue
+        kinds = kinds_of(field.annotation)
+        number = int in kinds and str not in kinds and name not in TYPED
+        kind: Any = list[str] if tuple in kinds else int if number else str
+        said = field.description or ""
+        help = f"{said[:1].upper()}{said[1:]}."
+        more.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[kind | None, typer.Option(help=help)],
+            )
+        )
+    place = next(i for i, one in enumerate(own) if one.name == "cluster") + 1
+    every = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own]
+    function.__signature__ = inspect.Signature([*every[:place], *more, *every[place:]])  # type: ignore[attr-defined]
+    function.__annotations__ = {}  # Typer reads the signature
+    return function
+
+
+def kinds_of(annotation: Any) -> set[Any]:
+    """int, str, tuple, ... of a field's type, whatever stands around them."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return kinds_of(parts[0])
+    if origin in (types.UnionType, typing.Union):
+        return set().union(*map(kinds_of, parts))
+    return {origin or annotation}
+
+
+@with_resources
 def command(
     recipe: Annotated[
         str,
@@ -24,73 +86,10 @@ def command(
         str | None,
         typer.Option(help="Profile in ./clusters.yaml or ~/.config/segfleet/clusters.yaml."),
     ] = None,
-    nodes: Annotated[int | None, typer.Option(help="Nodes.")] = None,
-    gpus_per_node: Annotated[
-        str | None,
-        typer.Option(help="GPUs of every node, 4 or a100:4; one rank for each."),
-    ] = None,
-    gpus: Annotated[
-        str | None,
-        typer.Option(help="GPUs of the whole job, 8 or a100:8, on as few nodes as it takes."),
-    ] = None,
-    ranks_per_node: Annotated[
-        int | None, typer.Option(help="Ranks of every node, on CPUs.")
-    ] = None,
-    cpus: Annotated[int | None, typer.Option(help="CPU cores per rank.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Memory per node, for example 64G.")] = None,
-    time: Annotated[
-        str | None,
-        typer.Option(
-            help="Time limit: minutes, 12h, 1d6h, 12:00:00, 1-06:00:00; the job comes back."
-        ),
-    ] = None,
-    clusters: Annotated[
-        str | None, typer.Option(help="Another cluster behind this login node, as sbatch -M.")
-    ] = None,
-    partition: Annotated[str | None, typer.Option(help="Partition.")] = None,
-    account: Annotated[str | None, typer.Option(help="Account.")] = None,
-    qos: Annotated[str | None, typer.Option(help="Quality of service.")] = None,
-    constraint: Annotated[str | None, typer.Option(help="Features a node must have.")] = None,
-    exclude: Annotated[str | None, typer.Option(help="Nodes that must not be used.")] = None,
-    nodelist: Annotated[str | None, typer.Option(help="Nodes that must be used.")] = None,
-    reservation: Annotated[str | None, typer.Option(help="Reservation.")] = None,
-    mail: Annotated[str | None, typer.Option(help="Mail address.")] = None,
-    mail_on: Annotated[
-        str | None, typer.Option(help="When to write: END,FAIL and others of SLURM's words.")
-    ] = None,
-    dependency: Annotated[
-        str | None, typer.Option(help="SLURM's own words: afterok:123, singleton.")
-    ] = None,
     after: Annotated[str | None, typer.Option(help="A run that must be done first.")] = None,
     array: Annotated[
         list[str] | None,
         typer.Option(help="One run for each value, as data.fold=0..4; or N jobs of preprocess."),
-    ] = None,
-    throttle: Annotated[
-        int | None, typer.Option(help="Members of the array that may run at once.")
-    ] = None,
-    sbatch: Annotated[
-        list[str] | None,
-        typer.Option(help="A further option of sbatch, for example --sbatch=--licenses=x."),
-    ] = None,
-    srun: Annotated[
-        list[str] | None, typer.Option(help="An option of srun, for example --srun=--mpi=none.")
-    ] = None,
-    setup: Annotated[
-        list[str] | None, typer.Option(help="A shell line run before the ranks start.")
-    ] = None,
-    container: Annotated[
-        str | None, typer.Option(help="Command that runs what follows it in a container.")
-    ] = None,
-    python: Annotated[str | None, typer.Option(help="Python on the nodes.")] = None,
-    stage_to: Annotated[
-        str | None,
-        typer.Option(
-            help="Read the store from a copy on every node's disk: a folder, or '$TMPDIR'."
-        ),
-    ] = None,
-    warning: Annotated[
-        int | None, typer.Option(help="Seconds before the time limit at which the ranks save.")
     ] = None,
     engine: Annotated[str | None, typer.Option(help="Short for engine.name=...")] = None,
     live: Annotated[
@@ -111,6 +110,7 @@ def command(
         "runs"
     ),
     as_json: Json = False,
+    **resources: Any,
 ) -> None:
     """Submit RECIPE to SLURM. The job saves and comes back by itself after time limits, preemption
     and node failures.
@@ -118,50 +118,57 @@ def command(
     After --, one of the commands preprocess, evaluate, predict and sweep with all its words: it is checked
     now, and done by SLURM.
     """
-    given = dict(locals())
     from segfleet.cli import submit_words
     from segfleet.core.errors import InputError
-    from segfleet.slurm import prepare
-    from segfleet.slurm.cluster import settled
-    from segfleet.slurm.job import refuse_if_active
-    from segfleet.slurm.jobspec import JobSpec, make_spec, not_obeyed
-    from segfleet.slurm.submitit_launcher import SlurmLauncher
+    from segfleet.slurm.jobspec import not_obeyed
 
-    root = absolute(runs)
-    options = {
-        name: given[name] for name in JobSpec.model_fields if given.get(name) not in (None, [])
-    }
-    if after and dependency:
+    options = {name: value for name, value in resources.items() if value not in (None, [])}
+    if after and "dependency" in options:
         raise InputError("--after and --dependency say the same twice; give one")
-    options |= {"dependency": dependency_on(after, root)} if after else {}
+    options |= {"dependency": dependency_on(after, absolute(runs))} if after else {}
     if ignored := not_obeyed():
         typer.echo(
             f"segfleet: {', '.join(ignored)} of the environment is not obeyed; give it as "
             "--sbatch=--option=value",
             err=True,
         )
+    request = Request(
+        options=options, cluster=cluster, array=tuple(array or ()), engine=engine, live=live, dry_run=dry_run,
+        runs=runs, as_json=as_json,
+    )  # fmt: skip
     if recipe in submit_words.COMMANDS:
-        submit_words.submit([recipe, *(changes or [])], options, given)
-        return
-    spec = settled(make_spec(options, cluster))
-    changes = [*(changes or []), *([f"engine.name={engine}"] if engine else [])]
+        submit_words.submit([recipe, *(changes or [])], request)
+    else:
+        submit_training(recipe, changes or [], request, check)
+
+
+def submit_training(recipe: str, changes: list[str], request: Request, check: bool) -> None:
+    """One run, or an array of several; `check`: build their networks once. Raises InputError."""
+    from segfleet.slurm import prepare
+    from segfleet.slurm.cluster import settled
+    from segfleet.slurm.job import refuse_if_active
+    from segfleet.slurm.jobspec import make_spec
+    from segfleet.slurm.submitit_launcher import SlurmLauncher
+
+    root, spec = absolute(request.runs), settled(make_spec(request.options, request.cluster))
+    changes = [*changes, *([f"engine.name={request.engine}"] if request.engine else [])]
     chosen, open_ones = {}, {}
-    for more in prepare.members(array or []):
+    for more in prepare.members(list(request.array)):
         for made, run in prepare.prepare(recipe, [*changes, *more], root):
             chosen[run] = prepare.describe(made)
             if not prepare.finished(run, made):
                 open_ones[run] = chosen[run]
-    if not dry_run:
+    if not request.dry_run:
         refuse_if_active(*open_ones)
     if check and open_ones:
         from segfleet.slurm.preflight import check_recipes
 
         for sentence in check_recipes(list(open_ones.values()), spec.ranks):
             typer.echo(f"segfleet: {sentence}", err=True)
-    launcher = SlurmLauncher(live=live)
-    if dry_run:
+    launcher = SlurmLauncher(live=request.live)
+    if request.dry_run:
         document = rehearse(launcher, list(open_ones or chosen), root, spec)
-        show(document, as_json, render_script)
+        show(document, request.as_json, render_script)
         return
     jobs = (
         {job.run: job for job in launcher.submit_array(list(open_ones.items()), root, spec)}
@@ -169,7 +176,8 @@ def command(
         else {}
     )
     rows = [row(run, jobs.get(run)) for run in chosen]
-    show(rows if array or len(rows) > 1 else rows[0], as_json, lambda _: render(rows))
+    several = request.array or len(rows) > 1
+    show(rows if several else rows[0], request.as_json, lambda _: render(rows))
 
 
 def row(run: Path, job: Any) -> dict[str, Any]:

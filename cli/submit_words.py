@@ -6,59 +6,63 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from segfleet.cli.output import show, table
 from segfleet.core.files import absolute
 
+if TYPE_CHECKING:
+    from segfleet.cli.submit import Request
+    from segfleet.core.job import Job
+
 COMMANDS = ("preprocess", "evaluate", "predict", "sweep")
 RAY_IN_SLURM = "ray-in-slurm"
 ONE_PROCESS = {"nodes": 1, "gpus_per_node": 0, "ranks_per_node": 1}
-Step = tuple[str, list[dict[str, Any]]]  # name, jobs: one, or an array
+Step = tuple[str, list["Job"]]  # name, jobs: one, or an array
 
 
-def submit(words: list[str], options: dict[str, Any], given: dict[str, Any]) -> None:
-    """`options`: fields of a JobSpec; `given`: the further options of `segfleet submit`. Raises
-    InputError."""
+def submit(words: list[str], request: Request) -> None:
+    """Check a command and have SLURM do it. Raises InputError."""
     from segfleet.core.errors import InputError
     from segfleet.slurm import cluster
     from segfleet.slurm.job import refuse_if_active
     from segfleet.slurm.jobspec import make_spec
     from segfleet.slurm.submitit_launcher import SlurmLauncher, without_bad_nodes
 
-    name, root = words[0], absolute(given["runs"])
-    told = parse(name, words[1:], given["runs"])
-    if given["engine"]:
+    name, root, options = words[0], absolute(request.runs), request.options
+    arguments = parse(name, words[1:], request.runs)
+    if request.engine:
         raise InputError(f"--engine: is chosen for a training, not for {name}")
-    launcher = SlurmLauncher(live=given["live"])
+    launcher = SlurmLauncher(live=request.live)
     if name == "preprocess":
-        steps, home = preprocessing(told, given["array"])
+        steps, home = preprocessing(arguments, request.array)
         if wrong := [key for key in ONE_PROCESS if key in options]:
             option = wrong[0].replace("_", "-")
             raise InputError(
                 f"--{option}: a job of preprocess is one process; --array N shares the cases, "
                 "--cpus gives each cores"
             )
-        spec = make_spec({**options, **ONE_PROCESS}, given["cluster"])
-        spec = spec.model_copy(update={"cpus": spec.cpus or told["workers"] or 1})
+        spec = make_spec({**options, **ONE_PROCESS}, request.cluster)
+        spec = spec.model_copy(update={"cpus": spec.cpus or arguments["workers"] or 1})
     elif name == "sweep":
-        if given["array"]:
+        if request.array:
             raise InputError("--array: a sweep is one job; its --slots are jobs at a time")
-        steps, home, options = sweeping(told, words, options)
-        spec = cluster.settled(make_spec(options, given["cluster"] or told["cluster"]))
+        steps, home, options = sweeping(arguments, words, options)
+        spec = cluster.settled(make_spec(options, request.cluster or arguments["cluster"]))
     else:
-        if given["array"]:
+        if request.array:
             raise InputError(
                 f"--array: {name} shares its cases among the ranks of one job; ask for --nodes "
                 "and ranks instead"
             )
-        steps, home, root = (evaluation if name == "evaluate" else prediction)(told)
-        spec = cluster.settled(make_spec(options, given["cluster"]))
-    as_json = given["as_json"] or told["as_json"]
-    if given["dry_run"]:
+        steps, home, root = (evaluation if name == "evaluate" else prediction)(arguments)
+        spec = cluster.settled(make_spec(options, request.cluster))
+    as_json = request.as_json or arguments["as_json"]
+    if request.dry_run:
         asked = zip(steps, chained(steps, spec), strict=True)
         scripts = [
             launcher.script(home, root, one, len(jobs), title) for (title, jobs), one in asked
@@ -74,7 +78,7 @@ def submit(words: list[str], options: dict[str, Any], given: dict[str, Any]) -> 
     if steps:
         refuse_if_active(home)
         if name == "preprocess":
-            refuse_if_claimed(told["out"])
+            refuse_if_claimed(arguments["out"])
         home.parent.mkdir(parents=True, exist_ok=True)
         cluster.check(without_bad_nodes(spec, root))
     show(send(launcher, steps, home, root, spec), as_json, render)
@@ -97,43 +101,38 @@ def parse(name: str, words: list[str], runs: Path) -> dict[str, Any]:
     return found
 
 
-def preprocessing(told: dict[str, Any], array: list[str] | None) -> tuple[list[Step], Path]:
+def preprocessing(arguments: dict[str, Any], array: Sequence[str]) -> tuple[list[Step], Path]:
     """The jobs that make a store: one, or with an array of N members who survey, N who write, and
     one that does the rest and publishes."""
-    from segfleet.cli.preprocess import job_of
+    from segfleet.cli.preprocess import request_of
     from segfleet.core.errors import InputError
+    from segfleet.preprocess.building.request import Preprocess, Survey, Write
     from segfleet.preprocess.readers.base import open_reader
     from segfleet.preprocess.stores.manifest import NAME
     from segfleet.slurm.submission import home_of
 
-    told = {**told, "raw": absolute(told["raw"]), "out": absolute(told["out"])}
+    for key in ("raw", "out"):
+        arguments[key] = absolute(arguments[key]) if arguments[key] else None
     if array and not (len(array) == 1 and array[0].isdecimal() and int(array[0]) > 0):
         raise InputError(
             f"--array: found '{' '.join(array)}', expected the number of jobs that share the "
             "cases, for example 8"
         )
-    job, out = job_of(**told), told["out"]
-    home = home_of(out)
+    request = request_of(**arguments)
+    out, home = request.out, home_of(request.out)
     if (out / NAME).is_file():
         return [], home
-    count = (
-        min(
-            int(array[0]),
-            len(open_reader(told["name"], told["raw"], **job["store"]["options"]).refs()),
-        )
-        if array
-        else 0
-    )
-    steps = [(title("publish" if count else "preprocess", out), [job])]
-    for what in ("write", "survey") if count else ():
-        steps.insert(
-            0,
-            (
-                title(what, out),
-                [{"do": what, "store": job["store"], "share": [i, count]} for i in range(count)],
-            ),
-        )
-    return steps, home
+    if not array:
+        whole = Preprocess(store=request, verify=arguments["verify"])
+        return [(title("preprocess", out), [whole])], home
+    cases = len(open_reader(request.reader_name, request.raw, **request.options).refs())
+    count = min(int(array[0]), cases)
+    shares = [(member, count) for member in range(count)]
+    return [
+        (title("survey", out), [Survey(store=request, share=share) for share in shares]),
+        (title("write", out), [Write(store=request, share=share) for share in shares]),
+        (title("publish", out), [Preprocess(store=request, verify=arguments["verify"])]),
+    ], home
 
 
 def refuse_if_claimed(out: Path) -> None:
@@ -146,87 +145,84 @@ def refuse_if_claimed(out: Path) -> None:
             pass
 
 
-def evaluation(told: dict[str, Any]) -> tuple[list[Step], Path, Path]:
+def evaluation(arguments: dict[str, Any]) -> tuple[list[Step], Path, Path]:
     from segfleet.cli.evaluate import job_of
     from segfleet.core.errors import InputError
 
-    if told["ranks"] != 1:
+    if arguments["ranks"] != 1:
         raise InputError(
             "--ranks: a job has nodes x gpus-per-node ranks; say --gpus-per-node or "
             "--ranks-per-node before the --"
         )
-    job = job_of(told["run"], told["changes"] or [], told["runs"], told["fold"], told["best"])
-    run = Path(job["run"])
-    return [(title("evaluate", run), [job])], run, Path(job["root"])
+    which = (arguments["runs"], arguments["fold"], arguments["best"])
+    job = job_of(arguments["run"], arguments["changes"] or [], *which)
+    return [(title("evaluate", job.run), [job])], job.run, job.root
 
 
-def prediction(told: dict[str, Any]) -> tuple[list[Step], Path, Path]:
+def prediction(arguments: dict[str, Any]) -> tuple[list[Step], Path, Path]:
     from segfleet.cli.predict import checked_rule, job_of, layout_of
     from segfleet.core.errors import InputError
     from segfleet.slurm.submission import home_of
 
-    if told["device"]:
+    if arguments["device"]:
         raise InputError(
             "--device: is for this machine; a job has what it asks for, --gpus-per-node 0 the CPUs"
         )
-    out = absolute(told["out"])
-    which = (told["fold"], told["best"], told["format"])
-    which += (layout_of(told["layout"], told["option"]),)
-    found = job_of(told["words"], out, told["runs"], *which)
-    found["images"] = [str(absolute(path)) for path in found["images"]]
-    job = {
-        **found,
-        "overlays": told["overlays"],
-        "probabilities": told["probabilities"],
-        "postprocess": checked_rule(told["postprocess"]),
-        "root": str(absolute(told["runs"])),
-    }
-    return [(title("predict", out), [job])], home_of(out), Path(job["root"])
+    out, root = absolute(arguments["out"]), absolute(arguments["runs"])
+    job = job_of(
+        arguments["words"], arguments["runs"], arguments["fold"], arguments["best"], out=out, root=root,
+        layout=layout_of(arguments["layout"], arguments["option"]),
+        postprocess=checked_rule(arguments["postprocess"]),
+        **{name: arguments[name] for name in ("format", "overlays", "probabilities")},
+    )  # fmt: skip
+    job = job.model_copy(update={"images": tuple(map(absolute, job.images))})
+    return [(title("predict", out), [job])], home_of(out), root
 
 
 def sweeping(
-    told: dict[str, Any], words: list[str], options: dict[str, Any]
+    arguments: dict[str, Any], words: list[str], options: dict[str, Any]
 ) -> tuple[list[Step], Path, dict[str, Any]]:
     """The job of a whole sweep. With --on slurm it only waits for its stages' jobs: one process. Else
     its ranks run inside it, and it has one task with all of a node's GPUs."""
     from segfleet.core.errors import InputError
-    from segfleet.slurm.submission import COMMAND, home_of
+    from segfleet.pipeline.launch.job import Command
+    from segfleet.slurm.submission import home_of
     from segfleet.sweeps.run import Resources, foreign
     from segfleet.sweeps.space.plan import make_plan
     from segfleet.sweeps.space.space import load_search
 
-    if told["space"] == "status" or told["dry_run"]:
+    if arguments["space"] == "status" or arguments["dry_run"]:
         raise InputError("submit: sweep status and --dry-run ask; run them here")
-    plan = make_plan(load_search(told["space"], told["changes"] or []), told["runs"])
+    plan = make_plan(load_search(arguments["space"], arguments["changes"] or []), arguments["runs"])
     if fault := foreign(plan):
         raise InputError(fault)
     Resources(
-        slots=told["slots"],
-        ranks=told["ranks"],
-        on="local" if told["on"] == RAY_IN_SLURM else told["on"],
-        address=told["address"],
-        options=job_options(told["cluster"], told["resource"]),
+        slots=arguments["slots"],
+        ranks=arguments["ranks"],
+        on="local" if arguments["on"] == RAY_IN_SLURM else arguments["on"],
+        address=arguments["address"],
+        options=job_options(arguments["cluster"], arguments["resource"]),
     ).check()
-    if told["on"] == "slurm":
+    if arguments["on"] == "slurm":
         if options.get("gpus_per_node"):
             raise InputError(
                 "--gpus-per-node: the job of a sweep --on slurm only waits; after the --, say what "
                 "its stages get: --resource gpus_per_node=4"
             )
-    elif told["on"] == RAY_IN_SLURM:
-        return on_ray(told, options, plan)
+    elif arguments["on"] == RAY_IN_SLURM:
+        return on_ray(arguments, options, plan)
     elif options.get("nodes", 1) != 1 or options.get("gpus_per_node") not in (None, 0):
         raise InputError(
             "submit: a sweep inside one job runs on the CPUs of one node (--cpus); for GPUs and more "
             f"nodes say --on {RAY_IN_SLURM} after the --, or let every stage be a job: --on slurm"
         )
     options = {**options, **ONE_PROCESS}
-    space = Path(told["space"])
+    space = Path(arguments["space"])
     words = [
-        str(absolute(space)) if word == told["space"] and space.is_file() else word
+        str(absolute(space)) if word == arguments["space"] and space.is_file() else word
         for word in words
     ]
-    job = {"do": COMMAND, "words": [*words, "--runs", str(plan.runs)]}
+    job = Command(words=(*words, "--runs", str(plan.runs)))
     return [(title("sweep", plan.folder), [job])], home_of(plan.folder), options
 
 
@@ -240,22 +236,29 @@ def job_options(cluster: str | None, resources: list[str] | None) -> dict[str, A
 
 
 def on_ray(
-    told: dict[str, Any], options: dict[str, Any], plan: Any
+    arguments: dict[str, Any], options: dict[str, Any], plan: Any
 ) -> tuple[list[Step], Path, dict[str, Any]]:
     """The job of a sweep on a Ray cluster of its own: one process of every node."""
     from segfleet.core.errors import InputError
-    from segfleet.slurm.submission import COMMAND, home_of
+    from segfleet.pipeline.launch.job import Command
+    from segfleet.slurm.submission import home_of
 
-    if told["address"]:
+    if arguments["address"]:
         raise InputError(f"sweep: --address and --on {RAY_IN_SLURM} are two clusters; give one")
-    nodes = {"nodes": told["nodes"]} if told["nodes"] else {}
-    space = Path(told["space"])
-    words = ["sweep", str(absolute(space)) if space.is_file() else told["space"]]
-    words += [*(told["changes"] or []), "--ranks", str(told["ranks"]), "--runs", str(plan.runs)]
-    words += ["--slots", str(told["slots"])] if told["slots"] else []
-    words += ["--code", told["code"].value] if told["code"] else []
-    job = {"do": COMMAND, "ray": True, "words": words}
-    spec = job_options(None, told["resource"])["spec"]
+    nodes = {"nodes": arguments["nodes"]} if arguments["nodes"] else {}
+    space = Path(arguments["space"])
+    words = ["sweep", str(absolute(space)) if space.is_file() else arguments["space"]]
+    words += [
+        *(arguments["changes"] or []),
+        "--ranks",
+        str(arguments["ranks"]),
+        "--runs",
+        str(plan.runs),
+    ]
+    words += ["--slots", str(arguments["slots"])] if arguments["slots"] else []
+    words += ["--code", arguments["code"].value] if arguments["code"] else []
+    job = Command(words=tuple(words), ray=True)
+    spec = job_options(None, arguments["resource"])["spec"]
     options = {**spec, **options, **nodes, "whole_nodes": True}
     return [(title("sweep", plan.folder), [job])], home_of(plan.folder), options
 
@@ -280,18 +283,13 @@ def send(launcher, steps: list[Step], home: Path, root: Path, spec) -> dict[str,
     sent: list[Any] = []
     try:
         for name, jobs in steps:
-            members = [
-                (
-                    home,
-                    {
-                        **job,
-                        "root": str(root),
-                        "before": [Path(one.submission.folder).name for one in sent],
-                    },
+            members = [(home, job.model_copy(update={"root": root})) for job in jobs]
+            before = tuple(Path(one.submission.folder).name for one in sent)
+            sent += (
+                taken := launcher.submit_jobs(
+                    members, root, spec, name, home / "logs", before=before
                 )
-                for job in jobs
-            ]
-            sent += (taken := launcher.submit_jobs(members, root, spec, name, home / "logs"))
+            )
             arrays = [job.id.partition("_")[0] for job in taken]  # more than one, if split
             spec = spec.model_copy(
                 update={"dependency": "afterany:" + ":".join(dict.fromkeys(arrays))}

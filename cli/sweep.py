@@ -6,11 +6,14 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from segfleet.cli.output import Json, progress, show, table
+
+if TYPE_CHECKING:
+    from segfleet.preprocess.building.request import BuildRequest
 
 MOST_LINES = 60  # of a tree that is printed for people
 
@@ -156,7 +159,6 @@ def prepare(search: Any, on: str, dry_run: bool) -> None:
     from segfleet.cli.preprocess import bars
     from segfleet.core.errors import InputError
     from segfleet.preprocess.building.build import build
-    from segfleet.preprocess.jobs import overrides_of
     from segfleet.preprocess.stores.manifest import NAME
 
     asked = search.space.prepare
@@ -167,17 +169,18 @@ def prepare(search: Any, on: str, dry_run: bool) -> None:
             f"sweep {search.space.name}: prepare: {len(missing)} store(s) are missing. The command "
             f"without --dry-run makes them, on a cluster as jobs of their own:\n{lines}"
         )
-    jobs = [store_job(asked, out, how) for out, how in missing]  # all are legal before one is made
-    for job in jobs:
-        Path(job["out"]).parent.mkdir(parents=True, exist_ok=True)
-        typer.echo(f"segfleet: makes the store {job['out']}", err=True)
+    # all are legal before one is made
+    for request in [store_request(asked, out, how) for out, how in missing]:
+        request.out.parent.mkdir(parents=True, exist_ok=True)
+        typer.echo(f"segfleet: makes the store {request.out}", err=True)
         with bars({}) as tick:
-            build(**{**job, "overrides": overrides_of(job)}, progress=tick)
+            build(request, progress=tick)
 
 
-def store_job(asked: Any, out: Path, how: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `build` for a store of a space. Raises InputError."""
-    from segfleet.cli.preprocess import job_of
+def store_request(asked: Any, out: Path, how: dict[str, Any]) -> BuildRequest:
+    """How a store of a space is made. Raises InputError."""
+    from segfleet.cli.preprocess import request_of
+    from segfleet.preprocess.building.request import SPLIT_SEED
 
     words = {
         key: "x".join(f"{number:g}" for number in how[key]) if how[key] else None
@@ -185,10 +188,10 @@ def store_job(asked: Any, out: Path, how: dict[str, Any]) -> dict[str, Any]:
     }
     option = [f"{key}={value}" for key, value in asked.options.items()]
     rest = {**how, **words, "size": tuple(how["size"]) if how["size"] else None}
-    return job_of(
-        name=asked.name, raw=Path(asked.raw), out=out, format=asked.format, workers=None,
-        seed=12345, option=option, verify=False, **rest,
-    )["store"]  # fmt: skip
+    return request_of(
+        asked.name, Path(asked.raw), out, format=asked.format, workers=None, seed=SPLIT_SEED,
+        option=option, like=None, unlabelled=False, **rest,
+    )  # fmt: skip
 
 
 def preprocess_words(asked: Any, out: Path, how: dict[str, Any]) -> str:
@@ -316,12 +319,9 @@ def standing(plan: Any) -> dict[str, Any]:
     ledger = Ledger(plan.tree, plan.runs, plan.folder)
     nodes = [describe(plan, ledger, node) for node in plan.tree.walk()]
     for row in nodes:
-        running = row["state"] == "running" and (Path(row["path"]) / "recipe.json").exists()
-        row |= (
-            {key: run_status(Path(row["path"]))[key] for key in ("step", "steps", "loss")}
-            if running
-            else {}
-        )
+        if row["state"] == "running" and (Path(row["path"]) / "recipe.json").exists():
+            found = run_status(Path(row["path"]))
+            row |= {"step": found.step, "steps": found.steps, "loss": found.loss}
     states = [node["state"] for node in nodes]
     return {
         "sweep": plan.search.space.name,

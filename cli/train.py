@@ -15,6 +15,7 @@ from segfleet.cli.output import Json, progress, show, table
 from segfleet.core.files import absolute
 
 if TYPE_CHECKING:
+    from segfleet.pipeline.launch.job import Train
     from segfleet.pipeline.recipe import Recipe
     from segfleet.preprocess.stores.manifest import Manifest
 
@@ -60,6 +61,7 @@ def command(
     command continues or does nothing."""
     from segfleet.core.errors import InputError
     from segfleet.pipeline.folds import ALL, chosen_folds
+    from segfleet.pipeline.launch.job import Train
     from segfleet.pipeline.recipe import load_recipe, with_absolute_store
     from segfleet.preprocess.stores.manifest import load_manifest
 
@@ -77,15 +79,16 @@ def command(
         recipe, changes = frozen_plan(changes or [], budget, runs)
     chosen = with_absolute_store(load_recipe(recipe, changes))
     manifest = load_manifest(Path(chosen.data.store))
-    job: dict[str, Any] = {"do": "train", "root": str(absolute(runs))}
-    if "SLURM_JOB_ID" in os.environ:  # members of an array start together
-        job["waits"] = True
-    job |= {"stage_to": stage_to} if stage_to else {}
     end = time.monotonic() + 3600 * max_time if max_time else None
     documents = []
     for one in chosen_folds(chosen, manifest):
-        if end is not None:
-            job["max_seconds"] = max(end - time.monotonic(), 1.0)
+        job = Train(
+            recipe=one.model_dump(mode="json"),
+            root=absolute(runs),
+            waits="SLURM_JOB_ID" in os.environ,  # members of an array start together
+            stage_to=stage_to,
+            max_seconds=None if end is None else max(end - time.monotonic(), 1.0),
+        )
         documents.append(train_run(one, manifest, job, ranks, threads))
     if chosen.data.fold == ALL:
         show(all_folds(absolute(runs), chosen, manifest, documents), as_json, render_folds)
@@ -94,7 +97,7 @@ def command(
 
 
 def train_run(
-    recipe: Recipe, manifest: Manifest, job: dict[str, Any], ranks: int, threads: int | None
+    recipe: Recipe, manifest: Manifest, job: Train, ranks: int, threads: int | None
 ) -> dict[str, Any]:
     """Train and score one run; what is said of it."""
     from segfleet.pipeline.launch.local import run_ranks
@@ -102,7 +105,7 @@ def train_run(
     from segfleet.pipeline.scoring.scored import evaluation_of
     from segfleet.pipeline.status import finished, standing
 
-    folders = stage_folders(Path(job["root"]), recipe, manifest)
+    folders = stage_folders(job.root, recipe, manifest)
     leaf = folders[-1].path
     fold = f"fold {recipe.data.fold}: " if len(manifest.folds(recipe.data.split)) > 1 else ""
     typer.echo(f"segfleet: {fold}{standing(recipe, manifest, folders)}", err=True)
@@ -112,7 +115,7 @@ def train_run(
             for stage, steps in zip(recipe.stages, stage_steps(recipe, manifest), strict=True)
         ]
         training = TrainingProgress(folders, recipe, totals, tick)
-        run_ranks(job | {"recipe": recipe.model_dump(mode="json")}, ranks, training.poll, threads)
+        run_ranks(job, ranks, training.poll, threads)
     rebuilt = recipe.task == "reconstruct"  # which is not scored
     return {
         "run": str(leaf),

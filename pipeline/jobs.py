@@ -1,21 +1,4 @@
-"""What a group of ranks can be asked to do, as plain JSON. Launchers carry the job, every rank runs
-it.
-
-{"do": "train", "recipe": {...}, "root": "runs"}: train what is missing of every stage, then score
-it;
-    "max_seconds": 3600 stops in order after that time, a file `stop` in the run folder at once;
-    "score": false leaves the scoring out; "lines": true prints steps and validations; "waits": true
-    waits for a stage that another run trains, since members of an array start together and nobody
-    starts a refused one again. "stage_to": "$TMPDIR" reads the store from a copy there,
-    variables as the node has them. How data are reached changes no result.
-{"do": "score", ...}: only score; "again": true, even if it is scored already.
-{"do": "score on", "recipe": {...}, "run": "runs/...", "store": "stores/...", "split": null,
-"fold": 0}: score a finished run on the cases of another store.
-{"do": "predict", "models": ["runs/...", ...], "images": [...], "out": "predictions"}: segment images
-with a finished run, several as an ensemble, or a model file; "probabilities": true keeps these,
-"postprocess": auto, largest or min-size=N; "layout": {"name", "options"} of images that are raw
-data sets. "answer": a file for what came out, said by nobody else.
-"""
+"""The jobs of ranks, done. What each kind means says launch/job.py."""
 
 from __future__ import annotations
 
@@ -36,6 +19,7 @@ from segfleet.pipeline.events import Lines
 from segfleet.pipeline.folds import score_folds
 from segfleet.pipeline.inference.postprocess import AUTO
 from segfleet.pipeline.inference.predict import Wishes, predict_files
+from segfleet.pipeline.launch.job import Predict, Score, ScoreOn, Train
 from segfleet.pipeline.loading import open_model
 from segfleet.pipeline.out_of_fold import decided
 from segfleet.pipeline.ranks import Ranks
@@ -52,38 +36,40 @@ from segfleet.pipeline.training.window import Diverged
 from segfleet.preprocess.stores.base import ShardStore, open_store
 from segfleet.preprocess.stores.manifest import Manifest
 
-JOBS = ("train", "score", "score on", "predict")
 
-
-def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
+def run_job(job: Train | Score | ScoreOn | Predict, ranks: Ranks, stop: StopRequest) -> None:
     """Do a job with ranks that have joined. Raises InputError, ModelError, Interrupted or a
     fault."""
-    if job["do"] not in JOBS:
-        raise InputError(f"job: found '{job['do']}', expected one of: {', '.join(JOBS)}")
-    if job["do"] == "predict":
+    if isinstance(job, Predict):
         run_prediction(job, ranks, stop)
-        return
-    if job["do"] == "score on":
+    elif isinstance(job, ScoreOn):
         score_on(job, ranks, stop)
-        return
-    recipe = resolve(parse(job["recipe"]))
+    else:
+        train_and_score(job, ranks, stop)
+
+
+def train_and_score(job: Train | Score, ranks: Ranks, stop: StopRequest) -> None:
+    """What is missing of a run. A file `stop` in its folder stops it in order. Raises InputError,
+    ModelError, Interrupted."""
+    recipe = resolve(parse(job.recipe))
     stores = Stores()
-    folders = stage_folders(Path(job["root"]), recipe, stores.manifest)
+    folders = stage_folders(job.root, recipe, stores.manifest)
     check_same_run(job, folders[-1].path)
     stop.watch = folders[-1].path / "stop"
-    if job.get("max_seconds"):
-        end = time.time() + job["max_seconds"]
+    training = job if isinstance(job, Train) else None
+    if training and training.max_seconds:
+        end = time.time() + training.max_seconds
         stop.deadline = min(stop.deadline or end, end)
     try:
         with ExitStack() as copies:
-            if job["do"] == "train" and job.get("stage_to"):
+            if training and (place := training.stage_to):
                 for folder in folders:  # scoring reads every case once
                     own = resolve(recipe, folder.index)
                     for one in members(own) if folder.done() is None else ():
                         stores.bring(
                             one,
                             lambda far: copies.enter_context(
-                                on_node(far, job["stage_to"], ranks, stop, warn)
+                                on_node(far, place, ranks, stop, warn)
                             ),
                         )
             store = stores(recipe)
@@ -97,7 +83,7 @@ def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
                 picture=picture,
                 leaf=folders[-1].path,
             )
-            if job["do"] == "train":
+            if training:
                 parts = {
                     "folders": folders,
                     "ranks": ranks,
@@ -106,16 +92,16 @@ def run_job(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
                     "validate": lambda engine, settings: replace(
                         scorer, recipe=settings, store=stores(settings)
                     ).validate(engine),
-                    "listen": Lines(say) if job.get("lines") else None,
-                    "pause_at": job.get("pause_at"),
+                    "listen": Lines(say) if training.lines else None,
+                    "pause_at": training.pause_at,
                 }
-                train(Run(recipe=recipe, stores=stores, waits=job.get("waits", False), **parts))
+                train(Run(recipe=recipe, stores=stores, waits=training.waits, **parts))
             if ranks.rank == 0:
                 note_data(folders[-1].path, store.manifest)
-            if job.get("score", True) and recipe.task == "segment":
-                scorer.score(folders, again=job.get("again", False))
+            if recipe.task == "segment" and (training is None or training.score):
+                scorer.score(folders, again=isinstance(job, Score) and job.again)
                 if ranks.rank == 0:
-                    score_folds(Path(job["root"]), recipe, store.manifest)
+                    score_folds(job.root, recipe, store.manifest)
                 ranks.barrier()
     except Interrupted as stopped:  # on all ranks
         if file := ranks.share(stop.obeyed() if ranks.rank == 0 else None):
@@ -138,15 +124,15 @@ def publish_all(run: Path) -> None:
     publish(run, warn)
 
 
-def score_on(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> Path:
+def score_on(job: ScoreOn, ranks: Ranks, stop: StopRequest) -> Path:
     """Score a run on another store; the folder of what came out. Raises InputError, Interrupted."""
-    run, recipe, store = Path(job["run"]), parse(job["recipe"]), open_store(job["store"])
-    _, folders = open_run(run)
+    recipe, store = parse(job.recipe), open_store(job.store)
+    _, folders = open_run(job.run)
     scorer = Scorer(
         recipe=recipe, store=store, ranks=ranks, stop=stop, draw=save_overlays, report=write_report
     )
-    test = TestSet(split=job["split"], fold=job["fold"])
-    return scorer.score_on(folders, test, data_of(run, recipe))
+    test = TestSet(split=job.split, fold=job.fold)
+    return scorer.score_on(folders, test, data_of(job.run, recipe))
 
 
 class Stores:
@@ -171,67 +157,61 @@ class Stores:
             self.opened[settings.data.store] = nearer(far)
 
 
-def check_same_run(job: dict[str, Any], path: Path) -> None:
+def check_same_run(job: Train | Score, path: Path) -> None:
     """What a job continues is the run it names. Raises InputError."""
-    if "run" in job and Path(job["run"]).name != path.name:
+    if job.run and job.run.name != path.name:
         raise InputError(
-            f"run: {Path(job['run']).name} is another run for this version of segfleet (it would be "
+            f"run: {job.run.name} is another run for this version of segfleet (it would be "
             f"{path.name} and begin anew): its results would differ. Go on with the version that "
             "began it, or train the recipe again"
         )
 
 
-def predict(
-    job: dict[str, Any], ranks: Ranks, progress: Callable[[int, int], None]
-) -> dict[str, Any]:
+def predict(job: Predict, ranks: Ranks, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """The answer of `predict_files` for a prediction's images. Raises InputError."""
-    model = open_model([Path(path) for path in job["models"]], ranks.device)
+    model = open_model(job.models, ranks.device)
     model.check()
-    model.check_stores(job["images"])
-    text = job.get("postprocess")
-    rules = decided(model, ranks) if text == AUTO else model.rules(text or None)
+    model.check_stores(job.images)
+    auto = job.postprocess == AUTO
+    rules = decided(model, ranks) if auto else model.rules(job.postprocess or None)
     with Apart() as apart:
         return predict_files(
             model.members(),
             model.dataset,
-            job["images"],
-            job["out"],
+            job.images,
+            job.out,
             device=ranks.device,
             made_by=model.made_by,
             wishes=Wishes(
-                probabilities=job.get("probabilities", False),
+                probabilities=job.probabilities,
                 rules=rules,
-                draw=save_prediction if job.get("overlays") else None,
+                draw=save_prediction if job.overlays else None,
                 read=lambda one: one.read_apart(apart),
-                format=job.get("format", ""),
-                layout=job.get("layout"),
+                format=job.format,
+                layout=job.layout,
             ),
             ranks=ranks,
             progress=progress,
         )
 
 
-def run_prediction(job: dict[str, Any], ranks: Ranks, stop: StopRequest) -> None:
+def run_prediction(job: Predict, ranks: Ranks, stop: StopRequest) -> None:
     """Raises InputError with every image that could not be segmented, when all others are."""
 
-    quiet = "answer" in job
-
     def tick(done: int, total: int) -> None:
-        if not quiet:
+        if job.answer is None:
             say(f"{done} of {total} images\n")
         if stop.asked() and done < total:
             raise Interrupted(f"stopped after {done} of {total} images; the same command goes on")
 
     answer = predict(job, ranks, tick)
-    if quiet:  # whoever waits for it says what came out
+    if job.answer:  # whoever waits for it says what came out
         if ranks.rank == 0:
-            write_atomically(Path(job["answer"]), json.dumps(answer))
+            write_atomically(job.answer, json.dumps(answer))
         return
     if ranks.rank == 0:
         written, kept, failed = (len(answer[key]) for key in ("done", "kept", "failed"))
-        sys.stdout.write(
-            f"{written} written, {kept} already there, {failed} failed: {job['out']}\n"
-        )
+        sys.stdout.write(f"{written} written, {kept} already there, {failed} failed: {job.out}\n")
     if answer["failed"]:
         lines = "\n".join(f"{one['id']}: {one['problem']}" for one in answer["failed"])
         raise InputError(

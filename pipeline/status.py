@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,61 +18,81 @@ from segfleet.pipeline.scoring.scored import is_scored, read_evaluation
 from segfleet.preprocess.stores.manifest import Manifest
 
 
-def run_status(path: Path) -> dict[str, Any]:
-    """State of one run: done, training, stopped or waiting; the stage it is in; loss, speed and
-    remaining seconds of that stage."""
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Where one run stands. None: not known, or there is none."""
+
+    run: str  # name of its folder, the uid
+    path: str
+    recipe: str = "?"
+    fold: int | str | None = None
+    family: str | None = None  # of the runs that differ in their fold alone
+    stages: int = 0
+    score: float | None = None  # mean Dice of the foreground
+    date: str | None = None  # when it was finished or last heard of, "2026-11-29 07:12" local time
+    state: str  # done, trained, training, stopped, waiting, unreadable; of a job also SLURM's
+    stage: int = 0  # the one it is in, from 1
+    step: int = 0  # of that stage, as the following
+    steps: int | None = None
+    loss: float | None = None
+    samples_per_second: float | None = None
+    remaining_seconds: int | None = None
+    restarts: int = 0
+    job: str | None = None  # SLURM's number
+    queue: str | None = None  # SLURM's own word for its state
+    reason: str | None = None  # why it waits, or what went wrong
+    node: str | None = None
+
+
+def run_status(path: Path) -> Row:
+    """Where a run stands by its own files."""
     recipe, folders = open_run(path)
-    row: dict[str, Any] = {
-        "run": path.name,
-        "path": str(path),
-        "recipe": recipe.name,
-        "fold": recipe.data.fold,
-        "family": family_of(recipe),
-        "stages": len(folders),
-        "score": score(path),
-        "date": _date(path, folders),
-    }
     stage = next((folder for folder in folders if folder.done() is None), None)
+    found = _progress(stage or folders[-1])
     if stage is None:
-        scored = read_evaluation(path) is not None
-        return {
-            **row,
-            "state": "done" if scored else "trained",
-            "stage": len(folders),
-            **_progress(folders[-1]),
-        }
-    found = _progress(stage)
-    state = (
-        "training"
-        if is_locked(stage.path / LOCK)
-        else ("stopped" if found["step"] or stage.index else "waiting")
+        state = "trained" if read_evaluation(path) is None else "done"
+    elif is_locked(stage.path / LOCK):
+        state = "training"
+    else:
+        state = "stopped" if found["step"] or stage.index else "waiting"
+    return Row(
+        run=path.name,
+        path=str(path),
+        recipe=recipe.name,
+        fold=recipe.data.fold,
+        family=family_of(recipe),
+        stages=len(folders),
+        score=score(path),
+        date=_date(path, folders),
+        state=state,
+        stage=stage.index + 1 if stage else len(folders),
+        **found,
     )
-    return {**row, "state": state, "stage": stage.index + 1, **found}
 
 
-def families(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def families(rows: list[Row]) -> list[dict[str, Any]]:
     """Runs of one recipe that differ in their fold alone, of at least two folds: {"recipe", "runs",
     "folds", "scores", "score": over all their cases, each by the network not trained on it}."""
-    grouped: dict[str, list[dict[str, Any]]] = {}
+    grouped: dict[str, list[Row]] = {}
     for row in rows:
-        if row.get("family"):
-            grouped.setdefault(row["family"], []).append(row)
+        if row.family:
+            grouped.setdefault(row.family, []).append(row)
     found = []
     for members in grouped.values():
-        members = sorted(members, key=lambda row: row["fold"])
-        if len({row["fold"] for row in members}) < max(2, len(members)):
+        members = sorted(members, key=lambda row: row.fold)
+        if len({row.fold for row in members}) < max(2, len(members)):
             continue
         first = members[0]
-        root = Path(first["path"]).parents[first["stages"] - 1]
-        runs = [row["run"] for row in members]
+        root = Path(first.path).parents[first.stages - 1]
+        runs = [row.run for row in members]
         found.append(
             {
-                "recipe": first["recipe"],
-                "family": first["family"],
+                "recipe": first.recipe,
+                "family": first.family,
                 "runs": runs,
-                "folds": [row["fold"] for row in members],
-                "states": [row["state"] for row in members],
-                "scores": [row["score"] for row in members],
+                "folds": [row.fold for row in members],
+                "states": [row.state for row in members],
+                "scores": [row.score for row in members],
                 "score": score(folder_of(root, runs)),
             }
         )

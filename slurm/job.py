@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError
+from segfleet.preprocess.building.request import Preprocess, Survey, Write
 from segfleet.slurm import cluster, poll
 from segfleet.slurm.submission import Submission, latest, submissions, together
 
@@ -94,11 +95,11 @@ class SlurmJob:
         """What a job of a store does, such as "survey 0"; empty for the others, whose ranks are
         told apart."""
         job = self.submission.job()
-        if job["do"] in ("survey", "write"):
-            return f"{job['do']} {job['share'][0]}"
-        return (
-            ("publish" if job.get("before") else "preprocess") if job["do"] == "preprocess" else ""
-        )
+        if isinstance(job, Survey | Write):
+            return f"{job.do} {job.share[0]}"
+        if isinstance(job, Preprocess):
+            return "publish" if self.submission.kept().before else "preprocess"
+        return ""
 
     def state(self) -> str:
         return self.look()["state"]

@@ -111,11 +111,11 @@ class JobSpec(BaseModel):
     nodelist: Word | None = Field(None, description="nodes that must be used")
     reservation: Word | None = Field(None, description="reservation")
     mail: Word | None = Field(None, description="mail address")
-    mail_on: str = Field("END,FAIL", description="when to write a mail")
-    throttle: Count | None = Field(None, description="members of an array that may run at once")
-    dependency: Word | None = Field(
-        None, description="SLURM's own words: afterok:123, singleton, ..."
+    mail_on: str = Field(
+        "END,FAIL", description="when to write: END,FAIL and others of SLURM's words"
     )
+    throttle: Count | None = Field(None, description="members of an array that may run at once")
+    dependency: Word | None = Field(None, description="SLURM's own words: afterok:123, singleton")
     sbatch: tuple[str, ...] = Field(
         (), description="further options of sbatch, for example --licenses=matlab"
     )

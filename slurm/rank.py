@@ -14,15 +14,18 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import ExitCode, InputError
 from segfleet.core.files import read_json, write_atomically
+from segfleet.core.job import Job
 from segfleet.pipeline.launch import worker
+from segfleet.pipeline.launch.job import Command, Train
 from segfleet.pipeline.stop import LEAVE, Interrupted, Paused, StopRequest
 from segfleet.slurm import cluster
-from segfleet.slurm.submission import COMMAND, LIFE
+from segfleet.slurm.submission import LIFE, read_job
 
 # seconds a rank that lost its partner gives SLURM to find out that a node died, before it calls it
 # a failure
@@ -43,14 +46,15 @@ def run_rank(folder: str) -> None:
     stop = StopRequest()  # in place of submitit's handlers: theirs act at once and on rank 0 alone
     become_rank()
     submission, life = Path(folder), Path(os.environ["SEGFLEET_LIFE"])
-    document = json.loads((submission / "job.json").read_text(encoding="utf-8"))
-    rank, spec = int(os.environ["RANK"]), document["spec"]
+    job, kept = read_job(submission)
+    spec = kept.spec
+    rank = int(os.environ["RANK"])
     end = int(os.environ.get("SEGFLEET_END") or 0)
-    stop.deadline, stop.margin = (float(end) if end else None), spec["lead"] / 2
+    stop.deadline, stop.margin = (float(end) if end else None), spec.lead / 2
     stop.later = next_life(life)
     if rank == 0:
         try:
-            begin(life, document, spec["fruitless"])
+            begin(life, job, spec.fruitless)
         except (Fruitless, OtherCode) as error:
             worker.report(life, rank, error)
             sys.stderr.write(f"segfleet: {error}\n")
@@ -61,25 +65,25 @@ def run_rank(folder: str) -> None:
 
         node = os.environ["SLURMD_NODENAME"]
         try:
-            health.examine(ranks, spec["gpus_per_node"], node)
+            health.examine(ranks, spec.gpus_per_node, node)
         except health.BadNode as error:
-            health.remember(Path(document["root"]), node, str(error))
+            health.remember(job.root, node, str(error))
             raise
 
-    if document["do"] == COMMAND and document.get("ray"):
+    if isinstance(job, Command) and job.ray:
         from segfleet.slurm import ray_nodes
 
         def on_ray(words: list[str], environment: dict[str, str]) -> Any:
-            return command([*document["words"], *words], life, stop, environment)
+            return command([*job.words, *words], life, stop, environment)
 
         try:
-            code, error = ray_nodes.run(life, rank, spec["gpus_per_node"], stop, on_ray)
+            code, error = ray_nodes.run(life, rank, spec.gpus_per_node, stop, on_ray)
         except Exception as fault:
             code, error = worker.report(life, rank, fault), fault
-    elif document["do"] == COMMAND:
-        code, error = command(document["words"], life, stop)
+    elif isinstance(job, Command):
+        code, error = command(job.words, life, stop)
     else:
-        code, error = worker.work(life, submission / "job.json", stop, first)
+        code, error = worker.work(life, job.document, stop, first)
     if error is None:
         if rank == 0:
             write_atomically(life / "ended.json", json.dumps({"time": time.time()}))
@@ -99,7 +103,7 @@ def run_rank(folder: str) -> None:
 
 
 def command(
-    words: list[str], life: Path, stop: StopRequest, further: dict[str, str] | None = None
+    words: Sequence[str], life: Path, stop: StopRequest, further: dict[str, str] | None = None
 ) -> tuple[int, BaseException | None]:
     """Run a segfleet command as a job of one process; the exit code and what went wrong. A command
     that ends by 75 is started again by the same job."""
@@ -176,7 +180,7 @@ def next_life(life: Path) -> Path:
     return life.with_name(f"{job}.{int(number) + 1}")
 
 
-def begin(life: Path, document: dict[str, Any], limit: int) -> None:
+def begin(life: Path, job: Job, limit: int) -> None:
     """Note how far the job was when this start began. Raises Fruitless after `limit` restarts
     without progress."""
     from segfleet.slurm.snapshot import digest
@@ -189,7 +193,7 @@ def begin(life: Path, document: dict[str, Any], limit: int) -> None:
             "code was changed, or --setup or the container put another segfleet before it. Submit it "
             "again"
         )
-    steps = progress_of(document)
+    steps = progress_of(job)
     facts = {
         "time": time.time(),
         "steps": steps,
@@ -197,18 +201,18 @@ def begin(life: Path, document: dict[str, Any], limit: int) -> None:
         "code": code,
     }
     write_atomically(life / "life.json", json.dumps(facts))
-    job = life.name.rpartition(".")[0]
+    number = life.name.rpartition(".")[0]
     begun = sorted(
-        life.parent.glob(f"{job}.*/life.json"),
+        life.parent.glob(f"{number}.*/life.json"),
         key=lambda path: int(path.parent.name.rpartition(".")[2]),
     )
     lives = (read_json(path) for path in begun)  # of a dead node one may be empty
-    if document["do"] == COMMAND:
+    if isinstance(job, Command):
         return  # what a command waits for is not its own progress
     before = [facts["steps"] for facts in lives if facts and "steps" in facts]
     if len(before) > limit and set(before[-limit - 1 :]) == {steps}:
         where, mend = "", "Give it more time and submit it again"
-        if document["do"] == "train":
+        if isinstance(job, Train):
             where, mend = (
                 f" at step {steps}",
                 "Give it more time or save more often (save_minutes), then: segfleet resume",

@@ -22,13 +22,36 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from segfleet.core.errors import InputError
 from segfleet.core.files import absolute, read_json, write_atomically, write_json
+from segfleet.core.job import Job
+from segfleet.pipeline.launch.job import OF_A_STORE, Command, Predict, Train, parse_job
 from segfleet.pipeline.run import StageFolder, find_run, open_run
 from segfleet.slurm.jobspec import JobSpec
 
 LIFE = "SEGFLEET_LIFE"
-COMMAND = "command"  # a job that runs a segfleet command: {"do": COMMAND, "words": [...]}
+
+
+class Asked(BaseModel):
+    """What every rank must know of the job's resources."""
+
+    model_config = ConfigDict(frozen=True)
+
+    gpus_per_node: int
+    lead: int  # seconds
+    fruitless: int
+
+
+class Kept(BaseModel):
+    """What job.json holds beside the job."""
+
+    model_config = ConfigDict(frozen=True)
+
+    spec: Asked
+    before: tuple[str, ...] = ()  # folders of submissions that come first, made with this one
+    sweep: Path | None = None  # whose node it trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +71,12 @@ class Submission:
     def save(self) -> None:
         write_json(Path(self.folder) / "submission.json", asdict(self))
 
-    def job(self) -> dict[str, Any]:
-        """What every rank does."""
-        return json.loads((Path(self.folder) / "job.json").read_text(encoding="utf-8"))
+    def job(self) -> Any:
+        """What every rank does: one of the kinds of launch/job.py. Raises InputError."""
+        return read_job(Path(self.folder))[0]
+
+    def kept(self) -> Kept:
+        return read_job(Path(self.folder))[1]
 
     @property
     def lives(self) -> list[Path]:
@@ -126,7 +152,7 @@ def together(run: Path) -> list[Submission]:
     """The latest submission and those it waits for, which were submitted with it. Raises InputError
     if there is none."""
     last = latest(run)
-    before = last.job().get("before", [])
+    before = last.kept().before
     return [one for one in submissions(run) if Path(one.folder).name in before] + [last]
 
 
@@ -151,19 +177,21 @@ def new_folder(run: Path) -> Path:
     )
 
 
-def train_job(run: Path, recipe: dict[str, Any], root: Path) -> dict[str, Any]:
-    """What every rank of a training does. It waits for a stage that another member of its array
-    trains."""
-    return {"do": "train", "recipe": recipe, "root": str(root), "run": str(run), "waits": True}
+def read_job(folder: Path) -> tuple[Any, Kept]:
+    """What `write_job` left in a submission folder. Raises InputError."""
+    document = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    kept = {key: document.pop(key) for key in Kept.model_fields if key in document}
+    return parse_job(document), Kept.model_validate(kept)
 
 
-def write_job(home: Path, job: dict[str, Any], spec: JobSpec) -> Path:
-    """A new submission folder that holds the frozen job."""
+def write_job(home: Path, job: Job, spec: JobSpec, **kept: Any) -> Path:
+    """A new submission folder that holds the frozen job; `kept`: further fields of Kept."""
     folder = new_folder(home)
-    asked = {"gpus_per_node": spec.gpus_per_node, "lead": spec.lead, "fruitless": spec.fruitless}
-    write_atomically(
-        folder / "job.json", json.dumps({**job, "spec": asked, "stage_to": spec.stage_to}, indent=1)
-    )
+    if isinstance(job, Train):  # nobody watches its events: they are printed into its log
+        job = job.model_copy(update={"stage_to": spec.stage_to, "lines": True})
+    asked = Asked(gpus_per_node=spec.gpus_per_node, lead=spec.lead, fruitless=spec.fruitless)
+    document = {**job.document(), **Kept(spec=asked, **kept).model_dump(mode="json")}
+    write_atomically(folder / "job.json", json.dumps(document, indent=1))
     return folder
 
 
@@ -215,18 +243,18 @@ def failure(life: Path) -> dict[str, Any] | None:
     return {**first, "message": f"{silent}\n{first['message']}"}
 
 
-def progress_of(job: dict[str, Any]) -> int:
+def progress_of(job: Any) -> int:
     """A number that grows as long as a job gets anywhere: a training's steps, the images predicted,
     the cases preprocessed."""
-    from segfleet.preprocess import jobs
+    if isinstance(job, OF_A_STORE):
+        from segfleet.preprocess import jobs
 
-    if job["do"] in jobs.JOBS:
         return jobs.progress_of(job)
-    if job["do"] == COMMAND:
+    if isinstance(job, Command):
         return 0
-    if job["do"] == "predict":
-        return sum(1 for path in Path(job["out"]).glob("[!.]*"))
-    return steps_done(Path(job["run"]))
+    if isinstance(job, Predict):
+        return sum(1 for path in job.out.glob("[!.]*"))
+    return steps_done(job.run)
 
 
 def steps_done(run: Path) -> int:

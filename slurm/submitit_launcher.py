@@ -22,6 +22,8 @@ from typing import Any
 
 from segfleet.core.errors import ExitCode, InputError
 from segfleet.core.files import absolute, write_json
+from segfleet.core.job import Job
+from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.launch.local import AGAIN
 from segfleet.pipeline.run import RECIPE
 from segfleet.slurm import cluster, health, snapshot, submission
@@ -72,33 +74,31 @@ class SlurmLauncher:
         SLURM's own words."""
         if self.ask:
             cluster.check(without_bad_nodes(spec, root))
-        jobs = [(run, submission.train_job(run, recipe, root)) for run, recipe in members]
+        # it waits for a stage that another member of its array trains
+        jobs = [
+            (run, Train(run=run, recipe=recipe, root=root, waits=True)) for run, recipe in members
+        ]
         return self.submit_jobs(
             jobs, root, spec, job_name([run for run, _ in members]), root / ".arrays"
         )
 
     def submit_jobs(
         self,
-        jobs: Sequence[tuple[Path, dict[str, Any]]],
+        jobs: Sequence[tuple[Path, Job]],
         root: Path,
         spec: JobSpec,
         name: str,
         logs: Path,
+        **kept: Any,
     ) -> list[SlurmJob]:
         """One job, or an array of jobs with the same resources, each kept in its home; an array's
-        logs go into a new folder in `logs`.
+        logs go into a new folder in `logs`. `kept`: further fields of `submission.Kept`.
 
         The cluster is not asked before. Raises InputError with SLURM's own words.
         """
         code = None if self.live else snapshot.freeze_code(root)
         commit = snapshot.commit()
-        # nobody watches the job's events: what happens is printed into its log
-        folders = [
-            submission.write_job(
-                home, job | ({"lines": True} if job["do"] == "train" else {}), spec
-            )
-            for home, job in jobs
-        ]
+        folders = [submission.write_job(home, job, spec, **kept) for home, job in jobs]
         logs = (
             folders[0]
             if len(folders) == 1
@@ -114,8 +114,8 @@ class SlurmLauncher:
             raise
         made = []
         for folder, (home, asked), job in zip(folders, jobs, taken, strict=True):
-            if asked["do"] == "train":  # `status` sees a new run from now on
-                write_json(home / RECIPE, asked["recipe"])
+            if isinstance(asked, Train):  # `status` sees a new run from now on
+                write_json(home / RECIPE, asked.recipe)
             if commit["diff"]:
                 (folder / "code.diff").write_text(commit["diff"], encoding="utf-8")
             # The spec as it was asked for: a node that is bad today must not be left out of a later

@@ -22,8 +22,8 @@ from segfleet.pipeline.launch.local import RankFailed
 from segfleet.slurm import cluster, poll
 from segfleet.slurm.job import OPEN, SlurmJob, attach, look_at_all
 from segfleet.slurm.jobspec import JobSpec, make_spec
-from segfleet.slurm.submission import train_job
 from segfleet.slurm.submitit_launcher import QueueFull, SlurmLauncher, job_name
+from segfleet.sweeps.order import Order
 from segfleet.sweeps.stopping import ask
 
 LOOK = 60.0  # seconds between looks at the queue; that a job has ended well, its own files tell
@@ -66,14 +66,14 @@ QUEUE = Queue()
 
 
 class Slurm:
-    """order["options"]: {"cluster": a profile's name or null, "spec": fields of a JobSpec}."""
+    """order.options: {"cluster": a profile's name or null, "spec": fields of a JobSpec}."""
 
     end: float | None = None  # of time.monotonic(); the first attempt sets it for all
 
-    def run(self, order: dict[str, Any], poll: Callable[[], None]) -> None:
-        stop = Path(order["path"]) / "stop"  # the ranks look at it, and do not come back then
+    def run(self, order: Order, poll: Callable[[], None]) -> None:
+        stop = order.path / "stop"  # the ranks look at it, and do not come back then
         if self.end is None:
-            self.end = time.monotonic() + order["job"].get("max_seconds", math.inf)
+            self.end = time.monotonic() + (order.job.max_seconds or math.inf)
 
         def tick() -> None:
             poll()
@@ -97,10 +97,10 @@ class Slurm:
             code = ExitCode.INTERRUPTED if stopped else ExitCode.FAULT
             raise RankFailed(f"job {job.id} is {found['state']}: {found['reason']}", code)
 
-    def taken(self, order: dict[str, Any]) -> bool:
+    def taken(self, order: Order) -> bool:
         """Whether a job that another sweep or a person submitted trains this node, or waits to."""
-        known = self._known(Path(order["path"]))
-        return known is not None and known.submission.job().get("sweep") != order["sweep"]
+        known = self._known(order.path)
+        return known is not None and known.submission.kept().sweep != order.sweep
 
     def _wait(self, job: SlurmJob, tick: Callable[[], None], stop: Path) -> dict[str, Any]:
         """What became of the job."""
@@ -128,21 +128,15 @@ class Slurm:
         with TALK:  # not what was found a minute ago: whether to submit again hangs on it
             return job if job.state() in OPEN else None
 
-    def _submit(self, order: dict[str, Any], tick: Callable[[], None], stop: Path) -> SlurmJob:
-        path, spec, root = (
-            Path(order["path"]),
-            spec_of(order["options"]),
-            Path(order["job"]["root"]),
-        )
-        job = {**order["job"], **train_job(path, order["job"]["recipe"], root)}
-        job["sweep"] = order["sweep"]  # by which `taken` knows it again
-        # kept by `run`: every start of the job would have all of it again
-        job.pop("max_seconds", None)
+    def _submit(self, order: Order, tick: Callable[[], None], stop: Path) -> SlurmJob:
+        path, spec, root = order.path, spec_of(order.options), order.job.root
+        # the limit is kept by `run`: every start of the job would have all of it again
+        job = order.of_job(run=path, waits=True, max_seconds=None).job
         while True:
             try:
                 with TALK:
                     return SlurmLauncher().submit_jobs(
-                        [(path, job)], root, spec, job_name([path]), path
+                        [(path, job)], root, spec, job_name([path]), path, sweep=order.sweep
                     )[0]
             except QueueFull:
                 pass

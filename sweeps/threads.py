@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
+from segfleet.sweeps.order import Order
 from segfleet.sweeps.search.tree_search import FINISHED, TreeSearch
 from segfleet.sweeps.slurm_backend import Leave
 from segfleet.sweeps.trial import perform
@@ -27,7 +28,7 @@ class Trial:
         self.validations: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.last: dict[str, Any] = {}
 
-    def run(self, order: dict[str, Any]) -> dict[str, Any]:
+    def run(self, order: Order) -> dict[str, Any]:
         try:
             return perform(order, self.validations.put, self.watch)
         except Stopped:

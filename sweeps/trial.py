@@ -1,15 +1,5 @@
 """One node of the tree, trained: ranks are started by a launcher, their events followed. No Ray and
 no torch here.
-
-The order is plain JSON:
-    job: what the ranks do · path: the node's folder · sweep: the sweep's folder · node: uid ·
-    begin: epochs along the path before it
-    steps: optimizer steps of an epoch · start: epoch of the stage where a trunk ended · trunk: its
-    folder or null
-    pause: epochs along the path after which it pauses; job["pause_at"]: the step. Absent: it does
-    not
-    ranks, threads, on: how and where
-    measure: the key of a validation that counts, dice or dice_<structure>
 """
 
 from __future__ import annotations
@@ -29,9 +19,9 @@ from segfleet.core.progress import EVENTS, EventFollower
 from segfleet.pipeline.events import read_events
 from segfleet.pipeline.launch.local import RankFailed, run_ranks
 from segfleet.pipeline.run import LOCK, StageFolder
+from segfleet.sweeps.order import Order
 from segfleet.sweeps.stopping import ask, withdraw
 
-Order = dict[str, Any]
 Report = Callable[[dict[str, Any]], None]
 RETRIES = (
     1  # after a fault of the machine (a killed rank, say); it goes on from the last checkpoint
@@ -43,7 +33,7 @@ class Backend(Protocol):
     """Where the ranks of a node run."""
 
     def run(self, order: Order, poll: Callable[[], None]) -> None:
-        """Do order["job"], calling `poll` often. Raises RankFailed. Whatever ends this call ends
+        """Do order.job, calling `poll` often. Raises RankFailed. Whatever ends this call ends
         the ranks."""
 
     def taken(self, order: Order) -> bool:
@@ -58,8 +48,8 @@ class Local:
 
     def run(self, order: Order, poll: Callable[[], None]) -> None:
         # Ray sets it to the CPUs of its own worker
-        os.environ["OMP_NUM_THREADS"] = str(order["threads"])
-        run_ranks(order["job"], order["ranks"], poll, order["threads"])
+        os.environ["OMP_NUM_THREADS"] = str(order.threads)
+        run_ranks(order.job, order.ranks, poll, order.threads)
 
 
 def slurm() -> Backend:
@@ -82,24 +72,21 @@ def perform(
 ) -> dict[str, Any]:
     """Train a node: {"state": done | stopped | paused | busy | failed, "message": ...}. `report`
     gets every validation as it comes; what `watch`, called often, raises ends the ranks."""
-    path, sweep = Path(order["path"]), Path(order["sweep"])
-    if (sweep / "stop").exists():
+    path, stop = order.path, order.sweep / "stop"
+    if stop.exists():
         return {"state": "stopped"}
     path.mkdir(parents=True, exist_ok=True)
-    if is_locked(path / LOCK) or backend(order["on"]).taken(order):
+    if is_locked(path / LOCK) or backend(order.on).taken(order):
         return {"state": "busy"}  # somebody else's run: its file `stop` is not ours to touch
     (path / "stop").unlink(missing_ok=True)  # nobody runs here: it has done its work
-    if order["trunk"]:
-        continue_from(
-            Path(order["trunk"]),
-            path,
-            order["job"]["recipe"]["stages"][-1]["epochs"] * order["steps"],
-        )
+    if order.trunk:
+        epochs = order.job.recipe["stages"][-1]["epochs"]
+        continue_from(order.trunk, path, epochs * order.steps)
     validations = Validations(path, order, report)
 
     def poll() -> None:
         watch()
-        if (sweep / "stop").exists():
+        if stop.exists():
             ask(path)
         validations.poll()
 
@@ -107,13 +94,14 @@ def perform(
         result = _run(order, poll)
     finally:
         withdraw(path)
-    if result["state"] == "stopped" and validations.reached >= order.get("pause", math.inf):
+    pause = math.inf if order.pause is None else order.pause
+    if result["state"] == "stopped" and validations.reached >= pause:
         return {"state": "paused", **validations.last}
     return result
 
 
 def _run(order: Order, poll: Callable[[], None]) -> dict[str, Any]:
-    where = backend(order["on"])
+    where = backend(order.on)
     for attempt in range(RETRIES + 1):
         try:
             where.run(order, poll)
@@ -181,9 +169,9 @@ class Validations:
 
     def __init__(self, path: Path, order: Order, report: Report):
         self.events, self.report = EventFollower(path), report
-        self.begin, self.steps = order["begin"], order["steps"]
-        self.measure = order["measure"]  # dice, or dice_<structure>
-        self.reported = order["start"]  # epochs of the stage; the trunk reported its own
+        self.begin, self.steps = order.begin, order.steps
+        self.measure = order.measure
+        self.reported = order.start  # epochs of the stage; the trunk reported its own
         self.last: dict[str, Any] = {}
 
     @property

@@ -4,10 +4,9 @@ torch, so it can be asked before a job waits in a queue."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from segfleet.core.errors import InputError
 from segfleet.pipeline.inference.inputs import (
@@ -22,7 +21,7 @@ from segfleet.preprocess.files.dicom import is_dicom
 from segfleet.preprocess.files.dicom_seg import check_highdicom
 from segfleet.preprocess.files.faults import instead_of_file
 from segfleet.preprocess.files.images import ENDINGS, ending, stem
-from segfleet.preprocess.readers.base import natural, open_reader, visible
+from segfleet.preprocess.readers.base import Layout, natural, visible
 from segfleet.preprocess.readers.places import subfolders
 from segfleet.preprocess.stores.base import open_store
 from segfleet.preprocess.stores.manifest import NAME as MANIFEST
@@ -36,15 +35,15 @@ def collect(
     inputs: Sequence[str | Path],
     channels: int,
     format: str = "",
-    layout: Mapping[str, Any] | None = None,
+    layout: Layout | None = None,
 ) -> list[Input]:
     """The images among files and folders, in natural order. CASE_0000, CASE_0001, ... are channels
     of CASE when exactly the channels of the data set are there, or only 0000 (one channel, or all
     in one file); any other file is an image of its own. A folder of DICOM files is one image, and
     so is each folder of them in a folder. A store stands for all its cases.
 
-    `format` of the labels: "dicom-seg" only goes with DICOM images. `layout`: {"name", "options"}
-    of the raw data sets that `inputs` are then. Raises InputError when a path does not exist or
+    `format` of the labels: "dicom-seg" only goes with DICOM images. `layout`: of
+    the raw data sets that `inputs` are then. Raises InputError when a path does not exist or
     nothing is found.
     """
     if format not in FORMATS:
@@ -74,8 +73,8 @@ def _of_store(path: Path) -> list[Input]:
     ]
 
 
-def _of_layout(path: Path, layout: Mapping[str, Any]) -> list[Input]:
-    reader = open_reader(layout["name"], path, **layout.get("options", {}))
+def _of_layout(path: Path, layout: Layout) -> list[Input]:
+    reader = layout.open(path)
     found = [
         LayoutInput(id=name_of(ref.id), images=ref.images, reader=reader, ref=ref)
         for ref in reader.refs()

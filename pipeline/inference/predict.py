@@ -44,6 +44,7 @@ from segfleet.preprocess.files.images import ImageError, read_label
 from segfleet.preprocess.files.names import write_names
 from segfleet.preprocess.files.segments import read_seg
 from segfleet.preprocess.files.writer import write_label, write_segments
+from segfleet.preprocess.readers.base import Layout
 from segfleet.preprocess.readers.pairs import colours
 from segfleet.preprocess.stores.manifest import Dataset, Plan
 from segfleet.preprocess.transforms.case_transforms import OF_COLOURS, check_room, preprocess_case
@@ -63,7 +64,7 @@ class Wishes:
     draw: Callable[[Path, np.ndarray, np.ndarray, Sequence[float]], Any] | None = None
     read: Callable[[Input], tuple[np.ndarray, Geometry]] = Input.read
     format: str = ""
-    layout: Mapping[str, Any] | None = None
+    layout: Layout | None = None
 
 
 def predict_files(

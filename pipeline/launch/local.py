@@ -14,10 +14,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from segfleet.core.errors import ExitCode
 from segfleet.core.litter import temporary_folder
 from segfleet.core.machine import cpus, threads_of
+
+if TYPE_CHECKING:
+    from segfleet.core.job import Job
 
 HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 AGAIN = "again"  # of a job that ended because a rank hangs: nobody waits for that one
@@ -42,14 +46,13 @@ def die_with_parent(parent: int) -> None:
 
 
 def run_ranks(
-    job: dict,
+    job: Job,
     ranks: int,
     poll: Callable[[], None] = lambda: None,
     threads: int | None = None,
     device: str | None = None,
 ) -> None:
-    """Run `segfleet.pipeline.launch.worker` on `ranks` local processes until all end. `job` is what
-    the worker gets, plain JSON.
+    """Run `segfleet.pipeline.launch.worker` on `ranks` local processes until all end.
 
     Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP (unless it is ignored, as under nohup) are passed
     on as a request to stop in order (in the main thread; others get no signals). Raises RankFailed
@@ -58,7 +61,7 @@ def run_ranks(
     "cpu" where there are GPUs, too.
     """
     with temporary_folder() as rendezvous:
-        (rendezvous / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        (rendezvous / "job.json").write_text(json.dumps(job.document()), encoding="utf-8")
         share = str(threads or threads_of() or max(1, cpus() // ranks))
         processes = [_start(rendezvous, rank, ranks, share, device) for rank in range(ranks)]
 

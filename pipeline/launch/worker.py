@@ -42,24 +42,27 @@ def main(rendezvous: Path) -> int:
     if parent := os.environ.get("SEGFLEET_PARENT"):
         die_with_parent(int(parent))
     stop = StopRequest()  # before the slow imports, so that no early signal is lost
-    code, _ = work(rendezvous, rendezvous / "job.json", stop)
+    job = rendezvous / "job.json"
+    code, _ = work(rendezvous, lambda: json.loads(job.read_text(encoding="utf-8")), stop)
     return code
 
 
 def work(
     rendezvous: Path,
-    job: Path,
+    read: Callable[[], dict[str, Any]],
     stop: StopRequest,
     first: Callable[[Any], None] = lambda ranks: None,
 ) -> tuple[int, BaseException | None]:
-    """Meet in the folder `rendezvous`, do `first` with the ranks, then the job in the file `job`;
-    the exit code and what went wrong."""
+    """Meet in the folder `rendezvous`, do `first` with the ranks, then the job whose plain JSON
+    `read` returns; the exit code and what went wrong."""
     try:
-        from segfleet.preprocess import jobs as preprocessing
+        from segfleet.pipeline.launch.job import OF_A_STORE, parse_job
 
-        document = json.loads(job.read_text(encoding="utf-8"))
-        if document["do"] in preprocessing.JOBS:  # one process without torch
-            preprocessing.run_job(document, ProgressMessages(stop))
+        job = parse_job(read())
+        if isinstance(job, OF_A_STORE):
+            from segfleet.preprocess import jobs as preprocessing
+
+            preprocessing.run_job(job, ProgressMessages(stop))
             return 0, None
         from segfleet.pipeline import jobs
         from segfleet.pipeline.ranks import join_ranks
@@ -67,7 +70,7 @@ def work(
         ranks = join_ranks(rendezvous / "address")
         ranks.give_up = lambda message: give_up(rendezvous, message)
         first(ranks)
-        jobs.run_job(document, ranks, stop)
+        jobs.run_job(job, ranks, stop)
         return 0, None
     except BaseException as error:
         return report(rendezvous, int(os.environ.get("RANK", "0")), error), error

@@ -20,8 +20,8 @@ from segfleet.core.parallel import run
 from segfleet.preprocess.building.journal import Journals
 from segfleet.preprocess.building.kept import known_facts, settle
 from segfleet.preprocess.building.lock import claimed
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.building.shard_job import (
-    SHARD_BYTES,
     STATE,
     ShardJob,
     finished,
@@ -32,7 +32,7 @@ from segfleet.preprocess.building.shard_job import (
 from segfleet.preprocess.checking.check import Survey, guesses, memory_of, survey
 from segfleet.preprocess.planning.fingerprint import Fingerprint, fingerprint
 from segfleet.preprocess.planning.patients import Grouping
-from segfleet.preprocess.planning.plan import Overrides, make_plan
+from segfleet.preprocess.planning.plan import make_plan
 from segfleet.preprocess.planning.splits import OWN, Folds, Member, make_splits
 from segfleet.preprocess.readers.base import CaseRef, RawReader, open_reader, source_sha256
 from segfleet.preprocess.stores.base import store_module
@@ -46,68 +46,52 @@ from segfleet.preprocess.stores.manifest import (
 )
 from segfleet.preprocess.stores.verify import verify
 
-SPLIT_SEED = 12345
 Say = Callable[[Grouping, Sequence[Problem]], None]
 Progress = Callable[[str, int, int], None]  # phase ("check" | "write" | "compare"), done, total
 
 
-def build(
-    reader_name: str,
-    raw: str | Path,
-    out: str | Path,
-    format: str = "zarr",
-    workers: int | None = None,
-    split_seed: int = SPLIT_SEED,
-    progress: Progress | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    options: Mapping[str, str] | None = None,
-    overrides: Overrides | None = None,
-    quick: bool = False,
-    say: Say | None = None,
-) -> Manifest:
-    """Preprocess the raw data set in `raw` into the store `out`, or find that this has been done.
+def unheard(phase: str, done: int, total: int) -> None:
+    """Progress that nobody follows."""
 
-    `options` are the layout's own, `overrides` replace parts of the plan; the result's bytes do not
-    depend on `workers`. A finished store's files are compared with their hashes, or `quick`ly: their
-    sizes, and the hashes of those that changed after the manifest. `say` is told how cases came to
-    their patients, and every warning of the check. Raises InputError: DataError with every problem of the data, no space,
-    `out` taken.
+
+def build(
+    request: BuildRequest,
+    *,
+    quick: bool = False,
+    progress: Progress = unheard,
+    say: Say = lambda grouping, warnings: None,
+) -> Manifest:
+    """Preprocess a raw data set into a store, or find that this has been done.
+
+    A finished store's files are compared with their hashes, or `quick`ly: their sizes, and the
+    hashes of those that changed after the manifest. `say` is told how cases came to their patients,
+    and every warning of the check. Raises InputError: DataError with every problem of the data, no
+    space, `out` taken.
     """
-    out, tell = Path(out), progress or (lambda phase, done, total: None)
-    reader = open_raw(reader_name, raw, out, format=format, options=options, overrides=overrides)
-    say = say or (lambda grouping, warnings: None)
+    out, partial = request.out, request.partial
+    reader = open_raw(request)
     remove_folders()  # also where nothing is left to do
     if (out / MANIFEST).is_file():
         say(reader.grouping, guesses(reader.grouping))
-        return compare(
-            reader,
-            out,
-            format=format,
-            split_seed=split_seed,
-            workers=workers,
-            progress=tell,
-            overrides=overrides,
-            quick=quick,
-        )
-    partial = out.with_name(out.name + ".partial")
+        return compare(reader, request, quick=quick, progress=progress)
     with claimed(partial, out):
-        facts = _survey(reader, partial, workers, tell)
+        facts = _survey(reader, partial, request.workers, progress)
         say(facts.grouping, facts.warnings)
-        found = fingerprint(facts.dataset, facts.facts, split_seed)
-        plan = make_plan(facts.dataset, found, overrides=overrides)
-        jobs = shard_jobs(reader, facts, plan, format, partial, shard_bytes)
-        _write(jobs, partial, workers, tell)
+        found = fingerprint(facts.dataset, facts.facts, request.split_seed)
+        plan = make_plan(facts.dataset, found, overrides=request.overrides)
+        jobs = shard_jobs(reader, facts, plan, request)
+        _write(jobs, partial, request.workers, progress)
         pixels = {case.id: case.image_sha256 for case in facts.facts}
         cases, files = _written(jobs, pixels)
         patients = _patients(facts.refs)
         manifest = Manifest(
-            format=format,
+            format=request.format,
             dataset=facts.dataset,
             plan=plan,
             fingerprint=found.model_dump(mode="json"),
             cases=cases,
-            splits=make_splits(_members(facts), split_seed, reader.splits()),
-            split_seed=split_seed,
+            splits=make_splits(_members(facts), request.split_seed, reader.splits()),
+            split_seed=request.split_seed,
             joined={
                 case: patient
                 for case, patient in _patients(reader.refs()).items()
@@ -124,51 +108,48 @@ def build(
     return load_manifest(out)
 
 
-def open_raw(
-    reader_name: str, raw: str | Path, out: Path, *, format: str = "zarr", options: Mapping[str, str] | None = None,
-    overrides: Overrides | None = None,
-) -> RawReader:  # fmt: skip
+def open_raw(request: BuildRequest) -> RawReader:
     """The reader, after every check that looks into no image. Raises InputError."""
-    if Path(out).name in ("", ".."):
+    out = request.out
+    if out.name in ("", ".."):
         raise InputError(f"out: found '{out}', expected the name of a folder that is made anew")
-    store_module(format)
-    reader = open_reader(reader_name, raw, **(options or {}))
-    (overrides or Overrides()).check(reader.dataset())
+    store_module(request.format)
+    reader = open_reader(request.reader_name, request.raw, **request.options)
+    request.overrides.check(reader.dataset())
     if not (out / MANIFEST).is_file():
         _check_place(out, reader.root)
     return reader
 
 
 def compare(
-    reader: RawReader,
-    out: Path,
-    *,
-    format: str,
-    split_seed: int,
-    workers: int | None,
-    progress: Progress,
-    overrides: Overrides | None = None,
-    quick: bool = False,
+    reader: RawReader, request: BuildRequest, *, quick: bool, progress: Progress
 ) -> Manifest:
     """The manifest of a finished store, if it is what `build` would make of `reader`'s files today.
 
     Raises InputError that names what differs; published stores are never changed.
     """
+    out = request.out
     manifest = load_manifest(out)
     refs = reader.refs()
     hashes: dict[str, str] = {}
     progress("compare", 0, len(refs))
     for index, found in run(
-        _source, refs, weights=[0] * len(refs), names=[ref.id for ref in refs], workers=workers
+        _source,
+        refs,
+        weights=[0] * len(refs),
+        names=[ref.id for ref in refs],
+        workers=request.workers,
     ):
         hashes[refs[index].id] = found
         progress("compare", len(hashes), len(refs))
     stored = dict(manifest.cases.columns("id", "source_sha256"))
     differences = []
-    if manifest.format != format:
-        differences.append(f"format {manifest.format}, now {format}")
-    if manifest.split_seed != split_seed:
-        differences.append(f"split seed {manifest.split_seed}, now {split_seed}")
+    for name, then, now in (
+        ("format", manifest.format, request.format),
+        ("split seed", manifest.split_seed, request.split_seed),
+    ):
+        if then != now:
+            differences.append(f"{name} {then}, now {now}")
     if changed := [
         case for case in sorted({*stored, *hashes}) if stored.get(case) != hashes.get(case)
     ]:
@@ -176,7 +157,9 @@ def compare(
     elif manifest.dataset != reader.dataset():
         differences.append("the description of the data set")
     elif manifest.plan != make_plan(
-        manifest.dataset, Fingerprint.model_validate(manifest.fingerprint), overrides=overrides
+        manifest.dataset,
+        Fingerprint.model_validate(manifest.fingerprint),
+        overrides=request.overrides,
     ):
         differences.append("the plan")
     if not changed:

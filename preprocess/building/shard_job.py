@@ -12,6 +12,7 @@ import numpy as np
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import file_facts, write_atomically
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.checking.check import Survey
 from segfleet.preprocess.readers.base import CaseRef, RawReader
 from segfleet.preprocess.stores.base import store_module
@@ -24,7 +25,6 @@ from segfleet.preprocess.transforms.case_transforms import (
     stored_grid,
 )
 
-SHARD_BYTES = 16 * 2**20  # cases share a shard until it holds this much
 STATE = ".state"  # inside OUT.partial: records of what is finished
 REVISION = 5  # of the transforms: another one makes finished shards of a killed run void
 
@@ -52,7 +52,7 @@ class ShardJob:
 
 
 def shard_jobs(
-    reader: RawReader, facts: Survey, plan: Plan, format: str, root: Path, shard_bytes: int
+    reader: RawReader, facts: Survey, plan: Plan, request: BuildRequest
 ) -> list[ShardJob]:
     """Cases in their order, as many in a shard as fit."""
     channels, width = len(plan.normalisation), np.dtype(plan.dtype).itemsize
@@ -67,7 +67,7 @@ def shard_jobs(
         same = not turned and shape == case.raw_shape == case.crop_shape
         truth = 0 if same else int(np.prod(case.raw_shape))
         size = int(np.prod(shape)) * (channels * width + 1) + truth
-        if bundles and sizes[-1] + size <= shard_bytes:
+        if bundles and sizes[-1] + size <= request.shard_bytes:
             bundles[-1].append(index)
             sizes[-1] += size
         else:
@@ -82,8 +82,8 @@ def shard_jobs(
             REVISION,
             facts.dataset.model_dump(mode="json"),
             plan.model_dump(mode="json"),
-            format,
-            layout_of(format),
+            request.format,
+            layout_of(request.format),
             chunk,
             cases,
         ]
@@ -95,8 +95,8 @@ def shard_jobs(
                 sources=sources,
                 dataset=facts.dataset,
                 plan=plan,
-                format=format,
-                root=root,
+                format=request.format,
+                root=request.partial,
                 shard=f"shards/{number:05d}",
                 chunk=chunk,
                 stored_bytes=size,

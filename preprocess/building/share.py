@@ -7,90 +7,82 @@ the same whoever did what.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-
 from segfleet.core.parallel import run
 from segfleet.preprocess.building.build import (
-    SPLIT_SEED,
     Progress,
     attempt,
     failure,
     open_raw,
+    unheard,
     weight_of,
 )
 from segfleet.preprocess.building.journal import Journals
 from segfleet.preprocess.building.lock import claimed
-from segfleet.preprocess.building.shard_job import SHARD_BYTES, finished, shard_jobs
+from segfleet.preprocess.building.request import BuildRequest
+from segfleet.preprocess.building.shard_job import finished, shard_jobs
 from segfleet.preprocess.checking.check import look_at, recall, survey
 from segfleet.preprocess.planning.fingerprint import fingerprint
-from segfleet.preprocess.planning.plan import Overrides, make_plan
+from segfleet.preprocess.planning.plan import make_plan
 from segfleet.preprocess.stores.manifest import NAME as MANIFEST
 
 
 def survey_share(
-    reader_name: str, raw: str | Path, out: str | Path, share: tuple[int, int], *, workers: int | None = None,
-    progress: Progress | None = None, options: Mapping[str, str] | None = None,
-) -> int:  # fmt: skip
+    request: BuildRequest, share: tuple[int, int], progress: Progress = unheard
+) -> int:
     """Check and measure every n-th case from the i-th on, `share` = (i, n); how many are known
     afterwards. Raises InputError."""
-    out, tell = Path(out), progress or (lambda phase, done, total: None)
-    reader = open_raw(reader_name, raw, out, options=options)
-    if (out / MANIFEST).is_file():
+    reader, partial = open_raw(request), request.partial
+    if (request.out / MANIFEST).is_file():
         return 0
-    partial = out.with_name(out.name + ".partial")
-    with claimed(partial, out, shared=True):
+    with claimed(partial, request.out, shared=True):
         journals, cases = Journals(reader, partial), range(share[0], len(reader.refs()), share[1])
         with journals.append() as keep:
             known = journals.read()
             found = look_at(
                 reader,
                 cases,
-                workers=workers,
-                progress=lambda *at: tell("check", *at),
+                workers=request.workers,
+                progress=lambda *at: progress("check", *at),
                 known=known,
                 keep=keep,
             )
     return len(found)
 
 
-def write_share(
-    reader_name: str, raw: str | Path, out: str | Path, share: tuple[int, int], *, format: str = "zarr", workers: int | None = None,
-    split_seed: int = SPLIT_SEED, progress: Progress | None = None, shard_bytes: int = SHARD_BYTES,
-    options: Mapping[str, str] | None = None, overrides: Overrides | None = None,
-) -> int:  # fmt: skip
+def write_share(request: BuildRequest, share: tuple[int, int], progress: Progress = unheard) -> int:
     """Make every n-th shard from the i-th on; how many of them are finished afterwards.
 
     0 where cases were not surveyed or have problems: looking at them is not repeated here, and
     `build` reports. A shard that fails does not keep the others from being made; all such errors
     are raised at the end, a full disk at once. Raises InputError.
     """
-    out, tell = Path(out), progress or (lambda phase, done, total: None)
-    reader = open_raw(reader_name, raw, out, format=format, options=options, overrides=overrides)
-    if (out / MANIFEST).is_file():
+    reader, partial = open_raw(request), request.partial
+    if (request.out / MANIFEST).is_file():
         return 0
-    partial = out.with_name(out.name + ".partial")
-    with claimed(partial, out, shared=True):
+    with claimed(partial, request.out, shared=True):
         known = Journals(reader, partial).read()
         if recall(reader, range(len(reader.refs())), known)[1]:
             return 0
         facts = survey(reader, known=known)
         if facts.problems:
             return 0
-        plan = make_plan(
-            facts.dataset, fingerprint(facts.dataset, facts.facts, split_seed), overrides=overrides
-        )
-        mine = shard_jobs(reader, facts, plan, format, partial, shard_bytes)[share[0] :: share[1]]
+        found = fingerprint(facts.dataset, facts.facts, request.split_seed)
+        plan = make_plan(facts.dataset, found, overrides=request.overrides)
+        mine = shard_jobs(reader, facts, plan, request)[share[0] :: share[1]]
         todo = [job for job in mine if finished(job) is None]
         done, failed = len(mine) - len(todo), []
-        tell("write", done, len(mine))
+        progress("write", done, len(mine))
         names = [f"{job.refs[0].id} ..." for job in todo]
         for at, made in run(
-            attempt, todo, weights=[weight_of(job) for job in todo], names=names, workers=workers
+            attempt,
+            todo,
+            weights=[weight_of(job) for job in todo],
+            names=names,
+            workers=request.workers,
         ):
             failed += [(todo[at], made)] if isinstance(made, Exception) else []
             done += not isinstance(made, Exception)
-            tell("write", done, len(mine))
+            progress("write", done, len(mine))
     if failed:
         raise failure(failed)
     return done

@@ -37,7 +37,7 @@ def write_nnunet(
     NIfTI. Raises DataError with every problem of the data, InputError if `out` is taken, or for
     what version 1 cannot say (regions, an ignore label).
     """
-    from segfleet.preprocess.building.build import SPLIT_SEED
+    from segfleet.preprocess.building.request import SPLIT_SEED
     from segfleet.preprocess.planning.splits import FOLDS, Member, kfold
 
     dataset, tell = reader.dataset(), progress or (lambda done, total: None)

@@ -12,7 +12,7 @@ import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +48,17 @@ class CaseRef:
     group: str = ""
     stratum: str = ""
     said: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The name of a layout with its own options: how a raw data set is to be read."""
+
+    name: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def open(self, root: str | Path) -> RawReader:
+        return open_reader(self.name, root, **self.options)
 
 
 @dataclass(frozen=True, kw_only=True)

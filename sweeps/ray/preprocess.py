@@ -12,31 +12,33 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
+from segfleet.pipeline.launch.job import parse_job
 from segfleet.pipeline.launch.local import die_with_parent
+from segfleet.preprocess.building.request import BuildRequest, Survey, Write
 from segfleet.preprocess.jobs import run_job
 from segfleet.preprocess.stores.manifest import NAME as MANIFEST
 from segfleet.sweeps.ray.controller import SETTINGS, join
 
-PHASES = {"survey": "check", "write": "write"}  # what a share does, in the words of `build`
+PHASES = {Survey: "check", Write: "write"}  # what a share does, in the words of `build`
 
 
 def spread(
-    store: dict[str, Any],
+    request: BuildRequest,
     address: str,
     members: int | None,
     cases: int,
     tick: Callable[[str, int, int], None],
 ) -> list[str]:
-    """Look at the cases of `store` (arguments of `build`) and write its shards on the cluster at
-    `address`; what went wrong with which share, which `build` will find again.
+    """Look at the cases of a store and write its shards on the cluster at `address`; what went wrong
+    with which share, which `build` will find again.
 
     `members`: shares, at most one per case; None: as many as the cluster has cores. `tick(phase,
     done, total)` counts shares. Raises InputError.
     """
-    if (Path(store["out"]) / MANIFEST).is_file():
+    if (request.out / MANIFEST).is_file():
         return []
     os.environ.update({key: os.environ.get(key, value) for key, value in SETTINGS.items()})
     import ray
@@ -47,12 +49,10 @@ def spread(
         count = max(1, min(members or cores, cases))
         task = ray.remote(num_cpus=1, max_retries=2)(member)
         faults = []
-        for what, phase in PHASES.items():
-            jobs = [
-                {"do": what, "store": {**store, "workers": 1}, "share": [number, count]}
-                for number in range(count)
-            ]
-            waiting = {task.remote(job): job["share"][0] for job in jobs}
+        single = replace(request, workers=1)
+        for kind, phase in PHASES.items():
+            jobs = [kind(store=single, share=(number, count)) for number in range(count)]
+            waiting = {task.remote(job.document()): job.share[0] for job in jobs}
             tick(phase, 0, count)
             while waiting:
                 (done,), _ = ray.wait(list(waiting))
@@ -62,7 +62,7 @@ def spread(
                     fault = ray.get(done)
                 except ray.exceptions.RayError as error:
                     fault = " ".join(str(error).split())[:300]
-                faults += [f"{what} {number}: {fault}"] if fault else []
+                faults += [f"{kind.__name__.lower()} {number}: {fault}"] if fault else []
         return faults
     finally:
         ray.shutdown()
@@ -90,7 +90,7 @@ def main() -> int:
 
     die_with_parent(int(os.environ["SEGFLEET_PARENT"]))
     try:
-        run_job(json.loads(sys.stdin.read()), lambda phase, done, total: None)
+        run_job(parse_job(json.loads(sys.stdin.read())), lambda phase, done, total: None)
         return 0
     except Exception as error:
         words, code = explain(error) or (f"{type(error).__name__}: {error}", 1)

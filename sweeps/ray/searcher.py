@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from ray.tune.schedulers import FIFOScheduler
@@ -23,7 +22,7 @@ class TreeSearcher(Searcher):
         order = self.search.next(trial_id)
         if order == FINISHED:
             return Searcher.FINISHED
-        return order and {"node": order["node"], "order": json.dumps(order)}
+        return order and {"node": order.node, "order": order.model_dump_json()}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """The scheduler hears it, too, and decides."""

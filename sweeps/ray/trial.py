@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from ray import tune
 
+from segfleet.sweeps.order import Order
 from segfleet.sweeps.trial import perform
 
 
 def trial(config: dict[str, Any]) -> None:
     """Train the node of `config`; every validation and the outcome go to Tune."""
-    tune.report(perform(json.loads(config["order"]), tune.report))
+    tune.report(perform(Order.model_validate_json(config["order"]), tune.report))

@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from segfleet.pipeline.events import read_events
+from segfleet.sweeps.order import Order
 from segfleet.sweeps.results.ledger import Ledger
 from segfleet.sweeps.space.space import Asha
 from segfleet.sweeps.space.tree import StageNode
@@ -73,14 +73,14 @@ class Rungs:
             waiting -= known.keys()  # they stand at this rung, and are not good enough
         return None
 
-    def remember(self, ledger: Ledger, order_of: Callable[[StageNode], dict[str, Any]]) -> None:
+    def remember(self, ledger: Ledger, order_of: Callable[[StageNode], Order]) -> None:
         """What stands on disk of nodes that an earlier run of the sweep trained."""
         for node in ledger.tree.nodes.values():
             path = ledger.path(node)
             if path.exists():
                 order = order_of(node)
                 for epochs, dice in validations(path, order):
-                    self.record(node.uid, order["begin"] + order["start"], epochs, dice)
+                    self.record(node.uid, order.begin + order.start, epochs, dice)
 
 
 def cutoff(values: Iterable[float], factor: float) -> float:
@@ -92,10 +92,10 @@ def cutoff(values: Iterable[float], factor: float) -> float:
     return ranked[low] + (place - low) * (ranked[high] - ranked[low])
 
 
-def validations(path: Path, order: dict[str, Any]) -> list[tuple[int, float]]:
+def validations(path: Path, order: Order) -> list[tuple[int, float]]:
     """(epochs along the path, Dice) of a node's validations."""
     found = [event for event in read_events(path) if event["event"] == "validation"]
     return [
-        (order["begin"] + event["step"] // order["steps"], event.get(order["measure"]) or 0.0)
+        (order.begin + event["step"] // order.steps, event.get(order.measure) or 0.0)
         for event in found
     ]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from segfleet.sweeps.order import Order
 from segfleet.sweeps.results.ledger import STOP, Ledger
 from segfleet.sweeps.search.asha import Rungs
 from segfleet.sweeps.space.plan import Plan
@@ -13,7 +14,6 @@ from segfleet.sweeps.space.tree import StageNode
 
 # adds points to the tree: True; None: not before more is known; False: there are no more
 Grow = Callable[[], bool | None]
-Order = dict[str, Any]
 FINISHED = "finished"
 
 
@@ -58,10 +58,10 @@ class TreeSearch:
             return None if self.running or self.ledger.open() else FINISHED
         order = self.order_of(node)
         if self.rungs:
-            begin = order["begin"] + order["start"]
+            begin = order.begin + order.start
             if pause := self.rungs.pause_of(node.uid, begin, node.end):
-                order["pause"] = pause
-                order["job"]["pause_at"] = (pause - order["begin"]) * order["steps"]
+                step = (pause - order.begin) * order.steps
+                order = order.of_job(pause_at=step).model_copy(update={"pause": pause})
         self.running[name] = node, order
         return order
 
@@ -78,7 +78,7 @@ class TreeSearch:
         if self.rungs is None:
             return False
         node, order = self.running[name]
-        return self.rungs.stops(node, order["begin"] + order["start"], epochs, dice)
+        return self.rungs.stops(node, order.begin + order.start, epochs, dice)
 
     def ended(self, name: str, result: dict[str, Any] | None, error: bool = False) -> None:
         """A node came back. Whether it is done stands on disk; the rest is noted there."""
@@ -126,7 +126,7 @@ def start(
             options=resources.options or {},
         )
         if deadline:
-            made["job"]["max_seconds"] = max(1.0, deadline - time.monotonic())
+            return made.of_job(max_seconds=max(1.0, deadline - time.monotonic()))
         return made
 
     def report_progress() -> None:

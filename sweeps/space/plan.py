@@ -11,10 +11,12 @@ from typing import Any
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import absolute, read_json, write_atomically
+from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.recipe import Recipe, resolve
 from segfleet.pipeline.run import stage_steps
 from segfleet.pipeline.scoring import scored
 from segfleet.preprocess.stores.manifest import Manifest, load_manifest
+from segfleet.sweeps.order import Order
 from segfleet.sweeps.space import population
 from segfleet.sweeps.space.checks import check_measures, check_read, with_stores
 from segfleet.sweeps.space.space import Point, Search, SearchSpace, Trial, describe
@@ -160,22 +162,26 @@ class Plan:
 
     def order(
         self, node: StageNode, *, ranks: int = 1, threads: int = 1, on: str = "local", **more: Any
-    ) -> dict[str, Any]:
-        """What a trial needs to train `node`: plain JSON, see `trial.py`."""
+    ) -> Order:
+        """What a trial needs to train `node`; `more`: further fields."""
         recipe = node.recipe.model_copy(update={"name": self.name(node)})
         trunk = self.tree.nodes[node.trunk] if node.trunk else None
-        job = {
-            "do": "train",
-            "recipe": recipe.model_dump(mode="json"),
-            "root": str(self.runs),
-            "score": bool(node.leaf_of),
-        }
-        return {
-            "job": job, "node": node.uid, "path": str(self.runs / node.path), "sweep": str(self.folder), "begin": node.begin,
-            "steps": stage_steps(recipe, self.stores)[-1], "start": trunk.stage.epochs if trunk else 0,
-            "trunk": str(self.runs / trunk.path) if trunk else None, "ranks": ranks, "threads": threads, "on": on,
-            "measure": self.search.objectives[0].validated or "dice", **more,
-        }  # fmt: skip
+        settings = recipe.model_dump(mode="json")
+        return Order(
+            job=Train(recipe=settings, root=self.runs, score=bool(node.leaf_of)),
+            node=node.uid,
+            path=self.runs / node.path,
+            sweep=self.folder,
+            begin=node.begin,
+            steps=stage_steps(recipe, self.stores)[-1],
+            start=trunk.stage.epochs if trunk else 0,
+            trunk=self.runs / trunk.path if trunk else None,
+            measure=self.search.objectives[0].validated or "dice",
+            ranks=ranks,
+            threads=threads,
+            on=on,
+            **more,
+        )
 
 
 def make_plan(search: Search, runs: Path, build: bool = True) -> Plan:

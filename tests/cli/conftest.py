@@ -11,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from segfleet.pipeline.launch.job import Train
 from segfleet.preprocess.stores.manifest import load_manifest, save_manifest
 
 
@@ -59,7 +60,7 @@ def two_folds(tiny_store, tmp_path_factory):
     before = {number: signal.getsignal(number) for number in signal.valid_signals() if number < 32}
     chosen, manifest = load_recipe(str(folder / "tiny.yaml")), load_manifest(folder / "store")
     for one in every_fold(chosen, manifest):
-        job = {"do": "train", "recipe": one.model_dump(mode="json"), "root": str(folder / "runs")}
+        job = Train(recipe=one.model_dump(mode="json"), root=folder / "runs")
         run_job(job, Ranks(torch.device("cpu")), StopRequest())
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, before[number])

@@ -22,6 +22,7 @@ from segfleet.cli import main
 from segfleet.core.errors import InputError
 from segfleet.core.files import unstamped
 from segfleet.pipeline import load_run
+from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.run import run_folders
 from segfleet.preprocess.stores.base import open_store
 from segfleet.preprocess.stores.manifest import load_manifest, save_manifest
@@ -503,7 +504,7 @@ def test_the_best_recipe_or_pair(two_folds, tmp_path, monkeypatch):
     shutil.copytree(two_folds / "runs", tmp_path / "runs")
     recipe = load_recipe(str(two_folds / "tiny.yaml"), ["name=other", "seed=5"])
     for one in every_fold(recipe, load_manifest(two_folds / "store")):
-        job = {"do": "train", "recipe": one.model_dump(mode="json"), "root": str(tmp_path / "runs")}
+        job = Train(recipe=one.model_dump(mode="json"), root=tmp_path / "runs")
         run_job(
             job,
             Ranks(torch.device("cpu")),

@@ -44,8 +44,7 @@ def refused(tiny_recipe, monkeypatch, capsys):
     monkeypatch.chdir(folder)
 
     def alone(job, ranks, *_, **__):
-        (folder / "job.json").write_text(local.json.dumps(job))
-        code, _ = worker.work(folder, folder / "job.json", StopRequest())
+        code, _ = worker.work(folder, job.document, StopRequest())
         if code:
             raise local.RankFailed(*local._reason(folder, [code]))
 

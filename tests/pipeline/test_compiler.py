@@ -9,12 +9,14 @@ import sys
 
 import pytest
 
+from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.recipe import parse
 
 TRAINED = """
 import json, sys, torch
 from segfleet.pipeline import jobs, ranks, stop
-jobs.run_job(json.loads(sys.argv[1]), ranks.Ranks(torch.device("cpu")), stop.StopRequest())
+from segfleet.pipeline.launch.job import parse_job
+jobs.run_job(parse_job(json.loads(sys.argv[1])), ranks.Ranks(torch.device("cpu")), stop.StopRequest())
 print("torch._dynamo.eval_frame" in sys.modules)
 """
 STEPS = """
@@ -74,8 +76,8 @@ def test_a_run_that_compiles_nothing_loads_no_compiler(tiny_store, tmp_path, col
         "evaluation": {"every": 1},
     }
     recipe = parse(document, "tiny").model_dump(mode="json")
-    job = {"do": "train", "recipe": recipe, "root": str(tmp_path)}
-    assert said(TRAINED, json.dumps(job)) == "False"
+    job = Train(recipe=recipe, root=tmp_path)
+    assert said(TRAINED, job.model_dump_json()) == "False"
     assert list(tmp_path.rglob("evaluation.json"))
 
 

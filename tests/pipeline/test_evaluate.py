@@ -23,6 +23,7 @@ from segfleet.pipeline.reports.overlays import (
 from segfleet.pipeline.scoring.evaluate import Kept, evaluate_cases, truth_of
 from segfleet.pipeline.task import make_task
 from segfleet.preprocess.building.build import build
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.phantoms.phantom import (
     write_dsb_phantom,
     write_msd_phantom,
@@ -40,7 +41,7 @@ def stores(tmp_path_factory):
     write_dsb_phantom(root / "raw_dsb2018", images=4, size=32)
     opened = {}
     for name in ("msd", "nnunet", "dsb2018"):
-        build(name, root / f"raw_{name}", root / name, workers=1)
+        build(BuildRequest(name, root / f"raw_{name}", root / name, workers=1))
         opened[name] = (open_store(root / name), open_reader(name, root / f"raw_{name}"))
     return opened
 

@@ -46,12 +46,12 @@ def test_status_decodes_a_few_lines_however_long_a_stage_is(tmp_path, monkeypatc
         decoded.clear()
         rows = status(tmp_path / str(count))
         counts.append(len(decoded))
-        assert len(rows) == 8 and all(row["restarts"] == 2 for row in rows)
+        assert len(rows) == 8 and all(row.restarts == 2 for row in rows)
         # by hand: 10 steps a second, 500 to go
-        assert {(row["step"], row["steps"], row["remaining_seconds"]) for row in rows} == {
+        assert {(row.step, row.steps, row.remaining_seconds) for row in rows} == {
             (10 * count, 10 * count + 500, 50)
         }
-        assert rows[0]["loss"] == pytest.approx(1 / count)
+        assert rows[0].loss == pytest.approx(1 / count)
     assert counts == [8 * 5] * 2
 
 

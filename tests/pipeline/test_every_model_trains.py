@@ -16,6 +16,7 @@ import yaml
 from segfleet.models.registry import ModelSpec, spec
 from segfleet.pipeline import events
 from segfleet.pipeline.jobs import run_job
+from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.parts import build_network
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe, parse
@@ -76,7 +77,7 @@ def test_trains_one_epoch_and_is_scored(name, tiny_store, tmp_path, stop):
     recipe = recipe_for(chosen, store_for(chosen, tiny_store))
     manifest = open_store(recipe.data.store).manifest
     run_job(
-        {"do": "train", "recipe": recipe.model_dump(mode="json"), "root": str(tmp_path)},
+        Train(recipe=recipe.model_dump(mode="json"), root=tmp_path),
         Ranks(torch.device("cpu")),
         stop,
     )

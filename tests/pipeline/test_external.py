@@ -11,12 +11,14 @@ import torch
 from segfleet.cli.evaluate import job_on
 from segfleet.core.errors import InputError
 from segfleet.pipeline.jobs import run_job
+from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import override, parse
 from segfleet.pipeline.run import stage_folders
 from segfleet.pipeline.scoring.scored import evaluation_of
 from segfleet.pipeline.stop import StopRequest
 from segfleet.preprocess.building.build import build
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.phantoms.phantom import write_msd_phantom
 from segfleet.preprocess.planning.plan import Overrides
 from segfleet.preprocess.stores.manifest import load_manifest, save_manifest
@@ -45,7 +47,7 @@ def trained(tiny_store, tmp_path_factory):
     root = tmp_path_factory.mktemp("outside")
     store = copy(tiny_store(dims=2), root / "store")
     recipe = parse(override(RECIPE, [f"data.store={store}"]))
-    job = {"do": "train", "recipe": recipe.model_dump(mode="json"), "root": str(root / "runs")}
+    job = Train(recipe=recipe.model_dump(mode="json"), root=root / "runs")
     run_job(job, Ranks(torch.device("cpu")), StopRequest())
     return stage_folders(root / "runs", recipe, load_manifest(store))[-1].path, store
 
@@ -104,12 +106,16 @@ def test_a_store_that_does_not_fit_is_refused(trained, tmp_path):
 def test_a_test_set_is_preprocessed_like_the_training_set(tmp_path):
     write_msd_phantom(tmp_path / "a", cases=3, size=(10, 24, 24))
     write_msd_phantom(tmp_path / "b", cases=2, size=(8, 30, 20))
-    first = build("msd", tmp_path / "a", tmp_path / "first", workers=1)
+    first = build(BuildRequest("msd", tmp_path / "a", tmp_path / "first", workers=1))
     like = Overrides(like=str(tmp_path / "first"))
-    second = build("msd", tmp_path / "b", tmp_path / "second", workers=1, overrides=like)
+    second = build(
+        BuildRequest("msd", tmp_path / "b", tmp_path / "second", workers=1, overrides=like)
+    )
     assert second.plan == first.plan and len(second.cases) == 2
-    again = build("msd", tmp_path / "b", tmp_path / "second", workers=1, overrides=like)
+    again = build(
+        BuildRequest("msd", tmp_path / "b", tmp_path / "second", workers=1, overrides=like)
+    )
     assert again == second, "a finished store is only compared"
     both = Overrides(like=str(tmp_path / "first"), spacing=(1.0, 1.0, 1.0))
     with pytest.raises(InputError, match="like: found --spacing beside it"):
-        build("msd", tmp_path / "b", tmp_path / "third", workers=1, overrides=both)
+        build(BuildRequest("msd", tmp_path / "b", tmp_path / "third", workers=1, overrides=both))

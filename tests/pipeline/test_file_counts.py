@@ -9,6 +9,7 @@ import torch
 
 from segfleet.pipeline import recipe as recipes
 from segfleet.pipeline.jobs import run_job
+from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.run import RECIPE
 from segfleet.pipeline.stop import StopRequest
@@ -48,7 +49,7 @@ def test_a_run_of_two_stages_and_so_a_sweep_leave_few_files(tiny_store, tmp_path
     }
     recipe = recipes.parse(document, "tiny").model_dump(mode="json")
     run_job(
-        {"do": "train", "recipe": recipe, "root": str(tmp_path)},
+        Train(recipe=recipe, root=tmp_path),
         Ranks(torch.device("cpu")),
         StopRequest(),
     )

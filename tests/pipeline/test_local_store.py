@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from segfleet.core.errors import InputError
 from segfleet.pipeline.data.staged_store import on_node
+from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.stop import Interrupted
 from segfleet.preprocess.stores import staged_copy as module
@@ -215,7 +216,7 @@ def test_two_ranks_copy_once_and_train_the_same(tiny_store, tmp_path):
 
 def test_a_submitted_job_carries_the_variable_itself(tmp_path):
     spec = make_spec({"stage_to": "$TMPDIR/stores"}, None, places=())
-    folder = write_job(tmp_path / "run", {"do": "train"}, spec)
+    folder = write_job(tmp_path / "run", Train(recipe={}, root=tmp_path), spec)
     assert json.loads((folder / "job.json").read_text())["stage_to"] == "$TMPDIR/stores"
     with pytest.raises(InputError, match="stage_to: found 'here'"):
         make_spec({"stage_to": "here"}, None, places=())

@@ -7,6 +7,7 @@ import torch
 
 from segfleet.pipeline import stop as module
 from segfleet.pipeline.jobs import run_job
+from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.stop import Interrupted, StopRequest
@@ -21,13 +22,9 @@ def test_a_run_has_its_time(seconds, ends, tiny_store, tmp_path, monkeypatch):
             "model": {"name": "unet_lite_standard", "options": {"width": 4}}, "stages": [{"epochs": 1, "steps": 3, "lr": 1e-2}],
         }
     )  # fmt: skip
-    job = {
-        "do": "train",
-        "recipe": recipe.model_dump(mode="json"),
-        "root": str(tmp_path),
-        "score": False,
-        "max_seconds": seconds,
-    }
+    job = Train(
+        recipe=recipe.model_dump(mode="json"), root=tmp_path, score=False, max_seconds=seconds
+    )
     if ends:
         with pytest.raises(Interrupted):
             run_job(job, Ranks(torch.device("cpu")), StopRequest())

@@ -22,6 +22,7 @@ from segfleet.pipeline.reports.overlays import save_prediction
 from segfleet.pipeline.scoring.evaluate import predict_case
 from segfleet.pipeline.task import make_task
 from segfleet.preprocess.building.build import build
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.files.images import read_label
 from segfleet.preprocess.phantoms.phantom import (
     PHANTOMS,
@@ -29,6 +30,7 @@ from segfleet.preprocess.phantoms.phantom import (
     write_msd_phantom,
     write_nnunet_phantom,
 )
+from segfleet.preprocess.readers.base import Layout
 from segfleet.preprocess.stores.base import open_store
 
 
@@ -40,7 +42,7 @@ def sets(tmp_path_factory):
     write_dsb_phantom(root / "raw_dsb2018", images=4, size=32)
     opened = {}
     for name in ("msd", "nnunet", "dsb2018"):
-        build(name, root / f"raw_{name}", root / name, workers=1)
+        build(BuildRequest(name, root / f"raw_{name}", root / name, workers=1))
         opened[name] = (open_store(root / name), root / f"raw_{name}")
     return opened
 
@@ -127,7 +129,7 @@ def test_a_store_and_a_data_set_give_what_their_files_give(sets, name, tmp_path)
     store, raw = sets[name]
     files = predict(store, [copy_images(store, raw, tmp_path / "in")], tmp_path / "files")
     stored = predict(store, [store.root], tmp_path / "stored")
-    layout = predict(store, [raw], tmp_path / "layout", layout={"name": name})
+    layout = predict(store, [raw], tmp_path / "layout", layout=Layout(name))
     for kind, document in (("stored", stored), ("layout", layout)):
         assert document["failed"] == [] and len(document["done"]) == len(files["done"])
         for one in files["done"]:
@@ -164,7 +166,7 @@ def test_real_volumes_keep_their_geometry(shared_data, tmp_path):
             (raw / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / path, raw / path)
     (raw / "dataset.json").write_text(json.dumps(description))
-    build("msd", raw, tmp_path / "store", workers=1)
+    build(BuildRequest("msd", raw, tmp_path / "store", workers=1))
     found = predict(open_store(tmp_path / "store"), [raw / "imagesTr"], tmp_path / "out")
     assert len(found["done"]) == 4 and not found["failed"]
     for entry in found["done"]:
@@ -577,7 +579,7 @@ def test_predictions_as_dicom_seg(tmp_path):
     from segfleet.preprocess.files.segments import read_seg
 
     raw = PHANTOMS["dicom"](tmp_path / "raw", cases=2)
-    build("dicom", raw, tmp_path / "store", workers=1)
+    build(BuildRequest("dicom", raw, tmp_path / "store", workers=1))
     store, series = open_store(tmp_path / "store"), raw / "images"
     plain = predict(store, [series], tmp_path / "nifti")
     drawn = []

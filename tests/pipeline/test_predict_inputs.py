@@ -16,7 +16,7 @@ from segfleet.pipeline.inference.collect import collect
 from segfleet.pipeline.inference.inputs import Input
 from segfleet.preprocess.files.images import ImageError
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
-from segfleet.preprocess.readers.base import open_reader
+from segfleet.preprocess.readers.base import Layout, open_reader
 from segfleet.preprocess.stores.manifest import Plan
 from segfleet.preprocess.transforms.case_transforms import check_room
 
@@ -59,7 +59,7 @@ def test_arrays_and_detached_volumes_are_images(tmp_path):
 def test_a_data_set_is_its_cases_as_its_layout_reads_them(layout, tmp_path):
     root = PHANTOMS[layout](tmp_path / "raw") or tmp_path / "raw"
     reader = open_reader(layout, root)
-    found = {one.id: one for one in collect([root], 1, layout={"name": layout})}
+    found = {one.id: one for one in collect([root], 1, layout=Layout(layout))}
     refs = {ref.id.replace("/", "_"): ref for ref in reader.refs()}
     assert found.keys() == refs.keys()
     name, ref = next(iter(refs.items()))
@@ -69,7 +69,7 @@ def test_a_data_set_is_its_cases_as_its_layout_reads_them(layout, tmp_path):
     assert np.array_equal(image, expected) and grid == geometry
     assert len({one.output for one in found.values()}) == len(refs)
     with pytest.raises(InputError, match="data set: found 'mds'.*Did you mean 'msd'"):
-        collect([root], 1, layout={"name": "mds"})
+        collect([root], 1, layout=Layout("mds"))
 
 
 def test_what_nobody_knows_is_named(tmp_path):

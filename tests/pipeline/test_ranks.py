@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from segfleet.core.errors import InputError
 from segfleet.pipeline import ranks
+from segfleet.pipeline.launch.job import Train
 
 
 def verdicts(places: list[list[str]]) -> list[str]:
@@ -71,5 +72,5 @@ def test_training_with_more_ranks_than_gpus_ends_before_nccl(tmp_path, monkeypat
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(RankFailed, match=r"found 2 on here.*--ranks 1.*SEGFLEET_DEVICE=cpu") as end:
-        run_ranks({"do": "train"}, 2)
+        run_ranks(Train(recipe={}, root=tmp_path), 2)
     assert end.value.exit_code == 2

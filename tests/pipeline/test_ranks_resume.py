@@ -34,7 +34,9 @@ def train(ranks, recipe: dict, root: str, terminate: int = 0) -> str:
         return plain(*arguments)
 
     ddp.Engine.step = step
-    job = {"do": "train", "recipe": recipe, "root": root, "score": False}
+    from segfleet.pipeline.launch.job import Train
+
+    job = Train(recipe=recipe, root=root, score=False)
     try:
         run_job(job, ranks, StopRequest())
     except Interrupted as stopped:

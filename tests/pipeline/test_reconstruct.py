@@ -16,6 +16,7 @@ from segfleet.pipeline.data import loader, randomness
 from segfleet.pipeline.data.masking import check_mask, hidden
 from segfleet.pipeline.data.sampler import PatchSampler
 from segfleet.pipeline.jobs import Stores, run_job
+from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.losses.hidden_error import hidden_error
 from segfleet.pipeline.parts import build_network, task_of
 from segfleet.pipeline.ranks import Ranks
@@ -37,7 +38,7 @@ def recipe_of(document, *changes):
 
 
 def go(recipe, root, **more):
-    job = {"do": "train", "recipe": recipe.model_dump(mode="json"), "root": str(root), **more}
+    job = Train(recipe=recipe.model_dump(mode="json"), root=root, **more)
     run_job(job, Ranks(torch.device("cpu")), StopRequest())
     return run.stage_folders(root, recipe, Stores().manifest)
 

@@ -20,6 +20,7 @@ from segfleet.pipeline.reports.report import write_report
 from segfleet.pipeline.scoring.evaluate import Kept, evaluate_cases
 from segfleet.pipeline.task import make_task
 from segfleet.preprocess.building.build import build
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.phantoms.phantom import write_msd_phantom
 from segfleet.preprocess.stores.base import open_store
 
@@ -70,7 +71,7 @@ def finished(tmp_path_factory):
     missed) and overlays."""
     root = tmp_path_factory.mktemp("report")
     write_msd_phantom(root / "raw", cases=8, size=(10, 32, 40))
-    build("msd", root / "raw", root / "store", workers=1)
+    build(BuildRequest("msd", root / "raw", root / "store", workers=1))
     store = open_store(root / "store")
     task, window = make_task(store.manifest.dataset), {"patch": (8, 16, 16), "batch": 4}
     leaf = root / "runs" / "0a1b2c3d4e5f" / "f5e4d3c2b1a0"

@@ -11,6 +11,7 @@ import torch
 
 from segfleet.core.errors import InputError
 from segfleet.pipeline.jobs import run_job
+from segfleet.pipeline.launch.job import Score, Train
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import override, parse
 from segfleet.pipeline.run import lock_stage, stage_folders
@@ -54,16 +55,11 @@ def store(tiny_store, tmp_path_factory):
 
 @pytest.fixture
 def train(store, tmp_path):
-    """`train(*changes, do="train")`: the run's folder and its evaluation.json."""
+    """`train(*changes, kind=Train)`: the run's folder and its evaluation.json."""
 
-    def go(*changes, **job):
+    def go(*changes, kind=Train, **job):
         recipe = parse(override(RECIPE, [f"data.store={store}", *changes]))
-        job = {
-            "do": "train",
-            **job,
-            "recipe": recipe.model_dump(mode="json"),
-            "root": str(tmp_path),
-        }
+        job = kind(recipe=recipe.model_dump(mode="json"), root=tmp_path, **job)
         run_job(job, Ranks(torch.device("cpu")), StopRequest())
         leaf = stage_folders(tmp_path, recipe, load_manifest(store))[-1].path
         assert scored.is_scored(leaf, recipe, load_manifest(store))
@@ -88,7 +84,7 @@ def test_a_score_of_other_cases_or_other_settings_is_not_taken_over(train):
     assert ids(train()[1]) == ["case03"]
     assert train("evaluation.mirror=[2,1]")[1]["settings"]["mirror_axes"] == [2, 1]
     assert train("evaluation.overlap=0.25")[1]["settings"]["overlap"] == 0.25
-    assert ids(train("data.split=a-test", do="score", again=True)[1]) == ["case04", "case05"]
+    assert ids(train("data.split=a-test", kind=Score, again=True)[1]) == ["case04", "case05"]
     assert train()[1]["cases"] == first["cases"]
     (leaf / "evaluation.json").write_text("{")
     assert train()[1]["cases"] == first["cases"]

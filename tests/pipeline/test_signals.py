@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from segfleet.pipeline import checkpoint, events, run
 from segfleet.pipeline.data import loader
 from segfleet.pipeline.jobs import run_job
+from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.parts import Objective
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
@@ -38,15 +40,19 @@ PHASES = {  # where, and at which call
 }
 
 
-@pytest.fixture(autouse=True)
-def restored():
-    threads, before = (
-        torch.get_num_threads(),
-        {number: signal.getsignal(number) for number in NUMBERS},
-    )
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For the undisturbed run, too: sums depend on the number of threads."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    before = {number: signal.getsignal(number) for number in NUMBERS}
+    yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -64,12 +70,12 @@ def job(tiny_store):
         "save_every": 2,
         "evaluation": {"every": 1},
     }
-    return {"do": "train", "recipe": parse(recipe).model_dump(mode="json")}
+    return Train(recipe=parse(recipe).model_dump(mode="json"), root=Path())
 
 
 def go(job, root) -> list[run.StageFolder]:
-    run_job({**job, "root": str(root)}, Ranks(torch.device("cpu")), StopRequest())
-    recipe = parse(job["recipe"])
+    run_job(job.model_copy(update={"root": root}), Ranks(torch.device("cpu")), StopRequest())
+    recipe = parse(job.recipe)
     return run.stage_folders(root, recipe, open_store(recipe.data.store).manifest)
 
 
@@ -147,7 +153,7 @@ def test_a_signal_in_any_phase_changes_nothing(job, straight, tmp_path, monkeypa
 
 
 def test_a_stop_file_is_named_and_stops_one_run_only(job, straight, tmp_path):
-    recipe = parse(job["recipe"])
+    recipe = parse(job.recipe)
     leaf = run.stage_folders(tmp_path, recipe, open_store(recipe.data.store).manifest)[-1].path
     leaf.mkdir(parents=True)
     (leaf / "stop").touch()
@@ -173,10 +179,10 @@ def test_a_stop_file_outlives_a_stop_it_did_not_cause(tmp_path):
 
 @pytest.mark.parametrize("every", [1, 0], ids=["validation", "scoring"])
 def test_a_network_that_diverged_is_said_in_a_sentence(job, tmp_path, every):
-    recipe = {**job["recipe"], "evaluation": {"every": every}}
-    recipe["stages"] = [{**job["recipe"]["stages"][0], "lr": 1e30, "warmup": 0}]
+    recipe = {**job.recipe, "evaluation": {"every": every}}
+    recipe["stages"] = [{**job.recipe["stages"][0], "lr": 1e30, "warmup": 0}]
     with pytest.raises(
         Diverged,
         match=r"case 'case0\d': .* not finite .*: the training diverged\. Lower stages\.lr",
     ):
-        go({"do": "train", "recipe": recipe}, tmp_path)
+        go(Train(recipe=recipe, root=tmp_path), tmp_path)

@@ -11,6 +11,7 @@ import torch
 from segfleet.core.errors import InputError
 from segfleet.pipeline import run
 from segfleet.pipeline.jobs import Stores, run_job
+from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.parts import check_recipe
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe, cut, override, parse, resolve, with_absolute_store
@@ -150,8 +151,8 @@ def test_a_stage_without_a_store_is_named(document):
         recipe_of(document, f"stages.1.data.store={store}")
 
 
-def work(recipe, root, do="train", **more):
-    job = {"do": do, "recipe": recipe.model_dump(mode="json"), "root": str(root), **more}
+def work(recipe, root, kind=Train, **more):
+    job = kind(recipe=recipe.model_dump(mode="json"), root=root, **more)
     run_job(job, Ranks(torch.device("cpu")), StopRequest())
     return run.stage_folders(root, recipe, Stores().manifest)
 

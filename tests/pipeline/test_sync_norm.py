@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from segfleet.models.checkpointing import activation_checkpointing
 from segfleet.models.registry import build_model, spec
+from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.training.sync_norm import synchronise
 
@@ -130,7 +131,7 @@ def train(ranks: Ranks, recipe: dict, root: str) -> None:
     from segfleet.pipeline.jobs import run_job
     from segfleet.pipeline.stop import StopRequest
 
-    run_job({"do": "train", "recipe": recipe, "root": root, "score": False}, ranks, StopRequest())
+    run_job(Train(recipe=recipe, root=root, score=False), ranks, StopRequest())
 
 
 def test_training_on_two_ranks_is_training_on_one(tiny_recipe, run_in_ranks, tmp_path):

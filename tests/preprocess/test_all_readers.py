@@ -17,6 +17,7 @@ from PIL import Image
 
 from segfleet.core.errors import DataError, InputError
 from segfleet.preprocess.building.build import build
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.checking.check import check_case, survey
 from segfleet.preprocess.files.images import ENDINGS
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
@@ -197,7 +198,7 @@ def broken(phantoms, tmp_path):
 def refused(name: str, root: Path, out: Path) -> InputError:
     """What the build says; nothing of it may be left."""
     with pytest.raises(InputError) as caught:
-        build(name, root, out, workers=1)
+        build(BuildRequest(name, root, out, workers=1))
     assert caught.value.exit_code == 2 and not [
         p for p in out.parent.iterdir() if p.name.startswith(out.name)
     ], "something was written"
@@ -223,7 +224,7 @@ def test_a_phantom_becomes_a_store(name, phantoms, tmp_path):
     reader = open_reader(name, phantoms(name))
     dataset, refs = reader.dataset(), reader.refs()
     assert len(refs) == CASES and len({ref.id for ref in refs}) == CASES and dataset.reader == name
-    manifest = build(name, reader.root, tmp_path / "store", workers=1)
+    manifest = build(BuildRequest(name, reader.root, tmp_path / "store", workers=1))
     assert manifest.dataset == dataset and not verify(tmp_path / "store", chunks=True)
     groups = {entry.id: entry.group for entry in manifest.cases}
     members = [Member(id=case, group=group, foreground={}) for case, group in groups.items()]
@@ -447,7 +448,14 @@ def test_pictures_of_another_depth_are_told(name, broken, tmp_path):
 
 @pytest.mark.parametrize("name", ["acdc", "lits", "msd", "nnunet", "npy"])
 def test_volumes_of_another_depth_are_taken(name, broken, tmp_path):
-    assert len(build(name, broken(name, mixed_depth), tmp_path / "store", workers=1).cases) == CASES
+    assert (
+        len(
+            build(
+                BuildRequest(name, broken(name, mixed_depth), tmp_path / "store", workers=1)
+            ).cases
+        )
+        == CASES
+    )
 
 
 @pytest.mark.parametrize("name", PICTURES)

@@ -24,6 +24,7 @@ import segfleet.preprocess.stores.manifest as manifest_module
 from segfleet.core.errors import DataError, InputError
 from segfleet.core.parallel import run
 from segfleet.preprocess.building.build import build
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.phantoms.phantom import PHANTOMS, write_msd_phantom, write_nnunet_phantom
 from segfleet.preprocess.planning.plan import Overrides
 from segfleet.preprocess.readers.base import open_reader
@@ -72,7 +73,7 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", ["dsb2018", "msd", "nnunet"])
 def test_layouts_in_every_format(name, format, tmp_path):
     reader = open_reader(name, PHANTOMS[name](tmp_path / "raw"))
-    manifest = build(name, reader.root, tmp_path / "out", format, workers=1)
+    manifest = build(BuildRequest(name, reader.root, tmp_path / "out", format=format, workers=1))
     store = open_store(tmp_path / "out")
     assert (
         store.manifest == manifest
@@ -110,21 +111,26 @@ def test_layouts_in_every_format(name, format, tmp_path):
     assert (
         manifest.id
         == build(
-            name,
-            reader.root,
-            tmp_path / "other",
-            next(f for f in FORMATS if f != format),
-            workers=1,
+            BuildRequest(
+                name,
+                reader.root,
+                tmp_path / "other",
+                format=next(f for f in FORMATS if f != format),
+                workers=1,
+            )
         ).id
     )
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_second_run_does_nothing(format, raw, tmp_path):
-    first = build("msd", raw, tmp_path / "out", format, workers=1)
+    first = build(BuildRequest("msd", raw, tmp_path / "out", format=format, workers=1))
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     told = ProgressMessages()
-    assert build("msd", raw, tmp_path / "out", format, workers=1, progress=told) == first
+    assert (
+        build(BuildRequest("msd", raw, tmp_path / "out", format=format, workers=1), progress=told)
+        == first
+    )
     assert (
         told.processed("compare") == 6
         and told.processed("check") is None
@@ -135,15 +141,19 @@ def test_a_second_run_does_nothing(format, raw, tmp_path):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_bytes_do_not_depend_on_the_number_of_workers(format, raw, tmp_path):
-    one = build("msd", raw, tmp_path / "one", format, workers=1, shard_bytes=50_000)
-    two = build("msd", raw, tmp_path / "two", format, workers=2, shard_bytes=50_000)
+    one = build(
+        BuildRequest("msd", raw, tmp_path / "one", format=format, workers=1, shard_bytes=50_000)
+    )
+    two = build(
+        BuildRequest("msd", raw, tmp_path / "two", format=format, workers=2, shard_bytes=50_000)
+    )
     assert len({entry.shard for entry in one.cases}) > 1 and one.id == two.id
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
 def test_the_size_of_shards_does_not_change_the_content(raw, tmp_path):
-    one = build("msd", raw, tmp_path / "one", workers=1, shard_bytes=1)
-    two = build("msd", raw, tmp_path / "two", workers=1)
+    one = build(BuildRequest("msd", raw, tmp_path / "one", workers=1, shard_bytes=1))
+    two = build(BuildRequest("msd", raw, tmp_path / "two", workers=1))
     assert (
         one.id == two.id
         and len({e.shard for e in one.cases}) == 6
@@ -153,7 +163,9 @@ def test_the_size_of_shards_does_not_change_the_content(raw, tmp_path):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_flipped_byte_is_found(format, raw, tmp_path):
-    manifest = build("msd", raw, tmp_path / "out", format, workers=1, shard_bytes=1)
+    manifest = build(
+        BuildRequest("msd", raw, tmp_path / "out", format=format, workers=1, shard_bytes=1)
+    )
     victim = max(
         (path for path in manifest.files if "00003" in path),
         key=lambda path: manifest.files[path]["bytes"],
@@ -171,7 +183,10 @@ def test_a_flipped_byte_is_found(format, raw, tmp_path):
 def test_a_killed_run_goes_on_with_what_is_missing(workers, tmp_path):
     raw = write_msd_phantom(tmp_path / "raw", cases=40, size=(16, 40, 40))
     out, state = tmp_path / "out", tmp_path / "out.partial/.state/done"
-    script = f"from segfleet.preprocess.building.build import build; build('msd', {str(raw)!r}, {str(out)!r}, workers={workers}, shard_bytes=1)"
+    script = (
+        "from segfleet.preprocess import BuildRequest, build; "
+        f"build(BuildRequest('msd', {str(raw)!r}, {str(out)!r}, workers={workers}, shard_bytes=1))"
+    )
     process = subprocess.Popen([sys.executable, "-c", script])
     wait_for(lambda: len(list(state.glob("*.json"))) >= 5 or process.poll() is not None)
     process.send_signal(signal.SIGKILL)
@@ -181,10 +196,10 @@ def test_a_killed_run_goes_on_with_what_is_missing(workers, tmp_path):
     finished = {path.name: path.stat().st_mtime_ns for path in state.glob("*.json")}
     assert 5 <= len(finished) < 40
     told = ProgressMessages()
-    manifest = build("msd", raw, out, workers=1, shard_bytes=1, progress=told)
+    manifest = build(BuildRequest("msd", raw, out, workers=1, shard_bytes=1), progress=told)
     assert told.processed("check") == 0, "facts of the first pass were kept"
     assert told.processed("write") == 40 - len(finished) and ("write", 40, 40) == told.events[-1]
-    assert manifest == build("msd", raw, tmp_path / "fresh", workers=1, shard_bytes=1)
+    assert manifest == build(BuildRequest("msd", raw, tmp_path / "fresh", workers=1, shard_bytes=1))
     assert files(out) == files(tmp_path / "fresh") and not (tmp_path / "out.partial").exists()
 
 
@@ -217,7 +232,7 @@ def interrupted(
 
     with monkeypatch.context() as patch, pytest.raises(Exception) as caught:
         patch.setattr(shard_job, "_write_case", fail)
-        build(name, raw, out, format, workers=1, shard_bytes=1)
+        build(BuildRequest(name, raw, out, format=format, workers=1, shard_bytes=1))
     return caught.value
 
 
@@ -227,7 +242,7 @@ def test_a_changed_source_makes_only_its_shard_anew(raw, tmp_path, monkeypatch):
     rewrite(raw / "imagesTr/phantom_001.nii.gz")
     (raw / "imagesTr/phantom_002.nii.gz").touch()
     told = ProgressMessages()
-    build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1, progress=told)
+    build(BuildRequest("msd", raw, tmp_path / "out", workers=1, shard_bytes=1), progress=told)
     assert told.processed("check") == 2, "both were looked at again"
     assert told.processed("write") == 2, (
         "the changed one, and the one that failed; those after it were written all the same"
@@ -240,7 +255,7 @@ def test_a_changed_plan_makes_everything_anew(raw, tmp_path, monkeypatch):
     interrupted(raw, tmp_path / "out", monkeypatch, "phantom_004", OSError(errno.EIO, "broken"))
     (raw / "dataset.json").write_text((raw / "dataset.json").read_text().replace('"MRI"', '"CT"'))
     told = ProgressMessages()
-    build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1, progress=told)
+    build(BuildRequest("msd", raw, tmp_path / "out", workers=1, shard_bytes=1), progress=told)
     assert told.processed("check") == told.processed("write") == 6
     assert files(tmp_path / "out") == files(build_at(raw, tmp_path / "fresh"))
 
@@ -250,9 +265,9 @@ def test_another_plan_alone_makes_every_shard_anew(raw, tmp_path, monkeypatch):
     interrupted(raw, tmp_path / "out", monkeypatch, "phantom_004", OSError(errno.EIO, "broken"))
     wish, told = Overrides(normalisation="rescale_to_0_1"), ProgressMessages()
     facts = {"workers": 1, "shard_bytes": 1, "overrides": wish}
-    made = build("msd", raw, tmp_path / "out", progress=told, **facts)
+    made = build(BuildRequest("msd", raw, tmp_path / "out", **facts), progress=told)
     assert told.processed("write") == 6
-    assert build("msd", raw, tmp_path / "fresh", **facts) == made
+    assert build(BuildRequest("msd", raw, tmp_path / "fresh", **facts)) == made
     assert files(tmp_path / "out") == files(tmp_path / "fresh")
 
 
@@ -264,16 +279,16 @@ def test_shards_of_an_earlier_layout_are_made_anew(raw, tmp_path, monkeypatch):
         interrupted(
             raw, out, monkeypatch, "phantom_004", OSError(errno.EIO, "broken"), format="hdf5"
         )
-        build("msd", raw, tmp_path / "old", "hdf5", workers=1)
+        build(BuildRequest("msd", raw, tmp_path / "old", format="hdf5", workers=1))
     told = ProgressMessages()
-    build("msd", raw, out, "hdf5", workers=1, shard_bytes=1, progress=told)
+    build(BuildRequest("msd", raw, out, format="hdf5", workers=1, shard_bytes=1), progress=told)
     assert told.processed("write") == 6 and not verify(out, chunks=True)
     with pytest.raises(InputError, match="old was made by an earlier version of segfleet"):
-        build("msd", raw, tmp_path / "old", "hdf5", workers=1)
+        build(BuildRequest("msd", raw, tmp_path / "old", format="hdf5", workers=1))
 
 
 def build_at(raw: Path, out: Path) -> Path:
-    build("msd", raw, out, workers=1, shard_bytes=1)
+    build(BuildRequest("msd", raw, out, workers=1, shard_bytes=1))
     return out
 
 
@@ -304,11 +319,11 @@ def test_a_full_disk_is_one_message_and_keeps_what_is_finished(raw, tmp_path, mo
         patch.setattr(ShardWriter, "write", full)
         message = r"no space left in .*: the remaining 3 case\(s\) need about .* MiB, .* are free. Free some and run"
         with pytest.raises(InputError, match=message):
-            build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)
+            build(BuildRequest("msd", raw, tmp_path / "out", workers=1, shard_bytes=1))
     shards = sorted(path.name for path in (tmp_path / "out.partial/shards").iterdir())
     assert shards == ["00000.zarr", "00001.zarr", "00002.zarr"], "nothing of the shard that failed"
     told = ProgressMessages()
-    build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1, progress=told)
+    build(BuildRequest("msd", raw, tmp_path / "out", workers=1, shard_bytes=1), progress=told)
     assert told.processed("write") == 3 and not verify(tmp_path / "out", chunks=True)
 
 
@@ -332,7 +347,7 @@ def test_a_crash_names_the_case(raw, tmp_path, monkeypatch):
         crashing(monkeypatch, "phantom_002"),
         pytest.raises(RuntimeError, match="case 'phantom_002': ZeroDivisionError: in the middle"),
     ):
-        build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)
+        build(BuildRequest("msd", raw, tmp_path / "out", workers=1, shard_bytes=1))
     assert not (tmp_path / "out").exists()
 
 
@@ -348,7 +363,7 @@ def test_all_failures_are_told_once_the_others_are_written(workers, raw, tmp_pat
                 match="2 shards could not be written.*\nphantom_001: .*ZeroDiv.*\nphantom_003: ",
             ),
         ):
-            build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)
+            build(BuildRequest("msd", raw, tmp_path / "out", workers=1, shard_bytes=1))
         assert len(list((tmp_path / "out.partial/shards").iterdir())) == 4
     paths = [raw / f"imagesTr/phantom_00{number}.nii.gz" for number in (1, 3)]
 
@@ -361,11 +376,14 @@ def test_all_failures_are_told_once_the_others_are_written(workers, raw, tmp_pat
         InputError,
         match=r"2 shards could not be written.*\nphantom_001: .*No such file.*\nphantom_003: .*No such file",
     ):
-        build("msd", raw, tmp_path / "out", workers=workers, shard_bytes=1, progress=vanish)
+        build(
+            BuildRequest("msd", raw, tmp_path / "out", workers=workers, shard_bytes=1),
+            progress=vanish,
+        )
     for path, data in zip(paths, whole, strict=True):
         path.write_bytes(data)
     told = ProgressMessages()
-    build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1, progress=told)
+    build(BuildRequest("msd", raw, tmp_path / "out", workers=1, shard_bytes=1), progress=told)
     assert told.processed("write") == 2 and not verify(tmp_path / "out", chunks=True)
 
 
@@ -403,39 +421,39 @@ def test_another_build_into_the_same_place_is_refused(raw, tmp_path):
         with pytest.raises(
             InputError, match="another process is preprocessing into .*out. Wait for it"
         ):
-            build("msd", raw, tmp_path / "out", workers=1)
-    build("msd", raw, tmp_path / "out", workers=1)
+            build(BuildRequest("msd", raw, tmp_path / "out", workers=1))
+    build(BuildRequest("msd", raw, tmp_path / "out", workers=1))
 
 
 def test_places_that_are_taken_are_refused(raw, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="neither an empty folder nor a store"):
-        build("msd", raw, tmp_path, workers=1)
+        build(BuildRequest("msd", raw, tmp_path, workers=1))
     with pytest.raises(InputError, match="neither an empty folder nor a store|own folder"):
-        build("msd", raw, raw, workers=1)
+        build(BuildRequest("msd", raw, raw, workers=1))
     with pytest.raises(InputError, match="format: found 'zip', expected one of: hdf5, zarr"):
-        build("msd", raw, tmp_path / "out", "zip")
+        build(BuildRequest("msd", raw, tmp_path / "out", format="zip"))
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
     (tmp_path / "empty").mkdir()
-    build("msd", raw, tmp_path / "empty", workers=1)
+    build(BuildRequest("msd", raw, tmp_path / "empty", workers=1))
 
 
 def test_a_finished_store_is_never_changed_and_says_what_differs(raw, tmp_path):
     raw = Path(shutil.copytree(raw, tmp_path / "raw"))
-    build("msd", raw, tmp_path / "out", workers=1)
+    build(BuildRequest("msd", raw, tmp_path / "out", workers=1))
     before = files(tmp_path / "out")
     with pytest.raises(
         InputError, match="format zarr, now hdf5; split seed 12345, now 7. .*choose another --out"
     ):
-        build("msd", raw, tmp_path / "out", "hdf5", workers=1, split_seed=7)
+        build(BuildRequest("msd", raw, tmp_path / "out", format="hdf5", workers=1, split_seed=7))
     text = (raw / "dataset.json").read_text()
     (raw / "dataset.json").write_text(text.replace('"MRI"', '"CT"'))
     with pytest.raises(InputError, match="the description of the data set"):
-        build("msd", raw, tmp_path / "out", workers=1)
+        build(BuildRequest("msd", raw, tmp_path / "out", workers=1))
     (raw / "dataset.json").write_text(text)
     rewrite(raw / "imagesTr/phantom_001.nii.gz")
     with pytest.raises(InputError, match=r"raw files of 1 case\(s\): phantom_001"):
-        build("msd", raw, tmp_path / "out", workers=1)
+        build(BuildRequest("msd", raw, tmp_path / "out", workers=1))
     assert files(tmp_path / "out") == before
 
 
@@ -447,22 +465,24 @@ def test_other_patients_or_splits_are_told(tmp_path):
     images = raw / "CVC-ClinicDB/Original"
     # one patient for another reason
     (images / "2.tif").write_bytes((images / "1.tif").read_bytes())
-    assert "kfold" not in build("cvc_clinicdb", raw, tmp_path / "out", workers=1).splits
+    assert (
+        "kfold" not in build(BuildRequest("cvc_clinicdb", raw, tmp_path / "out", workers=1)).splits
+    )
     table.write_text(text)
     with pytest.raises(
         InputError,
         match=r"something else: patients of 8 case\(s\): 4, 5, 6, 7, 8 .... Published .* another --out",
     ):
-        build("cvc_clinicdb", raw, tmp_path / "out", workers=1)
-    assert build("cvc_clinicdb", raw, tmp_path / "new", workers=1) == build(
-        "cvc_clinicdb", raw, tmp_path / "new", workers=1
+        build(BuildRequest("cvc_clinicdb", raw, tmp_path / "out", workers=1))
+    assert build(BuildRequest("cvc_clinicdb", raw, tmp_path / "new", workers=1)) == build(
+        BuildRequest("cvc_clinicdb", raw, tmp_path / "new", workers=1)
     )
     raw = write_nnunet_phantom(tmp_path / "nnunet", cases=4)
-    build("nnunet", raw, tmp_path / "other", workers=1)
+    build(BuildRequest("nnunet", raw, tmp_path / "other", workers=1))
     ids = [ref.id for ref in open_reader("nnunet", raw).refs()]
     (raw / "splits_final.json").write_text(json.dumps([{"train": ids[:2], "val": ids[2:]}]))
     with pytest.raises(InputError, match="something else: split nnunet: new. "):
-        build("nnunet", raw, tmp_path / "other", workers=1)
+        build(BuildRequest("nnunet", raw, tmp_path / "other", workers=1))
 
 
 def test_an_older_store_does_not_say_who_was_joined(tmp_path):
@@ -470,18 +490,18 @@ def test_an_older_store_does_not_say_who_was_joined(tmp_path):
     raw = PHANTOMS["cvc_clinicdb"](tmp_path / "cvc", cases=6)
     images = raw / "CVC-ClinicDB/Original"
     (images / "6.tif").write_bytes((images / "1.tif").read_bytes())
-    made = build("cvc_clinicdb", raw, tmp_path / "out", workers=1)
+    made = build(BuildRequest("cvc_clinicdb", raw, tmp_path / "out", workers=1))
     assert set(made.joined.values()) == {"sequence2"} and {entry.group for entry in made.cases} == {
         "sequence1"
     }
     old = manifest_module.save_manifest(tmp_path / "out", made.model_copy(update={"joined": None}))
-    assert build("cvc_clinicdb", raw, tmp_path / "out", workers=1).joined is None
+    assert build(BuildRequest("cvc_clinicdb", raw, tmp_path / "out", workers=1)).joined is None
     moved = [entry.model_copy(update={"group": "sequence0"}) for entry in old.cases[:2]]
     manifest_module.save_manifest(
         tmp_path / "out", old.model_copy(update={"cases": (*moved, *old.cases[2:])})
     )
     with pytest.raises(InputError, match=r"patients of 3 case\(s\): 1, 2, 3\."):
-        build("cvc_clinicdb", raw, tmp_path / "out", workers=1)
+        build(BuildRequest("cvc_clinicdb", raw, tmp_path / "out", workers=1))
 
 
 def test_a_resumed_build_has_the_patients_of_today(tmp_path, monkeypatch):
@@ -494,16 +514,16 @@ def test_a_resumed_build_has_the_patients_of_today(tmp_path, monkeypatch):
     )
     table.write_text(text)
     told = ProgressMessages()
-    manifest = build("cvc_clinicdb", raw, tmp_path / "out", workers=1, progress=told)
+    manifest = build(BuildRequest("cvc_clinicdb", raw, tmp_path / "out", workers=1), progress=told)
     assert told.processed("check") == 0 and len(manifest.splits["kfold"]) == 3
-    assert manifest == build("cvc_clinicdb", raw, tmp_path / "fresh", workers=1)
+    assert manifest == build(BuildRequest("cvc_clinicdb", raw, tmp_path / "fresh", workers=1))
 
 
 def test_splits_that_come_along_are_in_the_manifest(tmp_path):
     root = write_nnunet_phantom(tmp_path / "raw", cases=4)
     ids = [ref.id for ref in open_reader("nnunet", root).refs()]
     (root / "splits_final.json").write_text(json.dumps([{"train": ids[:2], "val": ids[2:]}]))
-    manifest = build("nnunet", root, tmp_path / "out", workers=1)
+    manifest = build(BuildRequest("nnunet", root, tmp_path / "out", workers=1))
     assert (
         manifest.fold("nnunet", 0) == {"train": tuple(ids[:2]), "val": tuple(ids[2:])}
         and len(manifest.splits["kfold"]) == 2
@@ -514,7 +534,7 @@ def test_splits_that_come_along_are_in_the_manifest(tmp_path):
 def test_a_perfect_prediction_scores_almost_one_on_the_raw_grid(raw, tmp_path):
     """What resampling costs: the stored label, brought back as probabilities, against the raw
     one."""
-    manifest = build("msd", raw, tmp_path / "out", workers=1)
+    manifest = build(BuildRequest("msd", raw, tmp_path / "out", workers=1))
     store = open_store(tmp_path / "out")
     for entry in manifest.cases:
         onehot = np.stack(
@@ -534,7 +554,9 @@ def test_a_perfect_prediction_scores_almost_one_on_the_raw_grid(raw, tmp_path):
 
 
 def test_hippocampus_as_a_store(shared_data, tmp_path):
-    manifest = build("msd", shared_data("Task04_Hippocampus"), tmp_path / "out", workers=1)
+    manifest = build(
+        BuildRequest("msd", shared_data("Task04_Hippocampus"), tmp_path / "out", workers=1)
+    )
     assert (
         len(manifest.cases) == 208
         and manifest.plan.patch == (40, 56, 40)
@@ -560,7 +582,7 @@ def test_nuclei_as_a_store(shared_data, tmp_path):
     raw, source = tmp_path / "raw", shared_data("dsb2018") / "stage1_train"
     for folder in sorted(source.iterdir())[:40]:
         shutil.copytree(folder, raw / "stage1_train" / folder.name)
-    manifest = build("dsb2018", raw, tmp_path / "out", "hdf5", workers=1)
+    manifest = build(BuildRequest("dsb2018", raw, tmp_path / "out", format="hdf5", workers=1))
     assert (
         len(manifest.cases) == 40 and manifest.plan.dtype == "uint8" and manifest.plan.patch[0] == 1
     )
@@ -570,33 +592,35 @@ def test_nuclei_as_a_store(shared_data, tmp_path):
 
 
 def test_up_to_date_looks_at_the_store(raw, tmp_path):
-    made = build("msd", raw, tmp_path / "out", workers=1)
+    made = build(BuildRequest("msd", raw, tmp_path / "out", workers=1))
     path = tmp_path / "out" / next(iter(made.files))
     facts, data = path.stat(), bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     for quick in (False, True):  # it is newer than the manifest
         with pytest.raises(DataError, match="sha256"):
-            build("msd", raw, tmp_path / "out", workers=1, quick=quick)
+            build(BuildRequest("msd", raw, tmp_path / "out", workers=1), quick=quick)
     os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
-    assert build("msd", raw, tmp_path / "out", workers=1, quick=True) == made  # what quick misses
+    assert (
+        build(BuildRequest("msd", raw, tmp_path / "out", workers=1), quick=True) == made
+    )  # what quick misses
     path.write_bytes(data[:-1])
     os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     with pytest.raises(DataError, match="bytes"):
-        build("msd", raw, tmp_path / "out", workers=1, quick=True)
+        build(BuildRequest("msd", raw, tmp_path / "out", workers=1), quick=True)
 
 
 def test_a_resumed_build_finds_a_damaged_shard(raw, tmp_path, monkeypatch):
-    straight = build("msd", raw, tmp_path / "straight", workers=1, shard_bytes=1)
+    straight = build(BuildRequest("msd", raw, tmp_path / "straight", workers=1, shard_bytes=1))
     with monkeypatch.context() as patch:
         patch.setattr("segfleet.preprocess.building.build.save_manifest", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)
+            build(BuildRequest("msd", raw, tmp_path / "out", workers=1, shard_bytes=1))
     path = tmp_path / "out.partial" / next(iter(straight.files))
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)  # of the same size
-    assert build("msd", raw, tmp_path / "out", workers=1, shard_bytes=1) == straight
+    assert build(BuildRequest("msd", raw, tmp_path / "out", workers=1, shard_bytes=1)) == straight
     assert verify(tmp_path / "out") == []
 
 
@@ -624,7 +648,7 @@ def test_a_failed_check_keeps_the_facts_of_sound_cases(tmp_path, monkeypatch):
     for count in (8, 1):
         opened.clear()
         with pytest.raises(DataError, match="phantom_003: file"):
-            build("msd", raw, tmp_path / "out", workers=1)
+            build(BuildRequest("msd", raw, tmp_path / "out", workers=1))
         assert len(opened) == count
         assert {path.name for path in tmp_path.iterdir()} == {"raw", "cache"}
     (kept,) = (tmp_path / "cache").rglob("*.jsonl")
@@ -633,10 +657,10 @@ def test_a_failed_check_keeps_the_facts_of_sound_cases(tmp_path, monkeypatch):
     os.utime(label, ns=(1, 1))
     opened.clear()
     broken.write_bytes(sound)
-    manifest = build("msd", raw, tmp_path / "out", workers=1)
+    manifest = build(BuildRequest("msd", raw, tmp_path / "out", workers=1))
     assert opened == ["phantom_003", "phantom_005"] and len(manifest.cases) == 8
     assert not list((tmp_path / "cache").rglob("*.jsonl")), "forgotten when all is sound"
-    fresh = build("msd", raw, tmp_path / "fresh", workers=1)
+    fresh = build(BuildRequest("msd", raw, tmp_path / "fresh", workers=1))
     assert fresh.id == manifest.id and fresh.fingerprint == manifest.fingerprint
 
 
@@ -646,7 +670,7 @@ def test_facts_are_kept_only_where_they_can_be(tmp_path, monkeypatch):
     raw = PHANTOMS["msd"](tmp_path / "raw", cases=3, size=(8, 16, 16))
     (raw / "imagesTr/phantom_001.nii.gz").write_bytes(b"")
     with pytest.raises(DataError, match="phantom_001: file"):
-        build("msd", raw, tmp_path / "out", workers=1)
+        build(BuildRequest("msd", raw, tmp_path / "out", workers=1))
 
 
 @pytest.mark.parametrize("place", [".", ".."])
@@ -654,7 +678,7 @@ def test_a_folder_without_a_name_is_refused(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     raw = PHANTOMS["msd"](tmp_path / "raw", cases=1)
     with pytest.raises(InputError, match="expected the name of a folder that is made anew"):
-        build("msd", raw, place, workers=1)
+        build(BuildRequest("msd", raw, place, workers=1))
 
 
 def test_somebody_s_partial_folder_is_left_alone(tmp_path):
@@ -662,5 +686,5 @@ def test_somebody_s_partial_folder_is_left_alone(tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial/thesis.txt").write_text("mine")
     with pytest.raises(InputError, match=r"out.partial is there, .* none of ours"):
-        build("msd", raw, tmp_path / "out", workers=1)
+        build(BuildRequest("msd", raw, tmp_path / "out", workers=1))
     assert (tmp_path / "out.partial/thesis.txt").read_text() == "mine"

@@ -16,6 +16,7 @@ import pytest
 
 from segfleet.core.errors import DataError, InputError
 from segfleet.preprocess.building.build import build
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.checking.check import survey
 from segfleet.preprocess.phantoms.phantom import (
     write_dsb_phantom,
@@ -175,7 +176,7 @@ def test_a_fault_is_named_with_what_was_expected_and_how_to_mend_it(fault, raw, 
     damage, case, field, found, expected = FAULTS[fault]
     damage(raw)
     with pytest.raises(DataError) as caught:
-        build("msd", raw, tmp_path / "out", workers=1)
+        build(BuildRequest("msd", raw, tmp_path / "out", workers=1))
     problem = next(p for p in caught.value.problems if p.field == field)
     assert (
         problem.case == case

@@ -13,6 +13,7 @@ from PIL import Image
 
 from segfleet.core.errors import InputError
 from segfleet.preprocess.building.build import build
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.checking.check import survey
 from segfleet.preprocess.checking.duplicates import nearly, shared, thumbnail
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
@@ -93,7 +94,7 @@ def test_images_of_another_data_set_are_named(tmp_path):
         open_reader(name, PHANTOMS[name](tmp_path / name, cases=8, seed=k))
         for k, name in enumerate(("isic2018", "isic2017"))
     )
-    manifest = build("isic2018", newer.root, tmp_path / "store", workers=1)
+    manifest = build(BuildRequest("isic2018", newer.root, tmp_path / "store", workers=1))
     assert not shared(survey(older, workers=1).facts, manifest)
     there, here = newer.refs()[-1], older.refs()[1]
     here.images[0].write_bytes(there.images[0].read_bytes() + b"\0")

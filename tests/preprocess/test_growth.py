@@ -14,6 +14,7 @@ from PIL import Image
 from segfleet.pipeline.data import loader
 from segfleet.pipeline.data.sampler import PatchSampler
 from segfleet.preprocess.building.build import build
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.checking import duplicates
 from segfleet.preprocess.checking.check import survey
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
@@ -79,9 +80,9 @@ def operations(root, count: int) -> dict[str, int]:
     with counted(found, "check"):
         survey(reader, workers=1)
     with counted(found, "preprocess"):
-        build("folder", raw, out, workers=1)
+        build(BuildRequest("folder", raw, out, workers=1))
     with counted(found, "compare"):
-        build("folder", raw, out, workers=1)
+        build(BuildRequest("folder", raw, out, workers=1))
     with counted(found, "verify"):
         assert not verify(out, chunks=True)
     with counted(found, "first batch"):

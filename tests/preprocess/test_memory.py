@@ -22,12 +22,14 @@ import SimpleITK, scipy.ndimage, nibabel, h5py, segfleet.preprocess.stores.zarr
 from segfleet.preprocess.transforms import resample
 from segfleet.preprocess.transforms import voxels
 from segfleet.preprocess.building.build import build
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.planning.plan import Overrides
 resample.SLAB, resample.THINNEST, voxels.PIECE = 2**18, 16, 2**16  # in proportion to a small volume
 words = lambda: Path("/proc/self/status").read_text().split()
 peak = lambda: int(words()[words().index("VmHWM:") + 1]) * 1024  # ru_maxrss would begin with that of whoever started us
 start = peak()
-build("nnunet", sys.argv[1], sys.argv[2], workers=1, overrides=Overrides(spacing=tuple(map(float, sys.argv[3].split(",")))))
+plan = Overrides(spacing=tuple(map(float, sys.argv[3].split(","))))
+build(BuildRequest("nnunet", sys.argv[1], sys.argv[2], workers=1, overrides=plan))
 print(peak() - start)
 """
 

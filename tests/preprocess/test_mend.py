@@ -16,6 +16,7 @@ import pytest
 from segfleet.core.errors import DataError, InputError
 from segfleet.core.making import MARK, making
 from segfleet.preprocess.building.build import build
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.case import Geometry
 from segfleet.preprocess.checking.check import survey
 from segfleet.preprocess.checking.repair import mend
@@ -341,7 +342,13 @@ def test_volumes_become_slices_become_a_store(tmp_path):
     spans = {case: np.flatnonzero(label.any(axis=(1, 2))) for case, label in labels.items()}
     assert count == sum(z[-1] - z[0] + 1 for z in spans.values())
     manifest = build(
-        "npy", tmp_path / "slices", tmp_path / "store", workers=1, options={"regions": "any-tumour"}
+        BuildRequest(
+            "npy",
+            tmp_path / "slices",
+            tmp_path / "store",
+            workers=1,
+            options={"regions": "any-tumour"},
+        )
     )
     assert (
         len(manifest.cases) == count

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from segfleet.core.errors import InputError
 from segfleet.preprocess.building.build import build
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.checking.check import survey
 from segfleet.preprocess.files.polygons import filled
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
@@ -158,7 +159,9 @@ def test_labelme(tmp_path):
     assert problem.field == "shape" and problem.case == "p1"
     manifest_root = tmp_path / "store"
     (tmp_path / "raw/p1.json").write_text(json.dumps({"shapes": shapes[1:]}))
-    assert len(build("labelme", tmp_path / "raw", manifest_root, workers=1).cases) == 4
+    assert (
+        len(build(BuildRequest("labelme", tmp_path / "raw", manifest_root, workers=1)).cases) == 4
+    )
 
 
 def test_coco(tmp_path):

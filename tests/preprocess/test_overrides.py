@@ -13,6 +13,7 @@ import pytest
 
 from segfleet.core.errors import InputError
 from segfleet.preprocess.building.build import build
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
 from segfleet.preprocess.planning.plan import Overrides
 from segfleet.preprocess.readers.base import open_reader, readers
@@ -34,7 +35,9 @@ def volumes(tmp_path_factory):
 
 def test_every_image_gets_the_size_and_the_truth_stays(pictures, tmp_path):
     manifest = build(
-        "busi", pictures, tmp_path / "store", workers=1, overrides=Overrides(size=(32, 40))
+        BuildRequest(
+            "busi", pictures, tmp_path / "store", workers=1, overrides=Overrides(size=(32, 40))
+        )
     )
     assert (
         manifest.plan.size == manifest.plan.patch == (1, 32, 40) and manifest.plan.dtype == "uint8"
@@ -75,11 +78,13 @@ def test_grey_images_of_one_size_are_not_cropped(tmp_path):
             pixels[5:10, 8 : 16 + index] = 200
             Image.fromarray(pixels).save(tmp_path / "raw" / folder / f"{index}.png")
     manifest = build(
-        "folder",
-        tmp_path / "raw",
-        tmp_path / "store",
-        workers=1,
-        overrides=Overrides(size=(40, 60)),
+        BuildRequest(
+            "folder",
+            tmp_path / "raw",
+            tmp_path / "store",
+            workers=1,
+            overrides=Overrides(size=(40, 60)),
+        )
     )
     assert manifest.cases[0].crop == ((0, 1), (0, 20), (0, 30)) and manifest.plan.normalisation == (
         "zscore",
@@ -94,18 +99,19 @@ def test_grey_images_of_one_size_are_not_cropped(tmp_path):
 
 def test_patch_and_spacing_replace_the_planned_ones(volumes, tmp_path):
     wish = Overrides(patch=(8, 16, 24), spacing=(2.0, 1.0, 1.0))
-    manifest = build("lits", volumes, tmp_path / "store", workers=1, overrides=wish)
+    manifest = build(BuildRequest("lits", volumes, tmp_path / "store", workers=1, overrides=wish))
     assert (
         manifest.plan.patch == (8, 16, 24)
         and manifest.plan.target_spacing == (2.0, 1.0, 1.0)
         and manifest.plan.size is None
     )
     assert all(entry.spacing == (2.0, 1.0, 1.0) for entry in manifest.cases)
-    assert build("lits", volumes, tmp_path / "store", workers=1, overrides=wish) == manifest, (
-        "nothing to do"
-    )
+    assert (
+        build(BuildRequest("lits", volumes, tmp_path / "store", workers=1, overrides=wish))
+        == manifest
+    ), "nothing to do"
     with pytest.raises(InputError, match="made from something else: the plan"):
-        build("lits", volumes, tmp_path / "store", workers=1)
+        build(BuildRequest("lits", volumes, tmp_path / "store", workers=1))
 
 
 @pytest.mark.parametrize(
@@ -224,11 +230,13 @@ def test_resizing_and_normalisation_by_the_field_s_names(pictures, tmp_path):
     wish = Overrides(
         size=(32, 40), interpolation="bilinear", masks="nearest", normalisation="imagenet"
     )
-    manifest = build("busi", pictures, tmp_path / "store", workers=1, overrides=wish)
+    manifest = build(BuildRequest("busi", pictures, tmp_path / "store", workers=1, overrides=wish))
     plan, store = manifest.plan, open_store(tmp_path / "store")
     assert (plan.interpolation, plan.masks, plan.dtype) == ("bilinear", "nearest", "float16")
     plain = build(
-        "busi", pictures, tmp_path / "plain", workers=1, overrides=Overrides(size=(32, 40))
+        BuildRequest(
+            "busi", pictures, tmp_path / "plain", workers=1, overrides=Overrides(size=(32, 40))
+        )
     )
     assert plain.id != manifest.id
     reader = open_reader("busi", pictures)
@@ -251,5 +259,9 @@ def test_resizing_and_normalisation_by_the_field_s_names(pictures, tmp_path):
 )
 def test_unknown_names_are_refused(pictures, tmp_path, wish, message):
     with pytest.raises(InputError, match=message):
-        build("busi", pictures, tmp_path / "store", workers=1, overrides=Overrides(**wish))
+        build(
+            BuildRequest(
+                "busi", pictures, tmp_path / "store", workers=1, overrides=Overrides(**wish)
+            )
+        )
     assert not (tmp_path / "store").exists()

@@ -11,6 +11,7 @@ from PIL import Image
 
 from segfleet.core.errors import InputError
 from segfleet.preprocess.building.build import build
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.checking.check import survey
 from segfleet.preprocess.planning import patients
 from segfleet.preprocess.planning.patients import by_names
@@ -125,7 +126,7 @@ def test_the_table_says_patients_sites_and_splits(raw, tmp_path):
         for n in range(12)
     ]
     (raw / "patients.csv").write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")
-    manifest = build("nnunet", raw, tmp_path / "store", workers=1)
+    manifest = build(BuildRequest("nnunet", raw, tmp_path / "store", workers=1))
     assert [case.group for case in manifest.cases] == [f"P{n // 2}" for n in range(12)]
     assert manifest.splits["given"][0]["val"] == ("c10", "c11")
     site = {f"c{n:02d}": "AB"[n % 4 > 1] for n in range(12)}

@@ -18,6 +18,7 @@ from PIL import Image
 
 from segfleet.core.errors import DataError, InputError
 from segfleet.preprocess.building.build import build
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.checking.check import survey
 from segfleet.preprocess.files.images import ImageError, peek, read_file
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
@@ -468,7 +469,7 @@ REAL = {  # pack -> layout, cases, patients, labels that occur: as their README 
 def test_real_packs_are_read_checked_and_stored(pack, shared_data, tmp_path):
     layout, cases, patients, labels = REAL[pack]
     root = shared_data(pack)
-    manifest = build(layout, root, tmp_path / "store", format="hdf5", workers=1)
+    manifest = build(BuildRequest(layout, root, tmp_path / "store", format="hdf5", workers=1))
     assert (
         len(manifest.cases) == cases and len({entry.group for entry in manifest.cases}) == patients
     )
@@ -488,7 +489,7 @@ def test_some_real_nuclei_are_stored(shared_data, tmp_path):
     (tmp_path / "raw").mkdir()
     for folder in folders:
         (tmp_path / "raw" / folder.name).symlink_to(folder)
-    manifest = build("dsb2018", tmp_path / "raw", tmp_path / "store", workers=1)
+    manifest = build(BuildRequest("dsb2018", tmp_path / "raw", tmp_path / "store", workers=1))
     assert (
         len(manifest.cases) == 41
         and not verify(tmp_path / "store")
@@ -515,7 +516,7 @@ def test_all_problems_of_a_real_like_set_come_at_once(tmp_path):
     (benign / "benign (1)_mask.png").unlink()
     (benign / "benign (2).png").write_bytes(b"")
     with pytest.raises(DataError) as caught:
-        build("busi", reader.root, tmp_path / "store", workers=1)
+        build(BuildRequest("busi", reader.root, tmp_path / "store", workers=1))
     assert [(p.case, p.field) for p in caught.value.problems] == [
         ("benign (1)", "label"),
         ("benign (2)", "file"),

@@ -15,6 +15,7 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from segfleet.core.errors import InputError
 from segfleet.preprocess.building.build import build
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.checking.check import survey
 from segfleet.preprocess.files.dicom import RTSTRUCT
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
@@ -82,7 +83,7 @@ def test_dicom_seg_by_highdicom(dicom):
     seg.save_as(root / f"labels/{ref.id}.dcm")
     assert int(seg.NumberOfFrames) < 2 * len(label), "only planes with something are stored"
     as_it_was(root, label)
-    manifest = build("dicom", root, root.with_name("store"), workers=1)
+    manifest = build(BuildRequest("dicom", root, root.with_name("store"), workers=1))
     assert set(manifest.cases[0].voxels) == {0, 1, 2}
     _, stored = open_store(root.with_name("store")).stored(manifest.cases[0])
     assert stored.any()
@@ -253,7 +254,7 @@ def test_the_label_of_a_case_of_a_store_as_dicom_seg(dicom, capsys):
     )
     store, out, series = root.with_name("store"), root.with_name("a.dcm"), ref.images[0].parent
     coarse = Overrides(spacing=(6.0, 2.0, 2.0))
-    manifest = build("dicom", root, store, workers=1, overrides=coarse)
+    manifest = build(BuildRequest("dicom", root, store, workers=1, overrides=coarse))
     assert manifest.cases[0].shape != label.shape
 
     def export(where, to):

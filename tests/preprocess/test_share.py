@@ -15,6 +15,7 @@ import segfleet.preprocess.checking.check as check
 from segfleet.core.errors import DataError, InputError
 from segfleet.preprocess.building.build import build
 from segfleet.preprocess.building.lock import claimed
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.phantoms.phantom import write_msd_phantom
 
 SMALL = {"shard_bytes": 1, "workers": 1}  # a shard for every case
@@ -53,35 +54,35 @@ def counted(monkeypatch):
 
 
 def test_shares_make_the_store_of_one_process(raw, tmp_path, counted):
-    straight = build("msd", raw, tmp_path / "straight", **SMALL)
+    straight = build(BuildRequest("msd", raw, tmp_path / "straight", **SMALL))
     counted["looked"].clear(), counted["made"].clear()
     for index in (2, 0, 1, 1):  # one member comes twice, as after a requeue
-        share.survey_share("msd", raw, tmp_path / "shared", (index, 3), workers=1)
+        share.survey_share(BuildRequest("msd", raw, tmp_path / "shared", workers=1), (index, 3))
     assert (
         sorted(counted["looked"]) == sorted(set(counted["looked"])) and len(counted["looked"]) == 7
     )
     assert [
-        share.write_share("msd", raw, tmp_path / "shared", (index, 3), **SMALL)
+        share.write_share(BuildRequest("msd", raw, tmp_path / "shared", **SMALL), (index, 3))
         for index in (1, 2, 1)
     ] == [2, 2, 2]
     assert len(counted["made"]) == 4 and not (tmp_path / "shared").exists()
-    assert build("msd", raw, tmp_path / "shared", **SMALL).id == straight.id
+    assert build(BuildRequest("msd", raw, tmp_path / "shared", **SMALL)).id == straight.id
     assert len(counted["looked"]) == 7 and len(counted["made"]) == 7, (
         "what the members did is not done again"
     )
     assert files(tmp_path / "shared") == files(tmp_path / "straight")
     assert (
-        share.survey_share("msd", raw, tmp_path / "shared", (0, 3))
-        == share.write_share("msd", raw, tmp_path / "shared", (0, 3))
+        share.survey_share(BuildRequest("msd", raw, tmp_path / "shared"), (0, 3))
+        == share.write_share(BuildRequest("msd", raw, tmp_path / "shared"), (0, 3))
         == 0
     )
 
 
 def test_no_member_looks_at_what_another_left_undone(raw, tmp_path, counted):
-    share.survey_share("msd", raw, tmp_path / "store", (0, 2), workers=1)
-    assert share.write_share("msd", raw, tmp_path / "store", (0, 2), **SMALL) == 0
+    share.survey_share(BuildRequest("msd", raw, tmp_path / "store", workers=1), (0, 2))
+    assert share.write_share(BuildRequest("msd", raw, tmp_path / "store", **SMALL), (0, 2)) == 0
     assert len(counted["looked"]) == 4 and not counted["made"]
-    build("msd", raw, tmp_path / "store", **SMALL)
+    build(BuildRequest("msd", raw, tmp_path / "store", **SMALL))
     assert len(counted["looked"]) == 7
 
 
@@ -90,10 +91,10 @@ def test_all_problems_are_told_by_the_build(tmp_path, counted):
     for number in (0, 3):
         (raw / "imagesTr" / f"phantom_{number:03d}.nii.gz").write_bytes(b"no image")
     for index in (0, 1):
-        share.survey_share("msd", raw, tmp_path / "store", (index, 2), workers=1)
-        share.write_share("msd", raw, tmp_path / "store", (index, 2), **SMALL)
+        share.survey_share(BuildRequest("msd", raw, tmp_path / "store", workers=1), (index, 2))
+        share.write_share(BuildRequest("msd", raw, tmp_path / "store", **SMALL), (index, 2))
     with pytest.raises(DataError) as error:
-        build("msd", raw, tmp_path / "store", **SMALL)
+        build(BuildRequest("msd", raw, tmp_path / "store", **SMALL))
     assert {problem.case for problem in error.value.problems} == {"phantom_000", "phantom_003"}
     assert len(counted["looked"]) == 5 and not (tmp_path / "store").exists()
 
@@ -107,24 +108,24 @@ def test_one_failing_shard_does_not_stop_the_others(raw, tmp_path, monkeypatch):
         return make(job)
 
     monkeypatch.setattr("segfleet.preprocess.building.build.write_shard", broken)
-    share.survey_share("msd", raw, tmp_path / "store", (0, 1), workers=1)
+    share.survey_share(BuildRequest("msd", raw, tmp_path / "store", workers=1), (0, 1))
     with pytest.raises(RuntimeError, match="broken on purpose"):
-        share.write_share("msd", raw, tmp_path / "store", (0, 1), **SMALL)
+        share.write_share(BuildRequest("msd", raw, tmp_path / "store", **SMALL), (0, 1))
     assert len(list((tmp_path / "store.partial" / ".state" / "done").glob("*.json"))) == 6
 
 
 def test_members_share_the_claim_and_refuse_all_others(raw, tmp_path):
     out, partial = tmp_path / "store", tmp_path / "store.partial"
     with claimed(partial, out, shared=True), claimed(partial, out, shared=True):
-        share.survey_share("msd", raw, out, (0, 2), workers=1)
+        share.survey_share(BuildRequest("msd", raw, out, workers=1), (0, 2))
         with pytest.raises(InputError, match="another process is preprocessing into"):
-            build("msd", raw, out, **SMALL)
+            build(BuildRequest("msd", raw, out, **SMALL))
     with (
         claimed(partial, out),
         pytest.raises(InputError, match="another process is preprocessing into"),
     ):
-        share.survey_share("msd", raw, out, (0, 2), workers=1)
-    build("msd", raw, out, **SMALL)
+        share.survey_share(BuildRequest("msd", raw, out, workers=1), (0, 2))
+    build(BuildRequest("msd", raw, out, **SMALL))
 
 
 DISTURBED = """

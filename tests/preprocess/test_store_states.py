@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from segfleet.core.errors import InputError
 from segfleet.preprocess.building.build import build
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.phantoms.phantom import write_msd_phantom
 from segfleet.preprocess.stores.base import open_store
 from segfleet.preprocess.stores.content import content_sha256
@@ -33,7 +34,7 @@ def world() -> Path:
             place / f"raw{version}" / "msd", cases=3, seed=version, size=(4, 12, 12)
         )
         for format in ("zarr", "hdf5"):
-            build("msd", raw, place / f"{format}{version}", format, workers=1)
+            build(BuildRequest("msd", raw, place / f"{format}{version}", format=format, workers=1))
     return place
 
 
@@ -56,7 +57,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.damaged = False
 
     def build(self) -> str:
-        return build("msd", self.raw, self.out, self.format, workers=1).id
+        return build(BuildRequest("msd", self.raw, self.out, format=self.format, workers=1)).id
 
     @rule()
     def make(self) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from segfleet.core.errors import InputError
 from segfleet.preprocess.building.build import build
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.checking.check import survey
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
 from segfleet.preprocess.readers.base import open_reader
@@ -41,15 +42,18 @@ def test_a_store_of_images_alone_is_made_compared_and_has_ct_statistics(tmp_path
     whole = open_reader("lits", tmp_path / "raw")
     for ref in whole.refs():
         ref.labels[0].unlink()
-    found = build("lits", tmp_path / "raw", tmp_path / "s", workers=1, options=BARE)
+    found = build(BuildRequest("lits", tmp_path / "raw", tmp_path / "s", workers=1, options=BARE))
     assert len(found.cases) == 3 and not any(case.foreground for case in found.cases)
     assert found.fingerprint["intensity"][0]["std"] > 0
     image, label = open_store(tmp_path / "s").stored(found.cases[0])
     assert np.isfinite(image).all() and image.std() > 0 and not label.any()
-    assert build("lits", tmp_path / "raw", tmp_path / "s", workers=1, options=BARE) == found
+    assert (
+        build(BuildRequest("lits", tmp_path / "raw", tmp_path / "s", workers=1, options=BARE))
+        == found
+    )
     with pytest.raises(InputError, match="made from something else"):
         PHANTOMS["lits"](tmp_path / "other", cases=4)
-        build("lits", tmp_path / "other", tmp_path / "s", workers=1, options=BARE)
+        build(BuildRequest("lits", tmp_path / "other", tmp_path / "s", workers=1, options=BARE))
 
 
 def test_a_folder_needs_no_masks_and_a_mask_alone_is_no_case(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from segfleet.core.errors import InputError
 from segfleet.core.files import read_json, write_json
 from segfleet.core.machine import threads_of
+from segfleet.pipeline.launch.job import Predict, Train
 from segfleet.slurm import cluster, health, rank, submission, submitit_launcher
 from segfleet.slurm.jobspec import JobSpec, make_spec
 from segfleet.slurm.status import status
@@ -128,7 +129,8 @@ def test_arrays_are_split_where_the_cluster_wants_it(monkeypatch, tmp_path):
 
     monkeypatch.setattr(cluster, "call", call)
     monkeypatch.setattr(SlurmLauncher, "_array", array)
-    jobs = [(tmp_path / f"run{index}", {"do": "predict"}) for index in range(7)]
+    job = Predict(models=(), images=(), out=tmp_path)
+    jobs = [(tmp_path / f"run{index}", job) for index in range(7)]
     refused = 9
     taken = SlurmLauncher(live=True).submit_jobs(jobs, tmp_path, spec(throttle=6), "x", tmp_path)
     assert sent == [(3, 2), (3, 2), (1, 2)] and len({job.id for job in taken}) == 7
@@ -226,7 +228,7 @@ def test_what_kept_the_ranks_from_meeting_is_told_first(tmp_path):
 
 def submitted(run: Path) -> submission.Submission:
     asked = spec()
-    folder = submission.write_job(run, {"do": "train", "run": str(run)}, asked)
+    folder = submission.write_job(run, Train(recipe={}, run=run, root=run.parent), asked)
     return submission.record(
         folder, id="7", name="x", launcher="slurm", spec=asked, logs=run.parent / ".arrays" / "a",
         code=None, commit=None,
@@ -277,12 +279,12 @@ def test_scripts_and_jobs_name_paths_as_their_user_does(tiny_recipe, tmp_path, m
     monkeypatch.setenv("PWD", str(home))
     [(recipe, leaf)] = prepare.prepare("tiny.yaml", [], Path("runs"))
     assert leaf == home / "runs" / leaf.name and recipe.data.store == str(home / "store")
-    job = submission.train_job(leaf, prepare.describe(recipe), home / "runs")
+    job = Train(run=leaf, recipe=prepare.describe(recipe), root=home / "runs")
     folder = submission.write_job(leaf, job, spec())
     script = SlurmLauncher().script(leaf, home / "runs", spec())
     assert f"#SBATCH --chdir={home}\n" in script
     logs = {"id": "7", "name": "x", "launcher": "slurm", "code": None, "commit": None}
-    write_json(leaf / "recipe.json", job["recipe"])
+    write_json(leaf / "recipe.json", job.recipe)
     submission.record(folder, spec=spec(), logs=folder, **logs)
     told = "".join(path.read_text() for path in leaf.rglob("*.json"))
     for written in (script, told, str(submission.home_of(Path("store")))):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from segfleet.core.errors import InputError
+from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.stop import StopRequest
 from segfleet.slurm import (
     cluster,
@@ -129,14 +132,10 @@ def test_every_option_has_its_line(tmp_path):
         JobSpec.model_fields
     )
     spec = make_spec({"fruitless": 7, "time": 3, "stage_to": "$TMPDIR"}, places=())
-    job = json.loads(
-        (submission.write_job(tmp_path, {"do": "train"}, spec) / "job.json").read_text()
-    )
-    assert job == {
-        "do": "train",
-        "stage_to": "$TMPDIR",
-        "spec": {"gpus_per_node": 0, "lead": 60, "fruitless": 7},
-    }
+    asked = Train(recipe={}, root=tmp_path)
+    job, kept = submission.read_job(submission.write_job(tmp_path, asked, spec))
+    assert job == asked.model_copy(update={"stage_to": "$TMPDIR", "lines": True})
+    assert kept.spec.model_dump() == {"gpus_per_node": 0, "lead": 60, "fruitless": 7}
 
 
 def test_an_array_and_live_code_in_the_script():
@@ -310,10 +309,10 @@ def test_restarts_without_progress_end(tmp_path, monkeypatch, steps):
         folder = tmp_path / f"life-12.{life}"
         folder.mkdir()
         if life < len(steps) - 1:
-            rank.begin(folder, {"do": "train", "run": str(tmp_path)}, 3)
+            rank.begin(folder, Train(recipe={}, run=tmp_path, root=tmp_path), 3)
         else:
             with pytest.raises(rank.Fruitless, match="restarted 3 times at step 5"):
-                rank.begin(folder, {"do": "train", "run": str(tmp_path)}, 3)
+                rank.begin(folder, Train(recipe={}, run=tmp_path, root=tmp_path), 3)
 
 
 def test_results_of_another_job_of_the_same_id_never_count(tmp_path):
@@ -449,7 +448,9 @@ def test_silence_of_slurm_is_not_the_end_of_a_job(tmp_path, monkeypatch, capsys)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     jobs = []
     for number in range(4):
-        folder = submission.write_job(tmp_path / f"run{number}", {"do": "train"}, JobSpec())
+        folder = submission.write_job(
+            tmp_path / f"run{number}", Train(recipe={}, root=tmp_path), JobSpec()
+        )
         made = submission.record(folder, id=str(number), logs=folder, **facts)
         jobs.append(slurm_job.SlurmJob(tmp_path / f"run{number}", made))
     for number, name in enumerate(["ended.json", "failed-0.json"]):
@@ -505,7 +506,7 @@ def test_a_run_that_cannot_be_read_hides_no_other(tmp_path, capsys):
     ]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "recipe.json").write_text(text)
-    folder = submission.write_job(tmp_path / "a", {"do": "train"}, JobSpec())
+    folder = submission.write_job(tmp_path / "a", Train(recipe={}, root=tmp_path), JobSpec())
     submission.record(
         folder,
         id="1",
@@ -517,11 +518,9 @@ def test_a_run_that_cannot_be_read_hides_no_other(tmp_path, capsys):
         commit=None,
     )
     rows = status(tmp_path)
-    assert [row["state"] for row in rows] == ["unreadable", "waiting", "unreadable"]
-    assert (
-        "gone: unknown key" in rows[0]["reason"] and "c/recipe.json is damaged" in rows[2]["reason"]
-    )
-    assert rows[0]["job"] == "1" and rows[0].keys() == rows[1].keys()
+    assert [row.state for row in rows] == ["unreadable", "waiting", "unreadable"]
+    assert "gone: unknown key" in rows[0].reason and "c/recipe.json is damaged" in rows[2].reason
+    assert rows[0].job == "1"
     words.render(rows)
     assert "a is unreadable: " in capsys.readouterr().out
 
@@ -605,7 +604,7 @@ def test_a_name_with_bars_is_read(monkeypatch):
 
 def test_a_job_of_somebody_else_that_slurm_does_not_show_is_unknown(monkeypatch, tmp_path):
     made = submission.record(
-        submission.write_job(tmp_path, {"do": "train"}, make_spec({}, places=())),
+        submission.write_job(tmp_path, Train(recipe={}, root=tmp_path), make_spec({}, places=())),
         id="7", name="x", launcher="slurm", spec=make_spec({}, places=()), logs=tmp_path,
         code=None, commit=None,
     )  # fmt: skip
@@ -624,11 +623,11 @@ def test_code_that_is_not_what_was_submitted_is_refused(tmp_path, monkeypatch):
     life.mkdir()
     monkeypatch.setattr(submission, "progress_of", lambda _: 0)
     monkeypatch.setenv("SEGFLEET_CODE", snapshot.digest())
-    rank.begin(life, {"do": "train"}, 3)
+    rank.begin(life, Train(recipe={}, root=tmp_path), 3)
     assert json.loads((life / "life.json").read_text())["code"] == snapshot.digest()
     monkeypatch.setenv("SEGFLEET_CODE", "0" * 12)
     with pytest.raises(rank.OtherCode, match="000000000000"):
-        rank.begin(life, {"do": "train"}, 3)
+        rank.begin(life, Train(recipe={}, root=tmp_path), 3)
 
 
 def test_what_is_resumed_is_the_run_that_was_named(tiny_recipe, tmp_path, monkeypatch):
@@ -638,7 +637,7 @@ def test_what_is_resumed_is_the_run_that_was_named(tiny_recipe, tmp_path, monkey
 
     folder = tiny_recipe([{"name": "a", "epochs": 1, "steps": 1, "lr": 0.01}], batch=2)
     [(recipe, leaf)] = prepare.prepare(str(folder / "tiny.yaml"), [], tmp_path)
-    job = submission.train_job(leaf, prepare.describe(recipe), tmp_path)
+    job = Train(run=leaf, recipe=prepare.describe(recipe), root=tmp_path)
     refuse_if_another(leaf, job, None)
     jobs.check_same_run(job, leaf)
     with pytest.raises(InputError, match="lies in .* now"):
@@ -717,3 +716,23 @@ def test_who_comes_back(tmp_path, code, life, end, state, again):
     asked = tmp_path / "asked"
     assert done.returncode == code
     assert ("requeue 7" in asked.read_text().splitlines() if asked.exists() else False) is again
+
+
+def test_every_resource_is_an_option_of_submit_with_its_own_words():
+    from segfleet.cli.submit import IN_A_PROFILE, command
+
+    options = inspect.signature(command).parameters
+    for name, field in JobSpec.model_fields.items():
+        if name in IN_A_PROFILE:
+            assert name not in options
+            continue
+        kind, info = typing.get_args(options[name].annotation)
+        assert info.help.rstrip(".").lower() == field.description.rstrip(".").lower()
+        several = isinstance(field.default, tuple)
+        assert (list[str] in typing.get_args(kind)) is several, name
+    number = {
+        name
+        for name, one in options.items()
+        if int in typing.get_args(typing.get_args(one.annotation)[0])
+    }
+    assert number == {"nodes", "ranks_per_node", "cpus", "throttle", "warning"}

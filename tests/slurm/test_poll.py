@@ -11,6 +11,8 @@ import time
 import pytest
 
 from segfleet.core.errors import InputError
+from segfleet.pipeline.launch.job import Preprocess, Train
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.slurm import cluster, poll, submission
 from segfleet.slurm.job import SlurmJob, cancel, look_at_all, refuse_if_active
 from segfleet.slurm.jobspec import JobSpec
@@ -94,7 +96,7 @@ def test_a_job_is_never_judged_by_an_answer_from_before_it(squeue, tmp_path):
 def submitted(run, number: int, **options) -> SlurmJob:
     facts = {"launcher": "slurm", "code": None, "commit": None, "name": "fit"}
     facts["spec"] = JobSpec(**options)
-    folder = submission.write_job(run, {"do": "train"}, JobSpec())
+    folder = submission.write_job(run, Train(recipe={}, root=run.parent), JobSpec())
     return SlurmJob(run, submission.record(folder, id=str(number), logs=folder, **facts))
 
 
@@ -177,7 +179,9 @@ def test_logs_asks_rarely_and_ends_soon_after_the_ranks_say_so(squeue, tmp_path)
     """`logs -f` for four seconds: one question; the ranks' own word brings the next at once."""
     facts = {"launcher": "slurm", "spec": JobSpec(), "code": None, "commit": None, "name": "fit"}
     run = tmp_path / "out.jobs"
-    folder = submission.write_job(run, {"do": "preprocess"}, JobSpec())
+    folder = submission.write_job(
+        run, Preprocess(store=BuildRequest("msd", tmp_path, tmp_path / "out")), JobSpec()
+    )
     made = submission.record(folder, id="7", logs=folder, **facts)
     made.log(0).write_text("one\n")
     life = folder / "life-7.0"

@@ -15,10 +15,12 @@ import pytest
 import torch
 import yaml
 
+from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.launch.local import RankFailed, run_ranks
 from segfleet.pipeline.recipe import load_recipe
 from segfleet.slurm.prepare import prepare
 from segfleet.sweeps import slurm_backend
+from segfleet.sweeps.order import Order
 
 PLAIN, RESIDUAL = (
     {"name": f"{kind}_unet_2d", "options": {"features": [4, 8]}} for kind in ("plain", "resenc")
@@ -122,9 +124,7 @@ def test_a_sweep_of_jobs_survives_preemption_and_a_killed_controller(
     # a schedule that begins with the preempted stage, straight through
     below = next(path for path in submitted if path.parent == run)
     recipe = load_recipe(str(below / "recipe.json")).model_dump(mode="json")
-    run_ranks(
-        {"do": "train", "recipe": recipe, "root": str(tmp_path), "score": False}, 1, threads=1
-    )
+    run_ranks(Train(recipe=recipe, root=tmp_path, score=False), 1, threads=1)
     ours, alone = cluster.weights(below), cluster.weights(tmp_path / below.relative_to(runs))
     assert ours.keys() == alone.keys() and all(
         torch.equal(ours[name], alone[name]) for name in ours
@@ -186,21 +186,17 @@ def stage(cluster, monkeypatch):
         monkeypatch.setenv(name, cluster.environment[name])
     monkeypatch.setattr(slurm_backend, "LOOK", 0.0)
 
-    def order(seed: int, steps: int, **more) -> dict:
+    def order(seed: int, steps: int, **more) -> Order:
         root = cluster.folder / "stages"
         text = json.dumps([{"epochs": 1, "steps": steps, "lr": 1e-2}])
         [(recipe, path)] = prepare(
             str(cluster.folder / "tiny.yaml"), [f"seed={seed}", f"stages={text}"], root
         )
-        job = {
-            "do": "train",
-            "recipe": recipe.model_dump(mode="json"),
-            "root": str(root),
-            "score": False,
-            **more,
-        }
-        options = {"cluster": None, "spec": {}}
-        return {"path": str(path), "job": job, "options": options, "sweep": "stages"}
+        job = Train(recipe=recipe.model_dump(mode="json"), root=root, score=False, **more)
+        return Order(
+            job=job, node=path.name, path=path, sweep=root, begin=0, steps=steps, on="slurm",
+            options={"cluster": None, "spec": {}},
+        )  # fmt: skip
 
     return order
 
@@ -210,7 +206,7 @@ def test_a_silent_controller_is_waited_for(cluster, stage):
     """While it is away a job is submitted later, neither taken for lost nor submitted again, and
     nothing untrue is said of it."""
     order, told = stage(1, 100_000), []
-    run = Path(order["path"])
+    run = order.path
 
     def silence() -> None:
         os.kill(cluster.sandbox.pids()["slurmctld"], signal.SIGTERM)
@@ -265,11 +261,10 @@ def test_the_hours_of_a_budget_end_a_job_for_good(cluster, stage):
     scored, submitted again neither."""
     order = stage(2, 3)
     slurm_backend.Slurm().run(order, lambda: None)
-    assert (Path(order["path"]) / "done.json").exists() and not (
-        Path(order["path"]) / "evaluation.json"
-    ).exists()
+    assert (order.path / "done.json").exists()
+    assert not (order.path / "evaluation.json").exists()
     order = stage(2, 100_000, max_seconds=20)
-    run = Path(order["path"])
+    run = order.path
     with pytest.raises(RankFailed) as stopped:
         slurm_backend.Slurm().run(order, lambda: None)
     assert (
@@ -278,7 +273,7 @@ def test_the_hours_of_a_budget_end_a_job_for_good(cluster, stage):
         and len(cluster.events(run, "stopped")) == 1
     )
     first = json.loads((run / "slurm" / "0001" / "job.json").read_text())
-    assert "max_seconds" not in first and first["score"] is False
+    assert first["max_seconds"] is None and first["score"] is False
     (run / "stop").unlink(missing_ok=True)
     again = json.loads(cluster.segfleet("resume", run, "--json").stdout)
     assert json.loads((run / "slurm" / "0002" / "job.json").read_text()) == first
@@ -286,7 +281,7 @@ def test_the_hours_of_a_budget_end_a_job_for_good(cluster, stage):
     cluster.wait(lambda: cluster.queue(again["job"])[0] == "CANCELLED", 30, "the end")
 
     order = stage(3, 100_000, max_seconds=2)
-    order["options"]["spec"]["sbatch"] = ("--hold",)
+    order.options["spec"]["sbatch"] = ("--hold",)
     with pytest.raises(RankFailed, match="is cancelled") as stopped:
         slurm_backend.Slurm().run(order, lambda: None)
     assert stopped.value.exit_code == 75

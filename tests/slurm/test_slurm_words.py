@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from segfleet.core.errors import InputError
+from segfleet.pipeline.launch.job import Predict
 from segfleet.preprocess.phantoms.phantom import write_msd_phantom
 
 SHORT = ("stages.0.epochs=1", "stages.0.steps=3", "stages.1.steps=2")
@@ -151,12 +152,11 @@ def test_a_prediction_goes_on_and_lists_what_cannot_be_segmented(straight, tmp_p
     for path in pictures:
         Image.fromarray(np.full((30, 40), 9, np.uint8)).save(path)
     pictures[1].write_bytes(b"no image")
-    job = {
-        "do": "predict",
-        "models": [straight(1, *SHORT)["stages"][-1]],
-        "images": list(map(str, pictures)),
-        "out": str(tmp_path / "out"),
-    }
+    job = Predict(
+        models=[straight(1, *SHORT)["stages"][-1]],
+        images=list(map(str, pictures)),
+        out=str(tmp_path / "out"),
+    )
     with pytest.raises(Interrupted, match="stopped after 1 of 3 images"):
         jobs.run_job(job, Ranks(), SimpleNamespace(asked=lambda: True))
     first = (tmp_path / "out" / "picture0.png").stat().st_mtime_ns

@@ -13,6 +13,7 @@ import pytest
 
 from segfleet.preprocess.building import shard_job
 from segfleet.preprocess.building.build import build
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
 
 HEAD = """
@@ -68,7 +69,7 @@ def segfleet(*words, cwd) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_a_cluster_makes_the_bytes_of_one_machine_and_goes_on(cluster, tmp_path):
     raw = PHANTOMS["kvasir_seg"](tmp_path / "raw", cases=10)
-    build("kvasir_seg", raw, tmp_path / "here", workers=1)
+    build(BuildRequest("kvasir_seg", raw, tmp_path / "here", workers=1))
     words = ("preprocess", "kvasir_seg", "--raw", raw, "--out", tmp_path / "there")
     words = (*words, "--on", "ray", "--address", cluster, "--json")
     # a first run that was killed when a member had looked at its cases

@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.launch.local import run_ranks
 from segfleet.pipeline.recipe import load_recipe
 
@@ -148,7 +149,7 @@ def test_a_sweep_is_killed_and_goes_on_and_a_failing_stage_takes_only_its_own(
     for leaf in (leaves[0], leaves[-1]):  # the same schedule, straight through, alone
         recipe = load_recipe(str(Path(leaf["path"]) / "recipe.json")).model_dump(mode="json")
         run_ranks(
-            {"do": "train", "recipe": recipe, "root": str(tmp_path / "alone"), "score": False},
+            Train(recipe=recipe, root=tmp_path / "alone", score=False),
             1,
             threads=1,
         )

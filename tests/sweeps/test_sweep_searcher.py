@@ -47,9 +47,9 @@ def test_a_whole_sweep_runs_every_node_once(ledger):
         if order == FINISHED:
             break
         if order is not None:
-            assert order["begin"] == (0 if len(order["job"]["recipe"]["stages"]) == 1 else 100)
-            assert order["job"]["score"] == (order["begin"] == 100)
-            running.append((f"t{number}", order["node"]))
+            assert order.begin == (0 if len(order.job.recipe["stages"]) == 1 else 100)
+            assert order.job.score == (order.begin == 100)
+            running.append((f"t{number}", order.node))
         waited += order is None
         if order is None or len(running) == 3:
             name, uid = running.pop(0)
@@ -61,7 +61,7 @@ def test_a_whole_sweep_runs_every_node_once(ledger):
 
 def test_every_ending_is_noted(ledger):
     search = TreeSearch(ledger, ledger.order_of)
-    nodes = [search.next(f"t{i}")["node"] for i in range(4)]
+    nodes = [search.next(f"t{i}").node for i in range(4)]
     assert search.next("wait") is None
     search.ended("t0", {"state": "failed", "message": "why"})
     search.ended("t1", {"epochs": 3, "dice": 0.1})  # stopped by the scheduler
@@ -74,7 +74,7 @@ def test_every_ending_is_noted(ledger):
         "ready",
     ]
     assert ledger.note(ledger.tree.nodes[nodes[1]], "pruned")["epochs"] == 3
-    assert search.next("t4")["node"] == nodes[3]
+    assert search.next("t4").node == nodes[3]
     (ledger.folder / "stop").touch()
     assert search.next("t5") == FINISHED
 
@@ -203,9 +203,9 @@ def test_a_search_hands_out_pauses_and_goes_on_with_the_best(search, space, tmp_
 
     tree = session()
     orders = [tree.next(f"t{i}") for i in range(3)]
-    assert [order["job"]["pause_at"] for order in orders] == [6, 6, 6]
+    assert [order.job.pause_at for order in orders] == [6, 6, 6]
     for i, order in enumerate(orders):
-        path = plan.runs / plan.tree.nodes[order["node"]].path
+        path = plan.runs / plan.tree.nodes[order.node].path
         path.mkdir(parents=True)
         event = {"event": "validation", "step": 6, "dice": 0.1 * (i + 1)}
         (path / "events.jsonl").write_text(json.dumps(event) + "\n")
@@ -213,10 +213,10 @@ def test_a_search_hands_out_pauses_and_goes_on_with_the_best(search, space, tmp_
         tree.ended(f"t{i}", {"state": "paused", "epochs": 2, "dice": 0.1 * (i + 1)})
     for again in (tree, tree := session()):  # another one knows it from disk
         order = again.next("again")
-        assert order["node"] == orders[2]["node"] and "pause_at" not in order["job"]
-        again.ledger.mark(plan.tree.nodes[order["node"]], "paused", epochs=2, dice=0.3)
-    finish(tree.ledger, order["node"], summary={"mean_foreground_dice": 0.3})
-    tree.ledger.unmark(plan.tree.nodes[order["node"]], "paused")
+        assert order.node == orders[2].node and order.job.pause_at is None
+        again.ledger.mark(plan.tree.nodes[order.node], "paused", epochs=2, dice=0.3)
+    finish(tree.ledger, order.node, summary={"mean_foreground_dice": 0.3})
+    tree.ledger.unmark(plan.tree.nodes[order.node], "paused")
     tree.ended("again", {"state": "done"})
     assert tree.next("end") == FINISHED
     assert sorted(tree.ledger.states().values()) == ["done", "paused", "paused"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
-from pathlib import Path
 
 import pytest
 
+from segfleet.pipeline.launch.job import Train
 from segfleet.sweeps import slurm_backend, threads
+from segfleet.sweeps.order import Order
 from segfleet.sweeps.results.ledger import Ledger
 from segfleet.sweeps.results.outcome import write_outcome
 from segfleet.sweeps.search.asha import Rungs
@@ -38,10 +39,10 @@ def ends(order):
     from segfleet.pipeline.scoring.scored import score_facts, write_evaluation
     from segfleet.preprocess.stores.manifest import load_manifest
 
-    path, done = Path(order["path"]), {"checkpoint": "step-00000001"}
+    path, done = order.path, {"checkpoint": "step-00000001"}
     path.mkdir(parents=True, exist_ok=True)
     (path / "done.json").write_text(json.dumps(done))
-    recipe = parse(order["job"]["recipe"])
+    recipe = parse(order.job.recipe)
     facts = score_facts(recipe, load_manifest(recipe.data.store), done)
     dice = 0.5 + int(path.name[:2], 16) / 1000
     summary = {"mean_foreground_dice": dice, "mean_foreground_dice_ci95": None, "patients": 1}
@@ -55,12 +56,12 @@ def test_every_node_is_trained_once_and_no_more_than_the_slots_at_a_time(tree, m
     at_work, most, seen, both = set(), [], [], threading.Barrier(2, timeout=60)
 
     def play(order, report, watch):
-        at_work.add(order["node"])
+        at_work.add(order.node)
         both.wait()  # two are at work together, always
         most.append(len(at_work))
         ends(order)
-        seen.append(order["node"])
-        at_work.discard(order["node"])
+        seen.append(order.node)
+        at_work.discard(order.node)
         return {"state": "done"}
 
     monkeypatch.setattr(threads, "perform", play)
@@ -77,7 +78,7 @@ def test_a_sweep_of_a_hundred_points_adds_ten_files_to_those_of_its_stages(
     played = []
 
     def play(order, report, watch):
-        played.append(order["path"])
+        played.append(order.path)
         ends(order)
         return {"state": "done"}
 
@@ -90,7 +91,7 @@ def test_a_sweep_of_a_hundred_points_adds_ten_files_to_those_of_its_stages(
     threads.drive(TreeSearch(ledger, plan.order, slots=8), 8, threading.Event())
     write_outcome(plan, ledger)
     assert len(played) == 110 and json.loads((plan.folder / "outcome.json").read_text())["ranking"]
-    stages = {path for name in played for path in (Path(name), *Path(name).iterdir())}
+    stages = {path for own in played for path in (own, *own.iterdir())}
     other = set((tmp_path / "runs").rglob("*")) - stages
     assert len(other) <= 10, sorted(other)
 
@@ -164,7 +165,7 @@ def test_a_full_queue_is_waited_for(tmp_path, monkeypatch):
 
     answers = [QueueFull("QOSMaxSubmitJobPerUserLimit"), QueueFull("busy"), "job"]
 
-    def submit(*_):
+    def submit(*_, **__):
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
@@ -173,8 +174,8 @@ def test_a_full_queue_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(SlurmLauncher, "submit_jobs", submit)
     monkeypatch.setattr(slurm_backend, "LOOK", 0.01)
     monkeypatch.setattr(slurm_backend.cluster, "there_is_one", lambda: True)
-    job = {"root": str(tmp_path), "recipe": {}}
-    order = {"path": tmp_path, "options": {}, "job": job, "sweep": str(tmp_path)}
+    job = Train(root=tmp_path, recipe={})
+    order = Order(job=job, node="a", path=tmp_path, sweep=tmp_path, begin=0, steps=1)
     stop, ticks = tmp_path / "stop", []
     assert slurm_backend.Slurm()._submit(order, lambda: ticks.append(1), stop) == "job"
     assert len(ticks) == 2 and not answers
@@ -194,13 +195,13 @@ def test_stages_that_others_train_are_waited_for(tree, monkeypatch):
     assert (search.ledger.path(nodes[0]) / LOCK).exists()
 
     def play(order, report, watch):
-        played.append(order["node"])
+        played.append(order.node)
         ends(order)
         return {"state": "done"}
 
     def later():
         for node, lock in zip(nodes, locks, strict=False):
-            ends({"path": search.ledger.path(node), "job": search.order_of(node)["job"]})
+            ends(search.order_of(node))
             lock.release()
 
     monkeypatch.setattr(threads, "perform", play)

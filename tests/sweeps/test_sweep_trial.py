@@ -56,11 +56,8 @@ def test_a_trunk_goes_on_bitwise_like_the_long_stage_alone(plan, tmp_path, monke
     # not one step of the trunk again
     assert [event["from_step"] for event in events if event["event"] == "resumed"] == [2]
     assert [event["steps"] for event in events if event["event"] == "stage_start"] == [6]
-    run_ranks(
-        {**plan.order(long)["job"], "root": str(tmp_path / "straight"), "score": False},
-        1,
-        threads=1,
-    )
+    alone = plan.order(long).of_job(root=tmp_path / "straight", score=False)
+    run_ranks(alone.job, 1, threads=1)
     assert same(plan.runs / long.path, tmp_path / "straight" / long.path)
     assert (
         not (tmp_path / "straight" / long.path / "evaluation.json").exists()
@@ -86,7 +83,7 @@ def test_a_trunk_brings_its_best_checkpoint_along(search, space, tmp_path, monke
     (checkpoints / "step-00000002").rename(tmp_path / "gone")  # as if killed between the two
     assert trial.perform(plan.order(long), print) == {"state": "done"}
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000001", "step-00000003"]
-    run_ranks({**plan.order(long)["job"], "root": str(tmp_path / "straight")}, 1, threads=1)
+    run_ranks(plan.order(long).of_job(root=tmp_path / "straight").job, 1, threads=1)
     assert same(plan.runs / long.path, tmp_path / "straight" / long.path)
     ours, straight = (
         json.loads((root / long.path / "evaluation.json").read_text())
@@ -172,7 +169,7 @@ def test_validations_are_reported_once_whatever_is_rewritten(plan):
     short, long = plan.tree.walk()
     path, reports = plan.runs / long.path, []
     path.mkdir(parents=True)
-    order = {**plan.order(long), "begin": 10}
+    order = plan.order(long).model_copy(update={"begin": 10})
     follow = trial.Validations(path, order, reports.append)
     line = '{"event": "validation", "step": %d, "epoch": 0, "dice": 0.5}\n'
     follow.poll()
@@ -195,7 +192,7 @@ def test_ranks_can_be_started_outside_the_main_thread(tmp_path):
 
     def work():
         try:
-            run_ranks({"do": "nothing"}, 1, threads=1)
+            run_ranks(SimpleNamespace(document=lambda: {"do": "nothing"}), 1, threads=1)
         except RankFailed as error:
             caught.append(error)
 
@@ -231,16 +228,18 @@ def test_the_stop_file_and_the_run_of_somebody_else_are_left_alone(plan, monkeyp
 def test_a_job_that_somebody_else_submitted_is_neither_waited_for_nor_stopped(plan, monkeypatch):
     """It may still be queued, so that no lock says whose the stage is."""
     order = plan.order(next(iter(plan.tree.nodes.values())), on="slurm")
-    path, job = Path(order["path"]), {"do": "train"}
+    path, sweep = order.path, [None]
     path.mkdir(parents=True, exist_ok=True)
     (path / "stop").touch()
-    queued = SimpleNamespace(submission=SimpleNamespace(job=lambda: job))
+    queued = SimpleNamespace(
+        submission=SimpleNamespace(kept=lambda: SimpleNamespace(sweep=sweep[0]))
+    )
     monkeypatch.setattr(slurm_backend.Slurm, "_known", lambda *_: queued)
     monkeypatch.setattr(slurm_backend.Slurm, "run", lambda *_: waited.append(order))
     waited = []
     assert trial.perform(order, print) == {"state": "busy"}
-    job["sweep"] = "/runs/sweeps/another"
+    sweep[0] = Path("/runs/sweeps/another")
     assert trial.perform(order, print) == {"state": "busy"}
     assert waited == [] and (path / "stop").read_text() == ""
-    job["sweep"] = order["sweep"]  # an earlier controller of this sweep submitted it
+    sweep[0] = order.sweep  # an earlier controller of this sweep submitted it
     assert trial.perform(order, print) == {"state": "done"} and waited == [order]

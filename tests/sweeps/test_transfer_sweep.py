@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from segfleet.core.errors import InputError
 from segfleet.pipeline.events import read_events
 from segfleet.pipeline.jobs import run_job
+from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import resolve
 from segfleet.pipeline.stop import StopRequest
@@ -170,12 +171,9 @@ def test_a_shared_path_is_bitwise_the_path_alone_even_after_kill_9(space, tmp_pa
     assert killed and killed[0] != os.getpid() and len(resumed) == 1
     for number, leaf in plan.tree.leaves.items():
         recipe = plan.trials[number].recipe
-        job = {"do": "train", "recipe": recipe.model_dump(mode="json"), "score": False}
-        run_job(
-            job | {"root": str(tmp_path / f"alone{number}")},
-            Ranks(torch.device("cpu")),
-            StopRequest(),
-        )
+        settings, root = recipe.model_dump(mode="json"), tmp_path / f"alone{number}"
+        job = Train(recipe=settings, score=False, root=root)
+        run_job(job, Ranks(torch.device("cpu")), StopRequest())
         path = plan.tree.nodes[leaf].path
         ours, alone = final(plan.runs / path), final(tmp_path / f"alone{number}" / path)
         assert ours.keys() == alone.keys() and all(torch.equal(ours[n], alone[n]) for n in ours)
