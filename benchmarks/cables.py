@@ -2,7 +2,8 @@
 
 `tc netem` does this inside the kernel, where the kernel has it. This does it in a process: every
 namespace has a TUN device, whose packets wait until a cable of `rate` bytes/s would have sent them
-and for `delay` seconds more. A cable is one of the sender's; what arrives is not held up. Needs root.
+and for `delay` seconds more. A cable is one of the sender's; what arrives is not held up. Needs
+root.
 """
 
 from __future__ import annotations

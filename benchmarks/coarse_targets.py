@@ -6,8 +6,8 @@ Two data sets (slices of hippocampi, and of the left ventricle in cine MRI) and 
 supervising coarse heads in a small plain U-Net: nnU-Net's (at 1/2 of the size, weights 2/3 and 1/3,
 the coarsest dropped) and E2MISeg's (at 1/4 and 1/8, weights 4/7, 2/7, 1/7). For every seed both
 rules start from the same weights and see the same batches, so that differences are paired. Scored
-on held-out cases: Dice of the finest head, and of each supervised coarse head enlarged to full size.
-Kept in benchmarks/results/coarse_targets.json after every training; the same command goes on.
+on held-out cases: Dice of the finest head, and of each supervised coarse head enlarged to full
+size. Kept in benchmarks/results/coarse_targets.json after every training; the same command goes on.
 """
 
 from __future__ import annotations

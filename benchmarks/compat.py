@@ -2,9 +2,9 @@
 
 Each set gets a fresh environment: versions by `uv pip compile`, wheels from the configured index
 (gigabytes: torch comes with CUDA), tests on the CPU. `python benchmarks/compat.py [SET ...]`; needs
-uv, and the Pythons on PATH or under pyenv. `--keep FOLDER` leaves environments and the tests' output
-there. What was installed and what failed goes to results/compat.json. Exit code 1 if anything
-failed or the tests did not come to their end.
+uv, and the Pythons on PATH or under pyenv. `--keep FOLDER` leaves environments and the tests'
+output there. What was installed and what failed goes to results/compat.json. Exit code 1 if
+anything failed or the tests did not come to their end.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python benchmarks/damage.py [--work FOLDER] [--seconds N] [--only WORD]
 
 A small world is made once: raw data, a store (Zarr and HDF5), two finished runs, one that was
-stopped, predictions, scores, a model file, a sweep, folds. Of every kind of file one is then flipped
-(two bits in its middle), truncated, emptied, filled with zeros, deleted, or swapped with another's
-of its kind, in a fresh copy of that world, and a command is run, a fork of a process that has
-everything imported (`forked.py`). What is right is what the same command says and leaves in the
+stopped, predictions, scores, a model file, a sweep, folds. Of every kind of file one is then
+flipped (two bits in its middle), truncated, emptied, filled with zeros, deleted, or swapped with
+another's of its kind, in a fresh copy of that world, and a command is run, a fork of a process that
+has everything imported (`forked.py`). What is right is what the same command says and leaves in the
 undamaged world, run twice: what differs between the two is no result.
 
 JSON documents are crafted, too: valid, without their hash, but of another kind,
@@ -453,7 +453,8 @@ def names_of(path: str) -> Iterator[str]:
 
 
 def rights(world: World, name: str, words: list[str]) -> Result:
-    """What the command says and leaves where nothing is damaged, as far as that is the same twice."""
+    """What the command says and leaves where nothing is damaged, as far as that is the same
+    twice."""
     seen = []
     for _ in range(2):
         world.mend()

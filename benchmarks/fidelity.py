@@ -7,9 +7,9 @@ layer, beside the authors' rule. targets: coarse targets of deep supervision aga
 `nearest-exact`, which nnU-Net v2 uses, on real volumes. nnunet: predictions of imported nnU-Nets
 against nnU-Net's own, voxel by voxel; DIR is what `benchmarks/nnunet_side.py` left, made in an
 environment that holds nnunetv2. Target: 99.9 % of voxels equal, with foreground in them. recipes:
-two published set-ups end to end at reduced length on the nuclei of the 2018 Data Science Bowl, every
-way of counting printed side by side. Results are kept in benchmarks/results/fidelity.json, part by
-part.
+two published set-ups end to end at reduced length on the nuclei of the 2018 Data Science Bowl,
+every way of counting printed side by side. Results are kept in benchmarks/results/fidelity.json,
+part by part.
 """
 
 from __future__ import annotations

@@ -289,7 +289,8 @@ def work(start: int, stop: int, names, known, layouts, folder: str, at, out) -> 
 
 
 def mutants(count: int, until: str, only: str) -> None:
-    """Those up to number `count` that the saved result has not; it is saved again every few hundred."""
+    """Those up to number `count` that the saved result has not; it is saved again every few
+    hundred."""
     with tempfile.TemporaryDirectory() as folder:
         known = seeds(Path(folder))
     names = [name for name in known if not name.endswith(".raw")]

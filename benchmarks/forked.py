@@ -1,8 +1,8 @@
 """segfleet's commands as copies of one warm process, for benchmarks that start thousands of them.
 
 What takes seconds is imported once, in `warm`. `start` forks; where the product starts a new
-interpreter for a rank or a forkserver, that is a fork as well: the same tree of processes, sessions,
-signals and environments, without the imports. Ray's own processes are started as ever.
+interpreter for a rank or a forkserver, that is a fork as well: the same tree of processes,
+sessions, signals and environments, without the imports. Ray's own processes are started as ever.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def adopt() -> None:
 def start(
     folder: Path, words: list[str], *, out: Path | None = None, err: Path, **environment: str
 ) -> int:
-    """`segfleet WORDS` in `folder`; its process number. `err` is appended to, `out` written anew."""
+    """`segfleet WORDS` in `folder`; its process number. `err` is appended to, `out` written
+    anew."""
     sys.stdout.flush()
     sys.stderr.flush()
     if child := os.fork():

@@ -8,8 +8,8 @@ Peak resident memory above that of the imports:
 maps     a small network, large maps: 8 classes of 64 x 192 x 192 voxels on the raw grid
 weights  a large network, small maps: 16 million parameters, which do not stay loaded five times
 
-A volume of 40 classes, 64 x 192 x 192 voxels on the raw grid, 48 x 128 x 128 on the network's, which
-is two convolutions, so that little but the tools is measured:
+A volume of 40 classes, 64 x 192 x 192 voxels on the raw grid, 48 x 128 x 128 on the network's,
+which is two convolutions, so that little but the tools is measured:
 
 predict  NIfTI in, NIfTI out: reading, resampling, tiles of half an overlap, resampling back
 export   only the way back, from logits on the network's grid to a NIfTI file

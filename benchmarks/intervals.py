@@ -1,5 +1,5 @@
-"""How often a 95 % interval holds the true mean: percentile and BCa bootstrap (scipy's), Student's t
-and the product's studentised bootstrap, for 3 to 50 patients and four kinds of scores.
+"""How often a 95 % interval holds the true mean: percentile and BCa bootstrap (scipy's), Student's
+t and the product's studentised bootstrap, for 3 to 50 patients and four kinds of scores.
 
     python benchmarks/intervals.py [repetitions]
 

@@ -1,5 +1,6 @@
-"""What describes a data set, damaged: JSON, tables and lists of every layout, as people edit them and
-as disks lose them. The files of images are damaged by `files_mutants.py`, which runs this one too.
+"""What describes a data set, damaged: JSON, tables and lists of every layout, as people edit them
+and as disks lose them. The files of images are damaged by `files_mutants.py`, which runs this one
+too.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ the filter it picks per array, its blocks and chunks). Both then draw batches of
 default training augmentation, in turns, each in a process of its own, one thread a process, every
 round with another seed; what is counted is the CPU time of that process and its loader processes
 after the first batches, so start-up is left out. nnU-Net's targets for deep supervision are left
-out too, since ours are made on the device. ENVIRONMENT holds nnunetv2 (benchmarks/preprocess.py installs one).
+out too, since ours are made on the device. ENVIRONMENT holds nnunetv2 (benchmarks/preprocess.py
+installs one).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The tests behind the marker `long`: outcome and seconds of each.
 
-`python benchmarks/long.py [WORDS OF PYTEST ...]`: folders, files, `-k EXPRESSION`; all without. What
-is not asked for keeps its last result in results/long.json. Exit code 1 if anything failed.
+`python benchmarks/long.py [WORDS OF PYTEST ...]`: folders, files, `-k EXPRESSION`; all without.
+What is not asked for keeps its last result in results/long.json. Exit code 1 if anything failed.
 """
 
 from __future__ import annotations

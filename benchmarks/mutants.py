@@ -1,5 +1,5 @@
-"""Do the tests bite? Small faults are put into the code that decides results, one at a time, and the
-tests of that code are run: a fault that no test notices is a survivor.
+"""Do the tests bite? Small faults are put into the code that decides results, one at a time, and
+the tests of that code are run: a fault that no test notices is a survivor.
 
     python benchmarks/mutants.py [--per 40] [--seed 2026] [MODULE ...]
 

@@ -3,10 +3,11 @@ it predict. It runs in an environment that holds nnunetv2, and imports nothing o
 
     ENV/bin/python benchmarks/nnunet_side.py DATA WORK SET
 
-hippocampus_turned drops every second column of the images, so that the last axis is the coarsest and
-nnU-Net's plans turn the axes. DATA holds Task04_Hippocampus and sunnybrook_acdc_layout. SET is one of `SETS`. Leaves in WORK/SET:
-model (nnU-Net's model folder), images, predictions_FOLD, single_FOLD (the same with sums of tiles in
-single precision; nnU-Net's are in half) and nothing else that anybody reads.
+hippocampus_turned drops every second column of the images, so that the last axis is the coarsest
+and nnU-Net's plans turn the axes. DATA holds Task04_Hippocampus and sunnybrook_acdc_layout. SET is
+one of `SETS`. Leaves in WORK/SET: model (nnU-Net's model folder), images, predictions_FOLD,
+single_FOLD (the same with sums of tiles in single precision; nnU-Net's are in half) and nothing
+else that anybody reads.
 """
 
 from __future__ import annotations

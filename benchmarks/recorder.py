@@ -1,9 +1,9 @@
 """What a training step asks of the network: every collective with its bytes, and when the step
 starts it and waits for it, of a real training that runs as rank 0 of any number of ranks.
 
-The other ranks are pretended: this process group answers at once as if every rank had sent the same.
-So the calls are those of the code as it is, of DistributedDataParallel and of DeepSpeed, for 512
-ranks too, and the time between them is what this rank computes.
+The other ranks are pretended: this process group answers at once as if every rank had sent the
+same. So the calls are those of the code as it is, of DistributedDataParallel and of DeepSpeed, for
+512 ranks too, and the time between them is what this rank computes.
 """
 
 from __future__ import annotations

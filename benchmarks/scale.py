@@ -5,13 +5,13 @@
     python benchmarks/scale.py 100000 --table         a manifest of so many cases without shards: open and draws alone
     python benchmarks/scale.py 20000 --only check     steps whose name begins so; others keep their figures
 
-Every step is a process of its own: CPU seconds of it and of all that it started, the largest resident
-memory of any one of them, and the files that are there afterwards. Check and preprocess run with one
-worker and with two. `open` and `draws` are measured inside their process, without imports; a loader
-process's own memory is what it does not share (USS).
+Every step is a process of its own: CPU seconds of it and of all that it started, the largest
+resident memory of any one of them, and the files that are there afterwards. Check and preprocess
+run with one worker and with two. `open` and `draws` are measured inside their process, without
+imports; a loader process's own memory is what it does not share (USS).
 
-CPU seconds grow with what else the machine does: `loop_ms` is what a fixed loop of Python took beside a step, so
-steps of different hours may be compared.
+CPU seconds grow with what else the machine does: `loop_ms` is what a fixed loop of Python took
+beside a step, so steps of different hours may be compared.
 
 Results: benchmarks/results/scale.json, by label and number of pictures.
 """
@@ -168,7 +168,8 @@ def files_in(folder: Path) -> int:
 
 
 def write_table(root: Path, count: int) -> Path:
-    """A manifest as that of `count` pictures with 256 sampled voxels each: no shards, no pictures."""
+    """A manifest as that of `count` pictures with 256 sampled voxels each: no shards, no
+    pictures."""
     from segfleet.preprocess.stores.case_table import CaseTable
     from segfleet.preprocess.stores.manifest import (
         CaseEntry,

@@ -4,12 +4,12 @@
     python benchmarks/scaling.py predict     step times of networks on a cluster with GPUs
     python benchmarks/scaling.py predict --gpus-per-node 4 --between 12.5e9 --step-ms 250
 
-A prediction has three parts, none of them fitted to what it predicts. What the training computes and
-which collectives it starts, when, with how many bytes: recorded of the real training loop and engine,
-which run as rank 0 of so many pretended ranks (`recorder.py`). What a collective takes: its
-algorithm's number of messages, with the delay and the speed of the links. How both overlap: a replay,
-in which a collective begins when it is started and the one before it has ended, and the step goes on
-where it waited once that has ended.
+A prediction has three parts, none of them fitted to what it predicts. What the training computes
+and which collectives it starts, when, with how many bytes: recorded of the real training loop and
+engine, which run as rank 0 of so many pretended ranks (`recorder.py`). What a collective takes: its
+algorithm's number of messages, with the delay and the speed of the links. How both overlap: a
+replay, in which a collective begins when it is started and the one before it has ended, and the
+step goes on where it waited once that has ended.
 
 `check` trains over gloo on real processes in network namespaces (`cables.py`), root alone can. The
 batch grows with the ranks, so every rank computes the same. Ranks and cables have the priority of

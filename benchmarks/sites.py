@@ -1,5 +1,5 @@
-"""Clusters as sites run them: all long tests of tests/slurm on real SLURM sandboxes, and scripts that
-rebuild what users have reported. Needs root and Debian's SLURM with its accounting.
+"""Clusters as sites run them: all long tests of tests/slurm on real SLURM sandboxes, and scripts
+that rebuild what users have reported. Needs root and Debian's SLURM with its accounting.
 
 `python benchmarks/sites.py [--tests] [--cases FOLDER] [NAME ...]`. A script exits 0 where all is
 right, 1 where the fault is back. What is not asked for keeps its last result in results/sites.json;

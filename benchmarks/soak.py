@@ -2,10 +2,10 @@
 
     python benchmarks/soak.py [--steps 20000] [--minutes 60]
 
-The smallest network and patch on a tiny store, one rank, two loader processes, logs and a checkpoint
-every 500 steps. Every five seconds all processes of the command are looked at. Growth is that of the medians of
-the third and the last quarter of the samples: the first half warms caches up. --minutes ends it in
-order before all steps are done; the result says how many were.
+The smallest network and patch on a tiny store, one rank, two loader processes, logs and a
+checkpoint every 500 steps. Every five seconds all processes of the command are looked at. Growth is
+that of the medians of the third and the last quarter of the samples: the first half warms caches
+up. --minutes ends it in order before all steps are done; the result says how many were.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 
 A grid of two stages (ten points share each first stage) on a tiny store. Instead of being trained a
 stage gets what training and scoring leave. Every size runs in a process of its own, as the process
-does that waits for SLURM jobs: without Ray, without torch. Measured in CPU seconds: the plan, then the
-search from the first stage to the last; calls of `os.stat` and `open` per stage; the peak of memory.
-`--tune`: so many trials of plain Ray Tune that report one number, Ray's processes included.
+does that waits for SLURM jobs: without Ray, without torch. Measured in CPU seconds: the plan, then
+the search from the first stage to the last; calls of `os.stat` and `open` per stage; the peak of
+memory. `--tune`: so many trials of plain Ray Tune that report one number, Ray's processes included.
 A size that stands in the results is not run again; --again runs it.
 """
 

@@ -5,10 +5,10 @@
 Three ways between real data sets: Hippocampus (MR) to heart (MR), back, and fluorescence to stained
 tissue of DSB 2018. Every way starts from a masked autoencoder (labels off), from supervised
 pre-training (labels on) and from nothing, at equal steps of fine-tuning; with 5, 10 and 20 labelled
-cases, nested; three seeds. A gain is the Dice of a start minus that from nothing, paired case by case,
-the mean over seeds, its 95 % interval over patients. Then, with 10 cases from the supervised start,
-what each schedule of fine-tuning adds. Small networks and short runs: they show directions, not what
-a large pre-training can do. Stages that are trained already are found again in DIR/runs.
+cases, nested; three seeds. A gain is the Dice of a start minus that from nothing, paired case by
+case, the mean over seeds, its 95 % interval over patients. Then, with 10 cases from the supervised
+start, what each schedule of fine-tuning adds. Small networks and short runs: they show directions,
+not what a large pre-training can do. Stages that are trained already are found again in DIR/runs.
 
 Result: benchmarks/results/transfer.json, written after every run.
 """

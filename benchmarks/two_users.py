@@ -3,11 +3,11 @@
     sudo python benchmarks/two_users.py
     sudo env STEPS=30 python benchmarks/two_users.py       on a slow machine
 
-As root a training with two ranks, two loader processes each and a staged copy is started, in a place
-that everybody may enter, as on a cluster. While it runs, a process of the user nobody tries whatever
-the system lets it try: files, processes, sockets, ports, shared memory, places that are about to be
-used. Every attempt must come away with nothing, and the training must end with the weights of an
-undisturbed one. Then the same with a Ray of `segfleet sweep`.
+As root a training with two ranks, two loader processes each and a staged copy is started, in a
+place that everybody may enter, as on a cluster. While it runs, a process of the user nobody tries
+whatever the system lets it try: files, processes, sockets, ports, shared memory, places that are
+about to be used. Every attempt must come away with nothing, and the training must end with the
+weights of an undisturbed one. Then the same with a Ray of `segfleet sweep`.
 """
 
 from __future__ import annotations

@@ -32,8 +32,9 @@ def command(
     root: Annotated[Path, typer.Option("--runs", help="Folder of all runs.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Compare runs on the same cases: paired differences with intervals over patients, sign-flip and
-    Wilcoxon tests with Holm's correction, ranks. The difference is the later run minus the earlier.
+    """Compare runs on the same cases: paired differences with intervals over patients, sign-flip
+    and Wilcoxon tests with Holm's correction, ranks. The difference is the later run minus the
+    earlier.
     """
     from segfleet.pipeline.reports.comparison import write_comparison
     from segfleet.pipeline.scoring.compare import DEFAULT, compare, known_metrics

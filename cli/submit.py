@@ -36,8 +36,8 @@ class Request:
 
 
 def with_resources(function: Callable[..., None]) -> Callable[..., None]:
-    """In place of `**resources` an option for every field of a JobSpec, with the field's description
-    as its help."""
+    """In place of `**resources` an option for every field of a JobSpec, with the field's
+    description as its help."""
     own = list(inspect.signature(function, eval_str=True).parameters.values())[:-1]
     more = []
     for name, field in JobSpec.model_fields.items():
@@ -115,8 +115,8 @@ def command(
     """Submit RECIPE to SLURM. The job saves and comes back by itself after time limits, preemption
     and node failures.
 
-    After --, one of the commands preprocess, evaluate, predict and sweep with all its words: it is checked
-    now, and done by SLURM.
+    After --, one of the commands preprocess, evaluate, predict and sweep with all its words: it is
+    checked now, and done by SLURM.
     """
     from segfleet.cli import submit_words
     from segfleet.core.errors import InputError

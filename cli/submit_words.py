@@ -182,8 +182,8 @@ def prediction(arguments: dict[str, Any]) -> tuple[list[Step], Path, Path]:
 def sweeping(
     arguments: dict[str, Any], words: list[str], options: dict[str, Any]
 ) -> tuple[list[Step], Path, dict[str, Any]]:
-    """The job of a whole sweep. With --on slurm it only waits for its stages' jobs: one process. Else
-    its ranks run inside it, and it has one task with all of a node's GPUs."""
+    """The job of a whole sweep. With --on slurm it only waits for its stages' jobs: one process.
+    Else its ranks run inside it, and it has one task with all of a node's GPUs."""
     from segfleet.core.errors import InputError
     from segfleet.pipeline.launch.job import Command
     from segfleet.slurm.submission import home_of

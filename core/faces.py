@@ -8,7 +8,8 @@ from typing import Any
 
 
 def public(package: str, names: dict[str, str]) -> Callable[[str], Any]:
-    """A module's `__getattr__` (PEP 562). names: public name -> module of the package that has it."""
+    """A module's `__getattr__` (PEP 562). names: public name -> module of the package that has
+    it."""
 
     def get(name: str) -> Any:
         if name not in names:

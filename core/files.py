@@ -17,8 +17,8 @@ from typing import Any
 
 
 def absolute(path: str | Path) -> Path:
-    """`path` from the root, as its user sees it: through the links of $PWD. What a link leads to (an
-    automounted home's /net/...) need not be there on other machines."""
+    """`path` from the root, as its user sees it: through the links of $PWD. What a link leads to
+    (an automounted home's /net/...) need not be there on other machines."""
     here = os.environ.get("PWD", "")
     try:
         seen = os.path.isabs(here) and os.path.samefile(here, ".")

@@ -1,4 +1,5 @@
-"""What one process or a group of ranks is asked to do: plain data, which launchers carry as JSON."""
+"""What one process or a group of ranks is asked to do: plain data, which launchers carry as
+JSON."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Imported first by the server that worker processes start from (multiprocessing's forkserver).
 
-A process that is killed while it asks for a worker leaves one without orders, of which Python prints
-a traceback. Nobody waits for that worker, so nobody is told.
+A process that is killed while it asks for a worker leaves one without orders, of which Python
+prints a traceback. Nobody waits for that worker, so nobody is told.
 """
 
 from __future__ import annotations

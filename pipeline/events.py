@@ -22,8 +22,8 @@ THIN = 20_000  # steps of a stage after which its file gets fewer of them
 
 
 def read_events(folder: Path) -> Iterator[dict[str, Any]]:
-    """Events of a stage folder in order. A line cut off by a kill is left out, as is a file that was
-    put there from another stage."""
+    """Events of a stage folder in order. A line cut off by a kill is left out, as is a file that
+    was put there from another stage."""
     path = Path(folder) / EVENTS
     if not path.exists():
         return
@@ -131,9 +131,9 @@ def comes_to_file(last: int, step: int) -> bool:
 
 
 class EventLog:
-    """Appends events. Those of steps get fewer as a stage gets longer (`comes_to_file`). Opened at a
-    step, it forgets what a killed process logged after the checkpoint of that step. `listen` hears every event as it is written, `trackers` the numbers of
-    those that have a step."""
+    """Appends events. Those of steps get fewer as a stage gets longer (`comes_to_file`). Opened at
+    a step, it forgets what a killed process logged after the checkpoint of that step. `listen`
+    hears every event as it is written, `trackers` the numbers of those that have a step."""
 
     def __init__(
         self,

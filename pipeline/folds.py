@@ -1,4 +1,5 @@
-"""All folds of a recipe: a run for each, and one score over all their cases once each run is scored.
+"""All folds of a recipe: a run for each, and one score over all their cases once each run is
+scored.
 
 Every case is scored by the one network that was not trained on it (out of fold). Such a score lies
 in `runs/folds/<uid>/`, as evaluation.json and report.html like a run's own; recipe.json says

@@ -1,9 +1,9 @@
 """Low-rank adaptation (Hu et al. 2022, LoRA): of a linear or convolution layer the inherited weight
 stays, and a product of two thin matrices is learnt and added to it.
 
-A convolution's weight (out, in, *kernel) is taken as a matrix of `out` rows. Checkpoints hold the sum
-under the layer's own name, so that whoever reads one, to score, predict, export or go on, sees a
-network without adapters; the matrices lie beside it, for the stage itself to be resumed.
+A convolution's weight (out, in, *kernel) is taken as a matrix of `out` rows. Checkpoints hold the
+sum under the layer's own name, so that whoever reads one, to score, predict, export or go on, sees
+a network without adapters; the matrices lie beside it, for the stage itself to be resumed.
 """
 
 from __future__ import annotations

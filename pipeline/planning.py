@@ -1,4 +1,5 @@
-"""A complete recipe for a store, a device and a budget of time, with a sentence beside every choice.
+"""A complete recipe for a store, a device and a budget of time, with a sentence beside every
+choice.
 
 Spacing and patch are the preprocessing planner's (nnU-Net's rules, `preprocess/planning/plan.py`),
 the network's stages those of `models/nnunet/topology.py`. What cannot be known from the data is
@@ -484,10 +485,11 @@ def measure(
     steps: int,
     enough: float = math.inf,
 ) -> Measured:
-    """The fastest of a few optimizer steps on random patches, after one to warm up, unless that took
-    more than `enough` seconds of computing: then it alone, so that planning for a small budget does
-    not take longer than the budget; and the memory they held (of CPUs the growth of this process, or None if it did not grow). On CPUs that others
-    use, too, its computing time over the threads: a plan outlives the hour in which it is made."""
+    """The fastest of a few optimizer steps on random patches, after one to warm up, unless that
+    took more than `enough` seconds of computing: then it alone, so that planning for a small budget
+    does not take longer than the budget; and the memory they held (of CPUs the growth of this
+    process, or None if it did not grow). On CPUs that others use, too, its computing time over the
+    threads: a plan outlives the hour in which it is made."""
     import psutil
 
     process = psutil.Process()

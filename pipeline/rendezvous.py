@@ -217,8 +217,8 @@ def is_loopback(address: str) -> bool:
 
 def choose_interface(address: str) -> None:
     """Let gloo and NCCL talk over the interface on the way to `address`, where rank 0 listens,
-    unless the user's variables say which. Gloo itself would take the address of the host's own name, which
-    Debian maps to the loopback. Within one machine NCCL needs no word."""
+    unless the user's variables say which. Gloo itself would take the address of the host's own
+    name, which Debian maps to the loopback. Within one machine NCCL needs no word."""
     import psutil
 
     own = own_address_towards(address)

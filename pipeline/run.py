@@ -369,8 +369,8 @@ def stage_folders(root: Path, recipe: Recipe, manifest: Manifest | Manifests) ->
 
 
 def folder_at(path: Path) -> Path:
-    """A run's own folder, absolute. Links above it stay; it lies in its earlier stages, so one that is
-    itself a link is followed."""
+    """A run's own folder, absolute. Links above it stay; it lies in its earlier stages, so one that
+    is itself a link is followed."""
     path = absolute(path)
     while path.is_symlink():
         path = absolute(path.parent / os.readlink(path))

@@ -66,8 +66,8 @@ class Task:
         return logits.float() if self.averages == "logits" else self.probabilities(logits)
 
     def labels(self, probabilities: Tensor) -> Tensor:
-        """(K, *S) averaged scores -> (*S) uint8 label values; of equals the first; later regions are
-        painted over earlier ones."""
+        """(K, *S) averaged scores -> (*S) uint8 label values; of equals the first; later regions
+        are painted over earlier ones."""
         # channel by channel: torch's argmax over the slowest axis takes ten times as long on a CPU
         if self.head == "softmax":
             best = probabilities[0].clone()

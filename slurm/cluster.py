@@ -175,8 +175,8 @@ def chosen(spec: JobSpec, known: Mapping[str, Partition]) -> list[Partition]:
 
 
 def settled(spec: JobSpec) -> JobSpec:
-    """The same with GPUs of the whole job (`gpus`) shared out to as few nodes as the partition allows.
-    Raises InputError."""
+    """The same with GPUs of the whole job (`gpus`) shared out to as few nodes as the partition
+    allows. Raises InputError."""
     if spec.gpus is None:
         return spec
     (kind, count), known = typed(spec.gpus), partitions(spec.clusters)

@@ -147,8 +147,8 @@ class JobSpec(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _whole_job(cls, options: Any) -> Any:
-        """GPUs of the whole job, shared out to its nodes. Without nodes they wait for `cluster.settled`,
-        which knows how many a node has."""
+        """GPUs of the whole job, shared out to its nodes. Without nodes they wait for
+        `cluster.settled`, which knows how many a node has."""
         if not isinstance(options, dict) or options.get("gpus") in (None, ""):
             return options
         text = str(options["gpus"])

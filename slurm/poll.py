@@ -87,8 +87,8 @@ class Answers:
 
 
 class Pace:
-    """When a command that follows jobs looks again: after `seconds()`, then after twice as long each
-    time nothing has changed, five minutes at most."""
+    """When a command that follows jobs looks again: after `seconds()`, then after twice as long
+    each time nothing has changed, five minutes at most."""
 
     def __init__(self) -> None:
         self.first = self.interval = seconds()

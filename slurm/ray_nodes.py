@@ -1,5 +1,6 @@
 """A Ray cluster inside a SLURM job: one task of each node starts Ray there, the first one's command
-uses it, and all of it goes with the job. The cluster's token is drawn anew and known to this user alone."""
+uses it, and all of it goes with the job. The cluster's token is drawn anew and known to this user
+alone."""
 
 from __future__ import annotations
 
@@ -40,8 +41,8 @@ def run(
     stop: StopRequest,
     command: Callable[[list[str], dict[str, str]], Outcome],
 ) -> Outcome:
-    """The part of one node. `command` gets the words that name the cluster and its environment; it is
-    called on the first node alone, when all nodes are there."""
+    """The part of one node. `command` gets the words that name the cluster and its environment; it
+    is called on the first node alone, when all nodes are there."""
     address = life / "ray"
     if rank:
         facts = rendezvous.published(address, rank)

@@ -16,8 +16,8 @@ from segfleet.slurm.submission import submissions
 
 
 def status(root: Path) -> list[Row]:
-    """The rows of pipeline.status, with what SLURM knows of their jobs. Works without accounting and
-    without SLURM."""
+    """The rows of pipeline.status, with what SLURM knows of their jobs. Works without accounting
+    and without SLURM."""
     runs = run_folders(root)
     rows = [_row(run) for run in runs]
     found = look_at_all(

@@ -113,8 +113,8 @@ def submissions(run: Path) -> list[Submission]:
 
 
 def _load(path: Path) -> Submission | None:
-    """A submission where it lies now: folders of runs are moved, and seen under other names. None: a copy, or
-    damaged."""
+    """A submission where it lies now: folders of runs are moved, and seen under other names. None:
+    a copy, or damaged."""
     facts = read_json(path)
     try:
         made = Submission(**facts) if facts else None

@@ -134,7 +134,8 @@ class SlurmLauncher:
     def _hand_over(
         self, folders: list[str], logs: Path, name: str, spec: JobSpec, code: Path | None
     ) -> list[Any]:
-        """submitit's jobs, in as many arrays as the cluster's MaxArraySize asks for: all or none."""
+        """submitit's jobs, in as many arrays as the cluster's MaxArraySize asks for: all or
+        none."""
         if shutil.which("sbatch") is None:
             raise InputError(
                 "sbatch: not found; this machine has no SLURM. `segfleet train` runs here without "

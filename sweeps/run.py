@@ -318,8 +318,8 @@ class Session:
 @contextmanager
 def listening(folder: Path, leaves: bool) -> Iterator[threading.Event]:
     """Ctrl-C and the like: the ranks save and stop, by the file `stop` in the folder, which anybody
-    may write. Ctrl-C twice: at once. In a job of its own, of a sweep whose stages are jobs, a signal
-    says that this process goes alone: the event is set."""
+    may write. Ctrl-C twice: at once. In a job of its own, of a sweep whose stages are jobs, a
+    signal says that this process goes alone: the event is set."""
     asked: set[int] = set()
     leave, alone = threading.Event(), leaves and os.environ.get(LEAVE) == "1"
 

@@ -1,5 +1,5 @@
-"""A search without Ray: a thread per node waits for its job. For back ends whose ranks run elsewhere;
-the process that waits holds no model and needs little memory."""
+"""A search without Ray: a thread per node waits for its job. For back ends whose ranks run
+elsewhere; the process that waits holds no model and needs little memory."""
 
 from __future__ import annotations
 

@@ -3,9 +3,9 @@
 A fenced block without a language is commands if its first line begins with a program; ```python is
 run, too. All pages share one folder, README first, so a page finds what the ones before it made.
 What a reader has and we have not is made here: raw data (a phantom of the layout named), images to
-predict, RUN (the run that README trains). `submit` and `sweep` rehearse (`--dry-run`); commands that need a
-submitted job or daemons are only parsed, and run for real in tests/slurm. In an HTML comment above
-a block a page may say
+predict, RUN (the run that README trains). `submit` and `sweep` rehearse (`--dry-run`); commands
+that need a submitted job or daemons are only parsed, and run for real in tests/slurm. In an HTML
+comment above a block a page may say
 
     <!-- first: segfleet datasets lits phantom raw/lits -->     to be run before it
     <!-- test: not here -->                                     parse it: needs a network or a GPU

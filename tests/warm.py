@@ -238,7 +238,8 @@ def ignored() -> set[int]:
 
 
 def finish(code: Any) -> None:
-    """As an interpreter ends, but for taking torch apart, which takes longer than many a command."""
+    """As an interpreter ends, but for taking torch apart, which takes longer than many a
+    command."""
     if not isinstance(code, int):
         print(code, file=sys.stderr)
         code = 1

@@ -1,9 +1,9 @@
 """Names of tensors in other people's weight files, and what they are called here.
 
-The networks of a family share one file `models/foreign/<family>.py` with `TABLE`: one table, one for
-each network by name, or, where names depend on a network's options, a function of its name and the
-network. A table is total in both directions: every tensor of the file has a place or is ignored by
-name, and every tensor of the network gets exactly one.
+The networks of a family share one file `models/foreign/<family>.py` with `TABLE`: one table, one
+for each network by name, or, where names depend on a network's options, a function of its name and
+the network. A table is total in both directions: every tensor of the file has a place or is ignored
+by name, and every tensor of the network gets exactly one.
 """
 
 from __future__ import annotations

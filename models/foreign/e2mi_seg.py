@@ -1,7 +1,7 @@
-"""E2MISeg as released (SoloTillDawn/E2MISeg), one table for each data set: what a hybrid block holds
-differs. Convolutions are MONAI's, whose tensors lie one level deeper (`conv1.conv.weight`). The
-attention is `epa_block` in the older of two designs and `cs_block` in the newer: a file of one does
-not fit a network of the other, though every shape does."""
+"""E2MISeg as released (SoloTillDawn/E2MISeg), one table for each data set: what a hybrid block
+holds differs. Convolutions are MONAI's, whose tensors lie one level deeper (`conv1.conv.weight`).
+The attention is `epa_block` in the older of two designs and `cs_block` in the newer: a file of one
+does not fit a network of the other, though every shape does."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The compiled kernels of augmentation (`kernels.cpp`), built on first use. Without a compiler numpy
-and torch do the same operations in the same order: the same bits, some five times slower."""
+"""The compiled kernels of augmentation (`kernels.cpp`), built on first use. Without a compiler
+numpy and torch do the same operations in the same order: the same bits, some five times slower."""
 
 from __future__ import annotations
 

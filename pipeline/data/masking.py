@@ -1,5 +1,5 @@
-"""What is hidden of a patch that a network is to reconstruct: cubes of voxels. He et al. 2022 (masked
-autoencoders)."""
+"""What is hidden of a patch that a network is to reconstruct: cubes of voxels. He et al. 2022
+(masked autoencoders)."""
 
 from __future__ import annotations
 

@@ -108,8 +108,8 @@ class PatchSampler:
 
 @dataclass(frozen=True, kw_only=True)
 class MixedSampler:
-    """Draws from several stores, each with a sampler of its own: in every stretch of as many samples
-    as the weights (less their common divisor) add up to, each has exactly its weight.
+    """Draws from several stores, each with a sampler of its own: in every stretch of as many
+    samples as the weights (less their common divisor) add up to, each has exactly its weight.
 
     So sample i is a pure function of (seed, stage, epoch, i), as it is for one store, and the cases
     of each store are visited as if it were alone. Samples centred on foreground come from stores

@@ -79,8 +79,8 @@ def predict_files(
     ranks: Ranks | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Segment the images `inputs` (files, folders, stores, raw data sets) into the folder `out`; one label file each,
-    written whole or not at all. Several `members` are an ensemble.
+    """Segment the images `inputs` (files, folders, stores, raw data sets) into the folder `out`;
+    one label file each, written whole or not at all. Several `members` are an ensemble.
 
     Files that were made of the same image in the same way are kept, so an interrupted call goes on;
     those of another image of that name or of other settings are written again, and a file that is

@@ -14,7 +14,8 @@ from segfleet.preprocess.readers.base import Layout
 
 
 class Train(Job):
-    """Train what is missing of every stage, then score it. How data are reached changes no result."""
+    """Train what is missing of every stage, then score it. How data are reached changes no
+    result."""
 
     do: Literal["train"] = "train"
     recipe: dict[str, Any]

@@ -64,8 +64,8 @@ class DeepSupervision(nn.Module):
 
 
 def nearest(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Resample the last len(size) axes to `size`: coarse voxel i takes the voxel its centre lies in,
-    ⌊(i + 1/2) · old / new⌋, as PyTorch's "nearest-exact", which nnU-Net uses."""
+    """Resample the last len(size) axes to `size`: coarse voxel i takes the voxel its centre lies
+    in, ⌊(i + 1/2) · old / new⌋, as PyTorch's "nearest-exact", which nnU-Net uses."""
     for axis, new in zip(range(x.ndim - len(size), x.ndim), size, strict=True):
         old = x.shape[axis]
         if old != new:

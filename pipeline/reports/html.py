@@ -1,5 +1,6 @@
-"""Reports as HTML: one file each, nothing from elsewhere. What a page says is put together in Python,
-what it looks like stands in `templates/`, where every value is escaped unless it is `Markup`.
+"""Reports as HTML: one file each, nothing from elsewhere. What a page says is put together in
+Python, what it looks like stands in `templates/`, where every value is escaped unless it is
+`Markup`.
 """
 
 from __future__ import annotations

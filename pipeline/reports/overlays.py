@@ -46,8 +46,8 @@ def save_overlays(
     report reads.
 
     `slices(ids)` gives a slice's number and its predicted labels (Y, X) on the stored grid for each
-    case, as scoring kept them: that is where the pictures are drawn; the scores are those of the raw
-    grid. The index is written last, so it never names a picture that is not there.
+    case, as scoring kept them: that is where the pictures are drawn; the scores are those of the
+    raw grid. The index is written last, so it never names a picture that is not there.
     """
     folder = Path(run) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)

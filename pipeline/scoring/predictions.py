@@ -107,7 +107,8 @@ def score_predictions(
 
 
 def pairs(predictions: Path, truth: Path, partial: bool) -> tuple[list[Pair], list[str]]:
-    """The cases in natural order, and those of the truth without a prediction. Raises InputError."""
+    """The cases in natural order, and those of the truth without a prediction. Raises
+    InputError."""
     ours, theirs = label_files(predictions, "predictions"), label_files(truth, "truth")
     both = sorted(ours.keys() & theirs.keys(), key=natural)
     missing = sorted(theirs.keys() - ours.keys(), key=natural)
@@ -168,8 +169,8 @@ def task_for(predictions: Path, truth: Path, labels: Mapping[str, int] | None) -
 
 
 def described(folder: Path) -> Task | None:
-    """The task that a folder's dataset.json (nnU-Net's or the Decathlon's) or labels.json describes.
-    Raises InputError."""
+    """The task that a folder's dataset.json (nnU-Net's or the Decathlon's) or labels.json
+    describes. Raises InputError."""
     file = folder / DESCRIPTIONS[0]
     if file.is_file():
         document = read_json(file)

@@ -51,8 +51,9 @@ CASES = "scored"  # a folder of the cases that are scored already, while it last
 def forward_of(
     model: nn.Module, task: Task, recipe: Recipe, device: torch.device, *, logits: bool = False
 ) -> Callable[[Tensor], Tensor]:
-    """`forward(image) -> probabilities` (or logits, by `task.averages`), with the recipe's precision
-    and memory format, without gradients. With `logits`, (B, 2K, *S): the logits follow the probabilities."""
+    """`forward(image) -> probabilities` (or logits, by `task.averages`), with the recipe's
+    precision and memory format, without gradients. With `logits`, (B, 2K, *S): the logits follow
+    the probabilities."""
 
     @torch.no_grad()
     def forward(image: Tensor) -> Tensor:
@@ -228,8 +229,9 @@ class Scorer:
         )
 
     def score_on(self, folders: list[StageFolder], test: TestSet, trained: Manifest) -> Path:
-        """Score a finished run on other cases, those of `test` in this scorer's store, into a folder
-        of its own; `trained`: data set and plan of the run. Its evaluation.json names run and store.
+        """Score a finished run on other cases, those of `test` in this scorer's store, into a
+        folder of its own; `trained`: data set and plan of the run. Its evaluation.json names run
+        and store.
         """
         run, ids = folders[-1].path, test.ids(self.store.manifest)
         test.check(self.recipe, trained, self.store.manifest)

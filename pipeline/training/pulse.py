@@ -285,7 +285,8 @@ class Pulse:
         return {rank: beat for rank, beat in now.items() if beat}
 
     def _alone(self, error: Exception) -> None:
-        """The store does not answer: rank 0, whose it is, is stopped or gone. Wait out the limit."""
+        """The store does not answer: rank 0, whose it is, is stopped or gone. Wait out the
+        limit."""
         while not self._end.wait(LOOK):
             since, now = self.since, time.monotonic()
             if since is None:

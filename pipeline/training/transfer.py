@@ -1,5 +1,5 @@
-"""What a stage takes over from the stage before it: planned whole, tensor by tensor, before anything
-is loaded.
+"""What a stage takes over from the stage before it: planned whole, tensor by tensor, before
+anything is loaded.
 
 Of equal names and shapes the values. A head of other classes gets the rows of the labels that both
 have; a first layer of other channels is filled from the channels there were; a 3D network takes a

@@ -1,5 +1,6 @@
-"""How large a packed picture inside another file (a tile of TIFF, a frame of DICOM) says that it is.
-Its decoder asks for the memory that its own header speaks of, whatever the file around it says."""
+"""How large a packed picture inside another file (a tile of TIFF, a frame of DICOM) says that it
+is. Its decoder asks for the memory that its own header speaks of, whatever the file around it
+says."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def check_boxes(data: bytes, path: Path) -> None:
 
 def own_size(head: bytes) -> tuple[int, int]:
     """(width, height) that a picture's own header says; zeros where it cannot be told, which the
-    decoder then tells. JPEG and JPEG-LS are looked through as decoders do, which pass over rubbish."""
+    decoder then tells. JPEG and JPEG-LS are looked through as decoders do, which pass over
+    rubbish."""
     if head[:2] == b"\xff\xd8":
         return _of_jpeg(head)
     from PIL import Image

@@ -1,5 +1,5 @@
-"""Whether two grids are one, and a label laid from one grid onto another without resampling: turned,
-exchanged and shifted by whole voxels, as the affines say."""
+"""Whether two grids are one, and a label laid from one grid onto another without resampling:
+turned, exchanged and shifted by whole voxels, as the affines say."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ def make_splits(
 
 
 def kfold(members: Sequence[Member], folds: int, seed: int) -> Folds:
-    """Patients ordered by site or class, then by the labels they have, then by how much foreground; each run of `folds` of
-    them is dealt out at random.
+    """Patients ordered by site or class, then by the labels they have, then by how much foreground;
+    each run of `folds` of them is dealt out at random.
 
     So every fold gets its share of rare labels and of small ones.
     """
@@ -123,7 +123,8 @@ def published(ids: Sequence[str]) -> dict[str, Folds]:
     70/10/20 and 80/10/10, whose test parts are splits of their own.
 
     Source: specification `datasets_2d` (UNeXt: seed 41; U-KAN and Rolling-UNet: 2981, 6142, 1187),
-    `unet_lite` (70/15/15, seed 42) and `asc_seg` (ISIC 2018 70/10/20, PH2 80/10/10, BUSI 80/20, seed 42).
+    `unet_lite` (70/15/15, seed 42) and `asc_seg` (ISIC 2018 70/10/20, PH2 80/10/10, BUSI 80/20,
+    seed 42).
     """
     names = sorted(ids)
     found = {f"80-20-seed{seed}": random_split(names, 0.2, seed) for seed in SEEDS}

@@ -38,7 +38,8 @@ SHARED = ("base", "pairs", "places", "unlabelled")  # what several layouts use
 @dataclass(frozen=True, kw_only=True)
 class CaseRef:
     """Where the files of one case lie. `labels` is empty where nobody asks for them, and where one
-    document holds those of all cases. `group` is the patient; empty: the case is a patient of its own. `stratum` is what folds are to be balanced over: a site, or a class of the data set. `said`
+    document holds those of all cases. `group` is the patient; empty: the case is a patient of its
+    own. `stratum` is what folds are to be balanced over: a site, or a class of the data set. `said`
     is what a description of many cases says of this one, and counts for its hash as its files do.
     """
 

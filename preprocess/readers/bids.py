@@ -1,4 +1,5 @@
-"""BIDS with segmentations in derivatives: sub-*/.../*_T1w.nii.gz and derivatives/*/.../*_dseg.nii.gz.
+"""BIDS with segmentations in derivatives: sub-*/.../*_T1w.nii.gz and
+derivatives/*/.../*_dseg.nii.gz.
 
 Source: BIDS 1.9, "Imaging data derivatives: segmentations".
 """

@@ -124,8 +124,8 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _areas(outline: Any, shape: tuple[int, int], file: Path) -> list[Area]:
-    """The parts of one thing, which are never holes: polygons [[x, y, x, y, ...], ...], or runs down
-    the columns. Raises ImageError."""
+    """The parts of one thing, which are never holes: polygons [[x, y, x, y, ...], ...], or runs
+    down the columns. Raises ImageError."""
     try:
         if isinstance(outline, list):
             return [filled([np.array(polygon, float)], shape) for polygon in outline]

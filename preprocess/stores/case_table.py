@@ -1,7 +1,8 @@
 """The cases of a store as a table: mapped from its file, an entry made when it is asked for.
 
-A part of a table is the same file and the numbers of its rows, and so is what a loader process gets:
-a hundred thousand cases are opened in a fraction of a second and lie in memory once per machine.
+A part of a table is the same file and the numbers of its rows, and so is what a loader process
+gets: a hundred thousand cases are opened in a fraction of a second and lie in memory once per
+machine.
 """
 
 from __future__ import annotations
@@ -233,8 +234,8 @@ class SplitTable(Mapping[str, tuple[dict[str, tuple[str, ...]], ...]]):
     """The splits of a store; the ids of one are gathered when it is asked for."""
 
     def __init__(self, cases: CaseTable, arrays: Arrays, spans: Mapping[str, Any]):
-        """`spans`: name -> folds of {side: (start, stop)} in the array `split.case` of case numbers;
-        numbers beyond the cases are those of `split.other`."""
+        """`spans`: name -> folds of {side: (start, stop)} in the array `split.case` of case
+        numbers; numbers beyond the cases are those of `split.other`."""
         self._cases, self._arrays, self._spans = cases, arrays, spans
         self._known: dict[str, tuple[dict[str, tuple[str, ...]], ...]] = {}
 

@@ -1,5 +1,5 @@
-"""Named arrays and columns of text in one file, which is mapped, not read: all processes of a machine
-share its memory.
+"""Named arrays and columns of text in one file, which is mapped, not read: all processes of a
+machine share its memory.
 
 The file is a safetensors file (https://huggingface.co/docs/safetensors): eight bytes of length, a
 JSON header, the arrays. Text is UTF-8, one after the other (`NAME.text`), with where each ends

@@ -1,11 +1,11 @@
 """Zarr v3 shards: a folder `<shard>.zarr` is a plain group of the arrays image, label and, where
 there is one, truth.
 
-zarr-python makes the group and describes its arrays. Each is one shard file with small inner chunks,
-which we write ourselves (zarr_array.py). The group holds the arrays' metadata too (consolidated), so
-that one file is read to open a shard. The cases of a shard are stacked along z, each from a chunk
-border on, so that thousands of 2D images are seven files and any Zarr tool still shows them as
-slices; the group's attribute `cases` says where each lies.
+zarr-python makes the group and describes its arrays. Each is one shard file with small inner
+chunks, which we write ourselves (zarr_array.py). The group holds the arrays' metadata too
+(consolidated), so that one file is read to open a shard. The cases of a shard are stacked along z,
+each from a chunk border on, so that thousands of 2D images are seven files and any Zarr tool still
+shows them as slices; the group's attribute `cases` says where each lies.
 """
 
 from __future__ import annotations

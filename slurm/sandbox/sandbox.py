@@ -110,9 +110,9 @@ class Sandbox:
     """The daemons of one folder. `environment` is what programs need to talk to them.
 
     `accounting`: with slurmdbd and a database of its own. `remembers`: seconds for which the
-    controller knows a job that has ended. `gpus`: how many of which type every node pretends, four at most.
-    `further`: lines of slurm.conf. `beside`: a running sandbox with accounting; this is another
-    cluster, called `name`, of its database.
+    controller knows a job that has ended. `gpus`: how many of which type every node pretends, four
+    at most. `further`: lines of slurm.conf. `beside`: a running sandbox with accounting; this is
+    another cluster, called `name`, of its database.
     """
 
     def __init__(

@@ -3,8 +3,8 @@ this process dies.
 
 It reads an order from stdin, {"space", "base", "runs", "resources", "seconds"}, and writes a line
 of JSON for everything that happens:
-{"joined": true} when Ray is there, {"epochs": [done, total]}, {"closing": true} before Ray is shut down in order, {"error": message,
-"code": exit code}. All state is on disk.
+{"joined": true} when Ray is there, {"epochs": [done, total]}, {"closing": true} before Ray is shut
+down in order, {"error": message, "code": exit code}. All state is on disk.
 """
 
 from __future__ import annotations

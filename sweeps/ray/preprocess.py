@@ -1,8 +1,9 @@
 """A store made on a running Ray cluster: the shares that a SLURM array works on, as tasks of Ray.
 
-Every task is one process of one core on some node, with the raw data and OUT.partial on a disk that all
-nodes see. What it finished stays, whatever happens to it; the command itself does what is missing,
-publishes and reports, so the bytes are those of one machine. Ray knows no state: a second run goes on.
+Every task is one process of one core on some node, with the raw data and OUT.partial on a disk that
+all nodes see. What it finished stays, whatever happens to it; the command itself does what is
+missing, publishes and reports, so the bytes are those of one machine. Ray knows no state: a second
+run goes on.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def spread(
     cases: int,
     tick: Callable[[str, int, int], None],
 ) -> list[str]:
-    """Look at the cases of a store and write its shards on the cluster at `address`; what went wrong
-    with which share, which `build` will find again.
+    """Look at the cases of a store and write its shards on the cluster at `address`; what went
+    wrong with which share, which `build` will find again.
 
     `members`: shares, at most one per case; None: as many as the cluster has cores. `tick(phase,
     done, total)` counts shares. Raises InputError.

@@ -17,9 +17,9 @@ BEST = 0.25  # share of the points that count as good
 def importance(
     search: Search, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[str, float]] | None:
-    """Of every objective the axes' shares of what sets its best quarter of the points apart from all
-    of them; they add up to 1. `rows`: the ranked points. None of a population, whose points have no
-    one value, without two axes, or with fewer than FEWEST points."""
+    """Of every objective the axes' shares of what sets its best quarter of the points apart from
+    all of them; they add up to 1. `rows`: the ranked points. None of a population, whose points
+    have no one value, without two axes, or with fewer than FEWEST points."""
     axes = search.axes
     if search.space.scheduler == "pbt" or len(axes) < 2 or len(rows) < FEWEST:
         return None

@@ -1,5 +1,5 @@
-"""Learning curves of a sweep with an axis `data.cases`: does one way of beginning help, by how much,
-and with how many labelled cases?"""
+"""Learning curves of a sweep with an axis `data.cases`: does one way of beginning help, by how
+much, and with how many labelled cases?"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@ JSON.
 
 score: mean over a point's runs (seeds, folds) of the objective, the mean foreground Dice if the
 space names no other; of several objectives the first. With several, a point's rank follows the
-number of its Pareto front; points that violate a constraint come last. The score's 95 % interval is Student's over the folds, or over the seeds of the one fold; else the bootstrap interval over the
+number of its Pareto front; points that violate a constraint come last. The score's 95 % interval is
+Student's over the folds, or over the seeds of the one fold; else the bootstrap interval over the
 patients of the one run. Seeds of a fold share its cases: their mean is one value. Differences to
 the best point are paired: case by case, then resampled by patient. Points that share a stage also
 share its luck, which makes that difference sharper and says nothing of other seeds.

@@ -29,9 +29,9 @@ class Suggestions:
     False when budget or space are used up. A point that does not fit together is a failed one.
 
     Before every question, Optuna is told the objectives of the points that have ended since, means
-    over the replicates, and how far they violate the constraints. A point that it suggests again is no new one: it is told
-    that point's score once more and asked for another. With forks, so many points in a row share
-    the values of the first stage: it is trained once for all of them.
+    over the replicates, and how far they violate the constraints. A point that it suggests again is
+    no new one: it is told that point's score once more and asked for another. With forks, so many
+    points in a row share the values of the first stage: it is trained once for all of them.
     """
 
     def __init__(self, plan: Plan, ledger: Ledger):
@@ -141,8 +141,8 @@ def study_of(search: Search, seed: int) -> optuna.Study:
 def told(
     search: Search, point: Point, domains: dict[str, Any], values: Values | None
 ) -> optuna.trial.FrozenTrial:
-    """A point as a finished trial. `values` None: it failed, which is a constraint that it violates,
-    so that no worst value has to be made up."""
+    """A point as a finished trial. `values` None: it failed, which is a constraint that it
+    violates, so that no worst value has to be made up."""
     axes = [axis for axis in search.axes if axis.label in point]
     measured = {one.name: (values or {}).get(one.name) for one in search.objectives}
     failed = None in measured.values()

@@ -1,5 +1,5 @@
-"""Somebody's half-written network, loss or layout: commands that do not need it work, the others say
-so in one sentence."""
+"""Somebody's half-written network, loss or layout: commands that do not need it work, the others
+say so in one sentence."""
 
 from __future__ import annotations
 

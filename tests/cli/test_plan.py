@@ -112,8 +112,8 @@ def test_on_a_busy_machine_a_step_is_its_own_computing(tiny_store, monkeypatch, 
 
 
 def test_a_step_that_is_far_too_slow_is_not_repeated(tiny_store, monkeypatch):
-    """By hand: steps of 6 s by the clock and 8 s of computing of two threads, 4 s each. One says that
-    it takes more than 3 s; three, after one to warm up, that it takes less than 5 s."""
+    """By hand: steps of 6 s by the clock and 8 s of computing of two threads, 4 s each. One says
+    that it takes more than 3 s; three, after one to warm up, that it takes less than 5 s."""
     monkeypatch.setattr(planning.torch, "get_num_threads", lambda: 2)
     recipe = plan_recipe(tiny_store(dims=2), "cpu", "30s").recipe()
     manifest = load_manifest(tiny_store(dims=2))

@@ -315,7 +315,8 @@ def test_a_matrix_that_is_the_other_way_round_is_turned():
 
 @pytest.mark.parametrize("variant", ["acdc", "mcl"])
 def test_weights_of_the_other_design_of_e2mi_seg_are_refused(variant):
-    """Every shape fits, but the network would compute something else: the attention's name tells."""
+    """Every shape fits, but the network would compute something else: the attention's name
+    tells."""
     network = f"e2mi_seg_{variant}"
     chosen, found = spec(network), {}
     with torch.device("meta"):

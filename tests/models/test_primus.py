@@ -1,5 +1,5 @@
-"""Primus against the counts and the numbers of dynamic-network-architectures 0.4.4 with timm 1.0.15,
-which nnU-Net trains, and against its definitions by other means."""
+"""Primus against the counts and the numbers of dynamic-network-architectures 0.4.4 with timm
+1.0.15, which nnU-Net trains, and against its definitions by other means."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ While `Recorder` is active every `os.fsync` is noted: of a file its bytes then, 
 entries then. `survivors` are the folders that a file system may leave if the power goes at any of
 those moments. Two extremes are built: one that keeps nothing that was not synced, and one that
 writes every rename and name at once and loses only bytes that were not synced (the order of ext4
-without delayed allocation's safety net, and of XFS). The idea is ALICE's (Pillai et al., OSDI 2014),
-with the product's own calls.
+without delayed allocation's safety net, and of XFS). The idea is ALICE's (Pillai et al., OSDI
+2014), with the product's own calls.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""PyTorch's compiler is loaded by a rank that compiles and by no other: it takes as long as PyTorch."""
+"""PyTorch's compiler is loaded by a rank that compiles and by no other: it takes as long as
+PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""One damaged file of a run is named and left out or healed; it never stops what does not need it."""
+"""One damaged file of a run is named and left out or healed; it never stops what does not need
+it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Several networks as one: the mean of their probabilities on the raw grid, in the memory of one."""
+"""Several networks as one: the mean of their probabilities on the raw grid, in the memory of
+one."""
 
 from __future__ import annotations
 

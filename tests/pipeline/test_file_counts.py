@@ -1,4 +1,5 @@
-"""How many files and folders a run and a store leave: clusters count them, a million for a group is usual."""
+"""How many files and folders a run and a store leave: clusters count them, a million for a group is
+usual."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Networks as graphs, torch.export's and ONNX, say what the networks say, for another batch size than
-the one they were traced with. docs/models.md names those held here, and those that ONNX refuses."""
+"""Networks as graphs, torch.export's and ONNX, say what the networks say, for another batch size
+than the one they were traced with. docs/models.md names those held here, and those that ONNX
+refuses."""
 
 from __future__ import annotations
 

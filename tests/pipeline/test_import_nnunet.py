@@ -1,5 +1,5 @@
-"""A trained nnU-Net v2 model folder becomes runs that compute what its network computes. Predictions
-of real ones are compared voxel by voxel in benchmarks/fidelity.py."""
+"""A trained nnU-Net v2 model folder becomes runs that compute what its network computes.
+Predictions of real ones are compared voxel by voxel in benchmarks/fidelity.py."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Two nodes whose /etc/hosts maps their own name to 127.0.1.1, as Debian's installer leaves it: real network
-namespaces, linked by a cable of their own."""
+"""Two nodes whose /etc/hosts maps their own name to 127.0.1.1, as Debian's installer leaves it:
+real network namespaces, linked by a cable of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Intervals and paired tests over patients: against a loop written out, scipy, and numbers by hand."""
+"""Intervals and paired tests over patients: against a loop written out, scipy, and numbers by
+hand."""
 
 from __future__ import annotations
 

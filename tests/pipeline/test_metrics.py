@@ -243,7 +243,8 @@ def test_accuracy_specificity_and_mean_iou_against_scikit_learn_s_definitions():
 
 
 def test_pooling_at_the_stored_size_and_over_batches_by_hand():
-    """Three images of 4 pixels in batches of two: {tp 2, fp 1, fn 1}, {tp 0, fp 1, fn 1}, {tp 2}."""
+    """Three images of 4 pixels in batches of two: {tp 2, fp 1, fn 1}, {tp 0, fp 1, fn 1}, {tp
+    2}."""
     images = [
         ([[[1, 1, 1, 0]]], [[[1, 1, 0, 1]]]),
         ([[[1, 0, 0, 0]]], [[[0, 1, 0, 0]]]),

@@ -179,8 +179,9 @@ def test_the_numbers_are_those_of_the_evaluation(finished, written):
 
 
 def test_what_a_paper_asks_for_is_there(finished, written):
-    """By hand: 1,000 and 200 steps of a second; twice half a kilowatt hour, of which the kill of the
-    second stage left nothing; voxels of the phantom; ml per case; colours as in the pictures."""
+    """By hand: 1,000 and 200 steps of a second; twice half a kilowatt hour, of which the kill of
+    the second stage left nothing; voxels of the phantom; ml per case; colours as in the
+    pictures."""
     facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", written))
     assert facts["Training cases"] == "32" and facts["Training time"] == "0 h 20 min"
     assert facts["Hardware"] == "2 x 16 cores of Fast CPU 9000"

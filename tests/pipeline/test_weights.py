@@ -257,7 +257,8 @@ def test_a_stage_starts_from_weights_of_its_own(recipe, weights, tmp_path):
 
 
 def test_a_checkpoint_of_nnssl_is_an_encoder_to_start_from(tiny_store, tmp_path):
-    """As OpenMind's are: weights beside citations and a plan, the decoder of a masked autoencoder."""
+    """As OpenMind's are: weights beside citations and a plan, the decoder of a masked
+    autoencoder."""
     unet = pytest.importorskip("dynamic_network_architectures.architectures.unet")
     common = {"norm_op": torch.nn.InstanceNorm3d, "norm_op_kwargs": {"eps": 1e-5, "affine": True}}
     theirs = unet.ResidualEncoderUNet(

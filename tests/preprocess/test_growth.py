@@ -1,5 +1,6 @@
-"""Cost grows as the work grows: operations are counted at two sizes, from the listing of raw files to
-the first batch and an epoch of draws. Four times the cases may cost 4.4 times as much, no more."""
+"""Cost grows as the work grows: operations are counted at two sizes, from the listing of raw files
+to the first batch and an epoch of draws. Four times the cases may cost 4.4 times as much, no
+more."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""A store under any order of builds, kills in the middle of one, changed raw files and damage to what
-is half made and to what is finished: it is whole and of the raw files it says, or it is refused."""
+"""A store under any order of builds, kills in the middle of one, changed raw files and damage to
+what is half made and to what is finished: it is whole and of the raw files it says, or it is
+refused."""
 
 from __future__ import annotations
 

@@ -102,7 +102,8 @@ class Cluster:
         return next(((state, reason) for found, state, reason in rows if found == job), ("", ""))
 
     def jobs(self) -> set[str]:
-        """Ids of all jobs that SLURM knows, whatever their state: it forgets ended ones after a while."""
+        """Ids of all jobs that SLURM knows, whatever their state: it forgets ended ones after a
+        while."""
         return set(self.call("squeue", "--states=all", "-h", "-o", "%i").split())
 
     def call(self, *command: str) -> str:

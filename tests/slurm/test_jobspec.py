@@ -694,7 +694,8 @@ def test_a_job_inherits_no_cores_ranks_or_gpus():
     ],
 )
 def test_who_comes_back(tmp_path, code, life, end, state, again):
-    """The script's last lines in a real shell, with a `scontrol` that writes down what it is asked."""
+    """The script's last lines in a real shell, with a `scontrol` that writes down what it is
+    asked."""
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(
         f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\necho "JobId=7 JobState={state} Reason=None"\n'

@@ -1,6 +1,6 @@
-"""Clusters as sites run them, on one real SLURM with accounting: limits that are enforced, a partition that is hidden, GPUs of
-types, short arrays, two people of one group, a second cluster and a federation, nodes that lack what
-a link leads to, clocks an hour apart."""
+"""Clusters as sites run them, on one real SLURM with accounting: limits that are enforced, a
+partition that is hidden, GPUs of types, short arrays, two people of one group, a second cluster and
+a federation, nodes that lack what a link leads to, clocks an hour apart."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def team(work):
 
 
 def everybodys_python(venv: Path) -> None:
-    """An environment like this one whose Python others may run: root's own is often closed to them."""
+    """An environment like this one whose Python others may run: root's own is often closed to
+    them."""
     nobody = [
         "setpriv",
         f"--reuid={ANN}",
@@ -136,7 +137,8 @@ def as_user(cluster, name: str, folder: Path, *words, code: int = 0) -> subproce
 
 
 def test_two_people_of_one_group(cluster, team):
-    """One trains, in a hidden partition; the other sees it, may not cancel it, goes on with it and predicts."""
+    """One trains, in a hidden partition; the other sees it, may not cancel it, goes on with it and
+    predicts."""
     long = ("stages.0.epochs=400", "stages.0.steps=50", "--no-check", "--partition", "secret")
     asked = as_user(cluster, ANN, team, "submit", "tiny.yaml", *long, "--json")
     made = json.loads(asked.stdout)

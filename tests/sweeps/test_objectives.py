@@ -1,5 +1,5 @@
-"""What points are ranked by: measures by name, several of them, constraints; what a search learns of
-them, and what other sweeps know."""
+"""What points are ranked by: measures by name, several of them, constraints; what a search learns
+of them, and what other sweeps know."""
 
 from __future__ import annotations
 
@@ -240,7 +240,8 @@ def test_importance_names_the_axis_that_decides(search):
 
 @pytest.fixture
 def asked(search, tmp_path):
-    """`asked(count, score, **space)`: an Optuna search of one rate whose points are scored at once."""
+    """`asked(count, score, **space)`: an Optuna search of one rate whose points are scored at
+    once."""
 
     def made(count, shifts, name="tiny", **changes):
         stages = [{"epochs": 1, "steps": 1, "lr": {"loguniform": [1e-5, 1e-1]}}]
@@ -330,7 +331,8 @@ def test_a_warm_start_from_nothing_is_one_message(asked, search):
 
 
 def test_cheap_points_are_likelier(search, tmp_path):
-    """Three beginnings of 99 epochs, ends of one: with candidates, fewer beginnings are paid for."""
+    """Three beginnings of 99 epochs, ends of one: with candidates, fewer beginnings are paid
+    for."""
 
     def trained(candidates):
         stages = [

@@ -18,7 +18,8 @@ STAGE = {"epochs": 6, "steps": 1, "lr": {"loguniform": [1e-3, 1.1e-3]}, "warmup"
 
 @pytest.fixture
 def population(search, tmp_path):
-    """`population(**options of pbt)`: a search; its plan is made anew at every call of the second."""
+    """`population(**options of pbt)`: a search; its plan is made anew at every call of the
+    second."""
 
     def made(**options):
         found = search(

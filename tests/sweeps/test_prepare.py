@@ -1,4 +1,5 @@
-"""Stores as axes of a space: each is made once, before the plan, and is what its points train on."""
+"""Stores as axes of a space: each is made once, before the plan, and is what its points train
+on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A store made by the tasks of a running Ray cluster: the bytes of one machine, and nothing twice."""
+"""A store made by the tasks of a running Ray cluster: the bytes of one machine, and nothing
+twice."""
 
 from __future__ import annotations
 

@@ -205,8 +205,8 @@ def test_a_local_ray_leaves_no_token_at_home(tmp_path):
 
 @pytest.fixture
 def session(tmp_path):
-    """`session(name)`: what a killed session of the sweep `tmp_path/sweep` left, its own process and
-    all."""
+    """`session(name)`: what a killed session of the sweep `tmp_path/sweep` left, its own process
+    and all."""
     from segfleet.sweeps.ray import controller
 
     sweep, started = tmp_path / "sweep", []
