@@ -14,9 +14,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from segfleet.core.errors import InputError
 from segfleet.models import registry
+from segfleet.pipeline.compiler import load_later
 from segfleet.pipeline.data.masking import check_mask
 from segfleet.pipeline.engines.common import hold_statistics, trainable
-from segfleet.pipeline.engines.compiler import load_later
 from segfleet.pipeline.lora import adapt
 from segfleet.pipeline.losses.base import build_loss
 from segfleet.pipeline.losses.deep_supervision import DeepSupervision

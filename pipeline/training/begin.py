@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from segfleet.models import registry
-from segfleet.pipeline import checkpoint, run
-from segfleet.pipeline.engines import compiler
+from segfleet.pipeline import checkpoint, compiler, run
 from segfleet.pipeline.engines.base import Engine, Setup, build_engine
 from segfleet.pipeline.lora import adapt
 from segfleet.pipeline.parts import Objective, build_network, in_layout, task_of, transfer_of

@@ -68,12 +68,12 @@ def build(
     and every warning of the check. Raises InputError: DataError with every problem of the data, no
     space, `out` taken.
     """
-    out, partial = request.out, request.partial
-    reader = open_raw(request)
+    out, reader = request.out, open_raw(request)
     remove_folders()  # also where nothing is left to do
     if (out / MANIFEST).is_file():
         say(reader.grouping, guesses(reader.grouping))
         return compare(reader, request, quick=quick, progress=progress)
+    partial = request.partial
     with claimed(partial, out):
         facts = _survey(reader, partial, request.workers, progress)
         say(facts.grouping, facts.warnings)

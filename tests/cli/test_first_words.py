@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from segfleet.cli.status import render
 from segfleet.core.errors import InputError
 from segfleet.pipeline.run import find_run
+from segfleet.pipeline.status import Row
 
 
 def segfleet(*words, **environment):
@@ -88,13 +90,12 @@ def test_several_runs_of_a_name_are_told_apart(runs):
 
 def test_status_fits_into_eighty_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    nothing = {"job": None, "queue": None, "reason": None, "node": None}
-    row = {
-        "run": "1e5360ec4446", "recipe": "rec_unet_lits_tumour", "fold": 4, "stages": 2, "stage": 2, "step": 123456, "steps": 234567,
-        "loss": 0.12345, "samples_per_second": 81.234, "remaining_seconds": 7322, "restarts": 3, "score": 0.88888,
-        "date": "2026-11-29 07:15", **nothing,
-    }  # fmt: skip
-    render([{**row, "state": "unreadable"}, {**row, "state": "training"}])
+    row = Row(
+        run="1e5360ec4446", path="runs/1e5360ec4446", recipe="rec_unet_lits_tumour", fold=4, stages=2, stage=2,
+        step=123456, steps=234567, loss=0.12345, samples_per_second=81.234, remaining_seconds=7322,
+        restarts=3, score=0.88888, date="2026-11-29 07:15", state="unreadable",
+    )  # fmt: skip
+    render([row, replace(row, state="training")])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert [line.split() for line in lines[1:3]] == [

@@ -23,7 +23,7 @@ print("torch._dynamo.eval_frame" in sys.modules)
 STEPS = """
 import json, sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from segfleet.pipeline.engines import compiler
+from segfleet.pipeline import compiler
 
 def loaded():
     return "torch._dynamo.eval_frame" in sys.modules

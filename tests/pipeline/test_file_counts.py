@@ -15,6 +15,7 @@ from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.run import RECIPE
 from segfleet.pipeline.stop import StopRequest
 from segfleet.preprocess.building.build import build
+from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
 
 STAGE, SCORED = 16, 36  # inodes of a stage; of one that is scored and has a report, beside that
@@ -68,9 +69,11 @@ def test_a_store_has_files_of_its_bytes_not_of_its_cases(tmp_path, format, each)
     for cases in (8, 32):
         raw = PHANTOMS["folder"](tmp_path / f"raw{cases}", cases=cases)
         out = tmp_path / f"store{cases}"
-        build("folder", raw, out, format=format, workers=1)
+        build(BuildRequest("folder", raw, out, format=format, workers=1))
         assert inodes(out) <= 3 + each
     few = -(-sum(path.stat().st_size for path in (out / "shards").rglob("*")) // 8)
-    build("folder", raw, tmp_path / "parts", format=format, workers=1, shard_bytes=few)
+    build(
+        BuildRequest("folder", raw, tmp_path / "parts", format=format, workers=1, shard_bytes=few)
+    )
     shards = len(list((tmp_path / "parts" / "shards").iterdir()))
     assert 1 < shards < cases and inodes(tmp_path / "parts") <= 3 + each * shards

@@ -15,6 +15,7 @@ from segfleet.core.errors import InputError
 from segfleet.models.registry import ModelError
 from segfleet.pipeline.imports import import_nnunet
 from segfleet.pipeline.jobs import predict
+from segfleet.pipeline.launch.job import Predict
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.run import open_run
 from segfleet.preprocess.stores.manifest import load_manifest
@@ -151,7 +152,7 @@ def test_a_prediction_is_that_of_the_network_there(tmp_path, kind, labels, axes)
         else:
             expected = total[0].argmax(0)
         expected = expected.numpy().transpose(np.argsort(axes))
-        job = {"models": [str(run)], "images": [str(images)], "out": str(tmp_path / f"out{fold}")}
+        job = Predict(models=[run], images=[images], out=tmp_path / f"out{fold}")
         predict(job, Ranks(torch.device("cpu")), lambda done, total: None)
         made = next((tmp_path / f"out{fold}").glob("*.nii.gz"))
         found = sitk.GetArrayFromImage(sitk.ReadImage(str(made)))

@@ -625,13 +625,14 @@ def test_a_resumed_build_finds_a_damaged_shard(raw, tmp_path, monkeypatch):
 
 
 def test_what_a_killed_build_left_goes_also_where_nothing_is_to_do(raw, tmp_path, monkeypatch):
-    build("msd", raw, tmp_path / "out", workers=1)
+    request = BuildRequest("msd", raw, tmp_path / "out", workers=1)
+    build(request)
     gone = subprocess.Popen(["true"])
     gone.wait()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     left = tmp_path / f"tmp/segfleet-{gone.pid}-abcdefgh"
     left.mkdir(parents=True)
-    build("msd", raw, tmp_path / "out", workers=1)
+    build(request)
     assert not left.exists()
 
 
