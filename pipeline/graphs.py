@@ -27,7 +27,7 @@ class Logits(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         found = self.network(image)
-        return found[0] if isinstance(found, list | tuple) else found
+        return found[0] if isinstance(found, (list, tuple)) else found
 
 
 def example(one: Trained) -> Tensor:

@@ -73,6 +73,25 @@ def test_commands_say_the_same(how):
     assert code == 0 and json.loads(out)["name"] == "hippocampus" and err == ""
 
 
+def test_a_fork_blocks_the_signals_of_who_starts_it_not_those_of_who_came_first(how):
+    """Worker processes are started while signals are blocked, and may be the first of all."""
+    code = (
+        "from multiprocessing.forkserver import main; import signal\n"
+        "print(signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()))"
+    )
+
+    def blocked() -> bool:
+        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        return {"True\n": True, "False\n": False}[done.stdout]
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        assert blocked()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert not blocked()
+
+
 def test_a_process_can_be_signalled_and_starts_others(how):
     """Its own command comes the same way, and neither outlives the other's pipe."""
     inner = "from multiprocessing.forkserver import main; print('inner', 'torch' in __import__('sys').modules)"

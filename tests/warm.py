@@ -93,6 +93,7 @@ class Warm:
             "folder": os.getcwd() if folder is None else os.fsdecode(folder),
             "session": bool(session),
             "ignored": sorted(ignored()),
+            "blocked": sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ()))),
             "group": os.getpgid(0),
             "numbers": [0, 1, 2, *further],
         }
@@ -224,6 +225,7 @@ def become(order: dict[str, Any], files: list[int]) -> None:
     for number in ignored() ^ set(order["ignored"]):
         usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, signal.SIG_IGN if number in order["ignored"] else usual)
+    signal.pthread_sigmask(signal.SIG_SETMASK, order["blocked"])
     os.chdir(order["folder"])
     os.environ.clear()
     os.environ.update(order["environment"])
