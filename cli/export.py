@@ -1,5 +1,5 @@
-"""`segfleet export model | hub | monai | nnunet | ome-zarr | dicom-seg ...`: what was trained or predicted, for others
-to use."""
+"""`segfleet export model | hub | monai | nnunet | ome-zarr | dicom-seg ...`: what was trained or
+predicted, for others to use."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def command(
         str,
         typer.Argument(
             help="model: a file (or folder) that predicts anywhere. hub: the same as a folder for "
-            "Hugging Face. monai: a bundle of MONAI that calls segfleet. nnunet: dataset.json beside predictions. ome-zarr: a case "
-            "of a store. dicom-seg: the label of a case as DICOM SEG."
+            "Hugging Face. monai: a bundle of MONAI that calls segfleet. nnunet: dataset.json beside "
+            "predictions. ome-zarr: a case of a store. dicom-seg: the label of a case as DICOM SEG."
         ),
     ],
     words: Annotated[

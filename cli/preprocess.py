@@ -131,7 +131,8 @@ def command(
     if upgrade:
         return rewrite(upgrade, as_json)
     request = request_of(
-        name, raw, out, format=format, workers=workers, seed=seed, option=option, size=size, patch=patch, spacing=spacing,
+        name, raw, out, format=format, workers=workers, seed=seed, option=option, size=size,
+        patch=patch, spacing=spacing,
         interpolation=interpolation, masks=masks, normalisation=normalisation, slices=slices, like=like, unlabelled=unlabelled,
     )  # fmt: skip
     if on != "local" or address or members:
@@ -168,7 +169,8 @@ def _first(warnings: Sequence[Problem]) -> list[Problem]:
 
 def request_of(
     name: str | None, raw: Path | None, out: Path | None, *, format: str, workers: int | None, seed: int,
-    option: list[str] | None, patch: str | None, spacing: str | None, like: Path | None, unlabelled: bool, **arguments: Any,
+    option: list[str] | None, patch: str | None, spacing: str | None, like: Path | None,
+    unlabelled: bool, **arguments: Any,
 ) -> BuildRequest:  # fmt: skip
     """What the command's arguments ask for; the further ones that are fields of `Overrides` go
     there. Raises InputError for what shows before any image is read."""

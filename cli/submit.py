@@ -15,7 +15,7 @@ import typer
 
 from segfleet.cli.output import Json, show, table
 from segfleet.core.files import absolute
-from segfleet.slurm.jobspec import JobSpec
+from segfleet.slurm.jobspec import JobSpec, make_spec, not_obeyed
 
 TYPED = ("gpus_per_node",)  # a number, or one with a type: a100:4
 IN_A_PROFILE = ("gpu_type", "whole_nodes", "fruitless")  # no option of the command line
@@ -120,7 +120,6 @@ def command(
     """
     from segfleet.cli import submit_words
     from segfleet.core.errors import InputError
-    from segfleet.slurm.jobspec import not_obeyed
 
     options = {name: value for name, value in resources.items() if value not in (None, [])}
     if after and "dependency" in options:
@@ -147,7 +146,6 @@ def submit_training(recipe: str, changes: list[str], request: Request, check: bo
     from segfleet.slurm import prepare
     from segfleet.slurm.cluster import settled
     from segfleet.slurm.job import refuse_if_active
-    from segfleet.slurm.jobspec import make_spec
     from segfleet.slurm.submitit_launcher import SlurmLauncher
 
     root, spec = absolute(request.runs), settled(make_spec(request.options, request.cluster))

@@ -111,14 +111,13 @@ def preprocessing(arguments: dict[str, Any], array: Sequence[str]) -> tuple[list
     from segfleet.preprocess.stores.manifest import NAME
     from segfleet.slurm.submission import home_of
 
-    for key in ("raw", "out"):
-        arguments[key] = absolute(arguments[key]) if arguments[key] else None
+    places = {key: absolute(path) for key in ("raw", "out") if (path := arguments[key])}
     if array and not (len(array) == 1 and array[0].isdecimal() and int(array[0]) > 0):
         raise InputError(
             f"--array: found '{' '.join(array)}', expected the number of jobs that share the "
             "cases, for example 8"
         )
-    request = request_of(**arguments)
+    request = request_of(**{**arguments, **places})
     out, home = request.out, home_of(request.out)
     if (out / NAME).is_file():
         return [], home
@@ -248,13 +247,8 @@ def on_ray(
     nodes = {"nodes": arguments["nodes"]} if arguments["nodes"] else {}
     space = Path(arguments["space"])
     words = ["sweep", str(absolute(space)) if space.is_file() else arguments["space"]]
-    words += [
-        *(arguments["changes"] or []),
-        "--ranks",
-        str(arguments["ranks"]),
-        "--runs",
-        str(plan.runs),
-    ]
+    words += arguments["changes"] or []
+    words += ["--ranks", str(arguments["ranks"]), "--runs", str(plan.runs)]
     words += ["--slots", str(arguments["slots"])] if arguments["slots"] else []
     words += ["--code", arguments["code"].value] if arguments["code"] else []
     job = Command(words=tuple(words), ray=True)

@@ -18,5 +18,5 @@ class Job(BaseModel):
     root: Path | None = None
 
     def document(self) -> dict[str, Any]:
-        """Plain JSON, from which the kinds' union makes this job again."""
+        """Plain JSON, from which `parse_job` makes this job again."""
         return self.model_dump(mode="json")

@@ -1,7 +1,7 @@
 """Imported first by the server that worker processes start from (multiprocessing's forkserver).
 
 A process that is killed while it asks for a worker leaves one without orders, of which Python
-prints a traceback. Nobody waits for that worker, so nobody is told.
+prints a traceback. Nobody waits for that worker, so nothing is printed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pickle import UnpicklingError
 from types import TracebackType
 
 
-def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """As Python does, but for a worker that never got its orders."""
     last = trace
     while last is not None and last.tb_next is not None:
@@ -22,4 +22,4 @@ def tell(kind: type[BaseException], error: BaseException, trace: TracebackType |
         sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = tell
+sys.excepthook = report

@@ -20,7 +20,7 @@ NAME = "torch._dynamo"
 class _Later(ModuleType):
     def __init__(self) -> None:
         super().__init__(NAME)
-        self.told: list[Any] = []  # functions that are not to be compiled
+        self.disabled: list[Any] = []  # functions that are not to be compiled
         self.utils = SimpleNamespace(get_optimize_ddp_mode=lambda: "ddp_optimizer")
         self.trace_rules = SimpleNamespace(clear_lru_cache=lambda: None)
         self.graph_break = lambda *_, **__: None  # there is no graph
@@ -28,7 +28,7 @@ class _Later(ModuleType):
     def disable(self, fn: Any = None, *_: Any, **__: Any) -> Any:
         if fn is None:
             return self.disable
-        self.told.append(fn)
+        self.disabled.append(fn)
         return fn
 
     def __getattr__(self, name: str) -> Any:
@@ -37,11 +37,11 @@ class _Later(ModuleType):
         return getattr(self.load(), name)
 
     def load(self) -> ModuleType:
-        """The compiler itself, which is told again what it is not to compile."""
+        """The compiler itself, which marks again what it is not to compile."""
         if sys.modules.get(NAME) is self:
             del sys.modules[NAME]
             torch.__dict__.pop("_dynamo", None)
-            for fn in self.told:  # PyTorch remembers the answer there, and asks again
+            for fn in self.disabled:  # PyTorch remembers the answer there, and asks again
                 vars(fn).pop("__dynamo_disable", None)
         return importlib.import_module(NAME)
 

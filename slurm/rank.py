@@ -46,9 +46,13 @@ def run_rank(folder: str) -> None:
     stop = StopRequest()  # in place of submitit's handlers: theirs act at once and on rank 0 alone
     become_rank()
     submission, life = Path(folder), Path(os.environ["SEGFLEET_LIFE"])
-    job, kept = read_job(submission)
-    spec = kept.spec
     rank = int(os.environ["RANK"])
+    try:
+        job, kept = read_job(submission)
+    except InputError as error:
+        sys.stderr.write(f"segfleet: {error}\n")
+        worker.exit_now(worker.report(life, rank, error))
+    spec = kept.spec
     end = int(os.environ.get("SEGFLEET_END") or 0)
     stop.deadline, stop.margin = (float(end) if end else None), spec.lead / 2
     stop.later = next_life(life)

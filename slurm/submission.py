@@ -71,7 +71,7 @@ class Submission:
     def save(self) -> None:
         write_json(Path(self.folder) / "submission.json", asdict(self))
 
-    def job(self) -> Any:
+    def job(self) -> Job:
         """What every rank does: one of the kinds of launch/job.py. Raises InputError."""
         return read_job(Path(self.folder))[0]
 
@@ -177,11 +177,13 @@ def new_folder(run: Path) -> Path:
     )
 
 
-def read_job(folder: Path) -> tuple[Any, Kept]:
+def read_job(folder: Path) -> tuple[Job, Kept]:
     """What `write_job` left in a submission folder. Raises InputError."""
     document = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    kept = {key: document.pop(key) for key in Kept.model_fields if key in document}
-    return parse_job(document), Kept.model_validate(kept)
+    # what is null is as if it were not there: earlier versions wrote stage_to for every kind of job
+    known = {key: value for key, value in document.items() if value is not None}
+    kept = {key: known.pop(key) for key in Kept.model_fields if key in known}
+    return parse_job(known), Kept.model_validate(kept)
 
 
 def write_job(home: Path, job: Job, spec: JobSpec, **kept: Any) -> Path:
@@ -243,7 +245,7 @@ def failure(life: Path) -> dict[str, Any] | None:
     return {**first, "message": f"{silent}\n{first['message']}"}
 
 
-def progress_of(job: Any) -> int:
+def progress_of(job: Job) -> int:
     """A number that grows as long as a job gets anywhere: a training's steps, the images predicted,
     the cases preprocessed."""
     if isinstance(job, OF_A_STORE):

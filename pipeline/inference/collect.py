@@ -42,9 +42,9 @@ def collect(
     in one file); any other file is an image of its own. A folder of DICOM files is one image, and
     so is each folder of them in a folder. A store stands for all its cases.
 
-    `format` of the labels: "dicom-seg" only goes with DICOM images. `layout`: of
-    the raw data sets that `inputs` are then. Raises InputError when a path does not exist or
-    nothing is found.
+    `format` of the labels: "dicom-seg" only goes with DICOM images. `layout` of the raw
+    data sets that `inputs` are then. Raises InputError when a path does not exist or nothing is
+    found.
     """
     if format not in FORMATS:
         raise InputError(f"format: found '{format}', expected dicom-seg, seg-nrrd, or none")

@@ -80,7 +80,7 @@ KINDS: dict[str, type[Job]] = {
 }
 
 
-def parse_job(document: dict[str, Any]) -> Any:
+def parse_job(document: dict[str, Any]) -> Job:
     """The job of plain JSON. Raises InputError."""
     if (do := document.get("do")) not in KINDS:
         raise InputError(f"job: found {do!r}, expected one of: {', '.join(KINDS)}")

@@ -50,7 +50,7 @@ Say = Callable[[Grouping, Sequence[Problem]], None]
 Progress = Callable[[str, int, int], None]  # phase ("check" | "write" | "compare"), done, total
 
 
-def unheard(phase: str, done: int, total: int) -> None:
+def no_progress(phase: str, done: int, total: int) -> None:
     """Progress that nobody follows."""
 
 
@@ -58,7 +58,7 @@ def build(
     request: BuildRequest,
     *,
     quick: bool = False,
-    progress: Progress = unheard,
+    progress: Progress = no_progress,
     say: Say = lambda grouping, warnings: None,
 ) -> Manifest:
     """Preprocess a raw data set into a store, or find that this has been done.

@@ -12,8 +12,8 @@ from segfleet.preprocess.building.build import (
     Progress,
     attempt,
     failure,
+    no_progress,
     open_raw,
-    unheard,
     weight_of,
 )
 from segfleet.preprocess.building.journal import Journals
@@ -27,7 +27,7 @@ from segfleet.preprocess.stores.manifest import NAME as MANIFEST
 
 
 def survey_share(
-    request: BuildRequest, share: tuple[int, int], progress: Progress = unheard
+    request: BuildRequest, share: tuple[int, int], progress: Progress = no_progress
 ) -> int:
     """Check and measure every n-th case from the i-th on, `share` = (i, n); how many are known
     afterwards. Raises InputError."""
@@ -49,7 +49,9 @@ def survey_share(
     return len(found)
 
 
-def write_share(request: BuildRequest, share: tuple[int, int], progress: Progress = unheard) -> int:
+def write_share(
+    request: BuildRequest, share: tuple[int, int], progress: Progress = no_progress
+) -> int:
     """Make every n-th shard from the i-th on; how many of them are finished afterwards.
 
     0 where cases were not surveyed or have problems: looking at them is not repeated here, and

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from segfleet.core.errors import InputError
-from segfleet.pipeline.launch.job import Train
+from segfleet.pipeline.launch.job import Command, Train
 from segfleet.pipeline.stop import StopRequest
 from segfleet.slurm import (
     cluster,
@@ -737,3 +737,55 @@ def test_every_resource_is_an_option_of_submit_with_its_own_words():
         if int in typing.get_args(typing.get_args(one.annotation)[0])
     }
     assert number == {"nodes", "ranks_per_node", "cpus", "throttle", "warning"}
+
+
+def test_a_stage_that_is_resumed_stays_its_sweeps(tiny_recipe, tmp_path, monkeypatch):
+    """The sweep knows the job again by it, and would take another for somebody else's."""
+    from segfleet.cli import resume
+    from segfleet.slurm import prepare
+
+    folder = tiny_recipe([{"name": "a", "epochs": 1, "steps": 1, "lr": 0.01}], batch=2)
+    [(recipe, leaf)] = prepare.prepare(str(folder / "tiny.yaml"), [], tmp_path)
+    sweep, sent = tmp_path / "sweeps" / "s", {}
+    job = Train(run=leaf, recipe=prepare.describe(recipe), root=tmp_path, score=False)
+    made = submission.write_job(leaf, job, JobSpec(), sweep=sweep)
+    (leaf / "recipe.json").write_text(json.dumps(job.recipe))
+    submission.record(
+        made, id="7", name="x", launcher="slurm", spec=JobSpec(), logs=made, code=None, commit=None
+    )  # fmt: skip
+
+    def submit(launcher, jobs, *_, **kept):
+        sent.update(kept, job=jobs[0][1])
+        return [SimpleNamespace(id="8", submission=submission.latest(leaf))]
+
+    monkeypatch.setattr(SlurmLauncher, "submit_jobs", submit)
+    monkeypatch.setattr(cluster, "check", lambda spec: None)
+    monkeypatch.setattr(slurm_job, "refuse_if_active", lambda *runs: None)
+    resume.command(str(leaf), runs=tmp_path, as_json=True)
+    assert sent["sweep"] == sweep
+    assert sent["job"] == job.model_copy(update={"lines": True})
+
+
+def test_a_job_of_an_earlier_version_is_read(tmp_path):
+    """Every kind of job had a stage_to then, null for most."""
+    document = {"do": "command", "words": ["sweep", "s.yaml"], "root": "/runs", "stage_to": None}
+    document |= {"spec": {"gpus_per_node": 0, "lead": 60, "fruitless": 3}, "before": []}
+    (tmp_path / "job.json").write_text(json.dumps(document))
+    job, kept = submission.read_job(tmp_path)
+    assert job == Command(words=("sweep", "s.yaml"), root="/runs") and kept.spec.lead == 60
+
+
+def test_a_job_that_cannot_be_read_ends_with_a_message(tmp_path, monkeypatch, capsys):
+    """Its rank runs the code of another version (--live)."""
+    life = tmp_path / "life-7.0"
+    life.mkdir()
+    (tmp_path / "job.json").write_text(json.dumps({"do": "dance"}))
+    monkeypatch.setenv("SEGFLEET_LIFE", str(life))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(rank, "become_rank", lambda: None)
+    monkeypatch.setattr(rank, "StopRequest", lambda: None)
+    monkeypatch.setattr(rank.worker, "exit_now", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        rank.run_rank(str(tmp_path))
+    assert ended.value.code == 2 and "job: found 'dance', expected" in capsys.readouterr().err
+    assert submission.failure(life)["message"].startswith("job: found 'dance'")
