@@ -101,12 +101,12 @@ def test_a_worker_whose_orders_never_came_says_nothing(tmp_path):
 
 
 def test_other_errors_are_told(capsys):
-    from segfleet.core.served import tell
+    from segfleet.core.served import report
 
     try:
         raise EOFError("of a file")
     except EOFError as error:
-        tell(type(error), error, error.__traceback__)
+        report(type(error), error, error.__traceback__)
     assert "EOFError: of a file" in capsys.readouterr().err
 
 
