@@ -71,7 +71,7 @@ def compat(name: str, folder: Path) -> dict:
     how = ["-q", "--compile-bytecode", *target]
     install = [*UV, "pip", "install", *how]
     subprocess.run([*UV, "pip", "sync", *how, folder / "pinned.txt"], check=True)
-    subprocess.run([*install, "--no-deps", "dynamic-network-architectures"], check=True)
+    subprocess.run([*install, "--no-deps", "dynamic-network-architectures", "pip"], check=True)
     subprocess.run([*install, "--no-deps", "-e", ROOT], check=True)
     return {"python": version} | tests(python, folder) | {"versions": versions(lines)}
 
