@@ -59,6 +59,7 @@ class Warm:
 
     def use(self) -> None:
         subprocess._fork_exec = _posixsubprocess.fork_exec = self.fork_exec
+        subprocess._USE_POSIX_SPAWN = False  # what Python 3.13 prefers for plain commands
 
     def fork_exec(self, *arguments: Any) -> int:
         """In place of `_posixsubprocess.fork_exec`: start a process, return its id."""
@@ -129,11 +130,12 @@ def install() -> Callable[[], None]:
         far.close()
         return near
 
-    warm = Warm(open_channel, same)
+    warm, spawns = Warm(open_channel, same), subprocess._USE_POSIX_SPAWN
     warm.use()
 
     def undo() -> None:
         subprocess._fork_exec = _posixsubprocess.fork_exec = start_cold
+        subprocess._USE_POSIX_SPAWN = spawns
         if warm.channel:
             warm.channel.close()
             server[0].wait(60)

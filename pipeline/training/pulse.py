@@ -19,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,7 @@ class Pulse:
         self._end = threading.Event()
         self._told: int | None = None
         self._slow: set[int] = set()
+        self._news: dict[int, tuple[int, float]] = {}  # rank -> its last note, when it was new
         self._watch = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._watch.start()
 
@@ -229,12 +230,19 @@ class Pulse:
         )
 
     def _all(self, store: Any) -> dict[int, Beat | None]:
-        """Every rank's last note; None of one that gave none."""
-        names = {rank: f"pulse/{rank}" for rank in range(self.ranks.size)}
-        return {
-            rank: Beat(**json.loads(store.get(name))) if store.check([name]) else None
-            for rank, name in names.items()
-        }
+        """Every rank's last note; None of one that gave none. Who gives no further note waits for
+        nothing, whatever the last one says."""
+        now, beats = time.monotonic(), {}
+        for rank in range(self.ranks.size):
+            name = f"pulse/{rank}"
+            beat = Beat(**json.loads(store.get(name))) if store.check([name]) else None
+            if beat:
+                if self._news.get(rank, (0, now))[0] != beat.number:
+                    self._news[rank] = beat.number, now
+                if now - self._news[rank][1] >= PATIENCE - LOOK:
+                    beat = replace(beat, data=False)
+            beats[rank] = beat
+        return beats
 
     def _late(self, store: Any, seconds: float) -> None:
         """The stacks of this rank; one rank says who it is that hangs."""

@@ -117,6 +117,38 @@ def test_a_file_system_that_is_away_ends_no_job_that_waits_for_it(run_in_ranks):
     assert "rank 1 (" in said[0] and "it waits for data" in said[0] and "after 8 s" in said[0]
 
 
+def stopped(ranks, seconds: float) -> list[str]:
+    """Rank 1 says last that it waits for data, then nothing more; what each rank says."""
+    import torch
+
+    from segfleet.pipeline.data import loader
+    from segfleet.pipeline.training import pulse as module
+
+    def disk():
+        time.sleep(0.4)
+        pulse._end.set()
+        time.sleep(seconds)
+        yield "batch"
+
+    os.environ["SEGFLEET_WATCHDOG"], module.TELL, module.PATIENCE = "0.5", 0.1, 2.0
+    said, file = [], open("/proc/self/fd/2", "w")
+    ranks.give_up = lambda message: said.append("gives up: " + message)
+    pulse = Pulse(ranks, said.append, file)
+    pulse.beat(0)
+    if ranks.rank == 1:
+        assert list(loader._in_time(disk())) == ["batch"]
+    ranks.sum(torch.ones(1))
+    pulse.close()
+    return said
+
+
+def test_a_stopped_rank_waits_for_nothing_whatever_it_said_last(run_in_ranks):
+    """Or the job would end ten times as late as for any other rank that hangs."""
+    said = run_in_ranks("test_pulse.py:stopped", 2, seconds=9.0)[0]
+    assert "gives no sign of life" in said[0] and "waits for data" not in said[0], said
+    assert said[1].startswith("gives up: step 0 did not end within"), said
+
+
 def test_nobody_hangs_in_a_save_or_between_fast_steps(monkeypatch):
     from segfleet.pipeline.ranks import Ranks
 
