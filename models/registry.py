@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -121,7 +120,6 @@ def specs() -> dict[str, ModelSpec]:
     if not _LOADED:
         import segfleet.models as room
 
-        _make_einops_ready()
         for module in sorted(m.name for m in pkgutil.iter_modules(room.__path__)):
             before = dict(_SPECS)
             try:
@@ -132,15 +130,6 @@ def specs() -> dict[str, ModelSpec]:
                 _BROKEN[module] = _reason(error)
         _LOADED = True
     return dict(sorted(_SPECS.items()))
-
-
-def _make_einops_ready() -> None:
-    """With torch before 2.8, einops imports torch.compile's machinery at its first use. Inside
-    `torch.device("meta")`, where networks are built that are only looked at, that import fails half
-    way and nothing can be compiled or rearranged in the process any more."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):
-        with torch.device("cpu"):
-            rearrange(torch.zeros(1), "x -> x")
 
 
 def broken() -> list[str]:

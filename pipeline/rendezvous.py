@@ -143,7 +143,7 @@ def join(path: Path, rank: int, size: int, host: str, timeout: datetime.timedelt
 def _listening(listener: socket.socket, size: int, timeout: datetime.timedelta) -> dist.TCPStore:
     """The store on a socket that is open already, so that nobody else gets its port."""
 
-    def store(libuv: bool) -> dist.TCPStore:
+    with listener:
         return dist.TCPStore(
             *listener.getsockname()[:2],
             size,
@@ -151,14 +151,7 @@ def _listening(listener: socket.socket, size: int, timeout: datetime.timedelta) 
             timeout=timeout,
             wait_for_workers=False,
             master_listen_fd=os.dup(listener.fileno()),
-            use_libuv=libuv,
         )
-
-    with listener:
-        try:
-            return store(libuv=True)
-        except RuntimeError:  # torch 2.6: libuv takes no open socket, the older server does
-            return store(libuv=False)
 
 
 def _family(host: str) -> socket.AddressFamily:

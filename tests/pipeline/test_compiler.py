@@ -9,15 +9,10 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.recipe import parse
 
-pytestmark = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8),
-    reason="einops loads the compiler with torch before 2.8",
-)
 TRAINED = """
 import json, sys, torch
 from segfleet.pipeline import jobs, ranks, stop
