@@ -88,9 +88,10 @@ def predict_maps(
             image.image_CZYX,
             scale=image.scale,
             device=device,
-            keep_on="cpu",
             **first.window(),
         )
+        if len(groups) > 1:  # maps of several plans wait for each other on the host
+            sums = sums.cpu()
         found.append(
             Map(
                 found_KZYX=sums if group is groups[-1] else _on_disk(sums, folder),

@@ -26,6 +26,7 @@ class Map:
     `crop` is the box (start, stop) per axis of the raw grid that was kept, as in CaseEntry.
     `anisotropic_axis`: an axis of the raw grid along which the nearest slice is taken, otherwise
     resampling is linear. `transpose`: the raw axis that each stored one is. `networks`: how many.
+    Maps that are combined lie on one device.
     """
 
     found_KZYX: Tensor
@@ -38,12 +39,13 @@ class Map:
     def slab(self, box: Crop, here: slice) -> Tensor:
         """(K, slices, Y, X) of the raw grid: the slices `here` of the box `box`, outside the own
         crop background."""
-        found = self.found_KZYX.detach().float().cpu()
+        found = self.found_KZYX.detach().float()
         found = found.permute(0, *(1 + axis for axis in np.argsort(self.transpose)))
         shape = _shape(self.crop)
         if tuple(self.crop) == tuple(box):
             return resampled(found, shape, self.anisotropic_axis, here)
-        outside = torch.zeros(len(found), here.stop - here.start, *_shape(box)[1:])
+        size = (len(found), here.stop - here.start, *_shape(box)[1:])
+        outside = torch.zeros(size, device=found.device)
         background = _background(self.task)
         if background is not None:
             outside[background] = 1.0
@@ -69,7 +71,8 @@ def combine(
     background outside the crop.
 
     Probabilities are resampled, not labels, so an outline may pass between stored voxels. It goes
-    slab by slab: beside the maps there is the label and little else. The logits of one map alone
+    slab by slab, where the maps are: beside them there is the label and little else, and only the
+    label leaves a GPU. The logits of one map alone
     are compared as they are; of several maps probabilities are averaged, after resampling, as
     nnU-Net's ensembles do. `keep` (K, Z, Y, X), full of zeros: gets the probabilities.
     """
@@ -79,7 +82,7 @@ def combine(
         for ends in zip(*(one.crop for one in maps), strict=True)
     ]
     shape = _shape(box)
-    label = np.empty(shape, np.uint8)
+    label = torch.empty(shape, dtype=torch.uint8, device=maps[0].found_KZYX.device)
     if keep is not None and (background := _background(task)) is not None:
         keep[background] = 1
     inside = tuple(slice(start, stop) for start, stop in box)
@@ -95,13 +98,13 @@ def combine(
         rows = max(1, SLAB // (found.shape[0] * found.shape[1] * shape[2]))
         for top in range(0, shape[1], rows):  # comparing copies a channel
             strip = slice(top, min(top + rows, shape[1]))
-            label[here, strip] = of_all.labels(found[:, :, strip]).numpy()
+            label[here, strip] = of_all.labels(found[:, :, strip])
         if keep is not None:
             if of_all.averages == "logits":
                 found = of_all.probabilities(found[None])[0]
             raw = slice(inside[0].start + here.start, inside[0].start + here.stop)
-            keep[:, raw, inside[1], inside[2]] = found.numpy()
-    return paste(label, box, tuple(raw_shape))
+            keep[:, raw, inside[1], inside[2]] = found.cpu().numpy()
+    return paste(label.cpu().numpy(), box, tuple(raw_shape))
 
 
 def _probabilities(one: Map, box: Crop, here: slice) -> Tensor:
@@ -165,8 +168,8 @@ def resampled(
     if linear != list(old):
         found = F.interpolate(found, size=linear, mode="bilinear", align_corners=False)
     if nearest_axis and found.shape[1 + nearest_axis] != shape[nearest_axis]:
-        lines = nearest(found.shape[1 + nearest_axis], shape[nearest_axis])
-        found = found.index_select(1 + nearest_axis, torch.from_numpy(lines))
+        lines = torch.from_numpy(nearest(found.shape[1 + nearest_axis], shape[nearest_axis]))
+        found = found.index_select(1 + nearest_axis, lines.to(found.device))
     return found
 
 
@@ -176,9 +179,12 @@ def _slices(found: Tensor, new: int, slab: slice, whole: bool) -> Tensor:
     if old == new:
         return found[:, slab]
     if whole:
-        return found[:, torch.from_numpy(nearest(old, new)[slab])]
+        return found[:, torch.from_numpy(nearest(old, new)[slab]).to(found.device)]
     at = ((np.arange(new)[slab] + 0.5) * (old / new) - 0.5).clip(0, old - 1)
     low = np.minimum(at.astype(np.int64), max(old - 2, 0))
-    part = torch.from_numpy((at - low).astype(np.float32))[:, None, None]
-    first = found[:, torch.from_numpy(low)]
-    return first.lerp(found[:, torch.from_numpy(np.minimum(low + 1, old - 1))], part)
+    part = torch.from_numpy((at - low).astype(np.float32))[:, None, None].to(found.device)
+    first, second = (
+        found[:, torch.from_numpy(lines).to(found.device)]
+        for lines in (low, np.minimum(low + 1, old - 1))
+    )
+    return first.lerp(second, part)

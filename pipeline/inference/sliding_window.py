@@ -6,14 +6,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from segfleet.core.errors import InputError
+from segfleet.pipeline.inference.room import CudaMemory, layout
 
 Forward = Callable[[Tensor], Tensor]
+Box = tuple[slice, ...]
 
 
 def tile_starts(size: int, patch: int, overlap: float = 0.5) -> list[int]:
@@ -60,7 +63,7 @@ def sliding_window(
     dims: int,
     scale: float = 1.0,
     device: torch.device | str | None = None,
-    keep_on: torch.device | str | None = None,
+    memory: CudaMemory | None = None,
 ) -> Tensor:
     """(C, Z, Y, X) image -> (K, Z, Y, X) float32: the weighted mean of what `forward` says of every
     tile.
@@ -69,48 +72,160 @@ def sliding_window(
     forward maps (B, C, *S) to (B, K, *S), probabilities or logits, with S = patch (dims=3) or
     patch[1:] (dims=2: slice by slice, up to `batch` tiles of any slices at a time). `patch` and
     `mirror_axes` are in axes (z, y, x) = (0, 1, 2). An image smaller than the patch is padded with
-    zeros on both sides and cut afterwards. Tiles are moved to `device` (default: the image's), sums
-    are kept on `keep_on` (default: the image's), so a volume larger than the GPU's memory still
-    passes. The order of summation is
-    fixed: same input, same bits. Of several `forward`, networks of one size, the mean: each goes
-    over the whole image and is dropped before the next is asked for, into the same sums, so memory
-    does not grow with their number. Raises InputError for an impossible patch, overlap or axis,
-    FloatingPointError when the network's output is not finite.
+    zeros on both sides and cut afterwards. Tiles go to `device` (default: the image's).
+
+    On a GPU the image and the sums lie there while they fit, and so does the result; else they stay
+    on the host, so a volume larger than the GPU's memory still passes. Of `batch` 1, the default of
+    a recipe, several tiles go at once there, as many as its memory holds and as pay. Only the
+    rounding of the network depends on it. `memory`: says what a GPU has; by default `device`'s own.
+
+    The order of summation is fixed: same input, same bits. Of several `forward`, networks of one
+    size, the mean: each goes over the whole image and is dropped before the next is asked for,
+    into the same sums, so memory does not grow with their number. Raises InputError for an
+    impossible patch, overlap or axis, FloatingPointError when the network's output is not finite.
     """
     patch = _checked(image_CZYX, patch, overlap, mirror_axes, batch, dims)
     device = torch.device(device) if device is not None else image_CZYX.device
-    keep_on = torch.device(keep_on) if keep_on is not None else image_CZYX.device
+    if memory is None and device.type == "cuda":
+        memory = CudaMemory(device)
+    if memory is not None and image_CZYX.nbytes < memory.free() // 8:
+        image_CZYX = image_CZYX.to(device, non_blocking=True)
     padded, inner = _padded(image_CZYX, patch)
-    weight = importance(patch, keep_on)
-    total, weights = None, torch.zeros(padded.shape[1:], device=keep_on)
-    flips = [axis + 2 - (3 - dims) for axis in mirror_axes]
+    boxes = list(_boxes(padded.shape[1:], patch, overlap, dims))
+    sums = _Sums(padded.shape[1:], patch, device if memory is None else None)
+    tiles = _Tiles(padded, device, scale, dims, [axis + 2 - (3 - dims) for axis in mirror_axes])
     networks = iter([forward] if callable(forward) else forward)
+    size = batch if memory is None else 0  # 0: one tile tells what it takes
     with torch.no_grad():
         while (network := next(networks, None)) is not None:
-            for boxes in _batches(_boxes(padded.shape[1:], patch, overlap, dims), batch):
-                tiles = torch.stack([padded[(slice(None), *box)] for box in boxes]).to(device)
-                tiles = tiles.float() if tiles.is_floating_point() else tiles.float() * scale
-                tiles = tiles[:, :, 0] if dims == 2 else tiles
-                found = mirrored(network, tiles, flips).float().to(keep_on)
-                if found.shape[2:] != tiles.shape[2:]:
-                    raise InputError(
-                        f"sliding window: the network gave size {tuple(found.shape[2:])} for a "
-                        f"tile of {tuple(tiles.shape[2:])}"
-                    )
-                found = found[:, :, None] if dims == 2 else found
-                if total is None:
-                    total = torch.zeros((found.shape[1], *padded.shape[1:]), device=keep_on)
-                for box, one in zip(boxes, found, strict=True):
-                    total[(slice(None), *box)] += one * weight
-                    weights[box] += weight
+            at = 0
+            while at < len(boxes):
+                chunk = boxes[at : at + max(size, 1)]
+                if memory is not None and not size:
+                    memory.begin()
+                found = None
+                try:
+                    found = tiles.through(network, chunk)
+                except torch.OutOfMemoryError:
+                    # a neighbour on the card may have grown
+                    if memory is None or (len(chunk) == 1 and not sums.to_host()):
+                        raise
+                if found is None:  # outside `except`, which holds the tensors of the failed pass
+                    memory.drop_cache()
+                    size = max(1, len(chunk) // 2)
+                    continue
+                if memory is not None and not size:
+                    sizes = (math.prod(patch), math.prod(padded.shape[1:]), found.shape[1])
+                    chosen = layout(memory.free(), memory.peak(), sizes, batch)
+                    sums.place(found.shape[1], device if chosen.sums_on_device else "cpu")
+                    size = chosen.batch
+                sums.add(chunk, found)
+                at += len(chunk)
             network = None  # before the next is loaded
-    total = total.div_(weights)[(slice(None), *inner)]
+    total = sums.mean()[(slice(None), *inner)]
     if not total.sum().isfinite():
         raise FloatingPointError(
             "sliding window: the network's output is not finite (NaN or infinity): the training "
             "diverged"
         )
     return total.contiguous()
+
+
+class _Tiles:
+    """The tiles of an image, padded, and what a network says of them."""
+
+    def __init__(
+        self, padded: Tensor, device: torch.device, scale: float, dims: int, flips: Sequence[int]
+    ):
+        self.padded, self.device, self.scale = padded, device, scale
+        self.dims, self.flips = dims, flips
+
+    def through(self, network: Forward, boxes: Sequence[Box]) -> Tensor:
+        """(B, K, Z, Y, X) float32 on the device, of the tiles in `boxes`."""
+        tiles = torch.stack([self.padded[(slice(None), *box)] for box in boxes])
+        if tiles.device != self.device:
+            tiles = tiles.pin_memory() if self.device.type == "cuda" else tiles
+            tiles = tiles.to(self.device, non_blocking=True)
+        tiles = tiles.float() if tiles.is_floating_point() else tiles.float() * self.scale
+        tiles = tiles[:, :, 0] if self.dims == 2 else tiles
+        found = mirrored(network, tiles, self.flips).float()
+        if found.shape[2:] != tiles.shape[2:]:
+            raise InputError(
+                f"sliding window: the network gave size {tuple(found.shape[2:])} for a tile of "
+                f"{tuple(tiles.shape[2:])}"
+            )
+        return found[:, :, None] if self.dims == 2 else found
+
+
+class _Sums:
+    """Weighted sums of tiles and of their weights, on a device or on the host.
+
+    On the host, what a pass on a GPU gives is fetched through pinned memory while the next one
+    runs, and added in the same order.
+    """
+
+    def __init__(self, shape: Sequence[int], patch: Sequence[int], where: torch.device | None):
+        self.shape, self.patch, self.where = tuple(shape), patch, where
+        self.total: Tensor | None = None
+        self.waiting: tuple[Sequence[Box], Tensor, Any] | None = None
+
+    def place(self, channels: int, where: torch.device | str) -> None:
+        """Make the sums, there if they fit in one piece."""
+        try:
+            self._make(channels, torch.device(where))
+        except torch.OutOfMemoryError:
+            self._make(channels, torch.device("cpu"))
+
+    def _make(self, channels: int, where: torch.device) -> None:
+        self.total = torch.zeros((channels, *self.shape), device=where)
+        self.weights = torch.zeros(self.shape, device=where)
+        self.weight = importance(self.patch, where)
+        self.where = where
+
+    def to_host(self) -> bool:
+        """Give the device's memory to the network; False if there is nothing to give."""
+        if self.total is None or self.total.device.type == "cpu":
+            return False
+        self.total, self.weights, self.weight = (
+            value.cpu() for value in (self.total, self.weights, self.weight)
+        )
+        self.where = self.total.device
+        return True
+
+    def add(self, boxes: Sequence[Box], found_BKZYX: Tensor) -> None:
+        if self.total is None:
+            self._make(found_BKZYX.shape[1], self.where)
+        if found_BKZYX.device == self.total.device:
+            self._add(boxes, found_BKZYX)
+            return
+        before, self.waiting = self.waiting, (boxes, *_fetched(found_BKZYX))
+        self._settle(before)
+
+    def _settle(self, waiting: tuple[Sequence[Box], Tensor, Any] | None) -> None:
+        if waiting is not None:
+            boxes, found, done = waiting
+            done.synchronize()
+            self._add(boxes, found)
+
+    def _add(self, boxes: Sequence[Box], found_BKZYX: Tensor) -> None:
+        for box, one in zip(boxes, found_BKZYX, strict=True):
+            self.total[(slice(None), *box)] += one * self.weight
+            self.weights[box] += self.weight
+
+    def mean(self) -> Tensor:
+        """(K, Z, Y, X), in the place of the sums."""
+        self._settle(self.waiting)
+        self.waiting = None
+        return self.total.div_(self.weights)
+
+
+def _fetched(found: Tensor) -> tuple[Tensor, Any]:
+    """A copy on the host, on its way, and the event of its arrival."""
+    host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+    host.copy_(found, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(found.device))
+    return host, done
 
 
 def _checked(
@@ -154,16 +269,9 @@ def _padded(image: Tensor, patch: Sequence[int]) -> tuple[Tensor, tuple[slice, .
     return image, inner
 
 
-def _boxes(
-    shape: Sequence[int], patch: Sequence[int], overlap: float, dims: int
-) -> Iterator[tuple[slice, ...]]:
+def _boxes(shape: Sequence[int], patch: Sequence[int], overlap: float, dims: int) -> Iterator[Box]:
     starts = [tile_starts(size, p, overlap) for size, p in zip(shape, patch, strict=True)]
     if dims == 2:
         starts[0] = list(range(shape[0]))
     for corner in itertools.product(*starts):
         yield tuple(slice(start, start + p) for start, p in zip(corner, patch, strict=True))
-
-
-def _batches(boxes: Iterator, size: int) -> Iterator[list]:
-    while chunk := list(itertools.islice(boxes, size)):
-        yield chunk

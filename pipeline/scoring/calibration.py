@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import numpy as np
+import torch
 from torch import Tensor
 
 from segfleet.pipeline.scoring.metrics import masks
@@ -19,6 +23,8 @@ def calibration(
     if task.averages != "probabilities":
         return {name: {"brier": None, "ece": None} for name in task.names}
     background = len(task.values) - len(task.names)  # a softmax has a channel of it
+    if probabilities_KZYX.device.type != "cpu":
+        return _on_device(probabilities_KZYX[background:], label_ZYX, task)
     counted = None
     if task.ignore_label is not None:
         counted = label_ZYX != task.ignore_label
@@ -29,6 +35,47 @@ def calibration(
             p, truth = p[counted], truth[counted]
         found[name] = binary_calibration(p.ravel(), truth.ravel())
     return found
+
+
+def _on_device(
+    probabilities_KZYX: Tensor, label_ZYX: np.ndarray, task: Task
+) -> dict[str, dict[str, float | None]]:
+    """The same where the probabilities are, so that a few sums leave the device, not volumes."""
+    label = torch.from_numpy(np.ascontiguousarray(label_ZYX)).to(probabilities_KZYX.device)
+    counted, found = task.valid(label), {}
+    for p, name, group in zip(probabilities_KZYX, task.names, task.members, strict=True):
+        truth = functools.reduce(torch.logical_or, [label == value for value in group])
+        rows = []
+        for q, y, c in zip(*_slabs(p, truth, counted), strict=True):
+            c = torch.ones_like(y) if c is None else c
+            q, y = torch.where(c, q, 0).double(), y & c
+            place = (q * BINS).long().clamp(max=BINS - 1)
+            # masks, not `bincount`: its sums on a GPU depend on the order in which threads arrive
+            bins = [place == number for number in range(BINS)]
+            rows.append(
+                torch.stack(
+                    [
+                        (q - y.double()).square().sum(),
+                        c.sum().double(),
+                        *(torch.where(one, q, 0).sum() for one in bins),
+                        *((one & y).sum().double() for one in bins),
+                    ]
+                )
+            )
+        squares, count, *sums = torch.stack(rows).sum(0).tolist()
+        gaps = np.abs(np.subtract(sums[:BINS], sums[BINS:])).sum()
+        found[name] = {
+            "brier": squares / count if count else None,
+            "ece": float(gaps) / count if count else None,
+        }
+    return found
+
+
+def _slabs(p: Tensor, truth: Tensor, counted: Tensor | None) -> tuple[Any, ...]:
+    """Slices of each that hold some 16 million voxels: in double they take a while's memory."""
+    thick = max(1, 2**24 // max(1, p[0].numel()))
+    parts = p.split(thick), truth.split(thick)
+    return *parts, [None] * len(parts[0]) if counted is None else counted.split(thick)
 
 
 def binary_calibration(p: np.ndarray, truth: np.ndarray) -> dict[str, float | None]:

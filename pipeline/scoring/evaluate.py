@@ -155,7 +155,7 @@ def evaluate_cases(
                 distances=distances,
                 tolerance=tolerance,
             )
-            stored, stored_truth = task.labels(found).numpy(), store.label(case)
+            stored, stored_truth = task.labels(found).cpu().numpy(), store.label(case)
             at_stored_size = confusion(stored, stored_truth, task)
             for name, counts in at_stored_size.items():
                 scores[name]["stored_counts"] = list(counts)
@@ -240,7 +240,8 @@ def case_probabilities(
     dims: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """(K, Z, Y, X) float32 probabilities of a stored case on the stored grid, on the CPU."""
+    """(K, Z, Y, X) float32 probabilities of a stored case on the stored grid; on a GPU that has
+    computed them, if they fit there."""
     image = torch.from_numpy(np.ascontiguousarray(store.stored_image(case)))
     dims = dims or (2 if patch[0] == 1 else 3)
     try:
@@ -254,7 +255,6 @@ def case_probabilities(
             dims=dims,
             scale=store.manifest.plan.scale,
             device=device,
-            keep_on="cpu",
         )
     except FloatingPointError as error:
         raise FloatingPointError(f"case '{case.id}': {error}") from None
@@ -285,10 +285,19 @@ def case_loss(
 ) -> float:
     """The objective over a whole case; the slices of a 2D network are a batch."""
     label = torch.from_numpy(np.ascontiguousarray(label_ZYX))
+    logits, label = (logits_KZYX.movedim(1, 0), label) if flat else (logits_KZYX[None], label[None])
+
+    def on(device: torch.device) -> float:
+        if isinstance(objective, torch.nn.Module):
+            objective.to(device)  # weights of classes
+        return float(objective(logits.to(device), label.to(device)))
+
     with torch.no_grad(), apart():
-        if flat:
-            return float(objective(logits_KZYX.movedim(1, 0), label))
-        return float(objective(logits_KZYX[None], label[None]))
+        try:
+            return on(logits.device)
+        except torch.OutOfMemoryError:  # a whole case in float32, several times
+            pass
+        return on(torch.device("cpu"))
 
 
 def truth_of(store: ShardStore, case: CaseEntry) -> np.ndarray:

@@ -1,9 +1,11 @@
-"""What a GPU would refuse or wait for, found on a CPU: see `fake_cuda_program.py`."""
+"""What a GPU would refuse or wait for, found on a CPU: see `fake_cuda_program.py`; what of an
+inference stays there, and what crosses: `fake_cuda_inference.py`."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -117,3 +119,37 @@ def test_every_loss_in_every_precision_stays_on_the_device(library, name):
     ]
     for each, answer in zip(asked, ask(library, asked, 1700), strict=True):
         stayed(each, answer)
+
+
+RAW = [20, 60, 50]
+TILES = 4 * 4 * 4  # of 8 x 16 x 16 over 20 x 40 x 40, half overlapping
+
+
+@pytest.fixture(scope="module")
+def inferences(library):
+    done = subprocess.run(
+        [sys.executable, str(HERE / "fake_cuda_inference.py"), str(library)],
+        capture_output=True,
+        text=True,
+        timeout=120 * PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_sums_stay_on_the_device_and_only_labels_cross(inferences):
+    roomy, _ = inferences
+    assert roomy["device"] == "cuda:0" and roomy["size"] == [3, 20, 40, 40]
+    assert roomy["sums"] == [], "the sliding window fetches something"
+    assert roomy["labels"] == [["uint8", RAW]] and roomy["restored"] == RAW
+    assert roomy["calibration"] == [], "probabilities cross for the calibration"
+    assert sum(roomy["passes"]) == TILES
+    assert roomy["passes"][0] == 1 and max(roomy["passes"]) > 8
+
+
+def test_what_does_not_fit_is_summed_on_the_host_pass_by_pass(inferences):
+    _, scarce = inferences
+    assert scarce["device"] == "cpu"
+    assert sum(scarce["passes"]) == TILES and set(scarce["passes"]) == {1}
+    assert [kind for kind, _ in scarce["sums"]] == ["float32"] * TILES
+    assert all(math.prod(size) == 3 * 8 * 16 * 16 for _, size in scarce["sums"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 
 from segfleet.core.errors import InputError
+from segfleet.pipeline.inference import sliding_window as module
+from segfleet.pipeline.inference.room import Layout, layout
 from segfleet.pipeline.inference.sliding_window import (
     importance,
     mirrored,
@@ -198,3 +201,139 @@ def test_impossible_settings_are_named(wrong, message):
 def test_a_network_that_changes_the_size_is_refused():
     with pytest.raises(InputError, match="gave size"):
         sliding_window(lambda t: t[..., ::2], image(1, 8, 8, 8), patch=(8, 8, 8), dims=3)
+
+
+def by_hand(net, x, patch):
+    """Tile by tile, as it was before GPUs."""
+    starts = [tile_starts(size, p) for size, p in zip(x.shape[1:], patch, strict=True)]
+    weight, total, weights = importance(patch), 0, torch.zeros(x.shape[1:])
+    with torch.no_grad():
+        for corner in itertools.product(*starts):
+            box = tuple(slice(c, c + p) for c, p in zip(corner, patch, strict=True))
+            found = net(x[(slice(None), *box)][None])[0]
+            total = torch.zeros(len(found), *x.shape[1:]) if isinstance(total, int) else total
+            total[(slice(None), *box)] += found * weight
+            weights[box] += weight
+    return total / weights
+
+
+def test_on_a_cpu_the_bits_are_those_of_one_tile_after_another():
+    torch.manual_seed(2)
+    net, x = torch.nn.Conv3d(1, 3, 3, padding=1), image(1, 11, 19, 23)
+    assert torch.equal(sliding_window(net, x, patch=(8, 8, 8), dims=3), by_hand(net, x, (8, 8, 8)))
+
+
+class Memory:
+    """A card of `size` bytes of which a tile takes `tile`; the window's sums are not counted."""
+
+    def __init__(self, size: int, tile: int):
+        self.size, self.tile, self.dropped = size, tile, 0
+
+    def free(self):
+        return self.size
+
+    def begin(self):
+        pass
+
+    def peak(self):
+        return self.tile
+
+    def drop_cache(self):
+        self.dropped += 1
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_as_many_tiles_as_fit_go_at_once_and_change_nothing_but_rounding(dims):
+    torch.manual_seed(2)
+    net = (torch.nn.Conv3d, torch.nn.Conv2d)[dims == 2](1, 3, 3, padding=1)
+    x, passes = image(1, 11, 19, 23), []
+
+    def forward(t):
+        passes.append(len(t))
+        return net(t)
+
+    alone = sliding_window(net, x, patch=(8, 8, 8), dims=dims)
+    memory = Memory(2**20, 2**17)
+    found = sliding_window(forward, x, patch=(8, 8, 8), dims=dims, memory=memory)
+    left = 0.8 * 2**20 - 4 * (3 + 4) * 11 * 19 * 23
+    assert set(passes[1:-1]) == {int(left / 2**17)} and passes[0] == 1
+    torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-6)
+    again = sliding_window(forward, x, patch=(8, 8, 8), dims=dims, memory=memory)
+    assert torch.equal(found, again)
+
+
+def test_a_pass_that_does_not_fit_after_all_is_halved():
+    net, x = torch.nn.Conv3d(1, 3, 3, padding=1), image(1, 16, 24, 24)
+    passes, memory = [], Memory(2**30, 2**20)
+
+    def forward(t):
+        passes.append(len(t))
+        if len(t) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return net(t)
+
+    found = sliding_window(forward, x, patch=(8, 8, 8), dims=3, memory=memory)
+    assert passes[:6] == [1, 74, 37, 18, 9, 4] and set(passes[6:]) <= {2, 1}
+    assert memory.dropped == 5
+    torch.testing.assert_close(
+        found, sliding_window(net, x, patch=(8, 8, 8), dims=3), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_tile_that_does_not_fit_is_an_error():
+    def forward(_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        sliding_window(forward, image(1, 8, 8, 8), patch=(8, 8, 8), dims=3, memory=Memory(2**30, 1))
+
+
+@pytest.mark.parametrize(
+    "free, tile, asked, expected",
+    [
+        (2**37, 2**30, 1, Layout(True, 4)),  # of 128 cubed no more than four pay
+        (2**37, 2**30, 7, Layout(True, 7)),  # the recipe says so
+        (3 * 2**30, 2**30, 1, Layout(True, 1)),
+        (2**31, 2**30, 1, Layout(False, 1)),  # a tile fits, the sums do not
+        (2**29, 2**30, 1, Layout(False, 1)),  # it has just fitted
+    ],
+)
+def test_sums_and_tiles_share_what_is_free(free, tile, asked, expected):
+    assert layout(free, tile, (128**3, 400 * 10**5, 2), asked) == expected
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    @property
+    def device(self):
+        return torch.device("cuda", 0)
+
+
+def test_what_is_fetched_from_a_device_is_added_a_pass_later_in_the_same_order(monkeypatch):
+    waited = []
+
+    class Event:
+        def synchronize(self):
+            waited.append(len(waited))
+
+    monkeypatch.setattr(module, "_fetched", lambda t: (t.as_subclass(torch.Tensor), Event()))
+    whole, parts = (module._Sums((4, 4, 8), (4, 4, 4), torch.device("cpu")) for _ in range(2))
+    for start in (0, 2, 4):
+        box = (slice(0, 4), slice(0, 4), slice(start, start + 4))
+        found = image(1, 2, 4, 4, 4) + start
+        whole.add([box], found)
+        if parts.total is None:
+            parts.place(2, "cpu")
+        parts.add([box], found.as_subclass(Elsewhere))
+        assert len(waited) == start // 2, "it waits for the pass before, not for this one"
+    assert torch.equal(whole.mean(), parts.mean()) and len(waited) == 3
+
+
+def test_sums_give_way_to_a_network_that_needs_the_device():
+    sums = module._Sums((4, 4, 4), (4, 4, 4), None)
+    sums.place(2, "cpu")
+    assert not sums.to_host(), "they are on the host already"
+    sums.place(2, "meta")
+    with pytest.raises(NotImplementedError, match="meta"):  # it tries to fetch them
+        sums.to_host()

@@ -9,7 +9,12 @@ from scipy import ndimage
 from surface_distance import metrics as surface_distance
 
 from segfleet.core.errors import InputError
-from segfleet.pipeline.scoring.calibration import BINS, binary_calibration, calibration
+from segfleet.pipeline.scoring.calibration import (
+    BINS,
+    _on_device,
+    binary_calibration,
+    calibration,
+)
 from segfleet.pipeline.scoring.evaluate import check_tolerance
 from segfleet.pipeline.scoring.lesions import lesion_counts
 from segfleet.pipeline.scoring.metrics import score_case, score_structure
@@ -140,3 +145,27 @@ def test_calibration_of_structures_leaves_out_the_ignored():
     assert found["a"]["ece"] == pytest.approx((0.2 + 0.5) / 3)
     logits = Task(**{**task.__dict__, "averages": "logits"})
     assert calibration(p.reshape(3, 1, 1, 4), label, logits)["a"] == {"brier": None, "ece": None}
+
+
+@pytest.mark.parametrize("ignore", [None, 9])
+def test_calibration_on_a_device_is_that_on_the_host(ignore):
+    """Its sums run where the probabilities are; a CPU does for a device here."""
+    task = Task(
+        head="softmax",
+        names=("a", "b"),
+        members=((1,), (2,)),
+        values=(0, 1, 2),
+        ignore_label=ignore,
+    )
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(3, 9, 40, 50, generator=generator).softmax(0)
+    p[1, 0, 0, :3] = torch.tensor([1.0, 0.0, 1 / 15])
+    label = torch.randint(0, 3, (9, 40, 50), generator=generator, dtype=torch.uint8).numpy()
+    if ignore:
+        label[:, :20] = ignore
+    expected, found = calibration(p, label, task), _on_device(p[1:], label, task)
+    for name in task.names:
+        assert found[name] == pytest.approx(expected[name], rel=1e-6)
+    nothing = np.full(label.shape, 9, np.uint8)
+    if ignore:
+        assert _on_device(p[1:], nothing, task) == calibration(p, nothing, task)
