@@ -94,10 +94,7 @@ class ProcessRanks(Ranks):
         )
         # tensors on the CPU go by gloo in either case: one mesh of connections, not two
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        with stdout_aside():
-            dist.init_process_group(
-                backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT
-            )
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         self.control = dist.group.WORLD
         prove(self.control, rank, size, store)
         self._flag = torch.zeros(1, dtype=torch.int32)
@@ -238,20 +235,6 @@ def join_ranks(rendezvous: Path) -> Ranks:
             f"{' '.join(str(error).split())[:400]}. The nodes must reach each other on every port; "
             f"the interface was {way} (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose another)"
         ) from error
-
-
-@contextmanager
-def stdout_aside() -> Iterator[None]:
-    """What C++ prints to stdout, which belongs to the command line, goes to stderr: some versions
-    of gloo count their peers there."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        os.dup2(2, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def raise_descriptor_limit() -> None:

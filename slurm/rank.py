@@ -43,6 +43,7 @@ class OtherCode(InputError):
 def run_rank(folder: str) -> None:
     """Do the job of a submission folder and end the process. What came out stands in files, never
     in submitit's pickles."""
+    worker.keep_stdout()
     stop = StopRequest()  # in place of submitit's handlers: theirs act at once and on rank 0 alone
     become_rank()
     submission, life = Path(folder), Path(os.environ["SEGFLEET_LIFE"])

@@ -38,6 +38,7 @@ LOST += (
 
 
 def main(rendezvous: Path) -> int:
+    keep_stdout()
     survive_hangup()
     if parent := os.environ.get("SEGFLEET_PARENT"):
         die_with_parent(int(parent))
@@ -45,6 +46,15 @@ def main(rendezvous: Path) -> int:
     job = rendezvous / "job.json"
     code, _ = work(rendezvous, lambda: json.loads(job.read_text(encoding="utf-8")), stop)
     return code
+
+
+def keep_stdout() -> None:
+    """stdout, which belongs to the command line, for Python's own words alone. What libraries in
+    C++ write there, as gloo of torch 2.10 does whenever ranks meet, goes to stderr."""
+    sys.stdout.flush()
+    kept, terminal = os.dup(1), sys.stdout.isatty()
+    sys.stdout = open(kept, "w", 1 if terminal else -1, sys.stdout.encoding, sys.stdout.errors)
+    os.dup2(2, 1)
 
 
 def work(

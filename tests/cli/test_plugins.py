@@ -27,11 +27,14 @@ def my_net(in_channels, num_classes):
     return nn.Conv2d(in_channels, num_classes, 3, padding=1)
 '''
 LOSS = """
+import os
+
 from segfleet.pipeline.losses.bce_dice import Loss as Ours
 
 
 class Loss(Ours):
     def forward(self, logits, target, valid):
+        os.write(1, b"what a library in C++ prints\\n")  # must not end in the JSON of the command
         return 2 * super().forward(logits, target, valid)
 """
 LAYOUT = """

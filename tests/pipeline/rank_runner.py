@@ -152,8 +152,10 @@ def _fork(order: dict[str, Any], rank: int) -> int:
 def _work(folder: Path, program: str, arguments: dict[str, Any]) -> int:
     import torch
 
+    from segfleet.pipeline.launch.worker import keep_stdout
     from segfleet.pipeline.ranks import join_ranks
 
+    keep_stdout()
     try:
         file, _, function = program.rpartition(":")
         run = getattr(_program(file), function)
