@@ -59,17 +59,42 @@ def _gather_and_convolve(
     x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, groups: int, layout: str
 ) -> Tensor:
     rows = x.shape[2]
-    samples = F.grid_sample(
-        x.to(_exact(x)),
-        _grid(offset, weight.shape[-1], layout),
-        padding_mode="zeros",
-        align_corners=False,
-    )
+    image, grid = x.to(_exact(x)), _grid(offset, weight.shape[-1], layout)
+    if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+        samples = read_in_order(image, grid)
+    else:
+        samples = F.grid_sample(image, grid, padding_mode="zeros", align_corners=False)
     taps = weight.shape[-1] ** 2
     kernels = rearrange(weight, "(g o) c row column -> g o (c row column)", g=groups)
     samples = rearrange(samples, "b (g c) (tap y) x -> b g (c tap) (y x)", g=groups, tap=taps)
     out = rearrange(kernels @ samples, "b g o (y x) -> b (g o) y x", y=rows)
     return out if bias is None else out + bias.to(out.dtype).view(-1, 1, 1)
+
+
+def read_in_order(x_BCYX: Tensor, grid_BPQ2: Tensor) -> Tensor:
+    """`grid_sample`, bilinear with zeros outside, as four look-ups in a table of pixels: (B, C, P,
+    Q).
+
+    The gradients that meet in a pixel are then sorted and summed in one order; on CUDA
+    `grid_sample` adds them as they come.
+    """
+    batch, channels, rows, columns = x_BCYX.shape
+    column = ((grid_BPQ2[..., 0] + 1) * columns - 1) / 2
+    row = ((grid_BPQ2[..., 1] + 1) * rows - 1) / 2
+    left, top = column.detach().floor(), row.detach().floor()
+    right_share, lower_share = (column - left).unsqueeze(-1), (row - top).unsqueeze(-1)
+    pixels = x_BCYX.permute(0, 2, 3, 1).reshape(-1, channels)
+    begin = torch.arange(batch, device=x_BCYX.device).view(-1, 1, 1) * (rows * columns)
+
+    def read(row: Tensor, column: Tensor) -> Tensor:
+        # comparisons with NaN are false, too: no index is ever outside
+        inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+        place = torch.where(inside, row * columns + column, 0.0).long()
+        return torch.where(inside.unsqueeze(-1), pixels[begin + place], 0.0)
+
+    upper = read(top, left) * (1 - right_share) + read(top, left + 1) * right_share
+    lower = read(top + 1, left) * (1 - right_share) + read(top + 1, left + 1) * right_share
+    return (upper * (1 - lower_share) + lower * lower_share).permute(0, 3, 1, 2)
 
 
 def _exact(t: Tensor) -> torch.dtype:

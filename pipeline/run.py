@@ -22,6 +22,7 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import absolute, read_json, write_json
 from segfleet.core.lock import Lock, holder
 from segfleet.pipeline.recipe import OVERRIDES, Inherit, Recipe, Stage, members, parse, resolve
+from segfleet.pipeline.sections import Engine
 from segfleet.pipeline.sources import NUMERICS, changed_sources
 from segfleet.preprocess.stores.manifest import Manifest, load_manifest
 
@@ -45,6 +46,8 @@ IDLE_OF_SCHEDULE = {
     "cosine": ("power",),
 }
 
+# Added after runs had uids: left out where they are as everything was before.
+LATER_OF_ENGINE = ("deterministic",)
 
 # of the recipe of a stage, which is resolved: what its store holds
 Manifests = Callable[[Recipe], Manifest]
@@ -140,6 +143,7 @@ def stage_facts(recipe: Recipe, manifest: Manifest | Manifests, index: int) -> d
         key: value
         for key, value in whole["engine"].items()
         if key not in ("name", "options", "checkpoint_activations")
+        and not (key in LATER_OF_ENGINE and value == Engine.model_fields[key].default)
     }
     idle = (
         "name",

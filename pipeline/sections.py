@@ -243,6 +243,11 @@ class Engine(Section):
         "a third. It changes the rounding of convolutions",
     )
     compile: bool = Field(False, description="torch.compile")
+    deterministic: bool = Field(
+        False,
+        description="on GPUs: only operations that add in a fixed order, slower; a CPU does so "
+        "anyway. An operation that cannot is refused by name",
+    )
     checkpoint_activations: bool = Field(
         False, description="recompute activations in backward: less memory, more time"
     )

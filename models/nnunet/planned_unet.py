@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from einops import reduce
 from torch import Tensor, nn
 
 from segfleet.models.nnunet.topology import Topology
@@ -20,8 +21,25 @@ from segfleet.models.skips import skip
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
-POOL = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
 SLOPE = 0.01
+
+
+class AvgPool3d(nn.AvgPool3d):
+    """Mean over blocks that do not overlap. PyTorch's own has no deterministic form on CUDA, though
+    blocks that do not overlap need none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+            return self.by_blocks(x)
+        return super().forward(x)
+
+    def by_blocks(self, x: Tensor) -> Tensor:
+        depth, rows, columns = self.kernel_size
+        blocks = "b c (z depth) (y rows) (x columns) -> b c z y x"
+        return reduce(x, blocks, "mean", depth=depth, rows=rows, columns=columns)
+
+
+POOL = {2: nn.AvgPool2d, 3: AvgPool3d}
 
 
 def conv_norm(

@@ -36,11 +36,12 @@ def choose(wanted: str, device: torch.device, *, ours: bool = False) -> str:
     there is.
 
     ours: leave out mamba_ssm, for what its kernels do not offer: compiled graphs, gradients of the
-    last state.
+    last state. Under `torch.use_deterministic_algorithms` it is left out, too: its kernels add
+    gradients as they come.
 
     Raises ModelError for an unknown name, or for a forced back end that cannot run here.
     """
-    source = "backend"
+    source, ours = "backend", ours or torch.are_deterministic_algorithms_enabled()
     if wanted == "auto":
         source, wanted = VARIABLE, os.environ.get(VARIABLE, "") or "auto"
     if wanted not in NAMES:

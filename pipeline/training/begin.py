@@ -13,8 +13,8 @@ from segfleet.pipeline.engines.base import Engine, Setup, build_engine
 from segfleet.pipeline.lora import adapt
 from segfleet.pipeline.parts import Objective, build_network, in_layout, task_of, transfer_of
 from segfleet.pipeline.recipe import resolve
+from segfleet.pipeline.training import numerics, sync_norm
 from segfleet.pipeline.training import precision as bf16
-from segfleet.pipeline.training import sync_norm
 from segfleet.pipeline.training.transfer import load, write_transfer
 from segfleet.pipeline.weights import load_foreign
 
@@ -53,6 +53,7 @@ def build(this: Run, index: int) -> tuple[Engine, checkpoint.Checkpoint | None]:
     }
     if stage.lora:
         adapt(model, stage, registry.spec(recipe.model.name), recipe.seed)
+    numerics.arrange(recipe.engine, ranks.device)
     model = model.to(ranks.device)
     if recipe.engine.name == "ddp" and not recipe.engine.compile:
         compiler.load_later()

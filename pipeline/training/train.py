@@ -37,6 +37,7 @@ from segfleet.pipeline.recipe import Recipe, resolve
 from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.stop import Interrupted, Paused
 from segfleet.pipeline.trackers import check_trackers, open_trackers
+from segfleet.pipeline.training import numerics
 from segfleet.pipeline.training.agreement import Agreement
 from segfleet.pipeline.training.begin import build
 from segfleet.pipeline.training.hardware import Energy, hardware
@@ -356,7 +357,9 @@ def train_stage(this: Run, index: int) -> None:
             epoch, lr = progress.step // steps, learning_rate(stage, progress.step, total)
             # dropout and the like
             torch.manual_seed(step_seed(recipe.seed, index, progress.step, ranks.rank))
-            window.add(*engine.step(stream, lr), epoch, lr)
+            with numerics.refused(recipe):
+                loss, norm = engine.step(stream, lr)
+            window.add(loss, norm, epoch, lr)
             progress.step += 1
     except BaseException:
         # a save under way is published if it can be; the first error is what the user must see

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from segfleet.models.deform import DeformConv2d, deform_conv2d
+from segfleet.models.deform import DeformConv2d, deform_conv2d, read_in_order
 from segfleet.models.registry import ModelError
 
 
@@ -135,3 +135,22 @@ def test_wrong_shapes_and_names_are_refused():
         deform_conv2d(x, torch.zeros(1, 18, 4, 4), weight, layout="pairs")
     with pytest.raises(ModelError, match="zero, random"):
         DeformConv2d(2, 2, offset_bias="one")
+
+
+def test_reading_in_order_is_grid_sample_and_so_are_its_gradients():
+    x, grid = draw(2, 3, 4, 6).requires_grad_(), draw(2, 5, 7, 2, seed=1).requires_grad_()
+    assert (grid.abs() > 1).any() and (grid.abs() < 1).any(), "inside and outside"
+    weight, found = draw(2, 3, 5, 7, seed=2), []
+    for read in (read_in_order, lambda x, grid: F.grid_sample(x, grid, align_corners=False)):
+        out = read(x, grid)
+        found.append((out, *torch.autograd.grad((out * weight).sum(), (x, grid))))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_reading_in_order_reads_nothing_outside_where_a_position_is_no_number():
+    grid = torch.tensor([math.nan, math.inf, -math.inf, 1e30]).view(1, 4, 1, 1).expand(1, 4, 1, 2)
+    grid = grid.clone().requires_grad_()
+    out = read_in_order(torch.ones(1, 1, 3, 3, requires_grad=True), grid)
+    out.sum().backward()  # an index outside would be an error
+    assert out.shape == (1, 1, 4, 1)

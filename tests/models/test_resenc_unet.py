@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from segfleet.models.nnunet.planned_unet import POOL
 from segfleet.models.nnunet.topology import topology_from_options, topology_from_plan
 from segfleet.models.registry import ModelError, build_model, count_parameters
 
@@ -174,3 +175,16 @@ def test_a_deepest_map_of_one_voxel_is_refused():
     )
     with pytest.raises(ModelError, match="one voxel"):
         network(torch.randn(1, 1, 2, 2))
+
+
+@pytest.mark.parametrize("stride", [(2, 2, 2), (1, 2, 2), (1, 3, 2)])
+def test_pooling_by_blocks_is_average_pooling_and_so_is_its_gradient(stride):
+    pool = POOL[3](stride, stride)
+    x = torch.randn(2, 3, 4, 6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x.requires_grad_()
+    weight, found = torch.randn_like(pool(x)), []
+    for forward in (pool.by_blocks, pool):
+        out = forward(x)
+        found.append((out, *torch.autograd.grad((out * weight).sum(), x)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

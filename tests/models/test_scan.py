@@ -527,6 +527,11 @@ def test_on_cuda_mamba_ssm_goes_first_if_it_has_its_kernels(installed, monkeypat
         == backends.choose("mamba_ssm", CUDA, ours=True)
         == "triton"
     )
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert backends.choose("auto", CUDA) == backends.choose("mamba_ssm", CUDA) == "triton"
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert external.unavailable(torch.device("cpu"))
 
 

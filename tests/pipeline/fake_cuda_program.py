@@ -33,21 +33,42 @@ from segfleet.pipeline.parts import Objective
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.task import Task
+from segfleet.pipeline.training import numerics
 
 CUDA = torch.device("cuda", 0)
+# What PyTorch 2.10 to 2.13 refuse on CUDA under `use_deterministic_algorithms`
+# (`alertNotDeterministic` in their sources): FakeTensors run none of the kernels that say so.
+WITHOUT_ORDER = {
+    *(f"_adaptive_avg_pool{d}d_backward" for d in (2, 3)),
+    *("adaptive_max_pool2d_backward", "avg_pool3d_backward"),
+    *(f"fractional_max_pool{d}d_backward" for d in (2, 3)),
+    *("max_unpool2d", "max_unpool3d"),
+    *(f"upsample_{kind}_backward" for kind in ("linear1d", "bilinear2d", "trilinear3d")),
+    *("upsample_bicubic2d_backward", "_upsample_bilinear2d_aa_backward"),
+    *("_upsample_bicubic2d_aa_backward",),
+    *(f"reflection_pad{d}d_backward" for d in (1, 2, 3)),
+    *("nll_loss2d_forward", "_ctc_loss_backward", "_embedding_bag"),
+    *("put_", "histc", "bincount", "median", "kthvalue", "cumsum", "index_reduce"),
+    *("scatter_reduce", "scatter_reduce_"),
+    *(f"grid_sampler_{d}d_backward" for d in (2, 3)),
+}
 
 
 class Waits(TorchDispatchMode):
-    """Copies for which the host waits: to it or, unless `non_blocking`, to the device."""
+    """Copies for which the host waits: to it or, unless `non_blocking`, to the device. And
+    operations `WITHOUT_ORDER`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.without_order: set[str] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = function.overloadpacket.__name__
         here = args[0].device.type if args and isinstance(args[0], Tensor) else ""
+        if name in WITHOUT_ORDER and here != "cpu":
+            self.without_order.add(name)
         if name in ("_to_copy", "copy_"):
             there = str(kwargs.get("device") or "").partition(":")[0]
             source = args[1].device.type if name == "copy_" else here
@@ -138,14 +159,17 @@ def step(case: dict[str, Any]) -> dict[str, Any]:
         torch.zeros(2, *size, dtype=torch.uint8),
         ("a", "b"),
     )
-    waits = Waits()
+    waits, orders = Waits(), {}
     found = []
-    for _ in range(2):
+    for ordered in (True, False):
+        numerics.arrange(recipe.engine.model_copy(update={"deterministic": ordered}), CUDA)
         waits.found.clear()
+        waits.without_order.clear()
         with waits:
             image, label = loader.on_device(batch, CUDA, recipe.engine.channels_last is not False)
             loss, norm = engine.step(iter([(image, label)]), 0.01)
         found = list(waits.found)  # of the second step: the first one makes the moments
+        orders[ordered] = sorted(waits.without_order)
     with readable():
         saved = engine.tensors()
     saved.pop("scaler", None)  # of the host
@@ -164,6 +188,7 @@ def step(case: dict[str, Any]) -> dict[str, Any]:
         "devices": sorted(devices),
         "out": [str(out.device), list(out.shape)],
         "waits": found,
+        "without_order": [orders[True], orders[False]],
     }
 
 

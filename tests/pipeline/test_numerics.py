@@ -1,0 +1,90 @@
+"""How PyTorch computes on a GPU is said by the recipe; on a CPU nothing changes."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from segfleet.core.errors import InputError
+from segfleet.models.unet_lite import UNetLite
+from segfleet.pipeline import run
+from segfleet.pipeline.sections import Engine
+from segfleet.pipeline.training import numerics
+from segfleet.preprocess.stores.base import open_store
+from tests.pipeline.test_train import assert_equal, go, recipe_of, weights
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def settings() -> dict:
+    return {
+        "ordered": torch.are_deterministic_algorithms_enabled(),
+        "cudnn": torch.backends.cudnn.deterministic,
+        "benchmark": torch.backends.cudnn.benchmark,
+        "cublas": os.environ.get(numerics.WORKSPACE),
+    }
+
+
+@pytest.fixture
+def restored(monkeypatch):
+    monkeypatch.setenv(numerics.WORKSPACE, "")
+    kept = (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = kept
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def test_a_gpu_gets_the_settings_of_the_stage_that_begins(restored, monkeypatch):
+    before = settings()
+    numerics.arrange(Engine(deterministic=True), CPU)
+    assert settings() == before
+    numerics.arrange(Engine(deterministic=True), CUDA)
+    asked = {"ordered": True, "cudnn": True, "benchmark": False, "cublas": ":4096:8"}
+    assert settings() == asked
+    numerics.arrange(Engine(), CUDA)
+    assert settings() == asked | {"ordered": False, "cudnn": False, "benchmark": True}
+    monkeypatch.setenv(numerics.WORKSPACE, ":16:8")  # the user's own, as good
+    numerics.arrange(Engine(deterministic=True), CUDA)
+    assert settings()["cublas"] == ":16:8"
+
+
+def test_on_a_cpu_the_bits_are_the_same(tiny_store, tmp_path):
+    plain, ordered = (
+        recipe_of(tiny_store(dims=2), stages=1, engine={"deterministic": choice})
+        for choice in (False, True)
+    )
+    found = [go(one, tmp_path)[0] for one in (plain, ordered)]
+    assert found[0].path != found[1].path
+    assert_equal(weights(found[0]), weights(found[1]))
+
+
+def test_an_operation_without_an_order_is_refused_by_name(
+    tiny_store, tmp_path, monkeypatch, restored
+):
+    forward = UNetLite.forward
+
+    def unordered(self, image):
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))  # on a CPU, too
+        return forward(self, image)
+
+    monkeypatch.setattr(UNetLite, "forward", unordered)
+    torch.use_deterministic_algorithms(True)
+    recipe = recipe_of(tiny_store(dims=2), stages=1, engine={"deterministic": True})
+    with pytest.raises(
+        InputError, match=r"engine.deterministic: .*unet_lite_standard .* computes 'put_'"
+    ):
+        go(recipe, tmp_path)
+
+
+def test_what_was_added_later_changes_no_uid_unless_it_is_said(tiny_store):
+    manifest = open_store(tiny_store(dims=2)).manifest
+    recipe = recipe_of(tiny_store(dims=2))
+    before = {"precision", "accumulate", "channels_last", "compile", "ema"}
+    facts = run.stage_facts(recipe, manifest, 0)["engine"]
+    assert facts.keys() == before and facts["compile"] is False
+    said = recipe_of(tiny_store(dims=2), engine={"deterministic": True})
+    assert run.stage_facts(said, manifest, 0)["engine"] == facts | {"deterministic": True}
