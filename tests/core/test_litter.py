@@ -70,6 +70,16 @@ def test_a_process_killed_before_its_note_leaves_nothing_either(place):
     assert set(place.iterdir()) == {full, living}
 
 
+def test_a_process_that_ended_and_that_nobody_asks_for_is_gone(place):
+    """As in a container whose first process is no init."""
+    with subprocess.Popen(["true"]) as ended:
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        folder = place / f"segfleet-{ended.pid}-aaaaaaaa"
+        folder.mkdir()
+        litter.remove_folders(place)
+        assert not folder.exists()
+
+
 END = {"killed": "os.kill(os.getpid(), 9)", "at its end": "pass", "at once": "exit_now(0)"}
 
 
