@@ -138,7 +138,9 @@ def _alive(process: int) -> bool:
     """Not one that has ended and that nobody asks for: the first process of a container may never
     do so."""
     with suppress(OSError, IndexError):
-        state = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+        state = (
+            Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+        )
         return state not in "ZX"
     try:
         os.kill(process, 0)
