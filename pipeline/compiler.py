@@ -1,4 +1,4 @@
-"""PyTorch's compiler, loaded where something compiles.
+"""PyTorch's compiler: which networks are compiled, and that it is loaded where one is.
 
 It takes as long as all else of PyTorch, and every optimizer and DistributedDataParallel loads it to
 say that they are not to be compiled. A rank that compiles nothing gets a module in its place that
@@ -8,13 +8,73 @@ answers these questions, and becomes the compiler when it is asked anything else
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import logging
+import os
+import shutil
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
+
+from segfleet.pipeline import sections
 
 NAME = "torch._dynamo"
+OLDEST = (7, 0)  # compute capability that Triton's kernels need
+
+log = logging.getLogger("segfleet.compiler")
+
+
+def wanted(options: sections.Engine, device: torch.device) -> bool:
+    """Whether a network is to be compiled on `device`."""
+    if options.compile != "auto":
+        return options.compile
+    # Compiled kernels may be chosen by measuring, and the compiler decides itself what it
+    # recomputes: neither for who asks for exact sums or for memory.
+    plain = not options.deterministic and not options.checkpoint_activations
+    return plain and options.name == "ddp" and device.type == "cuda" and able(device)
+
+
+def able(device: torch.device) -> bool:
+    """Whether kernels can be compiled for a GPU here: Triton wants a C compiler for its launchers."""
+    compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
+    return (
+        importlib.util.find_spec("triton") is not None
+        and any(shutil.which(name) for name in compilers if name)
+        and torch.cuda.get_device_capability(device) >= OLDEST
+    )
+
+
+def compiled(model: nn.Module, options: sections.Engine, device: torch.device) -> nn.Module:
+    """What runs a network while it trains: itself, or its compiled form with the same parameters."""
+    if not wanted(options, device):
+        return model
+    return torch.compile(model) if options.compile is True else Whole(model)
+
+
+class Whole(nn.Module):
+    """A network compiled as one graph; as it is, if it cannot be. That shows at the first batch and
+    before anything is computed, so that nothing is computed twice."""
+
+    def __init__(self, model: nn.Module, backend: Any = "inductor"):
+        super().__init__()
+        self.model = model
+        # in a tuple: registered once
+        self.run: tuple[nn.Module, ...] = (torch.compile(model, fullgraph=True, backend=backend),)
+
+    def forward(self, image: torch.Tensor) -> Any:
+        if self.run:
+            from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+            try:
+                return self.run[0](image)
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+                reason = " ".join(str(error).split())[:300]
+                log.warning("the network is not compiled (engine.compile: auto): %s", reason)
+                self.run = ()
+        return self.model(image)
 
 
 class _Later(ModuleType):

@@ -47,7 +47,7 @@ IDLE_OF_SCHEDULE = {
 }
 
 # Added after runs had uids: left out where they are as everything was before.
-LATER_OF_ENGINE = ("deterministic",)
+LATER_OF_ENGINE = ("deterministic", "tf32")
 
 # of the recipe of a stage, which is resolved: what its store holds
 Manifests = Callable[[Recipe], Manifest]
@@ -145,6 +145,8 @@ def stage_facts(recipe: Recipe, manifest: Manifest | Manifests, index: int) -> d
         if key not in ("name", "options", "checkpoint_activations")
         and not (key in LATER_OF_ENGINE and value == Engine.model_fields[key].default)
     }
+    # auto is the device's choice, and no more part of an identity than the device
+    engine["compile"] = recipe.engine.compile is True
     idle = (
         "name",
         *OVERRIDES,

@@ -242,7 +242,16 @@ class Engine(Section):
         description="memory format of weights and images; auto: but for 2D on CPUs, where it costs "
         "a third. It changes the rounding of convolutions",
     )
-    compile: bool = Field(False, description="torch.compile")
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="torch.compile; auto: with engine ddp on GPUs, where a network is traced as one "
+        "graph, but not with deterministic or checkpoint_activations. Never on CPUs",
+    )
+    tf32: Literal["none", "convolutions", "all"] = Field(
+        "convolutions",
+        description="what GPUs compute in TensorFloat-32, ten bits of mantissa, where the precision "
+        "is fp32: convolutions, as PyTorch's default and nnU-Net have it; all, matrix products, too",
+    )
     deterministic: bool = Field(
         False,
         description="on GPUs: only operations that add in a fixed order, slower; a CPU does so "

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from segfleet.core.errors import InputError
 from segfleet.models import registry
-from segfleet.pipeline import lora
+from segfleet.pipeline import compiler, lora
 from segfleet.pipeline.checkpoint import Checkpoint, Tensors
 from segfleet.pipeline.engines.base import Setup, autocast
 from segfleet.pipeline.engines.common import (
@@ -63,7 +63,7 @@ class Engine:
             self.ranks.device.type, enabled=self.options.precision == "fp16"
         )
         self.average, self.running = Average(self.model, self.options.ema), Running(self.model)
-        self.forward = torch.compile(self.model) if self.options.compile else self.model
+        self.forward = compiler.compiled(self.model, self.options, self.ranks.device)
         if self.ranks.size > 1:
             # Without the search for unused parameters DDP regroups its buckets after the first
             # step, and with it the order of sums in a ring of three or more ranks: a resumed run

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from segfleet.core.errors import InputError
 from segfleet.core.litter import temporary_files
 from segfleet.models import registry
-from segfleet.pipeline import sections
+from segfleet.pipeline import compiler, sections
 from segfleet.pipeline.checkpoint import Checkpoint, Tensors
 from segfleet.pipeline.engines.base import Setup, autocast
 from segfleet.pipeline.engines.common import (
@@ -304,7 +304,7 @@ def read_options(options: sections.Engine) -> tuple[int, str]:
             "engine.precision: found 'fp16', expected fp32 or bf16 with engine.name deepspeed; "
             "engine.name=ddp offers fp16"
         )
-    if options.compile and chosen["zero"] == 3:
+    if options.compile is True and chosen["zero"] == 3:
         raise InputError(
             "engine.compile: found true, expected false with zero 3, whose weights come and go "
             "while the network runs"
@@ -319,7 +319,7 @@ class Autocast(nn.Module):
         super().__init__()
         self.model, self.precision = model, options.precision
         # in a tuple: registered once
-        self.run = (torch.compile(model),) if options.compile else (model,)
+        self.run = (compiler.compiled(model, options, next(model.parameters()).device),)
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         with autocast(self.precision, image.device):

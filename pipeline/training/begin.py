@@ -55,11 +55,12 @@ def build(this: Run, index: int) -> tuple[Engine, checkpoint.Checkpoint | None]:
         adapt(model, stage, registry.spec(recipe.model.name), recipe.seed)
     numerics.arrange(recipe.engine, ranks.device)
     model = model.to(ranks.device)
-    if recipe.engine.name == "ddp" and not recipe.engine.compile:
+    compiles = compiler.wanted(recipe.engine, ranks.device)
+    if recipe.engine.name == "ddp" and not compiles:
         compiler.load_later()
     else:
         compiler.load_now()
-    sync_norm.synchronise(model, ranks, recipe.engine.compile)
+    sync_norm.synchronise(model, ranks, compiles)
     model = in_layout(model, recipe, manifest)
     if recipe.engine.checkpoint_activations:
         from segfleet.models.checkpointing import activation_checkpointing

@@ -32,6 +32,8 @@ def arrange(options: sections.Engine, device: torch.device) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic = ordered
     torch.backends.cudnn.benchmark = not ordered  # patches have one size: the fastest is kept
+    torch.backends.cudnn.allow_tf32 = options.tf32 != "none"
+    torch.set_float32_matmul_precision("high" if options.tf32 == "all" else "highest")
 
 
 @contextmanager

@@ -290,7 +290,7 @@ def test_activation_checkpointing_changes_nothing(chosen):
 def traced_equals_eager(model: nn.Module, x: Tensor) -> None:
     expected = gradients(copy.deepcopy(model), x)
     torch._dynamo.reset()
-    found = gradients(torch.compile(model, backend="aot_eager"), x)
+    found = gradients(torch.compile(model, backend="aot_eager", fullgraph=True), x)
     for parameter, gradient in expected.items():
         compiled = found[f"_orig_mod.{parameter}"]
         torch.testing.assert_close(

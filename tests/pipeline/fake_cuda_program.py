@@ -137,7 +137,7 @@ def step(case: dict[str, Any]) -> dict[str, Any]:
             "optimizer": {"name": case["optimizer"]},
             "data": {"batch": 2},
             "stages": [{"epochs": 1, "lr": 0.01}],
-            "engine": {"precision": case["precision"], "ema": 0.9},
+            "engine": {"precision": case["precision"], "ema": 0.9, "compile": False},
         }
     )
     channels = spec.in_channels

@@ -9,9 +9,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
 
+from segfleet.pipeline import compiler
 from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.recipe import parse
+from segfleet.pipeline.sections import Engine
 
 TRAINED = """
 import json, sys, torch
@@ -89,3 +93,77 @@ def test_who_compiles_later_gets_the_compiler_itself(when, cold):
     assert not before and after and same and graphs == 1
     assert not told, "the stand-in's answer is forgotten"
     assert module.startswith("torch._dynamo"), "and asked for again"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine whose GPU kernels can be compiled for; what it has can be taken away."""
+    has = {"triton": True, "compiler": True, "capability": (9, 0)}
+    monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: has["triton"] or None)
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: has["compiler"] or None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: has["capability"])
+    return has
+
+
+def wanted(device: str, **options) -> bool:
+    return compiler.wanted(Engine(**options), torch.device(device))
+
+
+def test_auto_compiles_on_gpus_that_can_be_compiled_for(gpu):
+    assert wanted("cuda") and not wanted("cpu")
+    assert wanted("cpu", compile=True) and not wanted("cuda", compile=False)
+    for other in ({"deterministic": True}, {"checkpoint_activations": True}, {"name": "deepspeed"}):
+        assert not wanted("cuda", **other) and wanted("cuda", compile=True, **other)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("triton", None), ("compiler", None), ("capability", (6, 1))]
+)
+def test_auto_leaves_a_gpu_that_nothing_can_be_compiled_for(gpu, key, value):
+    gpu[key] = value
+    assert not wanted("cuda")
+
+
+class Broken(nn.Module):
+    """A network whose graph breaks in the middle, after a normalisation that counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm2d(3), nn.Conv2d(3, 2, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+def test_what_does_not_trace_whole_runs_as_it_is_and_says_so_once(caplog):
+    model, image = Broken(), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    whole = compiler.Whole(model, backend="eager")
+    assert {id(p) for p in whole.parameters()} == {id(p) for p in model.parameters()}
+    for count in (1, 2):
+        found = whole(image)
+        assert model.first.num_batches_tracked == count, "nothing is computed twice"
+    assert len([r for r in caplog.records if "is not compiled" in r.message]) == 1
+    model.first.eval()
+    assert found.shape == (2, 2, 6, 6) and torch.equal(whole(image), model(image))
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["compiled", "the compiler fails"])
+def test_what_traces_whole_runs_as_one_graph(caplog, fails):
+    graphs = []
+
+    def backend(graph, examples):
+        if fails:
+            raise RuntimeError("no compiler for this card")
+        graphs.append(graph)
+        return graph
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    image = torch.randn(1, 3, 8, 8)
+    whole = compiler.Whole(model, backend)
+    whole(image).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert torch.equal(whole(image), model(image))
+    assert len(graphs) == (not fails)
+    assert ("no compiler for this card" in caplog.text) == fails

@@ -24,6 +24,7 @@ def settings() -> dict:
         "cudnn": torch.backends.cudnn.deterministic,
         "benchmark": torch.backends.cudnn.benchmark,
         "cublas": os.environ.get(numerics.WORKSPACE),
+        "tf32": (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()),
     }
 
 
@@ -35,6 +36,8 @@ def restored(monkeypatch):
     yield
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = kept
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("highest")
     torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
@@ -44,12 +47,23 @@ def test_a_gpu_gets_the_settings_of_the_stage_that_begins(restored, monkeypatch)
     assert settings() == before
     numerics.arrange(Engine(deterministic=True), CUDA)
     asked = {"ordered": True, "cudnn": True, "benchmark": False, "cublas": ":4096:8"}
-    assert settings() == asked
+    assert settings() == before | asked
     numerics.arrange(Engine(), CUDA)
-    assert settings() == asked | {"ordered": False, "cudnn": False, "benchmark": True}
+    free = {"ordered": False, "cudnn": False, "benchmark": True}
+    assert settings() == before | asked | free
     monkeypatch.setenv(numerics.WORKSPACE, ":16:8")  # the user's own, as good
     numerics.arrange(Engine(deterministic=True), CUDA)
     assert settings()["cublas"] == ":16:8"
+
+
+@pytest.mark.parametrize(
+    ("tf32", "set_to"),
+    [("none", (False, "highest")), ("convolutions", (True, "highest")), ("all", (True, "high"))],
+)
+def test_tensor_float_32_is_where_it_is_asked_for(restored, tf32, set_to):
+    numerics.arrange(Engine(tf32="all" if tf32 == "none" else "none"), CUDA)  # a stage before
+    numerics.arrange(Engine(tf32=tf32), CUDA)
+    assert settings()["tf32"] == set_to
 
 
 def test_on_a_cpu_the_bits_are_the_same(tiny_store, tmp_path):
@@ -86,5 +100,9 @@ def test_what_was_added_later_changes_no_uid_unless_it_is_said(tiny_store):
     before = {"precision", "accumulate", "channels_last", "compile", "ema"}
     facts = run.stage_facts(recipe, manifest, 0)["engine"]
     assert facts.keys() == before and facts["compile"] is False
-    said = recipe_of(tiny_store(dims=2), engine={"deterministic": True})
-    assert run.stage_facts(said, manifest, 0)["engine"] == facts | {"deterministic": True}
+    for choice in ({"compile": False}, {"compile": "auto"}, {"tf32": "convolutions"}):
+        same = recipe_of(tiny_store(dims=2), engine=choice)
+        assert run.stage_uids(same, manifest) == run.stage_uids(recipe, manifest), choice
+    for said in ({"deterministic": True}, {"tf32": "all"}, {"compile": True}):
+        other = recipe_of(tiny_store(dims=2), engine=said)
+        assert run.stage_facts(other, manifest, 0)["engine"] == facts | said
