@@ -33,7 +33,7 @@ def command(
 ) -> None:
     """Print what the ranks of a submitted run have printed, over all restarts."""
     from segfleet.core.errors import InputError
-    from segfleet.slurm.job import OPEN, jobs_of, look_at_all
+    from segfleet.slurm.job import jobs_of, look_at_all
     from segfleet.slurm.jobspec import JobSpec
     from segfleet.slurm.poll import Pace
     from segfleet.slurm.submission import find_home
@@ -64,10 +64,10 @@ def command(
         if follow and ends != (ends := [job.submission.outcome() for job in jobs]):
             pace.hurry()
         if follow and pace.is_due():
-            found = [facts for _, facts in look_at_all(jobs, pace.interval / 2)]
+            found = [seen for _, seen in look_at_all(jobs, pace.interval / 2)]
             pace.looked(found)
-        over = all(facts["state"] not in OPEN for facts in found)
-        silent = next((facts["reason"] for facts in found if facts["state"] == "unknown"), None)
+        over = not any(seen.open for seen in found)
+        silent = next((seen.reason for seen in found if seen.state == "unknown"), None)
         if silent and not told:
             sys.stderr.write(
                 f"segfleet: {silent}; whether the job still runs is unknown, waiting\n"

@@ -226,11 +226,9 @@ def dependency_on(after: str, root: Path) -> str | None:
     if prepare.finished(run, open_run(run)[0]):
         return None
     job = attach(run)
-    [(_, found)] = look_at_all([job], poll.moment())
-    if (state := found["state"]) == "unknown":
-        raise InputError(
-            f"--after: whether run {run.name} will be done is unknown; {found['reason']}"
-        )
+    [(_, seen)] = look_at_all([job], poll.moment())
+    if (state := seen.state) == "unknown":
+        raise InputError(f"--after: whether run {run.name} will be done is unknown; {seen.reason}")
     if state not in ("queued", "running"):
         raise InputError(
             f"--after: run {run.name} is {state}, so it would never be done; `segfleet resume "

@@ -60,6 +60,23 @@ HINTS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What is known of a job: by SLURM, and by what its ranks left."""
+
+    state: str  # queued, running, done, failed, stopped, cancelled, lost or unknown
+    reason: str | None = None
+    job: str | None = None
+    queue: str | None = None  # SLURM's own word
+    node: str | None = None
+    starts: int = 0
+
+    @property
+    def open(self) -> bool:
+        """Whether it is not known to have ended."""
+        return self.state in OPEN
+
+
 @dataclass(frozen=True)
 class SlurmJob:
     run: Path
@@ -102,18 +119,17 @@ class SlurmJob:
         return ""
 
     def state(self) -> str:
-        return self.look()["state"]
+        return self.look().state
 
     def reason(self) -> str | None:
-        return self.look()["reason"]
+        return self.look().reason
 
-    def look(self) -> dict[str, Any]:
-        """{"job", "queue", "state", "reason", "node", "starts"}"""
+    def look(self) -> Seen:
         return look_at_all([self])[0][1]
 
     def judge(
         self, queue: Mapping[str, Any], accounts: Mapping[str, Any], silence: str | None
-    ) -> dict[str, Any]:
+    ) -> Seen:
         """The same from tables fetched for many jobs. `silence`: SLURM's words, where it did not
         tell its queue."""
         row = self._row(queue) or self._row(accounts)
@@ -142,14 +158,14 @@ class SlurmJob:
         elif state == "unknown":
             reason = silence or f"SLURM does not show this job of {self.owner}; ask them"
         hint = HINTS.get((row or {}).get("state", "")) or HINTS.get(reason or "")
-        return {
-            "job": self.id,
-            "queue": row["state"] if row else ("unknown" if state == "unknown" else None),
-            "state": state,
-            "reason": f"{reason}: {hint}" if hint else reason,
-            "node": row["node"] if row else None,
-            "starts": len(self.submission.lives),
-        }
+        return Seen(
+            job=self.id,
+            queue=row["state"] if row else ("unknown" if state == "unknown" else None),
+            state=state,
+            reason=f"{reason}: {hint}" if hint else reason,
+            node=row["node"] if row else None,
+            starts=len(self.submission.lives),
+        )
 
     def _row(self, table: Mapping[str, Any]) -> dict[str, Any] | None:
         """What a table knows of this job: by its name too, for ids come again on a new cluster."""
@@ -185,29 +201,29 @@ def refuse_if_active(*runs: Path) -> None:
     ]
     for job, found in look_at_all(made, poll.moment()):
         run, name = job.run, job.run.name.removesuffix(".jobs")
-        if found["state"] in ("queued", "running"):
+        if found.state in ("queued", "running"):
             cancel = name if name == run.name else run.with_suffix("")
             raise InputError(
-                f"run: {name} is {found['state']} already as job {job.id}; `segfleet cancel "
+                f"run: {name} is {found.state} already as job {job.id}; `segfleet cancel "
                 f"{cancel}` first"
             )
-        if found["state"] == "unknown":
+        if found.state == "unknown":
             raise InputError(
-                f"run: whether {name} still runs as job {job.id} is unknown; {found['reason']}"
+                f"run: whether {name} still runs as job {job.id} is unknown; {found.reason}"
             )
 
 
-def look_at_all(jobs: list[SlurmJob], age: float = 0.0) -> list[tuple[SlurmJob, dict[str, Any]]]:
+def look_at_all(jobs: list[SlurmJob], age: float = 0.0) -> list[tuple[SlurmJob, Seen]]:
     """What `look` says of each; SLURM is asked once for all of a cluster, and not at all where an
     answer of the last `age` seconds is there that is younger than the jobs."""
-    found: dict[int, dict[str, Any]] = {}
+    found: dict[int, Seen] = {}
     for of in dict.fromkeys(job.cluster for job in jobs):
         own = [job for job in jobs if job.cluster == of]
         found |= zip(map(id, own), _look(own, of, age), strict=True)
     return [(job, found[id(job)]) for job in jobs]
 
 
-def _look(jobs: list[SlurmJob], of: str | None, age: float) -> list[dict[str, Any]]:
+def _look(jobs: list[SlurmJob], of: str | None, age: float) -> list[Seen]:
     """The same of jobs of one cluster."""
     now, since = time.time(), max(job.submission.time for job in jobs)
     when = {"age": age, "since": min(since, now), "of": of}
@@ -221,19 +237,19 @@ def _look(jobs: list[SlurmJob], of: str | None, age: float) -> list[dict[str, An
     # Nobody is lost by an old answer: a job from a machine whose clock is late may be younger
     new = [job for job in jobs if abs(now - job.submission.time) < CLOCKS]
     if age and any(
-        facts["state"] == "lost" and job in new for job, facts in zip(jobs, found, strict=True)
+        seen.state == "lost" and job in new for job, seen in zip(jobs, found, strict=True)
     ):
         return _look(jobs, of, 0.0)
     return found
 
 
-def cancel(jobs: list[tuple[SlurmJob, dict[str, Any]]]) -> list[str]:
+def cancel(jobs: list[tuple[SlurmJob, Seen]]) -> list[str]:
     """Cancel those that wait or run, with what `look` said of each; their ids. SLURM forgets what
     never started, so a mark is left.
 
     Raises InputError with SLURM's own words if it does not answer.
     """
-    active = [job for job, found in jobs if found["state"] in OPEN]
+    active = [job for job, seen in jobs if seen.open]
     if others := sorted({job.owner for job in active if job.somebody_elses}):
         raise InputError(
             f"cancel: job {active[-1].id} belongs to {', '.join(others)}; only they can cancel it"

@@ -3,7 +3,7 @@ once for all."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from segfleet.core.errors import explain
 from segfleet.pipeline.run import RECIPE, run_folders
 from segfleet.pipeline.status import Row, run_status
 from segfleet.slurm import poll
-from segfleet.slurm.job import SlurmJob, jobs_of, look_at_all
+from segfleet.slurm.job import Seen, SlurmJob, jobs_of, look_at_all
 from segfleet.slurm.submission import submissions
 
 
@@ -29,7 +29,7 @@ def status(root: Path) -> list[Row]:
         ],
         poll.seconds(),
     )
-    jobs = {str(job.run): facts for job, facts in found}
+    jobs = {str(job.run): seen for job, seen in found}
     return [_joined(row, jobs[row.path]) if row.path in jobs else row for row in rows]
 
 
@@ -47,23 +47,23 @@ def _row(run: Path) -> Row:
 def jobs(home: Path) -> list[dict[str, Any]]:
     """Rows of the jobs that make a store or a folder of predictions."""
     return [
-        {"name": job.label or job.submission.name, **found}
-        for job, found in look_at_all(jobs_of(home), poll.seconds())
+        {"name": job.label or job.submission.name, **asdict(seen)}
+        for job, seen in look_at_all(jobs_of(home), poll.seconds())
     ]
 
 
-def _joined(row: Row, job: dict[str, Any]) -> Row:
+def _joined(row: Row, seen: Seen) -> Row:
     """A run that is done is done, whatever became of its job; else the job knows better than a lock
     that other nodes may not see."""
-    facts = {key: job[key] for key in ("job", "queue", "reason", "node")}
+    facts = {"job": seen.job, "queue": seen.queue, "reason": seen.reason, "node": seen.node}
     state = row.state
     if state in ("done", "unreadable"):
-        if job["state"] == "unknown":
-            facts = {"job": job["job"]}
+        if seen.state == "unknown":
+            facts = {"job": seen.job}
         if state == "unreadable":
             facts["reason"] = row.reason
-    elif job["state"] == "running":
+    elif seen.state == "running":
         state = "scoring" if state == "trained" else "training" if row.steps else "starting"
     elif state != "training":
-        state = job["state"]
-    return replace(row, state=state, restarts=max(row.restarts, job["starts"] - 1), **facts)
+        state = seen.state
+    return replace(row, state=state, restarts=max(row.restarts, seen.starts - 1), **facts)

@@ -20,7 +20,7 @@ from typing import Any
 from segfleet.core.errors import ExitCode, InputError
 from segfleet.pipeline.launch.local import RankFailed
 from segfleet.slurm import cluster, poll
-from segfleet.slurm.job import OPEN, SlurmJob, attach, look_at_all
+from segfleet.slurm.job import Seen, SlurmJob, attach, look_at_all
 from segfleet.slurm.jobspec import JobSpec, make_spec
 from segfleet.slurm.submitit_launcher import QueueFull, SlurmLauncher, job_name
 from segfleet.sweeps.order import Order
@@ -45,17 +45,17 @@ class Queue:
     def __init__(self) -> None:
         self.looked = -math.inf
         self.jobs: dict[str, SlurmJob] = {}
-        self.found: dict[str, dict[str, Any]] = {}
+        self.found: dict[str, Seen] = {}
 
-    def look(self, job: SlurmJob) -> dict[str, Any]:
-        """{"state", "reason", ...}. One that was not there at the last look is queued."""
+    def look(self, job: SlurmJob) -> Seen:
+        """One that was not there at the last look is queued."""
         with TALK:
             self.jobs[job.id] = job
             if time.monotonic() - self.looked >= LOOK:
                 found = look_at_all(list(self.jobs.values()), min(LOOK, poll.seconds()))
-                self.found = {other.id: facts for other, facts in found}
+                self.found = {other.id: seen for other, seen in found}
                 self.looked = time.monotonic()
-            return self.found.get(job.id) or {"state": "queued", "reason": None}
+            return self.found.get(job.id) or Seen(state="queued")
 
     def forget(self, job: SlurmJob) -> None:
         with TALK:
@@ -82,7 +82,7 @@ class Slurm:
 
         job = self._known(stop.parent) or self._submit(order, tick, stop)
         try:
-            found = self._wait(job, tick, stop)
+            seen = self._wait(job, tick, stop)
         except Leave:
             raise
         except BaseException:
@@ -92,27 +92,27 @@ class Slurm:
             raise
         finally:
             QUEUE.forget(job)
-        if found["state"] != "done":
-            stopped = found["state"] in ("stopped", "cancelled")
+        if seen.state != "done":
+            stopped = seen.state in ("stopped", "cancelled")
             code = ExitCode.INTERRUPTED if stopped else ExitCode.FAULT
-            raise RankFailed(f"job {job.id} is {found['state']}: {found['reason']}", code)
+            raise RankFailed(f"job {job.id} is {seen.state}: {seen.reason}", code)
 
     def taken(self, order: Order) -> bool:
         """Whether a job that another sweep or a person submitted trains this node, or waits to."""
         known = self._known(order.path)
         return known is not None and known.submission.kept().sweep != order.sweep
 
-    def _wait(self, job: SlurmJob, tick: Callable[[], None], stop: Path) -> dict[str, Any]:
+    def _wait(self, job: SlurmJob, tick: Callable[[], None], stop: Path) -> Seen:
         """What became of the job."""
         noticed = False
         while True:
             tick()
             if job.submission.outcome()[0] == "done":
-                return {"state": "done", "reason": None}
-            found = QUEUE.look(job)
-            if found["state"] not in OPEN:
-                return found
-            if found["state"] == "queued" and stop.exists() and not noticed:
+                return Seen(state="done")
+            seen = QUEUE.look(job)
+            if not seen.open:
+                return seen
+            if seen.state == "queued" and stop.exists() and not noticed:
                 with suppress(InputError), TALK:
                     if job.state() == "queued":  # nothing runs that would save and stop
                         job.cancel()
@@ -126,7 +126,7 @@ class Slurm:
         except InputError:
             return None
         with TALK:  # not what was found a minute ago: whether to submit again hangs on it
-            return job if job.state() in OPEN else None
+            return job if job.look().open else None
 
     def _submit(self, order: Order, tick: Callable[[], None], stop: Path) -> SlurmJob:
         path, spec, root = order.path, spec_of(order.options), order.job.root

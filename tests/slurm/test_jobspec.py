@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import typing
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -467,20 +468,20 @@ def test_silence_of_slurm_is_not_the_end_of_a_job(tmp_path, monkeypatch, capsys)
                 }
             )
         )
-    found = [facts for _, facts in slurm_job.look_at_all(jobs)]
-    assert [(facts["state"], facts["queue"]) for facts in found] == [
+    found = [seen for _, seen in slurm_job.look_at_all(jobs)]
+    assert [(seen.state, seen.queue) for seen in found] == [
         ("done", None),
         *[("unknown", "unknown")] * 3,
     ]
-    assert all("squeue says: slurm_load_jobs error" in facts["reason"] for facts in found[1:])
-    words.render_jobs([{"name": str(number), **facts} for number, facts in enumerate(found)])
+    assert all("squeue says: slurm_load_jobs error" in seen.reason for seen in found[1:])
+    words.render_jobs([{"name": str(number), **asdict(seen)} for number, seen in enumerate(found)])
     assert capsys.readouterr().out.count("3 job(s) is unknown: squeue says:") == 1
     with pytest.raises(
         InputError, match="whether run2 still runs as job 2 is unknown; squeue says"
     ):
         slurm_job.refuse_if_active(tmp_path / "run2")
     monkeypatch.setenv("PATH", "/nowhere")  # a machine without SLURM: the runs' own files speak
-    assert [facts["state"] for _, facts in slurm_job.look_at_all(jobs)] == [
+    assert [seen.state for _, seen in slurm_job.look_at_all(jobs)] == [
         "done",
         "failed",
         "unknown",
@@ -609,10 +610,10 @@ def test_a_job_of_somebody_else_that_slurm_does_not_show_is_unknown(monkeypatch,
         code=None, commit=None,
     )  # fmt: skip
     found = SlurmJob(tmp_path, made)
-    assert found.judge({}, {}, None)["state"] == "lost"
+    assert found.judge({}, {}, None).state == "lost"
     monkeypatch.setattr(os, "geteuid", lambda: 4711)
     told = found.judge({}, {}, None)
-    assert told["state"] == "unknown" and found.owner in told["reason"]
+    assert told.state == "unknown" and found.owner in told.reason
     monkeypatch.setattr(cluster, "call", lambda *_: pytest.fail("scancel was called"))
     with pytest.raises(InputError, match=f"belongs to {found.owner}"):
         slurm_job.cancel([(found, told)])

@@ -90,7 +90,7 @@ def test_a_job_is_never_judged_by_an_answer_from_before_it(squeue, tmp_path):
     job = submitted(tmp_path / "run", 7)
     squeue("7|PENDING|Priority|||fit\n")
     ((_, found),) = look_at_all([job], 30)
-    assert found["state"] == "queued" and squeue() == 2
+    assert found.state == "queued" and squeue() == 2
 
 
 def submitted(run, number: int, **options) -> SlurmJob:
@@ -126,7 +126,7 @@ def test_accounting_is_asked_as_rarely(squeue, tmp_path, monkeypatch):
     job = submitted(tmp_path / "run", 7)
     for age, times in ((30, 1), (30, 1), (0, 2), (30, 2)):
         [(_, found)] = look_at_all([job], age)
-        assert found["queue"] == "TIMEOUT" and asked.read_text().count("x") == times
+        assert found.queue == "TIMEOUT" and asked.read_text().count("x") == times
     poll.forget()
     look_at_all([job], 30)
     assert asked.read_text().count("x") == 3
@@ -143,7 +143,7 @@ def test_nobody_is_lost_by_an_old_answer(squeue, tmp_path):
             job = submitted(tmp_path / f"run{number}", number)
         squeue(f"{number}|PENDING|Priority|||fit\n")
         ((_, found),) = look_at_all([job], 30)
-        assert found["state"] == "queued"
+        assert found.state == "queued"
 
 
 def test_old_answers_are_removed(squeue, tmp_path):
@@ -224,7 +224,7 @@ def test_jobs_of_two_clusters_with_one_number(squeue, tmp_path):
         (tmp_path / "bin" / program).chmod(0o755)
     jobs = [submitted(tmp_path / str(n), 7, clusters=of) for n, of in enumerate((None, "beta"))]
     found = look_at_all([*jobs, jobs[1]])
-    assert [facts["queue"] for _, facts in found] == ["RUNNING", "PENDING", "PENDING"]
+    assert [seen.queue for _, seen in found] == ["RUNNING", "PENDING", "PENDING"]
     assert cancel(found[:2]) == ["7", "7"]
     assert [line.split(" -a ")[0] for line in said.read_text().splitlines()] == [
         "squeue", "squeue -M beta", "scancel 7", "scancel -M beta 7"

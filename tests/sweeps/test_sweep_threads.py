@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from segfleet.pipeline.launch.job import Train
+from segfleet.slurm.job import Seen
 from segfleet.sweeps import slurm_backend, threads
 from segfleet.sweeps.order import Order
 from segfleet.sweeps.results.ledger import Ledger
@@ -142,7 +143,7 @@ def test_one_question_to_the_queue_serves_all_jobs(monkeypatch):
 
     def look(jobs, age=0.0):
         asked.append(len(jobs))
-        return [(job, {"state": "running", "reason": None}) for job in jobs]
+        return [(job, Seen(state="running")) for job in jobs]
 
     monkeypatch.setattr(slurm_backend, "look_at_all", look)
     for count in (10, 100):
@@ -153,7 +154,7 @@ def test_one_question_to_the_queue_serves_all_jobs(monkeypatch):
                 queue.look(job)
         assert len(asked) == 1, "within LOOK seconds"
         monkeypatch.setattr(queue, "looked", -slurm_backend.LOOK * 2)
-        assert {queue.look(job)["state"] for job in jobs} == {"running"}
+        assert {queue.look(job).state for job in jobs} == {"running"}
         assert asked == [1, count]
         asked.clear()
 
