@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -64,10 +63,11 @@ def _gather_and_convolve(
         samples = read_in_order(image, grid)
     else:
         samples = F.grid_sample(image, grid, padding_mode="zeros", align_corners=False)
-    taps = weight.shape[-1] ** 2
-    kernels = rearrange(weight, "(g o) c row column -> g o (c row column)", g=groups)
-    samples = rearrange(samples, "b (g c) (tap y) x -> b g (c tap) (y x)", g=groups, tap=taps)
-    out = rearrange(kernels @ samples, "b g o (y x) -> b (g o) y x", y=rows)
+    # einops notes a tensor's type at its first call, which torch.compile refuses in a checkpoint
+    batch, columns = len(samples), samples.shape[-1]
+    kernels = weight.reshape(groups, -1, weight[0].numel())  # g o (c row column)
+    samples = samples.reshape(batch, groups, -1, rows * columns)  # b g (c tap) (y x)
+    out = (kernels @ samples).reshape(batch, -1, rows, columns)  # b (g o) y x
     return out if bias is None else out + bias.to(out.dtype).view(-1, 1, 1)
 
 
@@ -118,7 +118,7 @@ def _grid(offset: Tensor, k: int, layout: str) -> Tensor:
     row = row + tap_row + torch.arange(rows, dtype=dtype, device=device).view(-1, 1)
     column = column + tap_column + torch.arange(columns, dtype=dtype, device=device)
     grid = torch.stack(((2 * column + 1) / columns - 1, (2 * row + 1) / rows - 1), -1)
-    return rearrange(grid, "b tap y x place -> b (tap y) x place")
+    return grid.flatten(1, 2)
 
 
 class DeformConv2d(nn.Module):

@@ -9,6 +9,7 @@ counts what would make the host wait for the device.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import sys
 import traceback
@@ -22,7 +23,11 @@ if __name__ == "__main__":
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from segfleet.models import registry
@@ -32,8 +37,9 @@ from segfleet.pipeline.inference.sliding_window import sliding_window
 from segfleet.pipeline.parts import Objective
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
-from segfleet.pipeline.task import Task
+from segfleet.pipeline.task import RECONSTRUCT, Task
 from segfleet.pipeline.training import numerics
+from segfleet.pipeline.training.window import Stream
 
 CUDA = torch.device("cuda", 0)
 # What PyTorch 2.10 to 2.13 refuse on CUDA under `use_deterministic_algorithms`
@@ -54,9 +60,24 @@ WITHOUT_ORDER = {
 }
 
 
+# FakeTensors refuse what has a shape or a value that the host must know (`item`, `nonzero`,
+# `unique`, reading by a mask). These have neither, and their CUDA kernels ask all the same.
+WRITES_BY_MASK = ("index_put", "index_put_", "_index_put_impl_")
+FILLS = ("masked_fill", "masked_fill_")
+
+
+def asks(name: str, args: tuple) -> bool:
+    """Whether the host waits inside an operation."""
+    if name in WRITES_BY_MASK:
+        masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+        filled = len(args[1]) == 1 and args[2].numel() == 1 and args[2].device.type == "cpu"
+        return bool(masks) and not filled  # which becomes a `masked_fill_` of a number
+    return name in FILLS and isinstance(args[2], Tensor) and args[2].device.type != "cpu"
+
+
 class Waits(TorchDispatchMode):
-    """Copies for which the host waits: to it or, unless `non_blocking`, to the device. And
-    operations `WITHOUT_ORDER`."""
+    """Copies for which the host waits: to it or, unless `non_blocking`, to the device; operations
+    in which it waits. And operations `WITHOUT_ORDER`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,20 +90,60 @@ class Waits(TorchDispatchMode):
         here = args[0].device.type if args and isinstance(args[0], Tensor) else ""
         if name in WITHOUT_ORDER and here != "cpu":
             self.without_order.add(name)
+        if here == "cuda" and asks(name, args):
+            self.note(name)
         if name in ("_to_copy", "copy_"):
             there = str(kwargs.get("device") or "").partition(":")[0]
             source = args[1].device.type if name == "copy_" else here
             target = here if name == "copy_" else there or here
             if source != target and not kwargs.get("non_blocking"):
-                where = [f for f in traceback.format_stack()[:-1] if "/site-packages/" not in f]
-                self.found.append(
-                    f"{source} to {target}: {where[-1].strip()[:300] if where else ''}"
-                )
+                self.note(f"{source} to {target}")
         if name == "_fused_sgd_":  # knows no FakeTensors, and changes only what is in its lists
             devices = {value.device for many in args for value in many if isinstance(value, Tensor)}
             assert devices == {CUDA}, devices
             return None
         return function(*args, **kwargs)
+
+    def note(self, what: str) -> None:
+        where = [f for f in traceback.format_stack()[:-2] if "/site-packages/" not in f]
+        self.found.append(f"{what}: {where[-1].strip()[:300] if where else ''}")
+
+
+# Lines of a step of which the host waits for the device in the first ones, and not in the others.
+WAITING = (
+    "x.sum().item()",
+    "if x.sum() > 0: pass",
+    "x.nonzero()",
+    "x[x > 0]",
+    "x.cpu()",
+    "x.tolist()",
+    "torch.arange(3).to(x.device)",
+    "torch.tensor([1.0, 2.0], device=x.device)",
+    "x[x > 0] = x[0, 0]",
+    "torch.as_tensor([1.0, 2.0]).to(x)",
+    "x.new_tensor([1.0])",
+    "x.masked_fill_(x > 0, x[0, 0])",
+    "torch.ones(4, 4).copy_(x)",
+)
+STREAMING = (
+    "torch.arange(3, device=x.device)",
+    "torch.ones(4, 4).to(x.device, non_blocking=True)",
+    "x[x > 0] = 1",
+    "x.masked_fill_(x > 0, 2.0)",
+    "x[:, torch.zeros(3, dtype=torch.int64, device=x.device)]",
+    "torch.where(torch.isfinite(x), x, 0.0)",
+)
+
+
+def waits_of(line: str) -> bool:
+    """Whether the host waits for the device in a line, for a tensor `x` on it."""
+    x, waits = torch.empty(4, 4, device=CUDA), Waits()
+    try:
+        with waits:
+            exec(line, {"torch": torch, "x": x})
+    except (DataDependentOutputException, DynamicOutputShapeException, NotImplementedError):
+        return True  # no value, no shape, nothing that copies numbers of the host
+    return bool(waits.found)
 
 
 @contextmanager
@@ -114,6 +175,13 @@ def on_cuda(module: nn.Module) -> nn.Module:
     return module
 
 
+def merged(document: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    return document | {
+        key: merged(document[key], value) if isinstance(value, dict) and key in document else value
+        for key, value in more.items()
+    }
+
+
 def step(case: dict[str, Any]) -> dict[str, Any]:
     """One network through two steps, a checkpoint's tensors, evaluation and a sliding window."""
     spec = registry.spec(case["model"])
@@ -129,7 +197,7 @@ def step(case: dict[str, Any]) -> dict[str, Any]:
         ignore_label=case.get("ignore"),
     )
     size, flat = spec.small_input, len(spec.small_input) == 2
-    recipe = parse(
+    document = merged(
         {
             "name": "fake",
             "model": {"name": spec.name, "options": dict(spec.reduced)},
@@ -138,27 +206,33 @@ def step(case: dict[str, Any]) -> dict[str, Any]:
             "data": {"batch": 2},
             "stages": [{"epochs": 1, "lr": 0.01}],
             "engine": {"precision": case["precision"], "ema": 0.9, "compile": False},
-        }
+        },
+        case.get("more", {}),
     )
-    channels = spec.in_channels
+    recipe, channels = parse(document), spec.in_channels
+    stage = recipe.stages[0].model_copy(update=case.get("stage", {}))
+    if recipe.task == "reconstruct":
+        task = Task(head=RECONSTRUCT, names=(), members=(), values=tuple(range(channels)))
     built = registry.build_model(
         spec.name, in_channels=channels, num_classes=task.channels, options=dict(spec.reduced)
     )
+    anchors = {name: blank(p) for name, p in built.named_parameters()} if stage.anchor else {}
     model = on_cuda(built)
     engine = build_engine(
         Setup(
             model=model,
             loss=on_cuda(Objective(recipe, task)),
             recipe=recipe,
-            stage=recipe.stages[0],
+            stage=stage,
             ranks=Ranks(CUDA),
+            anchors=anchors,
         )
     )
-    batch = loader.Batch(
-        torch.empty(2, channels, *size),
-        torch.zeros(2, *size, dtype=torch.uint8),
-        ("a", "b"),
-    )
+    label = torch.zeros(2, *size, dtype=torch.uint8)
+    if recipe.task == "reconstruct":
+        label = torch.zeros(2, channels + 1, *size)
+    batch = loader.Batch(torch.empty(2, channels, *size), label, ("a", "b"))
+    stream = Stream(itertools.repeat(batch), CUDA, recipe.engine.channels_last is not False)
     waits, orders = Waits(), {}
     found = []
     for ordered in (True, False):
@@ -166,8 +240,7 @@ def step(case: dict[str, Any]) -> dict[str, Any]:
         waits.found.clear()
         waits.without_order.clear()
         with waits:
-            image, label = loader.on_device(batch, CUDA, recipe.engine.channels_last is not False)
-            loss, norm = engine.step(iter([(image, label)]), 0.01)
+            loss, norm = engine.step(stream, 0.01)
         found = list(waits.found)  # of the second step: the first one makes the moments
         orders[ordered] = sorted(waits.without_order)
     with readable():
@@ -212,7 +285,7 @@ def main() -> None:
     for case in json.load(sys.stdin):
         try:
             with FakeTensorMode():
-                answers.append(step(case))
+                answers.append(waits_of(case["line"]) if "line" in case else step(case))
         except Exception:
             answers.append({"error": traceback.format_exc()[-9000:]})
     json.dump(answers, sys.stdout)

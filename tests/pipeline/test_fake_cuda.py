@@ -18,6 +18,7 @@ import torch
 from segfleet.models.registry import spec, specs
 from segfleet.pipeline.losses.base import losses
 from tests.networks import LIKE
+from tests.pipeline.fake_cuda_program import STREAMING, WAITING
 
 HERE = Path(__file__).parent
 PATIENCE = float(os.environ.get("SEGFLEET_TEST_PATIENCE", 1))  # more on a loaded machine
@@ -72,6 +73,26 @@ CASES = [
 ]
 
 
+# What a step may have besides a network and a loss.
+SET_UPS = {
+    "accumulate": case("unet_lite_standard", 0, more={"engine": {"accumulate": 2}}),
+    "anchor": case("unet_lite_standard", 1, stage={"anchor": 0.1}),
+    "freeze": case("unet_lite_standard", 0, more={"stages": [{"epochs": 1, "lr": 1, "freeze": ["encoder"]}]}),
+    "no clip, rates": case(
+        "unet_lite_standard", 1,
+        more={
+            "optimizer": {"clip": 0},
+            "stages": [{"epochs": 1, "lr": 1, "layer_decay": 0.9, "rates": {"head": 2}}],
+        },
+    ),
+    "class weights, ignored voxels": case(
+        "plain_unet_2d", 0, loss="dice_ce", ignore=2,
+        more={"loss": {"options": {"class_weights": [1, 2, 3], "batch": True}}},
+    ),
+    "reconstruct": case("plain_unet_2d", 2, more={"task": "reconstruct"}),
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     made = tmp_path_factory.mktemp("fake") / "fake_cuda.so"
@@ -99,6 +120,28 @@ def ask(library: Path, cases: list[dict], seconds: float) -> list[dict]:
 @pytest.fixture(scope="module")
 def answers(library):
     return ask(library, CASES, 280)
+
+
+@pytest.fixture(scope="module")
+def more_answers(library):
+    """Of set-ups, then of single lines."""
+    lines = [{"line": line} for line in (*WAITING, *STREAMING)]
+    found = ask(library, [*SET_UPS.values(), *lines], 120)
+    lines = dict(zip((*WAITING, *STREAMING), found[len(SET_UPS) :], strict=True))
+    return dict(zip(SET_UPS, found, strict=False)), lines
+
+
+@pytest.mark.parametrize("name", SET_UPS)
+def test_the_host_waits_in_no_step_whatever_is_asked_of_it(more_answers, name):
+    answer = more_answers[0][name]
+    assert "error" not in answer, answer["error"]
+    assert answer["waits"] == [] and answer["loss"] == ["cuda:0", []]
+
+
+def test_what_makes_the_host_wait_is_seen(more_answers):
+    """By the recorder that the tests above rely on."""
+    expected = dict.fromkeys(WAITING, True) | dict.fromkeys(STREAMING, False)
+    assert more_answers[1] == expected
 
 
 def test_every_loss_is_here():
