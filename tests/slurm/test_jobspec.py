@@ -316,6 +316,18 @@ def test_restarts_without_progress_end(tmp_path, monkeypatch, steps):
                 rank.begin(folder, Train(recipe={}, run=tmp_path, root=tmp_path), 3)
 
 
+def test_a_start_whose_note_was_lost_with_its_node_keeps_none_from_coming_back(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(submission, "steps_done", lambda run: 5)
+    for life in range(4):
+        folder = tmp_path / f"life-12.{life}"
+        folder.mkdir()
+        rank.begin(folder, Train(recipe={}, run=tmp_path, root=tmp_path), 3)
+        if life == 1:
+            (folder / "life.json").write_bytes(b"")
+
+
 def test_results_of_another_job_of_the_same_id_never_count(tmp_path):
     """A new cluster counts from one again; a requeued job had failures in an earlier life."""
     facts = {
