@@ -83,7 +83,7 @@ class Kept:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def evaluate_cases(
+def evaluate_cases(  # noqa: PLR0913 - keywords, each with a default
     forward: Forward,
     store: ShardStore,
     case_ids: Sequence[str],

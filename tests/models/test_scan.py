@@ -27,7 +27,7 @@ BACKENDS = [COMPILED, "chunked"]
 TENSORS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
 
-def inputs(
+def inputs(  # noqa: PLR0913
     batch=2, channels=6, length=150, state=4, groups=2, B="varied", C="varied", z=True, D=True, bias=True, dtype=torch.float64, **more
 ):  # fmt: skip
     """Random arguments of a scan, A negative, all asking for gradients."""

@@ -72,7 +72,7 @@ def values(dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     white_is_low=st.booleans(),
     size=st.tuples(st.integers(1, 40), st.integers(2, 40)),
 )
-def test_tiff(
+def test_tiff(  # noqa: PLR0913
     tmp_path, dtype, channels, packing, predictor, tile, rows, order, big, white_is_low, size
 ):
     array = values(dtype, (*size, 3) if channels > 1 else size)
