@@ -134,10 +134,11 @@ class _Pool:
 
 class Apart:
     """Calls functions in a process of its own, which a library that crashes takes along: the next
-    call begins another. Started at the first call."""
+    call begins another. Started at the first call. One call at a time, from any thread."""
 
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Apart:
         return self
@@ -148,16 +149,17 @@ class Apart:
 
     def __call__(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """What `function` returns. Raises what it raises, and Died if the process dies."""
-        if self._pool is None:
-            _start_forkserver()
-            context = multiprocessing.get_context("forkserver")
-            self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_follow_parent)
-        try:
-            return self._pool.submit(function, *arguments).result()
-        except BrokenProcessPool:
-            self._pool.shutdown(wait=False)
-            self._pool = None
-            raise Died("the process that was to do this died") from None
+        with self._lock:
+            if self._pool is None:
+                _start_forkserver()
+                context = multiprocessing.get_context("forkserver")
+                self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_follow_parent)
+            try:
+                return self._pool.submit(function, *arguments).result()
+            except BrokenProcessPool:
+                self._pool.shutdown(wait=False)
+                self._pool = None
+                raise Died("the process that was to do this died") from None
 
 
 class Died(RuntimeError):

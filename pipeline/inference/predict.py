@@ -7,14 +7,15 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from segfleet.core.ahead import ahead
 from segfleet.core.errors import InputError
 from segfleet.core.files import write_atomically
 from segfleet.core.machine import memory_budget
@@ -33,6 +34,7 @@ from segfleet.pipeline.inference.inputs import (
 from segfleet.pipeline.inference.postprocess import Rule, clean
 from segfleet.pipeline.inference.probabilities import write_probabilities
 from segfleet.pipeline.inference.restore import Map, combine
+from segfleet.pipeline.inference.room import near, roomy
 from segfleet.pipeline.ranks import Ranks, as_facts, from_facts
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.case import Case, Geometry
@@ -110,17 +112,25 @@ def predict_files(
         raise error or from_facts(facts)
     share, answers = range(ranks.rank, len(found), ranks.size), {}
 
+    reading = ahead(
+        lambda index: _prepared(members, found[index], out, settings, wishes, device),
+        share,
+        background=torch.device(device).type == "cuda",
+        roomy=lambda read: read.room,
+    )
+
     def segment() -> None:
-        for index in share:
+        for index, ready in reading:
             one = found[index]
-            answers[index] = _answer(members, dataset.labels, one, out, settings, wishes, device)
+            answers[index] = _answer(members, dataset.labels, one, out, ready, wishes, device)
             if wishes.draw and answers[index][0] != "failed":
                 kept = answers[index][0] == "kept"
                 _draw(wishes, one, out, members[0].plan, dataset.labels, kept)
             if progress:
                 progress(len(answers), len(share))
 
-    error = _caught(segment)
+    with closing(reading):
+        error = _caught(segment)
     gathered = ranks.gather((list(answers.items()), as_facts(error)))
     for failure in (error, *(from_facts(elsewhere) for _, elsewhere in gathered)):
         if failure:
@@ -150,22 +160,65 @@ def _caught(function: Callable[[], None]) -> Exception | None:
     return None
 
 
-def _answer(
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """An image read and preprocessed, before its turn. `made`: its prediction is there already."""
+
+    facts: dict[str, Any]  # what decides its prediction
+    made: bool = False
+    geometry: Geometry | None = None  # the raw grid
+    stored: Callable[[Member], Stored] | None = None
+    room: bool = True  # for another one beside it
+
+
+def _prepared(
     members: Sequence[Member],
-    labels: Mapping[str, int],
     one: Input,
     out: Path,
     settings: dict[str, Any],
     wishes: Wishes,
     device: torch.device | str,
+) -> Prepared:
+    if one.problem:
+        raise InputError(one.problem)
+    facts = {"image": one.content(), **settings}
+    if is_made(out, one, facts):
+        return Prepared(facts=facts, made=True)
+    if isinstance(one, StoreInput):
+        entry, plan = one.entry, one.store.manifest.plan
+        image = torch.from_numpy(np.ascontiguousarray(one.store.stored_image(entry)))
+        geometry, scale, crop, spacing = one.geometry, plan.scale, entry.crop, entry.raw_spacing
+        first = Stored(image_CZYX=near(image, device), scale=scale, crop=crop, raw_spacing=spacing)
+        return Prepared(facts=facts, geometry=geometry, stored=lambda _: first, room=roomy(image))
+    array, geometry = wishes.read(one)
+    later = _stored(array, geometry, one.id, one.images[0])
+    first = later(members[0])
+    first = replace(first, image_CZYX=near(first.image_CZYX, device))
+    if all(member.plan == members[0].plan for member in members):
+        later = None  # nobody needs the raw image any more
+    return Prepared(
+        facts=facts,
+        geometry=geometry,
+        stored=lambda member: first if member.plan == members[0].plan else later(member),
+        room=roomy(first.image_CZYX),
+    )
+
+
+def _answer(
+    members: Sequence[Member],
+    labels: Mapping[str, int],
+    one: Input,
+    out: Path,
+    ready: Callable[[], Prepared],
+    wishes: Wishes,
+    device: torch.device | str,
 ) -> tuple[str, dict[str, Any]]:
     try:
-        if one.problem:
-            raise InputError(one.problem)
-        facts = {"image": one.content(), **settings}
-        if is_made(out, one, facts):
+        read = ready()
+        if read.made:
             return "kept", {"id": one.id, "file": str(out / one.output)}
-        geometry, maps = _maps(members, one, out, wishes, device)
+        geometry = read.geometry
+        maps = predict_maps(members, read.stored, device=device, folder=out)
         forget(out, one)
         with _room(maps, geometry, out, wishes.probabilities) as keep:
             label = combine(maps, geometry.shape, keep)
@@ -179,7 +232,7 @@ def _answer(
             write_segments(out / one.output, label, geometry, labels)
         else:
             write_label(out / one.output, label, geometry)
-        vouch(out, one, facts)
+        vouch(out, one, read.facts)
         return "done", {"id": one.id, "file": str(out / one.output)}
     except (InputError, OSError, FloatingPointError, MemoryError) as error:
         return "failed", {
@@ -187,27 +240,6 @@ def _answer(
             "files": [str(p) for p in one.images],
             "problem": str(error) or type(error).__name__,
         }
-
-
-def _maps(
-    members: Sequence[Member],
-    one: Input,
-    out: Path,
-    wishes: Wishes,
-    device: torch.device | str,
-) -> tuple[Geometry, list[Map]]:
-    """The raw grid, and what the networks say of the image."""
-    if not isinstance(one, StoreInput):
-        image, geometry = wishes.read(one)
-        return geometry, image_maps(members, image, geometry, one.id, one.images[0], device, out)
-    image = torch.from_numpy(np.ascontiguousarray(one.store.stored_image(one.entry)))
-    stored = Stored(
-        image_CZYX=image,
-        scale=one.store.manifest.plan.scale,
-        crop=one.entry.crop,
-        raw_spacing=one.entry.raw_spacing,
-    )
-    return one.geometry, predict_maps(members, lambda _: stored, device=device, folder=out)
 
 
 @contextmanager
@@ -265,9 +297,16 @@ def image_maps(
     case_id: str,
     where: str | Path,
     device: torch.device | str,
-    folder: Path | None = None,
 ) -> list[Map]:
     """What the networks say of a raw image. Raises ImageError or InputError that names `where`."""
+    return predict_maps(members, _stored(image_CZYX, geometry, case_id, where), device=device)
+
+
+def _stored(
+    image_CZYX: np.ndarray, geometry: Geometry, case_id: str, where: str | Path
+) -> Callable[[Member], Stored]:
+    """The raw image as a member's plan has it. Raises ImageError or InputError that names
+    `where`."""
 
     def stored(member: Member) -> Stored:
         plan = member.plan
@@ -291,4 +330,4 @@ def image_maps(
             raw_spacing=grid.spacing,
         )
 
-    return predict_maps(members, stored, device=device, folder=folder)
+    return stored

@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from segfleet.core.machine import memory_budget
 
 # Voxels of one pass: four tiles of 128 x 128 x 128 keep a GPU busy, and more of them only take
 # memory.
@@ -15,6 +18,20 @@ MOST_VOXELS = 2**23
 SHARE = 0.8
 # Volumes of float32 besides the sums of K classes: weights, and what arg-max and restoring hold.
 BESIDES = 4
+
+
+# Times its stored image that reading and resampling a case takes of the host's memory at most.
+PREPARING = 16
+
+
+def near(image: Tensor, device: torch.device | str) -> Tensor:
+    """The image where a copy to the device begins: in pinned memory for a GPU."""
+    return image.pin_memory() if torch.device(device).type == "cuda" else image
+
+
+def roomy(image: Tensor) -> bool:
+    """Whether the host has memory to prepare another case like this one."""
+    return PREPARING * image.nbytes < memory_budget()
 
 
 class CudaMemory:

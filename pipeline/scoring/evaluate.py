@@ -4,12 +4,14 @@ asked for."""
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import shutil
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from segfleet.core.ahead import ahead
 from segfleet.core.errors import InputError
 from segfleet.core.files import digest_of
 from segfleet.pipeline.inference.restore import restore
+from segfleet.pipeline.inference.room import near, roomy
 from segfleet.pipeline.inference.sliding_window import Forward, sliding_window
 from segfleet.pipeline.ranks import Ranks, apart, as_facts, from_facts
 from segfleet.pipeline.scoring.calibration import calibration
@@ -127,50 +131,60 @@ def evaluate_cases(  # noqa: PLR0913 - keywords, each with a default
     before = ranks.share(kept.entries(ids) if kept and ranks.rank == 0 else {})
     missing = [case_id for case_id in ids if case_id not in before]
     share, scored, error = missing[ranks.rank :: ranks.size], [], None
+
+    def score(read: Read) -> tuple[dict[str, Any], int, np.ndarray]:
+        """The entry of a case, and the slice that a picture shows. The probabilities are gone
+        afterwards, before the next case asks for their room."""
+        case, lost = read.case, {}
+        found = read.probabilities(
+            forward,
+            store,
+            patch=patch,
+            overlap=overlap,
+            mirror_axes=mirror_axes,
+            batch=batch,
+            dims=dims,
+            device=device,
+        )
+        if objective is not None:
+            found, logits = found.chunk(2)
+            lost = {"loss": case_loss(objective, logits, read.label_ZYX, flat=patch[0] == 1)}
+        label = raw_label(found, store, case, task)
+        scores = score_case(
+            label,
+            read.truth_ZYX,
+            spacing=case.raw_spacing,
+            task=task,
+            distances=distances,
+            tolerance=tolerance,
+        )
+        stored = task.labels(found).cpu().numpy()
+        for name, counts in confusion(stored, read.label_ZYX, task).items():
+            scores[name]["stored_counts"] = list(counts)
+        if distances:
+            for name, calibrated in calibration(found, read.label_ZYX, task).items():
+                scores[name] |= calibrated
+        z = busiest_slice(without_ignored(read.label_ZYX, task), stored)
+        return _entry(case, scores) | lost, z, stored[z]
+
+    reading = ahead(
+        functools.partial(Read.of, store, device=device),
+        share,
+        background=torch.device(device).type == "cuda",
+        roomy=lambda read: roomy(read.image_CZYX),
+    )
     try:
-        for case_id in share:
-            case = store.manifest.case(case_id)
-            truth = truth_of(store, case)
-            found = case_probabilities(
-                forward,
-                store,
-                case,
-                patch=patch,
-                overlap=overlap,
-                mirror_axes=mirror_axes,
-                batch=batch,
-                dims=dims,
-                device=device,
-            )
-            lost: dict[str, float] = {}
-            if objective is not None:
-                found, logits = found.chunk(2)
-                lost = {"loss": case_loss(objective, logits, store.label(case), flat=patch[0] == 1)}
-            label = raw_label(found, store, case, task)
-            scores = score_case(
-                label,
-                truth,
-                spacing=case.raw_spacing,
-                task=task,
-                distances=distances,
-                tolerance=tolerance,
-            )
-            stored, stored_truth = task.labels(found).cpu().numpy(), store.label(case)
-            at_stored_size = confusion(stored, stored_truth, task)
-            for name, counts in at_stored_size.items():
-                scores[name]["stored_counts"] = list(counts)
-            if distances:
-                for name, calibrated in calibration(found, stored_truth, task).items():
-                    scores[name] |= calibrated
-            scored.append(_entry(case, scores) | lost)
-            z = busiest_slice(without_ignored(stored_truth, task), stored)
-            if kept:
-                kept.keep_slice(case.id, z, stored[z])
-                kept.keep(scored[-1])
-            if show:
-                show(case.id, z, stored[z])
-            if progress:
-                progress(len(scored), len(share))
+        with closing(reading):
+            for case_id, ready in reading:
+                entry, z, slice_YX = score(ready())
+                scored.append(entry)
+                if kept:
+                    kept.keep_slice(case_id, z, slice_YX)
+                    kept.keep(entry)
+                if show:
+                    show(case_id, z, slice_YX)
+                if progress:
+                    progress(len(scored), len(share))
     except Exception as caught:
         error = caught
     answers = ranks.gather((scored, as_facts(error)))
@@ -228,6 +242,33 @@ def check_tolerance(tolerance: float | Mapping[str, float], task: Task) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """What is read of a case before its turn."""
+
+    case: CaseEntry
+    image_CZYX: Tensor  # as it is stored; pinned if a GPU is to have it
+    truth_ZYX: np.ndarray  # on the raw grid
+    label_ZYX: np.ndarray  # on the stored one
+
+    @classmethod
+    def of(cls, store: ShardStore, case_id: str, *, device: torch.device | str = "cpu") -> Read:
+        case = store.manifest.case(case_id)
+        return cls(
+            case=case,
+            truth_ZYX=truth_of(store, case),
+            image_CZYX=near(stored_image(store, case), device),
+            label_ZYX=store.label(case),
+        )
+
+    def probabilities(self, forward: Forward, store: ShardStore, **window: Any) -> Tensor:
+        return case_probabilities(forward, store, self.case, image_CZYX=self.image_CZYX, **window)
+
+
+def stored_image(store: ShardStore, case: CaseEntry) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(store.stored_image(case)))
+
+
 def case_probabilities(
     forward: Forward,
     store: ShardStore,
@@ -239,20 +280,19 @@ def case_probabilities(
     batch: int = 1,
     dims: int | None = None,
     device: torch.device | str = "cpu",
+    image_CZYX: Tensor | None = None,
 ) -> Tensor:
     """(K, Z, Y, X) float32 probabilities of a stored case on the stored grid; on a GPU that has
-    computed them, if they fit there."""
-    image = torch.from_numpy(np.ascontiguousarray(store.stored_image(case)))
-    dims = dims or (2 if patch[0] == 1 else 3)
+    computed them, if they fit there. `image_CZYX`: the stored image, if it was read before."""
     try:
         return sliding_window(
             forward,
-            image,
+            stored_image(store, case) if image_CZYX is None else image_CZYX,
             patch=patch,
             overlap=overlap,
             mirror_axes=mirror_axes,
             batch=batch,
-            dims=dims,
+            dims=dims or (2 if patch[0] == 1 else 3),
             scale=store.manifest.plan.scale,
             device=device,
         )

@@ -1,0 +1,127 @@
+"""On a GPU the next case is read while the present one runs: the same results, two cases at once,
+errors with their own case. Here the background is asked for on the CPU."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+import pytest
+import torch
+
+from segfleet.core.ahead import ahead
+from segfleet.core.errors import InputError
+from segfleet.pipeline.inference import predict as predicting
+from segfleet.pipeline.inference.ensemble import Member
+from segfleet.pipeline.scoring import evaluate
+from segfleet.pipeline.task import make_task
+from segfleet.preprocess.stores.base import open_store
+
+SIZES = (3, 9)
+
+
+@pytest.fixture
+def background(monkeypatch):
+    """As on a GPU."""
+
+    def forced(*arguments, **options):
+        return ahead(*arguments, **options | {"background": True})
+
+    monkeypatch.setattr(predicting, "ahead", forced)
+    monkeypatch.setattr(evaluate, "ahead", forced)
+
+
+@pytest.fixture
+def images(monkeypatch):
+    """Counts the stored images that are alive, in all the life of a call."""
+    alive, most, threads = {}, [], set()
+
+    def near(image, device):
+        key = object()
+        alive[key] = weakref.finalize(image, alive.pop, key, None)
+        most.append(len(alive))
+        threads.add(threading.current_thread() is threading.main_thread())
+        return image
+
+    monkeypatch.setattr(predicting, "near", near)
+    monkeypatch.setattr(evaluate, "near", near)
+    return most, threads
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def store(request, tiny_store):
+    return open_store(tiny_store(dims=3, cases=request.param))
+
+
+def network(channels):
+    return lambda x: torch.cat([(x[:, :1] - k).square().neg() for k in range(channels)], 1).exp()
+
+
+def evaluated(store):
+    task, ids = make_task(store.manifest.dataset), [case.id for case in store.manifest.cases]
+    patch = store.manifest.plan.patch
+    return evaluate.evaluate_cases(
+        network(task.channels), store, ids, task, patch=patch, distances=False
+    )
+
+
+def predicted(store, out):
+    task, patch = make_task(store.manifest.dataset), store.manifest.plan.patch
+    forward = network(task.channels)
+    member = Member(forward=lambda: forward, plan=store.manifest.plan, task=task, patch=patch)
+    return predicting.predict_files([member], store.manifest.dataset, [store.root], out)
+
+
+def test_a_score_holds_two_cases_and_is_the_same(store, images, background, monkeypatch):
+    most, threads = images
+    document = evaluated(store)
+    assert max(most) == 2 and threads == {False}
+    monkeypatch.setattr(evaluate, "ahead", ahead)
+    most.clear()
+    assert evaluated(store) == document
+    assert max(most) == 1, "on the CPU one case at a time"
+
+
+def test_a_prediction_holds_two_images_and_is_the_same(
+    store, images, background, monkeypatch, tmp_path
+):
+    most, threads = images
+    found = predicted(store, tmp_path / "ahead")
+    assert max(most) == 2 and threads == {False} and found["exit_code"] == 0
+    monkeypatch.setattr(predicting, "ahead", ahead)
+    most.clear()
+    plain = predicted(store, tmp_path / "plain")
+    assert max(most) == 1
+    for one, other in zip(found["done"], plain["done"], strict=True):
+        assert one["id"] == other["id"]
+        written = [(tmp_path / name / f"{one['id']}.nii.gz") for name in ("ahead", "plain")]
+        assert written[0].read_bytes() == written[1].read_bytes()
+    assert predicted(store, tmp_path / "plain")["kept"], "what is there is kept"
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_done(
+    store, background, monkeypatch, tmp_path
+):
+    bad = sorted(case.id for case in store.manifest.cases)[1]
+    read = type(store).stored_image
+
+    def stored_image(self, case):
+        if case.id == bad:
+            raise InputError(f"{case.id}: cannot be read")
+        return read(self, case)
+
+    monkeypatch.setattr(type(store), "stored_image", stored_image)
+    found = predicted(store, tmp_path)
+    assert [one["id"] for one in found["failed"]] == [bad] and len(found["done"]) + 1 == len(
+        store.manifest.cases
+    )
+    with pytest.raises(InputError, match=f"{bad}: cannot be read"):
+        evaluated(store)
+    assert not [thread for thread in threading.enumerate() if thread.name == "ahead"]
+
+
+def test_memory_for_one_case_prepares_no_other_beside_it(store, images, background, monkeypatch):
+    most, _ = images
+    monkeypatch.setattr("segfleet.pipeline.inference.room.memory_budget", lambda: 1000)
+    evaluated(store)
+    assert max(most) == 1
