@@ -9,12 +9,13 @@ from segfleet.cli.output import Json, show, table
 
 def command(as_json: Json = False) -> None:
     """Say what this machine can do; time and check a 3D convolution in every precision. Exit code 1
-    if a result is wrong."""
+    if a result is wrong or the GPU's driver is too old."""
     from segfleet.pipeline.doctor import examine
 
     found = examine()
     show(found, as_json, render)
-    if not all(row["right"] for row in found["convolutions"] if row["precision"] == "fp32"):
+    precise = [row for row in found["convolutions"] if row["precision"] == "fp32"]
+    if found["driver_problem"] or not all(row["right"] for row in precise):
         raise typer.Exit(1)
 
 
@@ -23,6 +24,10 @@ def render(found: dict) -> None:
         f"Python {found['python']}, {found['cores']} cores, {found['memory_gib']} GiB usable "
         f"memory, {found['device']}"
     )
+    if found["driver_problem"]:
+        typer.echo(f"GPU: {found['driver_problem']}")
+    elif found["cuda"]:
+        typer.echo(f"CUDA {found['cuda']}, driver {found['driver'] or 'not found'}")
     table(
         ("package", "version"),
         [(name, number or "not installed") for name, number in found["packages"].items()],

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from segfleet.core.machine import cpus, memory_budget
+from segfleet.pipeline import driver
 from segfleet.pipeline.engines.base import autocast
 from segfleet.pipeline.ranks import pick_device
 
@@ -35,7 +36,8 @@ PROGRAMS = ("sbatch", "c++", "nvidia-smi")
 
 def examine() -> dict[str, Any]:
     """Everything as plain data."""
-    device = pick_device(0)
+    problem = driver.fault()
+    device = torch.device("cpu") if problem else pick_device(0)
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -46,6 +48,9 @@ def examine() -> dict[str, Any]:
         if device.type == "cuda"
         else f"CPU, {torch.get_num_threads()} threads",
         "gpus": torch.cuda.device_count(),
+        "cuda": torch.version.cuda,
+        "driver": driver.kernel_module() or None,
+        "driver_problem": problem or None,
         "convolutions": [
             _convolution(precision, last, device)
             for precision in TOLERANCE

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from segfleet.core.errors import InputError, explain
+from segfleet.pipeline import driver
 from segfleet.pipeline.rendezvous import JoinFailed, NotOurs, SealedStore, join, prove
 from segfleet.pipeline.stop import Interrupted
 
@@ -147,9 +148,14 @@ class ProcessRanks(Ranks):
 
 
 def pick_device(local_rank: int) -> torch.device:
-    """The GPU of this rank out of those it was granted, or the CPU."""
-    if torch.cuda.is_available() and os.environ.get("SEGFLEET_DEVICE", "cuda") == "cuda":
+    """The GPU of this rank out of those it was granted, or the CPU. Raises InputError where there
+    is a GPU whose driver is too old: a CPU would take weeks without a word."""
+    if os.environ.get("SEGFLEET_DEVICE", "cuda") != "cuda":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())
+    if problem := driver.fault():
+        raise InputError(f"device: {problem}; or set SEGFLEET_DEVICE=cpu.")
     return torch.device("cpu")
 
 
@@ -170,11 +176,12 @@ def device_of(text: str | None) -> torch.device:
 
 
 def place_of(device: torch.device) -> list[str]:
-    """The host and the device of a rank, as every other process would name them: a process may see
-    its granted GPU as cuda:0 when its neighbour does so, too."""
+    """The host, the device and the model of the device of a rank, as every other process would name
+    them: a process may see its granted GPU as cuda:0 when its neighbour does so, too."""
     if device.type == "cpu":
-        return [socket.gethostname(), "cpu"]
-    return [socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)]
+        return [socket.gethostname(), "cpu", ""]
+    facts = torch.cuda.get_device_properties(device)
+    return [socket.gethostname(), str(facts.uuid), facts.name]
 
 
 def check_devices(rank: int, size: int, store: dist.Store, place: list[str]) -> None:
@@ -183,7 +190,10 @@ def check_devices(rank: int, size: int, store: dist.Store, place: list[str]) -> 
     store.set(f"place/{rank}", json.dumps(place))
     if rank == 0:
         texts = [store.get(f"place/{other}") for other in range(size)]
-        store.set("places", _fault([json.loads(text) for text in texts]))
+        places = [json.loads(text) for text in texts]
+        if said := mixture(places):
+            sys.stderr.write(f"segfleet: {said}\n")
+        store.set("places", _fault(places))
     if fault := store.get("places").decode():
         raise InputError(fault)
 
@@ -191,8 +201,8 @@ def check_devices(rank: int, size: int, store: dist.Store, place: list[str]) -> 
 def _fault(places: list[list[str]]) -> str:
     """What is wrong with the devices of the ranks; empty: nothing."""
     cpu = "SEGFLEET_DEVICE=cpu trains on the CPUs"
-    ranks, devices = Counter(host for host, _ in places), defaultdict(set)
-    for host, device in places:
+    ranks, devices = Counter(host for host, *_ in places), defaultdict(set)
+    for host, device, *_ in places:
         devices[host].add(device)
     without = [host for host, found in devices.items() if "cpu" in found]
     if without and any(found != {"cpu"} for found in devices.values()):
@@ -208,6 +218,25 @@ def _fault(places: list[list[str]]) -> str:
                 f"--gpus-per-node {len(found)}), or {cpu}"
             )
     return ""
+
+
+def mixture(places: list[list[str]]) -> str:
+    """One sentence if the ranks' GPUs are of several models; else empty."""
+    hosts: dict[str, dict[str, int]] = {}
+    for host, device, model in places:
+        if device != "cpu":
+            count = hosts.setdefault(model, {})
+            count[host] = count.get(host, 0) + 1
+    if len(hosts) < 2:
+        return ""
+    groups = [
+        f"{sum(count.values())} x {model} on {', '.join(count)}"
+        for model, count in sorted(hosts.items())
+    ]
+    return (
+        f"ranks: found GPUs of {len(groups)} models: {'; '.join(groups)}. Every step waits for the "
+        "slowest, and other nodes may round otherwise"
+    )
 
 
 def join_ranks(rendezvous: Path) -> Ranks:

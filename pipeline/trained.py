@@ -155,6 +155,7 @@ class Model:
             overlap=options.overlap,
             mirror_axes=options.mirror,
             batch=options.batch,
+            name=f"{one.recipe.model.name} in {one.recipe.engine.precision}",
         )
 
     def _forward(self, one: Trained) -> Forward:

@@ -76,6 +76,16 @@ def combine(
     are compared as they are; of several maps probabilities are averaged, after resampling, as
     nnU-Net's ensembles do. `keep` (K, Z, Y, X), full of zeros: gets the probabilities.
     """
+    try:
+        return _combine(maps, raw_shape, keep)
+    except torch.OutOfMemoryError:
+        pass
+    return _combine(
+        [replace(one, found_KZYX=one.found_KZYX.cpu()) for one in maps], raw_shape, keep
+    )
+
+
+def _combine(maps: Sequence[Map], raw_shape: Sequence[int], keep: np.ndarray | None) -> np.ndarray:
     task, alone = maps[0].task, len(maps) == 1
     box = [
         (min(start for start, _ in ends), max(stop for _, stop in ends))

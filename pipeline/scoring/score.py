@@ -7,7 +7,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from segfleet.core.errors import InputError
 from segfleet.core.files import write_atomically
 from segfleet.models import registry
-from segfleet.pipeline import checkpoint
+from segfleet.pipeline import checkpoint, out_of_memory
 from segfleet.pipeline.engines.base import Engine, autocast
 from segfleet.pipeline.engines.common import load_weights
 from segfleet.pipeline.parts import (
@@ -160,7 +160,7 @@ class Scorer:
         cases}; the same on every rank, and on rank 0 "pictures": {name: pixels}. Raises
         Interrupted on every rank when one is asked to stop."""
         task, slices = task_of(self.recipe, self.store.manifest), []
-        with engine.evaluation() as model:
+        with self._memory(), engine.evaluation() as model:
             ids = self._ids()[: self.recipe.evaluation.cases]
             shown = set(ids[:SHOWN]) if self.picture else set()
             forward = forward_of(model, task, self.recipe, self.ranks.device, logits=True)
@@ -264,18 +264,19 @@ class Scorer:
         model, task, name = network
         forward = forward_of(model, task, self.recipe, self.ranks.device)
         kept = Kept(out / CASES, facts | {"versions": checkpoint.versions()}, self.ranks.rank)
-        document = evaluate_cases(
-            forward,
-            self.store,
-            ids,
-            task,
-            ranks=self.ranks,
-            progress=functools.partial(self._tell, "scoring"),
-            kept=kept,
-            pool=self.recipe.data.batch,
-            tolerance=self.recipe.evaluation.tolerance,
-            **window,
-        )
+        with self._memory():
+            document = evaluate_cases(
+                forward,
+                self.store,
+                ids,
+                task,
+                ranks=self.ranks,
+                progress=functools.partial(self._tell, "scoring"),
+                kept=kept,
+                pool=self.recipe.data.batch,
+                tolerance=self.recipe.evaluation.tolerance,
+                **window,
+            )
         if self.ranks.rank == 0:
             document |= {
                 "checkpoint": name,
@@ -321,6 +322,10 @@ class Scorer:
             "batch": options.batch,
             "device": self.ranks.device,
         }
+
+    def _memory(self) -> AbstractContextManager[None]:
+        patch = patch_of(self.recipe, self.store.manifest)
+        return out_of_memory.named(self.recipe, patch, self.ranks.device, training=False)
 
     def _tell(self, phase: str, done: int, total: int) -> None:
         """Progress of rank 0's cases for whoever watches, and the moment at which a stop is

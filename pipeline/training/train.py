@@ -21,7 +21,7 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import read_json, write_json
 from segfleet.core.litter import remove_partial
 from segfleet.core.machine import cpus_of_a_rank
-from segfleet.pipeline import checkpoint, run
+from segfleet.pipeline import checkpoint, out_of_memory, run
 from segfleet.pipeline.data import loader
 from segfleet.pipeline.data.sampler import MixedSampler, PatchSampler
 from segfleet.pipeline.engines.base import Engine
@@ -118,7 +118,10 @@ def train(this: Run) -> Path:
                 note_recipe(this)
                 if ranks.rank == 0:
                     run.note_identity(this.folders[index], recipe, this.manifests)
-                train_stage(this, index)
+                own = resolve(recipe, index)
+                patch = patch_of(own, this.manifests(own))
+                with out_of_memory.named(own, patch, ranks.device, training=True, ranks=ranks.size):
+                    train_stage(this, index)
     if ranks.share(ranks.rank == 0 and not noted(this)):
         with locked(this, this.folders[-1]):
             note_recipe(this)

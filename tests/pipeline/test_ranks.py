@@ -19,7 +19,8 @@ def verdicts(places: list[list[str]]) -> list[str]:
 
     def join(rank: int) -> None:
         try:
-            ranks.check_devices(rank, len(places), store, places[rank])
+            place = [*places[rank], "A100"][:3]
+            ranks.check_devices(rank, len(places), store, place)
         except InputError as error:
             said[rank] = str(error)
 
@@ -43,6 +44,16 @@ def test_more_ranks_than_gpus_on_a_host_is_one_message_on_every_rank():
     assert "--ranks 2" in said[0] and "SEGFLEET_DEVICE=cpu" in said[0]
 
 
+def test_gpus_of_several_models_are_said_once_and_let_through(capfd):
+    places = [["a", "1", "A100"], ["b", "2", "A100"], ["b", "3", "A100"], ["c", "4", "H200"]]
+    assert verdicts(places) == [""] * 4
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert "2 models: 3 x A100 on a, b; 1 x H200 on c." in said
+    assert verdicts(places[:3]) == [""] * 3 and capfd.readouterr().err == ""
+    assert ranks.mixture([["a", "cpu", ""], ["b", "cpu", ""]]) == ""
+
+
 def test_nodes_with_and_without_gpus_do_not_train_together():
     said = verdicts([["a", "GPU-1"], ["b", "cpu"]])
     assert said[0] == said[1] and "none on b" in said[0] and "SEGFLEET_DEVICE=cpu" in said[0]
@@ -50,11 +61,11 @@ def test_nodes_with_and_without_gpus_do_not_train_together():
 
 def test_a_gpu_is_named_by_what_no_other_process_can_call_differently(monkeypatch):
     class Properties:
-        uuid = "d9a1"
+        uuid, name = "d9a1", "NVIDIA H200"
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    assert ranks.place_of(torch.device("cuda", 0))[1] == "d9a1"
-    assert ranks.place_of(torch.device("cpu"))[1] == "cpu"
+    assert ranks.place_of(torch.device("cuda", 0))[1:] == ["d9a1", "NVIDIA H200"]
+    assert ranks.place_of(torch.device("cpu"))[1:] == ["cpu", ""]
 
 
 def test_training_with_more_ranks_than_gpus_ends_before_nccl(tmp_path, monkeypatch):
@@ -67,7 +78,7 @@ def test_training_with_more_ranks_than_gpus_ends_before_nccl(tmp_path, monkeypat
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name == 'segfleet.pipeline.jobs':\n"
         "            from segfleet.pipeline import ranks\n"
-        "            ranks.place_of = lambda device: ['here', 'GPU-1']\n"
+        "            ranks.place_of = lambda device: ['here', 'GPU-1', 'A100']\n"
         "sys.meta_path.insert(0, Loaded())\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from segfleet.pipeline.events import read_events
 from segfleet.pipeline.launch.local import RankFailed, run_ranks
+from segfleet.pipeline.out_of_memory import OutOfMemory
 from segfleet.sweeps import slurm_backend, stopping, trial
 from segfleet.sweeps.space.plan import make_plan
 
@@ -131,6 +132,12 @@ class Scripted:
             [RankFailed("freeze: no parameter", 2)],
             1,
             {"state": "failed", "message": "freeze: no parameter"},
+        ),
+        # it would be full again: the point fails, and the sweep goes on
+        (
+            [RankFailed("out of memory on cuda:0", OutOfMemory.exit_code)],
+            1,
+            {"state": "failed", "message": "out of memory on cuda:0"},
         ),
         ([RankFailed("saved", 75)], 1, {"state": "stopped"}),
         ([RankFailed("run: x is being trained by process 7", 2)], 1, {"state": "busy"}),
