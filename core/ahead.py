@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
@@ -28,7 +29,7 @@ def ahead(
     """
     if not background:
         for item in items:
-            yield item, lambda item=item: prepare(item)
+            yield item, functools.partial(prepare, item)
         return
     following: _Preparation | None = None
 
@@ -42,7 +43,7 @@ def ahead(
     try:
         for index, item in enumerate(items):
             present, following = following or _Preparation(prepare, item), None
-            yield item, lambda present=present, index=index: take(present, index)
+            yield item, functools.partial(take, present, index)
             del present
     finally:
         if following is not None:
