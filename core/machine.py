@@ -44,6 +44,19 @@ def threads_of(environ: Mapping[str, str] = os.environ) -> int | None:
     return int(first) if first.isdecimal() and int(first) else None
 
 
+def mig_slices(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The slices of GPUs (NVIDIA's MIG) that this process may see, by name. CUDA shows a process
+    the first of them alone, so each rank has to be given its own."""
+    seen = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return seen if seen[0].startswith("MIG-") else []
+
+
+def own_slice(local_rank: int, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What a rank's environment needs for the MIG slice that is its own; nothing without slices."""
+    seen = mig_slices(environ)
+    return {"CUDA_VISIBLE_DEVICES": seen[local_rank % len(seen)]} if seen else {}
+
+
 def memory_budget(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
     """Bytes this process and its children may still take: 80 % of the least that machine, cgroup
     (v2, v1) and SLURM leave free."""

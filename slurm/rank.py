@@ -21,6 +21,7 @@ from typing import Any
 from segfleet.core.errors import ExitCode, InputError
 from segfleet.core.files import read_json, write_atomically
 from segfleet.core.job import Job
+from segfleet.core.machine import own_slice
 from segfleet.pipeline.launch import worker
 from segfleet.pipeline.launch.job import Command, Train
 from segfleet.pipeline.stop import LEAVE, Interrupted, Paused, StopRequest
@@ -144,9 +145,7 @@ def become_rank() -> None:
     e["LOCAL_WORLD_SIZE"] = e.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0]
     e["WORLD_SIZE"] = e.get("SLURM_STEP_NUM_TASKS") or e["SLURM_NTASKS"]
     e["SEGFLEET_MASTER_HOST"] = own_address()
-    slices = e.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if slices[0].startswith("MIG-"):  # CUDA shows a process the first slice alone
-        e["CUDA_VISIBLE_DEVICES"] = slices[int(e["LOCAL_RANK"]) % len(slices)]
+    e.update(own_slice(int(e["LOCAL_RANK"])))
     e.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 

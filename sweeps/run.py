@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import ExitCode, InputError
-from segfleet.core.machine import cpus, threads_of
+from segfleet.core.machine import cpus, mig_slices, threads_of
 from segfleet.pipeline.launch.local import RankFailed, signals_heard
 from segfleet.pipeline.run import lock_stage
 from segfleet.pipeline.stop import LEAVE, Interrupted
@@ -78,10 +78,12 @@ class Resources:
 
 
 def gpus() -> int:
-    """GPUs that ranks here would train on, by the rule of `ranks.pick_device`; CUDA_VISIBLE_DEVICES
-    counts."""
+    """GPUs, or slices of them, that ranks here would train on, by the rule of `ranks.pick_device`;
+    CUDA_VISIBLE_DEVICES counts."""
     if os.environ.get("SEGFLEET_DEVICE", "cuda") != "cuda":
         return 0
+    if slices := mig_slices():
+        return len(slices)
     import torch  # the check of the plan's networks has loaded it
 
     return torch.cuda.device_count()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from segfleet.core.errors import ExitCode
 from segfleet.core.litter import temporary_folder
-from segfleet.core.machine import cpus, threads_of
+from segfleet.core.machine import cpus, own_slice, threads_of
 
 if TYPE_CHECKING:
     from segfleet.core.job import Job
@@ -100,6 +100,7 @@ def _start(
         # DDP's advice on a flag that is set on purpose
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         **({"SEGFLEET_DEVICE": device} if device else {}),
+        **own_slice(rank),
     }
     # A session of its own: Ctrl-C reaches us alone, and we pass it on once.
     return subprocess.Popen(

@@ -143,12 +143,15 @@ def ray_session(resources: Any, folder: Path) -> Iterator[Path]:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray  # it reads the mode now
 
+    from segfleet.sweeps.run import gpus
+
     try:
         if resources.address:
             join(resources.address)
         else:
             ray.init(
-                address="local", num_cpus=resources.at_once, include_dashboard=False, object_store_memory=80 * 2**20,
+                address="local", num_cpus=resources.at_once, num_gpus=gpus(),
+                include_dashboard=False, object_store_memory=80 * 2**20,
                 _temp_dir=str(temporary), log_to_driver=False, logging_level="ERROR",
             )  # fmt: skip
         # the trials of a cluster are on other nodes, which see the folder of all runs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from segfleet.core.machine import cpus
+from segfleet.core.machine import cpus, mig_slices, own_slice
 
 
 @pytest.fixture
@@ -78,3 +78,13 @@ def test_sweeps_and_ranks_share_out_the_same_cores(monkeypatch):
     monkeypatch.setenv("SEGFLEET_DEVICE", "cpu")
     monkeypatch.setattr(run, "cpus", lambda: 2)
     assert run.Resources(ranks=1).at_once == 2
+
+
+def test_every_rank_has_a_mig_slice_of_its_own():
+    """CUDA shows a process the first of those it may see."""
+    seen = {"CUDA_VISIBLE_DEVICES": "MIG-a,MIG-b"}
+    assert [own_slice(rank, seen)["CUDA_VISIBLE_DEVICES"] for rank in range(3)] == [
+        "MIG-a", "MIG-b", "MIG-a",
+    ]  # fmt: skip
+    for others in ({"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "GPU-x"}, {}):
+        assert own_slice(1, others) == {} and mig_slices(others) == []

@@ -203,6 +203,39 @@ def test_a_local_ray_leaves_no_token_at_home(tmp_path):
     assert not list((tmp_path / "home").rglob("*token*"))
 
 
+SLICES = """
+import collections, os, pathlib, sys
+from segfleet.sweeps.ray.controller import ray_session
+from segfleet.sweeps.ray.slots import share
+from segfleet.sweeps.run import Resources
+
+default, four = Resources(), Resources(slots=4)
+with ray_session(four, pathlib.Path(sys.argv[1])):
+    import ray
+
+    each = share(four)
+    stage = ray.remote(num_cpus=each["cpu"], num_gpus=each["gpu"])(
+        type("Stage", (), {"sees": lambda self: os.environ["CUDA_VISIBLE_DEVICES"]})
+    )
+    stages = [stage.remote() for _ in range(4)]
+    seen = collections.Counter(ray.get([one.sees.remote() for one in stages]))
+    print(default.at_once, share(default)["gpu"], each["gpu"], sorted(seen.items()))
+"""
+
+
+def test_stages_share_a_gpu_and_mig_slices_are_gpus(tmp_path):
+    """Two slices: two stages at a time, or four that share them."""
+    (tmp_path / "sweep").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", SLICES, str(tmp_path / "sweep")],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "MIG-a,MIG-b", "SEGFLEET_DEVICE": "cuda"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.stdout == "2 1 0.5 [('MIG-a', 2), ('MIG-b', 2)]\n", done.stderr
+
+
 @pytest.fixture
 def session(tmp_path):
     """`session(name)`: what a killed session of the sweep `tmp_path/sweep` left, its own process
