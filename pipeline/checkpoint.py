@@ -211,25 +211,27 @@ def clean(root: Path) -> None:
 
 
 class Saver:
-    """Saves while training goes on: tensors are copied at once, written in a thread, published at a
-    step boundary.
+    """Saves while training goes on: tensors are copied as they are now, written in a thread,
+    published at a step boundary.
 
     `save` waits for the save before it. `poll` publishes a finished one; `wait` finishes and
     publishes. Both raise what the thread raised.
     """
 
     def __init__(self, root: Path):
-        self.root = root
+        self.root, self.staging = root, Staging()
         self._thread: threading.Thread | None = None
         self._outcome: tuple[int, Path | BaseException] | None = None
 
     def save(self, step: int, tensors: Tensors, state: dict[str, Any]) -> None:
-        """`tensors` must not change afterwards: pass copies."""
-        self.wait()
+        """`tensors` may be training's own."""
+        self.wait()  # the save before it has the staging buffers until then
+        kept, arrived = self.staging.copies(tensors)
 
         def work() -> None:
             try:
-                self._outcome = (step, write(self.root, step, tensors, state))
+                arrived()
+                self._outcome = (step, write(self.root, step, kept, state))
             except BaseException as error:
                 self._outcome = (step, error)
 
@@ -249,6 +251,71 @@ class Saver:
         if isinstance(outcome, BaseException):
             raise outcome
         return publish(outcome, self.root, step)
+
+
+class Staging:
+    """Host copies of tensors on a GPU, for which the host does not wait.
+
+    They are fetched on a stream of their own into one pinned buffer per type, kept for the next
+    save: pinning costs as much as writing. Training's stream waits for them on the device, a copy's
+    time once in `save_minutes`, so that nothing changes under them.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[torch.dtype, Tensor] = {}
+        self.stream: torch.cuda.Stream | None = None
+
+    def copies(self, tensors: Tensors) -> tuple[Tensors, Callable[[], None]]:
+        """The copies, and what waits until they have arrived. They last until the next call."""
+        away = [v.detach() for named in tensors.values() for v in named.values() if on_gpu(v)]
+        if not away:
+            return copies(tensors), lambda: None
+        device = away[0].device
+        self.stream = self.stream or torch.cuda.Stream(device)
+        training, places = torch.cuda.current_stream(device), iter(self._places(away))
+        self.stream.wait_stream(training)
+        kept: Tensors = {}
+        with torch.cuda.stream(self.stream):
+            for group, named in tensors.items():
+                kept[group] = {
+                    name: next(places).copy_(value.detach(), non_blocking=True)
+                    if on_gpu(value)
+                    else value.detach().to("cpu", copy=True)
+                    for name, value in named.items()
+                }
+            arrived = self.stream.record_event()
+        training.wait_event(arrived)
+        return kept, arrived.synchronize
+
+    def _places(self, away: list[Tensor]) -> list[Tensor]:
+        """A part of a buffer for each of these."""
+        needed: dict[torch.dtype, int] = {}
+        spans = []
+        for value in away:
+            begin = needed.get(value.dtype, 0)
+            needed[value.dtype] = begin + value.numel()
+            spans.append((value, begin))
+        for dtype, size in needed.items():
+            if dtype not in self.buffers or self.buffers[dtype].numel() < size:
+                self.buffers.pop(dtype, None)  # before the larger one is made
+                self.buffers[dtype] = pinned(size, dtype)
+        return [
+            self.buffers[value.dtype][begin : begin + value.numel()].view(value.shape)
+            for value, begin in spans
+        ]
+
+
+def on_gpu(value: Tensor) -> bool:
+    return value.is_cuda
+
+
+def pinned(size: int, dtype: torch.dtype) -> Tensor:
+    """Memory that a GPU writes to by itself; where the system gives none, plain memory, into which
+    copies are slower and waited for."""
+    try:
+        return torch.empty(size, dtype=dtype, pin_memory=True)
+    except RuntimeError:
+        return torch.empty(size, dtype=dtype)
 
 
 def copies(tensors: Tensors) -> Tensors:

@@ -494,7 +494,7 @@ def save(
     """Every rank takes part in gathering the tensors; rank 0 writes them."""
     tensors = engine.tensors()
     if ranks.rank == 0:
-        saver.save(progress.step, checkpoint.copies(tensors), progress.state(recipe, index))
+        saver.save(progress.step, tensors, progress.state(recipe, index))
 
 
 def protected(progress: Progress) -> set[str]:

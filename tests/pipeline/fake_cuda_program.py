@@ -14,7 +14,7 @@ import json
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -31,6 +31,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from segfleet.models import registry
+from segfleet.pipeline import checkpoint
 from segfleet.pipeline.data import loader
 from segfleet.pipeline.engines.base import Setup, build_engine
 from segfleet.pipeline.inference.sliding_window import sliding_window
@@ -75,6 +76,14 @@ def asks(name: str, args: tuple) -> bool:
     return name in FILLS and isinstance(args[2], Tensor) and args[2].device.type != "cpu"
 
 
+# A CPU build has no streams.
+STREAMS = {
+    "Stream": mock.MagicMock(),
+    "current_stream": mock.MagicMock(),
+    "stream": lambda _: nullcontext(),
+}
+
+
 class Waits(TorchDispatchMode):
     """Copies for which the host waits: to it or, unless `non_blocking`, to the device; operations
     in which it waits. And operations `WITHOUT_ORDER`."""
@@ -96,7 +105,8 @@ class Waits(TorchDispatchMode):
             there = str(kwargs.get("device") or "").partition(":")[0]
             source = args[1].device.type if name == "copy_" else here
             target = here if name == "copy_" else there or here
-            if source != target and not kwargs.get("non_blocking"):
+            streams = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
+            if source != target and not streams:
                 self.note(f"{source} to {target}")
         if name == "_fused_sgd_":  # knows no FakeTensors, and changes only what is in its lists
             devices = {value.device for many in args for value in many if isinstance(value, Tensor)}
@@ -132,6 +142,7 @@ STREAMING = (
     "x.masked_fill_(x > 0, 2.0)",
     "x[:, torch.zeros(3, dtype=torch.int64, device=x.device)]",
     "torch.where(torch.isfinite(x), x, 0.0)",
+    "torch.ones(4, 4).copy_(x, non_blocking=True)",
 )
 
 
@@ -234,19 +245,22 @@ def step(case: dict[str, Any]) -> dict[str, Any]:
     batch = loader.Batch(torch.empty(2, channels, *size), label, ("a", "b"))
     stream = Stream(itertools.repeat(batch), CUDA, recipe.engine.channels_last is not False)
     waits, orders = Waits(), {}
-    found = []
     for ordered in (True, False):
         numerics.arrange(recipe.engine.model_copy(update={"deterministic": ordered}), CUDA)
         waits.found.clear()
         waits.without_order.clear()
         with waits:
             loss, norm = engine.step(stream, 0.01)
-        found = list(waits.found)  # of the second step: the first one makes the moments
         orders[ordered] = sorted(waits.without_order)
     with readable():
         saved = engine.tensors()
     saved.pop("scaler", None)  # of the host
     devices = {str(value.device) for group in saved.values() for value in group.values()}
+    with waits, mock.patch.multiple(torch.cuda, **STREAMS):
+        kept, _ = checkpoint.Staging().copies(saved)
+    hosts = {str(value.device) for group in kept.values() for value in group.values()}
+    assert hosts == {"cpu"} and all(kept[k].keys() == saved[k].keys() for k in saved)
+    found = list(waits.found)  # of the second step, for the first one makes the moments, and this
     with readable(), torch.no_grad(), engine.evaluation() as network:
         out = sliding_window(
             lambda x: task.probabilities(network(x)),

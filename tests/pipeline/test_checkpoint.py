@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -121,6 +124,116 @@ def test_saver_publishes_at_a_boundary_and_raises_what_went_wrong(tmp_path):
     saver.save(5, tensors(5), {})
     with pytest.raises(OSError):
         saver.wait()
+
+
+class Device:
+    """A GPU's streams as a log. The tensors are on the CPU."""
+
+    def __init__(self):
+        self.log: list[str] = []
+
+    def current_stream(self, device):
+        return self
+
+    def Stream(self, device):
+        stream = Device()
+        stream.log = self.log
+        stream.name = "side"
+        return stream
+
+    name = "training"
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for the copies")
+
+    @contextmanager
+    def stream(self, side):
+        self.log.append("on side")
+        yield
+        self.log.append("on training")
+
+    def record_event(self):
+        self.log.append("recorded")
+        return self
+
+    def synchronize(self):
+        self.log.append(f"{threading.current_thread().name} waits for the copies")
+
+
+@pytest.fixture
+def device(monkeypatch):
+    made = Device()
+    for name in ("current_stream", "Stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(made, name))
+    monkeypatch.setattr(checkpoint, "on_gpu", lambda value: value.ndim > 0)
+    monkeypatch.setattr(checkpoint, "pinned", lambda size, dtype: torch.empty(size, dtype=dtype))
+    return made
+
+
+def test_tensors_on_a_gpu_are_fetched_beside_training_and_waited_for_by_the_thread(
+    device, tmp_path
+):
+    saver, buffers = checkpoint.Saver(tmp_path), []
+    for step in (1, 2):
+        device.log.clear()
+        more = {"b": torch.arange(6).view(2, 3)}
+        saver.save(step, {"weights": tensors(step)["weights"] | more}, {})
+        path = saver.wait()
+        found = checkpoint.load(path).tensors("weights")
+        assert torch.equal(found["b"], more["b"]) and found["n"] == step
+        assert torch.equal(found["a.weight"], tensors(step)["weights"]["a.weight"])
+        assert device.log == [
+            "side waits for training",
+            "on side",
+            "recorded",
+            "on training",
+            "training waits for the copies",
+            f"save-{step} waits for the copies",
+        ]
+        buffers.append({dtype: one.data_ptr() for dtype, one in saver.staging.buffers.items()})
+    assert buffers[0].keys() == {torch.float32, torch.int64}, "one for each type"
+    assert buffers[0] == buffers[1], "kept"
+
+
+def test_a_buffer_grows_with_what_is_saved(device):
+    staging = checkpoint.Staging()
+    for size in (3, 7, 5):
+        kept, _ = staging.copies({"weights": {"a": torch.full((size,), 1.0 * size)}})
+        assert torch.equal(kept["weights"]["a"], torch.full((size,), 1.0 * size))
+    assert staging.buffers[torch.float32].numel() == 7
+
+
+def test_a_save_begins_when_the_one_before_has_left_the_buffers(device, tmp_path, monkeypatch):
+    order, written = [], checkpoint.write
+    monkeypatch.setattr(
+        checkpoint,
+        "write",
+        lambda *args: (time.sleep(0.2), order.append("written"), written(*args))[-1],
+    )
+    saver = checkpoint.Saver(tmp_path)
+    taken = saver.staging.copies
+    monkeypatch.setattr(
+        saver.staging, "copies", lambda given: (order.append("copied"), taken(given))[-1]
+    )
+    for step in (1, 2):
+        saver.save(step, tensors(step), {})
+    saver.wait()
+    assert order == ["copied", "written"] * 2
+    for step in (1, 2):
+        found = checkpoint.load(tmp_path / checkpoint.folder_name(step)).tensors("weights")
+        assert torch.equal(found["a.weight"], tensors(step)["weights"]["a.weight"])
+
+
+def test_what_is_saved_is_what_training_had_then(tmp_path):
+    live = tensors(3)
+    kept = tensors(3)["weights"]["a.weight"]
+    saver = checkpoint.Saver(tmp_path)
+    saver.save(3, live, {})
+    live["weights"]["a.weight"].zero_()
+    assert torch.equal(checkpoint.load(saver.wait()).tensors("weights")["a.weight"], kept)
 
 
 def test_copies_do_not_follow_training():
