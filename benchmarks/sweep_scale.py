@@ -121,7 +121,6 @@ def search(store: str, points: int, runs: str) -> dict:
 def tune(trials: int) -> dict:
     """As many trials of plain Ray Tune that do nothing."""
     import psutil
-    from ray import tune
 
     from segfleet.sweeps.ray.controller import NAMES, ray_session
     from segfleet.sweeps.run import Resources
@@ -134,6 +133,8 @@ def tune(trials: int) -> dict:
         tempfile.TemporaryDirectory() as folder,
         ray_session(Resources(slots=2), Path(folder)) as at,
     ):
+        from ray import tune  # not before: it reads the session's token when it is imported
+
         before, began = family(), time.perf_counter()
         tune.Tuner(
             tune.with_resources(lambda config: {"dice": config["x"]}, {"cpu": 1}),
