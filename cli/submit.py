@@ -144,7 +144,7 @@ def command(
 def submit_training(recipe: str, changes: list[str], request: Request, check: bool) -> None:
     """One run, or an array of several; `check`: build their networks once. Raises InputError."""
     from segfleet.slurm import prepare
-    from segfleet.slurm.cluster import settled
+    from segfleet.slurm.cluster import fed, settled
     from segfleet.slurm.job import refuse_if_active
     from segfleet.slurm.submitit_launcher import SlurmLauncher
 
@@ -156,6 +156,7 @@ def submit_training(recipe: str, changes: list[str], request: Request, check: bo
             chosen[run] = prepare.describe(made)
             if not prepare.finished(run, made):
                 open_ones[run] = chosen[run]
+    spec = fed(spec, [one["data"]["workers"] for one in chosen.values()])
     if not request.dry_run:
         refuse_if_active(*open_ones)
     if check and open_ones:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,6 +188,30 @@ def settled(spec: JobSpec) -> JobSpec:
     return spec.model_copy(update={"gpus": None, "gpus_per_node": count, "gpu_type": kind})
 
 
+def fed(spec: JobSpec, workers: Sequence[int | str]) -> JobSpec:
+    """The same with cores for the loader of every GPU, where nobody said how many: as many as the
+    recipes' `data.workers` and two more, at most a GPU's share of the cores of any node that may be
+    used. Unchanged where the cluster does not answer: `check` says why."""
+    if spec.cpus or spec.whole_nodes or not spec.gpus_per_node or not workers:
+        return spec
+    wanted = max(LOADERS if isinstance(count, str) else count for count in workers) + 2
+    try:
+        parts = chosen(spec, partitions(spec.clusters))
+    except InputError:
+        return spec
+    named, excluded = names_of(spec.nodelist or ""), names_of(spec.exclude or "")
+    shares = [
+        node.cpus // node.gpus
+        for part in parts
+        for node in part.nodes
+        if node.gpus
+        and (not spec.gpu_type or spec.gpu_type in node.gpu_types)
+        and (not named or node.name in named)
+        and node.name not in excluded
+    ]
+    return spec.model_copy(update={"cpus": max(1, min(wanted, *shares))}) if shares else spec
+
+
 def check(spec: JobSpec) -> None:
     """Refuse what the cluster can never run, with the legal values. Of several partitions one must
     do. Raises InputError."""
@@ -211,6 +235,7 @@ def check(spec: JobSpec) -> None:
         )
 
 
+LOADERS = 14  # processes of a rank with a GPU, of `data.workers: auto`
 NAMED = 5  # nodes that a message names
 
 

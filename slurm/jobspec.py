@@ -89,7 +89,11 @@ class JobSpec(BaseModel):
     whole_nodes: bool = Field(
         False, description="one process of every node, which has all its GPUs: Ray's"
     )
-    cpus: Count | None = Field(None, description="CPU cores per rank; none: the cluster's default")
+    cpus: Count | None = Field(
+        None,
+        description="CPU cores per rank; none: for a GPU the recipe's data.workers and two, at most "
+        "its share of a node, else the cluster's default",
+    )
     memory: str | None = Field(
         None, description="memory per node, for example 64G; none: the cluster's default"
     )

@@ -129,7 +129,8 @@ class Slurm:
             return job if job.look().open else None
 
     def _submit(self, order: Order, tick: Callable[[], None], stop: Path) -> SlurmJob:
-        path, spec, root = order.path, spec_of(order.options), order.job.root
+        path, root = order.path, order.job.root
+        spec = cluster.fed(spec_of(order.options), [order.job.recipe["data"]["workers"]])
         # the limit is kept by `run`: every start of the job would have all of it again
         job = order.of_job(run=path, waits=True, max_seconds=None).job
         while True:

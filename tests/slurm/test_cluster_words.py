@@ -89,6 +89,34 @@ def test_gpus_of_the_whole_job_are_shared_out(sinfo, options, nodes, each, kind)
     assert found.ranks == nodes * each
 
 
+@pytest.mark.parametrize(
+    ("options", "workers", "cpus"),
+    [
+        ({"gpus_per_node": "a100:1", "nodelist": "g01"}, ["auto"], 16),
+        ({"gpus_per_node": "a100:4", "nodelist": "g01"}, [3, 5], 7),  # the most of an array
+        ({"gpus_per_node": "v100:2"}, ["auto"], 16),  # of the node's 32
+        ({"gpus_per_node": "1g.10gb:1"}, ["auto"], 8),  # m01's share
+        ({"gpus_per_node": 1}, ["auto"], 8),  # it may come to m01
+        ({"gpus_per_node": 1, "exclude": "m01"}, [40], 16),
+        ({"gpus_per_node": 1, "cpus": 3}, ["auto"], 3),  # somebody said so
+        ({"ranks_per_node": 2, "partition": "cpu"}, ["auto"], None),
+        ({"gpus_per_node": 1, "partition": "nowhere"}, ["auto"], None),  # `check` says so
+    ],
+)
+def test_a_rank_with_a_gpu_gets_cores_for_its_loader(sinfo, options, workers, cpus):
+    found = cluster.fed(spec(**options), workers)
+    assert found.cpus == cpus
+    if cpus and "nodelist" in options:
+        cluster.check(found)
+
+
+def test_the_most_loader_processes_are_those_of_the_loader():
+    from segfleet.pipeline.data.loader import worker_count
+
+    assert worker_count("auto", "cuda", 64) == cluster.LOADERS
+    assert worker_count("auto", "cuda", cluster.LOADERS + 2) == cluster.LOADERS
+
+
 def test_gpus_said_twice_or_wrongly(tmp_path):
     for options, words in [
         ({"gpus": 4, "gpus_per_node": 2}, "say the same twice"),
