@@ -67,7 +67,8 @@ def test_every_section_measures(section, bench):
         results.keep(section, row, found[row])
         if section in ("networks", "scan"):
             break
-    assert set(found) == set(ROWS[section]) if section != "networks" else set(ROWS[section])
+    if section != "networks":
+        assert set(found) == set(ROWS[section])
     for row, keys in ROWS[section].items():
         assert keys & set(found[row]), (row, found[row])
         for key in keys - {"bitwise", "skipped", "idle", "waiting"}:
@@ -96,7 +97,8 @@ def asked(out: Path, **more) -> Namespace:
     return Namespace(**facts | more)
 
 
-def test_a_second_call_takes_only_what_is_missing(tmp_path, capfd):
+def test_a_second_call_takes_only_what_is_missing(tmp_path, capfd, monkeypatch):
+    monkeypatch.setitem(gpu.SECONDS, "scan", 250)  # on a loaded machine
     out = tmp_path / "results" / "gpu.json"
     gpu.run(asked(out), tmp_path)
     first = json.loads(out.read_text())
