@@ -70,7 +70,8 @@ def layout(free: int, tile: int, sizes: tuple[int, int, int], asked: int) -> Lay
     """The fastest layout that fits.
 
     free: bytes; tile: bytes that one tile took; sizes: voxels of a tile, voxels of the image,
-    classes; asked: tiles per pass that the recipe wants, 1 (its default) leaves them to us.
+    classes; asked: tiles per pass that the recipe wants, 1 (its default) leaves them to us: a power
+    of two.
     """
     voxels, whole, classes = sizes
     sums = 4 * (classes + BESIDES) * whole
@@ -79,5 +80,11 @@ def layout(free: int, tile: int, sizes: tuple[int, int, int], asked: int) -> Lay
     if asked > 1:
         return Layout(on_device, asked)
     left = room - sums if on_device else room
-    fitting = int(left / max(tile, 1))
-    return Layout(on_device, max(1, min(fitting, math.ceil(MOST_VOXELS / voxels))))
+    fitting = max(1, min(int(left / max(tile, 1)), math.ceil(MOST_VOXELS / voxels)))
+    return Layout(on_device, 2 ** (fitting.bit_length() - 1))
+
+
+def padded_count(tiles: int, batch: int) -> int:
+    """Tiles of a pass with those that fill it up: a power of two, `batch` at most. cuDNN searches
+    its kernels anew for every size that it has not met, which takes longer than a few tiles."""
+    return min(batch, 1 << (tiles - 1).bit_length())

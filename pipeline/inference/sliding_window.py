@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segfleet.core.errors import InputError
-from segfleet.pipeline.inference.room import CudaMemory, layout
+from segfleet.pipeline.inference.room import CudaMemory, layout, padded_count
 
 Forward = Callable[[Tensor], Tensor]
 Box = tuple[slice, ...]
@@ -76,8 +76,8 @@ def sliding_window(
 
     On a GPU the image and the sums lie there while they fit, and so does the result; else they stay
     on the host, so a volume larger than the GPU's memory still passes. Of `batch` 1, the default of
-    a recipe, several tiles go at once there, as many as its memory holds and as pay. Only the
-    rounding of the network depends on it. `memory`: says what a GPU has; by default `device`'s own.
+    a recipe, several tiles go at once there, as many as its memory holds and as pay (a last pass is
+    filled up). Only the rounding of the network depends on it. `memory`: says what a GPU has; by default `device`'s own.
 
     The order of summation is fixed: same input, same bits. Of several `forward`, networks of one
     size, the mean: each goes over the whole image and is dropped before the next is asked for,
@@ -103,16 +103,17 @@ def sliding_window(
                 chunk = boxes[at : at + max(size, 1)]
                 if memory is not None and not size:
                     memory.begin()
+                count = len(chunk) if memory is None else padded_count(len(chunk), max(size, 1))
                 found = None
                 try:
-                    found = tiles.through(network, chunk)
+                    found = tiles.through(network, chunk, count)
                 except torch.OutOfMemoryError:
                     # a neighbour on the card may have grown
                     if memory is None or (len(chunk) == 1 and not sums.to_host()):
                         raise
                 if found is None:  # outside `except`, which holds the tensors of the failed pass
                     memory.drop_cache()
-                    size = max(1, len(chunk) // 2)
+                    size = max(1, count // 2)
                     continue
                 if memory is not None and not size:
                     sizes = (math.prod(patch), math.prod(padded.shape[1:]), found.shape[1])
@@ -140,9 +141,11 @@ class _Tiles:
         self.padded, self.device, self.scale = padded, device, scale
         self.dims, self.flips = dims, flips
 
-    def through(self, network: Forward, boxes: Sequence[Box]) -> Tensor:
-        """(B, K, Z, Y, X) float32 on the device, of the tiles in `boxes`."""
-        tiles = torch.stack([self.padded[(slice(None), *box)] for box in boxes])
+    def through(self, network: Forward, boxes: Sequence[Box], count: int) -> Tensor:
+        """(B, K, Z, Y, X) float32 on the device, of the tiles in `boxes`; the last one fills up
+        the pass to `count`."""
+        filled = [*boxes, *[boxes[-1]] * (count - len(boxes))]
+        tiles = torch.stack([self.padded[(slice(None), *box)] for box in filled])
         if tiles.device != self.device:
             tiles = tiles.pin_memory() if self.device.type == "cuda" else tiles
             tiles = tiles.to(self.device, non_blocking=True)
@@ -154,7 +157,7 @@ class _Tiles:
                 f"sliding window: the network gave size {tuple(found.shape[2:])} for a tile of "
                 f"{tuple(tiles.shape[2:])}"
             )
-        return found[:, :, None] if self.dims == 2 else found
+        return (found[:, :, None] if self.dims == 2 else found)[: len(boxes)]
 
 
 class _Sums:

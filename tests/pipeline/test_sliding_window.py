@@ -10,7 +10,7 @@ import torch
 
 from segfleet.core.errors import InputError
 from segfleet.pipeline.inference import sliding_window as module
-from segfleet.pipeline.inference.room import Layout, layout
+from segfleet.pipeline.inference.room import Layout, layout, padded_count
 from segfleet.pipeline.inference.sliding_window import (
     importance,
     mirrored,
@@ -256,7 +256,9 @@ def test_as_many_tiles_as_fit_go_at_once_and_change_nothing_but_rounding(dims):
     memory = Memory(2**20, 2**17)
     found = sliding_window(forward, x, patch=(8, 8, 8), dims=dims, memory=memory)
     left = 0.8 * 2**20 - 4 * (3 + 4) * 11 * 19 * 23
-    assert set(passes[1:-1]) == {int(left / 2**17)} and passes[0] == 1
+    fitting = 2 ** int(math.log2(left / 2**17))
+    assert set(passes[1:-1]) == {fitting} and passes[0] == 1
+    assert passes[-1] in (1, 2, 4, 8, 16) and passes[-1] <= fitting, "a size met before"
     torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-6)
     again = sliding_window(forward, x, patch=(8, 8, 8), dims=dims, memory=memory)
     assert torch.equal(found, again)
@@ -273,8 +275,8 @@ def test_a_pass_that_does_not_fit_after_all_is_halved():
         return net(t)
 
     found = sliding_window(forward, x, patch=(8, 8, 8), dims=3, memory=memory)
-    assert passes[:6] == [1, 74, 37, 18, 9, 4] and set(passes[6:]) <= {2, 1}
-    assert memory.dropped == 5
+    assert passes[:7] == [1, 128, 64, 32, 16, 8, 4] and set(passes[7:]) == {2}
+    assert memory.dropped == 6
     torch.testing.assert_close(
         found, sliding_window(net, x, patch=(8, 8, 8), dims=3), rtol=1e-5, atol=1e-6
     )
@@ -286,6 +288,13 @@ def test_a_tile_that_does_not_fit_is_an_error():
 
     with pytest.raises(torch.OutOfMemoryError):
         sliding_window(forward, image(1, 8, 8, 8), patch=(8, 8, 8), dims=3, memory=Memory(2**30, 1))
+
+
+@pytest.mark.parametrize(
+    "tiles, batch, count", [(1, 8, 1), (3, 8, 4), (5, 8, 8), (8, 8, 8), (5, 6, 6), (2, 3, 2)]
+)
+def test_a_pass_is_filled_up_to_a_size_that_was_met_before(tiles, batch, count):
+    assert padded_count(tiles, batch) == count
 
 
 @pytest.mark.parametrize(
