@@ -71,9 +71,9 @@ def test_every_section_measures(section, bench):
         assert set(found) == set(ROWS[section])
     for row, keys in ROWS[section].items():
         assert keys & set(found[row]), (row, found[row])
-        for key in keys - {"bitwise", "skipped", "idle", "waiting"}:
+        for key in keys - {"bitwise", "skipped", "idle", "waiting", "share", "stall_ms"}:
             assert found[row][key] > 0
-        for key in {"idle", "waiting"} & set(found[row]):
+        for key in {"idle", "waiting", "share"} & set(found[row]):
             assert 0 <= found[row][key] <= 1
         if "bitwise" in found[row]:
             assert found[row]["bitwise"] == 1, "on a CPU a resumed run has the same bits"

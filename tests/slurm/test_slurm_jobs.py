@@ -320,6 +320,8 @@ def test_a_dry_run_asks_the_controller(cluster):
     document = json.loads(cluster.segfleet("submit", "tiny.yaml", *options).stdout)
     assert (
         "#SBATCH --gpus-per-node=2" in document["script"]
-        and "4 processors on nodes" in document["controller"][0]
+        # for the loader: a GPU's share of a node's eight cores
+        and "#SBATCH --cpus-per-task=2" in document["script"]
+        and "8 processors on nodes" in document["controller"][0]
     )
     assert not (cluster.folder / "rehearsed").exists()
