@@ -146,9 +146,9 @@ class _Tiles:
         the pass to `count`."""
         filled = [*boxes, *[boxes[-1]] * (count - len(boxes))]
         tiles = torch.stack([self.padded[(slice(None), *box)] for box in filled])
-        if tiles.device != self.device:
-            tiles = tiles.pin_memory() if self.device.type == "cuda" else tiles
-            tiles = tiles.to(self.device, non_blocking=True)
+        if self.device.type == "cuda" and tiles.device.type == "cpu":
+            tiles = tiles.pin_memory()
+        tiles = tiles.to(self.device, non_blocking=True)
         tiles = tiles.float() if tiles.is_floating_point() else tiles.float() * self.scale
         tiles = tiles[:, :, 0] if self.dims == 2 else tiles
         found = mirrored(network, tiles, self.flips).float()

@@ -57,7 +57,12 @@ def unpinned(original: Any) -> Any:
     return empty
 
 
-def window(free: int) -> dict[str, Any]:
+def pinned(tensor: Tensor) -> Tensor:
+    assert tensor.device.type == "cpu", "a tensor on a GPU cannot be pinned"
+    return tensor
+
+
+def window(free: int, device: torch.device | str = CUDA) -> dict[str, Any]:
     """Where sums are with so many bytes free, what crosses, and how many tiles went at once."""
     memory(free)
     passes = []
@@ -70,12 +75,12 @@ def window(free: int) -> dict[str, Any]:
     crossings, label = Crossings(), np.zeros(SHAPE, np.uint8)
     with FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
         stack.enter_context(readable())
-        stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda self: self))
+        stack.enter_context(mock.patch.object(Tensor, "pin_memory", pinned))
         stack.enter_context(mock.patch.object(torch.cuda, "Event", mock.MagicMock()))
         stack.enter_context(mock.patch.object(torch.cuda, "current_stream", mock.MagicMock()))
         image = torch.empty(1, *SHAPE, dtype=torch.float16)
         with crossings, mock.patch.object(torch, "empty", unpinned(torch.empty)):
-            found = sliding_window(network, image, patch=(8, 16, 16), dims=3, device=CUDA)
+            found = sliding_window(network, image, patch=(8, 16, 16), dims=3, device=device)
         sums, crossings.found = crossings.found, []
         read = {
             "numpy": lambda self: np.zeros(tuple(self.shape)),
@@ -104,4 +109,4 @@ def window(free: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    json.dump([window(2**33), window(2**20)], sys.stdout)
+    json.dump([window(2**33), window(2**20), window(2**33, "cuda")], sys.stdout)

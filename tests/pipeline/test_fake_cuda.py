@@ -200,16 +200,17 @@ def inferences(library):
 
 
 def test_sums_stay_on_the_device_and_only_labels_cross(inferences):
-    roomy, _ = inferences
+    roomy, _, unnumbered = inferences
     assert roomy["device"] == "cuda:0" and roomy["size"] == [3, 20, 40, 40]
     assert roomy["sums"] == [], "the sliding window fetches something"
     assert roomy["labels"] == [["uint8", RAW]] and roomy["restored"] == RAW
     assert roomy["calibration"] == [], "probabilities cross for the calibration"
+    assert unnumbered == roomy, 'device "cuda" is the first one'
     assert roomy["passes"] == [1, TILES], "the last tile fills the second pass up"
 
 
 def test_what_does_not_fit_is_summed_on_the_host_pass_by_pass(inferences):
-    _, scarce = inferences
+    _, scarce, _ = inferences
     assert scarce["device"] == "cpu"
     assert sum(scarce["passes"]) == TILES and set(scarce["passes"]) == {1}
     assert [kind for kind, _ in scarce["sums"]] == ["float32"] * TILES

@@ -125,3 +125,25 @@ def test_memory_for_one_case_prepares_no_other_beside_it(store, images, backgrou
     monkeypatch.setattr("segfleet.pipeline.inference.room.memory_budget", lambda: 1000)
     evaluated(store)
     assert max(most) == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_background_is_for_gpus(store, device, monkeypatch, tmp_path):
+    asked = []
+
+    def noted(prepare, items, *, background, roomy):
+        asked.append(background)
+        return ahead(prepare, [], background=False)
+
+    monkeypatch.setattr(predicting, "ahead", noted)
+    monkeypatch.setattr(evaluate, "ahead", noted)
+    task, plan = make_task(store.manifest.dataset), store.manifest.plan
+    member = Member(forward=lambda: None, plan=plan, task=task, patch=plan.patch)
+    predicting.predict_files(
+        [member], store.manifest.dataset, [store.root], tmp_path, device=device
+    )
+    with pytest.raises(KeyError):  # nothing was scored
+        evaluate.evaluate_cases(
+            network(1), store, [store.manifest.cases[0].id], task, patch=plan.patch, device=device
+        )
+    assert asked == [device == "cuda"] * 2
