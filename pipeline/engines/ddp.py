@@ -67,7 +67,8 @@ class Engine:
         if self.ranks.size > 1:
             # Without the search for unused parameters DDP regroups its buckets after the first
             # step, and with it the order of sums in a ring of three or more ranks: a resumed run
-            # would then differ from an uninterrupted one in the last bits.
+            # would then differ from an uninterrupted one in the last bits. `static_graph` regroups
+            # them, too; the search costs a walk over the graph and one small collective.
             self.forward = DistributedDataParallel(
                 self.forward,
                 find_unused_parameters=True,

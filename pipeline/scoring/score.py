@@ -38,6 +38,7 @@ from segfleet.pipeline.scoring.evaluate import Kept, evaluate_cases
 from segfleet.pipeline.scoring.external import EXTERNAL, TestSet, overlap_with_training
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.pipeline.task import RECONSTRUCT, Task
+from segfleet.pipeline.training import numerics
 from segfleet.preprocess.stores.base import ShardStore
 from segfleet.preprocess.stores.manifest import Manifest
 
@@ -113,6 +114,7 @@ def with_weights(
     that says `where` they are from, if they do not fit."""
     model = build_network(recipe, manifest, task_of(recipe, manifest))
     load_weights(model, tensors, where)
+    numerics.arrange(recipe.engine, device)
     return in_layout(model.to(device), recipe, manifest).eval()
 
 

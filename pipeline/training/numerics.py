@@ -20,14 +20,13 @@ WITHOUT_ORDER = re.compile(r"(.+?) does not have a deterministic implementation"
 
 
 def arrange(options: sections.Engine, device: torch.device) -> None:
-    """Settings of this process for the stage that begins, whatever the one before had."""
+    """Settings of this process for the stage that begins, or the network that is scored, whatever
+    the one before had."""
     if device.type == "cpu":
         return
     ordered = options.deterministic
     if ordered and os.environ.get(WORKSPACE) not in WORKSPACES:
         os.environ[WORKSPACE] = WORKSPACES[0]
-    if torch.are_deterministic_algorithms_enabled() != ordered:
-        torch.use_deterministic_algorithms(ordered)
     # it writes all memory twice to hide reads of what was never written
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic = ordered
@@ -37,9 +36,16 @@ def arrange(options: sections.Engine, device: torch.device) -> None:
 
 
 @contextmanager
-def refused(recipe: Recipe) -> Iterator[None]:
-    """Inside, PyTorch's refusal of an operation whose sums have no fixed order becomes an InputError
-    that names it and the network."""
+def step_of(recipe: Recipe, device: torch.device) -> Iterator[None]:
+    """Inside, a training step takes operations with a fixed order alone, if the recipe asks for it.
+    Scoring does not, so that a network scores the same while it trains and later.
+
+    PyTorch's refusal of an operation that has no such form becomes an InputError that names it and
+    the network.
+    """
+    asked = recipe.engine.deterministic and device.type != "cpu"
+    if asked:
+        torch.use_deterministic_algorithms(True)
     try:
         yield
     except RuntimeError as error:
@@ -50,3 +56,6 @@ def refused(recipe: Recipe) -> Iterator[None]:
             f"'{found[1].strip()}', which has no deterministic form in PyTorch; expected false, or "
             "a network without it"
         ) from None
+    finally:
+        if asked:
+            torch.use_deterministic_algorithms(False)

@@ -360,7 +360,7 @@ def train_stage(this: Run, index: int) -> None:
             epoch, lr = progress.step // steps, learning_rate(stage, progress.step, total)
             # dropout and the like
             torch.manual_seed(step_seed(recipe.seed, index, progress.step, ranks.rank))
-            with numerics.refused(recipe):
+            with numerics.step_of(recipe, ranks.device):
                 loss, norm = engine.step(stream, lr)
             window.add(loss, norm, epoch, lr)
             progress.step += 1

@@ -7,6 +7,7 @@ import copy
 import io
 import math
 
+import einops
 import pytest
 import torch
 import torch.nn.functional as F
@@ -301,6 +302,25 @@ def traced_equals_eager(model: nn.Module, x: Tensor) -> None:
 @pytest.mark.parametrize("name", ["unet_lite_se", "resenc_unet_3d"])
 def test_traced_graph_changes_nothing(name):
     traced_equals_eager(shaken(twin(spec(name))), batch(spec(name)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "nlie_unet_t" else pytest.param(name, marks=pytest.mark.long)
+        for name in specs()
+    ],
+)
+def test_every_network_is_one_graph_from_its_first_call_on(name):
+    """As `engine.compile: auto` wants it; einops has not seen a tensor by then."""
+    torch._dynamo.reset()
+    einops._backends._type2backend.clear()
+    graphs = []
+    network = torch.compile(
+        twin(spec(name)).train(), backend=lambda graph, _: graphs.append(1) or graph, fullgraph=True
+    )
+    network(batch(spec(name)))
+    assert graphs == [1]
 
 
 def shapes_of(chosen: ModelSpec, channels: int, classes: int) -> dict[str, torch.Size]:

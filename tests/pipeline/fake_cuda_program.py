@@ -246,10 +246,11 @@ def step(case: dict[str, Any]) -> dict[str, Any]:
     stream = Stream(itertools.repeat(batch), CUDA, recipe.engine.channels_last is not False)
     waits, orders = Waits(), {}
     for ordered in (True, False):
-        numerics.arrange(recipe.engine.model_copy(update={"deterministic": ordered}), CUDA)
+        chosen = recipe.engine.model_copy(update={"deterministic": ordered})
+        numerics.arrange(chosen, CUDA)
         waits.found.clear()
         waits.without_order.clear()
-        with waits:
+        with waits, numerics.step_of(recipe.model_copy(update={"engine": chosen}), CUDA):
             loss, norm = engine.step(stream, 0.01)
         orders[ordered] = sorted(waits.without_order)
     with readable():

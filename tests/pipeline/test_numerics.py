@@ -10,6 +10,8 @@ import torch
 from segfleet.core.errors import InputError
 from segfleet.models.unet_lite import UNetLite
 from segfleet.pipeline import run
+from segfleet.pipeline.parts import build_network, task_of
+from segfleet.pipeline.scoring.score import with_weights
 from segfleet.pipeline.sections import Engine
 from segfleet.pipeline.training import numerics
 from segfleet.preprocess.stores.base import open_store
@@ -20,7 +22,6 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 def settings() -> dict:
     return {
-        "ordered": torch.are_deterministic_algorithms_enabled(),
         "cudnn": torch.backends.cudnn.deterministic,
         "benchmark": torch.backends.cudnn.benchmark,
         "cublas": os.environ.get(numerics.WORKSPACE),
@@ -46,10 +47,10 @@ def test_a_gpu_gets_the_settings_of_the_stage_that_begins(restored, monkeypatch)
     numerics.arrange(Engine(deterministic=True), CPU)
     assert settings() == before
     numerics.arrange(Engine(deterministic=True), CUDA)
-    asked = {"ordered": True, "cudnn": True, "benchmark": False, "cublas": ":4096:8"}
+    asked = {"cudnn": True, "benchmark": False, "cublas": ":4096:8"}
     assert settings() == before | asked
     numerics.arrange(Engine(), CUDA)
-    free = {"ordered": False, "cudnn": False, "benchmark": True}
+    free = {"cudnn": False, "benchmark": True}
     assert settings() == before | asked | free
     monkeypatch.setenv(numerics.WORKSPACE, ":16:8")  # the user's own, as good
     numerics.arrange(Engine(deterministic=True), CUDA)
@@ -64,6 +65,27 @@ def test_tensor_float_32_is_where_it_is_asked_for(restored, tf32, set_to):
     numerics.arrange(Engine(tf32="all" if tf32 == "none" else "none"), CUDA)  # a stage before
     numerics.arrange(Engine(tf32=tf32), CUDA)
     assert settings()["tf32"] == set_to
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+@pytest.mark.parametrize("asked", [False, True])
+def test_only_a_step_on_a_gpu_that_asks_for_it_is_deterministic(
+    tiny_store, restored, device, asked
+):
+    recipe = recipe_of(tiny_store(dims=2), engine={"deterministic": asked})
+    with pytest.raises(RuntimeError, match="another"), numerics.step_of(recipe, device):
+        assert torch.are_deterministic_algorithms_enabled() == (asked and device == CUDA)
+        raise RuntimeError("another")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_network_that_is_scored_has_its_recipe_s_settings(tiny_store, restored, monkeypatch):
+    seen, store = [], open_store(tiny_store(dims=2))
+    monkeypatch.setattr(numerics, "arrange", lambda *asked: seen.append(asked))
+    recipe = recipe_of(tiny_store(dims=2), engine={"tf32": "none"})
+    network = build_network(recipe, store.manifest, task_of(recipe, store.manifest))
+    with_weights(recipe, store.manifest, network.state_dict(), "here", CPU)
+    assert seen == [(recipe.engine, CPU)]
 
 
 def test_on_a_cpu_the_bits_are_the_same(tiny_store, tmp_path):
