@@ -76,6 +76,16 @@ class Results:
         partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.path)
 
+    def of_machine(self, facts: dict[str, Any]) -> None:
+        """Note where the figures are from; those of two machines are not put into one file."""
+        document = self.read()
+        if document["machine"] not in ({}, facts):
+            sys.exit(
+                f"{self.path} holds figures of {document['machine']}, and this is {facts}: "
+                "--out another file, or --again"
+            )
+        self.write(document | {"machine": facts})
+
     def missing(self, section: str, row: str) -> bool:
         return row not in self.read()["sections"].get(section, {})
 
@@ -137,17 +147,16 @@ def section(asked: argparse.Namespace) -> None:
         folder=asked.folder,
         known=lambda name, row: results.read()["sections"].get(name, {}).get(row, {}),
     )
-    if asked.device == "cuda":
-        document = results.read()
-        facts = torch.cuda.get_device_properties(0)
-        document["machine"] = {
-            "gpu": facts.name,
-            "gib": round(facts.total_memory / 2**30, 1),
+    facts = torch.cuda.get_device_properties(0) if asked.device == "cuda" else None
+    results.of_machine(
+        {
+            "gpu": facts and facts.name,
+            "gib": facts and round(facts.total_memory / 2**30, 1),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "cores": len(os.sched_getaffinity(0)),
         }
-        results.write(document)
+    )
     for row, measure in SECTIONS[asked.section](bench):
         if not results.missing(asked.section, row):
             continue
@@ -202,7 +211,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7.8)
     parser.add_argument("--only", nargs="*", choices=SECONDS, help="these sections")
     parser.add_argument("--again", action="store_true", help="forget earlier figures")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu.json")
+    parser.add_argument("--out", type=Path, help="default: results/gpu.json; of --quick, none")
     parser.add_argument("--section", choices=SECONDS, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -210,13 +219,14 @@ def main() -> None:
     if asked.section:
         section(asked)
         return
-    results = Results(asked.out, asked.again)
     with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
+        if asked.out is None:
+            asked.out = Path(folder) if asked.quick else HERE / "results"
+            asked.out /= "gpu.json"
+        results = Results(asked.out, asked.again)
         run(asked, Path(folder))
-    document = results.read()
-    document["targets"] = judged(document["sections"])
-    results.write(document)
-    for one in document["targets"]:
+        targets = judged(results.read()["sections"])
+    for one in targets:
         met = {None: "not measured", True: "met", False: "MISSED"}[one["met"]]
         print(f"{one['figure']}: {one['value']} (target {one['target']}): {met}")
 

@@ -115,6 +115,15 @@ def test_a_figure_that_never_comes_back_is_given_up(tmp_path):
     assert not results.missing("networks", "x") and results.missing("networks", "y")
 
 
+def test_figures_of_two_machines_are_not_mixed(tmp_path):
+    results = gpu.Results(tmp_path / "gpu.json")
+    results.of_machine({"gpu": "H200"})
+    results.of_machine({"gpu": "H200"})
+    with pytest.raises(SystemExit, match="figures of .*H200.*--again"):
+        results.of_machine({"gpu": "A100"})
+    gpu.Results(tmp_path / "gpu.json", again=True).of_machine({"gpu": "A100"})
+
+
 def test_targets_stand_beside_their_figures(tmp_path):
     results = gpu.Results(tmp_path / "gpu.json")
     results.keep("yardstick", "ratio", {"times_nnunet": 1.2})
