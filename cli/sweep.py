@@ -97,6 +97,7 @@ def command(
         space, *words = words
     if on == "ray-in-slurm" and not asking:
         from segfleet.cli import submit_words
+        from segfleet.cli.submit import Request
 
         whole = ["sweep", space, *words, "--on", on, "--ranks", str(ranks)]
         for name, value in (
@@ -106,9 +107,14 @@ def command(
             ("address", address),
         ):
             whole += [f"--{name}", str(value)] if value is not None else []
-        given = {"runs": runs, "as_json": as_json, "cluster": cluster, "dry_run": dry_run}
-        given |= {"engine": None, "array": None, "live": False}
-        submit_words.submit(whole, job_options(cluster, resource)["spec"], given)
+        request = Request(
+            options=job_options(cluster, resource)["spec"],
+            cluster=cluster,
+            dry_run=dry_run,
+            runs=runs,
+            as_json=as_json,
+        )
+        submit_words.submit(whole, request)
         return
     if nodes:
         raise typer.BadParameter(

@@ -72,6 +72,16 @@ def wait_until(condition, process, timeout=600):
         time.sleep(0.1)
 
 
+def test_a_sweep_for_a_ray_cluster_of_its_own_becomes_a_job(space, tmp_path):
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
+    words = ("--on", "ray-in-slurm", "--nodes", "2", "--resource", "cpus=3", "--dry-run", "--json")
+    code, out, err = finished(segfleet("sweep", "space.yaml", *words, cwd=tmp_path))
+    assert code == 0, err
+    (script,) = json.loads(out)["scripts"]
+    assert "#SBATCH --nodes=2\n" in script and "#SBATCH --cpus-per-task=3\n" in script
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_sweep_is_killed_and_goes_on_and_a_failing_stage_takes_only_its_own(
