@@ -281,7 +281,9 @@ class Evaluation(Section):
         0.5, description="overlap of neighbouring tiles"
     )
     mirror: Axes = Field((), description="axes mirrored at test time (0 z, 1 y, 2 x)")
-    batch: Positive = Field(1, description="tiles per forward pass")
+    batch: Positive = Field(
+        1, description="tiles per forward pass; 1 on a GPU: as many as its memory holds and as pay"
+    )
     average: Literal["probabilities", "logits"] = Field(
         "probabilities",
         description="what overlapping tiles and mirrored copies average; logits: as nnU-Net does",
