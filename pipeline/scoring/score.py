@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from segfleet.core.errors import InputError
 from segfleet.core.files import write_atomically
 from segfleet.models import registry
-from segfleet.pipeline import checkpoint, out_of_memory
+from segfleet.pipeline import checkpoint, numerics, out_of_memory
 from segfleet.pipeline.engines.base import Engine, autocast
 from segfleet.pipeline.engines.common import load_weights
 from segfleet.pipeline.parts import (
@@ -38,7 +38,6 @@ from segfleet.pipeline.scoring.evaluate import Kept, evaluate_cases
 from segfleet.pipeline.scoring.external import EXTERNAL, TestSet, overlap_with_training
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.pipeline.task import RECONSTRUCT, Task
-from segfleet.pipeline.training import numerics
 from segfleet.preprocess.stores.base import ShardStore
 from segfleet.preprocess.stores.manifest import Manifest
 

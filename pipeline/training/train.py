@@ -21,7 +21,7 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import read_json, write_json
 from segfleet.core.litter import remove_partial
 from segfleet.core.machine import cpus_of_a_rank
-from segfleet.pipeline import checkpoint, out_of_memory, run
+from segfleet.pipeline import checkpoint, numerics, out_of_memory, run
 from segfleet.pipeline.data import loader
 from segfleet.pipeline.data.sampler import MixedSampler, PatchSampler
 from segfleet.pipeline.engines.base import Engine
@@ -37,7 +37,6 @@ from segfleet.pipeline.recipe import Recipe, resolve
 from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.stop import Interrupted, Paused
 from segfleet.pipeline.trackers import check_trackers, open_trackers
-from segfleet.pipeline.training import numerics
 from segfleet.pipeline.training.agreement import Agreement
 from segfleet.pipeline.training.begin import build
 from segfleet.pipeline.training.hardware import Energy, hardware

@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from segfleet.models import registry
-from segfleet.pipeline import checkpoint
+from segfleet.pipeline import checkpoint, numerics
 from segfleet.pipeline.data import loader
 from segfleet.pipeline.engines.base import Setup, build_engine
 from segfleet.pipeline.inference.sliding_window import sliding_window
@@ -39,7 +39,6 @@ from segfleet.pipeline.parts import Objective
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.task import RECONSTRUCT, Task
-from segfleet.pipeline.training import numerics
 from segfleet.pipeline.training.window import Stream
 
 CUDA = torch.device("cuda", 0)

@@ -9,11 +9,10 @@ import torch
 
 from segfleet.core.errors import InputError
 from segfleet.models.unet_lite import UNetLite
-from segfleet.pipeline import run
+from segfleet.pipeline import numerics, run
 from segfleet.pipeline.parts import build_network, task_of
 from segfleet.pipeline.scoring.score import with_weights
 from segfleet.pipeline.sections import Engine
-from segfleet.pipeline.training import numerics
 from segfleet.preprocess.stores.base import open_store
 from tests.pipeline.test_train import assert_equal, go, recipe_of, weights
 
