@@ -175,7 +175,7 @@ def test_a_full_queue_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(SlurmLauncher, "submit_jobs", submit)
     monkeypatch.setattr(slurm_backend, "LOOK", 0.01)
     monkeypatch.setattr(slurm_backend.cluster, "there_is_one", lambda: True)
-    job = Train(root=tmp_path, recipe={})
+    job = Train(root=tmp_path, recipe={"data": {"workers": 0}})
     order = Order(job=job, node="a", path=tmp_path, sweep=tmp_path, begin=0, steps=1)
     stop, ticks = tmp_path / "stop", []
     assert slurm_backend.Slurm()._submit(order, lambda: ticks.append(1), stop) == "job"
