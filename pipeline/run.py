@@ -139,6 +139,8 @@ def stage_facts(recipe: Recipe, manifest: Manifest | Manifests, index: int) -> d
         if key not in ("made_for", "store", "stores", "workers", "split", "fold", "cases")
         and (key != "mask" or rebuilds)
     }
+    if data["augment"]:  # where it is computed is no more part of an identity than the device
+        data["augment"] = {k: v for k, v in data["augment"].items() if k != "device"}
     engine = {
         key: value
         for key, value in whole["engine"].items()

@@ -76,6 +76,11 @@ class Augment(Section):
         description="intensity changes of each channel are drawn alone, blur and low resolution "
         "take half of the channels; false: all channels alike",
     )
+    device: Literal["cpu", "auto"] = Field(
+        "cpu",
+        description="where patches are computed: cpu, in the loader; auto, on the GPU where one "
+        "trains. The draws are the same, the noise has other bits; no part of a run's identity",
+    )
 
 
 class MadeFor(Section):

@@ -115,7 +115,14 @@ def tiny_store(tmp_path_factory):
 
 
 def write_tiny_store(
-    root: Path, dims: int, format: str, count: int, classes: int, size: int, channels: int
+    root: Path,
+    dims: int,
+    format: str,
+    count: int,
+    classes: int,
+    size: int,
+    channels: int,
+    **of_plan,
 ) -> Path:
     import numpy as np
 
@@ -128,7 +135,12 @@ def write_tiny_store(
     dataset = m.Dataset(
         name="tiny", reader="msd", dims=dims, channels=tuple("abcd"[:channels]), labels=labels
     )
-    plan = m.Plan(target_spacing=(1.0, 1.0, 1.0), patch=patch, normalisation=("zscore",) * channels)
+    plan = m.Plan(
+        target_spacing=(1.0, 1.0, 1.0),
+        patch=patch,
+        normalisation=("zscore",) * channels,
+        **of_plan,
+    )
     writer = store_module(format).Writer(
         root, "data/bundle-0000", chunk=(1, 16, 16) if dims == 2 else (16, 16, 16), dtype=plan.dtype
     )
@@ -143,7 +155,12 @@ def write_tiny_store(
         for value in range(1, classes + 1):
             corner = [int(rng.integers(0, max(1, s - 9))) for s in shape]
             label[tuple(slice(c, c + 9) for c in corner)] = value
-        image = (label[None] * 1.5 + rng.normal(0, 0.5, (channels, *shape))).astype(np.float16)
+        image = label[None] * 1.5 + rng.normal(0, 0.5, (channels, *shape))
+        if plan.masked:
+            image[..., :12] = 0
+        if plan.dtype in ("uint8", "int16"):
+            image = np.clip(40 * image + 100, 0, 255)
+        image = image.astype(plan.dtype)
         sha256 = writer.write(name, image, label, None)
         flat = {v: np.flatnonzero(label == v) for v in range(1, classes + 1)}
         entries.append(

@@ -22,6 +22,7 @@ from segfleet.core.litter import note_multiprocessing
 from segfleet.core.parallel import SERVED, end_with_parent
 from segfleet.pipeline.data import randomness
 from segfleet.pipeline.data.augment import draw_intensity, draw_spatial, flat
+from segfleet.pipeline.data.device_augment import Boxes, Room, augmented, drawn_sample, each_tensor
 from segfleet.pipeline.data.geometry import mirror, resample, source
 from segfleet.pipeline.data.intensity import apply_intensity
 from segfleet.pipeline.data.kernels import scratch
@@ -43,7 +44,7 @@ class Batch:
     def pin_memory(self) -> Batch:
         """For `DataLoader`, which leaves a class with this method to itself. Left to it, tuples
         become lists before torch 2.9.1."""
-        return replace(self, image=self.image.pin_memory(), label=self.label.pin_memory())
+        return each_tensor(self, lambda part: part.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ class Failure:
     message: str
     traceback: str
     user_error: bool
+
+    @classmethod
+    def of(cls, case: str, error: Exception) -> Failure:
+        """While `error` is handled."""
+        text, user = traceback.format_exc(), isinstance(error, InputError)
+        return cls(case, "loading", str(error), text, user)
 
 
 class LoaderError(RuntimeError):
@@ -84,16 +91,21 @@ class Patches(Dataset):
         steps: int,
         augment: Augment | None,
         pinned: bool,
+        on_device: bool = False,
     ):
-        """`pinned`: batches are put where a GPU fetches them by itself."""
+        """`pinned`: batches are put where a GPU fetches them by itself. `on_device`: what is drawn
+        is left to the device."""
+        self.on_device = on_device and augment is not None
         self.stores = tuple(store) if isinstance(store, Sequence) else (store,)
         self.sampler, self.stage, self.steps = sampler, stage, steps
         self.augment, self.pinned = augment, pinned
         for one in self.stores:
             one.fill = unpack
 
-    def __getitems__(self, places: list[tuple[int, int]]) -> Batch | Failure:
+    def __getitems__(self, places: list[tuple[int, int]]) -> Batch | Boxes | Failure:
         """A micro-batch. `DataLoader` calls it with the list a batch sampler yields."""
+        if self.on_device:
+            return self._boxes(places)
         plan = self.stores[0].manifest.plan
         image = np.empty((len(places), len(plan.normalisation), *self.sampler.patch), np.float32)
         label = np.empty((len(places), *self.sampler.patch), np.uint8)
@@ -103,13 +115,7 @@ class Patches(Dataset):
             try:
                 self._sample(draw, image[slot], label[slot])
             except Exception as error:
-                return Failure(
-                    draw.case.id,
-                    "loading",
-                    str(error),
-                    traceback.format_exc(),
-                    isinstance(error, InputError),
-                )
+                return Failure.of(draw.case.id, error)
             cases.append(draw.case.id)
         image, label = torch.from_numpy(image), torch.from_numpy(label)
         if self.sampler.patch[0] == 1:
@@ -124,9 +130,7 @@ class Patches(Dataset):
             store.image(draw.case, box, image)
             store.label(draw.case, box, label)
             return
-        rng = randomness.generator(
-            self.sampler.seed, randomness.AUGMENT, draw.stage, draw.epoch, draw.index
-        )
+        rng = self._randomness(draw)
         spatial = draw_spatial(self.augment, rng, patch, draw.case.spacing)
         box, grid = source(spatial, draw.start, patch)
         if grid is None and not spatial.turns and not spatial.flips:
@@ -151,6 +155,31 @@ class Patches(Dataset):
             flat(patch, draw.case.spacing),
             store.manifest.plan.masked,
         )
+
+    def _randomness(self, draw: Draw) -> np.random.Generator:
+        place = (draw.stage, draw.epoch, draw.index)
+        return randomness.generator(self.sampler.seed, randomness.AUGMENT, *place)
+
+    def _boxes(self, places: list[tuple[int, int]]) -> Boxes | Failure:
+        """What a device needs to make the batch: read and decoded, but not computed."""
+        plans = [store.manifest.plan for store in self.stores]
+        channels, patch = len(plans[0].normalisation), self.sampler.patch
+        kinds = {plan.dtype for plan in plans}
+        draws = [self.sampler.draw(self.stage, *place, self.steps) for place in places]
+        samples = [
+            drawn_sample(self.augment, self._randomness(draw), draw, patch, channels)
+            for draw in draws
+        ]
+        room = Room(samples, channels, np.dtype(kinds.pop() if len(kinds) == 1 else np.float32))
+        for draw, sample, (image, label) in zip(draws, samples, room, strict=True):
+            try:
+                self.stores[draw.store].image(draw.case, sample.box, image)
+                self.stores[draw.store].label(draw.case, sample.box, label)
+            except Exception as error:
+                return Failure.of(draw.case.id, error)
+        its = [plans[draw.store] for draw in draws]
+        cases = tuple(draw.case.id for draw in draws)
+        return room.boxes(patch, [plan.scale for plan in its], [p.masked for p in its], cases)
 
 
 class MaskedPatches(Patches):
@@ -259,7 +288,7 @@ def worker_count(asked: int | Literal["auto"], device: str, cores: int) -> int:
     return min(MOST_FOR_GPU, max(cores - 2, cores // 2))
 
 
-def batches(patches: Patches, schedule: Schedule, workers: int) -> Iterator[Batch]:
+def batches(patches: Patches, schedule: Schedule, workers: int) -> Iterator[Batch | Boxes]:
     """Micro-batches in order. Raises InputError or LoaderError with the case and the phase."""
     loader = DataLoader(
         patches,
@@ -283,9 +312,7 @@ def batches(patches: Patches, schedule: Schedule, workers: int) -> Iterator[Batc
             if not piped:
                 sys.stderr.write(TOO_SMALL)
             piped = True
-            batch = replace(
-                batch, image=torch.from_numpy(batch.image), label=torch.from_numpy(batch.label)
-            )
+            batch = each_tensor(batch, torch.from_numpy)
         yield batch
 
 
@@ -332,7 +359,7 @@ def _forkserver() -> multiprocessing.context.BaseContext:
     return context
 
 
-def _in_time(loader: DataLoader) -> Iterator[Batch | Failure]:
+def _in_time(loader: DataLoader) -> Iterator[Batch | Boxes | Failure]:
     """Raises LoaderError soon after a loader process is gone, or when they give nothing for long.
 
     Loader processes are children of a server, so no signal tells of their death: torch looks when a
@@ -361,11 +388,11 @@ def _in_time(loader: DataLoader) -> Iterator[Batch | Failure]:
         since = time.monotonic()
 
 
-def _as_made(batch: Batch | Failure) -> Batch | Failure:
+def _as_made(batch: Batch | Boxes | Failure) -> Batch | Boxes | Failure:
     return batch
 
 
-def _to_rank(batch: Batch | Failure) -> Batch | Failure:
+def _to_rank(batch: Batch | Boxes | Failure) -> Batch | Boxes | Failure:
     """In a loader process: tensors into shared memory or, where that is full, arrays, which go
     through the pipe.
 
@@ -375,17 +402,18 @@ def _to_rank(batch: Batch | Failure) -> Batch | Failure:
     if isinstance(batch, Failure):
         return batch
     try:
-        batch.image.share_memory_()
-        batch.label.share_memory_()
+        return each_tensor(batch, lambda part: part.share_memory_())
     except RuntimeError:
-        return replace(batch, image=batch.image.numpy(), label=batch.label.numpy())
-    return batch
+        return each_tensor(batch, lambda part: part.numpy())
 
 
-def on_device(batch: Batch, device: torch.device, channels_last: bool) -> tuple[Tensor, Tensor]:
-    """Image and label on the device; from pinned memory without waiting."""
-    image = batch.image.to(device, non_blocking=True)
-    label = batch.label.to(device, non_blocking=True)
+def on_device(
+    batch: Batch | Boxes, device: torch.device, channels_last: bool
+) -> tuple[Tensor, Tensor]:
+    """Image and label on the device, from pinned memory without waiting; augmented there, if that
+    was left to it."""
+    batch = each_tensor(batch, lambda part: part.to(device, non_blocking=True))
+    image, label = augmented(batch) if isinstance(batch, Boxes) else (batch.image, batch.label)
     if channels_last:
         image = image.contiguous(
             memory_format=torch.channels_last if image.ndim == 4 else torch.channels_last_3d

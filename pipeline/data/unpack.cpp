@@ -89,8 +89,9 @@ inline float widen(uint16_t half) {
   return value * 5192296858534827628530496329220096.0f;
 }
 
-enum Kind : int64_t { HALF, BYTE, SHORT, FLOAT, LABEL };
-constexpr int64_t WIDTH[] = {2, 1, 2, 4, 1};  // bytes of a stored voxel
+enum Kind : int64_t { HALF, BYTE, SHORT, FLOAT, LABEL, TWO };  // TWO: two bytes as they are stored
+constexpr int64_t WIDTH[] = {2, 1, 2, 4, 1, 2};                // bytes of a stored voxel
+constexpr int64_t WIDE[] = {4, 4, 4, 4, 1, 2};                 // and of one that is put in place
 
 void put(const uint8_t* from, int64_t n, int64_t kind, float scale, void* to) {
   float* out = (float*)to;
@@ -147,14 +148,14 @@ uint32_t segfleet_crc32c(const uint8_t* data, int64_t n) { return crc().of(data,
 
 // index: (chunks along z, y, x; 2) offset and bytes of every chunk; sums: their CRC-32C, or null where
 // a chunk ends in its own; grid: chunks along z, y, x; chunk: channels, z, y, x; start, size: the box
-// (z, y, x), inside the array; out: float32, or uint8 for a label, `strides` (in voxels) from channel to
+// (z, y, x), inside the array; out: float32, or one or two bytes as stored, `strides` (in voxels) from channel to
 // channel, slice to slice, row to row. 0, 1 + the number of a damaged chunk, or -errno.
 int64_t segfleet_unpack(Whole whole, Items items, int file, const uint64_t* index, const uint32_t* sums,
                         const int64_t* grid, const int64_t* chunk, const int64_t* start,
                         const int64_t* size, int64_t kind, float scale, uint8_t* out,
                         const int64_t* strides) {
   static thread_local std::vector<uint8_t> packed, piece;
-  const int64_t width = WIDTH[kind], wide = kind == LABEL ? 1 : 4;
+  const int64_t width = WIDTH[kind], wide = WIDE[kind];
   const int64_t plane = chunk[2] * chunk[3], channel = chunk[1] * plane;
   piece.resize(chunk[0] * channel * width + 64);
   int64_t first[3], last[3];

@@ -16,8 +16,8 @@ from segfleet.preprocess.stores.packed import PackedArray
 from segfleet.preprocess.stores.shard_reader import DamagedShard
 
 SOURCE = Path(__file__).with_name("unpack.cpp")
-KINDS = {"float16": 0, "uint8": 1, "int16": 2, "float32": 3}  # as in unpack.cpp, of images
-LABEL = 4
+KINDS = {"float16": 0, "uint8": 1, "int16": 2, "float32": 3}  # as in unpack.cpp, to float32
+AS_STORED = {1: 4, 2: 5, 4: 3}  # by bytes of a voxel
 log = logging.getLogger("segfleet.data")
 
 
@@ -61,7 +61,10 @@ def unpack(
     scale: float,
 ) -> None:
     """As `PackedArray.fill`, the same bits."""
-    kind = LABEL if out.dtype == np.uint8 else KINDS.get(array.dtype.name)
+    if out.dtype == array.dtype:
+        kind = AS_STORED.get(out.itemsize)
+    else:
+        kind = KINDS.get(array.dtype.name) if out.dtype == np.float32 else None
     fits = kind is not None and out.strides[-1] == out.itemsize and min(size) > 0
     if not isinstance(array, PackedArray) or not fits or (found := library()) is None:
         return PackedArray.fill(array, start, size, out, scale)

@@ -278,7 +278,7 @@ def train_stage(this: Run, index: int) -> None:
     patches = (
         loader.MaskedPatches(*parts, mask=recipe.data.mask)
         if recipe.task == "reconstruct"
-        else loader.Patches(*parts)
+        else loader.Patches(*parts, on_device=augments_on_device(recipe, ranks.device))
     )
     workers = loader.worker_count(recipe.data.workers, ranks.device.type, cpus_of_a_rank())
     stream = Stream(
@@ -400,6 +400,11 @@ def sampler_of(this: Run, recipe: Recipe) -> tuple[list[ShardStore], PatchSample
     if len(samplers) == 1:
         return stores, samplers[0]
     return stores, MixedSampler(parts=tuple(samplers), weights=tuple(weights))
+
+
+def augments_on_device(recipe: Recipe, device: torch.device) -> bool:
+    options = recipe.data.augment
+    return options is not None and options.device == "auto" and device.type == "cuda"
 
 
 def begin_log(this: Run, index: int, step: int, total: int) -> EventLog:

@@ -28,7 +28,12 @@ class Diverged(InputError):
 class Stream:
     """Micro-batches on the device, and how long the loop waited for them."""
 
-    def __init__(self, batches: Iterator[loader.Batch], device: torch.device, channels_last: bool):
+    def __init__(
+        self,
+        batches: Iterator[loader.Batch | loader.Boxes],
+        device: torch.device,
+        channels_last: bool,
+    ):
         self.batches, self.device, self.channels_last = batches, device, channels_last
         self.waited, self.cases = 0.0, ()
 

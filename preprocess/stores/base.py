@@ -26,7 +26,8 @@ class ShardStore(Protocol):
         self, case: CaseEntry, box: Box | None = None, out: np.ndarray | None = None
     ) -> np.ndarray:
         """(C, Z, Y, X) float32 (stored integers times plan.scale). Outside the grid: 0. None: the
-        whole case. `out`: an array of that shape and type, which is filled and returned."""
+        whole case. `out`: an array of that shape and type, or of the stored one (then unscaled),
+        which is filled and returned."""
         ...
 
     def stored_image(self, case: CaseEntry) -> np.ndarray:
