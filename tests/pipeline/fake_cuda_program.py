@@ -15,8 +15,11 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
+
+import numpy as np
 
 if __name__ == "__main__":
     ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)  # before torch
@@ -27,17 +30,20 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
+    unset_fake_temporarily,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from segfleet.models import registry
 from segfleet.pipeline import checkpoint, numerics
 from segfleet.pipeline.data import loader
+from segfleet.pipeline.data.device_augment import Room, drawn_sample, each_tensor
 from segfleet.pipeline.engines.base import Setup, build_engine
 from segfleet.pipeline.inference.sliding_window import sliding_window
 from segfleet.pipeline.parts import Objective
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
+from segfleet.pipeline.sections import Augment
 from segfleet.pipeline.task import RECONSTRUCT, Task
 from segfleet.pipeline.training.window import Stream
 
@@ -59,6 +65,12 @@ WITHOUT_ORDER = {
     *(f"grid_sampler_{d}d_backward" for d in (2, 3)),
 }
 
+
+# Probabilities of a recipe's augmentation.
+SHARES = (
+    *("rotation", "scale", "elastic", "noise", "blur", "brightness", "contrast"),
+    *("low_resolution", "gamma_inverted", "gamma"),
+)
 
 # FakeTensors refuse what has a shape or a value that the host must know (`item`, `nonzero`,
 # `unique`, reading by a mask). These have neither, and their CUDA kernels ask all the same.
@@ -90,6 +102,7 @@ class Waits(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.sent: list[str] = []  # types of what went to the device
         self.without_order: set[str] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -107,6 +120,8 @@ class Waits(TorchDispatchMode):
             streams = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
             if source != target and not streams:
                 self.note(f"{source} to {target}")
+            if source == "cpu" and target == "cuda":
+                self.sent.append(str(args[name == "copy_"].dtype).removeprefix("torch."))
         if name == "_fused_sgd_":  # knows no FakeTensors, and changes only what is in its lists
             devices = {value.device for many in args for value in many if isinstance(value, Tensor)}
             assert devices == {CUDA}, devices
@@ -192,6 +207,20 @@ def merged(document: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def unaugmented(options: Augment, patch: tuple[int, ...], channels: int) -> loader.Boxes:
+    """A batch of which one sample has all changes there are, the other what is left to chance."""
+    everything = dict.fromkeys(SHARES, 1)
+    draw = SimpleNamespace(case=SimpleNamespace(spacing=(1.0, 1.0, 1.0)), start=(0, 0, 0))
+    samples = [
+        drawn_sample(some, np.random.default_rng(0), draw, patch, channels)
+        for some in (options.model_copy(update=everything), options)
+    ]
+    room = Room(samples, channels, np.dtype(np.float16))
+    with unset_fake_temporarily():
+        made = room.boxes(patch, (1.0, 1.0), [tuple(range(channels))] * 2, ("a", "b"))
+    return each_tensor(made, lambda part: torch.empty(part.shape, dtype=part.dtype))
+
+
 def step(case: dict[str, Any]) -> dict[str, Any]:
     """One network through two steps, a checkpoint's tensors, evaluation and a sliding window."""
     spec = registry.spec(case["model"])
@@ -242,6 +271,8 @@ def step(case: dict[str, Any]) -> dict[str, Any]:
     if recipe.task == "reconstruct":
         label = torch.zeros(2, channels + 1, *size)
     batch = loader.Batch(torch.empty(2, channels, *size), label, ("a", "b"))
+    if recipe.data.augment.device == "auto":
+        batch = unaugmented(recipe.data.augment, (1, *size) if flat else size, channels)
     stream = Stream(itertools.repeat(batch), CUDA, recipe.engine.channels_last is not False)
     waits, orders = Waits(), {}
     for ordered in (True, False):
@@ -249,6 +280,7 @@ def step(case: dict[str, Any]) -> dict[str, Any]:
         numerics.arrange(chosen, CUDA)
         waits.found.clear()
         waits.without_order.clear()
+        waits.sent.clear()
         with waits, numerics.step_of(recipe.model_copy(update={"engine": chosen}), CUDA):
             loss, norm = engine.step(stream, 0.01)
         orders[ordered] = sorted(waits.without_order)
@@ -275,6 +307,7 @@ def step(case: dict[str, Any]) -> dict[str, Any]:
         "devices": sorted(devices),
         "out": [str(out.device), list(out.shape)],
         "waits": found,
+        "sent": waits.sent,
         "without_order": [orders[True], orders[False]],
     }
 

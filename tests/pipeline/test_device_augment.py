@@ -223,11 +223,27 @@ def test_a_case_that_cannot_be_read_is_named(tmp_path):
     assert failure.case.startswith("case") and "is missing" in failure.message
 
 
+def philox(counter, key):
+    """Philox 4x32-10 in Python's integers, from its authors' description."""
+    (a, b, c, d), (low, high), word = counter, key, 2**32 - 1
+    for _ in range(10):
+        p, q = 0xD2511F53 * a, 0xCD9E8D57 * c
+        a, b, c, d = (q >> 32) ^ b ^ low, q & word, (p >> 32) ^ d ^ high, p & word
+        low, high = (low + 0x9E3779B9) & word, (high + 0xBB67AE85) & word
+    return [a, b, c, d]
+
+
 def test_words_are_those_of_philox():
-    """The vectors of its authors (Random123, kat_vectors), for keys of 0 and for counters above 0
-    numpy's Philox has none of 32 bits: jumps are by whole counters."""
-    words = [int(word[0, 0]) for word in device_augment.philox(torch.tensor([0]), 1)]
-    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
+    known = [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]  # Random123's kat_vectors
+    assert philox(*pi) == known
+    keys = [0, 1, 2**32 + 7, 2**63 - 1]
+    found = torch.stack(device_augment.philox(torch.tensor(keys), 1000), -1)
+    assert found[0, 0].tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    for row, key in zip(found, keys, strict=True):
+        for count in (0, 1, 2, 500, 999):
+            expected = philox((count, 0, 0, 0), (key & (2**32 - 1), key >> 32))
+            assert row[count].tolist() == expected
 
 
 def test_noise_is_normal_and_independent_from_sample_to_sample():

@@ -78,6 +78,8 @@ CASES = [
 ]
 
 
+ON_DEVICE = {"augment": {"device": "auto", "flip": [1], "rot90": True}}
+
 # What a step may have besides a network and a loss.
 SET_UPS = {
     "accumulate": case("unet_lite_standard", 0, more={"engine": {"accumulate": 2}}),
@@ -95,6 +97,8 @@ SET_UPS = {
         more={"loss": {"options": {"class_weights": [1, 2, 3], "batch": True}}},
     ),
     "reconstruct": case("plain_unet_2d", 2, more={"task": "reconstruct"}),
+    "augment on the device": case("unet_lite_standard", 1, more={"data": ON_DEVICE}),
+    "augment on the device, 2D": case("plain_unet_2d", 0, more={"data": ON_DEVICE}),
 }  # fmt: skip
 
 
@@ -141,6 +145,14 @@ def test_the_host_waits_in_no_step_whatever_is_asked_of_it(more_answers, name):
     answer = more_answers[0][name]
     assert "error" not in answer, answer["error"]
     assert answer["waits"] == [] and answer["loss"] == ["cuda:0", []]
+
+
+@pytest.mark.parametrize("name", [name for name in SET_UPS if "on the device" in name])
+def test_boxes_labels_and_what_was_drawn_are_all_that_goes_to_the_device(more_answers, name):
+    """In a step whose batch is augmented there, by all changes there are."""
+    answer = more_answers[0][name]
+    assert answer["sent"] == ["float16", "uint8", "int64"]
+    assert answer["without_order"] == [[], []]
 
 
 def test_what_makes_the_host_wait_is_seen(more_answers):
