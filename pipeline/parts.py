@@ -97,6 +97,12 @@ def channels_last(recipe: Recipe, device: torch.device, flat: bool) -> bool:
     return device.type != "cpu" or not flat if asked == "auto" else asked
 
 
+def augments_on_device(recipe: Recipe, device: torch.device) -> bool:
+    """Whether patches are computed where the network is, not in the loader."""
+    options = recipe.data.augment
+    return options is not None and options.device == "auto" and device.type == "cuda"
+
+
 def in_layout(network: nn.Module, recipe: Recipe, manifest: Manifest) -> nn.Module:
     """The network, on its device, in the memory format that the recipe asks for."""
     flat = patch_of(recipe, manifest)[0] == 1

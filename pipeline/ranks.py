@@ -149,7 +149,7 @@ class ProcessRanks(Ranks):
 
 def pick_device(local_rank: int) -> torch.device:
     """The GPU of this rank out of those it was granted, or the CPU. Raises InputError where there
-    is a GPU whose driver is too old: a CPU would take weeks without a word."""
+    is a GPU whose driver is too old: a CPU would silently take weeks."""
     if os.environ.get("SEGFLEET_DEVICE", "cuda") != "cuda":
         return torch.device("cpu")
     if torch.cuda.is_available():

@@ -11,6 +11,7 @@ Positive = Annotated[int, Field(gt=0)]
 Above = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+MOST_WORKERS = {"cpu": 2, "cuda": 14}  # loader processes of a rank, of `data.workers: auto`
 
 
 def _distinct(axes: tuple[int, ...]) -> tuple[int, ...]:

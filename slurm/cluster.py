@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from segfleet.core.errors import InputError
+from segfleet.pipeline.sections import MOST_WORKERS
 from segfleet.slurm import poll
 from segfleet.slurm.jobspec import JobSpec, minutes, typed
 
@@ -194,7 +195,8 @@ def fed(spec: JobSpec, workers: Sequence[int | str]) -> JobSpec:
     used. Unchanged where the cluster does not answer: `check` says why."""
     if spec.cpus or spec.whole_nodes or not spec.gpus_per_node or not workers:
         return spec
-    wanted = max(LOADERS if isinstance(count, str) else count for count in workers) + 2
+    most = MOST_WORKERS["cuda"]
+    wanted = max(most if isinstance(count, str) else count for count in workers) + 2
     try:
         parts = chosen(spec, partitions(spec.clusters))
     except InputError:
@@ -235,7 +237,6 @@ def check(spec: JobSpec) -> None:
         )
 
 
-LOADERS = 14  # processes of a rank with a GPU, of `data.workers: auto`
 NAMED = 5  # nodes that a message names
 
 

@@ -29,7 +29,7 @@ from segfleet.pipeline.data.kernels import scratch
 from segfleet.pipeline.data.masking import hidden
 from segfleet.pipeline.data.sampler import Draw, MixedSampler, PatchSampler
 from segfleet.pipeline.data.unpack import unpack
-from segfleet.pipeline.sections import Augment, Mask
+from segfleet.pipeline.sections import MOST_WORKERS, Augment, Mask
 from segfleet.preprocess.stores.base import ShardStore
 
 
@@ -257,7 +257,6 @@ def check_shares(batch: int, ranks: int, accumulate: int) -> None:
         )
 
 
-MOST_FOR_CPU, MOST_FOR_GPU = 2, 14  # loader processes of a rank
 TIMEOUT = 1800.0  # seconds without a batch after which a loader is given up
 LOOK = 5.0  # seconds without a batch after which is looked whether a loader process died
 TOO_SMALL = (
@@ -284,8 +283,8 @@ def worker_count(asked: int | Literal["auto"], device: str, cores: int) -> int:
     if asked != "auto":
         return asked
     if device == "cpu":
-        return min(MOST_FOR_CPU, cores // 4)
-    return min(MOST_FOR_GPU, max(cores - 2, cores // 2))
+        return min(MOST_WORKERS["cpu"], cores // 4)
+    return min(MOST_WORKERS["cuda"], max(cores - 2, cores // 2))
 
 
 def batches(patches: Patches, schedule: Schedule, workers: int) -> Iterator[Batch | Boxes]:

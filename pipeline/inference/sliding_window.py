@@ -77,7 +77,8 @@ def sliding_window(
     On a GPU the image and the sums lie there while they fit, and so does the result; else they stay
     on the host, so a volume larger than the GPU's memory still passes. Of `batch` 1, the default of
     a recipe, several tiles go at once there, as many as its memory holds and as pay (a last pass is
-    filled up). Only the rounding of the network depends on it. `memory`: says what a GPU has; by default `device`'s own.
+    filled up). Only the rounding of the network depends on it. `memory`: says what a GPU has; by
+    default `device`'s own.
 
     The order of summation is fixed: same input, same bits. Of several `forward`, networks of one
     size, the mean: each goes over the whole image and is dropped before the next is asked for,

@@ -27,6 +27,7 @@ from segfleet.pipeline.data.sampler import MixedSampler, PatchSampler
 from segfleet.pipeline.engines.base import Engine
 from segfleet.pipeline.events import EventLog
 from segfleet.pipeline.parts import (
+    augments_on_device,
     channels_last,
     check_recipe,
     doubts,
@@ -400,11 +401,6 @@ def sampler_of(this: Run, recipe: Recipe) -> tuple[list[ShardStore], PatchSample
     if len(samplers) == 1:
         return stores, samplers[0]
     return stores, MixedSampler(parts=tuple(samplers), weights=tuple(weights))
-
-
-def augments_on_device(recipe: Recipe, device: torch.device) -> bool:
-    options = recipe.data.augment
-    return options is not None and options.device == "auto" and device.type == "cuda"
 
 
 def begin_log(this: Run, index: int, step: int, total: int) -> EventLog:

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from segfleet.pipeline import run
-from segfleet.pipeline.data import device_augment, loader
+from segfleet.pipeline.data import device_augment, loader, normals
 from segfleet.pipeline.data.sampler import MixedSampler, PatchSampler
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.sections import Augment
@@ -238,7 +238,7 @@ def test_words_are_those_of_philox():
     known = [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]  # Random123's kat_vectors
     assert philox(*pi) == known
     keys = [0, 1, 2**32 + 7, 2**63 - 1]
-    found = torch.stack(device_augment.philox(torch.tensor(keys), 1000), -1)
+    found = torch.stack(normals.philox(torch.tensor(keys), 1000), -1)
     assert found[0, 0].tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     for row, key in zip(found, keys, strict=True):
         for count in (0, 1, 2, 500, 999):
@@ -248,7 +248,7 @@ def test_words_are_those_of_philox():
 
 def test_noise_is_normal_and_independent_from_sample_to_sample():
     keys = torch.tensor([1, 2, 2**62 + 1, 2**63 - 1, 5])
-    found = device_augment.normals(keys, 400_001)
+    found = normals.normals(keys, 400_001)
     assert found.shape == (5, 400_001) and found.isfinite().all()
     assert found.mean(1).abs().max() < 0.008 and (found.std(1) - 1).abs().max() < 0.005
     for row in found:
@@ -257,7 +257,7 @@ def test_noise_is_normal_and_independent_from_sample_to_sample():
     assert between.abs().max() < 0.008
     for lag in (1, 2, 3, 4, 64, 4096):  # within a sample
         assert (found[:, lag:] * found[:, :-lag]).mean(1).abs().max() < 0.008
-    assert torch.equal(device_augment.normals(keys[2:3], 1001)[0], found[2, :1001])
+    assert torch.equal(normals.normals(keys[2:3], 1001)[0], found[2, :1001])
 
 
 def test_noise_has_the_deviation_that_was_drawn(store_of):

@@ -135,7 +135,7 @@ def answers(library):
 def more_answers(library):
     """Of set-ups, then of single lines."""
     lines = [{"line": line} for line in (*WAITING, *STREAMING)]
-    found = ask(library, [*SET_UPS.values(), *lines], 240)
+    found = ask(library, [*SET_UPS.values(), *lines], 120)
     lines = dict(zip((*WAITING, *STREAMING), found[len(SET_UPS) :], strict=True))
     return dict(zip(SET_UPS, found, strict=False)), lines
 

@@ -87,28 +87,34 @@ def test_a_single_rank_says_where_and_ends_for_another_try(monkeypatch):
     assert ended and ended[0].startswith("step 7 did not end within 2 s")
 
 
-def away(ranks, seconds: float) -> list[str]:
-    """Rank 1 waits for a batch from a file system that is away for `seconds`, three times as long
-    as a rank may hang; what each rank says."""
+def loading(ranks, read, **settings) -> list[str]:
+    """Rank 1 waits for its batch from `read(pulse)`; what each rank says. `settings`: of pulse."""
     import torch
 
     from segfleet.pipeline.data import loader
     from segfleet.pipeline.training import pulse as module
 
-    def slow_disk():
-        time.sleep(seconds)
-        yield "batch"
-
-    os.environ["SEGFLEET_WATCHDOG"], module.TELL = str(seconds / 30), 0.2
+    vars(module).update(settings)
     said, file = [], open("/proc/self/fd/2", "w")
     ranks.give_up = lambda message: said.append("gives up: " + message)
     pulse = Pulse(ranks, said.append, file)
     pulse.beat(0)
     if ranks.rank == 1:
-        assert list(loader._in_time(slow_disk())) == ["batch"]
+        assert list(loader._in_time(read(pulse))) == ["batch"]
     ranks.sum(torch.ones(1))
     pulse.close()
     return said
+
+
+def away(ranks, seconds: float) -> list[str]:
+    """A file system is away for `seconds`, three times as long as a rank may hang."""
+
+    def read(pulse):
+        time.sleep(seconds)
+        yield "batch"
+
+    os.environ["SEGFLEET_WATCHDOG"] = str(seconds / 30)
+    return loading(ranks, read, TELL=0.2)
 
 
 def test_a_file_system_that_is_away_ends_no_job_that_waits_for_it(run_in_ranks):
@@ -118,28 +124,16 @@ def test_a_file_system_that_is_away_ends_no_job_that_waits_for_it(run_in_ranks):
 
 
 def stopped(ranks, seconds: float) -> list[str]:
-    """Rank 1 says last that it waits for data, then nothing more; what each rank says."""
-    import torch
+    """Rank 1 says last that it waits for data, then nothing more."""
 
-    from segfleet.pipeline.data import loader
-    from segfleet.pipeline.training import pulse as module
-
-    def disk():
+    def read(pulse):
         time.sleep(0.4)
         pulse._end.set()
         time.sleep(seconds)
         yield "batch"
 
-    os.environ["SEGFLEET_WATCHDOG"], module.TELL, module.PATIENCE = "0.5", 0.1, 2.0
-    said, file = [], open("/proc/self/fd/2", "w")
-    ranks.give_up = lambda message: said.append("gives up: " + message)
-    pulse = Pulse(ranks, said.append, file)
-    pulse.beat(0)
-    if ranks.rank == 1:
-        assert list(loader._in_time(disk())) == ["batch"]
-    ranks.sum(torch.ones(1))
-    pulse.close()
-    return said
+    os.environ["SEGFLEET_WATCHDOG"] = "0.5"
+    return loading(ranks, read, TELL=0.1, PATIENCE=2.0)
 
 
 def test_a_stopped_rank_waits_for_nothing_whatever_it_said_last(run_in_ranks):

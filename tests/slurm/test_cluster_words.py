@@ -110,13 +110,6 @@ def test_a_rank_with_a_gpu_gets_cores_for_its_loader(sinfo, options, workers, cp
         cluster.check(found)
 
 
-def test_the_most_loader_processes_are_those_of_the_loader():
-    from segfleet.pipeline.data.loader import worker_count
-
-    assert worker_count("auto", "cuda", 64) == cluster.LOADERS
-    assert worker_count("auto", "cuda", cluster.LOADERS + 2) == cluster.LOADERS
-
-
 def test_gpus_said_twice_or_wrongly(tmp_path):
     for options, words in [
         ({"gpus": 4, "gpus_per_node": 2}, "say the same twice"),

@@ -624,11 +624,11 @@ def test_a_job_of_somebody_else_that_slurm_does_not_show_is_unknown(monkeypatch,
     found = SlurmJob(tmp_path, made)
     assert found.judge({}, {}, None).state == "lost"
     monkeypatch.setattr(os, "geteuid", lambda: 4711)
-    told = found.judge({}, {}, None)
-    assert told.state == "unknown" and found.owner in told.reason
+    seen = found.judge({}, {}, None)
+    assert seen.state == "unknown" and found.owner in seen.reason
     monkeypatch.setattr(cluster, "call", lambda *_: pytest.fail("scancel was called"))
     with pytest.raises(InputError, match=f"belongs to {found.owner}"):
-        slurm_job.cancel([(found, told)])
+        slurm_job.cancel([(found, seen)])
 
 
 def test_code_that_is_not_what_was_submitted_is_refused(tmp_path, monkeypatch):
