@@ -29,7 +29,7 @@ from segfleet.preprocess.building.shard_job import (
     shard_jobs,
     write_shard,
 )
-from segfleet.preprocess.checking.check import Survey, guesses, memory_of, survey
+from segfleet.preprocess.checking.check import Survey, guesses, memory_for, survey
 from segfleet.preprocess.planning.fingerprint import Fingerprint, fingerprint
 from segfleet.preprocess.planning.patients import Grouping
 from segfleet.preprocess.planning.plan import make_plan
@@ -339,7 +339,7 @@ def failure(failed: Sequence[tuple[ShardJob, Exception]]) -> Exception:
 
 def weight_of(job: ShardJob) -> int:
     """Bytes of memory that making a shard takes."""
-    return max(memory_of(ref) for ref in job.refs) + 2 * job.stored_bytes
+    return memory_for(job.values) + 2 * job.stored_bytes
 
 
 def _tidy(partial: Path, records: Sequence[dict]) -> None:

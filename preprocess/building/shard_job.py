@@ -44,6 +44,7 @@ class ShardJob:
     shard: str
     chunk: tuple[int, int, int]
     stored_bytes: int
+    values: int  # of the largest raw image, all channels
     key: str
 
     @property
@@ -77,6 +78,7 @@ def shard_jobs(
     for number, (bundle, size) in enumerate(zip(bundles, sizes, strict=True)):
         refs = tuple(facts.refs[index] for index in bundle)
         sources = tuple(facts.facts[index].source_sha256 for index in bundle)
+        values = channels * max(int(np.prod(facts.facts[index].raw_shape)) for index in bundle)
         cases = [(ref.id, ref.group, source) for ref, source in zip(refs, sources, strict=True)]
         content = [
             REVISION,
@@ -100,6 +102,7 @@ def shard_jobs(
                 shard=f"shards/{number:05d}",
                 chunk=chunk,
                 stored_bytes=size,
+                values=values,
                 key=key,
             )
         )

@@ -362,7 +362,12 @@ def _file_facts(path: Path) -> os.stat_result | None:
 
 def memory_of(ref: CaseRef) -> int:
     """Bytes that reading and preprocessing a case takes, from the headers of its images."""
-    return BYTES_PER_VALUE * sum(int(np.prod(peek(path))) for path in ref.images)
+    return memory_for(sum(int(np.prod(peek(path))) for path in ref.images))
+
+
+def memory_for(values: int) -> int:
+    """Bytes that reading and preprocessing a case of so many values takes."""
+    return BYTES_PER_VALUE * values
 
 
 def _together(facts: Sequence[CaseFacts]) -> list[Problem]:

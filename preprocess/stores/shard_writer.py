@@ -30,7 +30,7 @@ class ShardWriter:
         self.root, self.chunk, self.dtype = Path(root), chunk, np.dtype(dtype)
         self.final = self.root / (shard.removesuffix(self.suffix) + self.suffix)
         self.partial = self.final.with_name(self.final.name + ".partial")
-        self.keys: list[str] = []
+        self.keys: set[str] = set()
         self.files: dict[str, dict] | None = None
         self.final.parent.mkdir(parents=True, exist_ok=True)
         _remove(self.partial)  # of a process that was killed: there is one writer per shard
@@ -51,7 +51,7 @@ class ShardWriter:
                 )
             sha256 = content_sha256(image, label)
             self._write(key, image, label, truth, sha256)
-            self.keys.append(key)
+            self.keys.add(key)
         return sha256
 
     def publish(self) -> dict[str, dict]:

@@ -307,9 +307,8 @@ def foreground(
     drawn = {}
     for value in np.flatnonzero(found):
         if value and value != ignore_label:
-            drawn[int(value)] = tuple(
-                int(v) for v in draw(label_ZYX, partial(np.equal, value), SAMPLES, generator)
-            )
+            places = draw(label_ZYX, partial(np.equal, value), SAMPLES, generator)
+            drawn[int(value)] = tuple(places.tolist())
     return {int(v): int(found[v]) for v in np.flatnonzero(found)}, drawn
 
 

@@ -141,3 +141,11 @@ def test_pictures_are_compared_with_a_few_others(kind):
     own = (grey - grey.mean(axis=1, keepdims=True)).astype(np.float32)
     pairs = sum(len(others) for _, others in duplicates._close(own, (own**2).mean(axis=1)))
     assert pairs < 50_000, pairs
+
+
+def test_a_picture_is_opened_to_be_listed_weighed_checked_and_written(tmp_path, monkeypatch):
+    raw, opened, real = tmp_path / "raw", [], Image.open
+    write_pictures(raw, 5)
+    monkeypatch.setattr(Image, "open", lambda source: opened.append(source) or real(source))
+    build(BuildRequest("folder", raw, tmp_path / "out", workers=1))
+    assert len(opened) == 5 * (1 + 1 + 2 + 2)  # twice the image's header; then image and mask
