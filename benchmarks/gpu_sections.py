@@ -150,7 +150,7 @@ def profiled(bench: Bench, work: Callable[[], Any]) -> float:
 
     cuda = bench.device.type == "cuda"
     kinds = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
-    with profile(activities=kinds) as found:
+    with profile(activities=kinds, acc_events=True) as found:
         work()
         bench.wait()
     wanted = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU

@@ -241,8 +241,10 @@ class NlieUNet(nn.Module):
         for encode in (self.enc2, self.enc3, self.enc4, self.enc5):
             levels.append(encode(F.max_pool2d(levels[-1], 2)))
         *skips, deep = self.neb(levels)
-        for decode in (self.dec4, self.dec3, self.dec2, self.dec1):
-            deep = decode(deep, skip(self, skips.pop()))
+        decoder = (self.dec4, self.dec3, self.dec2, self.dec1)
+        # not skips.pop(): torch 2.11 traces `*skips` as a tuple
+        for decode, shallow in zip(decoder, reversed(skips), strict=True):
+            deep = decode(deep, skip(self, shallow))
         return self.head(deep)
 
 
