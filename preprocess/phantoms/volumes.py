@@ -4,6 +4,7 @@ slices."""
 from __future__ import annotations
 
 import json
+import locale
 from pathlib import Path
 
 import numpy as np
@@ -176,4 +177,8 @@ def _dicom(
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
     writer.SetFileName(str(path))
-    writer.Execute(picture)
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        writer.Execute(picture)
+    finally:  # ITK leaves the C locale behind, in which Python opens files as ASCII
+        locale.setlocale(locale.LC_ALL, before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import locale
 import os
 import shutil
 from pathlib import Path
@@ -254,6 +255,15 @@ def test_a_phantom_becomes_a_store(name, phantoms, tmp_path):
     assert sorted(case for fold in manifest.splits["kfold"] for case in fold["val"]) == sorted(
         everybody
     )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_phantom_leaves_the_locale_alone(name, tmp_path):
+    before = locale.setlocale(locale.LC_ALL)
+    write(name, tmp_path / "raw", cases=3)
+    found = locale.setlocale(locale.LC_ALL)
+    locale.setlocale(locale.LC_ALL, before)
+    assert found == before
 
 
 @pytest.mark.parametrize("name", NAMES)
