@@ -155,7 +155,7 @@ def _began(process: int) -> str | None:
     """When a process began, in the kernel's own count, and which boot of the machine that was: its
     number may be another's now."""
     try:
-        stat_line = Path(f"/proc/{process}/stat").read_text()
+        stat_line = Path(f"/proc/{process}/stat").read_text(errors="replace")
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{stat_line.rpartition(')')[2].split()[19]} of {boot}"
     except (OSError, IndexError):

@@ -79,7 +79,8 @@ def call(*command: str, of: str | None = None, timeout: float = 60) -> str:
             env=clean_environment(),
             stdin=subprocess.DEVNULL,  # nobody answers a question that nobody sees
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",  # of somebody else's comment or job name in another encoding
             timeout=timeout,
         )
     except FileNotFoundError:
@@ -444,7 +445,7 @@ def ask(script: str) -> list[str]:
         return ["no SLURM controller answers here: not asked"]
     # a job that is not yet there
     known = "".join(line for line in script.splitlines(keepends=True) if "afterany:<" not in line)
-    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+    with tempfile.NamedTemporaryFile("w", suffix=".sh", encoding="utf-8") as file:
         file.write(known)
         file.flush()
         try:

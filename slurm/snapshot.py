@@ -80,7 +80,11 @@ def commit(source: Path = SOURCE) -> dict[str, Any]:
     def git(*words: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", "-C", str(source), *words], capture_output=True, text=True, timeout=60
+                ["git", "-C", str(source), *words],
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",  # a diff has the bytes of the files
+                timeout=60,
             )
         except (OSError, subprocess.TimeoutExpired):
             return None

@@ -202,7 +202,7 @@ class Pulse:
         if self.ranks.device.type != "cpu":
             return True
         try:
-            stat = Path(f"/proc/self/task/{self.task}/stat").read_text()
+            stat = Path(f"/proc/self/task/{self.task}/stat").read_text(errors="replace")
             return stat.rpartition(")")[2].split()[0] != "R"
         except (OSError, IndexError):  # not Linux
             return True

@@ -364,7 +364,8 @@ def _gone(pid: int) -> bool:
     """Whether a process has ended; an unreaped one counts as gone, for nobody may be there to reap
     it."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+        return state in ("Z", "X")
     except OSError:
         return True
 

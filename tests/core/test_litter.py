@@ -143,3 +143,16 @@ def test_half_written_files_go_when_their_writer_is_gone(place):
     os.utime(old, (time.time() - 48 * 3600,) * 2)
     litter.remove_partial(folder)
     assert not old.exists() and ours.exists()
+
+
+def test_a_process_may_have_any_name(place):
+    program = (
+        "import ctypes; ctypes.CDLL(None).prctl(15, b'\\xff)\\xe4'); print(flush=True); input()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with child:
+        child.stdout.readline()
+        assert litter._began(child.pid).split()[0].isdigit()
+        child.communicate(b"\n")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import read_json, write_json
 from segfleet.core.machine import threads_of
 from segfleet.pipeline.launch.job import Predict, Train
-from segfleet.slurm import cluster, health, rank, submission, submitit_launcher
+from segfleet.slurm import cluster, health, rank, snapshot, submission, submitit_launcher
 from segfleet.slurm.jobspec import JobSpec, make_spec
 from segfleet.slurm.status import status
 from segfleet.slurm.submitit_launcher import QueueFull, SlurmLauncher
@@ -332,3 +334,25 @@ def test_folds_trained_through_a_link_are_one_family(tiny_recipe, tmp_path):
     )
     assert linked.data.store == str(tmp_path / "link")
     assert family_of(recipe) == family_of(linked)
+
+
+LATIN = "Münze".encode("latin-1")  # no UTF-8
+
+
+def test_words_of_slurm_in_another_encoding_are_no_error(tmp_path, monkeypatch):
+    program = tmp_path / "squeue"
+    program.write_bytes(b"#!/bin/sh\necho '" + LATIN + b"'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert cluster.call("squeue") == "M\N{REPLACEMENT CHARACTER}nze\n"
+
+
+def test_a_diff_in_another_encoding_is_kept(tmp_path):
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "net.py").write_bytes(b"x = 1\n")
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "a"]):
+        subprocess.run([*git, *words], check=True)
+    (tmp_path / "models" / "net.py").write_bytes(b"x = 1  # " + LATIN + b"\n")
+    found = snapshot.commit(tmp_path)
+    assert len(found["commit"]) == 40 and "+x = 1  # M\N{REPLACEMENT CHARACTER}nze" in found["diff"]
