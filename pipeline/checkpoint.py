@@ -13,6 +13,7 @@ A folder is written under a temporary name, synced and renamed. No pickle is rea
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -328,6 +329,12 @@ def copies(tensors: Tensors) -> Tensors:
 
 def versions() -> dict[str, str]:
     """Versions worth knowing when a result is to be repeated."""
+    return {**_versions()}
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Looked up once: that reads the files of every package, and each checkpoint asks."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 

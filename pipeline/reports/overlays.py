@@ -85,8 +85,7 @@ def picture(
     """(Y, X, 3) uint8 of a slice of a stored case with its truth and a prediction."""
     case = store.manifest.case(case_id)
     image, truth = _slice(store, case, z, task)
-    png = draw_overlay(image, truth, prediction_YX, spacing=case.spacing)
-    return pixels(png)
+    return overlay(image, truth, prediction_YX, spacing=case.spacing)
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -146,8 +145,22 @@ def draw_overlay(
     *,
     spacing: Sequence[float],
 ) -> bytes:
-    """PNG of a slice, enlarged to about SIDE pixels with square millimetres. A colour image (3
-    channels) stays in colour.
+    """PNG of an `overlay`. Without `optimize`: a seventh larger, made in a twelfth of the time."""
+    file = io.BytesIO()
+    drawn = overlay(image_CYX, truth_YX, prediction_YX, spacing=spacing)
+    Image.fromarray(drawn).save(file, format="PNG")
+    return file.getvalue()
+
+
+def overlay(
+    image_CYX: np.ndarray,
+    truth_YX: np.ndarray,
+    prediction_YX: np.ndarray,
+    *,
+    spacing: Sequence[float],
+) -> np.ndarray:
+    """(Y, X, 3) uint8 of a slice, enlarged to about SIDE pixels with square millimetres. A colour
+    image (3 channels) stays in colour.
 
     Labels are integer maps on the image's grid; every value has its colour: the truth is an area
     that the image shines through, the prediction a line along the inside of its area.
@@ -166,9 +179,7 @@ def draw_overlay(
         area = prediction == value
         line = area & ~ndimage.binary_erosion(area, iterations=2, border_value=1)
         picture[line] = colour(int(value))
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, format="PNG", optimize=True)
-    return file.getvalue()
+    return picture
 
 
 def _pixels(slice_CYX: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ every optimizer imports, and the program), and nothing else: no process group, n
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import json
 import os
@@ -94,6 +95,7 @@ def serve() -> None:
         order = json.loads(line)
         with suppress(Exception):  # the ranks will say it
             _program(order["program"].rpartition(":")[0])
+        gc.freeze()  # DeepSpeed collects garbage for every engine: not among what is imported
         ranks = [_fork(order, rank) for rank in range(order["ranks"])]
         codes = _watch(ranks, order["timeout"])
         sys.stdout.write(json.dumps(codes) + "\n")
