@@ -21,6 +21,7 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import runpy
 import signal
 import socket
@@ -30,11 +31,12 @@ import threading
 import traceback
 import types
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch._dynamo", "segfleet.pipeline.jobs", "typer")
+PACKAGES = ("torch._dynamo", "segfleet.pipeline.jobs", "tensorboardX", "typer")
 # What is read while Python, torch or segfleet are imported.
 EARLY = ("PYTHON", "LD_", "OMP_", "MKL_", "LC_", "LANG", "SEGFLEET_PLUGINS", "SEGFLEET_TESTS_COLD")
 COMMANDS = {"-m": "segfleet.", "-c": "from multiprocessing.forkserver import main"}
@@ -150,6 +152,11 @@ def main() -> None:
     os.setpgid(0, 0)  # Ctrl-C is for the others
     for name in PACKAGES:
         importlib.import_module(name)
+    import segfleet.models as networks
+
+    for module in pkgutil.iter_modules(networks.__path__):
+        with suppress(Exception):  # whoever asks for the network is told
+            importlib.import_module(f"segfleet.models.{module.name}")
     gc.freeze()
     while True:
         order, files = serve(channel)
