@@ -18,9 +18,12 @@ TRIED = 8  # values of an axis
 DRAWN = 16  # further points
 
 
-def with_stores(trials: Iterable[Trial]) -> list[Trial]:
-    """The same trials with absolute store folders, so that any working folder will do."""
-    return [replace(trial, recipe=with_absolute_store(trial.recipe)) for trial in trials]
+def with_stores(
+    trials: Iterable[Trial], shared: Callable[[Recipe], Recipe] = lambda recipe: recipe
+) -> list[Trial]:
+    """The same trials with absolute store folders, so that any working folder will do. `shared`:
+    see `Sections`."""
+    return [replace(trial, recipe=shared(with_absolute_store(trial.recipe))) for trial in trials]
 
 
 def check_measures(search: Search, trials: list[Trial], manifests: Manifests) -> None:

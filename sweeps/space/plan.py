@@ -19,6 +19,7 @@ from segfleet.preprocess.stores.manifest import Manifest, load_manifest
 from segfleet.sweeps.order import Order
 from segfleet.sweeps.space import population
 from segfleet.sweeps.space.checks import check_measures, check_read, with_stores
+from segfleet.sweeps.space.sharing import Sections
 from segfleet.sweeps.space.space import Point, Search, SearchSpace, Trial, describe
 from segfleet.sweeps.space.tree import StageNode, StageTree
 from segfleet.sweeps.space.warm import warm_points
@@ -47,6 +48,7 @@ class Plan:
     stores: Stores
     tree: StageTree
     warnings: list[str]
+    sections: Sections = field(default_factory=Sections)
     suggested: int = 0  # points of Optuna read from disk
     misfits: list[tuple[Point, str]] = field(
         default_factory=list
@@ -78,7 +80,7 @@ class Plan:
         return made
 
     def trials_at(self, point: Point) -> list[Trial]:
-        return with_stores(self.search.trials(point, first=len(self.tree.trials)))
+        return with_stores(self.search.trials(point, first=len(self.tree.trials)), self.sections)
 
     @property
     def complete(self) -> bool:
@@ -187,9 +189,9 @@ class Plan:
 def make_plan(search: Search, runs: Path, build: bool = True) -> Plan:
     """Everything that can be known before anything runs; `build`: also whether every network fits
     its data. Raises InputError."""
-    runs, stores, tree_trials = absolute(runs), Stores(), []
+    runs, stores, sections, tree_trials = absolute(runs), Stores(), Sections(), []
     for point in search.points() if search.planned else ():
-        tree_trials += with_stores(search.trials(point, first=len(tree_trials)))
+        tree_trials += with_stores(search.trials(point, first=len(tree_trials)), sections)
     tree_trials, warnings = within_budget(tree_trials, stores, search)
     if build:
         check_measures(search, tree_trials, stores)
@@ -202,6 +204,7 @@ def make_plan(search: Search, runs: Path, build: bool = True) -> Plan:
         stores=stores,
         tree=StageTree(tree_trials, stores),
         warnings=warnings,
+        sections=sections,
     )
     if foreign(plan) is None:
         plan.catch_up()

@@ -80,12 +80,13 @@ class StageTree:
             stage = recipe.stages[index]
             path /= uid
             if uid not in self.nodes:
+                own = cut(recipe, index)
                 node = StageNode(
                     uid=uid,
                     path=path,
                     parent=parent,
                     index=index,
-                    recipe=cut(recipe, index),
+                    recipe=recipe if own == recipe else own,  # of a leaf: not twice in memory
                     begin=begin,
                     family=family_of(parent, facts, stage),
                 )

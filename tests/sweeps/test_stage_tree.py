@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from segfleet.pipeline.scoring.scored import score_facts
 from segfleet.preprocess.stores.manifest import load_manifest
 from segfleet.sweeps.results.ledger import Ledger
 from segfleet.sweeps.space.plan import make_plan, within_budget
+from segfleet.sweeps.space.sharing import Sections
 from segfleet.sweeps.space.tree import StageTree
 
 
@@ -172,6 +174,51 @@ def test_a_thousand_nodes_are_planned_in_two_seconds(search, epochs):
     tree = StageTree(trials, lambda _: manifest)
     assert len(tree.nodes) == 1000
     assert time.process_time() - before < 2.0, f"{time.perf_counter() - start:.2f} s on the clock"
+
+
+def test_a_point_of_a_plan_takes_little_memory(search, tmp_path):
+    """10,000 points have room in the 150 MiB of the process that waits for SLURM jobs."""
+    made = search(
+        axes={},
+        stages=[
+            {"epochs": 5, "lr": [1e-3 * (i + 1) for i in range(30)]},
+            {"epochs": 1, "lr": [1e-4 * (i + 1) for i in range(10)]},
+        ],
+    )
+    make_plan(made, tmp_path / "warm", build=False)  # what is imported and kept once
+    tracemalloc.start()
+    try:
+        plan = make_plan(made, tmp_path / "runs", build=False)
+        taken = tracemalloc.get_traced_memory()[1] / len(plan.trials)
+    finally:
+        tracemalloc.stop()
+    assert len(plan.trials) == 300
+    assert taken < 4500, f"{taken:.0f} bytes a point"
+
+
+def test_recipes_share_what_is_equal_and_say_what_they_said(search):
+    """Also what a stage says of a section, which is not the same as its values."""
+    made = search(
+        axes={"optimizer.weight_decay": [0.01, 0.02]},
+        stages=[
+            {"epochs": 5, "lr": 1e-3, "data": {"batch": 2}},
+            {"epochs": 1, "lr": [1e-3, 1e-4], "data": {"fold": 0}},
+        ],
+    )
+    trials = [trial for point in made.points() for trial in made.trials(point)]
+    shared = Sections()
+    kept = [shared(trial.recipe) for trial in trials]
+    manifest = load_manifest(made.base["data"]["store"])
+    for trial, recipe in zip(trials, kept, strict=True):
+        assert recipe == trial.recipe
+        assert recipe.model_dump_json(exclude_unset=True) == trial.recipe.model_dump_json(
+            exclude_unset=True
+        )
+        assert stage_uids(recipe, manifest) == stage_uids(trial.recipe, manifest)
+    assert all(one.data is kept[0].data and one.model is kept[0].model for one in kept)
+    assert len({id(stage) for one in kept for stage in one.stages}) == 3
+    batches = [stage.data for stage in kept[0].stages]
+    assert [sorted(one.model_fields_set) for one in batches] == [["batch"], ["fold"]]
 
 
 class Looks:
