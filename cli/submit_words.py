@@ -18,6 +18,7 @@ from segfleet.core.files import absolute
 if TYPE_CHECKING:
     from segfleet.cli.submit import Request
     from segfleet.core.job import Job
+    from segfleet.preprocess.building.request import BuildRequest
 
 COMMANDS = ("preprocess", "evaluate", "predict", "sweep")
 RAY_IN_SLURM = "ray-in-slurm"
@@ -31,7 +32,7 @@ def submit(words: list[str], request: Request) -> None:
     from segfleet.slurm import cluster
     from segfleet.slurm.job import refuse_if_active
     from segfleet.slurm.jobspec import make_spec
-    from segfleet.slurm.submitit_launcher import SlurmLauncher, without_bad_nodes
+    from segfleet.slurm.submitit_launcher import SlurmLauncher, are_shares, without_bad_nodes
 
     name, root, options = words[0], absolute(request.runs), request.options
     arguments = parse(name, words[1:], request.runs)
@@ -65,7 +66,8 @@ def submit(words: list[str], request: Request) -> None:
     if request.dry_run:
         asked = zip(steps, chained(steps, spec), strict=True)
         scripts = [
-            launcher.script(home, root, one, len(jobs), title) for (title, jobs), one in asked
+            launcher.script(home, root, one, len(jobs), title, are_shares(jobs))
+            for (title, jobs), one in asked
         ]
         if cluster.there_is_one():
             cluster.check(without_bad_nodes(spec, root))
@@ -106,8 +108,7 @@ def preprocessing(arguments: dict[str, Any], array: Sequence[str]) -> tuple[list
     one that does the rest and publishes."""
     from segfleet.cli.preprocess import request_of
     from segfleet.core.errors import InputError
-    from segfleet.preprocess.building.request import Preprocess, Survey, Write
-    from segfleet.preprocess.readers.base import open_reader
+    from segfleet.preprocess.building.request import Preprocess
     from segfleet.preprocess.stores.manifest import NAME
     from segfleet.slurm.submission import home_of
 
@@ -124,14 +125,23 @@ def preprocessing(arguments: dict[str, Any], array: Sequence[str]) -> tuple[list
     if not array:
         whole = Preprocess(store=request, verify=arguments["verify"])
         return [(title("preprocess", out), [whole])], home
+    return shares_of(request, int(array[0]), arguments["verify"]), home
+
+
+def shares_of(request: BuildRequest, members: int, verify: bool = False) -> list[Step]:
+    """The jobs of so many members who make a store together."""
+    from segfleet.preprocess.building.request import Preprocess, Survey, Write
+    from segfleet.preprocess.readers.base import open_reader
+
+    out = request.out
     cases = len(open_reader(request.reader_name, request.raw, **request.options).refs())
-    count = min(int(array[0]), cases)
+    count = min(members, cases)
     shares = [(member, count) for member in range(count)]
     return [
         (title("survey", out), [Survey(store=request, share=share) for share in shares]),
         (title("write", out), [Write(store=request, share=share) for share in shares]),
-        (title("publish", out), [Preprocess(store=request, verify=arguments["verify"])]),
-    ], home
+        (title("publish", out), [Preprocess(store=request, verify=verify)]),
+    ]
 
 
 def refuse_if_claimed(out: Path) -> None:
@@ -183,16 +193,19 @@ def sweeping(
 ) -> tuple[list[Step], Path, dict[str, Any]]:
     """The job of a whole sweep. With --on slurm it only waits for its stages' jobs: one process.
     Else its ranks run inside it, and it has one task with all of a node's GPUs."""
+    from segfleet.cli.sweep_stores import missing
     from segfleet.core.errors import InputError
     from segfleet.pipeline.launch.job import Command
     from segfleet.slurm.submission import home_of
     from segfleet.sweeps.run import Resources, foreign
-    from segfleet.sweeps.space.plan import make_plan
+    from segfleet.sweeps.space.plan import make_plan, unplanned
     from segfleet.sweeps.space.space import load_search
 
     if arguments["space"] == "status" or arguments["dry_run"]:
         raise InputError("submit: sweep status and --dry-run ask; run them here")
-    plan = make_plan(load_search(arguments["space"], arguments["changes"] or []), arguments["runs"])
+    search = load_search(arguments["space"], arguments["changes"] or [])
+    # without its stores nothing can be planned here; the job makes them
+    plan = (unplanned if missing(search) else make_plan)(search, arguments["runs"])
     if fault := foreign(plan):
         raise InputError(fault)
     Resources(

@@ -6,14 +6,11 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from segfleet.cli.output import Json, progress, show, table
-
-if TYPE_CHECKING:
-    from segfleet.preprocess.building.request import BuildRequest
 
 MOST_LINES = 60  # of a tree that is printed for people
 
@@ -124,7 +121,9 @@ def command(
     apart = on == "slurm" and not (asking or dry_run)
     search = load_search(space, words)
     if search.space.prepare and not asking:
-        prepare(search, on, dry_run)
+        from segfleet.cli.sweep_stores import prepare
+
+        prepare(search, on, dry_run, job_options(cluster, resource), runs)
     plan = make_plan(search, runs, build=not asking and not apart)
     if apart:
         plan.warnings = checked_apart(space, words, runs)
@@ -157,66 +156,6 @@ def command(
     )
     if document["failed"]:
         raise typer.Exit(1)
-
-
-def prepare(search: Any, on: str, dry_run: bool) -> None:
-    """Make the stores of a space that are missing. Raises InputError where that is not to be done:
-    without a job on a cluster, or if nothing is to be written."""
-    from segfleet.cli.preprocess import bars
-    from segfleet.core.errors import InputError
-    from segfleet.preprocess.building.build import build
-    from segfleet.preprocess.stores.manifest import NAME
-
-    asked = search.space.prepare
-    missing = [(out, how) for out, how in asked.stores() if not (out / NAME).is_file()]
-    if missing and (dry_run or (on == "slurm" and "SLURM_JOB_ID" not in os.environ)):
-        lines = "\n".join("  " + preprocess_words(asked, out, how) for out, how in missing)
-        raise InputError(
-            f"sweep {search.space.name}: prepare: {len(missing)} store(s) are missing. The command "
-            f"without --dry-run makes them, on a cluster as jobs of their own:\n{lines}"
-        )
-    # all are legal before one is made
-    for request in [store_request(asked, out, how) for out, how in missing]:
-        request.out.parent.mkdir(parents=True, exist_ok=True)
-        typer.echo(f"segfleet: makes the store {request.out}", err=True)
-        with bars({}) as tick:
-            build(request, progress=tick)
-
-
-def store_request(asked: Any, out: Path, how: dict[str, Any]) -> BuildRequest:
-    """How a store of a space is made. Raises InputError."""
-    from segfleet.cli.preprocess import request_of
-    from segfleet.preprocess.building.request import SPLIT_SEED
-
-    words = {
-        key: "x".join(f"{number:g}" for number in how[key]) if how[key] else None
-        for key in ("patch", "spacing")
-    }
-    option = [f"{key}={value}" for key, value in asked.options.items()]
-    rest = {**how, **words, "size": tuple(how["size"]) if how["size"] else None}
-    return request_of(
-        asked.name, Path(asked.raw), out, format=asked.format, workers=None, seed=SPLIT_SEED,
-        option=option, like=None, unlabelled=False, **rest,
-    )  # fmt: skip
-
-
-def preprocess_words(asked: Any, out: Path, how: dict[str, Any]) -> str:
-    """The command that makes a store of a space as a SLURM array."""
-    import shlex
-
-    words = ["segfleet", "submit", "--array", "8", "--", "preprocess", asked.name]
-    words += ["--raw", asked.raw, "--out", str(out), "--format", asked.format]
-    for key, value in asked.options.items():
-        words += ["--option", f"{key}={value}"]
-    for key, value in how.items():
-        if key == "slices":
-            words += ["--slices"] if value else []
-        elif key == "size" and value:
-            words += ["--size", *map(str, value)]
-        elif value:
-            text = "x".join(f"{n:g}" for n in value) if isinstance(value, list) else str(value)
-            words += [f"--{key}", text]
-    return shlex.join(words)
 
 
 def checked_apart(space: str, words: list[str], runs: Path) -> list[str]:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from segfleet.core.job import Job
 from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.launch.local import AGAIN
 from segfleet.pipeline.run import RECIPE
+from segfleet.preprocess.building.request import Survey, Write
 from segfleet.slurm import cluster, health, snapshot, submission
 from segfleet.slurm.job import SlurmJob
 from segfleet.slurm.jobspec import JobSpec
@@ -107,7 +108,14 @@ class SlurmLauncher:
         logs.mkdir(parents=True, exist_ok=True)
         try:
             taken = self._hand_over(
-                [str(folder) for folder in folders], logs, name, without_bad_nodes(spec, root), code
+                [str(folder) for folder in folders],
+                Script(
+                    logs=logs,
+                    name=name,
+                    spec=without_bad_nodes(spec, root),
+                    code=code,
+                    killed_returns=are_shares([job for _, job in jobs]),
+                ),
             )
         except BaseException:
             submission.take_back([*folders, logs] if len(folders) > 1 else folders, root)
@@ -131,9 +139,7 @@ class SlurmLauncher:
             made.append(SlurmJob(home, submission.record(folder, commit=commit["commit"], **facts)))
         return made
 
-    def _hand_over(
-        self, folders: list[str], logs: Path, name: str, spec: JobSpec, code: Path | None
-    ) -> list[Any]:
+    def _hand_over(self, folders: list[str], script: Script) -> list[Any]:
         """submitit's jobs, in as many arrays as the cluster's MaxArraySize asks for: all or
         none."""
         if shutil.which("sbatch") is None:
@@ -141,14 +147,16 @@ class SlurmLauncher:
                 "sbatch: not found; this machine has no SLURM. `segfleet train` runs here without "
                 "one"
             )
+        spec = script.spec
         most = cluster.most_of_an_array(spec.clusters) if len(folders) > 1 else 1
         parts = [folders[first : first + most] for first in range(0, len(folders), most)]
         if spec.throttle:
-            spec = spec.model_copy(update={"throttle": max(1, spec.throttle // len(parts))})
+            throttle = max(1, spec.throttle // len(parts))
+            script = replace(script, spec=spec.model_copy(update={"throttle": throttle}))
         taken: list[Any] = []
         try:
             for part in parts:
-                taken += self._array(part, logs, name, spec, code)
+                taken += self._array(part, script)
         except BaseException:
             if taken:
                 with suppress(InputError):
@@ -157,13 +165,11 @@ class SlurmLauncher:
             raise
         return taken
 
-    def _array(
-        self, folders: list[str], logs: Path, name: str, spec: JobSpec, code: Path | None
-    ) -> list[Any]:
+    def _array(self, folders: list[str], script: Script) -> list[Any]:
         import submitit
 
         with cleaned_environment():
-            chosen = executor(logs, name, spec, code)
+            chosen = executor(script)
             try:
                 return (
                     [chosen.submit(run_rank, folders[0])]
@@ -181,14 +187,28 @@ class SlurmLauncher:
                 ) from None
 
     def script(
-        self, run: Path, root: Path, spec: JobSpec, members: int = 1, name: str | None = None
+        self,
+        run: Path,
+        root: Path,
+        spec: JobSpec,
+        members: int = 1,
+        name: str | None = None,
+        killed_returns: bool = False,
     ) -> str:
         """The sbatch script that would be submitted."""
         spec = without_bad_nodes(spec, root)
         logs = run / "slurm" / "0001" if members == 1 else root / ".arrays" / "dry-run"
         code = None if self.live else root / ".code" / "frozen"
         with cleaned_environment():
-            chosen = executor(logs, name or job_name([run] * members), spec, code)
+            chosen = executor(
+                Script(
+                    logs=logs,
+                    name=name or job_name([run] * members),
+                    spec=spec,
+                    code=code,
+                    killed_returns=killed_returns,
+                )
+            )
             if members > 1:
                 with suppress(InputError):  # where there is no SLURM
                     members = min(members, cluster.most_of_an_array(spec.clusters))
@@ -196,9 +216,29 @@ class SlurmLauncher:
             return chosen._make_submission_file_text(chosen._submitit_command_str, "dry-run")
 
 
-def executor(logs: Path, name: str, spec: JobSpec, code: Path | None) -> Any:
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    """What an sbatch script is written from. `killed_returns`: a job whose process was killed comes
+    back by itself, as long as it gets anywhere."""
+
+    logs: Path
+    name: str
+    spec: JobSpec
+    code: Path | None
+    killed_returns: bool = False
+
+
+def are_shares(jobs: Sequence[Job]) -> bool:
+    """Whether others wait for what each of these does of one whole: if one is killed, it comes back
+    alone, lest all is left to the last job."""
+    return all(isinstance(job, Survey | Write) for job in jobs)
+
+
+def executor(script: Script) -> Any:
     """submitit's executor with everything a job needs."""
     from submitit.slurm.slurm import SlurmExecutor
+
+    logs, name, spec, code = script.logs, script.name, script.spec, script.code
 
     class Executor(SlurmExecutor):
         @classmethod
@@ -242,7 +282,7 @@ def executor(logs: Path, name: str, spec: JobSpec, code: Path | None) -> Any:
         "additional_parameters": further,
         "srun_args": ranks,
         "setup": before(logs, spec, code),
-        "teardown": after(),
+        "teardown": after(script.killed_returns),
     }
     options |= {
         key: getattr(spec, key)
@@ -302,16 +342,21 @@ def refusal(line: str) -> str:
     )
 
 
-def after() -> list[str]:
+def after(killed_returns: bool = False) -> list[str]:
     """Shell lines behind the ranks: an interrupted job comes back, unless a person ended it; the
     exit code stays the ranks' own.
 
     A job whose time is up is being ended by SLURM, no longer running; it comes back if its ranks
-    stopped or were killed, not if one failed.
+    stopped or were killed, not if one failed. `killed_returns`: see `Script`; `rank.begin` ends what
+    never gets further.
     """
     life = f"${submission.LIFE}"
+    killed = (
+        f'[ -e "{life}/life.json" ] && [ $code -gt 128 ] && [ "{STATE}" = RUNNING ] && again=yes'
+    )
     return [
         "code=$? again=no",
+        *([killed] if killed_returns else []),
         f'[ $code = {ExitCode.INTERRUPTED} ] && [ "{STATE}" = RUNNING ] && again=yes',
         f'[ -e "{life}/life.json" ] && {{ [ $code = {ExitCode.INTERRUPTED} ] || [ $code -gt 128 ]; }} && \\',
         '  [ "${SEGFLEET_END:-0}" -gt 0 ] && [ "$(date +%s)" -ge "$SEGFLEET_END" ] && again=yes',

@@ -18,6 +18,8 @@ import socket
 import stat
 import sys
 import tempfile
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -49,6 +51,8 @@ SETTINGS = {  # of Ray and Tune: no telemetry, no files, no flood; the tree on d
     "RAY_raylet_start_wait_time_s": "120",
 }
 JOIN = 5.0  # seconds in which a cluster takes a connection
+SILENT = 3  # times in a row that it may take none
+PAUSE = 10.0  # seconds between
 OWNER = "sweep"  # a file in a temporary folder: whose it is, so that nothing else is removed
 
 
@@ -94,6 +98,8 @@ def drive(order: dict[str, Any], tell: Callable[..., None]) -> None:
 
     with ray_session(resources, plan.folder) as storage:
         tell(joined=True)
+        if resources.address:
+            watch(resources.address, tell)
         try:
             resources = fit(resources)
             search = start(plan, resources, tick, order["seconds"])
@@ -197,6 +203,23 @@ def answers(host: str, port: int) -> bool:
         return True
     except OSError:
         return False
+
+
+def watch(address: str, tell: Callable[..., None], leave: Callable[[int], Any] = os._exit) -> None:
+    """End this process when a cluster is gone, whose client would wait for it for minutes."""
+    host, port = place_of(address)
+    if not host:
+        return
+
+    def look() -> None:
+        silent = 0
+        while silent < SILENT:
+            time.sleep(PAUSE)
+            silent = 0 if answers(host, port) else silent + 1
+        tell(error=f"the Ray cluster at {host}:{port} answers no more", code=1)
+        leave(1)
+
+    threading.Thread(target=look, daemon=True).start()
 
 
 def fit(resources: Any) -> Any:

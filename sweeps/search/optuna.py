@@ -12,6 +12,7 @@ from typing import Any
 import optuna
 
 from segfleet.core.errors import InputError
+from segfleet.pipeline.run import DONE
 from segfleet.sweeps.results.ledger import Ledger
 from segfleet.sweeps.results.measured import Values, means_of, values_of
 from segfleet.sweeps.space.distributions import domain, place_of, value_at
@@ -109,9 +110,12 @@ class Suggestions:
         return points[draws.choices(places, odds)[0]]
 
     def _price(self, point: Point) -> int | None:
-        """Epochs that a point adds; None if it makes no recipe."""
+        """Epochs that a point adds to what is still to be trained; None if it makes no recipe."""
+        runs = self.plan.runs
         try:
-            return self.plan.tree.price(self.plan.trials_at(point))
+            return self.plan.tree.price(
+                self.plan.trials_at(point), lambda path: (runs / path / DONE).exists()
+            )
         except InputError:
             return None
 

@@ -214,6 +214,13 @@ def make_plan(search: Search, runs: Path, build: bool = True) -> Plan:
     return plan
 
 
+def unplanned(search: Search, runs: Path) -> Plan:
+    """A plan without points, of a space whose stores are not there yet."""
+    stores = Stores()
+    tree = StageTree([], stores)
+    return Plan(search=search, runs=absolute(runs), stores=stores, tree=tree, warnings=[])
+
+
 def read_points(folder: Path) -> list[dict[str, Any]]:
     """Points that Optuna suggested so far, or {"point", "misfit": why it makes no recipe}; a last
     line cut off by a kill is left out."""

@@ -108,14 +108,21 @@ class StageTree:
             yield index, parent, uid, facts
             parent = uid
 
-    def price(self, trials: Iterable[Trial]) -> int:
-        """Epochs that these trials would add to what is to be trained."""
+    def price(
+        self, trials: Iterable[Trial], trained: Callable[[PurePosixPath], bool] = lambda path: False
+    ) -> int:
+        """Epochs that these trials would add to what is to be trained. `trained`: whether a stage
+        that is not in the tree lies finished below the folder of all runs, from another sweep."""
         epochs, seen = 0, set()
         for trial in trials:
+            path = PurePosixPath()
             for index, parent, uid, facts in self._way(trial.recipe):
+                path /= uid
                 if uid in self.nodes or uid in seen:
                     continue
                 seen.add(uid)
+                if trained(path):
+                    continue
                 stage = trial.recipe.stages[index]
                 known = self._families.get(family_of(parent, facts, stage) or "", ())
                 longest = max((node.stage.epochs for node in known), default=0)

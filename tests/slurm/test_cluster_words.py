@@ -144,10 +144,10 @@ def test_arrays_are_split_where_the_cluster_wants_it(monkeypatch, tmp_path):
             cancelled.append(command[1:])
         return "MaxArraySize            = 4\n"
 
-    def array(self, folders, logs, name, spec, code):
+    def array(self, folders, script):
         if len(sent) == refused:
             raise InputError("SLURM refused the job: no")
-        sent.append((len(folders), spec.throttle))
+        sent.append((len(folders), script.spec.throttle))
         return [SimpleNamespace(job_id=f"{len(sent)}0_{index}") for index in range(len(folders))]
 
     monkeypatch.setattr(cluster, "call", call)

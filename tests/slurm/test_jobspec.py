@@ -20,6 +20,7 @@ import pytest
 from segfleet.core.errors import InputError
 from segfleet.pipeline.launch.job import Command, Train
 from segfleet.pipeline.stop import StopRequest
+from segfleet.preprocess.building.request import BuildRequest, Preprocess, Survey, Write
 from segfleet.slurm import (
     cluster,
     health,
@@ -33,7 +34,13 @@ from segfleet.slurm import job as slurm_job
 from segfleet.slurm.job import SlurmJob
 from segfleet.slurm.jobspec import JobSpec, make_spec, minutes
 from segfleet.slurm.prepare import members
-from segfleet.slurm.submitit_launcher import SlurmLauncher, cleaned_environment, without_bad_nodes
+from segfleet.slurm.submitit_launcher import (
+    SlurmLauncher,
+    after,
+    are_shares,
+    cleaned_environment,
+    without_bad_nodes,
+)
 
 RUN, ROOT = Path("/runs/aaa/bbb"), Path("/runs")
 LINES = [
@@ -137,6 +144,46 @@ def test_every_option_has_its_line(tmp_path):
     job, kept = submission.read_job(submission.write_job(tmp_path, asked, spec))
     assert job == asked.model_copy(update={"stage_to": "$TMPDIR", "lines": True})
     assert kept.spec.model_dump() == {"gpus_per_node": 0, "lead": 60, "fruitless": 7}
+
+
+@pytest.mark.parametrize("killed_returns", [False, True])
+def test_a_killed_member_who_shares_a_store_comes_back(killed_returns, tmp_path):
+    """What the end of the script does, for every exit code of the ranks."""
+    store = BuildRequest("msd", tmp_path, tmp_path / "store")
+    jobs = [Survey(store=store, share=(0, 2)), Write(store=store, share=(1, 2))]
+    assert are_shares(jobs) and not are_shares([*jobs, Preprocess(store=store)])
+    assert not are_shares([Train(recipe={}, root=tmp_path)])
+    life = tmp_path / "life-7_1.0"
+    life.mkdir()
+    (life / "life.json").touch()
+    (tmp_path / "scontrol").write_text(
+        f"#!/bin/sh\ncase $* in *requeue*) echo $* >> {tmp_path}/said;; "
+        "*) echo JobState=$JOBSTATE EndTime=x;; esac\n"
+    )
+    (tmp_path / "sleep").write_text("#!/bin/sh\n")
+    for name in ("scontrol", "sleep"):
+        (tmp_path / name).chmod(0o755)
+    lines = "\n".join(after(killed_returns))
+
+    def comes_back(code, state="RUNNING"):
+        (tmp_path / "said").unlink(missing_ok=True)
+        done = subprocess.run(
+            ["bash", "-c", f"job=7_1; (exit {code})\n{lines}"],
+            env={
+                "PATH": f"{tmp_path}:{os.environ['PATH']}",
+                submission.LIFE: str(life),
+                "JOBSTATE": state,
+            },
+        )
+        assert done.returncode == code
+        return (tmp_path / "said").exists()
+
+    assert [comes_back(code) for code in (0, 1, 2, 75)] == [False, False, False, True]
+    assert [comes_back(code) for code in (137, 139)] == [killed_returns] * 2
+    assert not comes_back(137, "CANCELLED"), "a person ended it"
+    if killed_returns:
+        comes_back(137)
+        assert (tmp_path / "said").read_text() == "requeue 7_1\n", "alone"
 
 
 def test_an_array_and_live_code_in_the_script():

@@ -28,6 +28,12 @@ if os.environ.get("SLURM_ARRAY_TASK_ID") == "2" and os.environ.get("SLURM_RESTAR
         return found
     check.check_case = slow
 """
+KILLED = """
+import os
+if os.environ.get("SLURM_ARRAY_TASK_ID") == "2" and os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and "SLURM_PROCID" in os.environ:
+    from segfleet.preprocess.checking import check
+    check.check_case = lambda *arguments: os.kill(int(os.environ["SLURM_TASK_PID"]), 9)
+"""
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -78,6 +84,20 @@ def test_an_array_makes_the_store_of_one_process(cluster, raw, tmp_path):
     )
     assert submitted(cluster, *words)["state"] == "done"
     assert "publish: write: 8 of 8" in cluster.segfleet("logs", tmp_path / "there").stdout
+
+
+@pytest.mark.long
+def test_a_killed_member_of_an_array_comes_back_alone(cluster, raw, tmp_path):
+    """kill -9 in the middle of its survey: those who write wait for it, and write all there is."""
+    (tmp_path / "sitecustomize.py").write_text(KILLED)
+    words = ("--array", 3, "--", "preprocess", "msd", "--raw", raw, "--out", tmp_path / "there")
+    made = submitted(cluster, *words, PYTHONPATH=str(tmp_path))
+    cluster.release({**made, "job": made["jobs"][2]["job"]})
+    cluster.wait_for_state(made, "COMPLETED")
+    found = states(cluster, tmp_path / "there")
+    assert found.pop("survey 2") == ("done", 2) and set(found.values()) == {("done", 1)}
+    said = cluster.segfleet("logs", tmp_path / "there").stdout
+    assert said.count("shard(s) finished") == 3 and "nothing to write here" not in said
 
 
 def test_all_problems_are_told_by_the_last_job(cluster, tmp_path):

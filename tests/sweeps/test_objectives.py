@@ -20,6 +20,7 @@ from segfleet.sweeps.search.optuna import Suggestions
 from segfleet.sweeps.space.objectives import Constraint, Objective, fronts
 from segfleet.sweeps.space.plan import make_plan
 from segfleet.sweeps.space.space import parse_search
+from segfleet.sweeps.space.tree import StageTree
 
 RATES = (1e-2, 1e-3, 1e-4)
 SHIFTS = {1e-2: (0, 6), 1e-3: (2, 2), 1e-4: (5, 4)}  # pixels that blob1 and blob2 are predicted off
@@ -358,8 +359,6 @@ def test_the_price_of_a_point_is_what_the_tree_gains(search, tmp_path):
         {"epochs": [1, 3], "steps": 1, "lr": [1e-3, 1e-4], "schedule": "poly"},
     ]
     plan = make_plan(search(axes={}, stages=stages, seeds=[0, 1]), tmp_path / "runs", build=False)
-    from segfleet.sweeps.space.tree import StageTree
-
     tree, points = StageTree([], plan.stores), {}
     for trial in plan.trials:
         points.setdefault(json.dumps(trial.point), []).append(trial)
@@ -369,3 +368,24 @@ def test_the_price_of_a_point_is_what_the_tree_gains(search, tmp_path):
         tree.add(trials)
         assert tree.shared_epochs - before == price
     assert tree.price(order[0]) == 0
+
+
+def test_what_another_sweep_has_trained_costs_nothing(search, tmp_path):
+    """A beginning of 99 epochs that lies in the folder of runs is preferred."""
+    stages = [
+        {"epochs": 99, "steps": 1, "lr": [1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7]},
+        {"epochs": 1, "steps": 1, "lr": {"loguniform": [1e-5, 1e-1]}},
+    ]
+    made = search(axes={}, search="optuna", stages=stages, budget={"trials": 6}, candidates=8)
+    plan = make_plan(made, tmp_path / "runs", build=False)
+    plan.folder.mkdir(parents=True)
+    [trial] = plan.trials_at({"stages.0.lr": 1e-4, "stages.1.lr": 1e-3})
+    [first, _] = StageTree([trial], plan.stores).walk()
+    (plan.runs / first.path).mkdir()
+    (plan.runs / first.path / "done.json").write_text("{}")
+    ask = Suggestions(plan, Ledger(plan.tree, plan.runs, plan.folder))
+    assert ask._price({"stages.0.lr": 1e-4, "stages.1.lr": 1e-3}) == 1
+    assert ask._price({"stages.0.lr": 1e-5, "stages.1.lr": 1e-3}) == 100
+    while ask():
+        pass
+    assert {trial.point["stages.0.lr"] for trial in plan.trials} == {1e-4}

@@ -7,10 +7,12 @@ import json
 import numpy as np
 import pytest
 
+from segfleet.cli.sweep import render
 from segfleet.pipeline.recipe import load_recipe
 from segfleet.pipeline.scoring.scored import score_facts
 from segfleet.sweeps.results.ledger import Ledger
 from segfleet.sweeps.results.outcome import (
+    _difference,
     as_csv,
     outcome,
     paired,
@@ -18,6 +20,7 @@ from segfleet.sweeps.results.outcome import (
     student,
     write_outcome,
 )
+from segfleet.sweeps.space.objectives import Objective
 from segfleet.sweeps.space.plan import make_plan
 from segfleet.sweeps.space.space import Trial
 
@@ -117,6 +120,58 @@ def test_ranking(scored):
         "ready",
     ]
     assert document["nodes"] == {"done": 15, "ready": 1}
+
+
+def test_who_ranks_a_part_says_so_in_the_first_line(scored, capsys):
+    plan, ledger = scored
+    document = write_outcome(plan, ledger) | {"report": "r", "folder": "f"}
+    render(document)
+    said = capsys.readouterr()
+    line = "5 of 6 points are ranked (1 not finished); the best is the best of these"
+    assert said.out.splitlines()[0] == line
+    assert (
+        "no rank stages.0.lr=0.01, stages.1.lr=0.0001: not finished: its stage 2 is ready"
+        in said.err
+    )
+
+
+def test_savings_count_what_was_trained_and_what_early_stopping_left_out(scored):
+    """Two seeds of two rates and three: 4 stages of 100 epochs, 11 of 20; the last one is stopped
+    after 5."""
+    plan, ledger = scored
+    whole = {"epochs_naive": 12 * 100 + 11 * 20, "epochs_trained": 4 * 100 + 11 * 20}
+    assert outcome(plan, ledger)["savings"] == {**whole, "epochs_left_out": 0, "ratio": 2.29}
+    ready = next(node for node in plan.tree.nodes.values() if ledger.state(node) == "ready")
+    event = {"event": "validation", "step": 5, "dice": 0.25}
+    (ledger.path(ready) / "events.jsonl").write_text(json.dumps(event) + "\n")
+    ledger.mark(ready, "pruned", epochs=105, dice=0.25)
+    document = outcome(plan, ledger)
+    assert document["savings"] == {
+        "epochs_naive": whole["epochs_naive"] + 5,
+        "epochs_trained": whole["epochs_trained"] + 5,
+        "epochs_left_out": 15,
+        "ratio": 2.28,
+    }
+    [row] = document["unranked"]
+    assert row["reason"] == "stopped early: after 105 of 120 epochs, Dice 0.2500"
+
+
+def test_points_on_two_stores_are_paired_by_the_hash_of_their_files():
+    def row(store, offset, prefix, dice):
+        cases = [
+            {"id": f"{prefix}{i}", "group": "p", "source": f"hash{i}", "mean_dice": dice + i / 10}
+            for i in range(offset, offset + 3)
+        ]
+        document = {"store": store, "cases": cases}
+        return {"_documents": [document], "runs": [{"seed": 0, "fold": 0}], "stages": [["a"]]}
+
+    dice = Objective(metric="dice")
+    first, second = row("fine", 0, "case", 0.5), row("coarse", 1, "c", 0.25)
+    found = _difference(second, first, dice)
+    assert found["cases"] == 2 and found["mean"] == pytest.approx(0.25)
+    for case in second["_documents"][0]["cases"]:
+        case["source"] = None  # of an older store: an id says nothing beyond its own
+    assert _difference(second, first, dice) is None
 
 
 def test_a_run_and_its_copy_are_no_replicates(scored):

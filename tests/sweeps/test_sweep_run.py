@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,6 +22,7 @@ from segfleet.pipeline.launch.local import RankFailed
 from segfleet.pipeline.stop import Interrupted
 from segfleet.slurm import snapshot
 from segfleet.sweeps import run
+from segfleet.sweeps.ray import controller
 from segfleet.sweeps.results.ledger import STOP
 from segfleet.sweeps.space.plan import claim, make_plan
 
@@ -172,6 +176,43 @@ def test_a_cluster_that_is_none_is_one_sentence_soon(search, tmp_path, monkeypat
         run.Session(plan, run.Resources(address=f"127.0.0.1:{port}"), None).follow(print)
 
 
+def test_a_cluster_that_dies_in_the_middle_is_said(monkeypatch):
+    monkeypatch.setattr(controller, "PAUSE", 0.05)
+    said: queue.SimpleQueue = queue.SimpleQueue()
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        port = head.getsockname()[1]
+        controller.watch(
+            f"127.0.0.1:{port}", lambda **facts: said.put(facts), lambda code: said.put(code)
+        )
+        time.sleep(1)
+        assert said.empty(), "it lives"
+    found = {"error": f"the Ray cluster at 127.0.0.1:{port} answers no more", "code": 1}
+    assert [said.get(timeout=20), said.get(timeout=20)] == [found, 1]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "given", "expected"),
+    [
+        ([{"CPU": 8.0}, {"CPU": 4.0}], {"ranks": 2}, 6),
+        ([{"CPU": 8.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 2.0}], {}, 6),
+        ([{"CPU": 64.0, "GPU": 4.0}, {"CPU": 64.0}], {"ranks": 3}, 1),
+        ([{"CPU": 8.0}], {"slots": 3}, 3),
+        ([{"CPU": 8.0}, {"CPU": 4.0}], {"ranks": 9}, "no node of the cluster has more than 8 CPUs"),
+        ([{"CPU": 64.0, "GPU": 4.0}], {"ranks": 8}, "no node of the cluster has more than 4 GPUs"),
+    ],
+)
+def test_slots_of_a_cluster_are_what_its_nodes_have_room_for(monkeypatch, nodes, given, expected):
+    alive = [{"Alive": True, "Resources": node} for node in nodes]
+    gone = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(nodes=lambda: [*alive, gone]))
+    asked = run.Resources(address="head:6379", **given)
+    if isinstance(expected, int):
+        assert controller.fit(asked).slots == expected
+    else:
+        with pytest.raises(InputError, match=expected):
+            controller.fit(asked)
+
+
 def test_every_ray_that_may_be_installed_has_tokens():
     """Ray listens on all interfaces; before 2.52 whoever reached it could run code."""
     setup = (Path(__file__).parents[2] / "setup.py").read_text()
@@ -179,9 +220,14 @@ def test_every_ray_that_may_be_installed_has_tokens():
     assert tuple(map(int, lowest)) >= (2, 52)
 
 
-def test_a_local_ray_leaves_no_token_at_home(tmp_path):
-    """A session in a home of its own: nothing of it is left there."""
-    (tmp_path / "home").mkdir()
+@pytest.mark.parametrize("home", ["home", "home/of/nobody"], ids=["own", "unwritable"])
+def test_a_local_ray_leaves_no_token_at_home(tmp_path, home):
+    """A session in a home of its own: nothing of it is left there. One that cannot be made, for a
+    file lies in its way, is no obstacle."""
+    if home == "home":
+        (tmp_path / "home").mkdir()
+    else:
+        (tmp_path / "home").touch()
     code = (
         "import pathlib, sys\n"
         "from segfleet.sweeps.ray.controller import ray_session\n"
@@ -194,7 +240,7 @@ def test_a_local_ray_leaves_no_token_at_home(tmp_path):
     (tmp_path / "sweep").mkdir()
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, str(tmp_path / "sweep")],
-        env={**os.environ, "HOME": str(tmp_path / "home")},
+        env={**os.environ, "HOME": str(tmp_path / home)},
         capture_output=True,
         text=True,
         timeout=240,
