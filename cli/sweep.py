@@ -121,7 +121,7 @@ def command(
     apart = on == "slurm" and not (asking or dry_run)
     search = load_search(space, words)
     if search.space.prepare and not asking:
-        from segfleet.cli.sweep_stores import prepare
+        from segfleet.cli.sweep_prepare import prepare
 
         prepare(search, on, dry_run, job_options(cluster, resource), runs)
     plan = make_plan(search, runs, build=not asking and not apart)

@@ -1,28 +1,13 @@
-"""The stores that the points of a sweep need: made here, or as arrays of SLURM jobs."""
+"""The stores that the points of a sweep need, and how they are made."""
 
 from __future__ import annotations
 
-import signal
-import time
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from segfleet.core.errors import InputError
-from segfleet.core.files import absolute
-
 if TYPE_CHECKING:
     from segfleet.preprocess.building.request import BuildRequest
-    from segfleet.slurm.job import SlurmJob
     from segfleet.sweeps.space.space import Search
-
-MEMBERS = 8  # of an array that makes a store
-PACE = 0.5  # seconds between looks at what has happened
-OF_RANKS = ("gpus", "gpu_type", "stage_to", "whole_nodes")  # of a job; preprocessing has none
 
 
 def missing(search: Search) -> list[BuildRequest]:
@@ -33,114 +18,6 @@ def missing(search: Search) -> list[BuildRequest]:
     asked = search.space.prepare
     found = asked.stores() if asked else ()
     return [store_request(asked, out, how) for out, how in found if not (out / NAME).is_file()]
-
-
-def prepare(
-    search: Search,
-    on: str,
-    dry_run: bool,
-    options: dict[str, Any] | None = None,
-    runs: Path = Path("runs"),
-) -> None:
-    """Make the stores of a space that are missing; with `on` slurm as jobs, and wait for them.
-    `options`: of a stage's jobs, see `job_options`. Raises InputError, also if nothing is to be
-    written, and Interrupted."""
-    from segfleet.cli.preprocess import bars
-    from segfleet.preprocess.building.build import build
-    from segfleet.preprocess.stores.manifest import NAME
-
-    asked = search.space.prepare
-    lacking = [(out, how) for out, how in asked.stores() if not (out / NAME).is_file()]
-    if lacking and dry_run:
-        lines = "\n".join("  " + preprocess_words(asked, out, how) for out, how in lacking)
-        raise InputError(
-            f"sweep {search.space.name}: prepare: {len(lacking)} store(s) are missing. The command "
-            f"without --dry-run makes them, with --on slurm as these jobs:\n{lines}"
-        )
-    requests = missing(search)
-    if on == "slurm" and requests:
-        name = f"sweep {search.space.name}: prepare"
-        await_stores(send_all(requests, options or {}, absolute(runs)), name)
-        return
-    for request in requests:
-        request.out.parent.mkdir(parents=True, exist_ok=True)
-        typer.echo(f"segfleet: makes the store {request.out}", err=True)
-        with bars({}) as tick:
-            build(request, progress=tick)
-
-
-def send_all(
-    requests: Sequence[BuildRequest], options: dict[str, Any], root: Path
-) -> dict[Path, list[SlurmJob]]:
-    """The jobs that make every store: those that an earlier command submitted and that have not
-    ended, else new ones."""
-    from segfleet.cli.submit_words import ONE_PROCESS, send, shares_of
-    from segfleet.slurm import cluster
-    from segfleet.slurm.job import jobs_of, look_at_all
-    from segfleet.slurm.jobspec import make_spec
-    from segfleet.slurm.submission import home_of
-    from segfleet.slurm.submitit_launcher import SlurmLauncher, without_bad_nodes
-
-    asked = {
-        key: value for key, value in (options.get("spec") or {}).items() if key not in OF_RANKS
-    }
-    spec = make_spec({**asked, **ONE_PROCESS}, options.get("cluster"))
-    spec = spec.model_copy(update={"cpus": spec.cpus or 1})
-    found: dict[Path, list[SlurmJob]] = {}
-    checked = False
-    for request in requests:
-        whole = replace(request, raw=absolute(request.raw), out=absolute(request.out))
-        home = home_of(whole.out)
-        with suppress(InputError):  # none was ever submitted
-            known = jobs_of(home)
-            if any(seen.open for _, seen in look_at_all(known)):
-                found[whole.out] = known
-                continue
-        if not checked:
-            cluster.check(without_bad_nodes(spec, root))
-            checked = True
-        home.parent.mkdir(parents=True, exist_ok=True)
-        send(SlurmLauncher(), shares_of(whole, MEMBERS), home, root, spec)
-        found[whole.out] = jobs_of(home)
-        typer.echo(f"segfleet: submitted the jobs that make the store {request.out}", err=True)
-    return found
-
-
-def await_stores(waiting: dict[Path, list[SlurmJob]], name: str) -> None:
-    """Until every store is there; the queue is asked once a minute for all. Raises InputError if the
-    jobs of one have ended without it, Interrupted when asked to go, whereupon the jobs stay."""
-    from segfleet.pipeline.launch.local import signals_heard
-    from segfleet.pipeline.stop import Interrupted, StopRequest
-    from segfleet.preprocess.stores.manifest import NAME
-    from segfleet.sweeps.slurm_backend import QUEUE
-
-    before = {number: signal.getsignal(number) for number in signals_heard()}
-    stop, waiting = StopRequest(), dict(waiting)
-    try:
-        while True:
-            for out, jobs in list(waiting.items()):
-                seen = [QUEUE.look(job) for job in jobs]
-                if (out / NAME).is_file():
-                    for job in jobs:
-                        QUEUE.forget(job)
-                    del waiting[out]
-                elif not any(one.open for one in seen):
-                    last = seen[-1]
-                    raise InputError(
-                        f"{name}: the jobs of the store {out} have ended without it; the last one, "
-                        f"{last.job}, is {last.state}: {last.reason}. The same command submits them "
-                        "again; what is finished is kept"
-                    )
-            if not waiting:
-                return
-            if stop.asked():
-                raise Interrupted(
-                    f"{name}: the jobs that make the stores stay; the same command goes on with them"
-                )
-            time.sleep(PACE)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def store_request(asked: Any, out: Path, how: dict[str, Any]) -> BuildRequest:

@@ -97,7 +97,7 @@ def test_a_killed_member_of_an_array_comes_back_alone(cluster, raw, tmp_path):
     found = states(cluster, tmp_path / "there")
     assert found.pop("survey 2") == ("done", 2) and set(found.values()) == {("done", 1)}
     said = cluster.segfleet("logs", tmp_path / "there").stdout
-    assert said.count("shard(s) finished") == 3 and "nothing to write here" not in said
+    assert "1 shard(s) finished" in said, "they did not leave it to the last job"
 
 
 def test_all_problems_are_told_by_the_last_job(cluster, tmp_path):

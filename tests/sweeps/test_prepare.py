@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from segfleet.cli import submit_words, sweep_stores
-from segfleet.cli.sweep_stores import prepare
+from segfleet.cli import submit_words, sweep_prepare
+from segfleet.cli.sweep_prepare import prepare
 from segfleet.core.errors import InputError
 from segfleet.pipeline.stop import Interrupted
 from segfleet.preprocess.building.build import build
@@ -119,7 +119,7 @@ class Queue:
 def queue(monkeypatch):
     def made(**how):
         one = Queue(**how)
-        monkeypatch.setattr(sweep_stores, "PACE", 0.01)
+        monkeypatch.setattr(sweep_prepare, "PACE", 0.01)
         monkeypatch.setattr(submit_words, "send", one.send)
         monkeypatch.setattr("segfleet.slurm.cluster.check", lambda spec: None)
         monkeypatch.setattr("segfleet.slurm.job.jobs_of", one.jobs_of)
