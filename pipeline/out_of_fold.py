@@ -8,22 +8,25 @@ recipe. Cases that some run was trained on and none validates on are left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from segfleet.core.ahead import ahead
 from segfleet.core.errors import InputError
 from segfleet.core.files import digest_of, read_json, write_json
 from segfleet.pipeline.folds import folder_of
 from segfleet.pipeline.inference.ensemble import Member, Stored, predict_maps
 from segfleet.pipeline.inference.postprocess import LARGEST, Rule, clean, rules_of
 from segfleet.pipeline.inference.restore import combine
+from segfleet.pipeline.inference.room import near, roomy
 from segfleet.pipeline.ranks import Ranks, as_facts, from_facts
 from segfleet.pipeline.run import root_of
-from segfleet.pipeline.scoring.evaluate import truth_of
+from segfleet.pipeline.scoring.evaluate import stored_image, truth_of
 from segfleet.pipeline.scoring.intervals import paired
 from segfleet.pipeline.scoring.metrics import score_case
 from segfleet.pipeline.scoring.scored import scored_ids
@@ -95,14 +98,20 @@ def predictions(
     shared out among the ranks; an error of one is raised on all."""
     share = range(ranks.rank, len(cases), ranks.size)
     found, error = {}, None
+    reading = ahead(
+        lambda index: Read.of(cases[index], model.device),
+        share,
+        background=torch.device(model.device).type == "cuda",
+        roomy=lambda read: roomy(read.first.image_CZYX),
+    )
     try:
-        for index in share:
-            case = cases[index]
-            entry = case.stores[0].manifest.case(case.id)
-            label = _predict(model, case)
-            found[index] = score(case, label, truth_of(case.stores[0], entry))
-            if progress:
-                progress(len(found), len(share))
+        with closing(reading):
+            for index, ready in reading:
+                read = ready()
+                found[index] = score(read.case, _predict(model, read), read.truth_ZYX)
+                del read
+                if progress:
+                    progress(len(found), len(share))
     except Exception as caught:
         error = caught
     answers = ranks.gather((list(found.items()), as_facts(error)))
@@ -116,21 +125,43 @@ def _first(pair: tuple[int, Any]) -> int:
     return pair[0]
 
 
-def _predict(model: Model, case: Case) -> np.ndarray:
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """What is read of a case before its turn: its truth on the raw grid, and the image as its first
+    network's store has it. Others of other stores are read when their network's turn comes."""
+
+    case: Case
+    truth_ZYX: np.ndarray
+    first: Stored
+
+    @classmethod
+    def of(cls, case: Case, device: torch.device | str) -> Read:
+        store = case.stores[0]
+        entry = store.manifest.case(case.id)
+        first = _stored(store, case.id)
+        first = replace(first, image_CZYX=near(first.image_CZYX, device))
+        return cls(case=case, truth_ZYX=truth_of(store, entry), first=first)
+
+
+def _stored(store: ShardStore, case_id: str) -> Stored:
+    entry = store.manifest.case(case_id)
+    return Stored(
+        image_CZYX=stored_image(store, entry),
+        scale=store.manifest.plan.scale,
+        crop=entry.crop,
+        raw_spacing=entry.raw_spacing,
+    )
+
+
+def _predict(model: Model, read: Read) -> np.ndarray:
     """(Z, Y, X) label on the raw grid: the mean of the case's networks."""
+    case = read.case
     members = [model.member(one) for one in case.networks]
     store_of = dict(zip(map(id, members), case.stores, strict=True))
 
     def stored(member: Member) -> Stored:
         store = store_of[id(member)]
-        entry = store.manifest.case(case.id)
-        image = torch.from_numpy(np.ascontiguousarray(store.stored_image(entry)))
-        return Stored(
-            image_CZYX=image,
-            scale=store.manifest.plan.scale,
-            crop=entry.crop,
-            raw_spacing=entry.raw_spacing,
-        )
+        return read.first if store is case.stores[0] else _stored(store, case.id)
 
     maps = predict_maps(members, stored, device=model.device)
     return combine(maps, case.stores[0].manifest.case(case.id).raw_shape)

@@ -24,17 +24,15 @@ class OutOfMemory(InputError):
 
 
 @contextmanager
-def named(
-    recipe: Recipe, patch: Sequence[int], device: torch.device, *, training: bool, ranks: int = 1
-) -> Iterator[None]:
-    """Within it a full GPU is one message. `recipe` as it is resolved for its stage."""
+def named(device: torch.device | str, words: str) -> Iterator[None]:
+    """Within it a full GPU is one message: the card, then `words`, what was asked of it and what to
+    lower."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        words = training_words(recipe, patch, ranks) if training else scoring_words(recipe, patch)
-        raise OutOfMemory(f"out of memory on {card(device)} {words}") from error
+        raise OutOfMemory(f"out of memory on {card(torch.device(device))} {words}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -55,6 +53,7 @@ def card(device: torch.device) -> str:
 
 
 def training_words(recipe: Recipe, patch: Sequence[int], ranks: int) -> str:
+    """`recipe` as it is resolved for its stage."""
     engine, batch = recipe.engine, recipe.data.batch
     at_once = max(1, batch // (engine.accumulate * ranks))
     advice = []
@@ -87,6 +86,11 @@ def scoring_words(recipe: Recipe, patch: Sequence[int]) -> str:
         f"while scoring {recipe.model.name} in {recipe.engine.precision}: tiles of {size(patch)}, "
         f"evaluation.batch {options.batch}, halved down to 1. {sentence(advice)}"
     )
+
+
+def predicting_words(name: str, patch: Sequence[int], batch: int) -> str:
+    advice = ("free the GPU of other processes", "predict on the CPU (--device cpu)")
+    return f"with {name}, tiles of {size(patch)}, {batch} at once. {sentence(advice)}"
 
 
 def size(patch: Sequence[int]) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from segfleet.pipeline.inference.restore import Crop, Map
 from segfleet.pipeline.inference.sliding_window import Forward, sliding_window
-from segfleet.pipeline.out_of_memory import OutOfMemory, card, is_out_of_memory, size
+from segfleet.pipeline.out_of_memory import named, predicting_words
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.stores.manifest import Plan
 from segfleet.preprocess.transforms.case_transforms import raw_resample_axis
@@ -85,7 +85,7 @@ def predict_maps(
     groups, found = list(_groups(members)), []
     for group in groups:
         first, image = group[0], stored(group[0])
-        try:
+        with named(device, predicting_words(first.name, first.patch, first.batch)):
             sums = sliding_window(
                 (member.forward() for member in group),
                 image.image_CZYX,
@@ -93,14 +93,6 @@ def predict_maps(
                 device=device,
                 **first.window(),
             )
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise OutOfMemory(
-                f"out of memory on {card(torch.device(device))} with {first.name}, tiles of "
-                f"{size(first.patch)}, {first.batch} at once. Free the GPU of other processes; or "
-                "predict on the CPU (--device cpu)."
-            ) from error
         if len(groups) > 1:  # maps of several plans wait for each other on the host
             sums = sums.cpu()
         found.append(

@@ -326,7 +326,8 @@ class Scorer:
 
     def _memory(self) -> AbstractContextManager[None]:
         patch = patch_of(self.recipe, self.store.manifest)
-        return out_of_memory.named(self.recipe, patch, self.ranks.device, training=False)
+        words = out_of_memory.scoring_words(self.recipe, patch)
+        return out_of_memory.named(self.ranks.device, words)
 
     def _tell(self, phase: str, done: int, total: int) -> None:
         """Progress of rank 0's cases for whoever watches, and the moment at which a stop is

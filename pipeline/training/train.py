@@ -120,7 +120,8 @@ def train(this: Run) -> Path:
                     run.note_identity(this.folders[index], recipe, this.manifests)
                 own = resolve(recipe, index)
                 patch = patch_of(own, this.manifests(own))
-                with out_of_memory.named(own, patch, ranks.device, training=True, ranks=ranks.size):
+                words = out_of_memory.training_words(own, patch, ranks.size)
+                with out_of_memory.named(ranks.device, words):
                     train_stage(this, index)
     if ranks.share(ranks.rank == 0 and not noted(this)):
         with locked(this, this.folders[-1]):

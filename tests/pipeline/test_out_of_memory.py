@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from segfleet.core.errors import InputError
 from segfleet.pipeline import out_of_memory
 from segfleet.pipeline.engines import ddp
-from segfleet.pipeline.inference import restore
+from segfleet.pipeline.inference import ensemble, restore
 from segfleet.pipeline.jobs import run_job
 from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.out_of_memory import OutOfMemory
@@ -73,6 +75,17 @@ def test_scoring_has_its_own_words(job, monkeypatch):
     said = message(job())
     assert "while scoring unet_lite_standard in fp32: tiles of 1x32x32, evaluation.batch 1" in said
     assert "SEGFLEET_DEVICE=cpu" in said and "data.batch" not in said
+
+
+def test_predicting_has_its_own_words(monkeypatch):
+    monkeypatch.setattr(ensemble, "sliding_window", full)
+    member = SimpleNamespace(
+        name="unet in bf16", patch=(1, 32, 32), batch=2, forward=None, window=dict, task=None
+    )
+    image = SimpleNamespace(image_CZYX=None, scale=1.0)
+    with pytest.raises(OutOfMemory, match="out of memory on cpu with unet in bf16, tiles of") as one:
+        ensemble.predict_maps([member], lambda _: image)
+    assert "1x32x32, 2 at once. Free the GPU of other processes; or predict on" in str(one.value)
 
 
 def test_other_errors_of_the_machine_stay_what_they_are(job, monkeypatch):

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import threading
 import weakref
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from segfleet.core.ahead import ahead
 from segfleet.core.errors import InputError
+from segfleet.pipeline import out_of_fold
 from segfleet.pipeline.inference import predict as predicting
 from segfleet.pipeline.inference.ensemble import Member
+from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.scoring import evaluate
 from segfleet.pipeline.task import make_task
 from segfleet.preprocess.stores.base import open_store
@@ -29,6 +33,7 @@ def background(monkeypatch):
 
     monkeypatch.setattr(predicting, "ahead", forced)
     monkeypatch.setattr(evaluate, "ahead", forced)
+    monkeypatch.setattr(out_of_fold, "ahead", forced)
 
 
 @pytest.fixture
@@ -45,6 +50,7 @@ def images(monkeypatch):
 
     monkeypatch.setattr(predicting, "near", near)
     monkeypatch.setattr(evaluate, "near", near)
+    monkeypatch.setattr(out_of_fold, "near", near)
     return most, threads
 
 
@@ -65,11 +71,30 @@ def evaluated(store):
     )
 
 
-def predicted(store, out):
+def member(store):
     task, patch = make_task(store.manifest.dataset), store.manifest.plan.patch
     forward = network(task.channels)
-    member = Member(forward=lambda: forward, plan=store.manifest.plan, task=task, patch=patch)
-    return predicting.predict_files([member], store.manifest.dataset, [store.root], out)
+    return Member(forward=lambda: forward, plan=store.manifest.plan, task=task, patch=patch)
+
+
+def predicted(store, out):
+    return predicting.predict_files([member(store)], store.manifest.dataset, [store.root], out)
+
+
+def asked_out_of_fold(store):
+    """Label and truth of every case by two networks, the second of another store of equal images."""
+    other = open_store(store.root)
+    model = SimpleNamespace(device=torch.device("cpu"), member=lambda one: member(store))
+    networks = (SimpleNamespace(uid="a"), SimpleNamespace(uid="b"))
+    cases = [
+        out_of_fold.Case(id=case.id, networks=networks, stores=(store, other))
+        for case in store.manifest.cases
+    ]
+
+    def score(case, label, truth):
+        return {"id": case.id, "label": label.tolist(), "truth": int(np.count_nonzero(truth))}
+
+    return out_of_fold.predictions(model, cases, score, Ranks())
 
 
 def test_a_score_holds_two_cases_and_is_the_same(store, images, background, monkeypatch):
@@ -99,6 +124,19 @@ def test_a_prediction_holds_two_images_and_is_the_same(
     assert predicted(store, tmp_path / "plain")["kept"], "what is there is kept"
 
 
+def test_what_is_asked_out_of_fold_holds_two_cases_and_is_the_same(
+    store, images, background, monkeypatch
+):
+    most, threads = images
+    rows = asked_out_of_fold(store)
+    assert [row["id"] for row in rows] == [case.id for case in store.manifest.cases]
+    assert max(most) == 2 and threads == {False}
+    monkeypatch.setattr(out_of_fold, "ahead", ahead)
+    most.clear()
+    assert asked_out_of_fold(store) == rows
+    assert max(most) == 1, "on the CPU one case at a time"
+
+
 def test_what_cannot_be_read_is_named_and_the_rest_is_done(
     store, background, monkeypatch, tmp_path
 ):
@@ -117,6 +155,8 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(
     )
     with pytest.raises(InputError, match=f"{bad}: cannot be read"):
         evaluated(store)
+    with pytest.raises(InputError, match=f"{bad}: cannot be read"):
+        asked_out_of_fold(store)
     assert not [thread for thread in threading.enumerate() if thread.name == "ahead"]
 
 
