@@ -197,6 +197,19 @@ def run(asked: argparse.Namespace, folder: Path) -> None:
             stop(process)
 
 
+def without_gpu() -> str:
+    """Why there is nothing to measure; empty: there is."""
+    import torch
+
+    from segfleet.pipeline import driver
+
+    if torch.cuda.is_available():
+        return ""
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is built for CPUs"
+    return driver.fault() or "PyTorch sees no GPU here"
+
+
 def stop(process: subprocess.Popen) -> None:
     """It and the loader processes it has started: they are one session."""
     if process.poll() is None:
@@ -219,6 +232,8 @@ def main() -> None:
     if asked.section:
         section(asked)
         return
+    if asked.device == "cuda" and (lacking := without_gpu()):
+        parser.exit(2, f"gpu.py: {lacking}; --device cpu --quick shows that it runs\n")
     with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
         if asked.out is None:
             asked.out = Path(folder) if asked.quick else HERE / "results"

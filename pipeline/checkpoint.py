@@ -41,6 +41,10 @@ PREFIX = "step-"
 Tensors = dict[str, dict[str, Tensor]]  # group (weights, optimizer, ema, average) -> name -> tensor
 
 
+class HostCopies(dict[str, Tensor]):
+    """Tensors in host memory that nobody changes any more: they are saved without another copy."""
+
+
 class CheckpointError(InputError):
     """A checkpoint is damaged or does not fit. Names the file and the reason."""
 
@@ -278,6 +282,9 @@ class Staging:
         kept: Tensors = {}
         with torch.cuda.stream(self.stream):
             for group, named in tensors.items():
+                if isinstance(named, HostCopies):
+                    kept[group] = named
+                    continue
                 kept[group] = {
                     name: next(places).copy_(value.detach(), non_blocking=True)
                     if on_gpu(value)
@@ -322,7 +329,9 @@ def pinned(size: int, dtype: torch.dtype) -> Tensor:
 def copies(tensors: Tensors) -> Tensors:
     """Host copies that training will not change."""
     return {
-        group: {name: value.detach().to("cpu", copy=True) for name, value in named.items()}
+        group: named
+        if isinstance(named, HostCopies)
+        else {name: value.detach().to("cpu", copy=True) for name, value in named.items()}
         for group, named in tensors.items()
     }
 

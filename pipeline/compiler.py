@@ -30,7 +30,7 @@ log = logging.getLogger("segfleet.compiler")
 def wanted(options: sections.Engine, device: torch.device) -> bool:
     """Whether a network is to be compiled on `device`."""
     if options.compile != "auto":
-        return options.compile
+        return bool(options.compile)
     # Compiled kernels may be chosen by measuring, and the compiler decides itself what it
     # recomputes: neither for who asks for exact sums or for memory.
     plain = not options.deterministic and not options.checkpoint_activations
@@ -51,23 +51,36 @@ def compiled(model: nn.Module, options: sections.Engine, device: torch.device) -
     """What runs a network while it trains: itself, or its compiled form with the same parameters."""
     if not wanted(options, device):
         return model
-    return torch.compile(model) if options.compile is True else Whole(model)
+    if options.compile is True:
+        return torch.compile(model)
+    return Whole(model, replayed=replayed(options, device))
+
+
+def replayed(options: sections.Engine, device: torch.device) -> bool:
+    """Whether a network's kernels are recorded and replayed as CUDA graphs. What comes out of them
+    then lies in their memory, and is gone with the next forward pass."""
+    return options.compile == "reduce-overhead" and device.type == "cuda"
 
 
 class Whole(nn.Module):
     """A network compiled as one graph; as it is, if it cannot be. That shows at the first batch and
     before anything is computed, so that nothing is computed twice."""
 
-    def __init__(self, model: nn.Module, backend: Any = "inductor"):
+    def __init__(self, model: nn.Module, backend: Any = "inductor", replayed: bool = False):
         super().__init__()
-        self.model = model
+        self.model, self.replayed = model, replayed
+        mode = "reduce-overhead" if replayed else None
         # in a tuple: registered once
-        self.run: tuple[nn.Module, ...] = (torch.compile(model, fullgraph=True, backend=backend),)
+        self.run: tuple[nn.Module, ...] = (
+            torch.compile(model, fullgraph=True, backend=backend, mode=mode),
+        )
 
     def forward(self, image: torch.Tensor) -> Any:
         if self.run:
             from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
+            if self.replayed:  # what the pass before gave out is not needed any more
+                torch.compiler.cudagraph_mark_step_begin()
             try:
                 return self.run[0](image)
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:

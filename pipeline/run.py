@@ -148,7 +148,7 @@ def stage_facts(recipe: Recipe, manifest: Manifest | Manifests, index: int) -> d
         and not (key in LATER_OF_ENGINE and value == Engine.model_fields[key].default)
     }
     # auto is the device's choice, and no more part of an identity than the device
-    engine["compile"] = recipe.engine.compile is True
+    engine["compile"] = recipe.engine.compile in (True, "reduce-overhead")
     idle = (
         "name",
         *OVERRIDES,

@@ -248,10 +248,12 @@ class Engine(Section):
         description="memory format of weights and images; auto: but for 2D on CPUs, where it costs "
         "a third. It changes the rounding of convolutions",
     )
-    compile: bool | Literal["auto"] = Field(
+    compile: bool | Literal["auto", "reduce-overhead"] = Field(
         "auto",
         description="torch.compile; auto: with engine ddp on GPUs, where a network is traced as one "
-        "graph, but not with deterministic or checkpoint_activations. Never on CPUs",
+        "graph, but not with deterministic or checkpoint_activations. Never on CPUs. "
+        "reduce-overhead: on GPUs its kernels are replayed as CUDA graphs, too, for small networks "
+        "whose launches take longer than their work; the same result as true, for more memory",
     )
     tf32: Literal["none", "convolutions", "all"] = Field(
         "convolutions",

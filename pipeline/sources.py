@@ -35,6 +35,7 @@ ALWAYS = (
     "pipeline/data/masking.py",
     "pipeline/losses/deep_supervision.py",
     "pipeline/losses/hidden_error.py",
+    "pipeline/training/fused_norm.py",
     "pipeline/training/schedule.py",
     "pipeline/training/sync_norm.py",
     "pipeline/training/transfer.py",

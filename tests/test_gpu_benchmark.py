@@ -18,6 +18,8 @@ sys.path.insert(0, str(HERE))
 import gpu  # noqa: E402
 import gpu_sections  # noqa: E402
 
+from segfleet.pipeline import driver  # noqa: E402
+
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
@@ -122,6 +124,23 @@ def test_figures_of_two_machines_are_not_mixed(tmp_path):
     with pytest.raises(SystemExit, match="figures of .*H200.*--again"):
         results.of_machine({"gpu": "A100"})
     gpu.Results(tmp_path / "gpu.json", again=True).of_machine({"gpu": "A100"})
+
+
+@pytest.mark.parametrize(
+    ("built", "fault", "said"),
+    [(None, None, "built for CPUs"), ("13.0", "driver 470 is too old", "470 is too old"),
+     ("13.0", None, "PyTorch sees no GPU here")],
+)  # fmt: skip
+def test_without_a_gpu_it_is_one_message(built, fault, said, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(driver, "fault", lambda: fault)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "gpu.json")])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    words = capsys.readouterr().err
+    assert ended.value.code == 2 and said in words and "--device cpu --quick" in words
+    assert words.count("\n") == 1 and not (tmp_path / "gpu.json").exists()
 
 
 def test_targets_stand_beside_their_figures(tmp_path):

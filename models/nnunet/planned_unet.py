@@ -15,12 +15,13 @@ from einops import reduce
 from torch import Tensor, nn
 
 from segfleet.models.nnunet.topology import Topology
+from segfleet.models.norm import InstanceNorm2d, InstanceNorm3d
 from segfleet.models.registry import ModelError, check_input
 from segfleet.models.skips import skip
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+NORM = {2: InstanceNorm2d, 3: InstanceNorm3d}
 SLOPE = 0.01
 
 

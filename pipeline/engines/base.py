@@ -47,8 +47,8 @@ class Engine(Protocol):
         ...
 
     def tensors(self) -> Tensors:
-        """Full named tensors, live ones where possible. Every rank must call it; only rank 0's
-        result is used."""
+        """Full named tensors, live ones where possible, or `HostCopies`. Every rank must call it;
+        only rank 0's result is used, and others may have none."""
         ...
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -66,12 +66,13 @@ class Engine(Protocol):
         ...
 
 
+SHARED = ("base", "common", "pieces", "twin")  # what engines share
+
+
 def engines() -> list[str]:
     import segfleet.pipeline.engines as room
 
-    return sorted(
-        m.name for m in pkgutil.iter_modules(room.__path__) if m.name not in ("base", "common")
-    )
+    return sorted(m.name for m in pkgutil.iter_modules(room.__path__) if m.name not in SHARED)
 
 
 def build_engine(setup: Setup) -> Engine:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -246,24 +246,24 @@ class Average:
     the beginning are soon forgotten (TensorFlow's `ExponentialMovingAverage` with `num_updates`).
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: nn.Module, decay: float, weights: Mapping[str, Tensor] | None = None):
+        """`weights`: what is averaged, by the parameters' names; where a rank has a piece of each,
+        those pieces. By default the parameters themselves."""
         self.model, self.decay = model, decay
-        self.values = (
-            {name: p.detach().clone() for name, p in model.named_parameters()} if decay else {}
-        )
+        self.weights = dict(model.named_parameters() if weights is None else weights)
+        self.values = {n: w.detach().clone() for n, w in self.weights.items()} if decay else {}
         # counted on the device: the host does not know which steps were skipped
-        self.updates = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
+        device = next(iter(self.weights.values())).device
+        self.updates = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def update(self, model: nn.Module, norm: Tensor) -> None:
+    def update(self, norm: Tensor) -> None:
         """Move towards the weights, unless the step was skipped because the gradient's norm is not
         finite."""
         if self.values:
-            values, taken = list(self.values.values()), torch.isfinite(norm)
+            taken = torch.isfinite(norm)
             rate = (9 / (10 + self.updates)).clamp(min=1 - self.decay)  # 1 minus the warm decay
-            away = torch._foreach_sub([*model.parameters()], values)
-            torch._foreach_mul_(away, taken * rate)
-            torch._foreach_add_(values, away)
+            move([*self.values.values()], [*self.weights.values()], taken * rate)
             self.updates += taken
 
     def tensors(self) -> Tensors:
@@ -275,11 +275,40 @@ class Average:
         return found | ({"lora_ema": parts} if parts else {})
 
     @torch.no_grad()
-    def load(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+    def load(
+        self, checkpoint: Checkpoint, piece: Callable[[Tensor], Tensor] = lambda whole: whole
+    ) -> None:
         """Continue exactly. Parameters that the checkpoint has no average of start from their
-        weights."""
-        averaged = lora.divided(model, checkpoint.tensors("ema"), checkpoint.tensors("lora_ema"))
+        weights. `piece` of a parameter is what is averaged here."""
+        averaged = lora.divided(
+            self.model, checkpoint.tensors("ema"), checkpoint.tensors("lora_ema")
+        )
         updates = checkpoint.tensors("average").get("updates")
         self.updates.fill_(0 if updates is None else updates)
         for name, value in self.values.items():
-            value.copy_(averaged.get(name, model.get_parameter(name)))
+            value.copy_(piece(averaged[name]) if name in averaged else self.weights[name])
+
+
+# Elements of a tensor that is moved by a kernel of its own on a GPU: reading and writing it in one
+# pass instead of three, without a second copy, is worth more than a launch.
+LARGE = 2**20
+
+
+def move(values: list[Tensor], weights: list[Tensor], rate: Tensor) -> None:
+    """values += rate * (weights - values), in place. On a CPU by one formula for every tensor, so
+    that its bits stay."""
+    small, towards = [], []
+    for value, weight in zip(values, weights, strict=True):
+        if in_one_pass(value):
+            value.lerp_(weight.detach(), rate)
+        else:
+            small.append(value)
+            towards.append(weight)
+    if small:
+        away = torch._foreach_sub(towards, small)
+        torch._foreach_mul_(away, rate)
+        torch._foreach_add_(small, away)
+
+
+def in_one_pass(value: Tensor) -> bool:
+    return value.is_cuda and value.numel() >= LARGE

@@ -64,6 +64,7 @@ class Engine:
         )
         self.average, self.running = Average(self.model, self.options.ema), Running(self.model)
         self.forward = compiler.compiled(self.model, self.options, self.ranks.device)
+        self.replayed = compiler.replayed(self.options, self.ranks.device)
         if self.ranks.size > 1:
             # Without the search for unused parameters DDP regroups its buckets after the first
             # step, and with it the order of sums in a ring of three or more ranks: a resumed run
@@ -86,13 +87,16 @@ class Engine:
         total, parts = torch.zeros((), device=self.ranks.device), self.options.accumulate
         for part in range(parts):
             image, label = next(micro_batches)
-            wait = part < parts - 1 and self.ranks.size > 1
+            wait_for_more = part < parts - 1
+            wait = wait_for_more and self.ranks.size > 1
             with self.forward.no_sync() if wait else nullcontext():
                 with autocast(self.options.precision, self.ranks.device):
                     output = self.forward(image)
                 loss = self.loss(output, label) / parts
                 self.scaler.scale(self.anchor.added(loss, parts)).backward()
             total += loss.detach()
+            if self.replayed and wait_for_more:
+                self._keep_gradients()
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.named.values(), self.clip)
         if self.scaler.is_enabled():
@@ -105,8 +109,15 @@ class Engine:
             )
             self.optimizer.step()
         self.running.settle(norm)
-        self.average.update(self.model, norm)
+        self.average.update(norm)
         return total, norm
+
+    def _keep_gradients(self) -> None:
+        """Gradients in memory of their own: that of CUDA graphs is written again by the next
+        micro-batch."""
+        for parameter in self.named.values():
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.clone()
 
     def tensors(self) -> Tensors:
         groups = {
@@ -131,7 +142,7 @@ class Engine:
             self.model, checkpoint.tensors("weights"), checkpoint.tensors("lora")
         )
         load_weights(self.model, weights, str(checkpoint.path))
-        self.average.load(self.model, checkpoint)
+        self.average.load(checkpoint)
         load_optimizer(self.optimizer, self.named, checkpoint.tensors("optimizer"))
         if self.scaler.is_enabled():
             state = {key: value.item() for key, value in checkpoint.tensors("scaler").items()}

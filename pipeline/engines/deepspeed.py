@@ -13,12 +13,11 @@ same steps and share one checkpoint.
 from __future__ import annotations
 
 import atexit
-import copy
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from types import ModuleType
 from typing import Any
@@ -31,7 +30,7 @@ from segfleet.core.errors import InputError
 from segfleet.core.litter import temporary_files
 from segfleet.models import registry
 from segfleet.pipeline import compiler, sections
-from segfleet.pipeline.checkpoint import Checkpoint, Tensors
+from segfleet.pipeline.checkpoint import Checkpoint, HostCopies, Tensors
 from segfleet.pipeline.engines.base import Setup, autocast
 from segfleet.pipeline.engines.common import (
     Anchor,
@@ -47,10 +46,11 @@ from segfleet.pipeline.engines.common import (
     trainable,
     zero_momentum,
 )
+from segfleet.pipeline.engines.pieces import cut, join, to_all, to_first
+from segfleet.pipeline.engines.twin import Twin
 from segfleet.pipeline.ranks import Ranks
 
 LEGAL = {"zero": (0, 1, 2, 3), "offload": ("none", "cpu")}
-ALIGNMENT = 2  # ZeRO 1 and 2 pad a group to a multiple of this times the number of ranks
 BUCKET = 50_000_000  # elements reduced at once
 STEP = "step"  # Adam's counter, one for all parameters of a group
 # ZeRO 3 leaves parameters of fewer elements whole on every rank: gathering them costs more than it
@@ -72,16 +72,17 @@ class Engine:
         self.spec = registry.spec(self.recipe.model.name)
         self.named = trainable(self.model, setup.stage, self.spec)
         self.anchor = Anchor(setup, self.named)
-        self.average = Average(self.model, self.options.ema)
-        # evaluated in place of the model, whose weights may be spread over the ranks
-        self.twin = copy.deepcopy(self.model)
+        self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        # with ZeRO 3 every rank averages its pieces, which are there from `start` on
+        self.average = Average(self.model, self.options.ema if self.zero < 3 else 0.0)
+        self.twin = Twin(self.model)
         self.inner = None  # DeepSpeed's engine, from `start` on
 
     def start(self, moments: dict[str, Tensor]) -> None:
         """Hand model and optimizer over to DeepSpeed and put the moments back. From here on the
         model's weights are DeepSpeed's."""
         join_process_group(self.ranks)
-        before = [(p, p.data) for p in self.model.parameters()]
+        before = [(p, p.data) for p in self.model.parameters()] if self.zero == 0 else []
         # DeepSpeed takes no other; images and activations keep theirs
         self.model.to(memory_format=torch.contiguous_format)
         ages = {name: age(name, moments) for name in self.named}
@@ -111,13 +112,14 @@ class Engine:
         for names, flat in self._flats():
             keys = [key.rpartition(".")[2] for key in moments if key.rpartition(".")[0] == names[0]]
             for key in keys:
-                values = [moments[f"{name}.{key}"].to(flat.device, torch.float32) for name in names]
-                if key == STEP:
-                    self.optimizer.state[flat][key] = values[0]
-                else:
-                    self.optimizer.state[flat][key] = torch.empty_like(flat).copy_(
-                        cut(values, self.zero, self.ranks.size)[self.ranks.rank]
-                    )
+                values = [moments[f"{name}.{key}"].float() for name in names]
+                self.optimizer.state[flat][key] = (
+                    values[0].to(flat.device)
+                    if key == STEP
+                    else torch.empty_like(flat).copy_(self._cut(values))
+                )
+        if self.zero == 3:
+            self.average = Average(self.model, self.options.ema, self._pieces())
 
     def _config(self) -> dict[str, Any]:
         elements = sum(p.numel() for p in self.named.values())
@@ -172,30 +174,43 @@ class Engine:
                 self.inner.get_global_grad_norm(), dtype=torch.float32, device=self.ranks.device
             )
         self.running.settle(norm)
-        if self.average.values:
-            with self._whole():
-                self.average.update(self.model, norm)
+        self.average.update(norm)
         return total, norm
 
     # Every rank must come to what follows up to `load`: weights and moments may be spread over all
     # of them.
 
-    @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """Inside, the model's parameters are whole on every rank."""
-        with self.library.zero.GatheredParameters(
-            list(self.model.parameters()), enabled=self.zero == 3 and self.inner is not None
-        ):
-            yield
+    def _cut(self, values: list[Tensor]) -> Tensor:
+        """This rank's piece of whole tensors of one group."""
+        return cut(values, self.zero, self.ranks.size, self.ranks.rank)
+
+    def _pieces(self) -> dict[str, Tensor]:
+        """This rank's piece of every parameter, as ZeRO 3 trains it."""
+        return {name: p.ds_tensor for name, p in self.model.named_parameters()}
+
+    def _spread(self) -> bool:
+        """Whether no rank has the whole weights."""
+        return self.zero == 3 and self.inner is not None
+
+    def _whole(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters that are spread over the ranks, on rank 0; one after the other."""
+        found = HostCopies()
+        for name, piece in pieces.items():
+            if (rows := to_first(piece, self.ranks)) is not None:
+                found[name] = join(rows, [self.shapes[name]], self.zero)[0]
+        return found
 
     def _weights(self) -> dict[str, Tensor]:
-        with self._whole():
+        if not self._spread():
+            return dict(self.model.state_dict())
+        found = self._whole(self._pieces())
+        if self.ranks.rank == 0:
             own = self.model.state_dict()
-            return (
-                {name: value.clone() for name, value in own.items()}
-                if self.zero == 3
-                else dict(own)
-            )
+            found |= {
+                name: own[name].detach().to("cpu", copy=True)
+                for name in own.keys() - self.shapes.keys()
+            }
+        return found
 
     def _flats(self) -> list[tuple[list[str], Tensor]]:
         """Per group: names of its parameters and this rank's piece of them, the key of its moments
@@ -212,26 +227,30 @@ class Engine:
             return {}
         if self.zero == 0:
             return optimizer_tensors(self.optimizer, self.named)
-        moments: dict[str, Tensor] = {}
+        moments = HostCopies()
         for names, flat in self._flats():
             for key, value in self.optimizer.state.get(flat, {}).items():
-                whole = [value] * len(names) if key == STEP else self._gather(names, value)
+                rows = None if key == STEP else to_first(value, self.ranks)
+                if self.ranks.rank:
+                    continue
+                whole = (
+                    [value.detach().to("cpu", copy=True) for _ in names]
+                    if rows is None
+                    else join(rows, [self.shapes[name] for name in names], self.zero)
+                )
                 moments |= {
                     f"{name}.{key}": tensor for name, tensor in zip(names, whole, strict=True)
                 }
         return moments
 
-    def _gather(self, names: list[str], piece: Tensor) -> list[Tensor]:
-        piece = piece.detach().to(self.ranks.device)
-        pieces = [torch.empty_like(piece) for _ in range(self.ranks.size)]
-        dist.all_gather(pieces, piece)
-        return join(
-            torch.stack(pieces), [self.twin.get_parameter(name).shape for name in names], self.zero
-        )
-
     def tensors(self) -> Tensors:
         groups = {"weights": self._weights(), "optimizer": self._moments()}
-        return groups | self.average.tensors()
+        average = self.average.tensors()
+        if average and self._spread():
+            average["ema"] = self._whole(self.average.values)
+        elif self.zero == 3 and self.options.ema:  # before the first step
+            average = Average(self.model, self.options.ema).tensors()
+        return groups | average
 
     def inherit(self, moments: dict[str, Tensor]) -> None:
         assert self.inner is None, "inherit() comes before the first step"
@@ -240,45 +259,26 @@ class Engine:
     def load(self, checkpoint: Checkpoint) -> None:
         assert self.inner is None, "load() comes before the first step"
         load_weights(self.model, checkpoint.tensors("weights"), str(checkpoint.path))
-        self.average.load(self.model, checkpoint)
+        if self.zero < 3:
+            self.average.load(checkpoint)
         self.start(checkpoint.tensors("optimizer"))
+        if self.zero == 3:
+            self.average.load(checkpoint, lambda whole: self._cut([whole]))
 
     @contextmanager
     def evaluation(self) -> Iterator[nn.Module]:
-        self.twin.load_state_dict(self._weights() | self.average.values)
-        yield self.twin.eval()
+        """A whole network in place of the model, whose weights may be spread over the ranks: there
+        as long as it is evaluated."""
+        weights: Mapping[str, Tensor] = dict(self.model.named_parameters())
+        if spread := self._spread():
+            weights = self._pieces()
+        values = {**weights, **self.average.values}
 
+        def value_of(name: str) -> Tensor:
+            return to_all(values[name], self.shapes[name], self.ranks) if spread else values[name]
 
-# ZeRO 1 and 2 lay the tensors of a group end to end and cut that into one equal piece per rank.
-# ZeRO 3 cuts every tensor into one equal piece per rank and lays a rank's pieces end to end.
-# Whatever is cut is first padded at its end.
-
-
-def cut(values: list[Tensor], zero: int, ranks: int) -> Tensor:
-    """Tensors of one group -> (ranks, n), the piece of every rank."""
-    if zero == 3:
-        return torch.cat([_rows(value.flatten(), ranks, ranks) for value in values], 1)
-    return _rows(torch.cat([value.flatten() for value in values]), ranks, ALIGNMENT * ranks)
-
-
-def join(pieces: Tensor, shapes: list[torch.Size], zero: int) -> list[Tensor]:
-    """The inverse of `cut`: (ranks, n) -> tensors of these shapes."""
-    ranks = len(pieces)
-    if zero == 3:
-        rows = pieces.split([-(-shape.numel() // ranks) for shape in shapes], 1)
-        return [
-            row.flatten()[: shape.numel()].view(shape)
-            for row, shape in zip(rows, shapes, strict=True)
-        ]
-    sizes = [shape.numel() for shape in shapes]
-    return [
-        value.view(shape)
-        for value, shape in zip(pieces.flatten()[: sum(sizes)].split(sizes), shapes, strict=True)
-    ]
-
-
-def _rows(flat: Tensor, ranks: int, multiple: int) -> Tensor:
-    return nn.functional.pad(flat, (0, -flat.numel() % multiple)).view(ranks, -1)
+        with self.twin.whole(value_of) as network:
+            yield network
 
 
 def read_options(options: sections.Engine) -> tuple[int, str]:
@@ -303,6 +303,11 @@ def read_options(options: sections.Engine) -> tuple[int, str]:
         raise InputError(
             "engine.precision: found 'fp16', expected fp32 or bf16 with engine.name deepspeed; "
             "engine.name=ddp offers fp16"
+        )
+    if options.compile == "reduce-overhead":
+        raise InputError(
+            "engine.compile: found 'reduce-overhead' with engine.name deepspeed, which keeps "
+            "gradients that CUDA graphs write again; expected true, false or auto"
         )
     if options.compile is True and chosen["zero"] == 3:
         raise InputError(

@@ -2,7 +2,7 @@
 on the number of ranks.
 
 `torch.nn.SyncBatchNorm` does it on GPUs only. This one is made of PyTorch's own kernels and runs
-wherever the ranks does.
+wherever the ranks do; on GPUs `fused_norm` takes its place.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from segfleet.pipeline.ranks import Ranks
 def synchronise(model: nn.Module, ranks: Ranks, compiled: bool = False) -> None:
     """Batch normalisations of `model` take their statistics over all ranks while training. Names
     and evaluation stay as they are. `compiled`: the model is going to be."""
-    if ranks.size > 1:
+    if ranks.size > 1 and ranks.device.type == "cuda":
+        from segfleet.pipeline.training import fused_norm
+
+        fused_norm.fuse(model, ranks)
+    elif ranks.size > 1:
         if compiled:  # Collectives in the middle of a graph. The import takes as long as PyTorch's.
             plain = inspect.unwrap(_Synchronised._normalise)
             _Synchronised._normalise = torch.compiler.disable(plain)

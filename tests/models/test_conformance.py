@@ -289,17 +289,23 @@ def test_activation_checkpointing_changes_nothing(chosen):
 
 
 def traced_equals_eager(model: nn.Module, x: Tensor) -> None:
+    """In float64: a traced backward pass adds the gradients of a tensor with several readers in
+    another order, and float32 shows that in gradients that are small differences of large terms
+    (asc_seg: 6e-4 beside 16; 2e-14 in float64)."""
+    model, x = model.double(), x.double()
     expected = gradients(copy.deepcopy(model), x)
     torch._dynamo.reset()
     found = gradients(torch.compile(model, backend="aot_eager", fullgraph=True), x)
     for parameter, gradient in expected.items():
         compiled = found[f"_orig_mod.{parameter}"]
         torch.testing.assert_close(
-            compiled, gradient, rtol=1e-3, atol=1e-4, msg=lambda text, p=parameter: f"{p}: {text}"
+            compiled, gradient, rtol=1e-9, atol=1e-10, msg=lambda text, p=parameter: f"{p}: {text}"
         )
 
 
-@pytest.mark.parametrize("name", ["unet_lite_se", "resenc_unet_3d"])
+@pytest.mark.parametrize(
+    "name", ["unet_lite_se", "resenc_unet_3d", pytest.param("asc_seg", marks=pytest.mark.long)]
+)
 def test_traced_graph_changes_nothing(name):
     traced_equals_eager(shaken(twin(spec(name))), batch(spec(name)))
 

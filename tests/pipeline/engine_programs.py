@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from segfleet.models.checkpointing import activation_checkpointing
 from segfleet.models.registry import build_model
 from segfleet.pipeline import checkpoint, run
+from segfleet.pipeline.engines import pieces
 from segfleet.pipeline.engines.base import Engine, Setup, build_engine
-from segfleet.pipeline.engines.common import load_weights
+from segfleet.pipeline.engines.common import Average, load_weights
 from segfleet.pipeline.events import read_events
 from segfleet.pipeline.parts import Objective, make_task
 from segfleet.pipeline.ranks import ENVIRONMENT, Ranks
@@ -30,6 +37,7 @@ from segfleet.pipeline.training.train import Run, train
 from segfleet.preprocess.stores.base import open_store
 
 if importlib.util.find_spec("deepspeed"):
+    from segfleet.pipeline.engines import deepspeed as zero
     from segfleet.pipeline.engines.deepspeed import quiet_deepspeed
 
     quiet_deepspeed(torch.device("cpu"))  # seconds, which the ranks need not spend again
@@ -41,6 +49,7 @@ KINDS = {"ddp": {"name": "ddp"}} | {
 RESENC = {"name": "resenc_unet_3d", "options": {"features": [4, 8, 8], "blocks_per_stage": 1}}
 LITE = {"name": "unet_lite_standard", "options": {"width": 4}}  # 2D, with batch normalisation
 BATCH, LR = 4, 0.01
+AT_ONCE = 2**10  # elements that ZeRO gathers at once where memory is measured
 
 
 def recipe_of(
@@ -121,6 +130,17 @@ def run_steps(
     return told
 
 
+def tensors_of(ranks: Ranks, engine: Engine) -> checkpoint.Tensors:
+    """Copies of what a checkpoint would hold, on every rank: its own, or where it has none, those
+    of rank 0."""
+    own = checkpoint.copies(engine.tensors())
+    if ranks.size == 1:
+        return own
+    first = [own]
+    dist.broadcast_object_list(first)
+    return first[0] | {group: named for group, named in own.items() if named}
+
+
 def save(ranks: Ranks, engine: Engine, root: Path, step: int) -> None:
     tensors = engine.tensors()
     if ranks.rank == 0:
@@ -192,11 +212,13 @@ def go_on(
             engine = make_engine(ranks, store, recipe)
             engine.load(saved(Path(root, writer), 10))
             read[f"{writer} read by {kind}"] = difference(
-                engine.tensors(), groups_of(saved(Path(root, writer), 10))
+                tensors_of(ranks, engine), groups_of(saved(Path(root, writer), 10))
             )
             if writer == kind and ranks.size == 2:
                 losses[f"{writer} {kind}"] = run_steps(ranks, engine, recipe, range(10, 20))
-                resumed[kind] = difference(engine.tensors(), groups_of(saved(Path(root, kind), 20)))
+                resumed[kind] = difference(
+                    tensors_of(ranks, engine), groups_of(saved(Path(root, kind), 20))
+                )
             elif BATCH % ranks.size == 0:
                 losses[f"{writer} {kind}"] = run_steps(ranks, engine, recipe, range(10, 11))
     return {"resumed": resumed, "read": read, "losses": losses, "size": ranks.size}
@@ -234,9 +256,9 @@ def vary(ranks: Ranks, store: str, kind: str, changes: dict[str, Any]) -> dict[s
         kind = "ddp"  # ZeRO 0 has nothing to offload
     recipe = recipe_of(kind, **changes)
     engine = make_engine(ranks, store, recipe)
-    start = checkpoint.copies(engine.tensors())["weights"]
+    start = tensors_of(ranks, engine)["weights"]
     steps = run_steps(ranks, engine, recipe, range(3))
-    tensors = checkpoint.copies(engine.tensors())
+    tensors = tensors_of(ranks, engine)
     return {
         "steps": steps,
         "moments": sorted(tensors["optimizer"]),
@@ -259,12 +281,12 @@ def be_careful(ranks: Ranks, store: str, kind: str) -> dict[str, Any]:
     recipe = recipe_of(kind, ema=0.5, accumulate=2)
     engine = make_engine(ranks, store, recipe)
     run_steps(ranks, engine, recipe, range(2))
-    before = checkpoint.copies(engine.tensors())
+    before = tensors_of(ranks, engine)
     # an infinite voxel in the first micro-batch of rank 0, then in the last one of rank 1
     facts["norms"] = [
         run_steps(ranks, engine, recipe, range(2, 3), poison=sample)[0][1] for sample in (0, 3)
     ]
-    facts["skipped"] = difference(engine.tensors(), before)
+    facts["skipped"] = difference(tensors_of(ranks, engine), before)
     image, _ = next(micro_batches(ranks, 9, recipe))
     with torch.no_grad(), engine.evaluation() as model:
         facts["in eval mode"] = not any(module.training for module in model.modules())
@@ -273,15 +295,17 @@ def be_careful(ranks: Ranks, store: str, kind: str) -> dict[str, Any]:
         )
         if ranks.rank == 0:  # tiles are shared unevenly: a rank must be able to work alone
             facts["output"] = model(image)
-    facts["restored"] = difference(engine.tensors(), before)
+    facts["restored"] = difference(tensors_of(ranks, engine), before)
     again = run_steps(ranks, engine, recipe, range(2, 4))
     undisturbed = make_engine(ranks, store, recipe)
     straight = run_steps(ranks, undisturbed, recipe, range(4))
     facts["same losses after"] = straight[2:] == again
-    facts["after"] = difference(engine.tensors(), checkpoint.copies(undisturbed.tensors()))
-    settled = checkpoint.copies(engine.tensors())["weights"]
+    facts["after"] = difference(tensors_of(ranks, engine), tensors_of(ranks, undisturbed))
+    settled = tensors_of(ranks, engine)["weights"]
     run_steps(ranks, engine, recipe, range(5, 6), lr=0.0)
-    facts["lr 0"] = difference({"weights": engine.tensors()["weights"]}, {"weights": settled})
+    facts["lr 0"] = difference(
+        {"weights": tensors_of(ranks, engine)["weights"]}, {"weights": settled}
+    )
     facts["thawed"], facts["counters"] = thaw(ranks, store, kind)
     facts["after a bad first step"] = bad_first_step(ranks, store, kind)
     return facts
@@ -295,7 +319,7 @@ def bad_first_step(ranks: Ranks, store: str, kind: str) -> str:
     run_steps(ranks, engine, recipe, range(1), poison=0)
     run_steps(ranks, engine, recipe, range(1, 3))
     run_steps(ranks, undisturbed, recipe, range(1, 3))
-    return difference(engine.tensors(), checkpoint.copies(undisturbed.tensors()))
+    return difference(tensors_of(ranks, engine), tensors_of(ranks, undisturbed))
 
 
 def thaw(ranks: Ranks, store: str, kind: str) -> tuple[list[list[float]], dict[str, float]]:
@@ -304,7 +328,7 @@ def thaw(ranks: Ranks, store: str, kind: str) -> tuple[list[list[float]], dict[s
     recipe = recipe_of(kind, stage={"freeze": ["encoder", "heads"]})
     engine = make_engine(ranks, store, recipe)
     run_steps(ranks, engine, recipe, range(3))
-    tensors = checkpoint.copies(engine.tensors())
+    tensors = tensors_of(ranks, engine)
     recipe = recipe_of(kind)
     engine = make_engine(ranks, store, recipe)
     load_weights(engine.model, tensors["weights"], "memory")
@@ -312,7 +336,7 @@ def thaw(ranks: Ranks, store: str, kind: str) -> tuple[list[list[float]], dict[s
     told = run_steps(ranks, engine, recipe, range(3, 6))
     return told, {
         name: float(value)
-        for name, value in engine.tensors()["optimizer"].items()
+        for name, value in tensors_of(ranks, engine)["optimizer"].items()
         if name.endswith(".step")
     }
 
@@ -333,7 +357,7 @@ def finetune(ranks: Ranks, store: str, kind: str) -> list[Any]:
             Setup(model=model, loss=loss, recipe=recipe, stage=stage, ranks=ranks, anchors=anchors)
         )
         told = run_steps(ranks, engine, recipe, range(3))
-        found.append((told, checkpoint.copies(engine.tensors())["weights"]))
+        found.append((told, tensors_of(ranks, engine)["weights"]))
     (told, mine), (plain, theirs) = found
     worst = max(float((mine[name] - theirs[name]).abs().max()) for name in theirs)
     return [told, plain, worst]
@@ -402,3 +426,91 @@ def change_engines(ranks: Ranks, store: str, root: Path) -> dict[str, Any]:
         "ends": ends,
         "lr": {name: [event["lr"] for event in told] for name, told in steps.items()},
     }
+
+
+# -------------------------------------------------------------------------------------------------------------------------
+# memory of ZeRO 3
+
+
+class Made(TorchDispatchMode):
+    """Bytes of the tensors that are made inside and are still there: now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def note(self, things: Any, made: bool) -> None:
+        for value in tree_leaves(things):
+            if isinstance(value, torch.Tensor) and value.device.type != "meta":
+                storage = value.untyped_storage()
+                there = self.known.get(storage._cdata)
+                if there is None or there[0].expired():
+                    size = storage.nbytes() if made else 0
+                    self.known[storage._cdata] = (StorageWeakRef(storage), size)
+
+    def now(self) -> int:
+        return sum(size for reference, size in self.known.values() if not reference.expired())
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.note((args, kwargs), made=False)
+        out = function(*args, **(kwargs or {}))
+        self.note(out, made=True)
+        self.peak = max(self.peak, self.now())
+        return out
+
+
+@contextmanager
+def hosts_left_out():
+    """What ZeRO's pieces become in host memory is not counted: here the device is the host, too."""
+
+    def on_host(count, piece):
+        return torch.from_numpy(np.empty((count, piece.numel()), np.float32))
+
+    def joined(*arguments):
+        with _disable_current_modes():
+            return pieces.join(*arguments)
+
+    with mock.patch.object(pieces, "on_host", on_host), mock.patch.object(zero, "join", joined):
+        yield
+
+
+def memory(ranks: Ranks, store: str) -> dict[str, Any]:
+    """ZeRO 3 of a network and of one with the same tensors, many times."""
+    return {blocks: memory_of(ranks, store, blocks) for blocks in (1, 5)}
+
+
+def memory_of(ranks: Ranks, store: str, blocks: int) -> dict[str, Any]:
+    pieces.AT_ONCE = AT_ONCE
+    model = {"name": RESENC["name"], "options": RESENC["options"] | {"blocks_per_stage": blocks}}
+    recipe = recipe_of("zero3", model, ema=0.9)
+    engine = make_engine(ranks, store, recipe)
+    sizes = [p.numel() * p.element_size() for p in engine.model.parameters()]
+    start = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+    expected = Average(engine.model, 0.9, start)
+    for step in range(3):
+        _, norm = engine.step(micro_batches(ranks, step, recipe), LR)
+        whole = tensors_of(ranks, engine)
+        for name, value in expected.weights.items():
+            value.copy_(whole["weights"][name])
+        expected.update(norm)
+    facts: dict[str, Any] = {
+        "at once": 4 * AT_ONCE,
+        "whole": sum(sizes),
+        "largest": max(sizes),
+        "averaged": sum(value.nbytes for value in engine.average.values.values()),
+        "ema": difference({"ema": whole["ema"]}, {"ema": expected.values}),
+        "blank": all(p.is_meta for p in engine.twin.network.parameters()),
+    }
+    with hosts_left_out(), Made() as made:
+        engine.tensors()
+    facts["saving"] = made.peak
+    with Made() as made:
+        engine.average.update(norm)
+    facts["averaging"] = made.peak
+    with Made() as made:
+        with engine.evaluation() as network:
+            facts["evaluated"] = sum(p.nbytes for p in network.parameters())
+        del network
+    facts["evaluation"], facts["kept"] = made.peak, made.now()
+    return facts

@@ -13,6 +13,7 @@ import itertools
 import json
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -24,7 +25,9 @@ import numpy as np
 if __name__ == "__main__":
     ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)  # before torch
 
+import fused_pieces
 import torch
+import torch.distributed._tools.fake_collectives
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -32,19 +35,25 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.nn.modules.batchnorm import _NormBase
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from segfleet.models import registry
 from segfleet.pipeline import checkpoint, numerics
 from segfleet.pipeline.data import loader
 from segfleet.pipeline.data.device_augment import Room, drawn_sample, each_tensor
 from segfleet.pipeline.engines.base import Setup, build_engine
+from segfleet.pipeline.engines.common import Average
 from segfleet.pipeline.inference.sliding_window import sliding_window
 from segfleet.pipeline.parts import Objective
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.sections import Augment
 from segfleet.pipeline.task import RECONSTRUCT, Task
+from segfleet.pipeline.training import fused_norm
+from segfleet.pipeline.training.sync_norm import synchronise
 from segfleet.pipeline.training.window import Stream
 
 CUDA = torch.device("cuda", 0)
@@ -131,6 +140,101 @@ class Waits(TorchDispatchMode):
     def note(self, what: str) -> None:
         where = [f for f in traceback.format_stack()[:-2] if "/site-packages/" not in f]
         self.found.append(f"{what}: {where[-1].strip()[:300] if where else ''}")
+
+
+# What makes a tensor and writes nothing into it.
+UNWRITTEN = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+
+
+class Launches(TorchDispatchMode):
+    """Kernels and collectives that are launched on the device, bytes of the tensors made there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: Counter[str] = Counter()
+        self.collectives: Counter[str] = Counter()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if inside := OPERATORS.get(function.name()):
+            with self:  # what the operator does, and not the operator
+                return inside(*args, **(kwargs or {}))
+        out = function(*args, **(kwargs or {}))
+        flat = [v for v in tree_leaves((args, kwargs, out)) if isinstance(v, Tensor)]
+        if not any(value.device.type == "cuda" for value in flat):
+            return out
+        name, returns = function.overloadpacket.__name__, function._schema.returns
+        if function.namespace == "c10d":
+            self.collectives[name] += 1
+            return out
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        if views or name in UNWRITTEN:
+            return out
+        self.kernels[name] += 1
+        if not any(r.alias_info is not None for r in returns):
+            made = [v for v in tree_leaves(out) if isinstance(v, Tensor)]
+            self.bytes += sum(v.nbytes for v in made if v.device.type == "cuda")
+        return out
+
+    def facts(self) -> dict[str, Any]:
+        kernels, collectives = self.kernels.total(), self.collectives.total()
+        return {"kernels": kernels, "collectives": collectives, "bytes": self.bytes}
+
+
+def averaged(sizes: list[int]) -> dict[str, Any]:
+    """What an update of the averaged weights costs."""
+    model = nn.ParameterList(nn.Parameter(torch.empty(size, device=CUDA)) for size in sizes)
+    average, norm = Average(model, 0.9), torch.empty((), device=CUDA)
+    with Launches() as launches:
+        average.update(norm)
+    return launches.facts()
+
+
+# What operators of our own launch.
+OPERATORS = {
+    one._qualname: one._init_fn
+    for one in (fused_norm.statistics, fused_norm.normalise, fused_norm.normalise_backward)
+}
+
+
+@contextmanager
+def two_ranks() -> Iterator[None]:
+    """One of two ranks whose collectives are no more than counted."""
+    fused_norm.counts.cache_clear()
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        world = torch.distributed.group.WORLD
+        with mock.patch.multiple(fused_norm._Group, make=lambda device: None, ranks=world):
+            yield
+    finally:
+        torch.distributed.destroy_process_group()
+        fused_norm.counts.cache_clear()
+
+
+def counted(case: dict[str, Any]) -> dict[str, Any]:
+    """What a network launches forward and backward. `norms`: "fused" and "apart" over two ranks,
+    "views" as PyTorch's instance normalisation gives them out."""
+    spec, norms = registry.spec(case["counted"]), case["norms"]
+    built = registry.build_model(
+        spec.name,
+        in_channels=spec.in_channels,
+        num_classes=spec.num_classes,
+        options={} if case.get("whole") else dict(spec.reduced),
+    )
+    model = on_cuda(built).train()
+    image = torch.empty(2, spec.in_channels, *spec.small_input, device=CUDA)
+    layers = [module for module in model.modules() if isinstance(module, _NormBase)]
+    for layer in layers if norms == "views" else ():
+        layer.__class__ = type(layer).__mro__[2]
+    with two_ranks() if norms in ("fused", "apart") else nullcontext():
+        if norms in ("fused", "apart"):
+            device = CUDA if norms == "fused" else torch.device("cpu")
+            synchronise(model, SimpleNamespace(size=2, device=device))
+        with Launches() as launches:
+            found = model(image)
+            parts = found if isinstance(found, list | tuple) else [found]
+            sum(part.mean() for part in parts).backward()
+    return launches.facts() | {"layers": len(layers)}
 
 
 # Lines of a step of which the host waits for the device in the first ones, and not in the others.
@@ -312,6 +416,14 @@ def step(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def answer(case: dict[str, Any]) -> Any:
+    if "line" in case:
+        return waits_of(case["line"])
+    if "counted" in case:
+        return counted(case)
+    return averaged(case["average"]) if "average" in case else step(case)
+
+
 def memory(free: int) -> None:
     """The allocator of a card with so many bytes left."""
     torch.cuda.mem_get_info = lambda *_: (free, 2**35)
@@ -328,13 +440,15 @@ def main() -> None:
     memory(2**35)
     # it looks at values it has drawn, and draws again
     nn.init.trunc_normal_ = lambda tensor, *_, **__: tensor
+    kept = fused_pieces.register("Meta")
     answers = []
     for case in json.load(sys.stdin):
         try:
             with FakeTensorMode():
-                answers.append(waits_of(case["line"]) if "line" in case else step(case))
+                answers.append(answer(case))
         except Exception:
             answers.append({"error": traceback.format_exc()[-9000:]})
+    del kept
     json.dump(answers, sys.stdout)
 
 

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from segfleet.pipeline import compiler
+from segfleet.pipeline.engines.base import Setup, build_engine
 from segfleet.pipeline.launch.job import Train
+from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.sections import Engine
 
@@ -112,6 +114,7 @@ def wanted(device: str, **options) -> bool:
 def test_auto_compiles_on_gpus_that_can_be_compiled_for(gpu):
     assert wanted("cuda") and not wanted("cpu")
     assert wanted("cpu", compile=True) and not wanted("cuda", compile=False)
+    assert wanted("cuda", compile="reduce-overhead")
     for other in ({"deterministic": True}, {"checkpoint_activations": True}, {"name": "deepspeed"}):
         assert not wanted("cuda", **other) and wanted("cuda", compile=True, **other)
 
@@ -167,3 +170,73 @@ def test_what_traces_whole_runs_as_one_graph(caplog, fails):
     assert torch.equal(whole(image), model(image))
     assert len(graphs) == (not fails)
     assert ("no compiler for this card" in caplog.text) == fails
+
+
+def test_reduce_overhead_replays_one_graph_on_gpus_alone(monkeypatch):
+    asked = []
+
+    def compile(model, **options):
+        asked.append(options["mode"])
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile)
+    steps = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: steps.append(1))
+    for device in ("cuda", "cpu"):
+        options = Engine(compile="reduce-overhead")
+        whole = compiler.compiled(nn.Conv2d(3, 4, 3), options, torch.device(device))
+        whole(torch.randn(1, 3, 8, 8))
+    assert asked == ["reduce-overhead", None] and steps == [1]
+
+
+class Overwritten(torch.autograd.Function):
+    """A gradient that lies where the next one is written, as a CUDA graph's."""
+
+    place = torch.zeros(1)
+
+    @staticmethod
+    def forward(ctx, weight, x):
+        ctx.save_for_backward(x)
+        return weight * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        Overwritten.place.copy_((gradient * x).sum())
+        return Overwritten.place.detach(), None
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return Overwritten.apply(self.weight, x)
+
+
+@pytest.mark.parametrize("replayed", [True, False])
+def test_micro_batches_add_up_although_a_replay_writes_their_gradients_again(replayed):
+    recipe = parse(
+        {
+            "name": "sums",
+            "model": {"name": "unet_lite_standard"},
+            "data": {"batch": 3},
+            "optimizer": {"name": "sgd", "momentum": 0, "weight_decay": 0, "clip": 0},
+            "stages": [{"epochs": 1, "lr": 1}],
+            "engine": {"accumulate": 3, "compile": False},
+        }
+    )
+    setup = Setup(
+        model=Scale(),
+        loss=lambda output, label: output.sum(),
+        recipe=recipe,
+        stage=recipe.stages[0],
+        ranks=Ranks(torch.device("cpu")),
+    )
+    engine = build_engine(setup)
+    engine.replayed = replayed
+    batches = [(torch.full((1,), value), None) for value in (1.0, 2.0, 6.0)]
+    engine.step(iter(batches), 1.0)
+    # 1 minus the mean of 1, 2 and 6; without copies the last one counts more than once
+    assert (float(engine.model.weight.detach()) == pytest.approx(-2)) == replayed

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from segfleet.core.errors import InputError
-from segfleet.pipeline.engines import ddp
+from segfleet.pipeline.engines import common, ddp
 from segfleet.pipeline.engines.base import engines
 from segfleet.pipeline.engines.common import (
     Average,
@@ -20,7 +20,8 @@ from segfleet.pipeline.engines.common import (
     clip_gradients,
     zero_momentum,
 )
-from segfleet.pipeline.engines.deepspeed import cut, join, quiet_deepspeed, read_options
+from segfleet.pipeline.engines.deepspeed import quiet_deepspeed, read_options
+from segfleet.pipeline.engines.pieces import cut, join
 from segfleet.pipeline.sections import Engine, Optimizer
 
 if importlib.util.find_spec("deepspeed") is None:
@@ -251,6 +252,23 @@ def test_the_loop_changes_engines_in_both_stages(sorts):
             assert off <= 5e-2 * torch.linalg.vector_norm(value.double()) + 1e-7, name
 
 
+def test_zero_3_saves_and_averages_in_memory_that_does_not_grow_with_the_network(
+    place, run_in_ranks
+):
+    """Counted on both ranks: the bytes of all tensors made meanwhile, but for rank 0's host copies."""
+    for facts in run_in_ranks("engine_programs.py:memory", 2, store=place.store):
+        small, large = facts[1], facts[5]
+        assert large["whole"] > 3 * small["whole"] and large["largest"] == small["largest"]
+        for one in (small, large):
+            assert one["ema"] == "", "the average of pieces is that of the whole, to the bit"
+            assert one["blank"], "no second copy of the weights between evaluations"
+            assert one["saving"] <= 3 * one["at once"] < one["largest"]
+            # a rank's share, padded; on a GPU that of small weights
+            assert one["averaged"] <= 0.51 * one["whole"] + 100 * 4 >= one["averaging"]
+            assert one["evaluated"] == one["whole"]
+            assert one["evaluation"] <= one["whole"] + 3 * one["largest"] and one["kept"] < 100
+
+
 def test_nothing_is_compiled(trained, sorts, continued, place):
     assert not place.extensions.exists() or not os.listdir(place.extensions)
 
@@ -260,8 +278,7 @@ def test_nothing_is_compiled(trained, sorts, continued, place):
 def test_pieces_join_to_what_was_cut(zero, ranks):
     shapes = [torch.Size(shape) for shape in ((), (1,), (3, 5), (7,), (2, 2, 2), (11, 1, 3))]
     values = [torch.randn(shape) for shape in shapes]
-    pieces = cut(values, zero, ranks)
-    assert pieces.shape[0] == ranks
+    pieces = torch.stack([cut(values, zero, ranks, rank) for rank in range(ranks)])
     assert all(torch.equal(a, b) for a, b in zip(join(pieces, shapes, zero), values, strict=True))
 
 
@@ -276,6 +293,7 @@ def test_pieces_join_to_what_was_cut(zero, ranks):
             "engine.options.offload: found 'nvme', expected one of: none, cpu",
         ),
         ({"options": {"offload": "cpu", "zero": 0}}, "expected zero 1, 2 or 3"),
+        ({"compile": "reduce-overhead"}, "expected true, false or auto"),
         ({"precision": "fp16"}, "engine.precision: found 'fp16', expected fp32 or bf16"),
         (
             {"compile": True, "options": {"zero": 3}},
@@ -325,18 +343,32 @@ def test_the_average_forgets_the_random_weights_it_began_with():
     average, finite = Average(model, 0.998), torch.tensor(1.0)
     model.weight.data.fill_(1)
     for done in range(1, 61):
-        average.update(model, torch.tensor(float("inf")))  # a skipped step counts for nothing
-        average.update(model, finite)
+        average.update(torch.tensor(float("inf")))  # a skipped step counts for nothing
+        average.update(finite)
         if done in (1, 2, 60):
             left = factorial(done) * factorial(9) / factorial(done + 9)
             assert float(average.values["weight"]) == pytest.approx(1 - left, abs=1e-6)
     assert average.tensors()["average"]["updates"] == 60
     model.weight.data.fill_(0)
     average.updates.fill_(4490)  # 4491 / 4500 = 0.998: from here on the decay that was asked for
-    average.update(model, finite)
+    average.update(finite)
     assert float(average.values["weight"]) == pytest.approx(0.998, abs=1e-6)
-    average.update(model, finite)
+    average.update(finite)
     assert float(average.values["weight"]) == pytest.approx(0.998**2, abs=1e-6)
+
+
+def test_in_one_pass_or_in_three_the_average_moves_alike(monkeypatch):
+    """As a GPU moves large weights, computed on a CPU."""
+    draw = torch.Generator().manual_seed(0)
+    values, weights = ([torch.randn(1000, generator=draw) for _ in range(3)] for _ in range(2))
+    ways = []
+    for one_pass in (False, True):
+        monkeypatch.setattr(common, "in_one_pass", lambda value, answer=one_pass: answer)
+        ways.append([value.clone() for value in values])
+        for rate in (0.9, 0.1, 0.0):
+            common.move(ways[-1], weights, torch.tensor(rate))
+    torch.testing.assert_close(*ways, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(ways[0][0], values[0])
 
 
 @pytest.mark.slow

@@ -78,6 +78,19 @@ CASES = [
 ]
 
 
+# Elements of the weights that are averaged: no large tensor, and three.
+AVERAGES = [[1000] * 20, [1000] * 20 + [2**20, 2**22, 2**24]]
+
+# Launches of a network, by how it normalises.
+COUNTED = {
+    **{
+        norms: {"counted": "asc_seg", "whole": True, "norms": norms}
+        for norms in ("alone", "fused", "apart")
+    },
+    "views": {"counted": "plain_unet_3d", "norms": "views"},
+    "no views": {"counted": "plain_unet_3d", "norms": "alone"},
+}
+
 ON_DEVICE = {"augment": {"device": "auto", "flip": [1], "rot90": True}}
 
 # What a step may have besides a network and a loss.
@@ -133,11 +146,16 @@ def answers(library):
 
 @pytest.fixture(scope="module")
 def more_answers(library):
-    """Of set-ups, then of single lines."""
+    """Of set-ups, of single lines, of averages, and of what networks launch."""
     lines = [{"line": line} for line in (*WAITING, *STREAMING)]
-    found = ask(library, [*SET_UPS.values(), *lines], 120)
-    lines = dict(zip((*WAITING, *STREAMING), found[len(SET_UPS) :], strict=True))
-    return dict(zip(SET_UPS, found, strict=False)), lines
+    averages = [{"average": sizes} for sizes in AVERAGES]
+    found = iter(ask(library, [*SET_UPS.values(), *lines, *averages, *COUNTED.values()], 160))
+    return (
+        {name: next(found) for name in SET_UPS},
+        {line: next(found) for line in (*WAITING, *STREAMING)},
+        [next(found) for _ in AVERAGES],
+        {name: next(found) for name in COUNTED},
+    )
 
 
 @pytest.mark.parametrize("name", SET_UPS)
@@ -159,6 +177,34 @@ def test_what_makes_the_host_wait_is_seen(more_answers):
     """By the recorder that the tests above rely on."""
     expected = dict.fromkeys(WAITING, True) | dict.fromkeys(STREAMING, False)
     assert more_answers[1] == expected
+
+
+def test_large_weights_are_averaged_in_one_pass_and_small_ones_together(more_answers):
+    small, large = more_answers[2]
+    assert "error" not in large, large["error"]
+    assert large["kernels"] == small["kernels"] + 3
+    assert small["bytes"] < 20 * 1000 * 4 + 100, "one difference, no more"
+    assert large["bytes"] == small["bytes"], "no second copy of a large weight"
+
+
+def test_normalisation_over_ranks_is_ten_launches_and_two_collectives_a_layer(more_answers):
+    alone, fused, apart = (more_answers[3][name] for name in ("alone", "fused", "apart"))
+    assert "error" not in fused, fused["error"]
+    layers = fused["layers"]
+    assert layers > 100
+    assert alone["collectives"] == 0
+    assert fused["collectives"] == apart["collectives"] == 2 * layers
+    # counters and pieces, in place of the three of a layer on its own; constants once per size
+    assert fused["kernels"] - alone["kernels"] <= 7 * layers + 40
+    assert apart["kernels"] - fused["kernels"] > 20 * layers
+
+
+def test_instance_normalisation_lets_its_successor_work_in_place(more_answers):
+    """PyTorch's own gives a view out, and the gradient is copied for what works in place on it."""
+    ours, views = more_answers[3]["no views"], more_answers[3]["views"]
+    assert "error" not in ours, ours["error"]
+    assert views["kernels"] - ours["kernels"] >= 5 * ours["layers"]
+    assert ours["bytes"] < 0.8 * views["bytes"]
 
 
 def test_every_loss_is_here():

@@ -83,7 +83,9 @@ def test_predicting_has_its_own_words(monkeypatch):
         name="unet in bf16", patch=(1, 32, 32), batch=2, forward=None, window=dict, task=None
     )
     image = SimpleNamespace(image_CZYX=None, scale=1.0)
-    with pytest.raises(OutOfMemory, match="out of memory on cpu with unet in bf16, tiles of") as one:
+    with pytest.raises(
+        OutOfMemory, match="out of memory on cpu with unet in bf16, tiles of"
+    ) as one:
         ensemble.predict_maps([member], lambda _: image)
     assert "1x32x32, 2 at once. Free the GPU of other processes; or predict on" in str(one.value)
 

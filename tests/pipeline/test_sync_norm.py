@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -15,6 +20,8 @@ from segfleet.models.checkpointing import activation_checkpointing
 from segfleet.models.registry import build_model, spec
 from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.ranks import Ranks
+from segfleet.pipeline.training import fused_norm
+from segfleet.pipeline.training.fused_norm import fuse
 from segfleet.pipeline.training.sync_norm import synchronise
 
 SHAPES = {
@@ -26,9 +33,14 @@ SHAPES = {
 }
 
 
-def one_layer(ranks: Ranks, name: str) -> dict[str, Tensor]:
+def one_layer(
+    ranks: Ranks,
+    name: str,
+    join: Callable[[nn.Module, Ranks], None] = synchronise,
+    precise: bool = False,
+) -> dict[str, Tensor]:
     """Two training steps of a layer on this rank's share of a batch, then one image as in
-    evaluation."""
+    evaluation; `precise`: in float64."""
     shape, draw = SHAPES[name], torch.Generator().manual_seed(1)
     layer = (nn.BatchNorm3d if len(shape) == 5 else nn.BatchNorm2d)(
         3, momentum=None if name == "averaged" else 0.1
@@ -36,8 +48,10 @@ def one_layer(ranks: Ranks, name: str) -> dict[str, Tensor]:
     with torch.no_grad():
         layer.weight.copy_(torch.randn(3, generator=draw))
         layer.bias.copy_(torch.randn(3, generator=draw))
-    synchronise(layer, ranks)
     dtype = torch.bfloat16 if name == "bf16" else torch.float32
+    if precise:
+        layer, dtype = layer.double(), torch.float64
+    join(layer, ranks)
     found = {}
     for step in range(2):
         whole, gradient = (torch.randn(shape, generator=draw) * 2 + 3 for _ in range(2))
@@ -110,6 +124,97 @@ def test_a_layer_is_that_of_one_rank(name, shares):
     assert alone["num_batches_tracked"] == 2
 
 
+def fused(ranks: Ranks) -> dict[str, Any]:
+    """The layers as GPUs compute them, by the formulas of the kernels; collectives of a step; a
+    network, traced as one graph and not."""
+    import fused_pieces
+
+    registered = fused_pieces.register("CPU")
+    layers = {
+        f"{name} {precise}": one_layer(ranks, name, fuse, precise)
+        for name in SHAPES
+        for precise in (False, True)
+    }
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4, affine=False)
+    )
+    model = model.to(memory_format=torch.channels_last)
+    fuse(model, ranks)
+    image = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(ranks.rank))
+    ways, asked = [], []
+    for traced in (False, True):
+        own = copy.deepcopy(model)
+        network = torch.compile(own, backend="aot_eager", fullgraph=True) if traced else own
+        with counted(asked):
+            output = network(image)
+            output.square().mean().backward()
+        ways.append([output.detach(), *(p.grad for p in own.parameters()), *own.buffers()])
+    del registered
+    return {"layers": layers, "ways": ways, "collectives": asked}
+
+
+@contextmanager
+def counted(asked: list[str]) -> Iterator[None]:
+    """Notes the collectives, of another group than the gradients'."""
+
+    def noting(name: str) -> Callable[..., Any]:
+        plain = getattr(dist, name)
+
+        def call(*args: Any, group: Any = None, **options: Any) -> Any:
+            assert group is not None and group is not dist.group.WORLD
+            asked.append(name)
+            return plain(*args, group=group, **options)
+
+        return call
+
+    names = (fused_norm.ALL_GATHER, "all_reduce", "all_gather", "broadcast")
+    with mock.patch.multiple(dist, **{name: noting(name) for name in names}):
+        yield
+
+
+@pytest.fixture(scope="module")
+def fused_shares(run_in_ranks):
+    """What two and four ranks found."""
+    return {n: run_in_ranks("test_sync_norm.py:fused", n) for n in (2, 4)}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("precise", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_fused_layer_is_that_of_one_rank(name, precise, ranks, fused_shares):
+    """On any number of ranks: to rounding in float32, since the kernels merge the ranks' statistics
+    in it, exactly but for float64's own."""
+    alone = one_layer(Ranks(torch.device("cpu")), name, precise=precise)
+    close = 1e-10 if precise else 0.02 if name == "bf16" else 1e-5
+    shares = [share["layers"][f"{name} {precise}"] for share in fused_shares[ranks]]
+    for key, expected in alone.items():
+        found = [share[key] for share in shares]
+        if key.startswith(("output", "gradient")):
+            torch.testing.assert_close(torch.cat(found), expected, rtol=close, atol=close)
+            continue
+        for value in found:
+            torch.testing.assert_close(value, expected, rtol=close, atol=close)
+            assert torch.equal(value, found[0]), "the same on every rank, bit by bit"
+
+
+def test_a_fused_layer_has_one_collective_each_way_and_is_traced(fused_shares):
+    for found in (*fused_shares[2], *fused_shares[4]):
+        each_way = [fused_norm.ALL_GATHER] * 2 + ["all_reduce"] * 2  # of two layers
+        assert found["collectives"] == each_way * 2
+        for plain, traced in zip(*found["ways"], strict=True):
+            torch.testing.assert_close(traced, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gpu_takes_the_fused_layers(monkeypatch):
+    monkeypatch.setattr(fused_norm._Group, "make", lambda device: None)
+    layer = nn.Sequential(nn.BatchNorm3d(3))
+    synchronise(layer, SimpleNamespace(size=2, device=torch.device("cuda", 0)), compiled=True)
+    assert type(layer[0]) is fused_norm.FUSED[nn.BatchNorm3d] and layer[0].over == 2
+    image = torch.randn(2, 3, 2, 2, 2)
+    assert torch.equal(layer.eval()(image), nn.BatchNorm3d(3).eval()(image))
+
+
 def test_networks_have_the_gradients_of_one_rank(shares):
     for name, expected in networks(Ranks(torch.device("cpu"))).items():
         for value, first, second in zip(
@@ -154,7 +259,8 @@ def test_training_on_two_ranks_is_training_on_one(tiny_recipe, run_in_ranks, tmp
 def test_a_network_that_is_compiled_leaves_collectives_out():
     """Torch's compiler is imported for such a network alone."""
     layer = nn.BatchNorm2d(3)
-    synchronise(layer, SimpleNamespace(size=2), compiled=True)
+    ranks = SimpleNamespace(size=2, device=torch.device("cpu"))
+    synchronise(layer, ranks, compiled=True)
     for _ in range(2):  # every stage does it again
         assert layer._normalise.__func__._torchdynamo_disable
-        synchronise(nn.BatchNorm2d(3), SimpleNamespace(size=2), compiled=True)
+        synchronise(nn.BatchNorm2d(3), ranks, compiled=True)
