@@ -8,6 +8,7 @@ import math
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -20,21 +21,18 @@ class ChannelNorm(nn.LayerNorm):
 
 class _InPlaceNext:
     """PyTorch's instance normalisation gives out a view of what its kernel wrote. A non-linearity
-    that works in place on a view makes autograd copy the whole gradient in the backward pass, five
-    times; on what is no view it copies nothing. The same kernel, the same bits."""
+    that works in place on a view makes autograd copy the whole gradient several times in the
+    backward pass; on what is no view it copies nothing. The same kernel, the same bits."""
 
     def forward(self, x: Tensor) -> Tensor:
-        trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        whole = x.ndim == self._get_no_batch_dim() + 1 and math.prod(x.shape[2:]) > 1
-        if not trains or not whole or self.track_running_stats:
+        trains = self.training and torch.is_grad_enabled() and not self.track_running_stats
+        batched = x.ndim == self._get_no_batch_dim() + 1
+        if not trains or not batched or math.prod(x.shape[2:]) < 2:
             return super().forward(x)
         samples, channels, *size = x.shape
         flat = x.contiguous().view(1, samples * channels, *size)
-        affine = (
-            (self.weight.repeat(samples), self.bias.repeat(samples)) if self.affine else (None,) * 2
-        )
-        fast = torch.backends.cudnn.enabled
-        normed = torch.batch_norm(flat, *affine, None, None, True, 0.0, self.eps, fast)
+        weight, bias = (None if p is None else p.repeat(samples) for p in (self.weight, self.bias))
+        normed = F.batch_norm(flat, None, None, weight, bias, True, 0.0, self.eps)
         return torch.ops.aten._unsafe_view(normed, x.shape)
 
 

@@ -1,6 +1,6 @@
 """Batch normalisation over the ranks of PyTorch's fused CUDA kernels, those of its SyncBatchNorm.
 
-A layer launches six kernels and one collective forward, and four and one backward. The collectives
+A layer launches five kernels and a collective forward, and three and one backward. The collectives
 have a group of their own, so that none waits behind a bucket of gradients. Statistics and the
 normalisation are operators of their own: `torch.compile` traces a network with them as one graph.
 

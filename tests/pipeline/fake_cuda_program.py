@@ -142,8 +142,11 @@ class Waits(TorchDispatchMode):
         self.found.append(f"{what}: {where[-1].strip()[:300] if where else ''}")
 
 
-# What makes a tensor and writes nothing into it.
-UNWRITTEN = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+# What makes a tensor and writes nothing into it, or nothing at all.
+UNWRITTEN = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+    *("_unsafe_view", "device"),
+}
 
 
 class Launches(TorchDispatchMode):
@@ -178,7 +181,10 @@ class Launches(TorchDispatchMode):
 
     def facts(self) -> dict[str, Any]:
         kernels, collectives = self.kernels.total(), self.collectives.total()
-        return {"kernels": kernels, "collectives": collectives, "bytes": self.bytes}
+        names = dict(self.kernels.most_common())
+        return {
+            "kernels": kernels, "collectives": collectives, "bytes": self.bytes, "names": names,
+        }  # fmt: skip
 
 
 def averaged(sizes: list[int]) -> dict[str, Any]:

@@ -60,6 +60,12 @@ def batch_norm_backward_elemt(gradient, x, mean, invstd, weight, sum_dy, sum_dy_
     return torch.empty_like(x).copy_(inner * shaped(invstd, x) * shaped(weight, x))
 
 
+def batch_norm_update_stats(x, running_mean, running_var, momentum):
+    """Of this one a CPU has a kernel, and FakeTensors lack the shapes."""
+    mean = running_mean.new_empty(x.shape[1])
+    return mean, mean.clone()
+
+
 PIECES = (
     *(batch_norm_stats, batch_norm_gather_stats_with_counts, batch_norm_elemt),
     *(batch_norm_backward_reduce, batch_norm_backward_elemt),
@@ -71,7 +77,7 @@ def register(*keys: str) -> list[torch.library.Library]:
     made = []
     for key in keys:
         library = torch.library.Library("aten", "IMPL", key)
-        for piece in PIECES:
+        for piece in (*PIECES, *([batch_norm_update_stats] if key == "Meta" else [])):
             library.impl(piece.__name__, piece)
         made.append(library)
     return made

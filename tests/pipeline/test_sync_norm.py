@@ -186,7 +186,7 @@ def test_the_fused_layer_is_that_of_one_rank(name, precise, ranks, fused_shares)
     """On any number of ranks: to rounding in float32, since the kernels merge the ranks' statistics
     in it, exactly but for float64's own."""
     alone = one_layer(Ranks(torch.device("cpu")), name, precise=precise)
-    close = 1e-10 if precise else 0.02 if name == "bf16" else 1e-5
+    close = 1e-10 if precise else 0.02 if name == "bf16" else 2e-4
     shares = [share["layers"][f"{name} {precise}"] for share in fused_shares[ranks]]
     for key, expected in alone.items():
         found = [share[key] for share in shares]
