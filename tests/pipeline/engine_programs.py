@@ -480,6 +480,24 @@ def memory(ranks: Ranks, store: str) -> dict[str, Any]:
     return {blocks: memory_of(ranks, store, blocks) for blocks in (1, 5)}
 
 
+def gathered_at_once(engine: Engine) -> checkpoint.Tensors:
+    """Weights and moments, all of them whole on every rank, as DeepSpeed gathers them."""
+    with engine.library.zero.GatheredParameters(list(engine.model.parameters())):
+        weights = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+    moments = {}
+    for names, flat in engine._flats():
+        for key, value in engine.optimizer.state[flat].items():
+            every = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+            if value.ndim:
+                dist.all_gather(every, value)
+                found = pieces.join(torch.stack(every), [engine.shapes[n] for n in names], 3)
+            else:
+                found = [value] * len(names)
+            moments |= {f"{n}.{key}": one for n, one in zip(names, found, strict=True)}
+    groups = {"weights": weights, "optimizer": moments}
+    return groups | {k: v for k, v in tensors_of(engine.ranks, engine).items() if k not in groups}
+
+
 def memory_of(ranks: Ranks, store: str, blocks: int) -> dict[str, Any]:
     pieces.AT_ONCE = AT_ONCE
     model = {"name": RESENC["name"], "options": RESENC["options"] | {"blocks_per_stage": blocks}}
@@ -500,6 +518,7 @@ def memory_of(ranks: Ranks, store: str, blocks: int) -> dict[str, Any]:
         "largest": max(sizes),
         "averaged": sum(value.nbytes for value in engine.average.values.values()),
         "ema": difference({"ema": whole["ema"]}, {"ema": expected.values}),
+        "gathered": difference(gathered_at_once(engine), whole),
         "blank": all(p.is_meta for p in engine.twin.network.parameters()),
     }
     with hosts_left_out(), Made() as made:

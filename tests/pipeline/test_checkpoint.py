@@ -236,6 +236,15 @@ def test_what_is_saved_is_what_training_had_then(tmp_path):
     assert torch.equal(checkpoint.load(saver.wait()).tensors("weights")["a.weight"], kept)
 
 
+def test_what_lies_on_the_host_and_nobody_changes_is_saved_as_it_is(tmp_path):
+    live, settled = torch.zeros(3), checkpoint.HostCopies({"b": torch.ones(2)})
+    kept, _ = checkpoint.Staging().copies({"weights": {"a": live}, "optimizer": settled})
+    assert kept["optimizer"] is settled and kept["weights"]["a"] is not live
+    saver = checkpoint.Saver(tmp_path)
+    saver.save(1, {"weights": {"a": live}, "optimizer": settled}, {})
+    assert torch.equal(checkpoint.load(saver.wait()).tensors("optimizer")["b"], torch.ones(2))
+
+
 def test_copies_do_not_follow_training():
     live = {"weights": {"w": torch.zeros(3)}}
     kept = checkpoint.copies(live)
