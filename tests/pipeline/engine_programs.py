@@ -132,13 +132,16 @@ def run_steps(
 
 def tensors_of(ranks: Ranks, engine: Engine) -> checkpoint.Tensors:
     """Copies of what a checkpoint would hold, on every rank: its own, or where it has none, those
-    of rank 0."""
+    of rank 0, but for its own buffers: nothing here makes batch normalisation see all ranks."""
     own = checkpoint.copies(engine.tensors())
     if ranks.size == 1:
         return own
     first = [own]
     dist.broadcast_object_list(first)
-    return first[0] | {group: named for group, named in own.items() if named}
+    found = first[0] | {group: named for group, named in own.items() if named}
+    if not own["weights"]:
+        found["weights"] |= {name: b.detach().clone() for name, b in engine.model.named_buffers()}
+    return found
 
 
 def save(ranks: Ranks, engine: Engine, root: Path, step: int) -> None:
