@@ -38,20 +38,23 @@ def background(monkeypatch):
 
 @pytest.fixture
 def images(monkeypatch):
-    """Counts the stored images that are alive, in all the life of a call."""
-    alive, most, threads = {}, [], set()
+    """Counts the stored images that are alive, in all the life of a call; `there` is set once a
+    second one is."""
+    alive, most, threads, there = {}, [], set(), threading.Event()
 
     def near(image, device):
         key = object()
         alive[key] = weakref.finalize(image, alive.pop, key, None)
         most.append(len(alive))
+        if len(alive) > 1:
+            there.set()
         threads.add(threading.current_thread() is threading.main_thread())
         return image
 
     monkeypatch.setattr(predicting, "near", near)
     monkeypatch.setattr(evaluate, "near", near)
     monkeypatch.setattr(out_of_fold, "near", near)
-    return most, threads
+    return most, threads, there
 
 
 @pytest.fixture(scope="module", params=SIZES)
@@ -59,32 +62,40 @@ def store(request, tiny_store):
     return open_store(tiny_store(dims=3, cases=request.param))
 
 
-def network(channels):
-    return lambda x: torch.cat([(x[:, :1] - k).square().neg() for k in range(channels)], 1).exp()
+def network(channels, until=None):
+    """`until`: an event that the first call waits for, as a case takes longer than reading one."""
+
+    def forward(x):
+        assert until is None or until.wait(60), "no second case was read beside the first"
+        return torch.cat([(x[:, :1] - k).square().neg() for k in range(channels)], 1).exp()
+
+    return forward
 
 
-def evaluated(store):
+def evaluated(store, until=None):
     task, ids = make_task(store.manifest.dataset), [case.id for case in store.manifest.cases]
     patch = store.manifest.plan.patch
     return evaluate.evaluate_cases(
-        network(task.channels), store, ids, task, patch=patch, distances=False
+        network(task.channels, until), store, ids, task, patch=patch, distances=False
     )
 
 
-def member(store):
+def member(store, until=None):
     task, patch = make_task(store.manifest.dataset), store.manifest.plan.patch
-    forward = network(task.channels)
+    forward = network(task.channels, until)
     return Member(forward=lambda: forward, plan=store.manifest.plan, task=task, patch=patch)
 
 
-def predicted(store, out):
-    return predicting.predict_files([member(store)], store.manifest.dataset, [store.root], out)
+def predicted(store, out, until=None):
+    return predicting.predict_files(
+        [member(store, until)], store.manifest.dataset, [store.root], out
+    )
 
 
-def asked_out_of_fold(store):
+def asked_out_of_fold(store, until=None):
     """Label and truth of every case by two networks, the second of another store of equal images."""
     other = open_store(store.root)
-    model = SimpleNamespace(device=torch.device("cpu"), member=lambda one: member(store))
+    model = SimpleNamespace(device=torch.device("cpu"), member=lambda one: member(store, until))
     networks = (SimpleNamespace(uid="a"), SimpleNamespace(uid="b"))
     cases = [
         out_of_fold.Case(id=case.id, networks=networks, stores=(store, other))
@@ -98,8 +109,8 @@ def asked_out_of_fold(store):
 
 
 def test_a_score_holds_two_cases_and_is_the_same(store, images, background, monkeypatch):
-    most, threads = images
-    document = evaluated(store)
+    most, threads, there = images
+    document = evaluated(store, there)
     assert max(most) == 2 and threads == {False}
     monkeypatch.setattr(evaluate, "ahead", ahead)
     most.clear()
@@ -110,8 +121,8 @@ def test_a_score_holds_two_cases_and_is_the_same(store, images, background, monk
 def test_a_prediction_holds_two_images_and_is_the_same(
     store, images, background, monkeypatch, tmp_path
 ):
-    most, threads = images
-    found = predicted(store, tmp_path / "ahead")
+    most, threads, there = images
+    found = predicted(store, tmp_path / "ahead", there)
     assert max(most) == 2 and threads == {False} and found["exit_code"] == 0
     monkeypatch.setattr(predicting, "ahead", ahead)
     most.clear()
@@ -127,8 +138,8 @@ def test_a_prediction_holds_two_images_and_is_the_same(
 def test_what_is_asked_out_of_fold_holds_two_cases_and_is_the_same(
     store, images, background, monkeypatch
 ):
-    most, threads = images
-    rows = asked_out_of_fold(store)
+    most, threads, there = images
+    rows = asked_out_of_fold(store, there)
     assert [row["id"] for row in rows] == [case.id for case in store.manifest.cases]
     assert max(most) == 2 and threads == {False}
     monkeypatch.setattr(out_of_fold, "ahead", ahead)
@@ -161,7 +172,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(
 
 
 def test_memory_for_one_case_prepares_no_other_beside_it(store, images, background, monkeypatch):
-    most, _ = images
+    most, *_ = images
     monkeypatch.setattr("segfleet.pipeline.inference.room.memory_budget", lambda: 1000)
     evaluated(store)
     assert max(most) == 1
