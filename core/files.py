@@ -7,13 +7,13 @@ import hashlib
 import json
 import os
 import re
-import secrets
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from segfleet.core.partial import remove_partial_once, temporary_name
 
 
 def absolute(path: str | Path) -> Path:
@@ -31,22 +31,15 @@ def absolute(path: str | Path) -> Path:
     return Path(plain if same else os.path.realpath(whole))
 
 
-def temporary_name(path: Path, suffix: str = "") -> Path:
-    """A hidden name beside `path` that no other process uses, on this machine or another: process
-    numbers repeat between containers that share a disk."""
-    host = socket.gethostname().partition(".")[0][:16]
-    return path.with_name(
-        f".{path.name[:100]}.{host}-{os.getpid()}-{secrets.token_hex(4)}.partial{suffix}"
-    )
-
-
 @contextmanager
 def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     """A temporary file's name to write to; it becomes `path` when the block ends well, and goes
-    otherwise. A reader sees the old file or the new one, never half of one.
+    otherwise. A reader sees the old file or the new one, never half of one. Those that killed
+    writers left in the folder go before.
 
     `suffix`: of the temporary name, for writers that go by it.
     """
+    remove_partial_once(path.parent)
     temporary = temporary_name(path, suffix)
     try:
         yield temporary

@@ -14,20 +14,16 @@ import shutil
 import socket
 import stat
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from segfleet.core.files import read_json
+from segfleet.core.partial import alive
 
 PREFIX, NOTE = "segfleet-", "made-by.json"
-PARTIAL = re.compile(
-    r"\.(?P<name>.+)\.(?P<host>[^.]+)-(?P<process>\d+)-[0-9a-f]{8}\.partial(\..+)?"
-)
 UNNOTED = re.compile(rf"{PREFIX}(\d+)-[a-z0-9_]{{8}}")  # as _new_folder names them
 LONGEST = 85  # bytes of a folder's path; a socket's may have 107, "/listener-12345678" among them
-YOUNG = 24 * 3600.0  # s; hours more than clocks of machines and file servers differ by
 _sockets: tuple[int, Path] | None = None  # process and folder of multiprocessing
 
 
@@ -95,28 +91,9 @@ def remove_folders(place: Path | None = None) -> None:
             if note.is_file() and note.stat().st_size:
                 if _gone(read_json(note) or {}):
                     shutil.rmtree(folder, ignore_errors=True)
-            elif (maker := UNNOTED.fullmatch(folder.name)) and not _alive(int(maker[1])):
+            elif (maker := UNNOTED.fullmatch(folder.name)) and not alive(int(maker[1])):
                 note.unlink(missing_ok=True)  # killed before it had written its note
                 folder.rmdir()  # refuses what holds anything
-
-
-def remove_partial(folder: Path, alone: bool = False) -> None:
-    """Half-written files and folders directly in `folder` whose writer is gone. `alone`: a lock
-    says that nobody else writes there; otherwise young ones stay, for a container may have the
-    host's name and other numbers of processes."""
-    for path in folder.glob(".*.partial*"):
-        found = PARTIAL.fullmatch(path.name)
-        if not found or found["host"] != _host():
-            continue
-        with suppress(OSError):
-            facts = os.lstat(path)
-            young = time.time() - facts.st_mtime < YOUNG
-            if _alive(int(found["process"])) or (young and not alone):
-                continue
-            if stat.S_ISDIR(facts.st_mode):
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink()
 
 
 def _this_process() -> dict:
@@ -127,28 +104,7 @@ def _gone(note: dict) -> bool:
     """Whether the process of a note has ended; of another host, or unreadable: nobody knows."""
     if note.get("host") != socket.gethostname() or not isinstance(note.get("process"), int):
         return False
-    return not _alive(note["process"]) or _began(note["process"]) != note.get("began")
-
-
-def _host() -> str:
-    return socket.gethostname().partition(".")[0][:16]
-
-
-def _alive(process: int) -> bool:
-    """Not one that has ended and that nobody asks for: the first process of a container may never
-    do so."""
-    with suppress(OSError, IndexError):
-        state = (
-            Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
-        )
-        return state not in "ZX"
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+    return not alive(note["process"]) or _began(note["process"]) != note.get("began")
 
 
 def _began(process: int) -> str | None:

@@ -32,9 +32,9 @@ from segfleet.core.files import (
     make_folder,
     share_as_others,
     sync_folder,
-    temporary_name,
     write_atomically,
 )
+from segfleet.core.partial import temporary_name
 
 MANIFEST = "manifest.json"
 PREFIX = "step-"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import absolute, share_as_others, write_atomically
+from segfleet.core.files import absolute, replacing, share_as_others, write_atomically
 from segfleet.models import registry
 from segfleet.models.foreign import translated
 from segfleet.pipeline import checkpoint, run
@@ -83,13 +83,9 @@ def write_weights(path: Path, recipe: Recipe) -> Path:
         strict=recipe.model.strict, where=str(source),
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as partial:
         save_file({name: value.contiguous().clone() for name, value in tensors.items()}, partial)
         share_as_others(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from segfleet.core.errors import ExitCode, InputError
-from segfleet.core.files import sync_folder, temporary_name, write_atomically
+from segfleet.core.files import sync_folder, write_atomically
 from segfleet.core.lock import is_locked
+from segfleet.core.partial import temporary_name
 from segfleet.core.progress import EVENTS, EventFollower
 from segfleet.pipeline.events import read_events
 from segfleet.pipeline.launch.local import RankFailed, run_ranks

@@ -14,8 +14,9 @@ import numpy as np
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import file_facts, write_atomically
-from segfleet.core.litter import remove_folders, remove_partial
+from segfleet.core.litter import remove_folders
 from segfleet.core.parallel import Apart, Died
+from segfleet.core.partial import remove_partial
 from segfleet.preprocess.case import FileFacts, Geometry
 from segfleet.preprocess.files.dicom import read_series
 from segfleet.preprocess.files.faults import crashed

@@ -19,8 +19,8 @@ import torch
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import read_json, write_json
-from segfleet.core.litter import remove_partial
 from segfleet.core.machine import cpus_of_a_rank
+from segfleet.core.partial import remove_partial
 from segfleet.pipeline import checkpoint, numerics, out_of_memory, run
 from segfleet.pipeline.data import loader
 from segfleet.pipeline.data.sampler import MixedSampler, PatchSampler

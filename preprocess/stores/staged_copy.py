@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import file_facts, sync_folder, temporary_name, write_atomically
+from segfleet.core.files import file_facts, sync_folder, write_atomically
 from segfleet.core.lock import Lock
+from segfleet.core.partial import temporary_name
 from segfleet.preprocess.stores.manifest import NAME, load_manifest
 
 BLOCK = 2**22  # bytes copied at a time

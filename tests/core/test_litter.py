@@ -7,13 +7,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 
 from segfleet.core import litter
-from segfleet.core.files import temporary_name
 
 
 @pytest.fixture
@@ -22,18 +20,15 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def killed(place, *more: str) -> str:
+def killed(place) -> str:
     """What a process printed that held a temporary folder and was killed."""
     program = (
         "import os, sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
-        "from pathlib import Path\n"
         "from segfleet.core import litter\n"
-        "from segfleet.core.files import temporary_name\n"
         "with litter.temporary_folder() as folder:\n"
-        "    for name in sys.argv[2:]: temporary_name(Path(name)).write_text('half')\n"
         "    print(folder, flush=True); os.kill(os.getpid(), 9)\n"
     )
-    words = [sys.executable, "-c", program, str(place), *more]
+    words = [sys.executable, "-c", program, str(place)]
     return subprocess.run(words, capture_output=True, text=True).stdout.strip()
 
 
@@ -122,27 +117,6 @@ def test_a_number_that_is_another_process_now_says_nothing(place):
     (left / litter.NOTE).write_text(json.dumps(note))
     litter.remove_folders(place)
     assert not left.exists()
-
-
-def test_half_written_files_go_when_their_writer_is_gone(place):
-    folder = place / "run"
-    folder.mkdir()
-    killed(place, str(folder / "done.json"))
-    ours = temporary_name(folder / "recipe.json")
-    ours.write_text("half")
-    for name in (".hidden", "kept.partial", ".x.partial"):
-        (folder / name).write_text("theirs")
-    litter.remove_partial(folder)
-    assert len(list(folder.iterdir())) == 5  # young: perhaps of a container
-    litter.remove_partial(folder, alone=True)
-    assert {path.name for path in folder.iterdir()} == {
-        ours.name, ".hidden", "kept.partial", ".x.partial"
-    }  # fmt: skip
-    killed(place, str(folder / "done.json"))
-    old = next(folder.glob(".done.json.*"))
-    os.utime(old, (time.time() - 48 * 3600,) * 2)
-    litter.remove_partial(folder)
-    assert not old.exists() and ours.exists()
 
 
 def test_a_process_may_have_any_name(place):

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from segfleet.core import files, litter
+from segfleet.core import files, partial
 from segfleet.pipeline import checkpoint
 from segfleet.pipeline.run import StageFolder, lock_stage
 from segfleet.pipeline.scoring import scored
@@ -117,7 +117,7 @@ class StageMachine(RuleBasedStateMachine):
     def restart(self) -> None:
         lock = lock_stage(self.root)
         checkpoint.clean(self.stage.checkpoints)
-        litter.remove_partial(self.root, alone=True)
+        partial.remove_partial(self.root, alone=True)
         lock.release()
         assert not list(self.root.rglob("*.partial*"))
 
