@@ -24,7 +24,7 @@ from segfleet.slurm.job import Seen, SlurmJob, attach, look_at_all
 from segfleet.slurm.jobspec import JobSpec, make_spec
 from segfleet.slurm.submitit_launcher import QueueFull, SlurmLauncher, job_name
 from segfleet.sweeps.order import Order
-from segfleet.sweeps.stopping import ask
+from segfleet.sweeps.stopping import Holder, ask
 
 LOOK = 60.0  # seconds between looks at the queue; that a job has ended well, its own files tell
 PAUSE = 0.5  # seconds between looks at a job's files
@@ -78,7 +78,7 @@ class Slurm:
         def tick() -> None:
             poll()
             if time.monotonic() > self.end:
-                ask(stop.parent)
+                self.stop(order)
 
         job = self._known(stop.parent) or self._submit(order, tick, stop)
         try:
@@ -101,6 +101,16 @@ class Slurm:
         """Whether a job that another sweep or a person submitted trains this node, or waits to."""
         known = self._known(order.path)
         return known is not None and known.submission.kept().sweep != order.sweep
+
+    def stop(self, order: Order) -> None:
+        def is_its_job(holder: Holder) -> bool:
+            try:
+                return holder.job != "" and holder.job == attach(order.path).id
+            except InputError:
+                return False
+
+        if not ask(order.path, is_its_job):  # the job may wait for days
+            raise RankFailed("stopped while somebody else trains the stage", ExitCode.INTERRUPTED)
 
     def _wait(self, job: SlurmJob, tick: Callable[[], None], stop: Path) -> Seen:
         """What became of the job."""

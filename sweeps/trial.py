@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from segfleet.pipeline.events import read_events
 from segfleet.pipeline.launch.local import RankFailed, run_ranks
 from segfleet.pipeline.run import LOCK, StageFolder
 from segfleet.sweeps.order import Order
-from segfleet.sweeps.stopping import ask, withdraw
+from segfleet.sweeps.stopping import Holder, ask, withdraw
 
 Report = Callable[[dict[str, Any]], None]
 RETRIES = (
@@ -40,6 +41,10 @@ class Backend(Protocol):
     def taken(self, order: Order) -> bool:
         """Whether somebody else has asked for ranks of this node, which may not run yet."""
 
+    def stop(self, order: Order) -> None:
+        """Ask the ranks of this order, and nobody else's, to save and stop. Raises RankFailed if
+        they wait for somebody else's to end."""
+
 
 class Local:
     """Ranks on this machine."""
@@ -47,10 +52,23 @@ class Local:
     def taken(self, order: Order) -> bool:
         return False  # who runs holds the lock
 
+    def stop(self, order: Order) -> None:
+        ask(order.path, _is_child)  # where somebody else trains, our ranks end by themselves
+
     def run(self, order: Order, poll: Callable[[], None]) -> None:
         # Ray sets it to the CPUs of its own worker
         os.environ["OMP_NUM_THREADS"] = str(order.threads)
         run_ranks(order.job, order.ranks, poll, order.threads)
+
+
+def _is_child(holder: Holder) -> bool:
+    if holder.host != socket.gethostname():
+        return False
+    try:
+        status = Path(f"/proc/{holder.process}/stat").read_text(errors="replace")
+    except OSError:
+        return False
+    return int(status.rpartition(")")[2].split()[1]) == os.getpid()
 
 
 def slurm() -> Backend:
@@ -77,7 +95,7 @@ def perform(
     if stop.exists():
         return {"state": "stopped"}
     path.mkdir(parents=True, exist_ok=True)
-    if is_locked(path / LOCK) or backend(order.on).taken(order):
+    if is_locked(path / LOCK) or (where := backend(order.on)).taken(order):
         return {"state": "busy"}  # somebody else's run: its file `stop` is not ours to touch
     (path / "stop").unlink(missing_ok=True)  # nobody runs here: it has done its work
     if order.trunk:
@@ -85,14 +103,17 @@ def perform(
         continue_from(order.trunk, path, epochs * order.steps)
     validations = Validations(path, order, report)
 
-    def poll() -> None:
+    def look() -> None:
         watch()
-        if stop.exists():
-            ask(path)
         validations.poll()
 
+    def poll() -> None:
+        look()
+        if stop.exists():
+            where.stop(order)
+
     try:
-        result = _run(order, poll)
+        result = _run(where, order, poll, look)
     finally:
         withdraw(path)
     pause = math.inf if order.pause is None else order.pause
@@ -101,16 +122,17 @@ def perform(
     return result
 
 
-def _run(order: Order, poll: Callable[[], None]) -> dict[str, Any]:
-    where = backend(order.on)
+def _run(
+    where: Backend, order: Order, poll: Callable[[], None], look: Callable[[], None]
+) -> dict[str, Any]:
     for attempt in range(RETRIES + 1):
         try:
             where.run(order, poll)
-            poll()
+            look()
             return {"state": "done"}
         except (RankFailed, InputError) as error:
             if error.exit_code == ExitCode.INTERRUPTED:
-                poll()
+                look()
                 return {"state": "stopped"}
             if BUSY in str(error):
                 return {"state": "busy"}

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,14 +101,11 @@ def test_a_trunk_brings_its_best_checkpoint_along(search, space, tmp_path, monke
     )
 
 
-class Scripted:
+class Scripted(trial.Local):
     """A back end that does what it is told, in turn."""
 
     def __init__(self, *acts):
         self.acts, self.runs = list(acts), 0
-
-    def taken(self, order):
-        return False
 
     def run(self, order, poll):
         self.runs += 1
@@ -223,13 +224,82 @@ def test_the_stop_file_and_the_run_of_somebody_else_are_left_alone(plan, monkeyp
     finally:
         lock.release()
     assert (path / "stop").read_text() == ""
-    stopping.ask(path)
+    assert stopping.ask(path, lambda holder: False), "nobody trains it"
     stopping.withdraw(path)
     assert (path / "stop").read_text() == "", "the person's"
     (path / "stop").unlink()
-    stopping.ask(path)
+    stopping.ask(path, lambda holder: False)
     stopping.withdraw(path)
     assert not (path / "stop").exists()
+
+
+HOLD = """
+import sys, time
+from segfleet.pipeline.run import lock_stage
+lock = lock_stage(__import__("pathlib").Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def hold():
+    """`hold(stage, through="")`: another process has the stage's lock, a child of this one or,
+    `through` a shell, somebody else's."""
+    started = []
+
+    def start(stage, through=()):
+        words = [*through, sys.executable, "-c", HOLD, str(stage)]
+        started.append(
+            subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        )
+        assert started[-1].stdout.readline() == "held\n"
+
+    yield start
+    for process in started:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+NOT_OURS = ("sh", "-c", '"$@" & wait', "sh")
+
+
+@pytest.mark.parametrize("through", [(), NOT_OURS], ids=["ours", "theirs"])
+def test_a_sweep_that_stops_stops_its_own_ranks_alone(plan, monkeypatch, hold, through):
+    """Somebody may begin with the stage while our ranks are started."""
+    node = next(iter(plan.tree.walk()))
+    path, seen = plan.runs / node.path, []
+
+    class Starting(trial.Local):
+        def run(self, order, poll):
+            hold(path, through)
+            (plan.folder / "stop").touch()
+            poll()
+            seen.append((path / "stop").exists())
+            raise RankFailed("run: x is being trained by process 7", 2)
+
+    plan.folder.mkdir(parents=True)
+    monkeypatch.setitem(trial.BACKENDS, "local", Starting)
+    assert trial.perform(plan.order(node), print) == {"state": "busy"}
+    assert seen == [not through] and not (path / "stop").exists()
+
+
+@pytest.mark.parametrize("job", ["", "7", "8"])
+def test_a_job_that_waits_for_somebody_elses_run_is_taken_back(
+    plan, monkeypatch, hold, job, tmp_path
+):
+    order = plan.order(next(iter(plan.tree.walk())), on="slurm")
+    order.path.mkdir(parents=True)
+    monkeypatch.setattr(slurm_backend, "attach", lambda path: SimpleNamespace(id="7"))
+    monkeypatch.setenv("SLURM_JOB_ID", job) if job else monkeypatch.delenv("SLURM_JOB_ID", False)
+    hold(order.path)
+    if job == "7":
+        slurm_backend.Slurm().stop(order)
+        assert (order.path / "stop").read_text() == stopping.WORDS
+        return
+    with pytest.raises(RankFailed, match="somebody else") as end:
+        slurm_backend.Slurm().stop(order)
+    assert end.value.exit_code == 75 and not (order.path / "stop").exists()
 
 
 def test_a_job_that_somebody_else_submitted_is_neither_waited_for_nor_stopped(plan, monkeypatch):
