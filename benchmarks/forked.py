@@ -165,7 +165,8 @@ def _become(role: str, environment: dict[str, str]) -> None:
     tempfile.tempdir = None
     weakref.finalize._registry.clear()  # temporary folders of the process that was copied
     sys.modules["__main__"] = types.ModuleType("__main__")  # which children would import
-    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
 
 
 def _end(function: Callable[[], Any], last: Callable[[], Any] = lambda: None) -> NoReturn:

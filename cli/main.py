@@ -8,6 +8,7 @@ interrupted and resumable.
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from typing import Annotated
@@ -178,10 +179,19 @@ def exit_code(error: BaseException) -> int:
     raise error
 
 
+def print_every_name() -> None:
+    """Let stdout take paths that are no text, as the bytes that they are: a command must not fail
+    at telling what it has done."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        text = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+        sys.stdout.reconfigure(errors="surrogateescape" if text else "backslashreplace")
+
+
 def main() -> None:
     from segfleet.pipeline.launch.local import survive_hangup
 
     survive_hangup()
+    print_every_name()
     try:
         code = app(plugins_first(sys.argv[1:]), prog_name="segfleet", standalone_mode=False)
         if code == 130:  # what Typer makes of Ctrl-C

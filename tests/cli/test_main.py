@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import resource
@@ -155,3 +156,18 @@ def test_recipe_command():
     assert shown["stages"][0]["lr"] == 0.5 and shown["engine"]["accumulate"] == 1
     assert "properties" in json.loads(run("recipe", "--schema").stdout)
     assert run("recipe", "hippocampus", "seeed=1").returncode == 2
+
+
+@pytest.mark.parametrize(
+    "encoding, printed", [("utf-8", b"n\xffm"), ("ascii", b"n\\udcffm")], ids=["utf-8", "ascii"]
+)
+def test_a_path_that_is_no_text_is_printed(tmp_path, monkeypatch, encoding, printed):
+    """What was done is not an error for its name."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding, errors="strict", write_through=True)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.chdir(tmp_path)
+    words = ["datasets", "msd", "phantom", os.fsdecode(b"n\xffm"), "--cases", "6"]
+    monkeypatch.setattr(sys, "argv", ["segfleet", *words])
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code == 0 and printed in out.buffer.getvalue()
