@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -47,7 +48,10 @@ def run(
     if rank:
         facts = rendezvous.published(address, rank)
         place = f"{facts['host']}:{facts['port']}"
-        with started(["--address", place], facts["token"], gpus) as ray:
+        with (
+            private_folder(Path(facts["folder"])),
+            started(["--address", place], facts["token"], gpus) as ray,
+        ):
             while not (life / OVER).exists() and ray.poll() is None:
                 time.sleep(0.5)
         return 0, None
@@ -55,17 +59,38 @@ def run(
     with socket.create_server((host, 0)) as probe:
         port = probe.getsockname()[1]
     token, folder = secrets.token_hex(32), Path(tempfile.mkdtemp(prefix="sf-", dir=short_folder()))
-    words = ["--head", "--port", str(port), "--temp-dir", str(folder), "--include-dashboard=false"]
+    inside = str(folder / "ray")  # Ray opens it to everybody
+    words = ["--head", "--port", str(port), "--temp-dir", inside, "--include-dashboard=false"]
     try:
         with started([*words, "--node-ip-address", host], token, gpus) as ray:
             _await(ray, host, port)
-            rendezvous.publish(address, {"host": host, "port": port, "token": token})
+            facts = {"host": host, "port": port, "token": token, "folder": str(folder)}
+            rendezvous.publish(address, facts)
             share = str(max(1, cpus() // (gpus or cpus())))
             environment = {**SETTINGS, "RAY_AUTH_TOKEN": token, "OMP_NUM_THREADS": share}
             _await_nodes(f"{host}:{port}", environment, int(os.environ["WORLD_SIZE"]), stop)
             return command(["--on", "local", "--address", f"{host}:{port}"], environment)
     finally:
         (life / OVER).touch()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def private_folder(folder: Path) -> Iterator[None]:
+    """The first node's folder of Ray on this node, for this user alone. Raises InputError."""
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:  # of a node that is the same machine
+        facts = os.lstat(folder)
+        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o077:
+            raise InputError(f"sweep: {folder} is open to others, and Ray needs it") from None
+        yield
+        return
+    except OSError as error:
+        raise InputError(f"sweep: Ray needs a folder {folder}, as on its head: {error}") from None
+    try:
+        yield
+    finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 

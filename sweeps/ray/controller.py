@@ -50,6 +50,7 @@ SETTINGS = {  # of Ray and Tune: no telemetry, no files, no flood; the tree on d
     "RAY_health_check_timeout_ms": "60000",
     "RAY_raylet_start_wait_time_s": "120",
 }
+CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # of Ray, also elsewhere; "0": on 127.0.0.1 alone
 JOIN = 5.0  # seconds in which a cluster takes a connection
 SILENT = 3  # times in a row that it may take none
 PAUSE = 10.0  # seconds between
@@ -137,7 +138,8 @@ def tune_tree(search: TreeSearch, resources: Any, storage: Path) -> None:
 @contextmanager
 def ray_session(resources: Any, folder: Path) -> Iterator[Path]:
     """Ray for this sweep alone, in a short temporary folder that goes with it; a folder for Tune's
-    own files."""
+    own files. Ray opens its own folder to everybody, so it lies in one that is ours alone, and a
+    Ray of this machine alone listens on no other address than 127.0.0.1."""
     os.environ.update({key: os.environ.get(key, value) for key, value in SETTINGS.items()})
     sweep_away(folder)
     temporary = Path(tempfile.mkdtemp(prefix="sf-", dir=short_folder()))
@@ -147,6 +149,7 @@ def ray_session(resources: Any, folder: Path) -> Iterator[Path]:
     )
     if not resources.address:  # a token that stays ours: Ray's own would be left in the user's home
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        os.environ[CLUSTER] = "0"
     import ray  # it reads the mode now
 
     from segfleet.sweeps.run import gpus
@@ -158,7 +161,7 @@ def ray_session(resources: Any, folder: Path) -> Iterator[Path]:
             ray.init(
                 address="local", num_cpus=resources.at_once, num_gpus=gpus(),
                 include_dashboard=False, object_store_memory=80 * 2**20,
-                _temp_dir=str(temporary), log_to_driver=False, logging_level="ERROR",
+                _temp_dir=str(temporary / "ray"), log_to_driver=False, logging_level="ERROR",
             )  # fmt: skip
         # the trials of a cluster are on other nodes, which see the folder of all runs
         yield folder / "tune" if resources.address else temporary / "tune"

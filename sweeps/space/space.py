@@ -85,7 +85,9 @@ class Pbt(Section):
 class SearchSpace(Section):
     """Everything about a sweep that changes its outcome."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="names the sweep's folder")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$", description="names the sweep's folder"
+    )
     base: str | dict[str, Any] = Field(
         description="a shipped recipe's name, a recipe file, or a recipe"
     )

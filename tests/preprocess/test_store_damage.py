@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -197,6 +198,31 @@ def test_a_case_that_is_given_the_place_of_another_is_refused(store):
     swapped = swapped.model_copy(update={"shape": second.shape, "raw_shape": second.raw_shape})
     with pytest.raises(InputError, match="another case or of another store"):
         store.image(swapped)
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_a_store_replaced_under_a_run_is_never_mixed_in(publish, drawn, fmt, tmp_path, read_before):
+    """Whoever had opened it gets what was there, or a refusal."""
+    made = []
+    for name in ("ours", "later"):
+        (tmp_path / name).mkdir()
+        shards = {f"data/{n}": {f"case-{n}": drawn(seed=2 * len(made) + n)} for n in range(2)}
+        made.append(publish(tmp_path / name, fmt, shards))
+    ours, later = made
+    reads = {(case.id, name): (getattr(ours, name), case)
+             for case in ours.manifest.cases for name in ("image", "label", "truth")}  # fmt: skip
+    right = {key: read(case) for key, (read, case) in reads.items()}
+    if not read_before:
+        ours.close()
+    ours.root.rename(tmp_path / "aside")
+    later.root.rename(ours.root)
+    for key, (read, case) in reads.items():
+        try:
+            found = read(case)
+        except InputError as error:
+            assert re.search("of another store|sha256 is not that of the manifest", str(error))
+        else:
+            assert read_before and np.array_equal(found, right[key]), key
 
 
 @pytest.mark.parametrize("path", ["../out", "/etc/passwd", "a/../../b", "a//b", "a\\b", "", "a/."])

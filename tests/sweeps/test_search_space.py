@@ -158,6 +158,11 @@ MISTAKES = [
     ({"axes": {"optimizer.momentum": {"grid": [0.9, 0.8]}}}, "optimizer.momentum: no stage reads"),
     ({"axes": {"evaluation.overlap": [0.25, 0.5]}}, "axis evaluation.overlap: no stage reads it"),
     ({"name": "a b"}, "name: found 'a b'"),
+    ({"name": ".."}, "name: found '..'"),  # its folder would be that of all runs
+    ({"name": "."}, "name: found '.'"),
+    ({"name": "-x"}, "name: found '-x'"),
+    ({"name": "a\n"}, "name: found 'a\\n'"),
+    ({"name": "x" * 101}, "name: found 'xxx"),
     ({"base": "nope"}, "no shipped recipe of that name"),
 ]
 

@@ -220,33 +220,49 @@ def test_every_ray_that_may_be_installed_has_tokens():
     assert tuple(map(int, lowest)) >= (2, 52)
 
 
+ALONE = """
+import json, os, pathlib, sys
+import psutil
+from segfleet.sweeps.ray.controller import ray_session
+from segfleet.sweeps.run import Resources
+
+folder = pathlib.Path(sys.argv[1])
+with ray_session(Resources(slots=1), folder):
+    import ray
+
+    ray.get(ray.remote(lambda: 1).remote())  # a worker is there, too
+    ours = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    found = [one for process in ours for one in process.net_connections("inet")]
+    temporary = pathlib.Path(json.loads((folder / "ray.json").read_text())["temporary"])
+    facts = {
+        "listens": sorted({one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN}),
+        "mode": oct(temporary.stat().st_mode & 0o777),
+        "sessions": len(list(temporary.rglob("session_*/sockets"))),
+    }
+    print(json.dumps(facts))
+"""
+
+
 @pytest.mark.parametrize("home", ["home", "home/of/nobody"], ids=["own", "unwritable"])
-def test_a_local_ray_leaves_no_token_at_home(tmp_path, home):
-    """A session in a home of its own: nothing of it is left there. One that cannot be made, for a
-    file lies in its way, is no obstacle."""
+def test_a_local_ray_is_for_its_user_alone(tmp_path, home):
+    """No other machine reaches it, no other user reads its files, and it leaves no token in the
+    user's home. One that cannot be made, for a file lies in its way, is no obstacle."""
+    (tmp_path / "sweep").mkdir()
     if home == "home":
         (tmp_path / "home").mkdir()
     else:
         (tmp_path / "home").touch()
-    code = (
-        "import pathlib, sys\n"
-        "from segfleet.sweeps.ray.controller import ray_session\n"
-        "from segfleet.sweeps.run import Resources\n"
-        "folder = pathlib.Path(sys.argv[1])\n"
-        "with ray_session(Resources(slots=1), folder):\n"
-        "    import ray\n"
-        "    print('there', ray.is_initialized())\n"
-    )
-    (tmp_path / "sweep").mkdir()
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code, str(tmp_path / "sweep")],
+        [sys.executable, "-P", "-c", ALONE, str(tmp_path / "sweep")],
         env={**os.environ, "HOME": str(tmp_path / home)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=400,
     )
-    assert "there True" in done.stdout, done.stderr
-    assert not list((tmp_path / "home").rglob("*token*"))
+    assert done.stdout, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts == {"listens": ["127.0.0.1"], "mode": "0o700", "sessions": facts["sessions"]}
+    assert facts["sessions"] > 0 and not list((tmp_path / "home").rglob("*token*"))
 
 
 SLICES = """

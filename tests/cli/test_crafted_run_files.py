@@ -1,0 +1,90 @@
+"""Files of a run as somebody may have written them, valid and without their hash: commands that
+read them answer, or say in one message what is wrong. With damage of every kind and all commands:
+benchmarks/damage.py."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from segfleet.cli import main
+
+CRAFTS = ("list", "deep", "texts", "numbers", "nulls", "huge")
+FILES = (
+    "checkpoints/*/manifest.json", "checkpoints/*/state.json", "data.json", "done.json",
+    "evaluation.json", "events.jsonl", "identity.json", "recipe.json",
+)  # fmt: skip
+
+
+def crafted(data: bytes, how: str) -> bytes:
+    if how == "list":
+        return b"[1, 2]\n"
+    if how == "deep":
+        return b'{"a":' * 100_000 + b"1" + b"}" * 100_000
+    return b"\n".join(
+        json.dumps(changed(json.loads(line), how)).encode()
+        for line in (data.splitlines() if data.count(b"\n{") else [data])
+    )
+
+
+def changed(thing: Any, how: str) -> Any:
+    if isinstance(thing, dict):
+        return {key: changed(value, how) for key, value in thing.items() if key != "sha256"}
+    if isinstance(thing, list):
+        return [changed(value, how) for value in thing]
+    if how == "nulls":
+        return None
+    number = isinstance(thing, int | float) and not isinstance(thing, bool)
+    if how == "huge" and number:
+        return float("inf") if isinstance(thing, float) else 10**400
+    if how == "texts" and number:
+        return f"{thing}x"
+    return 7 if how == "numbers" and isinstance(thing, str) else thing
+
+
+@pytest.fixture
+def fault(monkeypatch, capsys):
+    """`fault(*words)`: what a command raised, or said with another exit code than 0 and 2; None if
+    it ended well or with a message."""
+
+    def run(*words: str) -> str | None:
+        monkeypatch.setattr(sys, "argv", ["segfleet", *words])
+        try:
+            main.main()
+        except SystemExit as end:
+            said = capsys.readouterr().err
+            fine = end.code == 0 or (end.code == 2 and said.strip())
+            return None if fine and "Traceback" not in said else f"{end.code}: {said}"
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            return f"{type(error).__name__}: {error} at {last.filename}:{last.lineno}"
+
+    return run
+
+
+@pytest.mark.parametrize("how", CRAFTS)
+def test_one_message_at_most(two_folds, fault, tmp_path, how):
+    runs = tmp_path / "runs"
+    shutil.copytree(two_folds / "runs", runs)
+    run, other = sorted(path.parent for path in runs.glob("*/recipe.json"))
+    faults = []
+    for pattern in FILES:
+        (path,) = run.glob(pattern)
+        data = path.read_bytes()
+        path.write_bytes(crafted(data, how))
+        for words in (
+            ["status", str(runs)],
+            ["report", str(run), "--csv"],
+            ["compare", str(run), str(other)],
+            ["export", "model", str(run), "--to", str(tmp_path / "new.segfleet")],
+        ):
+            faults.append((path.name, words[0], fault(*words)))
+            Path(tmp_path / "new.segfleet").unlink(missing_ok=True)
+        path.write_bytes(data)
+    assert [found for found in faults if found[2]] == []
