@@ -36,6 +36,7 @@ from conftest import write_tiny_store  # noqa: E402
 
 NOBODY = 65534
 LOADERS = ("loader", "pt_data_worker")  # torch names its own
+LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 PATIENCE = 20.0  # s
 MORE = 50  # steps after the last attempt, that show whether it changed anything
 Got = str  # what an attempt came away with; "" for nothing
@@ -293,7 +294,7 @@ def attempts(work: Path, memory: set[str]) -> dict[str, Got]:
         "reads the ranks' store": at_each(read_store, list(ports), secrets),
         "is answered by a port": as_nobody(talked_to, list(ports)),
         "ports on other addresses": " ".join(
-            f"{ip}:{port}" for port, ip in ports.items() if ip != "127.0.0.1"
+            f"{ip}:{port}" for port, ip in ports.items() if ip not in LOOPBACK
         ),
     }
 
@@ -344,7 +345,7 @@ def ray(work: Path) -> dict[str, Got]:
             "reads Ray's processes": as_nobody(read_processes, numbers),
             "enters Ray's local sockets": as_nobody(connected_to_sockets, local_sockets(numbers)),
             "Ray's ports on other addresses": " ".join(
-                f"{ip}:{port}" for port, ip in ports.items() if ip not in ("127.0.0.1", "::1")
+                f"{ip}:{port}" for port, ip in ports.items() if ip not in LOOPBACK
             ),
         }
         assert stat.S_ISDIR(os.stat(session).st_mode)

@@ -93,6 +93,15 @@ def read_json(path: Path, kind: type = dict) -> Any | None:
     return None
 
 
+def parse_json(text: str | bytes) -> Any:
+    """As `json.loads`, of a text that anybody may have written: whatever is wrong with it, such as
+    brackets without end, is a ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write a document with its "sha256" and whose it is ("of"), which `read_json` checks and takes
     off again."""

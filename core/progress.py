@@ -45,6 +45,7 @@ class EventFollower:
 
 
 # what is always in an event of a kind
+FAR = 1e11  # more steps than anybody trains, and seconds since 1970 till the year 5138
 NUMBERS = {"stage_start": ("steps",), "step": ("step", "loss"), "validation": ("step",)}
 
 
@@ -59,4 +60,8 @@ def parse_event(line: bytes | str) -> dict[str, Any] | None:
     needed = NUMBERS.get(event["event"], ())
     numbers = {"time", "step", "samples_per_second", *needed} & event.keys()
     whole = all(isinstance(event[name], int | float) for name in numbers)
+    # a time that no calendar has would end whoever shows it; a loss may be anything
+    whole = whole and all(
+        0 <= event[name] < FAR for name in ("time", "step", "steps") if name in numbers
+    )
     return event if whole and event.keys() >= set(needed) else None

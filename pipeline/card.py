@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from segfleet.core.files import read_json
 from segfleet.pipeline.checkpoint import versions
 from segfleet.pipeline.folds import folder_of
 from segfleet.pipeline.parts import patch_of
 from segfleet.pipeline.run import root_of
-from segfleet.pipeline.scoring.scored import EVALUATION, optimism
+from segfleet.pipeline.scoring.scored import optimism, read_evaluation
 from segfleet.pipeline.trained import Model, Trained
 
 UNKNOWN = "Not said by whoever exported it."
@@ -87,7 +86,7 @@ def _scores(model: Model) -> list[str]:
     """The scores of the runs, each on its own validation cases, and of all folds together."""
     if any(one.run is None for one in model.networks):
         return ["See the model file that this one was made from."]
-    documents = [(one.uid, read_json(one.run / EVALUATION)) for one in model.networks]
+    documents = [(one.uid, read_evaluation(one.run, whole=True)) for one in model.networks]
     if len(documents) > 1:
         together = _together(model.networks)
         documents.append(("all folds, each case by the network not trained on it", together))
@@ -121,5 +120,4 @@ def _rows(name: str, document: dict[str, Any]) -> list[str]:
 
 def _together(networks: list[Trained]) -> dict[str, Any] | None:
     root = root_of(networks[0].run, networks[0].recipe)
-    path = folder_of(root, [one.uid for one in networks]) / EVALUATION
-    return read_json(path) if path.is_file() else None
+    return read_evaluation(folder_of(root, [one.uid for one in networks]), whole=True)

@@ -30,6 +30,7 @@ from torch import Tensor
 from segfleet.core.errors import InputError
 from segfleet.core.files import (
     make_folder,
+    parse_json,
     share_as_others,
     sync_folder,
     write_atomically,
@@ -139,7 +140,7 @@ def save(root: Path, step: int, tensors: Tensors, state: dict[str, Any]) -> Path
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None. Reads every byte."""
     try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = parse_json((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, facts in files.items():
             file = path / name
             if Path(name).name != name or not file.is_file():
@@ -149,7 +150,7 @@ def damage(path: Path) -> str | None:
             with open(file, "rb") as handle:
                 if hashlib.file_digest(handle, "sha256").hexdigest() != facts["sha256"]:
                     return f"{name} does not match its sha256"
-        json.loads((path / "state.json").read_text(encoding="utf-8"))["step"]
+        parse_json((path / "state.json").read_text(encoding="utf-8"))["step"]
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import absolute, replacing, share_as_others, write_atomically
+from segfleet.core.files import absolute, parse_json, replacing, share_as_others, write_atomically
 from segfleet.models import registry
 from segfleet.models.foreign import translated
 from segfleet.pipeline import checkpoint, run
@@ -274,7 +274,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
             f"import: found no {path}; give nnU-Net's model folder, with plans.json, dataset.json "

@@ -11,7 +11,6 @@ Whatever comes from such a file is checked before it is used: names, sizes, hash
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -25,7 +24,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import digest_of, file_facts, replacing, write_json
+from segfleet.core.files import digest_of, file_facts, parse_json, replacing, write_json
 from segfleet.core.making import making
 from segfleet.pipeline.recipe import Recipe, parse
 from segfleet.pipeline.trained import Model, Trained
@@ -174,7 +173,7 @@ def _config(path: Path) -> dict[str, Any]:
     if len(raw) > MOST_CONFIG:
         raise _damaged(path, f"{CONFIG} is larger than {MOST_CONFIG} bytes")
     try:
-        document = json.loads(raw)
+        document = parse_json(raw)
         digest = document.pop("sha256")
         if document.get("library_name") != LIBRARY:
             raise _damaged(path, f"{CONFIG} is none of segfleet's")

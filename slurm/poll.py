@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import write_atomically
+from segfleet.core.files import parse_json, write_atomically
 from segfleet.core.lock import Lock
 
 SECONDS, LONGEST = 30.0, 300.0
@@ -74,7 +74,7 @@ class Answers:
 
     def _read(self) -> tuple[float, str, str]:
         try:
-            found = json.loads((self.folder / f"{self.name}.json").read_text(encoding="utf-8"))
+            found = parse_json((self.folder / f"{self.name}.json").read_text(encoding="utf-8"))
             return float(found["asked"]), str(found["text"]), str(found["fault"])
         except (OSError, ValueError, KeyError, TypeError):
             return 0.0, "", ""

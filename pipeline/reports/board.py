@@ -10,7 +10,7 @@ from typing import Any
 from segfleet.core.files import read_json
 from segfleet.pipeline.reports.overlays import FOLDER, INDEX, pixels
 from segfleet.pipeline.run import RECIPE
-from segfleet.pipeline.scoring.scored import EVALUATION
+from segfleet.pipeline.scoring.scored import read_evaluation
 from segfleet.pipeline.trackers import flat, open_trackers
 
 SETTINGS = ("seed", "data", "model", "loss", "optimizer", "stages", "engine")
@@ -18,7 +18,7 @@ SETTINGS = ("seed", "data", "model", "loss", "optimizer", "stages", "engine")
 
 def publish(run: Path, warn: Callable[[str], Any]) -> None:
     """Tell the recipe's trackers of a run's score; nothing if it has none."""
-    document, recipe = read_json(run / EVALUATION), read_json(run / RECIPE)
+    document, recipe = read_evaluation(run, whole=True), read_json(run / RECIPE)
     if not document or not recipe:
         return
     step = int(str(document.get("checkpoint", "0")).rpartition("-")[2] or 0)

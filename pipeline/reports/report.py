@@ -23,6 +23,7 @@ from segfleet.core.files import read_json, write_atomically
 from segfleet.pipeline.events import read_events
 from segfleet.pipeline.reports.curves import curve, strips
 from segfleet.pipeline.reports.html import Cell, Table, interval, render
+from segfleet.pipeline.scoring.form import is_evaluation
 from segfleet.pipeline.scoring.intervals import FEWEST
 from segfleet.pipeline.scoring.scored import optimism
 
@@ -90,6 +91,8 @@ def write_report(run_folder: str | Path) -> Path:
     last stage, or one with an evaluation.json of its own. Raises InputError."""
     run = Path(run_folder).resolve()
     recipe, document = _json(run / "recipe.json"), _json(run / "evaluation.json")
+    if document is not None and not is_evaluation(document):
+        raise _damaged(run / "evaluation.json")
     if recipe is None and (document is None or "summary" not in document):
         raise InputError(f"report: {run} holds no recipe.json, so it is no run folder")
     recipe = recipe or {"name": document.get("name", run.name)}
@@ -139,8 +142,12 @@ def _json(path: Path) -> Any:
     """The document in a file, or None if there is no file. Raises InputError if it is damaged."""
     found = read_json(path)
     if found is None and path.exists():
-        raise InputError(f"report: {path} is damaged. Score the run again, or remove the file.")
+        raise _damaged(path)
     return found
+
+
+def _damaged(path: Path) -> InputError:
+    return InputError(f"report: {path} is damaged. Score the run again, or remove the file.")
 
 
 def _stages(run: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import read_json, write_json
 from segfleet.pipeline.recipe import Recipe, members
 from segfleet.pipeline.run import StageFolder, manifests_of, stages_of, training_ids
+from segfleet.pipeline.scoring.form import is_evaluation
 from segfleet.preprocess.stores.manifest import Manifest
 
 EVALUATION = "evaluation.json"
@@ -64,7 +66,7 @@ def score_facts(
 
 def evaluation_of(run: Path) -> dict[str, Any]:
     """The same of a run that was scored. Raises InputError."""
-    document = read_evaluation(run)
+    document = read_evaluation(run, whole=True)
     if document is None or "summary" not in document:
         raise InputError(
             f"evaluation: {Path(run) / EVALUATION} is missing or damaged; `segfleet evaluate` "
@@ -73,10 +75,15 @@ def evaluation_of(run: Path) -> dict[str, Any]:
     return document
 
 
-def read_evaluation(run: Path) -> dict[str, Any] | None:
-    """The evaluation.json of a run as it was written; None if there is none or it is damaged."""
-    document = read_json(Path(run) / EVALUATION)
-    return document if document and isinstance(document.get("scored", {}), dict) else None
+def read_evaluation(run: Path, *, whole: bool = False) -> dict[str, Any] | None:
+    """The evaluation.json of a run as it was written; None if there is none or it is damaged. Only
+    if the `whole` one is asked for is more looked at than its summary."""
+    path = Path(run) / EVALUATION
+    document = read_json(path)
+    if not document or is_evaluation(document, whole=whole):
+        return document or None
+    sys.stderr.write(f"segfleet: {path} is damaged and is left out\n")
+    return None
 
 
 def write_evaluation(run: Path, document: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ Source: specification `datasets_3d`, section 5.
 from __future__ import annotations
 
 import glob
-import json
 import re
 import unicodedata
 from functools import cached_property
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError, Problem
+from segfleet.core.files import parse_json
 from segfleet.preprocess.files.images import ENDINGS, NATURAL, peek, stem
 from segfleet.preprocess.readers.base import (
     CaseRef,
@@ -268,7 +268,7 @@ class Reader(RawReader):
         if not path.is_file():
             return {}
         try:
-            folds = json.loads(path.read_text(encoding="utf-8"))
+            folds = parse_json(path.read_text(encoding="utf-8"))
             return {
                 "nnunet": tuple(
                     {side: tuple(map(str, fold[side])) for side in ("train", "val")}

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import write_atomically
+from segfleet.core.files import parse_json, write_atomically
 from segfleet.preprocess.stores.case_entry import CaseEntry, Frozen, InsidePath, inside
 from segfleet.preprocess.stores.case_table import (
     CaseTable,
@@ -267,7 +267,7 @@ def load_manifest(store: Path) -> Manifest:
             "finished. Run `segfleet preprocess`."
         )
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(path.read_text(encoding="utf-8"))
         told = raw.pop("sha256", None)
         if raw.get("version") not in READ:
             raise InputError(

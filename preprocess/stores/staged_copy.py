@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import file_facts, sync_folder, write_atomically
+from segfleet.core.files import file_facts, parse_json, sync_folder, write_atomically
 from segfleet.core.lock import Lock
 from segfleet.core.partial import temporary_name
 from segfleet.preprocess.stores.manifest import NAME, load_manifest
@@ -66,7 +66,7 @@ class LocalCopy:
     def whole(self) -> bool:
         """Whether the copy is there and as it was when its hashes were last compared."""
         try:
-            known = json.loads(self.record.read_text(encoding="utf-8"))
+            known = parse_json(self.record.read_text(encoding="utf-8"))
             return bool(known) and all(
                 _stamp(self.root / path) == stamp for path, stamp in known.items()
             )

@@ -261,8 +261,9 @@ def test_a_local_ray_is_for_its_user_alone(tmp_path, home):
     )
     assert done.stdout, done.stderr
     facts = json.loads(done.stdout)
-    assert facts == {"listens": ["127.0.0.1"], "mode": "0o700", "sessions": facts["sessions"]}
-    assert facts["sessions"] > 0 and not list((tmp_path / "home").rglob("*token*"))
+    assert facts["listens"] and {*facts["listens"]} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert facts["mode"] == "0o700" and facts["sessions"] > 0
+    assert not list((tmp_path / "home").rglob("*token*"))
 
 
 SLICES = """
