@@ -21,6 +21,7 @@ import numpy as np
 from segfleet.core.errors import InputError
 from segfleet.core.files import read_json, write_atomically
 from segfleet.pipeline.events import read_events
+from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.reports.curves import curve, strips
 from segfleet.pipeline.reports.html import Cell, Table, interval, render
 from segfleet.pipeline.scoring.form import is_evaluation
@@ -93,6 +94,8 @@ def write_report(run_folder: str | Path) -> Path:
     recipe, document = _json(run / "recipe.json"), _json(run / "evaluation.json")
     if document is not None and not is_evaluation(document):
         raise _damaged(run / "evaluation.json")
+    if recipe is not None:
+        parse(recipe, str(run / "recipe.json"))
     if recipe is None and (document is None or "summary" not in document):
         raise InputError(f"report: {run} holds no recipe.json, so it is no run folder")
     recipe = recipe or {"name": document.get("name", run.name)}
