@@ -119,13 +119,16 @@ def folder_of(root: Path, runs: list[str]) -> Path:
 
 def score_folds(root: Path, recipe: Recipe, manifest: Manifest) -> Path | None:
     """Write the score over all folds, unless exactly that is there; its folder. None while a fold
-    is not scored as `recipe` asks for, or where folds say nothing more than a run does: there is
+    is not scored as `recipe` asks for, or cannot be trained, or where folds say nothing more than a run does: there is
     only one, or they validate on the same cases."""
     members = every_fold(recipe, manifest)
     ids = [case for member in members for case in scored.scored_ids(member, manifest)]
     if len(members) < 2 or len(set(ids)) < len(ids):
         return None
-    folders = [stage_folders(root, member, manifest)[-1] for member in members]
+    try:
+        folders = [stage_folders(root, member, manifest)[-1] for member in members]
+    except InputError:  # of one that cannot be trained so: it has fewer cases than `data.cases`
+        return None
     if not all(
         scored.is_scored(folder.path, member, manifest)
         for folder, member in zip(folders, members, strict=True)

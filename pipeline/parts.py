@@ -4,6 +4,7 @@ before it runs."""
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -159,7 +160,7 @@ def transfer_of(
         own.stages[index].inherit,
         ours,
         before,
-        inputs=input_names(own, manifests(own)) if several else (),
+        inputs=input_names(own, manifests(own)) if several else frozenset(),
     )
 
 
@@ -218,7 +219,7 @@ def check_data(recipe: Recipe, manifest: Manifest, task: Task) -> None:
             f"data.patch: found {list(patch)}, which is 3D, but {dataset.name} in "
             f"{recipe.data.store} holds 2D images; choose a 2D recipe or the store of a 3D data set"
         )
-    for axis, size, largest in zip("zyx", patch, largest_case(manifest), strict=True):
+    for axis, size, largest in beside_the_largest(patch, manifest):
         if recipe.data.patch is not None and size > 2 * largest and size > SMALL:
             raise InputError(
                 f"data.patch: found {size} voxels along {axis}, but the largest of the "
@@ -259,9 +260,7 @@ def _doubts(recipe: Recipe, manifest: Manifest) -> list[str]:
             "and length may not suit it. data.made_for=null takes this recipe for any data set"
         )
     if recipe.data.patch is not None:
-        for axis, size, largest in zip(
-            "zyx", patch_of(recipe, manifest), largest_case(manifest), strict=True
-        ):
+        for axis, size, largest in beside_the_largest(patch_of(recipe, manifest), manifest):
             if size > largest:
                 found.append(
                     f"data.patch: {size} voxels along {axis}, and the largest case of "
@@ -270,9 +269,12 @@ def _doubts(recipe: Recipe, manifest: Manifest) -> list[str]:
     return found
 
 
-def largest_case(manifest: Manifest) -> tuple[int, ...]:
-    """The largest extent of any case along (z, y, x), voxels."""
-    return tuple(map(max, zip(*manifest.cases.grids("shape"), strict=True)))
+def beside_the_largest(patch: Sequence[int], manifest: Manifest) -> Iterator[tuple[str, int, int]]:
+    """(axis, size of the patch, largest extent of any case) along z, y and x, voxels; nothing of a
+    store without cases, such as that of an imported model."""
+    if manifest.cases:
+        largest = map(max, zip(*manifest.cases.grids("shape"), strict=True))
+        yield from zip("zyx", patch, largest, strict=True)
 
 
 def _same_dataset(name: str, dataset: Dataset) -> bool:

@@ -278,6 +278,12 @@ class Recipe(Section):
                     f"stages.{index}.anchor: there is nothing to be near to; a first stage needs "
                     "model.weights"
                 )
+            given = own.model.weights
+            if index and given is not None and given != resolve(self, 0).model.weights:
+                raise ValueError(
+                    f"stages.{index}.model.weights: found {given}, but this stage starts from the "
+                    "one before; a file is what the first stage starts from"
+                )
             if not index or not stage.inherit.optimizer:
                 continue
             before = resolve(self, index - 1).optimizer.name

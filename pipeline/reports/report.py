@@ -225,6 +225,7 @@ def _facts(
         ("Seed", recipe.get("seed")),
         ("Optimizer", recipe.get("optimizer", {}).get("name")),
         ("Stages", "; ".join(plans)),
+        ("Weights from", _foreign(recipe)),
         ("Taken over", " | ".join(map(_transfer, filter(_started, stages))) or None),
         ("Engine", f"{engine.get('name', '')}, {engine.get('precision', '')}" if engine else None),
         ("Ranks", starts[-1].get("ranks") if starts else None),
@@ -255,6 +256,15 @@ def _facts(
             ", ".join(f"{name} {text}" for name, text in document.get("versions", {}).items()),
         ),
     ]
+
+
+def _foreign(recipe: dict[str, Any]) -> str | None:
+    """The file of weights, trained by others, that the first stage begins with."""
+    first = next(iter(recipe.get("stages", ())), {})
+    model = {**recipe.get("model", {}), **(first.get("model") or {})}
+    if not model.get("weights"):
+        return None
+    return f"{Path(model['weights']).name}, sha256 {model.get('weights_sha256')}"
 
 
 def _started(stage: dict[str, Any]) -> bool:

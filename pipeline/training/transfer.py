@@ -4,13 +4,13 @@ anything is loaded.
 Of equal names and shapes the values. A head of other classes gets the rows of the labels that both
 have; a first layer of other channels is filled from the channels there were; a 3D network takes a
 2D network's convolutions, as deep as they are wide and scaled to answer a constant volume as they
-answered a constant slice (Carreira and Zisserman 2017, inflation).
+answered a constant slice (Carreira and Zisserman 2017, inflation). Both at once is one filling.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,14 +101,15 @@ def plan_transfer(
     inherit: Inherit,
     ours: Side,
     parent: Side,
-    inputs: Collection[str] = (),
+    inputs: Set[str] = frozenset(),
 ) -> Transfer:
     """What `model`, fresh, takes of the tensors `theirs`. `inputs`: our tensors whose shape depends
     on the number of channels. Raises InputError that names every tensor that does not fit; nothing
     is changed here."""
     if ours.rebuilds != parent.rebuilds and inherit.head == "keep":
         inherit = inherit.model_copy(update={"head": "new"})  # outputs of another kind
-    own, found, faults = model.state_dict(), Transfer(), []
+    own, found = model.state_dict(), Transfer()
+    faults: dict[str, str] = {}
     wanted = chosen(own, spec, inherit.weights)
     for name, fresh in own.items():
         value, is_head = theirs.get(name), name.startswith(spec.head)
@@ -129,25 +130,19 @@ def plan_transfer(
                 found.how[name] = f"as it was for {', '.join(parent.rows)}"
         elif is_head and inherit.head == "map":
             _map_rows(found, name, fresh, value, inherit, ours, parent)
-        elif (
-            value is not None
-            and name in inputs
-            and (d := _channel_axis(fresh, value, ours, parent))
-        ):
-            if inherit.channels == "new":
-                found.new.append(name)
-            else:
-                axis, sizes = d
-                found.tensors[name] = _other_channels(value, axis, sizes, inherit.channels)
-                found.how[name] = f"{sizes[0]} channels to {sizes[1]} ({inherit.channels})"
-        elif value is not None and _flat_of(fresh) == tuple(value.shape):
-            found.tensors[name] = _inflated(value, fresh, _module_of(model, name))
-            found.how[name] = f"inflated from {tuple(value.shape)}"
+        elif name in inputs and inherit.channels == "new":
+            found.new.append(name)
+        elif value is not None and _fill(
+            found, name, value, _module_of(model, name), fresh,
+            (len(parent.channels), len(ours.channels)) if name in inputs else None,
+            inherit.channels,
+        ):  # fmt: skip
+            continue
         else:
             there = "missing there" if value is None else f"{tuple(value.shape)} there"
-            faults.append(f"{name} {tuple(fresh.shape)}, {there}")
+            faults[name] = f"{name} {tuple(fresh.shape)}, {there}"
     if faults:
-        raise InputError(_refusal(faults, spec, inherit, ours, parent))
+        raise InputError(_refusal(faults, spec, inherit, ours, parent, inputs))
     if inherit.head == "map" and (missing := _unmapped(inherit, ours, parent)):
         raise InputError(missing)
     used = set(found.tensors)
@@ -224,17 +219,41 @@ def _unmapped(inherit: Inherit, ours: Side, parent: Side) -> str | None:
     return None
 
 
+def _fill(
+    found: Transfer,
+    name: str,
+    value: Tensor,
+    module: nn.Module,
+    fresh: Tensor,
+    channels: tuple[int, int] | None,
+    how: str,
+) -> bool:
+    """Note `value`, made to the shape of `fresh`: of a first layer for other `channels` (theirs,
+    ours), of a 2D convolution for 3D, or both. Whether that could be done."""
+    flat = fresh.ndim == value.ndim + 1
+    wanted, said = _flat_of(fresh) if flat else tuple(fresh.shape), []
+    if channels and wanted and (axis := _channel_axis(wanted, value.shape, channels)) is not None:
+        value = _other_channels(value, axis, channels, how)
+        said.append(f"{channels[0]} channels to {channels[1]} ({how})")
+    if wanted != tuple(value.shape):
+        return False
+    if flat:
+        said.append(f"inflated from {tuple(value.shape)}")
+        value = _inflated(value, fresh, module)
+    found.tensors[name], found.how[name] = value, ", ".join(said)
+    return True
+
+
 def _channel_axis(
-    fresh: Tensor, value: Tensor, ours: Side, parent: Side
-) -> tuple[int, tuple[int, int]] | None:
-    """(axis, (their channels, ours)) if that axis alone differs, by the number of channels."""
-    if fresh.ndim != value.ndim:
+    wanted: Sequence[int], there: Sequence[int], channels: tuple[int, int]
+) -> int | None:
+    """The axis along which alone two shapes differ, if it does by the number of channels."""
+    if len(wanted) != len(there):
         return None
-    differing = [d for d in range(fresh.ndim) if fresh.shape[d] != value.shape[d]]
-    sizes = (len(parent.channels), len(ours.channels))
-    if len(differing) != 1 or (value.shape[differing[0]], fresh.shape[differing[0]]) != sizes:
+    axes = [d for d, pair in enumerate(zip(there, wanted, strict=True)) if pair[0] != pair[1]]
+    if len(axes) != 1 or (there[axes[0]], wanted[axes[0]]) != channels:
         return None
-    return differing[0], sizes
+    return axes[0]
 
 
 def _other_channels(value: Tensor, axis: int, sizes: tuple[int, int], how: str) -> Tensor:
@@ -270,8 +289,20 @@ def _module_of(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.rpartition(".")[0])
 
 
-def _refusal(faults: list[str], spec: ModelSpec, inherit: Inherit, ours: Side, parent: Side) -> str:
+def _refusal(
+    faults: Mapping[str, str],
+    spec: ModelSpec,
+    inherit: Inherit,
+    ours: Side,
+    parent: Side,
+    inputs: Set[str],
+) -> str:
     hints = []
+    if inputs and not inputs.isdisjoint(faults):
+        hints.append(
+            f"they cannot be filled from channels {', '.join(parent.channels)} for "
+            f"{', '.join(ours.channels)}: set inherit.channels=new"
+        )
     if spec.fixed_patch:
         hints.append(f"{spec.name} is bound to its patch: its weights fit no other")
     if ours.rows != parent.rows and inherit.head == "keep":
@@ -281,7 +312,7 @@ def _refusal(faults: list[str], spec: ModelSpec, inherit: Inherit, ours: Side, p
     hints.append("a network that is planned from its patch keeps its shape by model.options")
     return (
         f"inherit: {len(faults)} tensor(s) of {spec.name} do not fit the stage before: "
-        f"{'; '.join(faults[:SHOWN])}{' ...' if len(faults) > SHOWN else ''}. {'; '.join(hints)}"
+        f"{_some(list(faults.values()))}. {'; '.join(hints)}"
     )
 
 

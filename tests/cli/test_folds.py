@@ -16,7 +16,7 @@ from segfleet.cli.status import render
 from segfleet.core.errors import InputError
 from segfleet.pipeline.folds import every_fold, score_folds
 from segfleet.pipeline.recipe import load_recipe
-from segfleet.pipeline.run import find_run, run_folders
+from segfleet.pipeline.run import find_run, run_folders, stage_folders
 from segfleet.preprocess.stores.manifest import load_manifest
 from segfleet.slurm import prepare
 from segfleet.slurm.status import status
@@ -110,6 +110,21 @@ def test_folds_that_share_cases_have_no_score_of_all(work, tmp_path, write_folds
     write_folds(tmp_path / "store", [[0, 1], [1, 2]])
     recipe = load_recipe(str(folder / "tiny.yaml"), [f"data.store={tmp_path / 'store'}"])
     assert score_folds(tmp_path, recipe, load_manifest(tmp_path / "store")) is None
+
+
+def test_a_fold_with_fewer_cases_than_asked_for_hinders_no_other(work, tmp_path, write_folds):
+    """Its run ended in that message, scored and all, because the other fold could not be trained
+    so."""
+    folder, _, _ = work
+    shutil.copytree(folder / "store", tmp_path / "store")
+    write_folds(tmp_path / "store", [[0], [1, 2]])  # they leave 5 and 4 of 6 cases to train on
+    changes = [f"data.store={tmp_path / 'store'}", "data.cases=5", "data.fold=0"]
+    recipe, manifest = (
+        load_recipe(str(folder / "tiny.yaml"), changes),
+        load_manifest(tmp_path / "store"),
+    )
+    assert stage_folders(tmp_path, recipe, manifest), "this one can"
+    assert score_folds(tmp_path, recipe, manifest) is None
 
 
 def test_submit_and_sweep_take_all_folds_too(work):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -474,3 +475,33 @@ def test_a_fault_of_ours_shows_the_failing_ranks_traceback(work, tmp_path):
         and "broken on purpose" in done.stderr
         and "in draw" in done.stderr
     )
+
+
+TWO_CHANNELS = "model={name: rec_unet, options: {widths: [16, 16, 16, 16, 16]}}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            ["stages.1.inherit={head: map, classes: {blob1: liver}}"],
+            "inherit.classes: found 'blob1: liver', but 'liver' is none of the classes",
+        ),
+        (["stages.1.inherit.weights=[enkoder]"], "no parameter name of .* begins with 'enkoder'"),
+        ([TWO_CHANNELS, "data.patch=[32,32]"], "2 input channels have no middle slice"),
+        (
+            ["stages.0.task=reconstruct", "stages.0.data.mask.block=64"],
+            "data.mask.block: found 64 voxels, but the patch is",
+        ),
+    ],
+    ids=["classes", "encoder", "channels", "mask"],
+)
+def test_what_cannot_be_taken_over_is_one_message(work, tiny_store, tmp_path, changes, words):
+    """Of classes that the target lacks, an encoder that is none, channels that no first layer can
+    be made for, and masks larger than the patch."""
+    if "rec_unet" in changes[0]:
+        changes = [*changes, f"stages.1.data.store={tiny_store(dims=2, channels=2)}"]
+    code, out, err = finished(train(work, tmp_path / "runs", *changes))
+    assert code == 2 and "Traceback" not in err and not (tmp_path / "runs").exists()
+    said = json.loads(out)["error"]  # the only document
+    assert re.search(words, said) and "\n" not in said.strip(), said

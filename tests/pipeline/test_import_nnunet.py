@@ -14,10 +14,12 @@ from torch import nn
 from segfleet.core.errors import InputError
 from segfleet.models.registry import ModelError
 from segfleet.pipeline.imports import import_nnunet
-from segfleet.pipeline.jobs import predict
-from segfleet.pipeline.launch.job import Predict
+from segfleet.pipeline.jobs import Stores, predict, run_job
+from segfleet.pipeline.launch.job import Predict, Train
 from segfleet.pipeline.ranks import Ranks
-from segfleet.pipeline.run import open_run
+from segfleet.pipeline.recipe import parse, resolve, with_absolute_store
+from segfleet.pipeline.run import open_run, stage_folders
+from segfleet.pipeline.stop import StopRequest
 from segfleet.preprocess.stores.manifest import load_manifest
 
 unet = pytest.importorskip("dynamic_network_architectures.architectures.unet")
@@ -117,6 +119,28 @@ def test_one_run_per_fold_with_nnunet_s_settings(model, tmp_path):
     manifest = load_manifest(recipe.data.store)
     assert manifest.dataset.name == "Dataset009_Spheres" and not manifest.cases
     assert manifest.plan.normalisation == ("zscore",) and manifest.plan.dtype == "float32"
+
+
+def test_an_imported_model_is_the_root_of_a_fine_tuning(model, tiny_store, tmp_path):
+    """A stage that somebody else trained: found by its uid, taken over and told of as any other."""
+    root = tmp_path / "runs"
+    leaf = import_nnunet(model[0], root)[0]
+    done = (leaf / "done.json").stat().st_mtime_ns
+    document = open_run(leaf)[0].model_dump(mode="json")
+    data = {"store": str(tiny_store(dims=3, classes=1)), "patch": [16, 16, 16], "batch": 2}
+    stage = {"name": "finetune", "epochs": 1, "steps": 1, "lr": 1e-3, "inherit": {"head": "new"}}
+    document["stages"].append({**stage, "data": data})
+    recipe = with_absolute_store(parse(document))
+    job = Train(recipe=recipe.model_dump(mode="json"), root=root)
+    run_job(job, Ranks(torch.device("cpu")), StopRequest())
+    first, second = stage_folders(root, recipe, Stores().manifest)
+    assert first.path == leaf and (leaf / "done.json").stat().st_mtime_ns == done
+    note = json.loads((second.path / "transfer.json").read_text())
+    heads = [name for name in first.final().tensors("weights") if ".seg_layers." in name]
+    assert set(note["new"]) <= {*heads, *note["left"]} and note["taken"] and not note["changed"]
+    assert (second.path / "evaluation.json").exists()
+    html = (second.path / "report.html").read_text(encoding="utf-8")
+    assert "Weights from" in html and resolve(recipe, 0).model.weights_sha256 in html
 
 
 @pytest.mark.parametrize(

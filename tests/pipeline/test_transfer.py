@@ -97,6 +97,72 @@ def test_a_3d_network_starts_from_a_2d_one():
     assert found.how["encoder.0.0.1.weight"] == "taken"
 
 
+@pytest.mark.parametrize("how", ["repeat", "mean", "new"])
+def test_a_3d_network_of_other_channels_starts_from_a_2d_one(how):
+    """Colours of a slice, one channel of a volume: alike in all channels, it is answered alike."""
+    options = {"features": [4, 8, 8], "deep_supervision": False}
+    flat = network(name="plain_unet_2d", channels=3, classes=2, **options)
+    deep = network(name="plain_unet_3d", classes=2, seed=1, **options)
+    first, old = "encoder.0.0.0.weight", flat.state_dict()
+    found = plan_transfer(
+        deep, registry.spec("plain_unet_3d"), old, Inherit(channels=how),
+        side(2, name="plain_unet_3d"), side(2, 3, name="plain_unet_2d"), inputs={first},
+    )  # fmt: skip
+    if how == "new":
+        assert found.new == [first] and found.left == [first]
+        return
+    assert found.how[first] == f"3 channels to 1 ({how}), inflated from (4, 1, 3, 3)"
+    torch.testing.assert_close(found.tensors[first].sum((1, 2)), old[first].sum(1))
+    assert not found.new and not found.left
+
+
+def test_channels_that_cannot_be_mapped_are_one_message_unless_new_is_said():
+    """A first layer that depends on the number of channels in another way than one for each."""
+
+    class Pairs(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.inc = nn.ModuleList([nn.Conv2d(2 * channels, 4, 1)])
+            self.outc = nn.Conv2d(4, 1, 1)
+
+    model, old = Pairs(3), Pairs(1).state_dict()
+    facts = (SPEC, old)
+    with pytest.raises(InputError) as refused:
+        plan_transfer(model, *facts, Inherit(), side(), side(), {"inc.0.weight"})
+    assert "do not fit the stage before: inc.0.weight (4, 6, 1, 1), (4, 2, 1, 1) there. " in str(
+        refused.value
+    )
+    with pytest.raises(InputError, match="from channels a for a, b, c: set inherit.channels=new"):
+        plan_transfer(model, *facts, Inherit(), side(1, 3), side(), {"inc.0.weight"})
+    found = plan_transfer(
+        model, *facts, Inherit(channels="new"), side(1, 3), side(), {"inc.0.weight"}
+    )
+    assert found.new == ["inc.0.weight"] and "outc.weight" in found.taken
+
+
+@pytest.mark.parametrize("name", list(registry.specs()))
+@pytest.mark.parametrize("sizes", [(1, 3), (3, 1)])
+def test_every_architecture_starts_from_one_of_other_channels(name, sizes):
+    spec = registry.spec(name)
+    with torch.device("meta"):
+        old, new, more = (
+            registry.build_model(
+                name, in_channels=count, num_classes=spec.num_classes, options=spec.reduced
+            ).state_dict()
+            for count in (*sizes, sizes[1] + 2)
+        )
+        model = registry.build_model(
+            name, in_channels=sizes[1], num_classes=spec.num_classes, options=spec.reduced
+        )
+    inputs = {key for key, value in new.items() if more[key].shape != value.shape}
+    sides = [side(spec.num_classes, count, name) for count in sizes[::-1]]
+    found = plan_transfer(model, spec, old, Inherit(), *sides, inputs=inputs)
+    assert not found.new and not found.left and found.tensors.keys() == new.keys()
+    assert {key for key, how in found.how.items() if how != "taken"} == inputs
+    # a recurrent network of slices reads the middle one of however many there are
+    assert bool(inputs) != name.startswith("rec_unet")
+
+
 def test_rows_of_equal_labels_are_mapped_and_the_others_are_new():
     parent, model = network(classes=3), network(classes=3, seed=1)
     ours = Side(rows=("background", "tumour", "liver"), channels=("a",), name="n")

@@ -20,6 +20,7 @@ from segfleet.pipeline.imports import write_run
 from segfleet.pipeline.parts import build_network, task_of
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse, with_digest
+from segfleet.pipeline.reports.report import write_report
 from segfleet.pipeline.run import stage_folders, stage_uids
 from segfleet.pipeline.training.train import Run, train
 from segfleet.pipeline.weights import read_tensors
@@ -252,8 +253,23 @@ def test_a_stage_starts_from_weights_of_its_own(recipe, weights, tmp_path):
     model = {"weights": document["model"].pop("weights")}
     del document["model"]["weights_sha256"]
     document["stages"][0]["model"] = model
-    kept = trained(with_digest(parse(document)), tmp_path / "runs")[0].final().tensors("weights")
+    begun = with_digest(parse(document))
+    folder = trained(begun, tmp_path / "runs")[0]
+    kept = folder.final().tensors("weights")
     assert all(torch.equal(kept[name], state[name]) for name in state)
+    html = write_report(folder.path).read_text(encoding="utf-8")
+    assert "Weights from" in html and str(begun.stages[0].model.weights_sha256) in html
+
+
+def test_a_file_of_a_later_stage_is_refused(recipe, weights, tmp_path):
+    """It was passed over: the stage starts from the one before."""
+    document = recipe(weights[0]).model_dump(mode="json")
+    stage = document["stages"][0]
+    document["stages"] = [stage, {**stage, "name": "same"}]
+    assert parse(document), "what the recipe says means the first stage"
+    document["stages"][1]["model"] = {"weights": "other.pth"}
+    with pytest.raises(InputError, match="stages.1.model.weights: found other.pth, but this stage"):
+        parse(document)
 
 
 def test_a_checkpoint_of_nnssl_is_an_encoder_to_start_from(tiny_store, tmp_path):

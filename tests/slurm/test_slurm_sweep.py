@@ -21,6 +21,8 @@ from segfleet.pipeline.recipe import load_recipe
 from segfleet.slurm.prepare import prepare
 from segfleet.sweeps import slurm_backend
 from segfleet.sweeps.order import Order
+from segfleet.sweeps.space.plan import make_plan
+from segfleet.sweeps.space.space import parse_search
 
 PLAIN, RESIDUAL = (
     {"name": f"{kind}_unet_2d", "options": {"features": [4, 8]}} for kind in ("plain", "resenc")
@@ -285,3 +287,89 @@ def test_the_hours_of_a_budget_end_a_job_for_good(cluster, stage):
     with pytest.raises(RankFailed, match="is cancelled") as stopped:
         slurm_backend.Slurm().run(order, lambda: None)
     assert stopped.value.exit_code == 75
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_sweep_over_pretrainings_survives_kill_9_of_a_rank_and_of_its_controller(
+    cluster, tiny_store, tmp_path, monkeypatch
+):
+    """Two pre-trainings on one store, fine-tuned on two others: the same ranking and weights as
+    when every path is trained on this machine and nobody is killed."""
+    source, *targets = (
+        str(tiny_store(dims=2, **more)) for more in ({"classes": 3}, {}, {"cases": 5})
+    )
+    first = {"name": "pretrain", "epochs": 1, "steps": 200, "lr": 1e-2}
+    space = {
+        "name": "transfer",
+        "base": yaml.safe_load((cluster.folder / "tiny.yaml").read_text()),
+        "axes": {"data.store": targets},
+        "stages": [
+            {
+                **first, "task": ["segment", "reconstruct"],
+                "data": {"store": source, "split": "all"},
+            },
+            {"name": "finetune", "epochs": 1, "steps": 20, "lr": 1e-3, "inherit": {"head": "new"}},
+        ],
+    }  # fmt: skip
+    (cluster.folder / "transfer.yaml").write_text(yaml.safe_dump(space))
+
+    def sweep(runs: Path) -> subprocess.Popen:
+        command = ["sweep", "transfer.yaml", "--on", "slurm", "--slots", "2", "--json", "--runs"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "segfleet.cli.main", *command, str(runs)],
+            cwd=cluster.folder, env=cluster.environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def ranking(process: subprocess.Popen) -> list:
+        out, err = process.communicate(timeout=1200)
+        assert process.returncode == 0, err
+        rows = json.loads(out)["ranking"]
+        return [(row["rank"], row["name"], row["score"], row["ci95"]) for row in rows]
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    calm, runs = tmp_path / "calm", tmp_path / "runs"
+    plan = make_plan(parse_search(space), calm)
+    for one in plan.trials:
+        run_ranks(Train(recipe=one.recipe.model_dump(mode="json"), root=calm), 1, threads=1)
+    expected = ranking(sweep(calm))
+    assert len(expected) == 4 and not found(calm, "submission.json"), "all was there"
+
+    command = sweep(runs)
+
+    def moving(stages: list[Path], pattern: str = "events.jsonl") -> Path | None:
+        assert command.poll() is None, command.communicate()
+        return next((stage for stage in stages if any(stage.glob(pattern))), None)
+
+    nodes = list(plan.tree.walk())
+    pretrainings, tunings = (
+        [runs / node.path for node in nodes if node.index == stage] for stage in (0, 1)
+    )
+    saved = "checkpoints/step-*"
+    cluster.wait(lambda: moving(pretrainings, saved), 300, "a first checkpoint")
+    victim = moving(pretrainings, saved)
+    job = json.loads(found(victim / "slurm", "submission.json")[0].read_text())["id"]
+    ranks = [
+        process
+        for helper in cluster.helpers({"job": job})
+        for process in helper.children(recursive=True)
+        if process.name().startswith("python")
+    ]
+    ranks[0].kill()
+    cluster.wait(lambda: moving([victim], "slurm/0002"), 300, "the stage's second job")
+    cluster.wait(lambda: moving(tunings), 300, "a fine-tuning")
+    family = psutil.Process(command.pid).children(recursive=True)
+    command.send_signal(signal.SIGKILL)
+    command.communicate()
+    psutil.wait_procs(family, timeout=30)
+    assert len(found(runs, "done.json")) < len(nodes), "killed in the middle"
+
+    assert ranking(sweep(runs)) == expected
+    assert cluster.events(victim, "resumed"), "its second job went on from a checkpoint"
+    for node in nodes:
+        ours, alone = (cluster.weights(root / node.path) for root in (runs, calm))
+        assert ours.keys() == alone.keys() and all(torch.equal(ours[n], alone[n]) for n in ours)
+    assert len({path.parents[2] for path in found(runs, "submission.json")}) == len(nodes) == 6
+    steps = [event["step"] for event in cluster.events(victim, "step")]
+    assert steps == sorted(set(steps)), "no step was logged twice"

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from segfleet.core.errors import InputError
 from segfleet.pipeline.events import read_events
-from segfleet.pipeline.jobs import run_job
+from segfleet.pipeline.jobs import Stores, run_job
 from segfleet.pipeline.launch.job import Train
+from segfleet.pipeline.parts import build_network, task_of
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import resolve
 from segfleet.pipeline.stop import StopRequest
@@ -109,6 +114,61 @@ def test_lengths_of_a_pretraining_of_constant_rate_are_one_trunk(space, tmp_path
     assert tree.shared_epochs == 150 + 3 * 2 * FINETUNE
 
 
+def test_networks_that_share_an_encoder_share_its_pretraining(space, tmp_path, tiny_store):
+    """The pre-training says its own network; what follows takes the encoder of it."""
+    networks = [
+        {"name": name, "options": {"widths": [16, 16, 16, 16, 16], "slices": "middle"}}
+        for name in ("rec_unet", "rec_unet_em")
+    ]
+    space["stages"][0] |= {"task": "reconstruct", "model": networks[0]}
+    space["stages"][1] |= {"inherit": {"weights": "encoder"}, "lr": 1e-3}
+    space |= {"axes": {"model": networks}, "seeds": []}
+    tree = plan_of(space, tmp_path).tree
+    assert len(tree.trials) == 2 and [node.index for node in tree.walk()] == [0, 1, 1]
+    first, *others = tree.walk()
+    assert first.recipe.model.name == "rec_unet" and len(first.trials) == 2
+    assert {node.recipe.model.name for node in others} == {"rec_unet", "rec_unet_em"}
+
+
+def test_mixtures_of_stores_and_lengths_branch_off_one_trunk(space, tmp_path):
+    """50, 100 and 150 epochs on one mixture at a constant rate are 150; at each, a cooldown on
+    either of two mixtures branches off, and fine-tunings follow."""
+    source, *targets = (space["stages"][0]["data"]["store"], *space["axes"]["data.store"])
+    mixtures = [
+        [{"store": source, "weight": weight}, {"store": targets[1], "weight": 1}]
+        for weight in (1, 3)
+    ]
+    pretrain, finetune = space["stages"]
+    pretrain |= {"epochs": [50, 100, 150], "task": "reconstruct"}
+    pretrain["data"] = {"stores": {"grid": [mixtures[0]]}, "split": "all"}
+    cooldown = {
+        **pretrain, "name": "cooldown", "epochs": 10, "schedule": "cosine",
+        "data": {"stores": {"grid": mixtures}, "split": "all"},
+    }  # fmt: skip
+    space |= {"axes": {}, "seeds": [], "stages": [pretrain, cooldown, finetune]}
+    tree = plan_of(space, tmp_path).tree
+    assert len(tree.trials) == 3 * 2 * 2 and len(tree.nodes) == 3 + 6 + 12
+    assert tree.naive_epochs == 2 * 2 * (50 + 100 + 150) + 12 * (10 + FINETUNE)
+    assert tree.shared_epochs == 150 + 6 * 10 + 12 * FINETUNE
+
+
+def test_a_pretraining_of_no_epochs_is_the_way_without(space, tmp_path):
+    """So one space asks whether pre-training helps: its first way begins with nothing."""
+    space["stages"][0] |= {"epochs": [0, 50], "task": "reconstruct"}
+    space["stages"][1] |= {"lr": 1e-3, "data": {"cases": [1, 2]}}
+    space |= {"axes": {}, "seeds": []}
+    plan = plan_of(space, tmp_path)
+    assert len(plan.tree.trials) == 4 and plan.tree.shared_epochs == 50 + 4 * FINETUNE
+    zero = next(node for node in plan.tree.walk() if node.recipe.stages[0].epochs == 0)
+    job = plan.order(zero).job
+    run_job(job, Ranks(torch.device("cpu")), StopRequest())
+    found = load_file(next((plan.runs / zero.path).glob("checkpoints/*/weights.safetensors")))
+    own = resolve(zero.recipe, 0)
+    manifest = Stores().manifest(own)
+    fresh = build_network(own, manifest, task_of(own, manifest)).state_dict()
+    assert all(torch.equal(fresh[name], value) for name, value in found.items())
+
+
 @pytest.mark.parametrize(
     ("change", "axis"),
     [
@@ -119,6 +179,11 @@ def test_lengths_of_a_pretraining_of_constant_rate_are_one_trunk(space, tmp_path
         ({"inherit": [{"head": "new"}, {"head": "map"}]}, "stages.1.inherit"),
         ({"freeze": [[], ["encoder"]]}, "stages.1.freeze"),
         ({"layer_decay": [1.0, 0.7]}, "stages.1.layer_decay"),
+        ({"freeze": ["encoder"], "unfreeze_at": [1, 2]}, "stages.1.unfreeze_at"),
+        ({"rates": [{"encoder": 0.1}, {"encoder": 1.0}]}, "stages.1.rates"),
+        ({"anchor": [0, 0.01]}, "stages.1.anchor"),
+        ({"lora": {"rank": [2, 4]}}, "stages.1.lora.rank"),
+        ({"seed": [1, 2]}, "stages.1.seed"),
         ({"loss": {"name": ["dice_ce", "ss"]}}, "stages.1.loss.name"),
         ({"loss": {"options": {"x": 1}}}, None),
         ({"optimizer": {"weight_decay": {"loguniform": [1e-5, 1e-2]}}}, "stages.1.optimizer.weight_decay"),
@@ -176,4 +241,75 @@ def test_a_shared_path_is_bitwise_the_path_alone_even_after_kill_9(space, tmp_pa
         run_job(job, Ranks(torch.device("cpu")), StopRequest())
         path = plan.tree.nodes[leaf].path
         ours, alone = final(plan.runs / path), final(tmp_path / f"alone{number}" / path)
+        assert ours.keys() == alone.keys() and all(torch.equal(ours[n], alone[n]) for n in ours)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_sweep_on_ray_ends_as_if_nobody_had_killed_a_rank_and_its_controller(
+    space, tmp_path, monkeypatch
+):
+    """The same ranking and weights as when every path is trained alone."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    space["axes"], space["seeds"] = {"data.store": space["axes"]["data.store"]}, []
+    space["base"]["save_every"] = 5
+    space["stages"][0] |= {"epochs": 40, "steps": 5}
+    space["stages"][1] |= {"epochs": 4, "steps": 5, "lr": 1e-3}
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
+
+    def sweep(runs: str) -> subprocess.Popen:
+        words = ["space.yaml", "--slots", "2", "--runs", runs, "--json"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "segfleet.cli.main", "sweep", *words], cwd=tmp_path,
+            stdout=subprocess.PIPE, stderr=open(tmp_path / f"{runs}.log", "a"), text=True,
+        )  # fmt: skip
+
+    def ranking(process: subprocess.Popen, runs: str) -> list[tuple]:
+        out, _ = process.communicate(timeout=1200)
+        assert process.returncode == 0, (tmp_path / f"{runs}.log").read_text()
+        rows = json.loads(out)["ranking"]
+        return [(row["rank"], row["name"], row["score"], row["ci95"]) for row in rows]
+
+    def when_done(runs: str) -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / runs).rglob("done.json")}
+
+    plan = make_plan(parse_search(space), tmp_path / "calm")
+    nodes = list(plan.tree.walk())
+    for one in plan.trials:
+        job = Train(recipe=one.recipe.model_dump(mode="json"), root=plan.runs)
+        run_job(job, Ranks(torch.device("cpu")), StopRequest())
+    before = when_done("calm")
+    expected = ranking(sweep("calm"), "calm")
+    assert len(nodes) == len(before) == 6 and when_done("calm") == before, "all was there"
+
+    command = sweep("runs")
+
+    def wait_for(index: int, pattern: str) -> Path:
+        """The folder of a stage of this number as soon as it has such a file."""
+        deadline = time.monotonic() + 900
+        while True:
+            for node in nodes:
+                folder = tmp_path / "runs" / node.path
+                if node.index == index and any(folder.glob(pattern)):
+                    return folder
+            assert command.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+
+    victim = wait_for(0, "checkpoints/step-*")
+    rank = int((victim / "lock").read_text().split()[1])
+    os.kill(rank, signal.SIGKILL)
+    wait_for(1, "events.jsonl")
+    family = psutil.Process(command.pid).children(recursive=True)
+    command.kill()
+    command.communicate()
+    psutil.wait_procs(family, timeout=60)
+    finished = when_done("runs")
+    assert 1 <= len(finished) < len(nodes), "killed in the middle"
+
+    assert ranking(sweep("runs"), "runs") == expected and len(expected) == 4
+    after = when_done("runs")
+    assert len(after) == len(nodes) and all(after[path] == t for path, t in finished.items())
+    assert [e for e in read_events(victim) if e["event"] == "resumed"], "the rank was at work"
+    for node in nodes:
+        ours, alone = (final(root / node.path) for root in (tmp_path / "runs", plan.runs))
         assert ours.keys() == alone.keys() and all(torch.equal(ours[n], alone[n]) for n in ours)
