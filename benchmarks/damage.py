@@ -49,7 +49,7 @@ HERE = Path(__file__).resolve().parent
 LONGEST = 90.0  # seconds of a command
 FAULTS = ("wrong", "traceback", "hang")
 DEAR = ("train", "train on", "evaluate", "evaluate hdf5", "evaluate on", "sweep", "best")
-# these make no results: a damaged one that they neither read nor change is as they found it
+# these make no results: a damaged one that they do not change is as they found it
 READERS = ("report", "status", "compare", "export", "export ome", "check", "score", "sweep status")
 DAMAGES = ("flip", "truncate", "empty", "zeros", "delete", "swap")
 CRAFTS = ("list", "deep", "texts", "numbers", "nulls", "huge")
@@ -538,7 +538,7 @@ def main(options: argparse.Namespace) -> int:
                 right = {
                     key: value
                     for key, value in right.items()
-                    if key.startswith("said") or now.get(key) or before.get(key)
+                    if key.startswith("said") or now.get(key) != before.get(key)
                 }
             verdict, why = judge(code, err, out, now, right, path, how)
             row = {"command": name, "kind": kind, "damage": how, "verdict": verdict}

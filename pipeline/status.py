@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 
 from segfleet.core.files import read_json
 from segfleet.core.lock import is_locked
-from segfleet.core.progress import EVENTS
-from segfleet.pipeline.events import recent_events
+from segfleet.core.progress import EVENTS, FAR
+from segfleet.pipeline.events import comes_to_file, recent_events
 from segfleet.pipeline.folds import family_of, folder_of
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.run import DONE, IDENTITY, LOCK, StageFolder, differences, open_run
@@ -162,9 +163,15 @@ def _progress(stage: StageFolder) -> dict[str, Any]:
     if not steps:
         return facts
     *before, last = steps
+    end = (stage.done() or {}).get("steps")
+    if isinstance(end, int) and 0 < end < FAR and last["step"] != end:
+        if comes_to_file(last["step"], end):
+            sys.stderr.write(f"segfleet: {stage.path / EVENTS} lacks its end and is left out\n")
+            last = {}
+        last = {**last, "step": end}
     facts |= {key: last.get(key) for key in ("step", "loss", "samples_per_second")}
     seconds = last.get("time", 0) - before[0].get("time", 0) if before else 0
-    done = last["step"] - before[0]["step"] if before else 0
-    if seconds > 0 and done > 0 and facts["steps"]:
-        facts["remaining_seconds"] = round((facts["steps"] - last["step"]) * seconds / done)
+    ahead = last["step"] - before[0]["step"] if before else 0
+    if seconds > 0 and ahead > 0 and facts["steps"]:
+        facts["remaining_seconds"] = round((facts["steps"] - last["step"]) * seconds / ahead)
     return facts

@@ -11,7 +11,7 @@ import pytest
 from segfleet.core.errors import InputError
 from segfleet.core.files import digest_of, read_json, write_json
 from segfleet.models.registry import ModelError, build_model
-from segfleet.pipeline import events
+from segfleet.pipeline import events, status
 from segfleet.pipeline.recipe import load_recipe
 from segfleet.pipeline.run import DONE, StageFolder, find_run, open_run, stage_folders
 from segfleet.pipeline.scoring import scored
@@ -165,3 +165,30 @@ def test_a_folder_of_runs_whose_name_is_no_text_is_refused_before_training(tmp_p
 def test_an_option_of_another_type_is_one_sentence():
     with pytest.raises(ModelError, match="model.options: unet_lite_standard cannot be built of"):
         build_model("unet_lite_standard", in_channels=1, num_classes=2, options={"width": [1]})
+
+
+@pytest.mark.parametrize(
+    "steps, last, said",
+    [
+        ([10, 20, 24], 24, (24, 0.5)),
+        ([10, 20], 24, (24, None)),  # its end was lost
+        ([10], 24, (24, None)),
+        ([30_000], 30_010, (30_010, 0.5)),  # of a long stage not every step comes to the file
+        ([10, 20], "x", (20, 0.5)),
+        ([10, 20], None, (20, 0.5)),  # at work
+    ],
+)
+def test_half_a_list_of_events_is_not_shown_as_a_finished_runs_end(
+    tmp_path, capsys, steps, last, said
+):
+    stage = StageFolder(path=tmp_path, index=0)
+    lines = [
+        {"event": "step", "time": 1.0, "step": step, "loss": 0.5, "samples_per_second": 2.0}
+        for step in steps
+    ]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if last is not None:
+        stage.finish("step-00000024", steps=last, best={}, skipped=0)
+    found = status._progress(stage)
+    assert (found["step"], found["loss"]) == said
+    assert ("lacks its end" in capsys.readouterr().err) == (said[1] is None)
