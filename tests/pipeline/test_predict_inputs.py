@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from PIL import Image
 
 from segfleet.core.errors import InputError
 from segfleet.core.parallel import Apart
+from segfleet.core.partial import temporary_name
 from segfleet.pipeline.inference.collect import collect
-from segfleet.pipeline.inference.inputs import Input
+from segfleet.pipeline.inference.inputs import NOTES, Input, claim
 from segfleet.preprocess.files.images import ImageError
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
 from segfleet.preprocess.readers.base import Layout, open_reader
@@ -115,3 +117,23 @@ def test_a_picture_that_crashes_its_reader_is_one_sentence(tmp_path, monkeypatch
         monkeypatch.setattr(Input, "read", killed)
         with pytest.raises(ImageError, match="found a.png, which ended the process that read it"):
             one.read_apart(apart)
+
+
+def test_what_a_killed_prediction_left_goes_with_the_next_one(tmp_path):
+    """Half a file, half a note; not what a process that lives is writing."""
+    out, images = tmp_path / "out", tmp_path / "images"
+    images.mkdir()
+    Image.fromarray(np.ones((8, 8), np.uint8)).save(images / "a.png")
+    found = collect([images], 1)
+    claim(out, found, "run")
+    (out / NOTES).mkdir()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = []
+    for number in (gone.pid, os.getpid()):
+        for path in (out / "a.png", out / NOTES / "a.png.json"):
+            name = temporary_name(path).name
+            left.append(path.with_name(name.replace(f"-{os.getpid()}-", f"-{number}-")))
+            left[-1].write_text("half")
+    claim(out, found, "run")
+    assert [path.exists() for path in left] == [False, False, True, True]

@@ -10,7 +10,7 @@ from segfleet.core.errors import InputError
 from segfleet.core.settings import loads
 from segfleet.pipeline.recipe import load_recipe
 from segfleet.preprocess.stores.manifest import load_manifest
-from segfleet.sweeps.space.plan import claim, foreign, make_plan, with_stores
+from segfleet.sweeps.space.plan import SPACE, claim, foreign, make_plan, with_stores
 from segfleet.sweeps.space.space import load_search, parse_search, space_names
 from segfleet.sweeps.space.tree import StageTree
 
@@ -214,6 +214,17 @@ def test_a_folder_belongs_to_one_space(search, tmp_path):
     assert foreign(make_plan(search(), tmp_path)) is None
     with pytest.raises(InputError, match=r"belongs to another space .*differ in: seeds\)"):
         claim(make_plan(search(seeds=[3]), tmp_path), [])
+
+
+@pytest.mark.parametrize("left", [b"", b"\0\0\0", b'{"space": [], "code": 3, "base', b"[1]"])
+def test_a_damaged_note_of_a_space_is_written_anew(search, tmp_path, capsys, left):
+    plan = make_plan(search(), tmp_path)
+    claim(plan, [])
+    whole = (plan.folder / SPACE).read_bytes()
+    (plan.folder / SPACE).write_bytes(left)
+    claim(make_plan(search(), tmp_path), [])
+    assert (plan.folder / SPACE).read_bytes() == whole
+    assert f"{plan.folder / SPACE} is damaged" in capsys.readouterr().err
 
 
 def test_a_space_may_grow_and_must_not_change(search, space, tmp_path):
