@@ -18,7 +18,7 @@ from segfleet.sweeps.results.ledger import Ledger
 from segfleet.sweeps.results.outcome import as_csv, write_outcome
 from segfleet.sweeps.search.optuna import Suggestions
 from segfleet.sweeps.space.objectives import Constraint, Objective, fronts
-from segfleet.sweeps.space.plan import make_plan
+from segfleet.sweeps.space.plan import claim, make_plan
 from segfleet.sweeps.space.space import parse_search
 from segfleet.sweeps.space.tree import StageTree
 
@@ -296,6 +296,24 @@ def test_a_failed_point_is_told_as_one_that_keeps_no_constraint(search, tmp_path
     ask.tell()
     (trial,) = [t for t in ask.study.trials if t.state == optuna.trial.TrialState.COMPLETE]
     assert max(trial.constraints.values()) > 1e3, "a distance of 0 would be the best there is"
+
+
+def test_a_larger_space_tells_optuna_the_points_of_the_smaller_one(asked, search, tmp_path):
+    """A value more, in front of the others: what was measured stays with its value."""
+
+    def stages(*rates):
+        return [{"epochs": 1, "steps": 1, "lr": list(rates)}]
+
+    plan, _ = asked(2, near, stages=stages(1e-2, 1e-3))
+    claim(plan, [])
+    made = search(axes={}, search="optuna", stages=stages(1e-4, 1e-2, 1e-3), budget={"trials": 9})
+    larger = make_plan(made, tmp_path / "runs")
+    ask = Suggestions(larger, Ledger(larger.tree, larger.runs, larger.folder))
+    assert ask(), "the new value"
+    assert larger.trials[-1].point == {"stages.0.lr": 1e-4}
+    told = {t.params["stages.0.lr"]: t.value for t in ask.study.trials if t.value is not None}
+    assert told.keys() == {1, 2} and told[2] == pytest.approx(1.0) and told[1] < 1
+    assert not ask(), "three values, three points"
 
 
 def test_a_warm_start_begins_where_another_sweep_ended(asked):

@@ -190,6 +190,15 @@ def test_a_cluster_that_dies_in_the_middle_is_said(monkeypatch):
     assert [said.get(timeout=20), said.get(timeout=20)] == [found, 1]
 
 
+def test_what_tune_keeps_lies_where_all_nodes_of_a_cluster_see_it(tmp_path, monkeypatch):
+    """Trials run on other nodes, which share the folder of runs and no /tmp."""
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(shutdown=lambda: None))
+    joined = []
+    monkeypatch.setattr(controller, "join", joined.append)
+    with controller.ray_session(run.Resources(address="head:6379"), tmp_path) as storage:
+        assert storage == tmp_path / "tune" and joined == ["head:6379"]
+
+
 @pytest.mark.parametrize(
     ("nodes", "given", "expected"),
     [

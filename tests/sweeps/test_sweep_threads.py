@@ -7,12 +7,15 @@ import threading
 
 import pytest
 
+from segfleet.core.errors import InputError
 from segfleet.pipeline.launch.job import Train
+from segfleet.slurm import cluster
 from segfleet.slurm.job import Seen
 from segfleet.sweeps import slurm_backend, threads
 from segfleet.sweeps.order import Order
 from segfleet.sweeps.results.ledger import Ledger
 from segfleet.sweeps.results.outcome import write_outcome
+from segfleet.sweeps.run import Resources, run_sweep
 from segfleet.sweeps.search.asha import Rungs
 from segfleet.sweeps.search.tree_search import TreeSearch
 from segfleet.sweeps.slurm_backend import Leave
@@ -132,6 +135,21 @@ def test_a_process_that_leaves_marks_nothing(tree, monkeypatch):
     with pytest.raises(Leave):
         threads.drive(search, 2, leave)
     assert not list(search.ledger.folder.rglob("*/*.json"))
+
+
+def test_a_cluster_whose_limits_are_below_one_stages_need_is_one_message(
+    search, tmp_path, monkeypatch
+):
+    node = "gpu*|12:00:00|g01|64|512000|gpu:a100:4|(null)\n"
+    monkeypatch.setattr(cluster, "call", lambda *command, **_: node)
+    plan = make_plan(search(), tmp_path / "runs", build=False)
+    wanted = {"cluster": None, "spec": {"gpus_per_node": 8, "time": "1d"}}
+    with pytest.raises(InputError) as caught:
+        run_sweep(plan, Resources(on="slurm", options=wanted))
+    said = str(caught.value)
+    assert "gpus_per_node: found 8, a node of partition gpu has 4" in said
+    assert "time: found 1d, partition gpu allows 720 minutes" in said
+    assert not plan.folder.exists(), "nothing was written"
 
 
 def test_one_question_to_the_queue_serves_all_jobs(monkeypatch):
