@@ -61,13 +61,14 @@ class Rungs:
         rung = next(self.between(max([begin, *passed]), math.inf))
         return math.ceil(rung) if math.ceil(rung) < end else None
 
-    def promoted(self, paused: Iterable[str]) -> str | None:
-        """The best paused node that may go on, of the highest rung that has one."""
+    def promoted(self, paused: Iterable[str], least: int = 0) -> str | None:
+        """The best paused node that may go on, of the highest rung that has one; of every rung at
+        least the `least` best may."""
         waiting = set(paused)
         for rung in sorted(self.values, reverse=True):
             known = self.values[rung]
             best = sorted(known, key=lambda uid: (-known[uid], uid))
-            for uid in best[: int(len(best) / self.factor)]:
+            for uid in best[: max(least, int(len(best) / self.factor))]:
                 if uid in waiting:
                     return uid
             waiting -= known.keys()  # they stand at this rung, and are not good enough

@@ -55,7 +55,12 @@ class TreeSearch:
                 self.grow = None
             node = self.ledger.next()
         if node is None:
-            return None if self.running or self.ledger.open() else FINISHED
+            if self.running or self.ledger.open():
+                return None
+            # nobody comes any more who would make a rung large enough for a third of it to go on
+            node = self._promoted(least=1)
+        if node is None:
+            return FINISHED
         order = self.order_of(node)
         if self.rungs:
             begin = order.begin + order.start
@@ -65,8 +70,9 @@ class TreeSearch:
         self.running[name] = node, order
         return order
 
-    def _promoted(self) -> StageNode | None:
-        if self.rungs is None or (uid := self.rungs.promoted(self.ledger.marked("paused"))) is None:
+    def _promoted(self, least: int = 0) -> StageNode | None:
+        paused = self.ledger.marked("paused")
+        if self.rungs is None or (uid := self.rungs.promoted(paused, least)) is None:
             return None
         self.ledger.unmark(node := self.ledger.tree.nodes[uid], "paused")
         self.ledger.taken.add(uid)

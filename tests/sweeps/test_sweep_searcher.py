@@ -179,6 +179,9 @@ def test_of_paused_nodes_the_best_go_on_and_none_is_thrown_away():
     assert rungs.promoted(paused) is None, "two of six are a third"
     rungs.stops(node_of("f", 100), 0, 6, 0.7)  # alone at its rung: a third of one is none
     assert rungs.promoted({*paused, "f"}) is None
+    assert (
+        rungs.promoted({*paused, "f"}, least=1) == "f" and rungs.promoted(paused, least=1) is None
+    )
     rungs.stops(node_of("g", 100), 0, 2, 0.9)
     assert rungs.promoted({*paused, "g"}) == "g"
     assert rungs.pause_of("x", 0, 2) is None, "its end is no pause"
@@ -220,6 +223,31 @@ def test_a_search_hands_out_pauses_and_goes_on_with_the_best(search, space, tmp_
     tree.ended("again", {"state": "done"})
     assert tree.next("end") == FINISHED
     assert sorted(tree.ledger.states().values()) == ["done", "paused", "paused"]
+
+
+def test_a_promotion_of_few_ends_with_a_finished_point(search, space, tmp_path):
+    """Of two at a rung a third is none; when nothing else is left the better one goes on, over all
+    rungs that it meets alone."""
+    space["base"]["evaluation"] = {"every": 1}
+    stages = [{"epochs": 9, "steps": 1, "lr": [1e-2, 1e-3]}]
+    asha = {"type": "promotion", "grace": 1, "factor": 3}
+    made = search(axes={}, stages=stages, scheduler="asha", asha=asha)
+    plan = make_plan(made, tmp_path / "runs", build=False)
+    plan.folder.mkdir(parents=True)
+    ledger = Ledger(plan.tree, plan.runs, plan.folder)
+    tree = TreeSearch(ledger, plan.order, rungs=Rungs(made.space.asha))
+    handed = []
+    while (order := tree.next("t")) != FINISHED:
+        handed.append((plan.tree.nodes[order.node].stage.lr, order.pause))
+        epochs = order.pause or 9
+        tree.validated("t", epochs, 0.5 + plan.tree.nodes[order.node].stage.lr)
+        if order.pause is None:
+            finish(ledger, order.node, summary={"mean_foreground_dice": 0.5})
+        tree.ended(
+            "t", {"state": "paused" if order.pause else "done", "epochs": epochs, "dice": 0.5}
+        )
+    assert handed == [(1e-2, 1), (1e-3, 1), (1e-2, 3), (1e-2, None)]
+    assert sorted(ledger.states().values()) == ["done", "paused"]
 
 
 def test_rungs_are_remembered_from_disk(ledger):
