@@ -25,7 +25,8 @@ from segfleet.pipeline.stop import StopRequest
 
 OVER = "over"  # a file in the life's folder: the first node's command has ended
 UP = 180.0  # seconds that Ray may take to start on a node
-LONGEST = 40  # characters of the folder of Ray's sockets
+INSIDE = "r"  # Ray's own folder, which it opens to everybody, in the one that is ours alone
+LONGEST = 28  # characters of the folder below which Ray's sockets lie; their paths have 107
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
@@ -59,7 +60,7 @@ def run(
     with socket.create_server((host, 0)) as probe:
         port = probe.getsockname()[1]
     token, folder = secrets.token_hex(32), Path(tempfile.mkdtemp(prefix="sf-", dir=short_folder()))
-    inside = str(folder / "ray")  # Ray opens it to everybody
+    inside = str(folder / INSIDE)
     words = ["--head", "--port", str(port), "--temp-dir", inside, "--include-dashboard=false"]
     try:
         with started([*words, "--node-ip-address", host], token, gpus) as ray:

@@ -30,7 +30,7 @@ from typing import Any
 from segfleet.core.errors import InputError, explain
 from segfleet.core.files import read_json, write_atomically
 from segfleet.pipeline.launch.local import die_with_parent
-from segfleet.slurm.ray_nodes import short_folder
+from segfleet.slurm.ray_nodes import INSIDE, short_folder
 from segfleet.sweeps.ray.slots import NAMES, share
 from segfleet.sweeps.search.tree_search import TreeSearch, start
 from segfleet.sweeps.space.plan import make_plan
@@ -161,7 +161,7 @@ def ray_session(resources: Any, folder: Path) -> Iterator[Path]:
             ray.init(
                 address="local", num_cpus=resources.at_once, num_gpus=gpus(),
                 include_dashboard=False, object_store_memory=80 * 2**20,
-                _temp_dir=str(temporary / "ray"), log_to_driver=False, logging_level="ERROR",
+                _temp_dir=str(temporary / INSIDE), log_to_driver=False, logging_level="ERROR",
             )  # fmt: skip
         # the trials of a cluster are on other nodes, which see the folder of all runs
         yield folder / "tune" if resources.address else temporary / "tune"
