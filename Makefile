@@ -44,6 +44,9 @@ system:
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null || echo "chromium could not be installed: the browser test will be skipped"
 	fi
 
+# Compiled tests are kept, whatever the shell says: every worker and every cold process reads them.
+test long: export PYTHONDONTWRITEBYTECODE :=
+
 # In the order of the folders, not the files with most tests first: the longest, of SLURM, have few.
 test: $(VENV)/tests-ready system
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

@@ -90,7 +90,7 @@ setup(
         "mlflow": ["mlflow-skinny>=3.13"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.5"],
         "dev": [
-            "pytest>=8",
+            "pytest>=8.4",
             "pyyaml>=6",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

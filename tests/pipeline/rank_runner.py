@@ -50,7 +50,8 @@ class RankRunner:
 
         with tempfile.TemporaryDirectory(prefix="ranks-") as name:
             folder = Path(name)
-            order = {"folder": name, "program": program, "ranks": ranks, "timeout": timeout}
+            order = {"folder": name, "program": program, "ranks": ranks}
+            order["timeout"] = timeout * float(os.environ.get("SEGFLEET_TEST_PATIENCE", 1))
             codes = self._ask(order | {"arguments": arguments, "environment": {**os.environ}})
             failed = [rank for rank, code in enumerate(codes) if code]
             said = "\n".join(
