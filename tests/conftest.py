@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -20,20 +21,23 @@ ROOT = Path(__file__).resolve().parents[1]
 LONG_FIRST = (
     "slurm/test_slurm_faults.py",
     "cli/test_train_command.py",
-    "sweeps/test_sweep_command.py",
     "slurm/test_slurm_jobs.py",
-    "pipeline/test_engines.py",
     "pipeline/test_fake_cuda.py",
-    "slurm/test_slurm_words.py",
-    "test_readme.py",
-    "pipeline/test_train.py",
     "slurm/test_slurm_limits.py",
-    "sweeps/test_preprocess_on_ray.py",
-    "pipeline/test_every_model_trains.py",
-    "sweeps/test_transfer_sweep.py",
+    "pipeline/test_engines.py",
+    "sweeps/test_sweep_command.py",
+    "test_readme.py",
+    "slurm/test_slurm_words.py",
     "models/test_conformance.py",
     "sweeps/test_sweep_run.py",
+    "pipeline/test_every_model_trains.py",
+    "sweeps/test_preprocess_on_ray.py",
+    "pipeline/test_train.py",
+    "sweeps/test_transfer_sweep.py",
+    "pipeline/test_signals.py",
+    "cli/test_plugins.py",
     "preprocess/test_growth.py",
+    "pipeline/test_left_behind.py",
     "sweeps/test_sweep_trial.py",
     "test_packaging.py",
     "slurm/test_slurm_accounting.py",
@@ -43,6 +47,12 @@ LONG_FIRST = (
 def pytest_collection_modifyitems(items):
     place = {ROOT / "tests" / name: number for number, name in enumerate(LONG_FIRST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: whoever collects garbage need not look at it again, which
+    takes half a second with torch among it."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
