@@ -107,7 +107,7 @@ def micro_batches(ranks: Ranks, step: int, recipe: Recipe, poison: int | None = 
     voxel."""
     parts = recipe.engine.accumulate
     generator = torch.Generator().manual_seed(step)
-    shape = (BATCH, 1, 16, 16) if recipe.model.name == LITE["name"] else (BATCH, 1, 8, 8, 8)
+    shape = (BATCH, 1, 32, 32) if recipe.model.name == LITE["name"] else (BATCH, 1, 8, 8, 8)
     image = torch.randn(shape, generator=generator)
     label = (image.flip(-1).roll(3, -2)[:, 0] > 0.8).to(torch.uint8)
     image += label[:, None]
