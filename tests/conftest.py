@@ -55,6 +55,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # C++ libraries count at the end what was not taken apart
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """No test reads or leaves anything in the user's cache folder. All workers share one, so that

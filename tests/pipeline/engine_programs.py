@@ -41,8 +41,6 @@ if importlib.util.find_spec("deepspeed"):
     from segfleet.pipeline.engines.deepspeed import quiet_deepspeed
 
     quiet_deepspeed(torch.device("cpu"))  # seconds, which the ranks need not spend again
-    with suppress(ImportError):
-        import deepspeed.compile.backend  # noqa: F401 - so does ZeRO 3, and torch's compiler with it
 KINDS = {"ddp": {"name": "ddp"}} | {
     f"zero{stage}": {"name": "deepspeed", "options": {"zero": stage}} for stage in range(4)
 }
