@@ -14,6 +14,8 @@ import yaml
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # As make sets it: two ranks of a test cannot share the one GPU of a machine.
 os.environ.setdefault("SEGFLEET_DEVICE", "cpu")
+# As local ranks get it, so that ranks and commands may be forks of one warm process.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 ROOT = Path(__file__).resolve().parents[1]
 # Whole files go to the next free worker. The long ones first, and those that wait for daemons

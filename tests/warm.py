@@ -118,7 +118,7 @@ def install() -> Callable[[], None]:
     already."""
     if "SEGFLEET_TESTS_COLD" in os.environ:
         return lambda: None
-    same = early(os.environ) | {"OMP_NUM_THREADS": "1"}
+    same = early(os.environ) | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     server: list[subprocess.Popen] = []
 
     def open_channel() -> socket.socket:

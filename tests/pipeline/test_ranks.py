@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from segfleet.core.errors import InputError
 from segfleet.pipeline import ranks
+from segfleet.pipeline.launch import local
 from segfleet.pipeline.launch.job import Train
 
 
@@ -85,3 +86,14 @@ def test_training_with_more_ranks_than_gpus_ends_before_nccl(tmp_path, monkeypat
     with pytest.raises(RankFailed, match=r"found 2 on here.*--ranks 1.*SEGFLEET_DEVICE=cpu") as end:
         run_ranks(Train(recipe={}, root=tmp_path), 2)
     assert end.value.exit_code == 2
+
+
+@pytest.mark.parametrize("said", [None, "active"])
+def test_threads_of_local_ranks_sleep_while_they_wait(said, monkeypatch, tmp_path):
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    if said:
+        monkeypatch.setenv("OMP_WAIT_POLICY", said)
+    given = {}
+    monkeypatch.setattr(local.subprocess, "Popen", lambda command, env, **_: given.update(env))
+    local._start(tmp_path, 0, 1, "2", None)
+    assert given["OMP_WAIT_POLICY"] == (said or "passive") and given["OMP_NUM_THREADS"] == "2"
