@@ -35,7 +35,7 @@ def temporary_folder() -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_marked(folder, NOTE)
 
 
 @contextmanager
@@ -76,7 +76,22 @@ def note_multiprocessing() -> None:
 def forget_multiprocessing() -> None:
     """Remove the folder of this process' sockets, at its end."""
     if _sockets and _sockets[0] == os.getpid():
-        shutil.rmtree(_sockets[1], ignore_errors=True)
+        remove_marked(_sockets[1], NOTE)
+
+
+def remove_marked(folder: Path, mark: str) -> None:
+    """Remove a folder that a file `mark` in it says to be ours. That goes last: whoever is killed
+    here leaves a folder that still says it."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.name == mark:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+        (folder / mark).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def remove_folders(place: Path | None = None) -> None:
@@ -90,7 +105,7 @@ def remove_folders(place: Path | None = None) -> None:
             note = folder / NOTE
             if note.is_file() and note.stat().st_size:
                 if _gone(read_json(note) or {}):
-                    shutil.rmtree(folder, ignore_errors=True)
+                    remove_marked(folder, NOTE)
             elif (maker := UNNOTED.fullmatch(folder.name)) and not alive(int(maker[1])):
                 note.unlink(missing_ok=True)  # killed before it had written its note
                 folder.rmdir()  # refuses what holds anything

@@ -29,6 +29,7 @@ from typing import Any
 
 from segfleet.core.errors import InputError, explain
 from segfleet.core.files import read_json, write_atomically
+from segfleet.core.litter import remove_marked
 from segfleet.pipeline.launch.local import die_with_parent
 from segfleet.slurm.ray_nodes import INSIDE, short_folder
 from segfleet.sweeps.ray.slots import NAMES, share
@@ -167,7 +168,7 @@ def ray_session(resources: Any, folder: Path) -> Iterator[Path]:
         yield folder / "tune" if resources.address else temporary / "tune"
     finally:
         ray.shutdown()
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_marked(temporary, OWNER)
         shutil.rmtree(folder / "tune", ignore_errors=True)
         (folder / "ray.json").unlink(missing_ok=True)
 
@@ -253,7 +254,7 @@ def sweep_away(folder: Path) -> None:
         ours = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
         if ours and (left / OWNER).read_text(encoding="utf-8") == str(folder.resolve()):
             _end_processes(left)
-            shutil.rmtree(left, ignore_errors=True)
+            remove_marked(left, OWNER)
 
 
 def _end_processes(session: Path) -> None:

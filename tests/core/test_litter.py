@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from segfleet.core import litter
+from tests.states import until
 
 
 @pytest.fixture
@@ -50,6 +51,25 @@ def test_the_folder_of_a_killed_process_goes_and_no_other(place):
     assert sorted(path.name for path in place.iterdir()) == sorted(
         [strange.name, other.name, broken.name, "segfleet-link"]
     )
+
+
+@pytest.mark.parametrize("after", range(7))
+def test_whoever_is_killed_while_tidying_up_leaves_it_to_the_next_one(place, after):
+    left = Path(killed(place))
+    (left / "listener").touch()
+    (left / "cache").mkdir()
+    (left / "cache" / "file").touch()
+    if (child := os.fork()) == 0:
+        count = [after]
+        for name in ("unlink", "rmdir"):
+            setattr(os, name, until(getattr(os, name), count))
+        try:
+            litter.remove_folders(place)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    litter.remove_folders(place)
+    assert list(place.iterdir()) == []
 
 
 def test_a_process_killed_before_its_note_leaves_nothing_either(place):

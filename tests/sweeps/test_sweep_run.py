@@ -25,6 +25,7 @@ from segfleet.sweeps import run
 from segfleet.sweeps.ray import controller
 from segfleet.sweeps.results.ledger import STOP
 from segfleet.sweeps.space.plan import claim, make_plan
+from tests.states import until
 
 
 class Ends(run.Session):
@@ -345,6 +346,27 @@ def test_what_a_killed_session_left_is_swept_away(session, tmp_path):
     assert not folder.exists() and process.wait(10) is not None
     assert other.exists() and lives.poll() is None
     sweep_away(tmp_path / "sweep")  # nothing is left, nothing is done
+
+
+def test_whoever_is_killed_while_sweeping_leaves_it_to_the_next_one(session, tmp_path):
+    from segfleet.sweeps.ray.controller import sweep_away
+
+    folder, process = session()
+    (folder / "r").mkdir()
+    (folder / "r" / "log").touch()
+    process.kill()
+    process.wait()
+    for after in range(3):
+        if (child := os.fork()) == 0:
+            for name in ("unlink", "rmdir"):
+                setattr(os, name, until(getattr(os, name), [after]))
+            try:
+                sweep_away(tmp_path / "sweep")
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+    sweep_away(tmp_path / "sweep")
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("whose", ["another sweep", "nobody", "a link", "another user"])
