@@ -160,11 +160,10 @@ def command(
 
 def checked_apart(space: str, words: list[str], runs: Path) -> list[str]:
     """The warnings of a plan whose networks are built in another process. Raises InputError."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
+    from segfleet.core.parallel import Apart
 
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(warnings_of, space, words, runs).result()
+    with Apart() as apart:
+        return apart(warnings_of, space, words, runs)
 
 
 def warnings_of(space: str, words: list[str], runs: Path) -> list[str]:

@@ -72,6 +72,33 @@ def wait_until(condition, process, timeout=600):
         time.sleep(0.1)
 
 
+CHECKING = """
+import sys
+from pathlib import Path
+from segfleet.cli.sweep import checked_apart
+checked_apart(sys.argv[1], [], Path("runs"))
+"""
+
+
+def test_a_killed_controller_leaves_no_process_that_checks_its_plan(space, tmp_path):
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
+    command = [sys.executable, "-c", CHECKING, "space.yaml"]
+    controller = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE)
+    family: list[psutil.Process] = []
+
+    def checks() -> bool:
+        family[:] = psutil.Process(controller.pid).children(recursive=True)
+        return any("/torch/" in place.path for p in family for place in p.memory_maps())
+
+    wait_until(checks, controller)
+    controller.kill()
+    controller.communicate()
+    left = psutil.wait_procs(family, 30)[1]
+    for process in left:
+        process.kill()
+    assert not left and len(family) > 1
+
+
 def test_a_sweep_for_a_ray_cluster_of_its_own_becomes_a_job(space, tmp_path):
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
     words = ("--on", "ray-in-slurm", "--nodes", "2", "--resource", "cpus=3", "--dry-run", "--json")
