@@ -39,12 +39,13 @@ NETWORK = {
 
 
 def look(process: subprocess.Popen) -> tuple[int, int, int] | None:
-    """(processes, bytes that are theirs alone or shared out, descriptors)."""
+    """(processes, bytes that are theirs alone, descriptors). Not their share of what is shared: that
+    grows as other programs on the machine end."""
     count = memory = files = 0
     with suppress(psutil.Error):
         for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]:
             with suppress(psutil.Error):
-                memory, files = memory + one.memory_full_info().pss, files + one.num_fds()
+                memory, files = memory + one.memory_full_info().uss, files + one.num_fds()
                 count += 1
     return (count, memory, files) if count else None
 
