@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from segfleet.core.errors import InputError
+from segfleet.core.errors import ExitCode, InputError
 from segfleet.core.litter import note_multiprocessing
 from segfleet.core.parallel import SERVED, end_with_parent
 from segfleet.pipeline.data import randomness
@@ -67,6 +67,12 @@ class Failure:
 class LoaderError(RuntimeError):
     """A sample could not be made, through no fault of the user's input. Names the case and the
     phase."""
+
+
+class LoaderDied(LoaderError):
+    """A loader process is gone, or silent: told in a sentence, as its traceback is of no use."""
+
+    exit_code = ExitCode.FAULT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,7 +365,7 @@ def _forkserver() -> multiprocessing.context.BaseContext:
 
 
 def _in_time(loader: DataLoader) -> Iterator[Batch | Boxes | Failure]:
-    """Raises LoaderError soon after a loader process is gone, or when they give nothing for long.
+    """Raises LoaderDied soon after a loader process is gone, or when they give nothing for long.
 
     Loader processes are children of a server, so no signal tells of their death: torch looks when a
     wait ends, which may therefore not be a long one, and can be asked again after it.
@@ -379,7 +385,7 @@ def _in_time(loader: DataLoader) -> Iterator[Batch | Boxes | Failure]:
             for process in getattr(batches, "_workers", ()):
                 process.kill()  # it may wait for ever for what the dead one held, deaf to SIGTERM
             reason = f"no batch for {TIMEOUT:.0f} s" if late else error
-            raise LoaderError(
+            raise LoaderDied(
                 f"loading: {reason}. A loader process was killed (out of memory?) or hangs on a "
                 "slow disk. Run the same command again; data.workers=0 reads in the rank itself."
             ) from error
