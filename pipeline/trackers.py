@@ -103,7 +103,11 @@ class TensorBoard:
 
         self._final = folder / TENSORBOARD / "final"
         self._writer = lambda: SummaryWriter(
-            str(folder / TENSORBOARD), purge_step=step + 1, flush_secs=30
+            str(folder / TENSORBOARD),
+            purge_step=step + 1,
+            flush_secs=30,
+            # the name has the second alone: a writer of the same second would empty the file
+            filename_suffix=f".{time.monotonic_ns():020d}",
         )
         self._board: Any = None
 

@@ -19,7 +19,7 @@ from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.stop import StopRequest
-from segfleet.pipeline.trackers import Trackers, check_trackers, flat, open_trackers
+from segfleet.pipeline.trackers import TensorBoard, Trackers, check_trackers, flat, open_trackers
 
 
 def values(folder):
@@ -65,6 +65,16 @@ def run(tiny_store, tmp_path_factory):
     for number, handler in before.items():
         signal.signal(number, handler)
     return next(path.parent for path in root.rglob("evaluation.json"))
+
+
+def test_a_writer_of_the_same_second_leaves_what_is_written(tmp_path, monkeypatch):
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    for step in (1, 2):
+        board = TensorBoard(tmp_path, step)
+        board.numbers({"loss": 0.5}, step)
+        board.close()
+    assert [step for step, _ in values(tmp_path / "tensorboard")["loss"]] == [1, 2]
 
 
 def test_tensorboard_has_curves_pictures_of_the_same_cases_and_what_it_came_to(run):
