@@ -33,6 +33,8 @@ names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "SEGFLEET_MASTER_HOST")
 facts = {name: os.environ.get(name) for name in names}
 print(json.dumps({"gathered": ranks.gather(ranks.rank), **facts}))
 ranks.close()
+sys.stdout.flush()
+os._exit(0)  # as a rank of a job ends: torch's threads may abort a process that Python takes down
 """
 ADDRESSES = {
     "inet": ("10.77.0.1", "10.77.0.2", "/24"),
