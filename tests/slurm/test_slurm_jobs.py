@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from segfleet.pipeline.run import lock_stage
+from segfleet.slurm.prepare import prepare
 from segfleet.slurm.sandbox.sandbox import Sandbox
 
 SHORT = ("stages.0.epochs=1", "stages.0.steps=3", "stages.1.steps=2", "--no-check")
@@ -89,24 +91,30 @@ def test_an_array_shares_a_node(cluster):
 
 
 def test_an_array_trains_the_stage_its_members_share_once(cluster):
-    rates = ("stages.0.epochs=1", "--array", "stages.1.lr=1e-3,1e-4", "--no-check")
-    document = json.loads(
-        cluster.segfleet("submit", "tiny.yaml", *rates, "--runs", "sharing", "--json").stdout
-    )
+    """Both find it taken, by this process, and wait; then one trains and the other finds it done."""
+    shorter = "stages.0.epochs=1"
+    words = (shorter, "--array", "stages.1.lr=1e-3,1e-4", "--no-check", "--runs", "sharing")
+    recipe, root = str(cluster.folder / "tiny.yaml"), cluster.folder / "sharing"
+    [(_, leaf)] = prepare(recipe, [shorter, "stages.1.lr=1e-3"], root)
+    shared = leaf.parent
+    shared.mkdir(parents=True)
+    with lock_stage(shared):
+        document = json.loads(cluster.segfleet("submit", "tiny.yaml", *words, "--json").stdout)
+        assert {Path(row["run"]).parent for row in document} == {shared}
+        for log in (Path(row["log"]) for row in document):
+            cluster.wait(
+                lambda log=log: (
+                    log.exists() and f"{shared} is being trained by process" in log.read_text()
+                ),
+                what="a member that waits",
+            )
+        assert not (shared / "events.jsonl").exists()
     for row in document:
         cluster.wait_for_state(row, "COMPLETED")
         assert cluster.row(row, "sharing")["state"] == "done"
-    (shared,) = {Path(row["run"]).parent for row in document}
     assert len(cluster.events(shared, "stage_start")) == 1 and not cluster.events(shared, "resumed")
     steps = [event["step"] for event in cluster.events(shared, "step")]
     assert steps == sorted(set(steps))
-    assert (
-        sum(
-            f"{shared} is being trained by process" in Path(row["log"]).read_text()
-            for row in document
-        )
-        <= 1
-    ), "who comes later waits, or finds the stage done"
 
 
 def test_cancel_saves_and_resume_goes_on(cluster):
