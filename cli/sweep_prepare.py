@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from segfleet.cli.sweep_stores import missing, preprocess_words
+from segfleet.cli.sweep_stores import MEMBERS, lacking, missing, preprocess_words
 from segfleet.core.errors import InputError
 from segfleet.core.files import absolute
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from segfleet.slurm.job import SlurmJob
     from segfleet.sweeps.space.space import Search
 
-MEMBERS = 8  # of an array that makes a store
 PACE = 0.5  # seconds between looks at what has happened
 OF_RANKS = ("gpus", "gpu_type", "stage_to", "whole_nodes")  # of a job; preprocessing has none
 
@@ -38,14 +37,12 @@ def prepare(
     written, and Interrupted."""
     from segfleet.cli.preprocess import bars
     from segfleet.preprocess.building.build import build
-    from segfleet.preprocess.stores.manifest import NAME
 
-    asked = search.space.prepare
-    lacking = [(out, how) for out, how in asked.stores() if not (out / NAME).is_file()]
-    if lacking and dry_run:
-        lines = "\n".join("  " + preprocess_words(asked, out, how) for out, how in lacking)
+    if dry_run and (absent := lacking(search)):
+        asked = search.space.prepare
+        lines = "\n".join("  " + preprocess_words(asked, out, how) for out, how in absent)
         raise InputError(
-            f"sweep {search.space.name}: prepare: {len(lacking)} store(s) are missing. The command "
+            f"sweep {search.space.name}: prepare: {len(absent)} store(s) are missing. The command "
             f"without --dry-run makes them, with --on slurm as these jobs:\n{lines}"
         )
     requests = missing(search)

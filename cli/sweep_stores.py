@@ -10,14 +10,21 @@ if TYPE_CHECKING:
     from segfleet.sweeps.space.space import Search
 
 
-def missing(search: Search) -> list[BuildRequest]:
-    """How the stores are made that are not there. Raises InputError for what is not legal, before
-    one is made."""
+MEMBERS = 8  # of an array that makes a store
+
+
+def lacking(search: Search) -> list[tuple[Path, dict[str, Any]]]:
+    """The stores that are not there, and how they are to be."""
     from segfleet.preprocess.stores.manifest import NAME
 
     asked = search.space.prepare
-    found = asked.stores() if asked else ()
-    return [store_request(asked, out, how) for out, how in found if not (out / NAME).is_file()]
+    return [one for one in asked.stores() if not (one[0] / NAME).is_file()] if asked else []
+
+
+def missing(search: Search) -> list[BuildRequest]:
+    """How the stores are made that are not there. Raises InputError for what is not legal, before
+    one is made."""
+    return [store_request(search.space.prepare, out, how) for out, how in lacking(search)]
 
 
 def store_request(asked: Any, out: Path, how: dict[str, Any]) -> BuildRequest:
@@ -41,7 +48,7 @@ def preprocess_words(asked: Any, out: Path, how: dict[str, Any]) -> str:
     """The command that makes a store of a space as a SLURM array."""
     import shlex
 
-    words = ["segfleet", "submit", "--array", "8", "--", "preprocess", asked.name]
+    words = ["segfleet", "submit", "--array", str(MEMBERS), "--", "preprocess", asked.name]
     words += ["--raw", asked.raw, "--out", str(out), "--format", asked.format]
     for key, value in asked.options.items():
         words += ["--option", f"{key}={value}"]

@@ -44,8 +44,8 @@ class EventFollower:
         return [event for line in whole.splitlines() if (event := parse_event(line)) is not None]
 
 
-# what is always in an event of a kind
 FAR = 1e11  # more steps than anybody trains, and seconds since 1970 till the year 5138
+# what is always in an event of a kind
 NUMBERS = {"stage_start": ("steps",), "step": ("step", "loss"), "validation": ("step",)}
 
 

@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from segfleet.core.errors import InputError
+from segfleet.core.partial import alive
 from segfleet.slurm.sandbox import database as sandbox_database
 from segfleet.slurm.sandbox.database import Database
 
@@ -230,7 +231,7 @@ class Sandbox:
             with suppress(OSError, ValueError):
                 pid = int(file.read_text())
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
-                if Path(command).name == name.split()[0] and not _gone(pid):
+                if Path(command).name == name.split()[0] and alive(pid):
                     found[name] = pid
         return found
 
@@ -360,22 +361,12 @@ def free_ports(count: int) -> int:
     raise RuntimeError("slurm-sandbox: no free ports")
 
 
-def _gone(pid: int) -> bool:
-    """Whether a process has ended; an unreaped one counts as gone, for nobody may be there to reap
-    it."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
-        return state in ("Z", "X")
-    except OSError:
-        return True
-
-
 def _end(pids: list[int], patience: float) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in pids:
-            if not _gone(pid):
+            if alive(pid):
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
         deadline = time.monotonic() + patience
-        while not all(map(_gone, pids)) and time.monotonic() < deadline:
+        while any(map(alive, pids)) and time.monotonic() < deadline:
             time.sleep(0.05)

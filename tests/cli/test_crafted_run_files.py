@@ -9,11 +9,11 @@ import shutil
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from segfleet.cli import main
+from tests.crafted import changed
 
 CRAFTS = ("list", "deep", "texts", "numbers", "nulls", "huge")
 FILES = (
@@ -31,21 +31,6 @@ def crafted(data: bytes, how: str) -> bytes:
         json.dumps(changed(json.loads(line), how)).encode()
         for line in (data.splitlines() if data.count(b"\n{") else [data])
     )
-
-
-def changed(thing: Any, how: str) -> Any:
-    if isinstance(thing, dict):
-        return {key: changed(value, how) for key, value in thing.items() if key != "sha256"}
-    if isinstance(thing, list):
-        return [changed(value, how) for value in thing]
-    if how == "nulls":
-        return None
-    number = isinstance(thing, int | float) and not isinstance(thing, bool)
-    if how == "huge" and number:
-        return float("inf") if isinstance(thing, float) else 10**400
-    if how == "texts" and number:
-        return f"{thing}x"
-    return 7 if how == "numbers" and isinstance(thing, str) else thing
 
 
 @pytest.fixture
