@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +95,9 @@ class Lock:
         """Write into the file who holds it alone."""
         assert self._handle is not None and not self.shared, "only a holder signs"
         os.ftruncate(self._handle, 0)
-        words = f"process {os.getpid()} on {socket.gethostname()}"
-        if job := os.environ.get("SLURM_JOB_ID"):
-            words += f" of job {job}"
-        os.pwrite(self._handle, words.encode(), 0)
+        job = os.environ.get("SLURM_JOB_ID", "")
+        signature = Holder(process=os.getpid(), host=socket.gethostname(), job=job)
+        os.pwrite(self._handle, str(signature).encode(), 0)
 
     def release(self) -> None:
         """Give the lock back; nothing if it is not held."""
@@ -115,12 +116,27 @@ class Lock:
         self.release()
 
 
-def holder(path: Path) -> str:
-    """Who signed the lock file last."""
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """Who signed a lock."""
+
+    process: int
+    host: str
+    job: str  # of SLURM, or ""
+
+    def __str__(self) -> str:
+        job = f" of job {self.job}" if self.job else ""
+        return f"process {self.process} on {self.host}{job}"
+
+
+def holder(path: Path) -> Holder | None:
+    """Who signed the lock file last; None where nobody did."""
     try:
-        return Path(path).read_text(encoding="utf-8").strip() or "another process"
-    except OSError:
-        return "another process"
+        words = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    found = re.fullmatch(r"process (\d+) on (.+?)(?: of job (\S+))?", words)
+    return found and Holder(process=int(found[1]), host=found[2], job=found[3] or "")
 
 
 def is_locked(path: Path) -> bool:

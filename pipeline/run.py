@@ -503,6 +503,7 @@ def lock_stage(folder: Path) -> Lock:
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder / LOCK)
     if not lock.acquire():
-        raise InputError(f"run: {folder} is being trained by {holder(folder / LOCK)}{ADVICE}")
+        who = holder(folder / LOCK) or "another process"
+        raise InputError(f"run: {folder} is being trained by {who}{ADVICE}")
     lock.sign()
     return lock

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import ExitCode, InputError
+from segfleet.core.lock import Holder
 from segfleet.pipeline.launch.local import RankFailed
 from segfleet.slurm import cluster, poll
 from segfleet.slurm.job import Seen, SlurmJob, attach, look_at_all
 from segfleet.slurm.jobspec import JobSpec, make_spec
 from segfleet.slurm.submitit_launcher import QueueFull, SlurmLauncher, job_name
 from segfleet.sweeps.order import Order
-from segfleet.sweeps.stopping import Holder, ask
+from segfleet.sweeps.stopping import ask
 
 LOOK = 60.0  # seconds between looks at the queue; that a job has ended well, its own files tell
 PAUSE = 0.5  # seconds between looks at a job's files

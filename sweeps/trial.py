@@ -15,14 +15,14 @@ from typing import Any, Protocol
 
 from segfleet.core.errors import ExitCode, InputError
 from segfleet.core.files import sync_folder, write_atomically
-from segfleet.core.lock import is_locked
+from segfleet.core.lock import Holder, is_locked
 from segfleet.core.partial import temporary_name
 from segfleet.core.progress import EVENTS, EventFollower
 from segfleet.pipeline.events import read_events
 from segfleet.pipeline.launch.local import RankFailed, run_ranks
 from segfleet.pipeline.run import LOCK, StageFolder
 from segfleet.sweeps.order import Order
-from segfleet.sweeps.stopping import Holder, ask, withdraw
+from segfleet.sweeps.stopping import ask, withdraw
 
 Report = Callable[[dict[str, Any]], None]
 RETRIES = (

@@ -57,7 +57,7 @@ def test_alone_signed_and_freed_by_death(hold, tmp_path):
     path = tmp_path / "lock"
     assert not is_locked(path) and not path.exists()
     process = hold("alone")
-    assert is_locked(path) and holder(path).startswith(f"process {process.pid} on ")
+    assert is_locked(path) and str(holder(path)).startswith(f"process {process.pid} on ")
     assert not Lock(path).acquire(0.1) and not Lock(path, shared=True).acquire(0.1)
     process.kill()
     process.wait()
@@ -112,7 +112,7 @@ def test_a_file_system_without_flock(tmp_path, monkeypatch, number):
         assert lock.acquire()
         lock.sign()
         assert not Lock(path).acquire(0.1) and not Lock(path, shared=True).acquire(0.1)
-        assert is_locked(path) and "process" in holder(path)
+        assert is_locked(path) and "process" in str(holder(path))
     with Lock(path, shared=True) as first, Lock(path, shared=True) as second:
         assert first.acquire() and second.acquire() and not Lock(path).acquire(0.1)
         assert not is_locked(path)
