@@ -47,7 +47,7 @@ def warm(*more: str) -> None:
         "segfleet.pipeline.data.loader",
         "segfleet.pipeline.jobs",
         "segfleet.pipeline.launch.worker",
-        "segfleet.pipeline.modelfile",
+        "segfleet.pipeline.trained.modelfile",
         "segfleet.pipeline.reports.report",
         "segfleet.preprocess.building.build",
         "segfleet.slurm.status",

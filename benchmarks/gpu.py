@@ -201,7 +201,7 @@ def without_gpu() -> str:
     """Why there is nothing to measure; empty: there is."""
     import torch
 
-    from segfleet.pipeline import driver
+    from segfleet.pipeline.devices import driver
 
     if torch.cuda.is_available():
         return ""

@@ -183,7 +183,7 @@ def forever(batches: list[tuple]) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def doctor(bench: Bench) -> Rows:
-    from segfleet.pipeline.doctor import examine
+    from segfleet.pipeline.launch.doctor import examine
 
     yield "examine", examine
 

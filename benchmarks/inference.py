@@ -43,10 +43,10 @@ def child(name: str, networks: int) -> None:
     import numpy as np
     import torch
 
-    from segfleet.pipeline.loading import load_run  # noqa: F401  all imports come first
     from segfleet.pipeline.parts import build_network, task_of
     from segfleet.pipeline.recipe import parse
-    from segfleet.pipeline.trained import Model, Trained
+    from segfleet.pipeline.trained.loading import load_run  # noqa: F401  all imports come first
+    from segfleet.pipeline.trained.model import Model, Trained
     from segfleet.preprocess.stores.manifest import Dataset, Manifest, Plan
 
     case = CASES[name]

@@ -99,7 +99,8 @@ def meet(size: int) -> dict:
     import torch.distributed as dist
     from cables import in_processes
 
-    from segfleet.pipeline import ranks, rendezvous
+    from segfleet.pipeline import ranks
+    from segfleet.pipeline.launch import rendezvous
 
     looks = [0]
     lstat = os.lstat

@@ -28,9 +28,9 @@ def command(
     """Find the best recipe, or pair of recipes as an ensemble, by the score of cases not trained
     on."""
     from segfleet.core.errors import InputError
-    from segfleet.pipeline.best import find_best
-    from segfleet.pipeline.folds import find_folds
-    from segfleet.pipeline.trained import trained_run
+    from segfleet.pipeline.scoring.folds import find_folds
+    from segfleet.pipeline.trained.best import find_best
+    from segfleet.pipeline.trained.model import trained_run
 
     found: list[list[Path]] = []
     for name in recipes:

@@ -10,7 +10,7 @@ from segfleet.cli.output import Json, show, table
 def command(as_json: Json = False) -> None:
     """Say what this machine can do; time and check a 3D convolution in every precision. Exit code 1
     if a result is wrong or the GPU's driver is too old."""
-    from segfleet.pipeline.doctor import examine
+    from segfleet.pipeline.launch.doctor import examine
 
     found = examine()
     show(found, as_json, render)

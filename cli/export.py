@@ -113,11 +113,11 @@ def write(
     licence: str,
 ) -> dict[str, Any]:
     """Write a model; what was written."""
-    from segfleet.pipeline import graphs as writers
-    from segfleet.pipeline.bundle import write_bundle
-    from segfleet.pipeline.card import model_card
-    from segfleet.pipeline.loading import find_models, open_model
-    from segfleet.pipeline.modelfile import write_model
+    from segfleet.pipeline.exporting import graphs as writers
+    from segfleet.pipeline.exporting.bundle import write_bundle
+    from segfleet.pipeline.exporting.card import model_card
+    from segfleet.pipeline.trained.loading import find_models, open_model
+    from segfleet.pipeline.trained.modelfile import write_model
 
     found = [path for name in words for path in find_models(name, runs, fold_of(fold), best)]
     model = open_model(list(dict.fromkeys(found)))
@@ -147,7 +147,7 @@ def describe(
 ) -> dict[str, Any]:
     """dataset.json beside predictions, for nnU-Net's evaluation."""
     from segfleet.core.errors import InputError
-    from segfleet.pipeline.loading import find_models, open_model
+    from segfleet.pipeline.trained.loading import find_models, open_model
     from segfleet.preprocess.exporting.nnunet import describe_predictions
 
     model = open_model(find_models(run, runs, fold_of(fold), best))

@@ -49,7 +49,7 @@ def command(
     if not source.exists():
         raise InputError(f"import: found no {source}")
     if kind == "nnunet":
-        from segfleet.pipeline.imports import import_nnunet
+        from segfleet.pipeline.trained.imports import import_nnunet
 
         runs = import_nnunet(source, to, checkpoint)
     else:
@@ -71,8 +71,8 @@ def import_torch(
     """A run in the folder `to`, or with a name that ends in .safetensors the tensors by our
     names."""
     from segfleet.core.errors import InputError
-    from segfleet.pipeline.imports import write_run, write_weights
     from segfleet.pipeline.recipe import override, parse
+    from segfleet.pipeline.trained.imports import write_run, write_weights
     from segfleet.preprocess.stores.manifest import load_manifest
 
     document = {

@@ -30,7 +30,7 @@ def command(
     every choice."""
     from segfleet.core.errors import InputError
     from segfleet.core.files import write_atomically
-    from segfleet.pipeline.planning import plan_recipe
+    from segfleet.pipeline.planning.planner import plan_recipe
 
     if out is not None and out.exists():
         raise InputError(f"--out: {out} exists. Choose a new name.")
@@ -62,7 +62,7 @@ def frozen_plan(changes: list[str], budget: str | None, runs: Path) -> tuple[str
     the same command goes on with the same run. Raises InputError."""
     from segfleet.core.errors import InputError
     from segfleet.core.files import digest_of, write_atomically
-    from segfleet.pipeline.planning import parse_budget, plan_recipe
+    from segfleet.pipeline.planning.planner import parse_budget, plan_recipe
     from segfleet.preprocess.stores.manifest import load_manifest
 
     stores = [change.partition("=")[2] for change in changes if change.startswith("data.store=")]

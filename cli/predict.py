@@ -136,7 +136,7 @@ def job_of(
     from segfleet.pipeline.inference.collect import collect
     from segfleet.pipeline.inference.inputs import check_out
     from segfleet.pipeline.launch.job import Predict
-    from segfleet.pipeline.loading import find_models, open_model
+    from segfleet.pipeline.trained.loading import find_models, open_model
 
     names, images = divided(words)
     found = [path for name in names for path in find_models(name, runs, fold_of(fold), best)]
@@ -154,8 +154,8 @@ def divided(words: list[str]) -> tuple[list[str], list[Path]]:
     """The runs and the images: the first word is a run; of the others what is there and is no run
     is an image, and so is all that follows it. Raises InputError if there is no image."""
     from segfleet.core.errors import InputError
-    from segfleet.pipeline.modelfile import is_modelfile
     from segfleet.pipeline.run import RECIPE
+    from segfleet.pipeline.trained.modelfile import is_modelfile
 
     def is_image(word: str) -> bool:
         path = Path(word)

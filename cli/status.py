@@ -11,7 +11,7 @@ import typer
 from segfleet.cli.output import Json, duration, show, table
 
 if TYPE_CHECKING:
-    from segfleet.pipeline.status import Row
+    from segfleet.pipeline.reports.status import Row
 
 
 def command(
@@ -56,7 +56,7 @@ def render(rows: list[Row]) -> None:
     if not rows:
         typer.echo("no runs here; `segfleet train RECIPE` makes one")
         return
-    from segfleet.pipeline.status import families
+    from segfleet.pipeline.reports.status import families
 
     grouped = families(rows)
     together = {group["family"] for group in grouped}

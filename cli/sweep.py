@@ -257,7 +257,7 @@ def render_forecast(document: dict[str, Any]) -> None:
 
 def standing(plan: Any) -> dict[str, Any]:
     """What `status` prints: every node's state, from disk alone."""
-    from segfleet.pipeline.status import run_status
+    from segfleet.pipeline.reports.status import run_status
     from segfleet.sweeps.results.ledger import Ledger
 
     ledger = Ledger(plan.tree, plan.runs, plan.folder)

@@ -60,9 +60,9 @@ def command(
     """Train every stage of RECIPE that is not finished, score it and write its report. The same
     command continues or does nothing."""
     from segfleet.core.errors import InputError
-    from segfleet.pipeline.folds import ALL, chosen_folds
     from segfleet.pipeline.launch.job import Train
     from segfleet.pipeline.recipe import load_recipe, with_absolute_store
+    from segfleet.pipeline.scoring.folds import ALL, chosen_folds
     from segfleet.preprocess.stores.manifest import load_manifest
 
     if max_time is not None and not max_time > 0:
@@ -101,9 +101,9 @@ def train_run(
 ) -> dict[str, Any]:
     """Train and score one run; what is said of it."""
     from segfleet.pipeline.launch.local import run_ranks
+    from segfleet.pipeline.reports.status import finished, standing
     from segfleet.pipeline.run import stage_folders, stage_steps
     from segfleet.pipeline.scoring.scored import evaluation_of
-    from segfleet.pipeline.status import finished, standing
 
     folders = stage_folders(job.root, recipe, manifest)
     leaf = folders[-1].path
@@ -134,10 +134,11 @@ def all_folds(
 ) -> dict[str, Any]:
     """What is said of all folds together. The score is of every case by the network that was not
     trained on it; without one (folds that validate on the same cases) it is missing."""
-    from segfleet.pipeline.folds import score_folds
+    from segfleet.pipeline.reports.report import write_report
+    from segfleet.pipeline.scoring.folds import score_folds
     from segfleet.pipeline.scoring.scored import evaluation_of
 
-    folder = score_folds(root, recipe, manifest)
+    folder = score_folds(root, recipe, manifest, write_report)
     summary = evaluation_of(folder)["summary"] if folder else {}
     return {
         "folds": documents,

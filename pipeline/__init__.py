@@ -11,11 +11,11 @@ from segfleet.core.faces import public
 
 if TYPE_CHECKING:
     from segfleet.pipeline.data.loader import training_batches
-    from segfleet.pipeline.loading import load_run
     from segfleet.pipeline.losses.base import build_loss
     from segfleet.pipeline.recipe import load_recipe
     from segfleet.pipeline.scoring.metrics import score_case
     from segfleet.pipeline.task import make_task
+    from segfleet.pipeline.trained.loading import load_run
 
 __all__ = ["build_loss", "load_recipe", "load_run", "make_task", "score_case", "training_batches"]
 __getattr__ = public(
@@ -23,7 +23,7 @@ __getattr__ = public(
     {
         "build_loss": "losses.base",
         "load_recipe": "recipe",
-        "load_run": "loading",
+        "load_run": "trained.loading",
         "make_task": "task",
         "score_case": "scoring.metrics",
         "training_batches": "data.loader",

@@ -1,5 +1,5 @@
 """What happened in a stage: JSON lines in `events.jsonl`, and the same numbers for those who watch
-the run elsewhere (`trackers.py`). Written by rank 0 alone."""
+the run elsewhere (`reports/trackers.py`). Written by rank 0 alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from segfleet.core.files import is_uid, write_atomically
 from segfleet.core.progress import EVENTS, parse_event
-from segfleet.pipeline.trackers import Trackers
+from segfleet.pipeline.reports.trackers import Trackers
 
 THIN = 20_000  # steps of a stage after which its file gets fewer of them
 

@@ -16,12 +16,9 @@ from segfleet.core.files import write_atomically
 from segfleet.core.parallel import Apart
 from segfleet.pipeline.data.staged_store import on_node
 from segfleet.pipeline.events import Lines
-from segfleet.pipeline.folds import score_folds
 from segfleet.pipeline.inference.postprocess import AUTO
 from segfleet.pipeline.inference.predict import Wishes, predict_files
 from segfleet.pipeline.launch.job import Predict, Score, ScoreOn, Train
-from segfleet.pipeline.loading import open_model
-from segfleet.pipeline.out_of_fold import decided
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe, members, parse, resolve
 from segfleet.pipeline.reports.board import publish
@@ -29,8 +26,11 @@ from segfleet.pipeline.reports.overlays import picture, save_overlays, save_pred
 from segfleet.pipeline.reports.report import write_report
 from segfleet.pipeline.run import data_of, note_data, open_run, stage_folders
 from segfleet.pipeline.scoring.external import TestSet
+from segfleet.pipeline.scoring.folds import score_folds
 from segfleet.pipeline.scoring.score import Scorer
 from segfleet.pipeline.stop import Interrupted, StopRequest
+from segfleet.pipeline.trained.loading import open_model
+from segfleet.pipeline.trained.out_of_fold import decided
 from segfleet.pipeline.training.train import Run, train
 from segfleet.pipeline.training.window import Diverged
 from segfleet.preprocess.stores.base import ShardStore, open_store
@@ -101,7 +101,7 @@ def train_and_score(job: Train | Score, ranks: Ranks, stop: StopRequest) -> None
             if recipe.task == "segment" and (training is None or training.score):
                 scorer.score(folders, again=isinstance(job, Score) and job.again)
                 if ranks.rank == 0:
-                    score_folds(job.root, recipe, store.manifest)
+                    score_folds(job.root, recipe, store.manifest, write_report)
                 ranks.barrier()
     except Interrupted as stopped:  # on all ranks
         if file := ranks.share(stop.obeyed() if ranks.rank == 0 else None):

@@ -15,10 +15,10 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from segfleet.core.errors import InputError
 from segfleet.models import registry
-from segfleet.pipeline.compiler import load_later
 from segfleet.pipeline.data.masking import check_mask
+from segfleet.pipeline.devices.compiler import load_later
 from segfleet.pipeline.engines.common import hold_statistics, trainable
-from segfleet.pipeline.lora import adapt
+from segfleet.pipeline.engines.lora import adapt
 from segfleet.pipeline.losses.base import build_loss
 from segfleet.pipeline.losses.deep_supervision import DeepSupervision
 from segfleet.pipeline.losses.hidden_error import hidden_error

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from segfleet.core.errors import InputError, explain
-from segfleet.pipeline import driver
-from segfleet.pipeline.rendezvous import JoinFailed, NotOurs, SealedStore, join, prove
+from segfleet.pipeline.devices import driver
+from segfleet.pipeline.launch.rendezvous import JoinFailed, NotOurs, SealedStore, join, prove
 from segfleet.pipeline.stop import Interrupted
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK")

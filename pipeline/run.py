@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # it needs torch, which a process that only looks at runs mus
 RECIPE, DONE, LOCK = "recipe.json", "done.json", "lock"
 CHECKPOINTS = "checkpoints"
 IDENTITY, DATA = "identity.json", "data.json"
-FOLDS = "folds"  # folder below that of all runs: scores over all folds, see `folds.py`
+FOLDS = "folds"  # folder below that of all runs: scores over all folds, see `scoring/folds.py`
 
 # Options that some other option leaves without effect.
 IDLE_OF_OPTIMIZER = {

@@ -11,9 +11,9 @@ from typing import Any
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import absolute
-from segfleet.pipeline.folds import chosen_folds
 from segfleet.pipeline.recipe import Recipe, load_recipe, with_absolute_store
 from segfleet.pipeline.run import stage_folders
+from segfleet.pipeline.scoring.folds import chosen_folds
 from segfleet.pipeline.scoring.scored import is_scored
 from segfleet.preprocess.stores.manifest import load_manifest
 

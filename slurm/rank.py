@@ -161,7 +161,7 @@ def own_address() -> str:
     )
     found = next((name for name in names if name and addresses_of(name)), "127.0.0.1")
     if e.get("SLURM_JOB_NUM_NODES", "1") != "1":
-        from segfleet.pipeline.rendezvous import is_loopback, own_address_towards
+        from segfleet.pipeline.launch.rendezvous import is_loopback, own_address_towards
 
         if all(map(is_loopback, addresses_of(found))):
             for other in cluster.names_of(e.get("SLURM_JOB_NODELIST", "")):

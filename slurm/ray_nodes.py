@@ -20,7 +20,7 @@ from typing import Any
 
 from segfleet.core.errors import InputError
 from segfleet.core.machine import cpus
-from segfleet.pipeline import rendezvous
+from segfleet.pipeline.launch import rendezvous
 from segfleet.pipeline.stop import StopRequest
 
 OVER = "over"  # a file in the life's folder: the first node's command has ended

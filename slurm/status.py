@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import explain
+from segfleet.pipeline.reports.status import Row, run_status
 from segfleet.pipeline.run import RECIPE, run_folders
-from segfleet.pipeline.status import Row, run_status
 from segfleet.slurm import poll
 from segfleet.slurm.job import Seen, SlurmJob, jobs_of, look_at_all
 from segfleet.slurm.submission import submissions

@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE))
 import gpu  # noqa: E402
 import gpu_sections  # noqa: E402
 
-from segfleet.pipeline import driver  # noqa: E402
+from segfleet.pipeline.devices import driver  # noqa: E402
 
 
 @pytest.fixture(scope="module")

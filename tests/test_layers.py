@@ -34,6 +34,7 @@ WINGS = {
         "phantoms",
     ],
     "pipeline": [
+        "devices",
         "losses",
         "data",
         "engines",
@@ -41,6 +42,9 @@ WINGS = {
         "scoring",
         "reports",
         "training",
+        "trained",
+        "exporting",
+        "planning",
         "launch",
     ],
     "sweeps": ["space", "results", "search", "ray"],

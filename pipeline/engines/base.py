@@ -66,7 +66,7 @@ class Engine(Protocol):
         ...
 
 
-SHARED = ("base", "common", "pieces", "twin")  # what engines share
+SHARED = ("base", "common", "lora", "pieces", "twin")  # what engines share
 
 
 def engines() -> list[str]:

@@ -11,9 +11,10 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from segfleet.core.errors import InputError
 from segfleet.models import registry
-from segfleet.pipeline import lora, sections
 from segfleet.pipeline import recipe as recipes
+from segfleet.pipeline import sections
 from segfleet.pipeline.checkpoint import Checkpoint, CheckpointError, Tensors
+from segfleet.pipeline.engines import lora
 from segfleet.pipeline.engines.base import Setup
 
 

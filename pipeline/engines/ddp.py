@@ -12,8 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from segfleet.core.errors import InputError
 from segfleet.models import registry
-from segfleet.pipeline import compiler, lora
 from segfleet.pipeline.checkpoint import Checkpoint, Tensors
+from segfleet.pipeline.devices import compiler
+from segfleet.pipeline.engines import lora
 from segfleet.pipeline.engines.base import Setup, autocast
 from segfleet.pipeline.engines.common import (
     Anchor,

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from segfleet.core.errors import InputError
 from segfleet.core.litter import temporary_files
 from segfleet.models import registry
-from segfleet.pipeline import compiler, sections
+from segfleet.pipeline import sections
 from segfleet.pipeline.checkpoint import Checkpoint, HostCopies, Tensors
+from segfleet.pipeline.devices import compiler
 from segfleet.pipeline.engines.base import Setup, autocast
 from segfleet.pipeline.engines.common import (
     Anchor,

@@ -2,7 +2,7 @@
 
     configs/metadata.json        what goes in and comes out, in MONAI's words
     configs/inference.json       network_def; run: predict `images` into `output_dir`
-    models/model.segfleet        the model itself, see `modelfile.py`
+    models/model.segfleet        the model itself, see `trained/modelfile.py`
     docs/README.md               model card
 
 MONAI's own transforms would prepare images otherwise than the networks were trained on, so the
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.making import making
-from segfleet.pipeline.card import UNKNOWN
 from segfleet.pipeline.checkpoint import versions
-from segfleet.pipeline.modelfile import write_model
+from segfleet.pipeline.exporting.card import UNKNOWN
 from segfleet.pipeline.parts import patch_of
-from segfleet.pipeline.trained import Model
+from segfleet.pipeline.trained.model import Model
+from segfleet.pipeline.trained.modelfile import write_model
 
 MONAI = "1.6.1"  # the version that runs these bundles in our test
 SCHEMA = (
@@ -41,7 +41,7 @@ INFERENCE = {
         "device": "@device",
     },
     "network_def": {
-        "_target_": "segfleet.pipeline.graphs.Logits",
+        "_target_": "segfleet.pipeline.exporting.graphs.Logits",
         "network": "$@model.network(@model.networks[0])",
     },
     "run": ["$@model.predict_files(@images, @output_dir)"],

@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 from segfleet.pipeline.checkpoint import versions
-from segfleet.pipeline.folds import folder_of
 from segfleet.pipeline.parts import patch_of
 from segfleet.pipeline.run import root_of
+from segfleet.pipeline.scoring.folds import folder_of
 from segfleet.pipeline.scoring.scored import optimism, read_evaluation
-from segfleet.pipeline.trained import Model, Trained
+from segfleet.pipeline.trained.model import Model, Trained
 
 UNKNOWN = "Not said by whoever exported it."
 

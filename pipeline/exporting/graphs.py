@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from segfleet.core.errors import InputError
 from segfleet.pipeline.parts import patch_of
-from segfleet.pipeline.trained import Model, Trained
+from segfleet.pipeline.trained.model import Model, Trained
 
 
 class Logits(nn.Module):

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from segfleet.pipeline.devices.out_of_memory import named, predicting_words
 from segfleet.pipeline.inference.restore import Crop, Map
 from segfleet.pipeline.inference.sliding_window import Forward, sliding_window
-from segfleet.pipeline.out_of_memory import named, predicting_words
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.stores.manifest import Plan
 from segfleet.preprocess.transforms.case_transforms import raw_resample_axis

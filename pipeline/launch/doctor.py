@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from segfleet.core.machine import cpus, memory_budget
-from segfleet.pipeline import driver
+from segfleet.pipeline.devices import driver
 from segfleet.pipeline.engines.base import autocast
 from segfleet.pipeline.ranks import pick_device
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from segfleet.core.files import read_json
 from segfleet.pipeline.reports.overlays import FOLDER, INDEX, pixels
+from segfleet.pipeline.reports.trackers import flat, open_trackers
 from segfleet.pipeline.run import RECIPE
 from segfleet.pipeline.scoring.scored import read_evaluation
-from segfleet.pipeline.trackers import flat, open_trackers
 
 SETTINGS = ("seed", "data", "model", "loss", "optimizer", "stages", "engine")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,10 @@ def folder_of(root: Path, runs: list[str]) -> Path:
     return Path(root) / FOLDS / hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def score_folds(root: Path, recipe: Recipe, manifest: Manifest) -> Path | None:
-    """Write the score over all folds, unless exactly that is there; its folder. None while a fold
+def score_folds(
+    root: Path, recipe: Recipe, manifest: Manifest, report: Callable[[Path], Any]
+) -> Path | None:
+    """Write the score over all folds, with `report` of it, unless exactly that is there; its folder. None while a fold
     is not scored as `recipe` asks for, or cannot be trained, or where folds say nothing more than a run does: there is
     only one, or they validate on the same cases."""
     members = every_fold(recipe, manifest)
@@ -142,12 +145,11 @@ def score_folds(root: Path, recipe: Recipe, manifest: Manifest) -> Path | None:
     before = scored.read_evaluation(out) if (out / scored.EVALUATION).exists() else None
     if not before or before.get("scored") != {"folds": facts}:
         _write(out, with_fold(recipe, ALL), folders, facts)
+        report(out)
     return out
 
 
 def _write(out: Path, recipe: Recipe, folders: list[StageFolder], facts: list[dict]) -> None:
-    from segfleet.pipeline.reports.report import write_report
-
     parts = [scored.evaluation_of(folder.path) for folder in folders]
     cases = [{**case, "fold": fold} for fold, part in enumerate(parts) for case in part["cases"]]
     cases.sort(key=lambda case: case["id"])
@@ -178,4 +180,3 @@ def _write(out: Path, recipe: Recipe, folders: list[StageFolder], facts: list[di
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / RECIPE, recipe.model_dump(mode="json"))
     scored.write_evaluation(out, document)
-    write_report(out)

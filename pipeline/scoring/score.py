@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from segfleet.core.errors import InputError
 from segfleet.core.files import write_atomically
 from segfleet.models import registry
-from segfleet.pipeline import checkpoint, numerics, out_of_memory
+from segfleet.pipeline import checkpoint
+from segfleet.pipeline.devices import numerics, out_of_memory
 from segfleet.pipeline.engines.base import Engine, autocast
 from segfleet.pipeline.engines.common import load_weights
 from segfleet.pipeline.parts import (

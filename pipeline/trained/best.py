@@ -15,14 +15,14 @@ import numpy as np
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import read_json, write_json
-from segfleet.pipeline.folds import folder_of
-from segfleet.pipeline.out_of_fold import Case, cases_of, made_on, predictions
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.run import root_of
+from segfleet.pipeline.scoring.folds import folder_of
 from segfleet.pipeline.scoring.metrics import score_case
 from segfleet.pipeline.scoring.scored import evaluation_of
 from segfleet.pipeline.scoring.summary import summarise
-from segfleet.pipeline.trained import Model, Trained, check_together
+from segfleet.pipeline.trained.model import Model, Trained, check_together
+from segfleet.pipeline.trained.out_of_fold import Case, cases_of, made_on, predictions
 
 WARNING = (
     "The best was chosen on the cases it is scored on, so its score is optimistic, the more so the "

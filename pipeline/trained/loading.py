@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from segfleet.core.files import absolute
-from segfleet.pipeline.folds import find_folds
-from segfleet.pipeline.modelfile import is_modelfile, read_model
-from segfleet.pipeline.out_of_fold import read_decision
 from segfleet.pipeline.run import find_run
-from segfleet.pipeline.trained import Model, trained_run
+from segfleet.pipeline.scoring.folds import find_folds
+from segfleet.pipeline.trained.model import Model, trained_run
+from segfleet.pipeline.trained.modelfile import is_modelfile, read_model
+from segfleet.pipeline.trained.out_of_fold import read_decision
 
 
 def find_models(

@@ -27,7 +27,7 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import digest_of, file_facts, parse_json, replacing, write_json
 from segfleet.core.making import making
 from segfleet.pipeline.recipe import Recipe, parse
-from segfleet.pipeline.trained import Model, Trained
+from segfleet.pipeline.trained.model import Model, Trained
 from segfleet.preprocess.stores.manifest import Manifest
 
 CONFIG, CARD, VERSION = "config.json", "README.md", 1

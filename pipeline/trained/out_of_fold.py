@@ -19,7 +19,6 @@ import torch
 from segfleet.core.ahead import ahead
 from segfleet.core.errors import InputError
 from segfleet.core.files import digest_of, read_json, write_json
-from segfleet.pipeline.folds import folder_of
 from segfleet.pipeline.inference.ensemble import Member, Stored, predict_maps
 from segfleet.pipeline.inference.postprocess import LARGEST, Rule, clean, rules_of
 from segfleet.pipeline.inference.restore import combine
@@ -27,10 +26,11 @@ from segfleet.pipeline.inference.room import near, roomy
 from segfleet.pipeline.ranks import Ranks, as_facts, from_facts
 from segfleet.pipeline.run import root_of
 from segfleet.pipeline.scoring.evaluate import stored_image, truth_of
+from segfleet.pipeline.scoring.folds import folder_of
 from segfleet.pipeline.scoring.intervals import paired
 from segfleet.pipeline.scoring.metrics import score_case
 from segfleet.pipeline.scoring.scored import scored_ids
-from segfleet.pipeline.trained import Model, Trained
+from segfleet.pipeline.trained.model import Model, Trained
 from segfleet.preprocess.stores.base import ShardStore, open_store
 
 DECISION = "postprocessing.json"

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from segfleet.models import registry
-from segfleet.pipeline import checkpoint, compiler, numerics, run
+from segfleet.pipeline import checkpoint, run
+from segfleet.pipeline.devices import compiler, numerics
 from segfleet.pipeline.engines.base import Engine, Setup, build_engine
-from segfleet.pipeline.lora import adapt
+from segfleet.pipeline.engines.lora import adapt
 from segfleet.pipeline.parts import Objective, build_network, in_layout, task_of, transfer_of
 from segfleet.pipeline.recipe import resolve
 from segfleet.pipeline.training import precision as bf16
 from segfleet.pipeline.training import sync_norm
 from segfleet.pipeline.training.transfer import load, write_transfer
-from segfleet.pipeline.weights import load_foreign
+from segfleet.pipeline.training.weights import load_foreign
 
 if TYPE_CHECKING:
     from segfleet.pipeline.training.train import Run

@@ -21,9 +21,10 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import read_json, write_json
 from segfleet.core.machine import cpus_of_a_rank
 from segfleet.core.partial import remove_partial
-from segfleet.pipeline import checkpoint, numerics, out_of_memory, run
+from segfleet.pipeline import checkpoint, run
 from segfleet.pipeline.data import loader
 from segfleet.pipeline.data.sampler import MixedSampler, PatchSampler
+from segfleet.pipeline.devices import numerics, out_of_memory
 from segfleet.pipeline.engines.base import Engine
 from segfleet.pipeline.events import EventLog
 from segfleet.pipeline.parts import (
@@ -35,9 +36,9 @@ from segfleet.pipeline.parts import (
 )
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe, resolve
+from segfleet.pipeline.reports.trackers import check_trackers, open_trackers
 from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.stop import Interrupted, Paused
-from segfleet.pipeline.trackers import check_trackers, open_trackers
 from segfleet.pipeline.training.agreement import Agreement
 from segfleet.pipeline.training.begin import build
 from segfleet.pipeline.training.hardware import Energy, hardware

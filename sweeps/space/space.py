@@ -30,8 +30,8 @@ from pydantic import BaseModel, Field
 from segfleet.core import settings
 from segfleet.core.errors import InputError
 from segfleet.pipeline import recipe as recipes
-from segfleet.pipeline.folds import ALL
 from segfleet.pipeline.recipe import Recipe, Stage, with_absolute_store
+from segfleet.pipeline.scoring.folds import ALL
 from segfleet.pipeline.sections import Positive, Section
 from segfleet.preprocess.stores.manifest import load_manifest
 from segfleet.sweeps.space.objectives import (

@@ -41,10 +41,10 @@ def two_folds(tiny_store, tmp_path_factory):
     two grey pictures in `images`."""
     import torch
 
-    from segfleet.pipeline.folds import every_fold
     from segfleet.pipeline.jobs import run_job
     from segfleet.pipeline.ranks import Ranks
     from segfleet.pipeline.recipe import load_recipe
+    from segfleet.pipeline.scoring.folds import every_fold
     from segfleet.pipeline.stop import StopRequest
 
     folder = tmp_path_factory.mktemp("two_folds")

@@ -12,8 +12,8 @@ import pytest
 
 from segfleet.cli.status import render
 from segfleet.core.errors import InputError
+from segfleet.pipeline.reports.status import Row
 from segfleet.pipeline.run import find_run
-from segfleet.pipeline.status import Row
 
 
 def segfleet(*words, **environment):

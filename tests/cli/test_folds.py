@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 from segfleet.cli import main
 from segfleet.cli.status import render
 from segfleet.core.errors import InputError
-from segfleet.pipeline.folds import every_fold, score_folds
 from segfleet.pipeline.recipe import load_recipe
+from segfleet.pipeline.reports.report import write_report
 from segfleet.pipeline.run import find_run, run_folders, stage_folders
+from segfleet.pipeline.scoring.folds import every_fold, score_folds
 from segfleet.preprocess.stores.manifest import load_manifest
 from segfleet.slurm import prepare
 from segfleet.slurm.status import status
@@ -95,13 +96,13 @@ def test_a_fold_that_is_not_scored_as_asked_leaves_no_score_of_all(work, tmp_pat
     folder, document, _ = work
     recipe, manifest = load_recipe(str(folder / "tiny.yaml")), load_manifest(folder / "store")
     shutil.copytree(folder / "runs", tmp_path / "runs")
-    assert score_folds(tmp_path / "runs", recipe, manifest) is not None
+    assert score_folds(tmp_path / "runs", recipe, manifest, write_report) is not None
     other = recipe.model_copy(
         update={"evaluation": recipe.evaluation.model_copy(update={"overlap": 0.25})}
     )
-    assert score_folds(tmp_path / "runs", other, manifest) is None
+    assert score_folds(tmp_path / "runs", other, manifest, write_report) is None
     (tmp_path / "runs" / Path(document["folds"][1]["run"]).name / "evaluation.json").unlink()
-    assert score_folds(tmp_path / "runs", recipe, manifest) is None
+    assert score_folds(tmp_path / "runs", recipe, manifest, write_report) is None
 
 
 def test_folds_that_share_cases_have_no_score_of_all(work, tmp_path, write_folds):
@@ -109,7 +110,7 @@ def test_folds_that_share_cases_have_no_score_of_all(work, tmp_path, write_folds
     shutil.copytree(folder / "store", tmp_path / "store")
     write_folds(tmp_path / "store", [[0, 1], [1, 2]])
     recipe = load_recipe(str(folder / "tiny.yaml"), [f"data.store={tmp_path / 'store'}"])
-    assert score_folds(tmp_path, recipe, load_manifest(tmp_path / "store")) is None
+    assert score_folds(tmp_path, recipe, load_manifest(tmp_path / "store"), write_report) is None
 
 
 def test_a_fold_with_fewer_cases_than_asked_for_hinders_no_other(work, tmp_path, write_folds):
@@ -124,7 +125,7 @@ def test_a_fold_with_fewer_cases_than_asked_for_hinders_no_other(work, tmp_path,
         load_manifest(tmp_path / "store"),
     )
     assert stage_folders(tmp_path, recipe, manifest), "this one can"
-    assert score_folds(tmp_path, recipe, manifest) is None
+    assert score_folds(tmp_path, recipe, manifest, write_report) is None
 
 
 def test_submit_and_sweep_take_all_folds_too(work):

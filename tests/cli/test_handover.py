@@ -493,12 +493,12 @@ def test_a_case_as_ome_zarr(tiny_store, tmp_path, dims):
 def test_the_best_recipe_or_pair(two_folds, tmp_path, monkeypatch):
     """Two recipes, one of them the ensemble of the other with itself turned: by hand, the pair's
     entries are the scores of the mean of both networks' probabilities."""
-    from segfleet.pipeline import best
-    from segfleet.pipeline.folds import every_fold
     from segfleet.pipeline.jobs import run_job
     from segfleet.pipeline.ranks import Ranks
     from segfleet.pipeline.recipe import load_recipe
     from segfleet.pipeline.scoring.evaluate import truth_of
+    from segfleet.pipeline.scoring.folds import every_fold
+    from segfleet.pipeline.trained import best
     from segfleet.preprocess.stores.manifest import load_manifest
 
     shutil.copytree(two_folds / "runs", tmp_path / "runs")
@@ -577,8 +577,8 @@ def test_the_best_recipe_or_pair(two_folds, tmp_path, monkeypatch):
 
 
 def test_no_stage_of_a_model_file_says_where_it_was_trained():
-    from segfleet.pipeline.modelfile import portable
     from segfleet.pipeline.recipe import parse
+    from segfleet.pipeline.trained.modelfile import portable
 
     stages = [
         {"epochs": 1, "lr": 1e-3, "data": {"store": "/secret/first"}, "model": {"weights": "/secret/w.pt"}},

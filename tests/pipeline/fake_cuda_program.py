@@ -40,9 +40,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from segfleet.models import registry
-from segfleet.pipeline import checkpoint, numerics
+from segfleet.pipeline import checkpoint
 from segfleet.pipeline.data import loader
 from segfleet.pipeline.data.device_augment import Room, drawn_sample, each_tensor
+from segfleet.pipeline.devices import numerics
 from segfleet.pipeline.engines.base import Setup, build_engine
 from segfleet.pipeline.engines.common import Average
 from segfleet.pipeline.inference.sliding_window import sliding_window

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from segfleet.pipeline import compiler
+from segfleet.pipeline.devices import compiler
 from segfleet.pipeline.engines.base import Setup, build_engine
 from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.ranks import Ranks
@@ -29,7 +29,7 @@ print("torch._dynamo.eval_frame" in sys.modules)
 STEPS = """
 import json, sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from segfleet.pipeline import compiler
+from segfleet.pipeline.devices import compiler
 
 def loaded():
     return "torch._dynamo.eval_frame" in sys.modules

@@ -11,12 +11,13 @@ import pytest
 from segfleet.core.errors import InputError
 from segfleet.core.files import digest_of, read_json, write_json
 from segfleet.models.registry import ModelError, build_model
-from segfleet.pipeline import events, status
+from segfleet.pipeline import events
 from segfleet.pipeline.recipe import load_recipe
+from segfleet.pipeline.reports import status
+from segfleet.pipeline.reports.status import score
 from segfleet.pipeline.run import DONE, StageFolder, find_run, open_run, stage_folders
 from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.scoring.evaluate import Kept
-from segfleet.pipeline.status import score
 from segfleet.slurm.submission import submissions
 
 DAMAGE = {

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from segfleet.cli.doctor import command, render
 from segfleet.core.errors import InputError
-from segfleet.pipeline import doctor, driver
+from segfleet.pipeline.devices import driver
+from segfleet.pipeline.launch import doctor
 from segfleet.pipeline.ranks import device_of, pick_device
 
 # as PyTorch says it, c10/cuda/CUDAFunctions.cpp

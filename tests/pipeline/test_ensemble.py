@@ -20,8 +20,8 @@ from segfleet.pipeline.inference.postprocess import LARGEST, clean, parse_rule
 from segfleet.pipeline.inference.predict import Wishes, check_sums, predict_files
 from segfleet.pipeline.inference.restore import Map, combine
 from segfleet.pipeline.inference.sliding_window import sliding_window
-from segfleet.pipeline.out_of_fold import compared
 from segfleet.pipeline.task import Task
+from segfleet.pipeline.trained.out_of_fold import compared
 from segfleet.preprocess.stores.manifest import Dataset, Plan
 from segfleet.preprocess.stores.shard_reader import to_float32
 

@@ -233,7 +233,7 @@ def test_an_adapted_stage_that_was_stopped_ends_in_the_same_bits(document, tmp_p
 
 
 def test_the_sum_answers_as_the_adapted_network_does(document):
-    from segfleet.pipeline.lora import adapt, merged
+    from segfleet.pipeline.engines.lora import adapt, merged
 
     torch.manual_seed(0)
     model, plain = network(), network()
@@ -261,7 +261,7 @@ def test_a_stage_after_an_adapted_one_inherits_the_sum(document, tmp_path, go):
 
 @pytest.mark.parametrize("name", list(registry.specs()))
 def test_every_architecture_can_be_adapted(name):
-    from segfleet.pipeline.lora import adapt, is_adapter, merged
+    from segfleet.pipeline.engines.lora import adapt, is_adapter, merged
 
     spec = registry.spec(name)
     with torch.device("meta"):

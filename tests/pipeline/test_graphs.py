@@ -12,7 +12,7 @@ import torch
 
 from segfleet.core.errors import InputError
 from segfleet.models.registry import build_model, spec
-from segfleet.pipeline.graphs import Logits, as_onnx, exported
+from segfleet.pipeline.exporting.graphs import Logits, as_onnx, exported
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
 

@@ -13,13 +13,13 @@ from torch import nn
 
 from segfleet.core.errors import InputError
 from segfleet.models.registry import ModelError
-from segfleet.pipeline.imports import import_nnunet
 from segfleet.pipeline.jobs import Stores, predict, run_job
 from segfleet.pipeline.launch.job import Predict, Train
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse, resolve, with_absolute_store
 from segfleet.pipeline.run import open_run, stage_folders
 from segfleet.pipeline.stop import StopRequest
+from segfleet.pipeline.trained.imports import import_nnunet
 from segfleet.preprocess.stores.manifest import load_manifest
 
 unet = pytest.importorskip("dynamic_network_architectures.architectures.unet")

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from segfleet.pipeline import rendezvous
+from segfleet.pipeline.launch import rendezvous
 
 NODE = """
 set -e

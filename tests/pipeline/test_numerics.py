@@ -9,7 +9,8 @@ import torch
 
 from segfleet.core.errors import InputError
 from segfleet.models.unet_lite import UNetLite
-from segfleet.pipeline import numerics, run
+from segfleet.pipeline import run
+from segfleet.pipeline.devices import numerics
 from segfleet.pipeline.parts import build_network, task_of
 from segfleet.pipeline.scoring.score import with_weights
 from segfleet.pipeline.sections import Engine

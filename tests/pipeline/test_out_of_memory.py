@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from segfleet.core.errors import InputError
-from segfleet.pipeline import out_of_memory
+from segfleet.pipeline.devices import out_of_memory
+from segfleet.pipeline.devices.out_of_memory import OutOfMemory
 from segfleet.pipeline.engines import ddp
 from segfleet.pipeline.inference import ensemble, restore
 from segfleet.pipeline.jobs import run_job
 from segfleet.pipeline.launch.job import Train
-from segfleet.pipeline.out_of_memory import OutOfMemory
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import load_recipe
 from segfleet.pipeline.scoring import evaluate

@@ -13,12 +13,12 @@ import torch
 
 from segfleet.core.ahead import ahead
 from segfleet.core.errors import InputError
-from segfleet.pipeline import out_of_fold
 from segfleet.pipeline.inference import predict as predicting
 from segfleet.pipeline.inference.ensemble import Member
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.scoring import evaluate
 from segfleet.pipeline.task import make_task
+from segfleet.pipeline.trained import out_of_fold
 from segfleet.preprocess.stores.base import open_store
 
 SIZES = (3, 9)

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from segfleet.core.errors import InputError
-from segfleet.pipeline import rendezvous
+from segfleet.pipeline.launch import rendezvous
 from segfleet.pipeline.ranks import as_facts, from_facts
 from segfleet.pipeline.stop import Interrupted
 

@@ -8,7 +8,8 @@ import shutil
 import pytest
 
 from segfleet.pipeline import recipe as recipes
-from segfleet.pipeline import run, sources, status
+from segfleet.pipeline import run, sources
+from segfleet.pipeline.reports import status
 from segfleet.preprocess.stores.manifest import load_manifest
 
 MINE = '''"""My network."""

@@ -12,14 +12,20 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from segfleet.core.errors import InputError
-from segfleet.pipeline import trackers
 from segfleet.pipeline.events import EventLog, read_events
 from segfleet.pipeline.jobs import run_job
 from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
+from segfleet.pipeline.reports import trackers
+from segfleet.pipeline.reports.trackers import (
+    TensorBoard,
+    Trackers,
+    check_trackers,
+    flat,
+    open_trackers,
+)
 from segfleet.pipeline.stop import StopRequest
-from segfleet.pipeline.trackers import TensorBoard, Trackers, check_trackers, flat, open_trackers
 
 
 def values(folder):

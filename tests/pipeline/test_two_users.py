@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from segfleet.core.litter import temporary_folder
-from segfleet.pipeline import rendezvous
+from segfleet.pipeline.launch import rendezvous
 from segfleet.pipeline.ranks import TIMEOUT
 from segfleet.preprocess.stores.staged_copy import local_copy
 

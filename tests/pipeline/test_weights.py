@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from segfleet.core.errors import InputError
 from segfleet.models.registry import ModelError
 from segfleet.pipeline import checkpoint, run
-from segfleet.pipeline.imports import write_run
 from segfleet.pipeline.parts import build_network, task_of
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse, with_digest
 from segfleet.pipeline.reports.report import write_report
 from segfleet.pipeline.run import stage_folders, stage_uids
+from segfleet.pipeline.trained.imports import write_run
 from segfleet.pipeline.training.train import Run, train
-from segfleet.pipeline.weights import read_tensors
+from segfleet.pipeline.training.weights import read_tensors
 from segfleet.preprocess.stores.base import open_store
 from segfleet.preprocess.stores.manifest import load_manifest
 

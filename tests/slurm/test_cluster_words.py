@@ -323,7 +323,7 @@ def test_scripts_and_jobs_name_paths_as_their_user_does(tiny_recipe, tmp_path, m
 
 
 def test_folds_trained_through_a_link_are_one_family(tiny_recipe, tmp_path):
-    from segfleet.pipeline.folds import family_of
+    from segfleet.pipeline.scoring.folds import family_of
     from segfleet.slurm import prepare
 
     made = tiny_recipe([{"name": "a", "epochs": 1, "steps": 1, "lr": 0.01}], batch=2)

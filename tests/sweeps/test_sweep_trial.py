@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from segfleet.pipeline.devices.out_of_memory import OutOfMemory
 from segfleet.pipeline.events import read_events
 from segfleet.pipeline.launch.local import RankFailed, run_ranks
-from segfleet.pipeline.out_of_memory import OutOfMemory
 from segfleet.sweeps import slurm_backend, stopping, trial
 from segfleet.sweeps.space.plan import make_plan
 

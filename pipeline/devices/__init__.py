@@ -1,0 +1,1 @@
+"""What the machine computes with: its driver, its compiler, its precision, its memory."""

@@ -1,0 +1,1 @@
+"""What is handed over to those without segfleet: graphs, bundles, model cards."""

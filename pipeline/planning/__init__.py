@@ -1,0 +1,1 @@
+"""A recipe for a store, a device and a budget of time."""

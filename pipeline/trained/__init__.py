@@ -1,0 +1,1 @@
+"""Trained networks: opened, put together, chosen, brought in from elsewhere."""
