@@ -62,7 +62,8 @@ def frozen_plan(changes: list[str], budget: str | None, runs: Path) -> tuple[str
     the same command goes on with the same run. Raises InputError."""
     from segfleet.core.errors import InputError
     from segfleet.core.files import digest_of, write_atomically
-    from segfleet.pipeline.planning.planner import parse_budget, plan_recipe
+    from segfleet.pipeline.planning.planner import plan_recipe
+    from segfleet.pipeline.planning.target import parse_budget
     from segfleet.preprocess.stores.manifest import load_manifest
 
     stores = [change.partition("=")[2] for change in changes if change.startswith("data.store=")]

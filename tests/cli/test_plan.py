@@ -12,8 +12,11 @@ from typer.testing import CliRunner
 
 from segfleet.cli import main, plan
 from segfleet.core.errors import InputError
-from segfleet.pipeline.planning import planner
-from segfleet.pipeline.planning.planner import Measured, parse_budget, parse_device, plan_recipe
+from segfleet.pipeline.planning import cpu, timing
+from segfleet.pipeline.planning.choices import low_first
+from segfleet.pipeline.planning.planner import plan_recipe
+from segfleet.pipeline.planning.target import parse_budget, parse_device
+from segfleet.pipeline.planning.timing import Measured
 from segfleet.pipeline.recipe import load_recipe, resolve
 from segfleet.pipeline.run import stage_uids
 from segfleet.preprocess.stores.manifest import load_manifest, save_manifest
@@ -35,7 +38,7 @@ def speed(monkeypatch):
             fast = 0.5 if recipe.engine.precision == "bf16" else 1.0
             return Measured(seconds=seconds * voxels / 1e6 * fast, gigabytes=gigabytes)
 
-        monkeypatch.setattr(planner, "measure", measure)
+        monkeypatch.setattr(timing, "measure", measure)
         return seen
 
     return set_speed
@@ -88,7 +91,7 @@ def test_a_smaller_budget_takes_a_smaller_patch_and_never_more_time(large, speed
         step = 3.0 * math.prod(recipe.data.patch) * recipe.data.batch / 1e6 / 2  # bf16
         steps = sum(stage.epochs * stage.steps for stage in recipe.stages)
         assert steps * step <= parse_budget(budget)
-        assert steps >= planner.ENOUGH or budget == "15min"
+        assert steps >= cpu.ENOUGH or budget == "15min"
         sizes.append(math.prod(recipe.data.patch))
         assert recipe.engine.precision == "bf16"
     assert sizes[0] > sizes[1] >= sizes[2]
@@ -102,8 +105,8 @@ def test_on_a_busy_machine_a_step_is_its_own_computing(tiny_store, monkeypatch, 
     if not busy:
         ticks["process_time"] = itertools.count(0, 11)
     for name, count in ticks.items():
-        monkeypatch.setattr(planner.time, name, lambda count=count: float(next(count)))
-    monkeypatch.setattr(planner.torch, "get_num_threads", lambda: 2)
+        monkeypatch.setattr(timing.time, name, lambda count=count: float(next(count)))
+    monkeypatch.setattr(timing.torch, "get_num_threads", lambda: 2)
     planned = plan_recipe(tiny_store(dims=2), "cpu", "1h")
     step, notes = (2.0, 1) if busy else (6.0, 0)
     stage = planned.recipe().stages[0]
@@ -114,14 +117,14 @@ def test_on_a_busy_machine_a_step_is_its_own_computing(tiny_store, monkeypatch, 
 def test_a_step_that_is_far_too_slow_is_not_repeated(tiny_store, monkeypatch):
     """By hand: steps of 6 s by the clock and 8 s of computing of two threads, 4 s each. One says
     that it takes more than 3 s; three, after one to warm up, that it takes less than 5 s."""
-    monkeypatch.setattr(planner.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(timing.torch, "get_num_threads", lambda: 2)
     recipe = plan_recipe(tiny_store(dims=2), "cpu", "30s").recipe()
     manifest = load_manifest(tiny_store(dims=2))
     for enough, steps in ((3.0, 1), (5.0, 4)):
         seen = {"perf_counter": itertools.count(0, 6), "process_time": itertools.count(0, 8)}
         for name, count in seen.items():
-            monkeypatch.setattr(planner.time, name, lambda count=count: float(next(count)))
-        found = planner.measure(recipe, manifest, planner.torch.device("cpu"), 3, enough)
+            monkeypatch.setattr(timing.time, name, lambda count=count: float(next(count)))
+        found = timing.measure(recipe, manifest, timing.torch.device("cpu"), 3, enough)
         assert (found.seconds, found.rough) == (6.0, steps == 1)
         assert next(seen["perf_counter"]) == 2 * 6 * steps
 
@@ -135,7 +138,7 @@ def test_the_smallest_patch_is_measured_in_full(large, monkeypatch):
         rough = enough < math.inf and recipe.engine.precision == "fp32"
         return Measured(seconds=50.0 if rough else 10.0, gigabytes=0.1, rough=rough)
 
-    monkeypatch.setattr(planner, "measure", measure)
+    monkeypatch.setattr(timing, "measure", measure)
     recipe = plan_recipe(large, "cpu", "1h").recipe()
     assert (tuple(recipe.data.patch), math.inf) in asked
     steps = sum(stage.epochs * stage.steps for stage in recipe.stages)
@@ -181,10 +184,10 @@ def test_a_patch_that_sees_little_is_trained_at_a_low_resolution_first(large, sp
     stage = {"name": "train", "epochs": 30, "steps": 10, "lr": 1e-3}
     for patch, stages in (((64, 64, 64), 2), ((64, 128, 128), 1), ((1, 64, 64), 1)):
         document, reasons = {"stages": [dict(stage)]}, {"stages.0.epochs": "300 steps."}
-        notes = planner._low_first(document, reasons, manifest, patch)
+        notes = low_first(document, reasons, manifest, patch)
         assert len(document["stages"]) == stages == 1 + len(notes)
     document, reasons = {"stages": [dict(stage)]}, {"stages.0.epochs": "300 steps."}
-    planner._low_first(document, reasons, manifest, (64, 64, 64))
+    low_first(document, reasons, manifest, (64, 64, 64))
     first, second = document["stages"]
     assert (first["epochs"], second["epochs"]) == (10, 20)
     low, high = first["data"]["augment"]["scale_range"]
