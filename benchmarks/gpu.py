@@ -4,12 +4,12 @@
                              [--device cuda|cpu] [--quick]
 
 Sections, in the order of their worth: doctor, tests (of the suite, those that need a GPU), resume
-(bitwise or not, with and without engine.deterministic), yardstick (the step of nnU-Net's own network in
-its own loop, and ours, on the same patches), workers (128 cubed, from store to step, with 0, 8 and
-14 loader processes, and how long the device idles), loader (alone), scan (Triton against chunked
-and mamba_ssm), window (sliding window), checkpoint (what saving stalls), networks (a step of every
-registered network: time, memory, share of the card's peak, bf16 and fp32, eager and compiled, and
-whether it makes the host wait).
+(bitwise or not, with and without engine.deterministic), yardstick (the step of nnU-Net's own
+network in its own loop, and ours, on the same patches), workers (128 cubed, from store to step,
+with 0, 8 and 14 loader processes, and how long the device idles), loader (alone), scan (Triton
+against chunked and mamba_ssm), window (sliding window), checkpoint (what saving stalls), networks
+(a step of every registered network: time, memory, share of the card's peak, bf16 and fp32, eager
+and compiled, and whether it makes the host wait).
 
 Every section runs in a process of its own, within its seconds; every figure is written to FILE as
 soon as it is known, and a second call goes on with those that are missing, as it does after a kill.

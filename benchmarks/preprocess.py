@@ -47,7 +47,10 @@ BARE = (
     "batchgeneratorsv2",
     "fft-conv-pytorch",
 )
-WITH = "connected-components-3d dicom2nifti nibabel SimpleITK scikit-image scikit-learn scipy pandas tifffile imagecodecs einops blosc2"
+WITH = (
+    "connected-components-3d dicom2nifti nibabel SimpleITK scikit-image scikit-learn scipy pandas "
+    "tifffile imagecodecs einops blosc2"
+)
 WITH += " tqdm matplotlib seaborn requests yacs graphviz threadpoolctl"
 # name -> id, channel, middle spacing in mm
 SETS = {

@@ -39,8 +39,8 @@ NETWORK = {
 
 
 def look(process: subprocess.Popen) -> tuple[int, int, int] | None:
-    """(processes, bytes that are theirs alone, descriptors). Not their share of what is shared: that
-    grows as other programs on the machine end."""
+    """(processes, bytes that are theirs alone, descriptors). Not their share of what is shared:
+    that grows as other programs on the machine end."""
     count = memory = files = 0
     with suppress(psutil.Error):
         for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]:

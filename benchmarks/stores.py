@@ -465,7 +465,10 @@ def main() -> None:
                     "files write MB/s"
                 )
                 for r in rows:
-                    times = f"{r['image_ms']:8.2f} {r['label_ms']:8.2f} {r['wall_ms']:7.2f} {r['speed']:6.2f}"
+                    times = (
+                        f"{r['image_ms']:8.2f} {r['label_ms']:8.2f} {r['wall_ms']:7.2f} "
+                        f"{r['speed']:6.2f}"
+                    )
                     print(
                         f"{r['reader']:58} {times} {r['MB']:6.1f} {r['size']:6.2f} "
                         f"{r['files']:5d} {r['write_MB_s']:10d}"

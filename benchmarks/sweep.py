@@ -180,10 +180,13 @@ def main(steps: int, slots: int) -> None:
             measured(how, SHORT, 1, store, root / f"{how}-1") for how in ("shared", "alone")
         )
     result = {
-        "steps_of_an_epoch": steps, "slots": slots, "cores": os.cpu_count(), "shared": ours, "plain": theirs,
-        "ratio": {key: round(theirs[key] / ours[key], 3) for key in ours}, "equal_stages": len(first),
+        "steps_of_an_epoch": steps, "slots": slots, "cores": os.cpu_count(), "shared": ours,
+        "plain": theirs,
+        "ratio": {key: round(theirs[key] / ours[key], 3) for key in ours},
+        "equal_stages": len(first),
         "controller_seconds_per_stage": round((one["wall_seconds"] - bare["wall_seconds"]) / 16, 2),
-        "one_slot": {"steps_of_an_epoch": SHORT, "sweep": one, "alone": bare}, "load": os.getloadavg(),
+        "one_slot": {"steps_of_an_epoch": SHORT, "sweep": one, "alone": bare},
+        "load": os.getloadavg(),
     }  # fmt: skip
     (HERE / "results" / "sweep.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

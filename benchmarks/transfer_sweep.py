@@ -2,19 +2,21 @@
 
     python benchmarks/transfer_sweep.py [--work DIR]
 
-2 pre-trainings (labels on, labels off) x 3 networks x 2 rates x 2 targets x 3 seeds are 72 trials of
-two stages; tiny networks, tiny synthetic stores, a few steps a stage. First the ratio is computed
-from the tree, before anything is trained. Then, all in this process:
+2 pre-trainings (labels on, labels off) x 3 networks x 2 rates x 2 targets x 3 seeds are 72 trials
+of two stages; tiny networks, tiny synthetic stores, a few steps a stage. First the ratio is
+computed from the tree, before anything is trained. Then, all in this process:
 
 - plain: every trial from its beginning, in a folder of its own; nothing is shared,
 - shared: every node of the tree once, by the jobs that a sweep hands to its ranks,
 - one seed: the same with one seed for all pre-trainings, three for what follows.
 
 Stages and steps are counted from what lies in the folders of runs. Every stage of the plain search
-must have the weights of the shared one, bit by bit. (That nothing changes when parts of such a sweep
-are killed: tests/sweeps/test_transfer_sweep.py on Ray, tests/slurm/test_slurm_sweep.py on SLURM.)
+must have the weights of the shared one, bit by bit. (That nothing changes when parts of such a
+sweep are killed: tests/sweeps/test_transfer_sweep.py on Ray, tests/slurm/test_slurm_sweep.py on
+SLURM.)
 
-Result: benchmarks/results/transfer_sweep.json. In DIR a second run finds what the first has trained.
+Result: benchmarks/results/transfer_sweep.json. In DIR a second run finds what the first has
+trained.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ def as_nobody(attempt: Callable[..., Got], *words: Any) -> Got:
 
 
 def at_each(attempt: Callable[..., Got], ports: list[int], *words: Any) -> Got:
-    """Each port by a process of its own: torch's client waits for ever for one that says nothing."""
+    """Each port by a process of its own: torch's client waits for ever for one that says
+    nothing."""
     return " ".join(filter(None, (as_nobody(attempt, [port], *words) for port in ports)))
 
 

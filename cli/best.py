@@ -15,8 +15,8 @@ def command(
         list[str],
         typer.Argument(
             metavar="RUN...",
-            help="Recipes by name, or any run of each: all their folds count as one. Or a sweep, by "
-            "name or folder: the best of its points.",
+            help="Recipes by name, or any run of each: all their folds count as one. Or a sweep, "
+            "by name or folder: the best of its points.",
         ),
     ],
     top: Annotated[

@@ -241,7 +241,8 @@ def render_layout(found: dict[str, Any]) -> None:
 
 
 def check(
-    name: str, root: Path, options: dict[str, str], workers: int | None, against: Path | None, as_json: bool,
+    name: str, root: Path, options: dict[str, str], workers: int | None, against: Path | None,
+    as_json: bool,
     mended: list[dict] | None = None,
 ) -> None:  # fmt: skip
     """One pass over all files. Exit code 2 if anything is wrong; warnings do not count."""
@@ -325,7 +326,8 @@ def grouping_of(grouping) -> dict[str, Any]:
 
 
 def fixed(
-    name: str, root: Path, options: dict[str, str], out: Path, remap: dict[int, int], same_voxels: bool, workers: int | None, against: Path | None,
+    name: str, root: Path, options: dict[str, str], out: Path, remap: dict[int, int],
+    same_voxels: bool, workers: int | None, against: Path | None,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Write a mended copy and check that; without anything to mend, check the original."""

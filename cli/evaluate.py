@@ -29,8 +29,8 @@ def command(
     on: Annotated[
         Path | None,
         typer.Option(
-            help="Score on this store instead, a test set: all its cases, or those that --split and "
-            "--fold name. The run's own score stays."
+            help="Score on this store instead, a test set: all its cases, or those that --split "
+            "and --fold name. The run's own score stays."
         ),
     ] = None,
     split: Annotated[
@@ -136,8 +136,8 @@ def job_of(
             found = differences(recipe, manifest, stage.index, stage.path) or []
             if files := [words for words in found if words.startswith("the code of ")]:
                 raise InputError(
-                    f"evaluate: {' and '.join(files)} is not what this run was trained with; put it "
-                    "back, or train again"
+                    f"evaluate: {' and '.join(files)} is not what this run was trained with; put "
+                    "it back, or train again"
                 )
         raise InputError(
             "evaluate: only evaluation.* and data.workers can be changed here; what changes "

@@ -25,17 +25,18 @@ def command(
         str,
         typer.Argument(
             help="model: a file (or folder) that predicts anywhere. hub: the same as a folder for "
-            "Hugging Face. monai: a bundle of MONAI that calls segfleet. nnunet: dataset.json beside "
-            "predictions. ome-zarr: a case of a store. dicom-seg: the label of a case as DICOM SEG."
+            "Hugging Face. monai: a bundle of MONAI that calls segfleet. nnunet: dataset.json "
+            "beside predictions. ome-zarr: a case of a store. dicom-seg: the label of a case as "
+            "DICOM SEG."
         ),
     ],
     words: Annotated[
         list[str],
         typer.Argument(
             metavar="WHAT...",
-            help="model, hub, monai: runs (folder, uid or recipe) or a model. nnunet: a run, then the "
-            "folder of predictions. ome-zarr: a store, then a case. dicom-seg: a store, a case, the "
-            "folder of its DICOM series.",
+            help="model, hub, monai: runs (folder, uid or recipe) or a model. nnunet: a run, then "
+            "the folder of predictions. ome-zarr: a store, then a case. dicom-seg: a store, a "
+            "case, the folder of its DICOM series.",
         ),
     ],
     to: Annotated[

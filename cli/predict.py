@@ -99,8 +99,8 @@ def by_ranks(job: Predict, ranks: int, device: str | None) -> dict[str, Any]:
         device_of(device)
     if device not in (None, "cpu", "cuda"):
         raise InputError(
-            f"--device: found {device}, which is one GPU for --ranks {ranks}; expected cpu or cuda, "
-            "of which every rank takes one"
+            f"--device: found {device}, which is one GPU for --ranks {ranks}; expected cpu or "
+            "cuda, of which every rank takes one"
         )
 
     with temporary_folder() as folder:

@@ -133,7 +133,8 @@ def command(
     request = request_of(
         name, raw, out, format=format, workers=workers, seed=seed, option=option, size=size,
         patch=patch, spacing=spacing,
-        interpolation=interpolation, masks=masks, normalisation=normalisation, slices=slices, like=like, unlabelled=unlabelled,
+        interpolation=interpolation, masks=masks, normalisation=normalisation, slices=slices,
+        like=like, unlabelled=unlabelled,
     )  # fmt: skip
     if on != "local" or address or members:
         on_cluster(request, on, address, members)
@@ -168,7 +169,8 @@ def _first(warnings: Sequence[Problem]) -> list[Problem]:
 
 
 def request_of(
-    name: str | None, raw: Path | None, out: Path | None, *, format: str, workers: int | None, seed: int,
+    name: str | None, raw: Path | None, out: Path | None, *, format: str, workers: int | None,
+    seed: int,
     option: list[str] | None, patch: str | None, spacing: str | None, like: Path | None,
     unlabelled: bool, **arguments: Any,
 ) -> BuildRequest:  # fmt: skip
@@ -193,7 +195,8 @@ def request_of(
     )
     options = chosen(option) | ({"unlabelled": "yes"} if unlabelled else {})
     request = BuildRequest(
-        name, raw, out, format=format, options=options, overrides=overrides, split_seed=seed, workers=workers
+        name, raw, out, format=format, options=options, overrides=overrides, split_seed=seed,
+        workers=workers
     )  # fmt: skip
     open_raw(request)
     return request

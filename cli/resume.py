@@ -101,11 +101,12 @@ def refuse_if_another(run: Path, job: Train | Score, code: str | None) -> None:
         kept = f" It is kept in {code}: put that first on PYTHONPATH." if code else ""
         raise InputError(
             f"resume: {run.name} was begun by another version of segfleet or on another store, and "
-            f"would be trained from the beginning as {there.name}, with other results. Resume it with "
-            f"the version that began it.{kept} Or submit its recipe again"
+            f"would be trained from the beginning as {there.name}, with other results. Resume it "
+            f"with the version that began it.{kept} Or submit its recipe again"
         )
     if there.resolve() != run.resolve():
         raise InputError(
             f"resume: {run.name} was submitted in {job.root} and lies in {run} now; submit its "
-            f"recipe again with --runs {root_of(run, recipe)}: it goes on from its latest checkpoint"
+            f"recipe again with --runs {root_of(run, recipe)}: it goes on from its latest "
+            "checkpoint"
         )

@@ -1,5 +1,5 @@
-"""segfleet submit RECIPE [key=value ...]; segfleet submit -- preprocess | evaluate | predict | sweep ...
-(submit_words.py)"""
+"""segfleet submit RECIPE [key=value ...]; segfleet submit -- preprocess | evaluate | predict |
+sweep ... (submit_words.py)"""
 
 from __future__ import annotations
 
@@ -132,7 +132,8 @@ def command(
             err=True,
         )
     request = Request(
-        options=options, cluster=cluster, array=tuple(array or ()), engine=engine, live=live, dry_run=dry_run,
+        options=options, cluster=cluster, array=tuple(array or ()), engine=engine, live=live,
+        dry_run=dry_run,
         runs=runs, as_json=as_json,
     )  # fmt: skip
     if recipe in submit_words.COMMANDS:

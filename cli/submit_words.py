@@ -179,7 +179,8 @@ def prediction(arguments: dict[str, Any]) -> tuple[list[Step], Path, Path]:
         )
     out, root = absolute(arguments["out"]), absolute(arguments["runs"])
     job = job_of(
-        arguments["words"], arguments["runs"], arguments["fold"], arguments["best"], out=out, root=root,
+        arguments["words"], arguments["runs"], arguments["fold"], arguments["best"], out=out,
+        root=root,
         layout=layout_of(arguments["layout"], arguments["option"]),
         postprocess=checked_rule(arguments["postprocess"]),
         **{name: arguments[name] for name in ("format", "overlays", "probabilities")},
@@ -225,7 +226,8 @@ def sweeping(
         return on_ray(arguments, options, plan)
     elif options.get("nodes", 1) != 1 or options.get("gpus_per_node") not in (None, 0):
         raise InputError(
-            "submit: a sweep inside one job runs on the CPUs of one node (--cpus); for GPUs and more "
+            "submit: a sweep inside one job runs on the CPUs of one node (--cpus); for GPUs and "
+            "more "
             f"nodes say --on {RAY_IN_SLURM} after the --, or let every stage be a job: --on slurm"
         )
     options = {**options, **ONE_PROCESS}

@@ -33,8 +33,8 @@ def command(
     on: Annotated[
         str,
         typer.Option(
-            help="Where trials run: local, slurm (every stage a job), or ray-in-slurm (one job, with a Ray "
-            "cluster of its own over its nodes)."
+            help="Where trials run: local, slurm (every stage a job), or ray-in-slurm (one job, "
+            "with a Ray cluster of its own over its nodes)."
         ),
     ] = "local",
     nodes: Annotated[
@@ -212,9 +212,13 @@ def describe(plan: Any, ledger: Any, node: Any) -> dict[str, Any]:
     while above:
         depth, above = depth + 1, tree.before(above)
     return {
-        "uid": node.uid, "after": node.after, "trunk": node.trunk is not None, "depth": depth, "stage": node.index + 1, "name": stage.name,
-        "model": node.recipe.model.name, "seed": node.recipe.seed, "fold": node.recipe.data.fold, "task": node.recipe.task, "store": node.recipe.data.store, "lr": stage.lr, "epochs": stage.epochs,
-        "epochs_to_train": tree.epochs(node), "remaining_epochs": tree.remaining[node.uid], "trials": node.trials, "leaf_of": node.leaf_of,
+        "uid": node.uid, "after": node.after, "trunk": node.trunk is not None, "depth": depth,
+        "stage": node.index + 1, "name": stage.name,
+        "model": node.recipe.model.name, "seed": node.recipe.seed, "fold": node.recipe.data.fold,
+        "task": node.recipe.task, "store": node.recipe.data.store, "lr": stage.lr,
+        "epochs": stage.epochs,
+        "epochs_to_train": tree.epochs(node), "remaining_epochs": tree.remaining[node.uid],
+        "trials": node.trials, "leaf_of": node.leaf_of,
         "state": ledger.state(node), "path": str(ledger.path(node)),
     }  # fmt: skip
 
@@ -235,7 +239,10 @@ def render_forecast(document: dict[str, Any]) -> None:
         on += " (reconstruct)" if node["task"] == "reconstruct" else ""
         shared = f"  for {len(node['trials'])} trials" if len(node["trials"]) > 1 else ""
         ends = f"  ends {len(node['leaf_of'])} trial(s)" if node["leaf_of"] else ""
-        line = f"{node['uid']}  {what}{node['name']}{on}: {node['epochs']} epochs{goes_on}, lr {node['lr']:g}{shared}{ends}  {node['state']}"
+        line = (
+            f"{node['uid']}  {what}{node['name']}{on}: {node['epochs']} epochs{goes_on}, lr "
+            f"{node['lr']:g}{shared}{ends}  {node['state']}"
+        )
         typer.echo("  " * node["depth"] + line)
     if len(document["tree"]) > MOST_LINES:
         typer.echo(f"... {len(document['tree']) - MOST_LINES} more; --json prints all")

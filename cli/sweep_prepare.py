@@ -95,8 +95,8 @@ def send_all(
 
 
 def await_stores(waiting: dict[Path, list[SlurmJob]], name: str) -> None:
-    """Until every store is there; the queue is asked once a minute for all. Raises InputError if the
-    jobs of one have ended without it, Interrupted when asked to go, whereupon the jobs stay."""
+    """Until every store is there; the queue is asked once a minute for all. Raises InputError if
+    the jobs of one have ended without it, Interrupted when asked to go, whereupon the jobs stay."""
     from segfleet.pipeline.launch.local import signals_heard
     from segfleet.pipeline.stop import Interrupted, StopRequest
     from segfleet.preprocess.stores.manifest import NAME
@@ -116,14 +116,15 @@ def await_stores(waiting: dict[Path, list[SlurmJob]], name: str) -> None:
                     last = seen[-1]
                     raise InputError(
                         f"{name}: the jobs of the store {out} have ended without it; the last one, "
-                        f"{last.job}, is {last.state}: {last.reason}. The same command submits them "
-                        "again; what is finished is kept"
+                        f"{last.job}, is {last.state}: {last.reason}. The same command submits "
+                        "them again; what is finished is kept"
                     )
             if not waiting:
                 return
             if stop.asked():
                 raise Interrupted(
-                    f"{name}: the jobs that make the stores stay; the same command goes on with them"
+                    f"{name}: the jobs that make the stores stay; the same command goes on with "
+                    "them"
                 )
             time.sleep(PACE)
     finally:

@@ -189,7 +189,10 @@ def _variant(
     ) -> nn.Module:
         return UNetLite(in_channels, num_classes, blocks=blocks, width=width, bilinear=bilinear)
 
-    build.__doc__ = f"{about}. `width`: channels of the first stage; `bilinear`: upsample by interpolation, half the deepest width."
+    build.__doc__ = (
+        f"{about}. `width`: channels of the first stage; `bilinear`: upsample by interpolation, "
+        "half the deepest width."
+    )
     stages = ("inc", "down1", "down2", "down3", "down4", "up1", "up2", "up3", "up4", "outc")
     return register(
         name=f"unet_lite_{name}",

@@ -235,8 +235,8 @@ def check_data(recipe: Recipe, manifest: Manifest, task: Task) -> None:
         expected = getattr(made_for, key, None)
         if found is not None and expected not in (None, found):
             raise InputError(
-                f"data.made_for.{key}: the recipe {recipe.name} is made for {made_for.dataset} with "
-                f"{expected}, but {dataset.name} in {recipe.data.store} has {found} "
+                f"data.made_for.{key}: the recipe {recipe.name} is made for {made_for.dataset} "
+                f"with {expected}, but {dataset.name} in {recipe.data.store} has {found} "
                 f"({', '.join(names)}); choose another store, or set data.made_for=null"
             )
 
@@ -324,8 +324,8 @@ def check_stores(recipe: Recipe, manifests: Manifests) -> None:
         for what, expected, found in facts:
             if found != expected:
                 raise InputError(
-                    f"data.stores: {one.data.store} has {what} {found}, but {recipe.data.store} has "
-                    f"{expected}; stores of one stage need the same"
+                    f"data.stores: {one.data.store} has {what} {found}, but {recipe.data.store} "
+                    f"has {expected}; stores of one stage need the same"
                 )
 
 
@@ -346,8 +346,8 @@ def check_norms(network: nn.Module, recipe: Recipe, index: int) -> None:
         if values < 2:
             raise InputError(
                 f"{recipe.model.name}: found one value of each channel at the layer {name}, with "
-                f"data.batch {recipe.data.batch} in {recipe.engine.accumulate} micro-batch(es); its "
-                f"normalisation needs two: expected a larger {larger}"
+                f"data.batch {recipe.data.batch} in {recipe.engine.accumulate} micro-batch(es); "
+                f"its normalisation needs two: expected a larger {larger}"
             )
 
     for name, module in network.named_modules():

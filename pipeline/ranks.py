@@ -170,7 +170,8 @@ def device_of(text: str | None) -> torch.device:
     number, there = int(match[1] or 0), torch.cuda.device_count() if text != "cpu" else 0
     if text != "cpu" and number >= there:
         raise InputError(
-            f"device: found '{text}', but this process sees {there} GPU(s); `segfleet doctor` says why"
+            f"device: found '{text}', but this process sees {there} GPU(s); `segfleet doctor` "
+            "says why"
         )
     return torch.device("cpu") if text == "cpu" else torch.device("cuda", number)
 

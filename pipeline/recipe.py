@@ -145,7 +145,8 @@ class Stage(Section):
     )
     patience: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="end the stage after so many validations without a better `evaluation.select`; 0: never",
+        description="end the stage after so many validations without a better "
+        "`evaluation.select`; 0: never",
     )
     inherit: Annotated[Inherit, BeforeValidator(_inherit)] = Field(
         Inherit(),
@@ -153,8 +154,8 @@ class Stage(Section):
     )
     freeze: tuple[str, ...] = Field(
         (),
-        description="what is not trained in this stage: roles (encoder, decoder, head, backbone) or "
-        "beginnings of parameter names",
+        description="what is not trained in this stage: roles (encoder, decoder, head, backbone) "
+        "or beginnings of parameter names",
     )
     unfreeze_at: Positive | None = Field(
         None, description="epochs after which what is frozen trains, too; none: the stage's end"
@@ -172,8 +173,8 @@ class Stage(Section):
     )
     lora: Lora | None = Field(
         None,
-        description="train adapters of low rank on the linear and convolution layers, and the head; "
-        "all else stays. Checkpoints hold the sums",
+        description="train adapters of low rank on the linear and convolution layers, and the "
+        "head; all else stays. Checkpoints hold the sums",
     )
     anchor: Annotated[float, Field(ge=0)] = Field(
         0.0,
@@ -289,8 +290,8 @@ class Recipe(Section):
             before = resolve(self, index - 1).optimizer.name
             if before != own.optimizer.name:
                 raise ValueError(
-                    f"stages.{index}.inherit.optimizer: found true, but the stage before is trained "
-                    f"by {before}, whose moments {own.optimizer.name} does not have"
+                    f"stages.{index}.inherit.optimizer: found true, but the stage before is "
+                    f"trained by {before}, whose moments {own.optimizer.name} does not have"
                 )
         return self
 

@@ -111,8 +111,8 @@ class Source(Section):
     store: str = Field(min_length=1, description="folder of a shard store")
     weight: Positive | None = Field(
         None,
-        description="how often it is drawn from, as a share of all weights; none: the number of its "
-        "training cases",
+        description="how often it is drawn from, as a share of all weights; none: the number of "
+        "its training cases",
     )
 
 
@@ -140,8 +140,8 @@ class Data(Section):
     store: str = Field("", description="folder of the shard store; relative to the working folder")
     stores: tuple[Source, ...] = Field(
         (),
-        description="several stores to train on, each with a `weight`: folders, or {store, weight}; "
-        "the first stands for `store`, and split, fold and cases mean each",
+        description="several stores to train on, each with a `weight`: folders, or {store, "
+        "weight}; the first stands for `store`, and split, fold and cases mean each",
     )
     split: str = Field(
         "kfold",
@@ -195,8 +195,8 @@ class Model(Section):
     )
     strict: Literal["all", "encoder"] = Field(
         "all",
-        description="all: every tensor must come from the file; encoder: the encoder's, and what its "
-        "authors start from them",
+        description="all: every tensor must come from the file; encoder: the encoder's, and what "
+        "its authors start from them",
     )
     head: Literal["auto", "softmax", "sigmoid"] = Field(
         "auto", description="softmax over classes or one sigmoid per region"
@@ -250,15 +250,16 @@ class Engine(Section):
     )
     compile: bool | Literal["auto", "reduce-overhead"] = Field(
         "auto",
-        description="torch.compile; auto: with engine ddp on GPUs, where a network is traced as one "
-        "graph, but not with deterministic or checkpoint_activations. Never on CPUs. "
+        description="torch.compile; auto: with engine ddp on GPUs, where a network is traced as "
+        "one graph, but not with deterministic or checkpoint_activations. Never on CPUs. "
         "reduce-overhead: on GPUs its kernels are replayed as CUDA graphs, too, for small networks "
         "whose launches take longer than their work; the same result as true, for more memory",
     )
     tf32: Literal["none", "convolutions", "all"] = Field(
         "convolutions",
-        description="what GPUs compute in TensorFloat-32, ten bits of mantissa, where the precision "
-        "is fp32: convolutions, as PyTorch's default and nnU-Net have it; all, matrix products, too",
+        description="what GPUs compute in TensorFloat-32, ten bits of mantissa, where the "
+        "precision is fp32: convolutions, as PyTorch's default and nnU-Net have it; all, matrix "
+        "products, too",
     )
     deterministic: bool = Field(
         False,

@@ -74,16 +74,16 @@ class JobSpec(BaseModel):
     nodes: Count = Field(1, description="nodes")
     gpus_per_node: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="GPUs of every node; one rank for each. 0: a job on CPUs. With a type, which may "
-        "be a MIG profile: a100:2",
+        description="GPUs of every node; one rank for each. 0: a job on CPUs. With a type, which "
+        "may be a MIG profile: a100:2",
     )
     gpu_type: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = Field(
         None, description="type of the GPUs, as in gpus_per_node: a100:2"
     )
     gpus: Word | None = Field(
         None,
-        description="GPUs of the whole job, 8 or a100:8, in place of gpus_per_node; without nodes, on "
-        "as few as the partition allows",
+        description="GPUs of the whole job, 8 or a100:8, in place of gpus_per_node; without "
+        "nodes, on as few as the partition allows",
     )
     ranks_per_node: Count = Field(1, description="ranks of every node when there are no GPUs")
     whole_nodes: bool = Field(
@@ -91,8 +91,8 @@ class JobSpec(BaseModel):
     )
     cpus: Count | None = Field(
         None,
-        description="CPU cores per rank; none: for a GPU the recipe's data.workers and two, at most "
-        "its share of a node, else the cluster's default",
+        description="CPU cores per rank; none: for a GPU the recipe's data.workers and two, at "
+        "most its share of a node, else the cluster's default",
     )
     memory: str | None = Field(
         None, description="memory per node, for example 64G; none: the cluster's default"

@@ -194,8 +194,8 @@ def begin(life: Path, job: Job, limit: int) -> None:
     if frozen not in (None, code):
         raise OtherCode(
             f"the job was to run the code {frozen} and found {code} on its Python path: the frozen "
-            "code was changed, or --setup or the container put another segfleet before it. Submit it "
-            "again"
+            "code was changed, or --setup or the container put another segfleet before it. Submit "
+            "it again"
         )
     steps = progress_of(job)
     facts = {

@@ -180,6 +180,6 @@ def short_folder() -> str:
         if len(place) <= LONGEST and os.access(place, os.W_OK | os.X_OK):
             return place
     raise InputError(
-        f"Ray needs a folder for its sockets, of at most {LONGEST} characters, that can be written; "
-        f"found none of {', '.join(dict.fromkeys(places))}; set RAY_TMPDIR to one"
+        f"Ray needs a folder for its sockets, of at most {LONGEST} characters, that can be "
+        f"written; found none of {', '.join(dict.fromkeys(places))}; set RAY_TMPDIR to one"
     )

@@ -30,8 +30,8 @@ def freeze_code(root: Path, source: Path = SOURCE) -> Path:
         copy = partial / "segfleet" / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
-    # Compiled here once, not by every rank at every start; Python compares it with the source, whose
-    # hash is the code's. A Python of another version, in a container, compiles for itself.
+    # Compiled here once, not by every rank at every start; Python compares it with the source,
+    # whose hash is the code's. A Python of another version, in a container, compiles for itself.
     compileall.compile_dir(
         partial,
         stripdir=partial,

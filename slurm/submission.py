@@ -222,7 +222,8 @@ def record(
     """Write down a submission that was accepted."""
     kept = spec.model_dump(mode="json")
     made = Submission(
-        folder=str(folder), logs=str(logs), id=id, name=name, launcher=launcher, spec=kept, time=time.time(),
+        folder=str(folder), logs=str(logs), id=id, name=name, launcher=launcher, spec=kept,
+        time=time.time(),
         code=str(code) if code else None, commit=commit,
     )  # fmt: skip
     made.save()
@@ -241,7 +242,10 @@ def failure(life: Path) -> dict[str, Any] | None:
     if not reports:
         return None
     first = reports[0]
-    silent = f"rank {first['rank']} lost its partner, which went without a word (killed? out of memory? its node?)"
+    silent = (
+        f"rank {first['rank']} lost its partner, which went without a word (killed? out of "
+        "memory? its node?)"
+    )
     return {**first, "message": f"{silent}\n{first['message']}"}
 
 

@@ -347,8 +347,8 @@ def after(killed_returns: bool = False) -> list[str]:
     exit code stays the ranks' own.
 
     A job whose time is up is being ended by SLURM, no longer running; it comes back if its ranks
-    stopped or were killed, not if one failed. `killed_returns`: see `Script`; `rank.begin` ends what
-    never gets further.
+    stopped or were killed, not if one failed. `killed_returns`: see `Script`; `rank.begin` ends
+    what never gets further.
     """
     life = f"${submission.LIFE}"
     killed = (
@@ -358,13 +358,15 @@ def after(killed_returns: bool = False) -> list[str]:
         "code=$? again=no",
         *([killed] if killed_returns else []),
         f'[ $code = {ExitCode.INTERRUPTED} ] && [ "{STATE}" = RUNNING ] && again=yes',
-        f'[ -e "{life}/life.json" ] && {{ [ $code = {ExitCode.INTERRUPTED} ] || [ $code -gt 128 ]; }} && \\',
+        f'[ -e "{life}/life.json" ] && {{ [ $code = {ExitCode.INTERRUPTED} ] || [ $code -gt 128 '
+        f"]; }} && \\",
         '  [ "${SEGFLEET_END:-0}" -gt 0 ] && [ "$(date +%s)" -ge "$SEGFLEET_END" ] && again=yes',
         # a rank hung: it had to be killed, which tells the exit code
         f'[ -e "{life}/{AGAIN}" ] && [ "{STATE}" = RUNNING ] && again=yes',
         f'later="${{{submission.LIFE}%.*}}.$((${{SLURM_RESTART_COUNT:-0}} + 1))"',
         # a start that SLURM gave up for lost must not requeue the one that took its place
-        f'[ $again = yes ] && [ ! -e "$later" ] && [ ! -e "{life}/stay" ] && scontrol requeue "$job" && sleep 60  # '
+        f'[ $again = yes ] && [ ! -e "$later" ] && [ ! -e "{life}/stay" ] && scontrol requeue '
+        '"$job" && sleep 60  # '
         "SLURM ends this script",
         "exit $code",
     ]

@@ -106,8 +106,8 @@ def settle_code(plan: Plan, current: bool) -> list[dict[str, Any]]:
         if codes and not current:
             last, commit = codes[-1]["hash"], codes[-1]["commit"] or "no commit"
             raise InputError(
-                f"sweep {plan.search.space.name}: it began with the code {last} ({commit}), here is "
-                f"{now}. --code frozen goes on with the code that it began with, --code current "
+                f"sweep {plan.search.space.name}: it began with the code {last} ({commit}), here "
+                f"is {now}. --code frozen goes on with the code that it began with, --code current "
                 "with this one; stages whose network, loss or data path changed are then trained "
                 "again"
             )
@@ -203,8 +203,10 @@ class Session:
 
     def __init__(self, plan: Plan, resources: Resources, seconds: float | None):
         order = {
-            "space": plan.search.space.model_dump(mode="json"), "base": plan.search.base, "runs": str(plan.runs),
-            "resources": asdict(resources if resources.address else replace(resources, slots=resources.at_once)),
+            "space": plan.search.space.model_dump(mode="json"), "base": plan.search.base,
+            "runs": str(plan.runs),
+            "resources": asdict(resources if resources.address else replace(resources,
+                                                                            slots=resources.at_once)),
             "seconds": seconds,
         }  # fmt: skip
         code = snapshot.frozen(plan.runs, snapshot.digest())

@@ -92,7 +92,8 @@ def test_headers_name_ways_of_counting_that_exist():
 CLAIMS = {
     r"no overlap|parts overlap|7:3 division|has its sizes|[Ss]orted (file )?names|Split: |fold 0 of"
     r"|Patients, not slices": "split",
-    r"[Aa]ugmentation drawn anew|rotation angle|Gaussian noise|have our ranges|augmentation are not "
+    r"[Aa]ugmentation drawn anew|rotation angle|Gaussian noise|have our ranges|augmentation are "
+    r"not "
     r"documented": "augmentation",
     r"masks cut at half": "masks",
     r"rate per step|rate falls per step|warm restarts|halves the rate|ours is constant": "rate",

@@ -1,5 +1,5 @@
-"""`benchmarks/gpu.py` on the CPU at tiny sizes: every section runs, is kept row by row, and goes on.
-What it says there means nothing."""
+"""`benchmarks/gpu.py` on the CPU at tiny sizes: every section runs, is kept row by row, and goes
+on. What it says there means nothing."""
 
 from __future__ import annotations
 

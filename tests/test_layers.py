@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "sweeps": {"core", "preprocess", "models", "pipeline", "slurm"},
     "cli": set(ROOMS),
 }
-# Wings inside a room, lowest first; one may import those before it. Files of no wing are everybody's.
+# Wings inside a room, lowest first; one may import those before it. Files of no wing are
+# everybody's.
 WINGS = {
     "preprocess": [
         "stores",
@@ -133,7 +134,10 @@ def test_tests_use_full_names():
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; from segfleet.cli import main; main.app(['--help'], standalone_mode=False); print(sorted(sys.modules))"
+    code = (
+        "import sys; from segfleet.cli import main; main.app(['--help'], standalone_mode=False); "
+        "print(sorted(sys.modules))"
+    )
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout

@@ -44,7 +44,8 @@ def test_a_fork_finds_what_a_new_interpreter_finds(tmp_path, monkeypatch, reques
     with open(os.devnull) as kept:
         for early in ({}, {"SEGFLEET_TESTS_COLD": "1"}):
             done = subprocess.run(
-                [sys.executable, "-c", LOOK, "a", "b c"], cwd=tmp_path, env={**os.environ, "X": "1", **early}, input="in", text=True,
+                [sys.executable, "-c", LOOK, "a", "b c"], cwd=tmp_path,
+                env={**os.environ, "X": "1", **early}, input="in", text=True,
                 capture_output=True, start_new_session=session, pass_fds=[kept.fileno()],
             )  # fmt: skip
             assert done.returncode == 7, done.stderr
@@ -94,7 +95,10 @@ def test_a_fork_blocks_the_signals_of_who_starts_it_not_those_of_who_came_first(
 
 def test_a_process_can_be_signalled_and_starts_others(how):
     """Its own command comes the same way, and neither outlives the other's pipe."""
-    inner = "from multiprocessing.forkserver import main; print('inner', 'torch' in __import__('sys').modules)"
+    inner = (
+        "from multiprocessing.forkserver import main; print('inner', 'torch' in "
+        "__import__('sys').modules)"
+    )
     code = (
         "from multiprocessing.forkserver import main; import subprocess, sys, time\n"
         f"subprocess.run([sys.executable, '-c', {inner!r}])\n"

@@ -205,20 +205,26 @@ def _initialise_encoder(module: nn.Module) -> None:
 
 # fmt: off
 STAGES = ("full", "stem", "enc1", "down2", "enc2", "down3", "enc3", "down4", "enc4",
-          "mfga0", "dec3", "mfga1", "dec2", "mfga2", "dec1", "mfga3", "dec0", "head0", "head1", "head2")
+          "mfga0", "dec3", "mfga1", "dec2", "mfga2", "dec1", "mfga3", "dec0", "head0", "head1",
+          "head2")
 COUNTS = {
     "acdc": (7_360, 576, 12_809_208, 16_512, 3_923_544, 65_792, 8_620_824, 262_656, 33_288_024,
-             305_772, 8_882_968, 79_404, 3_989_080, 21_516, 12_825_592, 10_492, 22_016, 68, 132, 260),
+             305_772, 8_882_968, 79_404, 3_989_080, 21_516, 12_825_592, 10_492, 22_016, 68, 132,
+             260),
     "brats": (8_704, 8_256, 9_788_184, 16_512, 2_975_256, 65_792, 5_901_336, 262_656, 22_474_776,
-              305_772, 6_163_480, 79_404, 3_040_792, 21_516, 9_804_568, 35_068, 46_592, 68, 132, 260),
+              305_772, 6_163_480, 79_404, 3_040_792, 21_516, 9_804_568, 35_068, 46_592, 68, 132,
+              260),
     "mcl": (7_360, 1_088, 9_791_544, 16_512, 2_987_928, 65_792, 5_951_064, 262_656, 22_672_248,
             304_246, 6_213_208, 78_518, 3_053_464, 20_950, 9_807_928, 18_278, 30_208, 34, 66, 130),
 }
-SMALL = {"widths": (8, 16, 16, 32), "depths": (1, 1, 1, 1), "decoder_depth": 1, "base": 8, "heads": 2, "projected": (8, 8, 8, 4)}
+SMALL = {"widths": (8, 16, 16, 32), "depths": (1, 1, 1, 1), "decoder_depth": 1, "base": 8,
+         "heads": 2, "projected": (8, 8, 8, 4)}
 VARIANTS = {
-    "acdc": {"patch": (16, 160, 160), "stem_depth": 1, "local_norm": True, "local_residual": True, "residual_blocks": 2,
+    "acdc": {"patch": (16, 160, 160), "stem_depth": 1, "local_norm": True, "local_residual": True,
+             "residual_blocks": 2,
              "projection": "separate", "attention_dropout": 0.1},
-    "brats": {"patch": (128, 128, 128), "stem_depth": 4, "projection": "shared_no_bias", "merge": "sum", "attention_dropout": 0.1},
+    "brats": {"patch": (128, 128, 128), "stem_depth": 4, "projection": "shared_no_bias",
+              "merge": "sum", "attention_dropout": 0.1},
     "mcl": {"patch": (64, 128, 128), "stem_depth": 2},
 }
 # fmt: on

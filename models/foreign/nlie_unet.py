@@ -10,7 +10,8 @@ from segfleet.models.foreign import LEAF, Table
 NETWORKS = ("nlie_unet_t", "nlie_unet_s", "nlie_unet_b", "nlie_unet_l")
 DOUBLE = {"conv1": "enc1", "conv2": "enc2", "conv8": "dec2.block", "conv9": "dec1.block"}
 CYCLIC = {
-    "conv3": "enc3", "conv4": "enc4", "conv51": "enc5", "conv6": "dec4.block", "conv7": "dec3.block",
+    "conv3": "enc3", "conv4": "enc4", "conv51": "enc5", "conv6": "dec4.block",
+    "conv7": "dec3.block",
 }  # fmt: skip
 FUSE = {f"hifm{k}": f"dec{10 - k}.fuse" for k in (6, 7, 8, 9)}
 FUSE |= {f"Skip1.hifm{k}": f"neb.fuse.{k - 1}" for k in range(1, 6)}

@@ -17,7 +17,10 @@ def _missing() -> str:
     if importlib.util.find_spec("mamba_ssm") is None:
         return "package mamba_ssm is not installed"
     if importlib.util.find_spec("selective_scan_cuda") is None:
-        return "mamba_ssm was installed without its Mamba-1 kernels (build it with MAMBA_KEEP_CUDA_BUILD=TRUE)"
+        return (
+            "mamba_ssm was installed without its Mamba-1 kernels (build it with "
+            "MAMBA_KEEP_CUDA_BUILD=TRUE)"
+        )
     try:
         importlib.import_module("mamba_ssm.ops.selective_scan_interface")
     except Exception as problem:
@@ -37,7 +40,8 @@ def fits(u: Tensor, A: Tensor) -> bool:
 
 
 def scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    bias: Tensor | None,
     softplus: bool, return_last_state: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The scan with mamba_ssm's own autograd; it wants sequences in u's type, contiguous in time,

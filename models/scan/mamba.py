@@ -112,8 +112,10 @@ class Mamba(nn.Module):
         x = self.act(self.conv1d(x)[..., :length])
         dt, B, C = self._selected(x.transpose(1, 2))
         y = selective_scan_fn(
-            x, dt.transpose(1, 2), -torch.exp(self.A_log.float()), B.transpose(1, 2), C.transpose(1, 2), self.D.float(), z=z,
-            delta_bias=self.dt_proj.bias.float(), delta_softplus=True, return_last_state=kept is not None,
+            x, dt.transpose(1, 2), -torch.exp(self.A_log.float()), B.transpose(1, 2),
+            C.transpose(1, 2), self.D.float(), z=z,
+            delta_bias=self.dt_proj.bias.float(), delta_softplus=True,
+            return_last_state=kept is not None,
         )  # fmt: skip
         if kept is not None:
             y, last = y

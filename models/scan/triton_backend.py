@@ -80,7 +80,8 @@ class _Launch:
         batch, channels, length, state = s.sizes
         sums, totals = self.empty(*s.state_shape()), self.empty(*s.state_shape()[:3])
         self.k.chunk_sums[(self.lines * s.chunks,)](
-            s.delta, *s.delta.stride(), x, *x.stride(), self.z, *self.z.stride(), matrix, *_stride4(matrix),
+            s.delta, *s.delta.stride(), x, *x.stride(), self.z, *self.z.stride(), matrix,
+            *_stride4(matrix),
             self.A, self.bias, sums, totals, channels, self.per_group, length, s.chunks, state,
             REVERSE=reverse, GATED=s.z is not None, CONST=matrix.ndim == 2, **self.steps,
         )  # fmt: skip
@@ -119,7 +120,8 @@ class _Launch:
         s = self.s
         batch, channels, length, state = s.sizes
         self.k.outputs[(self.lines * s.chunks,)](
-            *self.sequences(s.u if grad is None else grad), ends, out, channels, self.per_group, length, s.chunks, state,
+            *self.sequences(s.u if grad is None else grad), ends, out, channels, self.per_group,
+            length, s.chunks, state,
             GRAD=grad is not None, **self.flags(), **self.steps,
         )  # fmt: skip
 
@@ -167,8 +169,10 @@ def backward(
             parts[name] = launch.empty(*s.state_shape()) if m.ndim == 2 else flow
         scalars = launch.empty(2, launch.pieces, *s.state_shape()[:3])
         launch.k.gradients[(batch * s.groups * s.chunks, blocks, launch.pieces)](
-            *launch.sequences(grad_out), ends, flow, rows["u"], rows["delta"], wide["B"], wide["C"], parts["B"], parts["C"],
-            scalars[0], scalars[1], batch, s.groups, launch.per_group, length, s.chunks, state, blocks,
+            *launch.sequences(grad_out), ends, flow, rows["u"], rows["delta"], wide["B"], wide["C"],
+            parts["B"], parts["C"],
+            scalars[0], scalars[1], batch, s.groups, launch.per_group, length, s.chunks, state,
+            blocks,
             **launch.flags(), **launch.steps,
         )  # fmt: skip
     found |= {k: _total(x) for k, x in rows.items()} | {

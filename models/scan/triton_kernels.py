@@ -89,9 +89,11 @@ def _gated(g, z, GATED: tl.constexpr):
 
 @triton.jit
 def chunk_sums(
-    delta, dsb, dsd, dst, x, xsb, xsd, xst, z, zsb, zsd, zst, M, msb, msg, msn, mst, A, bias, sums, totals,
+    delta, dsb, dsd, dst, x, xsb, xsd, xst, z, zsb, zsd, zst, M, msb, msg, msn, mst, A, bias, sums,
+    totals,
     channels, per_group, length, chunks, N,
-    REVERSE: tl.constexpr, GATED: tl.constexpr, CONST: tl.constexpr, SOFTPLUS: tl.constexpr, TERMS: tl.constexpr,
+    REVERSE: tl.constexpr, GATED: tl.constexpr, CONST: tl.constexpr, SOFTPLUS: tl.constexpr,
+    TERMS: tl.constexpr,
     DT: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Forward: x = u, M = B. Reverse: x = gradient of the output, M = C. sums (B, D, K, N), totals
@@ -163,8 +165,10 @@ def outputs(
     u, usb, usd, ust, delta, dsb, dsd, dst, z, zsb, zsd, zst, grad, gsb, gsd, gst,
     B, bsb, bsg, bsn, bst, C, csb, csg, csn, cst, A, D, bias, ends, out,
     channels, per_group, length, chunks, N,
-    SKIP: tl.constexpr, GATED: tl.constexpr, GRAD: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr,
-    SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, DT: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    SKIP: tl.constexpr, GATED: tl.constexpr, GRAD: tl.constexpr, CONST_B: tl.constexpr,
+    CONST_C: tl.constexpr,
+    SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, DT: tl.constexpr, BT: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """out (B, D, L) contiguous; with GRAD the gradient of z instead."""
     pid = tl.program_id(0).to(tl.int64)
@@ -213,7 +217,8 @@ def gradients(
     du, ddelta, dB, dC, part_B, part_C, part_D, part_bias,
     batch, groups, per_group, length, chunks, N, blocks,
     SKIP: tl.constexpr, GATED: tl.constexpr, CONST_B: tl.constexpr, CONST_C: tl.constexpr,
-    SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, DT: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, DT: tl.constexpr, BT: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """A chunk, a block of channels, a block of states. du, ddelta (N blocks, B, D, L); dB, dC
     (blocks, B, G, N, L); flow becomes the chunk's part of the gradient of A (B, D, K, N), part_B

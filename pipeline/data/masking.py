@@ -23,8 +23,8 @@ def check_mask(mask: Mask, patch: Sequence[int]) -> None:
     blocks = int(np.prod([-(-size // mask.block) for size in sizes]))
     if not 0 < round(mask.ratio * blocks) < blocks:
         raise InputError(
-            f"data.mask: ratio {mask.ratio:g} of {blocks} block(s) of {mask.block} voxels in a patch "
-            f"of {list(sizes)} hides all or nothing; take smaller blocks or another ratio"
+            f"data.mask: ratio {mask.ratio:g} of {blocks} block(s) of {mask.block} voxels in a "
+            f"patch of {list(sizes)} hides all or nothing; take smaller blocks or another ratio"
         )
 
 

@@ -38,7 +38,8 @@ def wanted(options: sections.Engine, device: torch.device) -> bool:
 
 
 def able(device: torch.device) -> bool:
-    """Whether kernels can be compiled for a GPU here: Triton wants a C compiler for its launchers."""
+    """Whether kernels can be compiled for a GPU here: Triton wants a C compiler for its
+    launchers."""
     compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
     return (
         importlib.util.find_spec("triton") is not None
@@ -48,7 +49,8 @@ def able(device: torch.device) -> bool:
 
 
 def compiled(model: nn.Module, options: sections.Engine, device: torch.device) -> nn.Module:
-    """What runs a network while it trains: itself, or its compiled form with the same parameters."""
+    """What runs a network while it trains: itself, or its compiled form with the same
+    parameters."""
     if not wanted(options, device):
         return model
     if options.compile is True:

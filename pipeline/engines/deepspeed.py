@@ -67,8 +67,8 @@ class Engine:
         self.library = quiet_deepspeed(self.ranks.device)
         if self.zero == 3 and setup.stage.anchor:
             raise InputError(
-                f"anchor: found {setup.stage.anchor:g} with zero 3, whose weights come and go; expected "
-                "zero 0, 1 or 2, or engine.name=ddp"
+                f"anchor: found {setup.stage.anchor:g} with zero 3, whose weights come and go; "
+                "expected zero 0, 1 or 2, or engine.name=ddp"
             )
         self.spec = registry.spec(self.recipe.model.name)
         self.named = trainable(self.model, setup.stage, self.spec)

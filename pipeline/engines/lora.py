@@ -73,8 +73,8 @@ def adapt(model: nn.Module, stage: Stage, spec: ModelSpec, seed: int) -> None:
         parametrize.register_parametrization(module, "weight", part)
     if not any(is_adapter(name) for name, _ in model.named_parameters()):
         raise InputError(
-            f"lora.rank: found {options.rank}, but no layer of {spec.name} that is not frozen has a "
-            "weight that adapters of this rank are smaller than; take a smaller rank"
+            f"lora.rank: found {options.rank}, but no layer of {spec.name} that is not frozen has "
+            "a weight that adapters of this rank are smaller than; take a smaller rank"
         )
 
 

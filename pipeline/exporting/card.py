@@ -32,8 +32,8 @@ def model_card(model: Model, *, use: str = "", licence: str = "") -> str:
         "---",
         f"# {first.recipe.name}",
         "",
-        f"Segments {', '.join(regions or foreground)} in {dataset.dims}D images with the channel(s) "
-        f"{', '.join(dataset.channels)}.",
+        f"Segments {', '.join(regions or foreground)} in {dataset.dims}D images with the "
+        f"channel(s) {', '.join(dataset.channels)}.",
         "",
         "```",
         "segfleet predict THIS IMAGES --out predictions",

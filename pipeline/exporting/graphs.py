@@ -100,7 +100,8 @@ def check_onnx() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(
-            f"export: --onnx needs {error.name}, which is not installed: pip install 'segfleet[onnx]'"
+            f"export: --onnx needs {error.name}, which is not installed: pip install "
+            "'segfleet[onnx]'"
         ) from None
 
 

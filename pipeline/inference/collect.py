@@ -152,7 +152,10 @@ def _channels(name: str, parts: dict[int, Path], channels: int) -> list[Input]:
         return [Input(id=stem(path), images=(path,)) for path in parts.values()]
     have = ", ".join(f"{index:04d}" for index in parts)
     where = next(iter(parts.values())).parent / name
-    problem = f"{where}: channels: found {have}, expected 0000 to {channels - 1:04d}. Add or remove files."
+    problem = (
+        f"{where}: channels: found {have}, expected 0000 to {channels - 1:04d}. Add or remove "
+        "files."
+    )
     return [Input(id=name, images=tuple(parts.values()), problem=problem)]
 
 
@@ -163,7 +166,10 @@ def _distinct(found: list[Input]) -> list[Input]:
     for one in found:
         first = seen.setdefault(one.output, one)
         if first is not one:
-            problem = f"{one.images[0]}: its prediction would be called {one.output}, as that of {first.images[0]}. Rename one of them."
+            problem = (
+                f"{one.images[0]}: its prediction would be called {one.output}, as that of "
+                f"{first.images[0]}. Rename one of them."
+            )
             one = replace(one, problem=problem)
         result.append(one)
     return result

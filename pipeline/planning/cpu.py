@@ -98,7 +98,8 @@ def for_cpu(
     warmup = min(50, max(1, total // 20))
     document["optimizer"] = {"name": "adamw", "weight_decay": 0.01}
     document["stages"] = [
-        {"name": "train", "epochs": epochs, "steps": steps, "lr": 1e-3, "schedule": "constant", "warmup": warmup}
+        {"name": "train", "epochs": epochs, "steps": steps, "lr": 1e-3, "schedule": "constant",
+         "warmup": warmup}
     ]  # fmt: skip
     document["engine"] = {
         "precision": precision,
@@ -111,15 +112,18 @@ def for_cpu(
         "data.patch": f"{many} voxels (z y x): the largest of the plan's patches with which "
         f"{ENOUGH} steps fit into the budget, or the smallest if none does.",
         "data.batch": f"{batch}, which keeps the cores busy.",
-        "model.options.features": "Half of nnU-Net's features: a CPU trains four times as many steps.",
+        "model.options.features": "Half of nnU-Net's features: a CPU trains four times as many "
+        "steps.",
         "model.options.deep_supervision": "Small patches have no use for more outputs.",
         "optimizer.name": "AdamW learns in few steps.",
         "optimizer.weight_decay": "The usual one.",
-        "stages.0.epochs": f"{epochs * steps} steps at {measured.seconds:.3g} s, measured here, take "
-        f"{in_words(epochs * steps * measured.seconds)}: {SHARE:.0%} of the budget; the rest is for reading and scoring.",
+        "stages.0.epochs": f"{epochs * steps} steps at {measured.seconds:.3g} s, measured here, "
+        f"take {in_words(epochs * steps * measured.seconds)}: {SHARE:.0%} of the budget; the rest "
+        "is for reading and scoring.",
         "stages.0.steps": "Steps of an epoch.",
         "stages.0.lr": "1e-3 suits AdamW and networks with instance normalisation.",
-        "stages.0.schedule": "A constant rate: the averaged weights below do what a falling one would.",
+        "stages.0.schedule": "A constant rate: the averaged weights below do what a falling one "
+        "would.",
         "stages.0.warmup": "Steps of linear warm-up.",
         "engine.precision": f"{precision} was the faster here."
         if precision != "fp32"
@@ -139,7 +143,8 @@ def for_cpu(
         )
     if total < ENOUGH:
         notes.append(
-            f"The budget holds {total} steps only, and {ENOUGH} are usual: expect more of a longer one."
+            f"The budget holds {total} steps only, and {ENOUGH} are usual: expect more of a "
+            "longer one."
         )
     return Planned(document=document, reasons=reasons, notes=tuple(notes))
 

@@ -74,7 +74,8 @@ def for_gpu(
         ),
         "data.patch": f"{' x '.join(map(str, patch))} voxels (z y x): nnU-Net's planner for "
         f"{room:.3g} GB.",
-        "data.batch": f"As many patches as that memory holds, at most a twentieth of the data.{held}",
+        "data.batch": f"As many patches as that memory holds, at most a twentieth of the "
+        f"data.{held}",
         "optimizer.name": "nnU-Net's: SGD with Nesterov's momentum.",
         "optimizer.weight_decay": "nnU-Net's.",
         "stages.0.epochs": f"{epochs * 250} steps, {how}: "

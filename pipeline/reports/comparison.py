@@ -204,7 +204,8 @@ def as_html(document: dict[str, Any]) -> str:
         ),
         differences=Table(
             label="Paired differences",
-            caption="The same cases, paired; p over patients, corrected by Holm within each metric.",
+            caption="The same cases, paired; p over patients, corrected by Holm within each "
+            "metric.",
             head=HEAD,
             rows=[(first, others) for first, *others in differences(document)],
             left=len(HEAD),

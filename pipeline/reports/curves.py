@@ -90,7 +90,10 @@ def curve(
                 f"{number(y)}</title></circle>"
             )
     (first, start), (last, end) = points[0], points[-1]
-    text = f"{title} from step {number(first)} to {number(last)}: first {number(start)}, last {number(end)}"
+    text = (
+        f"{title} from step {number(first)} to {number(last)}: first {number(start)}, last "
+        f"{number(end)}"
+    )
     return figure(WIDTH, HEIGHT, text, parts)
 
 

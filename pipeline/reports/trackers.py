@@ -45,7 +45,8 @@ def check_trackers(names: tuple[str, ...]) -> None:
     for name in names:
         if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
             raise InputError(
-                f"trackers: {name} is not installed: pip install 'segfleet[{name}]', or leave it out"
+                f"trackers: {name} is not installed: pip install 'segfleet[{name}]', or leave it "
+                "out"
             )
 
 

@@ -35,15 +35,16 @@ MOST = 10  # cases that differ most
 TESTS = {
     "difference": "Mean over cases of the second run minus the first, and its 95 % interval by the "
     "studentised bootstrap over patients; the interval is missing for too few patients.",
-    "p": "Two-sided sign-flip permutation test over patients, whose cases flip together; exact up to "
-    "13 patients, else 9,999 random flips.",
-    "p_wilcoxon": "Wilcoxon signed-rank test of the patients' mean differences, two-sided; patients "
-    "without a difference are left out.",
-    "p_holm": "p after Holm's correction over all rows of one metric (structures and pairs of runs).",
-    "rank": "Mean over cases and structures of a run's rank among the runs, 1 is best, equals share "
-    "their ranks; only where every run has a value.",
-    "one_missing": "Cases where just one of the two runs has a value (Dice where the truth is empty "
-    "and only one predicts something): in no difference.",
+    "p": "Two-sided sign-flip permutation test over patients, whose cases flip together; exact up "
+    "to 13 patients, else 9,999 random flips.",
+    "p_wilcoxon": "Wilcoxon signed-rank test of the patients' mean differences, two-sided; "
+    "patients without a difference are left out.",
+    "p_holm": "p after Holm's correction over all rows of one metric (structures and pairs of "
+    "runs).",
+    "rank": "Mean over cases and structures of a run's rank among the runs, 1 is best, equals "
+    "share their ranks; only where every run has a value.",
+    "one_missing": "Cases where just one of the two runs has a value (Dice where the truth is "
+    "empty and only one predicts something): in no difference.",
 }
 
 

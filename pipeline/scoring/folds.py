@@ -121,9 +121,10 @@ def folder_of(root: Path, runs: list[str]) -> Path:
 def score_folds(
     root: Path, recipe: Recipe, manifest: Manifest, report: Callable[[Path], Any]
 ) -> Path | None:
-    """Write the score over all folds, with `report` of it, unless exactly that is there; its folder. None while a fold
-    is not scored as `recipe` asks for, or cannot be trained, or where folds say nothing more than a run does: there is
-    only one, or they validate on the same cases."""
+    """Write the score over all folds, with `report` of it, unless exactly that is there; its
+    folder. None while a fold is not scored as `recipe` asks for, or cannot be trained, or where
+    folds say nothing more than a run does: there is only one, or they validate on the same
+    cases."""
     members = every_fold(recipe, manifest)
     ids = [case for member in members for case in scored.scored_ids(member, manifest)]
     if len(members) < 2 or len(set(ids)) < len(ids):

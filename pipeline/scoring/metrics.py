@@ -43,29 +43,29 @@ METRICS: dict[str, str] = {
     "hd95_max": "The larger of the two directed 95th percentiles in mm (MONAI's convention), "
     "usually more than hd95; missing when truth or "
     "prediction is empty.",
-    "hd95_area": "The larger of the two directed 95th percentiles in mm by area of the surface, which "
-    "runs between the voxels (DeepMind's surface-distance); missing when truth or prediction is "
-    "empty.",
-    "assd": "Average symmetric surface distance in mm: mean over the surface voxels of both; missing "
-    "when truth or prediction is empty.",
+    "hd95_area": "The larger of the two directed 95th percentiles in mm by area of the surface, "
+    "which runs between the voxels (DeepMind's surface-distance); missing when truth or "
+    "prediction is empty.",
+    "assd": "Average symmetric surface distance in mm: mean over the surface voxels of both; "
+    "missing when truth or prediction is empty.",
     "masd": "Mean of the two directed average surface distances in mm (what medpy calls assd); "
     "missing when truth or prediction is empty.",
-    "nsd": "Normalised surface Dice: the share of both surfaces' area that lies within the tolerance "
-    "of the other surface (DeepMind's surface-distance); missing when truth and prediction are both "
-    "empty, 0 when only one is.",
+    "nsd": "Normalised surface Dice: the share of both surfaces' area that lies within the "
+    "tolerance of the other surface (DeepMind's surface-distance); missing when truth and "
+    "prediction are both empty, 0 when only one is.",
     "lesion_f1": "2 TP / (2 TP + FP + FN) over the lesions of one case: components of voxels that "
-    "touch by faces, edges or corners; a lesion of the truth that shares a voxel with the prediction "
-    "is a TP, else a FN, one of the prediction that shares none with the truth a FP (ISLES "
-    "convention); missing when there is none of them.",
-    "lesion_recall": "TP / (TP + FN) over the lesions of one case, matched as for lesion_f1; missing "
-    "when the truth has none.",
-    "lesion_fp": "Lesions of the prediction that share no voxel with the truth: false positives per "
-    "case.",
-    "brier": "Mean over the voxels of one case of (probability - truth)², on the stored grid; missing "
-    "where no probabilities are known.",
-    "ece": "Expected calibration error of one case on the stored grid: |mean probability - share of "
-    "truth| over 15 equal bins of the probability, weighted by their voxels (most are background); "
+    "touch by faces, edges or corners; a lesion of the truth that shares a voxel with the "
+    "prediction is a TP, else a FN, one of the prediction that shares none with the truth a FP "
+    "(ISLES convention); missing when there is none of them.",
+    "lesion_recall": "TP / (TP + FN) over the lesions of one case, matched as for lesion_f1; "
+    "missing when the truth has none.",
+    "lesion_fp": "Lesions of the prediction that share no voxel with the truth: false positives "
+    "per case.",
+    "brier": "Mean over the voxels of one case of (probability - truth)², on the stored grid; "
     "missing where no probabilities are known.",
+    "ece": "Expected calibration error of one case on the stored grid: |mean probability - share "
+    "of truth| over 15 equal bins of the probability, weighted by their voxels (most are "
+    "background); missing where no probabilities are known.",
     "truth_ml": "True volume of one case in millilitres.",
     "predicted_ml": "Predicted volume of one case in millilitres.",
     "volume_error": "(predicted volume - true volume) / true volume of one case; positive: too "

@@ -215,8 +215,8 @@ def parse_labels(text: str | None) -> dict[str, int] | None:
         name, _, value = (piece.strip() for piece in part.partition("="))
         if not name or not value.isdecimal() or not 0 < int(value) < 256:
             raise InputError(
-                f"labels: found '{part.strip()}', expected name=value with a value from 1 to 255, as "
-                "in liver=1,tumour=2"
+                f"labels: found '{part.strip()}', expected name=value with a value from 1 to 255, "
+                "as in liver=1,tumour=2"
             )
         found[name] = int(value)
     if len(set(found.values())) < len(found) or len(found) < text.count(",") + 1:

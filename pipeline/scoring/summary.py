@@ -22,8 +22,9 @@ from segfleet.preprocess.stores.manifest import Manifest
 SUMMARY: dict[str, str] = {
     "mean_foreground_dice": "Mean over the structures of each structure's mean Dice over cases.",
     "ci95": f"95 % interval of the mean by the studentised bootstrap: {RESAMPLES} resamples of "
-    f"patients with replacement (all cases of a patient together), seed {SEED}; missing where fewer "
-    f"than {FEWEST} patients have a value, too few for any interval to hold what it promises.",
+    f"patients with replacement (all cases of a patient together), seed {SEED}; missing where "
+    f"fewer than {FEWEST} patients have a value, too few for any interval to hold what it "
+    "promises.",
     "n": "Cases that have a value; the others are missing and are counted below, never set to 0 "
     "or 1.",
     "empty_truth": "Cases whose truth does not hold the structure.",
@@ -47,8 +48,8 @@ VARIANTS: dict[str, str] = {
     "convention).",
     "per_volume": "Mean over cases, empty/empty excluded, empty/non-empty = 0 (LiTS convention): "
     "the mean Dice above.",
-    "per_case_with_truth": "Mean over the cases whose truth holds the structure; what is predicted in "
-    "others counts nowhere (MONAI's DiceMetric with ignore_empty=True).",
+    "per_case_with_truth": "Mean over the cases whose truth holds the structure; what is "
+    "predicted in others counts nowhere (MONAI's DiceMetric with ignore_empty=True).",
     "per_patient": "Voxels of all cases of one patient pooled first, then the mean over patients, "
     "empty/empty excluded.",
     "per_slice": "Mean over all slices with empty/empty = 1 (REC-UNet convention): inflated by "

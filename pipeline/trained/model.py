@@ -89,8 +89,9 @@ def check_together(networks: Sequence[Trained]) -> None:
         ):
             if of(first) != of(other):
                 raise InputError(
-                    f"ensemble: {what}: {other.uid} has {of(other)}, expected those of {first.uid}, "
-                    f"{of(first)}; networks of an ensemble predict the same of the same images"
+                    f"ensemble: {what}: {other.uid} has {of(other)}, expected those of "
+                    f"{first.uid}, {of(first)}; networks of an ensemble predict the same of the "
+                    "same images"
                 )
 
 

@@ -4,8 +4,8 @@ A layer launches five kernels and a collective forward, and three and one backwa
 have a group of their own, so that none waits behind a bucket of gradients. Statistics and the
 normalisation are operators of their own: `torch.compile` traces a network with them as one graph.
 
-The statistics of all ranks are merged in float32, in the order of the ranks: every rank has the same
-bits, and another number of ranks the same statistics up to rounding. No gradient asks how many
+The statistics of all ranks are merged in float32, in the order of the ranks: every rank has the
+same bits, and another number of ranks the same statistics up to rounding. No gradient asks how many
 values a rank has: ranks have equal shares of a batch (`loader.check_shares`).
 """
 

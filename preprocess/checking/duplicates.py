@@ -128,7 +128,10 @@ def link(facts: Sequence[CaseFacts]) -> tuple[dict[str, str], list[Problem]]:
         names = ", ".join(case.id for case in cases[1:6]) + (
             f" and {len(cases) - 6} more" if len(cases) > 6 else ""
         )
-        mend = "Nothing to do for kfold, which keeps them together; remove the copies if they should not count twice."
+        mend = (
+            "Nothing to do for kfold, which keeps them together; remove the copies if they should "
+            "not count twice."
+        )
         facts_ = {
             "field": "image",
             "found": f"the same pixels as {names}",
@@ -201,7 +204,10 @@ def leaks(splits: Mapping[str, Folds], group: Mapping[str, str]) -> list[Problem
     if not found:
         return []
     text = ", ".join(f"{name} ({n})" for name, n in found.items())
-    mend = "Scores on these splits are comparable with papers, but too good. Use kfold for honest ones."
+    mend = (
+        "Scores on these splits are comparable with papers, but too good. Use kfold for honest "
+        "ones."
+    )
     return [
         Problem(
             case="splits",

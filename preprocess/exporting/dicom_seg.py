@@ -34,8 +34,8 @@ def export_seg(store: ShardStore, case_id: str, series: Path, out: Path) -> Path
     geometry = read_series(files)[1]
     if tuple(geometry.shape) != tuple(case.raw_shape) or _far(geometry.affine, case):
         raise InputError(
-            f"export dicom-seg: the series in {series} ({_text(geometry.shape)}) is not that of case "
-            f"{case.id} ({_text(case.raw_shape)}), or lies elsewhere"
+            f"export dicom-seg: the series in {series} ({_text(geometry.shape)}) is not that of "
+            f"case {case.id} ({_text(case.raw_shape)}), or lies elsewhere"
         )
     if case.has_truth:
         label = store.truth(case)

@@ -134,8 +134,8 @@ def describe_predictions(dataset: Dataset, folder: Path) -> list[Path]:
     if len(endings) != 1:
         found = ", ".join(sorted(endings)) or "none"
         raise InputError(
-            f"nnunet: {folder} holds labels ending in: {found}; expected one ending, as nnU-Net has "
-            "one for a data set"
+            f"nnunet: {folder} holds labels ending in: {found}; expected one ending, as nnU-Net "
+            "has one for a data set"
         )
     path = folder / "dataset.json"
     document = dataset_document(dataset, sum(n.endswith(tuple(endings)) for n in names), *endings)

@@ -90,7 +90,10 @@ def within_rounding(one: Geometry, other: Geometry) -> bool:
 def advice(label: np.ndarray, grid: Geometry, image: Geometry) -> str:
     """How to mend a label on another grid than its image."""
     if laid(label, grid, image) is not None or within_rounding(grid, image):
-        return "Both lie in one place, by their headers: `check --fix` lays the label onto the image's grid."
+        return (
+            "Both lie in one place, by their headers: `check --fix` lays the label onto the "
+            "image's grid."
+        )
     if grid.shape == image.shape:
         return (
             "Export both on one grid. If only the label's header is wrong and its voxels lie one "

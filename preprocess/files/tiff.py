@@ -20,7 +20,8 @@ from segfleet.preprocess.files.faults import ImageError, check_size, damaged, is
 
 # compressions whose strips and tiles have headers of their own
 PICTURES = (
-    "JPEG", "OJPEG", "ALT_JPEG", "JPEG_99", "JPEG_LOSSY", "JPEG2000", "JPEG_2000_LOSSY", "PNG", "WEBP",
+    "JPEG", "OJPEG", "ALT_JPEG", "JPEG_99", "JPEG_LOSSY", "JPEG2000", "JPEG_2000_LOSSY", "PNG",
+    "WEBP",
     "APERIO_JP2000_RGB", "APERIO_JP2000_YCBC", "WEBP_DEPRECATED",
 )  # fmt: skip
 

@@ -81,7 +81,10 @@ class Overrides:
             if value is not None and (
                 len(value) != dataset.dims or not all(low <= v <= high for v in value)
             ):
-                expected = f"{dataset.dims} numbers ({axes}) from {low} to {high}, as {dataset.name} is {dataset.dims}D"
+                expected = (
+                    f"{dataset.dims} numbers ({axes}) from {low} to {high}, as {dataset.name} is "
+                    f"{dataset.dims}D"
+                )
                 raise InputError(f"{name}: found {_text(value)}, expected {expected}")
 
         for name, value, legal in (
@@ -112,8 +115,8 @@ class Overrides:
         here, there = ((d.dims, len(d.channels)) for d in (dataset, pattern))
         if here != there:
             raise InputError(
-                f"like: {self.like} is {there[0]}D with {there[1]} channel(s), but {dataset.name} is "
-                f"{here[0]}D with {here[1]}"
+                f"like: {self.like} is {there[0]}D with {there[1]} channel(s), but {dataset.name} "
+                f"is {here[0]}D with {here[1]}"
             )
 
     def padded(self, name: str, filler: float) -> tuple | None:

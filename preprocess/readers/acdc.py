@@ -67,7 +67,10 @@ NNUNET_SEED = 1234
 
 class Reader(RawReader):
     about = "ACDC: heart chambers in cine MRI, end-diastole and end-systole of each patient."
-    layout = "training/patientNNN/ (and testing/) with Info.cfg, patientNNN_frameMM.nii.gz, patientNNN_frameMM_gt.nii.gz"
+    layout = (
+        "training/patientNNN/ (and testing/) with Info.cfg, patientNNN_frameMM.nii.gz, "
+        "patientNNN_frameMM_gt.nii.gz"
+    )
     facts = Facts(
         dims="3D",
         modality="MRI",

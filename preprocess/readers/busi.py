@@ -21,7 +21,10 @@ MASK = re.compile(r"_mask(_\d+)?$", re.IGNORECASE)
 
 class Reader(PairReader):
     about = "BUSI: lesions in breast ultrasound."
-    layout = "Dataset_BUSI_with_GT/{benign,malignant,normal}/'benign (N).png' with 'benign (N)_mask.png', '..._mask_1.png'"
+    layout = (
+        "Dataset_BUSI_with_GT/{benign,malignant,normal}/'benign (N).png' with 'benign "
+        "(N)_mask.png', '..._mask_1.png'"
+    )
     facts = Facts(
         dims="2D",
         modality="ultrasound",

@@ -23,7 +23,10 @@ from segfleet.preprocess.stores.manifest import Dataset
 
 class Reader(PairReader):
     about = "Pictures with polygons in COCO's format."
-    layout = "annotations.json (or annotations/*.json, one file) with images, annotations, categories; pictures in images/ or beside it"
+    layout = (
+        "annotations.json (or annotations/*.json, one file) with images, annotations, categories; "
+        "pictures in images/ or beside it"
+    )
     facts = Facts(dims="2D", modality="any")
     structure = "foreground"
 

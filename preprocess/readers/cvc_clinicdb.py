@@ -47,7 +47,10 @@ LAST_FRAMES += (546, 571, 591, 612)  # of every sequence
 
 class Reader(PairReader):
     about = "CVC-ClinicDB: polyps in colonoscopy, grouped by sequence."
-    layout = "CVC-ClinicDB/Original/N.tif and 'CVC-ClinicDB/Ground Truth/N.tif' (or the PNG folders of copies)"
+    layout = (
+        "CVC-ClinicDB/Original/N.tif and 'CVC-ClinicDB/Ground Truth/N.tif' (or the PNG folders of "
+        "copies)"
+    )
     facts = Facts(
         dims="2D",
         modality="colonoscopy",

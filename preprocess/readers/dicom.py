@@ -35,7 +35,10 @@ NOBODY = ("none", "anonymous", "anonymized", "anonymised", "anon", "unknown", "0
 class Reader(RawReader):
     patients_from = "the files' PatientID says"
     about = "Your own DICOM series, 3D, with a label volume each."
-    layout = "images/CASE/ with the DICOM files of one series, and labels/CASE.nii.gz (or .seg.nrrd, DICOM SEG, RTSTRUCT); optionally labels.json with the classes"
+    layout = (
+        "images/CASE/ with the DICOM files of one series, and labels/CASE.nii.gz (or .seg.nrrd, "
+        "DICOM SEG, RTSTRUCT); optionally labels.json with the classes"
+    )
     facts = Facts(dims="3D", modality="CT, MRI, PET")
 
     def __init__(self, root: str | Path, **options: str):

@@ -46,7 +46,10 @@ SUFFIX = re.compile(r"_(mask|segmentation|anno|lesion|gt)$", re.IGNORECASE)
 
 class Reader(PairReader):
     about = "Your own images/ and masks/, 2D or 3D, in any known format."
-    layout = "images/STEM.png and masks/STEM.png, or train|val|test/{images,masks}; optionally labels.json with the classes"
+    layout = (
+        "images/STEM.png and masks/STEM.png, or train|val|test/{images,masks}; optionally "
+        "labels.json with the classes"
+    )
     facts = Facts(dims="2D, 3D", modality="any")
     structure = "foreground"
 

@@ -32,7 +32,10 @@ MOST_GLANDS = 128  # of one image: a mask with more numbers is no mask
 
 class Reader(PairReader):
     about = "GlaS (Warwick-QU): glands in H&E histology."
-    layout = "'Warwick QU Dataset (Released 2016_07_08)'/{train_N,testA_N,testB_N}.bmp, each with ..._anno.bmp; Grade.csv"
+    layout = (
+        "'Warwick QU Dataset (Released 2016_07_08)'/{train_N,testA_N,testB_N}.bmp, each with "
+        "..._anno.bmp; Grade.csv"
+    )
     facts = Facts(
         dims="2D",
         modality="histology",

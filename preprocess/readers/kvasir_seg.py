@@ -17,7 +17,10 @@ from segfleet.preprocess.readers.places import locate
 
 class Reader(PairReader):
     about = "Kvasir-SEG: polyps in colonoscopy; the masks are JPEG."
-    layout = "Kvasir-SEG/images/ID.jpg and Kvasir-SEG/masks/ID.jpg; train.txt and val.txt of the authors if present"
+    layout = (
+        "Kvasir-SEG/images/ID.jpg and Kvasir-SEG/masks/ID.jpg; train.txt and val.txt of the "
+        "authors if present"
+    )
     facts = Facts(
         dims="2D",
         modality="colonoscopy",

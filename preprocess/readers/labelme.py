@@ -25,7 +25,10 @@ SHAPES = ("polygon", "rectangle", "circle")
 
 class Reader(PairReader):
     about = "Pictures with polygons, rectangles and circles drawn in LabelMe."
-    layout = "STEM.png with STEM.json of LabelMe beside it, in one folder; optionally labels.json with the classes"
+    layout = (
+        "STEM.png with STEM.json of LabelMe beside it, in one folder; optionally labels.json with "
+        "the classes"
+    )
     facts = Facts(dims="2D", modality="any")
     structure = "foreground"
 

@@ -19,7 +19,10 @@ FILE = re.compile(r"(volume|segmentation)-(\d+)\.nii(\.gz)?", re.IGNORECASE)
 
 class Reader(RawReader):
     about = "LiTS 2017: liver and liver tumours in CT."
-    layout = "'Training Batch 1'/ and 'Training Batch 2'/ (or one folder) with volume-N.nii and segmentation-N.nii"
+    layout = (
+        "'Training Batch 1'/ and 'Training Batch 2'/ (or one folder) with volume-N.nii and "
+        "segmentation-N.nii"
+    )
     facts = Facts(
         dims="3D",
         modality="CT",

@@ -26,7 +26,10 @@ LISTS = ("training", "validation")
 
 class Reader(RawReader):
     about = "A MONAI datalist: a JSON file with the image and the label of every case, and folds."
-    layout = 'a folder with one NAME.json: {"training": [{"image": path or [paths], "label": path, "fold": 0}, ...]}; labels and modality there or in labels.json'
+    layout = (
+        'a folder with one NAME.json: {"training": [{"image": path or [paths], "label": path, '
+        '"fold": 0}, ...]}; labels and modality there or in labels.json'
+    )
     facts = Facts(dims="2D, 3D", modality="any")
 
     def __init__(self, root: str | Path, **options: str):

@@ -31,8 +31,14 @@ REGIONS = {
 
 
 class Reader(RawReader):
-    about = "Medical Segmentation Decathlon tasks: brain tumour, liver, hippocampus, hepatic vessel, ..."
-    layout = "an MSD folder: dataset.json (modality, labels, training), imagesTr/CASE.nii.gz, labelsTr/CASE.nii.gz"
+    about = (
+        "Medical Segmentation Decathlon tasks: brain tumour, liver, hippocampus, hepatic vessel, "
+        "..."
+    )
+    layout = (
+        "an MSD folder: dataset.json (modality, labels, training), imagesTr/CASE.nii.gz, "
+        "labelsTr/CASE.nii.gz"
+    )
 
     facts = Facts(
         dims="3D",

@@ -131,7 +131,10 @@ def _from_version_1(document: dict, root: Path, file: Path) -> dict:
 
 
 class Reader(RawReader):
-    about = "Your own data in the nnU-Net layout (v2 or v1), 3D or 2D, with regions and an ignore label."
+    about = (
+        "Your own data in the nnU-Net layout (v2 or v1), 3D or 2D, with regions and an ignore "
+        "label."
+    )
     layout = (
         "an nnU-Net v2 folder: dataset.json (channel_names, labels, numTraining, file_ending), "
         "imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz"

@@ -32,8 +32,14 @@ PARTS = ("train", "test")
 
 
 class Reader(RawReader):
-    about = "REC-UNet's .npy slices of LiTS or MSD Task08: three CT slices per image, grouped by volume."
-    layout = "train_image/VOLUME_SLICE.npy (H x W x 3) with train_label/VOLUME_SLICE.npy (H x W); likewise test_image, test_label"
+    about = (
+        "REC-UNet's .npy slices of LiTS or MSD Task08: three CT slices per image, grouped by "
+        "volume."
+    )
+    layout = (
+        "train_image/VOLUME_SLICE.npy (H x W x 3) with train_label/VOLUME_SLICE.npy (H x W); "
+        "likewise test_image, test_label"
+    )
     facts = Facts(
         dims="2D",
         modality="CT",

@@ -15,7 +15,10 @@ from segfleet.preprocess.readers.places import locate, subfolders
 
 class Reader(PairReader):
     about = "PH2: skin lesions in dermoscopy, mostly an external test set."
-    layout = "'PH2Dataset/PH2 Dataset images'/IMDnnn/IMDnnn_Dermoscopic_Image/IMDnnn.bmp with IMDnnn/IMDnnn_lesion/IMDnnn_lesion.bmp"
+    layout = (
+        "'PH2Dataset/PH2 Dataset images'/IMDnnn/IMDnnn_Dermoscopic_Image/IMDnnn.bmp with "
+        "IMDnnn/IMDnnn_lesion/IMDnnn_lesion.bmp"
+    )
     facts = Facts(
         dims="2D",
         modality="dermoscopy",

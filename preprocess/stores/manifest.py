@@ -193,8 +193,8 @@ class Manifest(Frozen):
         folds = self.folds(split)
         if isinstance(fold, str):
             raise InputError(
-                f"data.fold: found '{fold}', which train and submit take; expected one fold here, 0 "
-                f"to {len(folds) - 1} (split '{split}')"
+                f"data.fold: found '{fold}', which train and submit take; expected one fold here, "
+                f"0 to {len(folds) - 1} (split '{split}')"
             )
         if not 0 <= fold < len(folds):
             raise InputError(

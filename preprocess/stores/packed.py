@@ -148,8 +148,8 @@ class PackedArray:
         out: np.ndarray,
         scale: float,
     ) -> None:
-        """As `read`, into `out` (*lead, *size): float32 (integers times `scale`), or the stored type
-        as it is."""
+        """As `read`, into `out` (*lead, *size): float32 (integers times `scale`), or the stored
+        type as it is."""
         found = self.read(start, size)
         if out.dtype != found.dtype and found.dtype.kind in "iu":
             np.multiply(found, np.float32(scale), out=out, dtype=np.float32)

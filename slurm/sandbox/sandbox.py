@@ -101,7 +101,10 @@ def missing(accounting: bool = False) -> str | None:
         )
     absent = [name for name in programs if shutil.which(name, path=SEARCH) is None]
     if absent:
-        return f"{', '.join(absent)} not found; as root: apt-get install --no-install-recommends {packages}"
+        return (
+            f"{', '.join(absent)} not found; as root: apt-get install --no-install-recommends "
+            f"{packages}"
+        )
     if os.geteuid() != 0:
         return "the sandbox's daemons run as root; start it as root or in a container"
     return None

@@ -180,8 +180,8 @@ def join(address: str, command: str = "sweep") -> None:
     host, port = place_of(address, command)
     if host and not answers(host, port):
         raise InputError(
-            f"{command}: --address: nothing answers at {host}:{port}; `ray status` on the cluster's head "
-            "tells its address"
+            f"{command}: --address: nothing answers at {host}:{port}; `ray status` on the "
+            "cluster's head tells its address"
         )
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")

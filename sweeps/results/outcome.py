@@ -209,7 +209,8 @@ def _row(search: Search, ledger: Ledger, trials: Sequence[Trial]) -> dict[str, A
     ]
     runs = [
         {
-            "run": str(ledger.path(leaf)), "seed": trial.recipe.seed, "fold": trial.recipe.data.fold, "state": state,
+            "run": str(ledger.path(leaf)), "seed": trial.recipe.seed,
+            "fold": trial.recipe.data.fold, "state": state,
             "dice": document["summary"]["mean_foreground_dice"] if document else None,
             "values": values_of(search, ledger, leaf, document) if document else {},
         }
@@ -401,6 +402,12 @@ def best_recipe(plan: Plan, document: dict[str, Any]) -> str:
         if best["ci95"]
         else ""
     )
-    head = f"# Best of {len(document['ranking'])} points of the sweep {plan.search.space.name}: {plan.search.objectives[0].label} {best['score']:.4f}{between}\n"
-    head += f"# at {best['name']}\n# It was chosen on its own validation cases, so the score is optimistic.\n"
+    head = (
+        f"# Best of {len(document['ranking'])} points of the sweep {plan.search.space.name}: "
+        f"{plan.search.objectives[0].label} {best['score']:.4f}{between}\n"
+    )
+    head += (
+        f"# at {best['name']}\n# It was chosen on its own validation cases, so the score is "
+        "optimistic.\n"
+    )
     return head + dumps(recipe.model_dump(mode="json"))

@@ -119,8 +119,8 @@ def _ranking(document: dict[str, Any]) -> Table | None:
     )
     return Table(
         label="Ranking of all points",
-        caption=f"{front}{measures[0]} with its 95 % interval (Student's over folds, or over the seeds of one fold; "
-        "over patients where there is one run). "
+        caption=f"{front}{measures[0]} with its 95 % interval (Student's over folds, or over the "
+        "seeds of one fold; over patients where there is one run). "
         "Differences are paired case by case, intervals and sign-flip p over patients, not "
         "corrected for the number of points. "
         "Points that share a stage share its luck: comparing first stages needs several seeds.",
@@ -192,9 +192,10 @@ def _learning(document: dict[str, Any]) -> Table | None:
         lines.append((None, [row["way"], *cells]))
     return Table(
         label="Score by labelled cases",
-        caption=f"Gains are over {found['reference']}, the first of the space, at equal {found['axis']}: "
-        "paired case by case, intervals and sign-flip p over patients, not corrected for the number "
-        "of rows. Fewer cases are among more.",
+        caption=f"Gains are over {found['reference']}, the first of the space, at equal "
+        f"{found['axis']}: "
+        "paired case by case, intervals and sign-flip p over patients, not corrected for the "
+        "number of rows. Fewer cases are among more.",
         head=["", "Labelled cases", _labels(document)[0], "Gain", "p"],
         rows=lines,
         left=1,

@@ -17,7 +17,8 @@ from typing import Any
 from segfleet.core.errors import InputError, did_you_mean
 
 COSTS = {
-    "gpu_hours": "Hours of training along the point's path, times its ranks (CPU ranks count as well).",
+    "gpu_hours": "Hours of training along the point's path, times its ranks (CPU ranks count as "
+    "well).",
     "epochs": "Epochs along the point's path.",
     "parameters": "Parameters of the network.",
 }

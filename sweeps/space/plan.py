@@ -247,7 +247,10 @@ def within_budget(
             break
         kept += point
     if not kept:
-        found = f"budget.epochs is {most}, less than one point: the first takes {tree.shared_epochs} epochs with its {len(point)} run(s)"
+        found = (
+            f"budget.epochs is {most}, less than one point: the first takes {tree.shared_epochs} "
+            f"epochs with its {len(point)} run(s)"
+        )
         raise InputError(f"sweep {search.space.name}: {found}")
     cut = f"budget.epochs {most} keeps the first {len(kept)} of {len(trials)} trials"
     return kept, [cut] if len(kept) < len(trials) else []
@@ -313,10 +316,16 @@ def _why_not(plan: Plan) -> str:
     stages = plan.trials[0].recipe.stages
     early = next((axis for axis in plan.search.axes if axis.continuous and axis.stage == 0), None)
     if early:
-        return f"{early.label} is drawn anew for every trial; set forks to draw later stages several times per draw of it"
+        return (
+            f"{early.label} is drawn anew for every trial; set forks to draw later stages several "
+            "times per draw of it"
+        )
     longer = any(key == "stages.0.epochs" for axis in plan.search.axes for key in axis.keys)
     if longer and stages[0].schedule != "constant":
-        return f"stages.0.epochs varies, and lengths of a {stages[0].schedule} schedule have no common beginning (a constant one has)"
+        return (
+            f"stages.0.epochs varies, and lengths of a {stages[0].schedule} schedule have no "
+            "common beginning (a constant one has)"
+        )
     if len(stages) == 1:
         return "there is one stage; what differs must come in a later one"
     return "every axis changes the first stage"

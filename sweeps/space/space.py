@@ -117,8 +117,8 @@ class SearchSpace(Section):
     )
     candidates: Positive = Field(
         1,
-        description="optuna: points drawn for each that is trained; the fewer epochs one adds to the "
-        "tree, the likelier it is chosen",
+        description="optuna: points drawn for each that is trained; the fewer epochs one adds to "
+        "the tree, the likelier it is chosen",
     )
     warm_start: tuple[str, ...] = Field(
         (),
@@ -454,8 +454,8 @@ def _check_objectives(search: Search) -> None:
     ):
         found = [*names, *space.constraints]
         raise InputError(
-            f"sweep {space.name}: objective: pbt compares its members by one metric of their scores "
-            f"and knows no constraints; found {', '.join(found)}"
+            f"sweep {space.name}: objective: pbt compares its members by one metric of their "
+            f"scores and knows no constraints; found {', '.join(found)}"
         )
     for name, given in (("candidates", space.candidates > 1), ("warm_start", space.warm_start)):
         if given and space.search != "optuna":

@@ -91,7 +91,8 @@ def test_several_runs_of_a_name_are_told_apart(runs):
 def test_status_fits_into_eighty_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     row = Row(
-        run="1e5360ec4446", path="runs/1e5360ec4446", recipe="rec_unet_lits_tumour", fold=4, stages=2, stage=2,
+        run="1e5360ec4446", path="runs/1e5360ec4446", recipe="rec_unet_lits_tumour", fold=4,
+        stages=2, stage=2,
         step=123456, steps=234567, loss=0.12345, samples_per_second=81.234, remaining_seconds=7322,
         restarts=3, score=0.88888, date="2026-11-29 07:15", state="unreadable",
     )  # fmt: skip

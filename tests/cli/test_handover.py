@@ -283,7 +283,8 @@ def first_network(**facts):
         (lambda c: {**c, "/etc/evil": b"x"}, "leads out of it"),
         (lambda c: {**c, "a\\..\\evil": b"x"}, "leads out of it"),
         (lambda c: {**c, "bomb": bytes(10**7)}, "would grow from"),
-        (lambda c: {**c, weights_of(c): c[weights_of(c)][:-1] + b"\0"}, "does not match its sha256"),
+        (lambda c: {**c, weights_of(c): c[weights_of(c)][:-1] + b"\0"},
+         "does not match its sha256"),
         (lambda c: {**c, weights_of(c): c[weights_of(c)] + b"\0"}, r"bytes, expected \d+"),
         (lambda c: {k: v for k, v in c.items() if k != weights_of(c)}, "is there 0 times"),
         (lambda c: {k: v for k, v in c.items() if k != "config.json"}, "config.json is there 0"),
@@ -348,7 +349,8 @@ def test_words_that_cannot_be_meant(two_folds, model, tmp_path):
     runs = ("--runs", two_folds / "runs")
     for words, message in (
         (("predict", first, "--out", tmp_path / "o"), "predict: found no image or folder among"),
-        (("predict", "tiny", two_folds / "images", "--fold", "x", "--out", tmp_path / "o"), "--fold"),
+        (("predict", "tiny", two_folds / "images", "--fold", "x", "--out", tmp_path / "o"),
+         "--fold"),
         (("predict", "tiny", two_folds / "images", "--out", tmp_path / "o"), "fits 2 runs"),
         (("predict", "nobody", two_folds / "images", "--fold", "all", "--out", tmp_path / "o"),
          "found no run 'nobody'"),
@@ -356,7 +358,8 @@ def test_words_that_cannot_be_meant(two_folds, model, tmp_path):
         (("export", "model", first), "--to is missing"),
         (("export", "model", first, "--to", model), "exists"),
         (("export", "hub", first, "--to", tmp_path / "h"), "--licence is missing"),
-        (("export", "hub", first, "--to", tmp_path / "h.segfleet", "--licence", "mit"), "new folder"),
+        (("export", "hub", first, "--to", tmp_path / "h.segfleet", "--licence", "mit"),
+         "new folder"),
         (("export", "monai", first, "--to", tmp_path / "m.zip"), "expected a new folder"),
         (("export", "monai", first, "--to", tmp_path / "m", "--onnx"), "takes no --pt2 and no"),
         (("export", "ome-zarr", two_folds / "store"), "expected STORE CASE"),
@@ -414,7 +417,8 @@ def test_a_bundle_of_monai_says_what_goes_in_and_out(two_folds, bundle):
     """Without MONAI: its files are all there, hold no path, and describe what the network does."""
     names = sorted(str(p.relative_to(bundle)) for p in bundle.rglob("*") if p.is_file())
     assert names == [
-        "configs/inference.json", "configs/metadata.json", "docs/README.md", "models/model.segfleet",
+        "configs/inference.json", "configs/metadata.json", "docs/README.md",
+        "models/model.segfleet",
     ]  # fmt: skip
     meta = json.loads((bundle / "configs/metadata.json").read_text())
     image, found = meta["network_data_format"]["inputs"]["image"], load_run(bundle / names[-1])
@@ -581,7 +585,8 @@ def test_no_stage_of_a_model_file_says_where_it_was_trained():
     from segfleet.pipeline.trained.modelfile import portable
 
     stages = [
-        {"epochs": 1, "lr": 1e-3, "data": {"store": "/secret/first"}, "model": {"weights": "/secret/w.pt"}},
+        {"epochs": 1, "lr": 1e-3, "data": {"store": "/secret/first"},
+         "model": {"weights": "/secret/w.pt"}},
         {"epochs": 1, "lr": 1e-3},
     ]  # fmt: skip
     recipe = parse(

@@ -84,7 +84,8 @@ def test_the_axes_of_a_sweep(refused, axes, tmp_path):
 
 @pytest.mark.parametrize(
     "words",
-    [["--runs", "a\n#SBATCH --uid=0"], ["--partition", "a\n#SBATCH --uid=0"], ["--account", "a b\n"],
+    [["--runs", "a\n#SBATCH --uid=0"], ["--partition", "a\n#SBATCH --uid=0"],
+     ["--account", "a b\n"],
      ["--sbatch", "--licenses=x\n#SBATCH --uid=0"], ["--mail", "a\nb"], ["--time", "²"],
      ["--nodes", "²"], ["--gpus", "a100:²"], ["--array", "data.fold=0..²"], ["--memory", "²G"]],
     ids=ascii,

@@ -409,7 +409,8 @@ MISTAKES = [
     (["nope"], "no file 'nope' and no shipped recipe of that name"),
     (
         ["tiny.yaml", "data.bach=2"],
-        "data.bach: unknown key; expected one of: made_for, store, stores, split, fold, patch, batch",
+        "data.bach: unknown key; expected one of: made_for, store, stores, split, fold, patch, "
+        "batch",
     ),
     (["tiny.yaml", "data.store=nowhere"], "nowhere holds no manifest.json"),
     (["tiny.yaml", "model.name=unit"], "model.name: found 'unit', expected one of: "),

@@ -19,8 +19,8 @@ DAYS = 48 * 3600
 
 @pytest.fixture
 def left(tmp_path):
-    """`left(world="")`: a half-written done.json, a half-written folder beside it, both by a process
-    that was killed; in another `world` than this one if that is said."""
+    """`left(world="")`: a half-written done.json, a half-written folder beside it, both by a
+    process that was killed; in another `world` than this one if that is said."""
 
     def make(world: str = ""):
         program = (
@@ -28,8 +28,8 @@ def left(tmp_path):
             "from pathlib import Path\n"
             "from segfleet.core import partial\n"
             "if sys.argv[2]: partial._world = lambda: sys.argv[2]\n"
-            "file, folder = (partial.temporary_name(Path(sys.argv[1]) / n) for n in ('done.json', 's'))\n"
-            "file.write_text('half'); folder.mkdir(); (folder / 'x').touch()\n"
+            "file, folder = (partial.temporary_name(Path(sys.argv[1]) / n) for n in ('done.json', "
+            "'s'))\nfile.write_text('half'); folder.mkdir(); (folder / 'x').touch()\n"
             "print(file, folder, sep='\\n', flush=True); os.kill(os.getpid(), 9)\n"
         )
         words = [sys.executable, "-c", program, str(tmp_path), world]

@@ -207,7 +207,8 @@ def test_a_vmamba_starts_the_encoder_and_mirrored_the_decoder(depths):
     found = translated(theirs, model, chosen, strict="encoder", where="vmamba_small.pth")
     ours = model.state_dict()
     encoder = {name for name in ours if name.startswith(("embed", "encoder"))}
-    blocks = [("decoder0.0", 3, 0), ("decoder0.1", 3, 1), ("decoder1.1", 2, 0), ("decoder1.2", 2, 1),
+    blocks = [("decoder0.0", 3, 0), ("decoder0.1", 3, 1), ("decoder1.1", 2, 0),
+              ("decoder1.2", 2, 1),
               ("decoder2.1", 1, 0), ("decoder2.2", 1, 1), ("decoder3.1", 0, 0)]  # fmt: skip
     for where, stage, number in blocks:
         for leaf, name in (("norm.bias", "ln_1.bias"), ("mixer.Ds", "self_attention.Ds")):

@@ -28,7 +28,8 @@ TENSORS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
 
 def inputs(  # noqa: PLR0913
-    batch=2, channels=6, length=150, state=4, groups=2, B="varied", C="varied", z=True, D=True, bias=True, dtype=torch.float64, **more
+    batch=2, channels=6, length=150, state=4, groups=2, B="varied", C="varied", z=True, D=True,
+    bias=True, dtype=torch.float64, **more
 ):  # fmt: skip
     """Random arguments of a scan, A negative, all asking for gradients."""
     draw = torch.Generator().manual_seed(7)
@@ -421,11 +422,13 @@ def shape(*sizes, dtype=torch.float32, device=None):
         ),
         (
             {"B": shape(2, 3, 10)},
-            r"B has shape \(2, 3, 10\), expected \(batch, state, length\) with batch 2, state 4 \(from A\)",
+            r"B has shape \(2, 3, 10\), expected \(batch, state, length\) with batch 2, state 4 "
+            r"\(from A\)",
         ),
         (
             {"C": shape(2, 4, 4, 10)},
-            r"C has shape \(2, 4, 4, 10\), so 4 groups, of which the number of channels, 6, must be a multiple",
+            r"C has shape \(2, 4, 4, 10\), so 4 groups, of which the number of channels, 6, must "
+            r"be a multiple",
         ),
         (
             {"B": shape(2, 2, 4, 10), "C": shape(2, 3, 4, 10)},
@@ -451,7 +454,8 @@ def shape(*sizes, dtype=torch.float32, device=None):
         ),
         (
             {"backend": "mamba_ssm"},
-            r"backend asks for 'mamba_ssm', which cannot run on cpu: its kernels are for CUDA tensors",
+            r"backend asks for 'mamba_ssm', which cannot run on cpu: its kernels are for CUDA "
+            r"tensors",
         ),
     ],
 )

@@ -162,7 +162,10 @@ def difference(found: checkpoint.Tensors, wanted: checkpoint.Tensors) -> str:
             return f"{group}: {len(names)} names differ: {names[:3]}"
         for name, value in here.items():
             if value.shape != there[name].shape or value.dtype != there[name].dtype:
-                return f"{group}: {name} {tuple(value.shape)} {value.dtype}, expected {tuple(there[name].shape)} {there[name].dtype}"
+                return (
+                    f"{group}: {name} {tuple(value.shape)} {value.dtype}, expected "
+                    f"{tuple(there[name].shape)} {there[name].dtype}"
+                )
             if not torch.equal(value.cpu(), there[name]):
                 worst = (
                     worst
@@ -180,7 +183,7 @@ def groups_of(found: checkpoint.Checkpoint) -> checkpoint.Tensors:
     }
 
 
-# -------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # programs
 
 
@@ -429,7 +432,7 @@ def change_engines(ranks: Ranks, store: str, root: Path) -> dict[str, Any]:
     }
 
 
-# -------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # memory of ZeRO 3
 
 

@@ -1,5 +1,6 @@
 """PyTorch's fused pieces of batch normalisation over ranks, which only its CUDA build has, by their
-formulas (aten/src/ATen/native/cuda/Normalization.cuh): for CPUs, and for the shapes of FakeTensors."""
+formulas (aten/src/ATen/native/cuda/Normalization.cuh): for CPUs, and for the shapes of
+FakeTensors."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def batch_norm_stats(x, eps):
     return mean, (variance + eps).rsqrt()
 
 
-def batch_norm_gather_stats_with_counts(x, mean, invstd, running_mean, running_var, momentum, eps, counts):  # fmt: skip
+def batch_norm_gather_stats_with_counts(x, mean, invstd, running_mean, running_var, momentum, eps,
+                                        counts):  # fmt: skip
     count = counts.to(mean.dtype)[:, None]
     total = count.sum()
     whole = (mean * count).sum(0) / total

@@ -248,8 +248,9 @@ def test_the_loop_changes_engines_in_both_stages(sorts):
         found, wanted = told["ends"]["changed"][group], told["ends"]["straight"][group]
         assert found.keys() == wanted.keys() and found
         for name, value in wanted.items():
-            # Rounding differs between engines and grows over ten steps of Adam, unevenly and by CPU:
-            # single small entries may be off by percents, a tensor as a whole only if state was lost.
+            # Rounding differs between engines and grows over ten steps of Adam, unevenly and by
+            # CPU: single small entries may be off by percents, a tensor as a whole only if state
+            # was lost.
             off = torch.linalg.vector_norm(found[name].double() - value.double())
             assert off <= 5e-2 * torch.linalg.vector_norm(value.double()) + 1e-7, name
 
@@ -257,7 +258,8 @@ def test_the_loop_changes_engines_in_both_stages(sorts):
 def test_zero_3_saves_and_averages_in_memory_that_does_not_grow_with_the_network(
     place, run_in_ranks
 ):
-    """Counted on both ranks: the bytes of all tensors made meanwhile, but for rank 0's host copies."""
+    """Counted on both ranks: the bytes of all tensors made meanwhile, but for rank 0's host
+    copies."""
     for facts in run_in_ranks("engine_programs.py:memory", 2, store=place.store):
         small, large = facts[1], facts[5]
         assert large["whole"] > 3 * small["whole"] and large["largest"] == small["largest"]

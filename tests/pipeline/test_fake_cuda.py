@@ -96,7 +96,8 @@ ON_DEVICE = {"augment": {"device": "auto", "flip": [1], "rot90": True}}
 SET_UPS = {
     "accumulate": case("unet_lite_standard", 0, more={"engine": {"accumulate": 2}}),
     "anchor": case("unet_lite_standard", 1, stage={"anchor": 0.1}),
-    "freeze": case("unet_lite_standard", 0, more={"stages": [{"epochs": 1, "lr": 1, "freeze": ["encoder"]}]}),
+    "freeze": case("unet_lite_standard", 0, more={"stages": [{"epochs": 1, "lr": 1,
+                                                              "freeze": ["encoder"]}]}),
     "no clip, rates": case(
         "unet_lite_standard", 1,
         more={
@@ -187,8 +188,8 @@ def test_large_weights_are_averaged_in_one_pass_and_small_ones_together(more_ans
 
 
 def test_normalisation_over_ranks_is_eight_kernels_and_two_collectives_a_layer(more_answers):
-    """A layer by itself is three kernels. asc_seg: 1,851 launches alone, 2,704 over ranks, and 7,230
-    as CPUs do it ("apart")."""
+    """A layer by itself is three kernels. asc_seg: 1,851 launches alone, 2,704 over ranks, and
+    7,230 as CPUs do it ("apart")."""
     alone, fused = (more_answers[3][name] for name in ("alone", "fused"))
     assert "error" not in fused, fused["error"]
     layers = fused["layers"]

@@ -58,8 +58,8 @@ def test_a_run_of_two_stages_and_so_a_sweep_leave_few_files(tiny_store, tmp_path
     (leaf,) = (path.parent for path in tmp_path.rglob(RECIPE))
     first, last = inodes(leaf.parent, leaf), inodes(leaf)
     assert first <= STAGE and last <= STAGE + SCORED, (first, last)
-    # a hundred points of ten common beginnings, by these numbers: far from any quota. What the sweep
-    # adds is counted in tests/sweeps/test_sweep_threads.py
+    # a hundred points of ten common beginnings, by these numbers: far from any quota. What the
+    # sweep adds is counted in tests/sweeps/test_sweep_threads.py
     assert 10 * (first + 1) + 100 * (last + 1) < 6000
 
 

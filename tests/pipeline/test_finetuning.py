@@ -151,7 +151,8 @@ def test_the_anchor_is_the_gradient_of_half_the_squared_distance(document):
     start = {"weight": torch.tensor([[1.0]])}
     model.weight.data.fill_(3.0)
     setup = Setup(model=model, loss=lambda out, label: out.sum(), recipe=recipe,
-                  stage=stage(anchor=0.5), ranks=Ranks(torch.device("cpu")), anchors=start)  # fmt: skip
+                  stage=stage(anchor=0.5), ranks=Ranks(torch.device("cpu")),
+                  anchors=start)  # fmt: skip
     Engine(setup).step(iter([(torch.tensor([[2.0]]), None)]), 0.1)
     assert model.weight.item() == pytest.approx(3.0 - 0.1 * (2.0 + 0.5 * 2.0))
 

@@ -209,7 +209,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("how, limit, said", [
-    ("os.kill(os.getpid(), signal.SIGKILL)", 60, r"\d loading: DataLoader worker \(pid\(s\) .* True"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", 60,
+     r"\d loading: DataLoader worker \(pid\(s\) .* True"),
     ("time.sleep(8)", 4, "3 loading: no batch for 4 s.* True"),
     ("time.sleep(3)", 60, "6 no error"),
 ])  # fmt: skip

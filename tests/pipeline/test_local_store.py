@@ -84,7 +84,10 @@ def test_a_killed_copy_is_gone_on_with(tiny_store, tmp_path, copied):
     manifest = open_store(source).manifest
     _, *rest = (*manifest.tables, *manifest.files)
     copy = local_copy(source, str(tmp_path))
-    killed = "import sys; from segfleet.preprocess.stores import staged_copy as m; plain = m._copy; import os\n"
+    killed = (
+        "import sys; from segfleet.preprocess.stores import staged_copy as m; plain = m._copy; "
+        "import os\n"
+    )
     killed += "def copy(*a): plain(*a); os.kill(os.getpid(), 9)\n"
     killed += "m._copy = copy; m.local_copy(sys.argv[1], sys.argv[2]).make(print)"
     assert (
@@ -173,8 +176,10 @@ def test_a_stop_ends_the_waiting_for_another_copier(tiny_store, tmp_path):
 
 def test_two_ranks_copy_once_and_train_the_same(tiny_store, tmp_path):
     recipe = {
-        "name": "tiny", "data": {"store": str(tiny_store(dims=2)), "batch": 4, "patch": [16, 16]}, "save_every": 5,
-        "model": {"name": "unet_lite_standard", "options": {"width": 4}}, "stages": [{"epochs": 1, "steps": 4, "lr": 1e-2}],
+        "name": "tiny", "data": {"store": str(tiny_store(dims=2)), "batch": 4, "patch": [16, 16]},
+        "save_every": 5,
+        "model": {"name": "unet_lite_standard", "options": {"width": 4}},
+        "stages": [{"epochs": 1, "steps": 4, "lr": 1e-2}],
     }  # fmt: skip
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     made = {}

@@ -18,8 +18,10 @@ def test_a_run_has_its_time(seconds, ends, tiny_store, tmp_path, monkeypatch):
     monkeypatch.setattr(module.signal, "signal", lambda *_: None)
     recipe = parse(
         {
-            "name": "tiny", "data": {"store": str(tiny_store(dims=2)), "batch": 4, "patch": [16, 16]},
-            "model": {"name": "unet_lite_standard", "options": {"width": 4}}, "stages": [{"epochs": 1, "steps": 3, "lr": 1e-2}],
+            "name": "tiny", "data": {"store": str(tiny_store(dims=2)), "batch": 4,
+                                     "patch": [16, 16]},
+            "model": {"name": "unet_lite_standard", "options": {"width": 4}},
+            "stages": [{"epochs": 1, "steps": 3, "lr": 1e-2}],
         }
     )  # fmt: skip
     job = Train(

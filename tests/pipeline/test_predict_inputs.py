@@ -100,7 +100,8 @@ def test_what_is_no_file_is_a_problem_of_its_own(tmp_path):
     found = {one.id: one.problem for one in collect([tmp_path], 1)}
     assert found == {
         "a": f"{tmp_path / 'a.png'}: found a pipe or device, expected a file",
-        "b": f"{tmp_path / 'b.nii.gz'}: found a link to nowhere, which is not there, expected a file",
+        "b": f"{tmp_path / 'b.nii.gz'}: found a link to nowhere, which is not there, expected a "
+        "file",
         "c": f"{tmp_path / 'c.png'}: found a link to c.png, which is not there, expected a file",
     }
 

@@ -93,7 +93,8 @@ def predicted(store, out, until=None):
 
 
 def asked_out_of_fold(store, until=None):
-    """Label and truth of every case by two networks, the second of another store of equal images."""
+    """Label and truth of every case by two networks, the second of another store of equal
+    images."""
     other = open_store(store.root)
     model = SimpleNamespace(device=torch.device("cpu"), member=lambda one: member(store, until))
     networks = (SimpleNamespace(uid="a"), SimpleNamespace(uid="b"))

@@ -134,7 +134,10 @@ def test_overrides_that_fit_nowhere(changes, words):
 
 def test_values_that_yaml_reads_otherwise_than_meant(tmp_path):
     path = tmp_path / "r.yaml"
-    text = "name: 2026-01-01\nmodel: {name: 1e5, options: {a: 1e-5, b: [-.5E+2, 1e, x1e3]}}\nstages: [{epochs: 1e1, lr: 1e-5}]\n"
+    text = (
+        "name: 2026-01-01\nmodel: {name: 1e5, options: {a: 1e-5, b: [-.5E+2, 1e, x1e3]}}\nstages: "
+        "[{epochs: 1e1, lr: 1e-5}]\n"
+    )
     path.write_text(text + "data: {split: 1e5}\n")
     recipe = recipes.load_recipe(
         str(path), ["model.options.c=3e-2", "stages.0.name=2026-01-02", "data.store=1e5"]
@@ -165,7 +168,8 @@ def test_values_that_yaml_reads_otherwise_than_meant(tmp_path):
     [
         (
             ["stages.1.freeze=[nosuch]"],
-            "stages.1.freeze: no parameter name begins with 'nosuch'; roles: all, encoder, decoder, head, backbone; names begin with: down1",
+            "stages.1.freeze: no parameter name begins with 'nosuch'; roles: all, encoder, "
+            "decoder, head, backbone; names begin with: down1",
         ),
         (["stages.0.freeze=['']"], "stages.0.freeze:  leaves nothing to train"),
         (["evaluation.mirror=[0]"], "evaluation.mirror: found [0], but the network is 2D"),

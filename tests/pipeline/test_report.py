@@ -364,8 +364,14 @@ def test_in_a_real_browser(finished, written, tmp_path):
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("chromium is not installed")
-    listen = "<script>window.problems = []; addEventListener('error', e => problems.push(String(e.message)), true);"
-    listen += "addEventListener('securitypolicyviolation', e => problems.push(e.violatedDirective));</script><title>"
+    listen = (
+        "<script>window.problems = []; addEventListener('error', e => "
+        "problems.push(String(e.message)), true);"
+    )
+    listen += (
+        "addEventListener('securitypolicyviolation', e => "
+        "problems.push(e.violatedDirective));</script><title>"
+    )
     page = tmp_path / "probed.html"
     missing = re.sub(
         r'<td data-v="[^"]*">([\d.]+)</td>',

@@ -159,7 +159,8 @@ def test_a_stop_file_is_named_and_stops_one_run_only(job, straight, tmp_path):
     (leaf / "stop").touch()
     with pytest.raises(
         Interrupted,
-        match=rf"again to go on\. It was asked to by the file {leaf / 'stop'}, which is removed now",
+        match=rf"again to go on\. It was asked to by the file {leaf / 'stop'}, which is removed "
+        rf"now",
     ):
         go(job, tmp_path)
     # the same command went on to the end

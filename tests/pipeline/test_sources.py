@@ -62,8 +62,9 @@ def test_the_table_is_of_this_code_and_of_its_numerics(table):
         table["numerics"],
         table["networks"],
     ), (
-        "code that computes results has changed: raise NUMERICS in pipeline/sources.py if any recipe "
-        "now computes something else, and run `make sources`; `make sources SAME=1` if none does"
+        "code that computes results has changed: raise NUMERICS in pipeline/sources.py if any "
+        "recipe now computes something else, and run `make sources`; `make sources SAME=1` if "
+        "none does"
     )
 
 

@@ -176,7 +176,8 @@ def test_stages_train_on_their_own_stores_and_the_run_is_scored_on_the_last(
     assert json.loads(first)["dice"] is not None
     # the same beginning trained alone, said in other words: the same folder, the same bits
     alone = recipe_of(
-        {**document, "stages": document["stages"][:1]}, f"data.store={other}", "stages.0.steps=null",
+        {**document, "stages": document["stages"][:1]}, f"data.store={other}",
+        "stages.0.steps=null",
         "data.patch=[16,16]", "loss.name=dice_ce", "optimizer.name=sgd",
     )  # fmt: skip
     there = work(alone, tmp_path / "alone")[0]

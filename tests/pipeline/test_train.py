@@ -618,8 +618,8 @@ def test_a_hanging_run_shows_where_it_hangs(tiny_store, tmp_path):
         "ddp.Engine.step = hang_here\n"
         "never, ranks = (lambda: False), Ranks()\n"
         "folders = run.stage_folders(pathlib.Path(sys.argv[2]), recipe, store.manifest)\n"
-        "train.train(train.Run(recipe=recipe, stores=lambda own: store, folders=folders, ranks=ranks, "
-        "asked_to_stop=never, warn=print, validate=print))\n"
+        "train.train(train.Run(recipe=recipe, stores=lambda own: store, folders=folders, "
+        "ranks=ranks, asked_to_stop=never, warn=print, validate=print))\n"
     )
     recipe = recipe_of(tiny_store(dims=2), stages=1)
     command = [

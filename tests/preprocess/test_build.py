@@ -219,7 +219,8 @@ def settle(folder: Path) -> None:
 
 
 def interrupted(
-    raw: Path, out: Path, monkeypatch, case: str, error: BaseException, format: str = "zarr", name: str = "msd"
+    raw: Path, out: Path, monkeypatch, case: str, error: BaseException, format: str = "zarr",
+    name: str = "msd"
 ) -> Exception:  # fmt: skip
     """Build with one case per shard and a writer that fails at `case`; what was raised."""
     real = shard_job._write_case
@@ -317,7 +318,10 @@ def test_a_full_disk_is_one_message_and_keeps_what_is_finished(raw, tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "write", full)
-        message = r"no space left in .*: the remaining 3 case\(s\) need about .* MiB, .* are free. Free some and run"
+        message = (
+            r"no space left in .*: the remaining 3 case\(s\) need about .* MiB, .* are free. Free "
+            r"some and run"
+        )
         with pytest.raises(InputError, match=message):
             build(BuildRequest("msd", raw, tmp_path / "out", workers=1, shard_bytes=1))
     shards = sorted(path.name for path in (tmp_path / "out.partial/shards").iterdir())
@@ -374,7 +378,8 @@ def test_all_failures_are_told_once_the_others_are_written(workers, raw, tmp_pat
     whole = [path.read_bytes() for path in paths]
     with pytest.raises(
         InputError,
-        match=r"2 shards could not be written.*\nphantom_001: .*No such file.*\nphantom_003: .*No such file",
+        match=r"2 shards could not be written.*\nphantom_001: .*No such file.*\nphantom_003: .*No "
+        r"such file",
     ):
         build(
             BuildRequest("msd", raw, tmp_path / "out", workers=workers, shard_bytes=1),
@@ -471,7 +476,8 @@ def test_other_patients_or_splits_are_told(tmp_path):
     table.write_text(text)
     with pytest.raises(
         InputError,
-        match=r"something else: patients of 8 case\(s\): 4, 5, 6, 7, 8 .... Published .* another --out",
+        match=r"something else: patients of 8 case\(s\): 4, 5, 6, 7, 8 .... Published .* another "
+        r"--out",
     ):
         build(BuildRequest("cvc_clinicdb", raw, tmp_path / "out", workers=1))
     assert build(BuildRequest("cvc_clinicdb", raw, tmp_path / "new", workers=1)) == build(

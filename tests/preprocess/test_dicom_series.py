@@ -183,7 +183,8 @@ def places(*values):
 
 
 NO_GRID = {
-    "uneven": ([(0, 0, z) for z in (0, 2.5, 5, 10, 15, 20)], "slice distance: found steps of 2.5, 5 mm"),
+    "uneven": ([(0, 0, z) for z in (0, 2.5, 5, 10, 15, 20)],
+               "slice distance: found steps of 2.5, 5 mm"),
     "slowly growing": ([(0, 0, z + 0.05 * z * z) for z in range(7)], "slice distance"),
     "one missing": (places(0, 2, 4, 8, 10), "8 mm|found 4 mm before .*expected 2 mm everywhere"),
     "a copy": (places(0, 2, 4, 4, 6), "slice position: found 5 slices at 4 positions"),

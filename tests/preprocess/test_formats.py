@@ -292,8 +292,10 @@ def nifti(path, array=None, **fields) -> None:
 
 
 SICK = {
-    "pixdim of zero and no affine": ({"sform_code": 0, "pixdim": [1, 1, 0, 1, 1, 1, 1, 1]}, "spacing: found 1x0x1"),
-    "a negative pixdim and no affine": ({"sform_code": 0, "pixdim": [1, 1, -1, 1, 1, 1, 1, 1]}, "spacing"),
+    "pixdim of zero and no affine": ({"sform_code": 0, "pixdim": [1, 1, 0, 1, 1, 1, 1, 1]},
+                                     "spacing: found 1x0x1"),
+    "a negative pixdim and no affine": ({"sform_code": 0, "pixdim": [1, 1, -1, 1, 1, 1, 1, 1]},
+                                        "spacing"),
     "a singular sform": ({"srow_x": [0, 0, 0, 0]}, "affine: found a matrix that is singular"),
     "an sform of nan": ({"srow_x": [np.nan, 0, 0, 0]}, "affine: found a matrix that is not finite"),
     "an endless slope": ({"scl_slope": np.inf, "scl_inter": 0}, "scaling: found slope inf"),
@@ -304,7 +306,8 @@ SICK = {
     "more voxels than bytes": ({"dim": [3, 30, 30, 30, 1, 1, 1, 1]}, "damaged or truncated"),
     "voxels before the header's end": ({"vox_offset": 100}, "vox_offset: found 100"),
     "half of a pair": ({"magic": b"ni1"}, "half of a pair"),
-    "spacing of 1e30": ({"srow_x": [1e30, 0, 0, 0], "pixdim": [1, 1e30, 1, 1, 1, 1, 1, 1]}, "spacing: found 1x1x1e"),
+    "spacing of 1e30": ({"srow_x": [1e30, 0, 0, 0], "pixdim": [1, 1e30, 1, 1, 1, 1, 1, 1]},
+                        "spacing: found 1x1x1e"),
 }  # fmt: skip
 
 

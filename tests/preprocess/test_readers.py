@@ -147,7 +147,8 @@ DAMAGED = {
     "a cell without an end": ("glas", "Grade.csv", lambda t: t + '"' + "x" * 200_000),
     "a cell as long in a list of frames": (
         "cvc_clinicdb", "metadata.csv", lambda t: t + '"' + "x" * 200_000),
-    "a cell as long in the table of patients": ("ph2", "patients.csv", lambda t: '"' + "x" * 200_000),
+    "a cell as long in the table of patients": ("ph2", "patients.csv",
+                                                lambda t: '"' + "x" * 200_000),
     "a split of brackets": ("nnunet", "splits_final.json", lambda t: "[" * 100_000),
 }  # fmt: skip
 

@@ -185,7 +185,8 @@ def test_nrrd(tmp_path, grid, dtype, packing, order, space, kind):
     assert np.allclose(geometry.spacing[::-1], picture.GetSpacing())
 
 
-METAIMAGE = {"u1": "UCHAR", "i1": "CHAR", "i2": "SHORT", "u2": "USHORT", "i4": "INT", "f4": "FLOAT", "f8": "DOUBLE"}  # fmt: skip
+METAIMAGE = {"u1": "UCHAR", "i1": "CHAR", "i2": "SHORT", "u2": "USHORT", "i4": "INT", "f4": "FLOAT",
+             "f8": "DOUBLE"}  # fmt: skip
 
 
 @FEW

@@ -129,7 +129,8 @@ def test_gpus_said_twice_or_wrongly(tmp_path):
 def test_short_names_of_nodes_are_written_out():
     names = "a[01-03,7],b,127.0.0.[11-12],r[1-2]n[8,9]x"
     assert cluster.names_of(names) == [
-        "a01", "a02", "a03", "a7", "b", "127.0.0.11", "127.0.0.12", "r1n8x", "r1n9x", "r2n8x", "r2n9x",
+        "a01", "a02", "a03", "a7", "b", "127.0.0.11", "127.0.0.12", "r1n8x", "r1n9x", "r2n8x",
+        "r2n9x",
     ]  # fmt: skip
     assert cluster.names_of("") == [] and cluster.names_of("./nodes.txt") == []
 

@@ -311,7 +311,8 @@ def test_a_surrounding_job_leaves_nothing_in_the_environment(monkeypatch):
 def test_members_of_an_array():
     assert members([]) == [[]]
     assert members(["seed=1,2", "data.fold=0..1"]) == [
-        ["seed=1", "data.fold=0"], ["seed=1", "data.fold=1"], ["seed=2", "data.fold=0"], ["seed=2", "data.fold=1"],
+        ["seed=1", "data.fold=0"], ["seed=1", "data.fold=1"], ["seed=2", "data.fold=0"],
+        ["seed=2", "data.fold=1"],
     ]  # fmt: skip
     with pytest.raises(
         InputError, match="found 'data.fold=4..0', which holds no value; .* data.fold=0..4"

@@ -91,7 +91,8 @@ def test_an_array_shares_a_node(cluster):
 
 
 def test_an_array_trains_the_stage_its_members_share_once(cluster):
-    """Both find it taken, by this process, and wait; then one trains and the other finds it done."""
+    """Both find it taken, by this process, and wait; then one trains and the other finds it
+    done."""
     shorter = "stages.0.epochs=1"
     words = (shorter, "--array", "stages.1.lr=1e-3,1e-4", "--no-check", "--runs", "sharing")
     recipe, root = str(cluster.folder / "tiny.yaml"), cluster.folder / "sharing"
@@ -173,7 +174,8 @@ def test_a_job_may_submit_jobs(cluster, work):
     python = Path(cluster.python).parent
     outer = cluster.call(
         "sbatch", "--parsable", "-n1", "-c3", "--mem=500", "-t", "3", "-o", str(work / "outer.log"),
-        f"--export=ALL,PATH={python}:/usr/bin:/bin,RANK=7,WORLD_SIZE=9,LOCAL_RANK=7", str(work / "outer.sh"),
+        f"--export=ALL,PATH={python}:/usr/bin:/bin,RANK=7,WORLD_SIZE=9,LOCAL_RANK=7",
+        str(work / "outer.sh"),
     ).strip()  # fmt: skip
     cluster.wait(lambda: cluster.queue(outer)[0] in ("COMPLETED", "FAILED"), what="the outer job")
     assert cluster.queue(outer)[0] == "COMPLETED", (work / "outer.log").read_text()

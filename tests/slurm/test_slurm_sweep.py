@@ -80,7 +80,8 @@ def test_a_sweep_of_jobs_survives_preemption_and_a_killed_controller(
         "--json",
     ]
     first = subprocess.Popen(
-        [sys.executable, "-m", "segfleet.cli.main", *command], cwd=cluster.folder, env=cluster.environment,
+        [sys.executable, "-m", "segfleet.cli.main", *command], cwd=cluster.folder,
+        env=cluster.environment,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     runs = cluster.folder / folder
@@ -108,7 +109,8 @@ def test_a_sweep_of_jobs_survives_preemption_and_a_killed_controller(
             {"job": waiting, "log": str(next(iter((jobs()[waiting] / "slurm").glob("*"))) / "log")}
         )
     done = subprocess.run(
-        [sys.executable, "-m", "segfleet.cli.main", *command], cwd=cluster.folder, env=cluster.environment,
+        [sys.executable, "-m", "segfleet.cli.main", *command], cwd=cluster.folder,
+        env=cluster.environment,
         capture_output=True, text=True, timeout=1500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

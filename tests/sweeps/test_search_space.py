@@ -51,7 +51,8 @@ def test_keys_that_change_together_and_whole_sections(search):
 
 def test_random_draws_repeat_stay_inside_and_fork(search):
     made = search(
-        axes={"optimizer.weight_decay": {"loguniform": [1e-5, 1e-1]}, "data.foreground": {"uniform": [0.2, 0.6]}},
+        axes={"optimizer.weight_decay": {"loguniform": [1e-5, 1e-1]},
+              "data.foreground": {"uniform": [0.2, 0.6]}},
         search="random", forks=3, budget={"trials": 60},
     )  # fmt: skip
     points = made.points()
@@ -77,7 +78,10 @@ def test_freeze_is_an_axis_only_as_a_list_of_lists(search):
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(space, tmp_path):
-    text = "{axes: {optimizer.weight_decay: {loguniform: [1e-5, 1E-2]}}, stages: [{epochs: 1, lr: [1e-3, 3e-4]}], search: random}"
+    text = (
+        "{axes: {optimizer.weight_decay: {loguniform: [1e-5, 1E-2]}}, stages: [{epochs: 1, lr: "
+        "[1e-3, 3e-4]}], search: random}"
+    )
     points = parse_search({**space, **loads(text), "budget": {"trials": 3}}).points()
     assert all(
         1e-5 < point["optimizer.weight_decay"] < 1e-2 and point["stages.0.lr"] in (1e-3, 3e-4)

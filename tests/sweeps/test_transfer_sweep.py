@@ -186,7 +186,8 @@ def test_a_pretraining_of_no_epochs_is_the_way_without(space, tmp_path):
         ({"seed": [1, 2]}, "stages.1.seed"),
         ({"loss": {"name": ["dice_ce", "ss"]}}, "stages.1.loss.name"),
         ({"loss": {"options": {"x": 1}}}, None),
-        ({"optimizer": {"weight_decay": {"loguniform": [1e-5, 1e-2]}}}, "stages.1.optimizer.weight_decay"),
+        ({"optimizer": {"weight_decay": {"loguniform": [1e-5, 1e-2]}}},
+         "stages.1.optimizer.weight_decay"),
     ],
 )  # fmt: skip
 def test_keys_of_a_stage_and_of_its_sections_are_axes(space, change, axis):
