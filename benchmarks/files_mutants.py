@@ -1,7 +1,7 @@
 """Damaged files by the 100,000: tracebacks, hangs, crashes, memory.
 
     python benchmarks/files_mutants.py 120000
-    python benchmarks/files_mutants.py 120000 --until 13:30    stops by the clock; the next run goes on
+    python benchmarks/files_mutants.py 120000 --until 13:30    stops by the clock; goes on next time
     python benchmarks/files_mutants.py --again                 the faults that are saved, once more
     python benchmarks/files_mutants.py 200000 --only lzw.tif   one kind of file; nothing is saved
 

@@ -12,8 +12,8 @@ is the largest sum of proportional set sizes (PSS) of all processes of a run. nn
 into an environment of its own (--venv, kept between runs; without its optional packages, so that no
 other torch comes along).
 
-    python benchmarks/preprocess.py --memory      segfleet alone on one CT of 1000 x 512 x 512 voxels: results/preprocess_memory.json
-    python benchmarks/preprocess.py --labels      a label of 104 classes resampled: results/preprocess_labels.json
+    --memory      segfleet alone on one CT of 1000 x 512 x 512 voxels: preprocess_memory.json
+    --labels      a label of 104 classes resampled: preprocess_labels.json
 """
 
 from __future__ import annotations

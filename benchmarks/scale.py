@@ -1,9 +1,9 @@
 """How cost grows with the number of pictures, from the raw folder to the first epoch.
 
-    python benchmarks/scale.py 2000 20000 100000      pictures of 64 x 64, written once into --folder
+    python benchmarks/scale.py 2000 20000 100000      pictures of 64 x 64, kept in --folder
     python benchmarks/scale.py 20000 --label before   figures of another version beside today's
-    python benchmarks/scale.py 100000 --table         a manifest of so many cases without shards: open and draws alone
-    python benchmarks/scale.py 20000 --only check     steps whose name begins so; others keep their figures
+    python benchmarks/scale.py 100000 --table         a manifest without shards: open, draws
+    python benchmarks/scale.py 20000 --only check     steps of this name; others keep their figures
 
 Every step is a process of its own: CPU seconds of it and of all that it started, the largest
 resident memory of any one of them, and the files that are there afterwards. Check and preprocess

@@ -33,7 +33,8 @@ import json, os, sys, time
 marks = [("python", time.process_time(), 0, 0)]
 def mark(name):
     files = {getattr(module, "__file__", None) for module in list(sys.modules.values())} - {None}
-    marks.append((name, time.process_time(), len(files), sum(map(os.path.getsize, filter(os.path.exists, files)))))
+    size = sum(map(os.path.getsize, filter(os.path.exists, files)))
+    marks.append((name, time.process_time(), len(files), size))
 mark("python")
 import numpy, pydantic
 mark("numpy and pydantic")
@@ -60,7 +61,8 @@ def build(this, index):
     return engine, before
 train.build = build
 from segfleet.pipeline.launch.job import parse_job
-jobs.run_job(parse_job(json.loads(sys.argv[1])), ranks.Ranks(torch.device("cpu")), stop.StopRequest())
+job = parse_job(json.loads(sys.argv[1]))
+jobs.run_job(job, ranks.Ranks(torch.device("cpu")), stop.StopRequest())
 """
 
 

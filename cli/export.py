@@ -67,7 +67,8 @@ def command(
 
     if kind not in KINDS:
         raise InputError(
-            f"export: found '{kind}', expected one of: {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}"
+            f"export: found '{kind}', expected one of: {', '.join(KINDS)}."
+            f"{did_you_mean(kind, KINDS)}"
         )
     wanted = {"nnunet": 2, "ome-zarr": 2, "dicom-seg": 3}.get(kind, len(words))
     if len(words) != wanted:

@@ -7,7 +7,8 @@ RUN/slurm/0001/            one submission; a later one of the same run is 0002
   submission.json          job id, resources, code version, where the logs are
   code.diff                what the code had that its commit had not
   <job>_<rank>_log.out     what the ranks print (members of an array: in RUNS/.arrays/<time>/)
-  life-<job>.<restarts>/   one start of the job: where the ranks met, life.json, failed-<rank>.json, ended.json
+  life-<job>.<restarts>/   one start of the job: where the ranks met, life.json,
+                           failed-<rank>.json, ended.json
 """
 
 from __future__ import annotations

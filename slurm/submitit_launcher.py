@@ -35,8 +35,10 @@ from segfleet.slurm.rank import run_rank
 _environment = threading.Lock()
 # $job is 12_3 for a member of an array: one of them has the number of the whole array as its own.
 # --local: in a federation the cluster that submitted the job says nothing of a job that runs here.
-END = r"""$(date -d "$(scontrol --local show job -o "$job" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')" +%s 2>/dev/null || echo 0)"""
-STATE = r"""$(scontrol --local show job -o "$job" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')"""
+SHOW = 'scontrol --local show job -o "$job"'
+UNTIL = rf"""$({SHOW} | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')"""
+END = f"""$(date -d "{UNTIL}" +%s 2>/dev/null || echo 0)"""
+STATE = rf"""$({SHOW} | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')"""
 
 # SLURM's words for: not now. Whoever asks again later is served.
 FULL = (
@@ -305,7 +307,8 @@ def python(spec: JobSpec) -> str:
     warning is lost and the deadline kept. -P: a file of the working folder never stands in for a
     module."""
     program = shlex.quote(spec.python or ("python3" if spec.container else sys.executable))
-    return f"""bash -c 'trap "" USR1 USR2; exec "$@"' rank {spec.container + " " if spec.container else ""}{program} -P"""
+    container = spec.container + " " if spec.container else ""
+    return f"""bash -c 'trap "" USR1 USR2; exec "$@"' rank {container}{program} -P"""
 
 
 def before(logs: Path, spec: JobSpec, code: Path | None) -> list[str]:

@@ -17,8 +17,10 @@ pytestmark = pytest.mark.skipif(
 LOOK = """from multiprocessing.forkserver import main; import json, os, signal, sys
 print(json.dumps({
     "argv": sys.argv, "path": sys.path, "folder": os.getcwd(), "stdin": sys.stdin.read(),
-    "environment": dict(os.environ), "shown": sorted(filter(None, open("/proc/self/environ").read().split(chr(0)))), "main": sys.modules["__main__"].__name__,
-    "parent": os.getppid(), "leads": os.getsid(0) == os.getpid(), "group": os.getpgid(0) == os.getpid(),
+    "environment": dict(os.environ),
+    "shown": sorted(filter(None, open("/proc/self/environ").read().split(chr(0)))),
+    "main": sys.modules["__main__"].__name__, "parent": os.getppid(),
+    "leads": os.getsid(0) == os.getpid(), "group": os.getpgid(0) == os.getpid(),
     "command": open("/proc/self/cmdline").read().strip(chr(0)).split(chr(0)),
     "handlers": [str(signal.getsignal(number)) for number in signal.valid_signals()],
     "files": [os.path.exists(f"/proc/self/fd/{number}") for number in range(100)],

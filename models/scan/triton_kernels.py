@@ -3,8 +3,10 @@ results do not vary from run to run.
 
 Every chunk of time is its own program, forward and backward, so a long sequence with few channels
 still fills the machine:
-  chunk_sums       what each chunk adds to a state that enters as zero, or asks of the state before it, and its total step
-  carry            from these the true states between chunks (forward) or adjoints (backward): the only walk through time
+  chunk_sums       what each chunk adds to a state that enters as zero, or asks of the state before
+                   it, and its total step
+  carry            from these the true states between chunks (forward) or adjoints (backward): the
+                   only walk through time
   outputs          y, skip and gate of a chunk, or the gradient of the gate
   gradients        all other gradients of a chunk, channels of a block one after the other
 Tiles are (T, N): T = one chunk, N = a block of states. Steps past the end have step size 0, which

@@ -50,7 +50,8 @@ def model_card(model: Model, *, use: str = "", licence: str = "") -> str:
         f"- Data set: {dataset.name}"
         + (f", licence {dataset.licence}" if dataset.licence else ", licence not recorded"),
         f"- Store: `{first.manifest.id}` (identity of its content)",
-        f"- Spacing (mm, z y x): {', '.join(f'{s:g}' for s in first.manifest.plan.target_spacing)}; "
+        "- Spacing (mm, z y x): "
+        f"{', '.join(f'{s:g}' for s in first.manifest.plan.target_spacing)}; "
         f"normalisation: {', '.join(first.manifest.plan.normalisation)}",
         "",
         "## Networks",

@@ -307,7 +307,8 @@ def _label(path: Path, names: Mapping[str, int], *, declared: bool) -> tuple[np.
 
 
 def _grid(grid: Geometry) -> str:
-    text = f"{' x '.join(map(str, grid.shape))} voxels of {' x '.join(f'{s:.4g}' for s in grid.spacing)} mm"
+    shape = " x ".join(map(str, grid.shape))
+    text = f"{shape} voxels of {' x '.join(f'{s:.4g}' for s in grid.spacing)} mm"
     if grid.affine is None:
         return text
     rows = np.asarray(grid.affine)

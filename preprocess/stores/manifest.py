@@ -2,8 +2,9 @@
 trusts.
 
 STORE/manifest.json                what a person reads: data set, plan, names of the splits
-      cases-<hash>.safetensors     cases, splits, files and sampled voxels in columns (`case_table.py`),
-                                   mapped when the store is opened; the manifest has its sha256
+      cases-<hash>.safetensors     cases, splits, files and sampled voxels in columns
+                                   (`case_table.py`), mapped when the store is opened; the
+                                   manifest has its sha256
 """
 
 from __future__ import annotations

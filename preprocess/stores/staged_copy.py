@@ -1,10 +1,11 @@
 """A store's copy on a disk of the node: made once, shared by all ranks and jobs there, checked
 against the manifest.
 
-DIR/segfleet-<user id>/<key>/          a whole copy; the key names the store's content and its manifest
-                       <key>.partial/  one in the making, or left by a job that was killed: the next one goes on with it
-                       <key>.json      size, time and inode of every file when it was last found right
-                       <key>.making, <key>.used   locks: one process makes or mends, all that read hold the second
+DIR/segfleet-<user id>/
+  <key>/          a whole copy; the key names the store's content and its manifest
+  <key>.partial/  one in the making, or left by a job that was killed: the next one goes on with it
+  <key>.json      size, time and inode of every file when it was last found right
+  <key>.making, <key>.used   locks: one process makes or repairs, all that read hold the second
 
 The system frees the locks when their holders die, however they die. A copy is removed only when its
 room is needed for another one and nobody reads it, the one that was not used for longest first.

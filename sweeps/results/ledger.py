@@ -3,8 +3,8 @@ change, and what it handed out itself. Every node is looked at once at the start
 that something happened to.
 
 RUNS/<uid>/<uid>/...       the nodes, shared by all sweeps and by `segfleet train`
-RUNS/sweeps/<name>/        space.json, points.jsonl, stop, the outcome, and of nodes that did not end
-                           failed/<uid>.json, pruned/<uid>.json, paused/<uid>.json
+RUNS/sweeps/<name>/        space.json, points.jsonl, stop, the outcome, and of nodes that did not
+                           end failed/<uid>.json, pruned/<uid>.json, paused/<uid>.json
 """
 
 from __future__ import annotations

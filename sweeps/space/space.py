@@ -4,9 +4,10 @@ recipe.
 name: rec_unet_two_stage
 base: rec_unet_lits_tumour                   a shipped recipe, a file, or the recipe itself
 axes:
-  model.name: [rec_unet, rec_unet_em]        a list is a grid; {grid|choice|uniform|loguniform: [...]} says it in full
+  model.name: [rec_unet, rec_unet_em]        a list is a grid; in full:
+                                             {grid|choice|uniform|loguniform: [...]}
   "model.name, data.patch": [[a, [64, 64]], [b, [96, 96]]]        keys that change together
-stages:                                      instead of the base's stages; a list is an axis of that stage
+stages:                                      instead of the base's; a list is an axis of that stage
   - {name: train, epochs: 100, lr: [1.0e-3, 3.0e-4]}
   - {name: finetune, epochs: 20, lr: [3.0e-4, 1.0e-4, 3.0e-5]}
 seeds: [0, 1, 2]

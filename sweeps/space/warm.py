@@ -30,7 +30,8 @@ def warm_points(search: Search, runs: Path) -> tuple[list[Known], list[str]]:
         measured = set(rows[0].get("values") or {"dice": None})
         if missing := sorted(needed - measured):
             raise InputError(
-                f"{where}: it did not measure {', '.join(missing)}, but {', '.join(sorted(measured))}"
+                f"{where}: it did not measure {', '.join(missing)}, but "
+                f"{', '.join(sorted(measured))}"
             )
         axes = [axis for axis in search.axes if axis.label in rows[0]["point"]]
         if not axes:

@@ -245,7 +245,11 @@ SAMPLES = {  # names as the authors' files have them, by hand
         "hifm6.mlp_g.1.weight": "dec4.fuse.channel.1.weight",
         "conv8.conv.4.running_var": "dec2.block.4.running_var",
     },
-    "rec_unet": {"Up_conv5.EM_block.3.ChannelGateW.spatial.bn.bias": "d5.block.attention.gates.1.norm.bias"},
+    "rec_unet": {
+        "Up_conv5.EM_block.3.ChannelGateW.spatial.bn.bias": (
+            "d5.block.attention.gates.1.norm.bias"
+        )
+    },
     "rec_unet_em": {"Conv2.conv.4.weight": "e2.second.1.weight"},
     "asc_seg": {
         "encoder.eb4.pm.mamba.A_log": "encoder4.pmb.mixer.A_log",
@@ -259,7 +263,9 @@ SAMPLES = {  # names as the authors' files have them, by hand
     "unet_lite_se": {"inc.double_conv.double_conv.3.weight": "inc.3.weight"},
     "e2mi_seg_acdc": {
         "e2mis_encoder.stages.2.1.cs_block.F.weight": "enc3.1.attention.value_projection.weight",
-        "decoder5.decoder_block.0.2.conv52.conv1.conv.weight": "dec3.blocks.2.refine.1.convs.0.weight",
+        "decoder5.decoder_block.0.2.conv52.conv1.conv.weight": (
+            "dec3.blocks.2.refine.1.convs.0.weight"
+        ),
         "encoder.conv3.conv.weight": "full.shortcut.0.weight",
     },
     "primus_v3_m": {"eva.blocks.15.mlp.fc1_g.bias": "blocks.15.mlp.gate.bias"},

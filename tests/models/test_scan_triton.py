@@ -21,22 +21,29 @@ INTERPRETED = """
 import json, torch
 from segfleet.models.scan import selective_scan_fn, selective_scan_ref
 
-def error(batch, channels, length, state, groups, B="varied", C="varied", gate=True, softplus=True, dtype=torch.float64, last=True):
+def error(batch, channels, length, state, groups, B="varied", C="varied", gate=True, softplus=True,
+          dtype=torch.float64, last=True):
     draw = torch.Generator().manual_seed(9)
-    normal = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
-    matrix = lambda kind: normal(batch, groups, state, length) if kind == "varied" else normal(channels, state)
+    def normal(*shape):
+        drawn = torch.randn(*shape, generator=draw, dtype=torch.float64)
+        return drawn.to(dtype).requires_grad_()
+    def matrix(kind):
+        return normal(*((batch, groups, state, length) if kind == "varied" else (channels, state)))
     row = (batch, channels, length)
     strided = normal(*row[::-1]).detach().permute(2, 1, 0).requires_grad_()
-    tensors = [strided, normal(*row), (-normal(channels, state).detach().exp()).requires_grad_(), matrix(B), matrix(C)]
+    tensors = [strided, normal(*row), (-normal(channels, state).detach().exp()).requires_grad_(),
+               matrix(B), matrix(C)]
     more = [normal(channels), normal(*row), normal(channels)] if gate else [None, None, None]
     given = [x for x in (*tensors, *more) if x is not None]
     results = []
     for scan, options in ((selective_scan_fn, {"backend": "triton"}), (selective_scan_ref, {})):
         out, state_ = scan(*tensors, *more, softplus, return_last_state=True, **options)
-        loss = out.double().sin().sum() + (state_.double() * torch.arange(1.0, state + 1)).sum() * last
+        weighted = state_.double() * torch.arange(1.0, state + 1)
+        loss = out.double().sin().sum() + weighted.sum() * last
         results.append([out, state_, *torch.autograd.grad(loss, given)])
     assert all(x.dtype == y.dtype and x.shape == y.shape for x, y in zip(*results))
-    return max(((x - y).abs().max() / y.abs().max().clamp(min=1e-30)).item() for x, y in zip(*results))
+    return max(((x - y).abs().max() / y.abs().max().clamp(min=1e-30)).item()
+               for x, y in zip(*results))
 
 print(json.dumps({
     "one step": error(2, 2, 1, 1, 1),

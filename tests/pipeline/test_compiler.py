@@ -23,7 +23,8 @@ TRAINED = """
 import json, sys, torch
 from segfleet.pipeline import jobs, ranks, stop
 from segfleet.pipeline.launch.job import parse_job
-jobs.run_job(parse_job(json.loads(sys.argv[1])), ranks.Ranks(torch.device("cpu")), stop.StopRequest())
+job = parse_job(json.loads(sys.argv[1]))
+jobs.run_job(job, ranks.Ranks(torch.device("cpu")), stop.StopRequest())
 print("torch._dynamo.eval_frame" in sys.modules)
 """
 STEPS = """

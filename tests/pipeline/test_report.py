@@ -346,16 +346,19 @@ BROWSER = [
 ]
 
 PROBE = """<script>
-const out = {errors: window.problems, images: [...document.images].map(i => i.complete && i.naturalWidth > 0), sorts: []};
+const images = [...document.images].map(i => i.complete && i.naturalWidth > 0);
+const out = {errors: window.problems, images, sorts: []};
 const table = [...document.querySelectorAll("table")].at(-1);
-const column = n => [...table.tBodies[0].rows].map(r => r.cells[n].dataset.v ?? r.cells[n].textContent);
+const shown = cell => cell.dataset.v ?? cell.textContent;
+const column = n => [...table.tBodies[0].rows].map(r => shown(r.cells[n]));
 for (const n of [2, 2, 0, 3]) {
   const button = table.querySelector(`button[data-column="${n}"]`);
   button.click();
   out.sorts.push([n, button.closest("th").getAttribute("aria-sort"), column(n)]);
 }
 out.wide = document.documentElement.scrollWidth <= window.innerWidth;
-const made = document.createElement("pre"); made.id = "probe"; made.textContent = JSON.stringify(out); document.body.append(made);
+const made = document.createElement("pre");
+made.id = "probe"; made.textContent = JSON.stringify(out); document.body.append(made);
 </script></body>"""
 
 

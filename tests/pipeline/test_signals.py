@@ -98,8 +98,10 @@ def result(folders):
             }
     validations = [
         {key: value for key, value in event.items() if key != "time"}
-        for folder in folders for event in events.read_events(folder.path) if event["event"] == "validation"
-    ]  # fmt: skip
+        for folder in folders
+        for event in events.read_events(folder.path)
+        if event["event"] == "validation"
+    ]
     scores = json.loads((folders[-1].path / "evaluation.json").read_text())
     return {
         "tensors": tensors,

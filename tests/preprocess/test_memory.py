@@ -26,7 +26,8 @@ from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.planning.plan import Overrides
 resample.SLAB, resample.THINNEST, voxels.PIECE = 2**18, 16, 2**16  # in proportion to a small volume
 words = lambda: Path("/proc/self/status").read_text().split()
-peak = lambda: int(words()[words().index("VmHWM:") + 1]) * 1024  # ru_maxrss would begin with that of whoever started us
+# ru_maxrss would begin with that of whoever started us
+peak = lambda: int(words()[words().index("VmHWM:") + 1]) * 1024
 start = peak()
 plan = Overrides(spacing=tuple(map(float, sys.argv[3].split(","))))
 build(BuildRequest("nnunet", sys.argv[1], sys.argv[2], workers=1, overrides=plan))

@@ -140,7 +140,8 @@ def nap(_):
 def disturb():
     me = psutil.Process()
     pids = [me.pid, *(child.pid for child in me.children(recursive=True))]
-    code = f"import os; [os.kill(pid, number) for pid in {pids} for number in {[int(number) for number in watched]}]"
+    numbers = [int(number) for number in watched]
+    code = f"import os; [os.kill(pid, number) for pid in {pids} for number in {numbers}]"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 if __name__ == "__main__":

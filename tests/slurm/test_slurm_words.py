@@ -18,7 +18,9 @@ from segfleet.preprocess.phantoms.phantom import write_msd_phantom
 SHORT = ("stages.0.epochs=1", "stages.0.steps=3", "stages.1.steps=2")
 SLOW = """
 import os
-if os.environ.get("SLURM_ARRAY_TASK_ID") == "2" and os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and "SLURM_PROCID" in os.environ:
+here = os.environ.get
+first = here("SLURM_RESTART_COUNT", "0") == "0" and "SLURM_PROCID" in os.environ
+if here("SLURM_ARRAY_TASK_ID") == "2" and first:
     import time
     from segfleet.preprocess.checking import check
     look = check.check_case
@@ -30,7 +32,9 @@ if os.environ.get("SLURM_ARRAY_TASK_ID") == "2" and os.environ.get("SLURM_RESTAR
 """
 KILLED = """
 import os
-if os.environ.get("SLURM_ARRAY_TASK_ID") == "2" and os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and "SLURM_PROCID" in os.environ:
+here = os.environ.get
+first = here("SLURM_RESTART_COUNT", "0") == "0" and "SLURM_PROCID" in os.environ
+if here("SLURM_ARRAY_TASK_ID") == "2" and first:
     from segfleet.preprocess.checking import check
     check.check_case = lambda *arguments: os.kill(int(os.environ["SLURM_TASK_PID"]), 9)
 """
