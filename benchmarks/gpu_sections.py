@@ -26,12 +26,13 @@ from segfleet.pipeline import checkpoint
 from segfleet.pipeline.data import loader
 from segfleet.pipeline.data.sampler import PatchSampler
 from segfleet.pipeline.engines.base import Engine
+from segfleet.pipeline.inference.sliding_window import Window
 from segfleet.pipeline.jobs import run_job
 from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe, parse
 from segfleet.pipeline.run import StageFolder
-from segfleet.pipeline.scoring.evaluate import evaluate_cases
+from segfleet.pipeline.scoring.evaluate import Measures, evaluate_cases
 from segfleet.pipeline.scoring.score import forward_of
 from segfleet.pipeline.sections import Augment
 from segfleet.pipeline.sections import Engine as EngineSection
@@ -404,11 +405,13 @@ def window(bench: Bench) -> Rows:
                         store,
                         ids,
                         task,
-                        patch=store.manifest.plan.patch,
-                        mirror_axes=mirror,
-                        batch=batch,
-                        device=bench.device,
-                        distances=False,
+                        Window(
+                            patch=store.manifest.plan.patch,
+                            mirror_axes=mirror,
+                            batch=batch,
+                            device=bench.device,
+                        ),
+                        Measures(distances=False),
                     )
 
                 score()  # cuDNN looks for its kernels

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,23 @@ from segfleet.pipeline.inference.room import CudaMemory, layout, padded_count
 
 Forward = Callable[[Tensor], Tensor]
 Box = tuple[slice, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """How a network looks at whole images: what `sliding_window` asks for, in axes (z, y, x)."""
+
+    patch: Sequence[int]
+    overlap: float = 0.5
+    mirror_axes: Sequence[int] = ()
+    batch: int = 1
+    dims: int | None = None  # None: 2 for a patch of one slice, else 3
+    device: torch.device | str = "cpu"
+
+    def options(self) -> dict[str, Any]:
+        """Keywords of `sliding_window`."""
+        dims = self.dims or (2 if self.patch[0] == 1 else 3)
+        return {**vars(self), "dims": dims}
 
 
 def tile_starts(size: int, patch: int, overlap: float = 0.5) -> list[int]:

@@ -24,7 +24,7 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import digest_of
 from segfleet.pipeline.inference.restore import restore
 from segfleet.pipeline.inference.room import near, roomy
-from segfleet.pipeline.inference.sliding_window import Forward, sliding_window
+from segfleet.pipeline.inference.sliding_window import Forward, Window, sliding_window
 from segfleet.pipeline.ranks import Ranks, apart, as_facts, from_facts
 from segfleet.pipeline.scoring.calibration import calibration
 from segfleet.pipeline.scoring.metrics import TOLERANCE, confusion, score_case, tolerance_of
@@ -87,43 +87,44 @@ class Kept:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def evaluate_cases(  # noqa: PLR0913 - keywords, each with a default
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """What is measured of every case."""
+
+    distances: bool = True  # and lesions, calibration, intervals; not while training
+    tolerance: float | Mapping[str, float] = TOLERANCE  # of the nsd, as for `score_case`
+    pool: int | None = None  # cases of a batch, for the variants that pool batches
+    objective: Objective | None = None  # its value over the whole case on the stored grid: "loss"
+
+
+ALL = Measures()
+
+
+def evaluate_cases(
     forward: Forward,
     store: ShardStore,
     case_ids: Sequence[str],
     task: Task,
+    window: Window,
+    measures: Measures = ALL,
     *,
-    patch: Sequence[int],
-    overlap: float = 0.5,
-    mirror_axes: Sequence[int] = (),
-    batch: int = 1,
-    dims: int | None = None,
-    device: torch.device | str = "cpu",
-    distances: bool = True,
     ranks: Ranks | None = None,
     progress: Callable[[int, int], None] | None = None,
     kept: Kept | None = None,
-    pool: int | None = None,
-    objective: Objective | None = None,
     show: Callable[[str, int, np.ndarray], Any] | None = None,
-    tolerance: float | Mapping[str, float] = TOLERANCE,
 ) -> dict[str, Any]:
     """Score `forward` ((B, C, *S) -> probabilities (B, K, *S)) on the cases: {"cases": [...],
     "summary": {...}, "definitions": {...}}.
 
     Every rank scores its share and gets the whole document, which does not depend on the number of
-    ranks. `patch` and `mirror_axes` are in (z, y, x); a patch of one slice means a 2D network,
-    unless `dims` says otherwise. `progress(done, total)` counts this rank's cases.
-    `distances=False` leaves out surfaces, lesions, calibration and intervals, for validation while
-    training;
-    `tolerance`: of the nsd, as for `score_case`. Cases that `kept` has are not
-    scored again. `pool`: cases of a batch, for the variants that pool batches. With `objective`,
-    `forward` gives probabilities and then logits (B, 2K, *S), and every case gets a "loss": the
-    objective over the whole case on the stored grid. `show(id, z, labels_YX)` gets the slice of
-    each of this rank's cases that a picture shows. The document is strict JSON: what is not
-    defined is null. If a rank fails, its error is raised on all ranks.
+    ranks. `progress(done, total)` counts this rank's cases. Cases that `kept` has are not scored
+    again. With an objective, `forward` gives probabilities and then logits (B, 2K, *S).
+    `show(id, z, labels_YX)` gets the slice of each of this rank's cases that a picture shows. The
+    document is strict JSON: what is not defined is null. If a rank fails, its error is raised on
+    all ranks.
     """
     ranks, ids = ranks or Ranks(), list(case_ids)
+    distances, objective, tolerance = measures.distances, measures.objective, measures.tolerance
     check_tolerance(tolerance, task)
     twice = sorted({i for i in ids if ids.count(i) > 1})
     if twice:
@@ -136,19 +137,10 @@ def evaluate_cases(  # noqa: PLR0913 - keywords, each with a default
         """The entry of a case, and the slice that a picture shows. The probabilities are gone
         afterwards, before the next case asks for their room."""
         case, lost = read.case, {}
-        found = read.probabilities(
-            forward,
-            store,
-            patch=patch,
-            overlap=overlap,
-            mirror_axes=mirror_axes,
-            batch=batch,
-            dims=dims,
-            device=device,
-        )
+        found = read.probabilities(forward, store, window)
         if objective is not None:
             found, logits = found.chunk(2)
-            lost = {"loss": case_loss(objective, logits, read.label_ZYX, flat=patch[0] == 1)}
+            lost = {"loss": case_loss(objective, logits, read.label_ZYX, flat=window.patch[0] == 1)}
         label = raw_label(found, store, case, task)
         scores = score_case(
             label,
@@ -168,9 +160,9 @@ def evaluate_cases(  # noqa: PLR0913 - keywords, each with a default
         return _entry(case, scores) | lost, z, stored[z]
 
     reading = ahead(
-        functools.partial(Read.of, store, device=device),
+        functools.partial(Read.of, store, device=window.device),
         share,
-        background=torch.device(device).type == "cuda",
+        background=torch.device(window.device).type == "cuda",
         roomy=lambda read: roomy(read.image_CZYX),
     )
     try:
@@ -201,16 +193,16 @@ def evaluate_cases(  # noqa: PLR0913 - keywords, each with a default
         "dataset": store.manifest.dataset.name,
         "store": store.manifest.id,
         "settings": {
-            "patch": list(patch),
-            "overlap": overlap,
-            "mirror_axes": list(mirror_axes),
+            "patch": list(window.patch),
+            "overlap": window.overlap,
+            "mirror_axes": list(window.mirror_axes),
             "distances": distances,
             "tolerance": {name: tolerance_of(name, tolerance) for name in task.names},
-            "pool": pool,
+            "pool": measures.pool,
         },
         "structures": list(task.names),
         "cases": cases,
-        "summary": summarise(cases, task.names, pool, intervals=distances),
+        "summary": summarise(cases, task.names, measures.pool, intervals=distances),
         "unit": unit,
         "definitions": definitions(unit),
     }
@@ -261,8 +253,8 @@ class Read:
             label_ZYX=store.label(case),
         )
 
-    def probabilities(self, forward: Forward, store: ShardStore, **window: Any) -> Tensor:
-        return case_probabilities(forward, store, self.case, image_CZYX=self.image_CZYX, **window)
+    def probabilities(self, forward: Forward, store: ShardStore, window: Window) -> Tensor:
+        return case_probabilities(forward, store, self.case, window, self.image_CZYX)
 
 
 def stored_image(store: ShardStore, case: CaseEntry) -> Tensor:
@@ -273,13 +265,7 @@ def case_probabilities(
     forward: Forward,
     store: ShardStore,
     case: CaseEntry,
-    *,
-    patch: Sequence[int],
-    overlap: float = 0.5,
-    mirror_axes: Sequence[int] = (),
-    batch: int = 1,
-    dims: int | None = None,
-    device: torch.device | str = "cpu",
+    window: Window,
     image_CZYX: Tensor | None = None,
 ) -> Tensor:
     """(K, Z, Y, X) float32 probabilities of a stored case on the stored grid; on a GPU that has
@@ -288,23 +274,18 @@ def case_probabilities(
         return sliding_window(
             forward,
             stored_image(store, case) if image_CZYX is None else image_CZYX,
-            patch=patch,
-            overlap=overlap,
-            mirror_axes=mirror_axes,
-            batch=batch,
-            dims=dims or (2 if patch[0] == 1 else 3),
             scale=store.manifest.plan.scale,
-            device=device,
+            **window.options(),
         )
     except FloatingPointError as error:
         raise FloatingPointError(f"case '{case.id}': {error}") from None
 
 
 def predict_case(
-    forward: Forward, store: ShardStore, case: CaseEntry, task: Task, **window: Any
+    forward: Forward, store: ShardStore, case: CaseEntry, task: Task, window: Window
 ) -> np.ndarray:
-    """(Z, Y, X) uint8 label on the raw grid; `window`: as for `case_probabilities`."""
-    return raw_label(case_probabilities(forward, store, case, **window), store, case, task)
+    """(Z, Y, X) uint8 label on the raw grid."""
+    return raw_label(case_probabilities(forward, store, case, window), store, case, task)
 
 
 def raw_label(found_KZYX: Tensor, store: ShardStore, case: CaseEntry, task: Task) -> np.ndarray:

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from segfleet.pipeline import checkpoint
 from segfleet.pipeline.devices import numerics, out_of_memory
 from segfleet.pipeline.engines.base import Engine, autocast
 from segfleet.pipeline.engines.common import load_weights
+from segfleet.pipeline.inference.sliding_window import Window
 from segfleet.pipeline.parts import (
     Objective,
     build_network,
@@ -35,7 +36,7 @@ from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.run import StageFolder, lock_stage
 from segfleet.pipeline.scoring import scored
-from segfleet.pipeline.scoring.evaluate import Kept, evaluate_cases
+from segfleet.pipeline.scoring.evaluate import Kept, Measures, evaluate_cases
 from segfleet.pipeline.scoring.external import EXTERNAL, TestSet, overlap_with_training
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.pipeline.task import RECONSTRUCT, Task
@@ -171,14 +172,13 @@ class Scorer:
                 self.store,
                 ids,
                 task,
-                distances=False,
-                objective=Objective(self.recipe, task),
+                self._window(),
+                Measures(distances=False, objective=Objective(self.recipe, task)),
                 ranks=self.ranks,
                 progress=functools.partial(self._tell, "validation"),
                 show=lambda case, z, label: (
                     slices.append((case, z, label.tolist())) if case in shown else None
                 ),
-                **self._window(),
             )
         self._note(None)
         found = [one for part in self.ranks.gather(slices) for one in part]
@@ -249,7 +249,7 @@ class Scorer:
                 "fold": test.fold,
                 **overlap_with_training(self.recipe, self.store.manifest, ids),
             }
-            window = {**self._window(), "patch": patch_of(self.recipe, trained)}
+            window = replace(self._window(), patch=patch_of(self.recipe, trained))
             self._evaluate(out, network, ids, facts, lambda: extras, window)
         return out
 
@@ -260,7 +260,7 @@ class Scorer:
         ids: list[str],
         facts: dict[str, Any],
         extras: Callable[[], dict[str, Any]],
-        window: dict[str, Any],
+        window: Window,
     ) -> None:
         """evaluation.json, pictures and report of the cases into `out`, vouched for by `facts`."""
         model, task, name = network
@@ -272,12 +272,11 @@ class Scorer:
                 self.store,
                 ids,
                 task,
+                window,
+                Measures(pool=self.recipe.data.batch, tolerance=self.recipe.evaluation.tolerance),
                 ranks=self.ranks,
                 progress=functools.partial(self._tell, "scoring"),
                 kept=kept,
-                pool=self.recipe.data.batch,
-                tolerance=self.recipe.evaluation.tolerance,
-                **window,
             )
         if self.ranks.rank == 0:
             document |= {
@@ -314,16 +313,15 @@ class Scorer:
     def _ids(self) -> list[str]:
         return scored.scored_ids(self.recipe, self.store.manifest)
 
-    def _window(self) -> dict[str, Any]:
+    def _window(self) -> Window:
         options = self.recipe.evaluation
-        patch = patch_of(self.recipe, self.store.manifest)
-        return {
-            "patch": patch,
-            "overlap": options.overlap,
-            "mirror_axes": options.mirror,
-            "batch": options.batch,
-            "device": self.ranks.device,
-        }
+        return Window(
+            patch=patch_of(self.recipe, self.store.manifest),
+            overlap=options.overlap,
+            mirror_axes=options.mirror,
+            batch=options.batch,
+            device=self.ranks.device,
+        )
 
     def _memory(self) -> AbstractContextManager[None]:
         patch = patch_of(self.recipe, self.store.manifest)

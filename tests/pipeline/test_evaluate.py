@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from segfleet.core.errors import InputError
+from segfleet.pipeline.inference.sliding_window import Window
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.reports.overlays import (
     busiest_slice,
@@ -20,7 +21,7 @@ from segfleet.pipeline.reports.overlays import (
     draw_overlay,
     save_overlays,
 )
-from segfleet.pipeline.scoring.evaluate import Kept, evaluate_cases, truth_of
+from segfleet.pipeline.scoring.evaluate import Kept, Measures, evaluate_cases, truth_of
 from segfleet.pipeline.task import make_task
 from segfleet.preprocess.building.build import build
 from segfleet.preprocess.building.request import BuildRequest
@@ -98,7 +99,7 @@ def test_a_perfect_network_scores_nearly_one_on_the_raw_grid(stores, name):
     task = make_task(store.manifest.dataset)
     for case in store.manifest.cases:
         document = evaluate_cases(
-            Oracle(store, task), store, [case.id], task, patch=case.shape, overlap=0.0
+            Oracle(store, task), store, [case.id], task, Window(patch=case.shape, overlap=0.0)
         )
         for structure in task.names:
             scores = document["cases"][0]["scores"][structure]
@@ -127,7 +128,7 @@ def test_a_store_without_truth_is_refused(stores):
 
 
 def window(store):
-    return {"patch": store.manifest.plan.patch, "overlap": 0.5, "mirror_axes": (1, 2), "batch": 2}
+    return Window(patch=store.manifest.plan.patch, overlap=0.5, mirror_axes=(1, 2), batch=2)
 
 
 @pytest.mark.parametrize("name", ["msd", "nnunet", "dsb2018"])
@@ -141,7 +142,7 @@ def test_the_document_is_strict_json_with_every_case_in_order(stores, name):
         store,
         ids,
         task,
-        **window(store),
+        window(store),
         progress=lambda done, total: ticks.append((done, total)),
     )
     again = json.loads(json.dumps(document, allow_nan=False))
@@ -159,9 +160,9 @@ def test_the_document_is_strict_json_with_every_case_in_order(stores, name):
         "precision",
         "volume_error",
     }
-    assert (
-        evaluate_cases(threshold(task.channels), store, ids, task, **window(store)) == document
-    ), "same bits again"
+    assert evaluate_cases(threshold(task.channels), store, ids, task, window(store)) == document, (
+        "same bits again"
+    )
 
 
 class ThreadRanks(Ranks):
@@ -198,11 +199,11 @@ def test_the_result_does_not_depend_on_the_number_of_ranks(stores, size):
     store, _ = stores["msd"]
     task = make_task(store.manifest.dataset)
     ids = [case.id for case in store.manifest.cases]
-    alone = evaluate_cases(threshold(task.channels), store, ids, task, **window(store))
+    alone = evaluate_cases(threshold(task.channels), store, ids, task, window(store))
     for document in on_ranks(
         size,
         lambda ranks: evaluate_cases(
-            threshold(task.channels), store, ids, task, **window(store), ranks=ranks
+            threshold(task.channels), store, ids, task, window(store), ranks=ranks
         ),
     ):
         assert document == alone
@@ -215,7 +216,7 @@ def test_an_error_on_one_rank_is_raised_on_all(stores):
     errors = on_ranks(
         2,
         lambda ranks: evaluate_cases(
-            threshold(task.channels), store, ids, task, **window(store), ranks=ranks
+            threshold(task.channels), store, ids, task, window(store), ranks=ranks
         ),
     )
     assert all(isinstance(error, InputError) and "nobody" in str(error) for error in errors)
@@ -230,7 +231,7 @@ def test_a_diverged_network_names_the_case(stores):
             store,
             [case.id],
             task,
-            **window(store),
+            window(store),
         )
 
 
@@ -239,7 +240,7 @@ def test_a_case_asked_for_twice_is_refused(stores):
     one = store.manifest.cases[0].id
     with pytest.raises(InputError, match="twice"):
         evaluate_cases(
-            threshold(3), store, [one, one], make_task(store.manifest.dataset), **window(store)
+            threshold(3), store, [one, one], make_task(store.manifest.dataset), window(store)
         )
 
 
@@ -249,7 +250,7 @@ def test_without_distances_hd95_is_missing_and_dice_the_same(stores):
     ids = [case.id for case in store.manifest.cases]
     full, quick = (
         evaluate_cases(
-            threshold(task.channels), store, ids, task, **window(store), distances=distances
+            threshold(task.channels), store, ids, task, window(store), Measures(distances=distances)
         )
         for distances in (True, False)
     )
@@ -263,7 +264,7 @@ def test_overlays_show_best_median_and_worst(stores, name, tmp_path):
     task = make_task(store.manifest.dataset)
     forward, ids = threshold(task.channels), [case.id for case in store.manifest.cases]
     kept = Kept(tmp_path / "kept", {}, 0)
-    document = evaluate_cases(forward, store, ids, task, **window(store), kept=kept)
+    document = evaluate_cases(forward, store, ids, task, window(store), kept=kept)
     index = save_overlays(
         tmp_path,
         document,

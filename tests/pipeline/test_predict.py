@@ -18,6 +18,7 @@ from segfleet.core.errors import InputError
 from segfleet.pipeline.inference.collect import collect
 from segfleet.pipeline.inference.ensemble import Member
 from segfleet.pipeline.inference.predict import Wishes, predict_files
+from segfleet.pipeline.inference.sliding_window import Window
 from segfleet.pipeline.reports.overlays import save_prediction
 from segfleet.pipeline.scoring.evaluate import predict_case
 from segfleet.pipeline.task import make_task
@@ -110,7 +111,11 @@ def test_raw_files_give_what_the_store_gives(sets, name, tmp_path):
     )
     for case in store.manifest.cases:
         expected = predict_case(
-            threshold(task.channels), store, case, task, patch=store.manifest.plan.patch, batch=2
+            threshold(task.channels),
+            store,
+            case,
+            task,
+            Window(patch=store.manifest.plan.patch, batch=2),
         )
         assert len(np.unique(expected)) > 1, "a threshold finds something"
         if name == "dsb2018":

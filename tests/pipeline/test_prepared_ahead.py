@@ -15,6 +15,7 @@ from segfleet.core.ahead import ahead
 from segfleet.core.errors import InputError
 from segfleet.pipeline.inference import predict as predicting
 from segfleet.pipeline.inference.ensemble import Member
+from segfleet.pipeline.inference.sliding_window import Window
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.scoring import evaluate
 from segfleet.pipeline.task import make_task
@@ -74,9 +75,10 @@ def network(channels, until=None):
 
 def evaluated(store, until=None):
     task, ids = make_task(store.manifest.dataset), [case.id for case in store.manifest.cases]
-    patch = store.manifest.plan.patch
+    window = Window(patch=store.manifest.plan.patch)
+    measures = evaluate.Measures(distances=False)
     return evaluate.evaluate_cases(
-        network(task.channels, until), store, ids, task, patch=patch, distances=False
+        network(task.channels, until), store, ids, task, window, measures
     )
 
 
@@ -196,6 +198,10 @@ def test_the_background_is_for_gpus(store, device, monkeypatch, tmp_path):
     )
     with pytest.raises(KeyError):  # nothing was scored
         evaluate.evaluate_cases(
-            network(1), store, [store.manifest.cases[0].id], task, patch=plan.patch, device=device
+            network(1),
+            store,
+            [store.manifest.cases[0].id],
+            task,
+            Window(patch=plan.patch, device=device),
         )
     assert asked == [device == "cuda"] * 2

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from segfleet.core.errors import InputError
+from segfleet.pipeline.inference.sliding_window import Window
 from segfleet.pipeline.reports.curves import MOST, broken, curve, running_mean, thinned, ticks
 from segfleet.pipeline.reports.html import TEMPLATES, Cell, environment
 from segfleet.pipeline.reports.overlays import save_overlays
@@ -73,7 +74,7 @@ def finished(tmp_path_factory):
     write_msd_phantom(root / "raw", cases=8, size=(10, 32, 40))
     build(BuildRequest("msd", root / "raw", root / "store", workers=1))
     store = open_store(root / "store")
-    task, window = make_task(store.manifest.dataset), {"patch": (8, 16, 16), "batch": 4}
+    task, window = make_task(store.manifest.dataset), Window(patch=(8, 16, 16), batch=4)
     leaf = root / "runs" / "0a1b2c3d4e5f" / "f5e4d3c2b1a0"
     leaf.mkdir(parents=True)
     (leaf / "recipe.json").write_text(json.dumps(RECIPE))
@@ -82,7 +83,7 @@ def finished(tmp_path_factory):
     (leaf / "events.jsonl").write_text(events(200, 1.7e9 + 2000, 1e-4) + '{"event": "step", "st')
     kept = Kept(root / "kept", {}, 0)
     document = evaluate_cases(
-        forward, store, [case.id for case in store.manifest.cases], task, **window, kept=kept
+        forward, store, [case.id for case in store.manifest.cases], task, window, kept=kept
     )
     document |= {
         "checkpoint": "step-000000200",
