@@ -7,14 +7,17 @@ Each module gets up to `per` faults, drawn by seed from all that the rules below
 comparison turned or moved by one, + for -, `and` for `or`, a number one larger, a truth value
 turned, `min` for `max`, an order left out, a call left out whose value nobody uses. The faults are
 made in a clone of the last commit. What came out goes to results/mutants.json, survivors with their
-line; a module that was not named keeps what was found before.
+line, and apart from them those that change nothing that anybody could see, with the reason
+(`EQUIVALENT`); a module that was not named keeps what was found before.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import copy
+import importlib
 import json
 import os
 import random
@@ -22,31 +25,65 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = Path(__file__).parent / "results" / "mutants.json"
 ROOMS = ("core", "models", "preprocess", "pipeline", "slurm", "sweeps", "cli")
 SUBJECTS = {  # module -> the tests that ought to notice
-    "pipeline/data/sampler.py": ["pipeline/test_sampler.py", "pipeline/test_parts.py"],
-    "pipeline/data/randomness.py": ["pipeline/test_sampler.py", "pipeline/test_loader.py"],
+    # sampling
+    "pipeline/data/sampler.py": ["pipeline/test_sampler.py", "pipeline/test_several_stores.py"],
+    "pipeline/data/randomness.py": ["pipeline/test_sampler.py"],
+    # checkpoint
     "pipeline/checkpoint.py": ["pipeline/test_checkpoint.py", "pipeline/test_damaged_files.py"],
-    "pipeline/run.py": ["pipeline/test_recipe.py", "pipeline/test_train.py"],
+    # manifest
     "preprocess/stores/manifest.py": [
+        "preprocess/test_case_table.py",
         "preprocess/test_stores.py",
+        "preprocess/test_store_states.py",
         "preprocess/test_store_damage.py",
-        "preprocess/test_build.py",
+    ],
+    "preprocess/stores/case_entry.py": [
+        "preprocess/test_case_table.py",
+        "preprocess/test_stores.py",
+    ],
+    "preprocess/stores/case_table.py": [
+        "preprocess/test_case_table.py",
+        "preprocess/test_stores.py",
     ],
     "preprocess/stores/shard_writer.py": ["preprocess/test_shard_writer.py"],
-    "preprocess/planning/plan.py": ["preprocess/test_plan.py"],
+    # planning
+    "preprocess/planning/plan.py": ["preprocess/test_plan.py", "preprocess/test_overrides.py"],
     "preprocess/planning/splits.py": ["preprocess/test_splits.py"],
     "preprocess/transforms/resample.py": ["preprocess/test_transforms.py"],
+    **{
+        f"pipeline/planning/{name}.py": ["cli/test_plan.py"]
+        for name in ("choices", "cpu", "gpu", "planned", "target", "timing")
+    },
+    # identity
+    "pipeline/run.py": [
+        "pipeline/test_stage_settings.py",
+        "pipeline/test_run_folder_states.py",
+        "pipeline/test_recipe.py",
+        "pipeline/test_several_stores.py",
+        "pipeline/test_sources.py",
+    ],
+    "pipeline/recipe.py": ["pipeline/test_recipe.py", "pipeline/test_stage_settings.py"],
+    "pipeline/sources.py": ["pipeline/test_sources.py"],
+    "pipeline/devices/numerics.py": ["pipeline/test_numerics.py"],
+    # what all stand on
     "core/files.py": ["core/test_files.py"],
     "core/machine.py": ["core/test_machine.py", "preprocess/test_plan.py"],
 }
+# module -> {fault: why it is none}
+EQUIVALENT: dict[str, dict[str, str]] = {}
 COMPARISONS = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
@@ -152,7 +189,48 @@ def put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
         getattr(parent, field)[index] = node
 
 
-def tested(clone: Path, tests: list[str], limit: float) -> bool:
+class Watch:
+    """A plugin of pytest: which functions of a file each test calls, and how long each takes."""
+
+    def __init__(self, path: Path):
+        self.end, self.name = "/" + str(path), ""
+        self.calls: dict[int, set[str]] = {}  # first line of a function -> tests
+        self.seconds: dict[str, float] = {}
+
+    def trace(self, frame: Any, event: str, arg: Any) -> None:
+        if frame.f_code.co_filename.endswith(self.end):
+            self.calls.setdefault(frame.f_code.co_firstlineno, set()).add(self.name)
+
+    def pytest_collection_finish(self) -> None:
+        sys.settrace(self.trace)
+        threading.settrace(self.trace)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.name = nodeid
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0) + report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        sys.settrace(None)
+        calls = {line: sorted(tests) for line, tests in self.calls.items()}
+        modules = sorted(name for name in sys.modules if not name.startswith("tests"))
+        Path("watched").write_text(json.dumps([calls, self.seconds, modules]))
+
+
+class Only:
+    """A plugin of pytest: these tests alone, in this order."""
+
+    def __init__(self, names: list[str]):
+        self.place = {name: number for number, name in enumerate(names)}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list) -> None:
+        items[:] = [item for item in items if item.nodeid in self.place]
+        items.sort(key=lambda item: self.place[item.nodeid])
+
+
+def tested(clone: Path, files: Iterable[str], limit: float, plugin: Any = None) -> bool:
     """Whether the tests pass in a fork of this process, which has the heavy packages already. One
     that hangs has noticed."""
     child = os.fork()
@@ -164,10 +242,8 @@ def tested(clone: Path, tests: list[str], limit: float) -> bool:
             quiet = os.open(clone / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(quiet, 1)
             os.dup2(quiet, 2)
-            import pytest
-
-            words = ["-x", "-q", "-p", "no:cacheprovider"]
-            code = int(pytest.main([*words, *(f"tests/{name}" for name in tests)]))
+            words = ["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in files)]
+            code = int(pytest.main(words, plugins=[plugin] if plugin else []))
         except BaseException:
             traceback.print_exc()
         finally:
@@ -181,29 +257,107 @@ def tested(clone: Path, tests: list[str], limit: float) -> bool:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return False
-        time.sleep(0.02)
+        time.sleep(0.01)
+
+
+def functions(source: str) -> dict[int, int]:
+    """Line -> first line of the innermost function around it, as its code says it."""
+    found = {}
+    for node in ast.walk(ast.parse(source)):  # outer ones come first
+        if isinstance(node, ast.FunctionDef):
+            first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
+            found |= dict.fromkeys(range(node.body[0].lineno, node.end_lineno + 1), first)
+    return found
+
+
+def dependents(module: str) -> set[str]:
+    """The module and all of ours that import it at their top level, or import such."""
+    needs = {}
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            name = "segfleet." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            wanted = set()
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ImportFrom):
+                    wanted |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+                elif isinstance(node, ast.Import):
+                    wanted |= {a.name for a in node.names}
+            needs[name.removesuffix(".__init__")] = wanted
+    found = {"segfleet." + module.removesuffix(".py").replace("/", ".")}
+    while more := {name for name, wanted in needs.items() if wanted & found} - found:
+        found |= more
+    return found
 
 
 def examine(clone: Path, module: str, per: int, seed: int) -> dict:
-    tests, path = SUBJECTS[module], clone / module
-    source = path.read_text(encoding="utf-8")
-    start = time.monotonic()
-    if not tested(clone, tests, 600):
+    """In a process of its own, which imports beforehand all that its tests need but what hangs on
+    the module. A fault meets the tests that call its function, the quickest first; one that they
+    miss meets all."""
+    start, results = time.monotonic(), clone / "results"
+    if not tested(clone, SUBJECTS[module], 600, Watch(Path(module))):
         sys.exit(f"{module}: its tests fail without any fault:\n{(clone / 'log').read_text()}")
-    limit = 30 + 5 * (time.monotonic() - start)
-    every = list(mutants(source))
+    limit = 20 + 3 * (time.monotonic() - start)
+    results.unlink(missing_ok=True)
+    child = os.fork()
+    if child == 0:
+        try:
+            results.write_text(json.dumps(tried(clone, module, per, seed, limit)))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    return json.loads(results.read_text())
+
+
+def as_shipped(clone: Path, module: str) -> None:
+    """Not by its name: a file that is not as shipped changes what runs are called."""
+    table = clone / "pipeline" / "sources.json"
+    shipped = json.loads(table.read_text())
+    if module in shipped["files"]:
+        from segfleet.pipeline.sources import source_hash
+
+        shipped["files"][module] = source_hash(clone / module)
+        table.write_text(json.dumps(shipped))
+
+
+def tried(clone: Path, module: str, per: int, seed: int, limit: float) -> dict:
+    calls, seconds, modules = json.loads((clone / "watched").read_text())
+    hang = dependents(module)
+    for name in modules:
+        if name not in hang and not name.endswith("__main__"):
+            with contextlib.suppress(Exception):  # of pytest's own making
+                importlib.import_module(name)
+    assert not hang & sys.modules.keys()
+    path = clone / module
+    source = path.read_text(encoding="utf-8")
+    around, every = functions(source), list(mutants(source))
     chosen = sorted(random.Random(seed).sample(range(len(every)), min(per, len(every))))
-    survivors = []
-    try:
-        for number in chosen:
-            faulty, line, change = every[number]
-            path.write_text(faulty, encoding="utf-8")
-            if tested(clone, tests, limit):
-                survivors.append(f"{line}: {change}")
-                print(f"{module}:{line} survived: {change}", flush=True)
-    finally:
-        path.write_text(source, encoding="utf-8")
-    return {"possible": len(every), "tried": len(chosen), "survivors": survivors}
+    survivors, known = [], {}
+    stamp = path.stat().st_mtime
+    for number in chosen:
+        faulty, line, change = every[number]
+        path.write_text(faulty, encoding="utf-8")
+        as_shipped(clone, module)
+        stamp += 10  # compiled files are told apart by whole seconds
+        os.utime(path, (stamp, stamp))
+        near = sorted(calls.get(str(around.get(line)), ()), key=lambda name: seconds.get(name, 0))
+        files = [name for name in SUBJECTS[module] if any(f"tests/{name}::" in n for n in near)]
+        if (near and not tested(clone, files, limit, Only(near))) or not tested(
+            clone, SUBJECTS[module], limit
+        ):
+            continue
+        if why := EQUIVALENT.get(module, {}).get(change):
+            known[f"{line}: {change}"] = why
+        else:
+            survivors.append(f"{line}: {change}")
+            print(f"{module}:{line} survived: {change}", flush=True)
+    path.write_text(source, encoding="utf-8")
+    as_shipped(clone, module)
+    os.utime(path, (stamp + 10, stamp + 10))
+    killed = len(chosen) - len(survivors) - len(known)
+    facts = {"possible": len(every), "tried": len(chosen), "killed": killed}
+    return facts | {"survivors": survivors, "equivalent": known}
 
 
 def main() -> None:
@@ -221,7 +375,9 @@ def main() -> None:
             (package / room).symlink_to(clone / room)
         os.environ["PYTHONPATH"] = str(package.parent)
         os.environ.setdefault("SEGFLEET_TEST_DATA", str(ROOT.parent / "shared" / "data"))
-        os.environ |= {"SEGFLEET_DEVICE": "cpu", "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        os.environ |= {"SEGFLEET_DEVICE": "cpu", "PYTHONUTF8": "1"}
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        sys.dont_write_bytecode = False  # tests are compiled once
         sys.path.insert(0, str(package.parent))
         for heavy in ("torch", "numpy", "scipy.ndimage", "h5py", "nibabel"):
             __import__(heavy)
