@@ -1,7 +1,7 @@
 """Do the tests bite? Small faults are put into the code that decides results, one at a time, and
 the tests of that code are run: a fault that no test notices is a survivor.
 
-    python benchmarks/mutants.py [--per 40] [--seed 2026] [MODULE ...]
+    python benchmarks/mutants.py [--per 40] [--seed 2026] [--named] [MODULE ...]
 
 Each module gets up to `per` faults, drawn by seed from all that the rules below can make of it: a
 comparison turned or moved by one, + for -, `and` for `or`, a number one larger, a truth value
@@ -84,6 +84,87 @@ SUBJECTS = {  # module -> the tests that ought to notice
 }
 # module -> {fault: why it is none}
 EQUIVALENT: dict[str, dict[str, str]] = {}
+# Faults that somebody made by hand once, when no test noticed: (module, text, in its place, tests)
+NAMED = {
+    "a shard is named before its files are synced": (
+        "preprocess/stores/shard_writer.py",
+        "        os.fsync(handle)\n",
+        "        pass\n",
+        "preprocess/test_shard_writer.py",
+    ),
+    "a job inherits CUDA_VISIBLE_DEVICES": (
+        "slurm/cluster.py",
+        '    "CUDA_VISIBLE_DEVICES",\n',
+        "",
+        "slurm/test_jobspec.py::test_a_job_inherits_no_cores_ranks_or_gpus",
+    ),
+    "ranks killed at the deadline do not come back": (
+        "slurm/submitit_launcher.py",
+        "|| [ $code -gt 128 '",
+        "|| [ $code -gt 255 '",
+        "slurm/test_jobspec.py::test_who_comes_back",
+    ),
+    "a restart without progress more": (
+        "slurm/rank.py",
+        "len(before) > limit and set(before[-limit - 1 :])",
+        "len(before) > limit + 1 and set(before[-limit - 2 :])",
+        "slurm/test_jobspec.py::test_restarts_without_progress_end",
+    ),
+    "a restart without progress fewer": (
+        "slurm/rank.py",
+        "len(before) > limit and set(before[-limit - 1 :])",
+        "len(before) >= limit and set(before[-limit:])",
+        "slurm/test_jobspec.py::test_restarts_without_progress_end",
+    ),
+    "paired intervals take one case of a patient": (
+        "pipeline/scoring/compare.py",
+        "by_patient.setdefault(int(patient), []).append(float(value))",
+        "by_patient[int(patient)] = [float(value)]",
+        "pipeline/test_compare.py",
+    ),
+    "a store's id does not know its patients": (
+        "preprocess/stores/manifest.py",
+        'PLACE = {"shard",',
+        'PLACE = {"group", "shard",',
+        "preprocess/test_stores.py",
+    ),
+    "a shard's key does not know the plan": (
+        "preprocess/building/shard_job.py",
+        '            plan.model_dump(mode="json"),\n            request.format,',
+        "            request.format,",
+        "preprocess/test_build.py",
+    ),
+    "of equal labels the last wins": (
+        "preprocess/transforms/resample.py",
+        "larger = shown > best + np.float32(NEGLIGIBLE)",
+        "larger = shown >= best",
+        "preprocess/test_transforms.py",
+    ),
+    "the cgroup's quota is ignored": (
+        "core/machine.py",
+        "            found.append(int(quota) // int(period))\n",
+        "            pass\n",
+        "core/test_machine.py",
+    ),
+    "a file is written in place": (
+        "core/files.py",
+        "    with replacing(path) as temporary:\n        temporary.write_bytes(",
+        "    if True:\n        path.write_bytes(",
+        "core/test_files.py",
+    ),
+    "the number of an ended process is believed": (
+        "core/litter.py",
+        ' or _began(note["process"]) != note.get("began")',
+        "",
+        "core/test_litter.py",
+    ),
+    "a daemon's number is believed whoever has it now": (
+        "slurm/sandbox/sandbox.py",
+        "Path(command).name == name.split()[0] and ",
+        "",
+        "slurm/test_jobspec.py::test_a_number_that_another_process_has_is_no_daemon",
+    ),
+}
 COMPARISONS = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
@@ -360,11 +441,28 @@ def tried(clone: Path, module: str, per: int, seed: int, limit: float) -> dict:
     return facts | {"survivors": survivors, "equivalent": known}
 
 
+def by_hand(clone: Path) -> dict[str, bool]:
+    """Name -> whether a test noticed."""
+    found = {}
+    for name, (module, text, instead, tests) in NAMED.items():
+        path = clone / module
+        source = path.read_text(encoding="utf-8")
+        assert text in source, f"{name}: {module} has no {text!r}"
+        if not tested(clone, [tests], 600):
+            sys.exit(f"{name}: {tests} fails without it:\n{(clone / 'log').read_text()}")
+        path.write_text(source.replace(text, instead), encoding="utf-8")
+        found[name] = not tested(clone, [tests], 600)
+        path.write_text(source, encoding="utf-8")
+        print(f"{'noticed' if found[name] else 'SURVIVED'}: {name}", flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("modules", nargs="*", default=list(SUBJECTS), metavar="MODULE")
     parser.add_argument("--per", type=int, default=40)
     parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--named", action="store_true", help="those made by hand, and no others")
     given = parser.parse_args()
     done = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     with tempfile.TemporaryDirectory(prefix="segfleet-mutants-") as folder:
@@ -381,7 +479,10 @@ def main() -> None:
         sys.path.insert(0, str(package.parent))
         for heavy in ("torch", "numpy", "scipy.ndimage", "h5py", "nibabel"):
             __import__(heavy)
-        for module in given.modules:
+        if given.named:
+            done["by hand"] = by_hand(clone)
+            RESULT.write_text(json.dumps(dict(sorted(done.items())), indent=1) + "\n")
+        for module in () if given.named else given.modules:
             done[module] = examine(clone, module, given.per, given.seed) | {"seed": given.seed}
             RESULT.write_text(json.dumps(dict(sorted(done.items())), indent=1) + "\n")
             print(module, json.dumps(done[module], indent=1), flush=True)

@@ -34,6 +34,7 @@ from segfleet.slurm import job as slurm_job
 from segfleet.slurm.job import SlurmJob
 from segfleet.slurm.jobspec import JobSpec, make_spec, minutes
 from segfleet.slurm.prepare import members
+from segfleet.slurm.sandbox.sandbox import Sandbox
 from segfleet.slurm.submitit_launcher import (
     SlurmLauncher,
     after,
@@ -714,6 +715,23 @@ def _manifest(recipe):
     from segfleet.preprocess.stores.manifest import load_manifest
 
     return load_manifest(Path(recipe.data.store))
+
+
+def test_a_number_that_another_process_has_is_no_daemon(tmp_path):
+    """The sandbox ends whom its files of process numbers name: never another program that has the
+    number now."""
+    own = Sandbox(tmp_path)
+    file = tmp_path / "ctld.pid"
+    file.write_text(f"{os.getpid()}\n")
+    assert own.pids() == {}
+    daemon = subprocess.Popen([str(tmp_path / "slurmctld"), "60"], executable="/bin/sleep")
+    try:
+        file.write_text(f"{daemon.pid}\n")
+        assert own.pids() == {"slurmctld": daemon.pid}
+    finally:
+        daemon.kill()
+        daemon.wait()
+    assert own.pids() == {}
 
 
 def test_a_job_inherits_no_cores_ranks_or_gpus():
