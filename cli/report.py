@@ -25,7 +25,8 @@ def command(
 ) -> None:
     """Write a run's report as one HTML file and print its path."""
     from segfleet.core.files import write_atomically
-    from segfleet.pipeline.reports.report import CASES_CSV, cases_csv, write_report
+    from segfleet.pipeline.reports.report import CASES_CSV, write_report
+    from segfleet.pipeline.reports.score_tables import cases_csv
     from segfleet.pipeline.run import find_run
     from segfleet.pipeline.scoring.scored import evaluation_of
 

@@ -39,7 +39,8 @@ def command(
     """Score any folder of predictions against the truth: the same scores and report as of a run.
     `segfleet compare` takes the folder of scores as it takes a run."""
     from segfleet.core.files import write_atomically
-    from segfleet.pipeline.reports.report import CASES_CSV, cases_csv, write_report
+    from segfleet.pipeline.reports.report import CASES_CSV, write_report
+    from segfleet.pipeline.reports.score_tables import cases_csv
     from segfleet.pipeline.scoring.predictions import parse_labels, score_predictions, write_scores
 
     with progress("scoring") as tick:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from segfleet.core.files import write_atomically
 from segfleet.pipeline.reports.curves import slopes
 from segfleet.pipeline.reports.html import Cell, Table, interval, render
-from segfleet.pipeline.reports.report import COLUMNS, in_unit
+from segfleet.pipeline.reports.score_tables import COLUMNS, in_unit
 
 COLUMNS_OF_CSV = (
     *("metric", "structure", "first", "second", "cases", "patients", "one_missing", "difference"),

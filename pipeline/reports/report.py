@@ -8,9 +8,6 @@ said to be missing. A folder of scores without a run (`segfleet score`) has no r
 from __future__ import annotations
 
 import base64
-import csv
-import io
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,68 +20,20 @@ from segfleet.core.files import read_json, write_atomically
 from segfleet.pipeline.events import read_events
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.reports.curves import curve, strips
-from segfleet.pipeline.reports.html import Cell, Table, interval, render
+from segfleet.pipeline.reports.html import interval, render
+from segfleet.pipeline.reports.score_tables import (
+    cases_table,
+    counts_table,
+    folds_table,
+    pooled_tables,
+    structures_tables,
+    variants_table,
+)
 from segfleet.pipeline.scoring.form import is_evaluation
 from segfleet.pipeline.scoring.intervals import FEWEST
 from segfleet.pipeline.scoring.scored import optimism
 
 NAME, CASES_CSV = "report.html", "cases.csv"
-
-POOLED = (  # what is read off one confusion matrix
-    ("dice", "Dice"),
-    ("iou", "IoU"),
-    ("mean_iou", "Mean IoU with background"),
-    ("accuracy", "Pixel accuracy"),
-    ("sensitivity", "Sensitivity"),
-    ("specificity", "Specificity"),
-    ("precision", "Precision"),
-)
-COLUMNS = (  # metric, heading, digits, signed
-    ("dice", "Dice", 3, False),
-    ("iou", "IoU", 3, False),
-    ("nsd", "NSD", 3, False),
-    ("hd95", "HD95 (mm)", 2, False),
-    ("hd95_max", "HD95 max (mm)", 2, False),
-    ("hd95_area", "HD95 by area (mm)", 2, False),
-    ("assd", "ASSD (mm)", 2, False),
-    ("masd", "MASD (mm)", 2, False),
-    ("sensitivity", "Sensitivity", 3, False),
-    ("precision", "Precision", 3, False),
-    ("specificity", "Specificity", 3, False),
-    ("accuracy", "Pixel accuracy", 3, False),
-    ("lesion_f1", "Lesion F1", 3, False),
-    ("lesion_recall", "Lesion recall", 3, False),
-    ("lesion_fp", "False lesions per case", 2, False),
-    ("brier", "Brier score", 4, False),
-    ("ece", "ECE", 4, False),
-    ("truth_ml", "True volume (ml)", 2, False),
-    ("predicted_ml", "Predicted volume (ml)", 2, False),
-    ("volume_error", "Volume error", 3, True),
-    ("volume_error_ml", "Volume error (ml)", 2, True),
-)
-AGREEMENT, CONTENT = COLUMNS[:8], COLUMNS[8:]  # two tables: overlap and surfaces, and all others
-OF_CASES = ("dice", "nsd", "hd95", "truth_ml", "predicted_ml", "volume_error")
-
-
-def in_unit(columns: Sequence[tuple], unit: str) -> list[tuple[str, str, int, bool, float]]:
-    """Columns in the unit of an evaluation, and what their values are multiplied by."""
-    if unit == "mm":
-        return [(*column, 1.0) for column in columns]
-    size = "area" if unit == "pixels" else "volume"
-    found = []
-    for metric, heading, digits, signed in columns:
-        heading = heading.replace("(mm)", f"({unit})").replace("(ml)", f"({unit})")
-        heading = heading.replace("volume", size).replace("Volume", size.capitalize())
-        counted = metric.endswith("_ml")
-        found.append((metric, heading, 0 if counted else digits, signed, 1e3 if counted else 1.0))
-    return found
-
-
-def times(value: Any, factor: float) -> Any:
-    """A number, or the bounds of an interval, in another unit; None stays None."""
-    if value is None or factor == 1.0:
-        return value
-    return [times(one, factor) for one in value] if isinstance(value, list) else value * factor
 
 
 def write_report(run_folder: str | Path) -> Path:
@@ -112,7 +61,7 @@ def write_report(run_folder: str | Path) -> Path:
         known=_facts(recipe, document or {}, stages),
         notes=_warnings(document or {}, stages),
         curves=_curves(stages, document or {}) if "stages" in recipe else None,
-        folds=_folds((document or {}).get("folds")),
+        folds=folds_table((document or {}).get("folds")),
         version=_version(),
         now=_date(datetime.now(UTC).timestamp()),
         source=f"run {run.name}" if "stages" in recipe else run.name,
@@ -120,25 +69,6 @@ def write_report(run_folder: str | Path) -> Path:
     )
     write_atomically(run / NAME, text)
     return run / NAME
-
-
-def cases_csv(document: dict[str, Any]) -> str:
-    """One line per case and structure of an evaluation, with all of its numbers; empty: missing."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    first = next(iter(document["cases"]), {"scores": {}})
-    keys = [
-        key
-        for key, value in next(iter(first["scores"].values()), {}).items()
-        if not isinstance(value, list)
-    ]
-    writer.writerow(["case", "patient", "fold", "structure", *keys])
-    for case in document["cases"]:
-        for name, scores in case["scores"].items():
-            fold = case.get("fold", document.get("fold"))
-            values = [scores.get(key) for key in keys]
-            writer.writerow([case["id"], case["group"], fold, name, *values])
-    return out.getvalue()
 
 
 def _json(path: Path) -> Any:
@@ -355,24 +285,6 @@ def _curves(stages: list[dict[str, Any]], document: dict[str, Any]) -> list[Any]
     ]
 
 
-def _folds(folds: list[dict[str, Any]] | None) -> Table | None:
-    """Every fold's own score, of a report over all folds."""
-    if not folds:
-        return None
-    return Table(
-        label="Folds",
-        caption="Every case is scored by the one network that was not trained on it.",
-        head=("Fold", "Run", "Cases", "Mean foreground Dice"),
-        rows=[
-            (
-                str(one["fold"]),
-                [one["run"], Cell(one["cases"]), Cell(one["mean_foreground_dice"])],
-            )
-            for one in folds
-        ],
-    )
-
-
 def _scores(document: dict[str, Any], run: Path) -> dict[str, Any]:
     """What the template wants of an evaluation."""
     summary = document["summary"]
@@ -394,125 +306,16 @@ def _scores(document: dict[str, Any], run: Path) -> dict[str, Any]:
     return {
         "summary": summary,
         "between": f"95 % interval {interval(bounds)}" if bounds else too_few,
-        "structures": _structures(structures, document.get("unit", "mm")),
+        "structures": structures_tables(structures, document.get("unit", "mm")),
         "strips": strips(rows),
-        "counts": _counts(structures),
-        "variants": [_variants(summary), *_pooled(structures)],
+        "counts": counts_table(structures),
+        "variants": [variants_table(summary), *pooled_tables(structures)],
         "overlays": _overlays(run, index),
         "colours": colours_of(index),
         "drawn": "areas are the truth, lines the prediction, one colour for each structure",
-        "cases": _cases(document),
+        "cases": cases_table(document),
         "definitions": document["definitions"],
     }
-
-
-def _structures(structures: dict[str, Any], unit: str) -> list[Table]:
-    def means(columns: Sequence[tuple], label: str) -> Table:
-        known = [
-            column
-            for column in in_unit(columns, unit)
-            if any(column[0] in scores for scores in structures.values())
-        ]
-        return Table(
-            label=label,
-            caption="Mean over cases; below it the 95 % interval over patients.",
-            head=["Structure", *(heading for _, heading, *_ in known)],
-            rows=[
-                (
-                    name,
-                    [
-                        Cell(
-                            times(scores[m]["mean"], factor),
-                            digits,
-                            interval(times(scores[m]["ci95"], factor), digits),
-                            signed,
-                        )
-                        for m, _, digits, signed, factor in known
-                    ],
-                )
-                for name, scores in structures.items()
-            ],
-        )
-
-    spread = Table(
-        label="Spread by structure",
-        caption="Spread over cases, and how many cases have a value.",
-        head=[
-            "Structure",
-            *("Dice median", "Dice s.d.", "Dice cases"),
-            *(f"HD95 median ({unit})", f"HD95 s.d. ({unit})", "HD95 cases"),
-        ],
-        rows=[
-            (
-                name,
-                [
-                    Cell(scores[m][key], digits)
-                    for m, digits in (("dice", 3), ("hd95", 2))
-                    for key in ("median", "sd", "n")
-                ],
-            )
-            for name, scores in structures.items()
-        ],
-    )
-    return [
-        means(AGREEMENT, "Mean scores by structure"),
-        means(CONTENT, "Detection, calibration and volume by structure"),
-        spread,
-    ]
-
-
-def _counts(structures: dict[str, Any]) -> Table:
-    columns = (
-        ("cases", "Cases"),
-        ("empty_truth", "Truth empty"),
-        ("empty_prediction", "Prediction empty"),
-        ("excluded", "Both empty: excluded from Dice"),
-        ("hd95_missing", "One empty: Dice 0, HD95 missing"),
-    )
-    return Table(
-        label="Counts of empty and missing cases",
-        caption="Nothing is dropped without being counted here.",
-        head=["Structure", *(text for _, text in columns)],
-        rows=[
-            (name, [Cell(scores["counts"][key]) for key, _ in columns])
-            for name, scores in structures.items()
-        ],
-    )
-
-
-def _variants(summary: dict[str, Any]) -> Table:
-    names = [name for name, value in summary["variants"].items() if value is not None]
-    rows = [
-        (structure, [Cell(scores["variants"].get(name)) for name in names])
-        for structure, scores in summary["structures"].items()
-    ]
-    if len(rows) > 1:
-        rows.append(("mean of structures", [Cell(summary["variants"][name]) for name in names]))
-    return Table(
-        label="Dice under other conventions",
-        caption="Papers differ in what they call Dice; compare numbers of one column only. The "
-        "columns are defined at the end.",
-        head=["Dice", *names],
-        rows=rows,
-    )
-
-
-def _pooled(structures: dict[str, Any]) -> list[Table]:
-    """What papers of 2D data sets print: everything that one confusion matrix holds."""
-    rows = [
-        (structure, [way, *(Cell(found[key]) if key in found else "" for key, _ in POOLED)])
-        for structure, scores in structures.items()
-        for way, found in scores.get("pooled", {}).items()
-        if found
-    ]
-    table = Table(
-        label="Pooled scores",
-        caption="One confusion matrix over many images, as most 2D papers count.",
-        head=["Structure", "counted over", *(name for _, name in POOLED)],
-        rows=rows,
-        left=2,
-    )
-    return [table] if rows else []
 
 
 def colours_of(index: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -546,37 +349,6 @@ def _overlays(run: Path, index: list[dict[str, Any]]) -> list[dict[str, str]]:
             }
         )
     return found
-
-
-def _cases(document: dict[str, Any]) -> Table:
-    names = document["structures"]
-    columns = [column for column in COLUMNS if column[0] in OF_CASES]
-    shown = in_unit(columns, document.get("unit", "mm"))
-    rows = [
-        (
-            case["id"],
-            [
-                case["group"],
-                Cell(case["mean_dice"]),
-                *(
-                    Cell(times(case["scores"][name].get(m), factor), digits, "", signed)
-                    for name in names
-                    for m, _, digits, signed, factor in shown
-                ),
-            ],
-        )
-        for case in document["cases"]
-    ]
-    return Table(
-        label="Scores of every case",
-        caption="Click a heading to sort; missing values stay last. All scores are in "
-        "evaluation.json, and `segfleet report --csv` writes them as a table.",
-        head=["Case", "Patient", "Mean Dice", *(text for _ in names for _, text, *_ in shown)],
-        rows=rows,
-        groups=[("", 3), *((name, len(shown)) for name in names)],
-        left=2,
-        sortable=True,
-    )
 
 
 def _version() -> str:

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from segfleet.core.errors import DataError, InputError
-from segfleet.pipeline.reports.report import cases_csv, write_report
+from segfleet.pipeline.reports.report import write_report
+from segfleet.pipeline.reports.score_tables import cases_csv
 from segfleet.pipeline.scoring.predictions import parse_labels, score_predictions, write_scores
 from segfleet.pipeline.scoring.scored import evaluation_of
 from segfleet.preprocess.files.dicom_seg import write_seg

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from segfleet.pipeline.reports.report import COLUMNS, in_unit, times
+from segfleet.pipeline.reports.score_tables import COLUMNS, in_unit, times
 from segfleet.pipeline.scoring.summary import definitions, unit_of
 
 
