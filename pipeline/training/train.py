@@ -294,11 +294,11 @@ def train_stage(this: Run, index: int) -> None:
     saved = progress.step if total else -1  # a stage that trains nothing keeps its beginning
     clock = SaveClock(recipe.save_minutes, ranks)
     agreement = Agreement(ranks, this.asked_to_stop, clock.due)
-    pulse = Pulse(ranks, this.warn)
+    pulse, dump = Pulse(ranks, this.warn), HangDump()
     periods = [period for period in (LOG_EVERY, steps, recipe.save_every) if period]
     try:
         while True:
-            watch_for_hangs()
+            dump.rearm()
             pulse.beat(progress.step)
             stopping, by_clock = agreement.answers()
             stopping &= progress.step < total
@@ -372,7 +372,7 @@ def train_stage(this: Run, index: int) -> None:
             saver.wait()
         raise
     finally:
-        faulthandler.cancel_dump_traceback_later()
+        dump.close()
         pulse.close()
         if log:
             log.close()
@@ -443,11 +443,23 @@ class SaveClock:
         return self.rank == 0 and time.monotonic() - self.since >= self.seconds
 
 
-def watch_for_hangs() -> None:
-    """From now on until the next call, or else every thread's stack goes to stderr."""
-    faulthandler.dump_traceback_later(
-        float(os.environ.get("SEGFLEET_WATCHDOG", "900")), repeat=True
-    )
+class HangDump:
+    """Writes every thread's stack to stderr when the loop has not come round for a time."""
+
+    def __init__(self) -> None:
+        self.seconds = float(os.environ.get("SEGFLEET_WATCHDOG", "900"))
+        self.armed = -math.inf
+
+    def rearm(self) -> None:
+        """From now on, or from up to a hundredth of the time ago: to arm starts a thread, which
+        costs a millisecond and more, and a step may take no longer."""
+        now = time.monotonic()
+        if now - self.armed >= self.seconds / 100:
+            faulthandler.dump_traceback_later(self.seconds, repeat=True)
+            self.armed = now
+
+    def close(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def validation_due(recipe: Recipe, progress: Progress, steps: int) -> bool:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -640,3 +641,17 @@ def test_a_hanging_run_shows_where_it_hangs(tiny_store, tmp_path):
         and "in hang_here" in done.stderr
         and "in train_stage" in done.stderr
     )
+
+
+def test_the_watch_for_hangs_is_armed_anew_now_and_then_not_every_step(monkeypatch):
+    """To arm it starts a thread, which costs more than everything else that the loop adds."""
+    armed, now = [], [0.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(
+        training.faulthandler, "dump_traceback_later", lambda s, repeat: armed.append(now[0])
+    )
+    monkeypatch.setenv("SEGFLEET_WATCHDOG", "100")
+    dump = training.HangDump()
+    for now[0] in np.arange(0, 10, 0.01):  # 1,000 steps in ten seconds
+        dump.rearm()
+    assert len(armed) == 10 and max(np.diff(armed)) < 1.02
