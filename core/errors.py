@@ -6,11 +6,15 @@ import difflib
 import errno
 import importlib
 import traceback
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
 from types import ModuleType
+
+# they call themselves folder by folder
+WALKERS = ("glob", "os", "pathlib", "pathlib._local", "shutil")
 
 
 class ExitCode(IntEnum):
@@ -113,6 +117,12 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             "may write to.",
             ExitCode.INPUT,
         )
+    if isinstance(error, RecursionError) and (where := _walked(error)):
+        return (
+            f"{where}: its folders lie too deeply inside one another, more than about 900. Move what "
+            "is needed to another place.",
+            ExitCode.INPUT,
+        )
     if isinstance(error, PermissionError):
         return (
             f"{error.filename}: permission denied. Choose a folder you may write to, or mend its "
@@ -120,6 +130,18 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             ExitCode.INPUT,
         )
     return None
+
+
+def _walked(error: BaseException) -> str:
+    """The folder that Python's own functions for files went down into or made, if that is what had
+    no end; "" for any other recursion."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = Counter(frame.f_globals.get("__name__") for frame in frames)
+    if modules.most_common(1)[0][0] not in WALKERS:
+        return ""
+    first = next(frame for frame in frames if frame.f_globals.get("__name__") in WALKERS)
+    paths = [value for value in first.f_locals.values() if isinstance(value, str | Path)]
+    return f"{str(next(iter(paths), 'a path'))[:100]}..."
 
 
 def _file_above(path: str | None) -> Path | None:

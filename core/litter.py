@@ -19,7 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from segfleet.core.files import read_json
-from segfleet.core.partial import alive
+from segfleet.core.process import alive, process_of
+from segfleet.core.tracker import keep_tracker
 
 PREFIX, NOTE = "segfleet-", "made-by.json"
 UNNOTED = re.compile(rf"{PREFIX}(\d+)-[a-z0-9_]{{8}}")  # as _new_folder names them
@@ -59,10 +60,11 @@ def _new_folder() -> Path:
 
 
 def note_multiprocessing() -> None:
-    """Have the multiprocessing of this process keep its sockets in a folder with a note. Its own
-    (`pymp-...`) stays for ever when the process is killed or ends by `os._exit`. To be called
-    before it starts its first server."""
+    """Have the multiprocessing of this process keep its sockets in a folder with a note, and its
+    tracker. Its own folder (`pymp-...`) stays for ever when the process is killed or ends by
+    `os._exit`. To be called before it starts its first server."""
     global _sockets
+    keep_tracker()
     config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     if config.get("tempdir") is None:
         folder = _new_folder()
@@ -125,9 +127,9 @@ def _gone(note: dict) -> bool:
 def _began(process: int) -> str | None:
     """When a process began, in the kernel's own count, and which boot of the machine that was: its
     number may be another's now."""
+    found = process_of(process)
     try:
-        stat_line = Path(f"/proc/{process}/stat").read_text(errors="replace")
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{stat_line.rpartition(')')[2].split()[19]} of {boot}"
-    except (OSError, IndexError):
+    except OSError:
         return None
+    return f"{found.began} of {boot}" if found else None

@@ -15,6 +15,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from segfleet.core.process import alive
+
 PARTIAL = re.compile(
     r"\.(?P<name>.+)\.(?P<host>[^.]+)-(?P<process>\d+)-(?P<world>[0-9a-f]{8})?[0-9a-f]{8}"
     r"\.partial(\..+)?"
@@ -57,23 +59,6 @@ def remove_partial_once(folder: Path) -> None:
     if (name := os.path.abspath(folder)) not in _looked:
         _looked.add(name)
         remove_partial(folder)
-
-
-def alive(process: int) -> bool:
-    """Not one that has ended and that nobody asks for: the first process of a container may never
-    do so."""
-    with suppress(OSError, IndexError):
-        state = (
-            Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
-        )
-        return state not in "ZX"
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _host() -> str:

@@ -175,10 +175,15 @@ def load(path: Path) -> Checkpoint:
 
 
 def read(path: Path) -> Checkpoint:
-    """A checkpoint that was verified before, on another rank."""
-    return Checkpoint(
-        path=path, state=json.loads((path / "state.json").read_text(encoding="utf-8"))
-    )
+    """A checkpoint that was verified before, perhaps on another rank. Raises CheckpointError."""
+    try:
+        state = parse_json((path / "state.json").read_text(encoding="utf-8"))
+        if isinstance(state, dict) and isinstance(state.get("step"), int):
+            return Checkpoint(path=path, state=state)
+        fault = "is no checkpoint's"
+    except (OSError, ValueError) as error:
+        fault = f"cannot be read ({error})"
+    raise CheckpointError(f"checkpoint: {path} is damaged: state.json {fault}")
 
 
 def latest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:

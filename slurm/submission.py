@@ -180,7 +180,8 @@ def new_folder(run: Path) -> Path:
 
 def read_job(folder: Path) -> tuple[Job, Kept]:
     """What `write_job` left in a submission folder. Raises InputError."""
-    document = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    if (document := read_json(folder / "job.json")) is None:
+        raise InputError(f"submission: {folder / 'job.json'} is missing or damaged; submit again")
     # what is null is as if it were not there: earlier versions wrote stage_to for every kind of job
     known = {key: value for key, value in document.items() if value is not None}
     kept = {key: known.pop(key) for key in Kept.model_fields if key in known}

@@ -27,6 +27,7 @@ from segfleet.pipeline.run import lock_stage
 from segfleet.pipeline.stop import LEAVE, Interrupted
 from segfleet.slurm import snapshot
 from segfleet.sweeps import threads
+from segfleet.sweeps.ray import keeper
 from segfleet.sweeps.results.ledger import STOP, Ledger
 from segfleet.sweeps.search.tree_search import start
 from segfleet.sweeps.slurm_backend import Leave
@@ -309,7 +310,8 @@ class Session:
         """No process of the session outlives it."""
         import psutil
 
-        family = [process for process, _ in self._family()]
+        # the keeper ends by itself, and before it whatever else is left of the session
+        family = [process for process, words in self._family() if keeper.MODULE not in words]
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()

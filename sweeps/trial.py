@@ -17,6 +17,7 @@ from segfleet.core.errors import ExitCode, InputError
 from segfleet.core.files import sync_folder, write_atomically
 from segfleet.core.lock import Holder, is_locked
 from segfleet.core.partial import temporary_name
+from segfleet.core.process import process_of
 from segfleet.core.progress import EVENTS, EventFollower
 from segfleet.pipeline.events import read_events
 from segfleet.pipeline.launch.local import RankFailed, run_ranks
@@ -64,11 +65,8 @@ class Local:
 def _is_child(holder: Holder) -> bool:
     if holder.host != socket.gethostname():
         return False
-    try:
-        status = Path(f"/proc/{holder.process}/stat").read_text(errors="replace")
-    except OSError:
-        return False
-    return int(status.rpartition(")")[2].split()[1]) == os.getpid()
+    found = process_of(holder.process)
+    return found is not None and found.parent == os.getpid()
 
 
 def slurm() -> Backend:

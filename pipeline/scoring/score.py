@@ -302,12 +302,18 @@ class Scorer:
             self.recipe.evaluation.select
         ):
             return False
-        # maybe of another split
-        made_by = json.loads(
-            (folder.checkpoints / name / "state.json").read_text(encoding="utf-8")
-        )["recipe"]
-        data, cases = made_by["data"], made_by["evaluation"]["cases"]
-        validated = sorted(self.store.manifest.fold(data["split"], data["fold"])["val"])[:cases]
+        saved = checkpoint.read(folder.checkpoints / name)
+        try:  # maybe of another split
+            data, cases = (
+                saved.state["recipe"]["data"],
+                saved.state["recipe"]["evaluation"]["cases"],
+            )
+            validated = sorted(self.store.manifest.fold(data["split"], data["fold"])["val"])[:cases]
+        except (KeyError, TypeError) as error:
+            raise checkpoint.CheckpointError(
+                f"checkpoint: {saved.path} does not say in state.json what it was trained on "
+                f"({error!r}); train the stage again"
+            ) from None
         return not set(validated).isdisjoint(self._ids())
 
     def _ids(self) -> list[str]:

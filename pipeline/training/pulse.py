@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from segfleet.core.process import thread_of
 from segfleet.pipeline.ranks import Ranks
 
 LOOK = 0.5  # seconds between two looks at the training thread
@@ -201,11 +202,8 @@ class Pulse:
             return False
         if self.ranks.device.type != "cpu":
             return True
-        try:
-            stat = Path(f"/proc/self/task/{self.task}/stat").read_text(errors="replace")
-            return stat.rpartition(")")[2].split()[0] != "R"
-        except (OSError, IndexError):  # not Linux
-            return True
+        thread = thread_of(self.task)
+        return thread is None or thread.state != "R"  # None: not Linux
 
     def _look(self) -> None:
         if self.since is not None:

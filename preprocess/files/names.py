@@ -28,7 +28,7 @@ def write_names(folder: Path, labels: Mapping[str, int]) -> None:
         (ITKSNAP, itksnap),
     ):
         path = folder / name
-        if not (path.is_file() and path.read_text(encoding="utf-8") == text):
+        if not (path.is_file() and path.read_bytes() == text.encode()):
             write_atomically(path, text)
 
 

@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from segfleet.core.errors import InputError
-from segfleet.core.partial import alive
+from segfleet.core.process import alive
 from segfleet.slurm.sandbox import database as sandbox_database
 from segfleet.slurm.sandbox.database import Database
 

@@ -15,14 +15,13 @@ import secrets
 import shutil
 import signal
 import socket
-import stat
 import sys
 import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,8 @@ from segfleet.core.files import read_json, write_atomically
 from segfleet.core.litter import remove_marked
 from segfleet.pipeline.launch.local import die_with_parent
 from segfleet.slurm.ray_nodes import INSIDE, short_folder
+from segfleet.sweeps.ray import keeper
+from segfleet.sweeps.ray.keeper import OWNER
 from segfleet.sweeps.ray.slots import NAMES, share
 from segfleet.sweeps.search.tree_search import TreeSearch, start
 from segfleet.sweeps.space.plan import make_plan
@@ -55,7 +56,6 @@ CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # of Ray, also elsewhere; "0": on
 JOIN = 5.0  # seconds in which a cluster takes a connection
 SILENT = 3  # times in a row that it may take none
 PAUSE = 10.0  # seconds between
-OWNER = "sweep"  # a file in a temporary folder: whose it is, so that nothing else is removed
 
 
 def main() -> int:
@@ -148,9 +148,11 @@ def ray_session(resources: Any, folder: Path) -> Iterator[Path]:
     write_atomically(
         folder / "ray.json", json.dumps({"temporary": str(temporary), "process": os.getpid()})
     )
+    stack = ExitStack()
     if not resources.address:  # a token that stays ours: Ray's own would be left in the user's home
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         os.environ[CLUSTER] = "0"
+        stack.enter_context(keeper.kept(temporary, str(folder.resolve())))
     import ray  # it reads the mode now
 
     from segfleet.sweeps.run import gpus
@@ -168,6 +170,7 @@ def ray_session(resources: Any, folder: Path) -> Iterator[Path]:
         yield folder / "tune" if resources.address else temporary / "tune"
     finally:
         ray.shutdown()
+        stack.close()
         remove_marked(temporary, OWNER)
         shutil.rmtree(folder / "tune", ignore_errors=True)
         (folder / "ray.json").unlink(missing_ok=True)
@@ -248,30 +251,8 @@ def fit(resources: Any) -> Any:
 def sweep_away(folder: Path) -> None:
     """The temporary folder of a session that was killed. The sweep's lock is ours, so nobody uses
     it."""
-    left = Path(str((read_json(folder / "ray.json") or {}).get("temporary", "")))
-    with suppress(OSError, ValueError):  # ValueError: no path can be called so
-        facts = os.lstat(left)
-        ours = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
-        if ours and (left / OWNER).read_text(encoding="utf-8") == str(folder.resolve()):
-            _end_processes(left)
-            remove_marked(left, OWNER)
-
-
-def _end_processes(session: Path) -> None:
-    """Ray's processes of a session, which name its folder in their command, look for their parent
-    once a minute only."""
-    import psutil
-
-    left = []
-    for process in psutil.process_iter(["uids", "cmdline"]):
-        words = process.info["cmdline"] or []
-        ours = process.info["uids"] and process.info["uids"].real == os.getuid()
-        if ours and any(f"{session}/" in f"{word}/" for word in words):
-            left.append(process)
-    for process in left:
-        with suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(left, timeout=10)
+    left = str((read_json(folder / "ray.json") or {}).get("temporary", ""))
+    keeper.sweep(Path(left), str(folder.resolve()))
 
 
 if __name__ == "__main__":

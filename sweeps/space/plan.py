@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import absolute, read_json, write_atomically
+from segfleet.core.files import absolute, parse_json, read_json, write_atomically
 from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.recipe import Recipe, resolve
 from segfleet.pipeline.run import stage_steps
@@ -75,7 +76,8 @@ class Plan:
             made, line = [], {"point": point, "misfit": str(error)}
             self.misfits.append((point, str(error)))
         with open(self.folder / POINTS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            # a line of its own, whatever a killed process left of the one before
+            file.write("\n" + json.dumps(line) + "\n")
         self.suggested += 1
         return made
 
@@ -114,7 +116,7 @@ class Plan:
         """Add the trials that came up while the sweep ran, from disk: Optuna's points, the
         generations of a population."""
         if self.search.space.search == "optuna":
-            points = read_points(self.folder)
+            points = read_points(self.folder, {axis.label for axis in self.search.axes})
             for line in points[self.suggested :]:
                 if line.keys() == {"point", "misfit"}:
                     self.misfits.append((line["point"], line["misfit"]))
@@ -221,14 +223,28 @@ def unplanned(search: Search, runs: Path) -> Plan:
     return Plan(search=search, runs=absolute(runs), stores=stores, tree=tree, warnings=[])
 
 
-def read_points(folder: Path) -> list[dict[str, Any]]:
-    """Points that Optuna suggested so far, or {"point", "misfit": why it makes no recipe}; a last
-    line cut off by a kill is left out."""
+def read_points(folder: Path, axes: set[str]) -> list[dict[str, Any]]:
+    """Points that Optuna suggested so far, or {"point", "misfit": why it makes no recipe}. A line
+    cut off by a kill is left out, and named if it is not the last one."""
     try:
-        lines = (folder / POINTS).read_text(encoding="utf-8").splitlines(keepends=True)
+        text = (folder / POINTS).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    found = []
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        if not line:
+            continue
+        try:
+            point = parse_json(line)
+        except ValueError:
+            point = None
+        if isinstance(point, dict) and point.keys() in (axes, {"point", "misfit"}):
+            found.append(point)
+        else:
+            sys.stderr.write(
+                f"segfleet: {folder / POINTS}, line {number} is damaged and is left out\n"
+            )
+    return found
 
 
 def within_budget(

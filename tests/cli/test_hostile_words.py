@@ -13,7 +13,7 @@ from segfleet.pipeline.launch import local, worker
 from segfleet.pipeline.stop import StopRequest
 
 STAGES = [{"name": "base", "epochs": 1, "steps": 1, "lr": 0.01}]
-LONG = "x" * 300
+LONG, DEEP = "x" * 300, "d/" * 1200
 TRAIN = [
     ["model.options.width=abc"],
     ["model.options.width=[1, 2]"],
@@ -33,6 +33,8 @@ TRAIN = [
     ["seed=" + "9" * 400],
     ["--runs", LONG],
     ["--runs", "x\udcff"],
+    ["--runs", DEEP],
+    [f"data.store={DEEP}"],
     ["--ranks", "²"],
 ]
 

@@ -5,20 +5,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import digest_of, read_json, write_json
 from segfleet.models.registry import ModelError, build_model
-from segfleet.pipeline import events
+from segfleet.pipeline import checkpoint, events
 from segfleet.pipeline.recipe import load_recipe
 from segfleet.pipeline.reports import status
 from segfleet.pipeline.reports.status import score
 from segfleet.pipeline.run import DONE, StageFolder, find_run, open_run, stage_folders
 from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.scoring.evaluate import Kept
-from segfleet.slurm.submission import submissions
+from segfleet.pipeline.scoring.score import Scorer
+from segfleet.preprocess.files.names import write_names
+from segfleet.slurm.submission import read_job, submissions
+from segfleet.sweeps.space.plan import POINTS, Plan, read_points
 
 DAMAGE = {
     "empty": lambda data: b"",
@@ -39,6 +44,66 @@ def test_a_damaged_document_is_named_and_counts_as_none(tmp_path, capsys, how):
     path.write_bytes(DAMAGE[how](path.read_bytes()))
     assert read_json(path) is None
     assert capsys.readouterr().err == f"segfleet: {path} is damaged and is left out\n"
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damage_is_one_sentence_wherever_a_document_cannot_be_missed(tmp_path, how):
+    state = tmp_path / "state.json"
+    state.write_text('{"step": 4, "recipe": {}}')
+    assert checkpoint.read(tmp_path).step == 4
+    job = tmp_path / "job.json"
+    job.write_text('{"do": "score", "run": "a"}')
+    for path, read in ((state, checkpoint.read), (job, read_job)):
+        path.write_bytes(DAMAGE[how](path.read_bytes()))
+        with pytest.raises(InputError, match=path.name):
+            read(tmp_path)
+        path.unlink()
+        with pytest.raises(InputError, match=path.name):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("state", [{"step": 4}, {"step": 4, "recipe": []}, {"recipe": {}}])
+def test_a_checkpoint_that_does_not_say_what_it_is_of_is_one_sentence(tmp_path, state):
+    recipe = load_recipe("phantom2d", ["evaluation.weights=best"])
+    folder = SimpleNamespace(checkpoints=tmp_path, done=lambda: {"best": {"dice": {"step": 4}}})
+    (tmp_path / "step").mkdir()
+    (tmp_path / "step" / "state.json").write_text(json.dumps(state))
+    scorer = Scorer(recipe=recipe, store=None, ranks=None, stop=None)
+    with pytest.raises(InputError, match="state.json"):
+        scorer._selected(folder, "step")
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_names_of_labels_are_written_anew(tmp_path, how):
+    write_names(tmp_path, {"background": 0, "spleen": 1})
+    right = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for path, data in right.items():
+        path.write_bytes(DAMAGE[how](data))
+    write_names(tmp_path, {"background": 0, "spleen": 1})
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == right
+
+
+def test_damaged_points_of_a_sweep_are_left_out(tmp_path, capsys):
+    path, axes = tmp_path / POINTS, {"lr"}
+    assert read_points(tmp_path, axes) == []
+    good = [{"lr": 0.1}, {"lr": 0.2}, {"point": {"lr": 3}, "misfit": "why"}]
+    lines = [json.dumps(point) for point in good]
+    path.write_text("\n".join(lines) + "\n" + '{"lr": 0.')  # as one that is killed leaves it
+    assert read_points(tmp_path, axes) == good and capsys.readouterr().err == ""
+    with open(path, "a") as file:  # as the next one goes on
+        file.write("\n" + lines[0] + "\n")
+    assert read_points(tmp_path, axes) == [*good, good[0]]
+    assert capsys.readouterr().err == f"segfleet: {path}, line 4 is damaged and is left out\n"
+    for how, wrong in DAMAGE.items():
+        path.write_bytes(wrong(lines[1].encode()) + b"\n" + lines[0].encode() + b"\n")
+        assert read_points(tmp_path, axes) == good[:1], how
+    path.write_text('{"lt": 0.1}\n')
+    assert read_points(tmp_path, axes) == []
+    refuses = Mock(side_effect=InputError("why"))
+    plan = SimpleNamespace(folder=tmp_path, trials_at=refuses, misfits=[], suggested=0)
+    path.write_text('{"lr": 0.')
+    Plan.grow(plan, {"lr": 3})
+    assert read_points(tmp_path, axes) == [{"point": {"lr": 3}, "misfit": "why"}]
 
 
 def test_a_changed_digit_of_a_score_is_never_shown(tmp_path):

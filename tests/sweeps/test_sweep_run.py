@@ -22,7 +22,7 @@ from segfleet.pipeline.launch.local import RankFailed
 from segfleet.pipeline.stop import Interrupted
 from segfleet.slurm import snapshot
 from segfleet.sweeps import run
-from segfleet.sweeps.ray import controller
+from segfleet.sweeps.ray import controller, keeper
 from segfleet.sweeps.results.ledger import STOP
 from segfleet.sweeps.space.plan import claim, make_plan
 from tests.states import until
@@ -230,6 +230,42 @@ def test_every_ray_that_may_be_installed_has_tokens():
     assert tuple(map(int, lowest)) >= (2, 52)
 
 
+def all_gone(session: Path, seconds: float = 20.0) -> bool:
+    """Whether the folder and all processes that name it go within some seconds."""
+    end = time.monotonic() + seconds
+    while left := keeper._processes(session) or session.exists():
+        if time.monotonic() > end:
+            return not left
+        time.sleep(0.1)
+    return True
+
+
+KEPT = """
+import os, pathlib, subprocess, sys
+from segfleet.sweeps.ray import keeper
+
+session = pathlib.Path(sys.argv[1])
+with keeper.kept(session, "mine"):
+    agent = "import os, time\\nif os.fork() == 0: print(1, flush=True); time.sleep(60)"
+    words = [sys.executable, "-S", "-c", agent, f"{session}/log"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True) as started:
+        started.stdout.readline()
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("end", ["killed", ""])
+def test_what_a_session_started_goes_with_it(tmp_path, end):
+    """An orphan of one of its processes, as Ray's agents are."""
+    session = tmp_path / "sf-x"
+    session.mkdir()
+    (session / keeper.OWNER).write_text("mine")
+    (session / "log").touch()
+    subprocess.run([sys.executable, "-P", "-c", KEPT, str(session), end], timeout=60)
+    assert all_gone(session)
+
+
 ALONE = """
 import json, os, pathlib, sys
 import psutil
@@ -248,22 +284,29 @@ with ray_session(Resources(slots=1), folder):
         "listens": sorted({one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN}),
         "mode": oct(temporary.stat().st_mode & 0o777),
         "sessions": len(list(temporary.rglob("session_*/sockets"))),
+        "temporary": str(temporary),
+        "processes": len(ours),
     }
-    print(json.dumps(facts))
+    print(json.dumps(facts), flush=True)
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), 9)
 """
 
 
-@pytest.mark.parametrize("home", ["home", "home/of/nobody"], ids=["own", "unwritable"])
-def test_a_local_ray_is_for_its_user_alone(tmp_path, home):
+@pytest.mark.parametrize(
+    ("home", "end"), [("home", "killed"), ("home/of/nobody", "")], ids=["own", "unwritable"]
+)
+def test_a_local_ray_is_for_its_user_alone(tmp_path, home, end):
     """No other machine reaches it, no other user reads its files, and it leaves no token in the
-    user's home. One that cannot be made, for a file lies in its way, is no obstacle."""
+    user's home. One that cannot be made, for a file lies in its way, is no obstacle. Nothing is
+    left of it, however its process ends."""
     (tmp_path / "sweep").mkdir()
     if home == "home":
         (tmp_path / "home").mkdir()
     else:
         (tmp_path / "home").touch()
     done = subprocess.run(
-        [sys.executable, "-P", "-c", ALONE, str(tmp_path / "sweep")],
+        [sys.executable, "-P", "-c", ALONE, str(tmp_path / "sweep"), end],
         env={**os.environ, "HOME": str(tmp_path / home)},
         capture_output=True,
         text=True,
@@ -272,7 +315,8 @@ def test_a_local_ray_is_for_its_user_alone(tmp_path, home):
     assert done.stdout, done.stderr
     facts = json.loads(done.stdout)
     assert facts["listens"] and {*facts["listens"]} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-    assert facts["mode"] == "0o700" and facts["sessions"] > 0
+    assert facts["mode"] == "0o700" and facts["sessions"] > 0 and facts["processes"] > 3
+    assert all_gone(Path(facts["temporary"]))
     assert not list((tmp_path / "home").rglob("*token*"))
 
 

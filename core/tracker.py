@@ -1,0 +1,89 @@
+"""Multiprocessing's resource tracker: a process that removes semaphores once all have ended who use
+them. Python starts another one when it was killed. That one knows of nothing, and prints a traceback
+for every name that is given back to it; here it is told what the first one knew."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
+from typing import Any
+
+# Of semaphores that a killed process left: they are removed, so nobody has to do anything.
+QUIET = "ignore:resource_tracker:UserWarning"
+
+
+class Tracker(resource_tracker.ResourceTracker):
+    """As Python's, but one that was killed is replaced without a loss and without a word."""
+
+    _told: dict[tuple[str, str], None]  # what was registered and not given back, in order
+    _healing: threading.Lock
+
+    def ensure_running(self) -> None:
+        self._heal()
+        with _quiet():
+            super().ensure_running()
+
+    def _send(self, cmd: str, name: str, rtype: str) -> None:
+        self._heal()
+        super()._send(cmd, name, rtype)  # type: ignore[misc]
+        if cmd == "REGISTER":
+            self._told[name, rtype] = None
+        else:
+            self._told.pop((name, rtype), None)
+
+    def _heal(self) -> None:
+        """If the tracker is gone, start another one and tell it all."""
+        facts: Any = self
+        # not from a finalizer that runs in the middle of it, which would wait for itself
+        if not self._healing.acquire(blocking=False):
+            return
+        try:
+            with facts._lock:
+                if facts._fd is None or _answers(facts._fd):
+                    return
+                os.close(facts._fd)
+                if facts._pid is not None:
+                    with suppress(ChildProcessError):
+                        os.waitpid(facts._pid, 0)
+                facts._fd = facts._pid = None
+            with _quiet():
+                super().ensure_running()
+            for name, kind in list(self._told):
+                super()._send("REGISTER", name, kind)  # type: ignore[misc]
+        finally:
+            self._healing.release()
+
+
+def keep_tracker() -> None:
+    """From now on the tracker of this process is a `Tracker`. To be called before it makes its
+    first semaphore."""
+    known: Any = resource_tracker
+    tracker = known._resource_tracker
+    if isinstance(tracker, Tracker):
+        return
+    tracker._told, tracker._healing = {}, threading.Lock()
+    tracker.__class__ = Tracker
+    known.ensure_running = tracker.ensure_running  # the module holds the method of the class before
+
+
+def _answers(handle: int) -> bool:
+    try:
+        os.write(handle, b"PROBE:0:noop\n")
+        return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A tracker that starts meanwhile says nothing of what it removes. It gets this process'
+    options for warnings on its command line."""
+    sys.warnoptions.append(QUIET)
+    try:
+        yield
+    finally:
+        sys.warnoptions.remove(QUIET)

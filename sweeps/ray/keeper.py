@@ -1,0 +1,90 @@
+"""Ends a session of Ray whose driving process is gone, however it went.
+
+The kernel ends what that process has started itself, but not what Ray's own processes have: its
+agents wait for a server that is gone, for a minute. This process holds the other end of a pipe, so
+it knows at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from segfleet.core.litter import remove_marked
+
+OWNER = "sweep"  # a file in a temporary folder: whose it is, so that nothing else is removed
+MODULE = "segfleet.sweeps.ray.keeper"
+CALM, LONGEST = 0.5, 20.0  # seconds without a process of the session; seconds in all
+
+
+@contextmanager
+def kept(session: Path, owner: str) -> Iterator[None]:
+    """A keeper for the folder of a session, until the block or this process ends."""
+    # the folder is no word of its command: whose commands name it is ended
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", MODULE], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    with suppress(BrokenPipeError):
+        process.stdin.write(f"{session}\n{owner}\n")
+        process.stdin.flush()
+    try:
+        yield
+    finally:
+        with suppress(BrokenPipeError):
+            process.stdin.close()  # it looks once more and goes; nobody has to wait for that
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # it ends when there is nothing left to do
+    words = sys.stdin.read().splitlines()
+    if len(words) == 2:
+        sweep(Path(words[0]), words[1])
+
+
+def sweep(session: Path, owner: str) -> None:
+    """End all processes of a session that is nobody's any more, and remove its folder. Nothing, if
+    it is not a folder of this user that says that it is of `owner`."""
+    with suppress(OSError, ValueError):  # ValueError: no path can be called so
+        facts = os.lstat(session)
+        ours = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
+        if ours and (session / OWNER).read_text(encoding="utf-8") == owner:
+            _end_processes(session)
+            remove_marked(session, OWNER)
+
+
+def _end_processes(session: Path) -> None:
+    """Those that name its folder in their command; also those that were being started."""
+    begin = calm = time.monotonic()
+    while time.monotonic() - calm < CALM and time.monotonic() - begin < LONGEST:
+        if left := _processes(session):
+            for process in left:
+                with suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(left, timeout=10)
+            calm = time.monotonic()
+        time.sleep(CALM / 4)
+
+
+def _processes(session: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["uids", "cmdline"]):
+        words = process.info["cmdline"] or []
+        ours = process.info["uids"] and process.info["uids"].real == os.getuid()
+        if ours and any(f"{session}/" in f"{word}/" for word in words):
+            found.append(process)
+    return found
+
+
+if __name__ == "__main__":
+    main()

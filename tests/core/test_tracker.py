@@ -1,0 +1,64 @@
+"""Multiprocessing's resource tracker: killed, it is replaced by one that knows as much, and nobody
+hears of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import multiprocessing, os, signal, sys, tempfile, time
+from multiprocessing import resource_tracker
+tempfile.tempdir = sys.argv[1]
+from segfleet.core.litter import note_multiprocessing
+
+def kill_tracker():
+    os.kill(resource_tracker._resource_tracker._pid, signal.SIGKILL)
+    os.waitid(os.P_PID, resource_tracker._resource_tracker._pid, os.WEXITED | os.WNOWAIT)
+
+if __name__ == "__main__":
+    note_multiprocessing()
+    context = multiprocessing.get_context("forkserver")
+    locks = [context.Lock(), context.Semaphore()]
+    print(*(lock._semlock.name for lock in locks), flush=True)
+    %s
+    sys.stdout.flush()
+    os._exit(0) if %s else None
+"""
+ENDS = {
+    "gives one back": ("kill_tracker(); del locks[0]", False),
+    "makes another one": ("kill_tracker(); locks.append(context.Lock())", False),
+    "starts a process": (
+        "kill_tracker(); p = context.Process(target=print, args=[1]); p.start(); p.join()",
+        False,
+    ),
+    "twice": ("kill_tracker(); del locks[0]; kill_tracker(); locks.append(context.Lock())", False),
+    "is killed then": (
+        "kill_tracker(); locks.append(context.Lock()); "
+        "print(locks[-1]._semlock.name, flush=True); os.kill(os.getpid(), 9)",
+        False,
+    ),
+    "is killed": ("os.kill(os.getpid(), 9)", False),
+    "ends at once": ("pass", True),
+}
+
+
+@pytest.mark.parametrize("way", ENDS)
+def test_nothing_is_said_and_nothing_is_left(way, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM % ENDS[way])
+    (tmp_path / "tmp").mkdir()
+    ended = subprocess.run(
+        [sys.executable, str(program), str(tmp_path / "tmp")], capture_output=True, text=True
+    )
+    assert ended.stderr == ""
+    made = [Path("/dev/shm", f"sem.{name[1:]}") for name in ended.stdout.split() if name != "1"]
+    assert len(made) >= 2
+    end = time.monotonic() + 10  # the tracker hears of it and does its work
+    while any(path.exists() for path in made) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(path.exists() for path in made)
