@@ -187,7 +187,7 @@ def kinds(world: Path) -> dict[str, list[str]]:
         text = path.relative_to(world).as_posix()
         if not path.is_file() or path.name == "lock" or "/code/" in text or "tfevents" in text:
             continue
-        if re.search(r"ray\.log|/\.|\.yaml$", text):
+        if re.search(r"ray\.log|/\.(?!predictions/)|\.yaml$", text):
             continue
         owner = next((f for f in path.parents if f in names), None)
         if owner:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from segfleet.cli.output import Json, show
+from segfleet.core.files import read_file, regular
 
 
 def command(
@@ -82,7 +83,7 @@ def command(
 
 
 def text_of(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return read_file(path).decode(errors="replace") if path.exists() else ""
 
 
 class Tail:
@@ -93,10 +94,10 @@ class Tail:
 
     def copy(self, last: bool) -> None:
         try:
-            with open(self.path, "rb") as file:
+            with open(self.path, "rb", opener=regular) as file:
                 file.seek(self.offset)
                 new = file.read()
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return
         if not last:
             new = new[: new.rfind(b"\n") + 1]

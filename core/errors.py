@@ -111,6 +111,9 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         )
     if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
         return f"{error.object!a} is no UTF-8. Rename the file, or choose another.", ExitCode.INPUT
+    if isinstance(error, OSError) and error.errno in (errno.EISDIR, errno.ELOOP):
+        what = "a folder" if error.errno == errno.EISDIR else "a link to itself"
+        return f"{error.filename} is {what}, expected a file. Move it away.", ExitCode.INPUT
     if isinstance(error, OSError) and error.errno == errno.EROFS:
         return (
             f"{error.filename or 'output'}: the file system can only be read. Choose a folder you "
@@ -119,8 +122,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         )
     if isinstance(error, RecursionError) and (where := _walked(error)):
         return (
-            f"{where}: its folders lie too deeply inside one another, more than about 900. Move what "
-            "is needed to another place.",
+            f"{where}: its folders lie too deeply inside one another, more than about 900. Move "
+            "what is needed to another place.",
             ExitCode.INPUT,
         )
     if isinstance(error, PermissionError):

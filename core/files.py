@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,11 +75,10 @@ def read_json(path: Path, kind: type = dict) -> Any | None:
     run's folder: who wrote it writes it again."""
     found = None
     try:
-        if path.is_file() or not path.exists():  # a pipe would be waited for
-            found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(read_file(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, RecursionError):
+    except ValueError:
         pass
     whole, fault = isinstance(found, kind), "is damaged"
     if whole and isinstance(found, dict) and "sha256" in found:
@@ -91,6 +91,27 @@ def read_json(path: Path, kind: type = dict) -> Any | None:
         return found
     sys.stderr.write(f"segfleet: {path} {fault} and is left out\n")
     return None
+
+
+def regular(path: str, flags: int) -> int:
+    """How `open` opens a file that anybody may have put there (its `opener`). Raises ValueError for
+    a pipe, which would be waited for, a folder, or a link to itself."""
+    try:
+        handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise ValueError(f"{path} is no file") from None
+        raise
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    os.close(handle)
+    raise ValueError(f"{path} is no file")
+
+
+def read_file(path: Path) -> bytes:
+    """What is in a file. Raises ValueError as `regular` does."""
+    with open(path, "rb", opener=regular) as file:
+        return file.read()
 
 
 def parse_json(text: str | bytes) -> Any:

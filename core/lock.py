@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from segfleet.core.files import read_file
+
 try:
     import fcntl
 except ImportError:  # not on Windows
@@ -54,7 +56,10 @@ class Lock:
     def try_acquire(self) -> bool:
         """Take the lock if it is to be had at this moment."""
         # NFS wants the file readable for a shared lock and writable for an exclusive one.
-        handle = os.open(self.path, os.O_CREAT | (os.O_RDONLY if self.shared else os.O_RDWR), 0o666)
+        kind = os.O_RDONLY if self.shared else os.O_RDWR
+        handle = os.open(
+            self.path, os.O_CREAT | getattr(os, "O_NONBLOCK", 0) | kind, 0o666
+        )  # no pipe is waited for
         try:
             taken = self._take(handle)
         except BaseException:
@@ -132,7 +137,7 @@ class Holder:
 def holder(path: Path) -> Holder | None:
     """Who signed the lock file last; None where nobody did."""
     try:
-        words = Path(path).read_text(encoding="utf-8").strip()
+        words = read_file(Path(path)).decode().strip()
     except (OSError, ValueError):
         return None
     found = re.fullmatch(r"process (\d+) on (.+?)(?: of job (\S+))?", words)
@@ -146,5 +151,5 @@ def is_locked(path: Path) -> bool:
     with Lock(path, shared=True) as lock:
         try:
             return not lock.try_acquire()
-        except PermissionError:  # a file that cannot be opened says nothing
+        except (PermissionError, IsADirectoryError):  # what cannot be opened says nothing
             return False

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from segfleet.core.files import regular
+
 Progress = Callable[[int, int], None]  # done, total
 EVENTS = "events.jsonl"  # of a stage: one JSON object a line, appended as things happen
 
@@ -31,13 +33,13 @@ class EventFollower:
     def new(self) -> list[dict[str, Any]]:
         """Events that were written since the last call; none while there is no file."""
         try:
-            with open(self.path, "rb") as file:
+            with open(self.path, "rb", opener=regular) as file:
                 facts = os.fstat(file.fileno())
                 if facts.st_size < self._offset or facts.st_ino != self._file:
                     self._offset, self._file = 0, facts.st_ino
                 file.seek(self._offset)
                 block = file.read()
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return []
         whole = block[: block.rfind(b"\n") + 1]
         self._offset += len(whole)

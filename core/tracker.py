@@ -1,6 +1,6 @@
-"""Multiprocessing's resource tracker: a process that removes semaphores once all have ended who use
-them. Python starts another one when it was killed. That one knows of nothing, and prints a traceback
-for every name that is given back to it; here it is told what the first one knew."""
+"""Multiprocessing's resource tracker: a process that removes semaphores once all have ended who
+use them. Python starts another one when it was killed. That one knows of nothing, and prints a
+traceback for every name that is given back to it; here it is told what the first one knew."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import (
     make_folder,
     parse_json,
+    read_file,
     share_as_others,
     sync_folder,
     write_atomically,
@@ -140,7 +141,7 @@ def save(root: Path, step: int, tensors: Tensors, state: dict[str, Any]) -> Path
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None. Reads every byte."""
     try:
-        files = parse_json((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = parse_json(read_file(path / MANIFEST))["files"]
         for name, facts in files.items():
             file = path / name
             if Path(name).name != name or not file.is_file():
@@ -150,7 +151,7 @@ def damage(path: Path) -> str | None:
             with open(file, "rb") as handle:
                 if hashlib.file_digest(handle, "sha256").hexdigest() != facts["sha256"]:
                     return f"{name} does not match its sha256"
-        parse_json((path / "state.json").read_text(encoding="utf-8"))["step"]
+        parse_json(read_file(path / "state.json"))["step"]
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
@@ -177,7 +178,7 @@ def load(path: Path) -> Checkpoint:
 def read(path: Path) -> Checkpoint:
     """A checkpoint that was verified before, perhaps on another rank. Raises CheckpointError."""
     try:
-        state = parse_json((path / "state.json").read_text(encoding="utf-8"))
+        state = parse_json(read_file(path / "state.json"))
         if isinstance(state, dict) and isinstance(state.get("step"), int):
             return Checkpoint(path=path, state=state)
         fault = "is no checkpoint's"

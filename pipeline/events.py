@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from segfleet.core.files import is_uid, write_atomically
+from segfleet.core.files import is_uid, read_file, write_atomically
 from segfleet.core.progress import EVENTS, parse_event
 from segfleet.pipeline.reports.trackers import Trackers
 
@@ -25,19 +25,14 @@ def read_events(folder: Path) -> Iterator[dict[str, Any]]:
     """Events of a stage folder in order. A line cut off by a kill is left out, as is a file that
     was put there from another stage."""
     path = Path(folder) / EVENTS
-    if not path.exists():
-        return
     own = path.absolute().parent.name
-    with open(path, "rb") as file:
-        for line in file:
-            if (event := parse_event(line)) is None:
-                continue
-            if event.get("of", own) != own and is_uid(own):
-                sys.stderr.write(
-                    f"segfleet: {path} was written for {event['of']} and is left out\n"
-                )
-                return
-            yield event
+    for line in _whole(path).splitlines():
+        if (event := parse_event(line)) is None:
+            continue
+        if event.get("of", own) != own and is_uid(own):
+            sys.stderr.write(f"segfleet: {path} was written for {event['of']} and is left out\n")
+            return
+        yield event
 
 
 def recent_events(
@@ -45,14 +40,22 @@ def recent_events(
 ) -> tuple[dict[str, Any] | None, int, list[dict[str, Any]]]:
     """What tells where a stage stands: its last beginning, how often it was resumed, and its last
     two steps. Of a long file these lines alone are decoded."""
-    try:
-        whole = (Path(folder) / EVENTS).read_bytes()
-    except FileNotFoundError:
-        return None, 0, []
+    whole = _whole(Path(folder) / EVENTS)
     begun = next(_backwards(whole, "stage_start"), None)
     steps = list(itertools.islice(_backwards(whole, "step"), 2))[::-1]
     resumed = sum(parse_event(line) is not None for line in _lines(whole, "resumed"))
     return begun, resumed, steps
+
+
+def _whole(path: Path) -> bytes:
+    """Nothing, if there is no file."""
+    try:
+        return read_file(path)
+    except FileNotFoundError:
+        return b""
+    except ValueError as error:
+        sys.stderr.write(f"segfleet: {error} and is left out\n")
+        return b""
 
 
 def _backwards(whole: bytes, kind: str) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import file_facts, parse_json, write_atomically
+from segfleet.core.files import file_facts, parse_json, read_file, write_atomically
 from segfleet.core.litter import remove_folders
 from segfleet.core.parallel import Apart, Died
 from segfleet.core.partial import remove_partial
@@ -161,7 +161,7 @@ def check_out(out: Path, found: list[Input], run: str) -> str | None:
             )
     record = out / RECORD
     try:
-        known = parse_json(record.read_text(encoding="utf-8"))["made_by"]
+        known = str(parse_json(read_file(record))["made_by"])
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
@@ -201,7 +201,7 @@ def is_made(out: Path, one: Input, facts: dict[str, Any]) -> bool:
     if not path.exists():
         return False
     try:
-        known = parse_json(_note(out, one).read_text(encoding="utf-8"))
+        known = parse_json(read_file(_note(out, one)))
     except FileNotFoundError:
         mend = "Move it away or choose another folder."
         raise InputError(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from segfleet.core.ahead import ahead
 from segfleet.core.errors import InputError
-from segfleet.core.files import digest_of
+from segfleet.core.files import digest_of, parse_json, read_file
 from segfleet.pipeline.inference.restore import restore
 from segfleet.pipeline.inference.room import near, roomy
 from segfleet.pipeline.inference.sliding_window import Forward, Window, sliding_window
@@ -50,9 +50,9 @@ class Kept:
         """Those of `ids` that are there, by id. One rank asks, before any keeps one."""
         found = {}
         for path in sorted(self.folder.glob("*.jsonl")):
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in _lines(path):
                 with suppress(ValueError, TypeError, KeyError):  # damaged, or its writer was killed
-                    facts, digest, entry = json.loads(line)
+                    facts, digest, entry = parse_json(line)
                     if facts == self.facts and digest == digest_of(entry):
                         found[entry["id"]] = entry
         return {case_id: found[case_id] for case_id in ids if case_id in found}
@@ -74,17 +74,23 @@ class Kept:
         """Number and prediction (Y, X) of the kept slice, of those of `ids` that have one."""
         found = {}
         for path in sorted(self.folder.glob("*.slices")):
-            with open(path, encoding="utf-8", errors="replace") as file:
-                for line in file:
-                    with suppress(ValueError, TypeError, zlib.error):  # its writer was killed
-                        facts, case_id, z, shape, packed = json.loads(line)
-                        if facts == self.facts and case_id in ids:
-                            data = zlib.decompress(base64.b85decode(packed))
-                            found[case_id] = z, np.frombuffer(data, np.uint8).reshape(shape)
+            for line in _lines(path):
+                with suppress(ValueError, TypeError, zlib.error):  # its writer was killed
+                    facts, case_id, z, shape, packed = parse_json(line)
+                    if facts == self.facts and case_id in ids:
+                        data = zlib.decompress(base64.b85decode(packed))
+                        found[case_id] = z, np.frombuffer(data, np.uint8).reshape(shape)
         return found
 
     def forget(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        return read_file(path).splitlines()
+    except ValueError:
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)

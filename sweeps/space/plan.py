@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import absolute, parse_json, read_json, write_atomically
+from segfleet.core.files import absolute, parse_json, read_file, read_json, write_atomically
 from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.recipe import Recipe, resolve
 from segfleet.pipeline.run import stage_steps
@@ -227,7 +227,7 @@ def read_points(folder: Path, axes: set[str]) -> list[dict[str, Any]]:
     """Points that Optuna suggested so far, or {"point", "misfit": why it makes no recipe}. A line
     cut off by a kill is left out, and named if it is not the last one."""
     try:
-        text = (folder / POINTS).read_text(encoding="utf-8", errors="replace")
+        text = read_file(folder / POINTS).decode(errors="replace")
     except FileNotFoundError:
         return []
     found = []

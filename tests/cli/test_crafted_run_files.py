@@ -5,7 +5,9 @@ benchmarks/damage.py."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -16,6 +18,7 @@ from segfleet.cli import main
 from tests.crafted import changed
 
 CRAFTS = ("list", "deep", "texts", "numbers", "nulls", "huge")
+SECONDS = 20  # of a command that waits for nobody
 FILES = (
     "checkpoints/*/manifest.json", "checkpoints/*/state.json", "data.json", "done.json",
     "evaluation.json", "events.jsonl", "identity.json", "recipe.json",
@@ -72,4 +75,40 @@ def test_one_message_at_most(two_folds, fault, tmp_path, how):
             faults.append((path.name, words[0], fault(*words)))
             Path(tmp_path / "new.segfleet").unlink(missing_ok=True)
         path.write_bytes(data)
+    assert [found for found in faults if found[2]] == []
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to itself"])
+def test_what_is_no_file_is_not_waited_for(two_folds, fault, tmp_path, kind):
+    """In a folder of runs that others may write to."""
+
+    def late(*_):
+        raise TimeoutError("it waits")
+
+    runs = tmp_path / "runs"
+    shutil.copytree(two_folds / "runs", runs)
+    run, other = sorted(path.parent for path in runs.glob("*/recipe.json"))
+    faults, before = [], signal.signal(signal.SIGALRM, late)
+    for pattern in (*FILES, "lock", "checkpoints/*/weights.safetensors"):
+        (path,) = run.glob(pattern)
+        path.rename(tmp_path / "kept")
+        make = {"pipe": os.mkfifo, "folder": os.mkdir, "link to itself": lambda p: os.symlink(p, p)}
+        make[kind](path)
+        for words in (
+            ["status", str(runs)],
+            ["report", str(run), "--csv"],
+            ["compare", str(run), str(other)],
+            ["evaluate", str(run)],
+            ["export", "model", str(run), "--to", str(tmp_path / "new.segfleet")],
+        ):
+            signal.alarm(SECONDS)
+            faults.append((path.name, words[0], fault(*words)))
+            signal.alarm(0)
+            (tmp_path / "new.segfleet").unlink(missing_ok=True)
+        if not path.is_symlink() and path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        (tmp_path / "kept").rename(path)
+    signal.signal(signal.SIGALRM, before)
     assert [found for found in faults if found[2]] == []

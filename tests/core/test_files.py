@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from segfleet.core import files
+from segfleet.core import files, lock
+from segfleet.core.progress import EventFollower
 
 WRITERS = """
 import sys, os, socket
@@ -176,3 +177,15 @@ def test_file_facts(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"abc")
     assert files.file_facts(path) == {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink(path, path)])
+def test_what_is_no_file_is_not_waited_for(tmp_path, capsys, make):
+    path = tmp_path / "events.jsonl"
+    make(path)
+    with pytest.raises(ValueError, match="no file"):
+        files.read_file(path)
+    assert files.read_json(path) is None
+    assert "damaged and is left out" in capsys.readouterr().err
+    assert EventFollower(tmp_path).new() == []
+    assert lock.holder(path) is None and not lock.is_locked(path)
