@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from segfleet.core.errors import InputError
 from segfleet.core.partial import remove_partial_once, temporary_name
 
 
@@ -94,22 +95,22 @@ def read_json(path: Path, kind: type = dict) -> Any | None:
 
 
 def regular(path: str, flags: int) -> int:
-    """How `open` opens a file that anybody may have put there (its `opener`). Raises ValueError for
+    """How `open` opens a file that anybody may have put there (its `opener`). Raises InputError for
     a pipe, which would be waited for, a folder, or a link to itself."""
     try:
         handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise ValueError(f"{path} is no file") from None
+            raise InputError(f"{path} is no file. Move it away.") from None
         raise
     if stat.S_ISREG(os.fstat(handle).st_mode):
         return handle
     os.close(handle)
-    raise ValueError(f"{path} is no file")
+    raise InputError(f"{path} is no file. Move it away.")
 
 
 def read_file(path: Path) -> bytes:
-    """What is in a file. Raises ValueError as `regular` does."""
+    """What is in a file. Raises InputError as `regular` does."""
     with open(path, "rb", opener=regular) as file:
         return file.read()
 

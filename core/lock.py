@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segfleet.core.files import read_file
+from segfleet.core.errors import InputError
+from segfleet.core.files import read_file, regular
 
 try:
     import fcntl
@@ -45,7 +46,7 @@ class Lock:
         self, seconds: float = BRIEFLY, stopped: Callable[[], bool] = lambda: False
     ) -> bool:
         """Take the lock; whether it was to be had within `seconds` and before `stopped`. The file
-        is created, its folder is not."""
+        is created, its folder is not. Raises InputError for what is no file."""
         end = time.monotonic() + seconds
         while not self.try_acquire():
             if time.monotonic() > end or stopped():
@@ -57,9 +58,7 @@ class Lock:
         """Take the lock if it is to be had at this moment."""
         # NFS wants the file readable for a shared lock and writable for an exclusive one.
         kind = os.O_RDONLY if self.shared else os.O_RDWR
-        handle = os.open(
-            self.path, os.O_CREAT | getattr(os, "O_NONBLOCK", 0) | kind, 0o666
-        )  # no pipe is waited for
+        handle = regular(os.fspath(self.path), os.O_CREAT | kind)
         try:
             taken = self._take(handle)
         except BaseException:
@@ -151,5 +150,5 @@ def is_locked(path: Path) -> bool:
     with Lock(path, shared=True) as lock:
         try:
             return not lock.try_acquire()
-        except (PermissionError, IsADirectoryError):  # what cannot be opened says nothing
+        except (PermissionError, InputError):  # what cannot be opened says nothing
             return False

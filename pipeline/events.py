@@ -53,8 +53,8 @@ def _whole(path: Path) -> bytes:
         return read_file(path)
     except FileNotFoundError:
         return b""
-    except ValueError as error:
-        sys.stderr.write(f"segfleet: {error} and is left out\n")
+    except ValueError:
+        sys.stderr.write(f"segfleet: {path} is no file and is left out\n")
         return b""
 
 
