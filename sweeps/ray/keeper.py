@@ -1,8 +1,8 @@
 """Ends a session of Ray whose driving process is gone, however it went.
 
-The kernel ends what that process has started itself, but not what Ray's own processes have: its
-agents wait for a server that is gone, for a minute. This process holds the other end of a pipe, so
-it knows at once.
+The kernel ends what that process has started itself, but not what Ray's raylet has: its agents
+hear that it is gone and want to tell so to a server that is gone as well, for a minute. This
+process holds the other end of a pipe, so it knows at once.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from segfleet.core.litter import remove_marked
 
 OWNER = "sweep"  # a file in a temporary folder: whose it is, so that nothing else is removed
 MODULE = "segfleet.sweeps.ray.keeper"
+TITLE = "ray::"  # how the agents and workers begin that write over their command and variables
 CALM, LONGEST = 0.5, 20.0  # seconds without a process of the session; seconds in all
 
 
 @contextmanager
 def kept(session: Path, owner: str) -> Iterator[None]:
     """A keeper for the folder of a session, until the block or this process ends."""
-    # the folder is no word of its command: whose commands name it is ended
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", MODULE], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
         text=True, start_new_session=True,
@@ -64,7 +64,7 @@ def sweep(session: Path, owner: str) -> None:
 
 
 def _end_processes(session: Path) -> None:
-    """Those that name its folder in their command; also those that were being started."""
+    """Also those that are just being started."""
     begin = calm = time.monotonic()
     while time.monotonic() - calm < CALM and time.monotonic() - begin < LONGEST:
         if left := _processes(session):
@@ -77,12 +77,18 @@ def _end_processes(session: Path) -> None:
 
 
 def _processes(session: Path) -> list[psutil.Process]:
+    """Those that name the folder in their command, or of Ray's that write their logs into it."""
     found = []
-    for process in psutil.process_iter(["uids", "cmdline"]):
-        words = process.info["cmdline"] or []
-        ours = process.info["uids"] and process.info["uids"].real == os.getuid()
-        if ours and any(f"{session}/" in f"{word}/" for word in words):
-            found.append(process)
+    for process in psutil.process_iter(["uids"]):
+        with suppress(psutil.Error, OSError):
+            if not process.info["uids"] or process.info["uids"].real != os.getuid():
+                continue
+            words = process.cmdline()
+            if words and words[0].startswith(TITLE):
+                handles = Path(f"/proc/{process.pid}/fd")
+                words = [os.readlink(handles / name) for name in os.listdir(handles)]
+            if any(f"{session}/" in f"{word}/" for word in words):
+                found.append(process)
     return found
 
 

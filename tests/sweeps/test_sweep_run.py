@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 
 from segfleet.core.errors import InputError
+from segfleet.core.process import alive
 from segfleet.pipeline.launch.local import RankFailed
 from segfleet.pipeline.stop import Interrupted
 from segfleet.slurm import snapshot
@@ -230,14 +231,12 @@ def test_every_ray_that_may_be_installed_has_tokens():
     assert tuple(map(int, lowest)) >= (2, 52)
 
 
-def all_gone(session: Path, seconds: float = 20.0) -> bool:
-    """Whether the folder and all processes that name it go within some seconds."""
+def all_gone(session: Path, processes: list[int], seconds: float = 20.0) -> bool:
+    """Whether the folder of a session and its processes go within some seconds."""
     end = time.monotonic() + seconds
-    while left := keeper._processes(session) or session.exists():
-        if time.monotonic() > end:
-            return not left
+    while (left := any(map(alive, processes)) or session.exists()) and time.monotonic() < end:
         time.sleep(0.1)
-    return True
+    return not left
 
 
 KEPT = """
@@ -246,10 +245,10 @@ from segfleet.sweeps.ray import keeper
 
 session = pathlib.Path(sys.argv[1])
 with keeper.kept(session, "mine"):
-    agent = "import os, time\\nif os.fork() == 0: print(1, flush=True); time.sleep(60)"
-    words = [sys.executable, "-S", "-c", agent, f"{session}/log"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True) as started:
-        started.stdout.readline()
+    orphan = ["bash", "-c", "exec -a ray::Agent sleep 60 >/dev/null & echo $!"]
+    with open(session / "log", "w") as log:
+        agent = subprocess.run(orphan, stdout=subprocess.PIPE, stderr=log)
+    print(agent.stdout.decode(), flush=True)
     if sys.argv[2] == "killed":
         os.kill(os.getpid(), 9)
 """
@@ -262,8 +261,11 @@ def test_what_a_session_started_goes_with_it(tmp_path, end):
     session.mkdir()
     (session / keeper.OWNER).write_text("mine")
     (session / "log").touch()
-    subprocess.run([sys.executable, "-P", "-c", KEPT, str(session), end], timeout=60)
-    assert all_gone(session)
+    words = [sys.executable, "-P", "-c", KEPT, str(session), end]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        agent = int(process.stdout.readline())
+        process.wait(60)
+    assert all_gone(session, [agent])
 
 
 ALONE = """
@@ -285,7 +287,7 @@ with ray_session(Resources(slots=1), folder):
         "mode": oct(temporary.stat().st_mode & 0o777),
         "sessions": len(list(temporary.rglob("session_*/sockets"))),
         "temporary": str(temporary),
-        "processes": len(ours),
+        "processes": [process.pid for process in ours[1:]],
     }
     print(json.dumps(facts), flush=True)
     if sys.argv[2] == "killed":
@@ -315,8 +317,8 @@ def test_a_local_ray_is_for_its_user_alone(tmp_path, home, end):
     assert done.stdout, done.stderr
     facts = json.loads(done.stdout)
     assert facts["listens"] and {*facts["listens"]} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-    assert facts["mode"] == "0o700" and facts["sessions"] > 0 and facts["processes"] > 3
-    assert all_gone(Path(facts["temporary"]))
+    assert facts["mode"] == "0o700" and facts["sessions"] > 0 and len(facts["processes"]) > 3
+    assert all_gone(Path(facts["temporary"]), facts["processes"])
     assert not list((tmp_path / "home").rglob("*token*"))
 
 
