@@ -7,6 +7,7 @@ Peak resident memory above that of the imports:
 
 maps     a small network, large maps: 8 classes of 64 x 192 x 192 voxels on the raw grid
 weights  a large network, small maps: 16 million parameters, which do not stay loaded five times
+stay     small maps, and networks as large as may all stay loaded, the worst case for memory
 
 A volume of 40 classes, 64 x 192 x 192 voxels on the raw grid, 48 x 128 x 128 on the network's,
 which is two convolutions, so that little but the tools is measured:
@@ -32,21 +33,19 @@ RESULT = Path(__file__).with_name("results") / "inference.json"
 CASES = {
     "maps": {"labels": 8, "grid": (64, 192, 192), "features": [4, 8], "patch": (32, 64, 64)},
     "weights": {"labels": 3, "grid": (32, 64, 64), "features": None, "patch": (32, 64, 64)},
+    "stay": {
+        "labels": 3,
+        "grid": (32, 64, 64),
+        "features": [32, 64, 128, 192],
+        "patch": (32, 64, 64),
+    },
 }
 TARGET = 1.2
 
 
-def child(name: str, networks: int) -> None:
-    """Predict one random volume; print the peak of memory in MB."""
-    import resource
-
-    import numpy as np
-    import torch
-
-    from segfleet.pipeline.parts import build_network, task_of
+def parts(name: str):
+    """The recipe of a case, and the data set and plan of its images."""
     from segfleet.pipeline.recipe import parse
-    from segfleet.pipeline.trained.loading import load_run  # noqa: F401  all imports come first
-    from segfleet.pipeline.trained.model import Model, Trained
     from segfleet.preprocess.stores.manifest import Dataset, Manifest, Plan
 
     case = CASES[name]
@@ -65,25 +64,49 @@ def child(name: str, networks: int) -> None:
             "stages": [{"epochs": 1, "lr": 1.0}],
         }
     )
+    return recipe, manifest
 
-    def weights(seed: int):
+
+def write_weights(name: str, networks: int, folder: Path) -> None:
+    """Files as runs have them."""
+    from safetensors.torch import save_file
+
+    from segfleet.pipeline.parts import build_network, task_of
+
+    recipe, manifest = parts(name)
+    for seed in range(networks):
         seeded = recipe.model_copy(update={"seed": seed})
-        return build_network(seeded, manifest, task_of(recipe, manifest)).state_dict()
+        found = build_network(seeded, manifest, task_of(recipe, manifest)).state_dict()
+        save_file(found, folder / f"{seed}.safetensors")
 
-    size = sum(value.numel() * value.element_size() for value in weights(0).values())
+
+def child(name: str, networks: int, folder: Path) -> None:
+    """Predict one random volume; print the peak of memory in MB."""
+    import resource
+
+    import numpy as np
+    import torch
+    from safetensors.torch import load_file
+
+    from segfleet.pipeline.trained.loading import load_run  # noqa: F401  all imports come first
+    from segfleet.pipeline.trained.model import Model, Trained
+
+    recipe, manifest = parts(name)
+    files = [folder / f"{seed}.safetensors" for seed in range(networks)]
     trained = [
         Trained(
             uid=f"n{seed}",
             checkpoint="c",
             recipe=recipe,
             manifest=manifest,
-            size=size,
+            size=file.stat().st_size,
             check=lambda: None,
-            read=lambda seed=seed: weights(seed),
+            read=lambda file=file: load_file(file),
         )
-        for seed in range(networks)
+        for seed, file in enumerate(files)
     ]
-    image = np.random.default_rng(0).normal(size=(1, *case["grid"])).astype(np.float32)
+    size = files[0].stat().st_size
+    image = np.random.default_rng(0).normal(size=(1, *CASES[name]["grid"])).astype(np.float32)
     torch.set_num_threads(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     Model(trained).predict(image, (1.0, 1.0, 1.0))
@@ -218,14 +241,12 @@ def ensembles() -> dict:
     found = {}
     for name in CASES:
         rows = {}
-        for networks in (1, 5):
-            done = subprocess.run(
-                [sys.executable, __file__, name, str(networks)],
-                check=True,
-                capture_output=True,
-                text=True,
-            )
-            rows[networks] = json.loads(done.stdout)
+        with tempfile.TemporaryDirectory(prefix="segfleet-") as folder:
+            for networks in (1, 5):
+                words = [sys.executable, __file__, name, str(networks), folder]
+                subprocess.run([*words, "write"], check=True)
+                done = subprocess.run(words, check=True, capture_output=True, text=True)
+                rows[networks] = json.loads(done.stdout)
         ratio = rows[5]["above_mb"] / rows[1]["above_mb"]
         whole = rows[5]["peak_mb"] / rows[1]["peak_mb"]
         found[name] = {
@@ -258,6 +279,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["volume"]:
         volume_child(Path(sys.argv[2]), sys.argv[3])
     elif sys.argv[1:2] and sys.argv[1] in CASES:
-        child(sys.argv[1], int(sys.argv[2]))
+        work = write_weights if sys.argv[4:] else child
+        work(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
     else:
         main()

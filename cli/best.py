@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from segfleet.cli.output import Json, progress, show, table
+from segfleet.core.machine import wait_as_ranks_do
 
 
 def command(
@@ -22,12 +23,17 @@ def command(
     top: Annotated[
         int, typer.Option(min=1, help="So many points of a sweep, since every pair is predicted.")
     ] = 4,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:1; by default a GPU if there is one.")
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
     """Find the best recipe, or pair of recipes as an ensemble, by the score of cases not trained
     on."""
+    wait_as_ranks_do()
     from segfleet.core.errors import InputError
+    from segfleet.pipeline.ranks import device_of
     from segfleet.pipeline.scoring.folds import find_folds
     from segfleet.pipeline.trained.best import find_best
     from segfleet.pipeline.trained.model import trained_run
@@ -43,7 +49,9 @@ def command(
         )
     with progress("predicting cases not trained on") as tick:
         document = find_best(
-            [[trained_run(folder) for folder in folders] for folders in configurations], tick
+            [[trained_run(folder) for folder in folders] for folders in configurations],
+            tick,
+            device_of(device),
         )
     show(document, as_json, render)
 
@@ -89,6 +97,6 @@ def render(document: dict[str, Any]) -> None:
         )
     table(("", "recipe or ensemble", "runs", "Dice", "95 % interval"), rows)
     typer.echo(
-        f"\\n{document['cases']} cases, each by networks not trained on it. {document['warning']}"
+        f"\n{document['cases']} cases, each by networks not trained on it. {document['warning']}"
     )
     typer.echo(f"next: segfleet predict {' '.join(document['best'])} IMAGES --out DIR")

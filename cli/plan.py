@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from segfleet.cli.output import Json, show
 from segfleet.core.files import absolute
+from segfleet.core.machine import cpus, threads_of, wait_as_ranks_do
+
+if TYPE_CHECKING:
+    from segfleet.pipeline.planning.planned import Planned
 
 
 def command(
@@ -30,11 +34,10 @@ def command(
     every choice."""
     from segfleet.core.errors import InputError
     from segfleet.core.files import write_atomically
-    from segfleet.pipeline.planning.planner import plan_recipe
 
     if out is not None and out.exists():
         raise InputError(f"--out: {out} exists. Choose a new name.")
-    planned = plan_recipe(store, device, budget)
+    planned = timed_plan(store, device, budget)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, planned.yaml())
@@ -45,6 +48,17 @@ def command(
         "out": str(out) if out else None,
     }
     show(document, as_json, lambda _: render(document, planned.yaml()))
+
+
+def timed_plan(store: Path, device: str | None, budget: str | None) -> Planned:
+    """The plan, whose steps are timed in this process as a rank on this machine will do them."""
+    wait_as_ranks_do()
+    import torch
+
+    from segfleet.pipeline.planning.planner import plan_recipe
+
+    torch.set_num_threads(threads_of() or cpus())
+    return plan_recipe(store, device, budget)
 
 
 def render(document: dict[str, Any], text: str) -> None:
@@ -62,8 +76,6 @@ def frozen_plan(changes: list[str], budget: str | None, runs: Path) -> tuple[str
     the same command goes on with the same run. Raises InputError."""
     from segfleet.core.errors import InputError
     from segfleet.core.files import digest_of, write_atomically
-    from segfleet.pipeline.planning.planner import plan_recipe
-    from segfleet.pipeline.planning.target import parse_budget
     from segfleet.preprocess.stores.manifest import load_manifest
 
     stores = [change.partition("=")[2] for change in changes if change.startswith("data.store=")]
@@ -72,6 +84,9 @@ def frozen_plan(changes: list[str], budget: str | None, runs: Path) -> tuple[str
             "train auto: data.store is missing; name the store that is to be planned for: "
             "segfleet train auto data.store=stores/hippocampus"
         )
+    wait_as_ranks_do()
+    from segfleet.pipeline.planning.target import parse_budget
+
     seconds = parse_budget(budget) if budget else None
     manifest = load_manifest(Path(stores[-1]))
     name = f"{manifest.id[:12]}-{digest_of(seconds)[:6]}.yaml"
@@ -80,7 +95,7 @@ def frozen_plan(changes: list[str], budget: str | None, runs: Path) -> tuple[str
         typer.echo(f"segfleet: going on with the plan {path}", err=True)
     else:
         typer.echo("segfleet: planning, a few steps are timed", err=True)
-        planned = plan_recipe(Path(stores[-1]), None, budget)
+        planned = timed_plan(Path(stores[-1]), None, budget)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, planned.yaml())
         for note in planned.notes:

@@ -10,6 +10,7 @@ import typer
 
 from segfleet.cli.datasets import Options, chosen
 from segfleet.cli.output import Best, Folds, Json, fold_of, progress, show, table
+from segfleet.core.machine import cpus, threads_of, wait_as_ranks_do
 
 if TYPE_CHECKING:
     from segfleet.pipeline.launch.job import Predict
@@ -69,6 +70,7 @@ def command(
 ) -> None:
     """Segment images with a finished run, or with several as an ensemble; every prediction lies
     exactly on its image. Continues where it stopped."""
+    wait_as_ranks_do()
     job = job_of(
         words, runs, fold, best, out=out, format=format, layout=layout_of(layout, option),
         overlays=overlays, probabilities=probabilities, postprocess=checked_rule(postprocess),
@@ -80,9 +82,12 @@ def command(
 
 def alone(job: Predict, device: str | None = None) -> dict[str, Any]:
     """Predict in this process; what came out."""
+    import torch
+
     from segfleet.pipeline.jobs import predict
     from segfleet.pipeline.ranks import Ranks, device_of
 
+    torch.set_num_threads(threads_of() or cpus())  # as a rank has; torch knows no cgroup
     ranks = Ranks(device_of(device))
     with progress("predicting") as tick:
         return predict(job, ranks, tick)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 RESERVE = 0.8  # share of what is free that a job takes for itself
@@ -42,6 +42,23 @@ def threads_of(environ: Mapping[str, str] = os.environ) -> int | None:
     None: not said, or nothing that OpenMP would obey."""
     first = environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(first) if first.isdecimal() and int(first) else None
+
+
+# OpenMP's threads spin while they wait for each other. Where somebody else's process has the core of
+# the one they wait for, that is most of what they do (benchmarks/waiting.py).
+WAITING = "OMP_WAIT_POLICY"
+
+
+def waiting(environ: Mapping[str, str] = os.environ) -> str:
+    """How threads wait for each other where people share a machine, unless the environment says
+    otherwise."""
+    return environ.get(WAITING, "passive")
+
+
+def wait_as_ranks_do(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Let this process' threads wait for each other as those of local ranks. OpenMP looks once, so
+    it comes before the first import of torch."""
+    environ[WAITING] = waiting(environ)
 
 
 def mig_slices(environ: Mapping[str, str] = os.environ) -> list[str]:

@@ -148,9 +148,10 @@ def override(
     changes: Collection[str],
     texts: Collection[str] = (),
     where: str = "override",
+    named: Collection[str] = (),
 ) -> dict[str, Any]:
     """A copy with every change `key.path=value` applied; values are YAML, items of a list go by
-    their index (`stages.0.lr=1e-3`). Raises InputError."""
+    their index (`stages.0.lr=1e-3`). `named`: see `put`. Raises InputError."""
     document = deepcopy(document)
     for change in changes:
         key, equals, text = change.partition("=")
@@ -164,7 +165,7 @@ def override(
             raise InputError(
                 f"{where}: the value of '{change}' is no YAML: {_one_line(error)}"
             ) from None
-        put(document, key, value, f"{where}: '{change}'")
+        put(document, key, value, f"{where}: '{change}'", named)
     return document
 
 
@@ -175,10 +176,13 @@ def _value_of(key: str, text: str, texts: Collection[str]) -> Any:
     return loads(text, texts, as_text)
 
 
-def put(document: dict[str, Any], key: str, value: Any, where: str) -> None:
+def put(
+    document: dict[str, Any], key: str, value: Any, where: str, named: Collection[str] = ()
+) -> None:
     """Set a key path of a document in place; sections on the way that are not there are made.
+    `named`: keys whose own keys are names, in which a point is a point (`named_keys` of a model).
     Raises InputError that begins with `where`."""
-    *parents, last = key.split(".")
+    *parents, last = path_of(key, named)
     node: Any = document
     for place, part in enumerate(parents, 1):
         if isinstance(node, list):
@@ -193,6 +197,15 @@ def put(document: dict[str, Any], key: str, value: Any, where: str) -> None:
                 "below it"
             )
     node[_index(node, last, where) if isinstance(node, list) else last] = value
+
+
+def path_of(key: str, named: Collection[str] = ()) -> list[str]:
+    """The parts of a key path: `stages.1.rates.encoder.stem` has four where `rates` is `named`."""
+    parts = key.split(".")
+    place = next((k for k, part in enumerate(parts) if part in named), len(parts))
+    if "options" in parts[:place]:  # whose keys are nobody's here
+        return parts
+    return [*parts[: place + 1], *filter(None, [".".join(parts[place + 1 :])])]
 
 
 def _index(node: list, part: str, where: str) -> int:
@@ -299,6 +312,25 @@ def text_keys(model: type[BaseModel]) -> frozenset[str]:
         elif str in (kinds := _kinds(field.annotation)) and not kinds & {int, float, dict}:
             found.add(name)
     return frozenset(found)
+
+
+def named_keys(model: type[BaseModel]) -> frozenset[str]:
+    """Names of the fields of a model and its sections that map names to one value each."""
+    found: set[str] = set()
+    for name, field in model.model_fields.items():
+        inner = section_of(field.annotation)
+        if inner is not None:
+            found |= named_keys(inner)
+        elif maps_names(field.annotation):
+            found.add(name)
+    return frozenset(found)
+
+
+def maps_names(annotation: Any) -> bool:
+    """Whether a mapping of names to one value each may be a value of this type."""
+    if get_origin(annotation) is dict:
+        return get_args(annotation)[1] is not Any
+    return any(maps_names(inner) for inner in get_args(annotation))
 
 
 def takes_list(annotation: Any) -> bool:

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,16 @@ class Checkpoint:
     def step(self) -> int:
         return self.state["step"]
 
-    def tensors(self, group: str) -> dict[str, Tensor]:
-        """Name -> CPU tensor of `group`; empty if the checkpoint has none."""
-        from safetensors.torch import load_file
+    def tensors(self, group: str, without: Container[str] = ()) -> dict[str, Tensor]:
+        """Name -> CPU tensor of `group`, less those `without`, which are not read; empty if the
+        checkpoint has none."""
+        from safetensors import safe_open
 
         path = self.path / f"{group}.safetensors"
-        return load_file(path) if path.exists() else {}
+        if not path.exists():
+            return {}
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if name not in without}  # noqa: SIM118  it is no mapping
 
 
 def folder_name(step: int) -> str:

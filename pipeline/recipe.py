@@ -12,6 +12,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     create_model,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -92,6 +93,17 @@ class Inherit(Section):
         description="first layer for other image channels: theirs in turn, their mean for each, or "
         "as initialised",
     )
+
+    @field_validator("weights")
+    @classmethod
+    def _parts(cls, given: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if "all" in given and len(given) > 1 and not isinstance(given, str):
+            raise ValueError(
+                "all leaves nothing for the others to add; expected one of them, and as values of a "
+                "sweep lists in a list: [[all], [encoder]]"
+            )
+        # one part is the same in a list or not
+        return given[0] if given in (("all",), ("encoder",), ("backbone",)) else given
 
     @property
     def plain(self) -> bool:
@@ -380,6 +392,7 @@ def cut(recipe: Recipe, index: int) -> Recipe:
 
 
 TEXTS = settings.text_keys(Recipe)  # keys whose values stay text
+NAMED = settings.named_keys(Recipe)  # keys that map names, of parameters or structures, to a value
 
 
 def recipe_names() -> list[str]:
@@ -412,7 +425,7 @@ def read_document(source: str) -> dict[str, Any]:
 
 def override(document: dict[str, Any], changes: list[str]) -> dict[str, Any]:
     """A copy with every change `key.path=value` applied. Raises InputError."""
-    return settings.override(document, changes, TEXTS)
+    return settings.override(document, changes, TEXTS, named=NAMED)
 
 
 def parse(document: dict[str, Any], source: str = "recipe") -> Recipe:

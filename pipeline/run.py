@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,8 @@ def stage_facts(recipe: Recipe, manifest: Manifest | Manifests, index: int) -> d
     for key in ("unfreeze_at", "freeze_statistics", "layer_decay", "rates", "anchor", "lora"):
         if stage[key] == Stage.model_fields[key].get_default(call_default_factory=True):
             del stage[key]
+    if "rates" in stage and order_counts(list(stage["rates"])):  # a hash of a mapping knows none
+        stage["rates"] = [list(pair) for pair in stage["rates"].items()]
     if stage["freeze"]:  # said even where it is the default: once, statistics went on
         stage["freeze_statistics"] = recipe.stages[index].freeze_statistics
     else:
@@ -196,6 +199,19 @@ def stage_facts(recipe: Recipe, manifest: Manifest | Manifests, index: int) -> d
         "index": index,
         "stage": stage,
     }
+
+
+def order_counts(parts: Sequence[str]) -> bool:
+    """Whether `rates` of these roles and prefixes may mean another thing than the same ones sorted:
+    two that a parameter may belong to, of which the last counts, stand the other way round."""
+    apart = {"encoder", "decoder", "head"}
+    roles = {*apart, "backbone", "all"}
+    return any(
+        first > then
+        and not {first, then} <= apart
+        and (not roles.isdisjoint({first, then}) or first.startswith(then))
+        for first, then in itertools.combinations(parts, 2)
+    )
 
 
 def inherit_facts(inherit: Inherit) -> str | dict[str, Any]:
@@ -350,10 +366,11 @@ def _in_words(key: str, index: int, before: Any, now: Any) -> str:
     section, _, rest = key.partition(".")
     if section == "sources":
         return f"the code of {rest}"
-    if section in ("numerics", "store", "train"):
+    if section in ("numerics", "store", "stores", "train"):
         return {
             "numerics": "the version of segfleet, whose results differ",
             "store": "the store's content",
+            "stores": "the stores, their weights or their training cases",
             "train": "the training cases",
         }[section]
     name = f"stages.{index}.{rest}" if section == "stage" else key

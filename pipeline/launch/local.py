@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from segfleet.core.errors import ExitCode
 from segfleet.core.litter import temporary_folder
-from segfleet.core.machine import cpus, own_slice, threads_of
+from segfleet.core.machine import WAITING, cpus, own_slice, threads_of, waiting
 
 if TYPE_CHECKING:
     from segfleet.core.job import Job
@@ -96,9 +96,7 @@ def _start(
         "LOCAL_RANK": str(rank),
         "LOCAL_WORLD_SIZE": str(ranks),
         "OMP_NUM_THREADS": threads,
-        # OpenMP's threads spin while they wait for each other. Where somebody else's process has
-        # the core of the one they wait for, that is most of what they do (benchmarks/waiting.py).
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
+        WAITING: waiting(),
         "SEGFLEET_PARENT": str(os.getpid()),
         # DDP's advice on a flag that is set on purpose
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),

@@ -101,7 +101,8 @@ def load_network(
 
 def averaged(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
     """The weights that are judged: averaged ones where there are any."""
-    return {**saved.tensors("weights"), **saved.tensors("ema")}
+    ema = saved.tensors("ema")
+    return {**saved.tensors("weights", without=ema), **ema}
 
 
 def with_weights(

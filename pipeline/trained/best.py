@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import read_json, write_json
@@ -32,7 +33,9 @@ PAIR = "ensemble.json"
 
 
 def find_best(
-    configurations: Sequence[Sequence[Trained]], progress: Callable[[int, int], None] | None = None
+    configurations: Sequence[Sequence[Trained]],
+    progress: Callable[[int, int], None] | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """{"candidates": best first, "best": runs of the best, "cases", "warning"} of recipes, each the
     networks of its folds. Scores are over the cases that every recipe scored. Raises InputError for
@@ -52,7 +55,7 @@ def find_best(
     pairs = list(itertools.combinations(range(len(configurations)), 2))
     for done, (a, b) in enumerate(pairs):
         both = [configurations[a], configurations[b]]
-        cases = _pair([*both[0], *both[1]], common)
+        cases = _pair([*both[0], *both[1]], common, device)
         candidates.append(_candidate(both, cases, common, names))
         if progress:
             progress(done + 1, len(pairs))
@@ -104,7 +107,9 @@ def _candidate(
     }
 
 
-def _pair(networks: list[Trained], common: set[str]) -> dict[str, dict[str, Any]]:
+def _pair(
+    networks: list[Trained], common: set[str], device: torch.device | str
+) -> dict[str, dict[str, Any]]:
     """The entries of an ensemble's cases; kept beside the score over all folds, so that they are
     predicted once."""
     root = root_of(networks[0].run, networks[0].recipe)
@@ -113,7 +118,7 @@ def _pair(networks: list[Trained], common: set[str]) -> dict[str, dict[str, Any]
     kept = read_json(path) or {}
     if kept.get("made_on") == facts and common <= set(kept["cases"]):
         return kept["cases"]
-    model = Model(networks)
+    model = Model(networks, device)
     model.check()
 
     def score(case: Case, label: np.ndarray, truth: np.ndarray) -> dict[str, Any]:

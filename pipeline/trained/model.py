@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from segfleet.core.errors import InputError
 from segfleet.pipeline.checkpoint import Checkpoint, folder_name
+from segfleet.pipeline.engines.common import load_weights
 from segfleet.pipeline.inference.ensemble import Member
 from segfleet.pipeline.inference.postprocess import AUTO, Rule, clean, for_all, parse_rule, rules_of
 from segfleet.pipeline.inference.predict import Wishes, image_maps, predict_files
@@ -30,7 +31,9 @@ from segfleet.pipeline.task import Task
 from segfleet.preprocess.case import Geometry
 from segfleet.preprocess.stores.manifest import NAME, Dataset, Manifest, load_manifest
 
-RESIDENT = 2**28  # bytes of weights: networks that have no more in all stay loaded
+# Bytes of weights: networks that have no more in all stay loaded. Of a host it is little beside what
+# one network takes for an image.
+RESIDENT = {"cpu": 2**26, "cuda": 2**28}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,21 @@ class Trained:
     @property
     def task(self) -> Task:
         return task_of(self.recipe, self.manifest)
+
+    @property
+    def built_of(self) -> tuple[Any, ...]:
+        """What its network is made of but its weights: of equal ones, one holds the weights of the
+        other."""
+        model, plan = self.recipe.model, self.manifest.plan
+        return (
+            (model.name, model.options, self.task.channels, len(self.dataset.channels)),
+            (patch_of(self.recipe, self.manifest), plan.target_spacing),
+            self.recipe.engine,
+        )
+
+    @property
+    def dataset(self) -> Dataset:
+        return self.manifest.dataset
 
 
 def trained_run(folder: Path) -> Trained:
@@ -109,13 +127,14 @@ class Model:
         check_together(self.networks)
         self.device = torch.device(device)
         self.postprocessing = postprocessing  # what was decided on cases not trained on
-        self._loaded: dict[str, tuple[nn.Module, Forward]] = {}
-        self._stays = sum(one.size for one in self.networks) <= RESIDENT
+        self._loaded: dict[str, tuple[Trained, nn.Module, Forward]] = {}
+        resident = RESIDENT.get(self.device.type, RESIDENT["cpu"])
+        self._stays = sum(one.size for one in self.networks) <= resident
 
     @property
     def dataset(self) -> Dataset:
         """Channels and labels, which all networks share."""
-        return self.networks[0].manifest.dataset
+        return self.networks[0].dataset
 
     @property
     def task(self) -> Task:
@@ -161,16 +180,25 @@ class Model:
 
     def _forward(self, one: Trained) -> Forward:
         """The network's forward pass. Few small networks stay loaded; else it takes the place of
-        the one before."""
+        the one before, its very memory if they are built alike: what is given back and taken again
+        comes out in pieces, and the next network does not fit between them."""
         if one.uid not in self._loaded:
-            if not self._stays:
-                self._loaded.clear()
-            network = self.network(one)
-            self._loaded[one.uid] = (
-                network,
-                forward_of(network, one.task, one.recipe, self.device),
-            )
-        return self._loaded[one.uid][1]
+            network = None if self._stays else self._instead(one)
+            if network is None:
+                network = self.network(one)
+            forward = forward_of(network, one.task, one.recipe, self.device)
+            self._loaded[one.uid] = (one, network, forward)
+        return self._loaded[one.uid][2]
+
+    def _instead(self, one: Trained) -> nn.Module | None:
+        """The network that was loaded, with the weights of this one; None if they differ by more."""
+        if not self._loaded:
+            return None
+        _, (before, network, _) = self._loaded.popitem()
+        if before.built_of != one.built_of:
+            return None
+        load_weights(network, one.read(), one.uid)
+        return network
 
     def network(self, one: Trained) -> nn.Module:
         """The network itself, with its weights, in eval mode on the model's device. Raises

@@ -104,8 +104,11 @@ def portable(recipe: Recipe) -> dict[str, Any]:
     """A recipe without a place on any machine."""
     document = recipe.model_dump(mode="json")
     for part in (document, *document["stages"]):  # a stage may have its own
-        if "store" in (part.get("data") or {}):
-            part["data"]["store"] = ""
+        data = part.get("data") or {}
+        if "store" in data:
+            data["store"] = ""
+        if "stores" in data:  # which of them is part of what was trained, not where they lay
+            data["stores"] = []
         model = part.get("model") or {}
         if model.get("weights") is not None:  # known by their hash
             model["weights"] = Path(model["weights"]).name

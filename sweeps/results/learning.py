@@ -1,14 +1,16 @@
-"""Learning curves of a sweep with an axis `data.cases`: does one way of beginning help, by how
-much, and with how many labelled cases?"""
+"""Does one way of beginning help, by how much, and with how many labelled cases? Of a sweep with a
+pre-training of 0 epochs among its points, with an axis `data.cases`, or with both."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from segfleet.sweeps.space.space import describe
 
 AXIS = "data.cases"
+LENGTH = re.compile(r"stages\.\d+\.epochs")
 Row = Mapping[str, Any]
 
 
@@ -16,29 +18,42 @@ def learning_curves(
     rows: Sequence[Row], difference: Callable[[Row, Row], dict[str, Any] | None]
 ) -> dict[str, Any] | None:
     """For every way (a point less its number of cases) and number of cases the score, and the gain
-    over the first way of the space at equal cases, paired case by case. None without such an axis.
+    over the way without pre-training that is alike in all else, or over the first way of the space
+    where there is none, at equal cases, paired case by case. None without any such axis.
 
     Args:
         rows: of the ranking, those that were not ranked too, in the order of the space.
         difference: (row, other) -> other minus row, as `outcome.json` has it.
     """
-    axis = next(
-        (k for row in rows for k in row["point"] if k.rpartition("stages.")[2].endswith(AXIS)), None
+    labels = list(dict.fromkeys(label for row in rows for label in row["point"]))
+    axis = next((label for label in labels if label.rpartition("stages.")[2].endswith(AXIS)), None)
+    if axis is not None and len({row["point"].get(axis) for row in rows}) < 2:
+        axis = None
+    without = next(
+        (
+            label
+            for label in labels
+            if LENGTH.fullmatch(label) and {0} < {row["point"].get(label) for row in rows}
+        ),
+        None,
     )
-    if axis is None or len({row["point"][axis] for row in rows}) < 2:
+    if axis is None and without is None:
         return None
     ways: dict[str, dict[Any, Row]] = {}
+    plain: dict[str, str] = {}  # a way -> the one that it is compared to
     for row in rows:
         rest = {key: value for key, value in row["point"].items() if key != axis}
-        ways.setdefault(describe(rest) or "all points", {})[row["point"][axis]] = row
-    numbers = sorted({row["point"][axis] for row in rows}, key=lambda n: (n is None, n))
-    reference, lines = next(iter(ways)), []
+        way = describe(rest) if rest else "all points"
+        ways.setdefault(way, {})[row["point"].get(axis)] = row
+        plain[way] = describe({**rest, without: 0}) if without else next(iter(ways))
+    numbers = sorted({row["point"].get(axis) for row in rows}, key=lambda n: (n is None, n))
+    lines = []
     for way, found in ways.items():
         for cases in numbers:
-            row, base = found.get(cases), ways[reference].get(cases)
+            row, base = found.get(cases), ways.get(plain[way], {}).get(cases)
             if row is None or row["score"] is None:
                 continue
-            known = way != reference and base is not None and base["score"] is not None
+            known = way != plain[way] and base is not None and base["score"] is not None
             lines.append(
                 {
                     "way": way,
@@ -48,4 +63,5 @@ def learning_curves(
                     "gain": difference(base, row) if known else None,
                 }
             )
-    return {"axis": axis, "reference": reference, "rows": lines}
+    reference = f"the same with {without}=0" if without else next(iter(ways))
+    return {"axis": axis, "without": without, "reference": reference, "rows": lines}

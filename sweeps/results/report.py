@@ -35,6 +35,7 @@ def write_sweep_report(plan: Plan, ledger: Ledger, document: dict[str, Any]) -> 
         notes=_notes(document),
         ranking=_ranking(document),
         learning=_learning(document),
+        asked=_asked(document.get("learning")),
         parallel=_parallel(document),
         scatters=_scatters(document),
         front=_front(document),
@@ -176,27 +177,38 @@ def _importance(document: dict[str, Any]) -> Table | None:
     )
 
 
+def _asked(found: dict[str, Any] | None) -> str:
+    """The question that the table of gains answers."""
+    if not found or not found["without"]:
+        return "With how many labelled cases"
+    return "Does pre-training help" + (
+        ", and with how many labelled cases" if found["axis"] else ""
+    )
+
+
 def _learning(document: dict[str, Any]) -> Table | None:
     found = document.get("learning")
     if not found or not found["rows"]:
         return None
-    lines = []
+    several, lines = found["axis"] is not None, []
     for row in found["rows"]:
         gain = row["gain"] or {}
+        number = "all" if row["cases"] is None else str(row["cases"])
         cells = [
-            "all" if row["cases"] is None else str(row["cases"]),
+            *([number] if several else []),
             Cell(row["score"], 4, interval(row["ci95"], 4)),
             Cell(gain.get("mean"), 4, interval(gain.get("ci95"), 4), signed=True),
             Cell(gain.get("p"), 4),
         ]
         lines.append((None, [row["way"], *cells]))
+    first = "" if found["without"] else ", the first of the space"
+    equal = f", at equal {found['axis']}" if several else ""
     return Table(
-        label="Score by labelled cases",
-        caption=f"Gains are over {found['reference']}, the first of the space, at equal "
-        f"{found['axis']}: "
+        label="Score by labelled cases" if several else "Score with and without pre-training",
+        caption=f"Gains are over {found['reference']}{first}{equal}: "
         "paired case by case, intervals and sign-flip p over patients, not corrected for the "
-        "number of rows. Fewer cases are among more.",
-        head=["", "Labelled cases", _labels(document)[0], "Gain", "p"],
+        "number of rows." + (" Fewer cases are among more." if several else ""),
+        head=["", *(["Labelled cases"] if several else []), _labels(document)[0], "Gain", "p"],
         rows=lines,
         left=1,
     )

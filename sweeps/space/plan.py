@@ -10,10 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from segfleet.core import settings
 from segfleet.core.errors import InputError
 from segfleet.core.files import absolute, parse_json, read_file, read_json, write_atomically
+from segfleet.pipeline import recipe as recipes
 from segfleet.pipeline.launch.job import Train
-from segfleet.pipeline.recipe import Recipe, resolve
+from segfleet.pipeline.recipe import Recipe, Stage, resolve
 from segfleet.pipeline.run import stage_steps
 from segfleet.pipeline.scoring import scored
 from segfleet.preprocess.stores.manifest import Manifest, load_manifest
@@ -21,11 +25,15 @@ from segfleet.sweeps.order import Order
 from segfleet.sweeps.space import population
 from segfleet.sweeps.space.checks import check_measures, check_read, with_stores
 from segfleet.sweeps.space.sharing import Sections
-from segfleet.sweeps.space.space import Point, Search, SearchSpace, Trial, describe
+from segfleet.sweeps.space.space import KINDS, Point, Search, SearchSpace, Trial, describe
 from segfleet.sweeps.space.tree import StageNode, StageTree
 from segfleet.sweeps.space.warm import warm_points
 
 SPACE, POINTS = "space.json", "points.jsonl"
+
+
+class Nothing(BaseModel):
+    """Below a key that maps names."""
 
 
 @dataclass
@@ -282,9 +290,10 @@ def check(trials: list[Trial], stores: Stores) -> list[str]:
     for trial in trials:
         recipe = trial.recipe
         parts = [
-            (own.model, own.loss, own.data.patch, own.data.batch, own.data.store, own.data.split,
-             own.data.fold, own.data.made_for, own.engine.accumulate, own.evaluation.mirror,
-             own.stages[index].freeze, own.stages[index].inherit)
+            (own.task, own.model, own.loss, own.data.patch, own.data.batch, own.data.store,
+             own.data.stores, own.data.split, own.data.fold, own.data.made_for, own.data.mask,
+             own.engine.accumulate, own.evaluation.mirror, own.stages[index].freeze,
+             own.stages[index].rates, own.stages[index].lora, own.stages[index].inherit)
             for index, own in enumerate(resolve(recipe, i) for i in range(len(recipe.stages)))
         ]  # fmt: skip
         key = repr(parts)
@@ -431,14 +440,31 @@ def grows(key: str, old: Any, new: Any, space: dict[str, Any]) -> bool:
         return False
     if key == "axes":
         return all(_contains(value, old.get(name)) for name, value in new.items())
-    return all(
-        was.keys() == now.keys()
-        and all(
-            _contains(value, was[name]) if name != "freeze" else value == was[name]
-            for name, value in now.items()
-        )
-        for was, now in zip(old, new, strict=True)
-    )
+    return all(_grown(was, now) for was, now in zip(old, new, strict=True))
+
+
+def _grown(old: dict[str, Any], new: dict[str, Any], kind: type[BaseModel] = Stage) -> bool:
+    """Whether a stage, or a section in it, has the same keys and at most more values of them."""
+    if old.keys() != new.keys():
+        return False
+    for name, was in old.items():
+        field, now = kind.model_fields.get(name), new[name]
+        inner = settings.section_of(field.annotation) if field else None
+        if isinstance(was, dict) and isinstance(now, dict) and not {*was} & {*KINDS}:
+            below = inner is not None or name in recipes.NAMED
+            same = _grown(was, now, inner or Nothing) if below else was == now
+        elif field and settings.takes_list(field.annotation) and not _listed(was, now):
+            same = was == now  # one list, such as a patch
+        else:
+            same = _contains(now, was)
+        if not same:
+            return False
+    return True
+
+
+def _listed(*values: Any) -> bool:
+    """Whether these are lists with lists in them, of a key that holds a list itself."""
+    return all(isinstance(v, list) and any(isinstance(one, list) for one in v) for v in values)
 
 
 def _contains(new: Any, old: Any) -> bool:

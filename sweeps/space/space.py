@@ -267,7 +267,8 @@ class Search:
                 continue
             values = point[axis.label] if len(axis.keys) > 1 else [point[axis.label]]
             for key, value in zip(axis.keys, values, strict=True):
-                settings.put(document, key, value, f"sweep {self.space.name}: {axis.label}")
+                where = f"sweep {self.space.name}: {axis.label}"
+                settings.put(document, key, value, where, recipes.NAMED)
         where = f"sweep {self.space.name} at {describe(point)}"
         recipe = recipes.parse(document, where)
         replicates = [
@@ -363,7 +364,8 @@ def search_of(space: SearchSpace, base: dict[str, Any]) -> Search:
             base["stages"].append(json.loads(json.dumps(stage)))
             for axis in _axes_of(f"stages.{index}", stage, Stage):
                 axes.append(axis)
-                settings.put(base, axis.label, axis.values[0], f"sweep {space.name}")
+                where = f"sweep {space.name}"
+                settings.put(base, axis.label, axis.values[0], where, recipes.NAMED)
     if space.prepare:
         axes += [
             Axis(keys=(PREFIX + key,), kind="grid", values=values)
@@ -502,19 +504,25 @@ def _check_population(search: Search, stages: Sequence[Stage]) -> None:
 
 def _axes_of(where: str, section: dict[str, Any], kind: type[BaseModel]) -> Iterator[Axis]:
     """The axes among the keys of a stage and the sections in it: a list, or a mapping that names a
-    kind. Of a key that holds a list itself (a patch), only a list of lists is an axis."""
+    kind. Of a key that holds a list itself (a patch), only a list with lists in it is an axis; of
+    one that maps names (`rates`), every list below a name."""
     for key, value in section.items():
         field = kind.model_fields.get(key)
         inner = settings.section_of(field.annotation) if field else None
-        if isinstance(value, dict) and inner and not (len(value) == 1 and {*value} <= {*KINDS}):
+        is_kind = isinstance(value, dict) and len(value) == 1 and {*value} <= {*KINDS}
+        if isinstance(value, dict) and inner and not is_kind:
             yield from _axes_of(f"{where}.{key}", value, inner)
+        elif isinstance(value, dict) and key in recipes.NAMED and not is_kind:
+            for name, one in value.items():
+                if isinstance(one, dict | list):
+                    yield _axis(f"{where}.{key}.{name}", one)
         elif (
             isinstance(value, dict)
             and (key != "options" or {*value} & {*KINDS})
             or isinstance(value, list)
             and (
                 not (field and settings.takes_list(field.annotation))
-                or (bool(value) and isinstance(value[0], list))
+                or any(isinstance(one, list) for one in value)
             )
         ):
             yield _axis(f"{where}.{key}", value)
@@ -552,7 +560,7 @@ def _axis(label: str, given: Any) -> Axis:
 def check_key(key: str) -> None:
     """Raises InputError unless `key` is a path into a recipe."""
     kind: Any = Recipe
-    parts = key.split(".")
+    parts = settings.path_of(key, recipes.NAMED)
     for place, part in enumerate(parts):
         if kind is Stage and parts[place - 1] == "stages":  # an index
             if not part.isdecimal():
@@ -572,6 +580,6 @@ def check_key(key: str) -> None:
         annotation = kind.model_fields[part].annotation
         section = settings.section_of(annotation)
         rest = parts[place + 1 :]
-        if section is None and rest and part != "options":
+        if section is None and rest and part not in ("options", *recipes.NAMED):
             raise InputError(f"axis {key}: '{part}' has no keys below it")
         kind = section

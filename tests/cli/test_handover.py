@@ -3,6 +3,7 @@ them, one message each."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from segfleet.core.files import unstamped
 from segfleet.pipeline import load_run
 from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.run import run_folders
+from segfleet.pipeline.trained.model import Model
 from segfleet.preprocess.stores.base import open_store
 from segfleet.preprocess.stores.manifest import load_manifest, save_manifest
 
@@ -218,6 +220,37 @@ def test_few_networks_stay_and_many_take_turns(two_folds, ensemble, monkeypatch)
     array = np.asarray(Image.open(two_folds / "images" / "one.png"), np.float32)[None, None]
     assert np.array_equal(opened.predict(array, (1, 1, 1))[0], labels(ensemble)["one"])
     assert len(opened._loaded) == 1
+
+
+def test_networks_that_are_built_alike_take_turns_in_the_same_memory(
+    two_folds, ensemble, monkeypatch
+):
+    """Bit by bit what networks of their own say; one that differs is built anew."""
+    array = np.asarray(Image.open(two_folds / "images" / "one.png"), np.float32)[None, None]
+    opened = load_run("tiny", runs=two_folds / "runs", fold="all")
+    expected = opened.predict(array, (1, 1, 1), probabilities=True)
+    turns = load_run("tiny", runs=two_folds / "runs", fold="all")
+    monkeypatch.setattr(turns, "_stays", False)
+    built = []
+    monkeypatch.setattr(
+        turns, "network", lambda one: built.append(one.uid) or Model.network(turns, one)
+    )
+    found = turns.predict(array, (1, 1, 1), probabilities=True)
+    assert all(map(np.array_equal, found, expected)) and len(built) == 1
+    second = turns.networks[1]
+    other = second.recipe.model_copy(
+        update={"engine": second.recipe.engine.model_copy(update={"precision": "bf16"})}
+    )
+    turns.networks[1] = dataclasses.replace(second, recipe=other)
+    turns.predict(array, (1, 1, 1))
+    assert len(built) > 1
+
+
+def test_few_networks_are_little_beside_one_image(two_folds):
+    """What stays loaded of an ensemble may not double what one network takes."""
+    opened = load_run("tiny", runs=two_folds / "runs", fold="all")
+    large = [dataclasses.replace(one, size=2**26) for one in opened.networks]
+    assert opened._stays and not Model(large)._stays
 
 
 # torch 2.11 warns of its own reading of a .pt2 file
@@ -517,6 +550,10 @@ def test_the_best_recipe_or_pair(two_folds, tmp_path, monkeypatch):
             ),
         )
     words = ("best", "tiny", "other", "--runs", tmp_path / "runs")
+    plain = segfleet(*words, "--device", "cpu")
+    assert "\\n" not in plain.output and "\n6 cases, each by networks" in plain.output
+    nowhere = segfleet(*words, "--device", "cuda:99")
+    assert "device: found 'cuda:99'" in str(nowhere.exception)
     done = segfleet(*words, "--json")
     assert done.exit_code == 0, (done.output, done.exception)
     document = json.loads(done.stdout)
@@ -587,6 +624,8 @@ def test_no_stage_of_a_model_file_says_where_it_was_trained():
     stages = [
         {"epochs": 1, "lr": 1e-3, "data": {"store": "/secret/first"},
          "model": {"weights": "/secret/w.pt"}},
+        {"epochs": 1, "lr": 1e-3,
+         "data": {"stores": ["/secret/third", {"store": "/secret/fourth", "weight": 2}]}},
         {"epochs": 1, "lr": 1e-3},
     ]  # fmt: skip
     recipe = parse(
@@ -597,4 +636,6 @@ def test_no_stage_of_a_model_file_says_where_it_was_trained():
             "stages": stages,
         }
     )
-    assert "secret" not in json.dumps(portable(recipe))
+    document = portable(recipe)
+    assert "secret" not in json.dumps(document)
+    parse(document)  # it can be read

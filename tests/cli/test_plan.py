@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -255,6 +258,29 @@ def test_what_cannot_be_planned(tiny_store, words, message, monkeypatch, tmp_pat
     done = segfleet(*words)
     assert isinstance(done.exception, InputError) and message in str(done.exception)
     assert not list(tmp_path.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["plan STORE --device cuda:24G", "train auto data.store=nowhere", "predict x a.png --out o", "best x y"],
+)  # fmt: skip
+def test_what_computes_in_the_command_s_process_waits_as_ranks_do(
+    tiny_store, tmp_path, cold, words
+):
+    """OpenMP looks once, when torch is loaded, and says what it saw. A step that is timed for a
+    plan with threads that spin is not the step of a rank, whose threads do not."""
+    command = words.replace("STORE", str(tiny_store(dims=2))).split()
+    given = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    for policy in (None, "active") if words.startswith("plan") else (None,):
+        more = {"OMP_WAIT_POLICY": policy} if policy else {}
+        done = subprocess.run(
+            [sys.executable, "-m", "segfleet.cli.main", *command],
+            env={**given, **more, "OMP_DISPLAY_ENV": "TRUE"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert f"OMP_WAIT_POLICY = '{(policy or 'passive').upper()}'" in done.stderr
 
 
 def test_devices_and_budgets_by_hand(monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
@@ -118,6 +118,28 @@ def test_text_stays_as_written():
         "limit": 10.0,
         "words": ["1", "x"],
         "base": {"x": 2},
+    }
+
+
+class Named(BaseModel):
+    rates: dict[str, float] = {}
+    options: dict[str, Any] = {}
+    tolerance: float | dict[str, float] = 2.0
+
+
+class Outer(BaseModel):
+    parts: tuple[Named, ...] = ()
+
+
+def test_below_a_key_that_maps_names_a_point_is_a_point():
+    """Parameters are called `encoder.stem.weight`."""
+    named = settings.named_keys(Outer)
+    assert named == {"rates", "tolerance"}
+    changes = ["parts.0.rates.encoder.stem=2", "parts.0.options.rates.a.b=1", "parts.0.tolerance=1"]
+    assert settings.override({"parts": [{}]}, changes, named=named) == {
+        "parts": [
+            {"rates": {"encoder.stem": 2}, "options": {"rates": {"a": {"b": 1}}}, "tolerance": 1}
+        ]
     }
 
 

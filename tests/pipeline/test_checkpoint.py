@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import threading
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from segfleet.pipeline import checkpoint
+from segfleet.pipeline.scoring.score import averaged
 
 
 def tensors(step: int) -> checkpoint.Tensors:
@@ -42,6 +44,25 @@ def test_round_trip_is_exact(tmp_path):
         )
     assert found.tensors("ema") == {}
     assert not any(p.name.startswith(".") for p in tmp_path.iterdir())
+
+
+def test_of_averaged_weights_only_the_others_are_read(tmp_path):
+    """A network that is to predict takes its memory once, not again for what it does not use."""
+    average = {"a.weight": tensors(7)["weights"]["a.weight"] + 1}
+    checkpoint.save(tmp_path, 7, {**tensors(7), "ema": average}, {})
+    found, asked = checkpoint.latest(tmp_path, pytest.fail), []
+    read = checkpoint.Checkpoint.tensors
+
+    class Seen(checkpoint.Checkpoint):
+        def tensors(self, group, without=()):
+            answer = read(self, group, without)
+            asked.append((group, set(answer)))
+            return answer
+
+    seen = Seen(**{f.name: getattr(found, f.name) for f in dataclasses.fields(found)})
+    judged = averaged(seen)
+    assert torch.equal(judged["a.weight"], average["a.weight"]) and judged["n"] == 7
+    assert sorted(asked) == [("ema", {"a.weight"}), ("weights", {"n"})]
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,26 @@ def test_defaults_change_no_uid_and_values_do(document):
     assert len({plain, *others}) == 9
 
 
+def test_rates_of_another_order_are_another_stage_where_the_order_counts(document):
+    """Of several that fit the last counts; apart from that, equal stages are shared. One part is
+    the same in a list or not."""
+
+    def uid(stage):
+        said = {**document, "stages": [document["stages"][0], {**document["stages"][1], **stage}]}
+        return run.stage_uids(with_absolute_store(parse(said)), Stores().manifest)[1]
+
+    def turned(rates):
+        return [uid({"rates": dict(pairs)}) for pairs in (rates, rates[::-1])]
+
+    for rates in ([("down1", 0.1), ("encoder", 1.0)], [("down1", 1.0), ("down1.maxpool", 0.1)]):
+        assert len(set(turned(rates))) == 2, rates
+    for rates in ([("encoder", 0.1), ("head", 2.0)], [("down1", 0.1), ("down2", 2.0)]):
+        assert len(set(turned(rates))) == 1, rates
+    alone = [uid({"inherit": {"weights": weights}}) for weights in ("encoder", ["encoder"])]
+    assert alone[0] == alone[1] != uid({})
+    assert uid({"inherit": {"weights": ["all"]}}) == uid({})
+
+
 def ranks_of(before, after) -> dict[str, int]:
     """Of every weight that moved the rank of what was added."""
     found = {}

@@ -10,7 +10,7 @@ from segfleet.core.errors import InputError
 from segfleet.core.settings import loads
 from segfleet.pipeline.recipe import load_recipe
 from segfleet.preprocess.stores.manifest import load_manifest
-from segfleet.sweeps.space.plan import SPACE, claim, foreign, make_plan, with_stores
+from segfleet.sweeps.space.plan import SPACE, claim, foreign, make_plan, unplanned, with_stores
 from segfleet.sweeps.space.space import load_search, parse_search, space_names
 from segfleet.sweeps.space.tree import StageTree
 
@@ -257,6 +257,20 @@ def test_a_space_may_grow_and_must_not_change(search, space, tmp_path):
     assert "differ in: base.seed: was not there, is 7)" in seeded
     random = fault(seeds=[0], search="random", budget={"trials": 3})
     assert "search" in random
+    # the same below a section of a stage, where a list may also be one value
+    deep = {"data": {"cases": [1, 2], "patch": [32, 32]}, "rates": {"encoder": [0.1, 1.0]}}
+    name = {"name": "deep", "axes": {}, "seeds": [0]}
+    claim(make_plan(search(**name, stages=stages(**deep)), tmp_path), [])
+    for more, grown in (
+        ({"data": {"cases": [1, 2, 3], "patch": [32, 32]}}, True),
+        ({"rates": {"encoder": [0.1, 1.0, 0.5]}}, True),
+        ({"data": {"cases": [2], "patch": [32, 32]}}, False),
+        ({"data": {"cases": [1, 2], "patch": [32, 32, 32]}}, False),
+        ({"rates": {"encoder": [0.1]}}, False),
+        ({"rates": {"decoder": [0.1, 1.0]}}, False),
+    ):
+        plan = unplanned(search(**name, stages=stages(**{**deep, **more})), tmp_path)
+        assert (foreign(plan) is None) == grown, more
     # what was trained counts: the same stages, and more
     larger = make_plan(
         search(axes={}, stages=stages(first=(1e-2, 5e-3, 1e-3)), seeds=[0]), tmp_path

@@ -223,6 +223,30 @@ def test_files(scored):
         assert words in page, words
 
 
+def pretended(space, folder, dice):
+    """The plan and ledger of a space all of whose stages lie there, trained; `dice(recipe)` is the
+    first of six cases of a run."""
+    plan = make_plan(space, folder / "runs")
+    ledger = Ledger(plan.tree, plan.runs, plan.folder)
+    plan.folder.mkdir(parents=True)
+    for node in plan.tree.nodes.values():
+        path, done = ledger.path(node), {"checkpoint": "step-00000001"}
+        path.mkdir(parents=True)
+        (path / "done.json").write_text(json.dumps(done))
+        if len(node.recipe.stages) < 2:
+            continue
+        cases = [
+            {"id": f"c{i}", "group": f"p{i}", "mean_dice": dice(node.recipe) + 0.01 * i}
+            for i in range(6)
+        ]
+        mean = sum(case["mean_dice"] for case in cases) / 6
+        summary = {"mean_foreground_dice": mean, "mean_foreground_dice_ci95": None, "patients": 6}
+        document = {"cases": cases, "summary": summary, "store": "s", "parameters": 7}
+        document["scored"] = score_facts(node.recipe, plan.stores(node.recipe), done)
+        (path / "evaluation.json").write_text(json.dumps(document))
+    return plan, ledger
+
+
 def test_learning_curves_are_paired_at_equal_numbers_of_cases(search, tmp_path):
     """Two ways, two numbers of cases: the gain is what the second way adds, and with one missing
     there is none."""
@@ -231,27 +255,13 @@ def test_learning_curves_are_paired_at_equal_numbers_of_cases(search, tmp_path):
         {"name": "finetune", "epochs": 2, "steps": 1, "lr": 3e-4},
     ]
     space = search(axes={"stages.1.data.cases": [1, 2]}, stages=stages, seeds=[0])
-    plan = make_plan(space, tmp_path / "runs")
-    ledger = Ledger(plan.tree, plan.runs, plan.folder)
-    plan.folder.mkdir(parents=True)
     gains = {1: 0.2, 2: 0.05}
-    for node in plan.tree.nodes.values():
-        folder, done = ledger.path(node), {"checkpoint": "step-00000001"}
-        folder.mkdir(parents=True)
-        (folder / "done.json").write_text(json.dumps(done))
-        if len(node.recipe.stages) < 2:
-            continue
-        many = node.recipe.data.cases
-        helped = gains[many] if node.recipe.stages[0].lr == 1e-3 else 0.0
-        cases = [
-            {"id": f"c{i}", "group": f"p{i}", "mean_dice": 0.3 * many + helped + 0.01 * i}
-            for i in range(6)
-        ]
-        mean = sum(case["mean_dice"] for case in cases) / 6
-        summary = {"mean_foreground_dice": mean, "mean_foreground_dice_ci95": None, "patients": 6}
-        document = {"cases": cases, "summary": summary, "store": "s", "parameters": 7}
-        document["scored"] = score_facts(node.recipe, plan.stores(node.recipe), done)
-        (folder / "evaluation.json").write_text(json.dumps(document))
+
+    def dice(recipe):
+        many = recipe.data.cases
+        return 0.3 * many + (gains[many] if recipe.stages[0].lr == 1e-3 else 0.0)
+
+    plan, ledger = pretended(space, tmp_path, dice)
     found = write_outcome(plan, ledger)["learning"]
     assert found["axis"] == "stages.1.data.cases" and "0.01" in found["reference"]
     rows = {(row["way"] == found["reference"], row["cases"]): row for row in found["rows"]}
@@ -263,6 +273,34 @@ def test_learning_curves_are_paired_at_equal_numbers_of_cases(search, tmp_path):
         assert gain["ci95"] == pytest.approx([expected, expected])
     text = (plan.folder / "report.html").read_text()
     assert "With how many labelled cases" in text and "+0.2000" in text and "+0.0500" in text
+
+
+@pytest.mark.parametrize("cases", [None, [1, 2]])
+def test_what_a_pretraining_adds_is_over_the_same_without_it(search, tmp_path, cases):
+    """Whatever else differs, here the rate of the fine-tuning, which is worth more than the
+    pre-training: its gain is not the pre-training's."""
+    stages = [
+        {"name": "pretrain", "epochs": [0, 4], "steps": 1, "lr": 1e-2},
+        {"name": "finetune", "epochs": 2, "steps": 1, "lr": [3e-4, 1e-3]},
+    ]
+    axes = {"stages.1.data.cases": cases} if cases else {}
+    space = search(axes=axes, stages=stages, seeds=[0])
+
+    def dice(recipe):
+        first, second = recipe.stages
+        return 0.1 + (0.03 if first.epochs else 0) + (0.4 if second.lr == 1e-3 else 0)
+
+    plan, ledger = pretended(space, tmp_path, dice)
+    found = write_outcome(plan, ledger)["learning"]
+    gains = [row["gain"] for row in found["rows"]]
+    several = len(cases or [None])
+    assert len(gains) == 4 * several and gains.count(None) == 2 * several
+    assert [gain["mean"] for gain in gains if gain] == pytest.approx([0.03] * 2 * several)
+    assert found["reference"] == "the same with stages.0.epochs=0"
+    text = (plan.folder / "report.html").read_text().partition('id="learning"')[2]
+    text = text.partition("</section>")[0]
+    assert "Does pre-training help" in text and "+0.0300" in text and "+0.4300" not in text
+    assert ("Labelled cases" in text) == bool(cases)
 
 
 def test_without_an_axis_of_cases_there_are_no_learning_curves(scored):

@@ -175,12 +175,21 @@ def test_a_pretraining_of_no_epochs_is_the_way_without(space, tmp_path):
         ({"data": {"batch": [2, 4]}}, "stages.1.data.batch"),
         ({"data": {"patch": [[32, 32], [16, 16]]}}, "stages.1.data.patch"),
         ({"data": {"cases": [1, 2]}}, "stages.1.data.cases"),
-        ({"inherit": {"weights": ["all", "encoder"]}}, None),
+        ({"data": {"patch": [None, [16, 16]]}}, "stages.1.data.patch"),
+        ({"inherit": {"weights": ["encoder", "head"]}}, None),
+        ({"inherit": {"weights": [["all"], ["encoder"]]}}, "stages.1.inherit.weights"),
+        ({"inherit": {"weights": ["all", ["encoder", "head"]]}}, "stages.1.inherit.weights"),
+        ({"inherit": {"head": "map", "classes": {"blob1": "blob2"}}}, None),
+        ({"inherit": {"head": "map", "classes": {"blob1": ["blob1", "blob2"]}}}, "stages.1.inherit.classes.blob1"),
         ({"inherit": [{"head": "new"}, {"head": "map"}]}, "stages.1.inherit"),
         ({"freeze": [[], ["encoder"]]}, "stages.1.freeze"),
         ({"layer_decay": [1.0, 0.7]}, "stages.1.layer_decay"),
         ({"freeze": ["encoder"], "unfreeze_at": [1, 2]}, "stages.1.unfreeze_at"),
         ({"rates": [{"encoder": 0.1}, {"encoder": 1.0}]}, "stages.1.rates"),
+        ({"rates": {"encoder": 0.1, "head": 2.0}}, None),
+        ({"rates": {"encoder": [0.1, 1.0], "head": 2.0}}, "stages.1.rates.encoder"),
+        ({"rates": {"down1.conv": {"loguniform": [0.01, 1.0]}}}, "stages.1.rates.down1.conv"),
+        ({"evaluation": {"tolerance": {"blob1": 1.0}}}, None),
         ({"anchor": [0, 0.01]}, "stages.1.anchor"),
         ({"lora": {"rank": [2, 4]}}, "stages.1.lora.rank"),
         ({"seed": [1, 2]}, "stages.1.seed"),
@@ -195,6 +204,55 @@ def test_keys_of_a_stage_and_of_its_sections_are_axes(space, change, axis):
     space |= {"axes": {}, "search": "random", "budget": {"trials": 1}}
     labels = [found.label for found in parse_search(space).axes]
     assert [label for label in labels if "stages.1" in label] == ([axis] if axis else [])
+
+
+def test_an_axis_below_a_name_with_points_in_it_changes_that_name_alone(space):
+    """Parameters are called `down1.conv.0`; keys of a recipe are not."""
+    space["stages"][1] = {"epochs": 1, "lr": 1e-3, "rates": {"down1.conv": [0.1, 1.0], "head": 2.0}}
+    space |= {"axes": {"stages.1.rates.up1.conv": [3.0]}}
+    search = parse_search(space)
+    found = []
+    for point in search.every_point():
+        rates = search.trials(point)[0].recipe.stages[1].rates
+        found += [rates] if rates not in found else []
+    rest = {"head": 2.0, "up1.conv": 3.0}
+    assert found == [{"down1.conv": 0.1} | rest, {"down1.conv": 1.0} | rest]
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "words"),
+    [
+        (1, {"rates": {"encoder": [1.0, 0.1]}}, None),
+        (1, {"rates": [{"encoder": 0.1}, {"encodr": 0.1}]}, "begins with 'encodr'"),
+        (0, {"task": "reconstruct", "data": {"mask": {"block": [8, 64]}}}, "data.mask.block: found 64"),
+        (1, {"lora": [None, {"rank": 100_000}]}, "stages.1.lora"),
+        (0, {"data": {"stores": [["SOURCE"], ["SOURCE", "OTHER"]]}}, "data.stores: .* has classes"),
+    ],
+)  # fmt: skip
+def test_what_one_value_of_an_axis_breaks_is_found_before_anything_runs(
+    space, tmp_path, tiny_store, stage, change, words
+):
+    """Whatever the first value is: equal settings are looked at once, others are not equal."""
+    source = stores_of(tiny_store)[0]
+    text = json.dumps(change).replace("SOURCE", source)
+    change = json.loads(text.replace("OTHER", str(tiny_store(dims=2, classes=1))))
+    own = space["stages"][stage]
+    own |= {"task": "segment"} | change if stage == 0 else change
+    if stage == 0:
+        own["data"] = {"split": "all"} | ({} if "stores" in change["data"] else {"store": source})
+        own["data"] |= change["data"]
+    space |= {"axes": {}, "seeds": []}
+    if words is None:
+        plan_of(space, tmp_path, build=True)
+        return
+    with pytest.raises(InputError, match=words):
+        plan_of(space, tmp_path, build=True)
+
+
+def test_all_beside_parts_is_no_axis_and_says_how_one_is_written(space):
+    space["stages"][1] |= {"inherit": {"weights": ["all", "encoder"]}}
+    with pytest.raises(InputError, match=r"inherit.weights: found .* \[\[all\], \[encoder\]\]"):
+        parse_search(space)
 
 
 def test_an_axis_inside_a_stage_that_no_stage_reads_is_named(space):
