@@ -44,8 +44,8 @@ def threads_of(environ: Mapping[str, str] = os.environ) -> int | None:
     return int(first) if first.isdecimal() and int(first) else None
 
 
-# OpenMP's threads spin while they wait for each other. Where somebody else's process has the core of
-# the one they wait for, that is most of what they do (benchmarks/waiting.py).
+# OpenMP's threads spin while they wait for each other. Where somebody else's process has the core
+# of the one they wait for, that is most of what they do (benchmarks/waiting.py).
 WAITING = "OMP_WAIT_POLICY"
 
 

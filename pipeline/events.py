@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +186,39 @@ class EventLog:
         self._file.close()
         if self._trackers:
             self._trackers.close()
+
+
+BEGUN = ("stage_start", "resumed")  # events with which ranks begin to work on a stage
+
+
+def training_of(folders: Iterable[Path]) -> dict[str, Any]:
+    """What training the stages in these folders took: {"seconds", "joules", "hardware": [...]};
+    None where nothing is known."""
+    return training_by([list(read_events(folder)) for folder in folders])
+
+
+def training_by(stages: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
+    """The same of the events of every stage."""
+    events = [event for stage in stages for event in stage]
+    energy = [event["joules"] for event in events if event.get("joules") is not None]
+    begun = [event for event in events if event.get("event") in BEGUN]
+    timed = any("time" in event for event in events)
+    return {
+        "seconds": sum(map(trained_seconds, stages)) if timed else None,
+        "joules": sum(energy) if energy else None,
+        "hardware": list(dict.fromkeys(e["hardware"] for e in begun if "hardware" in e)),
+    }
+
+
+def trained_seconds(events: Iterable[dict[str, Any]]) -> float:
+    """How long the ranks worked on a stage, by its events: validation included and pauses left
+    out."""
+    total, start, last = 0.0, None, None
+    for event in events:
+        if "time" not in event:
+            continue
+        if event.get("event") in BEGUN:
+            total += (last - start) if start is not None else 0.0
+            start = event["time"]
+        last = event["time"]
+    return total + (last - start if start is not None else 0.0)

@@ -99,8 +99,8 @@ class Inherit(Section):
     def _parts(cls, given: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if "all" in given and len(given) > 1 and not isinstance(given, str):
             raise ValueError(
-                "all leaves nothing for the others to add; expected one of them, and as values of a "
-                "sweep lists in a list: [[all], [encoder]]"
+                "all leaves nothing for the others to add; expected one of them, and as values of "
+                "a sweep lists in a list: [[all], [encoder]]"
             )
         # one part is the same in a list or not
         return given[0] if given in (("all",), ("encoder",), ("backbone",)) else given

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from segfleet.core.errors import InputError
 from segfleet.pipeline.checkpoint import versions
 from segfleet.pipeline.parts import patch_of
+from segfleet.pipeline.recipe import members, resolve
 from segfleet.pipeline.run import root_of
 from segfleet.pipeline.scoring.folds import folder_of
 from segfleet.pipeline.scoring.scored import optimism, read_evaluation
 from segfleet.pipeline.trained.model import Model, Trained
+from segfleet.preprocess.stores.manifest import Manifest, load_manifest
 
 UNKNOWN = "Not said by whoever exported it."
 
@@ -47,9 +52,8 @@ def model_card(model: Model, *, use: str = "", licence: str = "") -> str:
         "",
         "## Data",
         "",
-        f"- Data set: {dataset.name}"
-        + (f", licence {dataset.licence}" if dataset.licence else ", licence not recorded"),
-        f"- Store: `{first.manifest.id}` (identity of its content)",
+        *dict.fromkeys(_store(one.manifest) for one in model.networks),
+        *dict.fromkeys(line for one in model.networks for line in _before(one)),
         "- Spacing (mm, z y x): "
         f"{', '.join(f'{s:g}' for s in first.manifest.plan.target_spacing)}; "
         f"normalisation: {', '.join(first.manifest.plan.normalisation)}",
@@ -72,6 +76,31 @@ def model_card(model: Model, *, use: str = "", licence: str = "") -> str:
         "",
     ]
     return "\n".join(parts)
+
+
+def _store(manifest: Manifest) -> str:
+    dataset = manifest.dataset
+    licence = f"licence {dataset.licence}" if dataset.licence else "licence not recorded"
+    return f"- Data set: {dataset.name}, {licence}; store `{manifest.id}` (identity of its content)"
+
+
+def _before(one: Trained) -> Iterator[str]:
+    """What else is in the weights: the data of earlier stages, and a file of others' weights."""
+    first = resolve(one.recipe, 0).model
+    if first.weights is not None:
+        yield (
+            f"- Began with the weights of `{Path(first.weights).name}`, sha256 "
+            f"`{first.weights_sha256}`, whose licence is their authors'"
+        )
+    for index, stage in enumerate(one.recipe.stages[:-1]):
+        for settings in members(resolve(one.recipe, index)):
+            if settings.data.store in ("", one.recipe.data.store):
+                continue
+            try:
+                found = _store(load_manifest(Path(settings.data.store))).removeprefix("- ")
+            except InputError:
+                found = "a data set whose store is not there any more"
+            yield f"- Earlier stage `{stage.name}`: {found}"
 
 
 def _network(one: Trained) -> str:

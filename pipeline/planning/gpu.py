@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -22,6 +23,10 @@ from segfleet.pipeline.recipe import parse
 from segfleet.preprocess.stores.manifest import Manifest
 
 GPU_STEP = 0.35  # seconds of an nnU-Net step at 8 GB on a data centre's GPU, where none is here
+# Voxels of a batch that nnU-Net plans for these 8 GB where the data set is large enough, and what a
+# step takes at least, however small it is.
+GPU_VOXELS = {2: 12 * 512**2, 3: 2 * 128**3}
+GPU_LEAST = 0.05
 
 
 def for_gpu(
@@ -61,8 +66,12 @@ def for_gpu(
         step, how = measured.seconds, f"{measured.seconds:.3g} s a step, measured here"
         held = f" A step held {measured.gigabytes:.3g} GB here."
     else:
-        step = GPU_STEP * room / 8
-        how = f"{step:.2g} s a step, assumed: {GPU_STEP} s at 8 GB; no such GPU is here"
+        share = min(room / 8, math.prod(patch) * batch / GPU_VOXELS[dims])
+        step = max(GPU_LEAST, GPU_STEP * share)
+        how = (
+            f"{step:.2g} s a step, assumed: {GPU_STEP} s for a batch of {GPU_VOXELS[dims]:,} "
+            "voxels; no such GPU is here"
+        )
     epochs = max(1, min(1000, int(seconds * SHARE / (step * 250))))
     document["stages"][0]["epochs"] = epochs
     reasons |= {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ SPECIAL = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$"}
 )
+
+
+MINUS = re.compile(r"(?<![\w.-])-(?=\d)")  # of a number, not the hyphen of a name
 
 
 def write_comparison(out: Path, document: dict[str, Any]) -> list[Path]:
@@ -132,18 +136,21 @@ def as_markdown(document: dict[str, Any]) -> str:
 def as_latex(document: dict[str, Any]) -> str:
     """Two tables for the package booktabs."""
 
+    def row(line: Sequence[str]) -> str:
+        cells = [cell.translate(SPECIAL) for cell in line]
+        numbers = [MINUS.sub("$-$", cell) for cell in cells[2:]]
+        return " & ".join([*cells[:2], *numbers]) + r" \\"
+
     def table(text: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-        body = [" & ".join(cell.translate(SPECIAL) for cell in line) + r" \\" for line in rows]
-        heading = " & ".join(cell.translate(SPECIAL) for cell in head) + r" \\"
         return "\n".join(
             [
                 r"\begin{table}",
                 rf"\caption{{{text.translate(SPECIAL)}}}",
                 rf"\begin{{tabular}}{{ll{'r' * (len(head) - 2)}}}",
                 r"\toprule",
-                heading,
+                row(head),
                 r"\midrule",
-                *body,
+                *map(row, rows),
                 r"\bottomrule",
                 r"\end{tabular}",
                 r"\end{table}",

@@ -17,7 +17,7 @@ import numpy as np
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import read_json, write_atomically
-from segfleet.pipeline.events import read_events
+from segfleet.pipeline.events import BEGUN, read_events, training_by
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.reports.curves import curve, strips
 from segfleet.pipeline.reports.html import interval, render
@@ -114,7 +114,8 @@ def _facts(
 ) -> list[tuple[str, Any]]:
     stamps = [event["time"] for stage in stages for event in stage["events"] if "time" in event]
     events = [event for stage in stages for event in stage["events"]]
-    starts = [event for event in events if event.get("event") in ("stage_start", "resumed")]
+    starts = [event for event in events if event.get("event") in BEGUN]
+    training = document.get("training") or training_by([stage["events"] for stage in stages])
     parameters = document.get("parameters") or next(
         (event["parameters"] for event in starts if "parameters" in event), None
     )
@@ -132,7 +133,6 @@ def _facts(
     fold = document.get("fold", data.get("fold"))
     tolerance = settings.get("tolerance") or {}
     unit = document.get("unit", "mm")
-    energy = [event["joules"] for event in events if event.get("joules") is not None]
     return [
         ("Recipe", recipe.get("name") if "stages" in recipe else None),
         ("Data set", document.get("dataset")),
@@ -143,7 +143,7 @@ def _facts(
             if fold is None
             else f"{document.get('split', data.get('split', ''))}, fold {fold}",
         ),
-        ("Training cases", document.get("training_cases")),
+        ("Training cases", _training_cases(document)),
         ("Voxels (z, y, x)", _spacing(document)),
         ("Model", recipe.get("model", {}).get("name")),
         ("Parameters", f"{parameters:,}" if parameters else None),
@@ -159,13 +159,15 @@ def _facts(
         ("Taken over", " | ".join(map(_transfer, filter(_started, stages))) or None),
         ("Engine", f"{engine.get('name', '')}, {engine.get('precision', '')}" if engine else None),
         ("Ranks", starts[-1].get("ranks") if starts else None),
-        ("Hardware", "; ".join(dict.fromkeys(e["hardware"] for e in starts if "hardware" in e))),
+        ("Hardware", "; ".join(training["hardware"])),
         ("Started", _date(min(stamps)) if stamps else None),
         ("Last event", _date(max(stamps)) if stamps else None),
-        ("Training time", _hours(sum(map(trained_seconds, stages))) if stamps else None),
+        ("Training time", None if training["seconds"] is None else _hours(training["seconds"])),
         (
             "Energy",
-            f"{sum(energy) / 3.6e6:.3g} kWh, as far as it could be read" if energy else None,
+            None
+            if training["joules"] is None
+            else f"{training['joules'] / 3.6e6:.3g} kWh, as far as it could be read",
         ),
         ("Checkpoint scored", document.get("checkpoint")),
         ("Predictions", document.get("predictions")),
@@ -186,6 +188,15 @@ def _facts(
             ", ".join(f"{name} {text}" for name, text in document.get("versions", {}).items()),
         ),
     ]
+
+
+def _training_cases(document: dict[str, Any]) -> Any:
+    """How many a network was trained on; of all folds the range."""
+    found = [one.get("training_cases") for one in document.get("folds") or ()]
+    if not found or None in found:
+        return document.get("training_cases")
+    low, high = min(found), max(found)
+    return f"{low if low == high else f'{low} to {high}'} of each fold"
 
 
 def _foreign(recipe: dict[str, Any]) -> str | None:
@@ -223,19 +234,6 @@ def _spacing(document: dict[str, Any]) -> str | None:
         return text
     ranges = " \u00d7 ".join(f"{a:.3g}\u2013{b:.3g}" for a, b in zip(low, high, strict=True))
     return f"{text} (median; {ranges})"
-
-
-def trained_seconds(stage: dict[str, Any]) -> float:
-    """How long the ranks worked on a stage, validation included and pauses left out."""
-    total, start, last = 0.0, None, None
-    for event in stage["events"]:
-        if "time" not in event:
-            continue
-        if event.get("event") in ("stage_start", "resumed"):
-            total += (last - start) if start is not None else 0.0
-            start = event["time"]
-        last = event["time"]
-    return total + (last - start if start is not None else 0.0)
 
 
 def _hours(seconds: float) -> str:

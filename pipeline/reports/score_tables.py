@@ -92,11 +92,16 @@ def folds_table(folds: list[dict[str, Any]] | None) -> Table | None:
     return Table(
         label="Folds",
         caption="Every case is scored by the one network that was not trained on it.",
-        head=("Fold", "Run", "Cases", "Mean foreground Dice"),
+        head=("Fold", "Run", "Training cases", "Cases", "Mean foreground Dice"),
         rows=[
             (
                 str(one["fold"]),
-                [one["run"], Cell(one["cases"]), Cell(one["mean_foreground_dice"])],
+                [
+                    one["run"],
+                    Cell(one.get("training_cases")),
+                    Cell(one["cases"]),
+                    Cell(one["mean_foreground_dice"]),
+                ],
             )
             for one in folds
         ],

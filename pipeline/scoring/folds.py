@@ -18,6 +18,7 @@ from typing import Any
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import absolute, digest_of, write_json
+from segfleet.pipeline.events import training_of
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.run import (
     FOLDS,
@@ -130,9 +131,10 @@ def score_folds(
     if len(members) < 2 or len(set(ids)) < len(ids):
         return None
     try:
-        folders = [stage_folders(root, member, manifest)[-1] for member in members]
+        stages = [stage_folders(root, member, manifest) for member in members]
     except InputError:  # of one that cannot be trained so: it has fewer cases than `data.cases`
         return None
+    folders = [one[-1] for one in stages]
     if not all(
         scored.is_scored(folder.path, member, manifest)
         for folder, member in zip(folders, members, strict=True)
@@ -145,12 +147,14 @@ def score_folds(
     ]
     before = scored.read_evaluation(out) if (out / scored.EVALUATION).exists() else None
     if not before or before.get("scored") != {"folds": facts}:
-        _write(out, with_fold(recipe, ALL), folders, facts)
+        _write(out, with_fold(recipe, ALL), stages, facts)
         report(out)
     return out
 
 
-def _write(out: Path, recipe: Recipe, folders: list[StageFolder], facts: list[dict]) -> None:
+def _write(out: Path, recipe: Recipe, stages: list[list[StageFolder]], facts: list[dict]) -> None:
+    """`stages`: those of every fold."""
+    folders = [one[-1] for one in stages]
     parts = [scored.evaluation_of(folder.path) for folder in folders]
     cases = [{**case, "fold": fold} for fold, part in enumerate(parts) for case in part["cases"]]
     cases.sort(key=lambda case: case["id"])
@@ -166,11 +170,14 @@ def _write(out: Path, recipe: Recipe, folders: list[StageFolder], facts: list[di
                 "fold": fold,
                 "run": folder.path.name,
                 "cases": len(part["cases"]),
+                "training_cases": part.get("training_cases"),
                 "mean_foreground_dice": part["summary"]["mean_foreground_dice"],
             }
             for fold, (folder, part) in enumerate(zip(folders, parts, strict=True))
         ],
         "parameters": first.get("parameters"),
+        # a pre-training that all folds share was trained once
+        "training": training_of(dict.fromkeys(one.path for fold in stages for one in fold)),
         "seen_in_training": {
             key: sum((part.get("seen_in_training") or {}).get(key, 0) for part in parts)
             for key in ("cases", "others_of_the_same_patients")

@@ -31,8 +31,8 @@ from segfleet.pipeline.task import Task
 from segfleet.preprocess.case import Geometry
 from segfleet.preprocess.stores.manifest import NAME, Dataset, Manifest, load_manifest
 
-# Bytes of weights: networks that have no more in all stay loaded. Of a host it is little beside what
-# one network takes for an image.
+# Bytes of weights: networks that have no more in all stay loaded. Of a host it is little beside
+# what one network takes for an image.
 RESIDENT = {"cpu": 2**26, "cuda": 2**28}
 
 
@@ -191,7 +191,7 @@ class Model:
         return self._loaded[one.uid][2]
 
     def _instead(self, one: Trained) -> nn.Module | None:
-        """The network that was loaded, with the weights of this one; None if they differ by more."""
+        """The network that was loaded, with the weights of this one; None if more differs."""
         if not self._loaded:
             return None
         _, (before, network, _) = self._loaded.popitem()

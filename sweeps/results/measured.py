@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from segfleet.pipeline.events import read_events
+from segfleet.pipeline.events import read_events, trained_seconds
 from segfleet.pipeline.scoring.scored import evaluation_of
 from segfleet.sweeps.results.ledger import Ledger
 from segfleet.sweeps.space.objectives import Objective
@@ -57,13 +57,11 @@ def violations(search: Search, values: Values) -> dict[str, float]:
 
 def gpu_hours(ledger: Ledger, leaf: StageNode) -> float:
     """Of the whole path: hours of every stage, pauses left out, times its ranks."""
-    from segfleet.pipeline.reports.report import trained_seconds
-
     hours, node = 0.0, leaf
     while True:
         events = list(read_events(ledger.path(node)))
         ranks = next((event["ranks"] for event in reversed(events) if "ranks" in event), 1)
-        hours += ranks * trained_seconds({"events": events}) / 3600
+        hours += ranks * trained_seconds(events) / 3600
         if node.parent is None:
             return hours
         node = ledger.tree.nodes[node.parent]

@@ -4,6 +4,7 @@ status."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from segfleet.cli import main
 from segfleet.cli.status import render
 from segfleet.core.errors import InputError
+from segfleet.pipeline.events import read_events
 from segfleet.pipeline.recipe import load_recipe
 from segfleet.pipeline.reports.report import write_report
 from segfleet.pipeline.run import find_run, run_folders, stage_folders
@@ -70,6 +72,13 @@ def test_every_case_is_scored_by_the_network_that_has_not_seen_it(work):
     assert together["seen_in_training"]["cases"] == 0
     page = Path(document["report"]).read_text()
     assert "fold all" in page and all(Path(one["run"]).name in page for one in document["folds"])
+    # what a paper asks for, of all folds together
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+    assert facts["Training cases"] == "3 to 4 of each fold" and "core" in facts["Hardware"]
+    events = [read_events(Path(one["run"])) for one in document["folds"]]
+    seconds = [[event["time"] for event in found if "time" in event] for found in events]
+    worked = sum(max(times) - min(times) for times in seconds)
+    assert together["training"]["seconds"] == pytest.approx(worked) and "Training time" in facts
 
 
 def test_a_second_command_trains_nothing(work):

@@ -446,6 +446,30 @@ def bundle(two_folds, tmp_path_factory):
     return path
 
 
+def test_the_card_says_whose_data_and_weights_are_in_it(two_folds, tiny_store):
+    """A licence counts wherever it came in: of the stores of earlier stages, and of weights that
+    somebody else trained. No path of them is said."""
+    from segfleet.pipeline.exporting.card import model_card
+    from segfleet.pipeline.recipe import parse
+
+    one = load_run("tiny", runs=two_folds / "runs", fold=0).networks[0]
+    other, gone = tiny_store(dims=2, classes=1), "/secret/gone"
+    document = one.recipe.model_dump(mode="json")
+    stages = [
+        {"name": "first", "data": {"stores": [str(other), gone]},
+         "model": {"weights": "/secret/w.pt", "weights_sha256": "ab12"}},
+        {"name": "second"},
+        {"name": "third"},
+    ]  # fmt: skip
+    document["stages"] = [{"epochs": 1, "lr": 1e-3, **stage} for stage in stages]
+    card = model_card(Model([dataclasses.replace(one, recipe=parse(document))]))
+    store = load_manifest(other)
+    assert f"Earlier stage `first`: Data set: {store.dataset.name}" in card and store.id in card
+    assert "Earlier stage `first`: a data set whose store is not there any more" in card
+    assert "Began with the weights of `w.pt`, sha256 `ab12`" in card
+    assert "`second`" not in card and "secret" not in card and str(other.parent) not in card
+
+
 def test_a_bundle_of_monai_says_what_goes_in_and_out(two_folds, bundle):
     """Without MONAI: its files are all there, hold no path, and describe what the network does."""
     names = sorted(str(p.relative_to(bundle)) for p in bundle.rglob("*") if p.is_file())

@@ -180,6 +180,14 @@ def test_a_gpu_elsewhere_is_planned_by_the_table(large):
     assert "assumed" in small.reasons["stages.0.epochs"]
 
 
+def test_a_step_of_small_images_is_not_assumed_to_fill_the_gpu(tiny_store):
+    """A batch of a small data set is small whatever the memory: by hand, 0.05 s a step at least."""
+    for memory in (10, 80):
+        recipe = plan_recipe(tiny_store(dims=3), f"cuda:{memory}G", "1h").recipe()
+        steps = sum(stage.epochs * stage.steps for stage in recipe.stages)
+        assert steps * 0.05 == pytest.approx(0.7 * 3600, rel=0.02)
+
+
 def test_a_patch_that_sees_little_is_trained_at_a_low_resolution_first(large, speed):
     """By hand: 64 x 64 x 64 is 3.5 % of 120 x 260 x 240 voxels; a quarter is 7.14 times as much,
     1.926 times along each axis. 14 % (64 x 128 x 128) is too near to a quarter, as for nnU-Net."""

@@ -6,6 +6,7 @@ import copy
 import csv
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -179,6 +180,9 @@ def test_the_files_say_the_same_and_are_well_formed(three, tmp_path):
     for word in (r"\toprule", r"\midrule", r"\bottomrule", r"a\_1", r"95 \%"):
         assert word in latex
     assert latex.count("{") == latex.count("}")
+    negative = [row for row in document["differences"] if row["difference"] < -0.001]
+    assert negative and "$-$0." in latex and not re.search(r"[ (]-\d", latex)
+    assert "bad - good" in latex  # names keep their hyphens
     assert "&lt;b&gt;" in paths[".html"] and ": <b>" not in paths[".html"]
     assert paths[".html"].count("<svg") == 2
     assert len(document["differ_most"]) == MOST
