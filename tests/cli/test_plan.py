@@ -270,7 +270,12 @@ def test_what_cannot_be_planned(tiny_store, words, message, monkeypatch, tmp_pat
 
 @pytest.mark.parametrize(
     "words",
-    ["plan STORE --device cuda:24G", "train auto data.store=nowhere", "predict x a.png --out o", "best x y"],
+    [
+        "plan STORE --device cuda:24G",
+        "train auto data.store=nowhere",
+        "predict x a.png --out o",
+        "best x y",
+    ],
 )  # fmt: skip
 def test_what_computes_in_the_command_s_process_waits_as_ranks_do(
     tiny_store, tmp_path, cold, words
