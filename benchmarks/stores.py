@@ -26,7 +26,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -102,7 +102,12 @@ def size(folder: Path, has: str = "") -> int:
 
 
 def ours(
-    folder: Path, fmt: str, images: list, labels: list, chunk: tuple[int, int, int]
+    folder: Path,
+    fmt: str,
+    images: list,
+    labels: list,
+    chunk: tuple[int, int, int],
+    codec: str = "blosc",
 ) -> list[Contender]:
     """Our store of a format, and the library that reads a copy of the files (HDF5 would share open
     files between the two)."""
@@ -110,7 +115,9 @@ def ours(
     files: dict[str, dict] = {}
     shas: list[str] = []
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        writer = module.Writer(folder, f"data/case-{i}", chunk=chunk, dtype=image.dtype.name)
+        writer = module.Writer(
+            folder, f"data/case-{i}", chunk=chunk, dtype=image.dtype.name, codec=codec
+        )
         shas.append(writer.write("case", image[None], label, None))
         files |= writer.publish()
     wrote = time.process_time() - began
@@ -319,6 +326,8 @@ def contenders(folder: Path, images: list, labels: list) -> list[Contender]:
         for fmt in ("zarr", "hdf5"):
             some = ours(place(f"{fmt}-{chunk}"), fmt, images, labels, chunk)
             found += some if chunk == chosen else some[:1]
+    bare = ours(place("zarr-zstd"), "zarr", images, labels, chosen, "zstd")
+    found += [replace(one, name=f"{one.name} --codec zstd") for one in bare[:1]]
     return found
 
 

@@ -39,8 +39,8 @@ def store_request(asked: Any, out: Path, how: dict[str, Any]) -> BuildRequest:
     option = [f"{key}={value}" for key, value in asked.options.items()]
     rest = {**how, **words, "size": tuple(how["size"]) if how["size"] else None}
     return request_of(
-        asked.name, Path(asked.raw), out, format=asked.format, workers=None, seed=SPLIT_SEED,
-        option=option, like=None, unlabelled=False, **rest,
+        asked.name, Path(asked.raw), out, format=asked.format, codec=asked.codec, workers=None,
+        seed=SPLIT_SEED, option=option, like=None, unlabelled=False, **rest,
     )  # fmt: skip
 
 
@@ -49,7 +49,8 @@ def preprocess_words(asked: Any, out: Path, how: dict[str, Any]) -> str:
     import shlex
 
     words = ["segfleet", "submit", "--array", str(MEMBERS), "--", "preprocess", asked.name]
-    words += ["--raw", asked.raw, "--out", str(out), "--format", asked.format]
+    words += ["--raw", asked.raw, "--out", str(out)]
+    words += ["--format", asked.format, "--codec", asked.codec]
     for key, value in asked.options.items():
         words += ["--option", f"{key}={value}"]
     for key, value in how.items():

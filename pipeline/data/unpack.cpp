@@ -1,9 +1,9 @@
 // A box of voxels out of a shard: chunks are read, checked, decoded and put in place as float32, in
 // one call for all of them.
 //
-// Decoding itself is left to the blosc library that numcodecs brings (its functions are handed in),
-// so this file knows of its format only the header: bytes 4 to 16 are the decoded size, the size of
-// a block and the packed size, little-endian.
+// Decoding itself is left to the blosc and Zstandard libraries that numcodecs brings (their functions
+// are handed in), so this file knows of blosc's format only the header: bytes 4 to 16 are the decoded
+// size, the size of a block and the packed size, little-endian.
 
 #include <algorithm>
 #include <cerrno>
@@ -125,6 +125,16 @@ int64_t read_all(int file, uint8_t* to, uint64_t count, uint64_t offset) {
 using Whole = int (*)(const void*, void*, size_t, int);  // blosc_decompress_ctx
 using Items = int (*)(const void*, int, int, void*);     // blosc_getitem
 
+using Frame = size_t (*)(void*, void*, size_t, const void*, size_t);  // ZSTD_decompressDCtx
+using Context = void* (*)();                                          // ZSTD_createDCtx
+
+// A whole chunk that is one frame.
+bool decode(Frame frame, Context context, const uint8_t* packed, int64_t count, int64_t size,
+            uint8_t* piece) {
+  static thread_local void* own = context();  // for as long as the thread
+  return own && frame(own, piece, size, packed, count) == (size_t)size;
+}
+
 // A chunk's slices [low, high) of every channel into `piece`, where they lie in the whole chunk.
 bool decode(Whole whole, Items items, const uint8_t* packed, int64_t count, const int64_t* chunk,
             int64_t width, int64_t low, int64_t high, uint8_t* piece) {
@@ -147,10 +157,11 @@ extern "C" {
 uint32_t segfleet_crc32c(const uint8_t* data, int64_t n) { return crc().of(data, n); }
 
 // index: (chunks along z, y, x; 2) offset and bytes of every chunk; sums: their CRC-32C, or null where
-// a chunk ends in its own; grid: chunks along z, y, x; chunk: channels, z, y, x; start, size: the box
+// a chunk ends in its own; bare: chunks are Zstandard frames, `whole` and `part` Frame and Context, else
+// Whole and Items; grid: chunks along z, y, x; chunk: channels, z, y, x; start, size: the box
 // (z, y, x), inside the array; out: float32, or one or two bytes as stored, `strides` (in voxels) from channel to
 // channel, slice to slice, row to row. 0, 1 + the number of a damaged chunk, or -errno.
-int64_t segfleet_unpack(Whole whole, Items items, int file, const uint64_t* index, const uint32_t* sums,
+int64_t segfleet_unpack(int bare, const void* whole, const void* part, int file, const uint64_t* index, const uint32_t* sums,
                         const int64_t* grid, const int64_t* chunk, const int64_t* start,
                         const int64_t* size, int64_t kind, float scale, uint8_t* out,
                         const int64_t* strides) {
@@ -211,8 +222,10 @@ int64_t segfleet_unpack(Whole whole, Items items, int file, const uint64_t* inde
         }
         const uint8_t* its = packed.data() + (entry[0] - origin);
         const int64_t count = (int64_t)entry[1] - (sums ? 0 : 4);
-        if (count < HEADER || crc().of(its, count) != (sums ? sums[number(i, j, k)] : little(its + count)) ||
-            !decode(whole, items, its, count, chunk, width, low[0], low[0] + n[0], piece.data()))
+        if (count < 1 || crc().of(its, count) != (sums ? sums[number(i, j, k)] : little(its + count)) ||
+            !(bare ? decode((Frame)whole, (Context)part, its, count, chunk[0] * channel * width, piece.data())
+                   : decode((Whole)whole, (Items)part, its, count, chunk, width, low[0], low[0] + n[0],
+                            piece.data())))
           return 1 + number(i, j, k);
         for (int64_t c = 0; c < chunk[0]; ++c)
           for (int64_t z = 0; z < n[0]; ++z)

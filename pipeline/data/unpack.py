@@ -22,25 +22,26 @@ log = logging.getLogger("segfleet.data")
 
 
 @functools.cache
-def library() -> tuple[ctypes.CDLL, ctypes.c_void_p, ctypes.c_void_p] | None:
-    """The compiled pass, and blosc's functions for a whole chunk and for some of its items. None
-    where they cannot be had, which the log says once."""
-    from numcodecs import blosc
+def library() -> tuple[ctypes.CDLL, dict[str, tuple[ctypes.c_void_p, ctypes.c_void_p]]] | None:
+    """The compiled pass, and by codec what it calls: blosc's functions for a whole chunk and for
+    some of its items; Zstandard's for a whole frame and for the memory that needs. None where they
+    cannot be had, which the log says once."""
+    from numcodecs import blosc, zstd
 
     from segfleet.models.scan import build
 
     try:
         made = build.load(SOURCE, "-O3", "-ffp-contract=off")
-        codec = ctypes.CDLL(blosc.__file__)
-        functions = [
-            ctypes.cast(getattr(codec, name), POINTER)
-            for name in ("blosc_decompress_ctx", "blosc_getitem")
-        ]
+        functions = {
+            "blosc": _pair(blosc.__file__, "blosc_decompress_ctx", "blosc_getitem"),
+            "zstd": _pair(zstd.__file__, "ZSTD_decompressDCtx", "ZSTD_createDCtx"),
+        }
     except (build.BuildError, OSError, AttributeError) as error:
         log.warning("the loader reads without its compiled pass, some times slower: %s", error)
         return None
     made.segfleet_unpack.restype = COUNT
     made.segfleet_unpack.argtypes = (
+        ctypes.c_int,
         *(POINTER,) * 2,
         ctypes.c_int,
         *(POINTER,) * 6,
@@ -50,7 +51,12 @@ def library() -> tuple[ctypes.CDLL, ctypes.c_void_p, ctypes.c_void_p] | None:
     )
     made.segfleet_crc32c.restype = ctypes.c_uint32
     made.segfleet_crc32c.argtypes = (POINTER, COUNT)
-    return made, *functions
+    return made, functions
+
+
+def _pair(file: str, *names: str) -> tuple[ctypes.c_void_p, ...]:
+    codec = ctypes.CDLL(file)
+    return tuple(ctypes.cast(getattr(codec, name), POINTER) for name in names)
 
 
 def unpack(
@@ -68,11 +74,11 @@ def unpack(
     fits = kind is not None and out.strides[-1] == out.itemsize and min(size) > 0
     if not isinstance(array, PackedArray) or not fits or (found := library()) is None:
         return PackedArray.fill(array, start, size, out, scale)
-    made, whole, items = found
+    made, functions = found
     four = out if out.ndim == 4 else out[None]
     code = made.segfleet_unpack(
-        whole,
-        items,
+        array.codec == "zstd",
+        *functions[array.codec],
         array.file.number,
         array.index.ctypes.data,
         None if array.sums is None else array.sums.ctypes.data,

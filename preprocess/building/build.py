@@ -44,6 +44,7 @@ from segfleet.preprocess.stores.manifest import (
     load_manifest,
     save_manifest,
 )
+from segfleet.preprocess.stores.packed import CODECS
 from segfleet.preprocess.stores.verify import verify
 
 Say = Callable[[Grouping, Sequence[Problem]], None]
@@ -86,6 +87,7 @@ def build(
         patients = _patients(facts.refs)
         manifest = Manifest(
             format=request.format,
+            codec=request.codec,
             dataset=facts.dataset,
             plan=plan,
             fingerprint=found.model_dump(mode="json"),
@@ -114,6 +116,8 @@ def open_raw(request: BuildRequest) -> RawReader:
     if out.name in ("", ".."):
         raise InputError(f"out: found '{out}', expected the name of a folder that is made anew")
     store_module(request.format)
+    if request.codec not in CODECS:
+        raise InputError(f"codec: found '{request.codec}', expected one of: {', '.join(CODECS)}")
     reader = open_reader(request.reader_name, request.raw, **request.options)
     request.overrides.check(reader.dataset())
     if not (out / MANIFEST).is_file():
@@ -146,6 +150,7 @@ def compare(
     differences = []
     for name, then, now in (
         ("format", manifest.format, request.format),
+        ("codec", manifest.codec, request.codec),
         ("split seed", manifest.split_seed, request.split_seed),
     ):
         if then != now:

@@ -29,6 +29,7 @@ class BuildRequest:
     out: Path
     _: KW_ONLY
     format: str = "zarr"
+    codec: str = "blosc"
     options: Mapping[str, str] = field(default_factory=dict)
     overrides: Overrides = field(default_factory=Overrides)
     split_seed: int = SPLIT_SEED

@@ -40,6 +40,7 @@ class ShardJob:
     dataset: Dataset
     plan: Plan
     format: str
+    codec: str
     root: Path
     shard: str
     chunk: tuple[int, int, int]
@@ -88,6 +89,9 @@ def shard_jobs(
             layout_of(request.format),
             chunk,
             cases,
+            *(
+                [] if request.codec == "blosc" else [request.codec]
+            ),  # shards of old begin as they do
         ]
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         jobs.append(
@@ -98,6 +102,7 @@ def shard_jobs(
                 dataset=facts.dataset,
                 plan=plan,
                 format=request.format,
+                codec=request.codec,
                 root=request.partial,
                 shard=f"shards/{number:05d}",
                 chunk=chunk,
@@ -113,7 +118,7 @@ def write_shard(job: ShardJob) -> dict:
     """Make one shard and leave its record; its files. Nothing of it remains if that fails. Raises
     an error that names the case."""
     writer = store_module(job.format).Writer(
-        job.root, job.shard, chunk=job.chunk, dtype=job.plan.dtype
+        job.root, job.shard, chunk=job.chunk, dtype=job.plan.dtype, codec=job.codec
     )
     try:
         entries = [_write_case(writer, job, number) for number in range(len(job.refs))]

@@ -1,11 +1,11 @@
 """HDF5 shards: a file `<shard>.h5` with one group per case, holding image, label and, where there
 is one, truth.
 
-Chunked and packed by Blosc, filter 32001 of the HDF Group's register, so `import hdf5plugin` lets
-h5py and every tool upon it read them: of the filters every HDF5 has, gzip and lzf take five times
-as long to read. The attribute `crc32c` of an array holds the checksums of its chunks; the file's
-own structures have theirs (format of HDF5 1.10). Chunks of zeros are left out. HDF5 finds the
-chunks, preprocess.packed reads them.
+Chunked and packed by Blosc or Zstandard, filters 32001 and 32015 of the HDF Group's register, so
+`import hdf5plugin` lets h5py and every tool upon it read them: of the filters every HDF5 has, gzip
+and lzf take five times as long to read. The attribute `crc32c` of an array holds the checksums of
+its chunks; the file's own structures have theirs (format of HDF5 1.10). Chunks of zeros are left
+out. HDF5 finds the chunks, preprocess.packed reads them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ import h5py
 import numpy as np
 
 from segfleet.preprocess.stores.packed import (
-    IMAGES,
-    LABELS,
     MISSING,
     DamagedShard,
     OpenFile,
     PackedArray,
     Packing,
     crc32c,
+    packing_of,
     pieces,
 )
 from segfleet.preprocess.stores.shard_reader import ShardReader
@@ -44,6 +43,8 @@ END_ADDRESS = 28
 SLACK = 2**14  # bytes of structures per array, generously
 # What the filter's values mean: https://github.com/Blosc/hdf5-blosc, src/blosc_filter.c
 BLOSC, BLOSC_VERSIONS = 32001, (2, 2)
+ZSTD = 32015  # its one value is the level
+FILTERS = {BLOSC: "blosc", ZSTD: "zstd"}
 BLOSC_CODECS, BLOSC_SHUFFLES = (
     {"lz4": 1, "lz4hc": 2, "zstd": 5},
     {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2},
@@ -83,8 +84,10 @@ class Shard:
     def _look_up(self, array: h5py.Dataset, name: str) -> tuple[tuple[int, ...], PackedArray]:
         packing = array.id.get_create_plist()
         filters = [packing.get_filter(i)[0] for i in range(packing.get_nfilters())]
-        if filters != [BLOSC]:
-            raise DamagedShard(f"{name}: filters {filters}, expected [{BLOSC}], Blosc")
+        if filters not in ([BLOSC], [ZSTD]):
+            raise DamagedShard(
+                f"{name}: filters {filters}, expected [{BLOSC}], Blosc, or [{ZSTD}], Zstandard"
+            )
         *lead, z, y, x = array.chunks
         kept = array.attrs.get_id(SUMS)
         if 4 * math.prod(_chunks(array.shape, (z, y, x))) != kept.get_storage_size():
@@ -106,6 +109,7 @@ class Shard:
             dtype=array.dtype,
             index=index,
             sums=sums,
+            codec=FILTERS[filters[0]],
         )
         return array.shape, packed
 
@@ -189,9 +193,7 @@ class Writer(ShardWriter):
         group = self.file.create_group(key)
         group.attrs[OWNER] = sha256
         for name, array in arrays.items():
-            self._write_array(
-                group, name, array, chunks[name], IMAGES if name == "image" else LABELS
-            )
+            self._write_array(group, name, array, chunks[name], packing_of(self.codec, name))
         self.file.flush()
 
     def _write_array(
@@ -204,19 +206,24 @@ class Writer(ShardWriter):
     ) -> None:
         lead, dtype = array.shape[:-3], array.dtype.newbyteorder("<")
         size = math.prod((*lead, *chunk)) * dtype.itemsize
-        how = (
-            *BLOSC_VERSIONS,
-            dtype.itemsize,
-            size,
-            packing.level,
-            BLOSC_SHUFFLES[packing.filter],
-            BLOSC_CODECS[packing.codec],
-        )
+        number, how = ZSTD, (packing.level,)
+        if packing.filter is not None:
+            number, how = (
+                BLOSC,
+                (
+                    *BLOSC_VERSIONS,
+                    dtype.itemsize,
+                    size,
+                    packing.level,
+                    BLOSC_SHUFFLES[packing.filter],
+                    BLOSC_CODECS[packing.codec],
+                ),
+            )
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         properties.set_chunk((*lead, *chunk))
         properties.set_obj_track_times(False)  # equal content gives equal bytes
         # optional: or HDF5 would want the plugin, which only others need
-        properties.set_filter(BLOSC, h5py.h5z.FLAG_OPTIONAL, how)
+        properties.set_filter(number, h5py.h5z.FLAG_OPTIONAL, how)
         space, kind = h5py.h5s.create_simple(array.shape), h5py.h5t.py_create(dtype, logical=True)
         target = h5py.h5d.create(group.id, name.encode(), kind, space, properties)
         sums = np.zeros(_chunks(array.shape, chunk), "<u4")

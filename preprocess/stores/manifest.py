@@ -128,6 +128,7 @@ def _plain(value: Any, write: SerializerFunctionWrapHandler) -> Any:
 class Manifest(Frozen):
     version: int = VERSION
     format: str  # zarr | hdf5
+    codec: str = "blosc"  # | zstd, of the chunks; every array says it, too
     layout: int  # revision of the shard files
     id: str = ""  # of the content, see `content_id`; `save_manifest` fills it in
     dataset: Dataset

@@ -1,5 +1,5 @@
-"""Chunks packed by blosc, each with a CRC-32C: what the data of both store formats are made of,
-however a format finds them in its file.
+"""Chunks packed by blosc, or as bare Zstandard frames, each with a CRC-32C: what the data of both
+store formats are made of, however a format finds them in its file.
 
 Packed and checked here, not by the formats' libraries: zarr-python spends 0.3 ms of Python per
 chunk; HDF5 holds one lock for all threads, and its Fletcher32 takes eight times as long as a
@@ -17,11 +17,12 @@ from pathlib import Path
 
 import google_crc32c
 import numpy as np
-from numcodecs import blosc
+from numcodecs import blosc, zstd
 
 blosc.set_nthreads(1)  # loaders bring their own processes
 
 HEADER = 16  # bytes of a blosc chunk's
+FRAME = b"\x28\xb5\x2f\xfd"  # a Zstandard frame begins with it
 MISSING = 2**64 - 1  # offset of a chunk of zeros: it is left out
 FILTERS = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 
@@ -32,33 +33,73 @@ class DamagedShard(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """A configuration of the blosc codec."""
+    """How a chunk becomes bytes: by `codec` inside blosc after `filter`, or with `filter` None as a
+    Zstandard frame."""
 
     codec: str
     level: int
-    filter: str
+    filter: str | None = None
 
     def pack(self, piece: np.ndarray) -> bytes:
+        if self.filter is None:
+            return zstd.compress(piece, self.level)
         return blosc.compress(piece, self.codec.encode(), self.level, FILTERS[self.filter])
 
 
 # Measured: lz4hc decodes at least as fast as lz4 and packs 5 to 15 % better, at 60 to 150 MB/s of
 # writing. Bitshuffle packs integers 15 % better still, but halves the speed. zstd packs labels as
 # well as lz4hc does without a filter, and decodes them four times slower.
-IMAGES = Packing(codec="lz4hc", level=5, filter="shuffle")
-LABELS = Packing(codec="lz4hc", level=9, filter="noshuffle")
+# A store's codec -> packing of its images, and of labels and truths. Bare frames can be unpacked
+# where there is no blosc, on a GPU for one.
+CODECS = {
+    "blosc": (
+        Packing(codec="lz4hc", level=5, filter="shuffle"),
+        Packing(codec="lz4hc", level=9, filter="noshuffle"),
+    ),
+    "zstd": (Packing(codec="zstd", level=3), Packing(codec="zstd", level=9)),
+}
+
+
+def packing_of(codec: str, name: str) -> Packing:
+    """Of array `name` (image | label | truth) in a store of `codec`."""
+    return CODECS[codec][name != "image"]
 
 
 def crc32c(data: bytes | np.ndarray) -> int:
     return google_crc32c.value(data)
 
 
-def told(packed: np.ndarray) -> tuple[int, int]:
-    """(bytes unpacked, bytes packed) as the header of a blosc chunk says; of none (-1, -1)."""
+def unpack_into(piece: np.ndarray, packed: np.ndarray, codec: str) -> bool:
+    """Decode a chunk; False, and maybe something else in `piece`, if it is none of so many
+    bytes."""
+    told = _frame_holds(packed) if codec == "zstd" else _blosc_holds(packed)
+    if told != piece.nbytes:  # or old memory would show in the rest
+        return False
+    try:
+        (zstd if codec == "zstd" else blosc).decompress(packed, piece)
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
+def _blosc_holds(packed: np.ndarray) -> int:
+    """Bytes that a blosc chunk unpacks to, by its header; -1 of what is none."""
     if len(packed) < HEADER:
-        return -1, -1
+        return -1
     sizes = packed[4:HEADER].view("<u4")
-    return int(sizes[0]), int(sizes[2])
+    return int(sizes[0]) if int(sizes[2]) == len(packed) else -1
+
+
+def _frame_holds(packed: np.ndarray) -> int:
+    """The same of a Zstandard frame (RFC 8878, 3.1.1.1), which need not say it: then -1 too."""
+    head = packed[:18].tobytes()
+    if len(head) < 6 or head[:4] != FRAME:
+        return -1
+    single, size = head[4] & 32, (0, 2, 4, 8)[head[4] >> 6] or (1 if head[4] & 32 else 0)
+    at = 5 + (not single) + (0, 1, 2, 4)[head[4] & 3]
+    if not size or at + size > len(head):
+        return -1
+    return int.from_bytes(head[at : at + size], "little") + (256 if size == 2 else 0)
 
 
 def pieces(
@@ -99,7 +140,8 @@ class PackedArray:
     Safe in threads.
 
     index: (chunks along z, y, x; 2), offset and bytes of every chunk, uint64. sums: the CRC-32C of
-    every chunk, uint32; None: it is the chunk's last four bytes, little-endian.
+    every chunk, uint32; None: it is the chunk's last four bytes, little-endian. codec: blosc or
+    zstd.
     """
 
     file: OpenFile
@@ -109,6 +151,7 @@ class PackedArray:
     dtype: np.dtype
     index: np.ndarray
     sums: np.ndarray | None = None
+    codec: str = "blosc"
 
     def read(self, start: tuple[int, int, int], size: list[int]) -> np.ndarray:
         """The box of `size` voxels from `start` on; the chunks it touches are read, checked and
@@ -135,9 +178,8 @@ class PackedArray:
                 packed, expected = packed[:-4], int.from_bytes(packed[-4:].tobytes(), "little")
             if not whole or crc32c(packed) != expected:
                 raise DamagedShard(f"{self.name}: checksum of chunk {(i, j, k)}")
-            if told(packed) != (piece.nbytes, len(packed)):  # or old memory would show in the rest
+            if not unpack_into(piece, packed, self.codec):
                 raise DamagedShard(f"{self.name}: chunk {(i, j, k)} holds another number of bytes")
-            blosc.decompress(packed, piece)
             out[..., tz, ty, tx] = piece[..., fz, fy, fx]
         return out
 

@@ -20,14 +20,24 @@ class ShardWriter:
     `_finish` and `_drop`.
 
     `shard` is a path inside the store without suffix, `chunk` the inner chunk (z, y, x) in voxels,
-    `dtype` that of the stored images. Everything goes to a `.partial` sibling, which `publish`
-    renames. Whatever goes wrong, a full disk included, removes it and is raised.
+    `dtype` that of the stored images, `codec` blosc or zstd. Everything goes to a `.partial`
+    sibling, which `publish` renames. Whatever goes wrong, a full disk included, removes it and is
+    raised.
     """
 
     suffix: str
 
-    def __init__(self, root: Path, shard: str, *, chunk: tuple[int, int, int], dtype: str):
+    def __init__(
+        self,
+        root: Path,
+        shard: str,
+        *,
+        chunk: tuple[int, int, int],
+        dtype: str,
+        codec: str = "blosc",
+    ):
         self.root, self.chunk, self.dtype = Path(root), chunk, np.dtype(dtype)
+        self.codec = codec
         self.final = self.root / (shard.removesuffix(self.suffix) + self.suffix)
         self.partial = self.final.with_name(self.final.name + ".partial")
         self.keys: set[str] = set()

@@ -17,11 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from segfleet.preprocess.stores.packed import (
-    IMAGES,
-    LABELS,
     DamagedShard,
     PackedArray,
-    Packing,
+    packing_of,
 )
 from segfleet.preprocess.stores.shard_reader import ShardReader
 from segfleet.preprocess.stores.shard_writer import ShardWriter
@@ -110,16 +108,19 @@ class Writer(ShardWriter):
     ) -> None:
         self.owners[key] = sha256
         self.cases[key] = {
-            "image": self._append("image", image, IMAGES),
-            "label": self._append("label", label, LABELS),
+            "image": self._append("image", image),
+            "label": self._append("label", label),
         }
         if truth is not None:
-            self.cases[key]["truth"] = self._append("truth", truth, LABELS)
+            self.cases[key]["truth"] = self._append("truth", truth)
 
-    def _append(self, name: str, array: np.ndarray, packing: Packing) -> list[int]:
+    def _append(self, name: str, array: np.ndarray) -> list[int]:
         if name not in self.arrays:
             self.arrays[name] = ArrayWriter(
-                self.partial / name, chunk=self.chunk, dtype=array.dtype, packing=packing
+                self.partial / name,
+                chunk=self.chunk,
+                dtype=array.dtype,
+                packing=packing_of(self.codec, name),
             )
         return [self.arrays[name].append(array), *array.shape[-3:]]
 

@@ -3,8 +3,8 @@ describes it (zarr.json), reads the same files, and reads for us what has other 
 
 Zarr v3 core and its sharding codec:
 https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html An inner chunk is
-[bytes little-endian, blosc, crc32c]; the index, 16 bytes per chunk and a crc32c, ends the file.
-Chunks of zeros are left out.
+[bytes little-endian, blosc or zstd, crc32c]; the index, 16 bytes per chunk and a crc32c, ends the
+file. Chunks of zeros are left out.
 """
 
 from __future__ import annotations
@@ -110,16 +110,20 @@ class ArrayWriter:
         self, shape: tuple[int, ...], outer: tuple[int, ...], inner: tuple[int, ...]
     ) -> ArrayV3Metadata:
         """zarr.json, by zarr-python, which refuses what is no Zarr array."""
-        from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
+        from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
         from zarr.core.metadata.v3 import ArrayV3Metadata
 
-        packing = BloscCodec(
-            cname=self.packing.codec,
-            clevel=self.packing.level,
-            shuffle=self.packing.filter,
-            typesize=self.dtype.itemsize,
-            blocksize=0,
-        )
+        packing: BloscCodec | ZstdCodec
+        if self.packing.filter is None:
+            packing = ZstdCodec(level=self.packing.level, checksum=False)
+        else:
+            packing = BloscCodec(
+                cname=self.packing.codec,
+                clevel=self.packing.level,
+                shuffle=self.packing.filter,
+                typesize=self.dtype.itemsize,
+                blocksize=0,
+            )
         endian = BytesCodec(endian="little" if self.dtype.itemsize > 1 else None)
         shard = ShardingCodec(chunk_shape=inner, codecs=[endian, packing, Crc32cCodec()])
         document = {
@@ -188,7 +192,7 @@ class AnyArray:
 def open_array(folder: Path, facts: dict) -> PackedArray | AnyArray:
     """An array of a shard; `facts` is its zarr.json. Raises DamagedShard, OSError."""
     try:
-        if not _ours(facts):
+        if (codec := _codec(facts)) is None:
             return AnyArray(folder, facts)
         inner, shape = facts["codecs"][0]["configuration"]["chunk_shape"], facts["shape"]
         if not all(isinstance(n, int) and n > 0 for n in (*shape, *inner)):
@@ -209,19 +213,22 @@ def open_array(folder: Path, facts: dict) -> PackedArray | AnyArray:
         raise DamagedShard(f"{folder.name}: checksum of the chunk index")
     index = np.frombuffer(tail, "<u8", len(tail) // 8).reshape(*chunks, 2)
     return PackedArray(
-        file=file, name=folder.name, lead=lead, chunk=chunk, dtype=dtype, index=index
+        file=file, name=folder.name, lead=lead, chunk=chunk, dtype=dtype, index=index, codec=codec
     )
 
 
-def _ours(facts: dict) -> bool:
-    """Whether an array is one shard, packed and checked as `ArrayWriter` does it."""
+def _codec(facts: dict) -> str | None:
+    """What an array is packed by if it is one shard, packed and checked as `ArrayWriter` does
+    it."""
     (how, *more), shape = facts["codecs"], facts["shape"]
     if more or how["name"] != "sharding_indexed":
-        return False
+        return None
     sharding, outer = how["configuration"], facts["chunk_grid"]["configuration"]["chunk_shape"]
     inner, key = sharding["chunk_shape"], facts["chunk_key_encoding"]
-    return (
-        [codec["name"] for codec in sharding["codecs"]] == ["bytes", "blosc", "crc32c"]
+    first, *codec, last = [codec["name"] for codec in sharding["codecs"]]
+    ours = (
+        (first, last) == ("bytes", "crc32c")
+        and codec in (["blosc"], ["zstd"])
         and [codec["name"] for codec in sharding["index_codecs"]] == ["bytes", "crc32c"]
         and sharding.get("index_location", "end") == "end"
         and key["name"] == "default"
@@ -229,3 +236,4 @@ def _ours(facts: dict) -> bool:
         and inner[:-3] == shape[:-3]
         and all(whole >= size for whole, size in zip(outer, shape, strict=True))
     )
+    return codec[0] if ours else None

@@ -24,6 +24,7 @@ class Prepare(Section):
     raw: str = Field(description="folder of the raw data set")
     out: str = Field(description="folder of the stores, one for each combination of values")
     format: Literal["zarr", "hdf5"] = Field("zarr", description="of the stores")
+    codec: Literal["blosc", "zstd"] = Field("blosc", description="of their chunks")
     options: dict[str, str] = Field(default_factory=dict, description="of the layout")
     size: Any = Field(None, description="y and x of every 2D image; or a list of such")
     patch: Any = Field(None, description="z, y, x; or a list of such; null: the planned one")

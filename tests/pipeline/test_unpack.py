@@ -13,11 +13,11 @@ from segfleet.preprocess.stores.packed import DamagedShard
 SHAPE = (21, 40, 33)
 
 
-def shard(folder, fmt: str, dtype: str, channels: int, chunk=(8, 16, 16)):
+def shard(folder, fmt: str, dtype: str, channels: int, chunk=(8, 16, 16), codec="blosc"):
     """A shard of two cases, one with empty chunks, and what was written."""
     draw = np.random.default_rng(0)
     written = {}
-    writer = store_module(fmt).Writer(folder, "data/all", chunk=chunk, dtype=dtype)
+    writer = store_module(fmt).Writer(folder, "data/all", chunk=chunk, dtype=dtype, codec=codec)
     for key in ("a", "b"):
         image = (100 * draw.standard_normal((channels, *SHAPE))).astype(dtype)
         image[:, 8:16, 16:32, :16] = 0
@@ -40,8 +40,10 @@ def compiled():
 @pytest.mark.parametrize("fmt", ["zarr", "hdf5"])
 @pytest.mark.parametrize("dtype", ["float16", "uint8", "int16", "float32"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_same_bits(tmp_path, fmt, dtype, channels):
-    opened, written = shard(tmp_path, fmt, dtype, channels)
+@pytest.mark.parametrize("codec", ["blosc", "zstd"])
+def test_same_bits(tmp_path, fmt, dtype, channels, codec):
+    opened, written = shard(tmp_path, fmt, dtype, channels, codec=codec)
+    assert opened.packed("a", "image")[0].codec == codec  # not through another library
     draw = np.random.default_rng(1)
     scale = 0.37 if dtype in ("uint8", "int16") else 1.0
     for turn in range(20):
@@ -67,9 +69,10 @@ def test_same_bits(tmp_path, fmt, dtype, channels):
 
 @pytest.mark.parametrize("fmt", ["zarr", "hdf5"])
 @pytest.mark.parametrize("shift", [-1, 0, 20, 10**6])
-def test_damage_is_named(tmp_path, fmt, shift):
+@pytest.mark.parametrize("codec", ["blosc", "zstd"])
+def test_damage_is_named(tmp_path, fmt, shift, codec):
     """A bit anywhere in a chunk, and a file that ends early."""
-    opened, _ = shard(tmp_path, fmt, "float16", 1)
+    opened, _ = shard(tmp_path, fmt, "float16", 1, codec=codec)
     array, _ = opened.packed("a", "image")
     offset, count = (int(n) for n in array.index[1, 0, 1])
     path = next(p for p in tmp_path.rglob("*") if p.name in ("c.0.0.0.0", "all.h5"))

@@ -10,6 +10,7 @@ import pytest
 from segfleet.preprocess.stores.base import formats, open_store, store_module
 from segfleet.preprocess.stores.content import content_sha256
 from segfleet.preprocess.stores.manifest import CaseEntry, Dataset, Manifest, Plan, save_manifest
+from segfleet.preprocess.stores.packed import CODECS
 
 CHUNK = (4, 8, 16)
 SHAPE = (9, 21, 34)  # no multiple of the chunk
@@ -33,13 +34,15 @@ def draw_case(shape=SHAPE, dtype="float16", channels=2, seed=0):
     return image, label, truth
 
 
-def publish_store(root: Path, fmt: str, shards: dict[str, dict], *, chunk=CHUNK, scale=1.0):
+def publish_store(
+    root: Path, fmt: str, shards: dict[str, dict], *, chunk=CHUNK, scale=1.0, codec="blosc"
+):
     """A store of `shards`: shard -> case -> (image, label, truth or None)."""
     files, cases = {}, []
     first = next(iter(next(iter(shards.values())).values()))[0]
     dtype = first.dtype.name
     for shard, members in shards.items():
-        writer = store_module(fmt).Writer(root, shard, chunk=chunk, dtype=dtype)
+        writer = store_module(fmt).Writer(root, shard, chunk=chunk, dtype=dtype, codec=codec)
         for name, (image, label, truth) in members.items():
             writer.write(name, image, label, truth)
             raw = label.shape if truth is None else truth.shape
@@ -80,7 +83,13 @@ def publish_store(root: Path, fmt: str, shards: dict[str, dict], *, chunk=CHUNK,
     save_manifest(
         root,
         Manifest(
-            format=fmt, id="drawn", dataset=dataset, plan=plan, cases=tuple(cases), files=files
+            format=fmt,
+            codec=codec,
+            id="drawn",
+            dataset=dataset,
+            plan=plan,
+            cases=tuple(cases),
+            files=files,
         ),
     )
     return open_store(root)
@@ -104,10 +113,16 @@ def fmt(request):
     return request.param
 
 
+@pytest.fixture(params=sorted(CODECS))
+def codec(request):
+    return request.param
+
+
 @pytest.fixture
-def store(tmp_path, fmt):
+def store(tmp_path, fmt, codec):
     return publish_store(
         tmp_path,
         fmt,
         {"data/case-0": {"case-0": draw_case()}, "data/case-1": {"case-1": draw_case(seed=1)}},
+        codec=codec,
     )

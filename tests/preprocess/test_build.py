@@ -288,6 +288,23 @@ def test_shards_of_an_earlier_layout_are_made_anew(raw, tmp_path, monkeypatch):
         build(BuildRequest("msd", raw, tmp_path / "old", format="hdf5", workers=1))
 
 
+def test_another_codec_makes_every_shard_anew_with_the_same_id(raw, tmp_path, monkeypatch):
+    """Bare Zstandard: begun with blosc, killed, and asked for otherwise."""
+    interrupted(raw, tmp_path / "out", monkeypatch, "phantom_004", OSError(errno.EIO, "broken"))
+    told = ProgressMessages()
+    asked = {"codec": "zstd", "workers": 1, "shard_bytes": 1}
+    made = build(BuildRequest("msd", raw, tmp_path / "out", **asked), progress=told)
+    assert told.processed("write") == 6 and made.codec == "zstd"
+    assert open_store(build_at(raw, tmp_path / "blosc")).manifest.id == made.id
+    found = [
+        json.loads(path.read_text())["codecs"][0]["configuration"]["codecs"][1]["name"]
+        for path in (tmp_path / "out").rglob("image/zarr.json")
+    ]
+    assert found == ["zstd"] * 6
+    with pytest.raises(InputError, match=r"made from something else: codec zstd, now blosc"):
+        build(BuildRequest("msd", raw, tmp_path / "out", workers=1))
+
+
 def build_at(raw: Path, out: Path) -> Path:
     build(BuildRequest("msd", raw, out, workers=1, shard_bytes=1))
     return out

@@ -100,6 +100,10 @@ def test_problems_are_one_table_and_exit_code_two(raw, tmp_path):
         ),
         (("datasets", "msd", "phantom", "x", "--seed", "-1"), "Invalid value for '--seed'"),
         (
+            ("preprocess", "msd", "--raw", ".", "--out", "x", "--codec", "lz4"),
+            "codec: found 'lz4', expected one of: blosc, zstd",
+        ),
+        (
             ("preprocess", "msd", "--raw", ".", "--out", "x", "--format", "zip"),
             "format: found 'zip', expected one of: hdf5, zarr",
         ),

@@ -236,12 +236,15 @@ def test_no_path_of_a_manifest_leads_out_of_the_store(store, path):
             CaseEntry.model_validate({**case, name: path})
 
 
-@pytest.mark.parametrize("how", ["short", "long", "behind", "huge"])
-def test_a_crafted_chunk_never_shows_other_memory(tmp_path, how):
+@pytest.mark.parametrize("how", ["short", "long", "behind", "huge", "broken", "tiny"])
+def test_a_crafted_chunk_never_shows_other_memory(tmp_path, how, codec):
     """With a right checksum, which is no secret."""
     piece = np.arange(4**3, dtype=np.int16).reshape(4, 4, 4)
     other = {"short": piece[:2], "long": np.tile(piece, (2, 1, 1))}.get(how, piece)
-    packed = packing.IMAGES.pack(np.ascontiguousarray(other))
+    packed = packing.packing_of(codec, "image").pack(np.ascontiguousarray(other))
+    if how == "broken":  # the header is whole
+        packed = packed[:17] + bytes(b ^ 0xFF for b in packed[17:])
+    packed = packed[:3] if how == "tiny" else packed
     data = packed + packing.crc32c(packed).to_bytes(4, "little")
     (tmp_path / "data").write_bytes(data)
     place = {"behind": (len(data), 64), "huge": (0, 2**40)}.get(how, (0, len(data)))
@@ -252,6 +255,7 @@ def test_a_crafted_chunk_never_shows_other_memory(tmp_path, how):
         chunk=(4, 4, 4),
         dtype=np.dtype(np.int16),
         index=np.array(place, np.uint64).reshape(1, 1, 1, 2),
+        codec=codec,
     )
     with pytest.raises(packing.DamagedShard, match="chunk"):
         array.read((0, 0, 0), [4, 4, 4])
@@ -347,7 +351,10 @@ def memory_limit(size: int):
 )  # fmt: skip
 def test_a_crafted_zarr_array_is_refused_at_once(tmp_path, change):
     writer = zarr_array.ArrayWriter(
-        tmp_path / "label", chunk=(4, 4, 4), dtype=np.dtype("u1"), packing=packing.LABELS
+        tmp_path / "label",
+        chunk=(4, 4, 4),
+        dtype=np.dtype("u1"),
+        packing=packing.packing_of("blosc", "label"),
     )
     writer.append(np.ones((4, 4, 4), np.uint8))
     writer.finish()

@@ -23,7 +23,7 @@ from segfleet.pipeline.data.unpack import unpack
 from segfleet.preprocess.stores.base import formats, open_store
 from segfleet.preprocess.stores.content import content_sha256
 from segfleet.preprocess.stores.manifest import save_manifest
-from segfleet.preprocess.stores.packed import PackedArray
+from segfleet.preprocess.stores.packed import CODECS, PackedArray
 from segfleet.preprocess.stores.shard_reader import to_float32
 
 CHUNK, SHAPE = (4, 8, 16), (9, 21, 34)  # as in the fixtures
@@ -165,14 +165,20 @@ def test_small_volumes_of_several_depths_share_a_bundle(tmp_path, fmt, drawn, pu
         np.testing.assert_array_equal(store.truth(case), members[case.id][2])
 
 
-def test_both_formats_hold_the_same_content(tmp_path, drawn, publish):
+def test_both_formats_and_codecs_hold_the_same_content(tmp_path, drawn, publish):
     members = {"a": drawn(), "b": drawn((4, 6, 7), seed=3)}
-    stores = [publish(tmp_path / fmt, fmt, {"s": members}) for fmt in formats()]
-    for one, other in zip(*(store.manifest.cases for store in stores), strict=True):
-        assert one == other
-        first, second = (store.stored(one) for store in stores)
-        assert content_sha256(*first) == content_sha256(*second) == one.sha256
-        assert first[0].tobytes() == second[0].tobytes() == members[one.id][0].tobytes()
+    stores = [
+        publish(tmp_path / fmt / codec, fmt, {"s": members}, codec=codec)
+        for fmt in formats()
+        for codec in CODECS
+    ]
+    assert len({store.manifest.id for store in stores}) == 1
+    for first, *others in zip(*(store.manifest.cases for store in stores), strict=True):
+        assert all(one == first for one in others)
+        for store in stores:
+            image, label = store.stored(first)
+            assert content_sha256(image, label) == first.sha256
+            assert image.tobytes() == members[first.id][0].tobytes()
 
 
 def test_content_hash_tells_type_shape_and_values_apart(drawn):
@@ -192,7 +198,7 @@ def test_content_hash_tells_type_shape_and_values_apart(drawn):
 
 
 @pytest.mark.parametrize("fmt", ["zarr"])
-def test_zarr_python_reads_the_same(store, drawn):
+def test_zarr_python_reads_the_same(store, drawn, codec):
     for seed, case in enumerate(store.manifest.cases):
         image, label, truth = drawn(seed=seed)
         group = zarr.open_group(store.root / f"{case.shard}.zarr", mode="r", zarr_format=3)
@@ -203,6 +209,7 @@ def test_zarr_python_reads_the_same(store, drawn):
             group["image"].dtype == image.dtype
             and group["image"].chunks == (2, *CHUNK)
             and group["image"].shards == (2, 12, 24, 48)
+            and type(group["image"].compressors[0]).__name__ == f"{codec.title()}Codec"
         )
 
 
@@ -284,7 +291,7 @@ import sys, google_crc32c, h5py, hdf5plugin, numpy as np
 with h5py.File(sys.argv[1], "r") as file:
     for name, array in file["case-0"].items():
         np.save(f"{sys.argv[2]}/{name}.npy", array[:])
-        assert list(array._filters) == [str(hdf5plugin.Blosc.filter_id)]
+        assert list(array._filters) == [str(getattr(hdf5plugin, sys.argv[3]).filter_id)]
         chunks = [array.id.get_chunk_info(i).chunk_offset for i in range(array.id.get_num_chunks())]
         sums = [google_crc32c.value(array.id.read_direct_chunk(at)[1]) for at in chunks]
         assert sums and sorted(sums) == sorted(value for value in array.attrs["crc32c"] if value)
@@ -292,13 +299,14 @@ with h5py.File(sys.argv[1], "r") as file:
 
 
 @pytest.mark.parametrize("fmt", ["hdf5"])
-def test_h5py_reads_the_same(store, drawn, tmp_path):
-    """With Blosc, which segfleet itself does without: a process in which it is loaded writes its
+def test_h5py_reads_the_same(store, drawn, tmp_path, codec):
+    """With plugins, which segfleet itself does without: a process in which it is loaded writes its
     name into new files."""
     if importlib.util.find_spec("hdf5plugin") is None:
         pytest.skip("hdf5plugin is not installed")
     subprocess.run(
-        [sys.executable, "-c", OTHERS, store.root / "data/case-0.h5", tmp_path], check=True
+        [sys.executable, "-c", OTHERS, store.root / "data/case-0.h5", tmp_path, codec.title()],
+        check=True,
     )
     for name, expected in zip(("image", "label", "truth"), drawn(), strict=True):
         np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npy"), expected)
