@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from segfleet.cli.output import Json, show, table
+from segfleet.cli.output import FoldsTogether, Json, fold_of, show, table
 
 
 def command(
@@ -15,7 +15,8 @@ def command(
         list[str],
         typer.Argument(
             help="Two or more runs (a folder, the beginning of a uid, or a recipe's name), or "
-            "folders that `segfleet score` or `segfleet evaluate --on` wrote."
+            "folders that `segfleet score` or `segfleet evaluate --on` wrote. Of a recipe with "
+            "several folds the score over all of them."
         ),
     ],
     metric: Annotated[
@@ -25,6 +26,7 @@ def command(
     common: Annotated[
         bool, typer.Option("--common", help="Compare the cases that all runs have.")
     ] = False,
+    fold: FoldsTogether = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for comparison.json, .csv, .md, .tex and .html."),
@@ -38,20 +40,14 @@ def command(
     """
     from segfleet.pipeline.reports.comparison import write_comparison
     from segfleet.pipeline.scoring.compare import DEFAULT, compare, known_metrics
+    from segfleet.pipeline.scoring.folds import find_scored
 
     metrics = known_metrics(metric or DEFAULT)
-    document = compare(named([find(text, root) for text in runs]), metrics, common)
+    folders = [find_scored(text, root, fold_of(fold)) for text in runs]
+    document = compare(named(folders), metrics, common)
     if out is not None:
         document["files"] = [str(path) for path in write_comparison(out, document)]
     show(document, as_json, render)
-
-
-def find(text: str, root: Path) -> Path:
-    """The folder of an evaluation. Raises InputError."""
-    from segfleet.pipeline.run import find_run
-    from segfleet.pipeline.scoring.scored import EVALUATION
-
-    return Path(text) if (Path(text) / EVALUATION).is_file() else find_run(text, root)
 
 
 def named(folders: list[Path]) -> list[tuple[str, dict[str, Any]]]:

@@ -28,6 +28,14 @@ Folds = Annotated[
         "--fold", help="Of several runs of that name, the one of this fold; all: an ensemble."
     ),
 ]
+FoldsTogether = Annotated[
+    str | None,
+    typer.Option(
+        "--fold",
+        help="Of several runs of a recipe, the one of this fold; all, the default where all are "
+        "scored: the score over all folds.",
+    ),
+]
 Best = Annotated[
     bool, typer.Option("--best", help="Of several runs of that name, the one of the highest score.")
 ]

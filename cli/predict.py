@@ -90,7 +90,12 @@ def alone(job: Predict, device: str | None = None) -> dict[str, Any]:
     torch.set_num_threads(threads_of() or cpus())  # as a rank has; torch knows no cgroup
     ranks = Ranks(device_of(device))
     with progress("predicting") as tick:
-        return predict(job, ranks, tick)
+        return predict(
+            job,
+            ranks,
+            tick,
+            lambda done, total: tick(done, total, "deciding on cases not trained on"),
+        )
 
 
 def by_ranks(job: Predict, ranks: int, device: str | None) -> dict[str, Any]:
@@ -179,5 +184,8 @@ def divided(words: list[str]) -> tuple[list[str], list[Path]]:
 def render(document: dict) -> None:
     done, kept, failed = (len(document[key]) for key in ("done", "kept", "failed"))
     typer.echo(f"{done} written, {kept} already there, {failed} failed: {document['out']}")
+    if rules := document.get("postprocess"):
+        said = (f"{name}: {rule or 'nothing, none helped'}" for name, rule in rules.items())
+        typer.echo(f"post-processing by cases not trained on: {'; '.join(said)}")
     if document["failed"]:
         table(("image", "problem"), [(one["id"], one["problem"]) for one in document["failed"]])

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from segfleet.cli.output import Best, Fold, Json, show
+from segfleet.cli.output import Best, FoldsTogether, Json, fold_of, show
 
 
 def command(
     run: Annotated[
         str, typer.Argument(help="A run folder, the beginning of its uid, or its recipe's name.")
     ],
-    fold: Fold = None,
+    fold: FoldsTogether = None,
     best: Best = False,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     as_csv: Annotated[
@@ -27,10 +27,10 @@ def command(
     from segfleet.core.files import write_atomically
     from segfleet.pipeline.reports.report import CASES_CSV, write_report
     from segfleet.pipeline.reports.score_tables import cases_csv
-    from segfleet.pipeline.run import find_run
+    from segfleet.pipeline.scoring.folds import find_scored
     from segfleet.pipeline.scoring.scored import evaluation_of
 
-    folder = find_run(run, runs, fold, best)
+    folder = find_scored(run, runs, fold_of(fold), best)
     written = {"report": str(write_report(folder))}
     if as_csv:
         write_atomically(folder / CASES_CSV, cases_csv(evaluation_of(folder)))

@@ -167,15 +167,22 @@ def check_same_run(job: Train | Score, path: Path) -> None:
         )
 
 
-def predict(job: Predict, ranks: Ranks, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """The answer of `predict_files` for a prediction's images. Raises InputError."""
+def predict(
+    job: Predict,
+    ranks: Ranks,
+    progress: Callable[[int, int], None],
+    deciding: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """The answer of `predict_files` for a prediction's images; with `postprocess: auto` also what
+    that does to each structure, None where nothing. `deciding`: progress of that. Raises
+    InputError."""
     model = open_model(job.models, ranks.device)
     model.check()
     model.check_stores(job.images)
     auto = job.postprocess == AUTO
-    rules = decided(model, ranks) if auto else model.rules(job.postprocess or None)
+    rules = decided(model, ranks, deciding) if auto else model.rules(job.postprocess or None)
     with Apart() as apart:
-        return predict_files(
+        answer = predict_files(
             model.members(),
             model.dataset,
             job.images,
@@ -193,6 +200,10 @@ def predict(job: Predict, ranks: Ranks, progress: Callable[[int, int], None]) ->
             ranks=ranks,
             progress=progress,
         )
+    if auto:
+        texts = {name: rule.text for name, rule in rules.items()}
+        answer["postprocess"] = {name: texts.get(name) for name in model.task.names}
+    return answer
 
 
 def run_prediction(job: Predict, ranks: Ranks, stop: StopRequest) -> None:
@@ -204,7 +215,16 @@ def run_prediction(job: Predict, ranks: Ranks, stop: StopRequest) -> None:
         if stop.asked() and done < total:
             raise Interrupted(f"stopped after {done} of {total} images; the same command goes on")
 
-    answer = predict(job, ranks, tick)
+    def deciding(done: int, total: int) -> None:
+        if job.answer is None:
+            say(f"{done} of {total} cases not trained on, for --postprocess auto\n")
+        if stop.asked():
+            raise Interrupted(
+                f"stopped after {done} of {total} cases that decide the post-processing; the same "
+                "command begins with them"
+            )
+
+    answer = predict(job, ranks, tick, deciding)
     if job.answer:  # whoever waits for it says what came out
         if ranks.rank == 0:
             write_atomically(job.answer, json.dumps(answer))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segfleet.core.errors import InputError
+from segfleet.core.errors import InputError, did_you_mean
 from segfleet.core.files import absolute, read_json, write_json
 from segfleet.core.lock import Lock, holder
 from segfleet.pipeline.recipe import OVERRIDES, Inherit, Recipe, Stage, members, parse, resolve
@@ -464,7 +464,8 @@ def find_run(text: str, root: Path, fold: int | None = None, best: bool = False)
     if not fitting:
         others = ", ".join(f"{f.name} ({facts['name']})" for f, facts in known.items())
         others = others or "none; `segfleet train RECIPE` makes one"
-        raise InputError(f"run: found no run '{text}'; runs under {root}: {others}")
+        near = did_you_mean(text, {facts["name"] for facts in known.values()})
+        raise InputError(f"run: found no run '{text}'; runs under {root}: {others}.{near}")
     found = {
         folder: facts for folder, facts in fitting.items() if fold is None or facts["fold"] == fold
     }
@@ -479,8 +480,9 @@ def find_run(text: str, root: Path, fold: int | None = None, best: bool = False)
     ]
     what = f"'{text}'" + ("" if fold is None else f" with fold {fold}")
     raise InputError(
-        f"run: {what} fits {len(found)} runs under {root}; give the uid of one (predict, evaluate "
-        "and report also take --fold N and --best, the highest score):\n" + "\n".join(lines)
+        f"run: {what} fits {len(found)} runs under {root}; give the uid of one, or --fold N, or "
+        "--best, the highest score; predict and export take --fold all, an ensemble:\n"
+        + "\n".join(lines)
     )
 
 

@@ -7,7 +7,10 @@ how they are done.
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -59,7 +62,7 @@ def as_onnx(
 ) -> torch.onnx.ONNXProgram:
     """The same as ONNX. Raises InputError for parts that ONNX does not know."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
             made = torch.onnx.export(
                 program,
@@ -75,6 +78,18 @@ def as_onnx(
         raise InputError(
             f"export: {name} cannot be written as ONNX: {_first(error)}. --pt2 may do"
         ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's lines on operations of packages that are not installed."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _first(error: Exception) -> str:

@@ -36,6 +36,7 @@ from segfleet.pipeline.scoring.summary import summarise
 from segfleet.preprocess.stores.manifest import Manifest
 
 ALL = "all"
+SCORES = "scores"  # folder among predictions, of `segfleet score`
 SHARED = (
     "version",
     "dataset",
@@ -117,6 +118,37 @@ def folder_of(root: Path, runs: list[str]) -> Path:
     """Where what is known of all folds together lies; `runs`: the uids of their last stages."""
     text = json.dumps(sorted(runs))
     return Path(root) / FOLDS / hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def find_scored(text: str, root: Path, fold: int | str | None = None, best: bool = False) -> Path:
+    """The folder of an evaluation: of a run as `find_run` finds it, of all folds of a recipe
+    together (`fold` "all", or where the name fits several runs that are its folds), a folder that
+    holds one, or predictions that were scored. Raises InputError."""
+    for folder in (Path(text), Path(text) / SCORES):
+        if (folder / scored.EVALUATION).is_file():
+            return folder
+    if fold != ALL:
+        try:
+            return find_run(text, root, fold, best)
+        except InputError:
+            together = None if fold is not None or best else _all_folds(text, root)
+            if together is None:
+                raise
+            return together
+    if (together := _all_folds(text, root)) is None:
+        raise InputError(
+            f"run: the folds of '{text}' have no score together yet; `segfleet train RECIPE "
+            "data.fold=all` trains and scores what is missing"
+        )
+    return together
+
+
+def _all_folds(text: str, root: Path) -> Path | None:
+    """The score over all folds of the recipe that `text` names, if it is there. Raises InputError
+    if it names none, or several."""
+    runs = find_folds(text, root)
+    out = folder_of(root_of(runs[0], open_run(runs[0])[0]), [run.name for run in runs])
+    return out if (out / scored.EVALUATION).is_file() else None
 
 
 def score_folds(

@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from segfleet.core.errors import InputError
+from segfleet.core.errors import InputError, did_you_mean
 from segfleet.core.files import parse_json, write_atomically
 from segfleet.preprocess.stores.case_entry import CaseEntry, Frozen, InsidePath, inside
 from segfleet.preprocess.stores.case_table import (
@@ -53,6 +53,7 @@ READ = (2, 3)
 # cannot be read
 LAYOUTS = {"hdf5": 2}
 NAME = "manifest.json"
+FEW = 5  # cases that a message names
 TABLE = "cases-{}.safetensors"
 
 
@@ -174,9 +175,11 @@ class Manifest(Frozen):
     def case(self, case_id: str) -> CaseEntry:
         if entry := self.cases.find(case_id):
             return entry
+        known = list(self.cases.column("id"))
+        more = f" and {len(known) - FEW} more" if len(known) > FEW else ""
         raise InputError(
-            f"case: found '{case_id}', which is not one of the {len(self.cases)} cases of "
-            f"{self.dataset.name}"
+            f"case: found '{case_id}', expected one of the {len(known)} cases of "
+            f"{self.dataset.name}: {', '.join(known[:FEW])}{more}.{did_you_mean(case_id, known)}"
         )
 
     def folds(self, split: str) -> tuple[dict[str, tuple[str, ...]], ...]:

@@ -3,6 +3,7 @@ status."""
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -99,6 +100,40 @@ def test_status_says_it_in_one_line(work, capsys):
     shown = capsys.readouterr().out
     assert shown.count("tiny") == 1 and f"{first} {second}" in shown
     assert f"{document['mean_foreground_dice']:.4f}" in shown and "2/2 done" in shown
+
+
+def test_a_recipe_s_name_is_its_score_over_all_folds(work, tmp_path):
+    """Where a score is asked for, not a network: five folds are one row of a table. A uid, or
+    --fold, is one of them."""
+    folder, document, _ = work
+    runs, together = ("--runs", folder / "runs"), Path(document["report"]).parent
+    said = json.loads(segfleet("report", "tiny", "--csv", *runs, "--json").stdout)
+    assert Path(said["csv"]).parent.resolve() == together.resolve()
+    assert len(set(csv.DictReader(open(said["csv"])).fieldnames) & {"case", "fold", "dice"}) == 3
+    again = segfleet("report", "tiny", "--fold", "all", *runs, "--json")
+    assert json.loads(again.stdout)["report"] == said["report"]
+    one = json.loads(segfleet("report", "tiny", "--fold", "1", *runs, "--json").stdout)
+    assert Path(one["report"]).parent.name == Path(document["folds"][1]["run"]).name
+    # against a copy under another name
+    other = tmp_path / "predictions" / "scores"
+    other.mkdir(parents=True)
+    shutil.copy(together / "evaluation.json", other)
+    compared = segfleet("compare", "tiny", other.parent, *runs, "--json")
+    assert compared.exit_code == 0, (compared.output, compared.exception)
+    found = json.loads(compared.stdout)
+    assert found["cases"] == 5
+    assert all(not row["difference"] for row in found["differences"])
+    # no score over all folds: the runs are listed
+    alone = tmp_path / "runs"
+    shutil.copytree(folder / "runs", alone)
+    shutil.rmtree(alone / "folds")
+    for words, message in (
+        (("report", "tiny"), "fits 2 runs"),
+        (("compare", "tiny", other), "or --fold N, or --best"),
+        (("report", "tiny", "--fold", "all"), "have no score together yet"),
+        (("report", "tinny"), "Did you mean 'tiny'"),
+    ):
+        assert message in str(segfleet(*words, "--runs", alone).exception), words
 
 
 def test_a_fold_that_is_not_scored_as_asked_leaves_no_score_of_all(work, tmp_path):

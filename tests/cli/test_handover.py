@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import shutil
@@ -139,9 +140,16 @@ def test_auto_keeps_what_helped_on_cases_not_trained_on(two_folds, tmp_path):
     for name, found in decision["structures"].items():
         helped = found["difference"] > 0 and found["ci95"] and found["ci95"][0] >= 0
         assert (decision["rules"].get(name) == "largest") == bool(helped)
+    assert "deciding on cases not trained on: 6/6" in done.stderr
     before = path.stat().st_mtime_ns
     assert predict(two_folds, *words, out=tmp_path / "auto")[1]["kept"]
     assert path.stat().st_mtime_ns == before, "decided once"
+    told = segfleet("predict", *words, "--out", tmp_path / "auto", "--runs", two_folds / "runs")
+    said = "; ".join(
+        f"{name}: {decision['rules'].get(name) or 'nothing, none helped'}"
+        for name in ("blob1", "blob2")
+    )
+    assert f"post-processing by cases not trained on: {said}" in " ".join(told.output.split())
     largest = ("tiny", two_folds / "images", "--fold", "all", "--postprocess", "largest")
     predict(two_folds, *largest, out=tmp_path / "largest")
     from scipy import ndimage
@@ -258,8 +266,16 @@ def test_few_networks_are_little_beside_one_image(two_folds):
 @pytest.mark.parametrize("kind", ["pt2", "onnx"])
 def test_graphs_say_what_the_network_says(two_folds, tmp_path, kind):
     first, _ = runs_of(two_folds)
-    out = tmp_path / "model"
-    done = segfleet("export", "model", first, "--to", out, f"--{kind}")
+    out, said = tmp_path / "model", []
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: said.append(record.getMessage())
+    registry = logging.getLogger("torch.onnx._internal.exporter._registration")
+    registry.addHandler(listener)
+    try:
+        done = segfleet("export", "model", first, "--to", out, f"--{kind}")
+    finally:
+        registry.removeHandler(listener)
+    assert not said, "of packages that are not installed"
     if kind == "onnx":
         pytest.importorskip("onnx")
         pytest.importorskip("onnxscript")
