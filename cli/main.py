@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -167,16 +168,17 @@ def exit_code(error: BaseException) -> int:
             complain(known[0])
         document(*known, getattr(error, "problems", None))
         return known[1]
-    if isinstance(error, KeyboardInterrupt):
-        message = "interrupted. Run the same command again: it goes on where it stopped."
-        complain(message)
-        document(message, ExitCode.INTERRUPTED)
-        return ExitCode.INTERRUPTED
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAULT
     document(f"{type(error).__name__}: {error}", ExitCode.FAULT)
     raise error
+
+
+def interrupted() -> int:
+    """After Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one would cut off what says so
+    return exit_code(KeyboardInterrupt())
 
 
 def print_every_name() -> None:
@@ -195,11 +197,11 @@ def main() -> None:
     try:
         code = app(plugins_first(sys.argv[1:]), prog_name="segfleet", standalone_mode=False)
         if code == 130:  # what Typer makes of Ctrl-C
-            code = exit_code(KeyboardInterrupt())
+            code = interrupted()
     except typer.Exit as stop:
         code = stop.exit_code
     except typer.Abort:
-        code = exit_code(KeyboardInterrupt())
+        code = interrupted()
     except Exception as error:
         if hasattr(error, "format_message"):  # Typer's own complaint about the command line
             error.show()
@@ -207,8 +209,8 @@ def main() -> None:
             document(error.format_message(), code)
         else:
             code = exit_code(error)
-    except KeyboardInterrupt as error:
-        code = exit_code(error)
+    except KeyboardInterrupt:
+        code = interrupted()
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -89,6 +89,11 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     on; None for any other."""
     if (code := getattr(error, "exit_code", None)) is not None:
         return str(error), code
+    if isinstance(error, KeyboardInterrupt):
+        return (
+            "interrupted. Run the same command again: it goes on where it stopped.",
+            ExitCode.INTERRUPTED,
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" at {error.filename}" if error.filename else ""
         return (

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import sys
 from pickle import UnpicklingError
+from traceback import walk_tb
 from types import TracebackType
 
 
 def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """As Python does, but for a worker that never got its orders."""
-    last = trace
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    place = last.tb_frame if last is not None else None
-    reading = place is not None and place.f_globals.get("__name__") == "multiprocessing.spawn"
-    if not (reading and issubclass(kind, (EOFError, UnpicklingError, ConnectionError))):
+    places = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(trace)]
+    reading = "multiprocessing.spawn" in places and places[-1].startswith("multiprocessing.")
+    # OSError: of a pipe that is closed, of a semaphore that is removed
+    if not (reading and issubclass(kind, (EOFError, UnpicklingError, OSError))):
         sys.__excepthook__(kind, error, trace)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from segfleet.core.errors import ExitCode
@@ -22,6 +23,10 @@ class Paused(Interrupted):
     """A stop at a step that was agreed on before: nobody goes on before somebody says so."""
 
 
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 class StopRequest:
     """Set by SIGINT, SIGTERM, SIGUSR1 or SIGUSR2, a file named `stop` in the run folder, or a
     deadline. A second SIGINT stops at once.
@@ -37,6 +42,7 @@ class StopRequest:
         self.later: Path | None = None  # there once a later start has taken this one's place
         self.deadline: float | None = None
         self.margin = 60.0
+        self.at_once: Callable[[], None] = _interrupt  # what a second SIGINT does
         self._start = self._looked = time.time()
         self._longest = 0.0
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
@@ -44,7 +50,8 @@ class StopRequest:
 
     def _on_signal(self, number: int, _) -> None:
         if number == signal.SIGINT and self.reason:
-            raise KeyboardInterrupt
+            signal.signal(number, signal.SIG_IGN)  # a third one would cut off what says so
+            self.at_once()
         self.reason = signal.Signals(number).name
 
     def asked(self) -> bool:

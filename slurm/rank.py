@@ -54,6 +54,7 @@ def run_rank(folder: str) -> None:
     except InputError as error:
         sys.stderr.write(f"segfleet: {error}\n")
         worker.exit_now(worker.report(life, rank, error))
+    stop.at_once = lambda: worker.leave(life)
     spec = kept.spec
     end = int(os.environ.get("SEGFLEET_END") or 0)
     stop.deadline, stop.margin = (float(end) if end else None), spec.lead / 2

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def main(rendezvous: Path) -> int:
     if parent := os.environ.get("SEGFLEET_PARENT"):
         die_with_parent(int(parent))
     stop = StopRequest()  # before the slow imports, so that no early signal is lost
+    stop.at_once = lambda: leave(rendezvous)
     job = rendezvous / "job.json"
     code, _ = work(rendezvous, lambda: json.loads(job.read_text(encoding="utf-8")), stop)
     return code
@@ -126,6 +128,15 @@ def report(rendezvous: Path, rank: int, error: BaseException) -> int:
     return code
 
 
+def leave(rendezvous: Path) -> None:
+    """End this rank in the middle of whatever it does. An exception would not: where Python cannot
+    raise one, in a finalizer say, it prints it and goes on."""
+    error = Interrupted(
+        "interrupted. Run the same command again: it goes on from the last checkpoint."
+    )
+    exit_now(report(rendezvous, int(os.environ.get("RANK", "0")), error))
+
+
 def give_up(rendezvous: Path, message: str) -> None:
     """End this rank because another one hangs; the job is to come back by itself."""
     (rendezvous / AGAIN).touch()
@@ -142,8 +153,9 @@ def peer_failure(error: BaseException) -> bool:
 def exit_now(code: int) -> None:
     """End this process at once: threads and process groups of a broken group must not hold a failed
     rank back."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(RuntimeError, OSError):  # RuntimeError: this is a signal in the middle of a write
+        sys.stdout.flush()
+        sys.stderr.flush()
     forget_multiprocessing()
     os._exit(code)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from segfleet.core.errors import ExitCode, explain
 from segfleet.core.files import make_folder
+from segfleet.pipeline.stop import StopRequest
 
 
 @pytest.fixture
@@ -55,3 +58,31 @@ def test_a_recursion_of_ours_is_a_fault_of_ours():
     with pytest.raises(RecursionError) as raised:
         again(Path())
     assert explain(raised.value) is None
+
+
+def test_ctrl_c_is_one_sentence_also_while_the_command_is_imported():
+    message, code = explain(KeyboardInterrupt())
+    assert code == ExitCode.INTERRUPTED and message.startswith("interrupted.")
+    program = "import segfleet.cli; raise KeyboardInterrupt"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.stderr == "segfleet: interrupted\n" and ended.returncode in (130, -2)
+
+
+def test_a_third_ctrl_c_cuts_off_nothing():
+    heard = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in heard}
+    try:
+        stop = StopRequest()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        stop, asked = StopRequest(), []
+        stop.at_once = lambda: asked.append(1)
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert asked == [1]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from segfleet.core.errors import InputError
+from segfleet.core.errors import ExitCode, InputError
+from segfleet.pipeline.launch import local
 from segfleet.pipeline.launch.job import Command, Predict, Score, ScoreOn, Train, parse_job
 from segfleet.preprocess.building.request import BuildRequest, Preprocess, Survey, Write
 from segfleet.preprocess.planning.plan import Overrides
@@ -51,3 +57,20 @@ def test_what_comes_back_has_the_types_that_were_sent():
 def test_a_job_of_another_version_is_refused_by_name(change, words):
     with pytest.raises(InputError, match=f"job: {words}"):
         parse_job({**JOBS[0].document(), **change})
+
+
+def test_a_second_ctrl_c_ends_a_rank_at_once_wherever_it_is(tmp_path):
+    """In the middle of anything, also where an exception would be printed and passed over."""
+    os.mkfifo(tmp_path / "job.json")  # its orders do not come
+    words = [sys.executable, "-P", "-m", "segfleet.pipeline.launch.worker", str(tmp_path)]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        status, usr1 = Path(f"/proc/{process.pid}/status"), 1 << (signal.SIGUSR1 - 1)
+        while not int(status.read_text().partition("SigCgt:")[2].split()[0], 16) & usr1:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None  # the first one asks
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == ExitCode.INTERRUPTED and process.stderr.read() == ""
+    message, code = local._reason(tmp_path, [75])
+    assert code == ExitCode.INTERRUPTED and message.startswith("interrupted. Run the same command")

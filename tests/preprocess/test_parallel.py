@@ -78,17 +78,22 @@ def test_what_kills_its_process_costs_itself_alone(workers):
 
 
 ORPHANED = """
-import os, time
-from multiprocessing import forkserver
+import _multiprocessing, multiprocessing, os, pickle, time
+from multiprocessing import context, forkserver, reduction, spawn
 from segfleet.core import parallel
 
 if __name__ == "__main__":
     parallel._start_forkserver()
-    for orders in (b"", b"cut off"):
+    lock = multiprocessing.get_context("forkserver").Lock()
+    context.set_spawning_popen(lock)
+    late = pickle.dumps(spawn.get_preparation_data("late")) + reduction.ForkingPickler.dumps(lock)
+    _multiprocessing.sem_unlink(lock._semlock.name)  # as the tracker does, once its process is gone
+    for orders in (b"", b"cut off", late):
         parent, write = forkserver.connect_to_new_process([])
         os.write(write, orders)
         os.close(write)
         os.read(parent, 8), os.read(parent, 8)  # its number, and how it ended
+    os._exit(0)  # the lock would be removed again
 """
 
 
