@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from segfleet.core.files import read_json
-from segfleet.pipeline.reports.overlays import FOLDER, INDEX, pixels
+from segfleet.pipeline.reports.drawn import FOLDER, drawn
+from segfleet.pipeline.reports.overlays import pixels
 from segfleet.pipeline.reports.trackers import flat, open_trackers
 from segfleet.pipeline.run import RECIPE
 from segfleet.pipeline.scoring.scored import read_evaluation
@@ -25,7 +26,7 @@ def publish(run: Path, warn: Callable[[str], Any]) -> None:
     names = tuple(recipe.get("trackers", ()))
     trackers = open_trackers(names, run, recipe["name"], warn, step)
     trackers.outcome(flat({key: recipe[key] for key in SETTINGS}), final_scores(document), step)
-    for entry in read_json(run / FOLDER / INDEX, list) or ():
+    for entry in drawn(run):
         png = (run / FOLDER / entry["file"]).read_bytes()
         trackers.picture(f"final/{entry['role']}", pixels(png), step)
     trackers.close()

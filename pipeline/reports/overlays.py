@@ -15,12 +15,11 @@ from PIL import Image
 from scipy import ndimage
 
 from segfleet.core.files import write_atomically
+from segfleet.pipeline.reports.drawn import FOLDER, INDEX
 from segfleet.pipeline.scoring.evaluate import busiest_slice, without_ignored
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.stores.base import ShardStore
 from segfleet.preprocess.stores.manifest import CaseEntry
-
-FOLDER, INDEX = "overlays", "index.json"
 
 COLOURS = (  # of label values from 1
     (255, 140, 0),

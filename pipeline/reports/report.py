@@ -20,6 +20,7 @@ from segfleet.core.files import read_json, write_atomically
 from segfleet.pipeline.events import BEGUN, read_events, training_by
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.reports.curves import curve, strips
+from segfleet.pipeline.reports.drawn import FOLDER, drawn
 from segfleet.pipeline.reports.html import interval, render
 from segfleet.pipeline.reports.score_tables import (
     cases_table,
@@ -300,7 +301,7 @@ def _scores(document: dict[str, Any], run: Path) -> dict[str, Any]:
         for name in structures
     ]
     too_few = f"no interval: too few patients (fewer than {FEWEST} with a score)"
-    index = read_json(run / "overlays" / "index.json", list) or []
+    index = drawn(run)
     return {
         "summary": summary,
         "between": f"95 % interval {interval(bounds)}" if bounds else too_few,
@@ -319,17 +320,14 @@ def _scores(document: dict[str, Any], run: Path) -> dict[str, Any]:
 def colours_of(index: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Colour and name of all structures that the pictures show."""
     return sorted(
-        {(colour, name) for entry in index for name, colour in entry.get("colours", {}).items()},
+        {(colour, name) for entry in index for name, colour in entry["colours"].items()},
         key=lambda pair: pair[1],
     )
 
 
 def _overlays(run: Path, index: list[dict[str, Any]]) -> list[dict[str, str]]:
-    folder, found = run / "overlays", []
+    folder, found = run / FOLDER, []
     for entry in index:
-        path = folder / entry["file"]
-        if path.name != entry["file"] or not path.is_file():
-            continue
         dice = "no score" if entry["mean_dice"] is None else f"mean Dice {entry['mean_dice']:.3f}"
         where = (
             f"slice {entry['slice']} of {entry['slices']}"
@@ -339,7 +337,7 @@ def _overlays(run: Path, index: list[dict[str, Any]]) -> list[dict[str, str]]:
         title = f"{entry['role'].capitalize()}: {entry['case']}"
         found.append(
             {
-                "data": base64.b64encode(path.read_bytes()).decode(),
+                "data": base64.b64encode((folder / entry["file"]).read_bytes()).decode(),
                 "title": title,
                 "caption": f"{dice}, {where}",
                 "alt": f"{title}, {dice}: {where}, the truth as areas, the prediction as outlines, "

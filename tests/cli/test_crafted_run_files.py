@@ -21,7 +21,7 @@ CRAFTS = ("list", "deep", "texts", "numbers", "nulls", "huge")
 SECONDS = 20  # of a command that waits for nobody
 FILES = (
     "checkpoints/*/manifest.json", "checkpoints/*/state.json", "data.json", "done.json",
-    "evaluation.json", "events.jsonl", "identity.json", "recipe.json",
+    "evaluation.json", "events.jsonl", "identity.json", "overlays/index.json", "recipe.json",
 )  # fmt: skip
 
 

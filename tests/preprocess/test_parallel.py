@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,27 @@ def test_other_errors_are_told(capsys):
     except EOFError as error:
         report(type(error), error, error.__traceback__)
     assert "EOFError: of a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["multiprocessing.resource_sharer", "multiprocessing.spawn"])
+def test_a_worker_whose_process_is_gone_says_nothing(module, capsys):
+    from multiprocessing import connection
+
+    from segfleet.core.served import report
+
+    def run(program: str, **names) -> str:
+        try:
+            exec(program, {"__name__": module, **names})
+        except Exception as error:
+            report(type(error), error, error.__traceback__)
+        return capsys.readouterr().err
+
+    ours, theirs = connection.Pipe()
+    theirs.close()
+    assert run("connection.recv()", connection=ours) == ""
+    assert "ZeroDivisionError" in run("1 / 0")
+    # of what it was asked to do
+    assert "FileNotFoundError" in run("shutil.rmtree('/nowhere')", shutil=shutil)
 
 
 def refuse(item: int) -> int:
