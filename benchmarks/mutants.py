@@ -388,6 +388,8 @@ def examine(clone: Path, module: str, per: int, seed: int) -> dict:
         finally:
             os._exit(0)
     os.waitpid(child, 0)
+    if not results.exists():
+        sys.exit(f"{module}: see above")
     return json.loads(results.read_text())
 
 
@@ -416,6 +418,9 @@ def tried(clone: Path, module: str, per: int, seed: int, limit: float) -> dict:
     chosen = sorted(random.Random(seed).sample(range(len(every)), min(per, len(every))))
     survivors, known = [], {}
     stamp = path.stat().st_mtime
+    path.write_text(ast.unparse(ast.parse(source)), encoding="utf-8")
+    if not tested(clone, SUBJECTS[module], limit):  # or every fault would be noticed
+        raise RuntimeError(f"fails without any fault:\n{(clone / 'log').read_text()}")
     for number in chosen:
         faulty, line, change = every[number]
         path.write_text(faulty, encoding="utf-8")

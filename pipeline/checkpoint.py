@@ -263,6 +263,7 @@ class Saver:
             return None
         self._thread.join()
         self._thread = None
+        assert self._outcome is not None, "its thread has ended"
         step, outcome = self._outcome
         if isinstance(outcome, BaseException):
             raise outcome

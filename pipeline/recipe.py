@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -47,25 +47,36 @@ class Changes(Section):
 
 def _changes(section: type[Section]) -> type[Changes]:
     """`section` with all keys optional."""
-    fields = {}
+    fields: dict[str, Any] = {}
     for name, field in section.model_fields.items():
-        field, annotation = copy.copy(field), field.annotation
+        annotation: Any = field.annotation
+        field = copy.copy(field)
         field.default, field.default_factory = None, None
         if annotation == Augment | None:
             annotation = AUGMENT_CHANGES | None
         fields[name] = (annotation, field)
-    checks = {"first": model_validator(mode="before")(first_store)} if section is Data else None
+    first: Any = model_validator(mode="before")(first_store)
+    checks = {"first": first} if section is Data else None
     return create_model(
         f"{section.__name__}Changes", __base__=Changes, __doc__=section.__doc__,
         __validators__=checks, **fields,
     )  # fmt: skip
 
 
-AUGMENT_CHANGES = _changes(Augment)
 # what a stage may say otherwise than its recipe
-DATA_CHANGES, MODEL_CHANGES, LOSS_CHANGES = map(_changes, (Data, Model, Loss))
-OPTIMIZER_CHANGES, ENGINE_CHANGES = map(_changes, (Optimizer, Engine))
-EVALUATION_CHANGES = _changes(Evaluation)
+if TYPE_CHECKING:  # a class that is made is no type to mypy
+    AUGMENT_CHANGES = Changes
+    DATA_CHANGES = Changes
+    MODEL_CHANGES = Changes
+    LOSS_CHANGES = Changes
+    OPTIMIZER_CHANGES = Changes
+    ENGINE_CHANGES = Changes
+    EVALUATION_CHANGES = Changes
+else:
+    AUGMENT_CHANGES = _changes(Augment)
+    DATA_CHANGES, MODEL_CHANGES, LOSS_CHANGES = map(_changes, (Data, Model, Loss))
+    OPTIMIZER_CHANGES, ENGINE_CHANGES = map(_changes, (Optimizer, Engine))
+    EVALUATION_CHANGES = _changes(Evaluation)
 OVERRIDES = ("seed", "task", "data", "model", "loss", "optimizer", "engine", "evaluation")
 
 
@@ -360,6 +371,7 @@ def _changed(field: Any, value: Any, base: Any) -> Any:
     if not isinstance(value, Section):
         return value
     kind = settings.section_of(field.annotation)
+    assert kind is not None, "a section's value has a section's type"
     said = {key: getattr(value, key) for key in type(value).model_fields}
     needed = (
         {"split", "fold", "made_for", "stores"}
@@ -485,7 +497,7 @@ def _absolute(data: Any, where: str) -> Any:
             f"{where}.store: missing; name the folder of a store, for example "
             f"{where}.store=stores/hippocampus"
         )
-    found = {"store": _resolved(data.store)}
+    found: dict[str, Any] = {"store": _resolved(data.store)}
     if data.stores:
         found["stores"] = tuple(
             one.model_copy(update={"store": _resolved(one.store)}) for one in data.stores

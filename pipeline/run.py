@@ -290,12 +290,13 @@ class StageFolder:
         whole = step and isinstance(best, dict) and isinstance(best.get("step", 0), int)
         return {**found, "best": best} if whole else None
 
-    def check_done(self) -> None:
-        """Raises InputError if the stage is not finished; looks into no checkpoint."""
-        if self.done() is None:
+    def check_done(self) -> dict[str, Any]:
+        """`done`. Raises InputError if the stage is not finished; looks into no checkpoint."""
+        if (found := self.done()) is None:
             raise InputError(
                 f"checkpoint: stage {self.index + 1} in {self.path} is not finished; train it first"
             )
+        return found
 
     def final(self) -> checkpoint.Checkpoint:
         """The checkpoint of a finished stage. Raises CheckpointError."""
@@ -423,7 +424,8 @@ def open_run(path: Path) -> tuple[Recipe, list[StageFolder]]:
 def note_data(path: Path, manifest: Manifest) -> None:
     """Keep data set and plan of the store in a run folder: a trained network does not need its
     training data."""
-    known = {"cases": (), "splits": {}, "files": {}, "joined": None, "fingerprint": {}}
+    known: dict[str, Any] = {"cases": (), "splits": {}, "files": {}}
+    known |= {"joined": None, "fingerprint": {}}
     document = manifest.model_copy(update=known).model_dump(mode="json")
     if read_json(path / DATA) != document:
         path.mkdir(parents=True, exist_ok=True)

@@ -254,7 +254,9 @@ class JobSpec(BaseModel):
     def megabytes(self) -> int | None:
         if self.memory is None:
             return None
-        number, unit = MEMORY.fullmatch(self.memory).groups()
+        found = MEMORY.fullmatch(self.memory)
+        assert found is not None, "the field was checked"
+        number, unit = found.groups()
         return math.ceil(
             int(number) * {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}[unit.upper()]
         )

@@ -8,9 +8,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -123,18 +123,18 @@ class Patches(Dataset):
             except Exception as error:
                 return Failure.of(draw.case.id, error)
             cases.append(draw.case.id)
-        image, label = torch.from_numpy(image), torch.from_numpy(label)
+        images, labels = torch.from_numpy(image), torch.from_numpy(label)
         if self.sampler.patch[0] == 1:
-            image, label = image[:, :, 0], label[:, 0]
-        return Batch(image, label, tuple(cases))
+            images, labels = images[:, :, 0], labels[:, 0]
+        return Batch(images, labels, tuple(cases))
 
     def _sample(self, draw: Draw, image: np.ndarray, label: np.ndarray) -> None:
         """Fills in image (C, z, y, x) and label (z, y, x)."""
         patch, store = self.sampler.patch, self.stores[draw.store]
         if self.augment is None:
-            box = tuple(slice(s, s + p) for s, p in zip(draw.start, patch, strict=True))
-            store.image(draw.case, box, image)
-            store.label(draw.case, box, label)
+            z, y, x = (slice(s, s + p) for s, p in zip(draw.start, patch, strict=True))
+            store.image(draw.case, (z, y, x), image)
+            store.label(draw.case, (z, y, x), label)
             return
         rng = self._randomness(draw)
         spatial = draw_spatial(self.augment, rng, patch, draw.case.spacing)
@@ -168,6 +168,7 @@ class Patches(Dataset):
 
     def _boxes(self, places: list[tuple[int, int]]) -> Boxes | Failure:
         """What a device needs to make the batch: read and decoded, but not computed."""
+        assert self.augment is not None, "nothing is left to the device"
         plans = [store.manifest.plan for store in self.stores]
         channels, patch = len(plans[0].normalisation), self.sampler.patch
         kinds = {plan.dtype for plan in plans}
@@ -196,9 +197,9 @@ class MaskedPatches(Patches):
         super().__init__(*parts)
         self.mask = mask
 
-    def __getitems__(self, places: list[tuple[int, int]]) -> Batch | Failure:
+    def __getitems__(self, places: list[tuple[int, int]]) -> Batch | Boxes | Failure:
         batch = super().__getitems__(places)
-        if isinstance(batch, Failure):
+        if not isinstance(batch, Batch):
             return batch
         drawn = [
             hidden(
@@ -295,11 +296,12 @@ def worker_count(asked: int | Literal["auto"], device: str, cores: int) -> int:
 
 def batches(patches: Patches, schedule: Schedule, workers: int) -> Iterator[Batch | Boxes]:
     """Micro-batches in order. Raises InputError or LoaderError with the case and the phase."""
+    collate: Callable[[Any], Any] = _to_rank if workers else _as_made  # of what is one already
     loader = DataLoader(
         patches,
         batch_sampler=schedule,
         num_workers=workers,
-        collate_fn=_to_rank if workers else _as_made,
+        collate_fn=collate,
         multiprocessing_context=_forkserver() if workers else None,
         worker_init_fn=_start_worker if workers else None,
         pin_memory=patches.pinned,
@@ -343,16 +345,18 @@ def training_batches(
     """
     manifest = store.manifest
     chosen = manifest.cases if cases is None else tuple(manifest.case(name) for name in cases)
+    z, y, x = patch or manifest.plan.patch
     sampler = PatchSampler(
         cases=chosen,
-        patch=tuple(patch or manifest.plan.patch),
+        patch=(z, y, x),
         batch=batch,
         foreground=foreground,
         seed=seed,
     )
     patches = Patches(store, sampler, 0, steps, augment or Augment(), pinned=False)
     start = Place(stage=0, epoch=0, step=0)
-    return batches(patches, Schedule(start, epochs, steps, batch, 1, 0, 1), workers)
+    made = batches(patches, Schedule(start, epochs, steps, batch, 1, 0, 1), workers)
+    return cast(Iterator[Batch], made)  # nothing is left to a device
 
 
 def _forkserver() -> multiprocessing.context.BaseContext:

@@ -90,10 +90,11 @@ class PatchSampler:
         return Draw(case=case, start=start, stage=stage, epoch=epoch, index=index)
 
     def _anywhere(self, case: CaseEntry, rng: np.random.Generator) -> tuple[int, int, int]:
-        return tuple(
+        z, y, x = (
             int(rng.integers(0, s - p + 1)) if s > p else -((p - s) // 2)
             for s, p in zip(case.shape, self.patch, strict=True)
         )
+        return z, y, x
 
     def _centred(self, case: CaseEntry, rng: np.random.Generator) -> tuple[int, int, int]:
         sampled = (case.foreground[label] for label in sorted(case.foreground))
@@ -101,9 +102,10 @@ class PatchSampler:
         chosen = voxels[rng.integers(len(voxels))]
         centre = np.unravel_index(int(chosen[rng.integers(len(chosen))]), case.shape)
         axes = zip(centre, case.shape, self.patch, strict=True)
-        return tuple(
+        z, y, x = (
             min(max(int(c) - p // 2, 0), s - p) if s > p else -((p - s) // 2) for c, s, p in axes
         )
+        return z, y, x
 
 
 @dataclass(frozen=True, kw_only=True)

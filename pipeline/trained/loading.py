@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -16,7 +17,7 @@ from segfleet.pipeline.trained.out_of_fold import read_decision
 
 
 def find_models(
-    text: str, root: Path, fold: int | str | None = None, best: bool = False
+    text: str, root: Path, fold: int | Literal["all"] | None = None, best: bool = False
 ) -> list[Path]:
     """A model file, or a run's folder from its path, the beginning of its uid or its recipe's name;
     with `fold` "all" those of every fold. Raises InputError."""
@@ -43,7 +44,7 @@ def load_run(
     path: str | Path | Sequence[str | Path],
     *,
     runs: str | Path = "runs",
-    fold: int | str | None = None,
+    fold: int | Literal["all"] | None = None,
     device: str = "cpu",
 ) -> Model:
     """A trained model: of a run folder, the beginning of its uid, its recipe's name below `runs`,

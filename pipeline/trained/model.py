@@ -72,14 +72,13 @@ class Trained:
 def trained_run(folder: Path) -> Trained:
     """The network a finished run is judged by. Raises InputError; reads no weights."""
     recipe, folders = open_run(folder)
-    for stage in folders:
-        stage.check_done()
+    *_, done = (stage.check_done() for stage in folders)
 
     @functools.cache
     def saved() -> Checkpoint:  # verified, once
         return chosen_checkpoint(recipe, folders)
 
-    name = folder_name(chosen_step(recipe, folders[-1].done()))
+    name = folder_name(chosen_step(recipe, done))
     weights = folders[-1].checkpoints / name / "weights.safetensors"
     return Trained(
         uid=folders[-1].path.name,

@@ -300,7 +300,7 @@ def _written(
     jobs: Sequence[ShardJob], pixels: Mapping[str, str]
 ) -> tuple[CaseTable, dict[str, dict]]:
     """Cases and files of all shards, from their records, one after the other."""
-    table, files = TableBuilder(), {}
+    table, files = TableBuilder(), dict[str, dict]()
     for job in jobs:
         record = record_of(job)
         for case in record["cases"]:

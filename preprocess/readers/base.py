@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import json
 import os
@@ -11,8 +12,8 @@ import pkgutil
 import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -56,7 +57,7 @@ class Layout:
     """The name of a layout with its own options: how a raw data set is to be read."""
 
     name: str
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def open(self, root: str | Path) -> RawReader:
         return open_reader(self.name, root, **self.options)
@@ -176,7 +177,7 @@ class RawReader(ABC):
         part."""
         found = self.brought()
         if self.sheet and self.sheet.splits:
-            side = {name: [] for name in ("train", "val", "test")}
+            side: dict[str, list[str]] = {name: [] for name in ("train", "val", "test")}
             for ref in self.refs():
                 if ref.id in self.sheet.splits:
                     side[self.sheet.splits[ref.id]].append(ref.id)
@@ -283,10 +284,11 @@ def reader_class(name: str) -> type[RawReader]:
 
 def open_reader(name: str, root: str | Path, *, unlabelled: str = "", **options: str) -> RawReader:
     """The reader of a layout with its options; `unlabelled`, if not empty: of its images alone."""
+    made: Callable[..., RawReader] = reader_class(name)
     if not unlabelled:
-        return reader_class(name)(root, **options)
+        return made(root, **options)
     bare = import_part("segfleet.preprocess.readers.unlabelled", "layout")
-    return bare.Unlabelled(reader_class(name)(root, labelled=False, **options))
+    return bare.Unlabelled(made(root, labelled=False, **options))
 
 
 def natural(text: str) -> list:

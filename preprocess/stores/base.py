@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +22,7 @@ class ShardStore(Protocol):
 
     root: Path
     manifest: Manifest
+    fill: Callable[..., None]  # how voxels come out of a packed array, `PackedArray.fill`
 
     def image(
         self, case: CaseEntry, box: Box | None = None, out: np.ndarray | None = None

@@ -120,8 +120,8 @@ class CaseTable(Sequence[CaseEntry]):
         texts = self._columns[name]
         return iter(texts) if self._rows is None else (texts[int(row)] for row in self._rows)
 
-    def columns(self, *names: str) -> Iterator[tuple[str, ...]]:
-        """Several of them, side by side."""
+    def columns(self, *names: str) -> Iterator[Any]:
+        """Several of them, side by side: a tuple of texts for every case."""
         return zip(*map(self.column, names), strict=True)
 
     def grids(self, name: str) -> Iterator[Any]:

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import (
     Field,
@@ -126,16 +126,22 @@ def _plain(value: Any, write: SerializerFunctionWrapHandler) -> Any:
     return write(dict(value)) if isinstance(value, Mapping) else write(value)
 
 
+if TYPE_CHECKING:
+    Cases = CaseTable
+else:  # plain JSON becomes the table, and the table plain JSON
+    Cases = Annotated[tuple[CaseEntry, ...], WrapValidator(_cases), WrapSerializer(_plain)]
+
+
 class Manifest(Frozen):
     version: int = VERSION
     format: str  # zarr | hdf5
     codec: str = "blosc"  # | zstd, of the chunks; every array says it, too
-    layout: int  # revision of the shard files
+    layout: int = 0  # revision of the shard files; 0: becomes the format's present one
     id: str = ""  # of the content, see `content_id`; `save_manifest` fills it in
     dataset: Dataset
     plan: Plan
     fingerprint: dict[str, Any] = Field(default_factory=dict)
-    cases: Annotated[tuple[CaseEntry, ...], WrapValidator(_cases), WrapSerializer(_plain)]
+    cases: Cases
     # name -> folds of {"train": ids, "val": ids}
     splits: Annotated[
         dict[str, tuple[dict[str, tuple[str, ...]], ...]],
@@ -159,7 +165,7 @@ class Manifest(Frozen):
     @classmethod
     def _present_layout(cls, facts: Any) -> Any:
         return (
-            {"layout": layout_of(facts.get("format")), **facts}
+            {"layout": layout_of(facts.get("format", "")), **facts}
             if isinstance(facts, dict)
             else facts
         )
