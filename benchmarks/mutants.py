@@ -21,6 +21,7 @@ import importlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -438,6 +439,8 @@ def tried(clone: Path, module: str, per: int, seed: int, limit: float) -> dict:
         if (near and not tested(clone, files, limit, Only(near))) or not tested(
             clone, SUBJECTS[module], limit
         ):
+            said = re.findall(r"^(?:FAILED|ERROR) tests/(\S+)", (clone / "log").read_text(), re.M)
+            print(f"{line}: {change}: {said[0] if said else 'hung or did not start'}", flush=True)
             continue
         if why := EQUIVALENT.get(module, {}).get(change):
             known[f"{line}: {change}"] = why
