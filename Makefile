@@ -57,7 +57,7 @@ long: $(VENV)/tests-ready system
 
 lint: $(VENV)/tests-ready
 	$(PY) -m ruff check .
-	$(PY) -m mypy -p segfleet.core
+	$(PY) -m mypy
 
 # The quick tests under the lowest and the newest versions of everything. Downloads gigabytes; which
 # Pythons and packages it found, and what failed, goes to benchmarks/results/compat.json.

@@ -158,7 +158,7 @@ class EventLog:
             self._listen({"event": event, **facts})
         line = json.dumps({"event": event, "time": round(time.time(), 3), **facts}) + "\n"
         step = facts.get("step")
-        if event == "step" and not comes_to_file(self._step, step):
+        if event == "step" and not comes_to_file(self._step, facts["step"]):
             self._waiting = line  # it is written if anything else happens before the next one is
         else:
             self._file.write(line if event == "step" else self._waiting + line)
@@ -176,8 +176,9 @@ class EventLog:
 
     def pictures(self, found: Mapping[str, np.ndarray], step: int) -> None:
         """Pictures (Y, X, 3) uint8 by name, for the trackers alone."""
-        for name, pixels in found.items() if self._trackers else ():
-            self._trackers.picture(name, pixels, step)
+        if self._trackers:
+            for name, pixels in found.items():
+                self._trackers.picture(name, pixels, step)
 
     def close(self) -> None:
         self._file.write(self._waiting)

@@ -84,18 +84,21 @@ def train_and_score(job: Train | Score, ranks: Ranks, stop: StopRequest) -> None
                 leaf=folders[-1].path,
             )
             if training:
-                parts = {
-                    "folders": folders,
-                    "ranks": ranks,
-                    "asked_to_stop": stop.asked,
-                    "warn": warn,
-                    "validate": lambda engine, settings: replace(
+                context = Run(
+                    recipe=recipe,
+                    stores=stores,
+                    folders=folders,
+                    ranks=ranks,
+                    asked_to_stop=stop.asked,
+                    warn=warn,
+                    validate=lambda engine, settings: replace(
                         scorer, recipe=settings, store=stores(settings)
                     ).validate(engine),
-                    "listen": Lines(say) if training.lines else None,
-                    "pause_at": training.pause_at,
-                }
-                train(Run(recipe=recipe, stores=stores, waits=training.waits, **parts))
+                    waits=training.waits,
+                    listen=Lines(say) if training.lines else None,
+                    pause_at=training.pause_at,
+                )
+                train(context)
             if ranks.rank == 0:
                 note_data(folders[-1].path, store.manifest)
             if recipe.task == "segment" and (training is None or training.score):

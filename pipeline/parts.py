@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,11 +60,8 @@ def patch_of(recipe: Recipe, manifest: Manifest) -> tuple[int, int, int]:
         )
     # A network planned from the patch has no divisor of its own; `check_recipe` tries it.
     planned = "patch" in inspect.signature(spec.build).parameters and not spec.fixed_patch
-    divisors = (
-        (1 if planned else spec.divisor,) * dims
-        if planned or isinstance(spec.divisor, int)
-        else spec.divisor
-    )
+    own = 1 if planned else spec.divisor
+    divisors = (own,) * dims if isinstance(own, int) else own
     for axis, size, divisor in zip("zyx"[3 - dims :], patch[3 - dims :], divisors, strict=True):
         if size % divisor and recipe.data.patch is not None:
             near = max(divisor, round(size / divisor) * divisor)
@@ -71,11 +69,11 @@ def patch_of(recipe: Recipe, manifest: Manifest) -> tuple[int, int, int]:
                 f"data.patch: {spec.name} needs {axis} sizes that are multiples of {divisor}, "
                 f"found {size}; {near} would do"
             )
-    rounded = (
+    z, y, x = (  # a plan's patch may grow to what the network takes
         -(-size // divisor) * divisor
-        for size, divisor in zip(patch[3 - dims :], divisors, strict=True)
+        for size, divisor in zip(patch, (*(1,) * (3 - dims), *divisors), strict=True)
     )
-    return (1,) * (3 - dims) + tuple(rounded)  # a plan's patch may grow to what the network takes
+    return (1 if dims == 2 else z), y, x
 
 
 def task_of(recipe: Recipe, manifest: Manifest) -> Task:
@@ -109,7 +107,8 @@ def in_layout(network: nn.Module, recipe: Recipe, manifest: Manifest) -> nn.Modu
     flat = patch_of(recipe, manifest)[0] == 1
     if not channels_last(recipe, next(network.parameters()).device, flat):
         return network
-    return network.to(memory_format=torch.channels_last if flat else torch.channels_last_3d)
+    form = torch.channels_last if flat else torch.channels_last_3d
+    return network.to(memory_format=form)  # type: ignore[call-overload]  # torch's stubs lack it
 
 
 def input_names(recipe: Recipe, manifest: Manifest) -> set[str]:
@@ -141,7 +140,7 @@ def _built(recipe: Recipe, manifest: Manifest, channels: int, outputs: int) -> n
         options=options,
     )
     if recipe.task == RECONSTRUCT:
-        model.without_skips = True
+        model.without_skips = True  # type: ignore[assignment]  # a module takes any attribute
     return model
 
 
@@ -233,7 +232,7 @@ def check_data(recipe: Recipe, manifest: Manifest, task: Task) -> None:
         ("classes", None if task.head == RECONSTRUCT else len(task.names), task.names),
     ):
         expected = getattr(made_for, key, None)
-        if found is not None and expected not in (None, found):
+        if made_for and found is not None and expected not in (None, found):
             raise InputError(
                 f"data.made_for.{key}: the recipe {recipe.name} is made for {made_for.dataset} "
                 f"with {expected}, but {dataset.name} in {recipe.data.store} has {found} "
@@ -311,7 +310,7 @@ def check_stores(recipe: Recipe, manifests: Manifests) -> None:
     first = manifests(recipe).dataset
     for one in members(recipe)[1:]:
         other = manifests(one).dataset
-        facts = [
+        facts: list[tuple[str, Any, Any]] = [
             ("channels", len(first.channels), len(other.channels)),
             ("dims", first.dims, other.dims),
         ]

@@ -59,7 +59,7 @@ class StopRequest:
             self.reason = f"the file {self.watch.name}"
         if self.reason is None and self.later is not None and self.later.exists():
             self.reason = "a later start of the same job"
-        if self.reason is None and self.deadline is not None and self._too_late():
+        if self.reason is None and self.deadline is not None and self._too_late(self.deadline):
             self.reason = "the time limit"
         return self.reason is not None
 
@@ -67,14 +67,14 @@ class StopRequest:
         """After an agreed stop, by one rank alone: the file that asked for it, if one did. It is
         removed: it has done its work."""
         self.asked()  # another rank may have seen it first
-        if not (self.reason or "").startswith("the file"):
+        if self.watch is None or not (self.reason or "").startswith("the file"):
             return None
         self.watch.unlink(missing_ok=True)
         return str(self.watch)
 
-    def _too_late(self) -> bool:
+    def _too_late(self, deadline: float) -> bool:
         now = time.time()
         self._longest, self._looked = max(self._longest, now - self._looked), now
         # Never more than a third of the time there is, or a slow start would leave none for work.
-        lead = min(max(self.margin, 3 * self._longest), (self.deadline - self._start) / 3)
-        return now > self.deadline - lead
+        lead = min(max(self.margin, 3 * self._longest), (deadline - self._start) / 3)
+        return now > deadline - lead

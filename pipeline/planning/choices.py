@@ -22,9 +22,10 @@ LOW_SHARE = 1 / 3  # of the epochs
 
 def median_case(manifest: Manifest) -> tuple[int, int, int]:
     """Voxels (z, y, x) of the stored cases, the median per axis."""
-    return tuple(
+    z, y, x = (
         int(statistics.median(sizes)) for sizes in zip(*manifest.cases.grids("shape"), strict=True)
     )
+    return z, y, x
 
 
 def dims_of(manifest: Manifest) -> tuple[int, str]:

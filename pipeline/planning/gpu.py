@@ -59,7 +59,8 @@ def for_gpu(
             measured = timing.measure(
                 parse(document, "plan"), manifest, torch.device("cuda"), measure_steps
             )
-            if measured.gigabytes <= room or document["data"]["batch"] <= 2:
+            # a GPU always says what it held
+            if (measured.gigabytes or 0.0) <= room or document["data"]["batch"] <= 2:
                 break
             document["data"]["batch"] -= 1
         batch = document["data"]["batch"]
