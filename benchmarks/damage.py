@@ -57,7 +57,7 @@ READERS = ("report", "status", "compare", "export", "export ome", "check", "scor
 DAMAGES = ("flip", "truncate", "empty", "zeros", "delete", "swap")
 CRAFTS = ("list", "deep", "texts", "numbers", "nulls", "huge")
 # another file of the kind may be put in place of these, and nothing can know: they are the input
-INPUT = ("raw/", "images/", "truth/")
+INPUT = ("raw/", "images/", "truth/", "one.segfleet")
 
 Result = dict[str, Any]
 NETWORK = {

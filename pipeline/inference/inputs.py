@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,7 @@ def is_made(out: Path, one: Input, facts: dict[str, Any]) -> bool:
             f"{path} is there already, and no note says what it was made of. {mend}"
         ) from None
     except ValueError:
+        sys.stderr.write(f"segfleet: {_note(out, one)} is damaged; {path.name} is made again\n")
         return False
     if not isinstance(known, dict) or not known.get("files"):
         return False  # its writer was killed

@@ -576,6 +576,20 @@ def test_a_prediction_that_is_not_as_it_was_written_is_never_there(sets, tmp_pat
     assert (out / "x.png").read_bytes() == made
 
 
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff", b"[" * 100_000])
+def test_a_damaged_note_of_a_prediction_is_named_and_it_is_made_again(
+    sets, tmp_path, capsys, damage
+):
+    store, out = sets["dsb2018"][0], tmp_path / "out"
+    path = picture(tmp_path / "a" / "x.png", 0)
+    predict(store, [path], out)
+    made, note = (out / "x.png").read_bytes(), out / ".predictions" / "x.png.json"
+    note.write_bytes(damage)
+    assert counts(predict(store, [path], out)) == (1, 0, 0)
+    assert f"{note} is damaged; x.png is made again" in capsys.readouterr().err
+    assert (out / "x.png").read_bytes() == made and counts(predict(store, [path], out)) == (0, 1, 0)
+
+
 def test_predictions_as_dicom_seg(tmp_path):
     """On the series they were made of: read back they are the NIfTI prediction, voxel by voxel."""
     pytest.importorskip("highdicom")
