@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -46,9 +46,10 @@ def command(
     write its report anew."""
     from segfleet.core.errors import InputError
     from segfleet.pipeline.launch.local import run_ranks
+    from segfleet.pipeline.recipe import parse
     from segfleet.pipeline.run import find_run
     from segfleet.pipeline.scoring.external import EXTERNAL
-    from segfleet.pipeline.scoring.scored import evaluation_of
+    from segfleet.pipeline.scoring.scored import own_evaluation
     from segfleet.preprocess.stores.manifest import load_manifest
 
     if on is None:
@@ -56,13 +57,16 @@ def command(
             raise InputError("evaluate: --split is of the store that --on names; give both")
         job = job_of(run, changes or [], runs, fold, best)
         run_ranks(job, ranks)
-        show(computed(job), as_json, render)
+        asked = parse(job.recipe)
+        found = own_evaluation(job.run, asked, load_manifest(Path(asked.data.store)))
+        show(found, as_json, render)
         return
     own_fold = fold if split is None else None  # which of several runs
     job = job_on(find_run(run, runs, own_fold, best), changes or [], on, split, fold or 0)
     run_ranks(job, ranks)
-    out = job.run / EXTERNAL / job_test(job).folder(load_manifest(on))
-    document = {**evaluation_of(out), "report": str(out / "report.html")}
+    test, manifest = job_test(job), load_manifest(on)
+    document = own_evaluation(job.run, parse(job.recipe), manifest, test)
+    document |= {"report": str(job.run / EXTERNAL / test.folder(manifest) / "report.html")}
     show(document, as_json, lambda found: (render(found), typer.echo(found["report"])))
 
 
@@ -95,24 +99,6 @@ def job_on(run: Path, changes: list[str], store: Path, split: str | None, fold: 
     test.check(changed, data_of(run, recipe), manifest)
     test.ids(manifest)
     return job
-
-
-def computed(job: Score) -> dict[str, Any]:
-    """The evaluation the ranks wrote. Raises InputError if it is damaged, or if another evaluation
-    has replaced it since."""
-    from segfleet.core.errors import InputError
-    from segfleet.pipeline.recipe import parse
-    from segfleet.pipeline.scoring.scored import evaluation_of, is_scored
-    from segfleet.preprocess.stores.manifest import load_manifest
-
-    run, recipe = job.run, parse(job.recipe)
-    document = evaluation_of(run)
-    if not is_scored(run, recipe, load_manifest(Path(recipe.data.store))):
-        raise InputError(
-            f"evaluate: {run / 'evaluation.json'} was replaced by another evaluation meanwhile; "
-            "run the same command again"
-        )
-    return document
 
 
 def job_of(

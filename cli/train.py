@@ -103,7 +103,7 @@ def train_run(
     from segfleet.pipeline.launch.local import run_ranks
     from segfleet.pipeline.reports.status import finished, standing
     from segfleet.pipeline.run import stage_folders, stage_steps
-    from segfleet.pipeline.scoring.scored import evaluation_of
+    from segfleet.pipeline.scoring.scored import own_evaluation
 
     folders = stage_folders(job.root, recipe, manifest)
     leaf = folders[-1].path
@@ -124,7 +124,7 @@ def train_run(
         "report": None if rebuilt else str(leaf / "report.html"),
         "mean_foreground_dice": None
         if rebuilt
-        else evaluation_of(leaf)["summary"]["mean_foreground_dice"],
+        else own_evaluation(leaf, recipe, manifest)["summary"]["mean_foreground_dice"],
         "finished": finished(folders[-1]),
     }
 

@@ -242,8 +242,8 @@ class Scorer:
             network = load_network(self.recipe, trained, folders, self.ranks.device)
             out = run / EXTERNAL / test.folder(self.store.manifest)
             out.mkdir(parents=True, exist_ok=True)
-            facts = scored.score_facts(self.recipe, self.store.manifest, folders[-1].done(), ids)
-            facts |= {"run": run.name, "split": test.split, "fold": test.fold}
+            done, manifest = folders[-1].done(), self.store.manifest
+            facts = scored.test_facts(run, self.recipe, manifest, done, test)
             extras = {
                 "name": f"{self.recipe.name} on {self.store.manifest.dataset.name}",
                 "split": test.split or "all cases",

@@ -20,6 +20,7 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import read_json, write_json
 from segfleet.pipeline.recipe import Recipe, members
 from segfleet.pipeline.run import StageFolder, manifests_of, stages_of, training_ids
+from segfleet.pipeline.scoring.external import EXTERNAL, TestSet
 from segfleet.pipeline.scoring.form import is_evaluation
 from segfleet.preprocess.stores.manifest import Manifest
 
@@ -73,6 +74,34 @@ def evaluation_of(run: Path) -> dict[str, Any]:
             "scores the run again"
         )
     return document
+
+
+def own_evaluation(
+    run: Path, recipe: Recipe, manifest: Manifest, test: TestSet | None = None
+) -> dict[str, Any]:
+    """The evaluation that a command has just made of a run, or of a test set beside it. Raises
+    InputError if it is damaged, or if another command's has replaced it since."""
+    run = Path(run)
+    done = StageFolder(path=run, index=len(recipe.stages) - 1).done()
+    if done is None:
+        raise InputError(f"evaluation: {run} is not finished; train it first")
+    folder = run / EXTERNAL / test.folder(manifest) if test else run
+    facts = test_facts(run, recipe, manifest, done, test) if test else None
+    document = evaluation_of(folder)
+    if document.get("scored") != (facts or score_facts(recipe, manifest, done)):
+        raise InputError(
+            f"evaluation: {folder / EVALUATION} was replaced by another evaluation meanwhile; run "
+            "the same command again"
+        )
+    return document
+
+
+def test_facts(
+    run: Path, recipe: Recipe, manifest: Manifest, done: dict[str, Any], test: TestSet
+) -> dict[str, Any]:
+    """Everything that decides the score of a run on a test set, as `score_facts`."""
+    facts = score_facts(recipe, manifest, done, test.ids(manifest))
+    return facts | {"run": run.name, "split": test.split, "fold": test.fold}
 
 
 def read_evaluation(run: Path, *, whole: bool = False) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from segfleet.cli import main
 from segfleet.core.errors import InputError
+from segfleet.pipeline.launch import local
 from segfleet.pipeline.run import run_folders
 
 
@@ -83,7 +84,7 @@ def test_a_comparison_is_written_in_every_format(scored):
     assert isinstance(wrong.exception, InputError) and "named twice" in str(wrong.exception)
 
 
-def test_a_test_set_and_the_table_of_all_cases(two_folds, tmp_path):
+def test_a_test_set_and_the_table_of_all_cases(two_folds, tmp_path, monkeypatch):
     shutil.copytree(two_folds / "runs", tmp_path / "runs")
     run = sorted(run_folders(tmp_path / "runs"), key=lambda one: one.name)[0]
     before = (run / "evaluation.json").read_bytes()
@@ -91,6 +92,12 @@ def test_a_test_set_and_the_table_of_all_cases(two_folds, tmp_path):
     document = json.loads(segfleet(*words, "--runs", tmp_path / "runs", "--json").stdout)
     assert [case["id"] for case in document["cases"]] == ["case01", "case03", "case05"]
     assert (run / "evaluation.json").read_bytes() == before
+    # as if the ranks of another evaluation had been the last to write
+    monkeypatch.setattr(local, "run_ranks", lambda *_: None)
+    for command in (("evaluate", run), words):
+        asked = [*map(str, command), "evaluation.overlap=0.75", "--runs", str(tmp_path / "runs")]
+        said = CliRunner().invoke(main.app, asked).exception
+        assert isinstance(said, InputError) and "was replaced by another evaluation" in str(said)
     written = json.loads(
         segfleet("report", run, "--csv", "--runs", tmp_path / "runs", "--json").stdout
     )
