@@ -32,10 +32,13 @@ KINDS = {"float32": torch.float32, "int64": torch.int64}  # of tables
 Batched = TypeVar("Batched")
 
 
-def each_tensor(batch: Batched, change: Callable) -> Batched:
-    """The batch with every tensor of it (or array, of one that came through a pipe) changed."""
+def each_tensor(
+    batch: Batched, change: Callable, kinds: tuple[type, ...] = (Tensor, np.ndarray)
+) -> Batched:
+    """The batch with every tensor of it (or array, of one that came through a pipe) changed; or
+    whatever is of `kinds`."""
     held = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    found = {name: part for name, part in held.items() if isinstance(part, Tensor | np.ndarray)}
+    found = {name: part for name, part in held.items() if isinstance(part, kinds)}
     return replace(batch, **{name: change(part) for name, part in found.items()})
 
 
@@ -111,7 +114,7 @@ class Boxes:
     cases: tuple[str, ...]
 
     def pin_memory(self) -> Boxes:
-        return each_tensor(self, lambda part: part.pin_memory())
+        return each_tensor(self, lambda part: part.pin_memory(), (Tensor,))
 
     def unpacked(self) -> dict[str, Tensor]:
         """Views of `numbers`."""

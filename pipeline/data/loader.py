@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -24,6 +25,7 @@ from segfleet.pipeline.data import randomness
 from segfleet.pipeline.data.augment import draw_intensity, draw_spatial, flat
 from segfleet.pipeline.data.device_augment import Boxes, Room, augmented, drawn_sample, each_tensor
 from segfleet.pipeline.data.geometry import mirror, resample, source
+from segfleet.pipeline.data.handover import PREFETCH, Held, Sender, forget
 from segfleet.pipeline.data.intensity import apply_intensity
 from segfleet.pipeline.data.kernels import scratch
 from segfleet.pipeline.data.masking import hidden
@@ -43,8 +45,8 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """For `DataLoader`, which leaves a class with this method to itself. Left to it, tuples
-        become lists before torch 2.9.1."""
-        return each_tensor(self, lambda part: part.pin_memory())
+        become lists before torch 2.9.1. Arrays, which came through a pipe, stay as they are."""
+        return each_tensor(self, lambda part: part.pin_memory(), (Tensor,))
 
 
 @dataclass(frozen=True)
@@ -296,11 +298,13 @@ def worker_count(asked: int | Literal["auto"], device: str, cores: int) -> int:
 
 def batches(patches: Patches, schedule: Schedule, workers: int) -> Iterator[Batch | Boxes]:
     """Micro-batches in order. Raises InputError or LoaderError with the case and the phase."""
-    collate: Callable[[Any], Any] = _to_rank if workers else _as_made  # of what is one already
+    name = uuid.uuid4().hex
+    collate: Callable[[Any], Any] = Sender(name) if workers else _as_made  # of what is one already
     loader = DataLoader(
         patches,
         batch_sampler=schedule,
         num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
         collate_fn=collate,
         multiprocessing_context=_forkserver() if workers else None,
         worker_init_fn=_start_worker if workers else None,
@@ -308,19 +312,24 @@ def batches(patches: Patches, schedule: Schedule, workers: int) -> Iterator[Batc
         timeout=LOOK if workers else 0,
     )
     piped = False
-    for batch in _in_time(loader):
-        if isinstance(batch, Failure):
-            if batch.user_error:
-                raise InputError(f"{batch.phase} case {batch.case}: {batch.message}")
-            raise LoaderError(
-                f"{batch.phase} case {batch.case}: {batch.message}\n{batch.traceback}"
-            )
-        if isinstance(batch.image, np.ndarray):
-            if not piped:
-                sys.stderr.write(TOO_SMALL)
-            piped = True
-            batch = each_tensor(batch, torch.from_numpy)
-        yield batch
+    try:
+        for batch in _in_time(loader):
+            if isinstance(batch, Failure):
+                if batch.user_error:
+                    raise InputError(f"{batch.phase} case {batch.case}: {batch.message}")
+                raise LoaderError(
+                    f"{batch.phase} case {batch.case}: {batch.message}\n{batch.traceback}"
+                )
+            if isinstance(batch, Held):  # unless a thread took it, into pinned memory
+                batch = batch.taken()
+            elif isinstance(batch.image, np.ndarray):
+                if not piped:
+                    sys.stderr.write(TOO_SMALL)
+                piped = True
+                batch = each_tensor(batch, torch.from_numpy)
+            yield batch
+    finally:
+        forget(name)
 
 
 def training_batches(
@@ -399,21 +408,6 @@ def _in_time(loader: DataLoader) -> Iterator[Batch | Boxes | Failure]:
 
 def _as_made(batch: Batch | Boxes | Failure) -> Batch | Boxes | Failure:
     return batch
-
-
-def _to_rank(batch: Batch | Boxes | Failure) -> Batch | Boxes | Failure:
-    """In a loader process: tensors into shared memory or, where that is full, arrays, which go
-    through the pipe.
-
-    Here and not where the batch is sent: a thread of multiprocessing does that, whose failure
-    nobody would hear of, and the batch would be waited for in vain.
-    """
-    if isinstance(batch, Failure):
-        return batch
-    try:
-        return each_tensor(batch, lambda part: part.share_memory_())
-    except RuntimeError:
-        return each_tensor(batch, lambda part: part.numpy())
 
 
 def on_device(

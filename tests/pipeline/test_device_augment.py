@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from segfleet.pipeline import run
-from segfleet.pipeline.data import device_augment, loader, normals
+from segfleet.pipeline.data import device_augment, handover, loader, normals
 from segfleet.pipeline.data.sampler import MixedSampler, PatchSampler
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.sections import Augment
@@ -208,7 +208,7 @@ def test_batches_go_through_a_pipe_where_shared_memory_is_full(store_of, monkeyp
     batch = patches_of(store_of(), True, **EVERYTHING).__getitems__([(0, 0), (0, 1)])
     expected = loader.on_device(batch, CPU, False)
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    piped = loader._to_rank(batch)
+    piped = handover.Sender("")(batch)
     assert all(isinstance(a, np.ndarray) for a in (piped.image, piped.label, piped.numbers))
     found = loader.on_device(device_augment.each_tensor(piped, torch.from_numpy), CPU, False)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])

@@ -19,7 +19,7 @@ import torch
 
 from segfleet.core import litter
 from segfleet.core.errors import ExitCode
-from segfleet.pipeline.data import loader
+from segfleet.pipeline.data import handover, loader
 from segfleet.pipeline.launch import local
 
 SECONDS = 5.0  # in which all must be gone
@@ -177,7 +177,7 @@ def test_a_batch_that_does_not_fit_is_sent_as_arrays(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     batch = loader.Batch(torch.ones(1, 1, 4, 4), torch.ones(1, 4, 4).byte(), ("a",))
-    sent = loader._to_rank(batch)
+    sent = handover.Sender("")(batch)
     assert isinstance(sent.image, np.ndarray) and isinstance(sent.label, np.ndarray)
 
 
