@@ -15,9 +15,10 @@ case. Its 95 % interval is over patients; how much another pre-training and anot
 same data would change is not in it. `per_seed` shows that: where seeds differ in sign, there is no
 gain, whatever the interval says.
 
-Sized to about half an hour of one core: networks of 0.1 million parameters, 300 steps of
-pre-training, 80 of fine-tuning, scored once at the end. That shows directions, not what a large
-pre-training can do. Stages that are trained already are found again in DIR/runs. Where there are
+Sized to about an hour of one core: networks of 0.1 million parameters, 300 steps of pre-training,
+80 of fine-tuning for pictures and 400 for volumes (after 80 these have hardly learnt anything, from
+whatever start), scored once at the end. That shows directions, not what a large pre-training can
+do. Stages that are trained already are found again in DIR/runs. Where there are
 cores, commands of other pairs and `--seeds` fill the same DIR side by side; one without `--seeds`
 then finds what they trained and writes the result.
 
@@ -58,9 +59,10 @@ DATA = Path(os.environ.get("SEGFLEET_TEST_DATA", HERE.parents[1] / "shared" / "d
 RESULT = HERE / "results" / "transfer.json"
 COST = "cpu_seconds.json"  # of a run, with what it trained of its pre-training
 SEEDS, CASES = (0, 1, 2), (5, 10, 20)
-PRETRAIN, FINETUNE = 300, 80  # optimizer steps
+PRETRAIN = 300  # optimizer steps
 FOLDS = {"hippocampus": (0, 1, 2), "heart": (1, 3, 4), "stained": (0, 1, 2)}  # of each seed
 VOLUMES = {
+    "finetune": 400,
     "model": {
         "name": "plain_unet_3d",
         "options": {
@@ -71,6 +73,7 @@ VOLUMES = {
     "patch": {"hippocampus": [32, 32, 32], "heart": [8, 64, 64]},
 }  # fmt: skip
 PICTURES = {
+    "finetune": 80,
     "model": {
         "name": "plain_unet_2d",
         "options": {
@@ -128,8 +131,8 @@ def recipe_of(pair: str, start: str, cases: int, seed: int, known: dict, more: d
     batch = 2 if kind is VOLUMES else 4
     data = {"store": str(known[target]), "patch": kind["patch"][target], "batch": batch,
             "fold": FOLDS[target][seed], "workers": 0}  # fmt: skip
-    steps = {"epochs": 2, "steps": FINETUNE // 2} if "unfreeze_at" in more else {
-        "epochs": 1, "steps": FINETUNE}  # fmt: skip
+    epochs = 2 if "unfreeze_at" in more else 1
+    steps = {"epochs": epochs, "steps": kind["finetune"] // epochs}
     stages = [
         {"name": "finetune", **steps, "lr": 1e-3, "schedule": "cosine", "warmup": 10,
          "data": {"cases": cases}, **more}
@@ -259,7 +262,9 @@ def main(work: Path, pairs: list[str], seeds: list[int], until: str) -> None:
         return scores(recipe_of(pair, start, cases, seed, known, more), runs, until)
 
     out: dict[str, Any] = {
-        "pretraining_steps": PRETRAIN, "finetuning_steps": FINETUNE, "seeds": len(SEEDS),
+        "pretraining_steps": PRETRAIN,
+        "finetuning_steps": {pair: PAIRS[pair][2]["finetune"] for pair in pairs},
+        "seeds": len(SEEDS),
         "learning_curves": {}, "schedules": {}, "no_time_for": [],
     }  # fmt: skip
     if not seeds:
