@@ -19,11 +19,13 @@ import argparse
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -307,6 +309,9 @@ def side(which: str, name: str, folder: Path, workers: int, seed: int) -> None:
         ),
         flush=True,
     )
+    for one in children():  # nnU-Net's outlive it, and hold what this prints into
+        with suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
     os._exit(0)
 
 
@@ -331,7 +336,7 @@ def main() -> None:
     scratch = None if options.folder else tempfile.TemporaryDirectory(prefix="loader-")
     folder = options.folder or Path(scratch.name)
     folder.mkdir(parents=True, exist_ok=True)
-    result: dict = {}
+    result = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
     for name in options.only:
         places = {which: folder / f"{which} {name}" for which in pythons}
 
