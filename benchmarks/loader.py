@@ -37,8 +37,8 @@ SETS = {
     "64x128x128": ((64, 128, 128), (110, 280, 280), 1, 4, 30),
     "128x128x128": ((128, 128, 128), (160, 220, 220), 1, 3, 16),
     "128x128x128, 4 channels": ((128, 128, 128), (140, 180, 150), 4, 3, 8),
-    "256x256x3": ((1, 256, 256), (1, 320, 360), 3, 40, 100),
-    "512x512x1": ((1, 512, 512), (1, 512, 512), 1, 40, 60),
+    "256x256x3": ((1, 256, 256), (1, 320, 360), 3, 40, 400),
+    "512x512x1": ((1, 512, 512), (1, 512, 512), 1, 40, 240),
 }
 BATCH = 2
 
@@ -263,20 +263,27 @@ def children() -> list[int]:
     return found
 
 
-def used() -> tuple[float, int]:
-    """CPU seconds of this process and its children so far, and the largest PSS of a child, KiB."""
-    tick, total, memory = os.sysconf("SC_CLK_TCK"), time.process_time(), 0
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    total += ended.ru_utime + ended.ru_stime
-    for one in children():
-        try:
-            stat = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
-            total += (int(stat[11]) + int(stat[12])) / tick
+def cpu_seconds(below: list[int]) -> float:
+    """Of this process and those `below` it, so far."""
+    ended, total = resource.getrusage(resource.RUSAGE_CHILDREN), 0.0
+    for one in below:
+        with suppress(OSError):
+            # in nanoseconds; /proc/PID/stat counts hundredths of a second
+            total += sum(
+                int((task / "schedstat").read_text().split()[0])
+                for task in Path(f"/proc/{one}/task").iterdir()
+            )
+    return time.process_time() + ended.ru_utime + ended.ru_stime + total / 1e9
+
+
+def memory(below: list[int]) -> int:
+    """The largest PSS of a process, KiB."""
+    most = 0
+    for one in below:
+        with suppress(OSError):
             lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
-            memory = max(memory, *(int(x.split()[1]) for x in lines if x.startswith("Pss:")))
-        except OSError:
-            continue
-    return total, memory
+            most = max(most, *(int(x.split()[1]) for x in lines if x.startswith("Pss:")))
+    return most
 
 
 def side(which: str, name: str, folder: Path, workers: int, seed: int) -> None:
@@ -292,11 +299,11 @@ def side(which: str, name: str, folder: Path, workers: int, seed: int) -> None:
     first = time.perf_counter() - began
     for _ in range(6 if workers else 2):
         next(stream)
-    start, batches = used()[0], SETS[name][4]
+    below, batches = children(), SETS[name][4]
+    start = cpu_seconds(below)
     for _ in range(batches):
         next(stream)
-    taken, memory = used()
-    taken -= start
+    taken = cpu_seconds(below) - start
     voxels = batches * image.shape[0] * int(np.prod(image.shape[2:]))
     print(
         json.dumps(
@@ -304,12 +311,12 @@ def side(which: str, name: str, folder: Path, workers: int, seed: int) -> None:
                 "voxels_per_cpu_s": voxels / taken,
                 "first_batch_s": first,
                 "batches": batches,
-                "worker_MiB": memory / 1024,
+                "worker_MiB": memory(below) / 1024,
             }
         ),
         flush=True,
     )
-    for one in children():  # nnU-Net's outlive it, and hold what this prints into
+    for one in below:  # nnU-Net's outlive it, and hold what this prints into
         with suppress(ProcessLookupError):
             os.kill(one, signal.SIGKILL)
     os._exit(0)
