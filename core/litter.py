@@ -23,6 +23,7 @@ from segfleet.core.process import alive, process_of
 from segfleet.core.tracker import keep_tracker
 
 PREFIX, NOTE = "segfleet-", "made-by.json"
+SHARED, SHARES = Path("/dev/shm"), "shares-"  # beginning of a file: this process shares memory
 UNNOTED = re.compile(rf"{PREFIX}(\d+)-[a-z0-9_]{{8}}")  # as _new_folder names them
 LONGEST = 85  # bytes of a folder's path; a socket's may have 107, "/listener-12345678" among them
 _sockets: tuple[int, Path] | None = None  # process and folder of multiprocessing
@@ -75,6 +76,22 @@ def note_multiprocessing() -> None:
         multiprocessing.util.Finalize(None, forget_multiprocessing, exitpriority=-100)
 
 
+def note_shared_memory() -> None:
+    """Note beside its parent's sockets that this process shares memory by torch, which gives a file
+    in /dev/shm a name and takes it away at once: whoever ends in between leaves it for ever."""
+    place = multiprocessing.current_process()._config.get("tempdir")  # type: ignore[attr-defined]
+    if place is not None and (Path(place) / NOTE).is_file():
+        (Path(place) / f"{SHARES}{os.getpid()}").touch()
+
+
+def remove_shared_memory(process: int) -> None:
+    """What a process that has ended, or ends now, left in /dev/shm."""
+    for path in SHARED.glob(f"torch_{process}_*"):
+        with suppress(OSError):
+            if os.lstat(path).st_uid == os.getuid():
+                path.unlink()
+
+
 def forget_multiprocessing() -> None:
     """Remove the folder of this process' sockets, at its end."""
     if _sockets and _sockets[0] == os.getpid():
@@ -107,6 +124,10 @@ def remove_folders(place: Path | None = None) -> None:
             note = folder / NOTE
             if note.is_file() and note.stat().st_size:
                 if _gone(read_json(note) or {}):
+                    for path in folder.glob(f"{SHARES}*"):
+                        number = path.name.removeprefix(SHARES)
+                        if number.isdecimal() and not alive(int(number)):
+                            remove_shared_memory(int(number))
                     remove_marked(folder, NOTE)
             elif (maker := UNNOTED.fullmatch(folder.name)) and not alive(int(maker[1])):
                 note.unlink(missing_ok=True)  # killed before it had written its note

@@ -219,9 +219,9 @@ def _start_forkserver() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def end_with_parent() -> None:
+def end_with_parent(last: Callable[[], None] = lambda: None) -> None:
     """From now on this process, started by multiprocessing, ends when its parent does, however that
-    ends.
+    ends, after it has done `last`.
 
     A forkserver's child is no child of the process that asked for it, so the kernel tells it
     nothing; the parent holds the other end of a pipe.
@@ -230,7 +230,10 @@ def end_with_parent() -> None:
 
     def watch() -> None:
         parent.join()
-        os._exit(1)
+        try:
+            last()
+        finally:
+            os._exit(1)
 
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 

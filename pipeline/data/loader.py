@@ -4,6 +4,7 @@ decided by `PatchSampler`."""
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -19,7 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from segfleet.core.errors import ExitCode, InputError
-from segfleet.core.litter import note_multiprocessing
+from segfleet.core.litter import (
+    note_multiprocessing,
+    note_shared_memory,
+    remove_shared_memory,
+)
 from segfleet.core.parallel import SERVED, end_with_parent
 from segfleet.pipeline.data import randomness
 from segfleet.pipeline.data.augment import draw_intensity, draw_spatial, flat
@@ -279,7 +284,8 @@ def _start_worker(_: int) -> None:
     their rank, however it ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    end_with_parent()
+    note_shared_memory()
+    end_with_parent(lambda: remove_shared_memory(os.getpid()))
     torch.set_num_threads(1)
 
 
@@ -397,6 +403,8 @@ def _in_time(loader: DataLoader) -> Iterator[Batch | Boxes | Failure]:
                 continue
             for process in getattr(batches, "_workers", ()):
                 process.kill()  # it may wait for ever for what the dead one held, deaf to SIGTERM
+                process.join(5)
+                remove_shared_memory(process.pid)
             reason = f"no batch for {TIMEOUT:.0f} s" if late else error
             raise LoaderDied(
                 f"loading: {reason}. A loader process was killed (out of memory?) or hangs on a "

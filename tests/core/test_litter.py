@@ -150,3 +150,33 @@ def test_a_process_may_have_any_name(place):
         child.stdout.readline()
         assert litter._began(child.pid).split()[0].isdigit()
         child.communicate(b"\n")
+
+
+def test_shared_memory_of_killed_processes_goes_by_their_own_note(place, monkeypatch):
+    """Torch takes a name in /dev/shm away once it has given it: a kill may come in between."""
+    monkeypatch.setattr(litter, "SHARED", place / "shm")
+    (place / "shm").mkdir()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    names = {number: place / "shm" / f"torch_{number}_123_0" for number in (gone.pid, os.getpid())}
+    strange = place / "shm" / f"torch_{gone.pid + 1}_123_0"  # nobody has noted it
+    for path in (*names.values(), strange):
+        path.touch()
+    left = Path(killed(place))
+    for number in names:
+        (left / f"{litter.SHARES}{number}").touch()
+    (left / f"{litter.SHARES}x").touch()
+    litter.remove_folders(place)
+    assert not left.exists() and set((place / "shm").iterdir()) == {names[os.getpid()], strange}
+    litter.remove_shared_memory(os.getpid())
+    assert list((place / "shm").iterdir()) == [strange]
+
+
+def test_a_process_notes_that_it_shares_memory_beside_its_parents_sockets(place, monkeypatch):
+    config = litter.multiprocessing.current_process()._config
+    monkeypatch.setitem(config, "tempdir", str(place))
+    litter.note_shared_memory()  # a folder of Python's own, which nobody removes by a note
+    assert list(place.iterdir()) == []
+    (place / litter.NOTE).touch()
+    litter.note_shared_memory()
+    assert (place / f"{litter.SHARES}{os.getpid()}").exists()

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
@@ -191,3 +192,31 @@ def test_what_was_done_before_an_error_is_kept():
             found.update([one])
     assert set(range(60)) <= set(found) and all(found[n] == 2 * n for n in found)
     assert "in fail_at" in caught.value.__notes__[0]
+
+
+LAST = """
+import multiprocessing, os, sys, time
+from pathlib import Path
+from segfleet.core import parallel
+
+def work(path, ready):
+    parallel.end_with_parent(lambda: Path(path).touch())
+    ready.set()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("forkserver")
+    ready = context.Event()
+    context.Process(target=work, args=(sys.argv[1], ready)).start()
+    ready.wait()
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_who_ends_with_its_parent_tidies_up_first(tmp_path):
+    (tmp_path / "last.py").write_text(LAST)
+    subprocess.run([sys.executable, tmp_path / "last.py", tmp_path / "done"], timeout=200)
+    end = time.monotonic() + 20
+    while not (tmp_path / "done").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
