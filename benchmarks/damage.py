@@ -304,7 +304,7 @@ def commands(world: Path) -> dict[str, tuple[list[str], str]]:
             ["score", "predictions", "--truth", "truth", "--out", "scores", "--json"],
             "predictions/|truth/",
         ),
-        "best": (["best", "one", "--json"], "runs/one|runs/folds|store/"),
+        "best": (["best", "space", "--json"], "runs/sweeps|store/"),
         "export": (["export", "model", one, "--to", "new.segfleet", "--json"], "runs/one"),
         "export ome": (["export", "ome-zarr", "store", case, "--to", "x.zarr", "--json"], "store/"),
         "preprocess": (
