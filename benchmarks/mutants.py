@@ -490,6 +490,8 @@ def main() -> None:
         os.environ["PYTHONPATH"] = str(package.parent)
         os.environ.setdefault("SEGFLEET_TEST_DATA", str(ROOT.parent / "shared" / "data"))
         os.environ |= {"SEGFLEET_DEVICE": "cpu", "PYTHONUTF8": "1"}
+        # as workers of one pytest, which share what is compiled
+        os.environ |= {"PYTEST_XDIST_WORKER": "gw0", "PYTEST_DEBUG_TEMPROOT": folder}
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         sys.dont_write_bytecode = False  # tests are compiled once
         sys.path.insert(0, str(package.parent))
