@@ -330,7 +330,8 @@ def tested(clone: Path, files: Iterable[str], limit: float, plugin: Any = None) 
             quiet = os.open(clone / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(quiet, 1)
             os.dup2(quiet, 2)
-            words = ["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in files)]
+            words = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not long and not slow"]
+            words += [f"tests/{name}" for name in files]
             code = int(pytest.main(words, plugins=[plugin] if plugin else []))
         except BaseException:
             traceback.print_exc()

@@ -232,6 +232,34 @@ def test_the_last_samples_of_a_batch_are_centred_and_each_stream_visits_every_ca
     assert all(sorted(centred[k : k + 2]) == every[::2] for k in range(0, 12, 2))
 
 
+def test_one_case_with_foreground_is_enough_for_the_quota(tiny_store):
+    cases = open_store(tiny_store(dims=3)).manifest.cases[:3]
+    cases = [
+        case.model_copy(update={"foreground": {}}) if n else case for n, case in enumerate(cases)
+    ]
+    sampler = PatchSampler(cases=tuple(cases), patch=(8, 8, 8), batch=4, foreground=0.5, seed=3)
+    drawn = [sampler.draw(0, 0, index, 6) for index in range(24)]
+    assert {draw.case.id for k, draw in enumerate(drawn) if k % 4 >= 2} == {cases[0].id}
+    assert {draw.case.id for k, draw in enumerate(drawn) if k % 4 < 2} == {c.id for c in cases}
+
+
+def test_the_order_in_which_labels_were_counted_changes_no_draw(tiny_store):
+    case = open_store(tiny_store(dims=3)).manifest.cases[0]
+    found = dict(case.foreground)
+    assert list(found) == [1, 2]
+    turned = case.model_copy(update={"foreground": {label: found[label] for label in (2, 1)}})
+    starts = [
+        [
+            PatchSampler(cases=(one,), patch=(8, 8, 8), batch=1, foreground=1, seed=3)
+            .draw(0, 0, index, 20)
+            .start
+            for index in range(20)
+        ]
+        for one in (case, turned)
+    ]
+    assert starts[0] == starts[1]
+
+
 def test_batches_for_a_loop_of_ones_own_are_those_of_training(tiny_store):
     store = open_store(tiny_store(dims=3))
     facts = {
