@@ -17,6 +17,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import fcntl
 import importlib
 import json
 import os
@@ -474,6 +475,18 @@ def by_hand(clone: Path, modules: list[str]) -> dict[str, bool]:
     return found
 
 
+def keep(name: str, found: dict) -> None:
+    """Beside what other processes of this script have found meanwhile."""
+    RESULT.touch()
+    with open(RESULT, "r+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = json.loads(file.read() or "{}")
+        done[name] = done.get(name, {}) | found if name == "by hand" else found
+        file.seek(0)
+        file.write(json.dumps(dict(sorted(done.items())), indent=1) + "\n")
+        file.truncate()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("modules", nargs="*", default=list(SUBJECTS), metavar="MODULE")
@@ -481,7 +494,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--named", action="store_true", help="those made by hand, and no others")
     given = parser.parse_args()
-    done = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     with tempfile.TemporaryDirectory(prefix="segfleet-mutants-") as folder:
         clone, package = Path(folder) / "clone", Path(folder) / "path" / "segfleet"
         subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
@@ -501,12 +513,11 @@ def main() -> None:
         if given.named:
             asked = [module for module, *_ in NAMED.values()]
             asked = asked if given.modules == list(SUBJECTS) else given.modules
-            done["by hand"] = done.get("by hand", {}) | by_hand(clone, asked)
-            RESULT.write_text(json.dumps(dict(sorted(done.items())), indent=1) + "\n")
+            keep("by hand", by_hand(clone, asked))
         for module in () if given.named else given.modules:
-            done[module] = examine(clone, module, given.per, given.seed) | {"seed": given.seed}
-            RESULT.write_text(json.dumps(dict(sorted(done.items())), indent=1) + "\n")
-            print(module, json.dumps(done[module], indent=1), flush=True)
+            found = examine(clone, module, given.per, given.seed) | {"seed": given.seed}
+            keep(module, found)
+            print(module, json.dumps(found, indent=1), flush=True)
 
 
 if __name__ == "__main__":
