@@ -44,7 +44,11 @@ SUBJECTS = {  # module -> the tests that ought to notice
     "pipeline/data/sampler.py": ["pipeline/test_sampler.py", "pipeline/test_several_stores.py"],
     "pipeline/data/randomness.py": ["pipeline/test_sampler.py"],
     # checkpoint
-    "pipeline/checkpoint.py": ["pipeline/test_checkpoint.py", "pipeline/test_damaged_files.py"],
+    "pipeline/checkpoint.py": [
+        "pipeline/test_checkpoint.py",
+        "pipeline/test_power_cut.py",
+        "pipeline/test_damaged_files.py",
+    ],
     # manifest
     "preprocess/stores/manifest.py": [
         "preprocess/test_case_table.py",

@@ -46,6 +46,47 @@ def test_round_trip_is_exact(tmp_path):
     assert not any(p.name.startswith(".") for p in tmp_path.iterdir())
 
 
+def test_all_is_on_disk_before_a_checkpoint_has_its_name(tmp_path, monkeypatch):
+    """As whoever cuts the power sees it: files, their names, the folders above them, and only then
+    the name that says it is whole."""
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def synced(handle):
+        events.append(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    def renamed(old, new):
+        events.append(f"{old} -> {new}")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    root = tmp_path / "run" / "checkpoints"
+    partial = checkpoint.write(root, 7, {"weights": {"w": torch.ones(3)}}, {"epoch": 1})
+    files = [path for path in partial.iterdir() if path.name != "manifest.json"]
+    assert {path.name for path in files} == {"weights.safetensors", "state.json"}
+    target = checkpoint.publish(partial, root, 7)
+    named = events.index(f"{partial} -> {target}")
+    before, after = events[:named], events[named + 1 :]
+    assert {*map(str, files), str(partial), str(tmp_path), str(tmp_path / "run")} <= {*before}
+    assert str(root) in after
+    whole = next(
+        k for k, event in enumerate(events) if event.endswith(f"> {partial}/manifest.json")
+    )
+    assert all(events.index(str(path)) < whole for path in files)
+
+
+def test_a_damaged_one_of_the_same_step_makes_room_and_a_whole_one_stays(tmp_path):
+    first = checkpoint.save(tmp_path, 7, tensors(7), {"note": "first"})
+    again = checkpoint.save(tmp_path, 7, tensors(8), {"note": "again"})
+    assert again == first and checkpoint.read(first).state["note"] == "first"
+    (first / "left.txt").write_text("of whoever damaged it")
+    (first / "state.json").write_text("{}")
+    checkpoint.save(tmp_path, 7, tensors(8), {"note": "again"})
+    assert checkpoint.read(first).state["note"] == "again" and not (first / "left.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [first.name]
+
+
 def test_of_averaged_weights_only_the_others_are_read(tmp_path):
     """A network that is to predict takes its memory once, not again for what it does not use."""
     average = {"a.weight": tensors(7)["weights"]["a.weight"] + 1}
