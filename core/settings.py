@@ -270,7 +270,7 @@ def sentence(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
     about = description_of(model, location)
     if fault["type"] == "missing":
         return f"{where}: missing" + (f" ({about})" if about else "")
-    said = fault["msg"].removeprefix("Value error, ")
+    said = fault["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     if not location:  # keys that do not fit together, which the sentence names
         return said
     return f"{where}: found {fault['input']!r}. {said}" + (f" ({about})" if about else "")

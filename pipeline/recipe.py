@@ -105,9 +105,22 @@ class Inherit(Section):
         "as initialised",
     )
 
+    @model_validator(mode="after")
+    def _classes_are_read(self) -> Inherit:
+        if self.classes and self.head == "keep":
+            raise ValueError(
+                "classes: nothing reads them where the head is kept as it is; set head: map"
+            )
+        return self
+
     @field_validator("weights")
     @classmethod
     def _parts(cls, given: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not given:
+            raise ValueError(
+                "A stage that takes over nothing is no stage of this run; name a part, or leave "
+                "out the stages before it"
+            )
         if "all" in given and len(given) > 1 and not isinstance(given, str):
             raise ValueError(
                 "all leaves nothing for the others to add; expected one of them, and as values of "

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segfleet.core.errors import InputError
+from segfleet.core.errors import InputError, did_you_mean
 from segfleet.core.files import write_atomically
 from segfleet.models.registry import ROLES, ModelSpec, belongs
 from segfleet.pipeline.recipe import Inherit
@@ -157,10 +157,10 @@ def chosen(own: Collection[str], spec: ModelSpec, weights: str | Sequence[str]) 
     for part in [weights] if isinstance(weights, str) else weights:
         names = {name for name in own if belongs(name, part, spec)}
         if not names:
-            parts = sorted({name.split(".", 1)[0] for name in own})
+            parts = dict.fromkeys((*ROLES, *sorted({name.split(".", 1)[0] for name in own})))
             raise InputError(
                 f"no parameter name of {spec.name} begins with '{part}'; expected one of: "
-                f"{', '.join((*ROLES, *parts))}"
+                f"{', '.join(parts)}.{did_you_mean(part, parts)}"
             )
         wanted |= names
     return wanted

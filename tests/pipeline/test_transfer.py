@@ -211,6 +211,31 @@ def test_a_head_of_other_classes_is_taken_and_said():
     assert same.how["outc.weight"] == "taken" and not same.document()["changed"]
 
 
+@pytest.mark.parametrize(
+    ("inherit", "words"),
+    [
+        ({"classes": {"a": "b"}}, "classes: nothing reads them .* set head: map"),
+        ({"weights": []}, "takes over nothing is no stage of this run"),
+        ({"weights": "encodr"}, "Input should be 'all', 'encoder' or 'backbone', or be a list"),
+    ],
+)
+def test_what_nothing_would_read_is_refused(document, inherit, words):
+    """A misread wish is no transfer: classes beside a head that is kept, no part at all."""
+    document["stages"][1]["inherit"] = inherit
+    with pytest.raises(InputError, match=words):
+        parse(document)
+    document["stages"][1]["inherit"] = {"head": "new", "classes": {"a": "b"}}  # of a sweep's values
+    parse(document)
+
+
+def test_a_part_that_nobody_has_is_named_once_with_what_is_near():
+    with pytest.raises(InputError, match="Did you mean 'encoder'") as found:
+        plan_transfer(network(), SPEC, network().state_dict(), Inherit(weights=["encodr"]), side(),
+                      side())  # fmt: skip
+    names = str(found.value).partition("one of: ")[2].partition(".")[0].split(", ")
+    assert len(names) == len(set(names))
+
+
 def test_no_common_class_is_refused():
     ours = Side(rows=("background", "a"), channels=("c",), name="n")
     theirs = Side(rows=("background", "b"), channels=("c",), name="n")
