@@ -6,8 +6,8 @@ budget, on real data.
 The data sets are looked for in $SEGFLEET_TEST_DATA, else in ../shared/data beside the repository.
 Targets within 15 minutes of 2 cores (30 core-minutes, counted in CPU time since the machine may be
 shared): what the hand-made recipes reach, 0.885 on hippocampus over five folds and 0.92 on dsb2018;
-sunnybrook, an ACDC layout, trains without further settings. One fold is no mean of five, so what the
-hand-made recipe reached on the same fold stands beside it (`real_data.py`, as last measured).
+sunnybrook, an ACDC layout, trains without further settings. One fold is no mean of five, so what
+the hand-made recipe reached on the same fold stands beside it (`real_data.py`, as last measured).
 """
 
 from __future__ import annotations

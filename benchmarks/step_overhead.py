@@ -3,10 +3,10 @@ optimizer, logging on.
 
     python benchmarks/step_overhead.py
 
-Both loops run in this process, on one thread, turn about, on batches already in memory, for a few steps and for
-many. What a run costs once (opening the store, the log, TensorBoard's file, the last checkpoint)
-and what each step costs are told apart by the difference. Medians of CPU seconds over rounds.
-Target: a step costs at most 1 % more.
+Both loops run in this process, on one thread, turn about, on batches already in memory, for a few
+steps and for many. What a run costs once (opening the store, the log, TensorBoard's file, the last
+checkpoint) and what each step costs are told apart by the difference. Medians of CPU seconds over
+rounds. Target: a step costs at most 1 % more.
 """
 
 from __future__ import annotations

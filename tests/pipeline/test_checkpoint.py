@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import threading
@@ -85,6 +86,36 @@ def test_a_damaged_one_of_the_same_step_makes_room_and_a_whole_one_stays(tmp_pat
     checkpoint.save(tmp_path, 7, tensors(8), {"note": "again"})
     assert checkpoint.read(first).state["note"] == "again" and not (first / "left.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
+
+
+def test_what_only_looks_like_a_checkpoint_is_none(tmp_path):
+    path = checkpoint.save(tmp_path, 7, tensors(7), {})
+    (tmp_path / "step-00000009").write_text("a file")
+    (tmp_path / "step-of-mine").mkdir()
+    assert checkpoint.steps(tmp_path) == [path]
+
+
+def test_a_manifest_names_files_beside_it_alone(tmp_path):
+    """A file elsewhere is none of the checkpoint's, though its hash be right."""
+    path = checkpoint.save(tmp_path, 7, tensors(7), {})
+    os.replace(path / "optimizer.safetensors", tmp_path / "optimizer.safetensors")
+    document = json.loads((path / "manifest.json").read_text())
+    document["files"]["../optimizer.safetensors"] = document["files"].pop("optimizer.safetensors")
+    (path / "manifest.json").write_text(json.dumps(document))
+    assert checkpoint.damage(path) == "../optimizer.safetensors is missing"
+
+
+def test_an_old_one_that_cannot_be_removed_stops_no_training(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, tensors(step), {})
+
+    def refused(*_, **__):
+        raise PermissionError("somebody reads it")
+
+    monkeypatch.setattr(os, "unlink", refused)
+    monkeypatch.setattr(os, "rmdir", refused)
+    checkpoint.prune(tmp_path, keep=1, protect=())
+    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000003"]
 
 
 def test_of_averaged_weights_only_the_others_are_read(tmp_path):

@@ -80,11 +80,32 @@ def test_the_stores_of_a_cycle_are_shuffled_by_a_stream_of_their_own(pair):
         assert found == expected[: len(found)] and len(found) >= 10
 
 
+def test_weights_count_by_their_ratio(pair):
+    one, ten = (
+        MixedSampler(parts=tuple(map(sampler, pair)), weights=w) for w in ((2, 3), (20, 30))
+    )
+    assert [one.draw(0, 0, i, 9) for i in range(36)] == [ten.draw(0, 0, i, 9) for i in range(36)]
+
+
+def test_stores_without_any_foreground_are_drawn_from_anywhere(pair):
+    bare = [
+        PatchSampler(
+            cases=tuple(case.model_copy(update={"foreground": {}}) for case in one.cases),
+            patch=one.patch, batch=4, seed=3, foreground=0.5,
+        )
+        for one in map(sampler, pair)
+    ]  # fmt: skip
+    mixed = MixedSampler(parts=tuple(bare), weights=(1, 1))
+    stores = [mixed.draw(0, 0, index, 9).store for index in range(36)]
+    assert all(sorted(stores[k : k + 2]) == [0, 1] for k in range(0, 36, 2))
+
+
 def test_a_loader_process_gets_all_of_a_sampler_but_what_it_makes_itself(pair):
     mixed = MixedSampler(parts=tuple(map(sampler, pair)), weights=(1, 2))
     before = [mixed.draw(0, 1, index, 5) for index in range(10)]
     other = pickle.loads(pickle.dumps(mixed))
     assert set(vars(other)) == {"parts", "weights"}
+    assert set(vars(other.parts[0])) == {"cases", "patch", "batch", "foreground", "seed"}
     assert [other.draw(0, 1, index, 5) for index in range(10)] == before
 
 

@@ -78,6 +78,18 @@ def test_a_far_coarser_axis_with_few_slices_takes_its_tenth_percentile():
     )
 
 
+def test_far_coarser_is_more_than_three_times_and_few_slices_fewer_than_a_third():
+    """nnU-Net's two strict comparisons, at their borders."""
+    steps = [float(s) for s in np.linspace(1, 9, 9)]  # median 5, tenth percentile 1.8
+    twice = [(s, 2.5, 2.5) for s in steps]
+    assert target_spacing(twice, [(50, 512, 512)] * 9) == (5.0, 2.5, 2.5)
+    thrice = [(s - 2, 1.0, 1.0) for s in steps]
+    assert target_spacing(thrice, [(50, 512, 512)] * 9) == (3.0, 1.0, 1.0)
+    far = [(s, 0.8, 0.8) for s in steps]
+    assert target_spacing(far, [(40, 120, 130)] * 9) == (5.0, 0.8, 0.8)
+    assert target_spacing(far, [(39, 120, 130)] * 9) == (1.8, 0.8, 0.8)
+
+
 @pytest.mark.parametrize(
     ("patch", "spacing", "expected"),
     [
@@ -97,6 +109,13 @@ def test_a_far_coarser_axis_with_few_slices_takes_its_tenth_percentile():
 )
 def test_poolings(patch, spacing, expected):
     assert poolings(patch, spacing) == expected
+
+
+def test_the_memory_that_nothing_was_said_of_is_nnu_nets_eight_gigabytes():
+    for median in ((120, 260, 240), (200, 200, 200), (60, 300, 310), (150, 180, 90)):
+        assert plan_patch(median, (1, 1, 1), 3, 3) == plan_patch(
+            median, (1, 1, 1), 3, 3, memory_gb=8.0
+        )
 
 
 def test_hippocampus_gets_the_published_patch():

@@ -404,7 +404,7 @@ def test_a_case_is_found_by_its_id_also_in_a_copy_with_other_cases(store):
     first, *rest = manifest.cases
     assert manifest.case(first.id) == first and manifest.case(rest[0].id) == rest[0]
     fewer = manifest.model_copy(update={"cases": tuple(rest)})
-    with pytest.raises(InputError, match=f"found '{first.id}', which is not one of"):
+    with pytest.raises(InputError, match=f"found '{first.id}', expected one of"):
         fewer.case(first.id)
     assert fewer.case(rest[0].id) == rest[0] and manifest.case(first.id) == first
     assert manifest == manifest.model_copy()
