@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
-    ValidationError,
     ValidatorFunctionWrapHandler,
     WrapSerializer,
     WrapValidator,
@@ -300,15 +299,10 @@ def load_manifest(store: Path) -> Manifest:
             f"store: {path} is damaged or was changed by hand (its sha256 differs). Restore it "
             "from a backup, or preprocess the raw data again."
         )
-    except (
-        ValidationError,
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-        AttributeError,
-        TypeError,
-        KeyError,
-        RecursionError,
-    ) as error:
+    except InputError:
+        raise
+    # ValueError: no JSON, no text, brackets without end, values that do not fit
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
             f"store: {path} is damaged ({str(error).splitlines()[0]}). Preprocess the raw data "
             "again."

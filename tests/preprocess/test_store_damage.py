@@ -156,6 +156,25 @@ def test_a_store_of_an_earlier_version_says_so(store):
         open_store(store.root)
 
 
+MANIFESTS = {
+    "deep": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+    "list": b"[1, 2]",
+    "nothing": b"",
+    "zeros": bytes(100),
+    "no text": b'{"a": "\xff"}',
+    "nulls": b'{"sha256": null, "version": null, "layout": null}',
+    "huge": b'{"version": 3, "layout": 1' + b"0" * 5000 + b"}",
+}
+
+
+@pytest.mark.parametrize("how", MANIFESTS)
+def test_a_manifest_that_is_none_is_one_sentence(store, how):
+    (store.root / "manifest.json").write_bytes(MANIFESTS[how])
+    with pytest.raises(InputError, match="manifest.json") as said:
+        open_store(store.root)
+    assert len(str(said.value)) < 500
+
+
 def test_no_changed_digit_of_a_manifest_goes_unseen(store):
     """Every digit, each alone: opening refuses it."""
     path = store.root / "manifest.json"
