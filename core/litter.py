@@ -14,16 +14,17 @@ import shutil
 import socket
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from segfleet.core.files import read_json
 from segfleet.core.process import alive, process_of
-from segfleet.core.tracker import keep_tracker
+from segfleet.core.tracker import keep_tracker, recorded
 
 PREFIX, NOTE = "segfleet-", "made-by.json"
 SHARED, SHARES = Path("/dev/shm"), "shares-"  # beginning of a file: this process shares memory
+SEMAPHORES = "semaphores"  # a file beside the note: their names
 UNNOTED = re.compile(rf"{PREFIX}(\d+)-[a-z0-9_]{{8}}")  # as _new_folder names them
 LONGEST = 85  # bytes of a folder's path; a socket's may have 107, "/listener-12345678" among them
 _sockets: tuple[int, Path] | None = None  # process and folder of multiprocessing
@@ -73,6 +74,7 @@ def note_multiprocessing() -> None:
             shutil.rmtree(folder, ignore_errors=True)
             return
         config["tempdir"], _sockets = str(folder), (os.getpid(), folder)
+        keep_tracker(folder / SEMAPHORES)
         multiprocessing.util.Finalize(None, forget_multiprocessing, exitpriority=-100)
 
 
@@ -86,7 +88,12 @@ def note_shared_memory() -> None:
 
 def remove_shared_memory(process: int) -> None:
     """What a process that has ended, or ends now, left in /dev/shm."""
-    for path in SHARED.glob(f"torch_{process}_*"):
+    _remove(SHARED.glob(f"torch_{process}_*"))
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    """Those of this user."""
+    for path in paths:
         with suppress(OSError):
             if os.lstat(path).st_uid == os.getuid():
                 path.unlink()
@@ -128,6 +135,7 @@ def remove_folders(place: Path | None = None) -> None:
                         number = path.name.removeprefix(SHARES)
                         if number.isdecimal() and not alive(int(number)):
                             remove_shared_memory(int(number))
+                    _remove([SHARED / name for name in recorded(folder / SEMAPHORES)])
                     remove_marked(folder, NOTE)
             elif (maker := UNNOTED.fullmatch(folder.name)) and not alive(int(maker[1])):
                 note.unlink(missing_ok=True)  # killed before it had written its note

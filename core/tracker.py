@@ -5,12 +5,16 @@ traceback for every name that is given back to it; here it is told what the firs
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any
+
+from segfleet.core.files import read_file
 
 # Of semaphores that a killed process left: they are removed, so nobody has to do anything.
 QUIET = "ignore:resource_tracker:UserWarning"
@@ -21,6 +25,7 @@ class Tracker(resource_tracker.ResourceTracker):
 
     _told: dict[tuple[str, str], None]  # what was registered and not given back, in order
     _healing: threading.Lock
+    _record: Path | None  # names of all semaphores, for whoever comes after a kill of everything
 
     def ensure_running(self) -> None:
         self._heal()
@@ -29,6 +34,9 @@ class Tracker(resource_tracker.ResourceTracker):
 
     def _send(self, cmd: str, name: str, rtype: str) -> None:
         self._heal()
+        if cmd == "REGISTER" and rtype == "semaphore" and self._record is not None:
+            with suppress(OSError), open(self._record, "a", encoding="utf-8") as file:
+                file.write(f"{name}\n")
         super()._send(cmd, name, rtype)  # type: ignore[misc]
         if cmd == "REGISTER":
             self._told[name, rtype] = None
@@ -58,16 +66,26 @@ class Tracker(resource_tracker.ResourceTracker):
             self._healing.release()
 
 
-def keep_tracker() -> None:
-    """From now on the tracker of this process is a `Tracker`. To be called before it makes its
-    first semaphore."""
+def keep_tracker(record: Path | None = None) -> None:
+    """From now on the tracker of this process is a `Tracker`, and the names of semaphores stand in
+    the file `record`. To be called before it makes its first one."""
     known: Any = resource_tracker
     tracker = known._resource_tracker
-    if isinstance(tracker, Tracker):
-        return
-    tracker._told, tracker._healing = {}, threading.Lock()
-    tracker.__class__ = Tracker
-    known.ensure_running = tracker.ensure_running  # the module holds the method of the class before
+    if not isinstance(tracker, Tracker):
+        tracker._told, tracker._healing, tracker._record = {}, threading.Lock(), None
+        tracker.__class__ = Tracker
+        # the module holds the method of the class before
+        known.ensure_running = tracker.ensure_running
+    tracker._record = record or tracker._record
+
+
+def recorded(record: Path) -> list[str]:
+    """The semaphores of a killed process, as files of /dev/shm are called."""
+    try:
+        text = read_file(record).decode(errors="replace")
+    except (OSError, ValueError):
+        return []
+    return [f"sem.{name}" for name in re.findall(r"^/(mp-[a-z0-9_]+)$", text, re.MULTILINE)]
 
 
 def _answers(handle: int) -> bool:
