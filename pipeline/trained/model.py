@@ -33,7 +33,7 @@ from segfleet.preprocess.stores.manifest import NAME, Dataset, Manifest, load_ma
 
 # Bytes of weights: networks that have no more in all stay loaded. Of a host it is little beside
 # what one network takes for an image.
-RESIDENT = {"cpu": 2**26, "cuda": 2**28}
+RESIDENT = {"cpu": 2**24, "cuda": 2**28}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -257,7 +257,7 @@ def test_networks_that_are_built_alike_take_turns_in_the_same_memory(
 def test_few_networks_are_little_beside_one_image(two_folds):
     """What stays loaded of an ensemble may not double what one network takes."""
     opened = load_run("tiny", runs=two_folds / "runs", fold="all")
-    large = [dataclasses.replace(one, size=2**26) for one in opened.networks]
+    large = [dataclasses.replace(one, size=2**24) for one in opened.networks]
     assert opened._stays and not Model(large)._stays
 
 
