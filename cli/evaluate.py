@@ -48,8 +48,7 @@ def command(
     from segfleet.pipeline.launch.local import run_ranks
     from segfleet.pipeline.recipe import parse
     from segfleet.pipeline.run import find_run
-    from segfleet.pipeline.scoring.external import EXTERNAL
-    from segfleet.pipeline.scoring.scored import own_evaluation
+    from segfleet.pipeline.scoring.scored import EXTERNAL, own_evaluation
     from segfleet.preprocess.stores.manifest import load_manifest
 
     if on is None:

@@ -12,7 +12,6 @@ from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.task import make_task
 from segfleet.preprocess.stores.manifest import Manifest, Plan, load_manifest
 
-EXTERNAL = "on"  # folder in a run: scores on other stores
 # of a plan: what the network's input depends on
 INPUT = (
     *("target_spacing", "transpose", "size", "interpolation"),

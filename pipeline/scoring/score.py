@@ -37,7 +37,7 @@ from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.run import StageFolder, lock_stage
 from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.scoring.evaluate import Kept, Measures, evaluate_cases
-from segfleet.pipeline.scoring.external import EXTERNAL, TestSet, overlap_with_training
+from segfleet.pipeline.scoring.external import TestSet, overlap_with_training
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.pipeline.task import RECONSTRUCT, Task
 from segfleet.preprocess.stores.base import ShardStore
@@ -240,7 +240,7 @@ class Scorer:
         test.check(self.recipe, trained, self.store.manifest)
         with locked(run, self.ranks):
             network = load_network(self.recipe, trained, folders, self.ranks.device)
-            out = run / EXTERNAL / test.folder(self.store.manifest)
+            out = run / scored.EXTERNAL / test.folder(self.store.manifest)
             out.mkdir(parents=True, exist_ok=True)
             done, manifest = folders[-1].done(), self.store.manifest
             facts = scored.test_facts(run, self.recipe, manifest, done, test)

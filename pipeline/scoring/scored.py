@@ -14,17 +14,20 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import read_json, write_json
 from segfleet.pipeline.recipe import Recipe, members
 from segfleet.pipeline.run import StageFolder, manifests_of, stages_of, training_ids
-from segfleet.pipeline.scoring.external import EXTERNAL, TestSet
 from segfleet.pipeline.scoring.form import is_evaluation
 from segfleet.preprocess.stores.manifest import Manifest
 
+if TYPE_CHECKING:
+    from segfleet.pipeline.scoring.external import TestSet
+
 EVALUATION = "evaluation.json"
+EXTERNAL = "on"  # folder in a run: scores on other stores
 VERSION = 3  # of what an evaluation.json holds; one of another version is made anew
 
 
