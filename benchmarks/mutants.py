@@ -1,7 +1,7 @@
 """Do the tests bite? Small faults are put into the code that decides results, one at a time, and
 the tests of that code are run: a fault that no test notices is a survivor.
 
-    python benchmarks/mutants.py [--per 40] [--seed 2026] [--named] [MODULE ...]
+    python benchmarks/mutants.py [--per 40] [--seed 2026] [--again] [--named] [MODULE ...]
 
 Each module gets up to `per` faults, drawn by seed from all that the rules below can make of it: a
 comparison turned or moved by one, + for -, `and` for `or`, a number one larger, a truth value
@@ -98,6 +98,19 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
             "for path in sorted(partial.iterdir()):",
             "sorted(partial.iterdir()) -> list(partial.iterdir())",
         ): "files are looked up in the manifest by name; their order there is for people",
+    },
+    "pipeline/data/randomness.py": {
+        (
+            "@functools.lru_cache(maxsize=32)",
+            "32 -> 33",
+        ): "how much is remembered changes no answer",
+    },
+    "preprocess/planning/plan.py": {
+        (
+            "target_spacing=spacing, patch=(1, 1, 1), normalisation=kinds, size=size, "
+            "transpose=axes",
+            "1 -> 2",
+        ): "a draft, of which only the grid is read, never the patch",
     },
     "pipeline/data/sampler.py": {
         (
@@ -397,7 +410,7 @@ def dependents(module: str) -> set[str]:
     return found
 
 
-def examine(clone: Path, module: str, per: int, seed: int) -> dict:
+def examine(clone: Path, module: str, per: int, seed: int, again: dict | None) -> dict:
     """In a process of its own, which imports beforehand all that its tests need but what hangs on
     the module. A fault meets the tests that call its function, the quickest first; one that they
     miss meets all."""
@@ -409,7 +422,7 @@ def examine(clone: Path, module: str, per: int, seed: int) -> dict:
     child = os.fork()
     if child == 0:
         try:
-            results.write_text(json.dumps(tried(clone, module, per, seed, limit)))
+            results.write_text(json.dumps(tried(clone, module, per, seed, limit, again)))
         except BaseException:
             traceback.print_exc()
         finally:
@@ -431,7 +444,8 @@ def as_shipped(clone: Path, module: str) -> None:
         table.write_text(json.dumps(shipped))
 
 
-def tried(clone: Path, module: str, per: int, seed: int, limit: float) -> dict:
+def tried(clone: Path, module: str, per: int, seed: int, limit: float, again: dict | None) -> dict:
+    """What came of the faults that are drawn; of `again`, what was found before, its survivors."""
     calls, seconds, modules = json.loads((clone / "watched").read_text())
     hang = dependents(module)
     for name in modules:
@@ -443,6 +457,9 @@ def tried(clone: Path, module: str, per: int, seed: int, limit: float) -> dict:
     source = path.read_text(encoding="utf-8")
     around, every = functions(source), list(mutants(source))
     chosen = sorted(random.Random(seed).sample(range(len(every)), min(per, len(every))))
+    if again:
+        left = {*again["survivors"], *again["equivalent"]}
+        chosen = [n for n, (_, line, change) in enumerate(every) if f"{line}: {change}" in left]
     survivors = []
     stamp = path.stat().st_mtime
     path.write_text(ast.unparse(ast.parse(source)), encoding="utf-8")
@@ -467,8 +484,8 @@ def tried(clone: Path, module: str, per: int, seed: int, limit: float) -> dict:
     path.write_text(source, encoding="utf-8")
     as_shipped(clone, module)
     os.utime(path, (stamp + 10, stamp + 10))
-    killed = len(chosen) - len(survivors)
-    facts = {"possible": len(every), "tried": len(chosen), "killed": killed}
+    count = again["tried"] if again else len(chosen)
+    facts = {"possible": len(every), "tried": count, "killed": count - len(survivors)}
     return facts | judged(module, survivors)
 
 
@@ -519,6 +536,7 @@ def main() -> None:
     parser.add_argument("modules", nargs="*", default=list(SUBJECTS), metavar="MODULE")
     parser.add_argument("--per", type=int, default=40)
     parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--again", action="store_true", help="those that survived, once more")
     parser.add_argument("--named", action="store_true", help="those made by hand, and no others")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="segfleet-mutants-") as folder:
@@ -542,7 +560,8 @@ def main() -> None:
             asked = asked if given.modules == list(SUBJECTS) else given.modules
             keep("by hand", by_hand(clone, asked))
         for module in () if given.named else given.modules:
-            found = examine(clone, module, given.per, given.seed) | {"seed": given.seed}
+            before = json.loads(RESULT.read_text())[module] if given.again else None
+            found = examine(clone, module, given.per, given.seed, before) | {"seed": given.seed}
             keep(module, found)
             print(module, json.dumps(found, indent=1), flush=True)
 

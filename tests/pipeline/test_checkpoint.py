@@ -291,6 +291,13 @@ def test_tensors_on_a_gpu_are_fetched_beside_training_and_waited_for_by_the_thre
     assert buffers[0] == buffers[1], "kept"
 
 
+def test_what_lies_on_the_host_beside_a_gpu_does_not_follow_training(device):
+    count = torch.tensor(3)  # of the double, what has no axis is on the host
+    kept, _ = checkpoint.Staging().copies({"weights": {"n": count, "w": torch.ones(2)}})
+    count.add_(1)
+    assert kept["weights"]["n"] == 3
+
+
 def test_a_buffer_grows_with_what_is_saved(device):
     staging = checkpoint.Staging()
     for size in (3, 7, 5):

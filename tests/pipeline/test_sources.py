@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
+import sys
 
 import pytest
 
@@ -100,6 +102,28 @@ def test_an_edited_file_counts_where_it_computes(code, file, old, new, counts):
     assert sources.changed_sources("unext", "dice_ce") == (
         {file: sources.source_hash(sources.HOME / file)} if counts else {}
     )
+
+
+def test_make_sources_refuses_what_may_compute_something_else(tmp_path, monkeypatch, capsys):
+    """A changed file is named, and taken over only by whoever says that results are the same."""
+    right, name = sources.TABLE.read_text(), "pipeline/data/sampler.py"
+    document = json.loads(right)
+    document["files"][name] = "0" * 16
+    table = tmp_path / "sources.json"
+    table.write_text(json.dumps(document))
+    made = sources.table()
+    monkeypatch.setattr(sources, "table", lambda: made)
+    monkeypatch.setattr(sources, "TABLE", table)
+    monkeypatch.setattr(sources, "shipped", sources.shipped.__wrapped__)
+    monkeypatch.setattr(sys, "argv", ["sources"])
+    assert sources.main() == 1 and json.loads(table.read_text()) == document
+    said = capsys.readouterr().err
+    assert name in said and "pipeline/data/randomness.py" not in said
+    monkeypatch.setattr(sys, "argv", ["sources", "--same-results"])
+    assert sources.main() == 0 and table.read_text() == right
+    table.write_text(json.dumps({**document, "numerics": sources.NUMERICS - 1}))
+    monkeypatch.setattr(sys, "argv", ["sources"])
+    assert sources.main() == 0 and table.read_text() == right, "another version says so itself"
 
 
 def test_a_network_of_the_user_counts_by_its_source(code):
