@@ -112,6 +112,13 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
             "1 -> 2",
         ): "a draft, of which only the grid is read, never the patch",
     },
+    "pipeline/sources.py": {
+        (
+            'foreign = sorted({*ours, *plugins.files()} - set(shipped()["files"]))',
+            "sorted({*ours, *plugins.files()} - set(shipped()['files'])) -> "
+            "list({*ours, *plugins.files()} - set(shipped()['files']))",
+        ): "whoever asks makes a set of them",
+    },
     "pipeline/data/sampler.py": {
         (
             "int(rng.integers(0, s - p + 1)) if s > p else -((p - s) // 2)",

@@ -216,13 +216,15 @@ def test_the_anisotropic_axis_and_the_storage_type():
     assert (
         make_plan(dataset(), prints([(20, 256, 256)], [(3.0, 1.5, 1.5)])).anisotropic_axis is None
     )
-    wide = Fingerprint.model_validate(
-        {
-            **prints([(9, 9, 9)], [(1.0, 1.0, 1.0)]).model_dump(),
-            "intensity": ({**FACTS, "max": 9000.0},),
-        }
-    )
-    assert make_plan(dataset(("noNorm",)), wide).dtype == "float32"
+    # float16 holds every integer up to 2048
+    for most, kind in ((9000.0, "float32"), (2049.0, "float32"), (2048.0, "float16")):
+        wide = Fingerprint.model_validate(
+            {
+                **prints([(9, 9, 9)], [(1.0, 1.0, 1.0)]).model_dump(),
+                "intensity": ({**FACTS, "max": most},),
+            }
+        )
+        assert make_plan(dataset(("noNorm",)), wide).dtype == kind
 
 
 def test_a_fingerprint_is_measured_and_survives_json(shared_data):
