@@ -247,6 +247,34 @@ def test_an_older_store_is_read_and_upgraded_with_its_id(store):
     assert upgrade(store.root) and load_manifest(store.root).id == document["id"]
 
 
+def test_what_an_older_manifest_leaves_out_is_what_its_version_did():
+    """Written out: another default would read every such store otherwise."""
+    plan = module.Plan(target_spacing=(1, 1, 1), patch=(1, 8, 8), normalisation=("ct",))
+    assert plan.model_dump(exclude={"target_spacing", "patch", "normalisation"}) == {
+        "transpose": (0, 1, 2),
+        "batch": 2,
+        "patch_2d": None,
+        "batch_2d": 2,
+        "intensity": (),
+        "nonzero_mask": False,
+        "anisotropic_axis": None,
+        "median_shape": (1, 1, 1),
+        "dtype": "float16",
+        "scale": 1.0,
+        "size": None,
+        "interpolation": "cubic",
+        "masks": "linear",
+    }
+    dataset = module.Dataset(name="d", reader="msd", dims=3, channels=("CT",), labels={"b": 0})
+    assert dataset.model_dump(exclude={"name", "reader", "dims", "channels", "labels"}) == {
+        "ignore_label": None,
+        "regions": {},
+        "region_order": (),
+        "file_ending": ".nii.gz",
+        "licence": "",
+    }
+
+
 def test_the_id_is_the_hash_of_the_plain_document(store):
     manifest = stored(store.root, entries(12))
     assert manifest.id == module._id_as_written(manifest.model_dump(mode="json"))
