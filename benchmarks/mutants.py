@@ -118,6 +118,12 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
             "sorted({*ours, *plugins.files()} - set(shipped()['files'])) -> "
             "list({*ours, *plugins.files()} - set(shipped()['files']))",
         ): "whoever asks makes a set of them",
+        (
+            "changed = sorted(",
+            "sorted((name for name in known['files'] if name in made['files'] and "
+            "made['files'][name] ! -> list((name for name in known['files'] if name in "
+            "made['files'] and made['files'][name] != kn",
+        ): "the table is written in order",
     },
     "pipeline/data/sampler.py": {
         (

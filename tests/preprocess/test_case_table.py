@@ -273,6 +273,10 @@ def test_what_an_older_manifest_leaves_out_is_what_its_version_did():
         "file_ending": ".nii.gz",
         "licence": "",
     }
+    manifest = Manifest(format="zarr", dataset=dataset, plan=plan, cases=())
+    assert (manifest.split_seed, manifest.joined, manifest.splits) == (0, None, {})
+    assert (manifest.version, manifest.layout, manifest.codec) == (3, 1, "blosc")
+    assert Manifest(format="hdf5", dataset=dataset, plan=plan, cases=()).layout == 2
 
 
 def test_the_id_is_the_hash_of_the_plain_document(store):
