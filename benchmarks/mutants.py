@@ -120,9 +120,10 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
         ): "whoever asks makes a set of them",
         (
             "changed = sorted(",
-            "sorted((name for name in known['files'] if name in made['files'] and "
-            "made['files'][name] ! -> list((name for name in known['files'] if name in "
-            "made['files'] and made['files'][name] != kn",
+            "sorted((name for name in known['files'] if name in made['fil"
+            "es'] and made['files'][name] ! -> "
+            "list((name for name in known['files'] if name in made['files"
+            "'] and made['files'][name] != ",
         ): "the table is written in order",
     },
     "pipeline/data/sampler.py": {
