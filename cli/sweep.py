@@ -330,6 +330,8 @@ def render(document: dict[str, Any]) -> None:
         typer.echo("no point keeps the constraints", err=True)
     for row in document["unranked"][:MOST_LINES]:
         typer.echo(f"no rank {row['name']}: {row['reason']}", err=True)
+    if gains := document.get("learning"):
+        render_gains(gains, "Dice" if first == "dice" else first)
     savings = document["savings"]
     left = savings["epochs_left_out"]
     typer.echo(
@@ -339,6 +341,25 @@ def render(document: dict[str, Any]) -> None:
     )
     if document["best"]:
         typer.echo(f"best    {document['folder']}/best.yaml")
+
+
+def render_gains(found: dict[str, Any], measure: str) -> None:
+    """What one way of beginning adds to another, at each number of labelled cases."""
+    several = found["axis"] is not None
+    rows = []
+    for row in found["rows"]:
+        gain = row["gain"]
+        rows.append(
+            (
+                row["way"],
+                *(["all" if row["cases"] is None else str(row["cases"])] if several else []),
+                number(row["score"]),
+                "" if gain is None else f"{gain['mean']:+.4f}",
+                "" if gain is None else interval(gain["ci95"]),
+            )
+        )
+    head = ("way", *(["cases"] if several else []), measure, "gain", "95 % interval")
+    table(head, rows, title=f"Gains over {found['reference']}, paired by case")
 
 
 def number(value: float) -> str:

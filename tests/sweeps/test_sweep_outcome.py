@@ -276,7 +276,7 @@ def test_learning_curves_are_paired_at_equal_numbers_of_cases(search, tmp_path):
 
 
 @pytest.mark.parametrize("cases", [None, [1, 2]])
-def test_what_a_pretraining_adds_is_over_the_same_without_it(search, tmp_path, cases):
+def test_what_a_pretraining_adds_is_over_the_same_without_it(search, tmp_path, cases, capsys):
     """Whatever else differs, here the rate of the fine-tuning, which is worth more than the
     pre-training: its gain is not the pre-training's."""
     stages = [
@@ -291,7 +291,12 @@ def test_what_a_pretraining_adds_is_over_the_same_without_it(search, tmp_path, c
         return 0.1 + (0.03 if first.epochs else 0) + (0.4 if second.lr == 1e-3 else 0)
 
     plan, ledger = pretended(space, tmp_path, dice)
-    found = write_outcome(plan, ledger)["learning"]
+    document = write_outcome(plan, ledger)
+    render({**document, "folder": "F", "report": "R"})
+    shown = capsys.readouterr().out
+    assert "Gains over the same with stages.0.epochs=0" in " ".join(shown.split())
+    assert shown.count("+0.0300") == 2 * len(cases or [None])
+    found = document["learning"]
     gains = [row["gain"] for row in found["rows"]]
     several = len(cases or [None])
     assert len(gains) == 4 * several and gains.count(None) == 2 * several
