@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, queues, resource_tracker
 from typing import Any, TypeVar
 
 from segfleet.core.litter import note_multiprocessing
@@ -25,6 +25,7 @@ WATCHED = (
 SERVED = "segfleet.core.served"  # what a server of worker processes imports first
 _function: Callable | None = None  # of a worker process
 SMALL, MOST_AT_ONCE = 16 * 2**20, 64  # bytes and items that are handed over together
+ENDING = 2.0  # seconds in which a process that removes its folder of sockets has ended
 WORTH_A_PROCESS = 256 * 2**20  # bytes of work; a process takes about a second to start
 
 
@@ -236,6 +237,20 @@ def end_with_parent(last: Callable[[], None] = lambda: None) -> None:
             os._exit(1)
 
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
+def forgive_queues() -> None:
+    """From now on the queues of this process, started by multiprocessing, print nothing of what
+    they cannot send because its parent is ending."""
+    parent: Any = multiprocessing.parent_process()
+    plain = queues.Queue._on_queue_feeder_error  # type: ignore[attr-defined]
+
+    def report(error: Exception, thing: Any) -> None:
+        parent.join(ENDING)
+        if parent.is_alive():
+            plain(error, thing)
+
+    queues.Queue._on_queue_feeder_error = staticmethod(report)  # type: ignore[attr-defined]
 
 
 def _begin(function: Callable) -> None:

@@ -220,3 +220,39 @@ def test_who_ends_with_its_parent_tidies_up_first(tmp_path):
     while not (tmp_path / "done").exists():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+UNSENT = """
+import multiprocessing, os, sys, time
+from segfleet.core import parallel
+
+class Unsendable:
+    def __reduce__(self):
+        raise FileNotFoundError("a socket's folder")
+
+def work(queue, ready, go):
+    parallel.forgive_queues()
+    ready.set()
+    go.wait()
+    queue.put(Unsendable())
+    time.sleep(4)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("forkserver")
+    queue, ready, go = context.Queue(), context.Event(), context.Event()
+    context.Process(target=work, args=(queue, ready, go), daemon=True).start()
+    ready.wait()
+    go.set()
+    if sys.argv[1] == "ends":
+        os._exit(0)
+    time.sleep(4)
+"""
+
+
+@pytest.mark.parametrize("parent", ["ends", "lives"])
+def test_what_a_queue_cannot_send_is_told_unless_its_parent_is_ending(tmp_path, parent):
+    (tmp_path / "unsent.py").write_text(UNSENT)
+    words = [sys.executable, tmp_path / "unsent.py", parent]
+    said = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=200).stderr
+    assert ("FileNotFoundError: a socket's folder" in said) == (parent == "lives"), said
+    assert ("Traceback" in said) == (parent == "lives")
