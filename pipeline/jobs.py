@@ -204,7 +204,7 @@ def predict(
             progress=progress,
         )
     if auto:
-        texts = {name: rule.text for name, rule in rules.items()}
+        texts = {name: rule.text for name, rule in (rules or {}).items()}
         answer["postprocess"] = {name: texts.get(name) for name in model.task.names}
     return answer
 

@@ -104,6 +104,12 @@ def test_an_edited_file_counts_where_it_computes(code, file, old, new, counts):
     )
 
 
+def test_only_what_is_imported_of_ours_counts(tmp_path):
+    file = tmp_path / "x.py"
+    file.write_text("import other.core.files\nimport torch.nn\nimport segfleet.core.lock\n")
+    assert sources.imports(file) == ["core/lock.py"]
+
+
 def test_make_sources_refuses_what_may_compute_something_else(tmp_path, monkeypatch, capsys):
     """A changed file is named, and taken over only by whoever says that results are the same."""
     right, name = sources.TABLE.read_text(), "pipeline/data/sampler.py"

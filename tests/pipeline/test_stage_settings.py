@@ -194,3 +194,17 @@ def test_cases_seen_by_an_earlier_stage_are_told(document, tiny_store):
     assert seen_in_training(ids, recipe, manifest)["cases"] == len(ids)
     document["stages"][0]["data"] = {"batch": 1}
     assert seen_in_training(ids, recipe_of(document), manifest)["cases"] == 0
+
+
+def test_a_run_keeps_what_its_store_said(tiny_store, tmp_path):
+    """Data set and plan, without cases; written anew only where they are others."""
+    manifest = load_manifest(tiny_store(dims=2))
+    run.note_data(tmp_path / "run", manifest)
+    file = tmp_path / "run" / run.DATA
+    kept, before = json.loads(file.read_text()), file.stat().st_ino
+    assert kept["dataset"] == manifest.dataset.model_dump(mode="json") and kept["cases"] == []
+    run.note_data(tmp_path / "run", manifest)
+    assert file.stat().st_ino == before, "left as it is"
+    dataset = manifest.dataset.model_copy(update={"name": "another"})
+    run.note_data(tmp_path / "run", manifest.model_copy(update={"dataset": dataset}))
+    assert json.loads(file.read_text())["dataset"]["name"] == "another"
