@@ -104,13 +104,13 @@ class Fork:
         if self.pid == 0:
             os.setsid()
             _become(f"rank {env['RANK']}", env)
-            from segfleet.core import litter
+            from segfleet.pipeline.data import loader
             from segfleet.pipeline.launch import worker
 
             folder = Path(words[-1])
             job = json.loads((folder / "job.json").read_text())
             if job.get("recipe", {}).get("data", {}).get("workers") not in (0, "auto", None):
-                litter.note_multiprocessing()
+                loader._forkserver()  # with what it imports first
                 forkserver.ensure_running()  # now: later this process has threads and sockets
             _end(lambda: worker.exit_now(worker.main(folder)))
 
