@@ -55,14 +55,8 @@ SUBJECTS = {  # module -> the tests that ought to notice
         "preprocess/test_store_damage.py",
         "preprocess/test_store_states.py",
     ],
-    "preprocess/stores/case_entry.py": [
-        "preprocess/test_case_table.py",
-        "preprocess/test_stores.py",
-    ],
-    "preprocess/stores/case_table.py": [
-        "preprocess/test_case_table.py",
-        "preprocess/test_stores.py",
-    ],
+    "preprocess/stores/case_entry.py": ["preprocess/test_case_table.py"],
+    "preprocess/stores/case_table.py": ["preprocess/test_case_table.py"],
     "preprocess/stores/shard_writer.py": ["preprocess/test_shard_writer.py"],
     # planning
     "preprocess/planning/plan.py": ["preprocess/test_plan.py", "preprocess/test_overrides.py"],
