@@ -316,9 +316,10 @@ def side(which: str, name: str, folder: Path, workers: int, seed: int) -> None:
         ),
         flush=True,
     )
-    for one in below:  # nnU-Net's outlive it, and hold what this prints into
-        with suppress(ProcessLookupError):
-            os.kill(one, signal.SIGKILL)
+    if which == "nnunet":  # its processes outlive this one, and hold what it prints into
+        for one in below:
+            with suppress(ProcessLookupError):
+                os.kill(one, signal.SIGKILL)
     os._exit(0)
 
 
