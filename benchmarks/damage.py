@@ -529,6 +529,7 @@ def main(options: argparse.Namespace) -> int:
                     if key.startswith("said") or now.get(key) != before.get(key)
                 }
             verdict, why = judge(code, err, out, now, right, path, how)
+            why = why.replace(str(HERE.parent), ".")
             row = {"command": name, "kind": kind, "damage": how, "verdict": verdict}
             row |= {"seconds": round(time.monotonic() - begin, 2), "why": why}
             row["cpu_seconds"] = round(forked.cpu_seconds() - cpu, 2)

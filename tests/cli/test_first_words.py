@@ -75,7 +75,8 @@ def test_several_runs_of_a_name_are_told_apart(runs):
     with pytest.raises(InputError) as caught:
         find_run("hippocampus", runs)
     message = str(caught.value)
-    assert "fits 3 runs" in message and "--fold N and --best" in message and "dd33" not in message
+    assert "fits 3 runs" in message and "--fold all, an ensemble" in message
+    assert "dd33" not in message
     assert (
         "  aa00  fold 0  Dice 0.7500\n  bb11  fold 1  Dice 0.8125\n  cc22  fold 1  not" in message
     )

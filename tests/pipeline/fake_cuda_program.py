@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
+import os
 import sys
 import traceback
 from collections import Counter
@@ -458,6 +459,8 @@ def main() -> None:
             answers.append({"error": traceback.format_exc()[-9000:]})
     del kept
     json.dump(answers, sys.stdout)
+    sys.stdout.flush()
+    os._exit(0)  # torch's threads may still run when Python takes their library down: an abort
 
 
 if __name__ == "__main__":
