@@ -727,6 +727,9 @@ def test_a_number_that_another_process_has_is_no_daemon(tmp_path):
     daemon = subprocess.Popen([str(tmp_path / "slurmctld"), "60"], executable="/bin/sleep")
     try:
         file.write_text(f"{daemon.pid}\n")
+        words = Path(f"/proc/{daemon.pid}/cmdline")
+        while not words.read_bytes():  # for a moment after exec
+            time.sleep(0.01)
         assert own.pids() == {"slurmctld": daemon.pid}
     finally:
         daemon.kill()
