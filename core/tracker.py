@@ -1,6 +1,6 @@
 """Multiprocessing's resource tracker: a process that removes semaphores once all have ended who
 use them. Python starts another one when it was killed. That one knows of nothing, and prints a
-traceback for every name that is given back to it; here it is told what the first one knew."""
+traceback for every name that is given back to it; here it gets all names of the first one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUIET = "ignore:resource_tracker:UserWarning"
 
 
 class Tracker(resource_tracker.ResourceTracker):
-    """As Python's, but one that was killed is replaced without a loss and without a word."""
+    """As Python's, but one that was killed is replaced silently, without a loss."""
 
     _told: dict[tuple[str, str], None]  # what was registered and not given back, in order
     _healing: threading.Lock

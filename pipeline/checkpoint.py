@@ -71,7 +71,8 @@ class Checkpoint:
         if not path.exists():
             return {}
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if name not in without}  # noqa: SIM118  it is no mapping
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names if name not in without}
 
 
 def folder_name(step: int) -> str:

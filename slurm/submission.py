@@ -245,7 +245,7 @@ def failure(life: Path) -> dict[str, Any] | None:
         return None
     first = reports[0]
     silent = (
-        f"rank {first['rank']} lost its partner, which went without a word (killed? out of "
+        f"rank {first['rank']} lost its partner, which ended without a message (killed? out of "
         "memory? its node?)"
     )
     return {**first, "message": f"{silent}\n{first['message']}"}

@@ -1,8 +1,8 @@
 """How a batch gets from a loader process to its rank: through shared memory that both keep.
 
 A tensor that torch sends costs new shared memory, its pages, a connection to fetch it by and a
-mapping: 2 ms each, more than a 2D batch takes to make. Here a loader process has one room of a few
-slots, which travels once; then it fills slot after slot and says which.
+mapping: 3 ms a 2D batch, twice what it takes to make. Here a loader process has one room of a few
+slots, which travels once; then it fills slot after slot and sends their numbers.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ class Held(Generic[Batched]):
         return self.taken(pin=True)
 
 
-ROOMS: dict[str, Tensor] = {}  # of the loader processes that this process hears
+ROOMS: dict[str, Tensor] = {}  # by sender, in the receiving process
 
 
 class Sender:
     """Puts batches into slots, in a loader process. Where shared memory is full they become arrays,
     which go through the pipe.
 
-    Here and not where they are sent: a thread of multiprocessing does that, whose failure nobody
-    would hear of, and the batch would be waited for in vain.
+    Here and not where they are sent: a thread of multiprocessing does that, which fails silently,
+    and the batch would be waited for in vain.
     """
 
     def __init__(self, name: str):

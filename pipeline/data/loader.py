@@ -77,7 +77,7 @@ class LoaderError(RuntimeError):
 
 
 class LoaderDied(LoaderError):
-    """A loader process is gone, or silent: told in a sentence, as its traceback is of no use."""
+    """A loader process is gone, or silent: one message, as its traceback is of no use."""
 
     exit_code = ExitCode.FAULT
 

@@ -72,8 +72,8 @@ def crc32c(data: bytes | np.ndarray) -> int:
 def unpack_into(piece: np.ndarray, packed: np.ndarray, codec: str) -> bool:
     """Decode a chunk; False, and maybe something else in `piece`, if it is none of so many
     bytes."""
-    told = _frame_holds(packed) if codec == "zstd" else _blosc_holds(packed)
-    if told != piece.nbytes:  # or old memory would show in the rest
+    held = _frame_holds(packed) if codec == "zstd" else _blosc_holds(packed)
+    if held != piece.nbytes:  # or old memory would show in the rest
         return False
     try:
         (zstd if codec == "zstd" else blosc).decompress(packed, piece)

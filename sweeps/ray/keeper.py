@@ -1,7 +1,7 @@
 """Ends a session of Ray whose driving process is gone, however it went.
 
 The kernel ends what that process has started itself, but not what Ray's raylet has: its agents
-hear that it is gone and want to tell so to a server that is gone as well, for a minute. This
+notice that it is gone and try for a minute to report so to a server that is gone as well. This
 process holds the other end of a pipe, so it knows at once.
 """
 

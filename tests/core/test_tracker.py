@@ -1,5 +1,4 @@
-"""Multiprocessing's resource tracker: killed, it is replaced by one that knows as much, and nobody
-hears of it."""
+"""Multiprocessing's resource tracker: killed, it is silently replaced by one that knows as much."""
 
 from __future__ import annotations
 
@@ -61,7 +60,7 @@ def test_nothing_is_said_and_nothing_is_left(way, tmp_path):
     assert ended.stderr == ""
     made = [Path("/dev/shm", f"sem.{name[1:]}") for name in ended.stdout.split() if name != "1"]
     assert len(made) >= 2
-    end = time.monotonic() + 10  # the tracker hears of it and does its work
+    end = time.monotonic() + 10  # the tracker notices and does its work
     while any(path.exists() for path in made) and time.monotonic() < end:
         time.sleep(0.05)
     assert not any(path.exists() for path in made)

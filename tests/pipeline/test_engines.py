@@ -267,8 +267,7 @@ def test_zero_3_saves_and_averages_in_memory_that_does_not_grow_with_the_network
             assert one["ema"] == "", "the average of pieces is that of the whole, to the bit"
             assert one["gathered"] == "", "a few at a time or all at once, it is the same"
             assert one["blank"], "no second copy of the weights between evaluations"
-            # two pieces and small tensors; gloo's thread may hold on to a third for a moment
-            assert one["saving"] <= 3 * one["at once"] + 1024 < one["largest"]
+            assert one["saving"] <= 3 * one["at once"] < one["largest"]
             # a rank's share, padded; on a GPU that of small weights
             assert one["averaged"] <= 0.51 * one["whole"] + 100 * 4 >= one["averaging"]
             assert one["evaluated"] == one["whole"]
