@@ -19,7 +19,8 @@ from pathlib import Path
 from segfleet.pipeline import run
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
-from segfleet.pipeline.training.train import Run, train
+from segfleet.pipeline.training.context import Context
+from segfleet.pipeline.training.train import train
 from segfleet.preprocess.stores.base import open_store
 
 HERE = Path(__file__).resolve().parent
@@ -47,7 +48,7 @@ def timed(store, folder: Path, save_every: int) -> tuple[float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     never, nothing = (lambda: False), (lambda engine, settings: {})
     train(
-        Run(
+        Context(
             recipe=recipe,
             stores=lambda settings: store,
             folders=folders,

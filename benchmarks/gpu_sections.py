@@ -22,7 +22,6 @@ from torch import Tensor
 
 from segfleet.models import registry
 from segfleet.models.profile import count_macs
-from segfleet.pipeline import checkpoint
 from segfleet.pipeline.data import loader
 from segfleet.pipeline.data.sampler import PatchSampler
 from segfleet.pipeline.engines.base import Engine
@@ -39,8 +38,10 @@ from segfleet.pipeline.sections import Engine as EngineSection
 from segfleet.pipeline.stop import Paused, StopRequest
 from segfleet.pipeline.task import make_task
 from segfleet.pipeline.training.begin import build
-from segfleet.pipeline.training.train import Progress, Run, save
-from segfleet.pipeline.training.window import Stream
+from segfleet.pipeline.training.context import Context
+from segfleet.pipeline.training.progress import Progress
+from segfleet.pipeline.training.saves import Saves
+from segfleet.pipeline.training.stream import Stream
 from segfleet.preprocess.stores.base import ShardStore, open_store
 from segfleet.preprocess.stores.manifest import Dataset, Manifest, Plan, layout_of
 
@@ -114,7 +115,7 @@ class Bench:
 
     def engine(self, recipe: Recipe, manifest: Manifest) -> Engine:
         """As the training loop builds it."""
-        run = Run(
+        context = Context(
             recipe=recipe,
             stores=lambda _: _Of(manifest),
             folders=[StageFolder(path=self.folder / "nothing", index=0)],
@@ -123,7 +124,7 @@ class Bench:
             warn=lambda words: None,
             validate=lambda engine, settings: {},
         )
-        return build(run, 0)[0]
+        return build(context, 0)[0]
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,7 @@ def training(bench: Bench, workers: int) -> tuple[Stream, Engine]:
     )
     on_device = bench.device.type != "cpu"
     patches = loader.Patches(store, sampler, 0, 100_000, Augment(), on_device)
-    schedule = loader.Schedule(loader.Place(stage=0, epoch=0, step=0), 1, 100_000, 2, 1, 0, 1)
+    schedule = loader.Schedule(0, 1, 100_000, 2, 1, 0, 1)
     stream = Stream(loader.batches(patches, schedule, workers), bench.device, True)
     return stream, bench.engine(recipe, store.manifest)
 
@@ -437,23 +438,24 @@ def stalls(bench: Bench) -> Rows:
         engine, size = bench.engine(recipe, manifest), loading.SETS[bench.data][0]
         stream, ranks = forever(drawn(size, 1, 5, bench)), Ranks(bench.device)
         plain = bench.seconds(lambda: engine.step(stream, 1e-2))
-        saver = checkpoint.Saver(bench.folder / "saved")
+        folder = StageFolder(path=bench.folder / "saved", index=0)
+        saves = Saves(folder, recipe, ranks, step=0)
         lost = []
         for number in range(1, 4):
             bench.wait()
             start = time.perf_counter()
-            save(engine, saver, Progress(step=number), recipe, 0, ranks)
+            saves.save(engine, Progress(step=number))
             engine.step(stream, 1e-2)
             bench.wait()
             lost.append(time.perf_counter() - start - plain)
             steps = 0
             start = time.perf_counter()
-            while not saver.poll() and time.perf_counter() - start < 30:
+            while not saves.saver.poll() and time.perf_counter() - start < 30:
                 engine.step(stream, 1e-2)
                 bench.wait()
                 steps += 1
             lost[-1] += max(0.0, time.perf_counter() - start - steps * plain)
-            saver.wait()
+            saves.saver.wait()
         stall = max(0.0, statistics.median(lost))
         return {"stall_ms": 1e3 * stall, "share": stall / (60 * recipe.save_minutes)}
 

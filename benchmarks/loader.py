@@ -151,7 +151,7 @@ def ours(name: str, folder: Path, workers: int, seed: int):
         cases=store.manifest.cases, patch=SETS[name][0], batch=BATCH, foreground=1 / 3, seed=seed
     )
     patches = loader.Patches(store, sampler, 0, 100_000, Augment(), False)
-    schedule = loader.Schedule(loader.Place(stage=0, epoch=0, step=0), 1, 100_000, BATCH, 1, 0, 1)
+    schedule = loader.Schedule(0, 1, 100_000, BATCH, 1, 0, 1)
     for batch in loader.batches(patches, schedule, workers):
         yield batch.image
 

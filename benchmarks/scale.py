@@ -81,8 +81,7 @@ if __name__ == "__main__":
     sampler = PatchSampler(cases=manifest.cases.among(train),
                            patch=(1, 32, 32), batch=16, foreground=1 / 3, seed=7)
     patches = loader.Patches(store, sampler, 0, 100, None, False)
-    place = loader.Place(stage=0, epoch=0, step=0)
-    batches = loader.batches(patches, loader.Schedule(place, 1, 100, 16, 1, 0, 1), 2)
+    batches = loader.batches(patches, loader.Schedule(0, 1, 100, 16, 1, 0, 1), 2)
     next(batches)
     own = []
     for child in psutil.Process().children(recursive=True):

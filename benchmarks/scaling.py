@@ -42,6 +42,7 @@ from segfleet.pipeline.engines.deepspeed import quiet_deepspeed
 from segfleet.pipeline.ranks import ProcessRanks, Ranks, join_ranks
 from segfleet.pipeline.recipe import Recipe, parse
 from segfleet.pipeline.training import train as training
+from segfleet.pipeline.training.context import Context
 from segfleet.preprocess.stores.base import open_store
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -105,8 +106,8 @@ def train(case: Case, store: Path, folder: Path, ranks: Ranks, begins: Callable[
     original, opened = training.build, open_store(store)
     recipe = case.recipe(store, ranks.size)
 
-    def build(this, index):
-        engine, before = original(this, index)
+    def build(context, index):
+        engine, before = original(context, index)
         step = engine.step
 
         def marked(*words):
@@ -118,7 +119,7 @@ def train(case: Case, store: Path, folder: Path, ranks: Ranks, begins: Callable[
 
     training.build = build
     training.train(
-        training.Run(
+        Context(
             recipe=recipe,
             stores=lambda settings: opened,
             folders=run.stage_folders(folder, recipe, opened.manifest),

@@ -45,9 +45,9 @@ from segfleet.pipeline import jobs, ranks, stop
 mark("segfleet and scipy")
 from segfleet.pipeline.training import train
 original = train.build
-def build(this, index):
+def build(context, index):
     mark("recipe, store and checks")
-    engine, before = original(this, index)
+    engine, before = original(context, index)
     mark("network and engine")
     step = engine.step
     def first(*words):

@@ -27,7 +27,8 @@ from segfleet.pipeline.parts import Objective, build_network
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.task import make_task
-from segfleet.pipeline.training.train import Run, train
+from segfleet.pipeline.training.context import Context
+from segfleet.pipeline.training.train import train
 from segfleet.preprocess.stores.base import open_store
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -74,7 +75,7 @@ def ours(recipe, store, folder) -> None:
     folders = run.stage_folders(folder, recipe, store.manifest)
     never, nothing = (lambda: False), (lambda engine, settings: {})
     train(
-        Run(
+        Context(
             recipe=recipe,
             stores=lambda settings: store,
             folders=folders,

@@ -31,7 +31,8 @@ from segfleet.pipeline.scoring.score import Scorer
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.pipeline.trained.loading import open_model
 from segfleet.pipeline.trained.out_of_fold import decided
-from segfleet.pipeline.training.train import Run, train
+from segfleet.pipeline.training.context import Context
+from segfleet.pipeline.training.train import train
 from segfleet.pipeline.training.window import Diverged
 from segfleet.preprocess.stores.base import ShardStore, open_store
 from segfleet.preprocess.stores.manifest import Manifest
@@ -84,7 +85,7 @@ def train_and_score(job: Train | Score, ranks: Ranks, stop: StopRequest) -> None
                 leaf=folders[-1].path,
             )
             if training:
-                context = Run(
+                context = Context(
                     recipe=recipe,
                     stores=stores,
                     folders=folders,

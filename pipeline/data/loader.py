@@ -82,16 +82,6 @@ class LoaderDied(LoaderError):
     exit_code = ExitCode.FAULT
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a run stands: the next step to be done is `step` of `epoch` of `stage` (all counted
-    from 0)."""
-
-    stage: int
-    epoch: int
-    step: int
-
-
 class Patches(Dataset):
     """Patches by (epoch, index): read, augmented. Picklable; opens its store in the process that
     reads."""
@@ -225,7 +215,7 @@ class MaskedPatches(Patches):
 
 
 class Schedule:
-    """The batch sampler of one rank: (epoch, index) lists from a place to the end of a stage,
+    """The batch sampler of one rank: (epoch, index) lists from step `begin` to the end of a stage,
     micro-batch by micro-batch.
 
     A batch is cut into micro-batches first and each of those among the ranks, so that the samples
@@ -234,7 +224,7 @@ class Schedule:
 
     def __init__(
         self,
-        place: Place,
+        begin: int,
         epochs: int,
         steps: int,
         batch: int,
@@ -243,7 +233,7 @@ class Schedule:
         size: int,
     ):
         self.micro = batch // accumulate // size
-        self.first, self.last = place.epoch * steps + place.step, epochs * steps
+        self.first, self.last = begin, epochs * steps
         self.steps, self.batch, self.accumulate = steps, batch, accumulate
         self.offset = rank * self.micro
 
@@ -370,8 +360,7 @@ def training_batches(
         seed=seed,
     )
     patches = Patches(store, sampler, 0, steps, augment or Augment(), pinned=False)
-    start = Place(stage=0, epoch=0, step=0)
-    made = batches(patches, Schedule(start, epochs, steps, batch, 1, 0, 1), workers)
+    made = batches(patches, Schedule(0, epochs, steps, batch, 1, 0, 1), workers)
     return cast(Iterator[Batch], made)  # nothing is left to a device
 
 

@@ -16,7 +16,7 @@ from segfleet.models.foreign import translated
 from segfleet.pipeline import checkpoint, run
 from segfleet.pipeline.parts import build_network, task_of
 from segfleet.pipeline.recipe import Recipe, parse, with_digest
-from segfleet.pipeline.training.train import Progress
+from segfleet.pipeline.training.progress import Progress
 from segfleet.pipeline.training.weights import load_foreign, read_tensors, read_torch
 from segfleet.preprocess.readers.nnunet import dataset_of
 from segfleet.preprocess.stores.manifest import (

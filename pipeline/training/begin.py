@@ -1,9 +1,8 @@
-"""How a stage begins: its network with the right weights in it, and the engine around it."""
+"""How a stage begins: its network with the right weights in it, the engine around it, its log."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -12,39 +11,40 @@ from segfleet.pipeline import checkpoint, run
 from segfleet.pipeline.devices import compiler, numerics
 from segfleet.pipeline.engines.base import Engine, Setup, build_engine
 from segfleet.pipeline.engines.lora import adapt
+from segfleet.pipeline.events import EventLog
 from segfleet.pipeline.parts import Objective, build_network, in_layout, task_of, transfer_of
 from segfleet.pipeline.recipe import resolve
+from segfleet.pipeline.reports.trackers import open_trackers
 from segfleet.pipeline.training import precision as bf16
 from segfleet.pipeline.training import sync_norm
+from segfleet.pipeline.training.context import Context
+from segfleet.pipeline.training.hardware import hardware
 from segfleet.pipeline.training.transfer import load, write_transfer
 from segfleet.pipeline.training.weights import load_foreign
 
-if TYPE_CHECKING:
-    from segfleet.pipeline.training.train import Run
 
-
-def build(this: Run, index: int) -> tuple[Engine, checkpoint.Checkpoint | None]:
+def build(context: Context, index: int) -> tuple[Engine, checkpoint.Checkpoint | None]:
     """The engine of a stage with the right weights in it, the stage's own checkpoint's, its
     parent's, or fresh ones; and the stage's own checkpoint, if there is one."""
-    recipe, ranks = resolve(this.recipe, index), this.ranks
-    manifest = this.manifests(recipe)
-    stage, folder = recipe.stages[index], this.folders[index]
+    recipe, ranks = resolve(context.recipe, index), context.ranks
+    manifest = context.manifests(recipe)
+    stage, folder = recipe.stages[index], context.folders[index]
     task = task_of(recipe, manifest)
     model = build_network(recipe, manifest, task)
     if index == 0 and recipe.model.weights:
         load_foreign(model, recipe.model)
     found = ranks.share(
         str(saved.path)
-        if ranks.rank == 0 and (saved := checkpoint.latest(folder.checkpoints, this.warn))
+        if ranks.rank == 0 and (saved := checkpoint.latest(folder.checkpoints, context.warn))
         else None
     )
     saved = checkpoint.read(Path(found)) if found else None
     taken, moments = set(model.state_dict()) if index == 0 else set(), {}
     # what is anchored or adapted must know where it began, also in the middle of its stage
     if index and (stage.anchor or stage.lora or not saved):
-        taken, moments = inherited(this, index, model, first=not saved)
+        taken, moments = inherited(context, index, model, first=not saved)
     if stage.unfreeze_at and saved:
-        steps = run.stage_steps(this.recipe, this.manifests)[index]
+        steps = run.stage_steps(context.recipe, context.manifests)[index]
         if saved.step >= stage.unfreeze_at * steps:
             stage = stage.model_copy(update={"freeze": ()})
     anchors = {
@@ -81,19 +81,33 @@ def build(this: Run, index: int) -> tuple[Engine, checkpoint.Checkpoint | None]:
 
 
 def inherited(
-    this: Run, index: int, model: nn.Module, first: bool
+    context: Context, index: int, model: nn.Module, first: bool
 ) -> tuple[set[str], dict[str, Tensor]]:
     """Put into a fresh network what its stage takes over from the one before, and `first` note it
     in the stage's folder: the names of that, and the optimizer's moments, if they are to come
     along. Raises InputError or CheckpointError, and then has changed nothing."""
-    inherit, before = this.recipe.stages[index].inherit, this.folders[index - 1].final()
-    found = transfer_of(this.recipe, this.manifests, index, model, before.tensors("weights"))
+    inherit, before = context.recipe.stages[index].inherit, context.folders[index - 1].final()
+    found = transfer_of(context.recipe, context.manifests, index, model, before.tensors("weights"))
     load(model, found)
-    if first and this.ranks.rank == 0:
-        write_transfer(this.folders[index].path, found)
+    if first and context.ranks.rank == 0:
+        write_transfer(context.folders[index].path, found)
         if found.document()["changed"] or found.new or found.left:
-            this.warn(found.sentence(index))
+            context.warn(found.sentence(index))
     moments = before.tensors("optimizer") if inherit.optimizer else {}
     return set(found.tensors), {
         name: value for name, value in moments.items() if name.rpartition(".")[0] in found.taken
     }
+
+
+def begin_log(context: Context, index: int, step: int, total: int) -> EventLog:
+    """The stage's log, opened at a step, with what begins there."""
+    recipe, folder = context.recipe, context.folders[index].path
+    trackers = open_trackers(recipe.trackers, folder, recipe.name, context.warn, step)
+    log = EventLog(folder, step, context.listen, trackers)
+    begin = {"stage": index, "steps": total, "ranks": context.ranks.size, "of": folder.name}
+    begin["hardware"] = hardware(context.ranks.device, context.ranks.size)
+    if step == 0:
+        log.write("stage_start", step=0, name=recipe.stages[index].name, **begin)
+    else:
+        log.write("resumed", from_step=step, **begin)
+    return log

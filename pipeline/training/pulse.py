@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import faulthandler
 import json
+import math
 import os
 import socket
 import sys
@@ -114,6 +115,25 @@ def _waits_for_data(frame: Any) -> bool:
     return False
 
 
+class HangDump:
+    """Writes every thread's stack to stderr when the loop has not come round for a time."""
+
+    def __init__(self) -> None:
+        self.seconds = float(os.environ.get("SEGFLEET_WATCHDOG", "900"))
+        self.armed = -math.inf
+
+    def rearm(self) -> None:
+        """From now on, or from up to a hundredth of the time ago: to arm starts a thread, which
+        costs a millisecond and more, and a step may take no longer."""
+        now = time.monotonic()
+        if now - self.armed >= self.seconds / 100:
+            faulthandler.dump_traceback_later(self.seconds, repeat=True)
+            self.armed = now
+
+    def close(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
+
 class Pulse:
     """Watches the thread that makes it, from `beat` to `rest`, until `close`."""
 
@@ -124,6 +144,7 @@ class Pulse:
         self.number = self.looks = self.waited = 0
         self.thread, self.task = threading.get_ident(), threading.get_native_id()
         self.place = f"{socket.gethostname()}, {ranks.device}"
+        self._dump = HangDump()
         self._end = threading.Event()
         self._told: int | None = None
         self._slow: set[int] = set()
@@ -133,6 +154,7 @@ class Pulse:
 
     def beat(self, step: int) -> None:
         """A step begins."""
+        self._dump.rearm()
         now, before = time.monotonic(), self.since
         if before is not None:
             self.longest.append(now - before)
@@ -147,6 +169,7 @@ class Pulse:
         self.since = None
 
     def close(self) -> None:
+        self._dump.close()
         self.rest()
         self._end.set()
         self._watch.join(timeout=2 * TELL)

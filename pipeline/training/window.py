@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from segfleet.core.errors import InputError
-from segfleet.pipeline.data import loader
 from segfleet.pipeline.events import EventLog
 from segfleet.pipeline.ranks import Ranks
-
-if TYPE_CHECKING:
-    from segfleet.pipeline.training.train import Progress
+from segfleet.pipeline.training.progress import Progress
+from segfleet.pipeline.training.stream import Stream
 
 PATIENCE = 20  # non-finite steps in a row before a run gives up
 
@@ -23,29 +20,6 @@ PATIENCE = 20  # non-finite steps in a row before a run gives up
 class Diverged(InputError):
     """The loss stayed non-finite, or the network's output for a whole case is. The last checkpoint
     is from before."""
-
-
-class Stream:
-    """Micro-batches on the device, and how long the loop waited for them."""
-
-    def __init__(
-        self,
-        batches: Iterator[loader.Batch | loader.Boxes],
-        device: torch.device,
-        channels_last: bool,
-    ):
-        self.batches, self.device, self.channels_last = batches, device, channels_last
-        self.waited, self.cases = 0.0, ()
-
-    def __iter__(self) -> Stream:
-        return self
-
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        start = time.perf_counter()
-        batch = next(self.batches)
-        self.waited += time.perf_counter() - start
-        self.cases += batch.cases
-        return loader.on_device(batch, self.device, self.channels_last)
 
 
 class Hunger:

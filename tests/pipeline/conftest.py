@@ -49,13 +49,14 @@ def go():
     from segfleet.pipeline.ranks import Ranks
     from segfleet.pipeline.recipe import override, parse, with_absolute_store
     from segfleet.pipeline.stop import Interrupted
-    from segfleet.pipeline.training.train import Run, train
+    from segfleet.pipeline.training.context import Context
+    from segfleet.pipeline.training.train import train
 
     def trained(document, root, *changes, stop_after=None, warn=lambda text: None):
         recipe = with_absolute_store(parse(override(document, list(changes))))
         stores, asked = Stores(), iter(range(10**9))
         folders = run.stage_folders(root, recipe, stores.manifest)
-        this = Run(
+        context = Context(
             recipe=recipe,
             stores=stores,
             folders=folders,
@@ -65,7 +66,7 @@ def go():
             validate=lambda engine, own: {},
         )
         try:
-            train(this)
+            train(context)
         except Interrupted:
             assert stop_after is not None
         return folders

@@ -34,7 +34,8 @@ from segfleet.pipeline.ranks import ENVIRONMENT, Ranks
 from segfleet.pipeline.recipe import Recipe, parse
 from segfleet.pipeline.stop import Interrupted
 from segfleet.pipeline.training import agreement
-from segfleet.pipeline.training.train import Run, train
+from segfleet.pipeline.training.context import Context
+from segfleet.pipeline.training.train import train
 from segfleet.preprocess.stores.base import open_store
 
 if importlib.util.find_spec("deepspeed"):
@@ -400,7 +401,7 @@ def change_engines(ranks: Ranks, store: str, root: Path) -> dict[str, Any]:
         )
         with suppress(Interrupted):
             train(
-                Run(
+                Context(
                     recipe=recipe,
                     stores=lambda settings: opened,
                     folders=folders,

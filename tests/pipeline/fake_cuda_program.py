@@ -54,8 +54,8 @@ from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.sections import Augment
 from segfleet.pipeline.task import RECONSTRUCT, Task
 from segfleet.pipeline.training import fused_norm
+from segfleet.pipeline.training.stream import Stream
 from segfleet.pipeline.training.sync_norm import synchronise
-from segfleet.pipeline.training.window import Stream
 
 CUDA = torch.device("cuda", 0)
 # What PyTorch 2.10 to 2.13 refuse on CUDA under `use_deterministic_algorithms`

@@ -7,8 +7,10 @@ import time
 from types import SimpleNamespace
 
 from segfleet.pipeline.ranks import Ranks
-from segfleet.pipeline.training import agreement
-from segfleet.pipeline.training.train import SaveClock
+from segfleet.pipeline.run import StageFolder
+from segfleet.pipeline.training import agreement, saves
+from segfleet.pipeline.training.progress import Progress
+from segfleet.pipeline.training.saves import Saves
 
 
 def ask(ranks: Ranks, asks: int, rank: int, seconds: float, steps: int, pause: float = 0.0) -> dict:
@@ -60,15 +62,16 @@ def test_a_single_rank_answers_at_once():
     assert [decided.answers(), decided.answers()] == [[False], [True]]
 
 
-def test_rank_0_has_the_clock_of_saves(monkeypatch):
-    from segfleet.pipeline.training import train
-
+def test_rank_0_has_the_clock_of_saves(monkeypatch, tmp_path):
     now = [100.0]
-    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    first, second = (SaveClock(10.0, SimpleNamespace(rank=rank)) for rank in (0, 1))
+    monkeypatch.setattr(saves, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    folder = StageFolder(path=tmp_path, index=0)
+    recipe = SimpleNamespace(save_minutes=10.0, model_dump=lambda mode: {})
+    first, second = (Saves(folder, recipe, SimpleNamespace(rank=rank), step=0) for rank in (0, 1))
     now[0] += 599
     assert not first.due()
     now[0] += 1
     assert first.due() and not second.due()
-    first.start()
+    first.save(SimpleNamespace(tensors=dict), Progress(step=1))
     assert not first.due()
+    first.saver.wait()

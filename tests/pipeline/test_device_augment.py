@@ -13,9 +13,9 @@ from scipy import stats
 from segfleet.pipeline import run
 from segfleet.pipeline.data import device_augment, handover, loader, normals
 from segfleet.pipeline.data.sampler import MixedSampler, PatchSampler
+from segfleet.pipeline.parts import augments_on_device
 from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.sections import Augment
-from segfleet.pipeline.training.train import augments_on_device
 from segfleet.preprocess.stores.base import open_store
 from tests.conftest import write_tiny_store
 from tests.pipeline.test_augment import NOTHING
@@ -192,7 +192,7 @@ def test_workers_and_pinning_change_nothing(store_of, monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t.dtype) or t)
     patches = patches_of(store_of(), True, **EVERYTHING)
-    schedule = loader.Schedule(loader.Place(stage=0, epoch=0, step=0), 1, 3, 4, 1, 0, 1)
+    schedule = loader.Schedule(0, 1, 3, 4, 1, 0, 1)
     alone = list(loader.batches(patches, schedule, 0))
     for one, other in zip(alone, loader.batches(patches, schedule, 1), strict=True):
         (image, label), (image2, label2) = (loader.on_device(b, CPU, False) for b in (one, other))

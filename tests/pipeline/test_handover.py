@@ -89,7 +89,7 @@ class Counting(torch.utils.data.Dataset):
 @pytest.mark.parametrize("slow", ["rank", "loader"])
 def test_batches_of_two_processes_arrive_in_order_and_stay(slow):
     """A rank that keeps them all, slower or faster than those who make them."""
-    schedule = loader.Schedule(loader.Place(stage=0, epoch=0, step=0), 1, 40, 2, 1, 0, 1)
+    schedule = loader.Schedule(0, 1, 40, 2, 1, 0, 1)
     kept, before = [], set(handover.ROOMS)
     for batch in loader.batches(Counting(), schedule, 2):
         kept.append(batch)

@@ -151,7 +151,7 @@ class Patches(torch.utils.data.Dataset):
         return loader.Batch(image, torch.zeros(2, 64, 64, 64).byte(), ("a", "b"))
 
 if __name__ == "__main__":
-    schedule = loader.Schedule(loader.Place(stage=0, epoch=0, step=0), 1, 6, 2, 1, 0, 1)
+    schedule = loader.Schedule(0, 1, 6, 2, 1, 0, 1)
     print([int(batch.image[1, 0, 3, 3, 3]) for batch in loader.batches(Patches(), schedule, 2)])
 """
 
@@ -196,7 +196,7 @@ class Patches(torch.utils.data.Dataset):
 
 if __name__ == "__main__":
     loader.LOOK, loader.TIMEOUT = 0.5, LIMIT
-    schedule = loader.Schedule(loader.Place(stage=0, epoch=0, step=0), 1, 6, 2, 1, 0, 1)
+    schedule = loader.Schedule(0, 1, 6, 2, 1, 0, 1)
     begun = 0
     try:
         for batch in loader.batches(Patches(), schedule, 2):

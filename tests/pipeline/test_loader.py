@@ -7,7 +7,7 @@ import torch
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from segfleet.pipeline.data import loader
-from segfleet.pipeline.training.window import Stream
+from segfleet.pipeline.training.stream import Stream
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from segfleet.core.errors import InputError
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.run import StageFolder
 from segfleet.pipeline.stop import StopRequest
-from segfleet.pipeline.training import train
+from segfleet.pipeline.training import stages
 from segfleet.slurm.rank import next_life
 
 HOLD = (
@@ -51,11 +51,11 @@ def wanted(tmp_path, waits: bool = True) -> tuple[SimpleNamespace, StageFolder]:
 
 def test_the_same_job_waits_for_its_earlier_start(orphan, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(train, "LOOK", 0.05)
+    monkeypatch.setattr(stages, "LOOK", 0.05)
     run, folder = wanted(tmp_path)
     threading.Timer(1.0, orphan.kill).start()
     begin = time.monotonic()
-    with train.locked(run, folder):
+    with stages.locked(run, folder):
         assert time.monotonic() - begin > 0.5
     assert len(run.said) == 1 and "of job 7; waiting for it" in run.said[0]
 
@@ -65,7 +65,7 @@ def test_anybody_else_is_refused(orphan, tmp_path, monkeypatch, job, waits):
     monkeypatch.setenv("SLURM_JOB_ID", job)
     run, folder = wanted(tmp_path, waits)
     with pytest.raises(InputError, match=r"is being trained by process \d+ on .* of job 7; wait"):
-        train.locked(run, folder).__enter__()
+        stages.locked(run, folder).__enter__()
 
 
 def test_the_earlier_start_is_asked_to_stop_by_the_later_one(tmp_path):

@@ -33,14 +33,13 @@ def sampler_of(store, batch=4, foreground=0.5):
 
 
 def global_batches(
-    store, ranks, workers, steps=3, epochs=2, accumulate=1, place=None, augment=EVERYTHING
+    store, ranks, workers, steps=3, epochs=2, accumulate=1, begin=0, augment=EVERYTHING
 ):
     """Every step's samples, micro-batch by micro-batch and within one rank by rank: images, labels,
     cases."""
     sampler = sampler_of(store)
     shares = []
     for rank in range(ranks):
-        begin = place or loader.Place(stage=0, epoch=0, step=0)
         schedule = loader.Schedule(begin, epochs, steps, sampler.batch, accumulate, rank, ranks)
         patches = loader.Patches(store, sampler, 0, steps, augment, pinned=False)
         micro = list(loader.batches(patches, schedule, workers))
@@ -82,12 +81,9 @@ def test_batches_do_not_depend_on_ranks_accumulation_or_threads(tiny_store, dims
 
 @pytest.mark.parametrize(("batch", "accumulate"), [(8, 1), (8, 2), (12, 3), (8, 4)])
 def test_a_micro_batch_holds_the_same_samples_for_every_number_of_ranks(batch, accumulate):
-    place = loader.Place(stage=0, epoch=1, step=1)
-
     def micro_batches(ranks):
         schedules = [
-            list(loader.Schedule(place, 3, 2, batch, accumulate, rank, ranks))
-            for rank in range(ranks)
+            list(loader.Schedule(3, 3, 2, batch, accumulate, rank, ranks)) for rank in range(ranks)
         ]
         return [sum(parts, []) for parts in zip(*schedules, strict=True)]
 
@@ -113,7 +109,7 @@ def test_batches_do_not_depend_on_loader_processes(tiny_store, workers):
 def test_resume_in_the_middle_gives_the_rest(tiny_store):
     store = open_store(tiny_store(dims=3))
     whole = global_batches(store, ranks=1, workers=0)
-    rest = global_batches(store, ranks=2, workers=0, place=loader.Place(stage=0, epoch=1, step=1))
+    rest = global_batches(store, ranks=2, workers=0, begin=3 + 1)
     assert_same(whole[4:], rest)
 
 

@@ -20,8 +20,9 @@ from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Inherit, parse
 from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.stop import Interrupted, StopRequest
+from segfleet.pipeline.training import pulse, saves, window
 from segfleet.pipeline.training import train as training
-from segfleet.pipeline.training import window
+from segfleet.pipeline.training.context import Context
 from segfleet.preprocess.stores.base import open_store
 
 
@@ -69,7 +70,7 @@ def go(recipe, root, stop_after=None, validate=lambda engine, own: {}, warn=refu
     asked = iter(range(10**9))
     try:
         training.train(
-            training.Run(
+            Context(
                 recipe=recipe,
                 stores=stores,
                 folders=folders,
@@ -347,7 +348,7 @@ def test_a_non_finite_step_changes_nothing_and_is_reported_with_its_cases(
     tiny_store, tmp_path, monkeypatch, precision
 ):
     recipe = recipe_of(tiny_store(dims=2), stages=1, engine={"precision": precision}, save_every=1)
-    monkeypatch.setattr(training, "KEEP", 99)
+    monkeypatch.setattr(saves, "KEEP", 99)
     spoil(monkeypatch, {4})
     kept = []
     original = checkpoint.copies
@@ -607,7 +608,7 @@ def test_a_hanging_run_shows_where_it_hangs(tiny_store, tmp_path):
     program.write_text(
         "import sys, time, pathlib, torch\n"
         "from segfleet.pipeline import run\n"
-        "from segfleet.pipeline.training import train\n"
+        "from segfleet.pipeline.training import context, train\n"
         "from segfleet.pipeline.engines import ddp\n"
         "from segfleet.pipeline.ranks import Ranks\n"
         "from segfleet.pipeline.recipe import parse\n"
@@ -619,7 +620,7 @@ def test_a_hanging_run_shows_where_it_hangs(tiny_store, tmp_path):
         "ddp.Engine.step = hang_here\n"
         "never, ranks = (lambda: False), Ranks()\n"
         "folders = run.stage_folders(pathlib.Path(sys.argv[2]), recipe, store.manifest)\n"
-        "train.train(train.Run(recipe=recipe, stores=lambda own: store, folders=folders, "
+        "train.train(context.Context(recipe=recipe, stores=lambda own: store, folders=folders, "
         "ranks=ranks, asked_to_stop=never, warn=print, validate=print))\n"
     )
     recipe = recipe_of(tiny_store(dims=2), stages=1)
@@ -646,12 +647,12 @@ def test_a_hanging_run_shows_where_it_hangs(tiny_store, tmp_path):
 def test_the_watch_for_hangs_is_armed_anew_now_and_then_not_every_step(monkeypatch):
     """To arm it starts a thread, which costs more than everything else that the loop adds."""
     armed, now = [], [0.0]
-    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pulse.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(
-        training.faulthandler, "dump_traceback_later", lambda s, repeat: armed.append(now[0])
+        pulse.faulthandler, "dump_traceback_later", lambda s, repeat: armed.append(now[0])
     )
     monkeypatch.setenv("SEGFLEET_WATCHDOG", "100")
-    dump = training.HangDump()
+    dump = pulse.HangDump()
     for now[0] in np.arange(0, 10, 0.01):  # 1,000 steps in ten seconds
         dump.rearm()
     assert len(armed) == 10 and max(np.diff(armed)) < 1.02

@@ -22,7 +22,8 @@ from segfleet.pipeline.recipe import parse, with_digest
 from segfleet.pipeline.reports.report import write_report
 from segfleet.pipeline.run import stage_folders, stage_uids
 from segfleet.pipeline.trained.imports import write_run
-from segfleet.pipeline.training.train import Run, train
+from segfleet.pipeline.training.context import Context
+from segfleet.pipeline.training.train import train
 from segfleet.pipeline.training.weights import read_tensors
 from segfleet.preprocess.stores.base import open_store
 from segfleet.preprocess.stores.manifest import load_manifest
@@ -71,7 +72,7 @@ def weights(recipe, tmp_path):
 def trained(recipe, root):
     store = open_store(recipe.data.store)
     folders = stage_folders(root, recipe, store.manifest)
-    job = Run(
+    job = Context(
         recipe=recipe, stores=lambda own: store, folders=folders, ranks=Ranks(torch.device("cpu")),
         asked_to_stop=lambda: False, warn=print, validate=lambda engine, own: {"dice": 0.5},
     )  # fmt: skip

@@ -92,8 +92,7 @@ def operations(root, count: int) -> dict[str, int]:
         cases = manifest.cases.among(set(manifest.fold("kfold", 0)["train"]))
         sampler = PatchSampler(cases=cases, patch=(1, 8, 8), batch=8, foreground=0.5, seed=1)
         patches = loader.Patches(store, sampler, 0, len(cases) // 8, None, False)
-        place = loader.Place(stage=0, epoch=0, step=0)
-        next(loader.batches(patches, loader.Schedule(place, 1, 9, 8, 1, 0, 1), 0))
+        next(loader.batches(patches, loader.Schedule(0, 1, 9, 8, 1, 0, 1), 0))
     with counted(found, "epoch of draws"):
         for index in range(len(cases) // 8 * 8):
             sampler.draw(0, 0, index, len(cases) // 8)
