@@ -41,7 +41,12 @@ def command(
     from segfleet.core.files import write_atomically
     from segfleet.pipeline.reports.report import CASES_CSV, write_report
     from segfleet.pipeline.reports.score_tables import cases_csv
-    from segfleet.pipeline.scoring.predictions import parse_labels, score_predictions, write_scores
+    from segfleet.pipeline.scoring.predictions import (
+        few,
+        parse_labels,
+        score_predictions,
+        write_scores,
+    )
 
     with progress("scoring") as tick:
         document = score_predictions(
@@ -53,6 +58,13 @@ def command(
             workers=workers,
             progress=tick,
         )
+    for what in ("prediction", "truth"):
+        if left_out := document[f"without_{what}"]:
+            typer.echo(
+                f"segfleet: {len(left_out)} case(s) without a {what} are not scored: "
+                f"{few(left_out)}",
+                err=True,
+            )
     folder = write_scores(out or predictions / "scores", document)
     write_atomically(folder / CASES_CSV, cases_csv(document))
     report = str(write_report(folder))

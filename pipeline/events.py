@@ -24,13 +24,10 @@ THIN = 20_000  # steps of a stage after which its file gets fewer of them
 def read_events(folder: Path) -> Iterator[dict[str, Any]]:
     """Events of a stage folder in order. A line cut off by a kill is left out, as is a file that
     was put there from another stage."""
-    path = Path(folder) / EVENTS
-    own = path.absolute().parent.name
-    for line in _whole(path).splitlines():
+    for line in _whole(Path(folder) / EVENTS).splitlines():
         if (event := parse_event(line)) is None:
             continue
-        if event.get("of", own) != own and is_uid(own):
-            sys.stderr.write(f"segfleet: {path} was written for {event['of']} and is left out\n")
+        if _of_another(folder, event):
             return
         yield event
 
@@ -42,9 +39,27 @@ def recent_events(
     two steps. Of a long file these lines alone are decoded."""
     whole = _whole(Path(folder) / EVENTS)
     begun = next(_backwards(whole, "stage_start"), None)
+    if begun and _of_another(folder, begun):
+        return None, 0, []
     steps = list(itertools.islice(_backwards(whole, "step"), 2))[::-1]
     resumed = sum(parse_event(line) is not None for line in _lines(whole, "resumed"))
     return begun, resumed, steps
+
+
+def ended(folder: Path) -> bool:
+    """Whether the last thing a stage's file says is that it was trained to its end."""
+    last = _whole(Path(folder) / EVENTS).rstrip().rpartition(b"\n")[2]
+    return last.startswith(_mark("finished"))
+
+
+def _of_another(folder: Path, event: dict[str, Any]) -> bool:
+    """Whether an event was written for another stage, which is said."""
+    path = Path(folder).absolute() / EVENTS
+    own = path.parent.name
+    if event.get("of", own) == own or not is_uid(own):
+        return False
+    sys.stderr.write(f"segfleet: {path} was written for {event['of']} and is left out\n")
+    return True
 
 
 def _whole(path: Path) -> bytes:

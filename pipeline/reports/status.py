@@ -11,7 +11,7 @@ from typing import Any
 from segfleet.core.files import read_json
 from segfleet.core.lock import is_locked
 from segfleet.core.progress import EVENTS, FAR
-from segfleet.pipeline.events import comes_to_file, recent_events
+from segfleet.pipeline.events import comes_to_file, ended, recent_events
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.run import DONE, IDENTITY, LOCK, StageFolder, differences, open_run
 from segfleet.pipeline.scoring.folds import family_of, folder_of
@@ -56,6 +56,11 @@ def run_status(path: Path) -> Row:
         state = "training"
     else:
         state = "stopped" if found["step"] or stage.index else "waiting"
+        if ended(stage.path):
+            sys.stderr.write(
+                f"segfleet: {stage.path / DONE} is missing, though its events say that the stage "
+                "was trained to its end; the same command makes it again\n"
+            )
     return Row(
         run=path.name,
         path=str(path),
@@ -148,6 +153,17 @@ def standing(recipe: Recipe, manifest: Manifest, folders: list[StageFolder]) -> 
     return f"{where} is new: it differs from {name} in {', '.join(found[:3])}{more}"
 
 
+def _reached(stage: StageFolder, last: int) -> int:
+    """The step that a stage stands at: the end of one that is done; else at least that of its
+    latest checkpoint and the `last` that it spoke of."""
+    end = (stage.done() or {}).get("steps")
+    if isinstance(end, int) and 0 < end < FAR:
+        return end
+    # not by checkpoint.py, which needs torch: whoever asks where runs stand waits for that
+    saved = (path.name.removeprefix("step-") for path in stage.checkpoints.glob("step-*"))
+    return max([last, *(int(step) for step in saved if step.isdecimal())])
+
+
 def _progress(stage: StageFolder) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "step": 0,
@@ -160,13 +176,11 @@ def _progress(stage: StageFolder) -> dict[str, Any]:
     begun, facts["restarts"], steps = recent_events(stage.path)
     if begun:
         facts["steps"] = begun["steps"]
-    if not steps:
-        return facts
-    *before, last = steps
-    end = (stage.done() or {}).get("steps")
-    if isinstance(end, int) and 0 < end < FAR and last["step"] != end:
+    *before, last = steps or [{"step": 0}]
+    if last["step"] != (end := _reached(stage, last["step"])):
         if comes_to_file(last["step"], end):
-            sys.stderr.write(f"segfleet: {stage.path / EVENTS} lacks its end and is left out\n")
+            file = stage.path / EVENTS
+            sys.stderr.write(f"segfleet: {file} is missing or lacks its end and is left out\n")
             last = {}
         last = {**last, "step": end}
     facts |= {key: last.get(key) for key in ("step", "loss", "samples_per_second")}

@@ -62,10 +62,10 @@ def score_predictions(
 
     `labels`: name -> value; else what a dataset.json or labels.json beside the files declares, else
     black and white masks. `partial`: cases without a prediction are left out instead of refused.
-    Raises InputError, DataError with every file that cannot be scored: a prediction on another grid
-    is shown with both geometries.
+    Predictions without a truth are left out and named. Raises InputError, DataError with every file
+    that cannot be scored: a prediction on another grid is shown with both geometries.
     """
-    found, missing = pairs(predictions, truth, partial)
+    found, missing, unknown = pairs(predictions, truth, partial)
     task = task_for(predictions, truth, labels)
     if task:
         check_tolerance(tolerance, task)
@@ -100,29 +100,32 @@ def score_predictions(
         "structures": structures,
         "cases": cases,
         "without_prediction": missing,
+        "without_truth": unknown,
         "summary": summarise(cases, structures),
         "unit": unit,
         "definitions": definitions(unit),
     }
 
 
-def pairs(predictions: Path, truth: Path, partial: bool) -> tuple[list[Pair], list[str]]:
-    """The cases in natural order, and those of the truth without a prediction. Raises
-    InputError."""
+def pairs(predictions: Path, truth: Path, partial: bool) -> tuple[list[Pair], list[str], list[str]]:
+    """The cases in natural order, those of the truth without a prediction, and predictions without
+    a truth. Raises InputError."""
     ours, theirs = label_files(predictions, "predictions"), label_files(truth, "truth")
     both = sorted(ours.keys() & theirs.keys(), key=natural)
     missing = sorted(theirs.keys() - ours.keys(), key=natural)
+    unknown = sorted(ours.keys() - theirs.keys(), key=natural)
     if not both:
         raise InputError(
             f"score: no file of {predictions} has the name of one in {truth}: found "
-            f"{_few(sorted(ours))}; expected {_few(sorted(theirs))}"
+            f"{few(sorted(ours))}; expected {few(sorted(theirs))}"
         )
     if missing and not partial:
         raise InputError(
             f"score: {len(missing)} of {len(theirs)} cases in {truth} have no prediction in "
-            f"{predictions}: {_few(missing)}. Predict them, or leave them out by --partial"
+            f"{predictions}: {few(missing)}. Predict them, or leave them out by --partial"
         )
-    return [Pair(id=case, prediction=ours[case], truth=theirs[case]) for case in both], missing
+    found = [Pair(id=case, prediction=ours[case], truth=theirs[case]) for case in both]
+    return found, missing, unknown
 
 
 def label_files(folder: Path, what: str) -> dict[str, Path]:
@@ -324,7 +327,8 @@ def patients(truth: Path, ids: Sequence[str], dims: int) -> dict[str, str]:
     return dict(by_names(list(ids), dims).patients)
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
     more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
     return ", ".join(names[:FEW]) + more
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import (
+    AfterValidator,
     Field,
     SerializerFunctionWrapHandler,
     ValidatorFunctionWrapHandler,
@@ -73,16 +74,26 @@ class Dataset(Frozen):
     licence: str = ""
 
 
+def _every_axis(axes: tuple[int, int, int]) -> tuple[int, int, int]:
+    if sorted(axes) != [0, 1, 2]:
+        raise ValueError(f"expected each of the axes 0, 1, 2 once, found {axes}"[:200])
+    return axes
+
+
+Size = Annotated[int, Field(gt=0, lt=2**31)]  # voxels along an axis
+Spacing = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class Plan(Frozen):
     """How raw cases become training cases. Axes (z, y, x) of the stored grid, whose z is the
     coarsest of the raw grid's; 2D data sets have one slice."""
 
-    target_spacing: tuple[float, float, float]  # mm; 0: that axis is never resampled
+    target_spacing: tuple[Spacing, Spacing, Spacing]  # mm; 0: that axis is never resampled
     # stored axis i is axis transpose[i] of the raw grid
-    transpose: tuple[int, int, int] = (0, 1, 2)
-    patch: tuple[int, int, int]  # voxels
+    transpose: Annotated[tuple[int, int, int], AfterValidator(_every_axis)] = (0, 1, 2)
+    patch: tuple[Size, Size, Size]  # voxels
     batch: int = 2  # patches that the planned memory holds
-    patch_2d: tuple[int, int, int] | None = None  # of 2D networks; None: not planned
+    patch_2d: tuple[Size, Size, Size] | None = None  # of 2D networks; None: not planned
     batch_2d: int = 2
     # per channel: zscore | ct | rgb_to_0_1 | imagenet | rescale_to_0_1 | minmax | minmax255 | none
     normalisation: tuple[str, ...]
@@ -93,7 +104,7 @@ class Plan(Frozen):
     median_shape: tuple[int, int, int] = (1, 1, 1)
     dtype: str = "float16"  # of stored images; integers are multiplied by `scale` when read
     scale: float = 1.0
-    size: tuple[int, int, int] | None = (
+    size: tuple[Size, Size, Size] | None = (
         None  # of every stored case, whatever its spacing; None: by target_spacing
     )
     interpolation: str = "cubic"  # of resized images: cubic | bilinear | area

@@ -58,6 +58,17 @@ def test_any_folder_of_predictions_is_scored(scored):
     assert len(rows) == 2 * 2 and {row["case"] for row in rows} == {"one", "two"}
 
 
+def test_cases_that_are_not_scored_are_named(scored, tmp_path):
+    for name in ("first", "truth"):
+        shutil.copytree(scored / name, tmp_path / name, ignore=shutil.ignore_patterns("scores"))
+    (tmp_path / "truth" / "two.png").unlink()
+    done = segfleet("score", tmp_path / "first", "--truth", tmp_path / "truth")
+    assert "1 case(s) without a truth are not scored: two\n" in done.stderr
+    shutil.copy(tmp_path / "truth" / "one.png", tmp_path / "truth" / "three.png")
+    done = segfleet("score", tmp_path / "first", "--truth", tmp_path / "truth", "--partial")
+    assert "1 case(s) without a prediction are not scored: three\n" in done.stderr
+
+
 def test_a_comparison_is_written_in_every_format(scored):
     """The difference is the later minus the earlier; LaTeX, Markdown, CSV and the page say it."""
     names = [scored / name / "scores" for name in ("first", "second")]

@@ -212,8 +212,9 @@ def test_events_of_another_stage_are_left_out(tmp_path, capsys):
         log.close()
     assert len(list(events.read_events(ours))) == 1
     (ours / "events.jsonl").write_bytes((theirs / "events.jsonl").read_bytes())
-    assert list(events.read_events(ours)) == []
-    assert "was written for ba9876543210" in capsys.readouterr().err
+    for read, nothing in ((events.read_events, []), (events.recent_events, [None, 0, []])):
+        assert list(read(ours)) == nothing
+        assert "was written for ba9876543210" in capsys.readouterr().err
 
 
 def test_a_stamped_recipe_is_a_recipe(tmp_path):
@@ -258,3 +259,52 @@ def test_half_a_list_of_events_is_not_shown_as_a_finished_runs_end(
     found = status._progress(stage)
     assert (found["step"], found["loss"]) == said
     assert ("lacks its end" in capsys.readouterr().err) == (said[1] is None)
+
+
+def stage_lines(*events: dict) -> str:
+    return "".join(json.dumps({**event, "time": 1.0}) + "\n" for event in events)
+
+
+@pytest.fixture
+def run_folder(tmp_path) -> Path:
+    """Of a run of one stage."""
+    recipe = load_recipe("phantom2d", ['stages=[{"epochs": 1, "lr": 0.1}]'])
+    write_json(tmp_path / "recipe.json", recipe.model_dump(mode="json"))
+    return tmp_path
+
+
+BEGUN = {"event": "stage_start", "step": 0, "stage": 0, "steps": 8}
+LAST = {"event": "step", "step": 8, "loss": 0.5, "samples_per_second": 2.0}
+
+
+@pytest.mark.parametrize(
+    "lines, named",
+    [
+        ([BEGUN, LAST], ""),  # stopped
+        ([BEGUN, LAST, {"event": "finished", "at_step": 8}], "done.json is missing"),
+        # trained to its end once, then further, as the end had been lost
+        ([BEGUN, LAST, {"event": "finished", "at_step": 8}, {"event": "resumed"}, LAST], ""),
+    ],
+)
+def test_a_stage_that_lost_the_note_of_its_end_is_named(run_folder, capsys, lines, named):
+    (run_folder / "events.jsonl").write_text(stage_lines(*lines))
+    row = status.run_status(run_folder)
+    assert (row.state, row.step) == ("stopped", 8)
+    said = capsys.readouterr().err
+    assert (named in said) if named else not said
+
+
+@pytest.mark.parametrize("lost", [None, b"", bytes(300), stage_lines(BEGUN).encode()])
+def test_lost_events_are_named(run_folder, capsys, lost):
+    """A checkpoint comes after the events of its step."""
+    path = run_folder / "events.jsonl"
+    if lost is not None:
+        path.write_bytes(lost)
+    assert status.run_status(run_folder).state == "waiting" and not capsys.readouterr().err
+    checkpoints = run_folder / "checkpoints"
+    (checkpoints / "step-00000000").mkdir(parents=True)  # imported
+    assert status.run_status(run_folder).step == 0 and not capsys.readouterr().err
+    (checkpoints / "step-00000008").mkdir()
+    row = status.run_status(run_folder)
+    assert (row.state, row.step, row.loss) == ("stopped", 8, None)
+    assert capsys.readouterr().err.startswith(f"segfleet: {path} is missing or lacks its end")

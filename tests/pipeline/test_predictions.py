@@ -80,6 +80,10 @@ def test_missing_predictions_are_refused_or_left_out(folders):
         score_predictions(predictions, truth, workers=1)
     document = score_predictions(predictions, truth, partial=True, workers=1)
     assert document["without_prediction"] == ["p5"] and len(document["cases"]) == 5
+    assert document["without_truth"] == []
+    (truth / "p3.nii.gz").unlink()
+    document = score_predictions(predictions, truth, partial=True, workers=1)
+    assert document["without_truth"] == ["p3"] and len(document["cases"]) == 4
     for path in predictions.glob("*.nii.gz"):
         path.rename(path.with_name(f"x{path.name}"))
     with pytest.raises(InputError, match="no file of .* has the name of one in"):

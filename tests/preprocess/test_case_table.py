@@ -85,6 +85,9 @@ def test_cases_come_back_as_they_were(store):
     assert list(found.cases) == cases and found.cases == tuple(cases) and found == saved
     assert [case.model_dump() for case in found.cases] == [case.model_dump() for case in cases]
     assert found.splits == splits and found.fold("a", 0)["val"] == ("not a case", cases[1].id)
+    everybody = {"train": tuple(case.id for case in cases), "val": ()}
+    assert found.folds("all") == (everybody,)  # unless a split is called that
+    assert found.model_copy(update={"splits": {"all": splits["a"]}}).folds("all") == splits["a"]
     assert found.fingerprint == {
         "shapes": ((1, 2, 3),) * 2,
         "spacings": ((0.1, 1, 1),) * 2,

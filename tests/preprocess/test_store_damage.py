@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import read_json
@@ -22,6 +23,7 @@ from segfleet.preprocess.stores.content import content_sha256
 from segfleet.preprocess.stores.manifest import (
     CaseEntry,
     Manifest,
+    Plan,
     load_manifest,
     save_manifest,
 )
@@ -385,3 +387,22 @@ def test_a_crafted_zarr_array_is_refused_at_once(tmp_path, change):
         facts |= change
     with memory_limit(2**30), pytest.raises(packing.DamagedShard):
         zarr_array.open_array(tmp_path / "label", facts)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"transpose": [0, 0, 1]},
+        {"transpose": [0, 1, 10**400]},
+        {"target_spacing": [1, float("inf"), 1]},
+        {"target_spacing": [1, -1, 1]},
+        {"patch": [0, 8, 8]},
+        {"patch": [10**400, 8, 8]},
+        {"size": [1, 2**40, 8]},
+    ],
+)
+def test_a_plan_that_no_grid_can_follow_is_refused(settings):
+    good = {"target_spacing": [1, 0, 1], "patch": [1, 8, 8], "normalisation": ["zscore"]}
+    assert Plan.model_validate(good).transpose == (0, 1, 2)
+    with pytest.raises(ValidationError, match=next(iter(settings))):
+        Plan.model_validate(good | settings)
