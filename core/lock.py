@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import read_file, regular
+from segfleet.core.process import alive
 
 try:
     import fcntl
@@ -34,7 +36,7 @@ class Lock:
 
     The system keeps it (flock), so it is free the moment its holder dies. A file system without
     flock, such as Lustre mounted without it, gets the leases of `filelock` in `<file>.rw`: those of
-    a holder that died end after a minute and a half.
+    a holder that died end after a minute and a half, for which `acquire` waits.
     """
 
     def __init__(self, path: Path, *, shared: bool = False):
@@ -43,16 +45,35 @@ class Lock:
         self._lease: Any = None
 
     def acquire(
-        self, seconds: float = BRIEFLY, stopped: Callable[[], bool] = lambda: False
+        self, seconds: float | None = None, stopped: Callable[[], bool] = lambda: False
     ) -> bool:
-        """Take the lock; whether it was to be had within `seconds` and before `stopped`. The file
-        is created, its folder is not. Raises InputError for what is no file."""
-        end = time.monotonic() + seconds
+        """Take the lock; whether it was to be had within `seconds` and before `stopped`. None: at
+        once, or when the leases of processes that have ended do. The file is created, its folder is
+        not. Raises InputError for what is no file."""
+        end = time.monotonic() + (BRIEFLY if seconds is None else seconds)
+        patient = seconds is None
         while not self.try_acquire():
-            if time.monotonic() > end or stopped():
+            if stopped():
                 return False
+            if time.monotonic() > end:
+                if not (patient and self.is_left_behind()):
+                    return False
+                patient, wait = False, 4 * HEARTBEAT
+                sys.stderr.write(
+                    f"segfleet: {self.path} is locked by a process that has ended, on a disk "
+                    f"without flock; waiting for its lease to end, at most {wait:g} s\n"
+                )
+                end = time.monotonic() + wait
             time.sleep(LOOK)
         return True
+
+    def is_left_behind(self) -> bool:
+        """Whether nothing but leases of this machine's ended processes stands in the way."""
+        found = [_leaseholder(path) for path in Path(f"{self.path}.rw", "holders").glob("*")]
+        host = socket.gethostname()
+        return bool(found) and all(
+            held is not None and held[0] == host and not alive(held[1]) for held in found
+        )
 
     def try_acquire(self) -> bool:
         """Take the lock if it is to be had at this moment."""
@@ -120,6 +141,15 @@ class Lock:
         self.release()
 
 
+def _leaseholder(record: Path) -> tuple[str, int] | None:
+    """Host and process of one lease, as `filelock` writes it; None where it does not say."""
+    try:
+        facts = dict(re.findall(r"^(pid|host)=(.+)$", read_file(record).decode(), re.M))
+        return facts["host"], int(facts["pid"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Holder:
     """Who signed a lock."""
@@ -149,6 +179,6 @@ def is_locked(path: Path) -> bool:
         return False
     with Lock(path, shared=True) as lock:
         try:
-            return not lock.try_acquire()
+            return not (lock.try_acquire() or lock.is_left_behind())
         except (PermissionError, InputError):  # what cannot be opened says nothing
             return False

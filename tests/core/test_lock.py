@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import subprocess
 import sys
 import threading
@@ -117,6 +118,32 @@ def test_a_file_system_without_flock(tmp_path, monkeypatch, number):
         assert first.acquire() and second.acquire() and not Lock(path).acquire(0.1)
         assert not is_locked(path)
     assert Lock(path).try_acquire()
+
+
+@pytest.mark.parametrize("how", ["alone", "shared"])
+def test_the_lease_of_a_process_that_was_killed_is_waited_for(hold, tmp_path, monkeypatch, how):
+    """Nobody is told that an ended process works there. One of another machine is believed."""
+
+    def missing(*_):
+        raise OSError(errno.ENOSYS, "no flock here")
+
+    path = tmp_path / "lock"
+    process = hold(how, 0, "no flock")
+    monkeypatch.setattr(locks.fcntl, "flock", missing)
+    monkeypatch.setattr(locks, "HEARTBEAT", 0.6)
+    assert not Lock(path).acquire() and is_locked(path) == (how == "alone")
+    process.kill()
+    process.wait()
+    (record,) = (tmp_path / "lock.rw" / "holders").iterdir()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(locks.socket, "gethostname", lambda: "another")
+        assert not Lock(path).is_left_behind()
+    assert not is_locked(path)
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", said)
+    with Lock(path) as lock:
+        assert lock.acquire()
+    assert f"{path} is locked by a process that has ended" in said.getvalue()
 
 
 @pytest.mark.parametrize("late", [0, 3600, -3600])
