@@ -26,6 +26,7 @@ def settings() -> dict:
         "benchmark": torch.backends.cudnn.benchmark,
         "cublas": os.environ.get(numerics.WORKSPACE),
         "tf32": (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()),
+        "filled": torch.utils.deterministic.fill_uninitialized_memory,
     }
 
 
@@ -47,7 +48,7 @@ def test_a_gpu_gets_the_settings_of_the_stage_that_begins(restored, monkeypatch)
     numerics.arrange(Engine(deterministic=True), CPU)
     assert settings() == before
     numerics.arrange(Engine(deterministic=True), CUDA)
-    asked = {"cudnn": True, "benchmark": False, "cublas": ":4096:8"}
+    asked = {"cudnn": True, "benchmark": False, "cublas": ":4096:8", "filled": False}
     assert settings() == before | asked
     numerics.arrange(Engine(), CUDA)
     free = {"cudnn": False, "benchmark": True}

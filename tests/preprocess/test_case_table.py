@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
+import re
 import sys
 
 import numpy as np
@@ -16,7 +18,7 @@ from segfleet.preprocess.stores import case_table, columns
 from segfleet.preprocess.stores import manifest as module
 from segfleet.preprocess.stores.base import open_store
 from segfleet.preprocess.stores.case_entry import CaseEntry
-from segfleet.preprocess.stores.case_table import CaseTable
+from segfleet.preprocess.stores.case_table import CaseTable, SplitTable, split_columns
 from segfleet.preprocess.stores.manifest import Manifest, load_manifest, save_manifest, upgrade
 
 
@@ -108,10 +110,84 @@ def test_cases_come_back_as_they_were(store):
     ]
 
 
+def with_voxels(case: CaseEntry, *voxels: int) -> CaseEntry:
+    return case.model_copy(update={"foreground": {1: voxels}})
+
+
+@pytest.mark.parametrize(
+    "first", [(), (3,), (2**32 - 1,), (2**32,), (2**40, 5)], ids=lambda found: str(found[-1:])
+)
+def test_sampled_voxels_of_the_first_case_come_back_at_any_width(first):
+    none, second = with_voxels(entries(1)[0]), with_voxels(entries(2)[1], 7, 9)
+    for cases in ([with_voxels(none, *first), second], [with_voxels(none, *first)], [none, none]):
+        table = CaseTable.of(cases)
+        assert list(table) == cases
+        centres = [case for case in cases if case.foreground[1]]
+        assert list(table.with_foreground()) == centres
+    assert CaseTable.of([none]).arrays()["sampled.voxels"].shape == (0,)
+
+
+def test_tables_are_equal_to_equal_cases_and_to_nothing_else():
+    cases = entries(4)
+    table = CaseTable.of(cases)
+    assert table == cases and table == tuple(cases) and table == CaseTable.of(cases)
+    for other in (cases[:3], [*cases[:3], cases[0]], [*cases[1:], cases[0]], 4, None):
+        assert table != other
+    assert CaseTable.of(()) == [] and CaseTable.of(()) != ""
+
+
+def test_splits_travel_to_other_processes_from_a_file_and_from_memory(store):
+    """From a file by its name alone: columns are not copied."""
+    cases = entries(2000)
+    ids = tuple(case.id for case in cases)
+    splits = {"a": ({"train": ids, "val": ids[:3]},)}
+    stored(store.root, cases, splits=splits)
+    found = load_manifest(store.root).splits
+    travelling = pickle.dumps(found)
+    assert pickle.loads(travelling) == found == splits and len(travelling) < 2000
+    table = CaseTable.of(cases)
+    lone = SplitTable(table, *split_columns(ids, splits))
+    assert pickle.loads(pickle.dumps(lone)) == splits
+
+
+def test_a_case_that_is_not_there_is_answered_with_a_few_that_are(store):
+    stored(store.root, entries(9))
+    with pytest.raises(
+        InputError, match="one of the 9 cases .*: Fall 0 é, .*, Fall 4 é and 4 more"
+    ):
+        load_manifest(store.root).case("Fall")
+    stored(store.root, entries(5))
+    with pytest.raises(InputError, match="Fall 3 é, Fall 4 é\\."):
+        load_manifest(store.root).case("Fall")
+
+
+def test_channels_are_masked_where_they_are_normalised_inside_the_mask():
+    plan = {"target_spacing": (1, 1, 1), "patch": (8, 8, 8), "normalisation": ("ct", "zscore")}
+    assert module.Plan(**plan, nonzero_mask=True).masked == (1,)
+    assert module.Plan(**plan).masked == ()
+
+
+def test_a_damaged_case_is_named_with_its_file(store):
+    stored(store.root, entries(3))
+    manifest = load_manifest(store.root)
+    (name,) = manifest.tables
+    file = store.root / name
+    table = manifest.cases
+    table._columns["grid"].code = np.full(3, 99)
+    with pytest.raises(InputError, match=re.escape(f"store: {file}: case 1 is damaged (")):
+        table[1]
+    alone = CaseTable.of(entries(3))
+    alone._columns["grid"].code = np.full(3, 99)
+    with pytest.raises(InputError, match=re.escape("store: case 1 is damaged (")):
+        alone[1]
+
+
 def test_the_file_is_a_safetensors_file_and_equal_cases_give_equal_bytes(store):
     """Read by the library of that format."""
     first = stored(store.root, entries(9))
     (name,) = first.tables
+    digest = hashlib.sha256((store.root / name).read_bytes()).hexdigest()
+    assert name == f"cases-{digest[:12]}.safetensors"
     theirs, ours = load_file(store.root / name), columns.map_columns(store.root / name)
     assert theirs.keys() == ours.keys() and len(theirs) > 20
     for key, array in theirs.items():
@@ -267,6 +343,18 @@ def test_what_an_older_manifest_leaves_out_is_what_its_version_did():
         "size": None,
         "interpolation": "cubic",
         "masks": "linear",
+    }
+    needed = {"id", "group", "shard", "key", "shape", "spacing", "crop", "raw_shape", "raw_spacing"}
+    case = {key: value for key, value in entries(1)[0].model_dump().items() if key in needed}
+    assert CaseEntry(**case).model_dump(exclude=needed) == {
+        "affine": None,
+        "has_truth": False,
+        "voxels": {},
+        "foreground": {},
+        "sha256": "",
+        "source_sha256": "",
+        "image_sha256": "",
+        "image_file": "",
     }
     dataset = module.Dataset(name="d", reader="msd", dims=3, channels=("CT",), labels={"b": 0})
     assert dataset.model_dump(exclude={"name", "reader", "dims", "channels", "labels"}) == {

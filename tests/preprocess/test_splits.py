@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from segfleet.preprocess.phantoms.phantom import write_nnunet_phantom
@@ -64,6 +68,33 @@ def test_the_seed_decides():
 def test_what_the_data_set_brings_is_kept():
     brought = {"nnunet": ({"train": ("p000_0",), "val": ("p001_0",)},)}
     assert make_splits(members(2), seed=1, brought=brought)["nnunet"] == brought["nnunet"]
+
+
+def test_what_the_data_set_brings_has_no_case_on_both_sides():
+    good, bad = ({"train": ("p000_0",), "val": (side,)} for side in ("p001_0", "p000_0"))
+    with pytest.raises(AssertionError, match="split 'x' has a case on both sides"):
+        make_splits(members(2), seed=1, brought={"x": (good, bad)})
+
+
+def test_no_fold_hangs_on_the_order_of_a_set():
+    """Python hashes words anew in every process. Sites and labels of a patient are sets."""
+    words = (
+        "from segfleet.preprocess.planning.splits import Member, kfold\n"
+        "found = [Member(id=f'{p}_{v}', group=str(p), stratum=f'site {(p * 7 + v * p) % 9}',\n"
+        "                foreground={v: 1, p % 4 + 9: p}) for p in range(40) for v in range(6)]\n"
+        "print(kfold(found, 5, 1))"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", words],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in range(3)
+    }
+    assert len(said) == 1
 
 
 def test_visits_of_a_patient_stay_together(tmp_path):
