@@ -74,11 +74,16 @@ def best_points(outcome: Path, top: int) -> list[list[Path]]:
     if not rows:
         raise InputError(f"best: {outcome} ranks no point; wait for the sweep, or run it again")
     found: list[list[Path]] = []
-    for row in rows[:top]:
-        seeds: dict[int, list[Path]] = {}
-        for run in sorted(row["runs"], key=lambda run: run["fold"]):
-            seeds.setdefault(run["seed"], []).append(Path(run["run"]))
-        found += seeds.values()
+    try:
+        for row in rows[:top]:
+            seeds: dict[int, list[Path]] = {}
+            for run in sorted(row["runs"], key=lambda run: run["fold"]):
+                seeds.setdefault(run["seed"], []).append(Path(run["run"]))
+            found += seeds.values()
+    except (KeyError, TypeError):
+        raise InputError(
+            f"best: {outcome} is damaged; run the sweep again, which writes it anew"
+        ) from None
     return found
 
 

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from segfleet.cli.best import best_points
 from segfleet.core.errors import InputError
 from segfleet.core.files import digest_of, read_json, write_json
 from segfleet.models.registry import ModelError, build_model
@@ -308,3 +309,14 @@ def test_lost_events_are_named(run_folder, capsys, lost):
     row = status.run_status(run_folder)
     assert (row.state, row.step, row.loss) == ("stopped", 8, None)
     assert capsys.readouterr().err.startswith(f"segfleet: {path} is missing or lacks its end")
+
+
+def test_a_damaged_outcome_of_a_sweep_is_one_sentence(tmp_path):
+    path = tmp_path / "outcome.json"
+    run = {"fold": 0, "seed": 1, "run": "runs/a"}
+    path.write_text(json.dumps({"ranking": [{"runs": [run]}]}))
+    assert best_points(path, 4) == [[Path("runs/a")]]
+    for wrong in (7, [7], [{}], [{"runs": 7}], [{"runs": [{**run, "run": 7}]}], [{"runs": [{}]}]):
+        path.write_text(json.dumps({"ranking": wrong}))
+        with pytest.raises(InputError, match="outcome.json is damaged"):
+            best_points(path, 4)

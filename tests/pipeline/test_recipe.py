@@ -27,6 +27,13 @@ def refused(document) -> str:
     return str(caught.value)
 
 
+def test_one_part_of_the_weights_may_stand_in_a_list():
+    for said in ("all", ["all"], "encoder", ["encoder"]):
+        later = {"epochs": 1, "lr": 1, "inherit": {"weights": said}}
+        found = recipes.parse({**MINIMAL, "stages": [*MINIMAL["stages"], later]})
+        assert found.stages[1].inherit.weights == (said if isinstance(said, str) else said[0])
+
+
 def test_unknown_keys_and_illegal_values_are_all_named_at_once():
     wrong = {
         "modell": 1,
@@ -47,6 +54,19 @@ def test_unknown_keys_and_illegal_values_are_all_named_at_once():
     [
         ({"stages": []}, "stages: found []"),
         ({"stages": [{"epochs": 1, "lr": float("nan")}]}, "stages.0.lr"),
+        (
+            {"stages": [{"epochs": 3, "lr": 1, "unfreeze_at": 1}]},
+            "stages.0.unfreeze_at: nothing is frozen; set freeze",
+        ),
+        (
+            {
+                "stages": [
+                    *MINIMAL["stages"],
+                    {"epochs": 1, "lr": 1, "inherit": {"weights": ["all", "encoder"]}},
+                ]
+            },
+            "all leaves nothing for the others to add",
+        ),
         (
             {"data": {"batch": 3}, "engine": {"accumulate": 2}},
             "data.batch 3 must be a multiple of engine.accumulate 2",
