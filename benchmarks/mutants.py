@@ -79,6 +79,7 @@ SUBJECTS = {  # module -> the tests that ought to notice
         "pipeline/test_recipe.py",
         "pipeline/test_stage_settings.py",
         "pipeline/test_weights.py",
+        "pipeline/test_finetuning.py",
     ],
     "pipeline/sources.py": ["pipeline/test_sources.py"],
     "pipeline/devices/numerics.py": ["pipeline/test_numerics.py"],

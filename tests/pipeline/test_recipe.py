@@ -55,10 +55,6 @@ def test_unknown_keys_and_illegal_values_are_all_named_at_once():
         ({"stages": []}, "stages: found []"),
         ({"stages": [{"epochs": 1, "lr": float("nan")}]}, "stages.0.lr"),
         (
-            {"stages": [{"epochs": 3, "lr": 1, "unfreeze_at": 1}]},
-            "stages.0.unfreeze_at: nothing is frozen; set freeze",
-        ),
-        (
             {
                 "stages": [
                     *MINIMAL["stages"],
