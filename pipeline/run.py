@@ -518,12 +518,12 @@ def root_of(folder: Path, recipe: Recipe) -> Path:
 ADVICE = "; wait or stop it, then run the same command again"
 
 
-def lock_stage(folder: Path) -> Lock:
+def lock_stage(folder: Path, stopped: Callable[[], bool] = lambda: False) -> Lock:
     """The lock of one stage, or of a sweep: one process at a time works there. Raises InputError
     that names the holder."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder / LOCK)
-    if not lock.acquire():
+    if not lock.acquire(stopped=stopped):
         who = holder(folder / LOCK) or "another process"
         raise InputError(f"run: {folder} is being trained by {who}{ADVICE}")
     lock.sign()

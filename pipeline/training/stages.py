@@ -90,20 +90,20 @@ def locked(context: Context, folder: StageFolder) -> Iterator[None]:
     together if the run waits for such."""
     ranks, told = context.ranks, False
     while True:
-        lock, refusal = _taken(folder) if ranks.rank == 0 else (None, None)
+        lock, refusal = _taken(context, folder) if ranks.rank == 0 else (None, None)
         if not (refusal := ranks.share(refusal)):
             break
-        if not _waits(context, folder, refusal):
-            raise InputError(refusal)
-        if ranks.rank == 0 and not told:
-            context.warn(f"{refusal.removesuffix(ADVICE)}; waiting for it")
-        told = True
         if ranks.any(context.asked_to_stop()):
             stage = f"stage {folder.index + 1}, which another run is training"
             raise Interrupted(
                 f"stopped while waiting for {stage}; nothing is lost. Run the same command again "
                 "to go on."
             )
+        if not _waits(context, folder, refusal):
+            raise InputError(refusal)
+        if ranks.rank == 0 and not told:
+            context.warn(f"{refusal.removesuffix(ADVICE)}; waiting for it")
+        told = True
         time.sleep(LOOK)
     try:
         yield
@@ -112,10 +112,10 @@ def locked(context: Context, folder: StageFolder) -> Iterator[None]:
             lock.release()
 
 
-def _taken(folder: StageFolder) -> tuple[Lock | None, str | None]:
+def _taken(context: Context, folder: StageFolder) -> tuple[Lock | None, str | None]:
     """The lock, or who has it."""
     try:
-        lock = lock_stage(folder.path)
+        lock = lock_stage(folder.path, context.asked_to_stop)
     except InputError as error:
         return None, str(error)
     checkpoint.clean(folder.checkpoints)

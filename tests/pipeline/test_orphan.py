@@ -12,10 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from segfleet.core import lock as locks
 from segfleet.core.errors import InputError
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.run import StageFolder
-from segfleet.pipeline.stop import StopRequest
+from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.pipeline.training import stages
 from segfleet.slurm.rank import next_life
 
@@ -66,6 +67,19 @@ def test_anybody_else_is_refused(orphan, tmp_path, monkeypatch, job, waits):
     run, folder = wanted(tmp_path, waits)
     with pytest.raises(InputError, match=r"is being trained by process \d+ on .* of job 7; wait"):
         stages.locked(run, folder).__enter__()
+
+
+def test_whoever_waits_for_a_lease_is_stopped_and_not_refused(orphan, tmp_path, monkeypatch):
+    """On a disk without flock the lease of a killed process lasts a minute and a half."""
+    monkeypatch.setattr(locks.Lock, "is_left_behind", lambda self: True)
+    run, folder = wanted(tmp_path, waits=False)
+    asked = threading.Event()
+    run.asked_to_stop = asked.is_set
+    threading.Timer(1.0, asked.set).start()
+    begin = time.monotonic()
+    with pytest.raises(Interrupted, match="stopped while waiting for stage 1"):
+        stages.locked(run, folder).__enter__()
+    assert 0.9 < time.monotonic() - begin < 30
 
 
 def test_the_earlier_start_is_asked_to_stop_by_the_later_one(tmp_path):
