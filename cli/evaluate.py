@@ -105,9 +105,10 @@ def job_of(
 ) -> Score:
     """What the ranks of an evaluation do. Raises InputError if they cannot."""
     from segfleet.core.errors import InputError
+    from segfleet.pipeline.identity import differences
     from segfleet.pipeline.launch.job import Score
     from segfleet.pipeline.recipe import override, parse, with_absolute_store
-    from segfleet.pipeline.run import differences, find_run, open_run, stage_folders
+    from segfleet.pipeline.run import find_run, open_run, stage_folders
     from segfleet.preprocess.stores.manifest import load_manifest
 
     folder = find_run(run, runs, fold, best)

@@ -102,8 +102,9 @@ def train_run(
     """Train and score one run; what is said of it."""
     from segfleet.pipeline.launch.local import run_ranks
     from segfleet.pipeline.reports.status import finished, standing
-    from segfleet.pipeline.run import stage_folders, stage_steps
+    from segfleet.pipeline.run import stage_folders
     from segfleet.pipeline.scoring.scored import own_evaluation
+    from segfleet.pipeline.stage_data import stage_steps
 
     folders = stage_folders(job.root, recipe, manifest)
     leaf = folders[-1].path

@@ -1,19 +1,10 @@
-"""Identity and folders of a run. `runs/<uid of stage 1>/<uid of stage 2>/...`: the tree on disk is
-the state.
-
-Equal identity means equal result: the hash takes in everything that changes it and nothing else (no
-workers, launcher, logging).
-"""
+"""Folders of a run. `runs/<uid of stage 1>/<uid of stage 2>/...`: the tree on disk is the state."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import itertools
-import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,249 +13,17 @@ from typing import TYPE_CHECKING, Any
 from segfleet.core.errors import InputError, did_you_mean
 from segfleet.core.files import absolute, read_json, write_json
 from segfleet.core.lock import Lock, holder
-from segfleet.pipeline.recipe import OVERRIDES, Inherit, Recipe, Stage, members, parse, resolve
-from segfleet.pipeline.sections import Engine
-from segfleet.pipeline.sources import NUMERICS, changed_sources
+from segfleet.pipeline.identity import stage_uids
+from segfleet.pipeline.recipe import Recipe, parse, resolve
+from segfleet.pipeline.stage_data import Manifests
 from segfleet.preprocess.stores.manifest import Manifest, load_manifest
 
 if TYPE_CHECKING:  # it needs torch, which a process that only looks at runs must not load
     from segfleet.pipeline import checkpoint
 
-RECIPE, DONE, LOCK = "recipe.json", "done.json", "lock"
+RECIPE, DONE, LOCK, DATA = "recipe.json", "done.json", "lock", "data.json"
 CHECKPOINTS = "checkpoints"
-IDENTITY, DATA = "identity.json", "data.json"
 FOLDS = "folds"  # folder below that of all runs: scores over all folds, see `scoring/folds.py`
-
-# Options that some other option leaves without effect.
-IDLE_OF_OPTIMIZER = {
-    "adamw": ("momentum", "nesterov"),
-    "adam": ("momentum", "nesterov"),
-    "sgd": ("betas",),
-}
-IDLE_OF_SCHEDULE = {
-    "constant": ("power", "period", "floor"),
-    "poly": ("period",),
-    "cosine": ("power",),
-}
-
-# Added after runs had uids: left out where they are as everything was before.
-LATER_OF_ENGINE = ("deterministic", "tf32")
-
-# of the recipe of a stage, which is resolved: what its store holds
-Manifests = Callable[[Recipe], Manifest]
-
-
-def manifests_of(recipe: Recipe, known: Manifest | Manifests) -> Manifests:
-    """Manifests of the stores of all stages; `known`: that of the recipe's own store, or such a
-    function already. Others are read when they are asked for."""
-    if not isinstance(known, Manifest):
-        return known
-
-    def manifest(settings: Recipe) -> Manifest:
-        store = settings.data.store
-        return known if store == recipe.data.store else _read(store, *_version(Path(store)))
-
-    return manifest
-
-
-def stages_of(
-    recipe: Recipe, manifest: Manifest | Manifests
-) -> Iterator[tuple[int, Recipe, Manifest]]:
-    """Of every stage its number, the recipe resolved for it, and what its store holds, whose fold
-    is there. Raises InputError that names the stage, if it has a store of its own."""
-    manifests = manifests_of(recipe, manifest)
-    for index, stage in enumerate(recipe.stages):
-        own = resolve(recipe, index)
-        try:
-            stored = manifests(own)
-            for one in members(own):
-                training_ids(one, manifests(one))
-        except InputError as error:
-            raise InputError(named(error, own is not recipe, index, stage)) from None
-        yield index, own, stored
-
-
-def named(error: Exception, several: bool, index: int, stage: Stage) -> str:
-    """A message that says which stage it is about, where stages have `several` settings."""
-    plain = not several or str(error).startswith("stages.")
-    return str(error) if plain else f"stages.{index} ({stage.name}): {error}"
-
-
-def _version(store: Path) -> tuple[int, int]:
-    with suppress(OSError):
-        facts = (store / "manifest.json").stat()
-        return facts.st_ino, facts.st_mtime_ns
-    return 0, 0
-
-
-@functools.lru_cache(maxsize=16)
-def _read(store: str, _inode: int, _changed: int) -> Manifest:
-    return load_manifest(Path(store))
-
-
-def training_ids(recipe: Recipe, manifest: Manifest) -> tuple[str, ...]:
-    """The cases that a stage trains on, `recipe` resolved for it: of its fold all, or the first
-    `data.cases` in an order by hashes of their ids, the same for every fold and number."""
-    ids = manifest.fold(recipe.data.split, recipe.data.fold)["train"]
-    if recipe.data.cases is None:
-        return ids
-    if recipe.data.cases > len(ids):
-        raise InputError(
-            f"data.cases: found {recipe.data.cases}, but the fold has {len(ids)} training cases"
-        )
-    order = sorted(ids, key=lambda name: hashlib.sha256(name.encode()).digest())
-    chosen = set(order[: recipe.data.cases])
-    return tuple(name for name in ids if name in chosen)
-
-
-def shares_of(recipe: Recipe, manifests: Manifests) -> list[tuple[Recipe, Manifest, int]]:
-    """Of a resolved recipe's stores: the recipe for it alone, what it holds, its weight."""
-    found = []
-    for number, one in enumerate(members(recipe)):
-        stored = manifests(one)
-        weight = recipe.data.stores[number].weight if recipe.data.stores else None
-        found.append((one, stored, weight or len(training_ids(one, stored))))
-    return found
-
-
-def stage_facts(recipe: Recipe, manifest: Manifest | Manifests, index: int) -> dict[str, Any]:
-    """Everything about stage `index` that changes its result, its parents left out. `recipe` is
-    resolved for that stage, `manifest` that of its store."""
-    manifests = manifests_of(recipe, manifest)
-    manifest = manifests(recipe)
-    whole = recipe.model_dump(mode="json")
-    rebuilds = recipe.task == "reconstruct"
-    data = {
-        key: value
-        for key, value in whole["data"].items()
-        if key not in ("made_for", "store", "stores", "workers", "split", "fold", "cases")
-        and (key != "mask" or rebuilds)
-    }
-    if data["augment"]:  # where it is computed is no more part of an identity than the device
-        data["augment"] = {k: v for k, v in data["augment"].items() if k != "device"}
-    engine = {
-        key: value
-        for key, value in whole["engine"].items()
-        if key not in ("name", "options", "checkpoint_activations")
-        and not (key in LATER_OF_ENGINE and value == Engine.model_fields[key].default)
-    }
-    # auto is the device's choice, and no more part of an identity than the device
-    engine["compile"] = recipe.engine.compile in (True, "reduce-overhead")
-    idle = (
-        "name",
-        *OVERRIDES,
-        *IDLE_OF_SCHEDULE[recipe.stages[index].schedule],
-        *(() if index else ("inherit",)),
-    )
-    stage = {key: value for key, value in whole["stages"][index].items() if key not in idle}
-    for key in ("unfreeze_at", "freeze_statistics", "layer_decay", "rates", "anchor", "lora"):
-        if stage[key] == Stage.model_fields[key].get_default(call_default_factory=True):
-            del stage[key]
-    if "rates" in stage and order_counts(list(stage["rates"])):  # a hash of a mapping knows none
-        stage["rates"] = [list(pair) for pair in stage["rates"].items()]
-    if stage["freeze"]:  # said even where it is the default: once, statistics went on
-        stage["freeze_statistics"] = recipe.stages[index].freeze_statistics
-    else:
-        stage.pop("freeze_statistics", None)
-    if index:
-        stage["inherit"] = inherit_facts(recipe.stages[index].inherit)
-    optimizer = {
-        key: value
-        for key, value in whole["optimizer"].items()
-        if key not in IDLE_OF_OPTIMIZER[recipe.optimizer.name]
-        and (key != "decay" or recipe.optimizer.weight_decay)
-    }
-    if stage.get("patience"):  # only then does validation decide how long a stage is
-        stage["validation"] = [
-            {key: value for key, value in whole["evaluation"].items() if key != "tolerance"},
-            list(manifest.fold(recipe.data.split, recipe.data.fold)["val"]),
-        ]
-    several = [
-        [stored.id, weight, list(training_ids(one, stored))]
-        for one, stored, weight in (shares_of(recipe, manifests) if recipe.data.stores else ())
-    ]
-    changed = changed_sources(recipe.model.name, recipe.loss.name)
-    return {
-        "numerics": NUMERICS,
-        **({"sources": changed} if changed else {}),
-        **({"task": recipe.task} if rebuilds else {"loss": whole["loss"]}),
-        "store": manifest.id,
-        **({"stores": several} if several else {}),
-        "train": list(training_ids(recipe, manifest)),
-        "seed": recipe.seed,
-        "data": data,
-        "model": model_facts(whole["model"], index),
-        "optimizer": optimizer,
-        "engine": engine,
-        "index": index,
-        "stage": stage,
-    }
-
-
-def order_counts(parts: Sequence[str]) -> bool:
-    """Whether `rates` of these roles and prefixes may mean another thing than the same ones sorted:
-    two that a parameter may belong to, of which the last counts, stand the other way round."""
-    apart = {"encoder", "decoder", "head"}
-    roles = {*apart, "backbone", "all"}
-    return any(
-        first > then
-        and not {first, then} <= apart
-        and (not roles.isdisjoint({first, then}) or first.startswith(then))
-        for first, then in itertools.combinations(parts, 2)
-    )
-
-
-def inherit_facts(inherit: Inherit) -> str | dict[str, Any]:
-    """In the words of before there were more than two, where these will do."""
-    if inherit.plain:
-        return "weights+optimizer" if inherit.optimizer else "weights"
-    return inherit.model_dump(mode="json")
-
-
-def model_facts(model: dict[str, Any], index: int) -> dict[str, Any]:
-    """Weights to start from count in the first stage, by what is in the file, not by where it
-    lies."""
-    facts = {key: model[key] for key in ("name", "options", "head")}
-    if model["weights"] is not None and index == 0:
-        if model["weights_sha256"] is None:
-            raise InputError("model.weights_sha256: missing; read the recipe by `load_recipe`")
-        facts |= {key: model[key] for key in ("weights_sha256", "mapping", "strict")}
-    return facts
-
-
-def stage_uids(recipe: Recipe, manifest: Manifest | Manifests) -> list[str]:
-    """One uid per stage; beginnings of two recipes that resolve to the same have equal uids."""
-    uids: list[str] = []
-    manifests = manifests_of(recipe, manifest)
-    for index, own, _ in stages_of(recipe, manifests):
-        uids.append(stage_uid(uids[-1] if uids else None, stage_facts(own, manifests, index)))
-    return uids
-
-
-def stage_uid(parent: str | None, facts: dict[str, Any]) -> str:
-    """The uid of a stage from its parent's uid and its own facts: a hash of `json.dumps([parent,
-    facts], sort_keys=True)`."""
-    head = json.dumps(
-        [parent, {key: value for key, value in facts.items() if key != "train"}], sort_keys=True
-    )
-    # "train" is the last key, long, and the same for many stages
-    whole = f'{head[:-2]}, "train": {_encoded(tuple(facts["train"]))}}}]'
-    return hashlib.sha256(whole.encode()).hexdigest()[:12]
-
-
-@functools.lru_cache(maxsize=64)
-def _encoded(ids: tuple[str, ...]) -> str:
-    return json.dumps(ids)
-
-
-def stage_steps(recipe: Recipe, manifest: Manifest | Manifests) -> list[int]:
-    """Optimizer steps of an epoch of every stage; by default one pass over the training cases."""
-    found = []
-    manifests = manifests_of(recipe, manifest)
-    for index, own, _ in stages_of(recipe, manifests):
-        cases = sum(len(training_ids(one, manifests(one))) for one in members(own))
-        found.append(recipe.stages[index].steps or max(1, -(-cases // own.data.batch)))
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,15 +58,8 @@ class StageFolder:
         return found
 
     def final(self) -> checkpoint.Checkpoint:
-        """The checkpoint of a finished stage. Raises CheckpointError."""
-        from segfleet.pipeline import checkpoint
-
-        done = self.done()
-        if done is None:
-            raise checkpoint.CheckpointError(
-                f"checkpoint: stage {self.index + 1} in {self.path} is not finished; train it first"
-            )
-        return self.load(done["checkpoint"])
+        """The checkpoint of a finished stage. Raises InputError."""
+        return self.load(self.check_done()["checkpoint"])
 
     def load(self, name: str) -> checkpoint.Checkpoint:
         """A checkpoint that a finished stage must have, by its folder's name. Raises
@@ -323,59 +75,6 @@ class StageFolder:
 
     def finish(self, name: str, **facts: Any) -> None:
         write_json(self.path / DONE, {"checkpoint": name, **facts})
-
-
-def note_identity(folder: StageFolder, recipe: Recipe, manifest: Manifest | Manifests) -> None:
-    """Keep in a stage's folder what its uid was made of, so that a later run can say how it
-    differs."""
-    if not (folder.path / IDENTITY).exists():
-        own = resolve(recipe, folder.index)
-        facts = stage_facts(own, manifests_of(recipe, manifest), folder.index)
-        facts["train"] = hashlib.sha256(_encoded(tuple(facts["train"])).encode()).hexdigest()[:16]
-        document = {"name": recipe.name, "facts": facts}
-        write_json(folder.path / IDENTITY, document)
-
-
-def differences(
-    recipe: Recipe, manifest: Manifest | Manifests, index: int, other: Path
-) -> list[str] | None:
-    """How stage `index` of a recipe differs from the stage in the folder `other`, a few words each;
-    None if that one has no note of its identity."""
-    noted = read_json(other / IDENTITY)
-    if noted is None or not isinstance(noted.get("facts"), dict):
-        return None
-    before = _flat(noted["facts"])
-    own = resolve(recipe, index)
-    facts = json.loads(json.dumps(stage_facts(own, manifests_of(recipe, manifest), index)))
-    facts["train"] = hashlib.sha256(_encoded(tuple(facts["train"])).encode()).hexdigest()[:16]
-    now = _flat(facts)
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    return [_in_words(key, index, before.get(key), now.get(key)) for key in keys]
-
-
-def _flat(facts: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in facts.items():
-        flat |= (
-            _flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
-        )
-    return flat
-
-
-def _in_words(key: str, index: int, before: Any, now: Any) -> str:
-    section, _, rest = key.partition(".")
-    if section == "sources":
-        return f"the code of {rest}"
-    if section in ("numerics", "store", "stores", "train"):
-        return {
-            "numerics": "the version of segfleet, whose results differ",
-            "store": "the store's content",
-            "stores": "the stores, their weights or their training cases",
-            "train": "the training cases",
-        }[section]
-    name = f"stages.{index}.{rest}" if section == "stage" else key
-    return f"{name} ({json.dumps(now)}, there {json.dumps(before)})"
 
 
 def stage_folders(root: Path, recipe: Recipe, manifest: Manifest | Manifests) -> list[StageFolder]:

@@ -12,8 +12,9 @@ from segfleet.core.files import read_json
 from segfleet.core.lock import is_locked
 from segfleet.core.progress import EVENTS, FAR
 from segfleet.pipeline.events import comes_to_file, ended, recent_events
+from segfleet.pipeline.identity import IDENTITY, differences
 from segfleet.pipeline.recipe import Recipe
-from segfleet.pipeline.run import DONE, IDENTITY, LOCK, StageFolder, differences, open_run
+from segfleet.pipeline.run import DONE, LOCK, StageFolder, open_run
 from segfleet.pipeline.scoring.folds import family_of, folder_of
 from segfleet.pipeline.scoring.scored import is_scored, read_evaluation
 from segfleet.preprocess.stores.manifest import Manifest

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from segfleet.core.errors import InputError
 from segfleet.core.files import read_json, write_json
 from segfleet.pipeline.recipe import Recipe, members
-from segfleet.pipeline.run import StageFolder, manifests_of, stages_of, training_ids
+from segfleet.pipeline.run import StageFolder
 from segfleet.pipeline.scoring.form import is_evaluation
+from segfleet.pipeline.stage_data import manifests_of, stages_of, training_ids
 from segfleet.preprocess.stores.manifest import Manifest
 
 if TYPE_CHECKING:

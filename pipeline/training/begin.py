@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from segfleet.models import registry
-from segfleet.pipeline import checkpoint, run
+from segfleet.pipeline import checkpoint
 from segfleet.pipeline.devices import compiler, numerics
 from segfleet.pipeline.engines.base import Engine, Setup, build_engine
 from segfleet.pipeline.engines.lora import adapt
@@ -15,6 +15,7 @@ from segfleet.pipeline.events import EventLog
 from segfleet.pipeline.parts import Objective, build_network, in_layout, task_of, transfer_of
 from segfleet.pipeline.recipe import resolve
 from segfleet.pipeline.reports.trackers import open_trackers
+from segfleet.pipeline.stage_data import stage_steps
 from segfleet.pipeline.training import precision as bf16
 from segfleet.pipeline.training import sync_norm
 from segfleet.pipeline.training.context import Context
@@ -44,7 +45,7 @@ def build(context: Context, index: int) -> tuple[Engine, checkpoint.Checkpoint |
     if index and (stage.anchor or stage.lora or not saved):
         taken, moments = inherited(context, index, model, first=not saved)
     if stage.unfreeze_at and saved:
-        steps = run.stage_steps(context.recipe, context.manifests)[index]
+        steps = stage_steps(context.recipe, context.manifests)[index]
         if saved.step >= stage.unfreeze_at * steps:
             stage = stage.model_copy(update={"freeze": ()})
     anchors = {

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from segfleet.pipeline import run
 from segfleet.pipeline.data import loader
 from segfleet.pipeline.data.sampler import MixedSampler, PatchSampler
 from segfleet.pipeline.parts import augments_on_device, patch_of
 from segfleet.pipeline.recipe import Recipe, resolve
+from segfleet.pipeline.stage_data import shares_of, training_ids
 from segfleet.pipeline.training.context import Context
 from segfleet.preprocess.stores.base import ShardStore
 
@@ -32,10 +32,10 @@ def sampler_of(
 ) -> tuple[list[ShardStore], PatchSampler | MixedSampler]:
     """The stores of a stage, whose recipe is resolved, and what is drawn from them."""
     patch, stores, samplers, weights = patch_of(recipe, context.manifests(recipe)), [], [], []
-    for one, manifest, weight in run.shares_of(recipe, context.manifests):
+    for one, manifest, weight in shares_of(recipe, context.manifests):
         samplers.append(
             PatchSampler(
-                cases=manifest.cases.among(set(run.training_ids(one, manifest))),
+                cases=manifest.cases.among(set(training_ids(one, manifest))),
                 patch=patch,
                 batch=recipe.data.batch,
                 foreground=recipe.data.foreground,

@@ -11,14 +11,16 @@ import torch
 
 from segfleet.core.errors import InputError
 from segfleet.core.machine import cpus_of_a_rank
-from segfleet.pipeline import checkpoint, run
+from segfleet.pipeline import checkpoint
 from segfleet.pipeline.data import loader
 from segfleet.pipeline.devices import numerics, out_of_memory
 from segfleet.pipeline.engines.base import Engine
 from segfleet.pipeline.events import EventLog
+from segfleet.pipeline.identity import note_identity
 from segfleet.pipeline.parts import channels_last, check_recipe, doubts, patch_of
 from segfleet.pipeline.recipe import Recipe, resolve
 from segfleet.pipeline.reports.trackers import check_trackers
+from segfleet.pipeline.stage_data import named, stage_steps
 from segfleet.pipeline.stop import Interrupted, Paused
 from segfleet.pipeline.training.agreement import Agreement
 from segfleet.pipeline.training.begin import begin_log, build
@@ -49,7 +51,7 @@ def train(context: Context) -> Path:
             if ranks.share(reopened(context, folders[index]) if ranks.rank == 0 else None):
                 note_recipe(context)
                 if ranks.rank == 0:
-                    run.note_identity(folders[index], recipe, context.manifests)
+                    note_identity(folders[index].path, recipe, context.manifests, index)
                 own = resolve(recipe, index)
                 patch = patch_of(own, context.manifests(own))
                 words = out_of_memory.training_words(own, patch, ranks.size)
@@ -68,14 +70,14 @@ def check_batches(recipe: Recipe, ranks: int) -> None:
         try:
             loader.check_shares(own.data.batch, ranks, own.engine.accumulate)
         except InputError as error:
-            raise InputError(run.named(error, own is not recipe, index, stage)) from None
+            raise InputError(named(error, own is not recipe, index, stage)) from None
 
 
 def train_stage(context: Context, index: int) -> None:
     """Train one stage from where its folder stands to its end."""
     recipe, ranks = resolve(context.recipe, index), context.ranks
     folder, stage = context.folders[index], recipe.stages[index]
-    steps = run.stage_steps(recipe, context.manifests)[index]  # of an epoch
+    steps = stage_steps(recipe, context.manifests)[index]  # of an epoch
     total, thaw = stage.epochs * steps, (stage.unfreeze_at or 0) * steps
     pause = context.pause_at if folder is context.folders[-1] else None
     patches = patches_of(context, index, steps)

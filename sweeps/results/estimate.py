@@ -8,7 +8,8 @@ from typing import Any
 
 from segfleet.core.files import read_json
 from segfleet.pipeline.events import read_events
-from segfleet.pipeline.run import run_folders, stage_steps
+from segfleet.pipeline.run import run_folders
+from segfleet.pipeline.stage_data import stage_steps
 from segfleet.sweeps.results.ledger import Ledger
 from segfleet.sweeps.space.plan import Plan
 from segfleet.sweeps.space.tree import StageNode

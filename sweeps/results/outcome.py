@@ -24,9 +24,10 @@ import numpy as np
 from segfleet.core.files import read_json, write_atomically
 from segfleet.core.settings import dumps
 from segfleet.pipeline.events import read_events
-from segfleet.pipeline.run import DONE, stage_steps
+from segfleet.pipeline.run import DONE
 from segfleet.pipeline.scoring.intervals import paired
 from segfleet.pipeline.scoring.scored import evaluation_of
+from segfleet.pipeline.stage_data import stage_steps
 from segfleet.sweeps.results.importance import importance
 from segfleet.sweeps.results.learning import learning_curves
 from segfleet.sweeps.results.ledger import Ledger

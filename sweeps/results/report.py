@@ -10,7 +10,7 @@ from markupsafe import Markup
 from segfleet.core.files import write_atomically
 from segfleet.pipeline.events import read_events
 from segfleet.pipeline.reports.html import Cell, Table, interval, render
-from segfleet.pipeline.run import stage_steps
+from segfleet.pipeline.stage_data import stage_steps
 from segfleet.sweeps.results.charts import bars, branches, legend, parallel, scatter
 from segfleet.sweeps.results.ledger import Ledger
 from segfleet.sweeps.space.plan import Plan

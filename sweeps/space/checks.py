@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from segfleet.core.errors import InputError
+from segfleet.pipeline.identity import stage_facts, stage_uid
 from segfleet.pipeline.recipe import Recipe, resolve, with_absolute_store
-from segfleet.pipeline.run import stage_facts, stage_uid, stages_of
+from segfleet.pipeline.stage_data import stages_of
 from segfleet.preprocess.stores.manifest import Manifest
 from segfleet.sweeps.space.objectives import check_structures
 from segfleet.sweeps.space.space import Axis, Point, Search, Trial

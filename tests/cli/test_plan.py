@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 
 from segfleet.cli import main, plan
 from segfleet.core.errors import InputError
+from segfleet.pipeline.identity import stage_uids
 from segfleet.pipeline.planning import cpu, timing
 from segfleet.pipeline.planning.choices import low_first
 from segfleet.pipeline.planning.planner import plan_recipe
 from segfleet.pipeline.planning.target import parse_budget, parse_device
 from segfleet.pipeline.planning.timing import Measured
 from segfleet.pipeline.recipe import load_recipe, resolve
-from segfleet.pipeline.run import stage_uids
 from segfleet.preprocess.stores.manifest import load_manifest, save_manifest
 
 

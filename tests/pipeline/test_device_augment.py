@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from segfleet.pipeline import run
+from segfleet.pipeline import identity
 from segfleet.pipeline.data import device_augment, handover, loader, normals
 from segfleet.pipeline.data.sampler import MixedSampler, PatchSampler
 from segfleet.pipeline.parts import augments_on_device
@@ -295,10 +295,10 @@ def test_auto_is_the_gpu_that_trains_and_no_part_of_a_run(tiny_store):
     cuda = torch.device("cuda", 0)
     assert augments_on_device(auto, cuda) and not augments_on_device(auto, CPU)
     assert not augments_on_device(plain, cuda) and not augments_on_device(none, cuda)
-    facts = run.stage_facts(plain, store.manifest, 0)["data"]["augment"]
+    facts = identity.stage_facts(plain, store.manifest, 0)["data"]["augment"]
     assert facts == {k: v for k, v in Augment().model_dump(mode="json").items() if k != "device"}
-    assert run.stage_uids(auto, store.manifest) == run.stage_uids(plain, store.manifest)
-    assert run.stage_uids(none, store.manifest) != run.stage_uids(plain, store.manifest)
+    assert identity.stage_uids(auto, store.manifest) == identity.stage_uids(plain, store.manifest)
+    assert identity.stage_uids(none, store.manifest) != identity.stage_uids(plain, store.manifest)
 
 
 def test_patches_without_augmentation_are_left_to_nobody(store_of):

@@ -7,7 +7,7 @@ import torch
 
 from segfleet.core.errors import InputError
 from segfleet.models import registry
-from segfleet.pipeline import run
+from segfleet.pipeline import identity
 from segfleet.pipeline.engines.base import Setup
 from segfleet.pipeline.engines.common import rate_factors, trainable
 from segfleet.pipeline.engines.ddp import Engine
@@ -180,7 +180,7 @@ def test_bad_values_are_one_message(document, tmp_path, changes, words, go):
 def test_defaults_change_no_uid_and_values_do(document):
     def uid(*changes):
         recipe = with_absolute_store(parse(override(document, list(changes))))
-        return run.stage_uids(recipe, Stores().manifest)[1]
+        return identity.stage_uids(recipe, Stores().manifest)[1]
 
     plain, frozen = uid(), uid("stages.1.freeze=[encoder]")
     assert plain == uid("stages.1.layer_decay=1", "stages.1.freeze_statistics=false")
@@ -199,7 +199,7 @@ def test_rates_of_another_order_are_another_stage_where_the_order_counts(documen
 
     def uid(stage):
         said = {**document, "stages": [document["stages"][0], {**document["stages"][1], **stage}]}
-        return run.stage_uids(with_absolute_store(parse(said)), Stores().manifest)[1]
+        return identity.stage_uids(with_absolute_store(parse(said)), Stores().manifest)[1]
 
     def turned(rates):
         return [uid({"rates": dict(pairs)}) for pairs in (rates, rates[::-1])]

@@ -9,7 +9,7 @@ import torch
 
 from segfleet.core.errors import InputError
 from segfleet.models.unet_lite import UNetLite
-from segfleet.pipeline import run
+from segfleet.pipeline import identity
 from segfleet.pipeline.devices import numerics
 from segfleet.pipeline.parts import build_network, task_of
 from segfleet.pipeline.scoring.score import with_weights
@@ -121,11 +121,11 @@ def test_what_was_added_later_changes_no_uid_unless_it_is_said(tiny_store):
     manifest = open_store(tiny_store(dims=2)).manifest
     recipe = recipe_of(tiny_store(dims=2))
     before = {"precision", "accumulate", "channels_last", "compile", "ema"}
-    facts = run.stage_facts(recipe, manifest, 0)["engine"]
+    facts = identity.stage_facts(recipe, manifest, 0)["engine"]
     assert facts.keys() == before and facts["compile"] is False
     for choice in ({"compile": False}, {"compile": "auto"}, {"tf32": "convolutions"}):
         same = recipe_of(tiny_store(dims=2), engine=choice)
-        assert run.stage_uids(same, manifest) == run.stage_uids(recipe, manifest), choice
+        assert identity.stage_uids(same, manifest) == identity.stage_uids(recipe, manifest), choice
     for said in ({"deterministic": True}, {"tf32": "all"}, {"compile": True}):
         other = recipe_of(tiny_store(dims=2), engine=said)
-        assert run.stage_facts(other, manifest, 0)["engine"] == facts | said
+        assert identity.stage_facts(other, manifest, 0)["engine"] == facts | said

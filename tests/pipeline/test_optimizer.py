@@ -11,8 +11,8 @@ from torch import nn
 from segfleet.models.registry import build_model
 from segfleet.pipeline import sections
 from segfleet.pipeline.engines.common import build_optimizer
+from segfleet.pipeline.identity import stage_facts
 from segfleet.pipeline.recipe import parse
-from segfleet.pipeline.run import stage_facts
 from segfleet.preprocess.stores.manifest import load_manifest
 
 

@@ -87,7 +87,7 @@ def test_another_data_set_is_named_beside_the_one_a_recipe_was_made_for(meet):
 
 
 def test_the_data_set_a_recipe_was_made_for_is_no_part_of_a_result(meet):
-    from segfleet.pipeline.run import stage_uids
+    from segfleet.pipeline.identity import stage_uids
 
     plain, noted = meet(3, NET_3D), meet(3, NET_3D, None, {"dataset": "Hippocampus"})
     assert stage_uids(*plain) == stage_uids(*noted)

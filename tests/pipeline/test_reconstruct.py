@@ -11,7 +11,7 @@ import torch
 from segfleet.core.errors import InputError
 from segfleet.models import registry
 from segfleet.models.skips import skip
-from segfleet.pipeline import run
+from segfleet.pipeline import identity, run, stage_data
 from segfleet.pipeline.data import loader, randomness
 from segfleet.pipeline.data.masking import check_mask, hidden
 from segfleet.pipeline.data.sampler import PatchSampler
@@ -174,7 +174,7 @@ def test_a_run_that_ends_with_it_is_finished_without_a_score(document, tmp_path)
 
 def test_what_it_does_not_use_is_no_part_of_its_identity(document):
     def uid(*changes):
-        return run.stage_uids(recipe_of(document, *changes), Stores().manifest)
+        return identity.stage_uids(recipe_of(document, *changes), Stores().manifest)
 
     plain = uid()
     assert uid("stages.0.loss.name=dice_ce")[0] == plain[0]
@@ -191,12 +191,12 @@ def test_fewer_cases_are_among_more(document):
     manifest = Stores().manifest(recipe_of(document))
     ids = manifest.fold("kfold", 0)["train"]
     chosen = [
-        set(run.training_ids(recipe_of(document, f"data.cases={count}"), manifest))
+        set(stage_data.training_ids(recipe_of(document, f"data.cases={count}"), manifest))
         for count in range(1, len(ids) + 1)
     ]
     assert [len(found) for found in chosen] == list(range(1, len(ids) + 1))
     assert all(fewer < more for fewer, more in zip(chosen, chosen[1:], strict=False))
-    everything = run.stage_uids(recipe_of(document, f"data.cases={len(ids)}"), manifest)
-    assert everything == run.stage_uids(recipe_of(document), manifest)
+    everything = identity.stage_uids(recipe_of(document, f"data.cases={len(ids)}"), manifest)
+    assert everything == identity.stage_uids(recipe_of(document), manifest)
     with pytest.raises(InputError, match=f"data.cases: found 99, but the fold has {len(ids)}"):
-        run.stage_uids(recipe_of(document, "data.cases=99"), manifest)
+        identity.stage_uids(recipe_of(document, "data.cases=99"), manifest)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from segfleet.core.errors import InputError
-from segfleet.pipeline import run
+from segfleet.pipeline import identity, stage_data
 from segfleet.pipeline.data.sampler import MixedSampler, PatchSampler
 from segfleet.pipeline.jobs import Stores
 from segfleet.pipeline.parts import check_recipe
@@ -132,15 +132,15 @@ def test_a_stage_of_several_stores_is_trained_shared_and_told_apart(two_stages, 
     recipe = recipe_of(document)
     again = parse(json.loads(json.dumps(recipe.model_dump(mode="json"))))
     assert again == recipe
-    uids = run.stage_uids(recipe, Stores().manifest)
-    assert run.stage_uids(resolve(recipe, 0), Stores().manifest) == uids
+    uids = identity.stage_uids(recipe, Stores().manifest)
+    assert identity.stage_uids(resolve(recipe, 0), Stores().manifest) == uids
     stores = f"stages.0.data.stores=[{pair[0]}, {pair[1]}]"
-    assert run.stage_uids(recipe_of(document, stores), Stores().manifest) == uids
+    assert identity.stage_uids(recipe_of(document, stores), Stores().manifest) == uids
     other = f"stages.0.data.stores=[{{store: {pair[0]}, weight: 9}}, {pair[1]}]"
     alone = f"stages.0.data.stores=[{pair[0]}]"
-    assert len({run.stage_uids(recipe_of(document, c), Stores().manifest)[0] for c in
+    assert len({identity.stage_uids(recipe_of(document, c), Stores().manifest)[0] for c in
                 (stores, other, alone)}) == 3  # fmt: skip
-    steps = run.stage_steps(recipe_of(document, "stages.0.steps=null"), Stores().manifest)
+    steps = stage_data.stage_steps(recipe_of(document, "stages.0.steps=null"), Stores().manifest)
     ids = [len(load_manifest(Path(p)).fold("kfold", 0)["train"]) for p in pair]
     assert steps[0] == -(-sum(ids) // 2)
     whole = go(document, tmp_path / "a")

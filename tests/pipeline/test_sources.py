@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
+from segfleet.pipeline import identity, run, sources
 from segfleet.pipeline import recipe as recipes
-from segfleet.pipeline import run, sources
 from segfleet.pipeline.reports import status
 from segfleet.preprocess.stores.manifest import load_manifest
 
@@ -172,7 +172,7 @@ def test_why_a_run_is_new_is_said(code, tiny_store, tmp_path):
     assert standing(recipe) == "a new run, beginning with stage 1 of 1"
     (folder,) = run.stage_folders(tmp_path / "runs", recipe, manifest)
     folder.path.mkdir(parents=True)
-    run.note_identity(folder, recipe, manifest)
+    identity.note_identity(folder.path, recipe, manifest, folder.index)
     assert standing(recipe) == "going on with stage 1 of 1"
     uid = folder.path.name
     assert standing(make(lr=2e-3)) == (

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from segfleet.core.errors import InputError
-from segfleet.pipeline import run
+from segfleet.pipeline import identity, run
 from segfleet.pipeline.jobs import Stores, run_job
 from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.parts import check_recipe
@@ -30,7 +30,7 @@ def recipe_of(document, *changes) -> Recipe:
 
 
 def uids(recipe) -> list[str]:
-    return run.stage_uids(recipe, load_manifest(Path(recipe.data.store)))
+    return identity.stage_uids(recipe, load_manifest(Path(recipe.data.store)))
 
 
 def test_what_a_stage_does_not_say_is_the_recipes(document):

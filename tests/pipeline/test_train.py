@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from segfleet.core.errors import InputError
-from segfleet.pipeline import checkpoint, events, run
+from segfleet.pipeline import checkpoint, events, identity, run
 from segfleet.pipeline.jobs import Stores
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Inherit, parse
@@ -543,7 +543,7 @@ def test_checkpoint_remembers_what_made_it(tiny_store, tmp_path):
 def test_identity_holds_what_changes_the_result_and_nothing_else(tiny_store, tmp_path):
     store = tiny_store(dims=2)
     manifest = open_store(store).manifest
-    base = run.stage_uids(recipe_of(store), manifest)
+    base = identity.stage_uids(recipe_of(store), manifest)
     other = (
         {"name": "other"},
         {"save_every": 7},
@@ -552,22 +552,23 @@ def test_identity_holds_what_changes_the_result_and_nothing_else(tiny_store, tmp
         {"evaluation": {"every": 3}},
     )
     for change in other:
-        assert run.stage_uids(recipe_of(store, **change), manifest) == base, change
+        assert identity.stage_uids(recipe_of(store, **change), manifest) == base, change
     data = ({"data": {"batch": 4}}, {"data": {"split": "all"}})
     another = (*data, {"seed": 5}, {"engine": {"precision": "bf16"}}, {"optimizer": {"clip": 1}})
     for change in another:
-        changed = run.stage_uids(recipe_of(store, **change), manifest)
+        changed = identity.stage_uids(recipe_of(store, **change), manifest)
         assert changed[0] != base[0] and changed[1] != base[1], change
     later = recipe_of(store)
     later = later.model_copy(
         update={"stages": (later.stages[0], later.stages[1].model_copy(update={"lr": 5e-4}))}
     )
     assert (
-        run.stage_uids(later, manifest)[0] == base[0]
-        and run.stage_uids(later, manifest)[1] != base[1]
+        identity.stage_uids(later, manifest)[0] == base[0]
+        and identity.stage_uids(later, manifest)[1] != base[1]
     )
     hdf5 = open_store(tiny_store(dims=2, format="hdf5")).manifest
-    assert run.stage_uids(recipe_of(store), hdf5) == base  # the store's format is no part of it
+    # the store's format is no part of it
+    assert identity.stage_uids(recipe_of(store), hdf5) == base
 
 
 def test_options_without_effect_are_no_part_of_the_identity(tiny_store):
@@ -577,7 +578,7 @@ def test_options_without_effect_are_no_part_of_the_identity(tiny_store):
     def uids(first: dict, optimizer: dict) -> list[str]:
         made = recipe_of(store, optimizer=optimizer)
         stages = (made.stages[0].model_copy(update=first), *made.stages[1:])
-        return run.stage_uids(made.model_copy(update={"stages": stages}), manifest)
+        return identity.stage_uids(made.model_copy(update={"stages": stages}), manifest)
 
     base = uids({}, {})
     assert (

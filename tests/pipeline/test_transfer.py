@@ -10,7 +10,7 @@ from torch import nn
 
 from segfleet.core.errors import InputError
 from segfleet.models import registry
-from segfleet.pipeline import run
+from segfleet.pipeline import identity
 from segfleet.pipeline.jobs import Stores
 from segfleet.pipeline.recipe import Inherit, parse, with_absolute_store
 from segfleet.pipeline.reports.report import write_report
@@ -307,7 +307,7 @@ def test_how_it_was_said_before_means_the_same(document):
     def uids(inherit):
         document["stages"][1]["inherit"] = inherit
         recipe = with_absolute_store(parse(document))
-        return run.stage_uids(recipe, store.manifest)
+        return identity.stage_uids(recipe, store.manifest)
 
     assert uids("weights") == uids({}) != uids("weights+optimizer") == uids({"optimizer": True})
     assert uids({"head": "new"}) != uids({})

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from segfleet.core.errors import InputError
 from segfleet.models.registry import ModelError
-from segfleet.pipeline import checkpoint, run
+from segfleet.pipeline import checkpoint, identity, run
+from segfleet.pipeline.identity import stage_uids
 from segfleet.pipeline.parts import build_network, task_of
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import parse, with_digest
 from segfleet.pipeline.reports.report import write_report
-from segfleet.pipeline.run import stage_folders, stage_uids
+from segfleet.pipeline.run import stage_folders
 from segfleet.pipeline.trained.imports import write_run
 from segfleet.pipeline.training.context import Context
 from segfleet.pipeline.training.train import train
@@ -232,7 +233,7 @@ def test_foreign_weights_are_a_root_that_runs_share_by_what_is_in_the_file(
     stages = [{"epochs": 0, "steps": 2, "lr": 1e-3}, {"epochs": 1, "steps": 1, "lr": 1e-3}]
 
     def uids(document):
-        return run.stage_uids(with_digest(parse(document)), manifest)
+        return identity.stage_uids(with_digest(parse(document)), manifest)
 
     plain = recipe(path).model_dump(mode="json") | {"stages": stages}
     elsewhere = tmp_path / "elsewhere.pth"
@@ -242,7 +243,7 @@ def test_foreign_weights_are_a_root_that_runs_share_by_what_is_in_the_file(
     unsaid = {**plain["model"], "weights": None, "weights_sha256": None}
     in_stage = plain | {"model": unsaid, "stages": [{**stages[0], "model": root}, stages[1]]}
     assert uids(plain) == uids(moved) == uids(in_stage)
-    assert uids(plain)[0] == run.stage_uids(recipe(path), manifest)[0]
+    assert uids(plain)[0] == identity.stage_uids(recipe(path), manifest)[0]
     torch.save({"state_dict": {name: value + 1 for name, value in state.items()}}, elsewhere)
     moved["model"]["weights_sha256"] = None
     assert uids(moved)[0] != uids(plain)[0]

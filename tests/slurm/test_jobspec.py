@@ -694,7 +694,7 @@ def test_code_that_is_not_what_was_submitted_is_refused(tmp_path, monkeypatch):
 
 def test_what_is_resumed_is_the_run_that_was_named(tiny_recipe, tmp_path, monkeypatch):
     from segfleet.cli.resume import refuse_if_another
-    from segfleet.pipeline import jobs, run
+    from segfleet.pipeline import identity, jobs, run
     from segfleet.slurm import prepare
 
     folder = tiny_recipe([{"name": "a", "epochs": 1, "steps": 1, "lr": 0.01}], batch=2)
@@ -704,7 +704,7 @@ def test_what_is_resumed_is_the_run_that_was_named(tiny_recipe, tmp_path, monkey
     jobs.check_same_run(job, leaf)
     with pytest.raises(InputError, match="lies in .* now"):
         refuse_if_another(tmp_path / "moved" / leaf.name, job, None)
-    monkeypatch.setattr(run, "NUMERICS", run.NUMERICS + 1)
+    monkeypatch.setattr(identity, "NUMERICS", identity.NUMERICS + 1)
     with pytest.raises(InputError, match=f"{leaf.name} was begun by another .*/.code/abc"):
         refuse_if_another(leaf, job, "/runs/.code/abc")
     with pytest.raises(InputError, match=f"{leaf.name} is another run"):

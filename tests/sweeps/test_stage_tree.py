@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from segfleet.core.errors import InputError
-from segfleet.pipeline.run import stage_facts, stage_uid, stage_uids
+from segfleet.pipeline.identity import stage_facts, stage_uid, stage_uids
 from segfleet.pipeline.scoring.scored import score_facts
 from segfleet.preprocess.stores.manifest import load_manifest
 from segfleet.sweeps.results.ledger import Ledger
