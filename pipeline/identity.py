@@ -13,9 +13,10 @@ from typing import Any
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import read_json, write_json
-from segfleet.pipeline.recipe import OVERRIDES, Inherit, Recipe, Stage, resolve
+from segfleet.pipeline.recipe import Recipe, resolve
 from segfleet.pipeline.sections import Engine
 from segfleet.pipeline.sources import NUMERICS, changed_sources
+from segfleet.pipeline.stage import OVERRIDES, Inherit, Stage
 from segfleet.pipeline.stage_data import (
     Manifests,
     manifests_of,

@@ -23,7 +23,8 @@ from segfleet.pipeline.engines.lora import adapt
 from segfleet.pipeline.losses.base import build_loss
 from segfleet.pipeline.losses.deep_supervision import DeepSupervision
 from segfleet.pipeline.losses.hidden_error import hidden_error
-from segfleet.pipeline.recipe import OVERRIDES, Recipe, members, resolve
+from segfleet.pipeline.recipe import Recipe, members, resolve
+from segfleet.pipeline.stage import OVERRIDES
 from segfleet.pipeline.stage_data import Manifests, manifests_of, named, stages_of
 from segfleet.pipeline.task import RECONSTRUCT, Task, make_task, reconstruction
 from segfleet.pipeline.training.transfer import Side, Transfer, plan_transfer, rows_of

@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from segfleet.core.errors import InputError
-from segfleet.pipeline.recipe import Recipe, Stage, members, resolve
+from segfleet.pipeline.recipe import Recipe, members, resolve
+from segfleet.pipeline.stage import Stage
 from segfleet.preprocess.stores.manifest import Manifest, load_manifest
 
 # of the recipe of a stage, which is resolved: what its store holds

@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from segfleet.core.errors import InputError
-from segfleet.pipeline.recipe import OVERRIDES
+from segfleet.pipeline.stage import OVERRIDES
 
 
 def check_recipes(recipes: list[dict[str, Any]], ranks: int) -> list[str]:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from segfleet.core.errors import InputError, import_part
-from segfleet.pipeline import recipe as recipes
 from segfleet.pipeline.checkpoint import Checkpoint, Tensors
 from segfleet.pipeline.ranks import Ranks
+from segfleet.pipeline.recipe import Recipe
+from segfleet.pipeline.stage import Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,8 @@ class Setup:
 
     model: nn.Module  # already on the ranks's device, same weights on every rank
     loss: nn.Module  # loss(output, label) -> scalar
-    recipe: recipes.Recipe
-    stage: recipes.Stage  # as it is now: what has thawed is no longer in `freeze`
+    recipe: Recipe
+    stage: Stage  # as it is now: what has thawed is no longer in `freeze`
     ranks: Ranks
     # parameter -> what `stage.anchor` pulls it to
     anchors: Mapping[str, Tensor] = field(default_factory=dict)

@@ -11,16 +11,14 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from segfleet.core.errors import InputError
 from segfleet.models import registry
-from segfleet.pipeline import recipe as recipes
 from segfleet.pipeline import sections
 from segfleet.pipeline.checkpoint import Checkpoint, CheckpointError, Tensors
 from segfleet.pipeline.engines import lora
 from segfleet.pipeline.engines.base import Setup
+from segfleet.pipeline.stage import Stage
 
 
-def trainable(
-    model: nn.Module, stage: recipes.Stage, spec: registry.ModelSpec
-) -> dict[str, nn.Parameter]:
+def trainable(model: nn.Module, stage: Stage, spec: registry.ModelSpec) -> dict[str, nn.Parameter]:
     """Named parameters of this stage; the frozen ones stop asking for gradients. Raises InputError
     for a role or prefix nobody has."""
     named = dict(model.named_parameters())
@@ -42,15 +40,13 @@ def trainable(
     return chosen
 
 
-def frozen(name: str, stage: recipes.Stage, spec: registry.ModelSpec) -> bool:
+def frozen(name: str, stage: Stage, spec: registry.ModelSpec) -> bool:
     if stage.lora and not lora.is_adapter(name) and not registry.belongs(name, "head", spec):
         return True
     return any(registry.belongs(name, part, spec) for part in stage.freeze)
 
 
-def hold_statistics(
-    model: nn.Module, stage: recipes.Stage, spec: registry.ModelSpec
-) -> list[nn.Module]:
+def hold_statistics(model: nn.Module, stage: Stage, spec: registry.ModelSpec) -> list[nn.Module]:
     """Frozen batch normalisations, which evaluate from now on: their running statistics are those
     they came with. Whoever puts the model into train mode does it again."""
     held = [
@@ -63,9 +59,7 @@ def hold_statistics(
     return held if stage.freeze_statistics else []
 
 
-def rate_factors(
-    model: nn.Module, stage: recipes.Stage, spec: registry.ModelSpec
-) -> dict[str, float]:
+def rate_factors(model: nn.Module, stage: Stage, spec: registry.ModelSpec) -> dict[str, float]:
     """Name -> factor of the stage's rate, by `layer_decay` (Bao et al. 2022, BEiT) and `rates`."""
     names = [name for name, _ in model.named_parameters()]
     factors = {n: stage.layer_decay**depth for n, depth in registry.layers(names, spec).items()}

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from segfleet.core.errors import InputError
 from segfleet.models.registry import ModelSpec, belongs
-from segfleet.pipeline.recipe import Stage
+from segfleet.pipeline.stage import Stage
 
 LAYERS = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,

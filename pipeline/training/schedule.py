@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from segfleet.pipeline.recipe import Stage
+from segfleet.pipeline.stage import Stage
 
 
 def learning_rate(stage: Stage, step: int, total: int) -> float:

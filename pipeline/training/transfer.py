@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from segfleet.core.errors import InputError, did_you_mean
 from segfleet.core.files import write_atomically
 from segfleet.models.registry import ROLES, ModelSpec, belongs
-from segfleet.pipeline.recipe import Inherit
+from segfleet.pipeline.stage import Inherit
 from segfleet.pipeline.task import Task
 
 TAKEN = "taken"

@@ -17,8 +17,9 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import absolute, parse_json, read_file, read_json, write_atomically
 from segfleet.pipeline import recipe as recipes
 from segfleet.pipeline.launch.job import Train
-from segfleet.pipeline.recipe import Recipe, Stage, resolve
+from segfleet.pipeline.recipe import Recipe, resolve
 from segfleet.pipeline.scoring import scored
+from segfleet.pipeline.stage import Stage
 from segfleet.pipeline.stage_data import stage_steps
 from segfleet.preprocess.stores.manifest import Manifest, load_manifest
 from segfleet.sweeps.order import Order

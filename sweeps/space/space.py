@@ -31,9 +31,10 @@ from pydantic import BaseModel, Field
 from segfleet.core import settings
 from segfleet.core.errors import InputError
 from segfleet.pipeline import recipe as recipes
-from segfleet.pipeline.recipe import Recipe, Stage, with_absolute_store
+from segfleet.pipeline.recipe import Recipe, with_absolute_store
 from segfleet.pipeline.scoring.folds import ALL
 from segfleet.pipeline.sections import Positive, Section
+from segfleet.pipeline.stage import Stage
 from segfleet.preprocess.stores.manifest import load_manifest
 from segfleet.sweeps.space.objectives import (
     Constraint,

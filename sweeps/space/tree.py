@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from segfleet.pipeline.identity import stage_facts, stage_uid
-from segfleet.pipeline.recipe import Recipe, Stage, cut
+from segfleet.pipeline.recipe import Recipe, cut
+from segfleet.pipeline.stage import Stage
 from segfleet.pipeline.stage_data import stages_of
 from segfleet.preprocess.stores.manifest import Manifest
 from segfleet.sweeps.space.space import Trial

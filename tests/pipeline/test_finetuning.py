@@ -13,7 +13,8 @@ from segfleet.pipeline.engines.common import rate_factors, trainable
 from segfleet.pipeline.engines.ddp import Engine
 from segfleet.pipeline.jobs import Stores
 from segfleet.pipeline.ranks import Ranks
-from segfleet.pipeline.recipe import Stage, override, parse, with_absolute_store
+from segfleet.pipeline.recipe import override, parse, with_absolute_store
+from segfleet.pipeline.stage import Stage
 
 LITE = registry.spec("unet_lite_standard")
 

@@ -17,8 +17,9 @@ from segfleet.core.errors import InputError
 from segfleet.pipeline import checkpoint, events, identity, run
 from segfleet.pipeline.jobs import Stores
 from segfleet.pipeline.ranks import Ranks
-from segfleet.pipeline.recipe import Inherit, parse
+from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.scoring import scored
+from segfleet.pipeline.stage import Inherit
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.pipeline.training import pulse, saves, window
 from segfleet.pipeline.training import train as training

@@ -12,8 +12,9 @@ from segfleet.core.errors import InputError
 from segfleet.models import registry
 from segfleet.pipeline import identity
 from segfleet.pipeline.jobs import Stores
-from segfleet.pipeline.recipe import Inherit, parse, with_absolute_store
+from segfleet.pipeline.recipe import parse, with_absolute_store
 from segfleet.pipeline.reports.report import write_report
+from segfleet.pipeline.stage import Inherit
 from segfleet.pipeline.training.transfer import (
     TRANSFER,
     Side,
