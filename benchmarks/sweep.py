@@ -49,8 +49,8 @@ def space(store: Path, steps: int) -> dict:
 
 def shared(document: dict, runs: Path, slots: int) -> None:
     from segfleet.sweeps.run import Resources, run_sweep
+    from segfleet.sweeps.space.load import parse_search
     from segfleet.sweeps.space.plan import make_plan
-    from segfleet.sweeps.space.space import parse_search
 
     run_sweep(make_plan(parse_search(document), runs), Resources(slots=slots))
 
@@ -62,8 +62,8 @@ def plain(document: dict, runs: Path, slots: int) -> None:
     from segfleet.pipeline.launch.job import Train
     from segfleet.sweeps.ray.controller import NAMES, ray_session
     from segfleet.sweeps.run import Resources
+    from segfleet.sweeps.space.load import parse_search
     from segfleet.sweeps.space.plan import make_plan
-    from segfleet.sweeps.space.space import parse_search
 
     plan = make_plan(parse_search(document), runs)
     jobs = [
@@ -91,8 +91,8 @@ def plain(document: dict, runs: Path, slots: int) -> None:
 def alone(document: dict, runs: Path, slots: int) -> None:
     """The same stages one after another, without Ray and without a controller."""
     from segfleet.pipeline.launch.local import run_ranks
+    from segfleet.sweeps.space.load import parse_search
     from segfleet.sweeps.space.plan import make_plan
-    from segfleet.sweeps.space.space import parse_search
 
     plan = make_plan(parse_search(document), runs)
     for node in plan.tree.walk():

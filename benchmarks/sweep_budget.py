@@ -117,8 +117,8 @@ def replay(document: dict[str, Any], budget: int, shop: Shop, alone: bool) -> di
     """One search to the end of its budget. `curve`: [epochs spent, best Dice so far]."""
     from segfleet.sweeps.run import Resources
     from segfleet.sweeps.search.tree_search import FINISHED, start
+    from segfleet.sweeps.space.load import parse_search
     from segfleet.sweeps.space.plan import make_plan
-    from segfleet.sweeps.space.space import parse_search
 
     runs = shop.runs.parent / f"replay-{os.getpid()}"
     shutil.rmtree(runs, ignore_errors=True)

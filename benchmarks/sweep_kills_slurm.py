@@ -124,8 +124,8 @@ def straight(document: dict[str, Any], runs: Path) -> list[tuple]:
     from segfleet.pipeline.stop import StopRequest
     from segfleet.sweeps.results.ledger import Ledger
     from segfleet.sweeps.results.outcome import outcome
+    from segfleet.sweeps.space.load import parse_search
     from segfleet.sweeps.space.plan import make_plan
-    from segfleet.sweeps.space.space import parse_search
 
     plan = make_plan(parse_search(document), runs)
     for node in plan.tree.walk():

@@ -59,8 +59,8 @@ def search(store: str, points: int, runs: str) -> dict:
     from segfleet.pipeline.scoring.scored import score_facts
     from segfleet.sweeps.results.ledger import Ledger
     from segfleet.sweeps.search.tree_search import FINISHED, TreeSearch
+    from segfleet.sweeps.space.load import parse_search
     from segfleet.sweeps.space.plan import make_plan
-    from segfleet.sweeps.space.space import parse_search
 
     began = time.process_time()
     plan = make_plan(parse_search(space(store, points)), Path(runs), build=False)

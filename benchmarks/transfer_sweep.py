@@ -42,8 +42,8 @@ from segfleet.pipeline.jobs import run_job  # noqa: E402
 from segfleet.pipeline.launch.job import Train  # noqa: E402
 from segfleet.pipeline.ranks import Ranks  # noqa: E402
 from segfleet.pipeline.stop import StopRequest  # noqa: E402
+from segfleet.sweeps.space.load import parse_search  # noqa: E402
 from segfleet.sweeps.space.plan import Plan, make_plan  # noqa: E402
-from segfleet.sweeps.space.space import parse_search  # noqa: E402
 
 RESULT = HERE / "results" / "transfer_sweep.json"
 PRETRAIN, FINETUNE, STEPS = 4, 2, 3  # epochs, and steps of one

@@ -199,8 +199,8 @@ def sweeping(
     from segfleet.pipeline.launch.job import Command
     from segfleet.slurm.submission import home_of
     from segfleet.sweeps.run import Resources, foreign
+    from segfleet.sweeps.space.load import load_search
     from segfleet.sweeps.space.plan import make_plan, unplanned
-    from segfleet.sweeps.space.space import load_search
 
     if arguments["space"] == "status" or arguments["dry_run"]:
         raise InputError("submit: sweep status and --dry-run ask; run them here")

@@ -83,8 +83,8 @@ def command(
     """Train every schedule of SPACE, each common beginning once; rank them. The same command
     continues or does nothing."""
     from segfleet.cli.submit_words import job_options
+    from segfleet.sweeps.space.load import load_search
     from segfleet.sweeps.space.plan import foreign, make_plan
-    from segfleet.sweeps.space.space import load_search
 
     words = changes or []
     asking = space == "status"
@@ -167,8 +167,8 @@ def checked_apart(space: str, words: list[str], runs: Path) -> list[str]:
 
 
 def warnings_of(space: str, words: list[str], runs: Path) -> list[str]:
+    from segfleet.sweeps.space.load import load_search
     from segfleet.sweeps.space.plan import make_plan
-    from segfleet.sweeps.space.space import load_search
 
     return make_plan(load_search(space, words), runs).warnings
 

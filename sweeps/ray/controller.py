@@ -35,8 +35,9 @@ from segfleet.sweeps.ray import keeper
 from segfleet.sweeps.ray.keeper import OWNER
 from segfleet.sweeps.ray.slots import NAMES, share
 from segfleet.sweeps.search.tree_search import TreeSearch, start
+from segfleet.sweeps.space.load import search_of
 from segfleet.sweeps.space.plan import make_plan
-from segfleet.sweeps.space.space import SearchSpace, search_of
+from segfleet.sweeps.space.space import SearchSpace
 
 SETTINGS = {  # of Ray and Tune: no telemetry, no files, no flood; the tree on disk is the state
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -11,8 +11,9 @@ from segfleet.pipeline.identity import stage_facts, stage_uid
 from segfleet.pipeline.recipe import Recipe, resolve, with_absolute_store
 from segfleet.pipeline.stage_data import stages_of
 from segfleet.preprocess.stores.manifest import Manifest
+from segfleet.sweeps.space.axis import Axis
 from segfleet.sweeps.space.objectives import check_structures
-from segfleet.sweeps.space.space import Axis, Point, Search, Trial
+from segfleet.sweeps.space.space import Point, Search, Trial
 
 Manifests = Callable[[Recipe], Manifest]
 TRIED = 8  # values of an axis

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from segfleet.sweeps.space.space import Axis
+from segfleet.sweeps.space.axis import Axis
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from segfleet.core import settings
 from segfleet.core.errors import InputError
 from segfleet.pipeline.recipe import parse, with_absolute_store
-from segfleet.sweeps.space.space import Axis, Point, Search, Trial, short
+from segfleet.sweeps.space.axis import Axis
+from segfleet.sweeps.space.space import Point, Search, Trial, short
 from segfleet.sweeps.space.tree import StageNode, StageTree
 
 QUANTILE = 0.25  # of the members are replaced, by as many of the best

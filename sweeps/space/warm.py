@@ -7,7 +7,8 @@ from typing import Any
 
 from segfleet.core.errors import InputError
 from segfleet.core.files import read_json
-from segfleet.sweeps.space.space import Axis, Point, Search
+from segfleet.sweeps.space.axis import Axis
+from segfleet.sweeps.space.space import Point, Search
 
 OUTCOME = "outcome.json"
 Known = tuple[Point, dict[str, float | None]]  # values of some axes, and what was measured there

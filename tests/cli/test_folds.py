@@ -24,7 +24,8 @@ from segfleet.pipeline.scoring.folds import every_fold, score_folds
 from segfleet.preprocess.stores.manifest import load_manifest
 from segfleet.slurm import prepare
 from segfleet.slurm.status import status
-from segfleet.sweeps.space.space import SearchSpace, search_of
+from segfleet.sweeps.space.load import search_of
+from segfleet.sweeps.space.space import SearchSpace
 
 
 def segfleet(*words):

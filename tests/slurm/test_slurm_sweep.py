@@ -21,8 +21,8 @@ from segfleet.pipeline.recipe import load_recipe
 from segfleet.slurm.prepare import prepare
 from segfleet.sweeps import slurm_backend
 from segfleet.sweeps.order import Order
+from segfleet.sweeps.space.load import parse_search
 from segfleet.sweeps.space.plan import make_plan
-from segfleet.sweeps.space.space import parse_search
 
 PLAIN, RESIDUAL = (
     {"name": f"{kind}_unet_2d", "options": {"features": [4, 8]}} for kind in ("plain", "resenc")

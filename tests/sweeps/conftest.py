@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from segfleet.sweeps.space.space import parse_search
+from segfleet.sweeps.space.load import parse_search
 
 SPACE = {
     "name": "tiny",

@@ -17,9 +17,9 @@ from segfleet.sweeps.results.importance import importance
 from segfleet.sweeps.results.ledger import Ledger
 from segfleet.sweeps.results.outcome import as_csv, write_outcome
 from segfleet.sweeps.search.optuna import Suggestions
+from segfleet.sweeps.space.load import parse_search
 from segfleet.sweeps.space.objectives import Constraint, Objective, fronts
 from segfleet.sweeps.space.plan import claim, make_plan
-from segfleet.sweeps.space.space import parse_search
 from segfleet.sweeps.space.tree import StageTree
 
 RATES = (1e-2, 1e-3, 1e-4)

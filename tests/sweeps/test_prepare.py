@@ -18,8 +18,8 @@ from segfleet.preprocess.building.build import build
 from segfleet.preprocess.phantoms.phantom import write_msd_phantom
 from segfleet.preprocess.stores.manifest import load_manifest
 from segfleet.sweeps.space.checks import check_read
+from segfleet.sweeps.space.load import parse_search
 from segfleet.sweeps.space.plan import Stores, make_plan
-from segfleet.sweeps.space.space import parse_search
 
 
 @pytest.fixture

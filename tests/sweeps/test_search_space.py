@@ -10,8 +10,8 @@ from segfleet.core.errors import InputError
 from segfleet.core.settings import loads
 from segfleet.pipeline.recipe import load_recipe
 from segfleet.preprocess.stores.manifest import load_manifest
+from segfleet.sweeps.space.load import load_search, parse_search, space_names
 from segfleet.sweeps.space.plan import SPACE, claim, foreign, make_plan, unplanned, with_stores
-from segfleet.sweeps.space.space import load_search, parse_search, space_names
 from segfleet.sweeps.space.tree import StageTree
 
 

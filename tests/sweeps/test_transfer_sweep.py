@@ -26,8 +26,8 @@ from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import resolve
 from segfleet.pipeline.stop import StopRequest
 from segfleet.sweeps import trial
+from segfleet.sweeps.space.load import parse_search
 from segfleet.sweeps.space.plan import make_plan
-from segfleet.sweeps.space.space import parse_search
 
 PRETRAIN, FINETUNE = 50, 10  # epochs
 
