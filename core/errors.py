@@ -23,7 +23,7 @@ class ExitCode(IntEnum):
     OK = 0
     FAULT = 1  # of segfleet or of the machine
     INPUT = 2  # the user's input is wrong
-    INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: all is saved, the same command goes on
+    INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: all is saved, the same command resumes
 
 
 class InputError(ValueError):
@@ -36,7 +36,7 @@ class InputError(ValueError):
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """One fault of a data set: which case, which field, what was found, what was expected and how
-    to mend it."""
+    to repair it (`mend`)."""
 
     case: str
     field: str

@@ -21,12 +21,12 @@ from segfleet.core.partial import remove_partial_once, temporary_name
 def absolute(path: str | Path) -> Path:
     """`path` from the root, as its user sees it: through the links of $PWD. What a link leads to
     (an automounted home's /net/...) need not be there on other machines."""
-    here = os.environ.get("PWD", "")
+    pwd = os.environ.get("PWD", "")
     try:
-        seen = os.path.isabs(here) and os.path.samefile(here, ".")
+        usable = os.path.isabs(pwd) and os.path.samefile(pwd, ".")
     except OSError:
-        seen = False
-    whole = os.path.join(here if seen else os.getcwd(), path)
+        usable = False
+    whole = os.path.join(pwd if usable else os.getcwd(), path)
     plain = os.path.normpath(whole)
     # `link/..` is the folder above what the link leads to
     same = os.pardir not in Path(path).parts or os.path.realpath(plain) == os.path.realpath(whole)
@@ -73,23 +73,23 @@ def share_as_others(path: Path) -> None:
 def read_json(path: Path, kind: type = dict) -> Any | None:
     """The document in `path`; None if there is none. A damaged one (another `kind`, a "sha256" that
     is not its own) is named on stderr and counts as none, as is one that was written for another
-    run's folder: who wrote it writes it again."""
-    found = None
+    run's folder: its writer writes it again."""
+    document = None
     try:
-        found = parse_json(read_file(path))
+        document = parse_json(read_file(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
         pass
-    whole, fault = isinstance(found, kind), "is damaged"
-    if whole and isinstance(found, dict) and "sha256" in found:
-        whole = found.pop("sha256") == digest_of(found)
-    if whole and isinstance(found, dict):
-        of = found.pop("of", None)
+    whole, fault = isinstance(document, kind), "is damaged"
+    if whole and isinstance(document, dict) and "sha256" in document:
+        whole = document.pop("sha256") == digest_of(document)
+    if whole and isinstance(document, dict):
+        of = document.pop("of", None)
         if isinstance(of, str) and is_uid(path.absolute().parent.name) and of != owner(path):
             whole, fault = False, f"was written for {of}"
     if whole:
-        return found
+        return document
     sys.stderr.write(f"segfleet: {path} {fault} and is left out\n")
     return None
 
@@ -158,10 +158,10 @@ def digest_of(document: Any) -> str:
 def make_folder(path: Path) -> None:
     """`path` and the folders above it, each entry synced: a file synced in a folder that a power
     cut takes away is gone."""
-    made = [path, *path.parents]
-    made = made[: next((at for at, folder in enumerate(made) if folder.is_dir()), len(made))]
+    folders = [path, *path.parents]
+    above = next((at for at, folder in enumerate(folders) if folder.is_dir()), len(folders))
     path.mkdir(parents=True, exist_ok=True)
-    for folder in reversed(made):
+    for folder in reversed(folders[:above]):
         sync_folder(folder.parent)
 
 

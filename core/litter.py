@@ -125,8 +125,8 @@ def remove_folders(place: Path | None = None) -> None:
     user and host left."""
     for folder in Path(place or tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with suppress(OSError):
-            facts = os.lstat(folder)
-            if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
+            status = os.lstat(folder)
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
                 continue
             note = folder / NOTE
             if note.is_file() and note.stat().st_size:
@@ -156,9 +156,9 @@ def _gone(note: dict) -> bool:
 def _began(process: int) -> str | None:
     """When a process began, in the kernel's own count, and which boot of the machine that was: its
     number may be another's now."""
-    found = process_of(process)
+    started = process_of(process)
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return None
-    return f"{found.began} of {boot}" if found else None
+    return f"{started.began} of {boot}" if started else None

@@ -69,10 +69,10 @@ class Lock:
 
     def is_left_behind(self) -> bool:
         """Whether nothing but leases of this machine's ended processes stands in the way."""
-        found = [_leaseholder(path) for path in Path(f"{self.path}.rw", "holders").glob("*")]
-        host = socket.gethostname()
-        return bool(found) and all(
-            held is not None and held[0] == host and not alive(held[1]) for held in found
+        records = Path(f"{self.path}.rw", "holders").glob("*")
+        leases, host = [_leaseholder(record) for record in records], socket.gethostname()
+        return bool(leases) and all(
+            lease is not None and lease[0] == host and not alive(lease[1]) for lease in leases
         )
 
     def try_acquire(self) -> bool:
@@ -144,8 +144,8 @@ class Lock:
 def _leaseholder(record: Path) -> tuple[str, int] | None:
     """Host and process of one lease, as `filelock` writes it; None where it does not say."""
     try:
-        facts = dict(re.findall(r"^(pid|host)=(.+)$", read_file(record).decode(), re.M))
-        return facts["host"], int(facts["pid"])
+        fields = dict(re.findall(r"^(pid|host)=(.+)$", read_file(record).decode(), re.M))
+        return fields["host"], int(fields["pid"])
     except (OSError, ValueError, KeyError):
         return None
 
@@ -169,8 +169,10 @@ def holder(path: Path) -> Holder | None:
         words = read_file(Path(path)).decode().strip()
     except (OSError, ValueError):
         return None
-    found = re.fullmatch(r"process (\d+) on (.+?)(?: of job (\S+))?", words)
-    return found and Holder(process=int(found[1]), host=found[2], job=found[3] or "")
+    signature = re.fullmatch(r"process (\d+) on (.+?)(?: of job (\S+))?", words)
+    return signature and Holder(
+        process=int(signature[1]), host=signature[2], job=signature[3] or ""
+    )
 
 
 def is_locked(path: Path) -> bool:

@@ -12,20 +12,20 @@ RESERVE = 0.8  # share of what is free that a job takes for itself
 def cpus(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
     """Cores this process may use: the smallest of its affinity, the cgroup's quota and SLURM's
     allocation."""
-    found = [
+    limits = [
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ]
     for granted in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
-        found += [int(text)] if (text := environ.get(granted, "")).isdecimal() else []
+        limits += [int(text)] if (text := environ.get(granted, "")).isdecimal() else []
     for folder in _cgroups(root, ""):
         quota, _, period = _text(folder / "cpu.max").partition(" ")
         if quota.isdecimal() and period.strip().isdecimal():
-            found.append(int(quota) // int(period))
+            limits.append(int(quota) // int(period))
     for folder in _cgroups(root, "cpu"):
         quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
         if quota.isdecimal() and period.isdecimal():
-            found.append(int(quota) // int(period))
-    return max(1, min(found))
+            limits.append(int(quota) // int(period))
+    return max(1, min(limits))
 
 
 def cpus_of_a_rank(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:

@@ -171,12 +171,12 @@ def _alone(function: Callable, item: Any) -> tuple[Any, str]:
     """(result, "") of one item in a process of its own; (None, what ended it) if that dies. Raises
     what `function` raises."""
     context = multiprocessing.get_context("forkserver")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_tell_once, args=(function, item, theirs))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_result, args=(function, item, sender))
     process.start()
-    theirs.close()
+    sender.close()
     try:
-        result, error = ours.recv()
+        result, error = receiver.recv()
     except EOFError:
         process.join()
         return None, _cause(process.exitcode)
@@ -186,13 +186,13 @@ def _alone(function: Callable, item: Any) -> tuple[Any, str]:
     return result, ""
 
 
-def _tell_once(function: Callable, item: Any, to: Any) -> None:
+def _send_result(function: Callable, item: Any, sender: Any) -> None:
     _follow_parent()
     try:
         answer: tuple[Any, Exception | None] = (function(item), None)
     except Exception as error:
         answer = (None, error)
-    to.send(answer)
+    sender.send(answer)
 
 
 def _cause(exitcode: int | None) -> str:

@@ -40,15 +40,16 @@ def remove_partial(folder: Path, alone: bool = False) -> None:
     with its name, numbers say nothing: those stay for a day, unless a lock says that nobody else
     writes there (`alone`)."""
     for path in folder.glob(".*.partial*"):
-        found = PARTIAL.fullmatch(path.name)
-        if not found or found["host"] != _host():
+        name = PARTIAL.fullmatch(path.name)
+        if not name or name["host"] != _host():
             continue
         with suppress(OSError):
-            facts = os.lstat(path)
-            known = alone or (_world() and found["world"] == _world())
-            if alive(int(found["process"])) or (not known and time.time() - facts.st_mtime < YOUNG):
+            status = os.lstat(path)
+            same_world = alone or (_world() and name["world"] == _world())
+            young = time.time() - status.st_mtime < YOUNG
+            if alive(int(name["process"])) or (young and not same_world):
                 continue
-            if stat.S_ISDIR(facts.st_mode):
+            if stat.S_ISDIR(status.st_mode):
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink()

@@ -77,6 +77,6 @@ def add(folder: str | Path) -> None:
 def add_installed() -> None:
     """Use what installed packages offer. Raises InputError."""
     for entry in sorted(entry_points(group="segfleet.plugins"), key=lambda entry: entry.name):
-        found = find_spec(entry.value)
-        for folder in (found and found.submodule_search_locations) or []:
+        module = find_spec(entry.value)
+        for folder in (module and module.submodule_search_locations) or []:
             add(folder)

@@ -29,8 +29,8 @@ def thread_of(number: int) -> Process | None:
 def alive(number: int) -> bool:
     """Not one that has ended and that nobody asks for: the first process of a container may never
     do so."""
-    if found := process_of(number):
-        return found.state not in "ZX"
+    if process := process_of(number):
+        return process.state not in "ZX"
     try:
         os.kill(number, 0)
     except ProcessLookupError:

@@ -34,9 +34,9 @@ class EventFollower:
         """Events that were written since the last call; none while there is no file."""
         try:
             with open(self.path, "rb", opener=regular) as file:
-                facts = os.fstat(file.fileno())
-                if facts.st_size < self._offset or facts.st_ino != self._file:
-                    self._offset, self._file = 0, facts.st_ino
+                status = os.fstat(file.fileno())
+                if status.st_size < self._offset or status.st_ino != self._file:
+                    self._offset, self._file = 0, status.st_ino
                 file.seek(self._offset)
                 block = file.read()
         except (FileNotFoundError, ValueError):

@@ -223,9 +223,9 @@ def validate(model: type[Model], document: Any, where: str) -> Model:
         return model.model_validate(document)
     except ValidationError as error:
         faults = error.errors()
-        told = [fault for fault in faults if fault["type"] != "too_short" or len(faults) == 1]
-        each = _one_for_each_field(told, model)
-        sentences = "\n".join(f"  {sentence(fault, model)}" for fault in each)
+        reported = [fault for fault in faults if fault["type"] != "too_short" or len(faults) == 1]
+        faults = _one_for_each_field(reported, model)
+        sentences = "\n".join(f"  {sentence(fault, model)}" for fault in faults)
         raise InputError(f"{where} is not valid:\n{sentences}") from None
 
 
@@ -234,16 +234,16 @@ def _one_for_each_field(
 ) -> list[dict[str, Any]]:
     """Of a field that takes this or that, pydantic tells what is wrong with each: one fault for
     both."""
-    found: dict[tuple, dict[str, Any]] = {}
+    merged: dict[tuple, dict[str, Any]] = {}
     for number, fault in enumerate(faults):
         location = _field_of(model, tuple(fault["loc"]))
         alternative = location != tuple(fault["loc"])
-        first = found.setdefault((location, None if alternative else number), dict(fault))
+        first = merged.setdefault((location, None if alternative else number), dict(fault))
         if first["msg"] != fault["msg"]:
             more = fault["msg"].removeprefix("Input should ")
             first["msg"] += f", or {more}"
         first["loc"] = location
-    return list(found.values())
+    return list(merged.values())
 
 
 def _field_of(model: type[BaseModel] | None, location: tuple[str | int, ...]) -> tuple:
@@ -251,7 +251,7 @@ def _field_of(model: type[BaseModel] | None, location: tuple[str | int, ...]) ->
     for place, part in enumerate(location):
         if model is not None and part in model.model_fields:
             kind = model.model_fields[part].annotation
-            alternatives = [one for one in get_args(kind) if one is not type(None)]
+            alternatives = [choice for choice in get_args(kind) if choice is not type(None)]
             model = section_of(kind)
             if get_origin(kind) in (Union, UnionType) and len(alternatives) > 1:
                 return location[: place + 1]
@@ -264,8 +264,8 @@ def sentence(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
     where = ".".join(map(str, location)) or "document"
     if fault["type"] == "extra_forbidden":
         keys = legal_keys(model, location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), keys, 1)
-        guess = f"; did you mean '{near[0]}'?" if near else ""
+        close = difflib.get_close_matches(str(location[-1]), keys, 1)
+        guess = f"; did you mean '{close[0]}'?" if close else ""
         return f"{where}: unknown key; expected one of: {', '.join(keys)}{guess}"
     about = description_of(model, location)
     if fault["type"] == "missing":
@@ -293,12 +293,12 @@ def legal_keys(model: type[BaseModel], location: tuple[str | int, ...] = ()) -> 
 
 def description_of(model: type[BaseModel], location: tuple[str | int, ...]) -> str | None:
     """What the last field on the way to `location` is for."""
-    found, section = None, cast("type[BaseModel] | None", model)
+    description, section = None, cast("type[BaseModel] | None", model)
     for part in location:
         if section is not None and part in section.model_fields:
-            found = section.model_fields[part].description
+            description = section.model_fields[part].description
             section = section_of(section.model_fields[part].annotation)
-    return found
+    return description
 
 
 def text_keys(model: type[BaseModel]) -> frozenset[str]:

@@ -23,7 +23,7 @@ QUIET = "ignore:resource_tracker:UserWarning"
 class Tracker(resource_tracker.ResourceTracker):
     """As Python's, but one that was killed is replaced silently, without a loss."""
 
-    _told: dict[tuple[str, str], None]  # what was registered and not given back, in order
+    _registered: dict[tuple[str, str], None]  # what was registered and not given back, in order
     _healing: threading.Lock
     _record: Path | None  # names of all semaphores, for whoever comes after a kill of everything
 
@@ -39,28 +39,28 @@ class Tracker(resource_tracker.ResourceTracker):
                 file.write(f"{name}\n")
         super()._send(cmd, name, rtype)  # type: ignore[misc]
         if cmd == "REGISTER":
-            self._told[name, rtype] = None
+            self._registered[name, rtype] = None
         else:
-            self._told.pop((name, rtype), None)
+            self._registered.pop((name, rtype), None)
 
     def _heal(self) -> None:
         """If the tracker is gone, start another one and tell it all."""
-        facts: Any = self
+        tracker: Any = self
         # not from a finalizer that runs in the middle of it, which would wait for itself
         if not self._healing.acquire(blocking=False):
             return
         try:
-            with facts._lock:
-                if facts._fd is None or _answers(facts._fd):
+            with tracker._lock:
+                if tracker._fd is None or _answers(tracker._fd):
                     return
-                os.close(facts._fd)
-                if facts._pid is not None:
+                os.close(tracker._fd)
+                if tracker._pid is not None:
                     with suppress(ChildProcessError):
-                        os.waitpid(facts._pid, 0)
-                facts._fd = facts._pid = None
+                        os.waitpid(tracker._pid, 0)
+                tracker._fd = tracker._pid = None
             with _quiet():
                 super().ensure_running()
-            for name, kind in list(self._told):
+            for name, kind in list(self._registered):
                 super()._send("REGISTER", name, kind)  # type: ignore[misc]
         finally:
             self._healing.release()
@@ -69,13 +69,13 @@ class Tracker(resource_tracker.ResourceTracker):
 def keep_tracker(record: Path | None = None) -> None:
     """From now on the tracker of this process is a `Tracker`, and the names of semaphores stand in
     the file `record`. To be called before it makes its first one."""
-    known: Any = resource_tracker
-    tracker = known._resource_tracker
+    module: Any = resource_tracker
+    tracker = module._resource_tracker
     if not isinstance(tracker, Tracker):
-        tracker._told, tracker._healing, tracker._record = {}, threading.Lock(), None
+        tracker._registered, tracker._healing, tracker._record = {}, threading.Lock(), None
         tracker.__class__ = Tracker
         # the module holds the method of the class before
-        known.ensure_running = tracker.ensure_running
+        module.ensure_running = tracker.ensure_running
     tracker._record = record or tracker._record
 
 
