@@ -249,7 +249,7 @@ def check(
     from collections import Counter
 
     from segfleet.core.errors import DataError
-    from segfleet.preprocess.building.kept import known_facts, settle
+    from segfleet.preprocess.building.kept import cached_cases, settle
     from segfleet.preprocess.checking.check import survey
     from segfleet.preprocess.checking.duplicates import shared
     from segfleet.preprocess.readers.base import open_reader
@@ -257,7 +257,7 @@ def check(
 
     reader, other = open_reader(name, root, **options), load_manifest(against) if against else None
     with progress("checking raw files") as tick:
-        found = survey(reader, workers=workers, progress=tick, known=known_facts(reader))
+        found = survey(reader, workers=workers, progress=tick, known=cached_cases(reader))
     settle(reader, found)
     warnings = [*found.warnings, *(shared(found.facts, other) if other else ())]
     document = {
@@ -331,10 +331,10 @@ def fixed(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Write a mended copy and check that; without anything to mend, check the original."""
-    from segfleet.preprocess.checking.repair import mend
+    from segfleet.preprocess.checking.repair import repair
     from segfleet.preprocess.readers.base import open_reader
 
-    mended = mend(open_reader(name, root, **options), out, remap, same_voxels=same_voxels)
+    mended = repair(open_reader(name, root, **options), out, remap, same_voxels=same_voxels)
     check(name, out if mended else root, options, workers, against, as_json, mended)
 
 

@@ -152,7 +152,7 @@ def command(
             request,
             quick=quick,
             progress=tick,
-            say=lambda grouping, warnings: said.extend((grouping, warnings)),
+            report=lambda grouping, warnings: said.extend((grouping, warnings)),
         )
     if verify:
         check_store(out)

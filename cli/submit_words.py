@@ -80,7 +80,7 @@ def submit(words: list[str], request: Request) -> None:
     if steps:
         refuse_if_active(home)
         if name == "preprocess":
-            refuse_if_claimed(arguments["out"])
+            refuse_if_locked(arguments["out"])
         home.parent.mkdir(parents=True, exist_ok=True)
         cluster.check(without_bad_nodes(spec, root))
     show(send(launcher, steps, home, root, spec), as_json, render)
@@ -144,13 +144,13 @@ def shares_of(request: BuildRequest, members: int, verify: bool = False) -> list
     ]
 
 
-def refuse_if_claimed(out: Path) -> None:
+def refuse_if_locked(out: Path) -> None:
     """Raises InputError if a process of this or another node is making the store."""
-    from segfleet.preprocess.building.lock import claimed
+    from segfleet.preprocess.building.lock import locked
 
     partial = out.with_name(out.name + ".partial")
     if partial.exists():  # or asking would make it, and leave it behind when the job is refused
-        with claimed(partial, out, shared=True):
+        with locked(partial, out, shared=True):
             pass
 
 

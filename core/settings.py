@@ -224,15 +224,15 @@ def validate(model: type[Model], document: Any, where: str) -> Model:
     except ValidationError as error:
         faults = error.errors()
         reported = [fault for fault in faults if fault["type"] != "too_short" or len(faults) == 1]
-        faults = _one_for_each_field(reported, model)
-        sentences = "\n".join(f"  {sentence(fault, model)}" for fault in faults)
+        merged = _one_for_each_field(reported, model)
+        sentences = "\n".join(f"  {sentence(fault, model)}" for fault in merged)
         raise InputError(f"{where} is not valid:\n{sentences}") from None
 
 
 def _one_for_each_field(
     faults: Sequence[Mapping[str, Any]], model: type[BaseModel]
 ) -> list[dict[str, Any]]:
-    """Of a field that takes this or that, pydantic tells what is wrong with each: one fault for
+    """Of a field that takes this or that, pydantic reports what is wrong with each: one fault for
     both."""
     merged: dict[tuple, dict[str, Any]] = {}
     for number, fault in enumerate(faults):

@@ -1,7 +1,7 @@
 """From a raw folder to a published store: survey, plan, shards in parallel, manifest, one rename.
 
 Everything is made in `OUT.partial` beside `OUT`. What is finished there carries a record of what it
-was made from, so a run that was killed goes on with what is missing, and a changed plan or source
+was made from, so a run that was killed resumes with what is missing, and a changed plan or source
 invalidates just what depends on it. `OUT` appears complete or not at all.
 """
 
@@ -18,8 +18,8 @@ from segfleet.core.files import sync_folder
 from segfleet.core.litter import remove_folders
 from segfleet.core.parallel import run
 from segfleet.preprocess.building.journal import Journals
-from segfleet.preprocess.building.kept import known_facts, settle
-from segfleet.preprocess.building.lock import claimed
+from segfleet.preprocess.building.kept import cached_cases, settle
+from segfleet.preprocess.building.lock import locked
 from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.building.shard_job import (
     STATE,
@@ -47,12 +47,12 @@ from segfleet.preprocess.stores.manifest import (
 from segfleet.preprocess.stores.packed import CODECS
 from segfleet.preprocess.stores.verify import verify
 
-Say = Callable[[Grouping, Sequence[Problem]], None]
+Report = Callable[[Grouping, Sequence[Problem]], None]
 Progress = Callable[[str, int, int], None]  # phase ("check" | "write" | "compare"), done, total
 
 
 def no_progress(phase: str, done: int, total: int) -> None:
-    """Progress that nobody follows."""
+    """The progress callback where progress is not shown."""
 
 
 def build(
@@ -60,39 +60,39 @@ def build(
     *,
     quick: bool = False,
     progress: Progress = no_progress,
-    say: Say = lambda grouping, warnings: None,
+    report: Report = lambda grouping, warnings: None,
 ) -> Manifest:
     """Preprocess a raw data set into a store, or find that this has been done.
 
     A finished store's files are compared with their hashes, or `quick`ly: their sizes, and the
-    hashes of those that changed after the manifest. `say` is told how cases came to their patients,
-    and every warning of the check. Raises InputError: DataError with every problem of the data, no
-    space, `out` taken.
+    hashes of those that changed after the manifest. `report` gets how cases came to their
+    patients, and every warning of the check. Raises InputError: DataError with every problem of the
+    data, no space, `out` taken.
     """
     out, reader = request.out, open_raw(request)
     remove_folders()  # also where nothing is left to do
     if (out / MANIFEST).is_file():
-        say(reader.grouping, guesses(reader.grouping))
+        report(reader.grouping, guesses(reader.grouping))
         return compare(reader, request, quick=quick, progress=progress)
     partial = request.partial
-    with claimed(partial, out):
-        facts = _survey(reader, partial, request.workers, progress)
-        say(facts.grouping, facts.warnings)
-        found = fingerprint(facts.dataset, facts.facts, request.split_seed)
-        plan = make_plan(facts.dataset, found, overrides=request.overrides)
-        jobs = shard_jobs(reader, facts, plan, request)
+    with locked(partial, out):
+        surveyed = _survey(reader, partial, request.workers, progress)
+        report(surveyed.grouping, surveyed.warnings)
+        measured = fingerprint(surveyed.dataset, surveyed.facts, request.split_seed)
+        plan = make_plan(surveyed.dataset, measured, overrides=request.overrides)
+        jobs = shard_jobs(reader, surveyed, plan, request)
         _write(jobs, partial, request.workers, progress)
-        pixels = {case.id: case.image_sha256 for case in facts.facts}
+        pixels = {case.id: case.image_sha256 for case in surveyed.facts}
         cases, files = _written(jobs, pixels)
-        patients = _patients(facts.refs)
+        patients = _patients(surveyed.refs)
         manifest = Manifest(
             format=request.format,
             codec=request.codec,
-            dataset=facts.dataset,
+            dataset=surveyed.dataset,
             plan=plan,
-            fingerprint=found.model_dump(mode="json"),
+            fingerprint=measured.model_dump(mode="json"),
             cases=cases,
-            splits=make_splits(_members(facts), request.split_seed, reader.splits()),
+            splits=make_splits(_members(surveyed), request.split_seed, reader.splits()),
             split_seed=request.split_seed,
             joined={
                 case: patient
@@ -137,14 +137,14 @@ def compare(
     refs = reader.refs()
     hashes: dict[str, str] = {}
     progress("compare", 0, len(refs))
-    for index, found in run(
+    for index, sha256 in run(
         _source,
         refs,
         weights=[0] * len(refs),
         names=[ref.id for ref in refs],
         workers=request.workers,
     ):
-        hashes[refs[index].id] = found
+        hashes[refs[index].id] = sha256
         progress("compare", len(hashes), len(refs))
     stored = dict(manifest.cases.columns("id", "source_sha256"))
     differences = []
@@ -231,39 +231,41 @@ def _source(ref: CaseRef) -> str:
         return ""
 
 
-def _survey(reader: RawReader, partial: Path, workers: int | None, tell: Progress) -> Survey:
+def _survey(reader: RawReader, partial: Path, workers: int | None, progress: Progress) -> Survey:
     """The one pass over the raw files; its facts are written down as they come, so a killed run
     need not look twice."""
     journals = Journals(reader, partial)
     with journals.append() as keep:
-        own, earlier = journals.read(), known_facts(reader)
-        found = survey(
+        own, earlier = journals.read(), cached_cases(reader)
+        surveyed = survey(
             reader,
             workers=workers,
-            progress=lambda done, total: tell("check", done, total),
+            progress=lambda done, total: progress("check", done, total),
             known=[*own, *earlier],
             keep=keep,
         )
-        if earlier and not found.problems:  # the journal alone speaks for what is written next
-            written = {facts.stamp for facts in journals.read()}
-            for facts in found.facts:
-                if facts.stamp not in written:
-                    keep(facts)
-    settle(reader, found)
-    if found.problems:
+        if earlier and not surveyed.problems:  # the journal alone speaks for what is written next
+            written = {case.stamp for case in journals.read()}
+            for case in surveyed.facts:
+                if case.stamp not in written:
+                    keep(case)
+    settle(reader, surveyed)
+    if surveyed.problems:
         journals.remove()
-        found.raise_problems()
-    return found
+        surveyed.raise_problems()
+    return surveyed
 
 
-def _write(jobs: Sequence[ShardJob], partial: Path, workers: int | None, tell: Progress) -> None:
+def _write(
+    jobs: Sequence[ShardJob], partial: Path, workers: int | None, progress: Progress
+) -> None:
     """Make every shard that is not there; each leaves its record."""
     records = [finished(job) for job in jobs]  # the files of a shard, None: to be made
     todo = [index for index, record in enumerate(records) if record is None]
     _tidy(partial, [record for record in records if record])
     total = sum(len(job.refs) for job in jobs)
     done = total - sum(len(jobs[index].refs) for index in todo)
-    tell("write", done, total)
+    progress("write", done, total)
     weights = [weight_of(jobs[index]) for index in todo]
     failed: dict[int, Exception] = {}
     try:
@@ -280,7 +282,7 @@ def _write(jobs: Sequence[ShardJob], partial: Path, workers: int | None, tell: P
                 continue
             records[todo[position]] = record
             done += len(jobs[todo[position]].refs)
-            tell("write", done, total)
+            progress("write", done, total)
     except OSError as error:
         if not _is_full(error):
             raise
@@ -329,17 +331,18 @@ def failure(failed: Sequence[tuple[ShardJob, Exception]]) -> Exception:
     """One error for all of them: a user's, if each is."""
     if len(failed) == 1:
         return failed[0][1]
-    known = [explain(error) for _, error in failed]
+    explained = [explain(error) for _, error in failed]
     lines = [
         f"{len(failed)} shards could not be written; all others are, and are kept for the next run."
     ]
-    for (job, error), told in zip(failed, known, strict=True):
+    for (job, error), explanation in zip(failed, explained, strict=True):
         lines.append(
             f"{_few([ref.id for ref in job.refs])}: "
-            f"{told[0] if told else str(error) or type(error).__name__}"
+            f"{explanation[0] if explanation else str(error) or type(error).__name__}"
         )
     text = "\n".join(lines)
-    return InputError(text) if all(told and told[1] == 2 for told in known) else RuntimeError(text)
+    users = all(explanation and explanation[1] == 2 for explanation in explained)
+    return InputError(text) if users else RuntimeError(text)
 
 
 def weight_of(job: ShardJob) -> int:
@@ -349,14 +352,14 @@ def weight_of(job: ShardJob) -> int:
 
 def _tidy(partial: Path, records: Sequence[dict]) -> None:
     """Remove shards that no valid record speaks for."""
-    kept = {Path(path).parts[1] for files in records for path in files}
+    recorded = {Path(path).parts[1] for files in records for path in files}
     for path in (partial / "shards").glob("*"):
-        if path.name not in kept:
+        if path.name not in recorded:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _members(found: Survey) -> list[Member]:
-    ignored = found.dataset.ignore_label
+def _members(surveyed: Survey) -> list[Member]:
+    ignored = surveyed.dataset.ignore_label
     return [
         Member(
             id=case.id,
@@ -364,7 +367,7 @@ def _members(found: Survey) -> list[Member]:
             foreground=case.foreground(ignored),
             stratum=ref.stratum,
         )
-        for case, ref in zip(found.facts, found.refs, strict=True)
+        for case, ref in zip(surveyed.facts, surveyed.refs, strict=True)
     ]
 
 

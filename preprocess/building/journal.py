@@ -1,4 +1,4 @@
-"""The facts of raw cases as they are found, on disk, so that nobody looks twice. Every process
+"""The facts of raw cases as they are found, on disk, so that no file is read twice. Every process
 writes its own journal and reads all."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Journals:
 
     def read(self) -> list[CaseFacts]:
         """All facts that were written so far."""
-        return [facts for path in self._paths() for facts in facts_in(path)]
+        return [case for path in self._paths() for case in cases_in(path)]
 
     @contextmanager
     def append(self) -> Iterator[Callable[[CaseFacts], None]]:
@@ -36,8 +36,8 @@ class Journals:
         path = self.folder / f"{self.name}-{uuid.uuid4().hex[:12]}.jsonl"
         with open(path, "a", encoding="utf-8") as file:
 
-            def keep(facts: CaseFacts) -> None:
-                file.write(facts.model_dump_json() + "\n")
+            def keep(case: CaseFacts) -> None:
+                file.write(case.model_dump_json() + "\n")
                 file.flush()
 
             try:
@@ -54,7 +54,7 @@ class Journals:
         return sorted(self.folder.glob(f"{self.name}-*.jsonl"))
 
 
-def facts_in(path: Path) -> Iterator[CaseFacts]:
+def cases_in(path: Path) -> Iterator[CaseFacts]:
     """The facts in a journal, a line each. Raises OSError."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

@@ -14,30 +14,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from segfleet.core.files import write_atomically
-from segfleet.preprocess.building.journal import facts_in
+from segfleet.preprocess.building.journal import cases_in
 from segfleet.preprocess.building.shard_job import REVISION
 from segfleet.preprocess.checking.check import Survey
 from segfleet.preprocess.planning.fingerprint import CaseFacts
 from segfleet.preprocess.readers.base import RawReader
 
 
-def known_facts(reader: RawReader) -> list[CaseFacts]:
+def cached_cases(reader: RawReader) -> list[CaseFacts]:
     """Facts that the last failed check of this raw folder kept."""
     path = _place(reader)
     try:
-        return list(facts_in(path)) if path else []
+        return list(cases_in(path)) if path else []
     except OSError:
         return []
 
 
-def settle(reader: RawReader, found: Survey) -> None:
+def settle(reader: RawReader, surveyed: Survey) -> None:
     """Keep the facts of sound cases if any other has a problem; forget them if none has. A cache
     that cannot be written is none."""
     path = _place(reader)
     if path is None:
         return
     try:
-        if found.problems and (sound := [case for case in found.facts if not case.problems]):
+        if surveyed.problems and (sound := [case for case in surveyed.facts if not case.problems]):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomically(path, _lines(sound))
             path.chmod(0o600)
@@ -47,8 +47,8 @@ def settle(reader: RawReader, found: Survey) -> None:
         return
 
 
-def _lines(facts: Sequence[CaseFacts]) -> str:
-    return "".join(case.model_dump_json() + "\n" for case in facts)
+def _lines(cases: Sequence[CaseFacts]) -> str:
+    return "".join(case.model_dump_json() + "\n" for case in cases)
 
 
 def _place(reader: RawReader) -> Path | None:

@@ -13,11 +13,11 @@ from segfleet.preprocess.building.shard_job import STATE
 
 
 @contextmanager
-def claimed(partial: Path, out: Path, shared: bool = False) -> Iterator[None]:
+def locked(partial: Path, out: Path, shared: bool = False) -> Iterator[None]:
     """Hold OUT.partial for this process alone, or `shared` with others that share, never with one
     that is alone.
 
-    The claim ends with the process, however that ends. Raises InputError if it cannot be had.
+    The lock ends with the process, however that ends. Raises InputError if it cannot be had.
     """
     if partial.exists() and not (partial / STATE).is_dir():
         raise InputError(

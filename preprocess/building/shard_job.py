@@ -54,14 +54,14 @@ class ShardJob:
 
 
 def shard_jobs(
-    reader: RawReader, facts: Survey, plan: Plan, request: BuildRequest
+    reader: RawReader, surveyed: Survey, plan: Plan, request: BuildRequest
 ) -> list[ShardJob]:
     """Cases in their order, as many in a shard as fit."""
     channels, width = len(plan.normalisation), np.dtype(plan.dtype).itemsize
     chunk = chunk_of(plan.patch, plan.median_shape, channels * width)
     bundles: list[list[int]] = []
     sizes: list[int] = []
-    for index, case in enumerate(facts.facts):
+    for index, case in enumerate(surveyed.facts):
         cropped, spacing = (along(v, plan.transpose) for v in (case.crop_shape, case.spacing))
         check_room(case.id, cropped, spacing, plan)
         shape, _ = stored_grid(cropped, spacing, plan)
@@ -77,13 +77,13 @@ def shard_jobs(
             sizes.append(size)
     jobs = []
     for number, (bundle, size) in enumerate(zip(bundles, sizes, strict=True)):
-        refs = tuple(facts.refs[index] for index in bundle)
-        sources = tuple(facts.facts[index].source_sha256 for index in bundle)
-        values = channels * max(int(np.prod(facts.facts[index].raw_shape)) for index in bundle)
+        refs = tuple(surveyed.refs[index] for index in bundle)
+        sources = tuple(surveyed.facts[index].source_sha256 for index in bundle)
+        values = channels * max(int(np.prod(surveyed.facts[index].raw_shape)) for index in bundle)
         cases = [(ref.id, ref.group, source) for ref, source in zip(refs, sources, strict=True)]
         content = [
             REVISION,
-            facts.dataset.model_dump(mode="json"),
+            surveyed.dataset.model_dump(mode="json"),
             plan.model_dump(mode="json"),
             request.format,
             layout_of(request.format),
@@ -99,7 +99,7 @@ def shard_jobs(
                 reader=reader,
                 refs=refs,
                 sources=sources,
-                dataset=facts.dataset,
+                dataset=surveyed.dataset,
                 plan=plan,
                 format=request.format,
                 codec=request.codec,
@@ -144,8 +144,10 @@ def _write_case(writer, job: ShardJob, number: int) -> CaseEntry:
                 f"case '{ref.id}': its files changed while they were preprocessed. Run the same "
                 "command again."
             )
-        image, label, facts = preprocess_case(case, job.plan, ignore_label=job.dataset.ignore_label)
-        truth = np.ascontiguousarray(case.label_ZYX, np.uint8) if facts["has_truth"] else None
+        image, label, description = preprocess_case(
+            case, job.plan, ignore_label=job.dataset.ignore_label
+        )
+        truth = np.ascontiguousarray(case.label_ZYX, np.uint8) if description["has_truth"] else None
         sha256 = writer.write(key, image, label, truth)
     except (InputError, OSError):
         raise
@@ -159,7 +161,7 @@ def _write_case(writer, job: ShardJob, number: int) -> CaseEntry:
         sha256=sha256,
         source_sha256=case.extra["source_sha256"],
         image_file=case.extra["files"][0],
-        **facts,
+        **description,
     )
 
 
@@ -173,9 +175,9 @@ def finished(job: ShardJob) -> dict | None:
     try:
         record = record_of(job)
         whole = all(
-            (job.root / path).stat().st_size == facts["bytes"]
-            and file_facts(job.root / path) == facts
-            for path, facts in record["files"].items()
+            (job.root / path).stat().st_size == expected["bytes"]
+            and file_facts(job.root / path) == expected
+            for path, expected in record["files"].items()
         )
         return record["files"] if record["key"] == job.key and whole else None
     except (OSError, ValueError, KeyError, TypeError):

@@ -17,7 +17,7 @@ from segfleet.preprocess.building.build import (
     weight_of,
 )
 from segfleet.preprocess.building.journal import Journals
-from segfleet.preprocess.building.lock import claimed
+from segfleet.preprocess.building.lock import locked
 from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.building.shard_job import finished, shard_jobs
 from segfleet.preprocess.checking.check import look_at, recall, survey
@@ -34,19 +34,19 @@ def survey_share(
     reader, partial = open_raw(request), request.partial
     if (request.out / MANIFEST).is_file():
         return 0
-    with claimed(partial, request.out, shared=True):
+    with locked(partial, request.out, shared=True):
         journals, cases = Journals(reader, partial), range(share[0], len(reader.refs()), share[1])
         with journals.append() as keep:
-            known = journals.read()
-            found = look_at(
+            earlier = journals.read()
+            surveyed = look_at(
                 reader,
                 cases,
                 workers=request.workers,
                 progress=lambda *at: progress("check", *at),
-                known=known,
+                known=earlier,
                 keep=keep,
             )
-    return len(found)
+    return len(surveyed)
 
 
 def write_share(
@@ -61,29 +61,29 @@ def write_share(
     reader, partial = open_raw(request), request.partial
     if (request.out / MANIFEST).is_file():
         return 0
-    with claimed(partial, request.out, shared=True):
-        known = Journals(reader, partial).read()
-        if recall(reader, range(len(reader.refs())), known)[1]:
+    with locked(partial, request.out, shared=True):
+        earlier = Journals(reader, partial).read()
+        if recall(reader, range(len(reader.refs())), earlier)[1]:
             return 0
-        facts = survey(reader, known=known)
-        if facts.problems:
+        surveyed = survey(reader, known=earlier)
+        if surveyed.problems:
             return 0
-        found = fingerprint(facts.dataset, facts.facts, request.split_seed)
-        plan = make_plan(facts.dataset, found, overrides=request.overrides)
-        mine = shard_jobs(reader, facts, plan, request)[share[0] :: share[1]]
+        measured = fingerprint(surveyed.dataset, surveyed.facts, request.split_seed)
+        plan = make_plan(surveyed.dataset, measured, overrides=request.overrides)
+        mine = shard_jobs(reader, surveyed, plan, request)[share[0] :: share[1]]
         todo = [job for job in mine if finished(job) is None]
         done, failed = len(mine) - len(todo), []
         progress("write", done, len(mine))
         names = [f"{job.refs[0].id} ..." for job in todo]
-        for at, made in run(
+        for at, outcome in run(
             attempt,
             todo,
             weights=[weight_of(job) for job in todo],
             names=names,
             workers=request.workers,
         ):
-            failed += [(todo[at], made)] if isinstance(made, Exception) else []
-            done += not isinstance(made, Exception)
+            failed += [(todo[at], outcome)] if isinstance(outcome, Exception) else []
+            done += not isinstance(outcome, Exception)
             progress("write", done, len(mine))
     if failed:
         raise failure(failed)

@@ -33,7 +33,7 @@ from segfleet.preprocess.transforms.voxels import pieces, values
 # add
 BYTES_PER_VALUE = 24
 WHITES = {1, 255, 65535}  # that masks are usually painted with
-Tick = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def survey(
     reader: RawReader,
     *,
     workers: int | None = None,
-    progress: Tick | None = None,
+    progress: Progress | None = None,
     known: Sequence[CaseFacts] = (),
     keep: Callable[[CaseFacts], None] | None = None,
 ) -> Survey:
@@ -69,25 +69,25 @@ def survey(
         keep: is given each new case's facts as soon as they are there.
     """
     dataset, refs = reader.dataset(), reader.refs()
-    found = look_at(
+    surveyed = look_at(
         reader, range(len(refs)), workers=workers, progress=progress, known=known, keep=keep
     )
-    facts = [found[index] for index in range(len(refs))]
+    cases = [surveyed[index] for index in range(len(refs))]
     own = [ref.id for ref in refs]
     problems = [*reader.problems(), *(reader.sheet.problems(own) if reader.sheet else ())]
-    problems += [*(problem for case in facts for problem in case.problems)]
+    problems += [*(problem for case in cases for problem in case.problems)]
     if any(kind == "rgb_to_0_1" for kind in normalisation(dataset)):
-        problems += _depths(facts)
-    odd, doubts = _whites(facts)
+        problems += _depths(cases)
+    odd, doubts = _whites(cases)
     problems += odd
-    warnings = [w for case in facts for w in case.warnings] + doubts + _together(facts)
+    warnings = [w for case in cases for w in case.warnings] + doubts + _together(cases)
     warnings += guesses(reader.grouping)
-    joint, doubles = link(facts)
-    facts = [case.model_copy(update={"group": joint.get(case.id, case.group)}) for case in facts]
+    joint, doubles = link(cases)
+    cases = [case.model_copy(update={"group": joint.get(case.id, case.group)}) for case in cases]
     refs = [replace(ref, group=joint.get(ref.id, ref.group)) for ref in refs]
     warnings += doubles + leaks(reader.splits(), {ref.id: ref.group or ref.id for ref in refs})
     asked = any(dataset.labels.values()) or dataset.regions
-    if asked and not problems and not any(case.foreground(dataset.ignore_label) for case in facts):
+    if asked and not problems and not any(case.foreground(dataset.ignore_label) for case in cases):
         mend = "Check that labels and images belong together."
         problems.append(
             Problem(
@@ -102,7 +102,7 @@ def survey(
         where=str(reader.root),
         dataset=dataset,
         refs=tuple(refs),
-        facts=tuple(facts),
+        facts=tuple(cases),
         problems=tuple(problems),
         warnings=tuple(warnings),
         grouping=reader.grouping,
@@ -114,18 +114,18 @@ def look_at(
     cases: Sequence[int],
     *,
     workers: int | None = None,
-    progress: Tick | None = None,
+    progress: Progress | None = None,
     known: Sequence[CaseFacts] = (),
     keep: Callable[[CaseFacts], None] | None = None,
 ) -> dict[int, CaseFacts]:
     """The facts of the cases with these numbers, as `survey` takes and keeps them."""
     dataset, refs = reader.dataset(), reader.refs()
-    found, todo = recall(reader, cases, known)
+    surveyed, todo = recall(reader, cases, known)
     look = partial(check_case, reader, dataset, samples_per_case(len(refs)))
     weights = [memory_of(refs[index]) for index in todo]
-    tell = progress or (lambda done, total: None)
-    tell(len(found), len(cases))
-    for position, facts in run(
+    report = progress or (lambda done, total: None)
+    report(len(surveyed), len(cases))
+    for position, case in run(
         look,
         [refs[i] for i in todo],
         weights=weights,
@@ -133,11 +133,11 @@ def look_at(
         workers=workers,
         died=partial(_died, reader.root),
     ):
-        found[todo[position]] = facts
+        surveyed[todo[position]] = case
         if keep is not None:
-            keep(facts)
-        tell(len(found), len(cases))
-    return found
+            keep(case)
+        report(len(surveyed), len(cases))
+    return surveyed
 
 
 def recall(
@@ -145,21 +145,21 @@ def recall(
 ) -> tuple[dict[int, CaseFacts], list[int]]:
     """Facts whose files have not changed since, by case number, and the numbers of all other cases.
     Patients are those of today."""
-    refs, earlier = reader.refs(), {facts.stamp: facts for facts in known}
-    kept = {
-        index: facts
+    refs, earlier = reader.refs(), {case.stamp: case for case in known}
+    unchanged = {
+        index: case
         for index in (cases if earlier else ())
-        if (facts := earlier.get(stamp(refs[index], reader.root)))
+        if (case := earlier.get(stamp(refs[index], reader.root)))
     }
-    found = {
-        index: facts.model_copy(update={"group": refs[index].group})
-        for index, facts in kept.items()
+    by_number = {
+        index: case.model_copy(update={"group": refs[index].group})
+        for index, case in unchanged.items()
     }
-    return found, [index for index in cases if index not in found]
+    return by_number, [index for index in cases if index not in by_number]
 
 
 def check_case(reader: RawReader, dataset: Dataset, samples: int, ref: CaseRef) -> CaseFacts:
-    """Read one case and tell what is wrong with it, completely, and what it is like if nothing
+    """Read one case and report what is wrong with it, completely, and what it is like if nothing
     is."""
     identity = {"id": ref.id, "group": ref.group, "stamp": stamp(ref, reader.root)}
     problems = missing(ref, reader.root)
@@ -184,13 +184,13 @@ def check_case(reader: RawReader, dataset: Dataset, samples: int, ref: CaseRef) 
         problems.append(error.problem(ref.id))
     if image is not None and label is not None and (difference := disagreement(grid, geometry)):
         field, found, expected = difference
-        facts = {
+        problem = {
             "field": f"label {field}",
             "found": found,
             "expected": f"{expected} as the image has",
             "mend": advice(label, grid, geometry),
         }
-        problems.append(Problem(case=ref.id, **facts))
+        problems.append(Problem(case=ref.id, **problem))
     if problems:
         return CaseFacts(**identity, problems=tuple(problems))
     doubts = dict.fromkeys((*geometry.file.warnings, *grid.file.warnings))
@@ -200,11 +200,11 @@ def check_case(reader: RawReader, dataset: Dataset, samples: int, ref: CaseRef) 
     ]
     case = Case(id=ref.id, group=ref.group, image_CZYX=image, label_ZYX=label, geometry=geometry)
     kinds = normalisation(dataset)
-    facts = statistics(case, kinds, dataset.ignore_label, samples, labelled=reader.labelled)
-    facts |= {"source_sha256": digest.hexdigest(), "image_sha256": _pixels(image)}
+    measured = statistics(case, kinds, dataset.ignore_label, samples, labelled=reader.labelled)
+    measured |= {"source_sha256": digest.hexdigest(), "image_sha256": _pixels(image)}
     found = CaseFacts(
         **identity,
-        **facts,
+        **measured,
         white=grid.file.white,
         warnings=tuple(warnings),
         thumbnail=thumbnail(image) if dataset.dims == 2 and "rgb_to_0_1" in kinds else "",
@@ -281,13 +281,13 @@ def image_problems(
                 bad := int((~np.isfinite(channel)).sum())
             ):
                 mend = "Replace them, for instance by the value of air, and save the image again."
-                facts = {
+                wording = {
                     "field": f"image, channel {index}",
                     "expected": "finite numbers",
                     "mend": mend,
                 }
                 problems.append(
-                    Problem(case=case, found=f"{bad} voxel(s) that are nan or infinite", **facts)
+                    Problem(case=case, found=f"{bad} voxel(s) that are nan or infinite", **wording)
                 )
     return problems
 
@@ -334,16 +334,16 @@ def label_problems(case: str, label: np.ndarray, dataset: Dataset) -> list[Probl
 
 
 def stamp(ref: CaseRef, root: Path) -> tuple[tuple[str, int, int], ...]:
-    """What tells cheaply that files have changed; never () for a case with files."""
+    """What changes when a case's files change, cheap to ask for; never () for a case with files."""
     out = []
     files = [file for path in (*ref.images, *ref.labels) for file in sources(path)]
     for path in dict.fromkeys(files):
-        facts = _file_facts(path)
+        status = _file_status(path)
         out.append(
             (
                 _relative(path, root),
-                facts.st_size if facts else -1,
-                facts.st_mtime_ns if facts else -1,
+                status.st_size if status else -1,
+                status.st_mtime_ns if status else -1,
             )
         )
     if ref.said:
@@ -351,13 +351,13 @@ def stamp(ref: CaseRef, root: Path) -> tuple[tuple[str, int, int], ...]:
     return tuple(out)
 
 
-def _file_facts(path: Path) -> os.stat_result | None:
+def _file_status(path: Path) -> os.stat_result | None:
     """None for what is no file."""
     try:
-        facts = path.stat()
+        status = path.stat()
     except (OSError, ValueError):
         return None
-    return facts if stat.S_ISREG(facts.st_mode) else None
+    return status if stat.S_ISREG(status.st_mode) else None
 
 
 def memory_of(ref: CaseRef) -> int:
@@ -370,13 +370,13 @@ def memory_for(values: int) -> int:
     return BYTES_PER_VALUE * values
 
 
-def _together(facts: Sequence[CaseFacts]) -> list[Problem]:
+def _together(cases: Sequence[CaseFacts]) -> list[Problem]:
     """What only shows over all cases."""
-    kinds = sorted({case.orientation for case in facts if case.orientation})
+    kinds = sorted({case.orientation for case in cases if case.orientation})
     if len(kinds) < 2:
         return []
     counts = ", ".join(
-        f"{kind} {sum(case.orientation == kind for case in facts)}" for kind in kinds
+        f"{kind} {sum(case.orientation == kind for case in cases)}" for kind in kinds
     )
     mend = "Reorient the images if left and right or up and down matter to the labels."
     return [
@@ -399,37 +399,37 @@ def guesses(grouping: Grouping) -> list[Problem]:
     ]
 
 
-def _whites(facts: Sequence[CaseFacts]) -> tuple[list[Problem], list[Problem]]:
+def _whites(cases: Sequence[CaseFacts]) -> tuple[list[Problem], list[Problem]]:
     """(problems, warnings) where black and white masks of one data set paint with differing values:
     they may be classes."""
-    counts = Counter(case.white for case in facts if case.white)
+    counts = Counter(case.white for case in cases if case.white)
     if len(counts) < 2:
         return [], []
     usual = counts.most_common(1)[0][0]
     many = ", ".join(f"{value} in {n} mask(s)" for value, n in sorted(counts.items()))
     if set(counts) <= WHITES:
         mend = "All are taken as white. Declare them in a labels.json if they are classes."
-        fact = {"field": "mask values", "found": many, "expected": "one value for white"}
-        return [], [Problem(case="all", **fact, mend=mend)]
+        problem = {"field": "mask values", "found": many, "expected": "one value for white"}
+        return [], [Problem(case="all", **problem, mend=mend)]
     mend = "Declare the classes in a labels.json, or save all masks with one value."
     expected = f"{usual}, as most have ({many})"
     return [
         Problem(
             case=case.id, field="mask values", found=str(case.white), expected=expected, mend=mend
         )
-        for case in facts
+        for case in cases
         if case.white not in (0, usual)
     ], []
 
 
-def _depths(facts: Sequence[CaseFacts]) -> list[Problem]:
+def _depths(cases: Sequence[CaseFacts]) -> list[Problem]:
     """Colours of differing depth would be divided by differing whites."""
-    counts = Counter(case.dtype for case in facts if case.dtype)
+    counts = Counter(case.dtype for case in cases if case.dtype)
     if len(counts) < 2:
         return []
     usual = counts.most_common(1)[0][0]
     mend = f"Save all pictures as {usual}."
-    odd = [case for case in facts if case.dtype not in ("", usual)]
+    odd = [case for case in cases if case.dtype not in ("", usual)]
     return [
         Problem(
             case=c.id,

@@ -1,5 +1,5 @@
-"""The same image twice: found by content, told to the user, and never on both sides of a split of
-ours.
+"""The same image twice: found by content, reported to the user, and never on both sides of a split
+of ours.
 
 Equal pixels are found in every data set; in colour pictures also those that were compressed anew.
 Measured on the 402 pictures of the 2018 Data Science Bowl: thumbnails of different pictures are
@@ -45,25 +45,25 @@ def thumbnail(image_CZYX: np.ndarray) -> str:
     )
 
 
-def nearly(facts: Sequence[CaseFacts]) -> Iterator[tuple[CaseFacts, CaseFacts]]:
+def nearly(cases: Sequence[CaseFacts]) -> Iterator[tuple[CaseFacts, CaseFacts]]:
     """Pairs of pictures of one size, of different patients and with different pixels, that look the
     same."""
-    cases = [case for case in facts if case.thumbnail]
-    if not cases:
+    pictured = [case for case in cases if case.thumbnail]
+    if not pictured:
         return
     grey = (
-        np.stack([np.frombuffer(base64.b64decode(case.thumbnail), "<u2") for case in cases]).astype(
-            np.float32
-        )
+        np.stack(
+            [np.frombuffer(base64.b64decode(case.thumbnail), "<u2") for case in pictured]
+        ).astype(np.float32)
         / FINE
     )
     own = grey - grey.mean(axis=1, keepdims=True)
     power = (own**2).mean(axis=1)
     for i, others in _close(own, power):
-        case = cases[i]
+        case = pictured[i]
         difference = power[i] + power[others] - 2 * (own[others] @ own[i]) / own.shape[1]
         for j in others[difference < APART**2 * np.minimum(power[i], power[others])]:
-            other = cases[j]
+            other = pictured[j]
             apart = (case.group or case.id) != (
                 other.group or other.id
             ) and case.image_sha256 != other.image_sha256
@@ -93,13 +93,13 @@ def _close(own: np.ndarray, power: np.ndarray) -> Iterator[tuple[int, np.ndarray
     reach = APART * 1.001 + 1e-5  # and what rounding takes away
     for start in range(0, len(sharp), BLOCK):
         stop = min(start + BLOCK, len(sharp))
-        near = tree.query_ball_point(shadows[start:stop], reach, return_sorted=True)
-        for i, found in zip(range(start, stop), near, strict=True):
-            if others := [other for other in found if other > i]:
+        neighbours = tree.query_ball_point(shadows[start:stop], reach, return_sorted=True)
+        for i, candidates in zip(range(start, stop), neighbours, strict=True):
+            if others := [other for other in candidates if other > i]:
                 yield int(sharp[i]), sharp[others]
 
 
-def link(facts: Sequence[CaseFacts]) -> tuple[dict[str, str], list[Problem]]:
+def link(cases: Sequence[CaseFacts]) -> tuple[dict[str, str], list[Problem]]:
     """Which cases belong to another patient than their own because they show the same picture.
 
     Returns:
@@ -108,7 +108,7 @@ def link(facts: Sequence[CaseFacts]) -> tuple[dict[str, str], list[Problem]]:
         same
     """
     same: dict[str, list[CaseFacts]] = {}
-    for case in facts:
+    for case in cases:
         if case.image_sha256:
             same.setdefault(case.image_sha256, []).append(case)
     parent: dict[str, str] = {}
@@ -119,44 +119,44 @@ def link(facts: Sequence[CaseFacts]) -> tuple[dict[str, str], list[Problem]]:
         return patient
 
     warnings = []
-    for cases in same.values():
-        if len(cases) < 2:
+    for copies in same.values():
+        if len(copies) < 2:
             continue
-        first, *others = (root(case.group or case.id) for case in cases)
+        first, *others = (root(case.group or case.id) for case in copies)
         for other in others:
             parent[root(other)] = root(first)
-        names = ", ".join(case.id for case in cases[1:6]) + (
-            f" and {len(cases) - 6} more" if len(cases) > 6 else ""
+        names = ", ".join(case.id for case in copies[1:6]) + (
+            f" and {len(copies) - 6} more" if len(copies) > 6 else ""
         )
         mend = (
             "Nothing to do for kfold, which keeps them together; remove the copies if they should "
             "not count twice."
         )
-        facts_ = {
+        problem = {
             "field": "image",
             "found": f"the same pixels as {names}",
             "expected": "every image once",
             "mend": mend,
         }
-        warnings.append(Problem(case=cases[0].id, **facts_))
-    for case, other in nearly(facts):
+        warnings.append(Problem(case=copies[0].id, **problem))
+    for case, other in nearly(cases):
         parent[root(other.group or other.id)] = root(case.group or case.id)
         mend = "Look at both. kfold keeps them together; remove one if it should not count twice."
-        facts_ = {
+        problem = {
             "field": "image",
             "found": f"looks the same as {other.id}",
             "expected": "every image once",
             "mend": mend,
         }
-        warnings.append(Problem(case=case.id, **facts_))
+        warnings.append(Problem(case=case.id, **problem))
     joint = {root(patient) for patient in parent}
-    patients = {case.id: root(case.group or case.id) for case in facts}
+    patients = {case.id: root(case.group or case.id) for case in cases}
     return {case: patient for case, patient in patients.items() if patient in joint}, warnings
 
 
-def shared(facts: Sequence[CaseFacts], manifest: Manifest) -> list[Problem]:
+def shared(cases: Sequence[CaseFacts], manifest: Manifest) -> list[Problem]:
     """One warning per case whose image is in another data set's store too, as the same pixels.
-    Raises InputError if that cannot be told."""
+    Raises InputError if that cannot be known."""
     columns = manifest.cases.columns("image_sha256", "id")
     stored = {image: case for image, case in columns if image}
     if not stored:
@@ -168,10 +168,12 @@ def shared(facts: Sequence[CaseFacts], manifest: Manifest) -> list[Problem]:
         "an image of one of the two",
         "Do not train on one of the data sets and score on the other with it.",
     )
-    found = [(case.id, stored[case.image_sha256]) for case in facts if case.image_sha256 in stored]
+    doubles = [
+        (case.id, stored[case.image_sha256]) for case in cases if case.image_sha256 in stored
+    ]
     texts = [
         (case, f"also in {manifest.dataset.name}: {other} ({_sides(other, manifest)})")
-        for case, other in found
+        for case, other in doubles
     ]
     return [
         Problem(case=case, field="image", found=text, expected=expected, mend=mend)
@@ -196,14 +198,14 @@ def _sides(case: str, manifest: Manifest) -> str:
 def leaks(splits: Mapping[str, Folds], group: Mapping[str, str]) -> list[Problem]:
     """One warning for all splits the data set came with that have a patient on both sides. `group`:
     case id -> patient."""
-    found = {
+    counts = {
         name: n
         for name, folds in splits.items()
         if (n := max(len(_both(fold, group)) for fold in folds))
     }
-    if not found:
+    if not counts:
         return []
-    text = ", ".join(f"{name} ({n})" for name, n in found.items())
+    text = ", ".join(f"{name} ({n})" for name, n in counts.items())
     mend = (
         "Scores on these splits are comparable with papers, but too good. Use kfold for honest "
         "ones."

@@ -23,17 +23,17 @@ from segfleet.preprocess.transforms.voxels import pieces
 Changes = list[dict[str, str]]
 
 
-def mend(
+def repair(
     reader: RawReader,
     out: Path,
     remap: Mapping[int, int] | None = None,
     *,
     same_voxels: bool = False,
 ) -> Changes:
-    """Copy the raw folder to the new folder `out` with its labels mended; what was done, one entry
-    per case and field.
+    """Copy the raw folder to the new folder `out` with its labels repaired; what was done, one
+    entry per case and field.
 
-    Mended are: values the user renumbers by `remap`; masks of 0 and another value, such as 255,
+    Repaired are: values the user renumbers by `remap`; masks of 0 and another value, such as 255,
     where one label is declared; values a rounding error off an integer; labels whose grid is the
     image's turned, exchanged or shifted by whole voxels, which are laid onto the image's. The
     image's geometry is given to voxels that stay where they are only if it says the same place, or
@@ -41,17 +41,17 @@ def mend(
     whatever their headers say.
 
     A label that would still hold anything but integers from 0 to 255 is left alone, and so is one
-    outside the raw folder: the check tells. Files that need nothing are linked, not copied (copied
-    where links are impossible). `out` appears complete or, when nothing can be mended, not at all.
-    Raises InputError if it is taken, or another process works at it.
+    outside the raw folder: the check reports it. Files that need nothing are linked, not copied
+    (copied where links are impossible). `out` appears complete or, when nothing can be repaired,
+    not at all. Raises InputError if it exists, or another process is writing it.
     """
     out, root = Path(out), Path(os.path.abspath(reader.root))
     if out.resolve().is_relative_to(root.resolve()):
         raise InputError(
-            f"to: {out} lies in the raw folder. Choose a new folder for the mended copy."
+            f"to: {out} lies in the raw folder. Choose a new folder for the repaired copy."
         )
     if out.exists():
-        raise InputError(f"to: {out} exists. Choose a new folder for the mended copy.")
+        raise InputError(f"to: {out} exists. Choose a new folder for the repaired copy.")
     dataset, done = reader.dataset(), []
     with making(out) as partial:
         for ref in reader.refs():
@@ -68,21 +68,21 @@ def mend(
                 continue
             try:
                 label, grid = reader.label(ref)
-                mended, here, changes = mended_label(
+                repaired, geometry, changes = repaired_label(
                     label, grid, _grid(reader, ref), dataset, remap or {}, same_voxels
                 )
             except ImageError:
-                continue  # the check tells
+                continue  # the check reports it
             if not changes:
                 continue
             if not done:
                 _link_tree(root, partial)
-            _write(partial / path.relative_to(root), mended, here)
+            _write(partial / path.relative_to(root), repaired, geometry)
             done += [{"case": ref.id, **change} for change in changes]
     return done
 
 
-def mended_label(
+def repaired_label(
     label: np.ndarray,
     grid: Geometry,
     image: Geometry | None,

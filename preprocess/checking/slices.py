@@ -48,10 +48,10 @@ def write_slices(
         raise InputError(f"window: found {low:g} to {high:g}, expected a lower and a higher value")
     if out.exists():
         raise InputError(f"to: {out} exists. Choose a new folder for the slices.")
-    tell = progress or (lambda done, total: None)
+    report = progress or (lambda done, total: None)
     with making(out) as partial:
         survey(
-            reader, workers=workers, progress=lambda done, total: tell(done, 2 * total)
+            reader, workers=workers, progress=lambda done, total: report(done, 2 * total)
         ).raise_problems()
         written, refs = 0, reader.refs()
         for kind in ("image", "label"):
@@ -69,7 +69,7 @@ def write_slices(
                 np.save(partial / "train_image" / name, triple)
                 np.save(partial / "train_label" / name, mask)
                 written += 1
-            tell(len(refs) + index + 1, 2 * len(refs))
+            report(len(refs) + index + 1, 2 * len(refs))
         if not written:
             raise InputError(f"slices: no case of {reader.root} has a label")
     return written
@@ -79,8 +79,8 @@ def stacks(image_ZYX: np.ndarray, label_ZYX: np.ndarray, low: float, high: float
     """(z, float32 (Y, X, 3), uint8 (Y, X)) of every slice of the annotated range."""
     annotated = np.flatnonzero(label_ZYX.any(axis=(1, 2)))
     for z in range(annotated[0], annotated[-1] + 1) if len(annotated) else ():
-        near = np.clip([z - 1, z, z + 1], 0, len(image_ZYX) - 1)
-        scaled = (np.clip(image_ZYX[near].astype(np.float32), low, high) - low) * (
+        planes = np.clip([z - 1, z, z + 1], 0, len(image_ZYX) - 1)
+        scaled = (np.clip(image_ZYX[planes].astype(np.float32), low, high) - low) * (
             2 / (high - low)
         ) - 1
         yield (

@@ -40,32 +40,34 @@ def write_nnunet(
     from segfleet.preprocess.building.request import SPLIT_SEED
     from segfleet.preprocess.planning.splits import FOLDS, Member, kfold
 
-    dataset, tell = reader.dataset(), progress or (lambda done, total: None)
+    dataset, report = reader.dataset(), progress or (lambda done, total: None)
     if version == 1 and (dataset.regions or dataset.ignore_label is not None):
         raise InputError("nnunet: version 1 knows no regions and no ignore label. Use version 2.")
     with making(Path(out)) as partial:
-        found = survey(reader, workers=workers, progress=lambda done, total: tell(done, 2 * total))
-        found.raise_problems()
-        flat = dataset.dims == 2 and {facts.dtype for facts in found.facts} == {"uint8"}
+        surveyed = survey(
+            reader, workers=workers, progress=lambda done, total: report(done, 2 * total)
+        )
+        surveyed.raise_problems()
+        flat = dataset.dims == 2 and {case.dtype for case in surveyed.facts} == {"uint8"}
         kind = ".png" if flat else ".nii.gz"
-        for number, ref in enumerate(found.refs):
+        for number, ref in enumerate(surveyed.refs):
             case = reader.read(ref)
             grid = replace(case.geometry, file=replace(case.geometry.file, header=b""))
             _write_images(partial / "imagesTr", ref.id, case.image_CZYX, grid, kind)
             write_label(partial / "labelsTr" / f"{ref.id}{kind}", case.label_ZYX, grid)
-            tell(len(found.refs) + number + 1, 2 * len(found.refs))
-        ids = [ref.id for ref in found.refs]
+            report(len(surveyed.refs) + number + 1, 2 * len(surveyed.refs))
+        ids = [ref.id for ref in surveyed.refs]
         write = (_version_2 if version == 2 else _version_1)(dataset, ids, kind)
         (partial / "dataset.json").write_text(json.dumps(write, indent=1) + "\n", encoding="utf-8")
         write_names(partial, dataset.labels)
         members = [
             Member(
-                id=facts.id,
-                group=facts.group or facts.id,
-                foreground=facts.foreground(dataset.ignore_label),
+                id=case.id,
+                group=case.group or case.id,
+                foreground=case.foreground(dataset.ignore_label),
                 stratum=ref.stratum,
             )
-            for facts, ref in zip(found.facts, found.refs, strict=True)
+            for case, ref in zip(surveyed.facts, surveyed.refs, strict=True)
         ]
         groups = {member.group for member in members}
         if version == 2 and len(groups) > 1:
@@ -90,7 +92,7 @@ def _version_2(dataset: Dataset, ids: list[str], kind: str) -> dict:
 def dataset_document(dataset: Dataset, cases: int, kind: str) -> dict:
     """dataset.json of nnU-Net v2 for files that end in `kind`."""
     labels: dict = dict(dataset.labels)
-    found = {
+    document = {
         "name": dataset.name,
         "channel_names": {str(n): name for n, name in enumerate(dataset.channels)},
         "labels": labels,
@@ -98,11 +100,11 @@ def dataset_document(dataset: Dataset, cases: int, kind: str) -> dict:
         "file_ending": kind,
     }
     if dataset.regions:
-        found["labels"] = {"background": 0, **{n: list(v) for n, v in dataset.regions.items()}}
-        found["regions_class_order"] = list(dataset.region_order)
+        document["labels"] = {"background": 0, **{n: list(v) for n, v in dataset.regions.items()}}
+        document["regions_class_order"] = list(dataset.region_order)
     if dataset.ignore_label is not None:
-        found["labels"]["ignore"] = dataset.ignore_label
-    return found | ({"licence": dataset.licence} if dataset.licence else {})
+        document["labels"]["ignore"] = dataset.ignore_label
+    return document | ({"licence": dataset.licence} if dataset.licence else {})
 
 
 def _version_1(dataset, ids: list[str], kind: str) -> dict:

@@ -83,7 +83,7 @@ def _write(
     names = ("c", "z", "y", "x")[0 if channels else 1 :]
     while True:
         shape = array.shape
-        made = group.create_array(
+        stored = group.create_array(
             str(level),
             shape=shape,
             chunks=tuple(
@@ -93,7 +93,7 @@ def _write(
             dtype=array.dtype,
             dimension_names=names,
         )
-        made[...] = array
+        stored[...] = array
         # where the centre of the first voxel lies
         centre = [s + (n - r) / 2 for s, n, r in zip(start, step, raw, strict=True)]
         written.append((str(level), list(step), centre))

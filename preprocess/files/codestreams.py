@@ -16,9 +16,9 @@ FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xC
 
 def check_own_size(data: bytes, width: int, height: int, what: str, path: Path) -> None:
     """Raises ImageError where a picture says that it is larger than its place, but for padding."""
-    found = own_size(data[:HEAD])
-    if found[0] > width + BLOCK or found[1] > height + BLOCK:
-        reason = f"{what} of {found[0]}x{found[1]} pixels where {width}x{height} belong"
+    own = own_size(data[:HEAD])
+    if own[0] > width + BLOCK or own[1] > height + BLOCK:
+        reason = f"{what} of {own[0]}x{own[1]} pixels where {width}x{height} belong"
         raise damaged(path, reason)
 
 
@@ -34,8 +34,8 @@ def check_boxes(data: bytes, path: Path) -> None:
 
 
 def own_size(head: bytes) -> tuple[int, int]:
-    """(width, height) that a picture's own header says; zeros where it cannot be told, which the
-    decoder then tells. JPEG and JPEG-LS are looked through as decoders do, which pass over
+    """(width, height) that a picture's own header says; zeros where it cannot be known, which the
+    decoder then reports. JPEG and JPEG-LS are looked through as decoders do, which pass over
     rubbish."""
     if head[:2] == b"\xff\xd8":
         return _of_jpeg(head)

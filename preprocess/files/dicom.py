@@ -58,7 +58,7 @@ class Slice:
 
 
 def is_dicom(path: Path) -> bool:
-    """By its name, or by its mark where the name tells nothing: scanners name files by UID."""
+    """By its name, or by its mark where the name says nothing: scanners name files by UID."""
     suffix = path.suffix.lower()
     if path.name.upper() == "DICOMDIR" or path.is_dir():
         return False
@@ -106,7 +106,7 @@ def ordered_series(paths: Sequence[Path]) -> list[Any]:
         slices += _slices(path, d)
     folder = paths[0].parent if len(paths) > 1 else paths[0]
     ordered = _grid(folder, slices)[0]
-    return list({id(one.dataset): one.dataset for one in ordered}.values())
+    return list({id(plane.dataset): plane.dataset for plane in ordered}.values())
 
 
 def header_of(path: Path, keys: Sequence[str] | None = None) -> Any:
@@ -142,14 +142,14 @@ def grid_of(path: Path, slices: Sequence[Slice]) -> tuple[np.ndarray, list[int]]
     them, and the slice each lies on. Raises ImageError where they lie on none."""
     first = slices[0]
     normal = np.cross(first.turn[0], first.turn[1])
-    depths = np.array([one.position @ normal for one in slices])
+    depths = np.array([frame.position @ normal for frame in slices])
     steps = np.diff(np.unique(depths.round(3)))
     step = float(steps.min()) if len(steps) else float(first.dataset.segfleet_step)
     places = (depths - depths.min()) / step
     lowest = slices[int(depths.argmin())].position
-    off = np.array([one.position - lowest for one in slices])
+    off = np.array([frame.position - lowest for frame in slices])
     aside = np.linalg.norm(off - np.outer(off @ normal, normal), axis=1).max()
-    turned = max(np.abs(one.turn - first.turn).max() for one in slices)
+    turned = max(np.abs(frame.turn - first.turn).max() for frame in slices)
     if np.abs(places - np.rint(places)).max() > 0.05 or aside > ROUNDING or turned > 1e-3:
         raise ImageError(path, "frames", f"{path.name} on no grid", "even, parallel planes", AGAIN)
     affine = np.eye(4)
@@ -173,13 +173,13 @@ def _dataset(path: Path, data: bytes, digest: Any) -> Any:
     if digest is not None:
         digest.update(data)
     if DEFLATED in data[:1024]:
-        found, mend = f"{path.name}, packed as a whole (deflate)", "Convert the file."
-        raise ImageError(path, "file", found, "another transfer syntax", mend)
+        dataset, mend = f"{path.name}, packed as a whole (deflate)", "Convert the file."
+        raise ImageError(path, "file", dataset, "another transfer syntax", mend)
     try:
-        found = pydicom.dcmread(io.BytesIO(data), force=data[128:132] != MARK)
-        if "Rows" not in found and "SOPClassUID" not in found:
+        dataset = pydicom.dcmread(io.BytesIO(data), force=data[128:132] != MARK)
+        if "Rows" not in dataset and "SOPClassUID" not in dataset:
             raise ValueError("no DICOM file")
-        return found
+        return dataset
     except Exception as error:
         raise damaged(path, _short(error)) from None
 
@@ -203,7 +203,7 @@ def _one_series(folder: Path, paths: Sequence[Path], datasets: Sequence[Any]) ->
         raise ImageError(folder, "series", f"{len(owners)} in {folder.name}", "1", mend)
     for path, d in zip(paths, datasets, strict=True):
         if (d.Rows, d.Columns) != (first.Rows, first.Columns):
-            sizes = " and ".join(f"{one.Columns}x{one.Rows}" for one in (first, d))
+            sizes = " and ".join(f"{dataset.Columns}x{dataset.Rows}" for dataset in (first, d))
             found = f"{sizes} in {paths[0].name} and {path.name}"
             mend = f"Perhaps one is a scout: {OWN_FOLDER}"
             raise ImageError(folder, "size", found, "slices of one size", mend)
@@ -213,14 +213,14 @@ def _slices(path: Path, d: Any) -> list[Slice]:
     """The frames of a file. Raises ImageError where one does not say where it lies."""
     frames = int(d.get("NumberOfFrames", 1) or 1)
     shared = _first(d, "SharedFunctionalGroupsSequence")
-    each = d.get("PerFrameFunctionalGroupsSequence") or []
-    if frames > 1 and len(each) != frames:
+    groups = d.get("PerFrameFunctionalGroupsSequence") or []
+    if frames > 1 and len(groups) != frames:
         found = f"{frames} frames in {path.name} that do not say where they lie"
         mend = "Convert the file to single slices, or to NIfTI."
         raise ImageError(path, "frames", found, "positions of all frames", mend)
-    if not each and shared is None:
+    if not groups and shared is None:
         return [_slice(path, d, None, (d,))]
-    return [_slice(path, d, i, (own, shared, d)) for i, own in enumerate(each)]
+    return [_slice(path, d, i, (own, shared, d)) for i, own in enumerate(groups)]
 
 
 def _slice(path: Path, d: Any, frame: int | None, places: Sequence[Any]) -> Slice:
@@ -281,16 +281,16 @@ def _grid(folder: Path, slices: list[Slice]) -> tuple[list[Slice], np.ndarray]:
     LPS. Raises ImageError where they are no grid: turned or sized differently, several at one
     place, uneven steps, or shifted against each other (a tilted gantry)."""
     first = slices[0]
-    for one in slices:
-        if np.abs(one.turn - first.turn).max() > 1e-3:
-            found = f"{_name(first)} and {_name(one)} lie in different planes"
+    for plane in slices:
+        if np.abs(plane.turn - first.turn).max() > 1e-3:
+            found = f"{_name(first)} and {_name(plane)} lie in different planes"
             mend = f"Perhaps one is a scout: {OWN_FOLDER}"
             raise ImageError(folder, "orientation", found, "parallel slices", mend)
-        if not np.allclose(one.pixel, first.pixel, rtol=1e-3, atol=0):
-            found = f"{_pixels(first)} and {_pixels(one)}"
+        if not np.allclose(plane.pixel, first.pixel, rtol=1e-3, atol=0):
+            found = f"{_pixels(first)} and {_pixels(plane)}"
             raise ImageError(folder, "pixel spacing", found, "one for all slices", OWN_FOLDER)
     normal = np.cross(first.turn[0], first.turn[1])
-    depths = np.array([one.position @ normal for one in slices])
+    depths = np.array([plane.position @ normal for plane in slices])
     order = np.argsort(depths, kind="stable")
     slices, depths = [slices[i] for i in order], depths[order]
     step = np.zeros(3)
@@ -346,7 +346,7 @@ def _even(folder: Path, slices: Sequence[Slice], steps: np.ndarray, usual: float
 
 
 def _straight(folder: Path, slices: Sequence[Slice], normal: np.ndarray) -> None:
-    off = np.array([one.position - slices[0].position for one in slices])
+    off = np.array([plane.position - slices[0].position for plane in slices])
     along = off @ normal
     aside = np.linalg.norm(off - np.outer(along, normal), axis=1)
     at = int(aside.argmax())
@@ -365,12 +365,12 @@ def _values(slices: Sequence[Slice], shape: tuple[int, int, int]) -> np.ndarray:
     whole = all(s.slope.is_integer() and s.inter.is_integer() for s in slices)
     out = np.empty(shape, np.int32 if whole else np.float32)
     frames: tuple[Any, np.ndarray] | None = None
-    for z, one in enumerate(slices):
-        if frames is None or frames[0] is not one.dataset:
-            frames = (one.dataset, frames_of(one.path, one.dataset, shape[1:]))
-        stored = frames[1][one.frame or 0]
+    for z, plane in enumerate(slices):
+        if frames is None or frames[0] is not plane.dataset:
+            frames = (plane.dataset, frames_of(plane.path, plane.dataset, shape[1:]))
+        stored = frames[1][plane.frame or 0]
         kind = np.int64 if whole and stored.dtype.kind in "iu" else np.float64
-        values = stored.astype(kind) * kind(one.slope) + kind(one.inter)
+        values = stored.astype(kind) * kind(plane.slope) + kind(plane.inter)
         if whole and np.abs(values).max() >= 2**31:
             whole, out = False, out.astype(np.float32)
         out[z] = values
@@ -429,12 +429,12 @@ def _first(place: Any, sequence: str) -> Any:
     return items[0] if items else None
 
 
-def _name(one: Slice) -> str:
-    return one.path.name if one.frame is None else f"frame {one.frame + 1}"
+def _name(plane: Slice) -> str:
+    return plane.path.name if plane.frame is None else f"frame {plane.frame + 1}"
 
 
-def _pixels(one: Slice) -> str:
-    return f"{one.pixel[0]:.4g}x{one.pixel[1]:.4g} mm in {_name(one)}"
+def _pixels(plane: Slice) -> str:
+    return f"{plane.pixel[0]:.4g}x{plane.pixel[1]:.4g} mm in {_name(plane)}"
 
 
 def _short(error: BaseException) -> str:

@@ -63,7 +63,7 @@ def write_seg(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of empty predictions, which are stored as they are
         try:
-            made = Segmentation(
+            segmentation = Segmentation(
                 source_images=files,
                 pixel_array=numbers[label_ZYX],
                 segmentation_type=SegmentationTypeValues.BINARY,
@@ -87,7 +87,7 @@ def write_seg(
             ) from None
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, suffix=".dcm") as temporary:
-        made.save_as(temporary)
+        segmentation.save_as(temporary)
 
 
 def _described(number: int, name: str, value: int) -> Any:

@@ -14,21 +14,21 @@ TOLERANCE = 1e-3  # mm for spacing and affine
 WHOLE = 0.05  # of a voxel: what a turn or shift may miss whole voxels by, anywhere in the volume
 
 
-def disagreement(one: Geometry, other: Geometry) -> tuple[str, str, str] | None:
+def disagreement(grid: Geometry, other: Geometry) -> tuple[str, str, str] | None:
     """(field, found, expected) where the first grid differs from the second by more than the
     tolerance."""
-    if one.shape != other.shape:
-        return "shape", _times(one.shape), _times(other.shape)
-    if not np.allclose(one.spacing, other.spacing, rtol=0, atol=TOLERANCE):
-        return "spacing", f"{_numbers(one.spacing)} mm", f"{_numbers(other.spacing)} mm"
+    if grid.shape != other.shape:
+        return "shape", _times(grid.shape), _times(other.shape)
+    if not np.allclose(grid.spacing, other.spacing, rtol=0, atol=TOLERANCE):
+        return "spacing", f"{_numbers(grid.spacing)} mm", f"{_numbers(other.spacing)} mm"
     if (
-        one.affine is not None
+        grid.affine is not None
         and other.affine is not None
-        and not np.allclose(one.affine, other.affine, rtol=0, atol=TOLERANCE)
+        and not np.allclose(grid.affine, other.affine, rtol=0, atol=TOLERANCE)
     ):
-        here, there = np.asarray(one.affine), np.asarray(other.affine)
-        row, column = np.unravel_index(np.abs(here - there).argmax(), here.shape)
-        return "affine", f"[{row},{column}] = {here[row, column]:.6g}", f"{there[row, column]:.6g}"
+        own, there = np.asarray(grid.affine), np.asarray(other.affine)
+        row, column = np.unravel_index(np.abs(own - there).argmax(), own.shape)
+        return "affine", f"[{row},{column}] = {own[row, column]:.6g}", f"{there[row, column]:.6g}"
     return None
 
 
@@ -57,14 +57,16 @@ def laid(
     ]
     moved = label_ZYX.T.transpose(source)[tuple(slice(None, None, 1 if f else -1) for f in forward)]
     out = np.zeros(onto.shape, label_ZYX.dtype).T
-    here = tuple(slice(max(0, -f), max(0, n - f)) for f, n in zip(first, out.shape, strict=True))
-    kept = moved[here]
-    there = tuple(slice(max(0, f), max(0, f) + n) for f, n in zip(first, kept.shape, strict=True))
-    if whole and kept.shape != out.shape:
+    inside = tuple(slice(max(0, -f), max(0, n - f)) for f, n in zip(first, out.shape, strict=True))
+    overlap = moved[inside]
+    there = tuple(
+        slice(max(0, f), max(0, f) + n) for f, n in zip(first, overlap.shape, strict=True)
+    )
+    if whole and overlap.shape != out.shape:
         return None
-    if np.count_nonzero(kept) != np.count_nonzero(moved):
+    if np.count_nonzero(overlap) != np.count_nonzero(moved):
         return None
-    out[there] = kept
+    out[there] = overlap
     return np.ascontiguousarray(out.T)
 
 
@@ -77,18 +79,18 @@ def settled(label_ZYX: np.ndarray, grid: Geometry, image: Geometry) -> tuple[np.
     return (label_ZYX, grid) if placed is None else (placed, replace(image, file=grid.file))
 
 
-def within_rounding(one: Geometry, other: Geometry) -> bool:
+def within_rounding(grid: Geometry, other: Geometry) -> bool:
     """Whether two grids of one shape put every voxel at one place, but for a twentieth of a voxel:
     what headers in single precision and text leave."""
-    if one.shape != other.shape or one.affine is None or other.affine is None:
+    if grid.shape != other.shape or grid.affine is None or other.affine is None:
         return False
-    step = np.linalg.solve(np.asarray(other.affine), np.asarray(one.affine)) - np.eye(4)
-    corners = _corners(one.shape)
+    step = np.linalg.solve(np.asarray(other.affine), np.asarray(grid.affine)) - np.eye(4)
+    corners = _corners(grid.shape)
     return bool(np.abs(step[:3, :3] @ corners + step[:3, 3:]).max() <= WHOLE)
 
 
 def advice(label: np.ndarray, grid: Geometry, image: Geometry) -> str:
-    """How to mend a label on another grid than its image."""
+    """How to repair a label on another grid than its image."""
     if laid(label, grid, image) is not None or within_rounding(grid, image):
         return (
             "Both lie in one place, by their headers: `check --fix` lays the label onto the "

@@ -37,9 +37,9 @@ SMALLEST, LARGEST = 1e-7, 1e4  # mm that a voxel may measure: from electron micr
 def ending(path: Path) -> str:
     """The ending of a file name as this module knows it. Raises InputError with the legal ones."""
     name = os.path.basename(path).lower()  # a new Path for every question costs more than reading
-    for known in ENDINGS:
-        if name.endswith(known):
-            return known
+    for legal in ENDINGS:
+        if name.endswith(legal):
+            return legal
     raise InputError(f"{path}: the file ending is none of: {', '.join(ENDINGS)}")
 
 
@@ -53,12 +53,12 @@ def sources(path: Path) -> list[Path]:
     that are missing are left to reading it."""
     path = Path(path)
     name = path.name.lower()
-    found = [path]
+    files = [path]
     if name.endswith(ITK):
-        found += itk.detached(path)
+        files += itk.detached(path)
     elif name.endswith(TIFF):
-        found += tiff.sidecars(path)
-    return found
+        files += tiff.sidecars(path)
+    return files
 
 
 def read_image(paths: Sequence[Path], digest: Any = None) -> tuple[np.ndarray, Geometry]:
@@ -119,7 +119,7 @@ def read_label(
 
 def rounded(label_ZYX: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, Geometry]:
     """Floats within `NEARLY` of integers as these integers, and a warning where any was off; others
-    as they are, for the check to tell."""
+    as they are, for the check to report."""
     if label_ZYX.dtype.kind != "f":
         return label_ZYX, geometry
     whole = np.rint(label_ZYX)
@@ -132,8 +132,8 @@ def rounded(label_ZYX: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, Geom
         found = f"values off by up to {off:.2g} from {_few(np.unique(whole))}"
         mend = "They are taken as these integers; save the label as integers."
         warning = ("label values", found, "integers", mend)
-        facts = replace(geometry.file, warnings=(*geometry.file.warnings, warning))
-        geometry = replace(geometry, file=facts)
+        file = replace(geometry.file, warnings=(*geometry.file.warnings, warning))
+        geometry = replace(geometry, file=file)
     small = np.uint8 if 0 <= low and high < 256 else np.int32
     return whole.astype(small), geometry
 
@@ -198,7 +198,7 @@ def peek(path: Path) -> tuple[int, int, int, int]:
         if path.suffix.lower() == ".npy":
             height, width, *channels = np.load(path, mmap_mode="r", allow_pickle=False).shape
             return (math.prod(channels), 1, height, width)
-        kind = next((known for known in ENDINGS if path.name.lower().endswith(known)), "")
+        kind = next((suffix for suffix in ENDINGS if path.name.lower().endswith(suffix)), "")
         if kind in NIFTI:
             return nifti.peek_nifti(path)
         if kind in ITK:

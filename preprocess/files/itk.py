@@ -102,14 +102,14 @@ def detached(path: Path, header: dict[str, str] | None = None) -> list[Path]:
     if words[0].upper() == "LIST":
         text = path.read_bytes()[:LONGEST_HEADER].decode("utf-8", "replace")
         _, _, names = re.split(r"(?i)((?:data ?file|elementdatafile)[ \t]*[:=][^\n]*\n)", text)[:3]
-        found = [line.strip() for line in names.splitlines() if line.strip()]
+        files = [line.strip() for line in names.splitlines() if line.strip()]
     elif "%" in words[0] and len(words) >= 3:
         first, last, step = (int(w) for w in (*words[1:3], *words[3:4], "1")[:3])
         numbers = range(first, last + (1 if step > 0 else -1), step or 1)[:100_000]
-        found = [words[0] % number for number in numbers]
+        files = [words[0] % number for number in numbers]
     else:
-        found = [listed]
-    return [path.parent / name for name in found]
+        files = [listed]
+    return [path.parent / name for name in files]
 
 
 def _declared(header: dict[str, str], path: Path) -> tuple[list[int], int]:

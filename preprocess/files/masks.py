@@ -30,7 +30,7 @@ DECLARE = "Declare the classes in a labels.json, or save a black and white mask.
 
 
 def read_mask(path: Path, digest: Any = None) -> tuple[np.ndarray, Geometry]:
-    """Bool (1, Y, X): above half of white; the geometry's `file.white` tells white. Raises
+    """Bool (1, Y, X): above half of white; the geometry's `file.white` is white. Raises
     ImageError for what is no mask."""
     grey, geometry = read_grey(path, digest)
     lossy = ending(path) in LOSSY
@@ -42,8 +42,8 @@ def read_mask(path: Path, digest: Any = None) -> tuple[np.ndarray, Geometry]:
         raise ImageError(path, "mask values", found, "black and white", mend)
     if lossy or len(values) > 2 or len(values) == 2 and values[0] != 0:
         _judge(grey, values, white, lossy, path)
-    facts = replace(geometry.file, white=int(white) if grey.any() else 0)
-    return grey > white / 2, replace(geometry, file=facts)
+    file = replace(geometry.file, white=int(white) if grey.any() else 0)
+    return grey > white / 2, replace(geometry, file=file)
 
 
 def read_grey(
@@ -113,8 +113,8 @@ def _areas(
     pixels."""
     from scipy import ndimage
 
-    near = (1, 5, 5)
-    border = ndimage.maximum_filter(black, near) & ndimage.maximum_filter(bright, near)
+    reach = (1, 5, 5)
+    border = ndimage.maximum_filter(black, reach) & ndimage.maximum_filter(bright, reach)
     spread = ndimage.maximum_filter(grey, (1, 3, 3)).astype(np.float32)
     spread -= ndimage.minimum_filter(grey, (1, 3, 3))
     return neither & ~border & (spread <= EVEN)

@@ -255,11 +255,11 @@ def _base(zooms: list[float], shape: tuple[int, int, int]) -> np.ndarray:
     return affine
 
 
-def _apart(one: np.ndarray, other: np.ndarray, shape: tuple[int, int, int]) -> float:
+def _apart(first: np.ndarray, second: np.ndarray, shape: tuple[int, int, int]) -> float:
     """The farthest that two affines put one voxel of the grid apart, in voxels of the first."""
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape[::-1]])).reshape(3, -1)
-    shift = (one - other)[:3, :3] @ corners + (one - other)[:3, 3:]
-    least = np.linalg.norm(one[:3, :3], axis=0).min()
+    shift = (first - second)[:3, :3] @ corners + (first - second)[:3, 3:]
+    least = np.linalg.norm(first[:3, :3], axis=0).min()
     return float(np.linalg.norm(shift, axis=0).max() / least) if least else math.inf
 
 

@@ -147,15 +147,15 @@ def read_rtstruct(
 def _points(path: Path, region: Any) -> list[np.ndarray]:
     """The contours (n, 3) of a region, mm. Raises ImageError."""
     try:
-        found = [
+        contours = [
             np.asarray(contour.ContourData, float).reshape(-1, 3)
             for contour in region.get("ContourSequence") or ()
         ]
     except Exception as error:
         raise damaged(path, str(error)[:120]) from None
-    if not all(len(points) and np.abs(points).max() < FARTHEST for points in found):
+    if not all(len(points) and np.abs(points).max() < FARTHEST for points in contours):
         raise damaged(path, "a contour without points, or out of this world")
-    return found
+    return contours
 
 
 def _paint(label: np.ndarray, where: np.ndarray, value: int, name: str, path: Path) -> None:
@@ -170,13 +170,13 @@ def _paint(label: np.ndarray, where: np.ndarray, value: int, name: str, path: Pa
 
 def _slicer_segments(header: Mapping[str, str]) -> list[tuple[str, int, int]]:
     """(name, stored value, layer)."""
-    found = []
+    segments = []
     for key in header:
         if match := re.fullmatch(r"segment(\d+)_labelvalue", key):
             part = f"segment{match[1]}_"
             name = header.get(part + "name", f"Segment_{match[1]}")
-            found.append((name, int(header[key]), int(header.get(part + "layer", 0))))
-    return sorted(found, key=lambda item: (item[2], item[1]))
+            segments.append((name, int(header[key]), int(header.get(part + "layer", 0))))
+    return sorted(segments, key=lambda item: (item[2], item[1]))
 
 
 def _segment_numbers(d: Any) -> list[int]:
@@ -187,4 +187,4 @@ def _segment_numbers(d: Any) -> list[int]:
         return [0] * len(frames)
     shared = (d.get("SharedFunctionalGroupsSequence") or [None])[0]
     owners = [frame if "SegmentIdentificationSequence" in frame else shared for frame in frames]
-    return [int(one.SegmentIdentificationSequence[0].ReferencedSegmentNumber) for one in owners]
+    return [int(owner.SegmentIdentificationSequence[0].ReferencedSegmentNumber) for owner in owners]

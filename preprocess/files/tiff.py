@@ -113,7 +113,7 @@ def check_chain(file: Any, path: Path) -> None:
         file.seek(at + counted + tags * tag)
         following = file.read(width)
         if len(following) < width:
-            break  # cut off behind this page: reading it tells
+            break  # cut off behind this page: reading it reports that
         at = number(following)
     file.seek(0)
 
@@ -132,7 +132,7 @@ def axes_of(shape: Sequence[int], axes: str) -> tuple[tuple[int, int, int, int],
 
 def _meaning(array_CZYX: np.ndarray, page: Any, path: Path, label: bool) -> np.ndarray:
     """What the stored numbers show, by the table of `colours`. Raises ImageError for a colour space
-    that cannot be told."""
+    that cannot be known."""
     kind = page.photometric.name
     if count := _alphas(page, len(array_CZYX)):
         array_CZYX = array_CZYX[: len(array_CZYX) - count]

@@ -34,9 +34,9 @@ def blobs(
     slope = generator.uniform(-0.15, 0.15, 3) / extent
     bias = 1 + (slope[column] * (grid - extent[column] / 2)).sum(0)
     image = np.maximum(image * bias + generator.normal(0, 0.12, shape), 0.01)
-    kept = np.zeros(shape, bool)
-    kept[tuple(slice(1, n - 1) for n in shape)] = True
-    return np.where(kept, image, 0.0), label
+    inside = np.zeros(shape, bool)
+    inside[tuple(slice(1, n - 1) for n in shape)] = True
+    return np.where(inside, image, 0.0), label
 
 
 def blot(

@@ -21,7 +21,7 @@ MOST_SAMPLES = 2_000_000  # foreground voxels of the whole data set
 
 
 class CaseFacts(Frozen):
-    """What one pass over a raw case tells. Everything but the problems is empty where the case
+    """What one pass over a raw case measures. Everything but the problems is empty where the case
     could not be read."""
 
     id: str
@@ -80,7 +80,7 @@ def statistics(
     case's id alone: foreground voxels, or where nothing is `labelled` those above the lowest value.
     """
     label = case.label_ZYX.astype(np.uint8, copy=False)
-    found = counts(label)
+    voxels = counts(label)
     seed = int.from_bytes(hashlib.sha256(f"intensity {case.id}".encode()).digest()[:8], "little")
     ignored = 0 if ignore_label is None else ignore_label
     rng = np.random.default_rng(seed)
@@ -99,32 +99,32 @@ def statistics(
         "spacing": case.geometry.spacing,
         "dtype": str(case.image_CZYX.dtype),
         "orientation": orientation(case.geometry.affine),
-        "voxels": {int(value): int(found[value]) for value in np.flatnonzero(found)},
+        "voxels": {int(value): int(voxels[value]) for value in np.flatnonzero(voxels)},
         "samples": base64.b64encode(drawn.tobytes()).decode("ascii"),
     }
 
 
-def fingerprint(dataset: Dataset, facts: Sequence[CaseFacts], split_seed: int = 0) -> Fingerprint:
+def fingerprint(dataset: Dataset, cases: Sequence[CaseFacts], split_seed: int = 0) -> Fingerprint:
     """Gather the facts of sound cases."""
-    values = np.concatenate([case.intensities(len(dataset.channels)) for case in facts]).astype(
+    values = np.concatenate([case.intensities(len(dataset.channels)) for case in cases]).astype(
         np.float64
     )
-    foreground = [case.foreground(dataset.ignore_label) for case in facts]
-    orientations = sorted({case.orientation for case in facts if case.orientation})
+    foreground = [case.foreground(dataset.ignore_label) for case in cases]
+    orientations = sorted({case.orientation for case in cases if case.orientation})
     return Fingerprint(
-        shapes=tuple(case.crop_shape for case in facts),
-        spacings=tuple(case.spacing for case in facts),
+        shapes=tuple(case.crop_shape for case in cases),
+        spacings=tuple(case.spacing for case in cases),
         intensity=tuple(summary(channel) for channel in values.T),
         kept=float(
-            np.median([np.prod(case.crop_shape) / np.prod(case.raw_shape) for case in facts])
+            np.median([np.prod(case.crop_shape) / np.prod(case.raw_shape) for case in cases])
         ),
-        dtypes=tuple(sorted({case.dtype for case in facts})),
+        dtypes=tuple(sorted({case.dtype for case in cases})),
         cases_with={
             value: sum(value in case for case in foreground)
             for value in sorted({v for case in foreground for v in case})
         },
         orientations={
-            name: sum(case.orientation == name for case in facts) for name in orientations
+            name: sum(case.orientation == name for case in cases) for name in orientations
         },
         split_seed=split_seed,
     )
@@ -134,7 +134,7 @@ def summary(values: np.ndarray) -> dict[str, float]:
     if not len(values):
         return {}
     low, middle, high = np.percentile(values, [0.5, 50, 99.5])
-    facts = {
+    figures = {
         "mean": values.mean(),
         "std": values.std(),
         "median": middle,
@@ -143,7 +143,7 @@ def summary(values: np.ndarray) -> dict[str, float]:
         "percentile_00_5": low,
         "percentile_99_5": high,
     }
-    return {name: float(value) for name, value in facts.items()}
+    return {name: float(value) for name, value in figures.items()}
 
 
 def orientation(affine: Sequence[Sequence[float]] | None) -> str:

@@ -65,18 +65,18 @@ class Sheet:
 
     def problems(self, cases: Sequence[str]) -> list[Problem]:
         """Cases that are listed and not there, and the other way round."""
-        known, found = set(cases), []
+        present, problems = set(cases), []
         for names, expected in (
-            ([c for c in self.patients if c not in known], "names of cases"),
+            ([c for c in self.patients if c not in present], "names of cases"),
             ([c for c in cases if c not in self.patients], "a line for every case"),
         ):
             if names:
-                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
                 text = ("without a line: " if expected[0] == "a" else "") + ", ".join(names[:5])
                 mend = "Correct the file or remove it."
-                fact = {"field": "case", "found": text + more, "expected": expected}
-                found.append(Problem(case=self.path.name, **fact, mend=mend))
-        return found
+                problem = {"field": "case", "found": text + rest, "expected": expected}
+                problems.append(Problem(case=self.path.name, **problem, mend=mend))
+        return problems
 
 
 def read_sheet(path: Path, plain: Callable[[str], str]) -> Sheet | None:
@@ -98,24 +98,24 @@ def read_sheet(path: Path, plain: Callable[[str], str]) -> Sheet | None:
             f"{path}: found the columns {', '.join(names) or 'none'}, expected: case, patient, and "
             "if you like site and split"
         )
-    facts: dict[str, dict[str, str]] = {column: {} for column in COLUMNS[1:]}
+    columns: dict[str, dict[str, str]] = {column: {} for column in COLUMNS[1:]}
     for line, row in enumerate(rows, 2):
         case, patient = (str(row.get(names[c]) or "").strip() for c in ("case", "patient"))
         if not case and not patient:
             continue
         case = plain(case)
-        if not case or not patient or case in facts["patient"]:
-            found = f"'{case}' twice" if case in facts["patient"] else f"'{case}', '{patient}'"
+        if not case or not patient or case in columns["patient"]:
+            found = f"'{case}' twice" if case in columns["patient"] else f"'{case}', '{patient}'"
             raise InputError(f"{path}: line {line}: found {found}, expected a case and its patient")
         for column in COLUMNS[1:]:
             value = str(row.get(names[column]) or "").strip() if column in names else ""
             if value:
-                facts[column][case] = value
+                columns[column][case] = value
     sides = {"train", "val", "test"}
-    if odd := sorted({s for s in facts["split"].values() if s.lower() not in sides}):
+    if odd := sorted({s for s in columns["split"].values() if s.lower() not in sides}):
         raise InputError(f"{path}: split: found '{odd[0]}', expected train, val or test")
-    splits = {case: side.lower() for case, side in facts["split"].items()}
-    return Sheet(path=path, patients=facts["patient"], sites=facts["site"], splits=splits)
+    splits = {case: side.lower() for case, side in columns["split"].items()}
+    return Sheet(path=path, patients=columns["patient"], sites=columns["site"], splits=splits)
 
 
 def by_names(cases: Sequence[str], dims: int) -> Grouping:
@@ -167,7 +167,7 @@ def _level(names: Sequence[str], dims: int, doubts: list[str]) -> tuple[dict[str
     joined = {name: match["patient"] for name in names if (match := NUMBER.fullmatch(name))}
     joined = _kept(joined, MOST_VISITS if dims == 3 else len(names), doubts)
     children = _children(joined)
-    several = [len(found) for found in children.values()]
+    several = [len(cases) for cases in children.values()]
     if len(children) >= FEWEST and median(several) >= 2:
         return joined, "names that end in a second number", False
     if several and max(several) > 1 and not doubts:
@@ -178,20 +178,20 @@ def _level(names: Sequence[str], dims: int, doubts: list[str]) -> tuple[dict[str
 
 def _kept(joined: dict[str, str], limit: int, doubts: list[str]) -> dict[str, str]:
     """Without what would join a study, a site or a cohort into one patient."""
-    for name, found in _children(joined).items():
+    for name, cases in _children(joined).items():
         word, year = COLLECTIVE.fullmatch(name), YEAR.fullmatch(name)
-        if word or year or len(found) > limit:
+        if word or year or len(cases) > limit:
             why = "names no patient" if word or year else "has too many volumes or visits for one"
-            text = f"'{name}' with {len(found)} cases {why}: each is taken as a patient"
+            text = f"'{name}' with {len(cases)} cases {why}: each is taken as a patient"
             if text not in doubts:
                 doubts.append(text)
-            for case in found:
+            for case in cases:
                 del joined[case]
     return joined
 
 
 def _children(joined: Mapping[str, str]) -> dict[str, list[str]]:
-    found = defaultdict(list)
+    children = defaultdict(list)
     for name, parent in joined.items():
-        found[parent].append(name)
-    return dict(found)
+        children[parent].append(name)
+    return dict(children)

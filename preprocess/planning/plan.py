@@ -112,11 +112,11 @@ class Overrides:
                 f"like: found --{other[0]} beside it, but the plan of {self.like} is taken as it is"
             )
         pattern = load_manifest(Path(self.like)).dataset
-        here, there = ((d.dims, len(d.channels)) for d in (dataset, pattern))
-        if here != there:
+        own, there = ((d.dims, len(d.channels)) for d in (dataset, pattern))
+        if own != there:
             raise InputError(
                 f"like: {self.like} is {there[0]}D with {there[1]} channel(s), but {dataset.name} "
-                f"is {here[0]}D with {here[1]}"
+                f"is {own[0]}D with {own[1]}"
             )
 
     def padded(self, name: str, filler: float) -> tuple | None:
@@ -159,7 +159,7 @@ def make_plan(
     untouched = all(kind == "rgb_to_0_1" for kind in kinds) and set(fingerprint.dtypes) == {"uint8"}
     untouched &= size is not None or grids == shapes
     largest = max(
-        (abs(facts.get(end, 0.0)) for facts in fingerprint.intensity for end in ("min", "max")),
+        (abs(channel.get(end, 0.0)) for channel in fingerprint.intensity for end in ("min", "max")),
         default=0.0,
     )
     dtype = (
@@ -175,13 +175,13 @@ def make_plan(
         plan_network(
             median,
             spacing,
-            one,
+            dims_of,
             outputs(dataset),
             memory_gb,
             voxels=math.prod(median) * len(grids),
-            patch=chosen if one == dims else None,
+            patch=chosen if dims_of == dims else None,
         )
-        for one in (dims, 2)
+        for dims_of in (dims, 2)
     )
     return Plan(
         target_spacing=spacing,

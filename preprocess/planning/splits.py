@@ -127,19 +127,19 @@ def published(ids: Sequence[str]) -> dict[str, Folds]:
     seed 42).
     """
     names = sorted(ids)
-    found = {f"80-20-seed{seed}": random_split(names, 0.2, seed) for seed in SEEDS}
+    splits = {f"80-20-seed{seed}": random_split(names, 0.2, seed) for seed in SEEDS}
     rest, test = random_split(names, 0.15, 42)
     train, val = random_split(rest, 0.15 / 0.85, 42)
-    found |= {"70-15-15-seed42": (train, val), "70-15-15-seed42-test": (train, test)}
+    splits |= {"70-15-15-seed42": (train, val), "70-15-15-seed42-test": (train, test)}
     for name, shares in (("70-10-20-seed42", (0.7, 0.1)), ("80-10-10-seed42", (0.8, 0.1))):
         train, val, test = shuffled_split(names, shares, 42)
-        found |= {name: (train, val), f"{name}-test": (train, test)}
+        splits |= {name: (train, val), f"{name}-test": (train, test)}
     tested = int(0.2 * len(names))  # ASC-Seg on BUSI: 518 and 129 of 647
     train, test = shuffled(names, 42)[: len(names) - tested], shuffled(names, 42)[-tested:]
-    found["80-20-shuffle42"] = (train, test if tested else [])
+    splits["80-20-shuffle42"] = (train, test if tested else [])
     return {
         name: ({"train": tuple(sorted(a)), "val": tuple(sorted(b))},)
-        for name, (a, b) in found.items()
+        for name, (a, b) in splits.items()
         if a and b
     }
 

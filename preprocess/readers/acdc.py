@@ -122,12 +122,12 @@ class Reader(RawReader):
         return refs
 
     def problems(self) -> list[Problem]:
-        found = duplicates([ref.id for ref in self.refs()])
+        problems = duplicates([ref.id for ref in self.refs()])
         for patient in self.patients:
             file = patient / "Info.cfg"
             if not file.is_file():
                 mend = "Add the file: only it tells the two frames."
-                found.append(
+                problems.append(
                     Problem(
                         case=patient.name,
                         field="Info.cfg",
@@ -137,16 +137,16 @@ class Reader(RawReader):
                     )
                 )
             elif missing := [key for key in ("ED", "ES") if key not in info(file)]:
-                facts = {"expected": "lines 'ED: 1' and 'ES: 12'", "mend": "Complete the file."}
-                found.append(
+                wording = {"expected": "lines 'ED: 1' and 'ES: 12'", "mend": "Complete the file."}
+                problems.append(
                     Problem(
                         case=patient.name,
                         field="Info.cfg",
                         found=f"no frame for {' and '.join(missing)}",
-                        **facts,
+                        **wording,
                     )
                 )
-        return found
+        return problems
 
     def brought(self) -> dict[str, Folds]:
         """official: 100 training, 50 testing patients. evaluated-20: the published 20 of the
@@ -163,7 +163,7 @@ class Reader(RawReader):
             [r for r in train if r.group in patients] for patients in (evaluated, validated)
         )
         seventy = [r for r in train if r.group not in evaluated | validated]
-        found = {
+        splits = {
             "official": sides(train, test),
             "evaluated-20": sides([r for r in train if r.group not in evaluated], twenty),
             "transunet": sides(seventy, ten),
@@ -172,7 +172,7 @@ class Reader(RawReader):
         }
         return {
             name: folds
-            for name, folds in found.items()
+            for name, folds in splits.items()
             if all(fold["train"] and fold["val"] for fold in folds)
         }
 

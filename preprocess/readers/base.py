@@ -38,10 +38,11 @@ SHARED = ("base", "pairs", "places", "unlabelled")  # what several layouts use
 
 @dataclass(frozen=True, kw_only=True)
 class CaseRef:
-    """Where the files of one case lie. `labels` is empty where nobody asks for them, and where one
-    document holds those of all cases. `group` is the patient; empty: the case is a patient of its
-    own. `stratum` is what folds are to be balanced over: a site, or a class of the data set. `said`
-    is what a description of many cases says of this one, and counts for its hash as its files do.
+    """Where the files of one case lie. `labels` is empty where they are not asked for, and where
+    one document holds those of all cases. `group` is the patient; empty: the case is a patient of
+    its own. `stratum` is what folds are to be balanced over: a site, or a class of the data set.
+    `said` is what a description of many cases says of this one, and counts for its hash as its
+    files do.
     """
 
     id: str
@@ -79,7 +80,7 @@ class Facts:
 class RawReader(ABC):
     """One raw layout in a folder. Opening it reads the layout's description only, never an image.
 
-    Raises InputError where the folder is not of this layout; what is wrong inside is told by
+    Raises InputError where the folder is not of this layout; what is wrong inside is reported by
     `problems`.
     """
 
@@ -131,8 +132,8 @@ class RawReader(ABC):
         """The user's patients.csv in the raw folder, which says more than any name. Raises
         InputError."""
         folders = dict.fromkeys((self.root, getattr(self, "folder", self.root)))
-        found = (read_sheet(folder / SHEET, _plain) for folder in folders)
-        return next((sheet for sheet in found if sheet), None)
+        sheets = (read_sheet(folder / SHEET, _plain) for folder in folders)
+        return next((sheet for sheet in sheets if sheet), None)
 
     @cached_property
     def _grouped(self) -> tuple[tuple[CaseRef, ...], Grouping]:
@@ -156,9 +157,9 @@ class RawReader(ABC):
                 patients=patients, rule=f"what {self.patients_from}", evidence=evidence
             )
         dims = {"2D": 2, "3D": 3}.get(self.facts.dims) or self.dataset().dims
-        found = by_names([ref.id for ref in refs], dims)
-        refs = [replace(ref, group=found.patients.get(ref.id, "")) for ref in refs]
-        return tuple(refs), found
+        grouping = by_names([ref.id for ref in refs], dims)
+        refs = [replace(ref, group=grouping.patients.get(ref.id, "")) for ref in refs]
+        return tuple(refs), grouping
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the list of cases: workers are given theirs one by one."""
@@ -175,7 +176,7 @@ class RawReader(ABC):
     def splits(self) -> dict[str, Folds]:
         """Those, and the user's from patients.csv: "given", and "given-test" against its test
         part."""
-        found = self.brought()
+        splits = self.brought()
         if self.sheet and self.sheet.splits:
             side: dict[str, list[str]] = {name: [] for name in ("train", "val", "test")}
             for ref in self.refs():
@@ -183,8 +184,8 @@ class RawReader(ABC):
                     side[self.sheet.splits[ref.id]].append(ref.id)
             for name, val in (("given", side["val"] or side["test"]), ("given-test", side["test"])):
                 if side["train"] and val:
-                    found[name] = ({"train": tuple(side["train"]), "val": tuple(val)},)
-        return found
+                    splits[name] = ({"train": tuple(side["train"]), "val": tuple(val)},)
+        return splits
 
     def may_be_empty(self, ref: CaseRef) -> bool:
         """Whether a mask without foreground is usual for this case, so that nobody needs to be
@@ -284,11 +285,11 @@ def reader_class(name: str) -> type[RawReader]:
 
 def open_reader(name: str, root: str | Path, *, unlabelled: str = "", **options: str) -> RawReader:
     """The reader of a layout with its options; `unlabelled`, if not empty: of its images alone."""
-    made: Callable[..., RawReader] = reader_class(name)
+    create: Callable[..., RawReader] = reader_class(name)
     if not unlabelled:
-        return made(root, **options)
+        return create(root, **options)
     bare = import_part("segfleet.preprocess.readers.unlabelled", "layout")
-    return bare.Unlabelled(made(root, labelled=False, **options))
+    return bare.Unlabelled(create(root, labelled=False, **options))
 
 
 def natural(text: str) -> list:
@@ -305,15 +306,15 @@ def visible(folder: Path, pattern: str = "*") -> list[Path]:
     Thumbs.db). `pattern` is in lower case, and fits names in upper case, too."""
     junk = ("thumbs.db", "desktop.ini")
     names = [(p.name.lower(), p) for p in folder.glob("*")]
-    found = [p for n, p in names if n[0] != "." and n not in junk and fnmatchcase(n, pattern)]
-    return sorted(found, key=lambda p: natural(p.name))
+    files = [p for n, p in names if n[0] != "." and n not in junk and fnmatchcase(n, pattern)]
+    return sorted(files, key=lambda p: natural(p.name))
 
 
 def tables(folder: Path) -> list[Path]:
     """The CSV files of a folder, whatever the case of their ending: files that can be read, no
     folders, pipes or links to nowhere."""
-    found = [path for path in visible(folder) if path.suffix.lower() == ".csv"]
-    return [path for path in found if is_regular(path) and path.name != SHEET]
+    files = [path for path in visible(folder) if path.suffix.lower() == ".csv"]
+    return [path for path in files if is_regular(path) and path.name != SHEET]
 
 
 def _plain(name: str) -> str:
@@ -346,8 +347,8 @@ def read_table(path: Path, delimiter: str = ",") -> tuple[list[str], list[dict[s
     """The columns of a CSV file in their order, and its rows. Raises InputError."""
     try:
         with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-            found = csv.DictReader(file, delimiter=delimiter, restval="", skipinitialspace=True)
-            return [name or "" for name in found.fieldnames or ()], list(found)
+            rows = csv.DictReader(file, delimiter=delimiter, restval="", skipinitialspace=True)
+            return [name or "" for name in rows.fieldnames or ()], list(rows)
     except (OSError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as a table ({error})") from None
 
@@ -410,7 +411,7 @@ def fold_problems(
     file: str, place: str, fold: Mapping[str, Iterable[str]], ids: set[str], folder: str
 ) -> list[Problem]:
     """Cases of a split's list that are not there, or on both of its sides."""
-    found = []
+    problems = []
     unknown = sorted({*fold["train"], *fold["val"]} - ids, key=natural)
     both = sorted({*fold["train"]} & {*fold["val"]}, key=natural)
     for cases, expected in (
@@ -419,7 +420,7 @@ def fold_problems(
     ):
         if cases:
             text = ", ".join(cases[:5]) + (f" and {len(cases) - 5} more" if len(cases) > 5 else "")
-            found.append(
+            problems.append(
                 Problem(
                     case=file,
                     field=place,
@@ -428,11 +429,11 @@ def fold_problems(
                     mend="Correct the file or remove it.",
                 )
             )
-    return found
+    return problems
 
 
-def count_problem(found: int, declared: Any, key: str = "numTraining") -> list[Problem]:
-    if isinstance(declared, int) and declared == found:
+def count_problem(cases: int, declared: Any, key: str = "numTraining") -> list[Problem]:
+    if isinstance(declared, int) and declared == cases:
         return []
     mend = f"Correct {key} in dataset.json or add the missing files."
     return [
@@ -440,7 +441,7 @@ def count_problem(found: int, declared: Any, key: str = "numTraining") -> list[P
             case="dataset.json",
             field=key,
             found=str(declared),
-            expected=f"{found}, the number of training cases",
+            expected=f"{cases}, the number of training cases",
             mend=mend,
         )
     ]

@@ -44,17 +44,17 @@ class Reader(RawReader):
 
     @cached_property
     def segmentations(self) -> list[Path]:
-        found = [p for p in _volumes(self.root, "derivatives/**/sub-*") if _suffix(p) == "dseg"]
-        return sorted(found, key=lambda p: natural(p.name))
+        files = [p for p in _volumes(self.root, "derivatives/**/sub-*") if _suffix(p) == "dseg"]
+        return sorted(files, key=lambda p: natural(p.name))
 
     @cached_property
     def images(self) -> dict[tuple, dict[str, Path]]:
         """The entities of an image (subject, session, ...) -> suffix, such as T1w -> file."""
-        found: dict[tuple, dict[str, Path]] = {}
+        images: dict[tuple, dict[str, Path]] = {}
         for path in sorted(_volumes(self.root, "sub-*/**/sub-*")):
             if (suffix := _suffix(path)) != "dseg":
-                found.setdefault(_key(_entities(path)), {})[suffix] = path
-        return found
+                images.setdefault(_key(_entities(path)), {})[suffix] = path
+        return images
 
     @cached_property
     def keys(self) -> list[tuple]:
@@ -84,8 +84,8 @@ class Reader(RawReader):
 
     @cached_property
     def labels(self) -> dict[str, int]:
-        if found := declared_labels(self.root / "labels.json"):
-            return found
+        if declared := declared_labels(self.root / "labels.json"):
+            return declared
         tables = sorted(self.root.glob("derivatives/**/*dseg.tsv"))
         for path in tables:
             if not is_regular(path):
@@ -115,8 +115,8 @@ class Reader(RawReader):
 
 
 def _volumes(root: Path, pattern: str) -> list[Path]:
-    found = [path for path in root.glob(pattern) if path.name.lower().endswith(NIFTI)]
-    return [path for path in found if path.is_file()]
+    files = [path for path in root.glob(pattern) if path.name.lower().endswith(NIFTI)]
+    return [path for path in files if path.is_file()]
 
 
 def _suffix(path: Path) -> str:
@@ -125,8 +125,8 @@ def _suffix(path: Path) -> str:
 
 def _entities(path: Path) -> dict[str, str]:
     pairs = stem(path).split("_")[:-1]
-    found = [re.fullmatch(r"([a-zA-Z]+)-(.+)", pair) for pair in pairs]
-    return {match[1]: match[2] for match in found if match}
+    matches = [re.fullmatch(r"([a-zA-Z]+)-(.+)", pair) for pair in pairs]
+    return {match[1]: match[2] for match in matches if match}
 
 
 def _key(entities: dict[str, str]) -> tuple:

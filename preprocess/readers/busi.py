@@ -53,15 +53,15 @@ class Reader(PairReader):
             files = pictures(self.folder / kind, (".png",))
             masks = [path for path in files if MASK.search(stem(path))]
             images = [path for path in files if not MASK.search(stem(path))]
-            here = str(self.folder / kind)
-            found = paired(
+            folder = str(self.folder / kind)
+            pairs = paired(
                 images,
                 masks,
-                f"{here}/{{}}.png",
-                f"{here}/{{}}_mask.png",
+                f"{folder}/{{}}.png",
+                f"{folder}/{{}}_mask.png",
                 mask_key=lambda path: MASK.sub("", stem(path)),
             )
-            refs += [replace(ref, stratum=kind) for ref in found]
+            refs += [replace(ref, stratum=kind) for ref in pairs]
         return refs
 
     def may_be_empty(self, ref: CaseRef) -> bool:

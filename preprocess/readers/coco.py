@@ -72,13 +72,13 @@ class Reader(PairReader):
     def cases(self) -> list[CaseRef]:
         """A case's own annotations travel with it, so that the file is read once."""
         try:
-            drawn: dict[int, list] = {int(one["id"]): [] for one in self.json["images"]}
-            for one in self.json["annotations"]:
-                if int(one["image_id"]) in drawn:
-                    drawn[int(one["image_id"])].append(
-                        [int(one["category_id"]), one.get("segmentation", [])]
+            drawn: dict[int, list] = {int(entry["id"]): [] for entry in self.json["images"]}
+            for entry in self.json["annotations"]:
+                if int(entry["image_id"]) in drawn:
+                    drawn[int(entry["image_id"])].append(
+                        [int(entry["category_id"]), entry.get("segmentation", [])]
                     )
-            names = [(int(one["id"]), str(one["file_name"])) for one in self.json["images"]]
+            names = [(int(entry["id"]), str(entry["file_name"])) for entry in self.json["images"]]
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise InputError(f"{self.file}: found no {error}, expected {self.layout}") from None
         refs = []
@@ -92,12 +92,14 @@ class Reader(PairReader):
 
     def problems(self) -> list[Problem]:
         """Pictures that would be read from outside the folder."""
-        found, root = super().problems(), Path(os.path.realpath(self.root))
+        problems, root = super().problems(), Path(os.path.realpath(self.root))
         for ref in self.refs():
             if not Path(os.path.realpath(ref.images[0])).is_relative_to(root):
-                fact = {"found": str(ref.images[0]), "expected": f"a picture in {root}"}
-                found.append(Problem(case=ref.id, field="file_name", **fact, mend="Correct it."))
-        return found
+                problem = {"found": str(ref.images[0]), "expected": f"a picture in {root}"}
+                problems.append(
+                    Problem(case=ref.id, field="file_name", **problem, mend="Correct it.")
+                )
+        return problems
 
     def may_be_empty(self, ref: CaseRef) -> bool:
         return True
@@ -122,8 +124,8 @@ class Reader(PairReader):
 
 
 def _files(folder: Path) -> list[Path]:
-    found = [folder / "annotations.json", *visible(folder / "annotations", "*.json")]
-    return [path for path in found if path.is_file()]
+    files = [folder / "annotations.json", *visible(folder / "annotations", "*.json")]
+    return [path for path in files if path.is_file()]
 
 
 def _areas(outline: Any, shape: tuple[int, int], file: Path) -> list[Area]:

@@ -59,13 +59,13 @@ class Reader(RawReader):
     def patient_ids(self) -> dict[str, str]:
         """Case -> PatientID of its first file; none where cases are to be told apart by their
         names, since all have one, as anonymised files do."""
-        found = {}
+        ids = {}
         for case in _cases(self.folder):
             header = next((header_of(path, ["PatientID"]) for path in _slices(case)[:1]), None)
             name = str(header.get("PatientID", "") if header else "").strip()
             if name and name.lower() not in NOBODY:
-                found[_plain(case.name)] = name
-        return found if len(set(found.values())) > 1 else {}
+                ids[_plain(case.name)] = name
+        return ids if len(set(ids.values())) > 1 else {}
 
     def dataset(self) -> Dataset:
         labels = declared_labels(self.folder / "labels.json") or {"background": 0, "foreground": 1}

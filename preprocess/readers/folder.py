@@ -160,14 +160,14 @@ def _parts(folder: Path) -> list[Path]:
 
 def _classes(masks: Path) -> list[Path]:
     """masks/0, masks/1, ...; none where the masks lie in `masks` itself."""
-    found = [
+    folders = [
         folder
         for folder in (subfolders(masks) if masks.is_dir() else [])
         if folder.name.isdecimal()
     ]
     return (
-        sorted(found, key=lambda folder: int(folder.name))
-        if found and not visible(masks, "*.*")
+        sorted(folders, key=lambda folder: int(folder.name))
+        if folders and not visible(masks, "*.*")
         else []
     )
 

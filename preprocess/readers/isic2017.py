@@ -63,13 +63,13 @@ class Reader(PairReader):
         for part, (images, masks) in self.parts.items():
             image, mask = self.folder / images, self.folder / masks
             if mask.is_dir() or part == "training" and image.is_dir():
-                found = [
+                parts = [
                     path for path in pictures(mask, (".png",)) if without(path, SUFFIX) != path.stem
                 ]
                 missing = (f"{image}/{{}}.jpg", f"{mask}/{{}}{SUFFIX}.png")
                 refs += paired(
                     pictures(image, LOSSY),
-                    found,
+                    parts,
                     *missing,
                     mask_key=lambda path: without(path, SUFFIX),
                 )
@@ -81,12 +81,12 @@ class Reader(PairReader):
             name: [ref for ref in refs if inside(ref, self.folder / images)]
             for name, (images, _) in self.parts.items()
         }
-        found = {
+        splits = {
             "official": sides(part["training"], part["validation"]),
             "official-test": sides(part["training"], part["test"]),
         }
-        found = {
-            name: folds for name, folds in found.items() if folds[0]["train"] and folds[0]["val"]
+        splits = {
+            name: folds for name, folds in splits.items() if folds[0]["train"] and folds[0]["val"]
         }
         # MALUNet, EGE-UNet and VM-UNet divide training and validation images 7:3, by names of their
         # own drawing: 1500 and 650 of ISIC 2017, 1886 and 808 of ISIC 2018
@@ -94,9 +94,9 @@ class Reader(PairReader):
             order = shuffled([ref.id for ref in part["training"] + part["validation"]], 42)
             cut = len(order) - round(self.held_out * len(order))
             train, val = tuple(sorted(order[:cut])), tuple(sorted(order[cut:]))
-            found["70-30-shuffle42"] = ({"train": train, "val": val},)
+            splits["70-30-shuffle42"] = ({"train": train, "val": val},)
         # papers draw from the training part
         return {
-            **found,
+            **splits,
             **published([ref.id for ref in part["training"] or refs]),
         }

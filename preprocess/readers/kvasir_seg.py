@@ -66,9 +66,9 @@ class Reader(PairReader):
     def brought(self) -> dict[str, Folds]:
         """The authors' lists (880 and 120), where their files lie beside the images, and the random
         ones of papers."""
-        known = {ref.id for ref in self.refs()}
+        ids = {ref.id for ref in self.refs()}
         train, val = (
-            tuple(name for name in self.lists.get(side, ()) if name in known)
+            tuple(name for name in self.lists.get(side, ()) if name in ids)
             for side in ("train", "val")
         )
         validates = set(val)

@@ -39,8 +39,8 @@ class Reader(PairReader):
     @cached_property
     def labels(self) -> dict[str, int]:
         """The classes of labels.json, or all names that occur, in their order."""
-        if found := declared_labels(self.folder / "labels.json"):
-            return found
+        if declared := declared_labels(self.folder / "labels.json"):
+            return declared
         names = {name for path in _drawn(self.folder) for name, _, _ in _shapes(path, lenient=True)}
         ordered = sorted(names - {"background", ""}, key=natural)
         if not ordered:
@@ -94,11 +94,11 @@ def _is_labelme(path: Path) -> bool:
 def _shapes(path: Path, lenient: bool = False) -> list[tuple[str, str, np.ndarray]]:
     """(label, kind, points (n, 2)) of a file. Raises ImageError for what is no area."""
     try:
-        found = [
+        shapes = [
             (str(s["label"]), str(s.get("shape_type", "polygon")), np.array(s["points"], float))
             for s in json.loads(read_bytes(path))["shapes"]
         ]
-        for _, kind, points in found:
+        for _, kind, points in shapes:
             least = 1 if kind == "polygon" else 2
             if points.ndim != 2 or points.shape[1] != 2 or len(points) < least:
                 raise ValueError(f"points of a {kind} that are no pairs of numbers")
@@ -107,7 +107,7 @@ def _shapes(path: Path, lenient: bool = False) -> list[tuple[str, str, np.ndarra
             if kind not in SHAPES and not lenient:
                 mend = "Draw areas, or remove the shape."
                 raise ImageError(path, "shape", f"{kind} in {path.name}", " or ".join(SHAPES), mend)
-        return found
+        return shapes
     except ImageError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

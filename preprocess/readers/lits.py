@@ -41,12 +41,14 @@ class Reader(RawReader):
     def dataset(self) -> Dataset:
         regions = {"liver": (1, 2), "tumour": (2,)} if self.chosen["regions"] != "none" else {}
         labels = {"background": 0, "liver": 1, "tumour": 2}
-        facts = {
+        source = {
             "regions": regions,
             "region_order": (1, 2) if regions else (),
             "licence": self.facts.licence,
         }
-        return Dataset(name="lits", reader="lits", dims=3, channels=("CT",), labels=labels, **facts)
+        return Dataset(
+            name="lits", reader="lits", dims=3, channels=("CT",), labels=labels, **source
+        )
 
     def cases(self) -> list[CaseRef]:
         volumes, segmentations = (
@@ -71,39 +73,39 @@ class Reader(RawReader):
         return sorted(refs, key=lambda ref: natural(ref.id))
 
     def problems(self) -> list[Problem]:
-        found = duplicates([ref.id for ref in self.refs()])
+        problems = duplicates([ref.id for ref in self.refs()])
         volumes = Counter(number for number, _ in _sorted(self.folder, "volume"))
         masks: dict[str, list[str]] = {}
         for number, path in _sorted(self.folder, "segmentation"):
             masks.setdefault(number, []).append(path.relative_to(self.folder).as_posix())
         for number, paths in masks.items():
             if len(paths) > max(1, volumes[number]):
-                facts = {"expected": "one", "mend": "Keep the right one."}
-                found.append(
+                wording = {"expected": "one", "mend": "Keep the right one."}
+                problems.append(
                     Problem(
                         case=f"volume-{number}",
                         field="label",
                         found=f"{len(paths)} masks: {', '.join(paths)}",
-                        **facts,
+                        **wording,
                     )
                 )
-        return found
+        return problems
 
 
 def _files(folder: Path) -> list[Path]:
     """Volumes and segmentations in a folder and in the batches inside it."""
-    found = [
+    files = [
         p
         for pattern in ("*", "[!.]*/*")
         for p in folder.glob(pattern)
         if FILE.fullmatch(p.name) and p.is_file()
     ]
-    return found if any(p.name.lower().startswith("volume") for p in found) else []
+    return files if any(p.name.lower().startswith("volume") for p in files) else []
 
 
 def _sorted(folder: Path, kind: str) -> list[tuple[str, Path]]:
     matches = [(FILE.fullmatch(path.name), path) for path in _files(folder)]
-    found = [
+    numbered = [
         (str(int(match[2])), path) for match, path in matches if match and match[1].lower() == kind
     ]
-    return sorted(found, key=lambda item: (int(item[0]), str(item[1])))
+    return sorted(numbered, key=lambda item: (int(item[0]), str(item[1])))

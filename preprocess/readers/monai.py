@@ -34,10 +34,10 @@ class Reader(RawReader):
 
     def __init__(self, root: str | Path, **options: str):
         super().__init__(root, **options)
-        found = [p for p in visible(self.root, "*.json") if p.is_file() and p.name != "labels.json"]
-        listed = [p for p in found if isinstance(read_json(p).get("training"), list)]
+        files = [p for p in visible(self.root, "*.json") if p.is_file() and p.name != "labels.json"]
+        listed = [p for p in files if isinstance(read_json(p).get("training"), list)]
         if len(listed) != 1:
-            names = ", ".join(p.name for p in listed or found) or "none"
+            names = ", ".join(p.name for p in listed or files) or "none"
             raise InputError(f"raw: found the files {names}. Expected {self.layout}")
         self.file = listed[0]
         self.json = read_json(self.file)
@@ -45,7 +45,7 @@ class Reader(RawReader):
     @cached_property
     def entries(self) -> list[tuple[str, dict]]:
         """(list, entry) of every labelled case. Raises InputError."""
-        found = []
+        entries = []
         for part in LISTS:
             listed = field(self.json, part, list, self.file) if part in self.json else []
             for index, entry in enumerate(listed):
@@ -57,10 +57,10 @@ class Reader(RawReader):
                         '"label": path}'
                     )
                 if isinstance(entry.get("label"), str) and entry["label"]:
-                    found.append((part, {**entry, "image": images}))
-        if not found:
+                    entries.append((part, {**entry, "image": images}))
+        if not entries:
             raise InputError(f"{self.file}: found no case with a label. Expected {self.layout}")
-        return found
+        return entries
 
     def dataset(self) -> Dataset:
         first = self.cases()[0]
@@ -82,8 +82,8 @@ class Reader(RawReader):
 
     @cached_property
     def labels(self) -> dict[str, int]:
-        if found := declared_labels(self.root / "labels.json"):
-            return found
+        if labels := declared_labels(self.root / "labels.json"):
+            return labels
         said = self.json.get("labels")
         if not isinstance(said, dict) or not said:
             raise InputError(
@@ -92,11 +92,15 @@ class Reader(RawReader):
             )
         flipped = all(str(key).isdecimal() for key in said)
         pairs = {str(n): v for v, n in said.items()} if flipped else said
-        found = {name: number(value, f"labels: {name}", self.file) for name, value in pairs.items()}
-        if found.get("background") != 0 or not len(said) == len(set(found.values())) == len(found):
+        labels = {
+            name: number(value, f"labels: {name}", self.file) for name, value in pairs.items()
+        }
+        if labels.get("background") != 0 or not len(said) == len(set(labels.values())) == len(
+            labels
+        ):
             expected = "0 for background, all names and values different"
             raise InputError(f"{self.file}: labels: found {said}, expected {expected}")
-        return dict(sorted(found.items(), key=lambda item: item[1]))
+        return dict(sorted(labels.items(), key=lambda item: item[1]))
 
     def cases(self) -> list[CaseRef]:
         refs = []
@@ -113,10 +117,10 @@ class Reader(RawReader):
     def brought(self) -> dict[str, Folds]:
         """ "folds" of the entries' `fold`, "given" of the lists training and validation."""
         pairs = list(zip(self.entries, self.refs(), strict=True))
-        found: dict[str, Folds] = {}
+        splits: dict[str, Folds] = {}
         folds = sorted({e["fold"] for (_, e), _ in pairs if isinstance(e.get("fold"), int)})
         if len(folds) > 1 and all(isinstance(e.get("fold"), int) for (_, e), _ in pairs):
-            found["folds"] = tuple(
+            splits["folds"] = tuple(
                 {
                     "train": tuple(ref.id for (_, e), ref in pairs if e["fold"] != fold),
                     "val": tuple(ref.id for (_, e), ref in pairs if e["fold"] == fold),
@@ -125,5 +129,5 @@ class Reader(RawReader):
             )
         train, val = (tuple(r.id for (part, _), r in pairs if part == name) for name in LISTS)
         if train and val:
-            found["given"] = ({"train": train, "val": val},)
-        return found
+            splits["given"] = ({"train": train, "val": val},)
+        return splits

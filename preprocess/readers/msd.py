@@ -105,7 +105,7 @@ class Reader(RawReader):
         tumour core, enhancing tumour."""
         if self.chosen["regions"] == "none":
             return {}
-        known = next(
+        targets = next(
             (
                 regions
                 for task, regions in REGIONS.items()
@@ -113,12 +113,12 @@ class Reader(RawReader):
             ),
             None,
         )
-        if known is None or not {v for members in known.values() for v in members} <= values:
+        if targets is None or not {v for members in targets.values() for v in members} <= values:
             raise InputError(
                 f"option regions: found 'overlapping', but {name} has no known ones; tasks that "
                 f"have: {', '.join(REGIONS)}"
             )
-        return known
+        return targets
 
     def cases(self) -> list[CaseRef]:
         listed = field(self.json, "training", list, self.file)
@@ -142,16 +142,16 @@ class Reader(RawReader):
 
     def problems(self) -> list[Problem]:
         refs = self.refs()
-        found = duplicates([ref.id for ref in refs])
-        found += count_problem(len(refs), self.json.get("numTraining"))
+        problems = duplicates([ref.id for ref in refs])
+        problems += count_problem(len(refs), self.json.get("numTraining"))
         listed = {os.path.realpath(ref.images[0]) for ref in refs}
         for folder in {ref.images[0].parent for ref in refs}:
             for path in visible(folder, "*.nii*"):
                 if os.path.realpath(path) not in listed:
-                    facts = {
+                    wording = {
                         "found": "a file",
                         "expected": "to be listed in dataset.json",
                         "mend": "List it or move it away.",
                     }
-                    found.append(Problem(case=stem(path), field="image", **facts))
-        return found
+                    problems.append(Problem(case=stem(path), field="image", **wording))
+        return problems

@@ -34,9 +34,9 @@ from segfleet.preprocess.stores.manifest import Dataset
 MANY_CHANNELS = (*NATURAL, ".tif", ".tiff")  # one file may hold all channels
 
 
-def channels_of(facts: dict[str, Any], file: Path) -> tuple[str, ...]:
+def channels_of(document: dict[str, Any], file: Path) -> tuple[str, ...]:
     """Channel names of a dataset.json, in their order. Raises InputError."""
-    names = field(facts, "channel_names", dict, file)
+    names = field(document, "channel_names", dict, file)
     ordered = sorted(
         (number(index, "channel_names", file), str(name)) for index, name in names.items()
     )
@@ -48,10 +48,12 @@ def channels_of(facts: dict[str, Any], file: Path) -> tuple[str, ...]:
     return tuple(name for _, name in ordered)
 
 
-def dataset_of(facts: dict[str, Any], file: Path, *, name: str, dims: int, ending: str) -> Dataset:
-    """The data set that a dataset.json of nnU-Net v2 (`facts`, read from `file`) describes. Raises
-    InputError."""
-    labels = field(facts, "labels", dict, file)
+def dataset_of(
+    document: dict[str, Any], file: Path, *, name: str, dims: int, ending: str
+) -> Dataset:
+    """The data set that a dataset.json of nnU-Net v2 (`document`, read from `file`) describes.
+    Raises InputError."""
+    labels = field(document, "labels", dict, file)
     plain: dict[str, int] = {}
     regions: dict[str, tuple[int, ...]] = {}
     for key, value in labels.items():
@@ -85,7 +87,7 @@ def dataset_of(facts: dict[str, Any], file: Path, *, name: str, dims: int, endin
             raise InputError(
                 f"{file}: labels: a region needs one or more values above 0, found {regions}"
             )
-        given = field(facts, "regions_class_order", list, file)
+        given = field(document, "regions_class_order", list, file)
         order = tuple(number(v, "regions_class_order", file) for v in given)
         if len(order) != len(regions):
             expected = f"{len(regions)}: one for each of {list(regions)}"
@@ -98,13 +100,13 @@ def dataset_of(facts: dict[str, Any], file: Path, *, name: str, dims: int, endin
         name=name,
         reader="nnunet",
         dims=dims,
-        channels=channels_of(facts, file),
+        channels=channels_of(document, file),
         labels=dict(sorted(plain.items(), key=lambda item: item[1])),
         ignore_label=ignore,
         regions=regions,
         region_order=order,
         file_ending=ending,
-        licence=str(facts.get("licence", facts.get("license", ""))),
+        licence=str(document.get("licence", document.get("license", ""))),
     )
 
 
@@ -200,11 +202,11 @@ class Reader(RawReader):
             )
         refs = []
         for case in sorted({*images, *labels}, key=natural):
-            found = images.get(case, {})
-            together = set(found) == {0} and self.ending in MANY_CHANNELS
+            channels = images.get(case, {})
+            together = set(channels) == {0} and self.ending in MANY_CHANNELS
             wanted = [0] if together else range(len(self.channels))
             paths = tuple(
-                found.get(i, self.root / "imagesTr" / f"{case}_{i:04d}{self.ending}")
+                channels.get(i, self.root / "imagesTr" / f"{case}_{i:04d}{self.ending}")
                 for i in wanted
             )
             label = labels.get(case, self.root / "labelsTr" / f"{case}{self.ending}")
@@ -239,7 +241,7 @@ class Reader(RawReader):
 
     def problems(self) -> list[Problem]:
         refs = self.refs()
-        found = count_problem(len(refs), field(self.json, "numTraining", int, self.file))
+        problems = count_problem(len(refs), field(self.json, "numTraining", int, self.file))
         images, _ = self._files
         for case in sorted(images, key=natural) if "dataset" not in self.json else ():
             for extra in sorted(i for i in images[case] if i >= len(self.channels)):
@@ -247,7 +249,7 @@ class Reader(RawReader):
                     f"{len(self.channels)} channel(s)",
                     "Declare it in channel_names or move it away.",
                 )
-                found.append(
+                problems.append(
                     Problem(
                         case=case,
                         field="channel",
@@ -256,7 +258,7 @@ class Reader(RawReader):
                         mend=mend,
                     )
                 )
-        return found + self._split_problems({ref.id for ref in refs})
+        return problems + self._split_problems({ref.id for ref in refs})
 
     def _split_problems(self, ids: set[str]) -> list[Problem]:
         folds = self.brought().get("nnunet", ())

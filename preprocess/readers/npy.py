@@ -60,7 +60,7 @@ class Reader(RawReader):
         regions = {"any": (1, 2), "tumour": (2,)} if self.chosen["regions"] != "none" else {}
         # the script has clipped and scaled them: no further normalisation
         channels = ("noNorm",) * 3
-        facts = {
+        source = {
             "regions": regions,
             "region_order": (1, 2) if regions else (),
             "file_ending": ".png",
@@ -71,7 +71,7 @@ class Reader(RawReader):
             dims=2,
             channels=channels,
             labels=labels,
-            **facts,
+            **source,
         )
 
     def cases(self) -> list[CaseRef]:

@@ -31,25 +31,25 @@ class PairReader(RawReader):
     def dataset(self) -> Dataset:
         name = type(self).__module__.rpartition(".")[2]
         labels = {"background": 0, self.structure: 1}
-        facts = {
+        source = {
             "channels": ("R", "G", "B"),
             "labels": labels,
             "file_ending": ".png",
             "licence": self.facts.licence,
         }
-        return Dataset(name=self.name(name), reader=name, dims=2, **facts)
+        return Dataset(name=self.name(name), reader=name, dims=2, **source)
 
     def name(self, layout: str) -> str:
         return layout
 
     def problems(self) -> list[Problem]:
         refs = self.refs()
-        found = duplicates([ref.id for ref in refs])
+        problems = duplicates([ref.id for ref in refs])
         for ref in refs if not self.several else ():
             if len(ref.labels) > 1:
                 files = ", ".join(path.name for path in ref.labels)
                 mend = "Keep the right one."
-                found.append(
+                problems.append(
                     Problem(
                         case=ref.id,
                         field="label",
@@ -58,7 +58,7 @@ class PairReader(RawReader):
                         mend=mend,
                     )
                 )
-        return found
+        return problems
 
     def brought(self) -> dict[str, Folds]:
         return published([ref.id for ref in self.refs()])
@@ -125,23 +125,23 @@ def paired(
     group: Callable[[str], str] = lambda case: "",
 ) -> list[CaseRef]:
     """One case per image, and one per mask that has no image. What is missing is a path that does
-    not exist, for the check to tell.
+    not exist, for the check to report.
 
     `missing_image` and `missing_mask` are such paths, with {} for the case.
     """
     by_key: dict[str, list[Path]] = {}
     for path in masks:
         by_key.setdefault(mask_key(path), []).append(path)
-    found = [(stem(path), path) for path in images]
-    known = {key for key, _ in found}
+    keyed = [(stem(path), path) for path in images]
+    keys = {key for key, _ in keyed}
     bare = {}  # images without a mask of their very name, by their name in lower case
-    for key in known - by_key.keys():
+    for key in keys - by_key.keys():
         bare.setdefault(key.casefold(), []).append(key)
-    for key in [key for key in by_key if key not in known]:
+    for key in [key for key in by_key if key not in keys]:
         if len(alike := bare.get(key.casefold(), ())) == 1 and alike[0] not in by_key:
             by_key[alike[0]] = by_key.pop(key)
-    found += [(key, Path(missing_image.replace("{}", key))) for key in by_key if key not in known]
-    found.sort(key=lambda item: natural(item[0]))
+    keyed += [(key, Path(missing_image.replace("{}", key))) for key in by_key if key not in keys]
+    keyed.sort(key=lambda item: natural(item[0]))
     return [
         CaseRef(
             id=key,
@@ -149,7 +149,7 @@ def paired(
             images=(path,),
             labels=tuple(by_key.get(key) or [Path(missing_mask.replace("{}", key))]),
         )
-        for key, path in found
+        for key, path in keyed
     ]
 
 

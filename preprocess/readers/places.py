@@ -17,16 +17,16 @@ def locate(root: Path, fits: Callable[[Path], bool], layout: str) -> Path:
     if fits(root):
         return root
     below = subfolders(root)
-    found = [folder for folder in below if fits(folder)]
-    if len(found) == 1:
-        return found[0]
+    fitting = [folder for folder in below if fits(folder)]
+    if len(fitting) == 1:
+        return fitting[0]
     depth = 1
-    while not found and below and depth < DEPTH:
+    while not fitting and below and depth < DEPTH:
         below = [inner for folder in below for inner in subfolders(folder)][:500]
-        found = [folder for folder in below if fits(folder)]
+        fitting = [folder for folder in below if fits(folder)]
         depth += 1
-    found += [parent for parent in list(root.resolve().parents)[:2] if fits(parent)]
-    hint = f" It seems to be {found[0]}: give that folder." if found else ""
+    fitting += [parent for parent in list(root.resolve().parents)[:2] if fits(parent)]
+    hint = f" It seems to be {fitting[0]}: give that folder." if fitting else ""
     present = (
         ", ".join(sorted(p.name for p in root.iterdir() if not p.name.startswith("."))[:6])
         or "nothing"

@@ -31,8 +31,8 @@ class Unlabelled(RawReader):
         return self.inner.dataset().model_copy(update={"labels": {"background": 0}, **none})
 
     def cases(self) -> list[CaseRef]:
-        found = [replace(ref, labels=(), said="", stratum="") for ref in self.inner.cases()]
-        return [ref for ref in found if any(map(is_regular, ref.images))]
+        refs = [replace(ref, labels=(), said="", stratum="") for ref in self.inner.cases()]
+        return [ref for ref in refs if any(map(is_regular, ref.images))]
 
     def problems(self) -> list[Problem]:
         return duplicates([ref.id for ref in self.refs()])

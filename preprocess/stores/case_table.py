@@ -212,12 +212,12 @@ class TableBuilder:
         self._labels.append(len(self._label))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        found: dict[str, np.ndarray] = {}
+        arrays: dict[str, np.ndarray] = {}
         for name, column in {**self._text, **self._coded}.items():
-            found |= column.arrays(f"case.{name}")
+            arrays |= column.arrays(f"case.{name}")
         kind = "<u4" if self._voxels.typecode == "I" else "<u8"
         return {
-            **found,
+            **arrays,
             "case.labels": narrow(self._labels),
             "sampled.label": np.asarray(self._label, "<i4"),
             "sampled.end": narrow(self._end),
@@ -284,11 +284,9 @@ class FileTable(Mapping[str, dict[str, Any]]):
 
     @functools.cached_property
     def _facts(self) -> dict[str, dict[str, Any]]:
-        paths, facts = Text(self._arrays, "file.path"), Text(self._arrays, "file.facts")
+        paths, texts = Text(self._arrays, "file.path"), Text(self._arrays, "file.facts")
         try:
-            return {
-                inside(path): json.loads(found) for path, found in zip(paths, facts, strict=True)
-            }
+            return {inside(path): json.loads(text) for path, text in zip(paths, texts, strict=True)}
         except ValueError as error:
             raise InputError(
                 f"store: {self._source[0]} is damaged ({error}). Preprocess the raw data again."
@@ -369,9 +367,9 @@ def split_columns(
 
 
 def stamp_of(path: Path) -> tuple[int, ...]:
-    """What tells cheaply that a file is another one."""
-    facts = path.stat()
-    return facts.st_size, facts.st_mtime_ns, facts.st_ino
+    """What changes when a file is replaced, cheap to ask for."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 @functools.lru_cache(maxsize=8)

@@ -134,13 +134,13 @@ def map_columns(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: its header is longer than the file")
     header, data = json.loads(whole[8 : 8 + size].tobytes()), whole[8 + size :]
     arrays = {}
-    for name, facts in header.items():
-        kind, (start, stop) = np.dtype(KINDS[facts["dtype"]]), facts["data_offsets"]
+    for name, entry in header.items():
+        kind, (start, stop) = np.dtype(KINDS[entry["dtype"]]), entry["data_offsets"]
         if not 0 <= start <= stop <= len(data) or stop - start != kind.itemsize * math.prod(
-            facts["shape"]
+            entry["shape"]
         ):
             raise ValueError(f"{path}: array {name} lies outside the file")
-        arrays[name] = np.asarray(data[start:stop]).view(kind).reshape(facts["shape"])
+        arrays[name] = np.asarray(data[start:stop]).view(kind).reshape(entry["shape"])
     return arrays
 
 

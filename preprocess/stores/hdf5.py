@@ -75,11 +75,11 @@ class Shard:
         return self._array(key, name)[1], 0
 
     def _array(self, key: str, name: str) -> tuple[tuple[int, ...], PackedArray]:
-        if (found := self.arrays.get((key, name))) is None:
+        if (packed := self.arrays.get((key, name))) is None:
             with damage_named(name):
                 array = _inside(self.file, f"{key}/{name}")
-                found = self.arrays[key, name] = self._look_up(array, name)
-        return found
+                packed = self.arrays[key, name] = self._look_up(array, name)
+        return packed
 
     def _look_up(self, array: h5py.Dataset, name: str) -> tuple[tuple[int, ...], PackedArray]:
         packing = array.id.get_create_plist()
@@ -89,10 +89,10 @@ class Shard:
                 f"{name}: filters {filters}, expected [{BLOSC}], Blosc, or [{ZSTD}], Zstandard"
             )
         *lead, z, y, x = array.chunks
-        kept = array.attrs.get_id(SUMS)
-        if 4 * math.prod(_chunks(array.shape, (z, y, x))) != kept.get_storage_size():
+        checksums = array.attrs.get_id(SUMS)
+        if 4 * math.prod(_chunks(array.shape, (z, y, x))) != checksums.get_storage_size():
             raise DamagedShard(f"{name}: another number of chunks than of checksums")
-        if kept.get_storage_size() > self.data.size:  # before memory is taken for it
+        if checksums.get_storage_size() > self.data.size:  # before memory is taken for it
             raise DamagedShard(f"{name}: more checksums than the file is long")
         index = np.full((*_chunks(array.shape, (z, y, x)), 2), MISSING, np.uint64)
         array.id.chunk_iter(
@@ -117,12 +117,12 @@ class Shard:
 def _inside(file: h5py.File, path: str) -> h5py.Dataset:
     """What lies at `path` in this file. A link to another one is none of ours: that may be a pipe,
     or private."""
-    found = file
+    item = file
     for name in path.split("/"):
-        if found.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
+        if item.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
             raise DamagedShard(f"{path}: a link")
-        found = found[name]
-    return found
+        item = item[name]
+    return item
 
 
 def _chunks(shape: tuple[int, ...], chunk: tuple[int, int, int]) -> tuple[int, int, int]:

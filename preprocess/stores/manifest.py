@@ -173,11 +173,11 @@ class Manifest(Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _present_layout(cls, facts: Any) -> Any:
+    def _present_layout(cls, document: Any) -> Any:
         return (
-            {"layout": layout_of(facts.get("format", "")), **facts}
-            if isinstance(facts, dict)
-            else facts
+            {"layout": layout_of(document.get("format", "")), **document}
+            if isinstance(document, dict)
+            else document
         )
 
     def model_copy(
@@ -191,11 +191,11 @@ class Manifest(Frozen):
     def case(self, case_id: str) -> CaseEntry:
         if entry := self.cases.find(case_id):
             return entry
-        known = list(self.cases.column("id"))
-        more = f" and {len(known) - FEW} more" if len(known) > FEW else ""
+        ids = list(self.cases.column("id"))
+        rest = f" and {len(ids) - FEW} more" if len(ids) > FEW else ""
         raise InputError(
-            f"case: found '{case_id}', expected one of the {len(known)} cases of "
-            f"{self.dataset.name}: {', '.join(known[:FEW])}{more}.{did_you_mean(case_id, known)}"
+            f"case: found '{case_id}', expected one of the {len(ids)} cases of "
+            f"{self.dataset.name}: {', '.join(ids[:FEW])}{rest}.{did_you_mean(case_id, ids)}"
         )
 
     def folds(self, split: str) -> tuple[dict[str, tuple[str, ...]], ...]:
@@ -241,7 +241,7 @@ def content_id(manifest: Manifest) -> str:
         name: [{side: list(ids) for side, ids in fold.items()} for fold in folds]
         for name, folds in manifest.splits.items()
     }
-    facts = [
+    document = [
         manifest.dataset.model_dump(mode="json"),
         manifest.plan.model_dump(mode="json"),
         splits,
@@ -249,7 +249,7 @@ def content_id(manifest: Manifest) -> str:
     ids = tuple(manifest.cases.column("id"))
     order = sorted(range(len(ids)), key=ids.__getitem__)
     return _identity(
-        facts, (manifest.cases[index].model_dump(mode="json", exclude=PLACE) for index in order)
+        document, (manifest.cases[index].model_dump(mode="json", exclude=PLACE) for index in order)
     )
 
 
@@ -260,17 +260,17 @@ def _id_as_written(document: dict[str, Any]) -> str:
     return _identity([document["dataset"], document["plan"], document["splits"]], own)
 
 
-def _identity(facts: list[Any], cases: Iterable[dict[str, Any]]) -> str:
+def _identity(document: list[Any], cases: Iterable[dict[str, Any]]) -> str:
     """The hash of the JSON document [*facts, [*cases]], which is never in memory as a whole."""
-    digest = hashlib.sha256(_canonical(facts)[:-1] + b",[")
+    digest = hashlib.sha256(_canonical(document)[:-1] + b",[")
     for number, case in enumerate(cases):
         digest.update((b"," if number else b"") + _canonical(case))
     digest.update(b"]]")
     return digest.hexdigest()[:32]
 
 
-def _canonical(facts: Any) -> bytes:
-    return json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
+def _canonical(document: Any) -> bytes:
+    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _digest(document: dict[str, Any]) -> str:
@@ -289,7 +289,7 @@ def load_manifest(store: Path) -> Manifest:
         )
     try:
         raw = parse_json(path.read_text(encoding="utf-8"))
-        told = raw.pop("sha256", None)
+        sha256 = raw.pop("sha256", None)
         if raw.get("version") not in READ:
             raise InputError(
                 f"store: {path} has version {raw.get('version')}, expected {VERSION}. Preprocess "
@@ -301,7 +301,7 @@ def load_manifest(store: Path) -> Manifest:
                 f"store: {store} was made by {age} version of segfleet. Preprocess the raw data "
                 "again into a new folder."
             )
-        if told == _digest(raw):
+        if sha256 == _digest(raw):
             if raw["version"] >= 3:
                 return _with_columns(Path(store), raw)
             if raw.get("id") == _id_as_written(raw):
@@ -321,11 +321,11 @@ def load_manifest(store: Path) -> Manifest:
 
 
 def _with_columns(store: Path, raw: dict[str, Any]) -> Manifest:
-    ((name, facts),) = raw.pop("tables").items()
+    ((name, expected),) = raw.pop("tables").items()
     path = (store / inside(name)).absolute()
     try:
         stamp = stamp_of(path)
-        whole = stamp[0] == facts["bytes"] and sha256_of(path) == facts["sha256"]
+        whole = stamp[0] == expected["bytes"] and sha256_of(path) == expected["sha256"]
     except OSError as error:
         raise InputError(
             f"store: {path} cannot be read ({error.strerror}). Restore it from a backup, or "
@@ -352,7 +352,7 @@ def _with_columns(store: Path, raw: dict[str, Any]) -> Manifest:
             "cases": cases,
             "splits": SplitTable(cases, arrays, raw["splits"]),
             "files": FileTable(arrays, (path, stamp)),
-            "tables": {name: facts},
+            "tables": {name: expected},
         }
     )
 
@@ -385,11 +385,11 @@ def _save(store: Path, manifest: Manifest) -> Manifest:
     os.replace(partial, table)
     tables = {table.name: {"bytes": table.stat().st_size, "sha256": digest}}
     manifest = manifest.model_copy(update={"version": VERSION, "tables": tables})
-    known = manifest.model_copy(
+    complete = manifest.model_copy(
         update={"cases": (), "splits": {}, "files": {}, "fingerprint": fingerprint}
     )
     document = {
-        **known.model_dump(mode="json", exclude={"files"}),
+        **complete.model_dump(mode="json", exclude={"files"}),
         "cases": len(manifest.cases),
         "splits": spans,
         "tables": tables,

@@ -124,10 +124,10 @@ class OpenFile:
     def __init__(self, path: Path):
         """Raises DamagedShard for what is no file: a pipe would be waited for."""
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
-        facts = os.fstat(self.number)
-        if not stat.S_ISREG(facts.st_mode):
+        status = os.fstat(self.number)
+        if not stat.S_ISREG(status.st_mode):
             raise DamagedShard(f"{path.name} is no file")
-        self.size = facts.st_size
+        self.size = status.st_size
 
     def __del__(self):
         if self.number >= 0:
@@ -158,8 +158,8 @@ class PackedArray:
         decoded. Raises DamagedShard, OSError."""
         out = np.empty((*self.lead, *size), self.dtype)
         axes = [_overlaps(s, s + n, c) for s, n, c in zip(start, size, self.chunk, strict=True)]
-        near = tuple(slice(axis[0][0], axis[-1][0] + 1) for axis in axes)
-        entries = self.index[near].reshape(-1, 2).tolist()
+        touched = tuple(slice(axis[0][0], axis[-1][0] + 1) for axis in axes)
+        entries = self.index[touched].reshape(-1, 2).tolist()
         self._announce(entries)
         piece = np.empty((*self.lead, *self.chunk), self.dtype)
         for ((i, fz, tz), (j, fy, ty), (k, fx, tx)), (offset, count) in zip(
@@ -192,11 +192,11 @@ class PackedArray:
     ) -> None:
         """As `read`, into `out` (*lead, *size): float32 (integers times `scale`), or the stored
         type as it is."""
-        found = self.read(start, size)
-        if out.dtype != found.dtype and found.dtype.kind in "iu":
-            np.multiply(found, np.float32(scale), out=out, dtype=np.float32)
+        box = self.read(start, size)
+        if out.dtype != box.dtype and box.dtype.kind in "iu":
+            np.multiply(box, np.float32(scale), out=out, dtype=np.float32)
         else:
-            np.copyto(out, found)
+            np.copyto(out, box)
 
     def _announce(self, entries: list[list[int]]) -> None:
         """Let the kernel fetch all chunks at once: twice as fast from a cold disk, 4 % slower from
@@ -210,9 +210,11 @@ class PackedArray:
 def _overlaps(start: int, stop: int, chunk: int) -> list[tuple[int, slice, slice]]:
     """Along one axis, of every chunk that [start, stop) touches: its number, the part of it that is
     wanted, where that goes."""
-    found = []
+    overlaps = []
     for number in range(start // chunk, -(-stop // chunk)):
         origin = number * chunk
         low, high = max(start, origin), min(stop, origin + chunk)
-        found.append((number, slice(low - origin, high - origin), slice(low - start, high - start)))
-    return found
+        overlaps.append(
+            (number, slice(low - origin, high - origin), slice(low - start, high - start))
+        )
+    return overlaps

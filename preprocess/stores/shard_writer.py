@@ -72,13 +72,13 @@ class ShardWriter:
                 if not self.keys:
                     raise ValueError(f"shard {self.final.name}: no case was written")
                 self._finish()
-                facts = {
+                files = {
                     path.relative_to(self.partial): file_facts(path) for path in _sync(self.partial)
                 }
                 _replace(self.partial, self.final)
             self.files = {
-                (self.final / path).relative_to(self.root).as_posix(): fact
-                for path, fact in sorted(facts.items())
+                (self.final / path).relative_to(self.root).as_posix(): record
+                for path, record in sorted(files.items())
             }
         return self.files
 

@@ -3,7 +3,7 @@ against the manifest.
 
 DIR/segfleet-<user id>/
   <key>/          a whole copy; the key names the store's content and its manifest
-  <key>.partial/  one in the making, or left by a job that was killed: the next one goes on with it
+  <key>.partial/  one in the making, or left by a job that was killed: the next one resumes it
   <key>.json      size, time and inode of every file when it was last found right
   <key>.making, <key>.used   locks: one process makes or repairs, all that read hold the second
 
@@ -67,18 +67,18 @@ class LocalCopy:
     def whole(self) -> bool:
         """Whether the copy is there and as it was when its hashes were last compared."""
         try:
-            known = parse_json(self.record.read_text(encoding="utf-8"))
-            return bool(known) and all(
-                _stamp(self.root / path) == stamp for path, stamp in known.items()
+            stamps = parse_json(self.record.read_text(encoding="utf-8"))
+            return bool(stamps) and all(
+                _stamp(self.root / path) == stamp for path, stamp in stamps.items()
             )
         except (OSError, ValueError, AttributeError):
             return False
 
     def make(
-        self, tell: Callable[[str], None], stopped: Callable[[], bool] = lambda: False
+        self, report: Callable[[str], None], stopped: Callable[[], bool] = lambda: False
     ) -> bool:
-        """Make the copy, or mend it, unless it is whole; while another process does, wait. False if
-        there is no room, as `tell` is told.
+        """Make the copy, or repair it, unless it is whole; while another process does, wait. False
+        if there is no room, which `report` gets as a sentence.
 
         Raises InputError if the source is damaged, Unwanted when `stopped`.
         """
@@ -93,7 +93,9 @@ class LocalCopy:
             )
             target.mkdir(exist_ok=True)
             files = {**manifest.tables, **manifest.files}
-            missing = [path for path, facts in files.items() if not _right(target / path, facts)]
+            missing = [
+                path for path, expected in files.items() if not _right(target / path, expected)
+            ]
             needed = sum(files[path]["bytes"] for path in missing)
             try:
                 if not self._room(needed):
@@ -111,13 +113,13 @@ class LocalCopy:
                     raise
                 shutil.rmtree(self.partial, ignore_errors=True)
                 free = shutil.disk_usage(self.place).free
-                tell(
+                report(
                     f"no room to copy the store to {self.place}: {needed:,} bytes needed, "
                     f"{free:,} free. It is read from {self.source}"
                 )
                 return False
             if missing:
-                tell(
+                report(
                     f"store copied to {self.root}: {needed:,} bytes in "
                     f"{time.monotonic() - began:.1f} s"
                 )
@@ -175,11 +177,11 @@ class LocalCopy:
 def local_copy(source: str | Path, folder: str) -> LocalCopy:
     """Where the copy of a store lies below `folder`, in which variables of this node stand. Raises
     InputError if it cannot be used."""
-    here = f"on {os.environ.get('SLURMD_NODENAME') or socket.gethostname()}"
+    where = f"on {os.environ.get('SLURMD_NODENAME') or socket.gethostname()}"
     path = os.path.expanduser(os.path.expandvars(folder))
     if unset := re.search(r"\$\{?\w+\}?", path):
         raise InputError(
-            f"stage-to: found '{folder}', but {unset[0]} is not set {here}. Name a variable that "
+            f"stage-to: found '{folder}', but {unset[0]} is not set {where}. Name a variable that "
             "is, or a folder."
         )
     if not os.path.isabs(path):
@@ -197,29 +199,29 @@ def local_copy(source: str | Path, folder: str) -> LocalCopy:
         if error.errno in FULL:
             raise
         raise InputError(
-            f"stage-to: {path} cannot be used {here} ({error.strerror}). Name a folder you may "
+            f"stage-to: {path} cannot be used {where} ({error.strerror}). Name a folder you may "
             "write to."
         ) from None
     source = Path(source).resolve()
     # stores of one content may differ in format and splits
-    facts = hashlib.sha256((source / NAME).read_bytes()).hexdigest()
-    return LocalCopy(source=source, place=place, key=f"{load_manifest(source).id}-{facts[:8]}")
+    digest = hashlib.sha256((source / NAME).read_bytes()).hexdigest()
+    return LocalCopy(source=source, place=place, key=f"{load_manifest(source).id}-{digest[:8]}")
 
 
 def _refuse_strangers(place: Path) -> None:
     """Raises InputError if anybody else may read or replace what is put into `place`."""
-    facts, above = os.lstat(place), os.stat(place.parent)
+    status, above = os.lstat(place), os.stat(place.parent)
     mend = "Remove it, or name another folder."
-    if not stat.S_ISDIR(facts.st_mode):
+    if not stat.S_ISDIR(status.st_mode):
         raise InputError(f"stage-to: {place} is a link or a file, expected a folder. {mend}")
-    if facts.st_uid != os.getuid():
+    if status.st_uid != os.getuid():
         raise InputError(
-            f"stage-to: {place} belongs to user {facts.st_uid}, who could read and change the "
+            f"stage-to: {place} belongs to user {status.st_uid}, who could read and change the "
             f"copy. {mend}"
         )
-    if facts.st_mode & 0o077:
+    if status.st_mode & 0o077:
         raise InputError(
-            f"stage-to: {place} is open to others (mode {stat.S_IMODE(facts.st_mode):o}, expected "
+            f"stage-to: {place} is open to others (mode {stat.S_IMODE(status.st_mode):o}, expected "
             f"700), who may have changed what is in it. {mend}"
         )
     replaceable = above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX
@@ -272,16 +274,16 @@ def _free(path: Path, locks: ExitStack) -> bool:
     return locks.enter_context(Lock(path)).try_acquire()
 
 
-def _right(path: Path, facts: dict[str, Any]) -> bool:
+def _right(path: Path, expected: dict[str, Any]) -> bool:
     try:
-        return path.stat().st_size == facts["bytes"] and file_facts(path) == facts
+        return path.stat().st_size == expected["bytes"] and file_facts(path) == expected
     except OSError:
         return False
 
 
 def _stamp(path: Path) -> list[int]:
-    facts = path.stat()
-    return [facts.st_size, facts.st_mtime_ns, facts.st_ino]
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
 def _size(folder: Path) -> int:

@@ -29,9 +29,9 @@ def verify(root: str | Path, *, chunks: bool = False, quick: bool = False) -> li
         ids[store.path(case).relative_to(store.root)].append(case.id)
     problems = [
         problem
-        for path, facts in manifest.files.items()
-        if not (quick and _untouched(store.root, path, facts, written))
-        and (problem := _file(store.root, path, facts, ids))
+        for path, expected in manifest.files.items()
+        if not (quick and _untouched(store.root, path, expected, written))
+        and (problem := _file(store.root, path, expected, ids))
     ]
     if chunks:
         problems += [problem for case in manifest.cases if (problem := _content(store, case))]
@@ -41,24 +41,24 @@ def verify(root: str | Path, *, chunks: bool = False, quick: bool = False) -> li
 
 def _untouched(root: Path, path: str, expected: dict, written: int) -> bool:
     try:
-        found = (root / path).stat()
+        status = (root / path).stat()
     except OSError:
         return False
-    return found.st_size == expected["bytes"] and found.st_mtime_ns <= written
+    return status.st_size == expected["bytes"] and status.st_mtime_ns <= written
 
 
 def _file(root: Path, path: str, expected: dict, ids: dict[Path, list[str]]) -> Problem | None:
     try:
-        found = file_facts(root / path)
+        now = file_facts(root / path)
     except OSError as error:
-        found = {"bytes": error.strerror, "sha256": ""}
-    if found == expected:
+        now = {"bytes": error.strerror, "sha256": ""}
+    if now == expected:
         return None
-    what = "bytes" if found["bytes"] != expected["bytes"] else "sha256"
+    what = "bytes" if now["bytes"] != expected["bytes"] else "sha256"
     return Problem(
         case=_cases(ids, Path(path)),
         field=path,
-        found=f"{found[what]}",
+        found=f"{now[what]}",
         expected=f"{what} {expected[what]}",
         mend=MEND,
     )
@@ -66,13 +66,13 @@ def _file(root: Path, path: str, expected: dict, ids: dict[Path, list[str]]) -> 
 
 def _cases(ids: dict[Path, list[str]], path: Path) -> str:
     """The cases that lie in a file, the first three by name."""
-    found = next((ids[place] for place in (path, *path.parents) if place in ids), ["store"])
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    names = next((ids[place] for place in (path, *path.parents) if place in ids), ["store"])
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _content(store, case: CaseEntry) -> Problem | None:
     try:
-        found = content_sha256(*store.stored(case))
+        sha256 = content_sha256(*store.stored(case))
         if case.has_truth:
             store.truth(case)
     except InputError as error:
@@ -83,12 +83,12 @@ def _content(store, case: CaseEntry) -> Problem | None:
             expected="checksums that match",
             mend=MEND,
         )
-    if case.sha256 in ("", found):
+    if case.sha256 in ("", sha256):
         return None
     return Problem(
         case=case.id,
         field=case.shard,
-        found=f"content {found}",
+        found=f"content {sha256}",
         expected=f"content {case.sha256}",
         mend=MEND,
     )

@@ -36,11 +36,11 @@ class Shard:
         self.folder, self.hashes, self.arrays = folder, hashes, {}
         try:
             group = self._metadata("zarr.json")
-            facts = group["attributes"]
+            attributes = group["attributes"]
             # stores of earlier versions have none
             self.described = (group.get("consolidated_metadata") or {}).get("metadata", {})
-            self.cases: dict[str, dict[str, list[int]]] = facts["cases"]
-            self.owners: dict[str, str] = facts["sha256"]
+            self.cases: dict[str, dict[str, list[int]]] = attributes["cases"]
+            self.owners: dict[str, str] = attributes["sha256"]
         except (KeyError, TypeError, AttributeError) as error:
             raise DamagedShard(f"zarr.json: {type(error).__name__} {error}") from None
 
@@ -61,10 +61,10 @@ class Shard:
             raise DamagedShard(f"zarr.json: no {name} of '{key}'") from None
 
     def _array(self, name: str) -> PackedArray | AnyArray:
-        if (found := self.arrays.get(name)) is None:
-            facts = self.described.get(name) or self._metadata(f"{name}/zarr.json")
-            found = self.arrays[name] = open_array(self.folder / name, facts)
-        return found
+        if (array := self.arrays.get(name)) is None:
+            metadata = self.described.get(name) or self._metadata(f"{name}/zarr.json")
+            array = self.arrays[name] = open_array(self.folder / name, metadata)
+        return array
 
     def _metadata(self, name: str) -> dict:
         """The one part of a shard without a checksum of its own; the manifest has one."""
@@ -85,8 +85,8 @@ class Store(ShardReader):
     def open_shard(self, path: Path) -> Shard:
         inside = path.relative_to(self.root).as_posix()
         names = ["zarr.json", *(f"{array}/zarr.json" for array in ("image", "label", "truth"))]
-        known = ((name, self.manifest.files.get(f"{inside}/{name}")) for name in names)
-        return Shard(path, {name: facts["sha256"] for name, facts in known if facts})
+        recorded = ((name, self.manifest.files.get(f"{inside}/{name}")) for name in names)
+        return Shard(path, {name: record["sha256"] for name, record in recorded if record})
 
 
 class Writer(ShardWriter):

@@ -138,16 +138,16 @@ class ArrayWriter:
             "dimension_names": ["c", "z", "y", "x"][-len(shape) :],
             "attributes": {},
         }
-        made = ArrayV3Metadata.from_dict(document)
-        write_metadata(self.folder, made)
-        return made
+        metadata = ArrayV3Metadata.from_dict(document)
+        write_metadata(self.folder, metadata)
+        return metadata
 
 
-def write_metadata(folder: Path, made: ArrayV3Metadata | GroupMetadata) -> None:
+def write_metadata(folder: Path, metadata: ArrayV3Metadata | GroupMetadata) -> None:
     """zarr.json of an array or a group."""
     from zarr.core.buffer import default_buffer_prototype
 
-    for name, text in made.to_buffer_dict(default_buffer_prototype()).items():
+    for name, text in metadata.to_buffer_dict(default_buffer_prototype()).items():
         (folder / name).write_bytes(text.to_bytes())
 
 
@@ -155,8 +155,8 @@ class AnyArray:
     """An array (*lead, z, y, x) of whatever codecs and chunks, read by zarr-python: as a
     `PackedArray`, but slower, and with the checksums that its codecs have."""
 
-    def __init__(self, folder: Path, facts: dict):
-        """Raises DamagedShard, also where `facts` are not what lies there."""
+    def __init__(self, folder: Path, metadata: dict):
+        """Raises DamagedShard, also where `metadata` are not what lies there."""
         import zarr
 
         self.name = folder.name
@@ -165,18 +165,20 @@ class AnyArray:
                 raise DamagedShard(f"{self.name}/{path.relative_to(folder)} is no file")
         with self._damaged():
             self.array = zarr.open_array(folder, mode="r", zarr_format=3)
-        if list(self.array.shape) != facts["shape"]:
-            raise DamagedShard(f"{self.name}: {self.array.shape}, its group says {facts['shape']}")
+        if list(self.array.shape) != metadata["shape"]:
+            raise DamagedShard(
+                f"{self.name}: {self.array.shape}, its group says {metadata['shape']}"
+            )
         self.lead, self.dtype = self.array.shape[:-3], self.array.dtype
 
     def read(self, start: tuple[int, int, int], size: list[int]) -> np.ndarray:
         """As `PackedArray.read`."""
         box = tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))
         with self._damaged():
-            found = np.asarray(self.array[(..., *box)])
-        if found.shape != (*self.lead, *size):
-            raise DamagedShard(f"{self.name}: {found.shape} at {start}, expected {tuple(size)}")
-        return found
+            values = np.asarray(self.array[(..., *box)])
+        if values.shape != (*self.lead, *size):
+            raise DamagedShard(f"{self.name}: {values.shape} at {start}, expected {tuple(size)}")
+        return values
 
     @contextmanager
     def _damaged(self) -> Iterator[None]:
@@ -189,15 +191,15 @@ class AnyArray:
             raise DamagedShard(f"{self.name}: zarr-python: {words}") from None
 
 
-def open_array(folder: Path, facts: dict) -> PackedArray | AnyArray:
-    """An array of a shard; `facts` is its zarr.json. Raises DamagedShard, OSError."""
+def open_array(folder: Path, metadata: dict) -> PackedArray | AnyArray:
+    """An array of a shard; `metadata` is its zarr.json. Raises DamagedShard, OSError."""
     try:
-        if (codec := _codec(facts)) is None:
-            return AnyArray(folder, facts)
-        inner, shape = facts["codecs"][0]["configuration"]["chunk_shape"], facts["shape"]
+        if (codec := _codec(metadata)) is None:
+            return AnyArray(folder, metadata)
+        inner, shape = metadata["codecs"][0]["configuration"]["chunk_shape"], metadata["shape"]
         if not all(isinstance(n, int) and n > 0 for n in (*shape, *inner)):
             raise DamagedShard(f"{folder.name}: shape {shape}, chunks {inner}")
-        dtype = np.dtype(facts["data_type"]).newbyteorder("<")
+        dtype = np.dtype(metadata["data_type"]).newbyteorder("<")
         if dtype.kind not in "iuf":
             raise DamagedShard(f"{folder.name}: {dtype}, expected numbers")
         chunk, lead = tuple(inner[-3:]), tuple(inner[:-3])
@@ -217,16 +219,16 @@ def open_array(folder: Path, facts: dict) -> PackedArray | AnyArray:
     )
 
 
-def _codec(facts: dict) -> str | None:
+def _codec(metadata: dict) -> str | None:
     """What an array is packed by if it is one shard, packed and checked as `ArrayWriter` does
     it."""
-    (how, *more), shape = facts["codecs"], facts["shape"]
-    if more or how["name"] != "sharding_indexed":
+    (how, *others), shape = metadata["codecs"], metadata["shape"]
+    if others or how["name"] != "sharding_indexed":
         return None
-    sharding, outer = how["configuration"], facts["chunk_grid"]["configuration"]["chunk_shape"]
-    inner, key = sharding["chunk_shape"], facts["chunk_key_encoding"]
+    sharding, outer = how["configuration"], metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    inner, key = sharding["chunk_shape"], metadata["chunk_key_encoding"]
     first, *codec, last = [codec["name"] for codec in sharding["codecs"]]
-    ours = (
+    readable = (
         (first, last) == ("bytes", "crc32c")
         and codec in (["blosc"], ["zstd"])
         and [codec["name"] for codec in sharding["index_codecs"]] == ["bytes", "crc32c"]
@@ -236,4 +238,4 @@ def _codec(facts: dict) -> str | None:
         and inner[:-3] == shape[:-3]
         and all(whole >= size for whole, size in zip(outer, shape, strict=True))
     )
-    return codec[0] if ours else None
+    return codec[0] if readable else None

@@ -96,7 +96,7 @@ def preprocess_case(
             plan.masks,
         )
     )
-    facts: dict[str, Any] = {
+    description: dict[str, Any] = {
         "shape": shape,
         "spacing": spacing,
         "crop": crop,
@@ -106,9 +106,9 @@ def preprocess_case(
     }
     if label is not None:
         turned = plan.transpose != (0, 1, 2)
-        facts["has_truth"] = turned or changes_grid(raw.shape[1:], crop, shape)
-        facts["voxels"], facts["foreground"] = foreground(label, case.id, ignore_label)
-    return image, None if label is None else np.ascontiguousarray(label), facts
+        description["has_truth"] = turned or changes_grid(raw.shape[1:], crop, shape)
+        description["voxels"], description["foreground"] = foreground(label, case.id, ignore_label)
+    return image, None if label is None else np.ascontiguousarray(label), description
 
 
 def crop_box(image_CZYX: np.ndarray, normalisation: Sequence[str]) -> Crop:
@@ -167,12 +167,12 @@ def normalise(image_CZYX: np.ndarray, plan: Plan, mask_ZYX: np.ndarray | None = 
     out = np.empty(image_CZYX.shape, np.float32)
     for c, (channel, kind) in enumerate(zip(image_CZYX, plan.normalisation, strict=True)):
         mask = mask_ZYX if plan.nonzero_mask and kind == "zscore" else None
-        facts: Mapping[str, float] = plan.intensity[c] if kind == "ct" else {}
+        statistics: Mapping[str, float] = plan.intensity[c] if kind == "ct" else {}
         if kind.startswith("minmax"):
-            facts = {"min": float(image_CZYX.min()), "max": float(image_CZYX.max())}
+            statistics = {"min": float(image_CZYX.min()), "max": float(image_CZYX.max())}
         elif kind == "imagenet":
-            facts = {"mean": IMAGENET[0][c], "std": IMAGENET[1][c]}
-        scale = _scale(channel, kind, facts, mask)
+            statistics = {"mean": IMAGENET[0][c], "std": IMAGENET[1][c]}
+        scale = _scale(channel, kind, statistics, mask)
         for z in range(len(channel)):  # slice by slice, for it needs memory of its own
             out[c, z] = scale(channel[z])
             if mask is not None:
@@ -181,7 +181,7 @@ def normalise(image_CZYX: np.ndarray, plan: Plan, mask_ZYX: np.ndarray | None = 
 
 
 def _scale(
-    channel: np.ndarray, kind: str, facts: Mapping[str, float], mask: np.ndarray | None
+    channel: np.ndarray, kind: str, statistics: Mapping[str, float], mask: np.ndarray | None
 ) -> Callable[[np.ndarray], np.ndarray]:
     """What `normalise` does to every voxel of a channel."""
     if kind == "zscore":
@@ -201,19 +201,21 @@ def _scale(
         return zscore
     if kind == "ct":
         low, high, mean, std = (
-            facts["percentile_00_5"],
-            facts["percentile_99_5"],
-            facts["mean"],
-            max(facts["std"], 1e-8),
+            statistics["percentile_00_5"],
+            statistics["percentile_99_5"],
+            statistics["mean"],
+            max(statistics["std"], 1e-8),
         )
         return lambda part: (np.clip(part.astype(np.float32), low, high) - mean) / std
     if kind in ("rgb_to_0_1", "imagenet"):
         white = np.float32(np.iinfo(channel.dtype).max if channel.dtype.kind in "ui" else 255)
         if kind == "rgb_to_0_1":
             return lambda part: part / white
-        return lambda part: (part / white - np.float32(facts["mean"])) / np.float32(facts["std"])
+        return lambda part: (
+            (part / white - np.float32(statistics["mean"])) / np.float32(statistics["std"])
+        )
     if kind.startswith("minmax"):
-        low, span = facts["min"], max(facts["max"] - facts["min"], 1e-8)
+        low, span = statistics["min"], max(statistics["max"] - statistics["min"], 1e-8)
         top = 255 if kind == "minmax255" else 1
         return lambda part: ((part - np.float32(low)) * np.float32(top / span)).astype(np.float32)
     if kind == "rescale_to_0_1":
@@ -234,13 +236,13 @@ def stored_grid(
     target spacing; a single slice stays one, as it is, and so does an axis whose target is 0."""
     if plan.size:
         return plan.size, tuple(
-            here * n / new for n, here, new in zip(shape, spacing, plan.size, strict=True)
+            old * n / new for n, old, new in zip(shape, spacing, plan.size, strict=True)
         )
     new_shape, new_spacing = [], []
-    for n, here, target in zip(shape, spacing, plan.target_spacing, strict=True):
-        new = n if n == 1 or not target else max(1, round(n * here / target))
+    for n, old, target in zip(shape, spacing, plan.target_spacing, strict=True):
+        new = n if n == 1 or not target else max(1, round(n * old / target))
         new_shape.append(new)
-        new_spacing.append(here if new == n else target)
+        new_spacing.append(old if new == n else target)
     return tuple(new_shape), tuple(new_spacing)
 
 
@@ -284,8 +286,8 @@ def resample_axis(spacing: tuple[float, float, float], plan: Plan) -> int | None
 
 def raw_resample_axis(raw_spacing: tuple[float, float, float], plan: Plan) -> int | None:
     """As `resample_axis`, in the order of the raw grid's axes."""
-    found = resample_axis(along(raw_spacing, plan.transpose), plan)
-    return None if found is None else plan.transpose[found]
+    axis = resample_axis(along(raw_spacing, plan.transpose), plan)
+    return None if axis is None else plan.transpose[axis]
 
 
 def anisotropic_axis(spacing: Sequence[float]) -> int | None:
@@ -300,16 +302,16 @@ def foreground(
 ) -> tuple[dict[int, int], dict[int, tuple[int, ...]]]:
     """Voxels per label value, and up to 256 flat indices per foreground label, drawn by a generator
     that the case's id seeds."""
-    found = counts(label_ZYX)
+    voxels = counts(label_ZYX)
     generator = np.random.default_rng(
         int.from_bytes(hashlib.sha256(case_id.encode()).digest()[:8], "little")
     )
     drawn = {}
-    for value in np.flatnonzero(found):
+    for value in np.flatnonzero(voxels):
         if value and value != ignore_label:
             places = draw(label_ZYX, partial(np.equal, value), SAMPLES, generator)
             drawn[int(value)] = tuple(places.tolist())
-    return {int(v): int(found[v]) for v in np.flatnonzero(found)}, drawn
+    return {int(v): int(voxels[v]) for v in np.flatnonzero(voxels)}, drawn
 
 
 def paste(label_cropped: np.ndarray, crop: Crop, raw_shape: Sequence[int]) -> np.ndarray:

@@ -96,13 +96,13 @@ def _voted(
     out = np.empty(new_shape, label_ZYX.dtype)
     thick = max(1, SLAB // (new_shape[1] * new_shape[2]))
     for start in range(0, new_shape[0], thick):
-        here, own = slice(start, min(start + thick, new_shape[0])), dict(lines)
-        there = here
+        slab, own = slice(start, min(start + thick, new_shape[0])), dict(lines)
+        source = slab
         if 0 in lines:
-            low, near, far = (part[here] for part in lines[0])
-            there = slice(int(low[0]), int(low[-1]) + 2)
-            own[0] = (low - there.start, near, far)
-        _vote_slab(np.ascontiguousarray(label_ZYX[there]), own, out[here])
+            low, near, far = (part[slab] for part in lines[0])
+            source = slice(int(low[0]), int(low[-1]) + 2)
+            own[0] = (low - source.start, near, far)
+        _vote_slab(np.ascontiguousarray(label_ZYX[source]), own, out[slab])
     return out
 
 
@@ -182,9 +182,9 @@ def _resample(
     if tuple(new_shape) == array.shape[1:]:
         return array
     out = np.empty((len(array), *new_shape), np.float32)
-    for here, there, steps in _slabs(array.shape[1:], new_shape, nearest_axis, order):
+    for new, old, steps in _slabs(array.shape[1:], new_shape, nearest_axis, order):
         for channel, into in zip(array, out, strict=True):
-            into[here] = _apply(steps, channel[None, there])[0]
+            into[new] = _apply(steps, channel[None, old])[0]
     return out
 
 
@@ -205,16 +205,18 @@ def _slabs(
     widest = max(shape[1] * shape[2], new_shape[1] * new_shape[2])
     thick = max(THINNEST if any(axis == 0 for axis, _ in steps) else 1, SLAB // widest)
     for start in range(0, new_shape[0], thick):
-        here = slice(start, min(start + thick, new_shape[0]))
-        there, own = here, []
+        new_slab = slice(start, min(start + thick, new_shape[0]))
+        old_slab, own = new_slab, []
         for axis, how in steps:
             if axis == 0:
-                lines = how[here]
+                lines = how[new_slab]
                 used = lines if isinstance(lines, np.ndarray) else lines.indices
-                there = slice(int(used.min()), int(used.max()) + 1)
-                how = lines - there.start if isinstance(lines, np.ndarray) else lines[:, there]
+                old_slab = slice(int(used.min()), int(used.max()) + 1)
+                how = (
+                    lines - old_slab.start if isinstance(lines, np.ndarray) else lines[:, old_slab]
+                )
             own.append((axis, how))
-        yield here, there, own
+        yield new_slab, old_slab, own
 
 
 def _shrinking_first(shape: Sequence[int], new_shape: Sequence[int]) -> list[int]:

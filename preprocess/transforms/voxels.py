@@ -48,11 +48,11 @@ def draw(
     most once."""
     total = sum(int(np.count_nonzero(wanted(piece))) for _, piece in pieces(label))
     ranks = None if total <= most else np.sort(generator.choice(total, most, replace=False))
-    found, before = [np.empty(0, np.int64)], 0
+    drawn, before = [np.empty(0, np.int64)], 0
     for start, piece in pieces(label):
-        here = np.flatnonzero(wanted(piece))
+        indices = np.flatnonzero(wanted(piece))
         if ranks is not None:
-            first, last = np.searchsorted(ranks, (before, before + len(here)))
-            before, here = before + len(here), here[ranks[first:last] - before]
-        found.append(here + start)
-    return np.concatenate(found)
+            first, last = np.searchsorted(ranks, (before, before + len(indices)))
+            before, indices = before + len(indices), indices[ranks[first:last] - before]
+        drawn.append(indices + start)
+    return np.concatenate(drawn)

@@ -19,7 +19,7 @@ from segfleet.preprocess.building.build import build
 from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.case import Geometry
 from segfleet.preprocess.checking.check import survey
-from segfleet.preprocess.checking.repair import mend
+from segfleet.preprocess.checking.repair import repair
 from segfleet.preprocess.checking.slices import stacks, write_slices
 from segfleet.preprocess.files.grids import laid
 from segfleet.preprocess.files.writer import write_label
@@ -62,8 +62,8 @@ def binary(tmp_path) -> Path:
 def test_masks_of_255_and_copied_geometry_are_mended_in_a_copy(binary, tmp_path):
     before, reader = digest(binary), open_reader("msd", binary)
     assert len(survey(reader, workers=1).problems) == 2
-    assert [c["case"] for c in mend(reader, tmp_path / "unasked")] == ["phantom_000"]
-    done = mend(reader, tmp_path / "out", same_voxels=True)
+    assert [c["case"] for c in repair(reader, tmp_path / "unasked")] == ["phantom_000"]
+    done = repair(reader, tmp_path / "out", same_voxels=True)
     assert [(change["case"], change["field"]) for change in done] == [
         ("phantom_000", "label values"),
         ("phantom_001", "label spacing"),
@@ -89,10 +89,10 @@ def test_labels_are_renumbered_as_told(tmp_path):
     path = root / "labelsTr/phantom_001.nii.gz"
     change(path, lambda a: np.where(a == 2, 4, a).astype(np.uint8))
     reader = open_reader("msd", root)
-    assert mend(reader, tmp_path / "nothing") == [] and not (tmp_path / "nothing").exists(), (
+    assert repair(reader, tmp_path / "nothing") == [] and not (tmp_path / "nothing").exists(), (
         "4 could mean anything"
     )
-    (done,) = mend(reader, tmp_path / "out", {4: 2})
+    (done,) = repair(reader, tmp_path / "out", {4: 2})
     assert done == {"case": "phantom_001", "field": "label values", "was": "4", "now": "2"}
     assert not survey(open_reader("msd", tmp_path / "out"), workers=1).problems
 
@@ -100,7 +100,7 @@ def test_labels_are_renumbered_as_told(tmp_path):
 def test_renumbering_exchanges_values(tmp_path):
     root = PHANTOMS["msd"](tmp_path / "raw", cases=1, size=(8, 16, 16))
     before = open_reader("msd", root).label(open_reader("msd", root).refs()[0])[0]
-    mend(open_reader("msd", root), tmp_path / "out", {1: 2, 2: 1})
+    repair(open_reader("msd", root), tmp_path / "out", {1: 2, 2: 1})
     reader = open_reader("msd", tmp_path / "out")
     after = reader.label(reader.refs()[0])[0]
     assert np.array_equal(after == 1, before == 2) and np.array_equal(after == 2, before == 1)
@@ -113,7 +113,7 @@ def test_labels_that_are_no_integers_are_left_alone(value, binary, tmp_path):
     alone, mixed = (binary / f"labelsTr/phantom_00{i}.nii.gz" for i in (1, 2))
     change(alone, lambda a: np.where(a > 0, value, 0).astype(np.float32))
     change(mixed, lambda a: np.where(a.cumsum().reshape(a.shape) == 3, value, a.astype(np.float32)))
-    assert {done["case"] for done in mend(open_reader("msd", binary), tmp_path / "out")} == {
+    assert {done["case"] for done in repair(open_reader("msd", binary), tmp_path / "out")} == {
         "phantom_000"
     }
     assert all(path.samefile(tmp_path / "out/labelsTr" / path.name) for path in (alone, mixed))
@@ -125,13 +125,13 @@ def test_labels_that_are_no_integers_are_left_alone(value, binary, tmp_path):
 def test_values_that_would_wrap_are_left_alone(value, binary, tmp_path):
     path = binary / "labelsTr/phantom_001.nii.gz"  # whose geometry could be mended
     change(path, lambda a: np.where(a.cumsum().reshape(a.shape) == 3, value, a.astype(np.int16)))
-    assert {done["case"] for done in mend(open_reader("msd", binary), tmp_path / "out")} == {
+    assert {done["case"] for done in repair(open_reader("msd", binary), tmp_path / "out")} == {
         "phantom_000"
     }
     remap = {value: 1} if value > 0 else {}
     assert (
         "phantom_001"
-        in {done["case"] for done in mend(open_reader("msd", binary), tmp_path / "told", remap)}
+        in {done["case"] for done in repair(open_reader("msd", binary), tmp_path / "told", remap)}
     ) == bool(remap)
 
 
@@ -146,9 +146,9 @@ def test_labels_behind_links_and_leftovers_are_no_obstacle(binary, tmp_path):
     (tmp_path / "deep/out.partial/labelsTr").mkdir(parents=True)
     before = digest(elsewhere)
     with pytest.raises(InputError, match=r"out\.partial is there, .* and is none of ours"):
-        mend(open_reader("msd", binary), tmp_path / "deep/out")
+        repair(open_reader("msd", binary), tmp_path / "deep/out")
     (tmp_path / "deep/out.partial" / MARK).touch()  # as a killed run of ours leaves it
-    assert len(mend(open_reader("msd", binary), tmp_path / "deep/out", same_voxels=True)) == 2
+    assert len(repair(open_reader("msd", binary), tmp_path / "deep/out", same_voxels=True)) == 2
     assert (
         digest(elsewhere) == before
         and not survey(open_reader("msd", tmp_path / "deep/out"), workers=1).problems
@@ -166,7 +166,7 @@ def test_a_label_outside_the_raw_folder_is_left_alone(binary, tmp_path):
     )
     assert "../beside" in (binary / "dataset.json").read_text()
     before = digest(tmp_path / "beside")
-    done = mend(open_reader("msd", binary), tmp_path / "out", same_voxels=True)
+    done = repair(open_reader("msd", binary), tmp_path / "out", same_voxels=True)
     assert [c["case"] for c in done] == ["phantom_001"]
     assert digest(tmp_path / "beside") == before
 
@@ -225,7 +225,7 @@ def test_labels_are_turned_with_their_headers(turn, oblique, tmp_path):
     (root / "dataset.json").write_text(json.dumps(facts))
     (problem,) = survey(open_reader("nnunet", root), workers=1).problems
     assert "check --fix` lays" in problem.mend
-    (done,) = mend(open_reader("nnunet", root), tmp_path / "out")
+    (done,) = repair(open_reader("nnunet", root), tmp_path / "out")
     mended = nib.load(tmp_path / "out/labelsTr/a.nii.gz")
     assert np.array_equal(np.asarray(mended.dataobj), label) and "laid onto" in done["now"]
     assert np.allclose(mended.affine, affine, atol=1e-5)
@@ -263,7 +263,7 @@ def test_two_at_once_do_not_mix(binary, tmp_path):
     with making(tmp_path / "out") as partial:
         (partial / "mine").touch()
         for other in (
-            lambda: mend(open_reader("msd", binary), tmp_path / "out"),
+            lambda: repair(open_reader("msd", binary), tmp_path / "out"),
             lambda: write_slices(
                 open_reader("lits", PHANTOMS["lits"](tmp_path / "lits", cases=1)), tmp_path / "out"
             ),
@@ -280,7 +280,7 @@ def test_places_that_are_taken_are_refused(binary, tmp_path):
         (binary / "new", "lies in the raw folder"),
     ):
         with pytest.raises(InputError, match=f"to: .* {message}. Choose a new folder"):
-            mend(open_reader("msd", binary), place)
+            repair(open_reader("msd", binary), place)
 
 
 def test_the_command_mends_then_checks(binary, tmp_path):

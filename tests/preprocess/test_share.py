@@ -14,7 +14,7 @@ import segfleet.preprocess.building.share as share
 import segfleet.preprocess.checking.check as check
 from segfleet.core.errors import DataError, InputError
 from segfleet.preprocess.building.build import build
-from segfleet.preprocess.building.lock import claimed
+from segfleet.preprocess.building.lock import locked
 from segfleet.preprocess.building.request import BuildRequest
 from segfleet.preprocess.phantoms.phantom import write_msd_phantom
 
@@ -116,12 +116,12 @@ def test_one_failing_shard_does_not_stop_the_others(raw, tmp_path, monkeypatch):
 
 def test_members_share_the_claim_and_refuse_all_others(raw, tmp_path):
     out, partial = tmp_path / "store", tmp_path / "store.partial"
-    with claimed(partial, out, shared=True), claimed(partial, out, shared=True):
+    with locked(partial, out, shared=True), locked(partial, out, shared=True):
         share.survey_share(BuildRequest("msd", raw, out, workers=1), (0, 2))
         with pytest.raises(InputError, match="another process is preprocessing into"):
             build(BuildRequest("msd", raw, out, **SMALL))
     with (
-        claimed(partial, out),
+        locked(partial, out),
         pytest.raises(InputError, match="another process is preprocessing into"),
     ):
         share.survey_share(BuildRequest("msd", raw, out, workers=1), (0, 2))
