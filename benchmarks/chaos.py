@@ -5,10 +5,12 @@
 Scenarios: training with DDP and ZeRO 0 to 3 (two ranks, two loader processes each), saving (every
 step), staging, scoring, preprocessing, predicting and a sweep. A chain starts the scenario in a
 fresh folder and kills it up to four times, each time given the same command again, and then lets it
-end. A kill is SIGKILL, either
+end. A kill is SIGKILL,
 
     inside      of the process that makes the n-th change to a file, before that change, or
-    anywhere    of one process of the tree, or of the command itself, at some moment.
+    anywhere    of one process of the tree, or of the command itself, at some moment, or it is
+    ctrl-c      SIGINT to the command and what a terminal would send it to, at some moment; of the
+                impatient twice.
 
 n, the moment and who it is are drawn by the chain's seed. After each kill all that ran must go; at
 the end the result must be that of an undisturbed run, bit by bit, with no half-written file, no
@@ -64,21 +66,24 @@ def scenarios() -> dict[str, Scenario]:
     store = ["preprocess", "msd", "--raw", "../raw", "--workers", "2", "--out", "made"]
     zero = {
         f"train zero{n}": Scenario(
-            words=[*train, DEEPSPEED, f"engine.options.zero={n}"], results=weights, share=0.5
+            words=[*train, DEEPSPEED, f"engine.options.zero={n}"], results=weights, share=0.75
         )
         for n in range(4)
     }
     return {
-        "train ddp": Scenario(words=train, results=weights, share=2.0),
+        "train ddp": Scenario(words=train, results=weights, share=1.5),
         **zero,
-        "save": Scenario(words=["train", "tiny.yaml", "save_every=1"], results=weights, share=2.0),
+        "save": Scenario(words=["train", "tiny.yaml", "save_every=1"], results=weights),
         "stage": Scenario(
-            words=["train", "tiny.yaml", "--stage-to", "$TMPDIR/../staged"], results=weights
+            words=["train", "tiny.yaml", "--stage-to", "$TMPDIR/../staged"],
+            results=weights,
+            share=1.5,
         ),
         "score": Scenario(
             words=["evaluate", "tiny", "evaluation.mirror=[1]"],
             results=("runs/**/evaluation.json:summary",),
             before=("runs",),
+            share=1.5,
         ),
         "preprocess": Scenario(words=store, results=("made/**/*",)),
         "preprocess hdf5": Scenario(words=[*store, "--format", "hdf5"], results=("made/**/*",)),
@@ -86,11 +91,9 @@ def scenarios() -> dict[str, Scenario]:
             words=["predict", "tiny", "../images", "--out", "predicted"],
             results=("predicted/*.png", "predicted/*.nii.gz"),
             before=("runs",),
-            share=2.0,
+            share=1.5,
         ),
-        "sweep": Scenario(
-            words=["sweep", "space.yaml", "--slots", "2"], results=weights[:1], share=0.25
-        ),
+        "sweep": Scenario(words=["sweep", "space.yaml", "--slots", "2"], results=weights[:1]),
     }
 
 
@@ -200,12 +203,18 @@ def kill(
     """One start and one kill; None if it had ended before, which is well."""
     inside, share, own = rng.random() < 0.5, rng.uniform(0.05, 0.95), rng.random() < 0.4
     choice, ended, tree = rng.random(), {}, {}
-    inside &= calm["changes"] > 20  # a sweep's changes are made by Ray's processes
+    asked, twice = rng.random() < 0.25, rng.random() < 0.3
+    # a sweep's changes are made by Ray's processes
+    inside = inside and not asked and calm["changes"] > 20
     changes.arm(max(1, int(share * calm["changes"])) if inside else 0)
     begin = time.monotonic()
     child = start(folder, scenario)
     while child not in forked.reap(ended) and not changes.victim:
         if not inside and time.monotonic() - begin > share * calm["seconds"]:
+            if asked:
+                victim = "command"
+                interrupt(child, twice)
+                break
             tree = forked.tree()
             number = child if own or not tree else sorted(tree)[int(choice * len(tree))]
             forked.end({number: ""})
@@ -227,13 +236,21 @@ def kill(
     forked.end(left)
     forked.reap(ended)
     return {
-        "how": "inside" if inside else "anywhere",
+        "how": "ctrl-c" if asked else "inside" if inside else "anywhere",
         "at": round(share, 2),
         "victim": victim,
         "command": ended.get(child),
         "seconds": round(time.monotonic() - begin, 1),
         "processes_left": len(left),
     }
+
+
+def interrupt(command: int, twice: bool) -> None:
+    """Ranks are sessions of their own, which no terminal reaches."""
+    for _ in range(1 + twice):
+        with suppress(ProcessLookupError):  # it has ended
+            os.killpg(command, signal.SIGINT)
+        time.sleep(0.1 * twice)
 
 
 def start(folder: Path, scenario: Scenario) -> int:
@@ -394,7 +411,8 @@ def report(rows: list[dict], wanted: int, say: bool = False) -> int:
         for row in rows
         if not row["same"] or row["processes_left"] or row["files_left"] or row["tracebacks"]
     ]
-    own = [one["seconds"] for one in kills if one["victim"] == "command"]
+    own = [one["seconds"] for one in kills if one["victim"] == "command" and one["how"] != "ctrl-c"]
+    asked = [one["seconds"] for one in kills if one["how"] == "ctrl-c"]
     others = [one["seconds"] for one in kills if one["victim"] != "command"]
     result = {
         "kills_wanted": wanted,
@@ -409,6 +427,10 @@ def report(rows: list[dict], wanted: int, say: bool = False) -> int:
         "tracebacks": sum(row["tracebacks"] for row in rows),
         "longest_seconds_until_gone": max(own, default=0),
         "longest_seconds_until_the_command_ends": max(others, default=0),
+        "longest_seconds_after_ctrl_c": max(asked, default=0),
+        "exit_codes_after_ctrl_c": dict(
+            sorted(Counter(str(one["command"]) for one in kills if one["how"] == "ctrl-c").items())
+        ),
         "cpu_minutes": round(sum(row["cpu_seconds"] for row in rows) / 60, 1),
         "faults": faults,
     }

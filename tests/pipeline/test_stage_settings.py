@@ -14,7 +14,15 @@ from segfleet.pipeline.jobs import Stores, run_job
 from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.parts import check_recipe
 from segfleet.pipeline.ranks import Ranks
-from segfleet.pipeline.recipe import Recipe, cut, override, parse, resolve, with_absolute_store
+from segfleet.pipeline.recipe import (
+    OVERRIDES,
+    Recipe,
+    cut,
+    override,
+    parse,
+    resolve,
+    with_absolute_store,
+)
 from segfleet.pipeline.scoring.scored import seen_in_training
 from segfleet.pipeline.stop import StopRequest
 from segfleet.preprocess.stores.manifest import load_manifest
@@ -47,6 +55,26 @@ def test_what_a_stage_does_not_say_is_the_recipes(document):
     assert (first.engine.precision, second.engine.precision) == ("fp32", "bf16")
     assert (first.evaluation.overlap, second.evaluation.overlap) == (0.5, 0.25)
     assert (first.seed, second.seed) == (7, 0)
+
+
+def test_a_stage_may_say_everything(document):
+    says = {
+        "seed": 7,
+        "task": "segment",
+        "data": {"batch": 4},
+        "model": {"options": {"width": 4}},
+        "loss": {"name": "bce_dice"},
+        "optimizer": {"clip": 1},
+        "engine": {"precision": "bf16"},
+        "evaluation": {"overlap": 0.25},
+    }
+    assert says.keys() == set(OVERRIDES)
+    document["stages"][0] |= says
+    document["stages"] = document["stages"][:1]
+    found = resolve(recipe_of(document), 0)
+    assert (found.seed, found.data.batch, found.loss.name) == (7, 4, "bce_dice")
+    assert (found.optimizer.clip, found.engine.precision) == (1, "bf16")
+    assert (found.evaluation.overlap, found.model.options) == (0.25, {"width": 4})
 
 
 def test_options_belong_to_the_name_they_were_given_with(document):
