@@ -444,6 +444,7 @@ def makes(command: str, key: str) -> bool:
 def names_of(path: str) -> Iterator[str]:
     parts = Path(path).parts
     yield Path(path).name
+    yield from (part.partition(".")[0] for part in parts if part.startswith("phantom_"))
     yield from (
         part for part in parts if part.startswith(("step-", "phantom_")) or part.endswith(".zarr")
     )
