@@ -66,7 +66,7 @@ SUBJECTS = {  # module -> the tests that ought to notice
     ],
     "preprocess/transforms/resample.py": ["preprocess/test_transforms.py"],
     **{
-        f"pipeline/planning/{name}.py": ["cli/test_plan.py"]
+        f"pipeline/planning/{name}.py": ["pipeline/test_planning.py", "cli/test_plan.py"]
         for name in ("choices", "cpu", "gpu", "planned", "target", "timing")
     },
     # identity
