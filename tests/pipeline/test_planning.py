@@ -131,7 +131,8 @@ def test_pictures_on_a_cpu(pictures, measured, tmp_path):
 
 
 def test_four_fifths_of_the_memory_are_for_a_step(volumes, measured, tmp_path):
-    """Of 4 GB: 3.2. A batch of 64 x 128 x 128 holds 4.2 of these gigabytes, of 56 x 112 x 96 2.4."""
+    """Of 4 GB: 3.2. A batch of 64 x 128 x 128 holds 4.2 of these gigabytes, of
+    56 x 112 x 96 2.4."""
     measured(1e-6)
     first = cpu.for_cpu(volumes, tmp_path, CPU, 3600.0, 1).document["data"]["patch"]
     assert first == [56, 112, 96]
