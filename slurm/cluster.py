@@ -60,10 +60,10 @@ KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER")
 def clean_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment without what a surrounding job or ranks left in it: it would pin cores, ranks
     and GPUs of the new job."""
-    found = os.environ if environment is None else environment
+    inherited = os.environ if environment is None else environment
     return {
         name: value
-        for name, value in found.items()
+        for name, value in inherited.items()
         if name in KEPT or not (name.startswith(INHERITED) or name in RANKS)
     }
 
@@ -171,8 +171,8 @@ def chosen(spec: JobSpec, known: Mapping[str, Partition]) -> list[Partition]:
         else [part.name for part in known.values() if part.default]
     )
     if not names or (unknown := [name for name in names if name not in known]):
-        found = f"found '{unknown[0]}'" if names else "missing, and the cluster has no default"
-        raise InputError(f"partition: {found}; expected one of: {', '.join(known)}")
+        fault = f"found '{unknown[0]}'" if names else "missing, and the cluster has no default"
+        raise InputError(f"partition: {fault}; expected one of: {', '.join(known)}")
     return [known[name] for name in names]
 
 
@@ -181,11 +181,11 @@ def settled(spec: JobSpec) -> JobSpec:
     allows. Raises InputError."""
     if spec.gpus is None:
         return spec
-    (kind, count), known = typed(spec.gpus), partitions(spec.clusters)
+    (kind, count), by_name = typed(spec.gpus), partitions(spec.clusters)
     for nodes in (number for number in range(1, count + 1) if count % number == 0):
-        each = {"gpus": None, "nodes": nodes, "gpus_per_node": count // nodes, "gpu_type": kind}
-        shared = spec.model_copy(update=each)
-        if any(not _misfits(shared, part) for part in chosen(spec, known)):
+        per_node = {"gpus": None, "nodes": nodes, "gpus_per_node": count // nodes, "gpu_type": kind}
+        shared = spec.model_copy(update=per_node)
+        if any(not _misfits(shared, part) for part in chosen(spec, by_name)):
             return shared
     return spec.model_copy(update={"gpus": None, "gpus_per_node": count, "gpu_type": kind})
 
@@ -218,8 +218,8 @@ def fed(spec: JobSpec, workers: Sequence[int | str]) -> JobSpec:
 def check(spec: JobSpec) -> None:
     """Refuse what the cluster can never run, with the legal values. Of several partitions one must
     do. Raises InputError."""
-    known = partitions(spec.clusters)
-    faults = min((_misfits(spec, part) for part in chosen(spec, known)), key=len)
+    by_name = partitions(spec.clusters)
+    faults = min((_misfits(spec, part) for part in chosen(spec, by_name)), key=len)
     if spec.reservation and spec.reservation not in (legal := reservations(spec.clusters)):
         faults.append(
             f"reservation: found '{spec.reservation}', expected one of: "
@@ -243,9 +243,9 @@ NAMED = 5  # nodes that a message names
 
 def _misfits(spec: JobSpec, part: Partition) -> list[str]:
     """What keeps a job out of a partition: its limits, and what the nodes lack that may be used."""
-    faults, here = [], {node.name for node in part.nodes}
+    faults, members = [], {node.name for node in part.nodes}
     wanted, excluded = names_of(spec.nodelist or ""), set(names_of(spec.exclude or ""))
-    if strange := [name for name in wanted if name not in here]:
+    if strange := [name for name in wanted if name not in members]:
         faults.append(f"nodelist: found '{strange[0]}', which partition {part.name} has not")
     if refused := sorted(excluded & set(wanted)):
         faults.append(f"nodelist: '{refused[0]}' is left out by exclude, or by RUNS/.bad-nodes")
@@ -304,8 +304,8 @@ def _lacks(spec: JobSpec, node: Node, partition: str) -> list[str]:
 
 def most_of_an_array(of: str | None = None) -> int:
     """Members that an array may have here (MaxArraySize counts one more). Raises InputError."""
-    found = re.search(r"MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config", of=of))
-    return max(1, int(found[1]) - 1) if found else 1000
+    limit = re.search(r"MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config", of=of))
+    return max(1, int(limit[1]) - 1) if limit else 1000
 
 
 def reservations(of: str | None = None) -> list[str]:
@@ -355,11 +355,11 @@ def account(
         return {}
     # a member that never started has no row of its own
     whole = ",".join(sorted({job.partition("_")[0] for job in ids}))
-    facts = "JobID,State,Reason,NodeList,ExitCode,JobName"
+    columns = "JobID,State,Reason,NodeList,ExitCode,JobName"
     # of a federation's other clusters too, where SLURM_CONF's is in one
     where = () if of else ("--federation",)
     try:
-        return _ask(("sacct", *where, "-n", "-P", "-X", "-j", whole, "-o", facts), age, since, of)
+        return _ask(("sacct", *where, "-n", "-P", "-X", "-j", whole, "-o", columns), age, since, of)
     except InputError:
         return {}
 
@@ -372,7 +372,7 @@ def _ask(
 
 
 def _jobs(text: str) -> dict[str, dict[str, Any]]:
-    found = {}
+    jobs = {}
     for line in text.splitlines():
         # the name comes last: it is free text
         job, state, reason, nodes, code, name = line.split("|", 5)
@@ -380,25 +380,25 @@ def _jobs(text: str) -> dict[str, dict[str, Any]]:
             continue
         nodes = None if nodes in ("", "None assigned") else nodes
         reason = (_ending(code) if code else None) if reason == "None" else reason
-        found |= dict.fromkeys(
+        jobs |= dict.fromkeys(
             _members(job),
             {"name": name, "state": state.split()[0], "reason": reason, "node": nodes},
         )
-    return found
+    return jobs
 
 
 def names_of(nodes: str) -> list[str]:
     """SLURM's short form of node names, `a[01-03,7],b`, written out; nothing of a file's name."""
-    found: list[str] = []
+    expanded: list[str] = []
     if "/" in nodes:
-        return found
+        return expanded
     for group in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes):
         names = [""]
         for plain, numbers in re.findall(r"([^\[]+)|\[([^\]]*)\]", group):
             ends = [plain] if plain else list(_numbers(numbers))
             names = [name + end for name in names for end in ends]
-        found += names
-    return found
+        expanded += names
+    return expanded
 
 
 def _numbers(text: str) -> Iterator[str]:
@@ -444,9 +444,9 @@ def ask(script: str) -> list[str]:
     if not there_is_one():
         return ["no SLURM controller answers here: not asked"]
     # a job that is not yet there
-    known = "".join(line for line in script.splitlines(keepends=True) if "afterany:<" not in line)
+    lines = "".join(line for line in script.splitlines(keepends=True) if "afterany:<" not in line)
     with tempfile.NamedTemporaryFile("w", suffix=".sh", encoding="utf-8") as file:
-        file.write(known)
+        file.write(lines)
         file.flush()
         try:
             asked = 'sbatch --test-only "$1" 2>&1'

@@ -30,7 +30,7 @@ class Busy(Interrupted):
     """A granted GPU is still held by somebody else. This start ends; the job comes back."""
 
 
-def examine(ranks: Ranks, gpus: int, node: str) -> None:
+def check_node(ranks: Ranks, gpus: int, node: str) -> None:
     """A granted GPU is visible and nearly empty, multiplies rightly, and all ranks reach each
     other.
 
@@ -55,8 +55,8 @@ def examine(ranks: Ranks, gpus: int, node: str) -> None:
         raise Busy(held)
     values = torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(0))
     exact = values[0].double() @ values[1].double()
-    found = (values[0].to(device) @ values[1].to(device)).double().cpu()
-    if not (found - exact).norm() < 1e-2 * exact.norm():
+    product = (values[0].to(device) @ values[1].to(device)).double().cpu()
+    if not (product - exact).norm() < 1e-2 * exact.norm():
         raise BadNode(f"node {node}: {device} multiplies two matrices wrongly")
     if (count := int(ranks.sum(torch.ones(1, device=device)).item())) != ranks.size:
         raise BadNode(f"node {node}: the ranks add up to {count}, expected {ranks.size}")

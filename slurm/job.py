@@ -115,7 +115,7 @@ class SlurmJob:
         if isinstance(job, Survey | Write):
             return f"{job.do} {job.share[0]}"
         if isinstance(job, Preprocess):
-            return "publish" if self.submission.kept().before else "preprocess"
+            return "publish" if self.submission.settings().before else "preprocess"
         return ""
 
     def state(self) -> str:
@@ -188,39 +188,42 @@ class SlurmJob:
 
 def attach(run: Path) -> SlurmJob:
     """The latest submission of a run to SLURM. Raises InputError if there is none."""
-    found = latest(run)
-    if found.launcher != "slurm":
+    submission = latest(run)
+    if submission.launcher != "slurm":
         raise InputError(f"run: {run.name} was started on this machine, not by SLURM")
-    return SlurmJob(run, found)
+    return SlurmJob(run, submission)
 
 
 def refuse_if_active(*runs: Path) -> None:
     """Raises InputError if a job of these runs, or of what is made beside them, waits or runs."""
-    made = [
-        SlurmJob(run, one) for run in runs for one in submissions(run) if one.launcher == "slurm"
+    jobs = [
+        SlurmJob(run, submission)
+        for run in runs
+        for submission in submissions(run)
+        if submission.launcher == "slurm"
     ]
-    for job, found in look_at_all(made, poll.moment()):
+    for job, seen in look_at_all(jobs, poll.moment()):
         run, name = job.run, job.run.name.removesuffix(".jobs")
-        if found.state in ("queued", "running"):
+        if seen.state in ("queued", "running"):
             cancel = name if name == run.name else run.with_suffix("")
             raise InputError(
-                f"run: {name} is {found.state} already as job {job.id}; `segfleet cancel "
+                f"run: {name} is {seen.state} already as job {job.id}; `segfleet cancel "
                 f"{cancel}` first"
             )
-        if found.state == "unknown":
+        if seen.state == "unknown":
             raise InputError(
-                f"run: whether {name} still runs as job {job.id} is unknown; {found.reason}"
+                f"run: whether {name} still runs as job {job.id} is unknown; {seen.reason}"
             )
 
 
 def look_at_all(jobs: list[SlurmJob], age: float = 0.0) -> list[tuple[SlurmJob, Seen]]:
     """What `look` says of each; SLURM is asked once for all of a cluster, and not at all where an
     answer of the last `age` seconds is there that is younger than the jobs."""
-    found: dict[int, Seen] = {}
+    by_id: dict[int, Seen] = {}
     for of in dict.fromkeys(job.cluster for job in jobs):
         own = [job for job in jobs if job.cluster == of]
-        found |= zip(map(id, own), _look(own, of, age), strict=True)
-    return [(job, found[id(job)]) for job in jobs]
+        by_id |= zip(map(id, own), _look(own, of, age), strict=True)
+    return [(job, by_id[id(job)]) for job in jobs]
 
 
 def _look(jobs: list[SlurmJob], of: str | None, age: float) -> list[Seen]:
@@ -233,14 +236,14 @@ def _look(jobs: list[SlurmJob], of: str | None, age: float) -> list[Seen]:
         queue, silence = {}, str(error)
     unlisted = [] if silence else [job.id for job in jobs if job.id not in queue]
     accounts = cluster.account(unlisted, **when)
-    found = [job.judge(queue, accounts, silence) for job in jobs]
+    judged = [job.judge(queue, accounts, silence) for job in jobs]
     # Nobody is lost by an old answer: a job from a machine whose clock is late may be younger
     new = [job for job in jobs if abs(now - job.submission.time) < CLOCKS]
     if age and any(
-        seen.state == "lost" and job in new for job, seen in zip(jobs, found, strict=True)
+        seen.state == "lost" and job in new for job, seen in zip(jobs, judged, strict=True)
     ):
         return _look(jobs, of, 0.0)
-    return found
+    return judged
 
 
 def cancel(jobs: list[tuple[SlurmJob, Seen]]) -> list[str]:
@@ -267,4 +270,4 @@ def jobs_of(run: Path) -> list[SlurmJob]:
     """The latest submission to SLURM and the jobs it waits for. Raises InputError if there is
     none."""
     attach(run)
-    return [SlurmJob(run, made) for made in together(run)]
+    return [SlurmJob(run, submission) for submission in together(run)]

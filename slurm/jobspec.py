@@ -163,21 +163,21 @@ class JobSpec(BaseModel):
             raise ValueError("gpus and gpus_per_node say the same twice; give one")
         if not options.get("nodes"):
             return {**options, "gpus": text}
-        each, rest = divmod(count, int(options["nodes"]))
+        per_node, rest = divmod(count, int(options["nodes"]))
         if rest:
             raise ValueError(f"gpus: {count} on {options['nodes']} nodes are not as many on each")
-        return {**options, "gpus": None, "gpus_per_node": each, "gpu_type": kind}
+        return {**options, "gpus": None, "gpus_per_node": per_node, "gpu_type": kind}
 
     @model_validator(mode="before")
     @classmethod
     def _typed_gpus(cls, options: Any) -> Any:
         """`a100:2` is two GPUs of a type; a type alone is one, as for SLURM."""
-        found = options.get("gpus_per_node") if isinstance(options, dict) else None
-        if not isinstance(found, str) or found.isdecimal():
+        gpus = options.get("gpus_per_node") if isinstance(options, dict) else None
+        if not isinstance(gpus, str) or gpus.isdecimal():
             return options
-        kind, count = typed(found)
+        kind, count = typed(gpus)
         if count < 1:
-            raise ValueError(f"gpus_per_node: found '{found}', expected a number or a100:2")
+            raise ValueError(f"gpus_per_node: found '{gpus}', expected a number or a100:2")
         return {**options, "gpu_type": kind, "gpus_per_node": count}
 
     @field_validator("time")
@@ -254,9 +254,9 @@ class JobSpec(BaseModel):
     def megabytes(self) -> int | None:
         if self.memory is None:
             return None
-        found = MEMORY.fullmatch(self.memory)
-        assert found is not None, "the field was checked"
-        number, unit = found.groups()
+        match = MEMORY.fullmatch(self.memory)
+        assert match is not None, "the field was checked"
+        number, unit = match.groups()
         return math.ceil(
             int(number) * {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}[unit.upper()]
         )
@@ -302,8 +302,8 @@ def make_spec(
     sbatch. Raises InputError that names every fault."""
     mine = of_environment() if places else {}
     profile = read_profile(cluster, places)
-    for one, other in (("gpus", "gpus_per_node"), ("gpus_per_node", "gpus")):
-        if one in options:  # what the profile says of the same
+    for given, other in (("gpus", "gpus_per_node"), ("gpus_per_node", "gpus")):
+        if given in options:  # what the profile says of the same
             profile.pop(other, None)
     return settings.validate(JobSpec, {**profile, **mine, **options}, "job")
 
@@ -339,12 +339,12 @@ def read_profile(cluster: str | None, places: tuple[Path, ...] = PLACES) -> dict
     if not isinstance(profiles, dict) or (
         unknown := sorted(set(document) - {"default", "clusters"})
     ):
-        found = (
+        fault = (
             f"found the key '{unknown[0]}'"
             if isinstance(profiles, dict)
             else "found no mapping `clusters`"
         )
-        raise InputError(f"{path}: {found}; expected the keys: default, clusters")
+        raise InputError(f"{path}: {fault}; expected the keys: default, clusters")
     for name, options in profiles.items():
         if not isinstance(options, dict):
             raise InputError(

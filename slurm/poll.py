@@ -74,8 +74,8 @@ class Answers:
 
     def _read(self) -> tuple[float, str, str]:
         try:
-            found = parse_json((self.folder / f"{self.name}.json").read_text(encoding="utf-8"))
-            return float(found["asked"]), str(found["text"]), str(found["fault"])
+            answer = parse_json((self.folder / f"{self.name}.json").read_text(encoding="utf-8"))
+            return float(answer["asked"]), str(answer["text"]), str(answer["fault"])
         except (OSError, ValueError, KeyError, TypeError):
             return 0.0, "", ""
 
@@ -97,9 +97,9 @@ class Pace:
     def is_due(self) -> bool:
         return time.monotonic() >= self.due
 
-    def looked(self, found: object) -> None:
+    def looked(self, state: object) -> None:
         """What was seen."""
-        changed, self.seen = found != self.seen, found
+        changed, self.seen = state != self.seen, state
         self.interval = self.first if changed else min(2 * self.interval, max(LONGEST, seconds()))
         self.due = time.monotonic() + self.interval
 
@@ -122,8 +122,8 @@ def _private_folder() -> Path | None:
     folder = Path(home) / f"segfleet-queue-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        facts = os.lstat(folder)
+        status = os.lstat(folder)
     except OSError:
         return None
-    mine = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
-    return folder if mine and not facts.st_mode & 0o077 else None
+    mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    return folder if mine and not status.st_mode & 0o077 else None

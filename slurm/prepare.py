@@ -24,8 +24,8 @@ def prepare(source: str, changes: Sequence[str], root: Path) -> list[tuple[Recip
     recipe = with_absolute_store(load_recipe(source, list(changes)))
     manifest = load_manifest(Path(recipe.data.store))
     return [
-        (one, stage_folders(absolute(root), one, manifest)[-1].path)
-        for one in chosen_folds(recipe, manifest)
+        (fold, stage_folders(absolute(root), fold, manifest)[-1].path)
+        for fold in chosen_folds(recipe, manifest)
     ]
 
 

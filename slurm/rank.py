@@ -50,12 +50,12 @@ def run_rank(folder: str) -> None:
     submission, life = Path(folder), Path(os.environ["SEGFLEET_LIFE"])
     rank = int(os.environ["RANK"])
     try:
-        job, kept = read_job(submission)
+        job, settings = read_job(submission)
     except InputError as error:
         sys.stderr.write(f"segfleet: {error}\n")
         worker.exit_now(worker.report(life, rank, error))
     stop.at_once = lambda: worker.leave(life)
-    spec = kept.spec
+    spec = settings.spec
     end = int(os.environ.get("SEGFLEET_END") or 0)
     stop.deadline, stop.margin = (float(end) if end else None), spec.lead / 2
     stop.later = next_life(life)
@@ -72,7 +72,7 @@ def run_rank(folder: str) -> None:
 
         node = os.environ["SLURMD_NODENAME"]
         try:
-            health.examine(ranks, spec.gpus_per_node, node)
+            health.check_node(ranks, spec.gpus_per_node, node)
         except health.BadNode as error:
             health.remember(job.root, node, str(error))
             raise
@@ -160,20 +160,20 @@ def own_address() -> str:
         e.get("SLURM_TOPOLOGY_ADDR", "").rpartition(".")[2],
         socket.gethostname(),
     )
-    found = next((name for name in names if name and addresses_of(name)), "127.0.0.1")
+    address = next((name for name in names if name and addresses_of(name)), "127.0.0.1")
     if e.get("SLURM_JOB_NUM_NODES", "1") != "1":
         from segfleet.pipeline.launch.rendezvous import is_loopback, own_address_towards
 
-        if all(map(is_loopback, addresses_of(found))):
+        if all(map(is_loopback, addresses_of(address))):
             for other in cluster.names_of(e.get("SLURM_JOB_NODELIST", "")):
                 if other != e.get("SLURMD_NODENAME") and (way := own_address_towards(other)):
-                    return found if is_loopback(way) else way
-    return found
+                    return address if is_loopback(way) else way
+    return address
 
 
 def addresses_of(name: str) -> list[str]:
     try:
-        return [str(one[4][0]) for one in socket.getaddrinfo(name, None)]
+        return [str(entry[4][0]) for entry in socket.getaddrinfo(name, None)]
     except OSError:
         return []
 
@@ -199,13 +199,13 @@ def begin(life: Path, job: Job, limit: int) -> None:
             "it again"
         )
     steps = progress_of(job)
-    facts = {
+    record = {
         "time": time.time(),
         "steps": steps,
         "node": os.environ.get("SLURMD_NODENAME"),
         "code": code,
     }
-    write_atomically(life / "life.json", json.dumps(facts))
+    write_atomically(life / "life.json", json.dumps(record))
     number = life.name.rpartition(".")[0]
     begun = sorted(
         life.parent.glob(f"{number}.*/life.json"),
@@ -214,7 +214,7 @@ def begin(life: Path, job: Job, limit: int) -> None:
     lives = (read_json(path) for path in begun)  # of a dead node one may be empty
     if isinstance(job, Command):
         return  # what a command waits for is not its own progress
-    before = [facts["steps"] for facts in lives if facts and "steps" in facts]
+    before = [record["steps"] for record in lives if record and "steps" in record]
     if len(before) > limit and set(before[-limit - 1 :]) == {steps}:
         where, mend = "", "Give it more time and submit it again"
         if isinstance(job, Train):

@@ -47,11 +47,11 @@ def run(
     is called on the first node alone, when all nodes are there."""
     address = life / "ray"
     if rank:
-        facts = rendezvous.published(address, rank)
-        place = f"{facts['host']}:{facts['port']}"
+        head = rendezvous.published(address, rank)
+        place = f"{head['host']}:{head['port']}"
         with (
-            private_folder(Path(facts["folder"])),
-            started(["--address", place], facts["token"], gpus) as ray,
+            private_folder(Path(head["folder"])),
+            started(["--address", place], head["token"], gpus) as ray,
         ):
             while not (life / OVER).exists() and ray.poll() is None:
                 time.sleep(0.5)
@@ -65,8 +65,8 @@ def run(
     try:
         with started([*words, "--node-ip-address", host], token, gpus) as ray:
             _await(ray, host, port)
-            facts = {"host": host, "port": port, "token": token, "folder": str(folder)}
-            rendezvous.publish(address, facts)
+            head = {"host": host, "port": port, "token": token, "folder": str(folder)}
+            rendezvous.publish(address, head)
             share = str(max(1, cpus() // (gpus or cpus())))
             environment = {**SETTINGS, "RAY_AUTH_TOKEN": token, "OMP_NUM_THREADS": share}
             _await_nodes(f"{host}:{port}", environment, int(os.environ["WORLD_SIZE"]), stop)
@@ -82,8 +82,12 @@ def private_folder(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:  # of a node that is the same machine
-        facts = os.lstat(folder)
-        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o077:
+        status = os.lstat(folder)
+        if (
+            not stat.S_ISDIR(status.st_mode)
+            or status.st_uid != os.getuid()
+            or status.st_mode & 0o077
+        ):
             raise InputError(f"sweep: {folder} is open to others, and Ray needs it") from None
         yield
         return
@@ -129,9 +133,9 @@ def started(words: list[str], token: str, gpus: int) -> Iterator[subprocess.Pope
         with suppress(subprocess.TimeoutExpired):
             process.wait(15)
         process.kill()
-        for one in family:
+        for child in family:
             with suppress(psutil.Error):
-                one.kill()
+                child.kill()
         process.wait()
 
 

@@ -65,10 +65,10 @@ def files_of(source: Path) -> dict[str, Path]:
 
 def digest(source: Path = SOURCE) -> str:
     """What tells one version of the code from another: names and contents of all files."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, path in files_of(source).items():
-        found.update(f"{name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
-    return found.hexdigest()[:12]
+        sha256.update(f"{name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return sha256.hexdigest()[:12]
 
 
 def commit(source: Path = SOURCE) -> dict[str, Any]:

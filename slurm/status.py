@@ -20,7 +20,7 @@ def status(root: Path) -> list[Row]:
     and without SLURM."""
     runs = run_folders(root)
     rows = [_row(run) for run in runs]
-    found = look_at_all(
+    looked = look_at_all(
         [
             SlurmJob(run, last)
             for run in runs
@@ -29,7 +29,7 @@ def status(root: Path) -> list[Row]:
         ],
         poll.seconds(),
     )
-    jobs = {str(job.run): seen for job, seen in found}
+    jobs = {str(job.run): seen for job, seen in looked}
     return [_joined(row, jobs[row.path]) if row.path in jobs else row for row in rows]
 
 
@@ -39,8 +39,10 @@ def _row(run: Path) -> Row:
     try:
         return run_status(run)
     except (ValueError, OSError) as error:
-        known = explain(error)
-        reason = known[0] if known else f"{run / RECIPE} or a file beside it is damaged: {error}"
+        explained = explain(error)
+        reason = (
+            explained[0] if explained else f"{run / RECIPE} or a file beside it is damaged: {error}"
+        )
         return Row(run=run.name, path=str(run), state="unreadable", reason=reason)
 
 
@@ -55,15 +57,15 @@ def jobs(home: Path) -> list[dict[str, Any]]:
 def _joined(row: Row, seen: Seen) -> Row:
     """A run that is done is done, whatever became of its job; else the job knows better than a lock
     that other nodes may not see."""
-    facts = {"job": seen.job, "queue": seen.queue, "reason": seen.reason, "node": seen.node}
+    fields = {"job": seen.job, "queue": seen.queue, "reason": seen.reason, "node": seen.node}
     state = row.state
     if state in ("done", "unreadable"):
         if seen.state == "unknown":
-            facts = {"job": seen.job}
+            fields = {"job": seen.job}
         if state == "unreadable":
-            facts["reason"] = row.reason
+            fields["reason"] = row.reason
     elif seen.state == "running":
         state = "scoring" if state == "trained" else "training" if row.steps else "starting"
     elif state != "training":
         state = seen.state
-    return replace(row, state=state, restarts=max(row.restarts, seen.starts - 1), **facts)
+    return replace(row, state=state, restarts=max(row.restarts, seen.starts - 1), **fields)

@@ -35,7 +35,7 @@ from segfleet.slurm.jobspec import JobSpec
 LIFE = "SEGFLEET_LIFE"
 
 
-class Asked(BaseModel):
+class RankResources(BaseModel):
     """What every rank must know of the job's resources."""
 
     model_config = ConfigDict(frozen=True)
@@ -45,12 +45,12 @@ class Asked(BaseModel):
     fruitless: int
 
 
-class Kept(BaseModel):
+class JobSettings(BaseModel):
     """What job.json holds beside the job."""
 
     model_config = ConfigDict(frozen=True)
 
-    spec: Asked
+    spec: RankResources
     before: tuple[str, ...] = ()  # folders of submissions that come first, made with this one
     sweep: Path | None = None  # whose node it trains
 
@@ -76,7 +76,7 @@ class Submission:
         """What every rank does: one of the kinds of launch/job.py. Raises InputError."""
         return read_job(Path(self.folder))[0]
 
-    def kept(self) -> Kept:
+    def settings(self) -> JobSettings:
         return read_job(Path(self.folder))[1]
 
     @property
@@ -98,42 +98,42 @@ class Submission:
         life = self.lives[-1]
         if (life / "ended.json").exists():
             return "done", None
-        found = failure(life)
+        report = failure(life)
         return (
             (None, None)
-            if found is None
-            else ("stopped" if found["exit_code"] == 75 else "failed", found["message"])
+            if report is None
+            else ("stopped" if report["exit_code"] == 75 else "failed", report["message"])
         )
 
 
 def submissions(run: Path) -> list[Submission]:
     """All submissions of a run, first to last. A copy of a run has none: the jobs are the
     original's."""
-    made = (_load(path) for path in sorted((run / "slurm").glob("*/submission.json")))
-    return [one for one in made if one is not None]
+    loaded = (_load(path) for path in sorted((run / "slurm").glob("*/submission.json")))
+    return [submission for submission in loaded if submission is not None]
 
 
 def _load(path: Path) -> Submission | None:
     """A submission where it lies now: folders of runs are moved, and seen under other names. None:
     a copy, or damaged."""
-    facts = read_json(path)
+    document = read_json(path)
     try:
-        made = Submission(**facts) if facts else None
+        submission = Submission(**document) if document else None
     except TypeError:
         sys.stderr.write(f"segfleet: {path} is damaged and is left out\n")
-        made = None
-    if made is None:
+        submission = None
+    if submission is None:
         return None
-    here, then = path.parent.resolve(), Path(made.folder)
+    folder, then = path.parent.resolve(), Path(submission.folder)
     with suppress(OSError):
         if (then / path.name).exists():
-            return made if then.samefile(here) else None
+            return submission if then.samefile(folder) else None
 
     def now(old: str) -> str:
         """The same way from the run's folder, which was one folder and is another one."""
-        return os.path.normpath(here.parents[1] / os.path.relpath(old, then.parents[1]))
+        return os.path.normpath(folder.parents[1] / os.path.relpath(old, then.parents[1]))
 
-    return replace(made, folder=str(here), logs=now(made.logs))
+    return replace(submission, folder=str(folder), logs=now(submission.logs))
 
 
 def home_of(out: Path) -> Path:
@@ -153,14 +153,16 @@ def together(run: Path) -> list[Submission]:
     """The latest submission and those it waits for, which were submitted with it. Raises InputError
     if there is none."""
     last = latest(run)
-    before = last.kept().before
-    return [one for one in submissions(run) if Path(one.folder).name in before] + [last]
+    before = last.settings().before
+    return [
+        submission for submission in submissions(run) if Path(submission.folder).name in before
+    ] + [last]
 
 
 def latest(run: Path) -> Submission:
     """Raises InputError if the run was never submitted."""
-    if found := submissions(run):
-        return found[-1]
+    if made := submissions(run):
+        return made[-1]
     raise InputError(f"run: {run.name} was never submitted; `segfleet submit` does")
 
 
@@ -178,23 +180,25 @@ def new_folder(run: Path) -> Path:
     )
 
 
-def read_job(folder: Path) -> tuple[Job, Kept]:
+def read_job(folder: Path) -> tuple[Job, JobSettings]:
     """What `write_job` left in a submission folder. Raises InputError."""
     if (document := read_json(folder / "job.json")) is None:
         raise InputError(f"submission: {folder / 'job.json'} is missing or damaged; submit again")
     # what is null is as if it were not there: earlier versions wrote stage_to for every kind of job
-    known = {key: value for key, value in document.items() if value is not None}
-    kept = {key: known.pop(key) for key in Kept.model_fields if key in known}
-    return parse_job(known), Kept.model_validate(kept)
+    present = {key: value for key, value in document.items() if value is not None}
+    settings = {key: present.pop(key) for key in JobSettings.model_fields if key in present}
+    return parse_job(present), JobSettings.model_validate(settings)
 
 
-def write_job(home: Path, job: Job, spec: JobSpec, **kept: Any) -> Path:
-    """A new submission folder that holds the frozen job; `kept`: further fields of Kept."""
+def write_job(home: Path, job: Job, spec: JobSpec, **settings: Any) -> Path:
+    """A new submission folder that holds the frozen job; `settings`: further fields of JobSettings."""
     folder = new_folder(home)
     if isinstance(job, Train):  # nobody watches its events: they are printed into its log
         job = job.model_copy(update={"stage_to": spec.stage_to, "lines": True})
-    asked = Asked(gpus_per_node=spec.gpus_per_node, lead=spec.lead, fruitless=spec.fruitless)
-    document = {**job.document(), **Kept(spec=asked, **kept).model_dump(mode="json")}
+    resources = RankResources(
+        gpus_per_node=spec.gpus_per_node, lead=spec.lead, fruitless=spec.fruitless
+    )
+    document = {**job.document(), **JobSettings(spec=resources, **settings).model_dump(mode="json")}
     write_atomically(folder / "job.json", json.dumps(document, indent=1))
     return folder
 
@@ -222,14 +226,14 @@ def record(
     commit: str | None,
 ) -> Submission:
     """Write down a submission that was accepted."""
-    kept = spec.model_dump(mode="json")
-    made = Submission(
-        folder=str(folder), logs=str(logs), id=id, name=name, launcher=launcher, spec=kept,
+    settings = spec.model_dump(mode="json")
+    submission = Submission(
+        folder=str(folder), logs=str(logs), id=id, name=name, launcher=launcher, spec=settings,
         time=time.time(),
         code=str(code) if code else None, commit=commit,
     )  # fmt: skip
-    made.save()
-    return made
+    submission.save()
+    return submission
 
 
 def failure(life: Path) -> dict[str, Any] | None:

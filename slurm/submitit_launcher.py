@@ -92,16 +92,16 @@ class SlurmLauncher:
         spec: JobSpec,
         name: str,
         logs: Path,
-        **kept: Any,
+        **settings: Any,
     ) -> list[SlurmJob]:
         """One job, or an array of jobs with the same resources, each kept in its home; an array's
-        logs go into a new folder in `logs`. `kept`: further fields of `submission.Kept`.
+        logs go into a new folder in `logs`. `settings`: further fields of `submission.JobSettings`.
 
         The cluster is not asked before. Raises InputError with SLURM's own words.
         """
         code = None if self.live else snapshot.freeze_code(root)
         commit = snapshot.commit()
-        folders = [submission.write_job(home, job, spec, **kept) for home, job in jobs]
+        folders = [submission.write_job(home, job, spec, **settings) for home, job in jobs]
         logs = (
             folders[0]
             if len(folders) == 1
@@ -122,7 +122,7 @@ class SlurmLauncher:
         except BaseException:
             submission.take_back([*folders, logs] if len(folders) > 1 else folders, root)
             raise
-        made = []
+        submitted = []
         for folder, (home, asked), job in zip(folders, jobs, taken, strict=True):
             if isinstance(asked, Train):  # `status` sees a new run from now on
                 write_json(home / RECIPE, asked.recipe)
@@ -130,7 +130,7 @@ class SlurmLauncher:
                 (folder / "code.diff").write_text(commit["diff"], encoding="utf-8")
             # The spec as it was asked for: a node that is bad today must not be left out of a later
             # `resume`.
-            facts = {
+            fields = {
                 "id": job.job_id,
                 "name": name,
                 "launcher": "slurm",
@@ -138,8 +138,10 @@ class SlurmLauncher:
                 "logs": logs,
                 "code": code,
             }
-            made.append(SlurmJob(home, submission.record(folder, commit=commit["commit"], **facts)))
-        return made
+            submitted.append(
+                SlurmJob(home, submission.record(folder, commit=commit["commit"], **fields))
+            )
+        return submitted
 
     def _hand_over(self, folders: list[str], script: Script) -> list[Any]:
         """submitit's jobs, in as many arrays as the cluster's MaxArraySize asks for: all or
@@ -253,7 +255,7 @@ def executor(script: Script) -> Any:
                 f"submit: {path!a} has a line break or another sign that a script cannot hold in a "
                 "path. Choose another folder."
             )
-    made = Executor(folder=logs, python=python(spec))
+    submitter = Executor(folder=logs, python=python(spec))
     # sbatch would name the working folder without the links that lead to it
     further = {"requeue": True, "kill-on-invalid-dep": "yes", "chdir": str(absolute("."))}
     further |= {key: value for key in ("clusters", "reservation") if (value := getattr(spec, key))}
@@ -298,8 +300,8 @@ def executor(script: Script) -> Any:
             "dependency",
         )
     }
-    made.update_parameters(**options)
-    return made
+    submitter.update_parameters(**options)
+    return submitter
 
 
 def python(spec: JobSpec) -> str:
@@ -337,8 +339,8 @@ def refusal(line: str) -> str:
         f"the setup line failed: {line}. Mend it, or end it with `|| true` if that is meant; then: "
         "segfleet resume"
     )
-    facts = {"rank": 0, "time": 0, "exit_code": 2, "message": message, "peer_failure": False}
-    report = shlex.quote(json.dumps(facts))
+    failed = {"rank": 0, "time": 0, "exit_code": 2, "message": message, "peer_failure": False}
+    report = shlex.quote(json.dumps(failed))
     return (
         f"{{ echo segfleet: {shlex.quote(message)} >&2; echo {report} "
         f'> "${submission.LIFE}/failed-0.json"; exit 2; }}'
@@ -380,8 +382,8 @@ def without_bad_nodes(spec: JobSpec, root: Path) -> JobSpec:
     bad = [node for node in health.bad_nodes(root) if node not in (spec.exclude or "").split(",")]
     if bad:
         with suppress(InputError):  # of another cluster, or taken away: SLURM would refuse the name
-            known = cluster.known_nodes(spec.clusters)
-            bad = [node for node in bad if node in known]
+            existing = cluster.known_nodes(spec.clusters)
+            bad = [node for node in bad if node in existing]
     return (
         spec.model_copy(
             update={"exclude": ",".join([*([spec.exclude] if spec.exclude else []), *bad])}
@@ -399,11 +401,11 @@ def job_name(runs: Sequence[Path]) -> str:
 def cleaned_environment() -> Iterator[None]:
     """submitit submits with this process's environment, which a job inherits."""
     with _environment:
-        kept = dict(os.environ)
+        before = dict(os.environ)
         os.environ.clear()
-        os.environ.update(cluster.clean_environment(kept))
+        os.environ.update(cluster.clean_environment(before))
         try:
             yield
         finally:
             os.environ.clear()
-            os.environ.update(kept)
+            os.environ.update(before)

@@ -101,7 +101,7 @@ class Slurm:
     def taken(self, order: Order) -> bool:
         """Whether a job that another sweep or a person submitted trains this node, or waits to."""
         known = self._known(order.path)
-        return known is not None and known.submission.kept().sweep != order.sweep
+        return known is not None and known.submission.settings().sweep != order.sweep
 
     def stop(self, order: Order) -> None:
         def is_its_job(holder: Holder) -> bool:

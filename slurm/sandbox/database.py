@@ -146,8 +146,8 @@ class Database:
             time.sleep(0.1)
 
 
-def _run(*command: str, **more) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, **more)
+def _run(*command: str, **options) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
     if done.returncode:
         raise RuntimeError(
             f"slurm-sandbox: {command[0]} failed: {(done.stderr or done.stdout).strip()}"

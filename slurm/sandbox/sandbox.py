@@ -229,14 +229,14 @@ class Sandbox:
         files = {"munged": self.folder / "munge" / "pid", "slurmctld": self.folder / "ctld.pid"}
         files |= {"slurmdbd": self.folder / "dbd.pid", "mariadbd": self.folder / "db" / "pid"}
         files |= {f"slurmd {node}": self.folder / "spool" / f"slurmd-{node}.pid" for node in NODES}
-        found = {}
+        pids = {}
         for name, file in files.items():
             with suppress(OSError, ValueError):
                 pid = int(file.read_text())
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
                 if Path(command).name == name.split()[0] and alive(pid):
-                    found[name] = pid
-        return found
+                    pids[name] = pid
+        return pids
 
     def _write(self) -> None:
         """All files but the database's."""

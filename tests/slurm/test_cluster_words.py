@@ -238,7 +238,7 @@ def test_a_busy_gpu_ends_this_start_and_blames_no_node(monkeypatch):
     ranks = Ranks(torch.device("cpu"))
     monkeypatch.setattr(ranks, "gather", lambda mine: [mine, words], raising=False)
     with pytest.raises(health.Busy, match="comes back") as error:
-        health.examine(ranks, 0, "n2")  # the GPU of another rank
+        health.check_node(ranks, 0, "n2")  # the GPU of another rank
     assert error.value.exit_code == 75 and not isinstance(error.value, health.BadNode)
 
 

@@ -337,17 +337,17 @@ def test_a_granted_gpu_that_torch_does_not_see_is_a_bad_node(monkeypatch):
 
     monkeypatch.delenv("SEGFLEET_DEVICE", raising=False)
     ranks = Ranks(torch.device("cpu"))
-    health.examine(ranks, 0, "n1")
+    health.check_node(ranks, 0, "n1")
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
     with pytest.raises(
         InputError,
         match=r"n1: 2 GPU\(s\) were granted, but torch .* is built for CPUs; install a CUDA build",
     ):
-        health.examine(ranks, 2, "n1")  # no node's fault
+        health.check_node(ranks, 2, "n1")  # no node's fault
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     with pytest.raises(health.BadNode, match="node n1: 2 GPU"):
-        health.examine(ranks, 2, "n1")
+        health.check_node(ranks, 2, "n1")
 
 
 @pytest.mark.parametrize("steps", [[0, 5, 5, 5, 5], [0, 0, 0, 5, 5, 5, 5], [5, 5, 5, 5]])

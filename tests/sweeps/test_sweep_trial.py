@@ -309,7 +309,7 @@ def test_a_job_that_somebody_else_submitted_is_neither_waited_for_nor_stopped(pl
     path.mkdir(parents=True, exist_ok=True)
     (path / "stop").touch()
     queued = SimpleNamespace(
-        submission=SimpleNamespace(kept=lambda: SimpleNamespace(sweep=sweep[0]))
+        submission=SimpleNamespace(settings=lambda: SimpleNamespace(sweep=sweep[0]))
     )
     monkeypatch.setattr(slurm_backend.Slurm, "_known", lambda *_: queued)
     monkeypatch.setattr(slurm_backend.Slurm, "run", lambda *_: waited.append(order))
