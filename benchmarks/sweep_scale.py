@@ -86,7 +86,7 @@ def search(store: str, points: int, runs: str) -> dict:
     before, number, running = dict(calls), 0, []
     began = time.process_time()
     ledger = Ledger(plan.tree, plan.runs, plan.folder)
-    tree = TreeSearch(ledger, plan.order, slots=SLOTS, tick=ledger.epochs_done)
+    tree = TreeSearch(ledger, plan.order, slots=SLOTS, on_change=ledger.epochs_done)
     halves: list[float] = []
     while (order := tree.next(f"n{number}")) != FINISHED or running:
         if order not in (None, FINISHED):

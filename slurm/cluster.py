@@ -77,10 +77,10 @@ def call(*command: str, of: str | None = None, timeout: float = 60) -> str:
         done = subprocess.run(
             command,
             env=clean_environment(),
-            stdin=subprocess.DEVNULL,  # nobody answers a question that nobody sees
+            stdin=subprocess.DEVNULL,  # no one sees a question, nor answers it
             capture_output=True,
             encoding="utf-8",
-            errors="replace",  # of somebody else's comment or job name in another encoding
+            errors="replace",  # of another user's comment or job name in another encoding
             timeout=timeout,
         )
     except FileNotFoundError:
@@ -134,7 +134,7 @@ class Partition:
 
 
 def partitions(of: str | None = None) -> dict[str, Partition]:
-    """Partitions of a cluster by name, as sinfo tells them: one row for every node in every
+    """Partitions of a cluster by name, as sinfo lists them: one row for every node in every
     partition. Raises InputError."""
     limits: dict[str, tuple[bool, int | None]] = {}
     nodes: dict[str, list[Node]] = {}
@@ -191,7 +191,7 @@ def settled(spec: JobSpec) -> JobSpec:
 
 
 def fed(spec: JobSpec, workers: Sequence[int | str]) -> JobSpec:
-    """The same with cores for the loader of every GPU, where nobody said how many: as many as the
+    """The same with cores for the loader of every GPU, unless it is given: as many as the
     recipes' `data.workers` and two more, at most a GPU's share of the cores of any node that may be
     used. Unchanged where the cluster does not answer: `check` says why."""
     if spec.cpus or spec.whole_nodes or not spec.gpus_per_node or not workers:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 REMEMBERED = 7 * 24 * 3600  # seconds a bad node is left out of new jobs
 FREE = 0.5  # share of a granted GPU's memory that must be free
-PATIENCE, LOOK = 60.0, 2.0  # s in which the last job may leave it, between two looks
+PATIENCE, LOOK = 60.0, 2.0  # s in which the last job may free it, between two looks
 
 
 class BadNode(RuntimeError):
@@ -27,7 +27,7 @@ class BadNode(RuntimeError):
 
 
 class Busy(Interrupted):
-    """A granted GPU is still held by somebody else. This start ends; the job comes back."""
+    """A granted GPU is still held by another job. This start ends; the job comes back."""
 
 
 def check_node(ranks: Ranks, gpus: int, node: str) -> None:
@@ -51,7 +51,7 @@ def check_node(ranks: Ranks, gpus: int, node: str) -> None:
             f"node {node}: {gpus} GPU(s) were granted and torch sees none (a driver? {cpu})"
         )
     held = next(filter(None, ranks.gather(_held(device, node))), None)
-    if held:  # all of them go together, and nobody waits for a partner
+    if held:  # all of them exit together, and no rank waits for a peer
         raise Busy(held)
     values = torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(0))
     exact = values[0].double() @ values[1].double()

@@ -93,7 +93,7 @@ class SlurmJob:
 
     @property
     def owner(self) -> str:
-        """Who submitted it: SLURM lets nobody else, but root, cancel it."""
+        """Who submitted it: SLURM lets only that user and root cancel it."""
         try:
             return Path(self.submission.folder).owner()
         except (KeyError, FileNotFoundError):  # a user this machine does not know
@@ -110,7 +110,7 @@ class SlurmJob:
     @property
     def label(self) -> str:
         """What a job of a store does, such as "survey 0"; empty for the others, whose ranks are
-        told apart."""
+        distinguished."""
         job = self.submission.job()
         if isinstance(job, Survey | Write):
             return f"{job.do} {job.share[0]}"
@@ -138,7 +138,7 @@ class SlurmJob:
             "cancelled"
             if (Path(self.submission.folder) / CANCELLED).exists()
             else "unknown"
-            # some clusters show nobody the jobs of others
+            # some clusters hide the jobs of other users
             if silence or self.somebody_elses
             else "lost"
         )

@@ -26,7 +26,7 @@ SECONDS, LONGEST = 30.0, 300.0
 ENDING = 5.0  # s between the word of a job's ranks that they are done and the first look at SLURM
 WAIT = 90.0  # s for the answer to another one's question
 AT_ONCE = 2.0  # s: all looks of one action, such as a submission, share one question
-KEPT = 24 * 3600.0  # s after which an answer that nobody asked for again is removed
+KEPT = 24 * 3600.0  # s after which an answer that was not asked for again is removed
 
 
 def seconds() -> float:
@@ -117,7 +117,7 @@ def forget() -> None:
 
 
 def _private_folder() -> Path | None:
-    """Of this user alone, on this machine; None if somebody else could write there."""
+    """Of this user alone, on this machine; None if another user could write there."""
     home = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
     folder = Path(home) / f"segfleet-queue-{os.getuid()}"
     try:

@@ -1,5 +1,5 @@
-"""What SLURM starts on every rank, through submitit: find out who we are, do the job, and say by
-the exit code whether to come back.
+"""What SLURM starts on every rank, through submitit: find out which rank this is, do the job, and
+say by the exit code whether to come back.
 
 75 from rank 0: interrupted, all is saved, the batch script requeues the job. 0 from the others
 then, lest they take rank 0 down with them.
@@ -101,7 +101,7 @@ def run_rank(folder: str) -> None:
     if isinstance(error, Interrupted):
         asked = stop.reason and stop.reason.startswith("the file")
         if rank == 0 and (asked or isinstance(error, Paused)):
-            (life / "stay").touch()  # somebody wants it to stop, so it does not come back
+            (life / "stay").touch()  # it was asked to stop, so it does not come back
         code = ExitCode.INTERRUPTED if rank == 0 else 0
     elif worker.peer_failure(error):
         sys.stderr.flush()

@@ -64,7 +64,7 @@ def files_of(source: Path) -> dict[str, Path]:
 
 
 def digest(source: Path = SOURCE) -> str:
-    """What tells one version of the code from another: names and contents of all files."""
+    """What differs between two versions of the code: names and contents of all files."""
     sha256 = hashlib.sha256()
     for name, path in files_of(source).items():
         sha256.update(f"{name}\0{path.stat().st_size}\0".encode() + path.read_bytes())

@@ -191,9 +191,10 @@ def read_job(folder: Path) -> tuple[Job, JobSettings]:
 
 
 def write_job(home: Path, job: Job, spec: JobSpec, **settings: Any) -> Path:
-    """A new submission folder that holds the frozen job; `settings`: further fields of JobSettings."""
+    """A new submission folder that holds the frozen job; `settings`: further fields of
+    JobSettings."""
     folder = new_folder(home)
-    if isinstance(job, Train):  # nobody watches its events: they are printed into its log
+    if isinstance(job, Train):  # its events are not watched: they are printed into its log
         job = job.model_copy(update={"stage_to": spec.stage_to, "lines": True})
     resources = RankResources(
         gpus_per_node=spec.gpus_per_node, lead=spec.lead, fruitless=spec.fruitless
@@ -238,7 +239,7 @@ def record(
 
 def failure(life: Path) -> dict[str, Any] | None:
     """What went wrong first in a start: the report of the rank that failed by itself, else of one
-    that lost its partner."""
+    that lost its peer."""
     # by the clock of the disk they share: those of the nodes differ
     paths = sorted(life.glob("failed-*.json"), key=lambda path: path.stat().st_mtime_ns)
     reports = [report for report in map(read_json, paths) if report and "message" in report]

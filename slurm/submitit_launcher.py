@@ -366,7 +366,7 @@ def after(killed_returns: bool = False) -> list[str]:
         f'[ -e "{life}/life.json" ] && {{ [ $code = {ExitCode.INTERRUPTED} ] || [ $code -gt 128 '
         f"]; }} && \\",
         '  [ "${SEGFLEET_END:-0}" -gt 0 ] && [ "$(date +%s)" -ge "$SEGFLEET_END" ] && again=yes',
-        # a rank hung: it had to be killed, which tells the exit code
+        # a rank hung: it had to be killed, as the exit code shows
         f'[ -e "{life}/{AGAIN}" ] && [ "{STATE}" = RUNNING ] && again=yes',
         f'later="${{{submission.LIFE}%.*}}.$((${{SLURM_RESTART_COUNT:-0}} + 1))"',
         # a start that SLURM gave up for lost must not requeue the one that took its place

@@ -2,7 +2,7 @@
 trained.
 
 Ray lives in a process of its own (`ray_controller.py`). If that dies, or Ray does, another one is
-started and goes on from what is on disk.
+started and resumes from what is on disk.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from segfleet.sweeps import threads
 from segfleet.sweeps.ray import keeper
 from segfleet.sweeps.results.ledger import STOP, Ledger
 from segfleet.sweeps.search.tree_search import start
-from segfleet.sweeps.slurm_backend import Leave
-from segfleet.sweeps.space.plan import Plan, claim, codes_of, foreign
+from segfleet.sweeps.slurm_backend import Detached
+from segfleet.sweeps.space.plan import Plan, codes_of, foreign, prepare_folder
 from segfleet.sweeps.trial import backend
 
-JOBS = 16  # in SLURM's queue at a time, if nobody says how many
+JOBS = 16  # in SLURM's queue at a time, by default
 RAY = ("gcs_server", "raylet/raylet")  # a session without one of these hangs, or waits for minutes
 JOINING = 60.0  # seconds that a cluster may take to let us in
 FRUITLESS = 3  # sessions in a row that may die before one more stage is done
@@ -100,7 +100,8 @@ def frozen_elsewhere(plan: Plan) -> Path | None:
 
 def settle_code(plan: Plan, current: bool) -> list[dict[str, Any]]:
     """One version of segfleet for all stages, whenever they start: what runs here, frozen. Raises
-    InputError if the sweep began with another one, unless `current` says that it goes on with this.
+    InputError if the sweep began with another one, unless `current` says that it continues with
+    this.
     """
     codes, now = codes_of(plan), snapshot.freeze_code(plan.runs).name
     if not codes or codes[-1]["hash"] != now:
@@ -119,7 +120,7 @@ def settle_code(plan: Plan, current: bool) -> list[dict[str, Any]]:
 def run_sweep(
     plan: Plan,
     resources: Resources,
-    tick: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     current: bool = False,
 ) -> Ledger:
     """Train and score what is missing. `current`: see `settle_code`. Raises InputError for the
@@ -129,16 +130,16 @@ def run_sweep(
         raise InputError(fault)
     lock = lock_stage(plan.folder)  # first: who is refused changes nothing
     try:
-        claim(plan, settle_code(plan, current))
+        prepare_folder(plan, settle_code(plan, current))
         (plan.folder / STOP).unlink(missing_ok=True)
         ledger = Ledger(plan.tree, plan.runs, plan.folder)
         ledger.forget_failures()
         if ledger.open() or not plan.complete:
-            with listening(plan.folder, leaves=resources.on == "slurm") as leave:
+            with listening(plan.folder, detaches=resources.on == "slurm") as detach:
                 if resources.on == "slurm":
-                    _run_threads(plan, resources, tick, leave)
+                    _run_threads(plan, resources, progress, detach)
                 else:
-                    _run_sessions(plan, resources, tick)
+                    _run_sessions(plan, resources, progress)
             plan.catch_up()
             ledger = Ledger(plan.tree, plan.runs, plan.folder)
         ended = plan.complete and all(
@@ -161,34 +162,34 @@ def run_sweep(
 def _run_threads(
     plan: Plan,
     resources: Resources,
-    tick: Callable[[int, int], None],
-    leave: threading.Event,
+    progress: Callable[[int, int], None],
+    detach: threading.Event,
 ) -> None:
     """Jobs of SLURM, waited for by this process: no Ray where no rank runs. Raises Interrupted if
-    it is to leave."""
+    it is to exit while the jobs stay."""
     hours = plan.search.space.budget.hours
-    search = start(plan, resources, tick, 3600 * hours if hours else None)
+    search = start(plan, resources, progress, 3600 * hours if hours else None)
     try:
-        threads.drive(search, resources.at_once, leave)
-    except Leave:
+        threads.drive(search, resources.at_once, detach)
+    except Detached:
         raise Interrupted(
             "the sweep's own job goes and its stages' jobs stay; the same command goes on with them"
         ) from None
 
 
-def _run_sessions(plan: Plan, resources: Resources, tick: Callable[[int, int], None]) -> None:
+def _run_sessions(plan: Plan, resources: Resources, progress: Callable[[int, int], None]) -> None:
     """Sessions of Ray, one after another, until one ends in order."""
     hours = plan.search.space.budget.hours
     end = time.monotonic() + 3600 * hours if hours else None
-    died, known = 0, -1
+    died, last = 0, -1
     while True:
         seconds = max(1.0, end - time.monotonic()) if end else None
-        fault = Session(plan, resources, seconds).follow(tick)
+        fault = Session(plan, resources, seconds).follow(progress)
         if fault is None:
             return
         plan.catch_up()
         finished = Ledger(plan.tree, plan.runs, plan.folder).epochs_done()
-        died, known = (1 if finished > known else died + 1), finished
+        died, last = (1 if finished > last else died + 1), finished
         log = plan.folder / LOG
         if died == FRUITLESS:
             raise RankFailed(
@@ -236,10 +237,10 @@ class Session:
         self.joined, self.until = False, time.monotonic() + JOINING
         self.parts: dict[str, Any] = {}  # of Ray -> its process
 
-    def follow(self, tick: Callable[[int, int], None]) -> str | None:
+    def follow(self, progress: Callable[[int, int], None]) -> str | None:
         """Until it ends. None, or what went wrong: a Ray that dies also shows as an error of
-        whoever talked to it. Raises InputError."""
-        listener = threading.Thread(target=self._listen, args=(tick,), daemon=True)
+        the process that talked to it. Raises InputError."""
+        listener = threading.Thread(target=self._listen, args=(progress,), daemon=True)
         listener.start()
         fault = None
         try:
@@ -258,16 +259,16 @@ class Session:
             else None
         )
 
-    def _listen(self, tick: Callable[[int, int], None]) -> None:
+    def _listen(self, progress: Callable[[int, int], None]) -> None:
         for line in self.process.stdout:
             with suppress(json.JSONDecodeError):  # a line that a killed process was writing
-                facts = json.loads(line)
-                if "epochs" in facts:
-                    tick(*facts["epochs"])
-                elif "error" in facts:
-                    self.error = facts
-                self.closing = self.closing or "closing" in facts
-                self.joined = self.joined or "joined" in facts
+                message = json.loads(line)
+                if "epochs" in message:
+                    progress(*message["epochs"])
+                elif "error" in message:
+                    self.error = message
+                self.closing = self.closing or "closing" in message
+                self.joined = self.joined or "joined" in message
 
     def _missing(self) -> str | None:
         """Which part of a Ray of our own was there and is no more; or that a cluster is silent."""
@@ -299,12 +300,12 @@ class Session:
         """Every process below the driving one, with its command; a zombie has none."""
         import psutil
 
-        found = []
+        family = []
         with suppress(psutil.Error):
             for child in psutil.Process(self.process.pid).children(recursive=True):
                 with suppress(psutil.Error):
-                    found.append((child, child.cmdline()))
-        return found
+                    family.append((child, child.cmdline()))
+        return family
 
     def _end(self) -> None:
         """No process of the session outlives it."""
@@ -322,16 +323,16 @@ class Session:
 
 
 @contextmanager
-def listening(folder: Path, leaves: bool) -> Iterator[threading.Event]:
+def listening(folder: Path, detaches: bool) -> Iterator[threading.Event]:
     """Ctrl-C and the like: the ranks save and stop, by the file `stop` in the folder, which anybody
     may write. Ctrl-C twice: at once. In a job of its own, of a sweep whose stages are jobs, a
-    signal says that this process goes alone: the event is set."""
+    signal means that this process exits alone: the event is set."""
     asked: set[int] = set()
-    leave, alone = threading.Event(), leaves and os.environ.get(LEAVE) == "1"
+    detach, alone = threading.Event(), detaches and os.environ.get(LEAVE) == "1"
 
     def ask(number: int, _) -> None:
         if alone:
-            leave.set()
+            detach.set()
             return
         if number in asked and number in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
@@ -342,7 +343,7 @@ def listening(folder: Path, leaves: bool) -> Iterator[threading.Event]:
 
     before = {number: signal.signal(number, ask) for number in signals_heard()}
     try:
-        yield leave
+        yield detach
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

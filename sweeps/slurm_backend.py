@@ -27,12 +27,12 @@ from segfleet.slurm.submitit_launcher import QueueFull, SlurmLauncher, job_name
 from segfleet.sweeps.order import Order
 from segfleet.sweeps.stopping import ask
 
-LOOK = 60.0  # seconds between looks at the queue; that a job has ended well, its own files tell
+LOOK = 60.0  # seconds between looks at the queue; its own files show that a job has ended well
 PAUSE = 0.5  # seconds between looks at a job's files
 
 
-class Leave(Exception):
-    """Whoever waited for the ranks goes, and they do not: they are found again."""
+class Detached(Exception):
+    """The process that waits for the ranks exits and they keep running: the next one finds them."""
 
 
 # Threads talk to SLURM one after another: submitit submits with the environment of the process,
@@ -53,8 +53,8 @@ class Queue:
         with TALK:
             self.jobs[job.id] = job
             if time.monotonic() - self.looked >= LOOK:
-                found = look_at_all(list(self.jobs.values()), min(LOOK, poll.seconds()))
-                self.found = {other.id: seen for other, seen in found}
+                looked = look_at_all(list(self.jobs.values()), min(LOOK, poll.seconds()))
+                self.found = {other.id: seen for other, seen in looked}
                 self.looked = time.monotonic()
             return self.found.get(job.id) or Seen(state="queued")
 
@@ -76,18 +76,18 @@ class Slurm:
         if self.end is None:
             self.end = time.monotonic() + (order.job.max_seconds or math.inf)
 
-        def tick() -> None:
+        def poll_until_end() -> None:
             poll()
             if time.monotonic() > self.end:
                 self.stop(order)
 
-        job = self._known(stop.parent) or self._submit(order, tick, stop)
+        job = self._known(stop.parent) or self._submit(order, poll_until_end, stop)
         try:
-            seen = self._wait(job, tick, stop)
-        except Leave:
+            seen = self._wait(job, poll_until_end, stop)
+        except Detached:
             raise
         except BaseException:
-            # stopped by the search, or by a fault of ours: nobody waits for the job any more
+            # stopped by the search, or by a fault of ours: no process waits for the job any more
             with suppress(InputError), TALK:
                 job.cancel()
             raise
@@ -100,8 +100,8 @@ class Slurm:
 
     def taken(self, order: Order) -> bool:
         """Whether a job that another sweep or a person submitted trains this node, or waits to."""
-        known = self._known(order.path)
-        return known is not None and known.submission.settings().sweep != order.sweep
+        job = self._known(order.path)
+        return job is not None and job.submission.settings().sweep != order.sweep
 
     def stop(self, order: Order) -> None:
         def is_its_job(holder: Holder) -> bool:
@@ -111,13 +111,13 @@ class Slurm:
                 return False
 
         if not ask(order.path, is_its_job):  # the job may wait for days
-            raise RankFailed("stopped while somebody else trains the stage", ExitCode.INTERRUPTED)
+            raise RankFailed("stopped while another process trains the stage", ExitCode.INTERRUPTED)
 
-    def _wait(self, job: SlurmJob, tick: Callable[[], None], stop: Path) -> Seen:
+    def _wait(self, job: SlurmJob, poll: Callable[[], None], stop: Path) -> Seen:
         """What became of the job."""
         noticed = False
         while True:
-            tick()
+            poll()
             if job.submission.outcome()[0] == "done":
                 return Seen(state="done")
             seen = QUEUE.look(job)
@@ -139,7 +139,7 @@ class Slurm:
         with TALK:  # not what was found a minute ago: whether to submit again hangs on it
             return job if job.look().open else None
 
-    def _submit(self, order: Order, tick: Callable[[], None], stop: Path) -> SlurmJob:
+    def _submit(self, order: Order, poll: Callable[[], None], stop: Path) -> SlurmJob:
         path, root = order.path, order.job.root
         spec = cluster.fed(spec_of(order.options), [order.job.recipe["data"]["workers"]])
         # the limit is kept by `run`: every start of the job would have all of it again
@@ -158,7 +158,7 @@ class Slurm:
                 if answers:  # that was it
                     raise
             while True:
-                tick()
+                poll()
                 if stop.exists():
                     raise RankFailed("stopped before SLURM took the job", ExitCode.INTERRUPTED)
                 time.sleep(min(LOOK, 5.0))

@@ -1,5 +1,5 @@
 """A sweep asks the ranks of a stage to stop by the file `stop` that a person would make, and takes
-back only its own. A stage that somebody else trains is left alone."""
+back only its own. A stage that another process trains is left alone."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from segfleet.pipeline.run import LOCK
 WORDS = "by a sweep\n"
 
 
-def ask(stage: Path, ours: Callable[[Holder], bool]) -> bool:
-    """Leave the file in a stage's folder, unless there is one. False, and no file: somebody trains
-    it who is not `ours`, having begun while our ranks were started."""
+def ask(stage: Path, is_own: Callable[[Holder], bool]) -> bool:
+    """Leave the file in a stage's folder, unless there is one. False, and no file: it is
+    trained by a process that is not `is_own` and began while our ranks were started."""
     if is_locked(stage / LOCK):
-        found = holder(stage / LOCK)  # None: it has not signed yet
-        if found is None or not ours(found):
+        signed = holder(stage / LOCK)  # None: it has not signed yet
+        if signed is None or not is_own(signed):
             return False
     if not (stage / "stop").exists():
         stage.mkdir(parents=True, exist_ok=True)

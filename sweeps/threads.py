@@ -10,7 +10,7 @@ from typing import Any
 
 from segfleet.sweeps.order import Order
 from segfleet.sweeps.search.tree_search import FINISHED, TreeSearch
-from segfleet.sweeps.slurm_backend import Leave
+from segfleet.sweeps.slurm_backend import Detached
 from segfleet.sweeps.trial import perform
 
 PACE = 0.5  # seconds between looks at what has happened
@@ -23,8 +23,8 @@ class Stopped(Exception):
 class Trial:
     """One node in the hands of a thread."""
 
-    def __init__(self, name: str, leave: threading.Event):
-        self.name, self.leave, self.stop = name, leave, threading.Event()
+    def __init__(self, name: str, detach: threading.Event):
+        self.name, self.detach, self.stop = name, detach, threading.Event()
         self.validations: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.last: dict[str, Any] = {}
 
@@ -35,34 +35,34 @@ class Trial:
             return self.last
 
     def watch(self) -> None:
-        if self.leave.is_set():
-            raise Leave
+        if self.detach.is_set():
+            raise Detached
         if self.stop.is_set():
             raise Stopped
 
 
-def drive(search: TreeSearch, slots: int, leave: threading.Event) -> None:
-    """Until nothing is left. `leave`: set by whoever wants this process to go while the jobs stay;
-    raises Leave then."""
+def drive(search: TreeSearch, slots: int, detach: threading.Event) -> None:
+    """Until nothing is left. `detach`: set when this process is to exit while the jobs keep
+    running; raises Detached then."""
     running: dict[Future, Trial] = {}
     count = 0
     with ThreadPoolExecutor(max_workers=slots) as pool:
         try:
             while True:
                 order: Any = None
-                while len(running) < slots and not leave.is_set():
-                    trial = Trial(f"n{count}", leave)
+                while len(running) < slots and not detach.is_set():
+                    trial = Trial(f"n{count}", detach)
                     order = search.next(trial.name)
                     if order is None or order == FINISHED:
                         break
                     count += 1
                     running[pool.submit(trial.run, order)] = trial
                 if not running:
-                    if leave.is_set():
-                        raise Leave
+                    if detach.is_set():
+                        raise Detached
                     if order == FINISHED:
                         return
-                    leave.wait(PACE)  # for stages that other processes train
+                    detach.wait(PACE)  # for stages that other processes train
                     continue
                 ended, _ = wait(running, timeout=PACE, return_when=FIRST_COMPLETED)
                 for future, trial in list(running.items()):
@@ -72,8 +72,8 @@ def drive(search: TreeSearch, slots: int, leave: threading.Event) -> None:
                             trial.stop.set()
                     if future in ended:
                         del running[future]
-                        if not isinstance(future.exception(), Leave):
+                        if not isinstance(future.exception(), Detached):
                             search.ended(trial.name, future.result())
         except BaseException:
-            leave.set()  # the threads, or the pool would wait for their jobs
+            detach.set()  # the threads, or the pool would wait for their jobs
             raise

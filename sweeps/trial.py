@@ -26,9 +26,8 @@ from segfleet.sweeps.order import Order
 from segfleet.sweeps.stopping import ask, withdraw
 
 Report = Callable[[dict[str, Any]], None]
-RETRIES = (
-    1  # after a fault of the machine (a killed rank, say); it goes on from the last checkpoint
-)
+# after a fault of the machine (a killed rank, say); the stage resumes from its last checkpoint
+RETRIES = 1
 BUSY = "is being trained by"
 
 
@@ -40,11 +39,11 @@ class Backend(Protocol):
         the ranks."""
 
     def taken(self, order: Order) -> bool:
-        """Whether somebody else has asked for ranks of this node, which may not run yet."""
+        """Whether another process has asked for ranks of this node, which may not run yet."""
 
     def stop(self, order: Order) -> None:
-        """Ask the ranks of this order, and nobody else's, to save and stop. Raises RankFailed if
-        they wait for somebody else's to end."""
+        """Ask the ranks of this order, and no others, to save and stop. Raises RankFailed if
+        they wait for another process's ranks to end."""
 
 
 class Local:
@@ -54,7 +53,7 @@ class Local:
         return False  # who runs holds the lock
 
     def stop(self, order: Order) -> None:
-        ask(order.path, _is_child)  # where somebody else trains, our ranks end by themselves
+        ask(order.path, _is_child)  # where another process trains, our ranks end by themselves
 
     def run(self, order: Order, poll: Callable[[], None]) -> None:
         # Ray sets it to the CPUs of its own worker
@@ -65,8 +64,8 @@ class Local:
 def _is_child(holder: Holder) -> bool:
     if holder.host != socket.gethostname():
         return False
-    found = process_of(holder.process)
-    return found is not None and found.parent == os.getpid()
+    process = process_of(holder.process)
+    return process is not None and process.parent == os.getpid()
 
 
 def slurm() -> Backend:
@@ -94,8 +93,8 @@ def perform(
         return {"state": "stopped"}
     path.mkdir(parents=True, exist_ok=True)
     if is_locked(path / LOCK) or (where := backend(order.on)).taken(order):
-        return {"state": "busy"}  # somebody else's run: its file `stop` is not ours to touch
-    (path / "stop").unlink(missing_ok=True)  # nobody runs here: it has done its work
+        return {"state": "busy"}  # another process's run: its file `stop` is not ours to touch
+    (path / "stop").unlink(missing_ok=True)  # no ranks run here: it has done its work
     if order.trunk:
         epochs = order.job.recipe["stages"][-1]["epochs"]
         continue_from(order.trunk, path, epochs * order.steps)
@@ -150,13 +149,13 @@ def continue_from(trunk: Path, path: Path, steps: int) -> None:
     if (done := StageFolder(path=trunk, index=0).done()) is None:
         return  # damaged: the stage is trained from its own beginning
     name = done["checkpoint"]
-    best = {f"step-{one['step']:08d}" for one in done["best"].values()} - {name}
-    known = {found.name for found in checkpoints.glob("step-*")}
-    if known - best:  # the best ones come first: alone, they were left by a kill
+    best = {f"step-{kept['step']:08d}" for kept in done["best"].values()} - {name}
+    present = {checkpoint.name for checkpoint in checkpoints.glob("step-*")}
+    if present - best:  # the best ones come first: alone, they were left by a kill
         return
     checkpoints.mkdir(parents=True, exist_ok=True)
-    for one in sorted(best - known):
-        os.replace(_copied(trunk / "checkpoints" / one, checkpoints), checkpoints / one)
+    for best_name in sorted(best - present):
+        os.replace(_copied(trunk / "checkpoints" / best_name, checkpoints), checkpoints / best_name)
     partial = _copied(trunk / "checkpoints" / name, checkpoints)
     events = [
         {**event, "of": path.name, **({"steps": steps} if event["event"] == "stage_start" else {})}

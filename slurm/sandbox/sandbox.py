@@ -351,7 +351,7 @@ FILES = {
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` ports in a row that nobody listens on, below the range the kernel hands
+    """The first of `count` ports in a row that are free, below the range the kernel hands
     out."""
     chance = random.SystemRandom()
     for _ in range(200):

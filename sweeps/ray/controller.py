@@ -62,30 +62,30 @@ PAUSE = 10.0  # seconds between
 def main() -> int:
     die_with_parent(int(os.environ["SEGFLEET_PARENT"]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent asks for a stop by a file
-    tell = speak()
+    send = line_writer()
     try:
-        drive(json.loads(sys.stdin.read()), tell)
+        drive(json.loads(sys.stdin.read()), send)
         return 0
     except BaseException as error:
         traceback.print_exc()
         message, code = explain(error) or (f"{type(error).__name__}: {error}", 1)
-        tell(error=message, code=code)
+        send(error=message, code=code)
         return code
 
 
-def speak() -> Callable[..., None]:
+def line_writer() -> Callable[..., None]:
     """A function that writes one line to what was stdout; whatever else is printed goes to stderr,
     the log."""
     number = os.dup(1)  # not a file object: Tune pickles whatever its searcher holds
     os.dup2(2, 1)
 
-    def tell(**facts: Any) -> None:
-        os.write(number, (json.dumps(facts) + "\n").encode())
+    def send(**fields: Any) -> None:
+        os.write(number, (json.dumps(fields) + "\n").encode())
 
-    return tell
+    return send
 
 
-def drive(order: dict[str, Any], tell: Callable[..., None]) -> None:
+def drive(order: dict[str, Any], send: Callable[..., None]) -> None:
     """Train and score what is missing, until nothing is left or the file `stop` appears."""
     from segfleet.sweeps.run import Resources
 
@@ -96,19 +96,19 @@ def drive(order: dict[str, Any], tell: Callable[..., None]) -> None:
     )
     resources = Resources(**order["resources"])
 
-    def tick(done: int, total: int) -> None:
-        tell(epochs=[done, total])
+    def progress(done: int, total: int) -> None:
+        send(epochs=[done, total])
 
     with ray_session(resources, plan.folder) as storage:
-        tell(joined=True)
+        send(joined=True)
         if resources.address:
-            watch(resources.address, tell)
+            watch(resources.address, send)
         try:
             resources = fit(resources)
-            search = start(plan, resources, tick, order["seconds"])
+            search = start(plan, resources, progress, order["seconds"])
             tune_tree(search, resources, storage)
         finally:
-            tell(closing=True)
+            send(closing=True)
 
 
 def tune_tree(search: TreeSearch, resources: Any, storage: Path) -> None:
@@ -153,7 +153,7 @@ def ray_session(resources: Any, folder: Path) -> Iterator[Path]:
     if not resources.address:  # a token that stays ours: Ray's own would be left in the user's home
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         os.environ[CLUSTER] = "0"
-        stack.enter_context(keeper.kept(temporary, str(folder.resolve())))
+        stack.enter_context(keeper.guarding(temporary, str(folder.resolve())))
     import ray  # it reads the mode now
 
     from segfleet.sweeps.run import gpus
@@ -185,7 +185,7 @@ def join(address: str, command: str = "sweep") -> None:
     if host and not answers(host, port):
         raise InputError(
             f"{command}: --address: nothing answers at {host}:{port}; `ray status` on the "
-            "cluster's head tells its address"
+            "cluster's head prints its address"
         )
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
@@ -213,7 +213,7 @@ def answers(host: str, port: int) -> bool:
         return False
 
 
-def watch(address: str, tell: Callable[..., None], leave: Callable[[int], Any] = os._exit) -> None:
+def watch(address: str, send: Callable[..., None], end: Callable[[int], Any] = os._exit) -> None:
     """End this process when a cluster is gone, whose client would wait for it for minutes."""
     host, port = place_of(address)
     if not host:
@@ -224,14 +224,14 @@ def watch(address: str, tell: Callable[..., None], leave: Callable[[int], Any] =
         while silent < SILENT:
             time.sleep(PAUSE)
             silent = 0 if answers(host, port) else silent + 1
-        tell(error=f"the Ray cluster at {host}:{port} answers no more", code=1)
-        leave(1)
+        send(error=f"the Ray cluster at {host}:{port} answers no more", code=1)
+        end(1)
 
     threading.Thread(target=look, daemon=True).start()
 
 
 def fit(resources: Any) -> Any:
-    """The same with slots as the cluster's nodes allow, if nobody said how many. Raises InputError
+    """The same with slots as the cluster's nodes allow, unless it is given. Raises InputError
     for ranks that no node can take."""
     import ray
 
@@ -250,8 +250,8 @@ def fit(resources: Any) -> Any:
 
 
 def sweep_away(folder: Path) -> None:
-    """The temporary folder of a session that was killed. The sweep's lock is ours, so nobody uses
-    it."""
+    """The temporary folder of a session that was killed. The sweep's lock is ours, so no process
+    uses it."""
     left = str((read_json(folder / "ray.json") or {}).get("temporary", ""))
     keeper.sweep(Path(left), str(folder.resolve()))
 

@@ -28,7 +28,7 @@ CALM, LONGEST = 0.5, 20.0  # seconds without a process of the session; seconds i
 
 
 @contextmanager
-def kept(session: Path, owner: str) -> Iterator[None]:
+def guarding(session: Path, owner: str) -> Iterator[None]:
     """A keeper for the folder of a session, until the block or this process ends."""
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", MODULE], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
@@ -41,7 +41,7 @@ def kept(session: Path, owner: str) -> Iterator[None]:
         yield
     finally:
         with suppress(BrokenPipeError):
-            process.stdin.close()  # it looks once more and goes; nobody has to wait for that
+            process.stdin.close()  # it looks once more and exits; no need to wait for that
 
 
 def main() -> None:
@@ -53,12 +53,12 @@ def main() -> None:
 
 
 def sweep(session: Path, owner: str) -> None:
-    """End all processes of a session that is nobody's any more, and remove its folder. Nothing, if
-    it is not a folder of this user that says that it is of `owner`."""
+    """End all processes of a session that no process owns any more, and remove its folder. Nothing,
+    if it is not a folder of this user that says that it is of `owner`."""
     with suppress(OSError, ValueError):  # ValueError: no path can be called so
-        facts = os.lstat(session)
-        ours = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
-        if ours and (session / OWNER).read_text(encoding="utf-8") == owner:
+        status = os.lstat(session)
+        own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+        if own and (session / OWNER).read_text(encoding="utf-8") == owner:
             _end_processes(session)
             remove_marked(session, OWNER)
 
@@ -78,7 +78,7 @@ def _end_processes(session: Path) -> None:
 
 def _processes(session: Path) -> list[psutil.Process]:
     """Those that name the folder in their command, or of Ray's that write their logs into it."""
-    found = []
+    processes = []
     for process in psutil.process_iter(["uids"]):
         with suppress(psutil.Error, OSError):
             if not process.info["uids"] or process.info["uids"].real != os.getuid():
@@ -88,8 +88,8 @@ def _processes(session: Path) -> list[psutil.Process]:
                 handles = Path(f"/proc/{process.pid}/fd")
                 words = [os.readlink(handles / name) for name in os.listdir(handles)]
             if any(f"{session}/" in f"{word}/" for word in words):
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 if __name__ == "__main__":

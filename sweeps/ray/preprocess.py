@@ -3,7 +3,7 @@
 Every task is one process of one core on some node, with the raw data and OUT.partial on a disk that
 all nodes see. What it finished stays, whatever happens to it; the command itself does what is
 missing, publishes and reports, so the bytes are those of one machine. Ray knows no state: a second
-run goes on.
+run resumes.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def spread(
     address: str,
     members: int | None,
     cases: int,
-    tick: Callable[[str, int, int], None],
+    progress: Callable[[str, int, int], None],
 ) -> list[str]:
     """Look at the cases of a store and write its shards on the cluster at `address`; what went
     wrong with which share, which `build` will find again.
 
-    `members`: shares, at most one per case; None: as many as the cluster has cores. `tick(phase,
-    done, total)` counts shares. Raises InputError.
+    `members`: shares, at most one per case; None: as many as the cluster has cores.
+    `progress(phase, done, total)` counts shares. Raises InputError.
     """
     if (request.out / MANIFEST).is_file():
         return []
@@ -54,11 +54,11 @@ def spread(
         for kind, phase in PHASES.items():
             jobs = [kind(store=single, share=(number, count)) for number in range(count)]
             waiting = {task.remote(job.document()): job.share[0] for job in jobs}
-            tick(phase, 0, count)
+            progress(phase, 0, count)
             while waiting:
                 (done,), _ = ray.wait(list(waiting))
                 number = waiting.pop(done)
-                tick(phase, count - len(waiting), count)
+                progress(phase, count - len(waiting), count)
                 try:
                     fault = ray.get(done)
                 except ray.exceptions.RayError as error:

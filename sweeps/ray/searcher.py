@@ -25,7 +25,7 @@ class TreeSearcher(Searcher):
         return order and {"node": order.node, "order": order.model_dump_json()}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """The scheduler hears it, too, and decides."""
+        """The scheduler gets it too, and decides."""
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False

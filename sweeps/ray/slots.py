@@ -17,8 +17,8 @@ def share(resources: Any) -> dict[str, float]:
 
     cluster = ray.cluster_resources()
     gpus = cluster.get("GPU", 0) if resources.on == "local" else 0
-    each = min(resources.ranks, gpus / resources.at_once)
+    gpus_each = min(resources.ranks, gpus / resources.at_once)
     return {
         "cpu": resources.ranks if resources.address else 1,
-        "gpu": math.floor(each) if each >= 1 else each,
+        "gpu": math.floor(gpus_each) if gpus_each >= 1 else gpus_each,
     }

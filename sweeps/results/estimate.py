@@ -42,7 +42,7 @@ def estimate(plan: Plan, slots: int) -> dict[str, Any]:
 def past_rates(runs: Path) -> dict[str, float]:
     """Seconds per optimizer step of like runs: network, patch, batch and precision -> the latest
     figure."""
-    found: dict[str, float] = {}
+    by_kind: dict[str, float] = {}
     for folder in run_folders(runs):
         recipe = read_json(folder / "recipe.json")
         if recipe is None:
@@ -53,8 +53,8 @@ def past_rates(runs: Path) -> dict[str, float]:
             for event in steps[1:] or steps
             if (rate := event.get("samples_per_second"))
         ]:
-            found[_kind(recipe)] = sum(rates) / len(rates)
-    return found
+            by_kind[_kind(recipe)] = sum(rates) / len(rates)
+    return by_kind
 
 
 def _kind(recipe: dict[str, Any]) -> str:
@@ -72,15 +72,15 @@ def _seconds(plan: Plan, node: StageNode, rates: dict[str, float]) -> float | No
 
 def _bytes(plan: Plan):
     """node -> bytes of its last checkpoint: weights, moments and average, 4 bytes each."""
-    known: dict[str, int] = {}
+    sizes: dict[str, int] = {}
 
     def size(node: StageNode) -> int:
         recipe = node.recipe
         key = json.dumps([recipe.model.model_dump(), recipe.data.store])
-        if key not in known:
-            known[key] = _parameters(plan, node)
+        if key not in sizes:
+            sizes[key] = _parameters(plan, node)
         groups = 1 + (1 if recipe.optimizer.name == "sgd" else 2) + (recipe.engine.ema > 0)
-        return 4 * known[key] * groups
+        return 4 * sizes[key] * groups
 
     return size
 

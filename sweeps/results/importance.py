@@ -28,7 +28,7 @@ def importance(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions = {axis.label: domain(axis) for axis in axes}
-    found = {}
+    by_objective = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # experimental; all scores are equal
         evaluator = PedAnovaImportanceEvaluator(target_quantile=BEST)
@@ -42,8 +42,8 @@ def importance(
                         value=row["values"][objective.name],
                     )
                 )
-            found[objective.name] = get_param_importances(study, evaluator=evaluator)
+            by_objective[objective.name] = get_param_importances(study, evaluator=evaluator)
     return {
         name: {axis: round(float(share), 4) for axis, share in shares.items()}
-        for name, shares in found.items()
+        for name, shares in by_objective.items()
     }

@@ -48,19 +48,19 @@ def learning_curves(
         plain[way] = describe({**rest, without: 0}) if without else next(iter(ways))
     numbers = sorted({row["point"].get(axis) for row in rows}, key=lambda n: (n is None, n))
     lines = []
-    for way, found in ways.items():
+    for way, by_cases in ways.items():
         for cases in numbers:
-            row, base = found.get(cases), ways.get(plain[way], {}).get(cases)
+            row, base = by_cases.get(cases), ways.get(plain[way], {}).get(cases)
             if row is None or row["score"] is None:
                 continue
-            known = way != plain[way] and base is not None and base["score"] is not None
+            comparable = way != plain[way] and base is not None and base["score"] is not None
             lines.append(
                 {
                     "way": way,
                     "cases": cases,
                     "score": row["score"],
                     "ci95": row["ci95"],
-                    "gain": difference(base, row) if known else None,
+                    "gain": difference(base, row) if comparable else None,
                 }
             )
     reference = f"the same with {without}=0" if without else next(iter(ways))

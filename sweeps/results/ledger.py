@@ -68,12 +68,12 @@ class Ledger:
     def _scored(self, node: StageNode) -> bool:
         return scored.is_scored(self.path(node), node.recipe, self.tree.manifests(node.recipe))
 
-    def mark(self, node: StageNode, kind: str, **facts: Any) -> None:
+    def mark(self, node: StageNode, kind: str, **fields: Any) -> None:
         """Note that a node failed or was pruned; it survives this process."""
         (self.folder / kind).mkdir(parents=True, exist_ok=True)
         write_atomically(
             self.folder / kind / f"{node.uid}.json",
-            json.dumps({"path": str(node.path), **facts}, indent=1),
+            json.dumps({"path": str(node.path), **fields}, indent=1),
         )
         self._marks[kind].add(node.uid)
 

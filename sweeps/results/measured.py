@@ -26,33 +26,33 @@ def values_of(
 ) -> Values:
     """The measures of a run that is scored; None where one is not defined."""
     document = evaluation or evaluation_of(ledger.path(leaf))
-    found: Values = {}
+    values: Values = {}
     for name, objective in measures(search).items():
         if objective.metric == "gpu_hours":
-            found[name] = gpu_hours(ledger, leaf)
+            values[name] = gpu_hours(ledger, leaf)
         elif objective.metric == "epochs":
-            found[name] = leaf.end
+            values[name] = leaf.end
         else:
-            found[name] = objective.of(document)
-    return found
+            values[name] = objective.of(document)
+    return values
 
 
 def means_of(runs: Sequence[Values]) -> Values:
     """Over the runs of a point; None where one of them has no value."""
-    found: Values = {}
+    means: Values = {}
     for name in runs[0] if runs else ():
-        known = [run[name] for run in runs if run[name] is not None]
-        found[name] = float(sum(known)) / len(known) if len(known) == len(runs) else None
-    return found
+        defined = [run[name] for run in runs if run[name] is not None]
+        means[name] = float(sum(defined)) / len(defined) if len(defined) == len(runs) else None
+    return means
 
 
 def violations(search: Search, values: Values) -> dict[str, float]:
     """Constraint -> by how much it is violated, those alone that are."""
-    found = {
+    amounts = {
         constraint.name: constraint.violation(values.get(constraint.objective.name))
         for constraint in search.constraints
     }
-    return {name: amount for name, amount in found.items() if amount > 0}
+    return {name: amount for name, amount in amounts.items() if amount > 0}
 
 
 def gpu_hours(ledger: Ledger, leaf: StageNode) -> float:

@@ -61,7 +61,7 @@ def outcome(plan: Plan, ledger: Ledger) -> dict[str, Any]:
     states = list(ledger.states().values())
     return {
         "sweep": search.space.name,
-        "objectives": {one.name: explained(one) for one in search.objectives},
+        "objectives": {objective.name: explained(objective) for objective in search.objectives},
         "constraints": list(search.space.constraints),
         "standing": standing(ranked, unranked, len(search.objectives)),
         "ranking": ranked,
@@ -84,7 +84,7 @@ def outcome(plan: Plan, ledger: Ledger) -> dict[str, Any]:
 def ranking(search: Search, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows that have all their values, best first; `front` is the number of their Pareto front, by
     all objectives and constraints."""
-    found = fronts(
+    numbers = fronts(
         [
             (
                 sum(row["violates"].values()),
@@ -93,7 +93,7 @@ def ranking(search: Search, rows: Sequence[dict[str, Any]]) -> list[dict[str, An
             for row in rows
         ]
     )
-    for row, number in zip(rows, found, strict=True):
+    for row, number in zip(rows, numbers, strict=True):
         row["front"] = number
     sign = search.objectives[0].sign
     return sorted(rows, key=lambda row: (row["front"], -sign * row["score"]))
@@ -115,15 +115,15 @@ def standing(
     ranked: Sequence[dict[str, Any]], unranked: Sequence[dict[str, Any]], objectives: int = 1
 ) -> str:
     """One sentence: how much of the space the ranking speaks for."""
-    kept = [row for row in ranked if not row["violates"]]
-    more = "" if len(kept) == len(ranked) else f"; {len(kept)} keep the constraints"
+    feasible = [row for row in ranked if not row["violates"]]
+    suffix = "" if len(feasible) == len(ranked) else f"; {len(feasible)} keep the constraints"
     if objectives > 1:
-        more += f"; {sum(row['front'] == 1 for row in kept)} on the Pareto front"
+        suffix += f"; {sum(row['front'] == 1 for row in feasible)} on the Pareto front"
     if not unranked:
-        return f"all {len(ranked)} points are ranked{more}"
+        return f"all {len(ranked)} points are ranked{suffix}"
     reasons = [row["reason"].partition(":")[0] for row in unranked]
     counts = ", ".join(f"{reasons.count(reason)} {reason}" for reason in dict.fromkeys(reasons))
-    return f"{len(ranked)} of {len(ranked) + len(unranked)} points are ranked ({counts}){more}"
+    return f"{len(ranked)} of {len(ranked) + len(unranked)} points are ranked ({counts}){suffix}"
 
 
 def savings(plan: Plan, ledger: Ledger) -> dict[str, Any]:
@@ -219,7 +219,11 @@ def _row(search: Search, ledger: Ledger, trials: Sequence[Trial]) -> dict[str, A
     ]  # fmt: skip
     first, reason = search.objectives[0], _reason(ledger, leaves)
     values = {} if reason else means_of([run["values"] for run in runs])
-    undefined = [one.name for one in search.objectives if not reason and values[one.name] is None]
+    undefined = [
+        objective.name
+        for objective in search.objectives
+        if not reason and values[objective.name] is None
+    ]
     if undefined:
         reason = f"not defined: {', '.join(undefined)} of a run (nothing was found, perhaps)"
     score, interval, over = values.get(first.name), None, None
@@ -279,15 +283,15 @@ def _difference(
     """Best minus this point on the cases both were scored on, paired by seed, fold and the hash of
     the case's files, whatever store it lies in. None if there are none."""
     pairs: dict[tuple[str, str], list[float]] = {}
-    for ours, run in zip(row["_documents"], row["runs"], strict=True):
-        known = {name: objective.of_case(case) for name, case in by_source(ours).items()}
-        for theirs, other in zip(best["_documents"], best["runs"], strict=True):
+    for document, run in zip(row["_documents"], row["runs"], strict=True):
+        by_name = {name: objective.of_case(case) for name, case in by_source(document).items()}
+        for best_document, other in zip(best["_documents"], best["runs"], strict=True):
             if (run["seed"], run["fold"]) != (other["seed"], other["fold"]):
                 continue
-            for name, case in by_source(theirs).items():
+            for name, case in by_source(best_document).items():
                 value = objective.of_case(case)
-                if value is not None and known.get(name) is not None:
-                    pairs.setdefault((case["group"], name), []).append(value - known[name])
+                if value is not None and by_name.get(name) is not None:
+                    pairs.setdefault((case["group"], name), []).append(value - by_name[name])
     if not pairs:
         return None
     groups = sorted({group for group, _ in pairs})
@@ -297,11 +301,11 @@ def _difference(
         for mine, his in zip(row["stages"], best["stages"], strict=False)
         for a, b in zip(mine, his, strict=False)
     )
-    found = paired(
+    comparison = paired(
         [[value for (owner, _), value in of_cases.items() if owner == group] for group in groups]
     )
     return {
-        **found,
+        **comparison,
         "cases": len(of_cases),
         "patients": len(groups),
         "shared_stages": shared // max(1, len(row["runs"])),

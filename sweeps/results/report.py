@@ -159,39 +159,39 @@ def _front(document: dict[str, Any]) -> list[Markup]:
 
 
 def _importance(document: dict[str, Any]) -> Table | None:
-    found = document["importance"]
-    if not found:
+    importances = document["importance"]
+    if not importances:
         return None
-    axes = sorted({axis for shares in found.values() for axis in shares})
-    axes.sort(key=lambda axis: -next(iter(found.values())).get(axis, 0.0))
+    axes = sorted({axis for shares in importances.values() for axis in shares})
+    axes.sort(key=lambda axis: -next(iter(importances.values())).get(axis, 0.0))
     return Table(
         label="Importance of the axes",
         caption="Shares of what sets the best quarter of the points apart from all of them "
         "(PED-ANOVA). Of few points they are rough.",
         head=["Axis", *_labels(document)],
         rows=[
-            (None, [axis, *(Cell(shares.get(axis), 3) for shares in found.values())])
+            (None, [axis, *(Cell(shares.get(axis), 3) for shares in importances.values())])
             for axis in axes
         ],
         left=1,
     )
 
 
-def _asked(found: dict[str, Any] | None) -> str:
+def _asked(learning: dict[str, Any] | None) -> str:
     """The question that the table of gains answers."""
-    if not found or not found["without"]:
+    if not learning or not learning["without"]:
         return "With how many labelled cases"
     return "Does pre-training help" + (
-        ", and with how many labelled cases" if found["axis"] else ""
+        ", and with how many labelled cases" if learning["axis"] else ""
     )
 
 
 def _learning(document: dict[str, Any]) -> Table | None:
-    found = document.get("learning")
-    if not found or not found["rows"]:
+    learning = document.get("learning")
+    if not learning or not learning["rows"]:
         return None
-    several, lines = found["axis"] is not None, []
-    for row in found["rows"]:
+    several, lines = learning["axis"] is not None, []
+    for row in learning["rows"]:
         gain = row["gain"] or {}
         number = "all" if row["cases"] is None else str(row["cases"])
         cells = [
@@ -201,11 +201,11 @@ def _learning(document: dict[str, Any]) -> Table | None:
             Cell(gain.get("p"), 4),
         ]
         lines.append((None, [row["way"], *cells]))
-    first = "" if found["without"] else ", the first of the space"
-    equal = f", at equal {found['axis']}" if several else ""
+    first = "" if learning["without"] else ", the first of the space"
+    equal = f", at equal {learning['axis']}" if several else ""
     return Table(
         label="Score by labelled cases" if several else "Score with and without pre-training",
-        caption=f"Gains are over {found['reference']}{first}{equal}: "
+        caption=f"Gains are over {learning['reference']}{first}{equal}: "
         "paired case by case, intervals and sign-flip p over patients, not corrected for the "
         "number of rows." + (" Fewer cases are among more." if several else ""),
         head=["", *(["Labelled cases"] if several else []), _labels(document)[0], "Gain", "p"],
@@ -260,14 +260,14 @@ def _curves(plan: Plan, ledger: Ledger) -> list[Markup]:
         first = node.begin + (plan.tree.nodes[node.trunk].stage.epochs if node.trunk else 0)
         events = list(read_events(ledger.path(node)))
         for kind, what, lines in (("step", "loss", losses), ("validation", "dice", dices)):
-            found = [
+            curve = [
                 (node.begin + event["step"] / steps, event[what])
                 for event in events
                 if event["event"] == kind and event[what] is not None
             ]
             lines.append(
                 (
-                    [point for point in found if point[0] > first],
+                    [point for point in curve if point[0] > first],
                     hue,
                     f"{node.recipe.model.name}, stage {node.index + 1}, {node.uid}",
                 )

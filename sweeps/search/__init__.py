@@ -1,1 +1,1 @@
-"""What to run next, and what to stop or go on with: no Ray, no SLURM here."""
+"""What to run next, and what to stop or continue: no Ray, no SLURM here."""

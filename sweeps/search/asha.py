@@ -3,7 +3,7 @@
 A rung stands at grace * factor^k epochs along a path; a node counts at the rungs of its own epochs,
 its parents at theirs. `stopping`: a node whose Dice at a rung is not among the best 1 / factor so
 far ends there. `promotion`: every node pauses at its next rung, and the best 1 / factor of a rung
-go on from where they stand; nothing is thrown away.
+continue from where they stand; nothing is thrown away.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Rungs:
         is among the best of the highest rung that it reached with it."""
         fit = True
         for rung in self.between(begin, epochs):
-            known = self.values.setdefault(rung, {})
-            if uid not in known:
-                fit = not known or dice >= cutoff(known.values(), self.factor)
-                known[uid] = dice
+            values = self.values.setdefault(rung, {})
+            if uid not in values:
+                fit = not values or dice >= cutoff(values.values(), self.factor)
+                values[uid] = dice
         return fit
 
     def stops(self, node: StageNode, begin: int, epochs: int, dice: float) -> bool:
@@ -57,21 +57,21 @@ class Rungs:
         end."""
         if not self.promotes:
             return None
-        passed = [rung for rung, known in self.values.items() if uid in known]
+        passed = [rung for rung, values in self.values.items() if uid in values]
         rung = next(self.between(max([begin, *passed]), math.inf))
         return math.ceil(rung) if math.ceil(rung) < end else None
 
     def promoted(self, paused: Iterable[str], least: int = 0) -> str | None:
-        """The best paused node that may go on, of the highest rung that has one; of every rung at
-        least the `least` best may."""
+        """The best paused node that may continue, of the highest rung that has one; of every rung
+        at least the `least` best may."""
         waiting = set(paused)
         for rung in sorted(self.values, reverse=True):
-            known = self.values[rung]
-            best = sorted(known, key=lambda uid: (-known[uid], uid))
+            values = self.values[rung]
+            best = sorted(values, key=lambda uid: (-values[uid], uid))
             for uid in best[: max(least, int(len(best) / self.factor))]:
                 if uid in waiting:
                     return uid
-            waiting -= known.keys()  # they stand at this rung, and are not good enough
+            waiting -= values.keys()  # they stand at this rung, and are not good enough
         return None
 
     def remember(self, ledger: Ledger, order_of: Callable[[StageNode], Order]) -> None:
@@ -95,8 +95,8 @@ def cutoff(values: Iterable[float], factor: float) -> float:
 
 def validations(path: Path, order: Order) -> list[tuple[int, float]]:
     """(epochs along the path, Dice) of a node's validations."""
-    found = [event for event in read_events(path) if event["event"] == "validation"]
+    events = [event for event in read_events(path) if event["event"] == "validation"]
     return [
         (order.begin + event["step"] // order.steps, event.get(order.measure) or 0.0)
-        for event in found
+        for event in events
     ]

@@ -29,9 +29,9 @@ class Suggestions:
     """Call it for one more point: it asks Optuna, adds the point's trials to the tree, and says
     False when budget or space are used up. A point that does not fit together is a failed one.
 
-    Before every question, Optuna is told the objectives of the points that have ended since, means
+    Before every question, Optuna gets the objectives of the points that have ended since, means
     over the replicates, and how far they violate the constraints. A point that it suggests again is
-    no new one: it is told that point's score once more and asked for another. With forks, so many
+    no new one: it gets that point's score once more and is asked for another. With forks, so many
     points in a row share the values of the first stage: it is trained once for all of them.
     """
 
@@ -52,14 +52,14 @@ class Suggestions:
         seed = random.Random(f"{space.seed} {len(self.known)}").getrandbits(32)
         self.study = study_of(plan.search, seed)
         for point, values in warm_points(plan.search, plan.runs)[0]:
-            self.study.add_trial(told(plan.search, point, self.domains, values))
+            self.study.add_trial(finished_trial(plan.search, point, self.domains, values))
         self.forked: dict[str, Any] = {}  # values of the first stage that the next points share
         self.forks = len(self.known) % space.forks
 
     def __call__(self) -> bool:
-        if self.plan.complete or (found := self.new_point()) is None:
+        if self.plan.complete or (suggestion := self.new_point()) is None:
             return False
-        point, trial = found
+        point, trial = suggestion
         self.known[key_of(point)] = self.plan.grow(point)
         self.waiting.append((point, trial))
         self.forks = (self.forks + 1) % self.plan.search.space.forks
@@ -71,13 +71,15 @@ class Suggestions:
         """A point that is not known yet: one of `candidates`, the cheaper the likelier. If Optuna
         keeps to known ones: the next of a finite space, or None."""
         drawn = [self._draw() for _ in range(self.plan.search.space.candidates)]
-        found = {key_of(one[0]): one for one in drawn if one}  # of the same point, the last trial
-        if found:
-            chosen = self._cheap([point for point, _ in found.values()])
-            for one in drawn:
-                if one and one is not found[key_of(chosen)]:
-                    self.study.tell(one[1], state=optuna.trial.TrialState.FAIL)
-            return found[key_of(chosen)]
+        latest = {
+            key_of(drawing[0]): drawing for drawing in drawn if drawing
+        }  # of the same point, the last trial
+        if latest:
+            chosen = self._cheap([point for point, _ in latest.values()])
+            for drawing in drawn:
+                if drawing and drawing is not latest[key_of(chosen)]:
+                    self.study.tell(drawing[1], state=optuna.trial.TrialState.FAIL)
+            return latest[key_of(chosen)]
         if math.isinf(self.plan.search.size):
             return None
         points = self.plan.search.every_point()
@@ -129,7 +131,7 @@ class Suggestions:
                 continue
             if trial is not None:  # of this session; a finished trial says all that it stands for
                 self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            self.study.add_trial(told(self.plan.search, point, self.domains, values))
+            self.study.add_trial(finished_trial(self.plan.search, point, self.domains, values))
         self.waiting = still
 
 
@@ -137,18 +139,22 @@ def study_of(search: Search, seed: int) -> optuna.Study:
     """A study in memory, with TPE: it takes several objectives, constraints and what others
     measured."""
     return optuna.create_study(
-        directions=["maximize" if one.sign > 0 else "minimize" for one in search.objectives],
+        directions=[
+            "maximize" if objective.sign > 0 else "minimize" for objective in search.objectives
+        ],
         sampler=optuna.samplers.TPESampler(seed=seed),
     )
 
 
-def told(
+def finished_trial(
     search: Search, point: Point, domains: dict[str, Any], values: Values | None
 ) -> optuna.trial.FrozenTrial:
     """A point as a finished trial. `values` None: it failed, which is a constraint that it
     violates, so that no worst value has to be made up."""
     axes = [axis for axis in search.axes if axis.label in point]
-    measured = {one.name: (values or {}).get(one.name) for one in search.objectives}
+    measured = {
+        objective.name: (values or {}).get(objective.name) for objective in search.objectives
+    }
     failed = None in measured.values()
     constraints = {ENDS: FAR if failed else 0.0}
     for constraint in search.constraints:
@@ -173,14 +179,14 @@ def values_at(
     or the point makes none."""
     if not trials:
         return True, None
-    found = []
+    values = []
     for trial in trials:
         node = ledger.tree.nodes[ledger.tree.leaves[trial.number]]
         state = ledger.state(node)
         if state == "done":
-            found.append(values_of(search, ledger, node))
+            values.append(values_of(search, ledger, node))
         elif state in ("failed", "pruned", "paused", "lost"):
             return True, None
         else:
             return False, None
-    return True, means_of(found)
+    return True, means_of(values)

@@ -32,11 +32,11 @@ class TreeSearch:
         slots: int = 1,
         grow: Grow | None = None,
         rungs: Rungs | None = None,
-        tick: Callable[[], None] = lambda: None,
+        on_change: Callable[[], None] = lambda: None,
         deadline: float | None = None,
     ):
         self.ledger, self.order_of, self.slots, self.grow = ledger, order_of, slots, grow
-        self.rungs, self.tick, self.deadline = rungs, tick, deadline
+        self.rungs, self.on_change, self.deadline = rungs, on_change, deadline
         self.running: dict[str, tuple[StageNode, Order]] = {}
         if rungs:
             rungs.remember(ledger, order_of)
@@ -57,7 +57,7 @@ class TreeSearch:
         if node is None:
             if self.running or self.ledger.open():
                 return None
-            # nobody comes any more who would make a rung large enough for a third of it to go on
+            # no node is left that would make a rung large enough for a third of it to continue
             node = self._promoted(least=1)
         if node is None:
             return FINISHED
@@ -80,7 +80,7 @@ class TreeSearch:
 
     def validated(self, name: str, epochs: int, dice: float) -> bool:
         """A validation of a trial at work; whether it is to be stopped."""
-        self.tick()
+        self.on_change()
         if self.rungs is None:
             return False
         node, order = self.running[name]
@@ -93,7 +93,7 @@ class TreeSearch:
         state = result.get("state")
         measured = {"epochs": result.get("epochs"), "dice": result.get("dice")}
         if self.ledger.complete(node) or state in ("stopped", "busy"):
-            pass  # it stands on disk, or it is somebody else's
+            pass  # it stands on disk, or another process trains it
         elif state == "failed":
             self.ledger.mark(node, "failed", message=result["message"])
         elif state == "paused":
@@ -102,14 +102,14 @@ class TreeSearch:
             self.ledger.mark(
                 node, "failed", message="the trial's process died, or ended without a result"
             )
-        else:  # nobody ended it but the scheduler
+        else:  # only the scheduler can have ended it
             self.ledger.mark(node, "pruned", **measured)
         self.ledger.give_back(node)
-        self.tick()
+        self.on_change()
 
 
 def start(
-    plan: Plan, resources: Any, tick: Callable[[int, int], None], seconds: float | None
+    plan: Plan, resources: Any, progress: Callable[[int, int], None], seconds: float | None
 ) -> TreeSearch:
     """The search of a plan. `seconds`: after that no node is handed out, and those at work save and
     stop."""
@@ -124,7 +124,7 @@ def start(
         grow = plan.next_generation
 
     def order(node: StageNode) -> Order:
-        made = plan.order(
+        prepared = plan.order(
             node,
             ranks=resources.ranks,
             threads=resources.threads,
@@ -132,15 +132,21 @@ def start(
             options=resources.options or {},
         )
         if deadline:
-            return made.of_job(max_seconds=max(1.0, deadline - time.monotonic()))
-        return made
+            return prepared.of_job(max_seconds=max(1.0, deadline - time.monotonic()))
+        return prepared
 
     def report_progress() -> None:
-        tick(ledger.epochs_done(), plan.expected_epochs)
+        progress(ledger.epochs_done(), plan.expected_epochs)
 
     report_progress()
     rungs = Rungs(space.asha) if space.scheduler == "asha" else None
     slots = resources.at_once
     return TreeSearch(
-        ledger, order, slots=slots, grow=grow, rungs=rungs, tick=report_progress, deadline=deadline
+        ledger,
+        order,
+        slots=slots,
+        grow=grow,
+        rungs=rungs,
+        on_change=report_progress,
+        deadline=deadline,
     )

@@ -1,4 +1,4 @@
-"""What a space asks for in vain: axes that no stage reads, measures that nobody takes."""
+"""What a space asks for in vain: axes that no stage reads, measures that are never taken."""
 
 from __future__ import annotations
 
@@ -37,8 +37,10 @@ def check_measures(search: Search, trials: list[Trial], manifests: Manifests) ->
     trials = trials or with_stores(search.trials(first_point(search)))
     for recipe in {(own := resolve(t.recipe)).data.store: own for t in trials}.values():
         dataset = manifests(recipe).dataset
-        known = list(dataset.regions or [name for name, value in dataset.labels.items() if value])
-        check_structures(measures, known, f"sweep {search.space.name}: objective")
+        structures = list(
+            dataset.regions or [name for name, value in dataset.labels.items() if value]
+        )
+        check_structures(measures, structures, f"sweep {search.space.name}: objective")
 
 
 def check_read(search: Search, manifests: Manifests) -> None:

@@ -1,4 +1,4 @@
-"""Whether a space has become more than it was: then the sweep goes on in its folder."""
+"""Whether a space has become more than it was: then the sweep continues in its folder."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def changed(key: str, old: Any, new: Any) -> list[str]:
         pairs = [(f"stages.{i}", *both) for i, both in enumerate(zip(old, new, strict=True))]
     else:
         pairs = [(key, old, new)] if isinstance(old, dict) and isinstance(new, dict) else []
-    found = [
+    keys = [
         f"{where}.{name}: was {_said(was, name)}, is {_said(now, name)}"
         for where, was, now in pairs
         for name in [*was, *(name for name in now if name not in was)]
         if was.get(name) != now.get(name)
     ]
-    return found or [key]
+    return keys or [key]
 
 
 def _said(values: dict[str, Any], name: str) -> str:
@@ -75,7 +75,7 @@ def _grown(old: dict[str, Any], new: dict[str, Any], kind: type[BaseModel] = Sta
 
 def _listed(*values: Any) -> bool:
     """Whether these are lists with lists in them, of a key that holds a list itself."""
-    return all(isinstance(v, list) and any(isinstance(one, list) for one in v) for v in values)
+    return all(isinstance(v, list) and any(isinstance(item, list) for item in v) for v in values)
 
 
 def _contains(new: Any, old: Any) -> bool:

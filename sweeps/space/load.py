@@ -153,10 +153,10 @@ def _check_objectives(search: Search) -> None:
     if space.scheduler == "pbt" and (
         len(names) > 1 or search.constraints or search.objectives[0].cost
     ):
-        found = [*names, *space.constraints]
+        excess = [*names, *space.constraints]
         raise InputError(
             f"sweep {space.name}: objective: pbt compares its members by one metric of their "
-            f"scores and knows no constraints; found {', '.join(found)}"
+            f"scores and knows no constraints; found {', '.join(excess)}"
         )
     for name, given in (("candidates", space.candidates > 1), ("warm_start", space.warm_start)):
         if given and space.search != "optuna":

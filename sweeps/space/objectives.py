@@ -62,9 +62,9 @@ class Objective:
             return evaluation["parameters"]
         if self.name == "dice":
             return summary["mean_foreground_dice"]
-        found = [one[self.metric]["mean"] for one in self._of(summary["structures"])]
-        known = [value for value in found if value is not None]
-        return sum(known) / len(known) if known else None
+        means = [scores[self.metric]["mean"] for scores in self._of(summary["structures"])]
+        defined = [value for value in means if value is not None]
+        return sum(defined) / len(defined) if defined else None
 
     def interval(self, evaluation: Mapping[str, Any]) -> list[float] | None:
         """Its 95 % interval over patients, where the evaluation has one."""
@@ -73,8 +73,8 @@ class Objective:
             return None
         if self.name == "dice":
             return summary["mean_foreground_dice_ci95"]
-        found = self._of(summary["structures"])
-        return found[0][self.metric]["ci95"] if len(found) == 1 else None
+        scores = self._of(summary["structures"])
+        return scores[0][self.metric]["ci95"] if len(scores) == 1 else None
 
     def of_case(self, case: Mapping[str, Any]) -> float | None:
         """Its value of one case of an evaluation.json; None for costs, too."""
@@ -82,9 +82,9 @@ class Objective:
             return None
         if self.name == "dice":
             return case["mean_dice"]
-        known = [one[self.metric] for one in self._of(case["scores"])]
-        known = [value for value in known if value is not None]
-        return sum(known) / len(known) if known else None
+        values = [scores[self.metric] for scores in self._of(case["scores"])]
+        values = [value for value in values if value is not None]
+        return sum(values) / len(values) if values else None
 
     def _of(self, structures: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         return [structures[self.structure]] if self.structure else list(structures.values())
@@ -111,14 +111,14 @@ class Constraint:
 
 
 def parse_objective(text: str, where: str) -> Objective:
-    """Raises InputError for what nobody measures."""
+    """Raises InputError for an unknown measure."""
     metric, _, structure = text.strip().partition(":")
     if metric != "dice" and metric not in COSTS:
-        known = [*_measured(), *COSTS]
-        if metric not in known:
+        legal = [*_measured(), *COSTS]
+        if metric not in legal:
             raise InputError(
-                f"{where}: nobody measures '{metric}'; expected one of: {', '.join(known)}."
-                f"{did_you_mean(metric, known)}"
+                f"{where}: nobody measures '{metric}'; expected one of: {', '.join(legal)}."
+                f"{did_you_mean(metric, legal)}"
             )
     if structure and metric in COSTS:
         raise InputError(f"{where}: {metric} is a cost of the whole point; found '{text}'")
@@ -127,16 +127,16 @@ def parse_objective(text: str, where: str) -> Objective:
 
 def parse_constraint(text: str, where: str) -> Constraint:
     """Raises InputError."""
-    found = re.fullmatch(r"\s*(\S.*?)\s*(<=|>=)\s*(\S+)\s*", text)
+    parts = re.fullmatch(r"\s*(\S.*?)\s*(<=|>=)\s*(\S+)\s*", text)
     try:
-        bound = float(found[3]) if found else None
+        bound = float(parts[3]) if parts else None
     except ValueError:
         bound = None
     if bound is None or bound != bound:
         raise InputError(
             f"{where}: found '{text}', expected a measure, <= or >=, and a number: 'hd95 <= 10'"
         )
-    return Constraint(objective=parse_objective(found[1], where), relation=found[2], bound=bound)
+    return Constraint(objective=parse_objective(parts[1], where), relation=parts[2], bound=bound)
 
 
 def check_structures(objectives: Sequence[Objective], known: Collection[str], where: str) -> None:
@@ -153,10 +153,10 @@ def check_structures(objectives: Sequence[Objective], known: Collection[str], wh
 def fronts(points: Sequence[tuple[float, Sequence[float]]]) -> list[int]:
     """Of every point the number of its Pareto front, 1 is best: how many layers of others that are
     nowhere worse and somewhere better lie over it. `points`: (violation of the constraints, values
-    of which more is better). Whoever keeps all constraints is before whoever does not; of these the
-    smaller violation is (Deb et al. 2002, constrained domination)."""
+    of which more is better). A point that keeps all constraints comes before one that does not; of
+    these the smaller violation is (Deb et al. 2002, constrained domination)."""
     order = sorted(range(len(points)), key=lambda i: (points[i][0], [-v for v in points[i][1]]))
-    layers: list[list[int]] = []  # whoever dominates a point comes before it in this order
+    layers: list[list[int]] = []  # a point comes after all that dominate it in this order
     for i in order:
         place = bisect.bisect_left(
             layers,
@@ -168,10 +168,10 @@ def fronts(points: Sequence[tuple[float, Sequence[float]]]) -> list[int]:
     return [number for _, number in sorted((i, k) for k, one in enumerate(layers, 1) for i in one)]
 
 
-def _dominates(one: tuple[float, Sequence[float]], other: tuple[float, Sequence[float]]) -> bool:
-    if one[0] or other[0]:
-        return one[0] < other[0]
-    pairs = list(zip(one[1], other[1], strict=True))
+def _dominates(point: tuple[float, Sequence[float]], other: tuple[float, Sequence[float]]) -> bool:
+    if point[0] or other[0]:
+        return point[0] < other[0]
+    pairs = list(zip(point[1], other[1], strict=True))
     return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
 
 

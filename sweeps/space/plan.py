@@ -68,19 +68,19 @@ class Plan:
     def grow(self, point: Point) -> list[Trial]:
         """Add a point of Optuna's to the tree and to the sweep's folder. No trials: it does not fit
         together."""
-        made, line = [], point
+        added, line = [], point
         try:
-            made = self.trials_at(point)
-            check(made, self.stores)
-            self.tree.add(made)
+            added = self.trials_at(point)
+            check(added, self.stores)
+            self.tree.add(added)
         except InputError as error:
-            made, line = [], {"point": point, "misfit": str(error)}
+            added, line = [], {"point": point, "misfit": str(error)}
             self.misfits.append((point, str(error)))
         with open(self.folder / POINTS, "a", encoding="utf-8") as file:
             # a line of its own, whatever a killed process left of the one before
             file.write("\n" + json.dumps(line) + "\n")
         self.suggested += 1
-        return made
+        return added
 
     def trials_at(self, point: Point) -> list[Trial]:
         return with_stores(self.search.trials(point, first=len(self.tree.trials)), self.sections)
@@ -107,7 +107,7 @@ class Plan:
     @property
     def ranked(self) -> list[Trial]:
         """The trials that are compared: all, but of a population only the paths that no other one
-        goes on from."""
+        continues from."""
         if self.search.space.scheduler != "pbt":
             return self.trials
         parents = {node.parent for node in self.tree.nodes.values()}
@@ -166,9 +166,9 @@ class Plan:
         return f"{self.search.space.name}-{number}"
 
     def order(
-        self, node: StageNode, *, ranks: int = 1, threads: int = 1, on: str = "local", **more: Any
+        self, node: StageNode, *, ranks: int = 1, threads: int = 1, on: str = "local", **fields: Any
     ) -> Order:
-        """What a trial needs to train `node`; `more`: further fields."""
+        """What a trial needs to train `node`; `fields`: further fields."""
         recipe = node.recipe.model_copy(update={"name": self.name(node)})
         trunk = self.tree.nodes[node.trunk] if node.trunk else None
         settings = recipe.model_dump(mode="json")
@@ -185,7 +185,7 @@ class Plan:
             ranks=ranks,
             threads=threads,
             on=on,
-            **more,
+            **fields,
         )
 
 
@@ -231,7 +231,7 @@ def read_points(folder: Path, axes: set[str]) -> list[dict[str, Any]]:
         text = read_file(folder / POINTS).decode(errors="replace")
     except FileNotFoundError:
         return []
-    found = []
+    points = []
     for number, line in enumerate(text.split("\n")[:-1], 1):
         if not line:
             continue
@@ -240,12 +240,12 @@ def read_points(folder: Path, axes: set[str]) -> list[dict[str, Any]]:
         except ValueError:
             point = None
         if isinstance(point, dict) and point.keys() in (axes, {"point", "misfit"}):
-            found.append(point)
+            points.append(point)
         else:
             sys.stderr.write(
                 f"segfleet: {folder / POINTS}, line {number} is damaged and is left out\n"
             )
-    return found
+    return points
 
 
 def within_budget(
@@ -255,22 +255,22 @@ def within_budget(
     most = search.space.budget.epochs
     if not most or not trials:
         return trials, []
-    kept: list[Trial] = []
+    within: list[Trial] = []
     tree = StageTree([], stores)
     for _, replicates in itertools.groupby(trials, key=lambda trial: trial.point):
         point = list(replicates)
         tree.add(point)
         if tree.shared_epochs > most:
             break
-        kept += point
-    if not kept:
-        found = (
+        within += point
+    if not within:
+        fault = (
             f"budget.epochs is {most}, less than one point: the first takes {tree.shared_epochs} "
             f"epochs with its {len(point)} run(s)"
         )
-        raise InputError(f"sweep {search.space.name}: {found}")
-    cut = f"budget.epochs {most} keeps the first {len(kept)} of {len(trials)} trials"
-    return kept, [cut] if len(kept) < len(trials) else []
+        raise InputError(f"sweep {search.space.name}: {fault}")
+    cut = f"budget.epochs {most} keeps the first {len(within)} of {len(trials)} trials"
+    return within, [cut] if len(within) < len(trials) else []
 
 
 def check(trials: list[Trial], stores: Stores) -> list[str]:
@@ -302,7 +302,7 @@ def check(trials: list[Trial], stores: Stores) -> list[str]:
 
 def oddities(plan: Plan) -> list[str]:
     """What is legal and probably not meant."""
-    tree, search, found = plan.tree, plan.search, []
+    tree, search, warnings = plan.tree, plan.search, []
     by_leaf: dict[str, list[Trial]] = {}
     for trial in plan.trials:
         by_leaf.setdefault(tree.leaves[trial.number], []).append(trial)
@@ -310,7 +310,7 @@ def oddities(plan: Plan) -> list[str]:
     if same and search.planned:
         first, second = same[0][:2]
         labels = [label for label in first.point if first.point[label] != second.point[label]]
-        found.append(
+        warnings.append(
             f"{sum(map(len, same))} trials fall together in {len(same)}: {', '.join(labels)} does "
             "not change what is trained"
         )
@@ -319,15 +319,15 @@ def oddities(plan: Plan) -> list[str]:
         and search.space.search == "grid"
         and len(search.points()) == search.space.budget.trials
     ):
-        found.append(
+        warnings.append(
             f"budget.trials keeps the first {search.space.budget.trials} points of the grid"
         )
     if search.planned and len(plan.trials) > 1 and tree.shared_epochs == tree.naive_epochs:
-        found.append(f"no two trials share a stage: {_why_not(plan)}")
+        warnings.append(f"no two trials share a stage: {_why_not(plan)}")
     first = search.objectives[0]
     if search.space.scheduler == "asha" and not first.validated:
-        found.append(f"asha stops by the Dice of validations; {first.name} ranks what is left")
-    return found
+        warnings.append(f"asha stops by the Dice of validations; {first.name} ranks what is left")
+    return warnings
 
 
 def _why_not(plan: Plan) -> str:
@@ -349,19 +349,19 @@ def _why_not(plan: Plan) -> str:
     return "every axis changes the first stage"
 
 
-def claim(plan: Plan, code: list[dict[str, Any]]) -> None:
+def prepare_folder(plan: Plan, code: list[dict[str, Any]]) -> None:
     """Make the sweep's folder, or check that it is this sweep's. `code`: the versions of segfleet
     that trained its stages, oldest first. Raises InputError."""
     if fault := foreign(plan):
         raise InputError(fault)
     plan.folder.mkdir(parents=True, exist_ok=True)
-    facts = {
+    document = {
         "identity": plan.search.identity,
         "space": plan.search.space.model_dump(mode="json"),
         "base": plan.search.base,
         "code": code,
     }
-    write_atomically(plan.folder / SPACE, json.dumps(facts, indent=1))
+    write_atomically(plan.folder / SPACE, json.dumps(document, indent=1))
 
 
 def codes_of(plan: Plan) -> list[dict[str, Any]]:
@@ -371,19 +371,19 @@ def codes_of(plan: Plan) -> list[dict[str, Any]]:
 
 def foreign(plan: Plan) -> str | None:
     """Why the folder cannot be used, or None. A space may grow: what it had before stays in it."""
-    known = read_json(plan.folder / SPACE)
-    if known is None or not isinstance(known.get("space"), dict):
+    recorded = read_json(plan.folder / SPACE)
+    if recorded is None or not isinstance(recorded.get("space"), dict):
         return None
-    if known.get("identity") == plan.search.identity:
+    if recorded.get("identity") == plan.search.identity:
         return None
-    space, was = plan.search.space.model_dump(mode="json"), known["space"]
+    space, was = plan.search.space.model_dump(mode="json"), recorded["space"]
     unsaid = SearchSpace(name="x", base="x").model_dump(mode="json")  # of an earlier version's
     differing = []
     for key, value in space.items():
         old = was.get(key, unsaid[key])
         if old != value and not grows(key, old, value, space):
             differing += changed(key, old, value)
-    bases = [known.get("base"), plan.search.base]
+    bases = [recorded.get("base"), plan.search.base]
     if space["stages"] is not None:  # the base holds their first values
         bases = [base and {**base, "stages": None} for base in bases]
     if bases[0] != bases[1] and not any(one.startswith("base") for one in differing):

@@ -1,8 +1,8 @@
 """Population based training (Jaderberg et al. 2017, arXiv 1711.09846) as a stage tree.
 
-A generation of a member is a stage. When a generation has ended, the worst members go on from the
-stages of one of the best, with other values; all others go on as they are. So a member that is
-replaced copies nothing: its next stage is a child of its better's. What the next generation is
+A generation of a member is a stage. When a generation has ended, the worst members continue from
+the stages of one of the best, with other values; all others continue as they are. So a member that
+is replaced copies nothing: its next stage is a child of its better's. What the next generation is
 follows from the space's seed and the scores alone, so a sweep that was killed finds the same one.
 """
 
@@ -43,7 +43,7 @@ def grow(search: Search, tree: StageTree, score: Score) -> bool | None:
         if None in scores:
             return None
         if max(scores) == FAILED:
-            return False  # nobody is left to go on from
+            return False  # no member is left to continue from
         walks = next_generation(search, [list(trial.walk) for trial in last], scores)
     start = len(tree.trials)
     tree.add(
@@ -81,32 +81,32 @@ def next_generation(search: Search, walks: list[Walk], scores: Sequence[float]) 
     failed = {member for member in order if scores[member] == FAILED}
     best = [member for member in order[:replaced] if member not in failed]
     worst = {*order[-replaced:], *failed}
-    made = []
+    grown = []
     for member, walk in enumerate(walks):
         draws = random.Random(f"{search.space.seed} {len(walk)} {member}")
         if member in worst:
             better = walks[draws.choice(best)]
-            made.append([*better, explored(better[-1], search.axes, draws)])
+            grown.append([*better, explored(better[-1], search.axes, draws)])
         else:
-            made.append([*walk, walk[-1]])
-    return made
+            grown.append([*walk, walk[-1]])
+    return grown
 
 
 def explored(point: Point, axes: Sequence[Axis], draws: random.Random) -> Point:
     """Other values near a point's, inside what the space gives: continuous ones times 0.8 or 1.2,
     listed ones their neighbour."""
-    found = {}
+    values = {}
     for axis in axes:
         anew, up = draws.random() < RESAMPLED, draws.random() < 0.5
         if anew:
-            found[axis.label] = axis.draw(draws)
+            values[axis.label] = axis.draw(draws)
         elif axis.continuous:
             value = point[axis.label] * FACTORS[up]
-            found[axis.label] = min(max(value, axis.values[0]), axis.values[1])
+            values[axis.label] = min(max(value, axis.values[0]), axis.values[1])
         else:
             place = axis.values.index(point[axis.label]) + (1 if up else -1)
-            found[axis.label] = axis.values[min(max(place, 0), len(axis.values) - 1)]
-    return found
+            values[axis.label] = axis.values[min(max(place, 0), len(axis.values) - 1)]
+    return values
 
 
 def trial_of(search: Search, walk: Walk, *, number: int, member: int) -> Trial:
@@ -114,12 +114,12 @@ def trial_of(search: Search, walk: Walk, *, number: int, member: int) -> Trial:
     space, document = search.space, json.loads(json.dumps(search.base))
     stages = []
     for generation, point in enumerate(walk, 1):
-        here = json.loads(json.dumps(document))
+        changed = json.loads(json.dumps(document))
         for label, value in point.items():
-            settings.put(here, label, value, f"sweep {space.name}: {label}")
+            settings.put(changed, label, value, f"sweep {space.name}: {label}")
         stages.append(
             {
-                **here["stages"][0],
+                **changed["stages"][0],
                 "epochs": space.pbt.interval,
                 "name": f"generation {generation}",
                 "inherit": "weights+optimizer",

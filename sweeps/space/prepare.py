@@ -43,7 +43,7 @@ class Prepare(Section):
             key: tuple(value)
             for key, value in given.items()
             if isinstance(value, list)
-            and (key in WORDS or any(isinstance(one, list) or one is None for one in value))
+            and (key in WORDS or any(isinstance(item, list) or item is None for item in value))
         }
 
     def store(self, point: Mapping[str, Any]) -> Path:

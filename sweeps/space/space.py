@@ -158,8 +158,8 @@ class Search:
     @property
     def identity(self) -> str:
         """Hash of everything that decides which trials there are."""
-        facts = [self.space.model_dump(mode="json"), self.base]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[
+        parts = [self.space.model_dump(mode="json"), self.base]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[
             :16
         ]
 
@@ -204,7 +204,7 @@ class Search:
         trials = self.space.budget.trials
         if self.space.search == "grid":
             return list(itertools.islice(self.every_point(), trials))
-        generator, found, seen, early = random.Random(self.space.seed), [], set(), {}
+        generator, drawn, seen, early = random.Random(self.space.seed), [], set(), {}
         for attempt in range(100 * trials):
             if attempt % self.space.forks == 0:
                 early = {axis.label: axis.draw(generator) for axis in self.axes if axis.stage == 0}
@@ -212,10 +212,10 @@ class Search:
             point = {label: {**early, **late}[label] for label in self._labels()}
             if (key := json.dumps(point, sort_keys=True)) not in seen:
                 seen.add(key)
-                found.append(point)
-            if len(found) == trials:
+                drawn.append(point)
+            if len(drawn) == trials:
                 break
-        return found
+        return drawn
 
     def trials(self, point: Point, first: int = 0) -> list[Trial]:
         """The trials of a point, one per seed and fold. Raises InputError if the recipe is not

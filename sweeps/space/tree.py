@@ -3,7 +3,7 @@ manifests; nothing is read or written.
 
 A node is a stage with everything before it. Two trials with equal first stages meet in the same
 node, because its uid is the same hash that names its folder. Stages of a constant rate that differ
-only in length form a trunk: the longer one goes on where the shorter ended.
+only in length form a trunk: the longer one continues where the shorter ended.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StageNode:
     # equal for stages that differ in length alone and may share; None: shares with none
     family: str | None
     trunk: str | None = (
-        None  # the next shorter stage of its family: it goes on from that one's last checkpoint
+        None  # the next shorter stage of its family: it continues from that one's last checkpoint
     )
     trials: list[int] = field(default_factory=list)  # that pass through
     leaf_of: list[int] = field(default_factory=list)  # that end here
@@ -78,7 +78,7 @@ class StageTree:
     def _insert(self, trial: Trial) -> None:
         recipe = trial.recipe
         path, begin, uid = PurePosixPath(), 0, ""
-        for index, parent, uid, facts in self._way(recipe):
+        for index, parent, uid, identity in self._way(recipe):
             stage = recipe.stages[index]
             path /= uid
             if uid not in self.nodes:
@@ -90,7 +90,7 @@ class StageTree:
                     index=index,
                     recipe=recipe if own == recipe else own,  # of a leaf: not twice in memory
                     begin=begin,
-                    family=family_of(parent, facts, stage),
+                    family=family_of(parent, identity, stage),
                 )
                 node.trials.append(trial.number)
                 self.nodes[uid] = node
@@ -105,9 +105,9 @@ class StageTree:
         """Of every stage its number, its parent's uid, its own, and what decides its result."""
         parent = None
         for index, own, _ in stages_of(recipe, self.manifests):
-            facts = stage_facts(own, self.manifests, index)
-            uid = stage_uid(parent, facts)
-            yield index, parent, uid, facts
+            identity = stage_facts(own, self.manifests, index)
+            uid = stage_uid(parent, identity)
+            yield index, parent, uid, identity
             parent = uid
 
     def price(
@@ -118,7 +118,7 @@ class StageTree:
         epochs, seen = 0, set()
         for trial in trials:
             path = PurePosixPath()
-            for index, parent, uid, facts in self._way(trial.recipe):
+            for index, parent, uid, identity in self._way(trial.recipe):
                 path /= uid
                 if uid in self.nodes or uid in seen:
                     continue
@@ -126,8 +126,8 @@ class StageTree:
                 if trained(path):
                     continue
                 stage = trial.recipe.stages[index]
-                known = self._families.get(family_of(parent, facts, stage) or "", ())
-                longest = max((node.stage.epochs for node in known), default=0)
+                family = self._families.get(family_of(parent, identity, stage) or "", ())
+                longest = max((node.stage.epochs for node in family), default=0)
                 epochs += max(0, stage.epochs - longest)
         return epochs
 
@@ -138,7 +138,7 @@ class StageTree:
         longer = None
         if node.family:
             members = self._families.setdefault(node.family, [])
-            place = bisect.bisect([one.stage.epochs for one in members], node.stage.epochs)
+            place = bisect.bisect([member.stage.epochs for member in members], node.stage.epochs)
             node.trunk = members[place - 1].uid if place else None
             longer = members[place] if place < len(members) else None
             members.insert(place, node)
@@ -187,7 +187,7 @@ class StageTree:
         )
 
 
-def family_of(parent: str | None, facts: dict, stage: Stage) -> str | None:
+def family_of(parent: str | None, identity: dict, stage: Stage) -> str | None:
     """What stages share that differ in length alone, if the rate of a step does not depend on that
     length."""
     endless = stage.schedule == "constant" or (stage.schedule == "cosine" and stage.period)
@@ -196,7 +196,7 @@ def family_of(parent: str | None, facts: dict, stage: Stage) -> str | None:
     return stage_uid(
         parent,
         {
-            **facts,
-            "stage": {key: value for key, value in facts["stage"].items() if key != "epochs"},
+            **identity,
+            "stage": {key: value for key, value in identity["stage"].items() if key != "epochs"},
         },
     )

@@ -18,8 +18,8 @@ def warm_points(search: Search, runs: Path) -> tuple[list[Known], list[str]]:
     """The ranked points of the sweeps that `warm_start` names, as far as their axes and values are
     this space's, and a sentence per sweep on how many they are. Raises InputError if a sweep has no
     outcome, other measures or no axis of this space."""
-    found, said = [], []
-    needed = {one.name for one in search.objectives}
+    points, said = [], []
+    needed = {objective.name for objective in search.objectives}
     needed |= {constraint.objective.name for constraint in search.constraints}
     for name in search.space.warm_start:
         where = f"sweep {search.space.name}: warm_start: {name}"
@@ -40,14 +40,14 @@ def warm_points(search: Search, runs: Path) -> tuple[list[Known], list[str]]:
                 f"{where}: it has no axis of this space; its axes are "
                 f"{', '.join(rows[0]['point']) or 'none'}"
             )
-        known = [
+        matching = [
             ({axis.label: row["point"][axis.label] for axis in axes}, _values(row))
             for row in rows
             if all(holds(axis, row["point"][axis.label]) for axis in axes)
         ]
-        found += known
-        said.append(f"begins with {len(known)} of {len(rows)} points of the sweep {name}")
-    return found, said
+        points += matching
+        said.append(f"begins with {len(matching)} of {len(rows)} points of the sweep {name}")
+    return points, said
 
 
 def holds(axis: Axis, value: Any) -> bool:

@@ -19,7 +19,7 @@ from segfleet.sweeps.results.outcome import as_csv, write_outcome
 from segfleet.sweeps.search.optuna import Suggestions
 from segfleet.sweeps.space.load import parse_search
 from segfleet.sweeps.space.objectives import Constraint, Objective, fronts
-from segfleet.sweeps.space.plan import claim, make_plan
+from segfleet.sweeps.space.plan import make_plan, prepare_folder
 from segfleet.sweeps.space.tree import StageTree
 
 RATES = (1e-2, 1e-3, 1e-4)
@@ -305,7 +305,7 @@ def test_a_larger_space_tells_optuna_the_points_of_the_smaller_one(asked, search
         return [{"epochs": 1, "steps": 1, "lr": list(rates)}]
 
     plan, _ = asked(2, near, stages=stages(1e-2, 1e-3))
-    claim(plan, [])
+    prepare_folder(plan, [])
     made = search(axes={}, search="optuna", stages=stages(1e-4, 1e-2, 1e-3), budget={"trials": 9})
     larger = make_plan(made, tmp_path / "runs")
     ask = Suggestions(larger, Ledger(larger.tree, larger.runs, larger.folder))

@@ -11,7 +11,14 @@ from segfleet.core.settings import loads
 from segfleet.pipeline.recipe import load_recipe
 from segfleet.preprocess.stores.manifest import load_manifest
 from segfleet.sweeps.space.load import load_search, parse_search, space_names
-from segfleet.sweeps.space.plan import SPACE, claim, foreign, make_plan, unplanned, with_stores
+from segfleet.sweeps.space.plan import (
+    SPACE,
+    foreign,
+    make_plan,
+    prepare_folder,
+    unplanned,
+    with_stores,
+)
 from segfleet.sweeps.space.tree import StageTree
 
 
@@ -214,19 +221,19 @@ def test_an_axis_that_only_another_one_makes_count_is_read(search, tmp_path):
 
 
 def test_a_folder_belongs_to_one_space(search, tmp_path):
-    claim(make_plan(search(), tmp_path), [])
+    prepare_folder(make_plan(search(), tmp_path), [])
     assert foreign(make_plan(search(), tmp_path)) is None
     with pytest.raises(InputError, match=r"belongs to another space .*differ in: seeds\)"):
-        claim(make_plan(search(seeds=[3]), tmp_path), [])
+        prepare_folder(make_plan(search(seeds=[3]), tmp_path), [])
 
 
 @pytest.mark.parametrize("left", [b"", b"\0\0\0", b'{"space": [], "code": 3, "base', b"[1]"])
 def test_a_damaged_note_of_a_space_is_written_anew(search, tmp_path, capsys, left):
     plan = make_plan(search(), tmp_path)
-    claim(plan, [])
+    prepare_folder(plan, [])
     whole = (plan.folder / SPACE).read_bytes()
     (plan.folder / SPACE).write_bytes(left)
-    claim(make_plan(search(), tmp_path), [])
+    prepare_folder(make_plan(search(), tmp_path), [])
     assert (plan.folder / SPACE).read_bytes() == whole
     assert f"{plan.folder / SPACE} is damaged" in capsys.readouterr().err
 
@@ -240,7 +247,7 @@ def test_a_space_may_grow_and_must_not_change(search, space, tmp_path):
         return foreign(make_plan(search(**{"axes": {}, "stages": stages(), **changes}), tmp_path))
 
     small = make_plan(search(axes={}, stages=stages(), seeds=[0], budget={"trials": 3}), tmp_path)
-    claim(small, [])
+    prepare_folder(small, [])
     assert fault(seeds=[0, 1], budget={"trials": 4}) is None
     assert fault(seeds=[0], budget={}) is None
     assert fault(seeds=[0], stages=stages(first=(1e-2, 5e-3, 1e-3))) is None
@@ -260,7 +267,7 @@ def test_a_space_may_grow_and_must_not_change(search, space, tmp_path):
     # the same below a section of a stage, where a list may also be one value
     deep = {"data": {"cases": [1, 2], "patch": [32, 32]}, "rates": {"encoder": [0.1, 1.0]}}
     name = {"name": "deep", "axes": {}, "seeds": [0]}
-    claim(make_plan(search(**name, stages=stages(**deep)), tmp_path), [])
+    prepare_folder(make_plan(search(**name, stages=stages(**deep)), tmp_path), [])
     for more, grown in (
         ({"data": {"cases": [1, 2, 3], "patch": [32, 32]}}, True),
         ({"rates": {"encoder": [0.1, 1.0, 0.5]}}, True),

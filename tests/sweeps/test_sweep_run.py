@@ -25,7 +25,7 @@ from segfleet.slurm import snapshot
 from segfleet.sweeps import run
 from segfleet.sweeps.ray import controller, keeper
 from segfleet.sweeps.results.ledger import STOP
-from segfleet.sweeps.space.plan import claim, make_plan
+from segfleet.sweeps.space.plan import make_plan, prepare_folder
 from tests.states import until
 
 
@@ -91,7 +91,7 @@ def test_the_process_that_drives_ray_is_told_the_slots(search, tmp_path, monkeyp
     plan.folder.mkdir(parents=True)
     assert run.Session(plan, run.Resources(), None).follow(print) is None
     assert json.loads(told.read_text())["resources"]["slots"] == 3
-    claim(plan, run.settle_code(plan, False))
+    prepare_folder(plan, run.settle_code(plan, False))
     assert run.Session(plan, run.Resources(), None).follow(print) is None
     first = Path(f"{told}.path").read_text().split(":")[0]
     assert first == str(plan.runs / ".code" / snapshot.digest())
@@ -102,7 +102,7 @@ def test_the_process_that_drives_ray_is_told_the_slots(search, tmp_path, monkeyp
 
 def test_a_sweep_keeps_to_the_code_it_began_with(search, tmp_path, monkeypatch):
     plan = make_plan(search(), tmp_path / "runs", build=False)
-    claim(plan, run.settle_code(plan, False))
+    prepare_folder(plan, run.settle_code(plan, False))
     began = run.codes_of(plan)
     assert [code["hash"] for code in began] == [snapshot.digest()]
     assert run.settle_code(plan, False) == began and run.frozen_elsewhere(plan) is None
@@ -116,7 +116,7 @@ def test_a_sweep_keeps_to_the_code_it_began_with(search, tmp_path, monkeypatch):
     assert run.frozen_elsewhere(plan) == plan.runs / ".code" / began[0]["hash"]
     codes = run.settle_code(plan, True)
     assert [code["hash"] for code in codes] == [began[0]["hash"], "newer"]
-    claim(plan, codes)
+    prepare_folder(plan, codes)
     assert run.frozen_elsewhere(plan) is None
 
 
@@ -128,7 +128,7 @@ def test_a_search_that_is_stopped_before_its_end_says_so(search, tmp_path, monke
     stages = [{"epochs": 2, "steps": 1, "lr": {"loguniform": [1e-4, 1e-2]}}]
     plan = make_plan(search(axes={}, stages=stages, **changes), tmp_path, build=False)
     monkeypatch.setattr(
-        run, "_run_sessions", lambda plan, resources, tick: (plan.folder / STOP).touch()
+        run, "_run_sessions", lambda plan, resources, progress: (plan.folder / STOP).touch()
     )
     with pytest.raises(Interrupted, match="Run the same command again"):
         run.run_sweep(plan, run.Resources(slots=1))
@@ -244,7 +244,7 @@ import os, pathlib, subprocess, sys
 from segfleet.sweeps.ray import keeper
 
 session = pathlib.Path(sys.argv[1])
-with keeper.kept(session, "mine"):
+with keeper.guarding(session, "mine"):
     orphan = ["bash", "-c", "exec -a ray::Agent sleep 60 >/dev/null & echo $!"]
     with open(session / "log", "w") as log:
         agent = subprocess.run(orphan, stdout=subprocess.PIPE, stderr=log)
@@ -442,7 +442,7 @@ def test_what_a_file_merely_names_is_not_swept_away(session, tmp_path, whose):
 
 def test_a_second_command_is_refused_and_changes_nothing(search, tmp_path):
     plan = make_plan(search(), tmp_path / "runs", build=False)
-    claim(plan, run.settle_code(plan, False))
+    prepare_folder(plan, run.settle_code(plan, False))
     before = (plan.folder / "space.json").read_bytes()
     lock = run.lock_stage(plan.folder)
     try:

@@ -18,7 +18,7 @@ from segfleet.sweeps.results.outcome import write_outcome
 from segfleet.sweeps.run import Resources, run_sweep
 from segfleet.sweeps.search.asha import Rungs
 from segfleet.sweeps.search.tree_search import TreeSearch
-from segfleet.sweeps.slurm_backend import Leave
+from segfleet.sweeps.slurm_backend import Detached
 from segfleet.sweeps.space.plan import make_plan
 from segfleet.sweeps.space.space import Asha
 
@@ -120,7 +120,7 @@ def test_what_the_search_stops_is_stopped_and_noted(tree, monkeypatch):
 
 
 def test_a_process_that_leaves_marks_nothing(tree, monkeypatch):
-    leave, waits = threading.Event(), threading.Event()
+    detach, waits = threading.Event(), threading.Event()
 
     def play(order, report, watch):
         waits.set()
@@ -131,9 +131,9 @@ def test_a_process_that_leaves_marks_nothing(tree, monkeypatch):
 
     monkeypatch.setattr(threads, "perform", play)
     search = tree()
-    threading.Thread(target=lambda: (waits.wait(60), leave.set())).start()
-    with pytest.raises(Leave):
-        threads.drive(search, 2, leave)
+    threading.Thread(target=lambda: (waits.wait(60), detach.set())).start()
+    with pytest.raises(Detached):
+        threads.drive(search, 2, detach)
     assert not list(search.ledger.folder.rglob("*/*.json"))
 
 
@@ -195,9 +195,9 @@ def test_a_full_queue_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(slurm_backend.cluster, "there_is_one", lambda: True)
     job = Train(root=tmp_path, recipe={"data": {"workers": 0}})
     order = Order(job=job, node="a", path=tmp_path, sweep=tmp_path, begin=0, steps=1)
-    stop, ticks = tmp_path / "stop", []
-    assert slurm_backend.Slurm()._submit(order, lambda: ticks.append(1), stop) == "job"
-    assert len(ticks) == 2 and not answers
+    stop, polls = tmp_path / "stop", []
+    assert slurm_backend.Slurm()._submit(order, lambda: polls.append(1), stop) == "job"
+    assert len(polls) == 2 and not answers
     answers.append(InputError("SLURM refused the job: Invalid qos specification"))
     with pytest.raises(InputError, match="Invalid qos"):
         slurm_backend.Slurm()._submit(order, lambda: None, stop)
