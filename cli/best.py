@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from segfleet.cli.output import Json, progress, show, table
+from segfleet.cli.options import Device, Json, Runs
+from segfleet.cli.output import progress, show, table
 from segfleet.core.machine import wait_as_ranks_do
 
 
@@ -23,10 +24,8 @@ def command(
     top: Annotated[
         int, typer.Option(min=1, help="So many points of a sweep, since every pair is predicted.")
     ] = 4,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:1; by default a GPU if there is one.")
-    ] = None,
-    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    device: Device = None,
+    runs: Runs = Path("runs"),
     as_json: Json = False,
 ) -> None:
     """Find the best recipe, or pair of recipes as an ensemble, by the score of cases not trained

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from segfleet.cli.output import Json, show
+from segfleet.cli.options import Json, Runs, Submitted
+from segfleet.cli.output import show
 
 
 def command(
-    run: Annotated[
-        str,
-        typer.Argument(
-            help="A run folder, the beginning of its uid, its recipe's name; a store; predictions."
-        ),
-    ],
-    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    run: Submitted,
+    runs: Runs = Path("runs"),
     as_json: Json = False,
 ) -> None:
     """Cancel a submitted run. Its ranks save first, so `segfleet resume` goes on where it

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from segfleet.cli.output import FoldsTogether, Json, fold_of, show, table
+from segfleet.cli.options import FoldsTogether, Json, fold_of
+from segfleet.cli.output import show, table
 
 
 def command(

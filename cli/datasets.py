@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from segfleet.cli.output import Json, problem_table, progress, show, table
+from segfleet.cli.options import Json
+from segfleet.cli.output import problem_table, progress, show, table
 from segfleet.core.files import absolute
 
 # action -> its path

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from segfleet.cli.output import Json, show, table
+from segfleet.cli.options import Json
+from segfleet.cli.output import show, table
 
 
 def command(as_json: Json = False) -> None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segfleet.cli.output import Best, Fold, Json, show, table
+from segfleet.cli.options import Best, Fold, Json, Run, Runs
+from segfleet.cli.output import show, table
 from segfleet.core.files import absolute
 
 if TYPE_CHECKING:
@@ -16,9 +17,7 @@ if TYPE_CHECKING:
 
 
 def command(
-    run: Annotated[
-        str, typer.Argument(help="A run folder, the beginning of its uid, or its recipe's name.")
-    ],
+    run: Run,
     changes: Annotated[
         list[str] | None,
         typer.Argument(help="Changes of the evaluation, such as evaluation.mirror=[1,2]."),
@@ -39,7 +38,7 @@ def command(
     ] = None,
     fold: Fold = None,
     best: Best = False,
-    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
     as_json: Json = False,
 ) -> None:
     """Score a finished run on the whole cases of its validation fold, at their original resolution;

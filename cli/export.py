@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from segfleet.cli.output import Best, Folds, Json, fold_of, show
+from segfleet.cli.options import Best, Folds, Json, Runs, fold_of
+from segfleet.cli.output import show
 
 KINDS = {
     "model": "RUN...",
@@ -58,7 +59,7 @@ def command(
     ] = "",
     fold: Folds = None,
     best: Best = False,
-    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
     as_json: Json = False,
 ) -> None:
     """Write trained networks as a model that needs no store, or data and predictions in formats of

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from segfleet.cli.output import Json, show
+from segfleet.cli.options import Json
+from segfleet.cli.output import show
 from segfleet.core.files import absolute
 
 KINDS = ("torch", "nnunet")

@@ -9,17 +9,13 @@ from typing import Annotated
 
 import typer
 
-from segfleet.cli.output import Json, show
+from segfleet.cli.options import Json, Runs, Submitted
+from segfleet.cli.output import show
 from segfleet.core.files import read_file, regular
 
 
 def command(
-    run: Annotated[
-        str,
-        typer.Argument(
-            help="A run folder, the beginning of its uid, its recipe's name; a store; predictions."
-        ),
-    ],
+    run: Submitted,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")
     ] = False,
@@ -29,7 +25,7 @@ def command(
             min=0, help="One rank; by default all, each line with its rank if there are several."
         ),
     ] = None,
-    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
     as_json: Json = False,
 ) -> None:
     """Print what the ranks of a submitted run have printed, over all restarts."""

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from segfleet.cli.output import Json, show, table
+from segfleet.cli.options import Json
+from segfleet.cli.output import show, table
 
 
 def command(

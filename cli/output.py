@@ -7,49 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
-
-import typer
-
-Json = Annotated[
-    bool,
-    typer.Option(
-        "--json", help="Print one JSON document on stdout; everything else goes to stderr."
-    ),
-]
-
-
-Fold = Annotated[
-    int | None, typer.Option(min=0, help="Of several runs of that name, the one of this fold.")
-]
-Folds = Annotated[
-    str | None,
-    typer.Option(
-        "--fold", help="Of several runs of that name, the one of this fold; all: an ensemble."
-    ),
-]
-FoldsTogether = Annotated[
-    str | None,
-    typer.Option(
-        "--fold",
-        help="Of several runs of a recipe, the one of this fold; all, the default where all are "
-        "scored: the score over all folds.",
-    ),
-]
-Best = Annotated[
-    bool, typer.Option("--best", help="Of several runs of that name, the one of the highest score.")
-]
-
-
-def fold_of(text: str | None) -> int | str | None:
-    """The value of --fold: a number, or all. Raises InputError."""
-    from segfleet.core.errors import InputError
-
-    if text in (None, "all"):
-        return text
-    if not (text.isascii() and text.isdecimal()):
-        raise InputError(f"--fold: found '{text}', expected a number from 0, or all")
-    return int(text)
+from typing import Any
 
 
 def show(document: Any, as_json: bool, render: Callable[[Any], None]) -> None:

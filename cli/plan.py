@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from segfleet.cli.output import Json, show
+from segfleet.cli.options import Json
+from segfleet.cli.output import show
 from segfleet.core.files import absolute
 from segfleet.core.machine import cpus, threads_of, wait_as_ranks_do
 

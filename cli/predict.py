@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from segfleet.cli.datasets import Options, chosen
-from segfleet.cli.output import Best, Folds, Json, fold_of, progress, show, table
+from segfleet.cli.options import Best, Device, Folds, Json, Runs, fold_of
+from segfleet.cli.output import progress, show, table
 from segfleet.core.machine import cpus, threads_of, wait_as_ranks_do
 
 if TYPE_CHECKING:
@@ -59,13 +60,11 @@ def command(
         typer.Option(help="Segment the cases of raw data sets in this layout (segfleet datasets)."),
     ] = None,
     option: Options = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:1; by default a GPU if there is one.")
-    ] = None,
+    device: Device = None,
     ranks: Annotated[
         int, typer.Option(min=1, help="Processes on this machine that share the images.")
     ] = 1,
-    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
     as_json: Json = False,
 ) -> None:
     """Segment images with a finished run, or with several as an ensemble; every prediction lies

@@ -13,7 +13,8 @@ import typer
 from click import MissingParameter
 
 from segfleet.cli.datasets import PROBLEM, Options, chosen, grouping_of
-from segfleet.cli.output import Json, progress, show, table
+from segfleet.cli.options import Json
+from segfleet.cli.output import progress, show, table
 from segfleet.core.files import absolute
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from segfleet.cli.output import Json, show, table
+from segfleet.cli.options import Changes, Json
+from segfleet.cli.output import show, table
 
 
 def command(
@@ -16,9 +17,7 @@ def command(
             help="A recipe file or the name of a shipped recipe; none: list the shipped ones."
         ),
     ] = None,
-    changes: Annotated[
-        list[str] | None, typer.Argument(help="Changes of the recipe, key.path=value.")
-    ] = None,
+    changes: Changes = None,
     schema: Annotated[
         bool,
         typer.Option("--schema", help="Print the JSON schema of all recipes, a line on every key."),

@@ -7,16 +7,15 @@ from typing import Annotated
 
 import typer
 
-from segfleet.cli.output import Best, FoldsTogether, Json, fold_of, show
+from segfleet.cli.options import Best, FoldsTogether, Json, Run, Runs, fold_of
+from segfleet.cli.output import show
 
 
 def command(
-    run: Annotated[
-        str, typer.Argument(help="A run folder, the beginning of its uid, or its recipe's name.")
-    ],
+    run: Run,
     fold: FoldsTogether = None,
     best: Best = False,
-    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
     as_csv: Annotated[
         bool,
         typer.Option("--csv", help="Also RUN/cases.csv: every score of every case and structure."),

@@ -7,25 +7,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segfleet.cli.output import Json, show
+from segfleet.cli.options import Json, Live, Run, Runs
+from segfleet.cli.output import show
 
 if TYPE_CHECKING:
     from segfleet.pipeline.launch.job import Score, Train
 
 
 def command(
-    run: Annotated[
-        str, typer.Argument(help="A run folder, the beginning of its uid, or its recipe's name.")
-    ],
+    run: Run,
     time: Annotated[str | None, typer.Option(help="Another time limit.")] = None,
     partition: Annotated[str | None, typer.Option(help="Another partition.")] = None,
     memory: Annotated[str | None, typer.Option(help="Another amount of memory.")] = None,
     exclude: Annotated[str | None, typer.Option(help="Nodes that must not be used.")] = None,
-    live: Annotated[
-        bool,
-        typer.Option("--live", help="Run the code as it is when the job starts, not as it is now."),
-    ] = False,
-    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    live: Live = False,
+    runs: Runs = Path("runs"),
     as_json: Json = False,
 ) -> None:
     """Submit a run once more, with the recipe and resources it had and the code as it is now. It

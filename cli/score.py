@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from segfleet.cli.evaluate import render
-from segfleet.cli.output import Json, progress, show
+from segfleet.cli.options import Json
+from segfleet.cli.output import progress, show
 
 
 def command(

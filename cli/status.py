@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segfleet.cli.output import Json, duration, show, table
+from segfleet.cli.options import Json
+from segfleet.cli.output import duration, show, table
 
 if TYPE_CHECKING:
     from segfleet.pipeline.reports.status import Row

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from segfleet.cli.output import Json, show, table
+from segfleet.cli.options import Changes, Json, Live
+from segfleet.cli.output import show, table
 from segfleet.core.files import absolute
 from segfleet.slurm.jobspec import JobSpec, make_spec, not_obeyed
 
@@ -79,9 +80,7 @@ def command(
         str,
         typer.Argument(help="A recipe file or the name of a shipped recipe. Or -- and a command."),
     ],
-    changes: Annotated[
-        list[str] | None, typer.Argument(help="Changes of the recipe, key.path=value.")
-    ] = None,
+    changes: Changes = None,
     cluster: Annotated[
         str | None,
         typer.Option(help="Profile in ./clusters.yaml or ~/.config/segfleet/clusters.yaml."),
@@ -92,10 +91,7 @@ def command(
         typer.Option(help="One run for each value, as data.fold=0..4; or N jobs of preprocess."),
     ] = None,
     engine: Annotated[str | None, typer.Option(help="Short for engine.name=...")] = None,
-    live: Annotated[
-        bool,
-        typer.Option("--live", help="Run the code as it is when the job starts, not as it is now."),
-    ] = False,
+    live: Live = False,
     check: Annotated[
         bool,
         typer.Option(help="Build the network once here, to find mistakes before the job waits."),

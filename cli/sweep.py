@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from segfleet.cli.output import Json, progress, show, table
+from segfleet.cli.options import Json, Runs
+from segfleet.cli.output import progress, show, table
 
 MOST_LINES = 60  # of a tree that is printed for people
 
@@ -67,7 +68,7 @@ def command(
             help="A running Ray cluster; by default Ray starts here for this sweep alone."
         ),
     ] = None,
-    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
     code: Annotated[
         Code | None,
         typer.Option(

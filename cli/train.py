@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from segfleet.cli.output import Json, progress, show, table
+from segfleet.cli.options import Changes, Json, Runs
+from segfleet.cli.output import progress, show, table
 from segfleet.core.files import absolute
 
 if TYPE_CHECKING:
@@ -30,9 +31,7 @@ def command(
             help="A recipe file, the name of a shipped recipe, or auto: planned for data.store=..."
         ),
     ],
-    changes: Annotated[
-        list[str] | None, typer.Argument(help="Changes of the recipe, key.path=value.")
-    ] = None,
+    changes: Changes = None,
     ranks: Annotated[
         int, typer.Option(min=1, help="Processes on this machine that train together.")
     ] = 1,
@@ -40,7 +39,7 @@ def command(
         int | None,
         typer.Option(min=1, help="Threads per rank; by default the cores are shared out."),
     ] = None,
-    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
     max_time: Annotated[
         float | None,
         typer.Option(min=0, help="Hours after which it stops in order; the same command goes on."),
