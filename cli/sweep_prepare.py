@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from segfleet.slurm.job import SlurmJob
     from segfleet.sweeps.space.space import Search
 
-PACE = 0.5  # seconds between looks at what has happened
 OF_RANKS = ("gpus", "gpu_type", "stage_to", "whole_nodes")  # of a job; preprocessing has none
 
 
@@ -47,6 +44,8 @@ def prepare(
         )
     requests = missing(search)
     if on == "slurm" and requests:
+        from segfleet.sweeps.slurm_backend import await_stores
+
         name = f"sweep {search.space.name}: prepare"
         await_stores(send_all(requests, options or {}, absolute(runs)), name)
         return
@@ -92,41 +91,3 @@ def send_all(
         found[whole.out] = jobs_of(home)
         typer.echo(f"segfleet: submitted the jobs that make the store {request.out}", err=True)
     return found
-
-
-def await_stores(waiting: dict[Path, list[SlurmJob]], name: str) -> None:
-    """Until every store is there; the queue is asked once a minute for all. Raises InputError if
-    the jobs of one have ended without it, Interrupted when asked to go, whereupon the jobs stay."""
-    from segfleet.pipeline.launch.local import signals_heard
-    from segfleet.pipeline.stop import Interrupted, StopRequest
-    from segfleet.preprocess.stores.manifest import NAME
-    from segfleet.sweeps.slurm_backend import QUEUE
-
-    before = {number: signal.getsignal(number) for number in signals_heard()}
-    stop, waiting = StopRequest(), dict(waiting)
-    try:
-        while True:
-            for out, jobs in list(waiting.items()):
-                seen = [QUEUE.look(job) for job in jobs]
-                if (out / NAME).is_file():
-                    for job in jobs:
-                        QUEUE.forget(job)
-                    del waiting[out]
-                elif not any(one.open for one in seen):
-                    last = seen[-1]
-                    raise InputError(
-                        f"{name}: the jobs of the store {out} have ended without it; the last one, "
-                        f"{last.job}, is {last.state}: {last.reason}. The same command submits "
-                        "them again; what is finished is kept"
-                    )
-            if not waiting:
-                return
-            if stop.asked():
-                raise Interrupted(
-                    f"{name}: the jobs that make the stores stay; the same command goes on with "
-                    "them"
-                )
-            time.sleep(PACE)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

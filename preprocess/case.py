@@ -39,6 +39,12 @@ class Geometry:
     affine: tuple[tuple[float, ...], ...] | None = None
     file: FileFacts = field(default=FileFacts(), compare=False)
 
+    @property
+    def to_mm(self) -> np.ndarray:
+        """The affine, in file order; without one the spacing alone."""
+        plain = np.diag([*self.spacing[::-1], 1.0])
+        return plain if self.affine is None else np.asarray(self.affine)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:

@@ -22,7 +22,7 @@ from typing import Any
 
 from segfleet.core.errors import ExitCode, InputError
 from segfleet.core.machine import cpus, mig_slices, threads_of
-from segfleet.pipeline.launch.local import RankFailed, signals_heard
+from segfleet.pipeline.launch.local import RankFailed, signals_to
 from segfleet.pipeline.run import lock_stage
 from segfleet.pipeline.stop import LEAVE, Interrupted
 from segfleet.slurm import snapshot
@@ -341,9 +341,5 @@ def listening(folder: Path, detaches: bool) -> Iterator[threading.Event]:
             sys.stderr.write("segfleet: stopping; the ranks save first (once more: stop at once)\n")
         asked.add(number)
 
-    before = {number: signal.signal(number, ask) for number in signals_heard()}
-    try:
+    with signals_to(ask):
         yield detach
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -19,7 +19,9 @@ from typing import Any
 
 from segfleet.core.errors import ExitCode, InputError
 from segfleet.core.lock import Holder
-from segfleet.pipeline.launch.local import RankFailed
+from segfleet.pipeline.launch.local import RankFailed, signals_to
+from segfleet.pipeline.stop import Interrupted, StopRequest
+from segfleet.preprocess.stores.manifest import NAME
 from segfleet.slurm import cluster, poll
 from segfleet.slurm.job import Seen, SlurmJob, attach, look_at_all
 from segfleet.slurm.jobspec import JobSpec, make_spec
@@ -165,6 +167,36 @@ class Slurm:
                 with TALK:
                     if cluster.there_is_one():
                         break
+
+
+def await_stores(made_by: dict[Path, list[SlurmJob]], name: str) -> None:
+    """Until every store is there; the queue is asked once a minute for all. Raises InputError if
+    the jobs of one have ended without it, Interrupted when asked to go, whereupon the jobs stay."""
+    waiting = dict(made_by)
+    with signals_to():
+        stop = StopRequest()
+        while True:
+            for out, jobs in list(waiting.items()):
+                seen = [QUEUE.look(job) for job in jobs]
+                if (out / NAME).is_file():
+                    for job in jobs:
+                        QUEUE.forget(job)
+                    del waiting[out]
+                elif not any(one.open for one in seen):
+                    last = seen[-1]
+                    raise InputError(
+                        f"{name}: the jobs of the store {out} have ended without it; the last one, "
+                        f"{last.job}, is {last.state}: {last.reason}. The same command submits "
+                        "them again; what is finished is kept"
+                    )
+            if not waiting:
+                return
+            if stop.asked():
+                raise Interrupted(
+                    f"{name}: the jobs that make the stores stay; the same command goes on with "
+                    "them"
+                )
+            time.sleep(PAUSE)
 
 
 def spec_of(options: dict[str, Any]) -> JobSpec:

@@ -8,7 +8,8 @@ Whatever is cut is first padded at its end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,26 +48,12 @@ def _rows(flat: Tensor, ranks: int, multiple: int) -> Tensor:
     return nn.functional.pad(flat, (0, -flat.numel() % multiple)).view(ranks, -1)
 
 
-def _parts(piece: Tensor, ranks: Ranks) -> Iterator[tuple[slice, Tensor]]:
-    """A piece in parts that may be gathered at once, on the ranks' device."""
-    step = max(1, AT_ONCE // ranks.size)
-    for start in range(0, piece.numel(), step):
-        part = slice(start, start + step)
-        yield part, piece.detach()[part].to(ranks.device)
-
-
 @torch.no_grad()
 def to_first(piece: Tensor, ranks: Ranks) -> Tensor | None:
     """The piece of every rank, of equal lengths -> (ranks, n) in the host memory of rank 0; None on
     the others."""
-    first = ranks.rank == 0
-    whole = on_host(ranks.size, piece) if first else None
-    for part, own in _parts(piece, ranks):
-        rows = [torch.empty_like(own) for _ in range(ranks.size)] if first else None
-        dist.gather(own, rows)
-        if whole is not None:
-            for row, found in zip(whole, rows, strict=True):
-                row[part].copy_(found)
+    whole = on_host(ranks.size, piece) if ranks.rank == 0 else None
+    _collect(piece, ranks, whole, lambda own, rows: dist.gather(own, rows))
     return whole
 
 
@@ -78,9 +65,21 @@ def on_host(ranks: int, piece: Tensor) -> Tensor:
 def to_all(piece: Tensor, shape: torch.Size, ranks: Ranks) -> Tensor:
     """A tensor that ZeRO 3 has cut, whole on every rank."""
     whole = torch.empty(ranks.size, piece.numel(), dtype=piece.dtype, device=ranks.device)
-    for part, own in _parts(piece, ranks):
-        rows = [torch.empty_like(own) for _ in range(ranks.size)]
-        dist.all_gather(rows, own)
-        for row, found in zip(whole, rows, strict=True):
-            row[part].copy_(found)
+    _collect(piece, ranks, whole, lambda own, rows: dist.all_gather(rows, own))
     return whole.flatten()[: shape.numel()].view(shape)
+
+
+def _collect(
+    piece: Tensor,
+    ranks: Ranks,
+    whole: Tensor | None,
+    gather: Callable[[Tensor, Any], Any],
+) -> None:
+    """Fill `whole`, (ranks, n), part by part: as much as may be gathered at once."""
+    step = max(1, AT_ONCE // ranks.size)
+    for start in range(0, piece.numel(), step):
+        own = piece.detach()[start : start + step].to(ranks.device)
+        rows = None if whole is None else [torch.empty_like(own) for _ in range(ranks.size)]
+        gather(own, rows)
+        for row, found in zip(whole, rows, strict=True) if rows else ():
+            row[start : start + step].copy_(found)

@@ -12,9 +12,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from segfleet.core.errors import ExitCode
 from segfleet.core.litter import temporary_folder
@@ -72,12 +73,10 @@ def run_ranks(
             # a second Ctrl-C stops at once
             _ask(processes, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
-        before = {number: signal.signal(number, hear) for number in signals_heard()}
         try:
-            codes = _watch(processes, poll, asked, rendezvous / AGAIN)
+            with signals_to(hear):
+                codes = _watch(processes, poll, asked, rendezvous / AGAIN)
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
             for process in processes:
                 if process.poll() is None:
                     process.kill()
@@ -117,16 +116,21 @@ def _ask(processes: list[subprocess.Popen], number: int) -> None:
             process.send_signal(number)
 
 
-def signals_heard() -> tuple[int, ...]:
-    """Those that ask this process to stop in order. None outside the main thread, which alone may
-    hear them."""
-    if threading.current_thread() is not threading.main_thread():
-        return ()
-    return tuple(
-        number
-        for number in HEARD
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-    )
+@contextmanager
+def signals_to(handler: Callable[[int, Any], None] | None = None) -> Iterator[None]:
+    """The signals that ask this process to stop in order go to a handler, or to whom the block
+    says, until its end. None do outside the main thread, which alone may have handlers."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (HEARD if main else ())}
+    if before.get(signal.SIGHUP) == signal.SIG_IGN:  # somebody lets this survive a hang-up
+        del before[signal.SIGHUP]
+    for number in before if handler else ():
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, known in before.items():
+            signal.signal(number, known)
 
 
 class _Terminal(io.FileIO):

@@ -287,13 +287,6 @@ def case_probabilities(
         raise FloatingPointError(f"case '{case.id}': {error}") from None
 
 
-def predict_case(
-    forward: Forward, store: ShardStore, case: CaseEntry, task: Task, window: Window
-) -> np.ndarray:
-    """(Z, Y, X) uint8 label on the raw grid."""
-    return raw_label(case_probabilities(forward, store, case, window), store, case, task)
-
-
 def raw_label(found_KZYX: Tensor, store: ShardStore, case: CaseEntry, task: Task) -> np.ndarray:
     """(Z, Y, X) uint8 label on the raw grid from probabilities on the stored one."""
     plan = store.manifest.plan

@@ -19,7 +19,7 @@ from segfleet.pipeline.scoring.evaluate import check_tolerance
 from segfleet.pipeline.scoring.metrics import TOLERANCE, score_case, tolerance_of
 from segfleet.pipeline.scoring.scored import VERSION
 from segfleet.pipeline.scoring.summary import definitions, summarise
-from segfleet.pipeline.task import Task
+from segfleet.pipeline.task import Task, make_task
 from segfleet.preprocess.case import Geometry
 from segfleet.preprocess.files.dicom import LABELMAP, SEG
 from segfleet.preprocess.files.faults import ImageError, is_regular
@@ -188,15 +188,9 @@ def described(folder: Path) -> Task | None:
 
 
 def _task_of(dataset: Any) -> Task:
-    if not dataset.regions:
-        return replace(_plain_task(dataset.labels), ignore_label=dataset.ignore_label)
-    return Task(
-        head="sigmoid",
-        names=tuple(dataset.regions),
-        members=tuple(dataset.regions.values()),
-        values=dataset.region_order,
-        ignore_label=dataset.ignore_label,
-    )
+    if dataset.regions:
+        return make_task(dataset)
+    return replace(_plain_task(dataset.labels), ignore_label=dataset.ignore_label)
 
 
 def _plain_task(labels: Mapping[str, int]) -> Task:

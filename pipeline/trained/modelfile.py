@@ -159,11 +159,6 @@ def read_model(path: Path) -> tuple[list[Trained], dict[str, Any] | None]:
     return networks, decision
 
 
-def read_card(path: Path) -> str:
-    with _opened(Path(path), CARD) as file:
-        return file.read(MOST_CONFIG).decode(errors="replace")
-
-
 def _damaged(path: Path, what: str) -> InputError:
     return InputError(
         f"model: {path} cannot be used: {what}. Get the file again, or export it again."

@@ -303,13 +303,7 @@ def label_problems(case: str, label: np.ndarray, dataset: Dataset) -> list[Probl
         )
         mend = "Resample labels with nearest neighbour and save them as integers."
         return [Problem(case=case, field="label", found=found, expected="integers", mend=mend)]
-    declared = {
-        *dataset.labels.values(),
-        *(v for region in dataset.regions.values() for v in region),
-    }
-    if dataset.ignore_label is not None:
-        declared.add(dataset.ignore_label)
-    present, problems = values(label), []
+    declared, present, problems = dataset.values, values(label), []
     if unknown := sorted(present - declared):
         found = ", ".join(map(str, unknown[:10])) + (
             f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""

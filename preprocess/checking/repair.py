@@ -126,14 +126,9 @@ def repaired_label(
 
 def _rules(label: np.ndarray, dataset: Dataset, remap: Mapping[int, int]) -> dict[float, int]:
     """Which values become which others."""
-    declared = {
-        *dataset.labels.values(),
-        *(v for region in dataset.regions.values() for v in region),
-        dataset.ignore_label,
-    }
     present = {float(v) for v in np.unique(label)}
     rules: dict[float, int] = {old: new for old, new in remap.items() if old in present}
-    odd = sorted(present - {0.0} - declared)
+    odd = sorted(present - {0.0} - dataset.values)
     foreground = [value for value in dataset.labels.values() if value]
     if not rules and len(foreground) == 1 and present - {0.0} == {*odd} and len(odd) == 1:
         return {odd[0]: foreground[0]}

@@ -274,12 +274,7 @@ def label_bytes(label_ZYX: np.ndarray, geometry: Geometry) -> bytes:
     import nibabel as nib
 
     if not geometry.file.header:
-        affine = (
-            np.diag([*geometry.spacing[::-1], 1.0])
-            if geometry.affine is None
-            else np.asarray(geometry.affine)
-        )
-        picture = nib.Nifti1Image(label_ZYX.T, affine)
+        picture = nib.Nifti1Image(label_ZYX.T, geometry.to_mm)
         picture.header.set_xyzt_units("mm")
         picture.header.set_zooms(geometry.spacing[::-1])
         picture.header["intent_code"] = LABEL_INTENT

@@ -121,12 +121,7 @@ def write_image(path: Path, image_CZYX: np.ndarray, geometry: Geometry) -> None:
         flat = np.moveaxis(image_CZYX[:, 0], 0, -1)
         Image.fromarray(flat[..., 0] if flat.shape[-1] == 1 else flat).save(path)
     elif kind in (".nii", ".nii.gz"):
-        affine = (
-            np.diag([*geometry.spacing[::-1], 1.0])
-            if geometry.affine is None
-            else np.asarray(geometry.affine)
-        )
-        picture = nib.Nifti1Image(image_CZYX[0].T, affine, dtype=image_CZYX.dtype)
+        picture = nib.Nifti1Image(image_CZYX[0].T, geometry.to_mm, dtype=image_CZYX.dtype)
         picture.header.set_xyzt_units("mm")
         data = picture.to_bytes()
         path.write_bytes(gzip.compress(data, 6, mtime=0) if kind == ".nii.gz" else data)

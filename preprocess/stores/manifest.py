@@ -73,6 +73,13 @@ class Dataset(Frozen):
     file_ending: str = ".nii.gz"  # of predictions
     licence: str = ""
 
+    @property
+    def values(self) -> set[int]:
+        """All that a label may hold."""
+        ignored = () if self.ignore_label is None else (self.ignore_label,)
+        parts = (value for region in self.regions.values() for value in region)
+        return {*self.labels.values(), *parts, *ignored}
+
 
 def _every_axis(axes: tuple[int, int, int]) -> tuple[int, int, int]:
     if sorted(axes) != [0, 1, 2]:

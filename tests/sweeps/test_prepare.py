@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from segfleet.cli import submit_words, sweep_prepare
+from segfleet.cli import submit_words
 from segfleet.cli.sweep_prepare import prepare
 from segfleet.core.errors import InputError
 from segfleet.pipeline.stop import Interrupted
 from segfleet.preprocess.building.build import build
 from segfleet.preprocess.phantoms.phantom import write_msd_phantom
 from segfleet.preprocess.stores.manifest import load_manifest
+from segfleet.sweeps import slurm_backend
 from segfleet.sweeps.space.checks import check_read
 from segfleet.sweeps.space.load import parse_search
 from segfleet.sweeps.space.plan import Stores, make_plan
@@ -119,7 +120,7 @@ class Queue:
 def queue(monkeypatch):
     def made(**how):
         one = Queue(**how)
-        monkeypatch.setattr(sweep_prepare, "PACE", 0.01)
+        monkeypatch.setattr(slurm_backend, "PAUSE", 0.01)
         monkeypatch.setattr(submit_words, "send", one.send)
         monkeypatch.setattr("segfleet.slurm.cluster.check", lambda spec: None)
         monkeypatch.setattr("segfleet.slurm.job.jobs_of", one.jobs_of)
