@@ -80,15 +80,24 @@ def own_cache(tmp_path_factory):
 def warm():
     """`python -m segfleet...` starts at once, see warm.py. A test that is about the start itself
     asks for `cold`."""
+    undo = start_warm()
+    yield
+    undo()
+
+
+def pytest_xdist_setupnodes(config):
+    """The workers, too, are forks of one process that has imported what all of them need."""
+    config.add_cleanup(start_warm())
+
+
+def start_warm():
+    """What undoes it."""
     if sys.platform != "linux":
-        yield
-        return
+        return lambda: None
     spec = importlib.util.spec_from_file_location("warm", Path(__file__).with_name("warm.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    undo = module.install()
-    yield
-    undo()
+    return module.install()
 
 
 @pytest.fixture

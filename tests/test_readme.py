@@ -38,7 +38,7 @@ PARSED = ("logs", "cancel", "resume", "slurm-sandbox")
 BLOCK = re.compile(
     r"((?:^<!--[^\n]*-->\n+)*)^```(\w*)\n(.*?)^```|`(segfleet [^`\n]+)`", re.M | re.S
 )
-DRIVER = """
+DRIVER = """# A fork will do.
 import importlib.util, json, sys
 from pathlib import Path
 from segfleet.cli import main

@@ -4,7 +4,8 @@ Most of the suite's time went into interpreters that import the same seconds of 
 lets `subprocess` fork such a command from a warm process instead. What comes out is what
 `subprocess` expects: a child of its own with that command line, environment, folder, pipes and
 session, which runs the module as `python -m` does and ends as an interpreter ends. Its own
-`segfleet` children (ranks, the loader's fork server) start the same way.
+`segfleet` children (ranks, the loader's fork server) start the same way. So do the workers of
+pytest-xdist, whose forks have a warm process of their own, and programs that begin with `FORKED`.
 
 A new interpreter is started after all where the test is about that (SEGFLEET_TESTS_COLD in the
 environment), where the environment holds what is read while importing, such as PYTHONPATH, on a
@@ -39,7 +40,12 @@ from typing import Any
 PACKAGES = ("torch._dynamo", "segfleet.pipeline.jobs", "tensorboardX", "typer")
 # What is read while Python, torch or segfleet are imported.
 EARLY = ("PYTHON", "LD_", "OMP_", "MKL_", "LC_", "LANG", "SEGFLEET_PLUGINS", "SEGFLEET_TESTS_COLD")
-COMMANDS = {"-m": "segfleet.", "-c": "from multiprocessing.forkserver import main"}
+FORKED = "# A fork will do.\n"  # the first line of a program for -c that may start so, too
+COMMANDS = {
+    "-m": ("segfleet.",),
+    # fork servers, and the workers of pytest-xdist
+    "-c": ("from multiprocessing.forkserver import main", "import sys;exec(eval(", FORKED),
+}
 SUBREAPER = 36  # of prctl: who inherits the orphans among its descendants
 ROOM = 8192  # bytes for the command line and for the variables of a fork
 ABOVE = 200  # our own files, out of the way of those that a command gets by number
@@ -74,10 +80,10 @@ class Warm:
         _, session, group, gid, gids, uid, umask, prepare = arguments[14:22]
         words = [os.fsdecode(word) for word in words]
         program, *rest = words
-        flags = list(takewhile(("-P", "-B").__contains__, rest))
+        flags = list(takewhile(("-P", "-B", "-u").__contains__, rest))
         rest = rest[len(flags) :]
         how, what = (*rest, "", "")[:2]
-        if program != sys.executable or not what.startswith(COMMANDS.get(how, "\0")):
+        if program != sys.executable or not what.startswith(COMMANDS.get(how, ())):
             return None
         plain = (group, gid, gids, uid, umask, prepare) == (-1, None, None, None, -1, None)
         variables = dict(os.environ)
@@ -115,8 +121,9 @@ class Warm:
 
 def install() -> Callable[[], None]:
     """Use a warm process from here on; what undoes that. Not at all if SEGFLEET_TESTS_COLD is set
-    already."""
-    if "SEGFLEET_TESTS_COLD" in os.environ:
+    already, nor in a fork, which has a warm process of its own."""
+    forked = not isinstance(start_cold, types.BuiltinFunctionType)
+    if forked or "SEGFLEET_TESTS_COLD" in os.environ:
         return lambda: None
     same = early(os.environ) | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     server: list[subprocess.Popen] = []
@@ -172,6 +179,8 @@ def main() -> None:
     sys.modules["__main__"] = module = types.ModuleType("__main__")
     how, what, *arguments = order["rest"]
     sys.argv, sys.orig_argv = [how, *arguments], order["words"]
+    if "-u" in order["flags"]:
+        sys.stdout.reconfigure(write_through=True)
     if "-P" not in order["flags"]:
         sys.path.insert(0, order["folder"] if how == "-m" else "")
     code = 0

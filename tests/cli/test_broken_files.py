@@ -31,6 +31,7 @@ def segfleet(tmp_path):
 
     def run(package, *words):
         code = (
+            "# A fork will do.\n"
             f"import sys, {package} as p; p.__path__.append({str(tmp_path)!r}); "
             "from types import SimpleNamespace as S; from segfleet.models import profile as c; "
             "c.profile = lambda spec, batch=1: S(macs=0, peak_bytes=0, stages={}); "
@@ -68,6 +69,7 @@ def test_a_broken_layout_or_loss_is_named_when_it_is_asked_for(segfleet, tmp_pat
     assert done.returncode == 2 and "the layout 'syntax' cannot be used: Syntax" in done.stderr
     code = "from segfleet.pipeline.losses.base import build_loss as b; b('{}', head='softmax')"
     loss = "import sys, segfleet.pipeline.losses as p; p.__path__.append(sys.argv[1]); " + code
+    loss = "# A fork will do.\n" + loss
     for name, words in (("imports", "ModuleNotFoundError"), ("syntax", "SyntaxError")):
         command = [sys.executable, "-c", loss.format(name), str(tmp_path)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=100)

@@ -6,7 +6,8 @@ JSON, results what `torch.save` takes. In the ranks warnings are errors, as in p
 reaches stdout is a failure: stdout belongs to the command line.
 
 The ranks are forks of one process that has imported what takes seconds (torch, its compiler, which
-every optimizer imports, and the program), and nothing else: no process group, no thread.
+every optimizer imports, and the program), and nothing else: no process group, no thread. It is
+itself a fork of the suite's warm process (tests/warm.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -34,7 +36,8 @@ HARMLESS = (
     ":ResourceWarning",
     "Grad strides do not match",
 )
-STRICT = ["-W", "error", *(part for kind in HARMLESS for part in ("-W", f"ignore:{kind}"))]
+STRICT = ["error", *(f"ignore:{kind}" for kind in HARMLESS)]  # as after python -W
+START = "# A fork will do.\nimport runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
 
 
 class RankRunner:
@@ -68,7 +71,7 @@ class RankRunner:
     def _ask(self, order: dict[str, Any]) -> list[int]:
         if self.server is None:
             self.server = subprocess.Popen(
-                [sys.executable, *STRICT, __file__],
+                [sys.executable, "-c", START, __file__],
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -93,6 +96,9 @@ def serve() -> None:
     from segfleet.pipeline.launch.local import die_with_parent
 
     die_with_parent(os.getppid())
+    sys.warnoptions[:] = STRICT  # their own children get them, too
+    warnings.resetwarnings()
+    warnings._processoptions(STRICT)
     for line in sys.stdin:
         order = json.loads(line)
         with suppress(Exception):  # the ranks will say it

@@ -109,14 +109,17 @@ class Cluster:
     def call(self, *command: str) -> str:
         return self.sandbox.call(*command)
 
-    def wait(self, condition, timeout=240.0, what="") -> None:
-        deadline = time.monotonic() + timeout * PATIENCE
+    def wait(self, condition, timeout=240.0, what="", pause=0.5) -> None:
+        """`pause`: seconds between two looks after a while. Who asks SLURM five times a second
+        takes a core from the job he waits for."""
+        begun = time.monotonic()
         while not condition():
-            assert time.monotonic() < deadline, (
+            waited = time.monotonic() - begun
+            assert waited < timeout * PATIENCE, (
                 f"{what} did not come within {timeout:.0f} "
                 f"s:\n{self.call('squeue', '--states=all')}"
             )
-            time.sleep(0.2)
+            time.sleep(min(pause, 0.1 + waited / 20))
 
     def wait_for_state(self, document: dict, *states: str, timeout=240.0) -> str:
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -132,19 +135,18 @@ class Cluster:
 
     def wait_for_step(self, document: dict, step: int, timeout=240.0) -> Path:
         """Wait until the first stage has logged `step` in whatever life; its folder."""
-        stage = Path(document["run"]).parent
+        stage, asked = Path(document["run"]).parent, time.monotonic()
 
         def reached() -> bool:
-            ended = self.queue(document["job"])[0] in (
-                "COMPLETED",
-                "FAILED",
-                "CANCELLED",
-                "TIMEOUT",
-            )
-            assert not ended, self.output(document)
-            return any(event["step"] >= step for event in events(stage, "step"))
+            nonlocal asked
+            there = any(event["step"] >= step for event in events(stage, "step"))
+            if there or time.monotonic() - asked > 1.0:
+                asked = time.monotonic()
+                over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+                assert self.queue(document["job"])[0] not in over, self.output(document)
+            return there
 
-        self.wait(reached, timeout, f"step {step}")
+        self.wait(reached, timeout, f"step {step}", pause=0.1)
         return stage
 
     def release(self, document: dict) -> None:

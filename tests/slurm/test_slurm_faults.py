@@ -27,7 +27,8 @@ def asked_to_end(cluster, job):
 
 def requeued_while_saving(cluster, job):
     """SLURM ends the job in the middle of writing a checkpoint."""
-    cluster.wait(lambda: list(Path(job["run"]).parent.glob("checkpoints/.step-*")), 30, "a save")
+    partial = Path(job["run"]).parent.glob
+    cluster.wait(lambda: list(partial("checkpoints/.step-*")), 30, "a save", pause=0.02)
     cluster.call("scontrol", "requeue", job["job"])
 
 
