@@ -24,20 +24,20 @@ def command(
     if name is None:
         for sentence in broken():
             typer.echo(f"segfleet: {sentence}", err=True)
-        show([summary(chosen) for chosen in specs().values()], as_json, render_all)
+        from segfleet.models.profile import profile
+
+        show([summary(one, profile(one)) for one in specs().values()], as_json, render_all)
     else:
         show(details(spec(name)), as_json, render_one)
 
 
-def summary(chosen) -> dict[str, Any]:
+def summary(chosen, costs) -> dict[str, Any]:
     """One row: all at the published input, channels and classes."""
-    from segfleet.models.profile import profile
-
     return {
         "name": chosen.name,
         "dims": list(chosen.dims),
         "parameters": chosen.parameters,
-        "gmac": round(profile(chosen).macs / 1e9, 3),
+        "gmac": round(costs.macs / 1e9, 3),
         "input": list(chosen.paper_input),
         "in_channels": chosen.in_channels,
         "classes": chosen.num_classes,
@@ -54,7 +54,7 @@ def details(chosen) -> dict[str, Any]:
     from segfleet.models.registry import legal_options
 
     costs = profile(chosen, batch=1)
-    return summary(chosen) | {
+    return summary(chosen, costs) | {
         "about": chosen.about,
         "source": chosen.source,
         "options": legal_options(chosen),

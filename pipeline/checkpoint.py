@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Collection, Container
+from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -290,7 +290,8 @@ class Staging:
             return copies(tensors), lambda: None
         device = away[0].device
         self.stream = self.stream or torch.cuda.Stream(device)
-        training, places = torch.cuda.current_stream(device), iter(self._places(away))
+        training, places = torch.cuda.current_stream(device), self._places(away)
+        there = iter(zip(places, away, strict=True))
         self.stream.wait_stream(training)
         kept: Tensors = {}
         with torch.cuda.stream(self.stream):
@@ -299,7 +300,7 @@ class Staging:
                     kept[group] = named
                     continue
                 kept[group] = {
-                    name: next(places).copy_(value.detach(), non_blocking=True)
+                    name: fetched(*next(there))
                     if on_gpu(value)
                     else value.detach().to("cpu", copy=True)
                     for name, value in named.items()
@@ -320,10 +321,24 @@ class Staging:
             if dtype not in self.buffers or self.buffers[dtype].numel() < size:
                 self.buffers.pop(dtype, None)  # before the larger one is made
                 self.buffers[dtype] = pinned(size, dtype)
+        # one operation for each: the host's time for thousands of tensors is training's
         return [
-            self.buffers[value.dtype][begin : begin + value.numel()].view(value.shape)
+            self.buffers[value.dtype].as_strided(value.shape, contiguous(value.shape), begin)
             for value, begin in spans
         ]
+
+
+def fetched(place: Tensor, value: Tensor) -> Tensor:
+    return place.copy_(value, non_blocking=True)
+
+
+def contiguous(shape: Sequence[int]) -> list[int]:
+    """Strides of a tensor without gaps."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return strides[::-1]
 
 
 def on_gpu(value: Tensor) -> bool:

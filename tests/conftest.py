@@ -42,6 +42,7 @@ LONG_FIRST = (
     "pipeline/test_left_behind.py",
     "sweeps/test_sweep_trial.py",
     "test_packaging.py",
+    "test_gpu_benchmark.py",
     "slurm/test_slurm_accounting.py",
 )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import re
 from pathlib import Path
@@ -25,9 +27,26 @@ def maker():
     return module
 
 
-def test_table_is_what_the_command_prints(maker, capsys):
-    command(None, as_json=True)
-    rows = json.loads(capsys.readouterr().out)
+@pytest.fixture(scope="module")
+def rows():
+    """Of all networks, which takes seconds."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        command(None, as_json=True)
+    return json.loads(said.getvalue())
+
+
+def test_list_as_json_has_every_network(rows):
+    named = {row["name"]: row for row in rows}
+    assert list(named) == list(specs())
+    assert named["unet_lite_standard"]["parameters"] == 31_037_633
+    assert named["unet_lite_standard"]["gmac"] == 48.167
+    assert (
+        named["resenc_unet_3d"]["divisor"] == [32, 32, 32]
+        and named["resenc_unet_3d"]["deep_supervision"]
+    )
+
+
+def test_table_is_what_the_command_prints(maker, rows):
     made = maker.table(rows, maker.recipes_by_network())
     assert maker.with_table(PAGE, made) == PAGE, "stale: run `python docs/models_table.py`"
     assert all(

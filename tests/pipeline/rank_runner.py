@@ -37,7 +37,12 @@ HARMLESS = (
     "Grad strides do not match",
 )
 STRICT = ["error", *(f"ignore:{kind}" for kind in HARMLESS)]  # as after python -W
-START = "# A fork will do.\nimport runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+# as `python FILE`
+START = """# A fork will do.
+import os, runpy, sys
+sys.path[0] = os.path.dirname(sys.argv[1])
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
 
 
 class RankRunner:
