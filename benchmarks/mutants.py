@@ -70,17 +70,26 @@ SUBJECTS = {  # module -> the tests that ought to notice
         for name in ("choices", "cpu", "gpu", "planned", "target", "timing")
     },
     # identity
-    "pipeline/run.py": [
-        "pipeline/test_stage_settings.py",
-        "pipeline/test_recipe.py",
-        "pipeline/test_sources.py",
-    ],
-    "pipeline/recipe.py": [
-        "pipeline/test_recipe.py",
-        "pipeline/test_stage_settings.py",
-        "pipeline/test_weights.py",
-        "pipeline/test_finetuning.py",
-    ],
+    **dict.fromkeys(
+        ("pipeline/identity.py", "pipeline/stage_data.py", "pipeline/run.py"),
+        [
+            "pipeline/test_stage_settings.py",
+            "pipeline/test_recipe.py",
+            "pipeline/test_sources.py",
+            "pipeline/test_damaged_files.py",
+            "pipeline/test_finetuning.py",
+            "pipeline/test_weights.py",
+        ],
+    ),
+    **dict.fromkeys(
+        ("pipeline/recipe.py", "pipeline/stage.py"),
+        [
+            "pipeline/test_recipe.py",
+            "pipeline/test_stage_settings.py",
+            "pipeline/test_finetuning.py",
+            "pipeline/test_weights.py",
+        ],
+    ),
     "pipeline/sources.py": ["pipeline/test_sources.py"],
     "pipeline/devices/numerics.py": ["pipeline/test_numerics.py"],
     # what all stand on
