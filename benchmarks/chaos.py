@@ -27,6 +27,7 @@ import json
 import mmap
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -335,8 +336,22 @@ def litter(folder: Path) -> list[str]:
         if ".partial" in path.name or path.name == "stop"
     ]
     temporary = folder.parent / "tmp"
-    left = [path for path in temporary.iterdir() if not path.name.startswith(CACHES)]
+    left = [
+        path
+        for path in temporary.iterdir()
+        if not path.name.startswith(CACHES) and not is_pythons(path)
+    ]
     return [str(path.relative_to(folder.parent)) for path in (*half, *left)]
+
+
+def is_pythons(path: Path) -> bool:
+    """Whether Python made it to see if files can be made in a folder, which it does once a process
+    (`tempfile.gettempdir`); killed in between, it leaves it, under a name that says nothing."""
+    return (
+        re.fullmatch("[a-z0-9_]{8}", path.name) is not None
+        and path.is_file()
+        and (path.read_bytes() in (b"", b"blat"))
+    )
 
 
 def shared_memory() -> set[str]:

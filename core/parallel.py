@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -239,18 +240,23 @@ def end_with_parent(last: Callable[[], None] = lambda: None) -> None:
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
-def forgive_queues() -> None:
-    """From now on the queues of this process, started by multiprocessing, print nothing of what
-    they cannot send because its parent is ending."""
+def guard_queues() -> None:
+    """From now on this process, started by multiprocessing, ends when one of its queues cannot send
+    something, which would be waited for in vain: Python prints a traceback and goes on. Nothing is
+    said where its parent is ending, too."""
     parent: Any = multiprocessing.parent_process()
-    plain = queues.Queue._on_queue_feeder_error  # type: ignore[attr-defined]
 
-    def report(error: Exception, thing: Any) -> None:
+    def end(error: Exception, thing: Any) -> None:
         parent.join(ENDING)
         if parent.is_alive():
-            plain(error, thing)
+            sys.stderr.write(
+                f"segfleet: process {os.getpid()} cannot hand over what it made and ends: "
+                f"{type(error).__name__}: {error}\n"
+            )
+            sys.stderr.flush()
+            os._exit(1)
 
-    queues.Queue._on_queue_feeder_error = staticmethod(report)  # type: ignore[attr-defined]
+    queues.Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
 
 
 def _begin(function: Callable) -> None:

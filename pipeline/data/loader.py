@@ -25,7 +25,7 @@ from segfleet.core.litter import (
     note_shared_memory,
     remove_shared_memory,
 )
-from segfleet.core.parallel import SERVED, end_with_parent, forgive_queues
+from segfleet.core.parallel import SERVED, end_with_parent, guard_queues
 from segfleet.pipeline.data import randomness
 from segfleet.pipeline.data.augment import draw_intensity, draw_spatial, flat
 from segfleet.pipeline.data.device_augment import Boxes, Room, augmented, drawn_sample, each_tensor
@@ -276,7 +276,7 @@ def _start_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     note_shared_memory()
     end_with_parent(lambda: remove_shared_memory(os.getpid()))
-    forgive_queues()
+    guard_queues()
     torch.set_num_threads(1)
 
 

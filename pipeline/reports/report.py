@@ -32,9 +32,9 @@ from segfleet.pipeline.reports.score_tables import (
 )
 from segfleet.pipeline.scoring.form import is_evaluation
 from segfleet.pipeline.scoring.intervals import FEWEST
-from segfleet.pipeline.scoring.scored import optimism
+from segfleet.pipeline.scoring.scored import REPORT, optimism
 
-NAME, CASES_CSV = "report.html", "cases.csv"
+CASES_CSV = "cases.csv"
 
 
 def write_report(run_folder: str | Path) -> Path:
@@ -68,8 +68,8 @@ def write_report(run_folder: str | Path) -> Path:
         source=f"run {run.name}" if "stages" in recipe else run.name,
         **(_scores(document, run) if document else {"summary": None}),
     )
-    write_atomically(run / NAME, text)
-    return run / NAME
+    write_atomically(run / REPORT, text)
+    return run / REPORT
 
 
 def _json(path: Path) -> Any:

@@ -181,6 +181,8 @@ def score_folds(
     if not before or before.get("scored") != {"folds": facts}:
         _write(out, with_fold(recipe, ALL), stages, facts)
         report(out)
+    elif not (out / scored.REPORT).exists():  # killed in between
+        report(out)
     return out
 
 

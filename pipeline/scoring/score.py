@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from segfleet.core.errors import InputError
-from segfleet.core.files import write_atomically
+from segfleet.core.files import read_json, write_atomically
+from segfleet.core.lock import is_locked
 from segfleet.models import registry
 from segfleet.pipeline import checkpoint
 from segfleet.pipeline.devices import numerics, out_of_memory
@@ -34,7 +35,7 @@ from segfleet.pipeline.parts import (
 )
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe
-from segfleet.pipeline.run import StageFolder, lock_stage
+from segfleet.pipeline.run import LOCK, StageFolder, lock_stage
 from segfleet.pipeline.scoring import scored
 from segfleet.pipeline.scoring.evaluate import Kept, Measures, evaluate_cases
 from segfleet.pipeline.scoring.external import TestSet, overlap_with_training
@@ -46,6 +47,7 @@ from segfleet.preprocess.stores.manifest import Manifest
 EVALUATION = scored.EVALUATION
 # {"phase": validation | scoring | report, "done", "total"} of rank 0, while that lasts
 SCORING = "scoring.json"
+REPORTING = "report"
 SHOWN = 3  # validation cases that are drawn while training, the same ones always
 CASES = "scored"  # a folder of the cases that are scored already, while it lasts
 
@@ -206,9 +208,21 @@ class Scorer:
         if again or not self.ranks.share(scored.is_scored(leaf, self.recipe, manifest)):
             with locked(leaf, self.ranks):
                 self._score(folders)
+        elif self.ranks.rank == 0:
+            self._report_if_killed(leaf)
         if self.ranks.rank == 0:
             for sentence in scored.optimism(scored.evaluation_of(leaf)):
                 sys.stderr.write(f"segfleet: {sentence}\n")
+
+    def _report_if_killed(self, leaf: Path) -> None:
+        """Report a score whose process was killed after it was written."""
+        phase = (read_json(leaf / SCORING) or {}).get("phase")
+        if phase != REPORTING and (leaf / scored.REPORT).exists():
+            return
+        if not is_locked(leaf / LOCK):  # whoever works there reports it, or another score
+            with lock_stage(leaf):
+                self.report(leaf)
+                (leaf / SCORING).unlink(missing_ok=True)
 
     def _score(self, folders: list[StageFolder]) -> None:
         manifest, ids = self.store.manifest, self._ids()
@@ -287,9 +301,9 @@ class Scorer:
                 "scored": facts,
                 **extras(),
             }
-            self._note({"phase": "report", "done": 0, "total": 2})
+            self._note({"phase": REPORTING, "done": 0, "total": 2})
             self.draw(out, document, self.store, task, kept.slices)
-            self._note({"phase": "report", "done": 1, "total": 2})
+            self._note({"phase": REPORTING, "done": 1, "total": 2})
             scored.write_evaluation(out, document)
             self.report(out)
             self._note(None)

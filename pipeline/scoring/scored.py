@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from segfleet.pipeline.scoring.external import TestSet
 
 EVALUATION = "evaluation.json"
+REPORT = "report.html"  # beside it, written after it
 EXTERNAL = "on"  # folder in a run: scores on other stores
 VERSION = 3  # of what an evaluation.json holds; one of another version is made anew
 

@@ -141,7 +141,11 @@ def test_a_fold_that_is_not_scored_as_asked_leaves_no_score_of_all(work, tmp_pat
     folder, document, _ = work
     recipe, manifest = load_recipe(str(folder / "tiny.yaml")), load_manifest(folder / "store")
     shutil.copytree(folder / "runs", tmp_path / "runs")
-    assert score_folds(tmp_path / "runs", recipe, manifest, write_report) is not None
+    folder = score_folds(tmp_path / "runs", recipe, manifest, write_report)
+    assert folder is not None
+    (folder / "report.html").unlink()  # as when it was killed before that
+    assert score_folds(tmp_path / "runs", recipe, manifest, write_report) == folder
+    assert (folder / "report.html").is_file()
     other = recipe.model_copy(
         update={"evaluation": recipe.evaluation.model_copy(update={"overlap": 0.25})}
     )

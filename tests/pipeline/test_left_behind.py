@@ -186,6 +186,10 @@ import os, signal, time, torch
 from segfleet.core.errors import explain
 from segfleet.pipeline.data import loader
 
+class Lost:
+    def __reduce__(self):
+        raise OSError("a pipe that is none")
+
 class Patches(torch.utils.data.Dataset):
     pinned = False
 
@@ -211,6 +215,8 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("how, limit, said", [
     ("os.kill(os.getpid(), signal.SIGKILL)", 60,
      r"\d loading: DataLoader worker \(pid\(s\) .* True"),
+    ("return loader.Batch(torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4).byte(), ('a', Lost()))", 60,
+     r"\d loading: DataLoader worker \(pid\(s\) .* True"),
     ("time.sleep(8)", 4, "3 loading: no batch for 4 s.* True"),
     ("time.sleep(3)", 60, "6 no error"),
 ])  # fmt: skip
@@ -222,3 +228,7 @@ def test_a_loader_process_that_dies_is_missed_soon(how, limit, said, tmp_path):
         [sys.executable, str(tmp_path / "dying.py")], capture_output=True, text=True, timeout=200
     )
     assert re.match(said, done.stdout, re.DOTALL), done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert ("cannot hand over what it made and ends: OSError: a pipe" in done.stderr) == (
+        "Lost" in how
+    )

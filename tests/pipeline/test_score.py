@@ -155,6 +155,35 @@ def test_a_run_is_scored_by_one_command_at_a_time(train):
     assert json.loads((leaf / "evaluation.json").read_text())["summary"] == whole["summary"]
 
 
+def test_a_score_whose_process_was_killed_before_its_report_is_reported(train):
+    """Before, the same command said that there is nothing to do, and named a report that was not
+    there."""
+    leaf, whole = train("data.split=all")
+    recipe = parse(json.loads((leaf / "recipe.json").read_text()))
+    folders = stage_folders(leaf.parent, recipe, load_manifest(recipe.data.store))
+    report, note = leaf / "report.html", leaf / score.SCORING
+    phase = json.dumps({"phase": "report", "done": 1, "total": 2})
+
+    def again() -> int:
+        store, ranks, reported = open_store(recipe.data.store), Ranks(torch.device("cpu")), []
+        facts = {"recipe": recipe, "store": store, "ranks": ranks, "stop": StopRequest()}
+        score.Scorer(**facts, report=reported.append).score(folders)
+        assert set(reported) <= {leaf}
+        return len(reported)
+
+    report.write_text("whole")
+    assert again() == 0
+    report.unlink()
+    assert again() == 1
+    report.write_text("of the score before")
+    note.write_text(phase)
+    with lock_stage(leaf):
+        assert again() == 0  # whoever works there does it
+    assert again() == 1 and not note.exists()
+    assert again() == 0
+    assert json.loads((leaf / "evaluation.json").read_text())["summary"] == whole["summary"]
+
+
 def test_an_interrupted_score_goes_on_with_the_cases_that_are_missing(train, monkeypatch):
     predicted, predict = [], evaluate.raw_label
 
