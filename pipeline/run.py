@@ -123,9 +123,7 @@ def open_run(path: Path) -> tuple[Recipe, list[StageFolder]]:
 def note_data(path: Path, manifest: Manifest) -> None:
     """Keep data set and plan of the store in a run folder: a trained network does not need its
     training data."""
-    known: dict[str, Any] = {"cases": (), "splits": {}, "files": {}}
-    known |= {"joined": None, "fingerprint": {}}
-    document = manifest.model_copy(update=known).model_dump(mode="json")
+    document = manifest.outline()
     if read_json(path / DATA) != document:
         path.mkdir(parents=True, exist_ok=True)
         write_json(path / DATA, document)

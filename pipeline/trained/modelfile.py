@@ -87,7 +87,7 @@ def _fill(model: Model, folder: Path, card: str) -> None:
                 "weights": name,
                 **file_facts(folder / name),
                 "recipe": portable(one.recipe),
-                "data": _plan_of(one.manifest),
+                "data": one.manifest.outline(),
             }
         )
     document = {
@@ -115,12 +115,6 @@ def portable(recipe: Recipe) -> dict[str, Any]:
         if model.get("mapping", "auto") != "auto":
             model["mapping"] = Path(model["mapping"]).name
     return document
-
-
-def _plan_of(manifest: Manifest) -> dict[str, Any]:
-    """Data set and plan: no case, no split, no file."""
-    known = {"cases": (), "splits": {}, "files": {}, "joined": None, "fingerprint": {}}
-    return manifest.model_copy(update=known).model_dump(mode="json")
 
 
 def _pack(folder: Path, out: Path) -> None:

@@ -22,7 +22,7 @@ from segfleet.preprocess.readers.base import (
     visible,
 )
 from segfleet.preprocess.readers.pairs import inside, sides
-from segfleet.preprocess.readers.places import locate, subfolders
+from segfleet.preprocess.readers.places import subfolders
 from segfleet.preprocess.stores.manifest import Dataset
 
 PARTS = ("training", "testing")
@@ -80,13 +80,8 @@ class Reader(RawReader):
         counts="150 patients, two volumes each: 100 for training, 50 for testing",
     )
 
-    def __init__(self, root: str | Path, **options: str):
-        super().__init__(root, **options)
-        self.folder = locate(
-            self.root,
-            lambda p: any(visible(patient) for part in PARTS for patient in _patients(p / part)),
-            self.layout,
-        )
+    def lies_in(self, folder: Path) -> bool:
+        return any(visible(patient) for part in PARTS for patient in _patients(folder / part))
 
     def dataset(self) -> Dataset:
         labels = {"background": 0, "right ventricle": 1, "myocardium": 2, "left ventricle": 3}

@@ -30,6 +30,7 @@ from segfleet.preprocess.files.segments import is_seg_nrrd
 from segfleet.preprocess.planning.patients import NAME as SHEET
 from segfleet.preprocess.planning.patients import Grouping, Sheet, by_names, read_sheet
 from segfleet.preprocess.planning.patients import patient_of as patient_of
+from segfleet.preprocess.readers.places import locate
 from segfleet.preprocess.stores.manifest import Dataset
 
 Folds = tuple[dict[str, tuple[str, ...]], ...]
@@ -109,6 +110,11 @@ class RawReader(ABC):
                     f"{', '.join(self.options[name])}"
                 )
             self.chosen[name] = value
+        self.folder = locate(self.root, self.lies_in, self.layout)
+
+    def lies_in(self, folder: Path) -> bool:
+        """Whether a folder holds the data set: the root, or else the only one in it that does."""
+        return True
 
     @abstractmethod
     def dataset(self) -> Dataset: ...
@@ -131,7 +137,7 @@ class RawReader(ABC):
     def sheet(self) -> Sheet | None:
         """The user's patients.csv in the raw folder, which says more than any name. Raises
         InputError."""
-        folders = dict.fromkeys((self.root, getattr(self, "folder", self.root)))
+        folders = dict.fromkeys((self.root, self.folder))
         sheets = (read_sheet(folder / SHEET, _plain) for folder in folders)
         return next((sheet for sheet in sheets if sheet), None)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from segfleet.preprocess.files.images import stem
 from segfleet.preprocess.readers.base import CaseRef, Facts
 from segfleet.preprocess.readers.pairs import PairReader, paired, pictures
-from segfleet.preprocess.readers.places import locate
 
 KINDS = ("benign", "malignant", "normal")
 MASK = re.compile(r"_mask(_\d+)?$", re.IGNORECASE)
@@ -38,11 +37,8 @@ class Reader(PairReader):
     structure = "lesion"
     several = True
 
-    def __init__(self, root: str | Path, **options: str):
-        super().__init__(root, **options)
-        self.folder = locate(
-            self.root, lambda p: any(pictures(p / kind, (".png",)) for kind in KINDS), self.layout
-        )
+    def lies_in(self, folder: Path) -> bool:
+        return any(pictures(folder / kind, (".png",)) for kind in KINDS)
 
     def name(self, layout: str) -> str:
         return layout if self.chosen["normals"] == "keep" else f"{layout}-lesions"

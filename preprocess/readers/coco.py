@@ -17,7 +17,6 @@ from segfleet.preprocess.files.images import ENDINGS, peek
 from segfleet.preprocess.files.polygons import Area, filled
 from segfleet.preprocess.readers.base import CaseRef, Facts, natural, read_json, visible
 from segfleet.preprocess.readers.pairs import PairReader
-from segfleet.preprocess.readers.places import locate
 from segfleet.preprocess.stores.manifest import Dataset
 
 
@@ -32,12 +31,14 @@ class Reader(PairReader):
 
     def __init__(self, root: str | Path, **options: str):
         super().__init__(root, **options)
-        self.folder = locate(self.root, lambda p: bool(_files(p)), self.layout)
         files = _files(self.folder)
         if len(files) != 1:
             names = ", ".join(path.name for path in files)
             raise InputError(f"raw: found {len(files)} COCO files ({names}), expected one")
         self.file = files[0]
+
+    def lies_in(self, folder: Path) -> bool:
+        return bool(_files(folder))
 
     @cached_property
     def labels(self) -> dict[str, int]:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from segfleet.preprocess.readers.base import CaseRef, Facts, read_table, tables
 from segfleet.preprocess.readers.pairs import PairReader, paired, pictures
-from segfleet.preprocess.readers.places import locate
 
 LAST_FRAMES = (
     25,
@@ -61,9 +60,8 @@ class Reader(PairReader):
     )
     structure = "polyp"
 
-    def __init__(self, root: str | Path, **options: str):
-        super().__init__(root, **options)
-        self.folder = locate(self.root, lambda p: any(pictures(p / "Original")), self.layout)
+    def lies_in(self, folder: Path) -> bool:
+        return any(pictures(folder / "Original"))
 
     @cached_property
     def sequences(self) -> dict[str, str]:

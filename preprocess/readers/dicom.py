@@ -25,7 +25,7 @@ from segfleet.preprocess.readers.base import (
     natural,
     visible,
 )
-from segfleet.preprocess.readers.places import locate, subfolders
+from segfleet.preprocess.readers.places import subfolders
 from segfleet.preprocess.stores.manifest import Dataset
 
 # what anonymisers write instead of a patient
@@ -41,11 +41,8 @@ class Reader(RawReader):
     )
     facts = Facts(dims="3D", modality="CT, MRI, PET")
 
-    def __init__(self, root: str | Path, **options: str):
-        super().__init__(root, **options)
-        self.folder = locate(
-            self.root, lambda p: any(_slices(case) for case in _cases(p)), self.layout
-        )
+    def lies_in(self, folder: Path) -> bool:
+        return any(_slices(case) for case in _cases(folder))
 
     @cached_property
     def modality(self) -> str:

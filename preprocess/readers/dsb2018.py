@@ -10,7 +10,7 @@ from pathlib import Path
 
 from segfleet.preprocess.readers.base import CaseRef, Facts, visible
 from segfleet.preprocess.readers.pairs import PairReader, pictures
-from segfleet.preprocess.readers.places import locate, subfolders
+from segfleet.preprocess.readers.places import subfolders
 
 
 class Reader(PairReader):
@@ -27,11 +27,8 @@ class Reader(PairReader):
     structure = "nucleus"
     several = True
 
-    def __init__(self, root: str | Path, **options: str):
-        super().__init__(root, **options)
-        self.folder = locate(
-            self.root, lambda p: any(visible(case / "images") for case in _cases(p)), self.layout
-        )
+    def lies_in(self, folder: Path) -> bool:
+        return any(visible(case / "images") for case in _cases(folder))
 
     def cases(self) -> list[CaseRef]:
         refs = []

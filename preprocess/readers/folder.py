@@ -37,7 +37,7 @@ from segfleet.preprocess.readers.pairs import (
     sides,
     union,
 )
-from segfleet.preprocess.readers.places import locate, subfolders
+from segfleet.preprocess.readers.places import subfolders
 from segfleet.preprocess.stores.manifest import Dataset
 
 PARTS = ("train", "val", "test")
@@ -55,10 +55,10 @@ class Reader(PairReader):
 
     def __init__(self, root: str | Path, **options: str):
         super().__init__(root, **options)
-        self.folder = locate(
-            self.root, lambda p: any(pictures(part / "images") for part in _parts(p)), self.layout
-        )
         self.classes = {p: _classes(p / "masks") for p in _parts(self.folder)}
+
+    def lies_in(self, folder: Path) -> bool:
+        return any(pictures(part / "images") for part in _parts(folder))
 
     @cached_property
     def declared(self) -> dict[str, int]:

@@ -24,7 +24,6 @@ from segfleet.preprocess.readers.pairs import (
     union,
     without,
 )
-from segfleet.preprocess.readers.places import locate
 
 SUFFIX = "_anno"
 MOST_GLANDS = 128  # of one image: a mask with more numbers is no mask
@@ -46,9 +45,8 @@ class Reader(PairReader):
     )
     structure = "gland"
 
-    def __init__(self, root: str | Path, **options: str):
-        super().__init__(root, **options)
-        self.folder = locate(self.root, lambda p: bool(_files(p)), self.layout)
+    def lies_in(self, folder: Path) -> bool:
+        return bool(_files(folder))
 
     @cached_property
     def patients(self) -> dict[str, str]:

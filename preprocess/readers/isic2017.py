@@ -20,7 +20,6 @@ from segfleet.preprocess.readers.pairs import (
     sides,
     without,
 )
-from segfleet.preprocess.readers.places import locate
 
 SUFFIX = "_segmentation"
 
@@ -48,13 +47,8 @@ class Reader(PairReader):
         "test": ("ISIC-2017_Test_v2_Data", "ISIC-2017_Test_v2_Part1_GroundTruth"),
     }
 
-    def __init__(self, root: str | Path, **options: str):
-        super().__init__(root, **options)
-        self.folder = locate(
-            self.root,
-            lambda p: any(pictures(p / images, LOSSY) for images, _ in self.parts.values()),
-            self.layout,
-        )
+    def lies_in(self, folder: Path) -> bool:
+        return any(pictures(folder / images, LOSSY) for images, _ in self.parts.values())
 
     def cases(self) -> list[CaseRef]:
         """Parts whose masks are not there (they were released later) are no training cases; the

@@ -12,7 +12,6 @@ from segfleet.core.errors import Problem
 from segfleet.preprocess.files.images import ENDINGS
 from segfleet.preprocess.readers.base import CaseRef, Facts, Folds, fold_problems
 from segfleet.preprocess.readers.pairs import PairReader, paired, pictures
-from segfleet.preprocess.readers.places import locate
 
 
 class Reader(PairReader):
@@ -31,11 +30,8 @@ class Reader(PairReader):
     )
     structure = "polyp"
 
-    def __init__(self, root: str | Path, **options: str):
-        super().__init__(root, **options)
-        self.folder = locate(
-            self.root, lambda p: any(pictures(p / "images")) and (p / "masks").is_dir(), self.layout
-        )
+    def lies_in(self, folder: Path) -> bool:
+        return any(pictures(folder / "images")) and (folder / "masks").is_dir()
 
     def cases(self) -> list[CaseRef]:
         images, masks = self.folder / "images", self.folder / "masks"

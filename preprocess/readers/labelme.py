@@ -17,7 +17,6 @@ from segfleet.preprocess.files.images import peek
 from segfleet.preprocess.files.polygons import FARTHEST, filled
 from segfleet.preprocess.readers.base import CaseRef, Facts, declared_labels, natural, visible
 from segfleet.preprocess.readers.pairs import PairReader, pictures
-from segfleet.preprocess.readers.places import locate
 from segfleet.preprocess.stores.manifest import Dataset
 
 SHAPES = ("polygon", "rectangle", "circle")
@@ -32,9 +31,8 @@ class Reader(PairReader):
     facts = Facts(dims="2D", modality="any")
     structure = "foreground"
 
-    def __init__(self, root: str | Path, **options: str):
-        super().__init__(root, **options)
-        self.folder = locate(self.root, lambda p: bool(_drawn(p)), self.layout)
+    def lies_in(self, folder: Path) -> bool:
+        return bool(_drawn(folder))
 
     @cached_property
     def labels(self) -> dict[str, int]:

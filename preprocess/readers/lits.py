@@ -11,7 +11,6 @@ from pathlib import Path
 
 from segfleet.core.errors import Problem
 from segfleet.preprocess.readers.base import CaseRef, Facts, RawReader, duplicates, natural
-from segfleet.preprocess.readers.places import locate
 from segfleet.preprocess.stores.manifest import Dataset
 
 FILE = re.compile(r"(volume|segmentation)-(\d+)\.nii(\.gz)?", re.IGNORECASE)
@@ -34,9 +33,8 @@ class Reader(RawReader):
     )
     options = {"regions": ("none", "liver-tumour")}
 
-    def __init__(self, root: str | Path, **options: str):
-        super().__init__(root, **options)
-        self.folder = locate(self.root, lambda p: bool(_files(p)), self.layout)
+    def lies_in(self, folder: Path) -> bool:
+        return bool(_files(folder))
 
     def dataset(self) -> Dataset:
         regions = {"liver": (1, 2), "tumour": (2,)} if self.chosen["regions"] != "none" else {}

@@ -25,7 +25,6 @@ from segfleet.preprocess.readers.base import (
     visible,
 )
 from segfleet.preprocess.readers.pairs import inside, sides
-from segfleet.preprocess.readers.places import locate
 from segfleet.preprocess.stores.manifest import Dataset
 
 PARTS = ("train", "test")
@@ -47,13 +46,8 @@ class Reader(RawReader):
     )
     options = {"classes": ("liver", "vessel"), "regions": ("none", "any-tumour")}
 
-    def __init__(self, root: str | Path, **options: str):
-        super().__init__(root, **options)
-        self.folder = locate(
-            self.root,
-            lambda p: any(visible(p / f"{part}_image", "*.npy") for part in PARTS),
-            self.layout,
-        )
+    def lies_in(self, folder: Path) -> bool:
+        return any(visible(folder / f"{part}_image", "*.npy") for part in PARTS)
 
     def dataset(self) -> Dataset:
         labels = {"background": 0, self.chosen["classes"]: 1, "tumour": 2}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from segfleet.preprocess.readers.base import CaseRef, Facts
 from segfleet.preprocess.readers.pairs import PairReader, pictures
-from segfleet.preprocess.readers.places import locate, subfolders
+from segfleet.preprocess.readers.places import subfolders
 
 
 class Reader(PairReader):
@@ -29,11 +29,8 @@ class Reader(PairReader):
     )
     structure = "lesion"
 
-    def __init__(self, root: str | Path, **options: str):
-        super().__init__(root, **options)
-        self.folder = locate(
-            self.root, lambda p: any(_images(case) for case in subfolders(_inner(p))), self.layout
-        )
+    def lies_in(self, folder: Path) -> bool:
+        return any(_images(case) for case in subfolders(_inner(folder)))
 
     def cases(self) -> list[CaseRef]:
         refs = []

@@ -21,7 +21,7 @@ class Unlabelled(RawReader):
 
     def __init__(self, inner: RawReader):
         self.inner, self.root, self.labelled = inner, inner.root, False
-        self.folder = getattr(inner, "folder", inner.root)  # where the table of patients may lie
+        self.folder = inner.folder  # where the table of patients may lie
         self.chosen = {**inner.chosen, "unlabelled": "yes"}
         self.about, self.layout, self.facts = inner.about, inner.layout, inner.facts
         self.patients_from = inner.patients_from

@@ -195,6 +195,12 @@ class Manifest(Frozen):
             changed["cases"] = CaseTable.of(changed["cases"])
         return super().model_copy(update=changed, deep=deep)
 
+    def outline(self) -> dict[str, Any]:
+        """Data set and plan as JSON: no case, no split, no file."""
+        none: dict[str, Any] = {"cases": (), "splits": {}, "files": {}}
+        none |= {"joined": None, "fingerprint": {}}
+        return self.model_copy(update=none).model_dump(mode="json")
+
     def case(self, case_id: str) -> CaseEntry:
         if entry := self.cases.find(case_id):
             return entry
