@@ -15,6 +15,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +95,8 @@ def closure(files: Iterable[str]) -> set[str]:
 
 def imports(path: Path) -> list[str]:
     """Files of ours that a file imports."""
-    wanted: set[str] = set()
-    for node in ast.walk(_tree(path)):
-        if isinstance(node, ast.Import):
-            wanted |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            wanted |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     found = []
-    for module in wanted:
+    for module in said(path).modules:
         package, *parts = module.split(".")
         if package == "segfleet" and parts:
             stem = "/".join(parts)
@@ -118,29 +113,53 @@ def _compiled(path: Path) -> list[str]:
     ]
 
 
-def texts(path: Path) -> set[str]:
-    return {
-        node.value
-        for node in ast.walk(_tree(path))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    }
+def texts(path: Path) -> frozenset[str]:
+    return said(path).texts
 
 
 def source_hash(path: Path) -> str:
     """16 hex digits of what a Python or C++ file says."""
     if path.suffix == ".cpp":
         code = re.sub(r"//[^\n]*|/\*.*?\*/", " ", path.read_text(encoding="utf-8"), flags=re.S)
-        text = " ".join(code.split())
-    else:
-        text = json.dumps(_plain(_tree(path)))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _digest(" ".join(code.split()))
+    return said(path).digest
 
 
-def _tree(path: Path) -> ast.Module:
+@dataclass(frozen=True)
+class Said:
+    """Of a Python file: names after `import`, constant texts, hash of what it says."""
+
+    modules: frozenset[str]
+    texts: frozenset[str]
+    digest: str
+
+
+def said(path: Path) -> Said:
+    return _said(path.read_bytes())
+
+
+@functools.cache  # reading a tree takes longer than reading the file
+def _said(code: bytes) -> Said:
     try:
-        return ast.parse(path.read_bytes())
+        tree = ast.parse(code)
     except SyntaxError:  # whoever needs the file will say so
-        return ast.Module(body=[], type_ignores=[])
+        tree = ast.Module(body=[], type_ignores=[])
+    modules: set[str] = set()
+    constants: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant):
+            if isinstance(node.value, str):
+                constants.add(node.value)
+        elif isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    digest = _digest(json.dumps(_plain(tree)))
+    return Said(frozenset(modules), frozenset(constants), digest)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _plain(node: Any) -> Any:

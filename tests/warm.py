@@ -164,6 +164,10 @@ def main() -> None:
     for module in pkgutil.iter_modules(networks.__path__):
         with suppress(Exception):  # whoever asks for the network is told
             importlib.import_module(f"segfleet.models.{module.name}")
+    from segfleet.pipeline import sources
+
+    for name in sources.computing():  # every command and rank asks what its code says
+        sources.source_hash(sources.HOME / name)
     gc.freeze()
     while True:
         order, files = serve(channel)
