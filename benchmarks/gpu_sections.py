@@ -185,9 +185,9 @@ def forever(batches: list[tuple]) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def doctor(bench: Bench) -> Rows:
-    from segfleet.pipeline.launch.doctor import examine
+    from segfleet.pipeline.launch.doctor import check_machine
 
-    yield "examine", examine
+    yield "examine", check_machine
 
 
 def tests(bench: Bench) -> Rows:

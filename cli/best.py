@@ -37,19 +37,19 @@ def command(
     from segfleet.pipeline.trained.best import find_best
     from segfleet.pipeline.trained.model import trained_run
 
-    found: list[list[Path]] = []
+    candidates: list[list[Path]] = []
     for name in recipes:
         sweep = sweep_of(name, runs)
-        found += best_points(sweep, top) if sweep else [find_folds(name, runs)]
-    configurations = list({tuple(folders): None for folders in found})
+        candidates += best_points(sweep, top) if sweep else [find_folds(name, runs)]
+    configurations = list({tuple(folders): None for folders in candidates})
     if len(configurations) < 2:
         raise InputError(
             f"best: found one recipe in: {' '.join(recipes)}; expected two or more to choose from"
         )
-    with progress("predicting cases not trained on") as tick:
+    with progress("predicting cases not trained on") as on_progress:
         document = find_best(
             [[trained_run(folder) for folder in folders] for folders in configurations],
-            tick,
+            on_progress,
             device_of(device),
         )
     show(document, as_json, render)
@@ -72,18 +72,18 @@ def best_points(outcome: Path, top: int) -> list[list[Path]]:
     rows = (read_json(outcome) or {}).get("ranking")
     if not rows:
         raise InputError(f"best: {outcome} ranks no point; wait for the sweep, or run it again")
-    found: list[list[Path]] = []
+    run_groups: list[list[Path]] = []
     try:
         for row in rows[:top]:
             seeds: dict[int, list[Path]] = {}
             for run in sorted(row["runs"], key=lambda run: run["fold"]):
                 seeds.setdefault(run["seed"], []).append(Path(run["run"]))
-            found += seeds.values()
+            run_groups += seeds.values()
     except (KeyError, TypeError):
         raise InputError(
             f"best: {outcome} is damaged; run the sweep again, which writes it anew"
         ) from None
-    return found
+    return run_groups
 
 
 def render(document: dict[str, Any]) -> None:

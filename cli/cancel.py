@@ -22,15 +22,15 @@ def command(
     from segfleet.slurm.submission import find_home
 
     home = find_home(run, runs)
-    found = slurm_job.look_at_all(slurm_job.jobs_of(home))
-    job, last = found[-1]
+    looked = slurm_job.look_at_all(slurm_job.jobs_of(home))
+    job, last = looked[-1]
     if isinstance(job.submission.job(), Command) and last.state == "running":
         # it is asked, not killed: only it knows the jobs of its stages
         home.with_name(home.name.removesuffix(".jobs")).joinpath("stop").touch()
         active = [job.id]
     else:
-        active = slurm_job.cancel(found)
-    before = "running" if any(seen.state == "running" for _, seen in found) else last.state
+        active = slurm_job.cancel(looked)
+    before = "running" if any(seen.state == "running" for _, seen in looked) else last.state
     document = {
         "run": str(home),
         "job": job.id,

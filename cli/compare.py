@@ -52,7 +52,7 @@ def command(
 
 
 def named(folders: list[Path]) -> list[tuple[str, dict[str, Any]]]:
-    """(name, evaluation) of each folder; names that occur twice get what tells them apart. Raises
+    """(name, evaluation) of each folder; names that occur twice get what differs. Raises
     InputError."""
     from segfleet.core.errors import InputError
     from segfleet.core.files import read_json

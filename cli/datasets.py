@@ -46,7 +46,7 @@ def command(
     fix: Annotated[
         bool,
         typer.Option(
-            "--fix", help="check: write a copy with mended labels (0/255, --remap, geometry)."
+            "--fix", help="check: write a copy with repaired labels (0/255, --remap, geometry)."
         ),
     ] = False,
     remap: Annotated[
@@ -89,7 +89,7 @@ def command(
     if name is None:
         show(layouts(), as_json, render_layouts)
     elif action is None:
-        show(layouts([known(name)])[0], as_json, render_layout)
+        show(layouts([checked_name(name)])[0], as_json, render_layout)
     elif action not in ACTIONS:
         raise InputError(
             f"datasets: found the action '{action}', expected one of: {', '.join(ACTIONS)}"
@@ -100,7 +100,7 @@ def command(
             f"{action} PATH"
         )
     elif action == "phantom":
-        phantom(known(name), path, cases, seed, as_json)
+        phantom(checked_name(name), path, cases, seed, as_json)
     elif action == "slices":
         slices(
             open_reader(name, path, **chosen(option)),
@@ -134,7 +134,7 @@ def command(
         check(name, path, chosen(option), workers, against, as_json)
 
 
-def known(name: str) -> str:
+def checked_name(name: str) -> str:
     """The name, if there is such a layout. Raises InputError."""
     from segfleet.preprocess.readers.base import reader_class
 
@@ -176,7 +176,7 @@ def layouts(names: list[str] | None = None) -> list[dict[str, Any]]:
     from segfleet.preprocess.readers.base import reader_class, readers
 
     uses = recipes()
-    found = []
+    rows = []
     for name in names or readers():
         try:
             cls = reader_class(name)
@@ -185,15 +185,15 @@ def layouts(names: list[str] | None = None) -> list[dict[str, Any]]:
                 raise
             typer.echo(f"segfleet: {error}", err=True)
             continue
-        facts = {
+        details = {
             "about": cls.about,
             "layout": cls.layout,
             **asdict(cls.facts),
             "options": {k: list(v) for k, v in cls.options.items()},
         }
         using = [recipe for recipe, text in uses if f"preprocess {name} " in text]
-        found.append({"name": name, **facts, "recipes": using, "phantom": name in PHANTOMS})
-    return found
+        rows.append({"name": name, **details, "recipes": using, "phantom": name in PHANTOMS})
+    return rows
 
 
 def recipes() -> list[tuple[str, str]]:
@@ -213,10 +213,10 @@ def recipes() -> list[tuple[str, str]]:
     ]
 
 
-def render_layouts(found: list[dict[str, Any]]) -> None:
+def render_layouts(described: list[dict[str, Any]]) -> None:
     columns = ("name", "what", "cases", "recipes", "licence and download")
     rows = []
-    for d in found:
+    for d in described:
         source = f"{d['licence']}\n{d['download']}".strip()
         rows.append(
             (
@@ -230,11 +230,11 @@ def render_layouts(found: list[dict[str, Any]]) -> None:
     table(columns, rows, title="all that is known of one: segfleet datasets NAME")
 
 
-def render_layout(found: dict[str, Any]) -> None:
+def render_layout(layout: dict[str, Any]) -> None:
     options = "; ".join(
-        f"{name}: {' | '.join(values)}" for name, values in found["options"].items()
+        f"{name}: {' | '.join(values)}" for name, values in layout["options"].items()
     )
-    plain = {**found, "options": options, "recipes": ", ".join(found["recipes"])}
+    plain = {**layout, "options": options, "recipes": ", ".join(layout["recipes"])}
     table(
         ("", ""),
         [(key, "yes" if value is True else value) for key, value in plain.items() if value],
@@ -244,7 +244,7 @@ def render_layout(found: dict[str, Any]) -> None:
 def check(
     name: str, root: Path, options: dict[str, str], workers: int | None, against: Path | None,
     as_json: bool,
-    mended: list[dict] | None = None,
+    repaired: list[dict] | None = None,
 ) -> None:  # fmt: skip
     """One pass over all files. Exit code 2 if anything is wrong; warnings do not count."""
     from collections import Counter
@@ -257,29 +257,29 @@ def check(
     from segfleet.preprocess.stores.manifest import load_manifest
 
     reader, other = open_reader(name, root, **options), load_manifest(against) if against else None
-    with progress("checking raw files") as tick:
-        found = survey(reader, workers=workers, progress=tick, known=cached_cases(reader))
-    settle(reader, found)
-    warnings = [*found.warnings, *(shared(found.facts, other) if other else ())]
+    with progress("checking raw files") as on_progress:
+        surveyed = survey(reader, workers=workers, progress=on_progress, known=cached_cases(reader))
+    settle(reader, surveyed)
+    warnings = [*surveyed.warnings, *(shared(surveyed.facts, other) if other else ())]
     document = {
         "root": str(root),
         "layout": name,
-        "dataset": found.dataset.model_dump(mode="json"),
-        "cases": len(found.refs),
+        "dataset": surveyed.dataset.model_dump(mode="json"),
+        "cases": len(surveyed.refs),
         "complete": reader.facts.complete,
-        "patients": len({ref.group or ref.id for ref in found.refs}),
+        "patients": len({ref.group or ref.id for ref in surveyed.refs}),
         "orientations": dict(
-            sorted(Counter(case.orientation for case in found.facts if case.orientation).items())
+            sorted(Counter(case.orientation for case in surveyed.facts if case.orientation).items())
         ),
-        "grouping": grouping_of(found.grouping),
+        "grouping": grouping_of(surveyed.grouping),
         "splits": {split: len(folds) for split, folds in reader.splits().items()},
-        "problems": [problem.as_dict() for problem in found.problems],
+        "problems": [problem.as_dict() for problem in surveyed.problems],
         "warnings": [warning.as_dict() for warning in warnings],
-    } | ({} if mended is None else {"mended": mended})
+    } | ({} if repaired is None else {"mended": repaired})
 
     def render(_: dict[str, Any]) -> None:
-        if mended:
-            rows = [tuple(change.values()) for change in mended]
+        if repaired:
+            rows = [tuple(change.values()) for change in repaired]
             table(
                 ("case", "field", "was", "now"),
                 rows,
@@ -288,14 +288,14 @@ def check(
         if warnings:
             rows = [(w.case, w.field, w.found, w.expected, w.mend) for w in warnings]
             table(PROBLEM, rows, title=f"{len(rows)} warning(s)", stderr=True)
-        if found.problems:
-            problem_table(DataError(str(root), list(found.problems)))
+        if surveyed.problems:
+            problem_table(DataError(str(root), list(surveyed.problems)))
         else:
-            cases = f"{len(found.refs):,}" + (
+            cases = f"{len(surveyed.refs):,}" + (
                 f" of {reader.facts.complete:,}" if reader.facts.complete else ""
             )
             row = (
-                found.dataset.name,
+                surveyed.dataset.name,
                 cases,
                 document["patients"],
                 0,
@@ -313,7 +313,7 @@ def check(
             typer.echo(f"patients: {grouping['rule']} ({grouping['evidence']})")
 
     show(document, as_json, render)
-    if found.problems:
+    if surveyed.problems:
         raise typer.Exit(2)
 
 
@@ -331,12 +331,12 @@ def fixed(
     same_voxels: bool, workers: int | None, against: Path | None,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Write a mended copy and check that; without anything to mend, check the original."""
+    """Write a repaired copy and check that; without anything to repair, check the original."""
     from segfleet.preprocess.checking.repair import repair
     from segfleet.preprocess.readers.base import open_reader
 
-    mended = repair(open_reader(name, root, **options), out, remap, same_voxels=same_voxels)
-    check(name, out if mended else root, options, workers, against, as_json, mended)
+    repaired = repair(open_reader(name, root, **options), out, remap, same_voxels=same_voxels)
+    check(name, out if repaired else root, options, workers, against, as_json, repaired)
 
 
 def phantom(name: str, root: Path, cases: int | None, seed: int, as_json: bool) -> None:
@@ -358,7 +358,7 @@ def phantom(name: str, root: Path, cases: int | None, seed: int, as_json: bool) 
         "layout": name,
         "next": f"segfleet preprocess {name} --raw {root} --out STORE",
     }
-    show(document, as_json, lambda found: table(("", ""), list(found.items())))
+    show(document, as_json, lambda shown: table(("", ""), list(shown.items())))
 
 
 def slices(
@@ -372,22 +372,22 @@ def slices(
     """Volumes, once they are checked, to slices of three neighbours, for the layout npy."""
     from segfleet.preprocess.checking.slices import write_slices
 
-    with progress("checking and slicing volumes") as tick:
-        count = write_slices(reader, out, window, crop, tick, workers)
+    with progress("checking and slicing volumes") as on_progress:
+        count = write_slices(reader, out, window, crop, on_progress, workers)
     document = {
         "root": str(out),
         "layout": "npy",
         "slices": count,
         "next": f"segfleet preprocess npy --raw {out} --out STORE",
     }
-    show(document, as_json, lambda found: table(("", ""), list(found.items())))
+    show(document, as_json, lambda shown: table(("", ""), list(shown.items())))
 
 
 def nnunet(reader, out: Path, version: int, workers: int | None, as_json: bool) -> None:
     """Any layout, once it is checked, as a raw folder of nnU-Net."""
     from segfleet.preprocess.exporting.nnunet import write_nnunet
 
-    with progress("checking and writing cases") as tick:
-        count = write_nnunet(reader, out, version, tick, workers)
+    with progress("checking and writing cases") as on_progress:
+        count = write_nnunet(reader, out, version, on_progress, workers)
     document = {"root": str(out), "layout": "nnunet", "version": version, "cases": count}
-    show(document, as_json, lambda found: table(("", ""), list(found.items())))
+    show(document, as_json, lambda shown: table(("", ""), list(shown.items())))

@@ -56,8 +56,8 @@ def command(
         job = job_of(run, changes or [], runs, fold, best)
         run_ranks(job, ranks)
         asked = parse(job.recipe)
-        found = own_evaluation(job.run, asked, load_manifest(Path(asked.data.store)))
-        show(found, as_json, render)
+        evaluation = own_evaluation(job.run, asked, load_manifest(Path(asked.data.store)))
+        show(evaluation, as_json, render)
         return
     own_fold = fold if split is None else None  # which of several runs
     job = job_on(find_run(run, runs, own_fold, best), changes or [], on, split, fold or 0)
@@ -65,7 +65,9 @@ def command(
     test, manifest = job_test(job), load_manifest(on)
     document = own_evaluation(job.run, parse(job.recipe), manifest, test)
     document |= {"report": str(job.run / EXTERNAL / test.folder(manifest) / "report.html")}
-    show(document, as_json, lambda found: (render(found), typer.echo(found["report"])))
+    show(
+        document, as_json, lambda evaluation: (render(evaluation), typer.echo(evaluation["report"]))
+    )
 
 
 def job_test(job: ScoreOn) -> TestSet:
@@ -118,8 +120,8 @@ def job_of(
     if there.resolve() != folder.resolve():
         manifest = load_manifest(Path(changed.data.store))
         for stage in folders:
-            found = differences(recipe, manifest, stage.index, stage.path) or []
-            if files := [words for words in found if words.startswith("the code of ")]:
+            differing = differences(recipe, manifest, stage.index, stage.path) or []
+            if files := [words for words in differing if words.startswith("the code of ")]:
                 raise InputError(
                     f"evaluate: {' and '.join(files)} is not what this run was trained with; put "
                     "it back, or train again"

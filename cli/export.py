@@ -122,27 +122,27 @@ def write(
     from segfleet.pipeline.trained.loading import find_models, open_model
     from segfleet.pipeline.trained.modelfile import write_model
 
-    found = [path for name in words for path in find_models(name, runs, fold_of(fold), best)]
-    model = open_model(list(dict.fromkeys(found)))
+    paths = [path for name in words for path in find_models(name, runs, fold_of(fold), best)]
+    model = open_model(list(dict.fromkeys(paths)))
     model.check()
     pt2, onnx = graphs
     if onnx:
         writers.check_onnx()
 
     def extra(folder: Path) -> None:
-        for one in model.networks:
-            name = "model" if len(model.networks) == 1 else f"model-{one.uid}"
+        for network in model.networks:
+            name = "model" if len(model.networks) == 1 else f"model-{network.uid}"
             if pt2:
-                writers.write_pt2(model, one, folder / f"{name}.pt2")
+                writers.write_pt2(model, network, folder / f"{name}.pt2")
             if onnx:
-                writers.write_onnx(model, one, folder / f"{name}.onnx")
+                writers.write_onnx(model, network, folder / f"{name}.onnx")
 
     card = model_card(model, use=use, licence=licence)
     if kind == "monai":
         written = write_bundle(model, to, card, use=use, licence=licence)
     else:
         written = write_model(model, to, card, extra)
-    return {"written": str(written), "networks": [one.uid for one in model.networks]}
+    return {"written": str(written), "networks": [network.uid for network in model.networks]}
 
 
 def describe(

@@ -55,21 +55,21 @@ def command(
         )
         return
     tails = [Tail(path, f"{name}: " if len(logs) > 1 else "") for name, path in logs.items()]
-    told, pace, found = False, Pace(), []
+    reported, pace, states = False, Pace(), []
     ends = [job.submission.outcome() for job in jobs]
     while True:
         if follow and ends != (ends := [job.submission.outcome() for job in jobs]):
             pace.hurry()
         if follow and pace.is_due():
-            found = [seen for _, seen in look_at_all(jobs, pace.interval / 2)]
-            pace.looked(found)
-        over = not any(seen.open for seen in found)
-        silent = next((seen.reason for seen in found if seen.state == "unknown"), None)
-        if silent and not told:
+            states = [seen for _, seen in look_at_all(jobs, pace.interval / 2)]
+            pace.looked(states)
+        over = not any(seen.open for seen in states)
+        silent = next((seen.reason for seen in states if seen.state == "unknown"), None)
+        if silent and not reported:
             sys.stderr.write(
                 f"segfleet: {silent}; whether the job still runs is unknown, waiting\n"
             )
-        told = bool(silent)
+        reported = bool(silent)
         for tail in tails:
             tail.copy(last=over)
         sys.stdout.flush()

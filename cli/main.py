@@ -149,9 +149,9 @@ def document(message: str, code: int, problems: list | None = None) -> None:
     if "--json" in sys.argv[1:]:
         import json
 
-        facts = {"error": message, "exit_code": code}
-        facts |= {"problems": [problem.as_dict() for problem in problems]} if problems else {}
-        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+        fields = {"error": message, "exit_code": code}
+        fields |= {"problems": [problem.as_dict() for problem in problems]} if problems else {}
+        sys.stdout.write(json.dumps(fields, indent=2) + "\n")
 
 
 def exit_code(error: BaseException) -> int:
@@ -159,15 +159,15 @@ def exit_code(error: BaseException) -> int:
     bug report."""
     from segfleet.core.errors import ExitCode, explain
 
-    if known := explain(error):
+    if explained := explain(error):
         if getattr(error, "problems", None):
             from segfleet.cli.output import problem_table
 
             problem_table(error)
         else:
-            complain(known[0])
-        document(*known, getattr(error, "problems", None))
-        return known[1]
+            complain(explained[0])
+        document(*explained, getattr(error, "problems", None))
+        return explained[1]
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAULT

@@ -71,22 +71,22 @@ def render_all(rows: Sequence[dict[str, Any]]) -> None:
     )
 
 
-def render_one(found: dict[str, Any]) -> None:
-    dims, parameters, gmac, size, rule, deep = _cells(found)
-    facts = {
-        "about": found["about"],
-        "source": found["source"],
-        "input": f"{found['in_channels']} channel(s), {dims}, size "
+def render_one(model: dict[str, Any]) -> None:
+    dims, parameters, gmac, size, rule, deep = _cells(model)
+    lines = {
+        "about": model["about"],
+        "source": model["source"],
+        "input": f"{model['in_channels']} channel(s), {dims}, size "
         + ("fixed when built" if rule == "fixed" else f"in steps of {rule}"),
-        "output": f"{found['classes']} class(es), deep supervision: {deep}",
+        "output": f"{model['classes']} class(es), deep supervision: {deep}",
         "parameters": f"{parameters:,}",
         "multiply-adds": f"{gmac} G at {size}, batch 1, forward",
-        "training memory": f"{found['training_bytes'] / 2**20:,.0f} MiB at {size}, batch 1, fp32, "
+        "training memory": f"{model['training_bytes'] / 2**20:,.0f} MiB at {size}, batch 1, fp32, "
         "without optimizer state",
-        "options": ", ".join(found["options"]) or "none",
+        "options": ", ".join(model["options"]) or "none",
     }
-    table((found["name"], ""), list(facts.items()))
-    table(("stage", "parameters"), list(found["stages"].items()))
+    table((model["name"], ""), list(lines.items()))
+    table(("stage", "parameters"), list(model["stages"].items()))
 
 
 def _cells(row: dict[str, Any]) -> tuple[Any, ...]:

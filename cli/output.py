@@ -69,15 +69,15 @@ def problem_table(error) -> None:
     )
 
 
-Tick = Callable[..., None]
+OnProgress = Callable[..., None]
 
 
 @contextmanager
-def progress(description: str) -> Iterator[Tick]:
-    """A bar on stderr with rate and remaining time; yields `tick(done, total, phase)`. Another
-    `phase` (by default `description`) begins another bar; what stands in it after a comma is shown
-    and may change at any time. Without a terminal: a line every ten seconds and at the end of a
-    phase."""
+def progress(description: str) -> Iterator[OnProgress]:
+    """A bar on stderr with rate and remaining time; yields `on_progress(done, total, phase)`.
+    Another `phase` (by default `description`) begins another bar; what stands in it after a comma
+    is shown and may change at any time. Without a terminal: a line every ten seconds and at the end
+    of a phase."""
     if not sys.stderr.isatty():
         yield PlainProgress(description)
         return
@@ -105,7 +105,7 @@ def progress(description: str) -> Iterator[Tick]:
     with Progress(*columns, console=console(stderr=True), transient=True) as bar:
         shown: dict[str, Any] = {"phase": None, "task": None}
 
-        def tick(done: int, total: int, phase: str = description) -> None:
+        def on_progress(done: int, total: int, phase: str = description) -> None:
             name = phase.partition(",")[0]
             if name != shown["phase"]:
                 if shown["task"] is not None:
@@ -113,7 +113,7 @@ def progress(description: str) -> Iterator[Tick]:
                 shown.update(phase=name, task=bar.add_task(phase, total=total, completed=done))
             bar.update(shown["task"], completed=done, total=total, description=phase)
 
-        yield tick
+        yield on_progress
 
 
 class PlainProgress:

@@ -74,7 +74,7 @@ def render(document: dict[str, Any], text: str) -> None:
 def frozen_plan(changes: list[str], budget: str | None, runs: Path) -> tuple[str, list[str]]:
     """The recipe that was planned for the store of `data.store=...` and this budget, planned now if
     it never was: (its file, the changes without the store). A plan is kept in RUNS/auto, so that
-    the same command goes on with the same run. Raises InputError."""
+    the same command resumes the same run. Raises InputError."""
     from segfleet.core.errors import InputError
     from segfleet.core.files import digest_of, write_atomically
     from segfleet.preprocess.stores.manifest import load_manifest

@@ -88,12 +88,12 @@ def alone(job: Predict, device: str | None = None) -> dict[str, Any]:
 
     torch.set_num_threads(threads_of() or cpus())  # as a rank has; torch knows no cgroup
     ranks = Ranks(device_of(device))
-    with progress("predicting") as tick:
+    with progress("predicting") as on_progress:
         return predict(
             job,
             ranks,
-            tick,
-            lambda done, total: tick(done, total, "deciding on cases not trained on"),
+            on_progress,
+            lambda done, total: on_progress(done, total, "deciding on cases not trained on"),
         )
 
 
@@ -148,8 +148,8 @@ def job_of(
     from segfleet.pipeline.trained.loading import find_models, open_model
 
     names, images = divided(words)
-    found = [path for name in names for path in find_models(name, runs, fold_of(fold), best)]
-    job = Predict(models=tuple(dict.fromkeys(found)), images=images, out=out, **wishes)
+    paths = [path for name in names for path in find_models(name, runs, fold_of(fold), best)]
+    job = Predict(models=tuple(dict.fromkeys(paths)), images=images, out=out, **wishes)
     model = open_model(job.models)
     if len(model.networks) > 1:
         typer.echo(f"segfleet: an ensemble of {len(model.networks)} networks", err=True)
@@ -181,10 +181,13 @@ def divided(words: list[str]) -> tuple[list[str], list[Path]]:
 
 
 def render(document: dict) -> None:
-    done, kept, failed = (len(document[key]) for key in ("done", "kept", "failed"))
-    typer.echo(f"{done} written, {kept} already there, {failed} failed: {document['out']}")
+    done, present, failed = (len(document[key]) for key in ("done", "kept", "failed"))
+    typer.echo(f"{done} written, {present} already there, {failed} failed: {document['out']}")
     if rules := document.get("postprocess"):
         said = (f"{name}: {rule or 'nothing, none helped'}" for name, rule in rules.items())
         typer.echo(f"post-processing by cases not trained on: {'; '.join(said)}")
     if document["failed"]:
-        table(("image", "problem"), [(one["id"], one["problem"]) for one in document["failed"]])
+        table(
+            ("image", "problem"),
+            [(failure["id"], failure["problem"]) for failure in document["failed"]],
+        )

@@ -148,11 +148,11 @@ def command(
         on_cluster(request, on, address, members)
     first: dict[str, int] = {}
     said: list[Any] = []
-    with bars(first) as tick:
+    with bars(first) as on_progress:
         manifest = build(
             request,
             quick=quick,
-            progress=tick,
+            progress=on_progress,
             report=lambda grouping, warnings: said.extend((grouping, warnings)),
         )
     if verify:
@@ -165,10 +165,10 @@ def command(
             title += f", the first {MOST_WARNINGS}; all: segfleet datasets {name} check {raw}"
         rows = [(w.case, w.field, w.found, w.expected, w.mend) for w in _first(warnings)]
         table(PROBLEM, rows, title=title, stderr=True)
-    found = document(manifest, out, status, verify)
-    found["grouping"] = grouping_of(grouping)
-    found["warnings"] = [warning.as_dict() for warning in warnings]
-    show(found, as_json, render)
+    summary = document(manifest, out, status, verify)
+    summary["grouping"] = grouping_of(grouping)
+    summary["warnings"] = [warning.as_dict() for warning in warnings]
+    show(summary, as_json, render)
 
 
 def _first(warnings: Sequence[Problem]) -> list[Problem]:
@@ -199,7 +199,11 @@ def request_of(
         patch=numbers("patch", patch, int),
         spacing=numbers("spacing", spacing, float),
         like=str(absolute(like)) if like else None,
-        **{one.name: arguments[one.name] for one in fields(Overrides) if one.name in arguments},
+        **{
+            field.name: arguments[field.name]
+            for field in fields(Overrides)
+            if field.name in arguments
+        },
     )
     options = chosen(option) | ({"unlabelled": "yes"} if unlabelled else {})
     request = BuildRequest(
@@ -218,12 +222,12 @@ def on_cluster(request: BuildRequest, on: str, address: str | None, members: int
     from segfleet.sweeps.ray.preprocess import spread
 
     if on != "ray":
-        found = "--address and --members say where" if on == "local" else f"found '{on}'"
-        raise InputError(f"--on: {found}; expected --on ray (or local without them)")
+        problem = "--address and --members say where" if on == "local" else f"found '{on}'"
+        raise InputError(f"--on: {problem}; expected --on ray (or local without them)")
     shared = replace(request, raw=absolute(request.raw), out=absolute(request.out))
     cases = len(open_reader(request.reader_name, request.raw, **request.options).refs())
-    with bars({}) as tick:
-        faults = spread(shared, address or "auto", members, cases, tick)
+    with bars({}) as on_progress:
+        faults = spread(shared, address or "auto", members, cases, on_progress)
     for fault in faults[:MOST_WARNINGS]:
         typer.echo(f"segfleet: a share failed on the cluster and is done here: {fault}", err=True)
 
@@ -235,11 +239,16 @@ def rewrite(store: Path, as_json: bool) -> None:
     changed = upgrade(store)
     manifest = load_manifest(store)
     status = "upgraded" if changed else "up to date"
-    found = {"store": str(store), "status": status, "id": manifest.id, "version": manifest.version}
+    summary = {
+        "store": str(store),
+        "status": status,
+        "id": manifest.id,
+        "version": manifest.version,
+    }
     show(
-        found,
+        summary,
         as_json,
-        lambda found: typer.echo(
+        lambda summary: typer.echo(
             f"{store}: {status}, version {manifest.version}, id {manifest.id}"
         ),
     )
@@ -265,13 +274,13 @@ def bars(first: dict[str, int]) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar per phase, over what this run does. `first` learns how much of each phase was
     done before it."""
     with ExitStack() as stack:
-        tick: dict[str, Callable[[int, int], None]] = {}
+        by_phase: dict[str, Callable[[int, int], None]] = {}
 
         def report(phase: str, done: int, total: int) -> None:
-            if phase not in tick:
+            if phase not in by_phase:
                 stack.close()
-                first[phase], tick[phase] = done, stack.enter_context(progress(PHASES[phase]))
-            tick[phase](done - first[phase], total - first[phase])
+                first[phase], by_phase[phase] = done, stack.enter_context(progress(PHASES[phase]))
+            by_phase[phase](done - first[phase], total - first[phase])
 
         yield report
 
@@ -298,13 +307,13 @@ def document(manifest, out: Path, status: str, verified: bool) -> dict[str, Any]
         "plan": manifest.plan.model_dump(mode="json"),
         "splits": {name: len(folds) for name, folds in manifest.splits.items()},
         "files": len(manifest.files),
-        "bytes": sum(facts["bytes"] for facts in manifest.files.values()),
+        "bytes": sum(file["bytes"] for file in manifest.files.values()),
         "verified": verified,
     }
 
 
-def render(found: dict[str, Any]) -> None:
-    plan, dataset = found["plan"], found["dataset"]
+def render(summary: dict[str, Any]) -> None:
+    plan, dataset = summary["plan"], summary["dataset"]
     anisotropic = (
         ""
         if plan["anisotropic_axis"] is None
@@ -319,15 +328,16 @@ def render(found: dict[str, Any]) -> None:
     rows = [
         (
             "store",
-            f"{found['store']} ({found['status']}{', verified' if found['verified'] else ''})",
+            f"{summary['store']} ({summary['status']}"
+            f"{', verified' if summary['verified'] else ''})",
         ),
-        ("id", found["id"]),
+        ("id", summary["id"]),
         (
             "data set",
-            f"{dataset['name']}, {dataset['dims']}D, {found['cases']} cases of "
-            f"{found['patients']} patients",
+            f"{dataset['name']}, {dataset['dims']}D, {summary['cases']} cases of "
+            f"{summary['patients']} patients",
         ),
-        ("patients", f"{found['grouping']['rule']} ({found['grouping']['evidence']})"),
+        ("patients", f"{summary['grouping']['rule']} ({summary['grouping']['evidence']})"),
         ("labels", _labels(dataset)),
         (
             "channels",
@@ -341,18 +351,18 @@ def render(found: dict[str, Any]) -> None:
         else ("spacing", spacing),
         ("median case", " x ".join(map(str, plan["median_shape"]))),
         ("patch", f"{' x '.join(map(str, plan['patch']))}, {plan['batch']} fit into 8 GB"),
-        ("splits", ", ".join(f"{name} ({n})" for name, n in found["splits"].items())),
+        ("splits", ", ".join(f"{name} ({n})" for name, n in summary["splits"].items())),
         (
             "size",
-            f"{found['bytes'] / 2**20:.1f} MiB in {found['files']} files ({found['format']}, "
+            f"{summary['bytes'] / 2**20:.1f} MiB in {summary['files']} files ({summary['format']}, "
             f"{plan['dtype']})",
         ),
     ]
     table(("", ""), rows)
     if any(dataset["labels"].values()) or dataset["regions"]:
-        typer.echo(f"next: segfleet train auto data.store={found['store']}")
+        typer.echo(f"next: segfleet train auto data.store={summary['store']}")
     else:
-        typer.echo(f"next: a stage with task=reconstruct and data.store={found['store']}")
+        typer.echo(f"next: a stage with task=reconstruct and data.store={summary['store']}")
 
 
 def _labels(dataset: dict[str, Any]) -> str:

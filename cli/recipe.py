@@ -31,8 +31,8 @@ def command(
         show(recipes.Recipe.model_json_schema(), True, lambda _: None)
     elif name is None:
         rows = [
-            {"name": found, "about": about(recipes.RECIPES / f"{found}.yaml")}
-            for found in recipes.recipe_names()
+            {"name": recipe_name, "about": about(recipes.RECIPES / f"{recipe_name}.yaml")}
+            for recipe_name in recipes.recipe_names()
         ]
         show(
             rows,

@@ -25,7 +25,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Submit a run once more, with the recipe and resources it had and the code as it is now. It
-    goes on from its latest checkpoint."""
+    resumes from its latest checkpoint."""
     changes = {
         "time": time,
         "partition": partition,
@@ -63,13 +63,13 @@ def command(
         refuse_if_active(folder)
         if not isinstance(job, Predict):
             refuse_if_another(folder, job, before.code)
-        kept = {
+        earlier = {
             name: value
             for name, value in before.spec.items()
             if value is not None and name != "dependency"
         }
         spec = make_spec(
-            {**kept, **{name: value for name, value in changes.items() if value is not None}},
+            {**earlier, **{name: value for name, value in changes.items() if value is not None}},
             places=(),
         )
         launcher, root = SlurmLauncher(live=live), job.root
@@ -94,11 +94,11 @@ def refuse_if_another(run: Path, job: Train | Score, code: str | None) -> None:
     manifest = load_manifest(Path(recipe.data.store))
     there = stage_folders(job.root, recipe, manifest)[-1].path
     if there.name != run.name:
-        kept = f" It is kept in {code}: put that first on PYTHONPATH." if code else ""
+        hint = f" It is kept in {code}: put that first on PYTHONPATH." if code else ""
         raise InputError(
             f"resume: {run.name} was begun by another version of segfleet or on another store, and "
             f"would be trained from the beginning as {there.name}, with other results. Resume it "
-            f"with the version that began it.{kept} Or submit its recipe again"
+            f"with the version that began it.{hint} Or submit its recipe again"
         )
     if there.resolve() != run.resolve():
         raise InputError(

@@ -49,7 +49,7 @@ def command(
         write_scores,
     )
 
-    with progress("scoring") as tick:
+    with progress("scoring") as on_progress:
         document = score_predictions(
             predictions,
             truth,
@@ -57,7 +57,7 @@ def command(
             partial=partial,
             tolerance=tolerance,
             workers=workers,
-            progress=tick,
+            progress=on_progress,
         )
     for what in ("prediction", "truth"):
         if left_out := document[f"without_{what}"]:
@@ -69,4 +69,4 @@ def command(
     folder = write_scores(out or predictions / "scores", document)
     write_atomically(folder / CASES_CSV, cases_csv(document))
     report = str(write_report(folder))
-    show({**document, "report": report}, as_json, lambda found: (render(found), typer.echo(report)))
+    show({**document, "report": report}, as_json, lambda shown: (render(shown), typer.echo(report)))

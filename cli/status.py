@@ -48,7 +48,7 @@ def render_jobs(rows: list[dict]) -> None:
 
 
 def tell_unknown(reasons: list[str]) -> None:
-    """SLURM's silence is told once for all."""
+    """SLURM's silence is reported once for all."""
     if reasons:
         typer.echo(f"\nwhat became of {len(reasons)} job(s) is unknown: {reasons[0].strip()}")
 
@@ -114,7 +114,7 @@ def fold_cells(group: dict) -> tuple:
 
 def progress_cells(row: Row) -> tuple:
     loss = "-" if row.loss is None else f"{row.loss:.4f}"
-    known = row.remaining_seconds is not None and row.state == "training"
-    left = duration(row.remaining_seconds) if known else "-"
+    estimated = row.remaining_seconds is not None and row.state == "training"
+    left = duration(row.remaining_seconds) if estimated else "-"
     steps = f"{row.step}/{row.steps or '?'}"
     return short(row), steps, loss, str(row.samples_per_second or "-"), left, row.restarts

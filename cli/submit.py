@@ -40,7 +40,7 @@ def with_resources(function: Callable[..., None]) -> Callable[..., None]:
     """In place of `**resources` an option for every field of a JobSpec, with the field's
     description as its help."""
     own = list(inspect.signature(function, eval_str=True).parameters.values())[:-1]
-    more = []
+    options = []
     for name, field in JobSpec.model_fields.items():
         if name in IN_A_PROFILE:
             continue
@@ -49,7 +49,7 @@ def with_resources(function: Callable[..., None]) -> Callable[..., None]:
         kind: Any = list[str] if tuple in kinds else int if number else str
         said = field.description or ""
         help = f"{said[:1].upper()}{said[1:]}."
-        more.append(
+        options.append(
             inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
@@ -57,9 +57,9 @@ def with_resources(function: Callable[..., None]) -> Callable[..., None]:
                 annotation=Annotated[kind | None, typer.Option(help=help)],
             )
         )
-    place = next(i for i, one in enumerate(own) if one.name == "cluster") + 1
-    every = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own]
-    function.__signature__ = inspect.Signature([*every[:place], *more, *every[place:]])  # type: ignore[attr-defined]
+    place = next(i for i, parameter in enumerate(own) if parameter.name == "cluster") + 1
+    every = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+    function.__signature__ = inspect.Signature([*every[:place], *options, *every[place:]])  # type: ignore[attr-defined]
     function.__annotations__ = {}  # Typer reads the signature
     return function
 
@@ -148,12 +148,12 @@ def submit_training(recipe: str, changes: list[str], request: Request, check: bo
     root, spec = absolute(request.runs), settled(make_spec(request.options, request.cluster))
     changes = [*changes, *([f"engine.name={request.engine}"] if request.engine else [])]
     chosen, open_ones = {}, {}
-    for more in prepare.members(list(request.array)):
-        for made, run in prepare.prepare(recipe, [*changes, *more], root):
-            chosen[run] = prepare.describe(made)
-            if not prepare.finished(run, made):
+    for member in prepare.members(list(request.array)):
+        for member_recipe, run in prepare.prepare(recipe, [*changes, *member], root):
+            chosen[run] = prepare.describe(member_recipe)
+            if not prepare.finished(run, member_recipe):
                 open_ones[run] = chosen[run]
-    spec = fed(spec, [one["data"]["workers"] for one in chosen.values()])
+    spec = fed(spec, [description["data"]["workers"] for description in chosen.values()])
     if not request.dry_run:
         refuse_if_active(*open_ones)
     if check and open_ones:
@@ -186,14 +186,14 @@ def row(run: Path, job: Any) -> dict[str, Any]:
             "code": None,
             "commit": None,
         }
-    kept = job.submission
+    submission = job.submission
     return {
         "run": str(run),
         "state": "queued",
         "job": job.id,
-        "log": str(kept.log(0)),
-        "code": kept.code,
-        "commit": kept.commit,
+        "log": str(submission.log(0)),
+        "code": submission.code,
+        "commit": submission.commit,
     }
 
 

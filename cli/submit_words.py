@@ -66,8 +66,8 @@ def submit(words: list[str], request: Request) -> None:
     if request.dry_run:
         asked = zip(steps, chained(steps, spec), strict=True)
         scripts = [
-            launcher.script(home, root, one, len(jobs), title, are_shares(jobs))
-            for (title, jobs), one in asked
+            launcher.script(home, root, step_spec, len(jobs), title, are_shares(jobs))
+            for (title, jobs), step_spec in asked
         ]
         if cluster.there_is_one():
             cluster.check(without_bad_nodes(spec, root))
@@ -90,17 +90,19 @@ def parse(name: str, words: list[str], runs: Path) -> dict[str, Any]:
     """The command's arguments, read as the command itself reads them. Typer's own error for what it
     cannot read."""
     command = importlib.import_module(f"segfleet.cli.{name}").command
-    found: dict[str, Any] = {}
+    parsed: dict[str, Any] = {}
     reader = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    reader.command(name=name)(functools.wraps(command)(lambda **arguments: found.update(arguments)))
+    reader.command(name=name)(
+        functools.wraps(command)(lambda **arguments: parsed.update(arguments))
+    )
     # the words' own --runs comes last and wins
     whole = words if name == "preprocess" else ["--runs", str(runs), *words]
     code = typer.main.get_command(reader).main(
         whole, prog_name=f"segfleet {name}", standalone_mode=False
     )
-    if not found:  # --help
+    if not parsed:  # --help
         raise typer.Exit(code or 0)
-    return found
+    return parsed
 
 
 def preprocessing(arguments: dict[str, Any], array: Sequence[str]) -> tuple[list[Step], Path]:
@@ -293,7 +295,7 @@ def send(launcher, steps: list[Step], home: Path, root: Path, spec) -> dict[str,
     try:
         for name, jobs in steps:
             members = [(home, job.model_copy(update={"root": root})) for job in jobs]
-            before = tuple(Path(one.submission.folder).name for one in sent)
+            before = tuple(Path(earlier.submission.folder).name for earlier in sent)
             sent += (
                 taken := launcher.submit_jobs(
                     members, root, spec, name, home / "logs", before=before

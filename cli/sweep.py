@@ -72,7 +72,7 @@ def command(
     code: Annotated[
         Code | None,
         typer.Option(
-            help="After segfleet has changed since the sweep began: go on with the code that it "
+            help="After segfleet has changed since the sweep began: continue with the code that it "
             "began with, or with the current one."
         ),
     ] = None,
@@ -147,8 +147,8 @@ def command(
     from segfleet.sweeps.results.outcome import write_outcome
 
     warn(plan.warnings)
-    with progress("epochs") as tick:
-        ledger = run_sweep(plan, resources, tick, current=code == Code.current)
+    with progress("epochs") as on_progress:
+        ledger = run_sweep(plan, resources, on_progress, current=code == Code.current)
     document = write_outcome(plan, ledger)
     show(
         {**document, "folder": str(plan.folder), "report": str(plan.folder / "report.html")},
@@ -203,8 +203,12 @@ def forecast(plan: Any, slots: int) -> dict[str, Any]:
             "asked for"
         ]
     )
-    facts = {"sweep": plan.search.space.name, "folder": str(plan.folder), **estimate(plan, slots)}
-    return {**facts, "warnings": [*plan.warnings, *notes], "tree": nodes}
+    document = {
+        "sweep": plan.search.space.name,
+        "folder": str(plan.folder),
+        **estimate(plan, slots),
+    }
+    return {**document, "warnings": [*plan.warnings, *notes], "tree": nodes}
 
 
 def describe(plan: Any, ledger: Any, node: Any) -> dict[str, Any]:
@@ -272,8 +276,8 @@ def standing(plan: Any) -> dict[str, Any]:
     nodes = [describe(plan, ledger, node) for node in plan.tree.walk()]
     for row in nodes:
         if row["state"] == "running" and (Path(row["path"]) / "recipe.json").exists():
-            found = run_status(Path(row["path"]))
-            row |= {"step": found.step, "steps": found.steps, "loss": found.loss}
+            status = run_status(Path(row["path"]))
+            row |= {"step": status.step, "steps": status.steps, "loss": status.loss}
     states = [node["state"] for node in nodes]
     return {
         "sweep": plan.search.space.name,
@@ -344,11 +348,11 @@ def render(document: dict[str, Any]) -> None:
         typer.echo(f"best    {document['folder']}/best.yaml")
 
 
-def render_gains(found: dict[str, Any], measure: str) -> None:
+def render_gains(learning: dict[str, Any], measure: str) -> None:
     """What one way of beginning adds to another, at each number of labelled cases."""
-    several = found["axis"] is not None
+    several = learning["axis"] is not None
     rows = []
-    for row in found["rows"]:
+    for row in learning["rows"]:
         gain = row["gain"]
         rows.append(
             (
@@ -360,7 +364,7 @@ def render_gains(found: dict[str, Any], measure: str) -> None:
             )
         )
     head = ("way", *(["cases"] if several else []), measure, "gain", "95 % interval")
-    table(head, rows, title=f"Gains over {found['reference']}, paired by case")
+    table(head, rows, title=f"Gains over {learning['reference']}, paired by case")
 
 
 def number(value: float) -> str:

@@ -52,8 +52,8 @@ def prepare(
     for request in requests:
         request.out.parent.mkdir(parents=True, exist_ok=True)
         typer.echo(f"segfleet: makes the store {request.out}", err=True)
-        with bars({}) as tick:
-            build(request, progress=tick)
+        with bars({}) as on_progress:
+            build(request, progress=on_progress)
 
 
 def send_all(
@@ -73,21 +73,21 @@ def send_all(
     }
     spec = make_spec({**asked, **ONE_PROCESS}, options.get("cluster"))
     spec = spec.model_copy(update={"cpus": spec.cpus or 1})
-    found: dict[Path, list[SlurmJob]] = {}
+    jobs: dict[Path, list[SlurmJob]] = {}
     checked = False
     for request in requests:
         whole = replace(request, raw=absolute(request.raw), out=absolute(request.out))
         home = home_of(whole.out)
         with suppress(InputError):  # none was ever submitted
-            known = jobs_of(home)
-            if any(seen.open for _, seen in look_at_all(known)):
-                found[whole.out] = known
+            earlier = jobs_of(home)
+            if any(seen.open for _, seen in look_at_all(earlier)):
+                jobs[whole.out] = earlier
                 continue
         if not checked:
             cluster.check(without_bad_nodes(spec, root))
             checked = True
         home.parent.mkdir(parents=True, exist_ok=True)
         send(SlurmLauncher(), shares_of(whole, MEMBERS), home, root, spec)
-        found[whole.out] = jobs_of(home)
+        jobs[whole.out] = jobs_of(home)
         typer.echo(f"segfleet: submitted the jobs that make the store {request.out}", err=True)
-    return found
+    return jobs

@@ -18,7 +18,7 @@ def lacking(search: Search) -> list[tuple[Path, dict[str, Any]]]:
     from segfleet.preprocess.stores.manifest import NAME
 
     asked = search.space.prepare
-    return [one for one in asked.stores() if not (one[0] / NAME).is_file()] if asked else []
+    return [store for store in asked.stores() if not (store[0] / NAME).is_file()] if asked else []
 
 
 def missing(search: Search) -> list[BuildRequest]:

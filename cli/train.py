@@ -80,15 +80,15 @@ def command(
     manifest = load_manifest(Path(chosen.data.store))
     end = time.monotonic() + 3600 * max_time if max_time else None
     documents = []
-    for one in chosen_folds(chosen, manifest):
+    for fold_recipe in chosen_folds(chosen, manifest):
         job = Train(
-            recipe=one.model_dump(mode="json"),
+            recipe=fold_recipe.model_dump(mode="json"),
             root=absolute(runs),
             waits="SLURM_JOB_ID" in os.environ,  # members of an array start together
             stage_to=stage_to,
             max_seconds=None if end is None else max(end - time.monotonic(), 1.0),
         )
-        documents.append(train_run(one, manifest, job, ranks, threads))
+        documents.append(train_run(fold_recipe, manifest, job, ranks, threads))
     if chosen.data.fold == ALL:
         show(all_folds(absolute(runs), chosen, manifest, documents), as_json, render_folds)
     else:
@@ -109,12 +109,12 @@ def train_run(
     leaf = folders[-1].path
     fold = f"fold {recipe.data.fold}: " if len(manifest.folds(recipe.data.split)) > 1 else ""
     typer.echo(f"segfleet: {fold}{standing(recipe, manifest, folders)}", err=True)
-    with progress("training") as tick:
+    with progress("training") as on_progress:
         totals = [
             stage.epochs * steps
             for stage, steps in zip(recipe.stages, stage_steps(recipe, manifest), strict=True)
         ]
-        training = TrainingProgress(folders, recipe, totals, tick)
+        training = TrainingProgress(folders, recipe, totals, on_progress)
         run_ranks(job, ranks, training.poll, threads)
     rebuilt = recipe.task == "reconstruct"  # which is not scored
     return {
@@ -165,8 +165,8 @@ def render(document: dict) -> None:
 
 def render_folds(document: dict) -> None:
     rows = [
-        (str(one["fold"]), Path(one["run"]).name, number(one["mean_foreground_dice"]))
-        for one in document["folds"]
+        (str(fold["fold"]), Path(fold["run"]).name, number(fold["mean_foreground_dice"]))
+        for fold in document["folds"]
     ]
     table(("fold", "run", "Dice"), rows)
     if document["report"] is None:
@@ -183,10 +183,10 @@ class TrainingProgress:
     """Reads the run's own files, as any other shell could, and moves the bar of the present phase:
     training of one stage, validation, scoring, report."""
 
-    def __init__(self, folders, recipe, totals, tick):
+    def __init__(self, folders, recipe, totals, on_progress):
         from segfleet.core.progress import EventFollower
 
-        self.folders, self.tick, self.shown = folders, tick, None
+        self.folders, self.on_progress, self.shown = folders, on_progress, None
         self.stages, self.totals = recipe.stages, totals
         # of stages that were finished before, nothing is shown
         self.followers = {
@@ -202,7 +202,7 @@ class TrainingProgress:
         now = self._phase() or self._training()
         if now and now != self.shown:
             self.shown = now
-            self.tick(*now)
+            self.on_progress(*now)
 
     def _phase(self) -> tuple[int, int, str] | None:
         """Validation, scoring and report, which rank 0 notes while they last."""
@@ -226,7 +226,7 @@ class TrainingProgress:
         number = max(self.last)
         event, stage = self.last[number], self.stages[number]
         where = f"stage {number + 1}/{len(self.folders)}" if len(self.folders) > 1 else ""
-        facts = [f"epoch {event['epoch'] + 1}/{stage.epochs}"] if "epoch" in event else []
-        facts += [f"loss {event['loss']:.3f}"] if "loss" in event else []
+        details = [f"epoch {event['epoch'] + 1}/{stage.epochs}"] if "epoch" in event else []
+        details += [f"loss {event['loss']:.3f}"] if "loss" in event else []
         phase = f"training {where}".strip()
-        return event["step"], self.totals[number], ", ".join([phase, *facts])
+        return event["step"], self.totals[number], ", ".join([phase, *details])

@@ -34,7 +34,7 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 5e-3}  # relative error against
 PROGRAMS = ("sbatch", "c++", "nvidia-smi")
 
 
-def examine() -> dict[str, Any]:
+def check_machine() -> dict[str, Any]:
     """Everything as plain data."""
     problem = driver.fault()
     device = torch.device("cpu") if problem else pick_device(0)

@@ -13,13 +13,13 @@ from segfleet.pipeline.run import StageFolder
 def test_lines_come_every_ten_seconds_and_at_the_end_of_a_phase(capsys, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    tick = PlainProgress("training")
+    on_progress = PlainProgress("training")
     for seconds in range(26):
         clock[0] = float(seconds)
-        tick(2 * seconds, 100, f"training, epoch {seconds // 10 + 1}/5")
+        on_progress(2 * seconds, 100, f"training, epoch {seconds // 10 + 1}/5")
     clock[0] = 27.0
     for done in range(5):
-        tick(done, 4, "scoring")
+        on_progress(done, 4, "scoring")
     assert capsys.readouterr().err.splitlines() == [
         "training, epoch 2/5: 20/100, 2.0/s, 40 s left",
         "training, epoch 3/5: 40/100, 2.0/s, 30 s left",
@@ -30,10 +30,10 @@ def test_lines_come_every_ten_seconds_and_at_the_end_of_a_phase(capsys, monkeypa
 def test_a_resume_that_goes_back_is_no_negative_rate(capsys, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    tick = PlainProgress("training")
+    on_progress = PlainProgress("training")
     for seconds, done in ((0, 60), (2, 50), (12, 70), (20, 100)):
         clock[0] = float(seconds)
-        tick(done, 100)
+        on_progress(done, 100)
     assert capsys.readouterr().err.splitlines() == [
         "training: 70/100, 2.0/s, 15 s left",
         "training: 100/100, 2.8/s",

@@ -68,7 +68,7 @@ def test_doctor_says_so_and_goes_on(build, monkeypatch):
     monkeypatch.setattr(doctor, "_convolution", lambda *_: {
         "precision": "fp32", "channels_last": False, "ms": 1.0, "error": 0.0, "right": True
     })  # fmt: skip
-    found = doctor.examine()
+    found = doctor.check_machine()
     assert found["driver"] == "470.57.02" and found["cuda"] == "12.8"
     assert "built for CUDA 12.8" in found["driver_problem"] and found["device"].startswith("CPU")
     import typer
