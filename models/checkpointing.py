@@ -67,11 +67,11 @@ def _statistics_at_rest(stage: nn.Module) -> Iterator[None]:
         for m in stage.modules()
         if isinstance(m, _NormBase) and m.training and m.track_running_stats
     ]
-    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    saved = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm, momentum, count in kept:
+        for norm, momentum, count in saved:
             norm.momentum, norm.num_batches_tracked = momentum, count

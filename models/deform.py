@@ -34,10 +34,10 @@ def deform_conv2d(
     k = weight_OCyx.shape[-1]
     expected = (x_BCYX.shape[0], 2 * k * k, *x_BCYX.shape[2:])
     if tuple(offset_BTYX.shape) != expected:
-        found = tuple(offset_BTYX.shape)
+        shape = tuple(offset_BTYX.shape)
         raise ModelError(
             f"deform_conv2d needs offsets of shape {expected} for an input of shape "
-            f"{tuple(x_BCYX.shape)}, found {found}"
+            f"{tuple(x_BCYX.shape)}, found {shape}"
         )
     if layout not in ("rows_columns", "interleaved"):
         raise ModelError(

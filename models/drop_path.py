@@ -16,5 +16,5 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        kept = 1 - self.rate
-        return x * x.new_empty((len(x),) + (1,) * (x.ndim - 1)).bernoulli_(kept) / kept
+        keep_prob = 1 - self.rate
+        return x * x.new_empty((len(x),) + (1,) * (x.ndim - 1)).bernoulli_(keep_prob) / keep_prob

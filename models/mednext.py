@@ -147,11 +147,11 @@ class MedNeXt(nn.Module):
 def enlarge_kernels(small: nn.Module, large: nn.Module) -> None:
     """UpKern: a network of larger kernels starts from one of smaller ones; depthwise kernels are
     interpolated trilinearly, all else is copied. Raises ModelError for networks of other shapes."""
-    there, here = small.state_dict(), large.state_dict()
-    if there.keys() != here.keys():
+    source, target = small.state_dict(), large.state_dict()
+    if source.keys() != target.keys():
         raise ModelError("mednext: kernels can be enlarged between networks of one size only")
-    for name, value in here.items():
-        given = there[name]
+    for name, value in target.items():
+        given = source[name]
         if given.shape[:2] != value.shape[:2]:
             raise ModelError(
                 f"mednext: {name} is {tuple(given.shape)} there and {tuple(value.shape)} here"

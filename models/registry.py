@@ -76,14 +76,14 @@ def belongs(name: str, part: str, spec: ModelSpec) -> bool:
     """Whether a parameter has a role in its network (the decoder is what is neither encoder nor
     head, the backbone all but the head), or else a name that begins with `part`."""
     encoder, head = name.startswith(spec.encoder), name.startswith(spec.head)
-    known = {
+    roles = {
         "all": True,
         "encoder": encoder,
         "head": head,
         "backbone": not head,
         "decoder": not encoder and not head,
     }
-    return known[part] if part in known else name.startswith(part)
+    return roles[part] if part in roles else name.startswith(part)
 
 
 def layers(names: Iterable[str], spec: ModelSpec) -> dict[str, int]:
@@ -101,11 +101,11 @@ _BROKEN: dict[str, str] = {}  # file of `models/` that cannot be imported -> why
 _LOADED = False
 
 
-def register(**facts: Any) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
+def register(**fields: Any) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
     """Register a builder under `name`; the other keywords are the fields of `ModelSpec`."""
 
     def wrap(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        spec = ModelSpec(build=build, **facts)
+        spec = ModelSpec(build=build, **fields)
         assert spec.name not in _SPECS, f"two networks are called {spec.name}"
         _SPECS[spec.name] = spec
         return build
@@ -124,7 +124,7 @@ def specs() -> dict[str, ModelSpec]:
             before = dict(_SPECS)
             try:
                 importlib.import_module(f"segfleet.models.{module}")
-            except Exception as error:  # somebody is at work on it; the other networks are whole
+            except Exception as error:  # it is being edited; the other networks are whole
                 _SPECS.clear()
                 _SPECS.update(before)
                 _BROKEN[module] = _reason(error)
@@ -151,14 +151,14 @@ def _reason(error: Exception) -> str:
 def spec(name: str) -> ModelSpec:
     """The spec of `name`. Raises ModelError with the legal names, and with the files that cannot
     be imported, for it may stand in one of them."""
-    known = specs()
-    if name not in known:
+    by_name = specs()
+    if name not in by_name:
         faults = "".join(f"; {sentence}" for sentence in broken())
         raise ModelError(
-            f"model.name: found '{name}', expected one of: {', '.join(known)}; one of your own is "
-            f"named by --plugin FOLDER{faults}"
+            f"model.name: found '{name}', expected one of: {', '.join(by_name)}; one of your own "
+            f"is named by --plugin FOLDER{faults}"
         )
-    return known[name]
+    return by_name[name]
 
 
 def legal_options(chosen: ModelSpec) -> list[str]:
@@ -195,14 +195,14 @@ def build_model(
 
 def mistyped(chosen: ModelSpec, options: Mapping[str, Any]) -> list[str]:
     """Options that are missing, or of another type than their default."""
-    found = []
+    wrong = []
     for name in legal_options(chosen):
         default = inspect.signature(chosen.build).parameters[name].default
         if name not in options:
-            found += [name] if default is inspect.Parameter.empty else []
+            wrong += [name] if default is inspect.Parameter.empty else []
         elif not _alike(options[name], default):
-            found.append(name)
-    return found
+            wrong.append(name)
+    return wrong
 
 
 def _alike(value: Any, default: Any) -> bool:

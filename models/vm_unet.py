@@ -185,10 +185,10 @@ class VMUNet(nn.Module):
         super().__init__()
         if width <= 0 or width % 4:
             raise ModelError(f"model.options.width: found {width}, expected a multiple of 4")
-        for name, found in (("depths", depths), ("decoder_depths", decoder_depths)):
-            if len(found) != 4 or min(found) < 1:
+        for name, counts in (("depths", depths), ("decoder_depths", decoder_depths)):
+            if len(counts) != 4 or min(counts) < 1:
                 raise ModelError(
-                    f"model.options.{name}: found {list(found)}, expected four numbers of blocks, "
+                    f"model.options.{name}: found {list(counts)}, expected four numbers of blocks, "
                     "each at least 1"
                 )
         if not 0 <= drop_path < 1:

@@ -177,9 +177,9 @@ class E2MISeg(nn.Module):
             x_BCZYX, name="e2mi_seg", dims=3, in_channels=self.in_channels, divisor=self.divisor
         )
         if not torch.compiler.is_compiling() and tuple(x_BCZYX.shape[2:]) != self.patch:
-            found = tuple(x_BCZYX.shape[2:])
+            size = tuple(x_BCZYX.shape[2:])
             raise ModelError(
-                f"e2mi_seg was built for patches of {self.patch}, found {found}; its weights fit "
+                f"e2mi_seg was built for patches of {self.patch}, found {size}; its weights fit "
                 "no other (option `patch`)"
             )
         x0 = self.full(x_BCZYX)

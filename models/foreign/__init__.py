@@ -43,17 +43,17 @@ class Table:
     prefixes: Sequence[str] = ()
     mirrored: Rules = ()
 
-    def rename(self, theirs: str) -> str | None:
+    def rename(self, foreign: str) -> str | None:
         """Our name, "" for what is to be ignored, None for what no rule knows."""
-        if any(re.fullmatch(pattern, theirs) for pattern in self.ignored):
+        if any(re.fullmatch(pattern, foreign) for pattern in self.ignored):
             return ""
-        return _first(self.rules, theirs)
+        return _first(self.rules, foreign)
 
 
 def _first(rules: Rules, name: str) -> str | None:
     for pattern, replacement in rules:
-        if found := re.fullmatch(pattern, name):
-            return replacement(found) if callable(replacement) else found.expand(replacement)
+        if match := re.fullmatch(pattern, name):
+            return replacement(match) if callable(replacement) else match.expand(replacement)
     return None
 
 
@@ -66,8 +66,8 @@ def table_of(network: str, model: nn.Module) -> Table | None:
     for family in families():
         module = importlib.import_module(f"segfleet.models.foreign.{family}")
         if network in module.NETWORKS:
-            known = module.TABLE(network, model) if callable(module.TABLE) else module.TABLE
-            return known if isinstance(known, Table) else known[network]
+            table = module.TABLE(network, model) if callable(module.TABLE) else module.TABLE
+            return table if isinstance(table, Table) else table[network]
     return None
 
 
@@ -115,15 +115,15 @@ def _encoder(
     named: Mapping[str, Tensor], own: Mapping[str, Tensor], wanted: Sequence[str], mirrored: Rules
 ) -> dict[str, Tensor]:
     """The tensors of an encoder, fitted to the image channels, and what else starts from them."""
-    found = {name: named[name] for name in wanted if name in named}
-    for name, value in found.items():
+    encoder = {name: named[name] for name in wanted if name in named}
+    for name, value in encoder.items():
         into = own[name].shape
         if value.ndim > 2 and value.shape == (into[0], 1, *into[2:]) != into:
-            found[name] = (value / into[1]).expand(into)
-    copies = {_first(mirrored, name): value for name, value in found.items()}
+            encoder[name] = (value / into[1]).expand(into)
+    copies = {_first(mirrored, name): value for name, value in encoder.items()}
     copies = {name: value for name, value in copies.items() if name in own}
     # a file that has these itself is a trained network, no pre-trained encoder
-    return found if named.keys() & copies.keys() else found | copies
+    return encoder if named.keys() & copies.keys() else encoder | copies
 
 
 def _named(
@@ -133,7 +133,7 @@ def _named(
     mapping: str,
     where: str,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """(our name -> tensor, their names that nobody knows)."""
+    """(our name -> tensor, the foreign names that no rule knows)."""
     if mapping == "order":
         return _in_order(tensors, own, where), []
     if mapping != "auto":
@@ -148,15 +148,15 @@ def _named(
         return dict(tensors), []
     named: dict[str, Tensor] = {}
     left: list[str] = []
-    for theirs, value in tensors.items():
-        ours = table.rename(theirs)
-        if ours is None:
-            left.append(theirs)
-        elif ours:
-            if ours in named:
-                raise ModelError(f"weights: {where}: two tensors become {ours}, one is {theirs}")
-            turned = any(re.fullmatch(pattern, theirs) for pattern in table.turned)
-            named[ours] = value.mT if turned else value
+    for foreign, value in tensors.items():
+        native = table.rename(foreign)
+        if native is None:
+            left.append(foreign)
+        elif native:
+            if native in named:
+                raise ModelError(f"weights: {where}: two tensors become {native}, one is {foreign}")
+            turned = any(re.fullmatch(pattern, foreign) for pattern in table.turned)
+            named[native] = value.mT if turned else value
     return named, left
 
 
@@ -166,32 +166,32 @@ def _overlap(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> float:
 
 def _unwrapped(tensors: Mapping[str, Tensor], prefixes: Sequence[str]) -> dict[str, Tensor]:
     """Without what stands before every name."""
-    found, again = dict(tensors), True
-    while again and found:
+    unwrapped, again = dict(tensors), True
+    while again and unwrapped:
         again = False
         for prefix in prefixes:
-            if all(name.startswith(prefix) for name in found):
-                found, again = {k[len(prefix) :]: v for k, v in found.items()}, True
-    return found
+            if all(name.startswith(prefix) for name in unwrapped):
+                unwrapped, again = {k[len(prefix) :]: v for k, v in unwrapped.items()}, True
+    return unwrapped
 
 
 def _in_order(
     tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str
 ) -> dict[str, Tensor]:
-    theirs = [(name, value) for name, value in tensors.items() if not name.endswith(COUNTER)]
-    ours = [(name, value) for name, value in own.items() if not name.endswith(COUNTER)]
-    for place, ((a, x), (b, y)) in enumerate(zip(theirs, ours, strict=False)):
+    foreign = [(name, value) for name, value in tensors.items() if not name.endswith(COUNTER)]
+    native = [(name, value) for name, value in own.items() if not name.endswith(COUNTER)]
+    for place, ((a, x), (b, y)) in enumerate(zip(foreign, native, strict=False)):
         if x.shape != y.shape:
             raise ModelError(
                 f"weights: {where}: tensor {place} is {a} {tuple(x.shape)} there and {b} "
                 f"{tuple(y.shape)} here, so the order is not the same; give --mapping FILE"
             )
-    if len(theirs) != len(ours):
+    if len(foreign) != len(native):
         raise ModelError(
-            f"weights: {where} holds {len(theirs)} tensors, the network {len(ours)}, so the order "
-            "is not the same; give --mapping FILE"
+            f"weights: {where} holds {len(foreign)} tensors, the network {len(native)}, so the "
+            "order is not the same; give --mapping FILE"
         )
-    return {b: x for (_, x), (b, _) in zip(theirs, ours, strict=True)}
+    return {b: x for (_, x), (b, _) in zip(foreign, native, strict=True)}
 
 
 def _read_mapping(path: str) -> dict[str, str]:
@@ -211,5 +211,5 @@ def _read_mapping(path: str) -> dict[str, str]:
 
 
 def _some(what: str, names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{what}: {', '.join(names[:SHOWN])}{more}" if names else ""
+    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{what}: {', '.join(names[:SHOWN])}{rest}" if names else ""

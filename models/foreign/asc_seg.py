@@ -24,20 +24,20 @@ def _decoder(inside: str):
     return lambda m: f"decoder{int(m[1]) + 1}.{inside.format(*m.groups())}"
 
 
-def _pooled(found: re.Match[str]) -> str:
+def _pooled(match: re.Match[str]) -> str:
     """The published branches begin with their pooling."""
-    level, branch, place, leaf = found.groups()
-    ours = {"ave": "mean", "max": "peak"}[branch]
-    return f"decoder{int(level) + 1}.sab.{ours}.{int(place) - 1}.{leaf}"
+    level, branch, place, leaf = match.groups()
+    pooling = {"ave": "mean", "max": "peak"}[branch]
+    return f"decoder{int(level) + 1}.sab.{pooling}.{int(place) - 1}.{leaf}"
 
 
-def _branch(found: re.Match[str]) -> str:
-    level, number, layer, leaf = found.groups()
+def _branch(match: re.Match[str]) -> str:
+    level, number, layer, leaf = match.groups()
     return f"decoder{int(level) + 1}.msfa.branches.{int(number) - 1}.{BRANCH[layer]}.{leaf}"
 
 
-def _noise(found: re.Match[str]) -> str:
-    level, layer, leaf = found.groups()
+def _noise(match: re.Match[str]) -> str:
+    level, layer, leaf = match.groups()
     return f"decoder{int(level) + 1}.dfb.{NOISE[layer]}.{leaf}"
 
 

@@ -29,12 +29,12 @@ def _hybrid(normed: bool, blocks: int, projections: dict[str, str]) -> dict[str,
     local = {"conv31.conv": "local.0", "conv32.conv": f"local.{second}"}
     if normed:
         local |= {"norm31": "local.1", "norm32": f"local.{second + 1}"}
-    found = {"norm": "norm", "gamma": "scale", "pos_embed": "position", "conv9.conv": "out"}
-    found |= local | {"conv8.1": f"refine.{blocks + 1}"}
+    names = {"norm": "norm", "gamma": "scale", "pos_embed": "position", "conv9.conv": "out"}
+    names |= local | {"conv8.1": f"refine.{blocks + 1}"}
     for number in range(blocks):
-        found |= {f"conv5{number + 1}.{a}": f"refine.{number}.{b}" for a, b in RESIDUAL.items()}
+        names |= {f"conv5{number + 1}.{a}": f"refine.{number}.{b}" for a, b in RESIDUAL.items()}
     inner = ATTENTION | projections
-    return found | {f"attention.{a}": f"attention.{b}" for a, b in inner.items()}
+    return names | {f"attention.{a}": f"attention.{b}" for a, b in inner.items()}
 
 
 def _table(
@@ -43,8 +43,8 @@ def _table(
     ignored: tuple[str, ...] = (),
     turned: tuple[str, ...] = (),
 ) -> Table:
-    def block(found: re.Match[str]) -> str | None:
-        encoder, encoder_block, decoder, decoder_block, rest = found.groups()
+    def block(match: re.Match[str]) -> str | None:
+        encoder, encoder_block, decoder, decoder_block, rest = match.groups()
         where = (
             f"enc{int(encoder) + 1}.{encoder_block}"
             if encoder
@@ -52,9 +52,9 @@ def _table(
         )
         rest = re.sub(rf"^{attention}\.", "attention.", rest)
         rest = re.sub(r"^(conv5\d\.conv\d)\.conv\.", r"\1.", rest)
-        for theirs, ours in hybrid.items():
-            if rest == theirs or rest.startswith(f"{theirs}."):
-                return f"{where}.{ours}{rest[len(theirs) :]}"
+        for foreign, native in hybrid.items():
+            if rest == foreign or rest.startswith(f"{foreign}."):
+                return f"{where}.{native}{rest[len(foreign) :]}"
         return None
 
     return Table(

@@ -31,8 +31,8 @@ def _any(names: dict[str, str]) -> str:
     return "|".join(map(re.escape, names))
 
 
-def _spatial(found: re.Match[str]) -> str:
-    module, which, layer, leaf = found.groups()
+def _spatial(match: re.Match[str]) -> str:
+    module, which, layer, leaf = match.groups()
     return f"{FUSE[module]}.spatial.{INPUT[which]}.{SPATIAL[layer]}.{leaf}"
 
 

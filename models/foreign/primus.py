@@ -19,22 +19,22 @@ BLOCK = rf"(conv1|conv2)\.(conv|norm)\.({LEAF})"
 SHORTCUT = rf"skip\.(\d)\.(conv|norm)\.({LEAF})"
 
 
-def _layer(found: re.Match[str]) -> str:
-    number, layer, leaf = found.groups()
+def _layer(match: re.Match[str]) -> str:
+    number, layer, leaf = match.groups()
     return f"blocks.{number}.{LAYERS[layer]}.{leaf}"
 
 
 def _residual(where: str):
-    def rename(found: re.Match[str]) -> str:
-        *number, part, layer, leaf = found.groups()
+    def rename(match: re.Match[str]) -> str:
+        *number, part, layer, leaf = match.groups()
         return f"embed.{where.format(*number)}.{part}.{LAYER[layer]}.{leaf}"
 
     return rename
 
 
 def _shortcut(where: str):
-    def rename(found: re.Match[str]) -> str:
-        *number, place, layer, leaf = found.groups()
+    def rename(match: re.Match[str]) -> str:
+        *number, place, layer, leaf = match.groups()
         return f"embed.{where.format(*number)}.shortcut.{int(place) + LAYER[layer]}.{leaf}"
 
     return rename
@@ -58,7 +58,7 @@ RULES = (
     (rf"up_projection\.decode\.2\.({LEAF})", r"decoder.2.\1"),
 )
 TABLE = Table(
-    rules=[(rf"(?:encoder\.)?{theirs}", ours) for theirs, ours in RULES],
+    rules=[(rf"(?:encoder\.)?{foreign}", native) for foreign, native in RULES],
     # of masked training; places that follow from the grid; layers that are there twice
     ignored=("mask_token", r".*eva\.rope\..*", r".*\.all_modules\..*"),
 )

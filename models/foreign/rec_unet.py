@@ -14,15 +14,15 @@ ATTENTION = {"W_g": "deep", "W_x": "skip"}
 BLOCK = r"(Conv|Up_conv)(\d)"
 
 
-def _block(found: re.Match[str]) -> str:
+def _block(match: re.Match[str]) -> str:
     """`Conv3` is e3, `Up_conv3` the block of d3."""
-    kind, level = found[1], found[2]
+    kind, level = match[1], match[2]
     return f"e{level}" if kind == "Conv" else f"d{level}.block"
 
 
-def _gate(found: re.Match[str]) -> str:
-    _, _, gate, layer, leaf = found.groups()
-    return f"{_block(found)}.attention.gates.{GATES[gate]}.{GATE_LAYER[layer]}.{leaf}"
+def _gate(match: re.Match[str]) -> str:
+    _, _, gate, layer, leaf = match.groups()
+    return f"{_block(match)}.attention.gates.{GATES[gate]}.{GATE_LAYER[layer]}.{leaf}"
 
 
 TABLE = Table(

@@ -23,16 +23,16 @@ STAGE = r"(inc|down\d\.maxpool_conv\.1|up\d\.conv)"
 WITHIN = {"maxpool_conv.1": "1", "conv": "block"}
 
 
-def _stage(theirs: str) -> str:
-    first, _, rest = theirs.partition(".")
+def _stage(foreign: str) -> str:
+    first, _, rest = foreign.partition(".")
     return f"{first}.{WITHIN[rest]}" if rest else first
 
 
 def _table(layers: dict[str, int], end: int = 8, within: str = r"\.double_conv") -> Table:
     """`end`: layers of a block, after which squeeze-excitation and spatial attention come."""
 
-    def attended(found: re.Match[str]) -> str:
-        number = int(found[1]) - 1
+    def attended(match: re.Match[str]) -> str:
+        number = int(match[1]) - 1
         return f"{f'down{number}.1' if number else 'inc'}.{end + 1}.conv.weight"
 
     names = "|".join(map(re.escape, layers))

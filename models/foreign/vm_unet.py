@@ -25,8 +25,8 @@ def _first_block(stage: int) -> int:
     return 0 if stage == 0 else 1
 
 
-def _decoder_block(found: re.Match[str]) -> str:
-    stage, block, part, leaf = found.groups()
+def _decoder_block(match: re.Match[str]) -> str:
+    stage, block, part, leaf = match.groups()
     return f"decoder{stage}.{int(block) + _first_block(int(stage))}.{PART[part]}.{leaf}"
 
 
@@ -37,24 +37,24 @@ def TABLE(network: str, model: nn.Module) -> Table:
         re.fullmatch(r"encoder(\d)\.(\d+)\.linear\.weight", name)
         for name, _ in model.named_parameters()
     )
-    blocks = {int(found[1]): int(found[2]) for found in merging if found}
+    blocks = {int(match[1]): int(match[2]) for match in merging if match}
 
     def is_block(stage: int, number: int) -> bool:
         return number < blocks.get(stage, number + 1)
 
-    def encoder_block(found: re.Match[str]) -> str | None:
-        stage, block, part, leaf = int(found[1]), int(found[2]), found[3], found[4]
+    def encoder_block(match: re.Match[str]) -> str | None:
+        stage, block, part, leaf = int(match[1]), int(match[2]), match[3], match[4]
         return f"encoder{stage}.{block}.{PART[part]}.{leaf}" if is_block(stage, block) else None
 
-    def mirrored(found: re.Match[str]) -> str | None:
+    def mirrored(match: re.Match[str]) -> str | None:
         """The decoder's block that has an encoder block's width."""
-        stage, block, rest = int(found[1]), int(found[2]), found[3]
-        ours = f"decoder{LAST - stage}.{block + _first_block(LAST - stage)}.{rest}"
-        return ours if is_block(stage, block) else None  # else the patch merging's norm
+        stage, block, rest = int(match[1]), int(match[2]), match[3]
+        native = f"decoder{LAST - stage}.{block + _first_block(LAST - stage)}.{rest}"
+        return native if is_block(stage, block) else None  # else the patch merging's norm
 
-    def merge(found: re.Match[str]) -> str | None:
-        stage, layer = int(found[1]), {"norm": "norm", "reduction": "linear"}[found[2]]
-        return f"encoder{stage}.{blocks[stage]}.{layer}.{found[3]}" if stage in blocks else None
+    def merge(match: re.Match[str]) -> str | None:
+        stage, layer = int(match[1]), {"norm": "norm", "reduction": "linear"}[match[2]]
+        return f"encoder{stage}.{blocks[stage]}.{layer}.{match[3]}" if stage in blocks else None
 
     return Table(
         rules=(

@@ -31,24 +31,24 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"segfleet.models.scan.{MODULES[name]}")
 
 
-def choose(wanted: str, device: torch.device, *, ours: bool = False) -> str:
+def choose(wanted: str, device: torch.device, *, own_only: bool = False) -> str:
     """The back end for `device`. `wanted`: a name, or "auto" for the variable and then the best
     there is.
 
-    ours: leave out mamba_ssm, for what its kernels do not offer: compiled graphs, gradients of the
-    last state. Under `torch.use_deterministic_algorithms` it is left out, too: its kernels add
+    own_only: leave out mamba_ssm, for what its kernels do not offer: compiled graphs, gradients of
+    the last state. Under `torch.use_deterministic_algorithms` it is left out, too: its kernels add
     gradients as they come.
 
     Raises ModelError for an unknown name, or for a forced back end that cannot run here.
     """
-    source, ours = "backend", ours or torch.are_deterministic_algorithms_enabled()
+    source, own_only = "backend", own_only or torch.are_deterministic_algorithms_enabled()
     if wanted == "auto":
         source, wanted = VARIABLE, os.environ.get(VARIABLE, "") or "auto"
     if wanted not in NAMES:
         raise ModelError(
             f"selective_scan: {source} is '{wanted}', expected one of: {', '.join(NAMES)}"
         )
-    if ours and wanted == "mamba_ssm" and device.type == "cuda":
+    if own_only and wanted == "mamba_ssm" and device.type == "cuda":
         wanted = "auto"
     if wanted != "auto":
         if reason := load(wanted).unavailable(device):
@@ -59,7 +59,7 @@ def choose(wanted: str, device: torch.device, *, ours: bool = False) -> str:
         _say(device, wanted, f"forced by {source}")
         return wanted
     missing = []
-    for name in ORDER.get(device.type, ("chunked",))[ours and device.type == "cuda" :]:
+    for name in ORDER.get(device.type, ("chunked",))[own_only and device.type == "cuda" :]:
         if not (reason := load(name).unavailable(device)):
             level = logging.WARNING if name == "chunked" and missing else logging.INFO
             _say(device, name, "; ".join(missing) or "the best there is", level)

@@ -53,7 +53,7 @@ def load(source: Path, *extra: str) -> ctypes.CDLL:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if folder.stat().st_uid != os.getuid():
-                continue  # somebody else's folder in a shared temporary directory
+                continue  # another user's folder in a shared temporary directory
             return ctypes.CDLL(str(find(folder, key) or compile_into(folder, key, source, extra)))
         except OSError as error:  # not writable, or mounted so that nothing in it may run
             problem = f"{folder}: {error}"
@@ -100,10 +100,10 @@ def compile_into(folder: Path, key: str, source: Path, extra: Sequence[str] = ()
     compiler = find_compiler()
     handle, name = tempfile.mkstemp(prefix=".build-", suffix=".so", dir=folder)
     os.close(handle)
-    made, complaint = Path(name), ""
+    library, complaint = Path(name), ""
     try:
         for flags in FLAGS:
-            command = [compiler, *ALWAYS, *extra, *flags, str(source), "-o", str(made)]
+            command = [compiler, *ALWAYS, *extra, *flags, str(source), "-o", str(library)]
             try:
                 done = subprocess.run(
                     command, capture_output=True, text=True, timeout=LIMIT, check=False
@@ -111,15 +111,15 @@ def compile_into(folder: Path, key: str, source: Path, extra: Sequence[str] = ()
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise BuildError(f"{compiler}: {error}") from error
             if done.returncode == 0:
-                made.chmod(0o700)
-                return made.rename(folder / f"{key}-{_digest(made.read_bytes())}.so")
+                library.chmod(0o700)
+                return library.rename(folder / f"{key}-{_digest(library.read_bytes())}.so")
             complaint = complaint or next(
                 (x for x in done.stderr.splitlines() if "error" in x),
                 f"exit code {done.returncode}",
             )
         raise BuildError(f"{compiler} cannot compile {source.name}: {complaint}")
     finally:
-        made.unlink(missing_ok=True)
+        library.unlink(missing_ok=True)
 
 
 def _key(source: Path, extra: Sequence[str]) -> str:
@@ -135,10 +135,10 @@ def _processor() -> str:
     sets."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
-        kept = [x for x in lines if x.startswith(("model name", "flags", "Features", "CPU part"))]
+        wanted = [x for x in lines if x.startswith(("model name", "flags", "Features", "CPU part"))]
     except OSError:
-        kept = [platform.processor()]
-    return "\n".join([platform.system(), platform.machine(), *platform.libc_ver(), *kept])
+        wanted = [platform.processor()]
+    return "\n".join([platform.system(), platform.machine(), *platform.libc_ver(), *wanted])
 
 
 def _digest(content: bytes) -> str:

@@ -130,7 +130,7 @@ class _Segment:
     ) -> Tensor:
         """Add this segment's part to `total`. flow (B, G, E, N): what later steps ask of its last
         state; returns that of its first."""
-        s, here = self.s, slice(self.begin, self.end)
+        s, span = self.s, slice(self.begin, self.end)
         starts = F.pad(ends, (0, 0, 1, 0))[:, :, self.first : self.first + self.chunks].unflatten(
             1, (s.groups, -1)
         )
@@ -142,7 +142,7 @@ class _Segment:
             if s.D is not None:
                 y.addcmul_(s.D.to(s.dtype)[:, None], self.rows(s.u))
             gate = torch.sigmoid(z)
-            total["z"][..., here] = g * y * gate * (1 + z * (1 - gate))
+            total["z"][..., span] = g * y * gate * (1 + z * (1 - gate))
             g = g * z * gate
         folded = self.fold(g)
         lam, flow = self._adjoint(folded, flow)
@@ -155,14 +155,14 @@ class _Segment:
         d_delta = self.unfold((q * self.A).sum(-1) + self.u * through_b)
         if s.softplus:
             d_delta = d_delta * torch.where(self.raw > 20, 1.0, torch.sigmoid(self.raw))
-        total["delta"][..., here] = d_delta
+        total["delta"][..., span] = d_delta
         d_u = self.unfold(self.delta * through_b)
         if s.bias is not None:
             total["bias"] += d_delta.sum(dim=(0, 2))
         if s.D is not None:
             total["D"] += (g * self.rows(s.u)).sum(dim=(0, 2))
             d_u = d_u + s.D.to(s.dtype)[:, None] * g
-        total["u"][..., here] = d_u
+        total["u"][..., span] = d_u
         return flow
 
     def _adjoint(self, g: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,13 +47,13 @@ class Mamba(nn.Module):
         super().__init__()
         if dt_init not in ("random", "constant"):
             raise ModelError(f"Mamba: dt_init is '{dt_init}', expected one of: random, constant")
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
         self.use_fast_path, self.layer_idx = use_fast_path, layer_idx
 
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **made)
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **factory)
         self.conv1d = nn.Conv1d(
             self.d_inner,
             self.d_inner,
@@ -61,11 +61,11 @@ class Mamba(nn.Module):
             groups=self.d_inner,
             padding=d_conv - 1,
             bias=conv_bias,
-            **made,
+            **factory,
         )
         self.activation, self.act = "silu", nn.SiLU()
-        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **made)
-        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=True, **made)
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **factory)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=True, **factory)
         self._init_steps(dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
 
         rates = torch.arange(1, d_state + 1, dtype=torch.float32, device=device).repeat(
@@ -74,7 +74,7 @@ class Mamba(nn.Module):
         self.A_log = nn.Parameter(torch.log(rates))  # float32 whatever dtype is
         self.D = nn.Parameter(torch.ones(self.d_inner, device=device))
         self.A_log._no_weight_decay = self.D._no_weight_decay = True
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **made)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
 
     def _init_steps(self, low: float, high: float, how: str, scale: float, floor: float) -> None:
         """Step sizes log-uniform in [low, high] through the inverse of softplus; the projection
@@ -100,26 +100,26 @@ class Mamba(nn.Module):
                 f"Mamba takes (batch, length, {self.d_model}), found shape "
                 f"{tuple(hidden_states.shape)}"
             )
-        kept = None
+        states = None
         if inference_params is not None:
-            kept = self._get_states_from_cache(inference_params, hidden_states.shape[0])
+            states = self._get_states_from_cache(inference_params, hidden_states.shape[0])
             if inference_params.seqlen_offset > 0:
-                return self.step(hidden_states, *kept)[0]
+                return self.step(hidden_states, *states)[0]
         length = hidden_states.shape[1]
         x, z = self.in_proj(hidden_states).transpose(1, 2).chunk(2, dim=1)
-        if kept is not None:
-            kept[0].copy_(F.pad(x, (self.d_conv - length, 0)))
+        if states is not None:
+            states[0].copy_(F.pad(x, (self.d_conv - length, 0)))
         x = self.act(self.conv1d(x)[..., :length])
         dt, B, C = self._selected(x.transpose(1, 2))
         y = selective_scan_fn(
             x, dt.transpose(1, 2), -torch.exp(self.A_log.float()), B.transpose(1, 2),
             C.transpose(1, 2), self.D.float(), z=z,
             delta_bias=self.dt_proj.bias.float(), delta_softplus=True,
-            return_last_state=kept is not None,
+            return_last_state=states is not None,
         )  # fmt: skip
-        if kept is not None:
+        if states is not None:
             y, last = y
-            kept[1].copy_(last)
+            states[1].copy_(last)
         return self.out_proj(y.transpose(1, 2))
 
     def _selected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,6 +182,6 @@ class Mamba(nn.Module):
         if self.layer_idx not in cache:
             cache[self.layer_idx] = self.allocate_inference_cache(batch_size, 0)
         elif initialize_states:
-            for kept in cache[self.layer_idx]:
-                kept.zero_()
+            for state in cache[self.layer_idx]:
+                state.zero_()
         return cache[self.layer_idx]

@@ -126,7 +126,7 @@ def backward(
     return gradients
 
 
-def _call(function: str, s: ScanInputs, blocks: int, **more: Tensor | None) -> None:
+def _call(function: str, s: ScanInputs, blocks: int, **further: Tensor | None) -> None:
     batch, channels, length, state = s.sizes
     threads = max(
         1, min(torch.get_num_threads(), batch * channels * length * max(state, 4) // PER_THREAD)
@@ -144,7 +144,7 @@ def _call(function: str, s: ScanInputs, blocks: int, **more: Tensor | None) -> N
         blocks,
     )
     scan = _Scan(**dict(zip(_COUNTS, counts, strict=True)))
-    for name, x in {**s.tensors, **more}.items():
+    for name, x in {**s.tensors, **further}.items():
         if x is not None:
             stride = (ctypes.c_int64 * 4)(*x.stride()[:4])
             setattr(

@@ -30,7 +30,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output (B, D, L) and the states at the end of every chunk (B, D, K, N); of these only the
     last may be given a gradient."""
-    name = backends.choose(backend, u.device, ours=True)
+    name = backends.choose(backend, u.device, own_only=True)
     return backends.load(name).forward(_inputs(u, delta, A, B, C, D, z, bias, softplus))
 
 
@@ -54,7 +54,7 @@ def selective_scan_backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the tensors that are there, in the order of NAMES."""
     s = _inputs(u, delta, A, B, C, D, z, bias, softplus)
-    name = backends.choose(backend, u.device, ours=True)
+    name = backends.choose(backend, u.device, own_only=True)
     gradients = backends.load(name).backward(s, grad_out, grad_last, states)
     return [gradients[k] for k in NAMES if k in s.tensors]
 
@@ -79,12 +79,12 @@ def _backward(ctx, grad_out, grad_states):
     if grad_out is None:
         grad_out = torch.zeros_like(tensors[0])
     grad_last = None if grad_states is None else grad_states[:, :, -1]
-    found = iter(
+    gradients = iter(
         torch.ops.segfleet.selective_scan_backward(
             grad_out, grad_last, states, *tensors, ctx.softplus, ctx.backend
         )
     )
-    return *(None if x is None else next(found) for x in tensors), None, None
+    return *(None if x is None else next(gradients) for x in tensors), None, None
 
 
 selective_scan.register_autograd(_backward, setup_context=_setup)

@@ -141,7 +141,7 @@ def backward(
 ) -> dict[str, Tensor]:
     """As `chunked.backward`."""
     batch, channels, length, state = s.sizes
-    found: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
     with _device(s.u):
         launch = _Launch(s)
         first = (
@@ -152,8 +152,8 @@ def backward(
         ends = ends.contiguous()
         flow = launch.states(grad_out, launch.matrices[1], first)
         if s.z is not None:
-            found["z"] = launch.empty(*s.z.shape, dtype=s.z.dtype)
-            launch.outputs(ends, grad_out, found["z"])
+            gradients["z"] = launch.empty(*s.z.shape, dtype=s.z.dtype)
+            launch.outputs(ends, grad_out, gradients["z"])
         blocks = max(1, min(launch.per_group, PROGRAMS // (batch * s.groups * s.chunks)))
         rows = {
             k: launch.empty(launch.pieces, *x.shape, dtype=_partial(x, launch.pieces, s))
@@ -175,16 +175,16 @@ def backward(
             blocks,
             **launch.flags(), **launch.steps,
         )  # fmt: skip
-    found |= {k: _total(x) for k, x in rows.items()} | {
+    gradients |= {k: _total(x) for k, x in rows.items()} | {
         "A": flow.sum(dim=(0, 2)),
         "bias": scalars[1].sum(dim=(0, 1, 3)),
     }
-    found["D"] = scalars[0, 0].sum(dim=(0, 2))  # every block of states holds the same
-    found |= {
+    gradients["D"] = scalars[0, 0].sum(dim=(0, 2))  # every block of states holds the same
+    gradients |= {
         k: parts[k].sum(dim=(0, 2)) if m.ndim == 2 else _total(wide[k])
         for k, m in (("B", s.B), ("C", s.C))
     }
-    return {k: found[k].to(x.dtype) for k, x in s.tensors.items()}
+    return {k: gradients[k].to(x.dtype) for k, x in s.tensors.items()}
 
 
 def _partial(x: Tensor, parts: int, s: ScanInputs) -> torch.dtype:

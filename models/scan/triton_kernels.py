@@ -244,7 +244,7 @@ def gradients(
         g * per_group + (block + 1) * per_group // blocks,
     ):
         bd = b * groups * per_group + d
-        here = (bd * chunks + k) * N + n
+        at = (bd * chunks + k) * N + n
         shift = tl.load(bias + d).to(DT)
         rate = tl.load(A + d * N + n, mask=mask_n, other=0.0)
         raw, step = _steps(delta, dsb, dsd, dst, b, d, t, mask, shift, SOFTPLUS, TERMS, DT)
@@ -263,7 +263,7 @@ def gradients(
         x_p = _row(u, usb, usd, ust, b, d, t - 1, before, DT)
         m_p = _matrix(B, bsb, bsg, bsn, bst, b, g, d, t - 1, n, before, mask_n, N, CONST_B, DT)
         # 0 before the first chunk
-        start = tl.load(ends + here - N, mask=mask_n & (k * N + n >= N), other=0.0)
+        start = tl.load(ends + at - N, mask=mask_n & (k * N + n >= N), other=0.0)
         added = (step_p * x_p)[:, None] * m_p
         added = tl.where((i == 0)[:, None], start[None, :] + added * 0.0, added)
         unused2, h_p = tl.associative_scan(
@@ -275,7 +275,7 @@ def gradients(
         unused, step_n = _steps(
             delta, dsb, dsd, dst, b, d, t + 1, after, shift, SOFTPLUS, TERMS, DT
         )
-        behind = tl.load(flow + here, mask=mask_n, other=0.0)
+        behind = tl.load(flow + at, mask=mask_n, other=0.0)
         asked = c * out[:, None]
         asked = tl.where((i == BT - 1)[:, None], asked + behind[None, :], asked)
         unused2, lam = tl.associative_scan(
@@ -285,15 +285,15 @@ def gradients(
         grad_C = tl.where(tile, h, 0.0) * out[:, None]
         grad_B = lam * (step * x)[:, None]
         if CONST_C:
-            tl.store(part_C + here, tl.sum(grad_C, 0), mask=mask_n)
+            tl.store(part_C + at, tl.sum(grad_C, 0), mask=mask_n)
         else:
             sum_C += grad_C
         if CONST_B:
-            tl.store(part_B + here, tl.sum(grad_B, 0), mask=mask_n)
+            tl.store(part_B + at, tl.sum(grad_B, 0), mask=mask_n)
         else:
             sum_B += grad_B
         q = q * lam
-        tl.store(flow + here, tl.sum(q * step[:, None], 0), mask=mask_n)
+        tl.store(flow + at, tl.sum(q * step[:, None], 0), mask=mask_n)
         through_b = tl.sum(lam * m, 1)
         d_step = tl.sum(q * rate[None, :], 1) + x * through_b
         if SOFTPLUS:

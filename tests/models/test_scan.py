@@ -527,8 +527,8 @@ def test_on_cuda_mamba_ssm_goes_first_if_it_has_its_kernels(installed, monkeypat
     installed("mamba_ssm.ops.selective_scan_interface")
     assert backends.choose("auto", CUDA) == backends.choose("mamba_ssm", CUDA) == "mamba_ssm"
     assert (
-        backends.choose("auto", CUDA, ours=True)
-        == backends.choose("mamba_ssm", CUDA, ours=True)
+        backends.choose("auto", CUDA, own_only=True)
+        == backends.choose("mamba_ssm", CUDA, own_only=True)
         == "triton"
     )
     torch.use_deterministic_algorithms(True)
