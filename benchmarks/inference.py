@@ -201,7 +201,7 @@ def volume_child(work: Path, part: str) -> None:
         logits = torch.from_numpy(np.load(work / "logits.npy"))
         crop = tuple((0, size) for size in VOLUME["raw"])
         before = used()
-        label = combine([Map(found_KZYX=logits, task=task, crop=crop)], geometry.shape)
+        label = combine([Map(scores_KZYX=logits, task=task, crop=crop)], geometry.shape)
         write_label(out / "case.nii.gz", label, geometry)
     after = used()
     print(json.dumps({"cpu_seconds": after[0] - before[0], "above_mb": after[1] - before[1]}))

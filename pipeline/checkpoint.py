@@ -44,7 +44,7 @@ Tensors = dict[str, dict[str, Tensor]]  # group (weights, optimizer, ema, averag
 
 
 class HostCopies(dict[str, Tensor]):
-    """Tensors in host memory that nobody changes any more: they are saved without another copy."""
+    """Tensors in host memory that do not change any more: they are saved without another copy."""
 
 
 class CheckpointError(InputError):
@@ -100,15 +100,15 @@ def write(root: Path, step: int, tensors: Tensors, state: dict[str, Any]) -> Pat
         (partial / "state.json").write_text(
             json.dumps({**state, "step": step}, indent=1), encoding="utf-8"
         )
-        facts = {}
+        records = {}
         for path in sorted(partial.iterdir()):
             with open(path, "rb") as file:
-                facts[path.name] = {
+                records[path.name] = {
                     "bytes": path.stat().st_size,
                     "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
                 }
                 os.fsync(file.fileno())
-        write_atomically(partial / MANIFEST, json.dumps({"files": facts}, indent=1))
+        write_atomically(partial / MANIFEST, json.dumps({"files": records}, indent=1))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -147,14 +147,14 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None. Reads every byte."""
     try:
         files = parse_json(read_file(path / MANIFEST))["files"]
-        for name, facts in files.items():
+        for name, expected in files.items():
             file = path / name
             if Path(name).name != name or not file.is_file():
                 return f"{name} is missing"
-            if file.stat().st_size != facts["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes, expected {facts['bytes']}"
+            if file.stat().st_size != expected["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}"
             with open(file, "rb") as handle:
-                if hashlib.file_digest(handle, "sha256").hexdigest() != facts["sha256"]:
+                if hashlib.file_digest(handle, "sha256").hexdigest() != expected["sha256"]:
                     return f"{name} does not match its sha256"
         parse_json(read_file(path / "state.json"))["step"]
     except FileNotFoundError as error:
@@ -195,8 +195,8 @@ def read(path: Path) -> Checkpoint:
 def latest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest complete checkpoint. A damaged one is named through `warn` and the one before it
     is taken."""
-    found = steps(root)
-    for path in reversed(found):
+    paths = steps(root)
+    for path in reversed(paths):
         try:
             return load(path)
         except CheckpointError as error:
@@ -204,7 +204,7 @@ def latest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
                 f"{error}; "
                 + (
                     "none is left, starting from the beginning"
-                    if path == found[0]
+                    if path == paths[0]
                     else "using the one before it"
                 )
             )
@@ -228,7 +228,7 @@ def clean(root: Path) -> None:
 
 
 class Saver:
-    """Saves while training goes on: tensors are copied as they are now, written in a thread,
+    """Saves while training continues: tensors are copied as they are now, written in a thread,
     published at a step boundary.
 
     `save` waits for the save before it. `poll` publishes a finished one; `wait` finishes and
@@ -243,12 +243,12 @@ class Saver:
     def save(self, step: int, tensors: Tensors, state: dict[str, Any]) -> None:
         """`tensors` may be training's own."""
         self.wait()  # the save before it has the staging buffers until then
-        kept, arrived = self.staging.copies(tensors)
+        copied, arrived = self.staging.copies(tensors)
 
         def work() -> None:
             try:
                 arrived()
-                self._outcome = (step, write(self.root, step, kept, state))
+                self._outcome = (step, write(self.root, step, copied, state))
             except BaseException as error:
                 self._outcome = (step, error)
 
@@ -293,13 +293,13 @@ class Staging:
         training, places = torch.cuda.current_stream(device), self._places(away)
         there = iter(zip(places, away, strict=True))
         self.stream.wait_stream(training)
-        kept: Tensors = {}
+        staged: Tensors = {}
         with torch.cuda.stream(self.stream):
             for group, named in tensors.items():
                 if isinstance(named, HostCopies):
-                    kept[group] = named
+                    staged[group] = named
                     continue
-                kept[group] = {
+                staged[group] = {
                     name: fetched(*next(there))
                     if on_gpu(value)
                     else value.detach().to("cpu", copy=True)
@@ -307,7 +307,7 @@ class Staging:
                 }
             arrived = self.stream.record_event()
         training.wait_event(arrived)
-        return kept, arrived.synchronize
+        return staged, arrived.synchronize
 
     def _places(self, away: list[Tensor]) -> list[Tensor]:
         """A part of a buffer for each of these."""
@@ -375,10 +375,10 @@ def _versions() -> dict[str, str]:
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    numbers = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("segfleet", "numpy", "zarr", "h5py", "deepspeed"):
         try:
-            found[package] = version(package)
+            numbers[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return numbers

@@ -35,7 +35,7 @@ def read_events(folder: Path) -> Iterator[dict[str, Any]]:
 def recent_events(
     folder: Path,
 ) -> tuple[dict[str, Any] | None, int, list[dict[str, Any]]]:
-    """What tells where a stage stands: its last beginning, how often it was resumed, and its last
+    """Where a stage stands: its last beginning, how often it was resumed, and its last
     two steps. Of a long file these lines alone are decoded."""
     whole = _whole(Path(folder) / EVENTS)
     begun = next(_backwards(whole, "stage_start"), None)
@@ -151,7 +151,7 @@ def comes_to_file(last: int, step: int) -> bool:
 class EventLog:
     """Appends events. Those of steps get fewer as a stage gets longer (`comes_to_file`). Opened at
     a step, it forgets what a killed process logged after the checkpoint of that step. `listen`
-    hears every event as it is written, `trackers` the numbers of those that have a step."""
+    gets every event as it is written, `trackers` the numbers of those that have a step."""
 
     def __init__(
         self,
@@ -161,19 +161,19 @@ class EventLog:
         trackers: Trackers | None = None,
     ):
         self.path = folder / EVENTS
-        kept = [event for event in read_events(folder) if event.get("step", 0) <= step]
-        write_atomically(self.path, "".join(json.dumps(event) + "\n" for event in kept))
+        earlier = [event for event in read_events(folder) if event.get("step", 0) <= step]
+        write_atomically(self.path, "".join(json.dumps(event) + "\n" for event in earlier))
         self._file = open(self.path, "a", encoding="utf-8")
         self._listen, self._trackers = listen, trackers
         self._step, self._waiting = step, ""
 
-    def write(self, event: str, **facts: Any) -> None:
+    def write(self, event: str, **fields: Any) -> None:
         """One event."""
         if self._listen:
-            self._listen({"event": event, **facts})
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **facts}) + "\n"
-        step = facts.get("step")
-        if event == "step" and not comes_to_file(self._step, facts["step"]):
+            self._listen({"event": event, **fields})
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n"
+        step = fields.get("step")
+        if event == "step" and not comes_to_file(self._step, fields["step"]):
             self._waiting = line  # it is written if anything else happens before the next one is
         else:
             self._file.write(line if event == "step" else self._waiting + line)
@@ -181,7 +181,7 @@ class EventLog:
             self._step, self._waiting = self._step if step is None else step, ""
         numbers = {
             f"{event}/{name}": value
-            for name, value in facts.items()
+            for name, value in fields.items()
             if name not in ("step", "epoch")
             and isinstance(value, int | float)
             and not isinstance(value, bool)
@@ -189,10 +189,10 @@ class EventLog:
         if self._trackers and numbers and step is not None:
             self._trackers.numbers(numbers, step)
 
-    def pictures(self, found: Mapping[str, np.ndarray], step: int) -> None:
+    def pictures(self, images: Mapping[str, np.ndarray], step: int) -> None:
         """Pictures (Y, X, 3) uint8 by name, for the trackers alone."""
         if self._trackers:
-            for name, pixels in found.items():
+            for name, pixels in images.items():
                 self._trackers.picture(name, pixels, step)
 
     def close(self) -> None:

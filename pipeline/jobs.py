@@ -66,9 +66,9 @@ def train_and_score(job: Train | Score, ranks: Ranks, stop: StopRequest) -> None
             if training and (place := training.stage_to):
                 for folder in folders:  # scoring reads every case once
                     own = resolve(recipe, folder.index)
-                    for one in members(own) if folder.done() is None else ():
+                    for needed in members(own) if folder.done() is None else ():
                         stores.bring(
-                            one,
+                            needed,
                             lambda far: copies.enter_context(
                                 on_node(far, place, ranks, stop, warn)
                             ),
@@ -96,7 +96,7 @@ def train_and_score(job: Train | Score, ranks: Ranks, stop: StopRequest) -> None
                         scorer, recipe=settings, store=stores(settings)
                     ).validate(engine),
                     waits=training.waits,
-                    listen=Lines(say) if training.lines else None,
+                    listen=Lines(print_line) if training.lines else None,
                     pause_at=training.pause_at,
                 )
                 train(context)
@@ -197,7 +197,7 @@ def predict(
                 probabilities=job.probabilities,
                 rules=rules,
                 draw=save_prediction if job.overlays else None,
-                read=lambda one: one.read_apart(apart),
+                read=lambda case: case.read_apart(apart),
                 format=job.format,
                 layout=job.layout,
             ),
@@ -215,13 +215,13 @@ def run_prediction(job: Predict, ranks: Ranks, stop: StopRequest) -> None:
 
     def tick(done: int, total: int) -> None:
         if job.answer is None:
-            say(f"{done} of {total} images\n")
+            print_line(f"{done} of {total} images\n")
         if stop.asked() and done < total:
             raise Interrupted(f"stopped after {done} of {total} images; the same command goes on")
 
     def deciding(done: int, total: int) -> None:
         if job.answer is None:
-            say(f"{done} of {total} cases not trained on, for --postprocess auto\n")
+            print_line(f"{done} of {total} cases not trained on, for --postprocess auto\n")
         if stop.asked():
             raise Interrupted(
                 f"stopped after {done} of {total} cases that decide the post-processing; the same "
@@ -229,22 +229,24 @@ def run_prediction(job: Predict, ranks: Ranks, stop: StopRequest) -> None:
             )
 
     answer = predict(job, ranks, tick, deciding)
-    if job.answer:  # whoever waits for it says what came out
+    if job.answer:  # the command that waits for it prints what came out
         if ranks.rank == 0:
             write_atomically(job.answer, json.dumps(answer))
         return
     if ranks.rank == 0:
-        written, kept, failed = (len(answer[key]) for key in ("done", "kept", "failed"))
-        sys.stdout.write(f"{written} written, {kept} already there, {failed} failed: {job.out}\n")
+        written, present, failed = (len(answer[key]) for key in ("done", "kept", "failed"))
+        sys.stdout.write(
+            f"{written} written, {present} already there, {failed} failed: {job.out}\n"
+        )
     if answer["failed"]:
-        lines = "\n".join(f"{one['id']}: {one['problem']}" for one in answer["failed"])
+        lines = "\n".join(f"{failure['id']}: {failure['problem']}" for failure in answer["failed"])
         raise InputError(
             f"predict: {len(answer['failed'])} image(s) could not be segmented; all others "
             f"are\n{lines}"
         )
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     sys.stdout.write(line)
     sys.stdout.flush()
 

@@ -65,10 +65,10 @@ def patch_of(recipe: Recipe, manifest: Manifest) -> tuple[int, int, int]:
     divisors = (own,) * dims if isinstance(own, int) else own
     for axis, size, divisor in zip("zyx"[3 - dims :], patch[3 - dims :], divisors, strict=True):
         if size % divisor and recipe.data.patch is not None:
-            near = max(divisor, round(size / divisor) * divisor)
+            fitting = max(divisor, round(size / divisor) * divisor)
             raise InputError(
                 f"data.patch: {spec.name} needs {axis} sizes that are multiples of {divisor}, "
-                f"found {size}; {near} would do"
+                f"found {size}; {fitting} would do"
             )
     z, y, x = (  # a plan's patch may grow to what the network takes
         -(-size // divisor) * divisor
@@ -117,8 +117,8 @@ def input_names(recipe: Recipe, manifest: Manifest) -> set[str]:
     channels, outputs = len(manifest.dataset.channels), task_of(recipe, manifest).channels
     shapes = []
     with torch.device("meta"):
-        for more in (0, 2):  # of slices as channels there must be an odd number
-            model = _built(recipe, manifest, channels + more, outputs)
+        for extra in (0, 2):  # of slices as channels there must be an odd number
+            model = _built(recipe, manifest, channels + extra, outputs)
             shapes.append({name: value.shape for name, value in model.state_dict().items()})
     return {name for name, shape in shapes[0].items() if shapes[1].get(name) != shape}
 
@@ -126,13 +126,15 @@ def input_names(recipe: Recipe, manifest: Manifest) -> set[str]:
 def _built(recipe: Recipe, manifest: Manifest, channels: int, outputs: int) -> nn.Module:
     patch, spec = patch_of(recipe, manifest), registry.spec(recipe.model.name)
     dims = 2 if patch[0] == 1 else 3
-    known = {
+    available = {
         "dims": dims,
         "patch": patch[3 - dims :],
         "spacing": manifest.plan.target_spacing[3 - dims :],
     }
     asked = inspect.signature(spec.build).parameters
-    options = {key: value for key, value in known.items() if key in asked} | recipe.model.options
+    options = {
+        key: value for key, value in available.items() if key in asked
+    } | recipe.model.options
     torch.manual_seed(recipe.seed)
     model = registry.build_model(
         recipe.model.name,
@@ -146,19 +148,21 @@ def _built(recipe: Recipe, manifest: Manifest, channels: int, outputs: int) -> n
 
 
 def transfer_of(
-    recipe: Recipe, manifests: Manifests, index: int, model: nn.Module, theirs: dict[str, Tensor]
+    recipe: Recipe, manifests: Manifests, index: int, model: nn.Module, weights: dict[str, Tensor]
 ) -> Transfer:
-    """What the network of stage `index`, fresh, takes over of the weights `theirs` of the stage
+    """What the network of stage `index`, fresh, takes over of the weights `weights` of the stage
     before it. Raises InputError that names what does not fit."""
     own = resolve(recipe, index)
-    ours, before = (_side(settings, manifests) for settings in (own, resolve(recipe, index - 1)))
-    several = len(ours.channels) != len(before.channels)
+    own_side, before = (
+        _side(settings, manifests) for settings in (own, resolve(recipe, index - 1))
+    )
+    several = len(own_side.channels) != len(before.channels)
     return plan_transfer(
         model,
         registry.spec(own.model.name),
-        theirs,
+        weights,
         own.stages[index].inherit,
-        ours,
+        own_side,
         before,
         inputs=input_names(own, manifests(own)) if several else frozenset(),
     )
@@ -178,11 +182,11 @@ def _side(settings: Recipe, manifests: Manifests) -> Side:
 def check_transfer(recipe: Recipe, manifests: Manifests, index: int) -> None:
     """The same before anything is trained, without memory for weights."""
     with torch.device("meta"):
-        fresh, theirs = (
+        fresh, before = (
             build_network(own, manifests(own), task_of(own, manifests(own)))
             for own in (resolve(recipe, index), resolve(recipe, index - 1))
         )
-    transfer_of(recipe, manifests, index, fresh, theirs.state_dict())
+    transfer_of(recipe, manifests, index, fresh, before.state_dict())
 
 
 class Objective(nn.Module):
@@ -228,32 +232,32 @@ def check_data(recipe: Recipe, manifest: Manifest, task: Task) -> None:
                 f"{list(manifest.plan.patch)}, and data.patch=null takes it"
             )
     made_for = recipe.data.made_for
-    for key, found, names in (
+    for key, actual, names in (
         ("channels", len(dataset.channels), dataset.channels),
         ("classes", None if task.head == RECONSTRUCT else len(task.names), task.names),
     ):
         expected = getattr(made_for, key, None)
-        if made_for and found is not None and expected not in (None, found):
+        if made_for and actual is not None and expected not in (None, actual):
             raise InputError(
                 f"data.made_for.{key}: the recipe {recipe.name} is made for {made_for.dataset} "
-                f"with {expected}, but {dataset.name} in {recipe.data.store} has {found} "
+                f"with {expected}, but {dataset.name} in {recipe.data.store} has {actual} "
                 f"({', '.join(names)}); choose another store, or set data.made_for=null"
             )
 
 
 def doubts(recipe: Recipe, manifest: Manifest | Manifests) -> list[str]:
     """What is legal and maybe not meant in any stage, a sentence each."""
-    found: dict[str, None] = {}
+    sentences: dict[str, None] = {}
     for _, own, stored in stages_of(recipe, manifest):
-        found |= dict.fromkeys(_doubts(own, stored))
-    return list(found)
+        sentences |= dict.fromkeys(_doubts(own, stored))
+    return list(sentences)
 
 
 def _doubts(recipe: Recipe, manifest: Manifest) -> list[str]:
     dataset, made_for = manifest.dataset, recipe.data.made_for
-    found = []
+    sentences = []
     if made_for and not _same_dataset(made_for.dataset, dataset):
-        found.append(
+        sentences.append(
             f"the recipe {recipe.name} was made for {made_for.dataset}, and {recipe.data.store} "
             f"holds {dataset.name} ({dataset.dims}D; {', '.join(dataset.channels)}; "
             f"{', '.join(name for name, value in dataset.labels.items() if value)}): patch, rates "
@@ -262,11 +266,11 @@ def _doubts(recipe: Recipe, manifest: Manifest) -> list[str]:
     if recipe.data.patch is not None:
         for axis, size, largest in beside_the_largest(patch_of(recipe, manifest), manifest):
             if size > largest:
-                found.append(
+                sentences.append(
                     f"data.patch: {size} voxels along {axis}, and the largest case of "
                     f"{dataset.name} has {largest}: the rest of every patch is padding"
                 )
-    return found
+    return sentences
 
 
 def beside_the_largest(patch: Sequence[int], manifest: Manifest) -> Iterator[tuple[str, int, int]]:
@@ -280,14 +284,14 @@ def beside_the_largest(patch: Sequence[int], manifest: Manifest) -> Iterator[tup
 def _same_dataset(name: str, dataset: Dataset) -> bool:
     """Task04_Hippocampus and Hippocampus are one data set."""
     names = (dataset.name.lower(), dataset.reader.lower())
-    return any(name.lower() in known or known in name.lower() for known in names)
+    return any(name.lower() in other or other in name.lower() for other in names)
 
 
 def check_recipe(recipe: Recipe, manifest: Manifest | Manifests) -> Task:
     """Raise InputError or ModelError for whatever in the recipe does not fit its data sets, and
     name the stage if they differ in settings; costs no memory for weights. The last stage's
     task. `manifest`: of the recipe's own store."""
-    known: dict[str, Task] = {}
+    tasks: dict[str, Task] = {}
     for index, own, stored in stages_of(recipe, manifest):
         stage = recipe.stages[index]
         same = own is recipe and stage.inherit.plain
@@ -295,37 +299,37 @@ def check_recipe(recipe: Recipe, manifest: Manifest | Manifests) -> Task:
             [*(getattr(own, key) for key in OVERRIDES), stage.freeze, stage.rates, stage.lora]
         )
         try:
-            if key not in known:
-                known[key] = _check(own, stored, index)
+            if key not in tasks:
+                tasks[key] = _check(own, stored, index)
                 check_stores(own, manifests_of(recipe, manifest))
             if index and not same:
                 check_transfer(recipe, manifests_of(recipe, manifest), index)
         except (InputError, registry.ModelError) as error:
             raise type(error)(named(error, own is not recipe, index, stage)) from None
-    return known[key]
+    return tasks[key]
 
 
 def check_stores(recipe: Recipe, manifests: Manifests) -> None:
     """Raises InputError where the stores of a stage cannot share batches: other channels, other
-    classes unless nobody asks for them, 2D beside 3D."""
+    classes unless they are not asked for, 2D beside 3D."""
     first = manifests(recipe).dataset
-    for one in members(recipe)[1:]:
-        other = manifests(one).dataset
-        facts: list[tuple[str, Any, Any]] = [
+    for settings in members(recipe)[1:]:
+        other = manifests(settings).dataset
+        comparisons: list[tuple[str, Any, Any]] = [
             ("channels", len(first.channels), len(other.channels)),
             ("dims", first.dims, other.dims),
         ]
         if recipe.task != RECONSTRUCT:
-            facts += [
+            comparisons += [
                 ("classes", first.labels, other.labels),
                 ("regions", first.regions, other.regions),
                 ("ignored label", first.ignore_label, other.ignore_label),
             ]
-        for what, expected, found in facts:
-            if found != expected:
+        for what, expected, actual in comparisons:
+            if actual != expected:
                 raise InputError(
-                    f"data.stores: {one.data.store} has {what} {found}, but {recipe.data.store} "
-                    f"has {expected}; stores of one stage need the same"
+                    f"data.stores: {settings.data.store} has {what} {actual}, but "
+                    f"{recipe.data.store} has {expected}; stores of one stage need the same"
                 )
 
 

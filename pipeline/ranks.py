@@ -1,4 +1,4 @@
-"""The ranks that train together. One process is a single rank, so nobody asks whether a process
+"""The ranks that train together. One process is a single rank, so no caller asks whether a process
 group exists."""
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class Ranks:
         returned waits for the answer."""
         return lambda: values
 
-    def gather(self, thing: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         """Every rank's thing, in the order of ranks, on every rank: JSON, so tuples are lists."""
-        return [thing]
+        return [value]
 
-    def share(self, thing: Any) -> Any:
+    def share(self, value: Any) -> Any:
         """Rank 0's thing on every rank: JSON, as for `gather`."""
-        return thing
+        return value
 
     def barrier(self) -> None:
         pass
@@ -118,11 +118,11 @@ class ProcessRanks(Ranks):
 
         return answer
 
-    def gather(self, thing: Any) -> list[Any]:
-        return [json.loads(text) for text in self._all_texts(json.dumps(thing).encode())]
+    def gather(self, value: Any) -> list[Any]:
+        return [json.loads(text) for text in self._all_texts(json.dumps(value).encode())]
 
-    def share(self, thing: Any) -> Any:
-        text = json.dumps(thing).encode() if self.rank == 0 else b""
+    def share(self, value: Any) -> Any:
+        text = json.dumps(value).encode() if self.rank == 0 else b""
         count = torch.tensor([len(text)])
         dist.broadcast(count, src=0, group=self.control)
         body = _tensor(text, int(count))
@@ -181,8 +181,8 @@ def place_of(device: torch.device) -> list[str]:
     them: a process may see its granted GPU as cuda:0 when its neighbour does so, too."""
     if device.type == "cpu":
         return [socket.gethostname(), "cpu", ""]
-    facts = torch.cuda.get_device_properties(device)
-    return [socket.gethostname(), str(facts.uuid), facts.name]
+    properties = torch.cuda.get_device_properties(device)
+    return [socket.gethostname(), str(properties.uuid), properties.name]
 
 
 def check_devices(rank: int, size: int, store: dist.Store, place: list[str]) -> None:
@@ -205,18 +205,18 @@ def _fault(places: list[list[str]]) -> str:
     ranks, devices = Counter(host for host, *_ in places), defaultdict(set)
     for host, device, *_ in places:
         devices[host].add(device)
-    without = [host for host, found in devices.items() if "cpu" in found]
-    if without and any(found != {"cpu"} for found in devices.values()):
+    without = [host for host, kinds in devices.items() if "cpu" in kinds]
+    if without and any(kinds != {"cpu"} for kinds in devices.values()):
         return (
             f"ranks: found GPUs on some nodes and none on {', '.join(without)}; expected one kind "
             f"of device for all {len(places)} ranks. Leave those nodes out, or {cpu}"
         )
-    for host, found in devices.items():
-        if found != {"cpu"} and ranks[host] > len(found):
+    for host, kinds in devices.items():
+        if kinds != {"cpu"} and ranks[host] > len(kinds):
             return (
-                f"ranks: found {ranks[host]} on {host}, which has {len(found)} GPU(s) for them; "
-                f"expected a GPU for every rank. Use --ranks {len(found)} (in a job "
-                f"--gpus-per-node {len(found)}), or {cpu}"
+                f"ranks: found {ranks[host]} on {host}, which has {len(kinds)} GPU(s) for them; "
+                f"expected a GPU for every rank. Use --ranks {len(kinds)} (in a job "
+                f"--gpus-per-node {len(kinds)}), or {cpu}"
             )
     return ""
 
@@ -282,25 +282,29 @@ def _tensor(text: bytes, length: int) -> Tensor:
     return torch.frombuffer(bytearray(text.ljust(max(1, length))), dtype=torch.uint8)[:length]
 
 
-def as_facts(error: BaseException | None) -> dict[str, Any] | None:
+def error_as_json(error: BaseException | None) -> dict[str, Any] | None:
     """An error as JSON, for the other ranks."""
     if error is None:
         return None
-    known = explain(error)
-    words = known[0] if known else "".join(traceback.format_exception(error))
+    explained = explain(error)
+    words = explained[0] if explained else "".join(traceback.format_exception(error))
     kind = "FloatingPointError" if isinstance(error, FloatingPointError) else None
-    return {"message": str(error) if kind else words, "code": known and known[1], "kind": kind}
+    return {
+        "message": str(error) if kind else words,
+        "code": explained and explained[1],
+        "kind": kind,
+    }
 
 
-def from_facts(facts: dict[str, Any] | None) -> Exception | None:
-    """What another rank failed with: the same to the user, and to whoever starts ranks."""
-    if facts is None:
+def error_from_json(document: dict[str, Any] | None) -> Exception | None:
+    """What another rank failed with: the same to the user, and to the launcher."""
+    if document is None:
         return None
-    if facts["kind"]:
-        return FloatingPointError(facts["message"])
-    if facts["code"] == Interrupted.exit_code:
-        return Interrupted(facts["message"])
-    return (InputError if facts["code"] == 2 else RuntimeError)(facts["message"])
+    if document["kind"]:
+        return FloatingPointError(document["message"])
+    if document["code"] == Interrupted.exit_code:
+        return Interrupted(document["message"])
+    return (InputError if document["code"] == 2 else RuntimeError)(document["message"])
 
 
 _apart = False

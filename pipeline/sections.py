@@ -120,7 +120,9 @@ def first_store(said: Any) -> Any:
     """Of `stores` without `store`: the first is the one that says channels, classes and patch."""
     if not isinstance(said, dict) or not isinstance(said.get("stores"), list | tuple):
         return said
-    sources = [{"store": one} if isinstance(one, str) else one for one in said["stores"]]
+    sources = [
+        {"store": source} if isinstance(source, str) else source for source in said["stores"]
+    ]
     first = sources[0].get("store") if sources and isinstance(sources[0], dict) else None
     if first and said.get("store") not in (None, "", first):
         raise ValueError(

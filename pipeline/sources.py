@@ -52,17 +52,17 @@ def changed_sources(network: str, loss: str) -> dict[str, str]:
     network and loss and are not as shipped. Empty for what segfleet ships."""
     table = shipped()
     files = {*network_files(network, table["networks"]), *loss_files(loss), *ALWAYS}
-    found = {name: source_hash(where(name)) for name in sorted(closure(files))}
-    return {name: digest for name, digest in found.items() if table["files"].get(name) != digest}
+    hashes = {name: source_hash(where(name)) for name in sorted(closure(files))}
+    return {name: digest for name, digest in hashes.items() if table["files"].get(name) != digest}
 
 
-def network_files(network: str, known: dict[str, str]) -> list[str]:
+def network_files(network: str, shipped_files: dict[str, str]) -> list[str]:
     """The file that registers a network. Of one that is not shipped: those that hold its name, or
     if none does (it is put together) all that are not shipped."""
-    if network in known:
-        return [known[network]]
-    ours = (str(path.relative_to(HOME)) for path in (HOME / NETWORKS).rglob("*.py"))
-    foreign = sorted({*ours, *plugins.files()} - set(shipped()["files"]))
+    if network in shipped_files:
+        return [shipped_files[network]]
+    own = (str(path.relative_to(HOME)) for path in (HOME / NETWORKS).rglob("*.py"))
+    foreign = sorted({*own, *plugins.files()} - set(shipped()["files"]))
     foreign = [name for name in foreign if name.startswith(f"{NETWORKS}/")]
     return [name for name in foreign if network in texts(where(name))] or foreign
 
@@ -82,28 +82,28 @@ def where(name: str) -> Path:
 
 def closure(files: Iterable[str]) -> set[str]:
     """These files and what they import of ours, as far as it computes."""
-    found: set[str] = set()
+    reached: set[str] = set()
     waiting = list(files)
     while waiting:
         name = waiting.pop()
-        if name not in found and where(name).is_file():
-            found.add(name)
+        if name not in reached and where(name).is_file():
+            reached.add(name)
             waiting += [other for other in imports(where(name)) if other.startswith(FOLLOWED)]
             waiting += [str(Path(name).with_name(text)) for text in _compiled(where(name))]
-    return found
+    return reached
 
 
 def imports(path: Path) -> list[str]:
     """Files of ours that a file imports."""
-    found = []
+    files = []
     for module in said(path).modules:
         package, *parts = module.split(".")
         if package == "segfleet" and parts:
             stem = "/".join(parts)
-            found += [
+            files += [
                 name for name in (f"{stem}.py", f"{stem}/__init__.py") if where(name).is_file()
             ]
-    return found
+    return files
 
 
 def _compiled(path: Path) -> list[str]:
@@ -142,7 +142,7 @@ def said(path: Path) -> Said:
 def _said(code: bytes) -> Said:
     try:
         tree = ast.parse(code)
-    except SyntaxError:  # whoever needs the file will say so
+    except SyntaxError:  # importing the file will report it
         tree = ast.Module(body=[], type_ignores=[])
     modules: set[str] = set()
     constants: set[str] = set()
@@ -166,7 +166,7 @@ def _plain(node: Any) -> Any:
     """A syntax tree as lists, the same in every version of Python: without positions, docstrings
     and what is empty."""
     if isinstance(node, list):
-        return [_plain(one) for one in node]
+        return [_plain(item) for item in node]
     if not isinstance(node, ast.AST):
         return [type(node).__name__, repr(node)]
     fields = dict(ast.iter_fields(node))
@@ -208,23 +208,27 @@ def table() -> dict[str, Any]:
 
 
 def main() -> int:
-    """Write the table; refuses changed sources under an old `NUMERICS` unless told that results are
-    the same."""
-    made = table()
-    known = shipped() if TABLE.exists() else {"numerics": None, "files": {}}
+    """Write the table; refuses changed sources under an old `NUMERICS` unless it is said that
+    results are the same."""
+    current = table()
+    before = shipped() if TABLE.exists() else {"numerics": None, "files": {}}
     changed = sorted(
         name
-        for name in known["files"]
-        if name in made["files"] and made["files"][name] != known["files"][name]
+        for name in before["files"]
+        if name in current["files"] and current["files"][name] != before["files"][name]
     )
-    if changed and made["numerics"] == known["numerics"] and "--same-results" not in sys.argv[1:]:
+    if (
+        changed
+        and current["numerics"] == before["numerics"]
+        and "--same-results" not in sys.argv[1:]
+    ):
         sys.stderr.write(
-            f"changed since NUMERICS {known['numerics']}: {', '.join(changed)}\nIf any recipe now "
+            f"changed since NUMERICS {before['numerics']}: {', '.join(changed)}\nIf any recipe now "
             "computes something else, raise NUMERICS in pipeline/sources.py and run this again; if "
             "not, run `make sources SAME=1`\n"
         )
         return 1
-    write_atomically(TABLE, json.dumps(made, indent=1, sort_keys=True) + "\n")
+    write_atomically(TABLE, json.dumps(current, indent=1, sort_keys=True) + "\n")
     return 0
 
 

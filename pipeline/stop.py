@@ -9,18 +9,18 @@ from pathlib import Path
 
 from segfleet.core.errors import ExitCode
 
-# in the environment of a command that is to go when it is asked to, while what it waits for stays
+# in the environment of a command that exits when asked to, while the jobs it waits for stay
 LEAVE = "SEGFLEET_LEAVE"
 
 
 class Interrupted(RuntimeError):
-    """Training stopped because it was asked to. Everything is saved; the same command goes on."""
+    """Training stopped because it was asked to. Everything is saved; the same command resumes."""
 
     exit_code = ExitCode.INTERRUPTED
 
 
 class Paused(Interrupted):
-    """A stop at a step that was agreed on before: nobody goes on before somebody says so."""
+    """A stop at a step that was agreed on before: the stage waits until it is resumed."""
 
 
 def _interrupt() -> None:

@@ -54,7 +54,7 @@ def run_rank(folder: str) -> None:
     except InputError as error:
         sys.stderr.write(f"segfleet: {error}\n")
         worker.exit_now(worker.report(life, rank, error))
-    stop.at_once = lambda: worker.leave(life)
+    stop.at_once = lambda: worker.exit_interrupted(life)
     spec = settings.spec
     end = int(os.environ.get("SEGFLEET_END") or 0)
     stop.deadline, stop.margin = (float(end) if end else None), spec.lead / 2

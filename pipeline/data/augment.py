@@ -97,30 +97,30 @@ def draw_intensity(options: Augment, rng: np.random.Generator, channels: int) ->
     A list has one value per channel; None leaves that channel as it is.
     """
     coin, strength, seed = rng.random(7), rng.random(), int(rng.integers(2**63))
-    each = rng.random((10, channels))
+    uniform = rng.random((10, channels))
     if not options.per_channel:
-        each = np.repeat(each[:, :1], channels, axis=1)
+        uniform = np.repeat(uniform[:, :1], channels, axis=1)
     drawn: dict = {}
     if coin[0] < options.noise:
         drawn["noise"] = (float(NOISE * strength), seed)
     if coin[1] < options.blur:
-        sigmas = SIGMA[0] + (SIGMA[1] - SIGMA[0]) * each[1:4].T
-        chosen = each[0] < (CHANNELS if options.per_channel else 1)
+        sigmas = SIGMA[0] + (SIGMA[1] - SIGMA[0]) * uniform[1:4].T
+        chosen = uniform[0] < (CHANNELS if options.per_channel else 1)
         drawn["blur"] = [s.tolist() if c else None for c, s in zip(chosen, sigmas, strict=True)]
     if coin[2] < options.brightness:
-        drawn["brightness"] = _about_one(each[4], *MULTIPLIER)
+        drawn["brightness"] = _about_one(uniform[4], *MULTIPLIER)
     if coin[3] < options.contrast:
-        drawn["contrast"] = _about_one(each[5], *MULTIPLIER)
+        drawn["contrast"] = _about_one(uniform[5], *MULTIPLIER)
     if coin[4] < options.low_resolution:
-        scales = REDUCED[0] + (REDUCED[1] - REDUCED[0]) * each[7]
-        chosen = each[6] < (CHANNELS if options.per_channel else 1)
+        scales = REDUCED[0] + (REDUCED[1] - REDUCED[0]) * uniform[7]
+        chosen = uniform[6] < (CHANNELS if options.per_channel else 1)
         drawn["low_resolution"] = [
             float(s) if c else None for c, s in zip(chosen, scales, strict=True)
         ]
     if coin[5] < options.gamma_inverted:
-        drawn["gamma_inverted"] = _about_one(each[8], *POWER)
+        drawn["gamma_inverted"] = _about_one(uniform[8], *POWER)
     if coin[6] < options.gamma:
-        drawn["gamma"] = _about_one(each[9], *POWER)
+        drawn["gamma"] = _about_one(uniform[9], *POWER)
     return drawn
 
 

@@ -38,8 +38,8 @@ def each_tensor(
     """The batch with every tensor of it (or array, of one that came through a pipe) changed; or
     whatever is of `kinds`."""
     held = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    found = {name: part for name, part in held.items() if isinstance(part, kinds)}
-    return replace(batch, **{name: change(part) for name, part in found.items()})
+    tensors = {name: part for name, part in held.items() if isinstance(part, kinds)}
+    return replace(batch, **{name: change(part) for name, part in tensors.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def _upright(patch: Sequence[int]) -> list[list[np.ndarray]]:
 @dataclass(frozen=True, kw_only=True)
 class Boxes:
     """One micro-batch of one rank that is not augmented yet: box after box, and behind the last one
-    voxels that nobody reads, for batches of few sizes."""
+    voxels that are never read, for batches of few sizes."""
 
     image: Tensor  # (n,) in the stored type, each box (C, z, y, x)
     label: Tensor  # (n / C,) uint8
@@ -118,13 +118,13 @@ class Boxes:
 
     def unpacked(self) -> dict[str, Tensor]:
         """Views of `numbers`."""
-        found, begin = {}, 0
+        views, begin = {}, 0
         for name, kind, shape in self.tables:
             count = math.prod(shape)
             stop = begin + (count if kind == "int64" else (count + 1) // 2)
             part = self.numbers[begin:stop].view(KINDS[kind])[:count]
-            found[name], begin = part.view(shape), stop
-        return found
+            views[name], begin = part.view(shape), stop
+        return views
 
 
 class Room:
@@ -169,8 +169,8 @@ class Room:
         if self.image.dtype.kind in "iu":
             tables["scale"] = np.array([scales[k] for k in order], np.float32)
         shifts = [self.samples[k].shifts for k in moved]
-        if known := [s for s in shifts if s is not None]:
-            tables["shifts"] = np.stack([known[0] * 0 if s is None else s for s in shifts])
+        if given := [s for s in shifts if s is not None]:
+            tables["shifts"] = np.stack([given[0] * 0 if s is None else s for s in shifts])
         if any(masked):
             tables["masked"] = np.array([[c in m for c in range(self.channels)] for m in masked])
         tables |= _noise(self.samples) | _changes(self.samples, self.channels)
@@ -227,7 +227,7 @@ def _noise(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
 
 def _changes(samples: Sequence[Sample], channels: int) -> dict[str, np.ndarray]:
     """Of every kind of change the rows (sample x channel) that have it, and its values."""
-    found: dict[str, np.ndarray] = {}
+    tables: dict[str, np.ndarray] = {}
     for name in CHANGES:
         rows, values = [], []
         for k, sample in enumerate(samples):
@@ -236,18 +236,18 @@ def _changes(samples: Sequence[Sample], channels: int) -> dict[str, np.ndarray]:
                     rows.append(k * channels + c)
                     values.append(_taps(value, sample.in_plane) if name == "blur" else value)
         if rows and name != "low_resolution":
-            found |= {f"{name}_rows": np.array(rows), name: np.array(values, np.float32)}
-    return found
+            tables |= {f"{name}_rows": np.array(rows), name: np.array(values, np.float32)}
+    return tables
 
 
 def _taps(sigmas: Sequence[float], in_plane: bool) -> np.ndarray:
     """(3, RADIUS + 1): weights of a blur along each axis, from the outside to the middle."""
-    found = np.zeros((3, RADIUS + 1))
+    taps = np.zeros((3, RADIUS + 1))
     for axis, sigma in enumerate(sigmas):
         radius = 0 if axis == 0 and in_plane else int(3 * sigma + 0.5)
         weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-        found[axis, RADIUS - radius :] = (weights / weights.sum())[: radius + 1]
-    return found
+        taps[axis, RADIUS - radius :] = (weights / weights.sum())[: radius + 1]
+    return taps
 
 
 def augmented(boxes: Boxes) -> tuple[Tensor, Tensor]:

@@ -42,8 +42,8 @@ class Grid:
 
     def positions(self) -> np.ndarray:
         """(3, z, y, x) float32."""
-        found = np.stack([(z[:, None, None] + y[:, None]) + x for z, y, x in self.lines])
-        return found if self.shifts is None else found + self.shifts
+        stacked = np.stack([(z[:, None, None] + y[:, None]) + x for z, y, x in self.lines])
+        return stacked if self.shifts is None else stacked + self.shifts
 
 
 def source(

@@ -115,7 +115,7 @@ class Sender:
 
 def forget(name: str) -> None:
     """Let go of the rooms of a loader that has ended."""
-    for sender in [known for known in ROOMS if known.startswith(f"{name} ")]:
+    for sender in [key for key in ROOMS if key.startswith(f"{name} ")]:
         del ROOMS[sender]
 
 

@@ -62,10 +62,10 @@ def same_normals() -> bool:
 
 @functools.cache
 def _draws_as_numpy(library: ctypes.CDLL) -> bool:
-    made = np.zeros(2**15, np.float32)
-    library.segfleet_noise(made.ctypes.data, len(made), 1.0, 1)
+    drawn = np.zeros(2**15, np.float32)
+    library.segfleet_noise(drawn.ctypes.data, len(drawn), 1.0, 1)
     numpys = np.random.Generator(np.random.Philox(key=1))
-    return np.array_equal(made, numpys.standard_normal(len(made), dtype=np.float32))
+    return np.array_equal(drawn, numpys.standard_normal(len(drawn), dtype=np.float32))
 
 
 def blur(channel: Tensor, sigmas: Sequence[float], in_plane: bool) -> None:
@@ -145,9 +145,9 @@ def moments(channel: Tensor) -> tuple[float, float, float, float]:
     """Smallest and largest value, mean and standard deviation (n - 1); sums in float64."""
     n = channel.numel()
     if library := kernels.library():
-        found = (ctypes.c_double * 4)()
-        library.segfleet_moments(channel.data_ptr(), n, found)
-        low, high, total, square = found
+        results = (ctypes.c_double * 4)()
+        library.segfleet_moments(channel.data_ptr(), n, results)
+        low, high, total, square = results
     else:
         values = channel.reshape(-1).numpy()
         low, high = float(values.min()), float(values.max())

@@ -31,14 +31,14 @@ def library() -> ctypes.CDLL | None:
     from segfleet.models.scan import build
 
     try:
-        found = build.load(SOURCE, *FLAGS)
+        kernels = build.load(SOURCE, *FLAGS)
     except build.BuildError as error:
         log.warning("augmentation runs without its compiled kernels, some times slower: %s", error)
         return None
     for name, types in FUNCTIONS.items():
-        function = getattr(found, f"segfleet_{name}")
+        function = getattr(kernels, f"segfleet_{name}")
         function.restype, function.argtypes = None, types
-    return found
+    return kernels
 
 
 def sizes(*numbers: int) -> ctypes.Array:

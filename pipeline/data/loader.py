@@ -102,8 +102,8 @@ class Patches(Dataset):
         self.stores = tuple(store) if isinstance(store, Sequence) else (store,)
         self.sampler, self.stage, self.steps = sampler, stage, steps
         self.augment, self.pinned = augment, pinned
-        for one in self.stores:
-            one.fill = unpack
+        for opened in self.stores:
+            opened.fill = unpack
 
     def __getitems__(self, places: list[tuple[int, int]]) -> Batch | Boxes | Failure:
         """A micro-batch. `DataLoader` calls it with the list a batch sampler yields."""
@@ -360,8 +360,8 @@ def training_batches(
         seed=seed,
     )
     patches = Patches(store, sampler, 0, steps, augment or Augment(), pinned=False)
-    made = batches(patches, Schedule(0, epochs, steps, batch, 1, 0, 1), workers)
-    return cast(Iterator[Batch], made)  # nothing is left to a device
+    stream = batches(patches, Schedule(0, epochs, steps, batch, 1, 0, 1), workers)
+    return cast(Iterator[Batch], stream)  # nothing is left to a device
 
 
 def _forkserver() -> multiprocessing.context.BaseContext:
@@ -376,7 +376,7 @@ def _forkserver() -> multiprocessing.context.BaseContext:
 def _in_time(loader: DataLoader) -> Iterator[Batch | Boxes | Failure]:
     """Raises LoaderDied soon after a loader process is gone, or when they give nothing for long.
 
-    Loader processes are children of a server, so no signal tells of their death: torch looks when a
+    Loader processes are children of a server, so no signal reports their death: torch looks when a
     wait ends, which may therefore not be a long one, and can be asked again after it.
     """
     batches, since = iter(loader), time.monotonic()

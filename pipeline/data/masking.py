@@ -34,7 +34,7 @@ def hidden(mask: Mask, patch: Sequence[int], rng: np.random.Generator) -> np.nda
     grid = [-(-size // edge) for size, edge in zip(patch, edges, strict=True)]
     chosen = np.zeros(int(np.prod(grid)), bool)
     chosen[rng.permutation(chosen.size)[: round(mask.ratio * chosen.size)]] = True
-    found = chosen.reshape(grid)
+    blocks = chosen.reshape(grid)
     for axis, edge in enumerate(edges):
-        found = found.repeat(edge, axis)
-    return found[tuple(slice(size) for size in patch)]
+        blocks = blocks.repeat(edge, axis)
+    return blocks[tuple(slice(size) for size in patch)]

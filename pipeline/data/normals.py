@@ -30,9 +30,9 @@ def normals(keys: Tensor, count: int) -> Tensor:
     place in the row alone."""
     words = philox(keys, -(-count // 4))
     unit = [(word >> 8).float() for word in words]  # 24 bits
-    found = []
+    pairs = []
     for first, second in (unit[:2], unit[2:]):
         radius = torch.sqrt(-2 * torch.log((first + 0.5) * 2.0**-24))
         angle = second * (2 * math.pi * 2.0**-24)
-        found += [radius * torch.cos(angle), radius * torch.sin(angle)]
-    return torch.stack(found, -1).view(len(keys), -1)[:, :count]
+        pairs += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return torch.stack(pairs, -1).view(len(keys), -1)[:, :count]

@@ -132,14 +132,14 @@ class MixedSampler:
     @functools.cached_property
     def _mixes(self) -> tuple[tuple[int, ...], ...]:
         """For either stream the samples of every store in a cycle."""
-        found = []
+        mixes = []
         for stream in (EVERY, FOREGROUND):
             weights = [
                 weight if stream == EVERY or part._has_foreground else 0
                 for part, weight in zip(self.parts, self.weights, strict=True)
             ]
-            found.append(tuple(weight // max(1, math.gcd(*weights)) for weight in weights))
-        return tuple(found)
+            mixes.append(tuple(weight // max(1, math.gcd(*weights)) for weight in weights))
+        return tuple(mixes)
 
     def __getstate__(self) -> dict:
         """Without what each loader process makes for itself."""

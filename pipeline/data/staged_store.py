@@ -14,14 +14,14 @@ from segfleet.preprocess.stores.staged_copy import LocalCopy, Unwanted, local_co
 
 @contextmanager
 def on_node(
-    store: ShardStore, folder: str, ranks: Ranks, stop: StopRequest, tell: Callable[[str], None]
+    store: ShardStore, folder: str, ranks: Ranks, stop: StopRequest, report: Callable[[str], None]
 ) -> Iterator[ShardStore]:
     """`store` from its copy below `folder`, which the first rank of the node makes while the others
     wait; or `store` itself if there is no room. Same content, hence same results. Raises InputError
     for a folder that cannot be used, Interrupted when all agree to stop.
     """
     copy = local_copy(store.root, folder)
-    maker = Maker(copy, tell) if ranks.local_rank == 0 else None
+    maker = Maker(copy, report) if ranks.local_rank == 0 else None
     # agreed again and again: no collective waits as long as a copy may take
     while ranks.any(maker is not None and maker.busy()):
         if ranks.any(stop.asked()):
@@ -33,18 +33,18 @@ def on_node(
     if maker and maker.error:
         raise maker.error
     with copy.kept() as root:
-        near = open_store(root) if copy.whole() else store
+        local = open_store(root) if copy.whole() else store
         try:
-            yield near
+            yield local
         finally:
-            near.close()
+            local.close()
 
 
 class Maker:
     """Makes the copy in a thread."""
 
-    def __init__(self, copy: LocalCopy, tell: Callable[[str], None]):
-        self.copy, self.tell, self.error, self.ended = copy, tell, None, threading.Event()
+    def __init__(self, copy: LocalCopy, report: Callable[[str], None]):
+        self.copy, self.report, self.error, self.ended = copy, report, None, threading.Event()
         self.thread = threading.Thread(target=self._make, daemon=True)
         self.thread.start()
 
@@ -58,7 +58,7 @@ class Maker:
 
     def _make(self) -> None:
         try:
-            self.copy.make(self.tell, self.ended.is_set)
+            self.copy.make(self.report, self.ended.is_set)
         except Unwanted:
             pass
         except BaseException as error:

@@ -31,7 +31,7 @@ def library() -> tuple[ctypes.CDLL, dict[str, tuple[ctypes.c_void_p, ctypes.c_vo
     from segfleet.models.scan import build
 
     try:
-        made = build.load(SOURCE, "-O3", "-ffp-contract=off")
+        kernels = build.load(SOURCE, "-O3", "-ffp-contract=off")
         functions = {
             "blosc": _pair(blosc.__file__, "blosc_decompress_ctx", "blosc_getitem"),
             "zstd": _pair(zstd.__file__, "ZSTD_decompressDCtx", "ZSTD_createDCtx"),
@@ -39,8 +39,8 @@ def library() -> tuple[ctypes.CDLL, dict[str, tuple[ctypes.c_void_p, ctypes.c_vo
     except (build.BuildError, OSError, AttributeError) as error:
         log.warning("the loader reads without its compiled pass, some times slower: %s", error)
         return None
-    made.segfleet_unpack.restype = COUNT
-    made.segfleet_unpack.argtypes = (
+    kernels.segfleet_unpack.restype = COUNT
+    kernels.segfleet_unpack.argtypes = (
         ctypes.c_int,
         *(POINTER,) * 2,
         ctypes.c_int,
@@ -49,9 +49,9 @@ def library() -> tuple[ctypes.CDLL, dict[str, tuple[ctypes.c_void_p, ctypes.c_vo
         REAL,
         *(POINTER,) * 2,
     )
-    made.segfleet_crc32c.restype = ctypes.c_uint32
-    made.segfleet_crc32c.argtypes = (POINTER, COUNT)
-    return made, functions
+    kernels.segfleet_crc32c.restype = ctypes.c_uint32
+    kernels.segfleet_crc32c.argtypes = (POINTER, COUNT)
+    return kernels, functions
 
 
 def _pair(file: str, *names: str) -> tuple[ctypes.c_void_p, ...]:
@@ -72,11 +72,11 @@ def unpack(
     else:
         kind = KINDS.get(array.dtype.name) if out.dtype == np.float32 else None
     fits = kind is not None and out.strides[-1] == out.itemsize and min(size) > 0
-    if not isinstance(array, PackedArray) or not fits or (found := library()) is None:
+    if not isinstance(array, PackedArray) or not fits or (loaded := library()) is None:
         return PackedArray.fill(array, start, size, out, scale)
-    made, functions = found
+    kernels, functions = loaded
     four = out if out.ndim == 4 else out[None]
-    code = made.segfleet_unpack(
+    code = kernels.segfleet_unpack(
         array.codec == "zstd",
         *functions[array.codec],
         array.file.number,

@@ -129,5 +129,5 @@ def load_later() -> None:
 
 def load_now() -> None:
     """For a rank that compiles, after one that did not in the same process."""
-    if isinstance(found := sys.modules.get(NAME), _Later):
-        found.load()
+    if isinstance(module := sys.modules.get(NAME), _Later):
+        module.load()

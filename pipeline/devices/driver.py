@@ -24,12 +24,12 @@ def fault(proc: Path = KERNEL_MODULE) -> str:
         try:
             torch.cuda.init()
         except (RuntimeError, AssertionError) as error:
-            found = TOO_OLD.search(str(error))
+            match = TOO_OLD.search(str(error))
         else:
             return ""
-    if not found:
+    if not match:
         return ""
-    number = int(found[1])  # 11040 is 11.4
+    number = int(match[1])  # 11040 is 11.4
     newest = f"{number // 1000}.{number % 1000 // 10}"
     driver = kernel_module(proc)
     return (
@@ -45,5 +45,5 @@ def kernel_module(proc: Path = KERNEL_MODULE) -> str:
         text = proc.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-    found = re.search(r"Kernel Module(?: for \S+)?\s+(\d+(?:\.\d+)+)", text)
-    return found[1] if found else ""
+    version = re.search(r"Kernel Module(?: for \S+)?\s+(\d+(?:\.\d+)+)", text)
+    return version[1] if version else ""

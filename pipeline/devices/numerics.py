@@ -49,12 +49,12 @@ def step_of(recipe: Recipe, device: torch.device) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not (found := WITHOUT_ORDER.search(str(error))):
+        if not (operation := WITHOUT_ORDER.search(str(error))):
             raise
         raise InputError(
             f"engine.deterministic: found true, but {recipe.model.name} or its loss computes "
-            f"'{found[1].strip()}', which has no deterministic form in PyTorch; expected false, or "
-            "a network without it"
+            f"'{operation[1].strip()}', which has no deterministic form in PyTorch; expected "
+            "false, or a network without it"
         ) from None
     finally:
         if asked:

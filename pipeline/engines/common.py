@@ -20,15 +20,15 @@ from segfleet.pipeline.stage import Stage
 
 def trainable(model: nn.Module, stage: Stage, spec: registry.ModelSpec) -> dict[str, nn.Parameter]:
     """Named parameters of this stage; the frozen ones stop asking for gradients. Raises InputError
-    for a role or prefix nobody has."""
+    for a role or prefix that no parameter has."""
     named = dict(model.named_parameters())
     for key, parts in (("freeze", stage.freeze), ("rates", tuple(stage.rates))):
         for part in parts:
             if not any(registry.belongs(name, part, spec) for name in named):
-                known = sorted({name.split(".", 1)[0] for name in named})
+                beginnings = sorted({name.split(".", 1)[0] for name in named})
                 raise InputError(
                     f"{key}: no parameter name begins with '{part}'; roles: "
-                    f"{', '.join(registry.ROLES)}; names begin with: {', '.join(known)}"
+                    f"{', '.join(registry.ROLES)}; names begin with: {', '.join(beginnings)}"
                 )
     chosen = {}
     for name, parameter in named.items():
@@ -193,11 +193,11 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> No
         if own[name].shape != tensors[name].shape
     ]
     if missing or extra or shapes:
-        found = [f"missing {missing[0]} and {len(missing) - 1} more"] if missing else []
-        found += [f"unknown {extra[0]} and {len(extra) - 1} more"] if extra else []
+        faults = [f"missing {missing[0]} and {len(missing) - 1} more"] if missing else []
+        faults += [f"unknown {extra[0]} and {len(extra) - 1} more"] if extra else []
         raise CheckpointError(
             f"checkpoint: {where} does not fit this network: "
-            f"{'; '.join(found + sorted(shapes)[:3])}"
+            f"{'; '.join(faults + sorted(shapes)[:3])}"
         )
     for name, value in own.items():
         value.copy_(tensors[name])
@@ -223,9 +223,9 @@ class Running:
     @torch.no_grad()
     def settle(self, norm: Tensor) -> None:
         """Put them back unless the gradient's norm is finite; decided on the device."""
-        for group, kept in zip(self.groups, self.kept, strict=True):
+        for group, before in zip(self.groups, self.kept, strict=True):
             moved = torch.cat([buffer.flatten() for buffer in group])
-            values = torch.where(torch.isfinite(norm), moved, kept).split(
+            values = torch.where(torch.isfinite(norm), moved, before).split(
                 [buffer.numel() for buffer in group]
             )
             torch._foreach_copy_(
@@ -265,9 +265,9 @@ class Average:
         """The groups of a checkpoint that `load` takes; none without a decay."""
         if not self.values:
             return {}
-        found = {"ema": lora.merged(self.model, self.values), "average": {"updates": self.updates}}
+        groups = {"ema": lora.merged(self.model, self.values), "average": {"updates": self.updates}}
         parts = lora.adapters(self.values)
-        return found | ({"lora_ema": parts} if parts else {})
+        return groups | ({"lora_ema": parts} if parts else {})
 
     @torch.no_grad()
     def load(

@@ -195,23 +195,23 @@ class Engine:
 
     def _whole(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters that are spread over the ranks, on rank 0; one after the other."""
-        found = HostCopies()
+        joined = HostCopies()
         for name, piece in pieces.items():
             if (rows := to_first(piece, self.ranks)) is not None:
-                found[name] = join(rows, [self.shapes[name]], self.zero)[0]
-        return found
+                joined[name] = join(rows, [self.shapes[name]], self.zero)[0]
+        return joined
 
     def _weights(self) -> dict[str, Tensor]:
         if not self._spread():
             return dict(self.model.state_dict())
-        found = self._whole(self._pieces())
+        weights = self._whole(self._pieces())
         if self.ranks.rank == 0:
             own = self.model.state_dict()
-            found |= {
+            weights |= {
                 name: own[name].detach().to("cpu", copy=True)
                 for name in own.keys() - self.shapes.keys()
             }
-        return found
+        return weights
 
     def _flats(self) -> list[tuple[list[str], Tensor]]:
         """Per group: names of its parameters and this rank's piece of them, the key of its moments
@@ -379,7 +379,7 @@ def quiet_deepspeed(device: torch.device) -> ModuleType:
 @contextmanager
 def quiet() -> Iterator[None]:
     """stdout belongs to the command line: what a library prints goes to stderr. Its warnings are
-    not ours to mend. What it tries to compile is gone after a kill, too."""
+    not ours to repair. What it tries to compile is gone after a kill, too."""
     with redirect_stdout(sys.stderr), warnings.catch_warnings(), temporary_files():
         warnings.simplefilter("ignore")
         yield

@@ -2,8 +2,8 @@
 stays, and a product of two thin matrices is learnt and added to it.
 
 A convolution's weight (out, in, *kernel) is taken as a matrix of `out` rows. Checkpoints hold the
-sum under the layer's own name, so that whoever reads one, to score, predict, export or go on, sees
-a network without adapters; the matrices lie beside it, for the stage itself to be resumed.
+sum under the layer's own name, so that scoring, prediction, export and later stages read a network
+without adapters; the matrices lie beside it, for the stage itself to be resumed.
 """
 
 from __future__ import annotations
@@ -84,16 +84,16 @@ def merged(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> dict
     own = model.state_dict() if values is None else values
     if not any(PART in name for name in own):
         return dict(own)
-    found = {}
+    state = {}
     for name, value in own.items():
         layer, part, rest = name.partition(PART)
         if not part:
-            found[name] = value
+            state[name] = value
         elif rest == INHERITED:
             down, up = (own[f"{layer}{PART}0{which}"] for which in MOMENTS)
             scale = model.get_submodule(f"{layer}{PART}0").scale
-            found[f"{layer}.weight"] = (value + scale * (up @ down).view(value.shape)).detach()
-    return found
+            state[f"{layer}.weight"] = (value + scale * (up @ down).view(value.shape)).detach()
+    return state
 
 
 def adapters(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

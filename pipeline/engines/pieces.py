@@ -81,5 +81,5 @@ def _collect(
         own = piece.detach()[start : start + step].to(ranks.device)
         rows = None if whole is None else [torch.empty_like(own) for _ in range(ranks.size)]
         gather(own, rows)
-        for row, found in zip(whole, rows, strict=True) if rows else ():
-            row[start : start + step].copy_(found)
+        for row, received in zip(whole, rows, strict=True) if rows else ():
+            row[start : start + step].copy_(received)

@@ -65,7 +65,7 @@ def write_bundle(model: Model, out: Path, card: str, *, use: str = "", licence: 
 
 def metadata(model: Model, use: str, licence: str) -> dict[str, Any]:
     """metadata.json. Inputs are patches as the first network takes them: (channels, *patch)."""
-    first, dataset, task, known = model.networks[0], model.dataset, model.task, versions()
+    first, dataset, task, installed = model.networks[0], model.dataset, model.task, versions()
     patch = list(patch_of(first.recipe, first.manifest))
     patch = patch[1:] if patch[0] == 1 else patch
     of_values = {value: name for name, value in dataset.labels.items()}
@@ -77,9 +77,9 @@ def metadata(model: Model, use: str, licence: str) -> dict[str, Any]:
         "schema": SCHEMA,
         "version": "1.0.0",
         "monai_version": MONAI,
-        "pytorch_version": known["torch"],
-        "numpy_version": known["numpy"],
-        "required_packages_version": {"segfleet": known["segfleet"]},
+        "pytorch_version": installed["torch"],
+        "numpy_version": installed["numpy"],
+        "required_packages_version": {"segfleet": installed["segfleet"]},
         "task": f"Segmentation of {', '.join(task.names)} in {dataset.dims}D images",
         "description": f"{len(model.networks)} network(s) trained by segfleet on {dataset.name}; "
         "of several the mean of their probabilities",

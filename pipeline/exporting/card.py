@@ -52,15 +52,15 @@ def model_card(model: Model, *, use: str = "", licence: str = "") -> str:
         "",
         "## Data",
         "",
-        *dict.fromkeys(_store(one.manifest) for one in model.networks),
-        *dict.fromkeys(line for one in model.networks for line in _before(one)),
+        *dict.fromkeys(_store(trained.manifest) for trained in model.networks),
+        *dict.fromkeys(line for trained in model.networks for line in _before(trained)),
         "- Spacing (mm, z y x): "
         f"{', '.join(f'{s:g}' for s in first.manifest.plan.target_spacing)}; "
         f"normalisation: {', '.join(first.manifest.plan.normalisation)}",
         "",
         "## Networks",
         "",
-        *(_network(one) for one in model.networks),
+        *(_network(trained) for trained in model.networks),
         "",
         "## Scores",
         "",
@@ -84,39 +84,41 @@ def _store(manifest: Manifest) -> str:
     return f"- Data set: {dataset.name}, {licence}; store `{manifest.id}` (identity of its content)"
 
 
-def _before(one: Trained) -> Iterator[str]:
+def _before(trained: Trained) -> Iterator[str]:
     """What else is in the weights: the data of earlier stages, and a file of others' weights."""
-    first = resolve(one.recipe, 0).model
+    first = resolve(trained.recipe, 0).model
     if first.weights is not None:
         yield (
             f"- Began with the weights of `{Path(first.weights).name}`, sha256 "
             f"`{first.weights_sha256}`, whose licence is their authors'"
         )
-    for index, stage in enumerate(one.recipe.stages[:-1]):
-        for settings in members(resolve(one.recipe, index)):
-            if settings.data.store in ("", one.recipe.data.store):
+    for index, stage in enumerate(trained.recipe.stages[:-1]):
+        for settings in members(resolve(trained.recipe, index)):
+            if settings.data.store in ("", trained.recipe.data.store):
                 continue
             try:
-                found = _store(load_manifest(Path(settings.data.store))).removeprefix("- ")
+                source = _store(load_manifest(Path(settings.data.store))).removeprefix("- ")
             except InputError:
-                found = "a data set whose store is not there any more"
-            yield f"- Earlier stage `{stage.name}`: {found}"
+                source = "a data set whose store is not there any more"
+            yield f"- Earlier stage `{stage.name}`: {source}"
 
 
-def _network(one: Trained) -> str:
-    size = " x ".join(map(str, patch_of(one.recipe, one.manifest)))
-    epochs = sum(stage.epochs for stage in one.recipe.stages)
+def _network(trained: Trained) -> str:
+    size = " x ".join(map(str, patch_of(trained.recipe, trained.manifest)))
+    epochs = sum(stage.epochs for stage in trained.recipe.stages)
     return (
-        f"- `{one.uid}`: {one.recipe.model.name}, patch {size}, {epochs} epochs, split "
-        f"{one.recipe.data.split}, fold {one.recipe.data.fold}, seed {one.recipe.seed}"
+        f"- `{trained.uid}`: {trained.recipe.model.name}, patch {size}, {epochs} epochs, split "
+        f"{trained.recipe.data.split}, fold {trained.recipe.data.fold}, seed {trained.recipe.seed}"
     )
 
 
 def _scores(model: Model) -> list[str]:
     """The scores of the runs, each on its own validation cases, and of all folds together."""
-    if any(one.run is None for one in model.networks):
+    if any(trained.run is None for trained in model.networks):
         return ["See the model file that this one was made from."]
-    documents = [(one.uid, read_evaluation(one.run, whole=True)) for one in model.networks]
+    documents = [
+        (trained.uid, read_evaluation(trained.run, whole=True)) for trained in model.networks
+    ]
     if len(documents) > 1:
         together = _together(model.networks)
         documents.append(("all folds, each case by the network not trained on it", together))
@@ -139,8 +141,8 @@ def _scores(model: Model) -> list[str]:
 
 def _rows(name: str, document: dict[str, Any]) -> list[str]:
     rows = []
-    for structure, found in document["summary"]["structures"].items():
-        dice = found["dice"]
+    for structure, scores in document["summary"]["structures"].items():
+        dice = scores["dice"]
         mean = "-" if dice["mean"] is None else f"{dice['mean']:.4f}"
         bounds = dice.get("ci95")
         between = f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else "-"
@@ -150,4 +152,4 @@ def _rows(name: str, document: dict[str, Any]) -> list[str]:
 
 def _together(networks: list[Trained]) -> dict[str, Any] | None:
     root = root_of(networks[0].run, networks[0].recipe)
-    return read_evaluation(folder_of(root, [one.uid for one in networks]), whole=True)
+    return read_evaluation(folder_of(root, [trained.uid for trained in networks]), whole=True)

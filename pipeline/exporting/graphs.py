@@ -29,14 +29,14 @@ class Logits(nn.Module):
         self.network = network
 
     def forward(self, image: Tensor) -> Tensor:
-        found = self.network(image)
-        return found[0] if isinstance(found, (list, tuple)) else found
+        output = self.network(image)
+        return output[0] if isinstance(output, (list, tuple)) else output
 
 
-def example(one: Trained) -> Tensor:
+def example(trained: Trained) -> Tensor:
     """(2, C, *patch) of the size the network takes."""
-    patch = patch_of(one.recipe, one.manifest)
-    channels = len(one.manifest.dataset.channels)
+    patch = patch_of(trained.recipe, trained.manifest)
+    channels = len(trained.manifest.dataset.channels)
     size = patch[1:] if patch[0] == 1 else patch
     return torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
 
@@ -64,7 +64,7 @@ def as_onnx(
     try:
         with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
-            made = torch.onnx.export(
+            onnx_program = torch.onnx.export(
                 program,
                 (image,),
                 input_names=["image"],
@@ -72,8 +72,8 @@ def as_onnx(
                 dynamo=True,
                 verbose=False,
             )
-            assert made is not None
-            return made
+            assert onnx_program is not None
+            return onnx_program
     except Exception as error:
         raise InputError(
             f"export: {name} cannot be written as ONNX: {_first(error)}. --pt2 may do"
@@ -97,15 +97,15 @@ def _first(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _program(model: Model, one: Trained) -> torch.export.ExportedProgram:
-    network = model.network(one).to("cpu").eval()
-    return exported(network, example(one), one.recipe.model.name)
+def _program(model: Model, trained: Trained) -> torch.export.ExportedProgram:
+    network = model.network(trained).to("cpu").eval()
+    return exported(network, example(trained), trained.recipe.model.name)
 
 
-def write_pt2(model: Model, one: Trained, path: Path) -> None:
+def write_pt2(model: Model, trained: Trained, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.export.save(_program(model, one), path)
+        torch.export.save(_program(model, trained), path)
 
 
 def check_onnx() -> None:
@@ -120,9 +120,9 @@ def check_onnx() -> None:
         ) from None
 
 
-def write_onnx(model: Model, one: Trained, path: Path) -> None:
+def write_onnx(model: Model, trained: Trained, path: Path) -> None:
     """One file, weights inside. Raises InputError without the packages, or for a network with parts
     that ONNX does not know."""
     check_onnx()
-    made = as_onnx(_program(model, one), example(one), one.recipe.model.name)
-    made.save(path, external_data=False)
+    program = as_onnx(_program(model, trained), example(trained), trained.recipe.model.name)
+    program.save(path, external_data=False)

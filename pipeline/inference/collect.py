@@ -56,13 +56,13 @@ def collect(
             raise InputError(f"input: found no file or folder {path}")
     stores = [path for path in paths if (path / MANIFEST).is_file()]
     others = [path for path in paths if path not in stores]
-    found = [one for path in stores for one in _of_store(path)]
+    cases = [case for path in stores for case in _of_store(path)]
     if layout:
-        found += [one for path in others for one in _of_layout(path, layout)]
+        cases += [case for path in others for case in _of_layout(path, layout)]
     elif others:
-        found += _of_files(others, channels)
-    found = [_looked_at(replace(one, format=format)) for one in found]
-    return _distinct(sorted(found, key=lambda one: natural(one.id)))
+        cases += _of_files(others, channels)
+    cases = [_looked_at(replace(case, format=format)) for case in cases]
+    return _distinct(sorted(cases, key=lambda case: natural(case.id)))
 
 
 def _of_store(path: Path) -> list[Input]:
@@ -75,13 +75,13 @@ def _of_store(path: Path) -> list[Input]:
 
 def _of_layout(path: Path, layout: Layout) -> list[Input]:
     reader = layout.open(path)
-    found = [
+    cases = [
         LayoutInput(id=name_of(ref.id), images=ref.images, reader=reader, ref=ref)
         for ref in reader.refs()
     ]
-    if not found:
+    if not cases:
         raise InputError(f"input: found no case in {path}; expected {reader.layout}")
-    return found
+    return cases
 
 
 def name_of(case: str) -> str:
@@ -97,9 +97,9 @@ def _of_files(paths: Sequence[Path], channels: int) -> list[Input]:
             files.append(path)
             continue
         inside = [p for p in visible(path) if not p.is_dir()]
-        known = [p for p in inside if p.name.lower().endswith(READABLE)]
-        files += known
-        series = [path, *subfolders(path)] if not known else ()
+        images = [p for p in inside if p.name.lower().endswith(READABLE)]
+        files += images
+        series = [path, *subfolders(path)] if not images else ()
         alone += [
             Input(id=folder.resolve().name, images=tuple(slices))
             for folder in series
@@ -115,7 +115,7 @@ def _of_files(paths: Sequence[Path], channels: int) -> list[Input]:
     for path in dict.fromkeys(files):
         if not path.name.lower().endswith(ENDINGS):
             if not is_npy(path) and not is_dicom(path):
-                ending(path)  # raises: what this is nobody knows
+                ending(path)  # raises: this is no known kind of file
             alone.append(Input(id=path.stem, images=(path,)))
             continue
         match = CHANNEL.fullmatch(stem(path))
@@ -128,21 +128,21 @@ def _of_files(paths: Sequence[Path], channels: int) -> list[Input]:
     return alone
 
 
-def _looked_at(one: Input) -> Input:
+def _looked_at(case: Input) -> Input:
     """With a problem where a file is none: a pipe would be waited for."""
-    if isinstance(one, StoreInput):
-        if one.format == SEG:
-            found = "a case of a store"
+    if isinstance(case, StoreInput):
+        if case.format == SEG:
+            fault = "a case of a store"
             return replace(
-                one, problem=f"{one.id}: a DICOM SEG needs a DICOM series, found {found}"
+                case, problem=f"{case.id}: a DICOM SEG needs a DICOM series, found {fault}"
             )
-        return one
-    for path in () if one.problem else one.images:
-        if found := instead_of_file(path):
-            return replace(one, problem=f"{path}: found {found}, expected a file")
-        if one.format == SEG and path.name.lower().endswith(READABLE):
-            return replace(one, problem=f"{path}: a DICOM SEG needs a DICOM series, found a file")
-    return one
+        return case
+    for path in () if case.problem else case.images:
+        if fault := instead_of_file(path):
+            return replace(case, problem=f"{path}: found {fault}, expected a file")
+        if case.format == SEG and path.name.lower().endswith(READABLE):
+            return replace(case, problem=f"{path}: a DICOM SEG needs a DICOM series, found a file")
+    return case
 
 
 def _channels(name: str, parts: dict[int, Path], channels: int) -> list[Input]:
@@ -159,17 +159,17 @@ def _channels(name: str, parts: dict[int, Path], channels: int) -> list[Input]:
     return [Input(id=name, images=tuple(parts.values()), problem=problem)]
 
 
-def _distinct(found: list[Input]) -> list[Input]:
+def _distinct(cases: list[Input]) -> list[Input]:
     """Two images that would be written to one file: the second is a problem."""
     seen: dict[str, Input] = {}
     result = []
-    for one in found:
-        first = seen.setdefault(one.output, one)
-        if first is not one:
+    for case in cases:
+        first = seen.setdefault(case.output, case)
+        if first is not case:
             problem = (
-                f"{one.images[0]}: its prediction would be called {one.output}, as that of "
+                f"{case.images[0]}: its prediction would be called {case.output}, as that of "
                 f"{first.images[0]}. Rename one of them."
             )
-            one = replace(one, problem=problem)
-        result.append(one)
+            case = replace(case, problem=problem)
+        result.append(case)
     return result

@@ -82,7 +82,7 @@ def predict_maps(
     """One map for all members of a plan and a window, in a fixed order. `stored(member)` is the
     image as that member's plan has it. `folder`: where maps wait for the others; by default the
     system's folder for such files."""
-    groups, found = list(_groups(members)), []
+    groups, maps = list(_groups(members)), []
     for group in groups:
         first, image = group[0], stored(group[0])
         with named(device, predicting_words(first.name, first.patch, first.batch)):
@@ -95,9 +95,9 @@ def predict_maps(
             )
         if len(groups) > 1:  # maps of several plans wait for each other on the host
             sums = sums.cpu()
-        found.append(
+        maps.append(
             Map(
-                found_KZYX=sums if group is groups[-1] else _on_disk(sums, folder),
+                scores_KZYX=sums if group is groups[-1] else _on_disk(sums, folder),
                 task=first.task,
                 crop=image.crop,
                 anisotropic_axis=raw_resample_axis(image.raw_spacing, first.plan),
@@ -105,7 +105,7 @@ def predict_maps(
                 networks=len(group),
             )
         )
-    return found
+    return maps
 
 
 def _groups(members: Sequence[Member]) -> Iterator[list[Member]]:
@@ -125,11 +125,11 @@ def _groups(members: Sequence[Member]) -> Iterator[list[Member]]:
     yield from groups
 
 
-def _on_disk(found: Tensor, folder: Path | None) -> Tensor:
+def _on_disk(values: Tensor, folder: Path | None) -> Tensor:
     """The same numbers in a file without a name: it is gone with its last reader, however that
     ends."""
     with tempfile.TemporaryFile(dir=folder) as file:
-        found.numpy().tofile(file)
+        values.numpy().tofile(file)
         file.flush()
         # "c": torch asks for memory that could be written
-        return torch.from_numpy(np.memmap(file, np.float32, "c", shape=tuple(found.shape)))
+        return torch.from_numpy(np.memmap(file, np.float32, "c", shape=tuple(values.shape)))

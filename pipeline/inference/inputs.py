@@ -73,9 +73,9 @@ class Input:
         if is_npy(first):
             array = read_npy(first, 3 if peek(first)[0] > 1 else 2)
             image = np.moveaxis(array, -1, 0) if array.ndim == 3 else array[None]
-            facts = FileFacts(dims=2)
+            file = FileFacts(dims=2)
             image = np.ascontiguousarray(image[:, None], np.float32)
-            return image, Geometry(shape=image.shape[1:], file=facts)
+            return image, Geometry(shape=image.shape[1:], file=file)
         if not first.name.lower().endswith(ENDINGS):
             return read_series(self.images)
         return read_image(self.images)
@@ -128,9 +128,9 @@ class StoreInput(Input):
     def geometry(self) -> Geometry:
         """Of the raw image."""
         entry, dims = self.entry, self.store.manifest.dataset.dims
-        facts = FileFacts(dims=dims)
+        file = FileFacts(dims=dims)
         return Geometry(
-            shape=entry.raw_shape, spacing=entry.raw_spacing, affine=entry.affine, file=facts
+            shape=entry.raw_shape, spacing=entry.raw_spacing, affine=entry.affine, file=file
         )
 
     @property
@@ -148,21 +148,21 @@ class StoreInput(Input):
         return f"{self.store.manifest.id} {self.entry.sha256}"
 
 
-def check_out(out: Path, found: list[Input], run: str) -> str | None:
+def check_out(out: Path, cases: list[Input], run: str) -> str | None:
     """Who made the predictions in `out`, if there are any. Raises InputError if new ones of `run`
     would mix with those of another run, or overwrite images."""
     if out.exists() and not out.is_dir():
         raise InputError(f"out: {out} is a file, expected a folder")
-    images = {os.path.realpath(path) for one in found for path in one.images}
-    for one in found:
-        if os.path.realpath(out / one.output) in images:
+    images = {os.path.realpath(path) for case in cases for path in case.images}
+    for case in cases:
+        if os.path.realpath(out / case.output) in images:
             raise InputError(
-                f"out: the prediction {one.output} would overwrite the image in {out}; choose "
+                f"out: the prediction {case.output} would overwrite the image in {out}; choose "
                 "another folder"
             )
     record = out / RECORD
     try:
-        known = str(parse_json(read_file(record))["made_by"])
+        made_by = str(parse_json(read_file(record))["made_by"])
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
@@ -170,82 +170,82 @@ def check_out(out: Path, found: list[Input], run: str) -> str | None:
             f"out: {record} is damaged; choose another folder, or remove the file if the "
             "predictions may be kept"
         ) from None
-    if known.partition(" ")[0] != run.partition(" ")[0]:
+    if made_by.partition(" ")[0] != run.partition(" ")[0]:
         raise InputError(
-            f"out: {out} holds predictions made by {known!r}, expected {run!r}; choose another "
+            f"out: {out} holds predictions made by {made_by!r}, expected {run!r}; choose another "
             "folder"
         )
-    return known
+    return made_by
 
 
-def claim(out: Path, found: list[Input], made_by: str) -> None:
+def prepare_folder(out: Path, cases: list[Input], made_by: str) -> None:
     """Make the folder, and note whose predictions it holds: "run, checkpoint and settings". Raises
     InputError as `check_out` does."""
-    known = check_out(out, found, made_by)
-    if known not in (None, made_by):
+    earlier = check_out(out, cases, made_by)
+    if earlier not in (None, made_by):
         raise InputError(
-            f"out: {out} holds predictions made by {known!r}, expected {made_by!r}; choose "
+            f"out: {out} holds predictions made by {earlier!r}, expected {made_by!r}; choose "
             "another folder"
         )
     out.mkdir(parents=True, exist_ok=True)
     for folder in (out, out / NOTES):
         remove_partial(folder)
     remove_folders()
-    if known is None:
+    if earlier is None:
         write_atomically(out / RECORD, json.dumps({"made_by": made_by}))
 
 
-def is_made(out: Path, one: Input, facts: dict[str, Any]) -> bool:
-    """Whether the prediction of `one` is in `out`, was made of `facts` and is as it was written.
-    Raises InputError for a file that is no prediction of ours."""
-    path = out / one.output
+def is_made(out: Path, case: Input, identity: dict[str, Any]) -> bool:
+    """Whether the prediction of `case` is in `out`, was made of `identity` and is as it was
+    written. Raises InputError for a file that is no prediction of ours."""
+    path = out / case.output
     if not path.exists():
         return False
     try:
-        known = parse_json(read_file(_note(out, one)))
+        noted = parse_json(read_file(_note(out, case)))
     except FileNotFoundError:
         mend = "Move it away or choose another folder."
         raise InputError(
             f"{path} is there already, and no note says what it was made of. {mend}"
         ) from None
     except ValueError:
-        sys.stderr.write(f"segfleet: {_note(out, one)} is damaged; {path.name} is made again\n")
+        sys.stderr.write(f"segfleet: {_note(out, case)} is damaged; {path.name} is made again\n")
         return False
-    if not isinstance(known, dict) or not known.get("files"):
+    if not isinstance(noted, dict) or not noted.get("files"):
         return False  # its writer was killed
-    if known.pop("files") != _written(out, one):
+    if noted.pop("files") != _written(out, case):
         raise InputError(
             f"{path} is not as it was written: damaged, or edited by hand. Move it away to have it "
             "made again, or choose another folder."
         )
-    if "probabilities" not in facts:  # more than is wanted
-        known.pop("probabilities", None)
-    return known == facts
+    if "probabilities" not in identity:  # more than is wanted
+        noted.pop("probabilities", None)
+    return noted == identity
 
 
-def forget(out: Path, one: Input) -> None:
-    """Remove an older prediction of `one`, then its note: no note ever vouches for a file it was
+def forget(out: Path, case: Input) -> None:
+    """Remove an older prediction of `case`, then its note: no note ever vouches for a file it was
     not written for."""
-    for name in (one.output, one.probabilities):
+    for name in (case.output, case.probabilities):
         (out / name).unlink(missing_ok=True)
-    _note(out, one).parent.mkdir(exist_ok=True)
-    write_atomically(_note(out, one), "{}")  # ours, but of nothing: a kill may leave a file
+    _note(out, case).parent.mkdir(exist_ok=True)
+    write_atomically(_note(out, case), "{}")  # ours, but of nothing: a kill may leave a file
 
 
-def vouch(out: Path, one: Input, facts: dict[str, Any]) -> None:
-    """Note what the prediction of `one`, which is on disk now, was made of, with its hash. One note
-    per file, so ranks never write to the same one."""
-    write_atomically(_note(out, one), json.dumps({**facts, "files": _written(out, one)}))
+def vouch(out: Path, case: Input, identity: dict[str, Any]) -> None:
+    """Note what the prediction of `case`, which is on disk now, was made of, with its hash. One
+    note per file, so ranks never write to the same one."""
+    write_atomically(_note(out, case), json.dumps({**identity, "files": _written(out, case)}))
 
 
-def _written(out: Path, one: Input) -> dict[str, Any]:
+def _written(out: Path, case: Input) -> dict[str, Any]:
     """The files of a prediction: probabilities may lie beside it, and a stack of slices has its
     spacing there."""
-    paths = [out / one.output, out / one.probabilities]
+    paths = [out / case.output, out / case.probabilities]
     if paths[0].name.lower().endswith((".tif", ".tiff")):
-        paths.append(out / f"{one.id}.json")
+        paths.append(out / f"{case.id}.json")
     return {path.name: file_facts(path) for path in paths if path.is_file()}
 
 
-def _note(out: Path, one: Input) -> Path:
-    return out / NOTES / f"{one.output}.json"
+def _note(out: Path, case: Input) -> Path:
+    return out / NOTES / f"{case.output}.json"

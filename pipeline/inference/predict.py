@@ -1,4 +1,4 @@
-"""New images to label files that lie exactly on them. Stops for nobody: a bad image is listed, the
+"""New images to label files that lie exactly on them. Does not stop: a bad image is listed, the
 rest is done."""
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from segfleet.pipeline.inference.inputs import (
     SEG_NRRD,
     Input,
     StoreInput,
-    claim,
     forget,
     is_made,
+    prepare_folder,
     vouch,
 )
 from segfleet.pipeline.inference.postprocess import Rule, clean
 from segfleet.pipeline.inference.probabilities import write_probabilities
 from segfleet.pipeline.inference.restore import Map, combine
-from segfleet.pipeline.inference.room import near, roomy
-from segfleet.pipeline.ranks import Ranks, as_facts, from_facts
+from segfleet.pipeline.inference.room import pinned, roomy
+from segfleet.pipeline.ranks import Ranks, error_as_json, error_from_json
 from segfleet.pipeline.task import Task
 from segfleet.preprocess.case import Case, Geometry
 from segfleet.preprocess.exporting.nnunet import dataset_document as nnunet_dataset
@@ -84,7 +84,7 @@ def predict_files(
     """Segment the images `inputs` (files, folders, stores, raw data sets) into the folder `out`;
     one label file each, written whole or not at all. Several `members` are an ensemble.
 
-    Files that were made of the same image in the same way are kept, so an interrupted call goes on;
+    Files that were made of the same image in the same way are kept, so an interrupted call resumes;
     those of another image of that name or of other settings are written again, and a file that is
     no prediction is left alone and listed. A folder of another `made_by` (run and checkpoint) is
     refused. Every rank of `ranks` segments its share, `progress(done, total)` counts that, and
@@ -93,9 +93,9 @@ def predict_files(
     at all; an error of one rank is raised on all.
     """
     ranks, out, wishes = ranks or Ranks(), Path(out), wishes or Wishes()
-    found = collect(inputs, len(dataset.channels), wishes.format, wishes.layout)
+    cases = collect(inputs, len(dataset.channels), wishes.format, wishes.layout)
     if wishes.draw and (
-        stored := next((one for one in found if isinstance(one, StoreInput)), None)
+        stored := next((case for case in cases if isinstance(case, StoreInput)), None)
     ):
         raise InputError(
             f"overlays: the raw image of {stored.id}, a case of a store, is not there to draw on; "
@@ -107,13 +107,13 @@ def predict_files(
         settings["postprocess"] = {name: rule.text for name, rule in wishes.rules.items()}
     if wishes.probabilities:
         settings["probabilities"] = True
-    error = _caught(lambda: claim(out, found, made_by)) if ranks.rank == 0 else None
-    if facts := ranks.share(as_facts(error)):
-        raise error or from_facts(facts)
-    share, answers = range(ranks.rank, len(found), ranks.size), {}
+    error = _caught(lambda: prepare_folder(out, cases, made_by)) if ranks.rank == 0 else None
+    if shared_error := ranks.share(error_as_json(error)):
+        raise error or error_from_json(shared_error)
+    share, answers = range(ranks.rank, len(cases), ranks.size), {}
 
     reading = ahead(
-        lambda index: _prepared(members, found[index], out, settings, wishes, device),
+        lambda index: _prepared(members, cases[index], out, settings, wishes, device),
         share,
         background=torch.device(device).type == "cuda",
         roomy=lambda read: read.room,
@@ -121,23 +121,23 @@ def predict_files(
 
     def segment() -> None:
         for index, ready in reading:
-            one = found[index]
-            answers[index] = _answer(members, dataset.labels, one, out, ready, wishes, device)
+            case = cases[index]
+            answers[index] = _answer(members, dataset.labels, case, out, ready, wishes, device)
             if wishes.draw and answers[index][0] != "failed":
-                kept = answers[index][0] == "kept"
-                _draw(wishes, one, out, members[0].plan, dataset.labels, kept)
+                was_there = answers[index][0] == "kept"
+                _draw(wishes, case, out, members[0].plan, dataset.labels, was_there)
             if progress:
                 progress(len(answers), len(share))
 
     with closing(reading):
         error = _caught(segment)
-    gathered = ranks.gather((list(answers.items()), as_facts(error)))
-    for failure in (error, *(from_facts(elsewhere) for _, elsewhere in gathered)):
+    gathered = ranks.gather((list(answers.items()), error_as_json(error)))
+    for failure in (error, *(error_from_json(elsewhere) for _, elsewhere in gathered)):
         if failure:
             raise failure
     whole = sorted((index, answer) for part, _ in gathered for index, answer in part)
     result = {
-        kind: [one for _, (what, one) in whole if what == kind]
+        kind: [case for _, (what, case) in whole if what == kind]
         for kind in ("done", "kept", "failed")
     }
     if ranks.rank == 0 and result["done"]:
@@ -164,7 +164,7 @@ def _caught(function: Callable[[], None]) -> Exception | None:
 class Prepared:
     """An image read and preprocessed, before its turn. `made`: its prediction is there already."""
 
-    facts: dict[str, Any]  # what decides its prediction
+    identity: dict[str, Any]  # what decides its prediction
     made: bool = False
     geometry: Geometry | None = None  # the raw grid
     stored: Callable[[Member], Stored] | None = None
@@ -173,31 +173,35 @@ class Prepared:
 
 def _prepared(
     members: Sequence[Member],
-    one: Input,
+    case: Input,
     out: Path,
     settings: dict[str, Any],
     wishes: Wishes,
     device: torch.device | str,
 ) -> Prepared:
-    if one.problem:
-        raise InputError(one.problem)
-    facts = {"image": one.content(), **settings}
-    if is_made(out, one, facts):
-        return Prepared(facts=facts, made=True)
-    if isinstance(one, StoreInput):
-        entry, plan = one.entry, one.store.manifest.plan
-        image = torch.from_numpy(np.ascontiguousarray(one.store.stored_image(entry)))
-        geometry, scale, crop, spacing = one.geometry, plan.scale, entry.crop, entry.raw_spacing
-        first = Stored(image_CZYX=near(image, device), scale=scale, crop=crop, raw_spacing=spacing)
-        return Prepared(facts=facts, geometry=geometry, stored=lambda _: first, room=roomy(image))
-    array, geometry = wishes.read(one)
-    later = _stored(array, geometry, one.id, one.images[0])
+    if case.problem:
+        raise InputError(case.problem)
+    identity = {"image": case.content(), **settings}
+    if is_made(out, case, identity):
+        return Prepared(identity=identity, made=True)
+    if isinstance(case, StoreInput):
+        entry, plan = case.entry, case.store.manifest.plan
+        image = torch.from_numpy(np.ascontiguousarray(case.store.stored_image(entry)))
+        geometry, scale, crop, spacing = case.geometry, plan.scale, entry.crop, entry.raw_spacing
+        first = Stored(
+            image_CZYX=pinned(image, device), scale=scale, crop=crop, raw_spacing=spacing
+        )
+        return Prepared(
+            identity=identity, geometry=geometry, stored=lambda _: first, room=roomy(image)
+        )
+    array, geometry = wishes.read(case)
+    later = _stored(array, geometry, case.id, case.images[0])
     first = later(members[0])
-    first = replace(first, image_CZYX=near(first.image_CZYX, device))
+    first = replace(first, image_CZYX=pinned(first.image_CZYX, device))
     if all(member.plan == members[0].plan for member in members):
-        later = None  # nobody needs the raw image any more
+        later = None  # the raw image is not needed any more
     return Prepared(
-        facts=facts,
+        identity=identity,
         geometry=geometry,
         stored=lambda member: first if member.plan == members[0].plan else later(member),
         room=roomy(first.image_CZYX),
@@ -207,7 +211,7 @@ def _prepared(
 def _answer(
     members: Sequence[Member],
     labels: Mapping[str, int],
-    one: Input,
+    case: Input,
     out: Path,
     ready: Callable[[], Prepared],
     wishes: Wishes,
@@ -216,28 +220,28 @@ def _answer(
     try:
         read = ready()
         if read.made:
-            return "kept", {"id": one.id, "file": str(out / one.output)}
+            return "kept", {"id": case.id, "file": str(out / case.output)}
         geometry = read.geometry
         maps = predict_maps(members, read.stored, device=device, folder=out)
-        forget(out, one)
+        forget(out, case)
         with _room(maps, geometry, out, wishes.probabilities) as keep:
             label = combine(maps, geometry.shape, keep)
             if wishes.rules:
                 label = clean(label, wishes.rules, members[0].task, geometry.spacing)
             if keep is not None:
-                write_probabilities(out / one.probabilities, keep)
-        if one.format == SEG:
-            write_seg(out / one.output, label, one.images, labels)
-        elif one.format == SEG_NRRD:
-            write_segments(out / one.output, label, geometry, labels)
+                write_probabilities(out / case.probabilities, keep)
+        if case.format == SEG:
+            write_seg(out / case.output, label, case.images, labels)
+        elif case.format == SEG_NRRD:
+            write_segments(out / case.output, label, geometry, labels)
         else:
-            write_label(out / one.output, label, geometry)
-        vouch(out, one, read.facts)
-        return "done", {"id": one.id, "file": str(out / one.output)}
+            write_label(out / case.output, label, geometry)
+        vouch(out, case, read.identity)
+        return "done", {"id": case.id, "file": str(out / case.output)}
     except (InputError, OSError, FloatingPointError, MemoryError) as error:
         return "failed", {
-            "id": one.id,
-            "files": [str(p) for p in one.images],
+            "id": case.id,
+            "files": [str(p) for p in case.images],
             "problem": str(error) or type(error).__name__,
         }
 
@@ -250,23 +254,23 @@ def _room(
     if not wanted:
         yield None
         return
-    shape = (len(maps[0].found_KZYX), *geometry.shape)
+    shape = (len(maps[0].scores_KZYX), *geometry.shape)
     with tempfile.TemporaryFile(dir=out) as file:
         yield np.memmap(file, np.float16, "w+", shape=shape)
 
 
 def _draw(
-    wishes: Wishes, one: Input, out: Path, plan: Plan, labels: Mapping[str, int], kept: bool
+    wishes: Wishes, case: Input, out: Path, plan: Plan, labels: Mapping[str, int], was_there: bool
 ) -> None:
     """The picture of a prediction that lies in `out`."""
-    path = out / OVERLAYS / f"{one.id}.png"
-    if kept and path.exists():
+    path = out / OVERLAYS / f"{case.id}.png"
+    if was_there and path.exists():
         return
-    image, geometry = _as_planned(*wishes.read(one), plan)
-    if one.format == SEG:
-        label, _ = settled(*read_seg(out / one.output, labels), geometry)
+    image, geometry = _as_planned(*wishes.read(case), plan)
+    if case.format == SEG:
+        label, _ = settled(*read_seg(out / case.output, labels), geometry)
     else:
-        label, _ = read_label(out / one.output, names=labels)
+        label, _ = read_label(out / case.output, names=labels)
     wishes.draw(path, image, label.reshape(geometry.shape), geometry.spacing)
 
 
@@ -321,12 +325,12 @@ def _stored(
             )
         case = Case(id=case_id, image_CZYX=image, label_ZYX=None, geometry=grid)
         check_room(case_id, grid.shape, grid.spacing, plan)
-        array, _, facts = preprocess_case(case, plan)
-        check_sums(where, facts["shape"], member.task)
+        array, _, description = preprocess_case(case, plan)
+        check_sums(where, description["shape"], member.task)
         return Stored(
             image_CZYX=torch.from_numpy(array),
             scale=plan.scale,
-            crop=facts["crop"],
+            crop=description["crop"],
             raw_spacing=grid.spacing,
         )
 

@@ -29,23 +29,23 @@ class Map:
     Maps that are combined lie on one device.
     """
 
-    found_KZYX: Tensor
+    scores_KZYX: Tensor
     task: Task  # `task.averages` says whether these are probabilities or logits
     crop: Crop
     anisotropic_axis: int | None = None
     transpose: Sequence[int] = (0, 1, 2)
     networks: int = 1
 
-    def slab(self, box: Crop, here: slice) -> Tensor:
-        """(K, slices, Y, X) of the raw grid: the slices `here` of the box `box`, outside the own
+    def slab(self, box: Crop, slices: slice) -> Tensor:
+        """(K, slices, Y, X) of the raw grid: the slices `slices` of the box `box`, outside the own
         crop background."""
-        found = self.found_KZYX.detach().float()
-        found = found.permute(0, *(1 + axis for axis in np.argsort(self.transpose)))
+        values = self.scores_KZYX.detach().float()
+        values = values.permute(0, *(1 + axis for axis in np.argsort(self.transpose)))
         shape = _shape(self.crop)
         if tuple(self.crop) == tuple(box):
-            return resampled(found, shape, self.anisotropic_axis, here)
-        size = (len(found), here.stop - here.start, *_shape(box)[1:])
-        outside = torch.zeros(size, device=found.device)
+            return resampled(values, shape, self.anisotropic_axis, slices)
+        size = (len(values), slices.stop - slices.start, *_shape(box)[1:])
+        outside = torch.zeros(size, device=values.device)
         background = _background(self.task)
         if background is not None:
             outside[background] = 1.0
@@ -53,13 +53,13 @@ class Map:
             (start - low, stop - low)
             for (start, stop), (low, _) in zip(self.crop, box, strict=True)
         ]
-        start, stop = max(first, here.start), min(end, here.stop)
+        start, stop = max(first, slices.start), min(end, slices.stop)
         if start < stop:
             own = slice(start - first, stop - first)
-            inside = resampled(found, shape, self.anisotropic_axis, own)
+            inside = resampled(values, shape, self.anisotropic_axis, own)
             if self.task.averages == "logits":
                 inside = self.task.probabilities(inside[None])[0]
-            rows = slice(start - here.start, stop - here.start)
+            rows = slice(start - slices.start, stop - slices.start)
             outside[:, rows, top:bottom, left:right] = inside
         return outside
 
@@ -81,7 +81,7 @@ def combine(
     except torch.OutOfMemoryError:
         pass
     return _combine(
-        [replace(one, found_KZYX=one.found_KZYX.cpu()) for one in maps], raw_shape, keep
+        [replace(member, scores_KZYX=member.scores_KZYX.cpu()) for member in maps], raw_shape, keep
     )
 
 
@@ -89,39 +89,41 @@ def _combine(maps: Sequence[Map], raw_shape: Sequence[int], keep: np.ndarray | N
     task, alone = maps[0].task, len(maps) == 1
     box = [
         (min(start for start, _ in ends), max(stop for _, stop in ends))
-        for ends in zip(*(one.crop for one in maps), strict=True)
+        for ends in zip(*(member.crop for member in maps), strict=True)
     ]
     shape = _shape(box)
-    label = torch.empty(shape, dtype=torch.uint8, device=maps[0].found_KZYX.device)
+    label = torch.empty(shape, dtype=torch.uint8, device=maps[0].scores_KZYX.device)
     if keep is not None and (background := _background(task)) is not None:
         keep[background] = 1
     inside = tuple(slice(start, stop) for start, stop in box)
     of_all = task if alone else replace(task, averages="probabilities")
-    total = sum(one.networks for one in maps)
-    thick = max(1, SLAB // (len(maps[0].found_KZYX) * shape[1] * shape[2]))
+    total = sum(member.networks for member in maps)
+    thick = max(1, SLAB // (len(maps[0].scores_KZYX) * shape[1] * shape[2]))
     for start in range(0, shape[0], thick):
-        here = slice(start, min(start + thick, shape[0]))
+        slices = slice(start, min(start + thick, shape[0]))
         if alone:
-            found = maps[0].slab(box, here)
+            values = maps[0].slab(box, slices)
         else:
-            found = sum(_probabilities(one, box, here) * (one.networks / total) for one in maps)
-        rows = max(1, SLAB // (found.shape[0] * found.shape[1] * shape[2]))
+            values = sum(
+                _probabilities(member, box, slices) * (member.networks / total) for member in maps
+            )
+        rows = max(1, SLAB // (values.shape[0] * values.shape[1] * shape[2]))
         for top in range(0, shape[1], rows):  # comparing copies a channel
             strip = slice(top, min(top + rows, shape[1]))
-            label[here, strip] = of_all.labels(found[:, :, strip])
+            label[slices, strip] = of_all.labels(values[:, :, strip])
         if keep is not None:
             if of_all.averages == "logits":
-                found = of_all.probabilities(found[None])[0]
-            raw = slice(inside[0].start + here.start, inside[0].start + here.stop)
-            keep[:, raw, inside[1], inside[2]] = found.cpu().numpy()
+                values = of_all.probabilities(values[None])[0]
+            raw = slice(inside[0].start + slices.start, inside[0].start + slices.stop)
+            keep[:, raw, inside[1], inside[2]] = values.cpu().numpy()
     return paste(label.cpu().numpy(), box, tuple(raw_shape))
 
 
-def _probabilities(one: Map, box: Crop, here: slice) -> Tensor:
-    found = one.slab(box, here)
-    if one.task.averages == "logits" and tuple(one.crop) == tuple(box):
-        return one.task.probabilities(found[None])[0]
-    return found
+def _probabilities(member: Map, box: Crop, slices: slice) -> Tensor:
+    values = member.slab(box, slices)
+    if member.task.averages == "logits" and tuple(member.crop) == tuple(box):
+        return member.task.probabilities(values[None])[0]
+    return values
 
 
 def _shape(box: Crop) -> tuple[int, ...]:
@@ -148,7 +150,7 @@ def restore(
     return combine(
         [
             Map(
-                found_KZYX=probabilities_KZYX,
+                scores_KZYX=probabilities_KZYX,
                 task=task,
                 crop=crop,
                 anisotropic_axis=anisotropic_axis,
@@ -169,32 +171,32 @@ def resampled(
     `preprocess.resample.resample_probabilities` gives, by torch's routines, which are some twenty
     times as fast."""
     slab = slab or slice(0, shape[0])
-    found = _slices(probabilities_KZYX, shape[0], slab, nearest_axis == 0)
-    old = found.shape[2:]
+    values = _slices(probabilities_KZYX, shape[0], slab, nearest_axis == 0)
+    old = values.shape[2:]
     linear = [
         o if axis == nearest_axis else n
         for axis, (o, n) in enumerate(zip(old, shape[1:], strict=True), start=1)
     ]
     if linear != list(old):
-        found = F.interpolate(found, size=linear, mode="bilinear", align_corners=False)
-    if nearest_axis and found.shape[1 + nearest_axis] != shape[nearest_axis]:
-        lines = torch.from_numpy(nearest(found.shape[1 + nearest_axis], shape[nearest_axis]))
-        found = found.index_select(1 + nearest_axis, lines.to(found.device))
-    return found
+        values = F.interpolate(values, size=linear, mode="bilinear", align_corners=False)
+    if nearest_axis and values.shape[1 + nearest_axis] != shape[nearest_axis]:
+        lines = torch.from_numpy(nearest(values.shape[1 + nearest_axis], shape[nearest_axis]))
+        values = values.index_select(1 + nearest_axis, lines.to(values.device))
+    return values
 
 
-def _slices(found: Tensor, new: int, slab: slice, whole: bool) -> Tensor:
+def _slices(values: Tensor, new: int, slab: slice, whole: bool) -> Tensor:
     """(K, slab, Y, X): slices of a grid of `new` slices, each the nearest old one, or linear."""
-    old = found.shape[1]
+    old = values.shape[1]
     if old == new:
-        return found[:, slab]
+        return values[:, slab]
     if whole:
-        return found[:, torch.from_numpy(nearest(old, new)[slab]).to(found.device)]
+        return values[:, torch.from_numpy(nearest(old, new)[slab]).to(values.device)]
     at = ((np.arange(new)[slab] + 0.5) * (old / new) - 0.5).clip(0, old - 1)
     low = np.minimum(at.astype(np.int64), max(old - 2, 0))
-    part = torch.from_numpy((at - low).astype(np.float32))[:, None, None].to(found.device)
+    part = torch.from_numpy((at - low).astype(np.float32))[:, None, None].to(values.device)
     first, second = (
-        found[:, torch.from_numpy(lines).to(found.device)]
+        values[:, torch.from_numpy(lines).to(values.device)]
         for lines in (low, np.minimum(low + 1, old - 1))
     )
     return first.lerp(second, part)

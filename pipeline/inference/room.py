@@ -24,7 +24,7 @@ BESIDES = 4
 PREPARING = 16
 
 
-def near(image: Tensor, device: torch.device | str) -> Tensor:
+def pinned(image: Tensor, device: torch.device | str) -> Tensor:
     """The image where a copy to the device begins: in pinned memory for a GPU."""
     return image.pin_memory() if torch.device(device).type == "cuda" else image
 

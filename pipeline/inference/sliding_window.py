@@ -114,7 +114,7 @@ def sliding_window(
     sums = _Sums(padded.shape[1:], patch, device if memory is None else None)
     tiles = _Tiles(padded, device, scale, dims, [axis + 2 - (3 - dims) for axis in mirror_axes])
     networks = iter([forward] if callable(forward) else forward)
-    size = batch if memory is None else 0  # 0: one tile tells what it takes
+    size = batch if memory is None else 0  # 0: one tile shows what it takes
     with torch.no_grad():
         while (network := next(networks, None)) is not None:
             at = 0
@@ -123,23 +123,23 @@ def sliding_window(
                 if memory is not None and not size:
                     memory.begin()
                 count = len(chunk) if memory is None else padded_count(len(chunk), max(size, 1))
-                found = None
+                outputs = None
                 try:
-                    found = tiles.through(network, chunk, count)
+                    outputs = tiles.through(network, chunk, count)
                 except torch.OutOfMemoryError:
                     # a neighbour on the card may have grown
                     if memory is None or (len(chunk) == 1 and not sums.to_host()):
                         raise
-                if found is None:  # outside `except`, which holds the tensors of the failed pass
+                if outputs is None:  # outside `except`, which holds the tensors of the failed pass
                     memory.drop_cache()
                     size = max(1, count // 2)
                     continue
                 if memory is not None and not size:
-                    sizes = (math.prod(patch), math.prod(padded.shape[1:]), found.shape[1])
+                    sizes = (math.prod(patch), math.prod(padded.shape[1:]), outputs.shape[1])
                     chosen = layout(memory.free(), memory.peak(), sizes, batch)
-                    sums.place(found.shape[1], device if chosen.sums_on_device else "cpu")
+                    sums.place(outputs.shape[1], device if chosen.sums_on_device else "cpu")
                     size = chosen.batch
-                sums.add(chunk, found)
+                sums.add(chunk, outputs)
                 at += len(chunk)
             network = None  # before the next is loaded
     total = sums.mean()[(slice(None), *inner)]
@@ -170,13 +170,13 @@ class _Tiles:
         tiles = tiles.to(self.device, non_blocking=True)
         tiles = tiles.float() if tiles.is_floating_point() else tiles.float() * self.scale
         tiles = tiles[:, :, 0] if self.dims == 2 else tiles
-        found = mirrored(network, tiles, self.flips).float()
-        if found.shape[2:] != tiles.shape[2:]:
+        outputs = mirrored(network, tiles, self.flips).float()
+        if outputs.shape[2:] != tiles.shape[2:]:
             raise InputError(
-                f"sliding window: the network gave size {tuple(found.shape[2:])} for a tile of "
+                f"sliding window: the network gave size {tuple(outputs.shape[2:])} for a tile of "
                 f"{tuple(tiles.shape[2:])}"
             )
-        return (found[:, :, None] if self.dims == 2 else found)[: len(boxes)]
+        return (outputs[:, :, None] if self.dims == 2 else outputs)[: len(boxes)]
 
 
 class _Sums:
@@ -214,24 +214,24 @@ class _Sums:
         self.where = self.total.device
         return True
 
-    def add(self, boxes: Sequence[Box], found_BKZYX: Tensor) -> None:
+    def add(self, boxes: Sequence[Box], outputs_BKZYX: Tensor) -> None:
         if self.total is None:
-            self._make(found_BKZYX.shape[1], self.where)
-        if found_BKZYX.device == self.total.device:
-            self._add(boxes, found_BKZYX)
+            self._make(outputs_BKZYX.shape[1], self.where)
+        if outputs_BKZYX.device == self.total.device:
+            self._add(boxes, outputs_BKZYX)
             return
-        before, self.waiting = self.waiting, (boxes, *_fetched(found_BKZYX))
+        before, self.waiting = self.waiting, (boxes, *_fetched(outputs_BKZYX))
         self._settle(before)
 
     def _settle(self, waiting: tuple[Sequence[Box], Tensor, Any] | None) -> None:
         if waiting is not None:
-            boxes, found, done = waiting
+            boxes, outputs, done = waiting
             done.synchronize()
-            self._add(boxes, found)
+            self._add(boxes, outputs)
 
-    def _add(self, boxes: Sequence[Box], found_BKZYX: Tensor) -> None:
-        for box, one in zip(boxes, found_BKZYX, strict=True):
-            self.total[(slice(None), *box)] += one * self.weight
+    def _add(self, boxes: Sequence[Box], outputs_BKZYX: Tensor) -> None:
+        for box, output in zip(boxes, outputs_BKZYX, strict=True):
+            self.total[(slice(None), *box)] += output * self.weight
             self.weights[box] += self.weight
 
     def mean(self) -> Tensor:
@@ -241,12 +241,12 @@ class _Sums:
         return self.total.div_(self.weights)
 
 
-def _fetched(found: Tensor) -> tuple[Tensor, Any]:
+def _fetched(outputs: Tensor) -> tuple[Tensor, Any]:
     """A copy on the host, on its way, and the event of its arrival."""
-    host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
-    host.copy_(found, non_blocking=True)
+    host = torch.empty(outputs.shape, dtype=outputs.dtype, pin_memory=True)
+    host.copy_(outputs, non_blocking=True)
     done = torch.cuda.Event()
-    done.record(torch.cuda.current_stream(found.device))
+    done.record(torch.cuda.current_stream(outputs.device))
     return host, done
 
 

@@ -77,27 +77,27 @@ def _convolution(precision: str, channels_last: bool, device: torch.device) -> d
     exact = torch.nn.functional.conv3d(image[:, :, :8, :8, :8].double(), weight.double(), padding=0)
     layout = torch.channels_last_3d if channels_last else torch.contiguous_format
     image, weight = (value.to(device).contiguous(memory_format=layout) for value in (image, weight))
-    facts: dict[str, Any] = {"precision": precision, "channels_last": channels_last}
+    settings: dict[str, Any] = {"precision": precision, "channels_last": channels_last}
     try:
         seconds = []
         for _ in range(3):
             start = time.perf_counter()
             with autocast(precision, device), torch.no_grad():
-                found = torch.nn.functional.conv3d(image, weight, padding=1)
+                output = torch.nn.functional.conv3d(image, weight, padding=1)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
-        inner = found[:, :, 1:7, 1:7, 1:7].double().cpu()
+        inner = output[:, :, 1:7, 1:7, 1:7].double().cpu()
         error = ((inner - exact).norm() / exact.norm()).item()
         return {
-            **facts,
+            **settings,
             "ms": round(statistics.median(seconds) * 1e3, 2),
             "error": error,
             "right": error < TOLERANCE[precision],
         }
     except RuntimeError as error:
         return {
-            **facts,
+            **settings,
             "ms": None,
             "error": None,
             "right": False,

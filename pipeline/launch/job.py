@@ -24,7 +24,7 @@ class Train(Job):
     score: bool = True
     max_seconds: float | None = None  # stop in order after that time
     pause_at: int | None = None  # the step of the last stage after which it pauses
-    waits: bool = False  # for a stage that another run trains: nobody starts a refused one again
+    waits: bool = False  # for a stage that another run trains: a refused job is not started again
     lines: bool = False  # print steps and validations
     stage_to: str | None = None  # read the store from a copy there; variables as the node has them
 
@@ -62,7 +62,7 @@ class Predict(Job):
     overlays: bool = False
     probabilities: bool = False
     postprocess: str | None = None  # auto | largest | min-size=N
-    answer: Path | None = None  # a file for what came out, said by nobody else
+    answer: Path | None = None  # a file for what came out, written by this job alone
 
 
 class Command(Job):

@@ -24,8 +24,8 @@ from segfleet.core.machine import WAITING, cpus, own_slice, threads_of, waiting
 if TYPE_CHECKING:
     from segfleet.core.job import Job
 
-HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-AGAIN = "again"  # of a job that ended because a rank hangs: nobody waits for that one
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+AGAIN = "again"  # of a job that ended because a rank hangs, which is not waited for
 GRACE = 120.0  # seconds the ranks have to save and go after they were asked to
 
 
@@ -68,13 +68,13 @@ def run_ranks(
 
         asked: list[float] = []  # when the ranks were first asked to stop
 
-        def hear(number: int, _) -> None:
+        def on_signal(number: int, _) -> None:
             asked.append(time.monotonic())
             # a second Ctrl-C stops at once
             _ask(processes, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
         try:
-            with signals_to(hear):
+            with signals_to(on_signal):
                 codes = _watch(processes, poll, asked, rendezvous / AGAIN)
         finally:
             for process in processes:
@@ -121,7 +121,7 @@ def signals_to(handler: Callable[[int, Any], None] | None = None) -> Iterator[No
     """The signals that ask this process to stop in order go to a handler, or to whom the block
     says, until its end. None do outside the main thread, which alone may have handlers."""
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in (HEARD if main else ())}
+    before = {number: signal.getsignal(number) for number in (STOP_SIGNALS if main else ())}
     if before.get(signal.SIGHUP) == signal.SIG_IGN:  # somebody lets this survive a hang-up
         del before[signal.SIGHUP]
     for number in before if handler else ():
@@ -129,8 +129,8 @@ def signals_to(handler: Callable[[int, Any], None] | None = None) -> Iterator[No
     try:
         yield
     finally:
-        for number, known in before.items():
-            signal.signal(number, known)
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 class _Terminal(io.FileIO):
@@ -147,7 +147,7 @@ class _Terminal(io.FileIO):
 
 
 def survive_hangup() -> None:
-    """Let this process go on when the terminal it writes to is closed."""
+    """Keep this process running when the terminal it writes to is closed."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and stream.isatty():
@@ -194,7 +194,7 @@ def _watch(
 
 def _reason(rendezvous: Path, codes: list[int | None]) -> tuple[str, int]:
     """Message and exit code of what went wrong first: a rank's own report, else a killed rank, else
-    a rank that lost its partner."""
+    a rank that lost its peer."""
     reports = [
         json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(rendezvous.glob("failed-*.json"))

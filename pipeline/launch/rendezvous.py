@@ -1,7 +1,7 @@
-"""How ranks find each other, and nobody else gets in.
+"""How ranks find each other, and no other process gets in.
 
 Rank 0 opens a `TCPStore` on one address (loopback on one machine) and writes that address and a
-fresh token into a file that only its user may read. The store itself asks nobody for a name, so
+fresh token into a file that only its user may read. The store itself looks up no name, so
 what is kept in it is sealed with the token: others can neither read nor forge it. Connections
 between ranks count only once both ends have shown that they know the token.
 """
@@ -33,7 +33,7 @@ class NotOurs(RuntimeError):
 
 
 class JoinFailed(RuntimeError):
-    """The ranks did not find each other. Nobody is lost yet, so nobody is waited for."""
+    """The ranks did not find each other. No peer has failed yet, so none is waited for."""
 
     exit_code = ExitCode.FAULT
     joining = True  # what went wrong before it says more
@@ -67,8 +67,8 @@ class Seal:
         return self._mixed(nonce, hidden)
 
     def tag(self, *parts: bytes) -> bytes:
-        told = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
-        return hmac.digest(self._sign, told, "sha256")
+        message = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+        return hmac.digest(self._sign, message, "sha256")
 
     def _mixed(self, nonce: bytes, text: bytes) -> bytes:
         blocks = range(-(-len(text) // TAG))
@@ -130,9 +130,9 @@ def join(path: Path, rank: int, size: int, host: str, timeout: datetime.timedelt
         inner = _listening(listener, size, timeout)
         publish(path, {"host": address[0], "port": address[1], "token": token.hex()})
     else:
-        facts = published(path, rank)
-        token = bytes.fromhex(facts["token"])
-        address = facts["host"], facts["port"]
+        record = published(path, rank)
+        token = bytes.fromhex(record["token"])
+        address = record["host"], record["port"]
         inner = dist.TCPStore(
             *address, size, is_master=False, timeout=timeout, wait_for_workers=False
         )
@@ -141,7 +141,7 @@ def join(path: Path, rank: int, size: int, host: str, timeout: datetime.timedelt
 
 
 def _listening(listener: socket.socket, size: int, timeout: datetime.timedelta) -> dist.TCPStore:
-    """The store on a socket that is open already, so that nobody else gets its port."""
+    """The store on a socket that is open already, so that no other process gets its port."""
 
     with listener:
         return dist.TCPStore(
@@ -158,13 +158,13 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
 
 
-def publish(path: Path, facts: dict) -> None:
+def publish(path: Path, record: dict) -> None:
     """For this user alone, whatever the folder's mode."""
     partial = path.with_suffix(".partial")
     partial.unlink(missing_ok=True)
     number = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with open(number, "w", encoding="utf-8") as file:
-        file.write(json.dumps(facts))
+        file.write(json.dumps(record))
     os.replace(partial, path)
 
 
@@ -172,7 +172,7 @@ def published(path: Path, rank: int) -> dict:
     deadline, pause = time.monotonic() + PATIENCE, 0.02
     while True:
         try:
-            facts = os.lstat(path)
+            status = os.lstat(path)
             break
         except FileNotFoundError:
             if time.monotonic() > deadline:
@@ -182,7 +182,7 @@ def published(path: Path, rank: int) -> dict:
                 ) from None
             time.sleep(pause)
             pause = min(SLOWEST, 1.5 * pause)
-    if facts.st_uid != os.getuid() or facts.st_mode & 0o077:
+    if status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise NotOurs(f"rendezvous: {path} is not this user's alone: somebody else put it there")
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -216,7 +216,7 @@ def choose_interface(address: str) -> None:
 
     own = own_address_towards(address)
     for name, addresses in psutil.net_if_addrs().items():
-        if any(one.address.partition("%")[0] == own for one in addresses):
+        if any(interface.address.partition("%")[0] == own for interface in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
             if not is_loopback(own):
                 os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
@@ -229,14 +229,16 @@ def prove(group: dist.ProcessGroup | None, rank: int, size: int, store: SealedSt
     nonce, seal = store.get("nonce"), store._seal
 
     def proofs(pairs: list[tuple[int, int]]) -> torch.Tensor:
-        tags = (seal.tag(b"proof", nonce, f"{one} to {other}".encode()) for one, other in pairs)
+        tags = (
+            seal.tag(b"proof", nonce, f"{sender} to {other}".encode()) for sender, other in pairs
+        )
         return torch.frombuffer(bytearray(b"".join(tags)), dtype=torch.uint8)
 
     given = proofs([(rank, other) for other in range(size)])
     expected = proofs([(other, rank) for other in range(size)])
-    found = torch.empty_like(expected)
-    dist.all_to_all_single(found, given, group=group)
-    wrong = (found != expected).view(size, TAG).any(1).nonzero().flatten().tolist()
+    received = torch.empty_like(expected)
+    dist.all_to_all_single(received, given, group=group)
+    wrong = (received != expected).view(size, TAG).any(1).nonzero().flatten().tolist()
     if wrong:
         raise NotOurs(
             f"rendezvous: the connection of rank {rank} to rank {wrong[0]} leads to somebody else: "

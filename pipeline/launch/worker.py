@@ -44,7 +44,7 @@ def main(rendezvous: Path) -> int:
     if parent := os.environ.get("SEGFLEET_PARENT"):
         die_with_parent(int(parent))
     stop = StopRequest()  # before the slow imports, so that no early signal is lost
-    stop.at_once = lambda: leave(rendezvous)
+    stop.at_once = lambda: exit_interrupted(rendezvous)
     job = rendezvous / "job.json"
     code, _ = work(rendezvous, lambda: json.loads(job.read_text(encoding="utf-8")), stop)
     return code
@@ -54,8 +54,8 @@ def keep_stdout() -> None:
     """stdout, which belongs to the command line, for Python's own words alone. What libraries in
     C++ write there, as gloo of torch 2.10 does whenever ranks meet, goes to stderr."""
     sys.stdout.flush()
-    kept, terminal = os.dup(1), sys.stdout.isatty()
-    sys.stdout = open(kept, "w", 1 if terminal else -1, sys.stdout.encoding, sys.stdout.errors)
+    stdout, terminal = os.dup(1), sys.stdout.isatty()
+    sys.stdout = open(stdout, "w", 1 if terminal else -1, sys.stdout.encoding, sys.stdout.errors)
     os.dup2(2, 1)
 
 
@@ -108,29 +108,29 @@ class ProgressMessages:
 
 
 def report(rendezvous: Path, rank: int, error: BaseException) -> int:
-    """Leave the reason for the launcher, the message for the user's mistakes and the traceback for
+    """Write the reason for the launcher, the message for the user's mistakes and the traceback for
     ours; the exit code."""
-    known = explain(error)
-    message, code = known or (
+    explained = explain(error)
+    message, code = explained or (
         f"rank {rank} failed:\n{''.join(traceback.format_exception(error))}",
         1,
     )
-    facts = {
+    document = {
         "rank": rank,
         "time": time.time(),
         "exit_code": code,
         "message": message,
         "peer_failure": peer_failure(error),
-        # whoever failed first kept the others from meeting
+        # the rank that failed first kept the others from the rendezvous
         "joining": getattr(error, "joining", False),
     }
-    write_atomically(rendezvous / f"failed-{rank}.json", json.dumps(facts))
+    write_atomically(rendezvous / f"failed-{rank}.json", json.dumps(document))
     return code
 
 
-def leave(rendezvous: Path) -> None:
+def exit_interrupted(rendezvous: Path) -> None:
     """End this rank in the middle of whatever it does. An exception would not: where Python cannot
-    raise one, in a finalizer say, it prints it and goes on."""
+    raise one, in a finalizer say, it prints it and continues."""
     error = Interrupted(
         "interrupted. Run the same command again: it goes on from the last checkpoint."
     )

@@ -52,8 +52,8 @@ class DeepSupervision(nn.Module):
         """The weight of each of `levels` outputs. Raises InputError when a given list has another
         length."""
         if self.weights == "nnunet":
-            kept = max(levels - 1, 1)
-            raw = [0.5**level if level < kept else 0.0 for level in range(levels)]
+            weighted = max(levels - 1, 1)
+            raw = [0.5**level if level < weighted else 0.0 for level in range(levels)]
             return tuple(weight / sum(raw) for weight in raw)
         if len(self.weights) != levels:
             raise InputError(

@@ -69,9 +69,9 @@ class Loss(nn.Module):
         weight = torch.ones_like(surprise) if valid is None else valid.float()
         if self.class_weights is not None:
             if len(self.class_weights) != log_p.shape[1]:
-                found, classes = len(self.class_weights), log_p.shape[1]
+                given, classes = len(self.class_weights), log_p.shape[1]
                 raise InputError(
-                    f"loss.options.class_weights: found {found} weights, expected {classes}, one "
+                    f"loss.options.class_weights: found {given} weights, expected {classes}, one "
                     "per class"
                 )
             weight = weight * self.class_weights[target]

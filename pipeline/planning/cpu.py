@@ -70,16 +70,16 @@ def for_cpu(
         if guess * math.prod(patch) > limit:
             skipped.append(patch)
             continue
-        if (found := timed(patch, SURELY * limit)) is None:
+        if (fitting := timed(patch, SURELY * limit)) is None:
             break
-        tried, measured = found, found[1]
+        tried, measured = fitting, fitting[1]
         fits = measured.gigabytes is None or measured.gigabytes < 0.8 * target.memory_gb
         if measured.seconds <= limit and fits:
             break
         # a step per voxel may well be faster, above all than one that was not repeated
         guess = measured.seconds / math.prod(patch) / (SURELY if measured.rough else 1.5)
     else:  # none is fast enough: the smallest
-        small = (found for patch in reversed(skipped) if (found := timed(patch, math.inf)))
+        small = (fitting for patch in reversed(skipped) if (fitting := timed(patch, math.inf)))
         tried = next(small, tried)
     if not tried:
         raise InputError(f"plan: no patch of {manifest.dataset.name} is large enough for a network")
@@ -175,5 +175,5 @@ def _precision(
         update={"engine": recipe.engine.model_copy(update={"precision": "bf16"})}
     )
     # some CPUs compute bf16 many times slower
-    found = timing.measure(half, manifest, torch.device("cpu"), steps, SURELY * fp32.seconds)
-    return ("bf16", found) if found.seconds < 0.9 * fp32.seconds else ("fp32", fp32)
+    faster = timing.measure(half, manifest, torch.device("cpu"), steps, SURELY * fp32.seconds)
+    return ("bf16", faster) if faster.seconds < 0.9 * fp32.seconds else ("fp32", fp32)

@@ -58,6 +58,8 @@ def parse_device(text: str | None) -> Device:
     if memory is None and not has_gpu:
         raise InputError("device: no GPU is here; say its memory, as cuda:80G, or plan for cpu")
     if memory is None:
-        facts = torch.cuda.get_device_properties(0)
-        return Device(kind="cuda", memory_gb=facts.total_memory / 1e9, here=True, name=facts.name)
+        properties = torch.cuda.get_device_properties(0)
+        return Device(
+            kind="cuda", memory_gb=properties.total_memory / 1e9, here=True, name=properties.name
+        )
     return Device(kind="cuda", memory_gb=memory, here=False, name=f"a GPU of {memory:g} GB")

@@ -35,9 +35,9 @@ def publish(run: Path, warn: Callable[[str], Any]) -> None:
 def final_scores(document: dict[str, Any]) -> dict[str, float]:
     """The mean foreground Dice, and of every structure the mean of each metric that is known."""
     summary = document["summary"]
-    found = {"final/mean_foreground_dice": summary["mean_foreground_dice"]}
+    by_name = {"final/mean_foreground_dice": summary["mean_foreground_dice"]}
     for name, scores in summary["structures"].items():
         for metric, value in scores.items():
             if isinstance(value, dict) and "mean" in value:
-                found[f"final/{metric}/{name}"] = value["mean"]
-    return {name: float(value) for name, value in found.items() if value is not None}
+                by_name[f"final/{metric}/{name}"] = value["mean"]
+    return {name: float(value) for name, value in by_name.items() if value is not None}

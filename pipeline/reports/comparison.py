@@ -50,8 +50,8 @@ def write_comparison(out: Path, document: dict[str, Any]) -> list[Path]:
 def headings(document: dict[str, Any]) -> dict[str, tuple[str, int, float]]:
     """Metric -> its heading, digits, and what it is multiplied by."""
     columns = in_unit(COLUMNS, document["unit"])
-    found = {metric: (text, digits, factor) for metric, text, digits, _, factor in columns}
-    return {m: found.get(m, (m.replace("_", " "), 3, 1.0)) for m in document["metrics"]}
+    by_metric = {metric: (text, digits, factor) for metric, text, digits, _, factor in columns}
+    return {m: by_metric.get(m, (m.replace("_", " "), 3, 1.0)) for m in document["metrics"]}
 
 
 def differences(document: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -187,14 +187,14 @@ def as_html(document: dict[str, Any]) -> str:
     ]
     most = [
         (
-            one["id"],
+            entry["id"],
             [
-                one["group"],
-                *(Cell(value) for value in one["mean_dice"].values()),
-                Cell(one["apart"]),
+                entry["group"],
+                *(Cell(value) for value in entry["mean_dice"].values()),
+                Cell(entry["apart"]),
             ],
         )
-        for one in document["differ_most"]
+        for entry in document["differ_most"]
     ]
     return render(
         "comparison.html",

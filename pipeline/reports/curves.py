@@ -223,11 +223,11 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 def running_mean(points: Sequence[Point]) -> list[Point]:
     """Mean over about a fifteenth of the curve around each point."""
     reach = max(1, len(points) // 30)
-    found = []
+    means = []
     for i, (x, _) in enumerate(points):
-        near = points[max(0, i - reach) : i + reach + 1]
-        found.append((x, sum(y for _, y in near) / len(near)))
-    return found
+        window = points[max(0, i - reach) : i + reach + 1]
+        means.append((x, sum(y for _, y in window) / len(window)))
+    return means
 
 
 def ticks(low: float, high: float) -> list[float]:

@@ -27,7 +27,7 @@ class Picture(BaseModel):
 
 def drawn(run: Path) -> list[dict[str, Any]]:
     """What is there whole, in order; that something is not is said on stderr."""
-    folder, found = Path(run) / FOLDER, []
+    folder, pictures = Path(run) / FOLDER, []
     for entry in read_json(folder / INDEX, list) or ():
         try:
             picture = Picture.model_validate(entry)
@@ -35,5 +35,5 @@ def drawn(run: Path) -> list[dict[str, Any]]:
             sys.stderr.write(f"segfleet: {folder / INDEX} is damaged and is left out\n")
             return []
         if Path(picture.file).name == picture.file and (folder / picture.file).is_file():
-            found.append(picture.model_dump())
-    return found
+            pictures.append(picture.model_dump())
+    return pictures

@@ -55,15 +55,15 @@ def render(template: str, folder: Path = TEMPLATES, **values: Any) -> str:
 def environment(folder: Path) -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    found = Environment(
+    templates = Environment(
         loader=FileSystemLoader([folder, TEMPLATES]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters["repr"] = repr
-    return found
+    templates.filters["repr"] = repr
+    return templates
 
 
 def interval(bounds: Sequence[float] | None, digits: int = 3) -> str:

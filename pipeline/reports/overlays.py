@@ -64,7 +64,7 @@ def save_overlays(
         png = draw_overlay(image, truth, prediction, spacing=case.spacing)
         (folder / f"{role}.png").write_bytes(png)
         shown = sorted({int(v) for v in np.union1d(truth, prediction)} & set(names))
-        facts = {
+        described = {
             "case": case.id,
             "mean_dice": entry["mean_dice"],
             "slice": z + 1,
@@ -73,7 +73,7 @@ def save_overlays(
                 names[value]: "#{:02x}{:02x}{:02x}".format(*colour(value)) for value in shown
             },
         }
-        index.append({"role": role, "file": f"{role}.png", **facts})
+        index.append({"role": role, "file": f"{role}.png", **described})
     write_atomically(folder / INDEX, json.dumps(index, indent=1))
     return index
 

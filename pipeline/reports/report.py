@@ -74,10 +74,10 @@ def write_report(run_folder: str | Path) -> Path:
 
 def _json(path: Path) -> Any:
     """The document in a file, or None if there is no file. Raises InputError if it is damaged."""
-    found = read_json(path)
-    if found is None and path.exists():
+    document = read_json(path)
+    if document is None and path.exists():
         raise _damaged(path)
-    return found
+    return document
 
 
 def _damaged(path: Path) -> InputError:
@@ -87,7 +87,7 @@ def _damaged(path: Path) -> InputError:
 def _stages(run: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
     """Every stage with its events and the step of the whole run it begins at."""
     described = recipe.get("stages") or [{}]
-    folders, begin, found = [run, *run.parents][: len(described)][::-1], 0, []
+    folders, begin, stages = [run, *run.parents][: len(described)][::-1], 0, []
     for index, (stage, folder) in enumerate(zip(described, folders, strict=True)):
         events = list(read_events(folder))
         starts = [
@@ -96,7 +96,7 @@ def _stages(run: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
             if event.get("event") == "stage_start" and "steps" in event
         ]
         steps = max([*starts[-1:], *(event.get("step", 0) for event in events)], default=0)
-        found.append(
+        stages.append(
             {
                 "name": stage.get("name", f"stage {index + 1}"),
                 "recipe": stage,
@@ -107,7 +107,7 @@ def _stages(run: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
             }
         )
         begin += steps
-    return found
+    return stages
 
 
 def _facts(
@@ -193,10 +193,10 @@ def _facts(
 
 def _training_cases(document: dict[str, Any]) -> Any:
     """How many a network was trained on; of all folds the range."""
-    found = [one.get("training_cases") for one in document.get("folds") or ()]
-    if not found or None in found:
+    counts = [fold.get("training_cases") for fold in document.get("folds") or ()]
+    if not counts or None in counts:
         return document.get("training_cases")
-    low, high = min(found), max(found)
+    low, high = min(counts), max(counts)
     return f"{low if low == high else f'{low} to {high}'} of each fold"
 
 
@@ -219,18 +219,20 @@ def _transfer(stage: dict[str, Any]) -> str:
     text = f"{stage['name']}: {len(stage['transfer']['taken'])} tensors as they were"
     for key in ("changed", "new", "left"):
         names = list(stage["transfer"][key])
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        text += f"; {key}: {', '.join(names[:8])}{more}" if names else ""
+        rest = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        text += f"; {key}: {', '.join(names[:8])}{rest}" if names else ""
     return text
 
 
 def _spacing(document: dict[str, Any]) -> str | None:
     """The middle size of a voxel and the range over the scored cases."""
-    found = np.array([case["spacing"] for case in document.get("cases", ()) if case.get("spacing")])
-    if document.get("unit", "mm") != "mm" or not len(found):
+    spacings = np.array(
+        [case["spacing"] for case in document.get("cases", ()) if case.get("spacing")]
+    )
+    if document.get("unit", "mm") != "mm" or not len(spacings):
         return None
-    text = " \u00d7 ".join(f"{value:.3g}" for value in np.median(found, axis=0)) + " mm"
-    low, high = found.min(0), found.max(0)
+    text = " \u00d7 ".join(f"{value:.3g}" for value in np.median(spacings, axis=0)) + " mm"
+    low, high = spacings.min(0), spacings.max(0)
     if np.allclose(low, high):
         return text
     ranges = " \u00d7 ".join(f"{a:.3g}\u2013{b:.3g}" for a, b in zip(low, high, strict=True))
@@ -243,7 +245,7 @@ def _hours(seconds: float) -> str:
 
 
 def _warnings(document: dict[str, Any], stages: list[dict[str, Any]]) -> list[str]:
-    found = optimism(document)
+    warnings = optimism(document)
     skipped = max(
         (
             event.get("skipped", 0)
@@ -254,10 +256,10 @@ def _warnings(document: dict[str, Any], stages: list[dict[str, Any]]) -> list[st
         default=0,
     )
     if skipped:
-        found.append(
+        warnings.append(
             f"{skipped} training step(s) had a gradient that was not finite and were skipped."
         )
-    return found
+    return warnings
 
 
 def _curves(stages: list[dict[str, Any]], document: dict[str, Any]) -> list[Any]:
@@ -326,7 +328,7 @@ def colours_of(index: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _overlays(run: Path, index: list[dict[str, Any]]) -> list[dict[str, str]]:
-    folder, found = run / FOLDER, []
+    folder, pictures = run / FOLDER, []
     for entry in index:
         dice = "no score" if entry["mean_dice"] is None else f"mean Dice {entry['mean_dice']:.3f}"
         where = (
@@ -335,7 +337,7 @@ def _overlays(run: Path, index: list[dict[str, Any]]) -> list[dict[str, str]]:
             else "the whole image"
         )
         title = f"{entry['role'].capitalize()}: {entry['case']}"
-        found.append(
+        pictures.append(
             {
                 "data": base64.b64encode((folder / entry["file"]).read_bytes()).decode(),
                 "title": title,
@@ -344,7 +346,7 @@ def _overlays(run: Path, index: list[dict[str, Any]]) -> list[dict[str, str]]:
                 "a colour for each structure",
             }
         )
-    return found
+    return pictures
 
 
 def _version() -> str:

@@ -50,20 +50,22 @@ def in_unit(columns: Sequence[tuple], unit: str) -> list[tuple[str, str, int, bo
     if unit == "mm":
         return [(*column, 1.0) for column in columns]
     size = "area" if unit == "pixels" else "volume"
-    found = []
+    converted = []
     for metric, heading, digits, signed in columns:
         heading = heading.replace("(mm)", f"({unit})").replace("(ml)", f"({unit})")
         heading = heading.replace("volume", size).replace("Volume", size.capitalize())
         counted = metric.endswith("_ml")
-        found.append((metric, heading, 0 if counted else digits, signed, 1e3 if counted else 1.0))
-    return found
+        converted.append(
+            (metric, heading, 0 if counted else digits, signed, 1e3 if counted else 1.0)
+        )
+    return converted
 
 
 def times(value: Any, factor: float) -> Any:
     """A number, or the bounds of an interval, in another unit; None stays None."""
     if value is None or factor == 1.0:
         return value
-    return [times(one, factor) for one in value] if isinstance(value, list) else value * factor
+    return [times(bound, factor) for bound in value] if isinstance(value, list) else value * factor
 
 
 def cases_csv(document: dict[str, Any]) -> str:
@@ -95,22 +97,22 @@ def folds_table(folds: list[dict[str, Any]] | None) -> Table | None:
         head=("Fold", "Run", "Training cases", "Cases", "Mean foreground Dice"),
         rows=[
             (
-                str(one["fold"]),
+                str(fold["fold"]),
                 [
-                    one["run"],
-                    Cell(one.get("training_cases")),
-                    Cell(one["cases"]),
-                    Cell(one["mean_foreground_dice"]),
+                    fold["run"],
+                    Cell(fold.get("training_cases")),
+                    Cell(fold["cases"]),
+                    Cell(fold["mean_foreground_dice"]),
                 ],
             )
-            for one in folds
+            for fold in folds
         ],
     )
 
 
 def structures_tables(structures: dict[str, Any], unit: str) -> list[Table]:
     def means(columns: Sequence[tuple], label: str) -> Table:
-        known = [
+        shown = [
             column
             for column in in_unit(columns, unit)
             if any(column[0] in scores for scores in structures.values())
@@ -118,7 +120,7 @@ def structures_tables(structures: dict[str, Any], unit: str) -> list[Table]:
         return Table(
             label=label,
             caption="Mean over cases; below it the 95 % interval over patients.",
-            head=["Structure", *(heading for _, heading, *_ in known)],
+            head=["Structure", *(heading for _, heading, *_ in shown)],
             rows=[
                 (
                     name,
@@ -129,7 +131,7 @@ def structures_tables(structures: dict[str, Any], unit: str) -> list[Table]:
                             interval(times(scores[m]["ci95"], factor), digits),
                             signed,
                         )
-                        for m, _, digits, signed, factor in known
+                        for m, _, digits, signed, factor in shown
                     ],
                 )
                 for name, scores in structures.items()
@@ -202,10 +204,10 @@ def variants_table(summary: dict[str, Any]) -> Table:
 def pooled_tables(structures: dict[str, Any]) -> list[Table]:
     """What papers of 2D data sets print: everything that one confusion matrix holds."""
     rows = [
-        (structure, [way, *(Cell(found[key]) if key in found else "" for key, _ in POOLED)])
+        (structure, [way, *(Cell(values[key]) if key in values else "" for key, _ in POOLED)])
         for structure, scores in structures.items()
-        for way, found in scores.get("pooled", {}).items()
-        if found
+        for way, values in scores.get("pooled", {}).items()
+        if values
     ]
     table = Table(
         label="Pooled scores",

@@ -31,7 +31,9 @@ class Row:
     family: str | None = None  # of the runs that differ in their fold alone
     stages: int = 0
     score: float | None = None  # mean Dice of the foreground
-    date: str | None = None  # when it was finished or last heard of, "2026-11-29 07:12" local time
+    date: str | None = (
+        None  # when it was finished or last wrote an event, "2026-11-29 07:12" local time
+    )
     state: str  # done, trained, training, stopped, waiting, unreadable; of a job also SLURM's
     stage: int = 0  # the one it is in, from 1
     step: int = 0  # of that stage, as the following
@@ -50,13 +52,13 @@ def run_status(path: Path) -> Row:
     """Where a run stands by its own files."""
     recipe, folders = open_run(path)
     stage = next((folder for folder in folders if folder.done() is None), None)
-    found = _progress(stage or folders[-1])
+    progress = _progress(stage or folders[-1])
     if stage is None:
         state = "trained" if read_evaluation(path) is None else "done"
     elif is_locked(stage.path / LOCK):
         state = "training"
     else:
-        state = "stopped" if found["step"] or stage.index else "waiting"
+        state = "stopped" if progress["step"] or stage.index else "waiting"
         if ended(stage.path):
             sys.stderr.write(
                 f"segfleet: {stage.path / DONE} is missing, though its events say that the stage "
@@ -73,7 +75,7 @@ def run_status(path: Path) -> Row:
         date=_date(path, folders),
         state=state,
         stage=stage.index + 1 if stage else len(folders),
-        **found,
+        **progress,
     )
 
 
@@ -84,7 +86,7 @@ def families(rows: list[Row]) -> list[dict[str, Any]]:
     for row in rows:
         if row.family:
             grouped.setdefault(row.family, []).append(row)
-    found = []
+    groups = []
     for members in grouped.values():
         members = sorted(members, key=lambda row: row.fold)
         if len({row.fold for row in members}) < max(2, len(members)):
@@ -92,7 +94,7 @@ def families(rows: list[Row]) -> list[dict[str, Any]]:
         first = members[0]
         root = Path(first.path).parents[first.stages - 1]
         runs = [row.run for row in members]
-        found.append(
+        groups.append(
             {
                 "recipe": first.recipe,
                 "family": first.family,
@@ -103,7 +105,7 @@ def families(rows: list[Row]) -> list[dict[str, Any]]:
                 "score": score(folder_of(root, runs)),
             }
         )
-    return found
+    return groups
 
 
 def score(run: Path) -> float | None:
@@ -115,7 +117,7 @@ def score(run: Path) -> float | None:
 
 
 def _date(run: Path, folders: list[StageFolder]) -> str | None:
-    """When a run was finished, or last heard of: "2026-11-29 07:12", local time."""
+    """When a run was finished, or last wrote an event: "2026-11-29 07:12", local time."""
     files = [folder.path / name for folder in folders for name in (DONE, EVENTS)]
     times = [file.stat().st_mtime for file in files if file.exists()]
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(max(times))) if times else None
@@ -129,7 +131,7 @@ def finished(folder: StageFolder) -> str | None:
 
 
 def standing(recipe: Recipe, manifest: Manifest, folders: list[StageFolder]) -> str:
-    """What training is about to do with a run, in one sentence: nothing, go on, or begin, and then
+    """What training is about to do with a run, in one sentence: nothing, resume, or begin, and then
     why nothing that is there already will do."""
     stage = next((folder for folder in folders if folder.done() is None), None)
     if stage is None:
@@ -143,15 +145,15 @@ def standing(recipe: Recipe, manifest: Manifest, folders: list[StageFolder]) -> 
         return f"going on with {where}" + (f" after step {step}" if step else "")
     closest = None
     for path in sorted(stage.path.parent.glob(f"*/{IDENTITY}")):
-        found = differences(recipe, manifest, stage.index, path.parent)
-        same_name = found and (read_json(path) or {}).get("name") == recipe.name
-        if same_name and (closest is None or len(found) < len(closest[1])):
-            closest = (path.parent.name, found)
+        differing = differences(recipe, manifest, stage.index, path.parent)
+        same_name = differing and (read_json(path) or {}).get("name") == recipe.name
+        if same_name and (closest is None or len(differing) < len(closest[1])):
+            closest = (path.parent.name, differing)
     if closest is None:
         return f"a new run, beginning with {where}" if stage.index == 0 else f"beginning {where}"
-    name, found = closest
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return f"{where} is new: it differs from {name} in {', '.join(found[:3])}{more}"
+    name, differing = closest
+    rest = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+    return f"{where} is new: it differs from {name} in {', '.join(differing[:3])}{rest}"
 
 
 def _reached(stage: StageFolder, last: int) -> int:
@@ -160,13 +162,13 @@ def _reached(stage: StageFolder, last: int) -> int:
     end = (stage.done() or {}).get("steps")
     if isinstance(end, int) and 0 < end < FAR:
         return end
-    # not by checkpoint.py, which needs torch: whoever asks where runs stand waits for that
+    # not by checkpoint.py, which needs torch: status would wait for its import
     saved = (path.name.removeprefix("step-") for path in stage.checkpoints.glob("step-*"))
     return max([last, *(int(step) for step in saved if step.isdecimal())])
 
 
 def _progress(stage: StageFolder) -> dict[str, Any]:
-    facts: dict[str, Any] = {
+    progress: dict[str, Any] = {
         "step": 0,
         "steps": None,
         "loss": None,
@@ -174,9 +176,9 @@ def _progress(stage: StageFolder) -> dict[str, Any]:
         "remaining_seconds": None,
         "restarts": 0,
     }
-    begun, facts["restarts"], steps = recent_events(stage.path)
+    begun, progress["restarts"], steps = recent_events(stage.path)
     if begun:
-        facts["steps"] = begun["steps"]
+        progress["steps"] = begun["steps"]
     *before, last = steps or [{"step": 0}]
     if last["step"] != (end := _reached(stage, last["step"])):
         if comes_to_file(last["step"], end):
@@ -184,9 +186,9 @@ def _progress(stage: StageFolder) -> dict[str, Any]:
             sys.stderr.write(f"segfleet: {file} is missing or lacks its end and is left out\n")
             last = {}
         last = {**last, "step": end}
-    facts |= {key: last.get(key) for key in ("step", "loss", "samples_per_second")}
+    progress |= {key: last.get(key) for key in ("step", "loss", "samples_per_second")}
     seconds = last.get("time", 0) - before[0].get("time", 0) if before else 0
     ahead = last["step"] - before[0]["step"] if before else 0
-    if seconds > 0 and ahead > 0 and facts["steps"]:
-        facts["remaining_seconds"] = round((facts["steps"] - last["step"]) * seconds / ahead)
-    return facts
+    if seconds > 0 and ahead > 0 and progress["steps"]:
+        progress["remaining_seconds"] = round((progress["steps"] - last["step"]) * seconds / ahead)
+    return progress

@@ -3,8 +3,8 @@ Weights & Biases and MLflow (the extras `wandb` and `mlflow`). Used by rank 0 al
 
 Nothing is sent anywhere unless the user has asked for it in the way of the tool itself: W&B writes
 offline runs below the stage's folder until WANDB_MODE=online is set, MLflow a folder `mlruns` there
-until MLFLOW_TRACKING_URI names a server. A tracker that fails is told of once and left: no training
-ends because of it.
+until MLFLOW_TRACKING_URI names a server. A tracker that fails is reported once and dropped: no
+training ends because of it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROJECT = "segfleet"
 
 
 class Tracker(Protocol):
-    """What a tool is told of one stage. Steps may go back by a resume."""
+    """What a tracker gets of one stage. Steps may go back by a resume."""
 
     def numbers(self, values: Mapping[str, float], step: int) -> None: ...
 
@@ -70,24 +70,24 @@ class Trackers:
         self._makers, self._open, self._warn = dict(makers), {}, warn
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
-        self._each(lambda one: one.numbers(values, step))
+        self._each(lambda tracker: tracker.numbers(values, step))
 
     def picture(self, name: str, pixels_YXC: np.ndarray, step: int) -> None:
-        self._each(lambda one: one.picture(name, pixels_YXC, step))
+        self._each(lambda tracker: tracker.picture(name, pixels_YXC, step))
 
     def outcome(self, settings: Mapping[str, Any], scores: Mapping[str, float], step: int) -> None:
-        self._each(lambda one: one.outcome(settings, scores, step))
+        self._each(lambda tracker: tracker.outcome(settings, scores, step))
 
     def close(self) -> None:
-        self._each(lambda one: one.close(), tuple(self._open))
+        self._each(lambda tracker: tracker.close(), tuple(self._open))
         self._open.clear()
 
-    def _each(self, tell: Callable[[Tracker], None], names: tuple[str, ...] | None = None) -> None:
+    def _each(self, call: Callable[[Tracker], None], names: tuple[str, ...] | None = None) -> None:
         for name in tuple(self._makers) if names is None else names:
             try:
                 if name not in self._open:
                     self._open[name] = self._makers[name]()
-                tell(self._open[name])
+                call(self._open[name])
             except Exception as error:  # whatever such a tool may raise: a full disk, no network
                 self._makers.pop(name, None)
                 self._open.pop(name, None)
@@ -150,7 +150,7 @@ class Wandb:
 
         mode = os.environ.get("WANDB_MODE", "offline")
         while list(folder.glob(f"wandb/*run-{time.strftime('%Y%m%d_%H%M%S')}-*")):
-            time.sleep(0.1)  # its folders are told apart by the second
+            time.sleep(0.1)  # its folders are named by the second
         self._picture = wandb.Image
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
@@ -193,13 +193,13 @@ class MLflow:
         where = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").absolute().as_uri()
         self._client = MlflowClient(tracking_uri=where)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        found = self._client.get_experiment_by_name(name)
-        own = found.experiment_id if found else self._client.create_experiment(name)
+        experiment = self._client.get_experiment_by_name(name)
+        own = experiment.experiment_id if experiment else self._client.create_experiment(name)
         tags = {"segfleet.uid": folder.name, "mlflow.runName": f"{title} {folder.name[:8]}"}
-        known = self._client.search_runs(
+        runs = self._client.search_runs(
             [own], f"tags.`segfleet.uid` = '{folder.name}'", max_results=1
         )
-        self._id = (known[0] if known else self._client.create_run(own, tags=tags)).info.run_id
+        self._id = (runs[0] if runs else self._client.create_run(own, tags=tags)).info.run_id
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
         now = int(time.time() * 1000)
@@ -210,8 +210,8 @@ class MLflow:
         self._client.log_image(self._id, pixels_YXC, key=_plain(name), step=step)
 
     def outcome(self, settings: Mapping[str, Any], scores: Mapping[str, float], step: int) -> None:
-        known = self._client.get_run(self._id).data.params  # which MLflow never changes
-        new = {k: str(v) for k, v in settings.items() if k not in known}
+        logged = self._client.get_run(self._id).data.params  # which MLflow never changes
+        new = {k: str(v) for k, v in settings.items() if k not in logged}
         params = [self._param(key, value[:500]) for key, value in new.items()]
         for first in range(0, len(params), 100):  # of a request, MLflow's own limit
             self._client.log_batch(self._id, params=params[first : first + 100])
@@ -226,14 +226,14 @@ def _plain(name: str) -> str:
     return "".join(c if c.isalnum() or c in "_-./ " else "_" for c in name)
 
 
-def flat(facts: Any, before: str = "") -> dict[str, Any]:
+def flat(document: Any, before: str = "") -> dict[str, Any]:
     """{"a": [{"b": 1}]} -> {"a.0.b": 1}; what is neither number nor text stands as JSON."""
-    if isinstance(facts, list) and any(isinstance(one, dict) for one in facts):
-        facts = {str(number): one for number, one in enumerate(facts)}
-    if not isinstance(facts, dict):
-        plain = isinstance(facts, bool | int | float | str)
-        return {before: facts if plain else json.dumps(facts)}
-    found: dict[str, Any] = {}
-    for key, value in facts.items():
-        found |= flat(value, f"{before}.{key}" if before else key)
-    return found
+    if isinstance(document, list) and any(isinstance(item, dict) for item in document):
+        document = {str(number): item for number, item in enumerate(document)}
+    if not isinstance(document, dict):
+        plain = isinstance(document, bool | int | float | str)
+        return {before: document if plain else json.dumps(document)}
+    flattened: dict[str, Any] = {}
+    for key, value in document.items():
+        flattened |= flat(value, f"{before}.{key}" if before else key)
+    return flattened

@@ -28,13 +28,13 @@ def calibration(
     counted = None
     if task.ignore_label is not None:
         counted = label_ZYX != task.ignore_label
-    found = {}
+    by_name = {}
     for index, (name, group) in enumerate(zip(task.names, task.members, strict=True)):
         p, truth = probabilities_KZYX[index + background].numpy(), masks(label_ZYX, group)
         if counted is not None:
             p, truth = p[counted], truth[counted]
-        found[name] = binary_calibration(p.ravel(), truth.ravel())
-    return found
+        by_name[name] = binary_calibration(p.ravel(), truth.ravel())
+    return by_name
 
 
 def _on_device(
@@ -42,7 +42,7 @@ def _on_device(
 ) -> dict[str, dict[str, float | None]]:
     """The same where the probabilities are, so that a few sums leave the device, not volumes."""
     label = torch.from_numpy(np.ascontiguousarray(label_ZYX)).to(probabilities_KZYX.device)
-    counted, found = task.valid(label), {}
+    counted, by_name = task.valid(label), {}
     for p, name, group in zip(probabilities_KZYX, task.names, task.members, strict=True):
         truth = functools.reduce(torch.logical_or, [label == value for value in group])
         rows = []
@@ -57,18 +57,18 @@ def _on_device(
                     [
                         (q - y.double()).square().sum(),
                         c.sum().double(),
-                        *(torch.where(one, q, 0).sum() for one in bins),
-                        *((one & y).sum().double() for one in bins),
+                        *(torch.where(within, q, 0).sum() for within in bins),
+                        *((within & y).sum().double() for within in bins),
                     ]
                 )
             )
         squares, count, *sums = torch.stack(rows).sum(0).tolist()
         gaps = np.abs(np.subtract(sums[:BINS], sums[BINS:])).sum()
-        found[name] = {
+        by_name[name] = {
             "brier": squares / count if count else None,
             "ece": float(gaps) / count if count else None,
         }
-    return found
+    return by_name
 
 
 def _slabs(p: Tensor, truth: Tensor, counted: Tensor | None) -> tuple[Any, ...]:

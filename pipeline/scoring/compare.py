@@ -117,28 +117,30 @@ def check(runs: Sequence[tuple[str, dict[str, Any]]], metrics: Sequence[str]) ->
     """Raises InputError with every reason why the runs cannot be compared, besides their cases."""
     if len(runs) < 2:
         raise InputError("compare: found one run, expected two or more")
-    (first, one), reasons = runs[0], []
+    (first, reference), reasons = runs[0], []
     twice = [name for name, count in Counter(name for name, _ in runs).items() if count > 1]
     if twice:
         reasons.append(f"'{twice[0]}' is named twice")
     for name, other in runs[1:]:
-        if set(one["structures"]) != set(other["structures"]):
+        if set(reference["structures"]) != set(other["structures"]):
             reasons.append(
-                f"'{first}' scores the structures {', '.join(one['structures'])}; '{name}' scores "
-                f"{', '.join(other['structures'])}"
+                f"'{first}' scores the structures {', '.join(reference['structures'])}; '{name}' "
+                f"scores {', '.join(other['structures'])}"
             )
-        units = one.get("unit", "mm"), other.get("unit", "mm")
+        units = reference.get("unit", "mm"), other.get("unit", "mm")
         if units[0] != units[1]:
             reasons.append(f"'{first}' is measured in {units[0]}, '{name}' in {units[1]}")
-        here, there = (d.get("settings", {}).get("tolerance") for d in (one, other))
-        if "nsd" in metrics and here != there:
+        own, there = (d.get("settings", {}).get("tolerance") for d in (reference, other))
+        if "nsd" in metrics and own != there:
             reasons.append(
-                f"nsd: the tolerances of '{first}' are {here}, those of '{name}' {there}; "
+                f"nsd: the tolerances of '{first}' are {own}, those of '{name}' {there}; "
                 "`segfleet evaluate RUN evaluation.tolerance=...` scores one of them again"
             )
     for name, document in runs:
         scores = next(iter(document["cases"]), {"scores": {}})["scores"]
-        lacking = [m for m in metrics if any(m not in found for found in scores.values())]
+        lacking = [
+            m for m in metrics if any(m not in case_scores for case_scores in scores.values())
+        ]
         if lacking:
             reasons.append(
                 f"'{name}' was scored by a version without {', '.join(lacking)}; `segfleet "
@@ -155,11 +157,11 @@ def same_cases(
     keys = ["id"]
     if all(_hashed(document) for _, document in runs):
         keys = ["source", "id"]
-    key, found = keys[0], []
+    key, by_key = keys[0], []
     for _, document in runs:
-        found.append({case[key]: case for case in document["cases"]})
-    shared = set(found[0]).intersection(*found[1:])
-    if not shared or (not common and any(len(cases) > len(shared) for cases in found)):
+        by_key.append({case[key]: case for case in document["cases"]})
+    shared = set(by_key[0]).intersection(*by_key[1:])
+    if not shared or (not common and any(len(cases) > len(shared) for cases in by_key)):
         counts = ", ".join(f"'{name}' {len(d['cases'])}" for name, d in runs)
         raise InputError(
             f"compare: these runs were scored on different cases: {counts}, of which "
@@ -167,17 +169,19 @@ def same_cases(
             + ("the hash of their raw files)" if key == "source" else "their ids)")
             + ("; --common compares those" if shared else "")
         )
-    rows = [tuple(cases[one] for cases in found) for one in found[0] if one in shared]
+    rows = [
+        tuple(cases[identity] for cases in by_key) for identity in by_key[0] if identity in shared
+    ]
     for row in rows:
         for (name, _), entry in zip(runs[1:], row[1:], strict=True):
             for structure, scores in row[0]["scores"].items():
-                here, there = (
+                own, there = (
                     scores["truth_voxels"],
                     entry["scores"][structure]["truth_voxels"],
                 )
-                if here != there:
+                if own != there:
                     raise InputError(
-                        f"compare: the truth of '{row[0]['id']}' differs: {structure} has {here} "
+                        f"compare: the truth of '{row[0]['id']}' differs: {structure} has {own} "
                         f"voxels in '{runs[0][0]}' and {there} in '{name}'; score both against the "
                         "same labels"
                     )
@@ -198,7 +202,7 @@ def _values(
 ) -> np.ndarray:
     """(runs, cases), NaN where missing; of `ALL` the mean over the structures that have a value in
     every run."""
-    found = np.array(
+    values = np.array(
         [
             [
                 [
@@ -212,26 +216,26 @@ def _values(
         dtype=float,
     )  # (cases, runs, structures)
     if structure == ALL:
-        known = ~np.isnan(found).any(axis=1, keepdims=True)
-        count = known.sum(axis=2)
-        total = np.where(known, found, 0.0).sum(axis=2)
+        defined = ~np.isnan(values).any(axis=1, keepdims=True)
+        count = defined.sum(axis=2)
+        total = np.where(defined, values, 0.0).sum(axis=2)
         return np.where(count > 0, total / np.maximum(count, 1), np.nan).T
-    return found[:, :, 0].T
+    return values[:, :, 0].T
 
 
 def _mean(
     metric: str, structure: str, run: str, values: np.ndarray, owner: np.ndarray, draws: Any
 ) -> dict[str, Any]:
-    known = values[~np.isnan(values)]
+    defined = values[~np.isnan(values)]
     patients = int(owner.max()) + 1
     bounds = interval(*of_patients(values, owner, patients), draws, BOUNDS.get(metric, (0.0, 1.0)))
     return {
         "metric": metric,
         "structure": structure,
         "run": run,
-        "mean": float(known.mean()) if len(known) else None,
+        "mean": float(defined.mean()) if len(defined) else None,
         "ci95": bounds,
-        "n": len(known),
+        "n": len(defined),
     }
 
 
@@ -257,13 +261,13 @@ def _pair(
     }
     if not by_patient:
         return row | {"difference": None, "ci95": None, "p": None, "p_wilcoxon": None}
-    found = paired(list(by_patient.values()))
-    if metric not in NEITHER and found["mean"]:
-        row["better"] = names[(found["mean"] > 0) != (metric in SMALLER_IS_BETTER)]
+    comparison = paired(list(by_patient.values()))
+    if metric not in NEITHER and comparison["mean"]:
+        row["better"] = names[(comparison["mean"] > 0) != (metric in SMALLER_IS_BETTER)]
     return row | {
-        "difference": found["mean"],
-        "ci95": found["ci95"],
-        "p": found["p"],
+        "difference": comparison["mean"],
+        "ci95": comparison["ci95"],
+        "p": comparison["p"],
         "p_wilcoxon": wilcoxon([float(np.mean(values)) for values in by_patient.values()]),
     }
 
@@ -274,19 +278,19 @@ def wilcoxon(differences: Sequence[float]) -> float | None:
 
     if len(differences) < 2:
         return None
-    found = np.round(differences, 12)  # so that equal differences are ties
-    return float(stats.wilcoxon(found).pvalue) if found.any() else 1.0
+    rounded = np.round(differences, 12)  # so that equal differences are ties
+    return float(stats.wilcoxon(rounded).pvalue) if rounded.any() else 1.0
 
 
 def _ranks(metric: str, values: np.ndarray) -> list[float | None]:
     """Mean rank of each run over the columns in which all have a value."""
     from scipy.stats import rankdata
 
-    known = values[:, ~np.isnan(values).any(axis=0)]
-    if not known.shape[1]:
+    defined = values[:, ~np.isnan(values).any(axis=0)]
+    if not defined.shape[1]:
         return [None] * len(values)
     sign = 1.0 if metric in SMALLER_IS_BETTER else -1.0
-    return rankdata(np.round(sign * known, 12), axis=0).mean(axis=1).tolist()
+    return rankdata(np.round(sign * defined, 12), axis=0).mean(axis=1).tolist()
 
 
 def _per_case(
@@ -313,11 +317,15 @@ def _differ_most(
     cases: Sequence[tuple[dict[str, Any], ...]], names: Sequence[str]
 ) -> list[dict[str, Any]]:
     """The cases whose mean Dice the runs disagree on most, most first."""
-    found = []
+    entries = []
     for row in cases:
         dice = [entry["mean_dice"] for entry in row]
-        known = [value for value in dice if value is not None]
-        if len(known) > 1:
-            entry = {"id": row[0]["id"], "group": row[0]["group"], "apart": max(known) - min(known)}
-            found.append(entry | {"mean_dice": dict(zip(names, dice, strict=True))})
-    return sorted(found, key=lambda entry: (-entry["apart"], entry["id"]))[:MOST]
+        defined = [value for value in dice if value is not None]
+        if len(defined) > 1:
+            entry = {
+                "id": row[0]["id"],
+                "group": row[0]["group"],
+                "apart": max(defined) - min(defined),
+            }
+            entries.append(entry | {"mean_dice": dict(zip(names, dice, strict=True))})
+    return sorted(entries, key=lambda entry: (-entry["apart"], entry["id"]))[:MOST]

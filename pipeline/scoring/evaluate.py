@@ -23,9 +23,9 @@ from segfleet.core.ahead import ahead
 from segfleet.core.errors import InputError
 from segfleet.core.files import digest_of, parse_json, read_file
 from segfleet.pipeline.inference.restore import restore
-from segfleet.pipeline.inference.room import near, roomy
+from segfleet.pipeline.inference.room import pinned, roomy
 from segfleet.pipeline.inference.sliding_window import Forward, Window, sliding_window
-from segfleet.pipeline.ranks import Ranks, apart, as_facts, from_facts
+from segfleet.pipeline.ranks import Ranks, apart, error_as_json, error_from_json
 from segfleet.pipeline.scoring.calibration import calibration
 from segfleet.pipeline.scoring.metrics import TOLERANCE, confusion, score_case, tolerance_of
 from segfleet.pipeline.scoring.scored import VERSION
@@ -38,49 +38,49 @@ from segfleet.preprocess.transforms.case_transforms import raw_resample_axis
 Objective = Callable[[Tensor, Tensor], Tensor]  # (logits, label) -> scalar
 
 
-class Kept:
+class CaseJournal:
     """Scores of single cases, line by line in a folder, for an evaluation that is interrupted.
-    Lines of other `facts` do not count."""
+    Lines of another `identity` do not count."""
 
-    def __init__(self, folder: Path, facts: dict[str, Any], rank: int):
+    def __init__(self, folder: Path, identity: dict[str, Any], rank: int):
         self.folder, self.file = folder, folder / f"{rank}.jsonl"
-        self.facts = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def entries(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Those of `ids` that are there, by id. One rank asks, before any keeps one."""
-        found = {}
+        entries = {}
         for path in sorted(self.folder.glob("*.jsonl")):
             for line in _lines(path):
                 with suppress(ValueError, TypeError, KeyError):  # damaged, or its writer was killed
-                    facts, digest, entry = parse_json(line)
-                    if facts == self.facts and digest == digest_of(entry):
-                        found[entry["id"]] = entry
-        return {case_id: found[case_id] for case_id in ids if case_id in found}
+                    identity, digest, entry = parse_json(line)
+                    if identity == self.identity and digest == digest_of(entry):
+                        entries[entry["id"]] = entry
+        return {case_id: entries[case_id] for case_id in ids if case_id in entries}
 
     def keep(self, entry: dict[str, Any]) -> None:
         self.folder.mkdir(exist_ok=True)
         with open(self.file, "a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps([self.facts, digest_of(entry), entry]) + "\n")
+            file.write("\n" + json.dumps([self.identity, digest_of(entry), entry]) + "\n")
 
     def keep_slice(self, case_id: str, z: int, prediction_YX: np.ndarray) -> None:
         """What a picture of the case shows of its prediction, uint8: a few kilobytes."""
         self.folder.mkdir(exist_ok=True)
         packed = base64.b85encode(zlib.compress(prediction_YX.tobytes())).decode()
-        line = json.dumps([self.facts, case_id, z, list(prediction_YX.shape), packed])
+        line = json.dumps([self.identity, case_id, z, list(prediction_YX.shape), packed])
         with open(self.folder / f"{self.file.stem}.slices", "a", encoding="utf-8") as file:
             file.write("\n" + line)
 
     def slices(self, ids: Collection[str]) -> dict[str, tuple[int, np.ndarray]]:
         """Number and prediction (Y, X) of the kept slice, of those of `ids` that have one."""
-        found = {}
+        slices = {}
         for path in sorted(self.folder.glob("*.slices")):
             for line in _lines(path):
                 with suppress(ValueError, TypeError, zlib.error):  # its writer was killed
-                    facts, case_id, z, shape, packed = parse_json(line)
-                    if facts == self.facts and case_id in ids:
+                    identity, case_id, z, shape, packed = parse_json(line)
+                    if identity == self.identity and case_id in ids:
                         data = zlib.decompress(base64.b85decode(packed))
-                        found[case_id] = z, np.frombuffer(data, np.uint8).reshape(shape)
-        return found
+                        slices[case_id] = z, np.frombuffer(data, np.uint8).reshape(shape)
+        return slices
 
     def forget(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -116,14 +116,14 @@ def evaluate_cases(
     *,
     ranks: Ranks | None = None,
     progress: Callable[[int, int], None] | None = None,
-    kept: Kept | None = None,
+    journal: CaseJournal | None = None,
     show: Callable[[str, int, np.ndarray], Any] | None = None,
 ) -> dict[str, Any]:
     """Score `forward` ((B, C, *S) -> probabilities (B, K, *S)) on the cases: {"cases": [...],
     "summary": {...}, "definitions": {...}}.
 
     Every rank scores its share and gets the whole document, which does not depend on the number of
-    ranks. `progress(done, total)` counts this rank's cases. Cases that `kept` has are not scored
+    ranks. `progress(done, total)` counts this rank's cases. Cases that `journal` has are not scored
     again. With an objective, `forward` gives probabilities and then logits (B, 2K, *S).
     `show(id, z, labels_YX)` gets the slice of each of this rank's cases that a picture shows. The
     document is strict JSON: what is not defined is null. If a rank fails, its error is raised on
@@ -135,7 +135,7 @@ def evaluate_cases(
     twice = sorted({i for i in ids if ids.count(i) > 1})
     if twice:
         raise InputError(f"evaluation: the case '{twice[0]}' is asked for twice")
-    before = ranks.share(kept.entries(ids) if kept and ranks.rank == 0 else {})
+    before = ranks.share(journal.entries(ids) if journal and ranks.rank == 0 else {})
     missing = [case_id for case_id in ids if case_id not in before]
     share, scored, error = missing[ranks.rank :: ranks.size], [], None
 
@@ -143,11 +143,11 @@ def evaluate_cases(
         """The entry of a case, and the slice that a picture shows. The probabilities are gone
         afterwards, before the next case asks for their room."""
         case, lost = read.case, {}
-        found = read.probabilities(forward, store, window)
+        maps = read.probabilities(forward, store, window)
         if objective is not None:
-            found, logits = found.chunk(2)
+            maps, logits = maps.chunk(2)
             lost = {"loss": case_loss(objective, logits, read.label_ZYX, flat=window.patch[0] == 1)}
-        label = raw_label(found, store, case, task)
+        label = raw_label(maps, store, case, task)
         scores = score_case(
             label,
             read.truth_ZYX,
@@ -156,11 +156,11 @@ def evaluate_cases(
             distances=distances,
             tolerance=tolerance,
         )
-        stored = task.labels(found).cpu().numpy()
+        stored = task.labels(maps).cpu().numpy()
         for name, counts in confusion(stored, read.label_ZYX, task).items():
             scores[name]["stored_counts"] = list(counts)
         if distances:
-            for name, calibrated in calibration(found, read.label_ZYX, task).items():
+            for name, calibrated in calibration(maps, read.label_ZYX, task).items():
                 scores[name] |= calibrated
         z = busiest_slice(without_ignored(read.label_ZYX, task), stored)
         return _entry(case, scores) | lost, z, stored[z]
@@ -176,23 +176,23 @@ def evaluate_cases(
             for case_id, ready in reading:
                 entry, z, slice_YX = score(ready())
                 scored.append(entry)
-                if kept:
-                    kept.keep_slice(case_id, z, slice_YX)
-                    kept.keep(entry)
+                if journal:
+                    journal.keep_slice(case_id, z, slice_YX)
+                    journal.keep(entry)
                 if show:
                     show(case_id, z, slice_YX)
                 if progress:
                     progress(len(scored), len(share))
     except Exception as caught:
         error = caught
-    answers = ranks.gather((scored, as_facts(error)))
+    answers = ranks.gather((scored, error_as_json(error)))
     if error:
         raise error
     for _, elsewhere in answers:
         if elsewhere:
-            raise from_facts(elsewhere)
-    known = before | {entry["id"]: entry for part, _ in answers for entry in part}
-    cases = [known[case_id] for case_id in ids]
+            raise error_from_json(elsewhere)
+    entries = before | {entry["id"]: entry for part, _ in answers for entry in part}
+    cases = [entries[case_id] for case_id in ids]
     unit = unit_of(store.manifest)
     return {
         "version": VERSION,
@@ -255,7 +255,7 @@ class Read:
         return cls(
             case=case,
             truth_ZYX=truth_of(store, case),
-            image_CZYX=near(stored_image(store, case), device),
+            image_CZYX=pinned(stored_image(store, case), device),
             label_ZYX=store.label(case),
         )
 
@@ -287,11 +287,11 @@ def case_probabilities(
         raise FloatingPointError(f"case '{case.id}': {error}") from None
 
 
-def raw_label(found_KZYX: Tensor, store: ShardStore, case: CaseEntry, task: Task) -> np.ndarray:
+def raw_label(scores_KZYX: Tensor, store: ShardStore, case: CaseEntry, task: Task) -> np.ndarray:
     """(Z, Y, X) uint8 label on the raw grid from probabilities on the stored one."""
     plan = store.manifest.plan
     return restore(
-        found_KZYX,
+        scores_KZYX,
         task,
         crop=case.crop,
         raw_shape=case.raw_shape,

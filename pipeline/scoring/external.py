@@ -46,15 +46,15 @@ def check_store(
 ) -> None:
     """Raises InputError if a run, trained on the data and plan of `trained`, cannot be used on the
     cases of this store: one message."""
-    ours, theirs = (make_task(m.dataset, recipe.model.head) for m in (trained, manifest))
+    own_task, store_task = (make_task(m.dataset, recipe.model.head) for m in (trained, manifest))
     reasons = []
-    if (ours.names, ours.members) != (theirs.names, theirs.members):
+    if (own_task.names, own_task.members) != (store_task.names, store_task.members):
         said = (
             ", ".join(
                 f"{name} {'+'.join(map(str, values))}"
                 for name, values in zip(task.names, task.members, strict=True)
             )
-            for task in (theirs, ours)
+            for task in (store_task, own_task)
         )
         reasons.append("its labels are {}, those of the run {}".format(*said))
     channels = len(manifest.dataset.channels), len(trained.dataset.channels)
@@ -73,14 +73,16 @@ def check_store(
         )
 
 
-def differences(found: Plan, expected: Plan) -> list[str]:
+def differences(actual: Plan, expected: Plan) -> list[str]:
     """What makes the network's input another one."""
     names = [*INPUT, *(["intensity"] if "ct" in expected.normalisation else [])]
     lines = []
     for name in names:
-        here, there = getattr(found, name), getattr(expected, name)
-        if here != there:
-            shown = "of other cases" if name == "intensity" else f"{here}, of the run {there}"
+        value, expected_value = getattr(actual, name), getattr(expected, name)
+        if value != expected_value:
+            shown = (
+                "of other cases" if name == "intensity" else f"{value}, of the run {expected_value}"
+            )
             lines.append(f"{name} {shown}")
     return lines
 

@@ -166,29 +166,31 @@ def score_folds(
         stages = [stage_folders(root, member, manifest) for member in members]
     except InputError:  # of one that cannot be trained so: it has fewer cases than `data.cases`
         return None
-    folders = [one[-1] for one in stages]
+    folders = [fold[-1] for fold in stages]
     if not all(
         scored.is_scored(folder.path, member, manifest)
         for folder, member in zip(folders, members, strict=True)
     ):
         return None
     out = folder_of(root, [folder.path.name for folder in folders])
-    facts = [
+    identity = [
         scored.score_facts(member, manifest, folder.done())
         for folder, member in zip(folders, members, strict=True)
     ]
     before = scored.read_evaluation(out) if (out / scored.EVALUATION).exists() else None
-    if not before or before.get("scored") != {"folds": facts}:
-        _write(out, with_fold(recipe, ALL), stages, facts)
+    if not before or before.get("scored") != {"folds": identity}:
+        _write(out, with_fold(recipe, ALL), stages, identity)
         report(out)
     elif not (out / scored.REPORT).exists():  # killed in between
         report(out)
     return out
 
 
-def _write(out: Path, recipe: Recipe, stages: list[list[StageFolder]], facts: list[dict]) -> None:
+def _write(
+    out: Path, recipe: Recipe, stages: list[list[StageFolder]], identity: list[dict]
+) -> None:
     """`stages`: those of every fold."""
-    folders = [one[-1] for one in stages]
+    folders = [fold[-1] for fold in stages]
     parts = [scored.evaluation_of(folder.path) for folder in folders]
     cases = [{**case, "fold": fold} for fold, part in enumerate(parts) for case in part["cases"]]
     cases.sort(key=lambda case: case["id"])
@@ -211,13 +213,13 @@ def _write(out: Path, recipe: Recipe, stages: list[list[StageFolder]], facts: li
         ],
         "parameters": first.get("parameters"),
         # a pre-training that all folds share was trained once
-        "training": training_of(dict.fromkeys(one.path for fold in stages for one in fold)),
+        "training": training_of(dict.fromkeys(stage.path for fold in stages for stage in fold)),
         "seen_in_training": {
             key: sum((part.get("seen_in_training") or {}).get(key, 0) for part in parts)
             for key in ("cases", "others_of_the_same_patients")
         },
         "selected_on_these_cases": any(part.get("selected_on_these_cases") for part in parts),
-        "scored": {"folds": facts},
+        "scored": {"folds": identity},
     }
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / RECIPE, recipe.model_dump(mode="json"))

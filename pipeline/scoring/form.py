@@ -1,4 +1,4 @@
-"""What an evaluation.json must look like, so that whoever reads one need not doubt it: it may have
+"""What an evaluation.json must look like, so that its readers need not doubt it: it may have
 been written by a hand or by another program."""
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def is_evaluation(document: dict[str, Any], *, whole: bool = True) -> bool:
         if not whole:
             Summary.model_validate(document.get("summary", {}))
             return isinstance(document.get("scored", {}), dict)
-        found = Evaluation.model_validate(document)
+        evaluation = Evaluation.model_validate(document)
     except (ValidationError, RecursionError, OverflowError):
         return False
-    names = set(found.structures)
-    return all(names <= case.scores.keys() for case in found.cases)
+    names = set(evaluation.structures)
+    return all(names <= case.scores.keys() for case in evaluation.cases)

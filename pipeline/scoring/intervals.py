@@ -46,9 +46,9 @@ def interval(
     one; `draws`: of `bootstrap_weights`; `bounds`: what a mean can be at all. None where fewer than
     `FEWEST` patients have a value. The standard error is that of the linearised ratio of sums.
     """
-    known = counts.any(axis=1)
+    defined = counts.any(axis=1)
     counts, sums = counts[:, counts.any(axis=0)], sums[:, counts.any(axis=0)]
-    if draws is None or np.count_nonzero(known) < FEWEST:
+    if draws is None or np.count_nonzero(defined) < FEWEST:
         return None
     means = sums.sum(0) / counts.sum(0)
     centre, residuals = float(means.mean()), sums - means * counts
@@ -58,10 +58,10 @@ def interval(
         off, errors = _errors(draws[start : start + rows].astype(float), residuals, counts)
         usable = errors > 1e-9 * error  # not all of one patient
         deviations.append(off[usable] / errors[usable])
-    found = np.concatenate(deviations)
-    if not error > 0 or not len(found):
+    pooled = np.concatenate(deviations)
+    if not error > 0 or not len(pooled):
         return [centre, centre]
-    low, high = centre - error * np.percentile(found, [97.5, 2.5])
+    low, high = centre - error * np.percentile(pooled, [97.5, 2.5])
     return [float(max(low, bounds[0])), float(min(high, bounds[1]))]
 
 
@@ -84,9 +84,9 @@ def _errors(
 def of_patients(values: np.ndarray, owner: np.ndarray, patients: int) -> tuple[np.ndarray, ...]:
     """(sums, counts) of shape (patients, 1) of values per case, NaN where there is none; `owner`:
     the number of each case's patient."""
-    known = ~np.isnan(values)
-    sums = np.bincount(owner[known], values[known], minlength=patients)
-    counts = np.bincount(owner[known], minlength=patients)
+    defined = ~np.isnan(values)
+    sums = np.bincount(owner[defined], values[defined], minlength=patients)
+    counts = np.bincount(owner[defined], minlength=patients)
     return sums[:, None], counts[:, None].astype(float)
 
 
@@ -101,7 +101,7 @@ def paired(by_patient: Sequence[Sequence[float]]) -> dict[str, Any]:
     mean = float(sums.sum() / counts.sum())
     if len(sums) < 2:
         return {"mean": mean, "ci95": None, "p": None}
-    found = interval(sums[:, None], counts[:, None], bootstrap_weights(len(sums)))
+    ci95 = interval(sums[:, None], counts[:, None], bootstrap_weights(len(sums)))
     test = permutation_test(
         (sums,),
         lambda flipped, axis: np.round(flipped.sum(axis), 12),
@@ -111,16 +111,16 @@ def paired(by_patient: Sequence[Sequence[float]]) -> dict[str, Any]:
         batch=max(1, CHUNK // len(sums)),
         rng=np.random.Generator(np.random.Philox(SEED)),
     )
-    return {"mean": mean, "ci95": found, "p": float(min(test.pvalue, 1.0))}
+    return {"mean": mean, "ci95": ci95, "p": float(min(test.pvalue, 1.0))}
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Holm's step-down correction of a family of p-values, in their order; None stays None and
     counts for nothing."""
-    known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
-    found: list[float | None] = [None] * len(p_values)
+    ordered = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
     highest = 0.0
-    for step, (p, place) in enumerate(known):
-        highest = max(highest, min(1.0, p * (len(known) - step)))
-        found[place] = highest
-    return found
+    for step, (p, place) in enumerate(ordered):
+        highest = max(highest, min(1.0, p * (len(ordered) - step)))
+        corrected[place] = highest
+    return corrected

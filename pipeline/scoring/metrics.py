@@ -82,8 +82,8 @@ def masks(
     `ignored`."""
     table = np.zeros(256, dtype=bool)
     table[list(members)] = True
-    found = table[label]
-    return found if ignored is None else found & ~ignored
+    mask = table[label]
+    return mask if ignored is None else mask & ~ignored
 
 
 def score_case(
@@ -199,13 +199,13 @@ def confusion(
     nowhere."""
     ignored = truth_ZYX == task.ignore_label if task.ignore_label is not None else None
     counted = truth_ZYX.size - (int(np.count_nonzero(ignored)) if ignored is not None else 0)
-    found = {}
+    counts = {}
     for name, group in zip(task.names, task.members, strict=True):
         predicted, true = (masks(x, group, ignored) for x in (prediction_ZYX, truth_ZYX))
         tp = int(np.count_nonzero(predicted & true))
         fp, fn = int(np.count_nonzero(predicted)) - tp, int(np.count_nonzero(true)) - tp
-        found[name] = (tp, fp, fn, counted - tp - fp - fn)
-    return found
+        counts[name] = (tp, fp, fn, counted - tp - fp - fn)
+    return counts
 
 
 def ratio(part: float, whole: float) -> float | None:

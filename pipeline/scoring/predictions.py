@@ -65,19 +65,19 @@ def score_predictions(
     Predictions without a truth are left out and named. Raises InputError, DataError with every file
     that cannot be scored: a prediction on another grid is shown with both geometries.
     """
-    found, missing, unknown = pairs(predictions, truth, partial)
+    matched, missing, unknown = pairs(predictions, truth, partial)
     task = task_for(predictions, truth, labels)
     if task:
         check_tolerance(tolerance, task)
-    one = functools.partial(score_pair, task=task, tolerance=tolerance)
-    weights = [16 * int(np.prod(peek(pair.truth))) for pair in found]
-    names = [pair.id for pair in found]
+    score_one = functools.partial(score_pair, task=task, tolerance=tolerance)
+    weights = [16 * int(np.prod(peek(pair.truth))) for pair in matched]
+    names = [pair.id for pair in matched]
     answers: dict[int, dict[str, Any] | Problem] = {}
-    for index, answer in run(one, found, weights=weights, names=names, workers=workers):
+    for index, answer in run(score_one, matched, weights=weights, names=names, workers=workers):
         answers[index] = answer
         if progress:
-            progress(len(answers), len(found))
-    ordered = [answers[index] for index in range(len(found))]
+            progress(len(answers), len(matched))
+    ordered = [answers[index] for index in range(len(matched))]
     if problems := [answer for answer in ordered if isinstance(answer, Problem)]:
         raise DataError(str(predictions), problems)
     cases = [answer for answer in ordered if isinstance(answer, dict)]
@@ -110,49 +110,49 @@ def score_predictions(
 def pairs(predictions: Path, truth: Path, partial: bool) -> tuple[list[Pair], list[str], list[str]]:
     """The cases in natural order, those of the truth without a prediction, and predictions without
     a truth. Raises InputError."""
-    ours, theirs = label_files(predictions, "predictions"), label_files(truth, "truth")
-    both = sorted(ours.keys() & theirs.keys(), key=natural)
-    missing = sorted(theirs.keys() - ours.keys(), key=natural)
-    unknown = sorted(ours.keys() - theirs.keys(), key=natural)
+    predicted, labelled = label_files(predictions, "predictions"), label_files(truth, "truth")
+    both = sorted(predicted.keys() & labelled.keys(), key=natural)
+    missing = sorted(labelled.keys() - predicted.keys(), key=natural)
+    unknown = sorted(predicted.keys() - labelled.keys(), key=natural)
     if not both:
         raise InputError(
             f"score: no file of {predictions} has the name of one in {truth}: found "
-            f"{few(sorted(ours))}; expected {few(sorted(theirs))}"
+            f"{few(sorted(predicted))}; expected {few(sorted(labelled))}"
         )
     if missing and not partial:
         raise InputError(
-            f"score: {len(missing)} of {len(theirs)} cases in {truth} have no prediction in "
+            f"score: {len(missing)} of {len(labelled)} cases in {truth} have no prediction in "
             f"{predictions}: {few(missing)}. Predict them, or leave them out by --partial"
         )
-    found = [Pair(id=case, prediction=ours[case], truth=theirs[case]) for case in both]
-    return found, missing, unknown
+    matched = [Pair(id=case, prediction=predicted[case], truth=labelled[case]) for case in both]
+    return matched, missing, unknown
 
 
 def label_files(folder: Path, what: str) -> dict[str, Path]:
     """Stem -> file. Raises InputError for a folder that holds none, or two of one stem."""
     if not folder.is_dir():
         raise InputError(f"score: {what}: {folder} is not a folder")
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for path in visible(folder):
         if path.name.lower().endswith((*ENDINGS, *OTHERS)) and is_regular(path):
             name = path.stem if path.suffix.lower() in OTHERS else stem(path)
             name = name[:-4] if name.lower().endswith(".seg") else name
-            if name in found:
+            if name in files:
                 raise InputError(
-                    f"score: {what}: {found[name].name} and {path.name} in {folder} are both the "
+                    f"score: {what}: {files[name].name} and {path.name} in {folder} are both the "
                     f"case '{name}'; keep one"
                 )
-            found[name] = path
-    if not found:
+            files[name] = path
+    if not files:
         raise InputError(
             f"score: {what}: {folder} holds no label files; expected one per case, ending in one "
             f"of: {', '.join((*ENDINGS, *OTHERS))}"
         )
-    return found
+    return files
 
 
 def task_for(predictions: Path, truth: Path, labels: Mapping[str, int] | None) -> Task | None:
-    """What the label values mean; None: nobody declares them, so masks are black and white. Raises
+    """What the label values mean; None: they are not declared, so masks are black and white. Raises
     InputError."""
     if labels:
         return _plain_task({"background": 0, **labels})
@@ -181,8 +181,8 @@ def described(folder: Path) -> Task | None:
         if isinstance(labels, dict) and labels and all(str(key).isdecimal() for key in labels):
             return _plain_task({str(name): number(v, "labels", file) for v, name in labels.items()})
         if isinstance(labels, dict):
-            facts = {"channel_names": {"0": "image"}, **document}
-            return _task_of(dataset_of(facts, file, name="", dims=3, ending=""))
+            completed = {"channel_names": {"0": "image"}, **document}
+            return _task_of(dataset_of(completed, file, name="", dims=3, ending=""))
     declared = declared_labels(folder / DESCRIPTIONS[1])
     return _plain_task(declared) if declared else None
 
@@ -207,7 +207,7 @@ def parse_labels(text: str | None) -> dict[str, int] | None:
     """{"liver": 1} of "liver=1,tumour=2". Raises InputError."""
     if text is None:
         return None
-    found: dict[str, int] = {}
+    labels: dict[str, int] = {}
     for part in text.split(","):
         name, _, value = (piece.strip() for piece in part.partition("="))
         if not name or not value.isdecimal() or not 0 < int(value) < 256:
@@ -215,10 +215,10 @@ def parse_labels(text: str | None) -> dict[str, int] | None:
                 f"labels: found '{part.strip()}', expected name=value with a value from 1 to 255, "
                 "as in liver=1,tumour=2"
             )
-        found[name] = int(value)
-    if len(set(found.values())) < len(found) or len(found) < text.count(",") + 1:
+        labels[name] = int(value)
+    if len(set(labels.values())) < len(labels) or len(labels) < text.count(",") + 1:
         raise InputError(f"labels: found '{text}', expected different names and values")
-    return found
+    return labels
 
 
 def score_pair(
@@ -243,8 +243,8 @@ def score_pair(
             expected=f"{_grid(grid)} as the truth {pair.truth.name}",
             mend="Write predictions on the grid of their images; nothing is resampled here.",
         )
-    known = task or FOREGROUND
-    scores = score_case(prediction, truth, spacing=grid.spacing, task=known, tolerance=tolerance)
+    used = task or FOREGROUND
+    scores = score_case(prediction, truth, spacing=grid.spacing, task=used, tolerance=tolerance)
     dice = [s["dice"] for s in scores.values() if s["dice"] is not None]
     return {
         "id": pair.id,
@@ -269,13 +269,13 @@ def _read(path: Path, task: Task | None, *, whole: bool) -> tuple[np.ndarray, Ge
     legal = {0, *(v for group in (task or FOREGROUND).members for v in group)}
     if task:
         legal |= set(task.values) | ({task.ignore_label} if task.ignore_label and whole else set())
-    found = {float(value) for value in np.unique(label)}
-    white = len(found | {0.0}) == 2 or path.name.lower().endswith(LOSSY)
-    if not found <= legal and len(legal) == 2 and white:  # one structure, painted white
+    values = {float(value) for value in np.unique(label)}
+    white = len(values | {0.0}) == 2 or path.name.lower().endswith(LOSSY)
+    if not values <= legal and len(legal) == 2 and white:  # one structure, painted white
         label = label != 0 if path.suffix.lower() in OTHERS else read_mask(path)[0]
-        label, found = label.astype(np.uint8) * max(legal), legal
-    if not found <= legal:
-        shown = ", ".join(f"{value:g}" for value in sorted(found - legal)[:8])
+        label, values = label.astype(np.uint8) * max(legal), legal
+    if not values <= legal:
+        shown = ", ".join(f"{value:g}" for value in sorted(values - legal)[:8])
         raise ImageError(
             path,
             "label values",
@@ -323,8 +323,8 @@ def patients(truth: Path, ids: Sequence[str], dims: int) -> dict[str, str]:
 
 def few(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
-    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
-    return ", ".join(names[:FEW]) + more
+    rest = f" and {len(names) - FEW} more" if len(names) > FEW else ""
+    return ", ".join(names[:FEW]) + rest
 
 
 def write_scores(out: Path, document: dict[str, Any]) -> Path:

@@ -37,7 +37,7 @@ from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.run import LOCK, StageFolder, lock_stage
 from segfleet.pipeline.scoring import scored
-from segfleet.pipeline.scoring.evaluate import Kept, Measures, evaluate_cases
+from segfleet.pipeline.scoring.evaluate import CaseJournal, Measures, evaluate_cases
 from segfleet.pipeline.scoring.external import TestSet, overlap_with_training
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.pipeline.task import RECONSTRUCT, Task
@@ -67,10 +67,10 @@ def forward_of(
                 memory_format=torch.channels_last if image.ndim == 4 else torch.channels_last_3d
             )
         with autocast(recipe.engine.precision, device):
-            found = model(image)
-        found = found[0] if isinstance(found, list | tuple) else found
-        scores = task.scores(found)
-        return torch.cat([scores, found.float()], 1) if logits else scores
+            output = model(image)
+        output = output[0] if isinstance(output, list | tuple) else output
+        scores = task.scores(output)
+        return torch.cat([scores, output.float()], 1) if logits else scores
 
     return forward
 
@@ -123,7 +123,7 @@ def with_weights(
 
 
 def nothing(*_: Any) -> None:
-    """For whoever wants no pictures and no report."""
+    """Where no pictures and no report are wanted."""
 
 
 @contextmanager
@@ -184,20 +184,20 @@ class Scorer:
                 ),
             )
         self._note(None)
-        found = [one for part in self.ranks.gather(slices) for one in part]
+        gathered = [entry for part in self.ranks.gather(slices) for entry in part]
         structures = document["summary"]["structures"]
         pooled = [s["pooled"]["pooled_at_stored_size"].get("iou") for s in structures.values()]
-        known = [iou for iou in pooled if iou is not None]
+        defined = [iou for iou in pooled if iou is not None]
         return {
             "dice": document["summary"]["mean_foreground_dice"],
             **{f"dice_{name}": scores["dice"]["mean"] for name, scores in structures.items()},
-            "iou_pooled": sum(known) / len(known) if known else None,
+            "iou_pooled": sum(defined) / len(defined) if defined else None,
             "loss": sum(case["loss"] for case in document["cases"]) / len(document["cases"]),
             "pictures": {
                 f"validation/{case}": self.picture(
                     self.store, case, z, np.asarray(label, np.uint8), task
                 )
-                for case, z, label in (found if self.ranks.rank == 0 else ())
+                for case, z, label in (gathered if self.ranks.rank == 0 else ())
             },
         }
 
@@ -227,12 +227,12 @@ class Scorer:
     def _score(self, folders: list[StageFolder]) -> None:
         manifest, ids = self.store.manifest, self._ids()
         network = load_network(self.recipe, manifest, folders, self.ranks.device)
-        facts = scored.score_facts(self.recipe, manifest, folders[-1].done())
+        identity = scored.score_facts(self.recipe, manifest, folders[-1].done())
         self._evaluate(
             folders[-1].path,
             network,
             ids,
-            facts,
+            identity,
             lambda: {
                 "split": self.recipe.data.split,
                 "fold": self.recipe.data.fold,
@@ -257,7 +257,7 @@ class Scorer:
             out = run / scored.EXTERNAL / test.folder(self.store.manifest)
             out.mkdir(parents=True, exist_ok=True)
             done, manifest = folders[-1].done(), self.store.manifest
-            facts = scored.test_facts(run, self.recipe, manifest, done, test)
+            identity = scored.test_facts(run, self.recipe, manifest, done, test)
             extras = {
                 "name": f"{self.recipe.name} on {self.store.manifest.dataset.name}",
                 "split": test.split or "all cases",
@@ -265,7 +265,7 @@ class Scorer:
                 **overlap_with_training(self.recipe, self.store.manifest, ids),
             }
             window = replace(self._window(), patch=patch_of(self.recipe, trained))
-            self._evaluate(out, network, ids, facts, lambda: extras, window)
+            self._evaluate(out, network, ids, identity, lambda: extras, window)
         return out
 
     def _evaluate(
@@ -273,14 +273,16 @@ class Scorer:
         out: Path,
         network: tuple[nn.Module, Task, str],
         ids: list[str],
-        facts: dict[str, Any],
+        identity: dict[str, Any],
         extras: Callable[[], dict[str, Any]],
         window: Window,
     ) -> None:
-        """evaluation.json, pictures and report of the cases into `out`, vouched for by `facts`."""
+        """evaluation.json, pictures and report of the cases into `out`, with their `identity`."""
         model, task, name = network
         forward = forward_of(model, task, self.recipe, self.ranks.device)
-        kept = Kept(out / CASES, facts | {"versions": checkpoint.versions()}, self.ranks.rank)
+        journal = CaseJournal(
+            out / CASES, identity | {"versions": checkpoint.versions()}, self.ranks.rank
+        )
         with self._memory():
             document = evaluate_cases(
                 forward,
@@ -291,23 +293,23 @@ class Scorer:
                 Measures(pool=self.recipe.data.batch, tolerance=self.recipe.evaluation.tolerance),
                 ranks=self.ranks,
                 progress=functools.partial(self._tell, "scoring"),
-                kept=kept,
+                journal=journal,
             )
         if self.ranks.rank == 0:
             document |= {
                 "checkpoint": name,
                 "parameters": registry.count_parameters(model),
                 "versions": checkpoint.versions(),
-                "scored": facts,
+                "scored": identity,
                 **extras(),
             }
             self._note({"phase": REPORTING, "done": 0, "total": 2})
-            self.draw(out, document, self.store, task, kept.slices)
+            self.draw(out, document, self.store, task, journal.slices)
             self._note({"phase": REPORTING, "done": 1, "total": 2})
             scored.write_evaluation(out, document)
             self.report(out)
             self._note(None)
-            kept.forget()
+            journal.forget()
         self.ranks.barrier()
 
     def _selected(self, folder: StageFolder, name: str) -> bool:
@@ -350,7 +352,7 @@ class Scorer:
         return out_of_memory.named(self.ranks.device, words)
 
     def _tell(self, phase: str, done: int, total: int) -> None:
-        """Progress of rank 0's cases for whoever watches, and the moment at which a stop is
+        """Progress of rank 0's cases for the log, and the moment at which a stop is
         obeyed."""
         self._note({"phase": phase, "done": done, "total": total})
         if self.stop.asked() and (phase == "scoring" or done < total):

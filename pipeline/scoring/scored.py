@@ -91,9 +91,9 @@ def own_evaluation(
     if done is None:
         raise InputError(f"evaluation: {run} is not finished; train it first")
     folder = run / EXTERNAL / test.folder(manifest) if test else run
-    facts = test_facts(run, recipe, manifest, done, test) if test else None
+    identity = test_facts(run, recipe, manifest, done, test) if test else None
     document = evaluation_of(folder)
-    if document.get("scored") != (facts or score_facts(recipe, manifest, done)):
+    if document.get("scored") != (identity or score_facts(recipe, manifest, done)):
         raise InputError(
             f"evaluation: {folder / EVALUATION} was replaced by another evaluation meanwhile; run "
             "the same command again"
@@ -105,8 +105,8 @@ def test_facts(
     run: Path, recipe: Recipe, manifest: Manifest, done: dict[str, Any], test: TestSet
 ) -> dict[str, Any]:
     """Everything that decides the score of a run on a test set, as `score_facts`."""
-    facts = score_facts(recipe, manifest, done, test.ids(manifest))
-    return facts | {"run": run.name, "split": test.split, "fold": test.fold}
+    identity = score_facts(recipe, manifest, done, test.ids(manifest))
+    return identity | {"run": run.name, "split": test.split, "fold": test.fold}
 
 
 def read_evaluation(run: Path, *, whole: bool = False) -> dict[str, Any] | None:
@@ -134,11 +134,11 @@ def is_scored(run: Path, recipe: Recipe, manifest: Manifest) -> bool:
         return True  # there is nothing to score
     path = Path(run) / EVALUATION
     try:
-        facts = path.stat()
-        known = _known(str(path), facts.st_ino, facts.st_mtime_ns)
+        status = path.stat()
+        recorded = _known(str(path), status.st_ino, status.st_mtime_ns)
     except FileNotFoundError:
         return False
-    return known is not None and known == json.dumps(
+    return recorded is not None and recorded == json.dumps(
         score_facts(recipe, manifest, done), sort_keys=True
     )
 
@@ -149,19 +149,21 @@ def seen_in_training(ids: Sequence[str], recipe: Recipe, manifest: Manifest) -> 
     patient = {case: group or case for case, group in manifest.cases.columns("id", "group")}
     trained: set[str] = set()
     manifests = manifests_of(recipe, manifest)
-    own_stores = [one for _, own, _ in stages_of(recipe, manifests) for one in members(own)]
+    own_stores = [
+        settings for _, own, _ in stages_of(recipe, manifests) for settings in members(own)
+    ]
     for own in own_stores:
         stored = manifests(own)
-        known = set(training_ids(own, stored))
+        trained_ids = set(training_ids(own, stored))
         if stored.id != manifest.id:  # another store: the same images, whatever they are called
             images = dict(stored.cases.columns("id", "image_sha256"))
-            same = {images[case] for case in known if case in images} - {""}
-            known = {
+            same = {images[case] for case in trained_ids if case in images} - {""}
+            trained_ids = {
                 case
                 for case, image in manifest.cases.columns("id", "image_sha256")
                 if image in same
             }
-        trained |= known
+        trained |= trained_ids
     patients = {patient.get(case, case) for case in trained}
     others = [case for case in ids if case not in trained and patient.get(case, case) in patients]
     return {"cases": len(trained & set(ids)), "others_of_the_same_patients": len(others)}
@@ -170,30 +172,34 @@ def seen_in_training(ids: Sequence[str], recipe: Recipe, manifest: Manifest) -> 
 def optimism(document: dict[str, Any]) -> list[str]:
     """Sentences on why the scores of an evaluation.json are better than those of new patients would
     be."""
-    seen, total, found = document.get("seen_in_training") or {}, len(document.get("cases", ())), []
+    seen, total, sentences = (
+        document.get("seen_in_training") or {},
+        len(document.get("cases", ())),
+        [],
+    )
     if count := seen.get("cases"):
-        found.append(
+        sentences.append(
             f"{count} of the {total} scored cases are training cases: the scores are optimistic."
         )
     if count := seen.get("others_of_the_same_patients"):
-        found.append(
+        sentences.append(
             f"{count} of the {total} scored cases are of patients with training cases: the scores "
             "are optimistic."
         )
     if document.get("selected_on_these_cases"):
-        found.append(
+        sentences.append(
             "The checkpoint was chosen by its score on the very cases that are scored here: the "
             "scores are optimistic."
         )
-    return found
+    return sentences
 
 
 @functools.lru_cache(maxsize=4096)
 def _known(path: str, inode: int, changed: int) -> str | None:
     """What an evaluation.json says it was taken of; the file is replaced as a whole, so inode and
-    time tell its versions apart."""
-    facts = (read_evaluation(Path(path).parent) or {}).get("scored")
-    return json.dumps(facts, sort_keys=True) if facts else None
+    time distinguish its versions."""
+    identity = (read_evaluation(Path(path).parent) or {}).get("scored")
+    return json.dumps(identity, sort_keys=True) if identity else None
 
 
 @functools.lru_cache(maxsize=64)

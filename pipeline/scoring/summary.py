@@ -72,16 +72,22 @@ BATCH_SMOOTH = 1e-5  # of the batch-pooled IoU and Dice, as UNeXt's code has it
 
 def definitions(unit: str = "mm") -> dict[str, str]:
     """One sentence for every name that an evaluation document uses; `unit` as by `unit_of`."""
-    found = {**METRICS, **SUMMARY, **{f"variant {name}": text for name, text in VARIANTS.items()}}
+    sentences = {
+        **METRICS,
+        **SUMMARY,
+        **{f"variant {name}": text for name, text in VARIANTS.items()},
+    }
     if unit != "mm":  # spacing 1 by convention: distances and volumes are counts
-        found = {name: text.replace(" in mm", f" in {unit}") for name, text in found.items()}
+        sentences = {
+            name: text.replace(" in mm", f" in {unit}") for name, text in sentences.items()
+        }
         unknown = f"in thousands of {unit}: the files know no spacing, and 1 mm stands for it."
-        found |= {
+        sentences |= {
             "volume_error_ml": f"Predicted minus true size of one case {unknown}",
             "truth_ml": f"True size of one case {unknown}",
             "predicted_ml": f"Predicted size of one case {unknown}",
         }
-    return found
+    return sentences
 
 
 def unit_of(manifest: Manifest) -> str:
@@ -134,11 +140,11 @@ def _structure(
     empty_prediction = [s["predicted_voxels"] == 0 for s in scores]
     result: dict[str, Any] = {}
     for metric in METRICS:
-        values, found = _values(scores, metric), None
+        values, ci95 = _values(scores, metric), None
         if draws is not None:
             per_patient = of_patients(values, owner, draws.shape[1])
-            found = interval(*per_patient, draws, BOUNDS.get(metric, (0.0, 1.0)))
-        result[metric] = {**_describe(values), "ci95": found}
+            ci95 = interval(*per_patient, draws, BOUNDS.get(metric, (0.0, 1.0)))
+        result[metric] = {**_describe(values), "ci95": ci95}
     result["counts"] = {
         "cases": len(scores),
         "empty_truth": sum(empty_truth),
@@ -152,15 +158,15 @@ def _structure(
 
 
 def _describe(values: np.ndarray) -> dict[str, Any]:
-    found = values[~np.isnan(values)]
-    if not len(found):
+    defined = values[~np.isnan(values)]
+    if not len(defined):
         return {"mean": None, "sd": None, "median": None, "n": 0}
-    sd = float(found.std(ddof=1)) if len(found) > 1 else None
+    sd = float(defined.std(ddof=1)) if len(defined) > 1 else None
     return {
-        "mean": float(found.mean()),
+        "mean": float(defined.mean()),
         "sd": sd,
-        "median": float(np.median(found)),
-        "n": len(found),
+        "median": float(np.median(defined)),
+        "n": len(defined),
     }
 
 
@@ -174,10 +180,10 @@ def _counts(scores: list[dict]) -> tuple[np.ndarray, np.ndarray | None]:
     known."""
     raw = [[s["tp"], s["fp"], s["fn"], s["tn"]] for s in scores]
     stored = [s.get("stored_counts") for s in scores]
-    known = all(counts is not None for counts in stored)
+    complete = all(counts is not None for counts in stored)
     return (
         np.array(raw, dtype=np.int64).reshape(-1, 4),
-        np.array(stored, dtype=np.int64).reshape(-1, 4) if known else None,
+        np.array(stored, dtype=np.int64).reshape(-1, 4) if complete else None,
     )
 
 
@@ -185,17 +191,17 @@ def _pooled(scores: list[dict], pool: int | None) -> dict[str, dict[str, float |
     """What papers read off one confusion matrix, per way of pooling; {} per way that is not
     known."""
     raw, stored = _counts(scores)
-    found: dict[str, dict[str, float | None]] = {}
-    found["pooled"] = _matrix(raw)
-    found["pooled_at_stored_size"] = {} if stored is None else _matrix(stored)
-    found["pooled_per_batch"] = {}
+    pooled: dict[str, dict[str, float | None]] = {}
+    pooled["pooled"] = _matrix(raw)
+    pooled["pooled_at_stored_size"] = {} if stored is None else _matrix(stored)
+    pooled["pooled_per_batch"] = {}
     if stored is not None and pool and len(stored):
         iou, sizes = _batch_iou(stored, pool), _batch_sizes(len(stored), pool)
-        found["pooled_per_batch"] = {
+        pooled["pooled_per_batch"] = {
             "iou": float(np.average(iou, weights=sizes)),
             "dice": float(np.average(2 * iou / (1 + iou), weights=sizes)),
         }
-    return found
+    return pooled
 
 
 def _matrix(counts: np.ndarray) -> dict[str, float | None]:
@@ -244,5 +250,5 @@ def _dice(tp: int, fp: int, fn: int) -> float | None:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return float(np.mean(known)) if known else None
+    defined = [v for v in values if v is not None]
+    return float(np.mean(defined)) if defined else None

@@ -37,14 +37,14 @@ def surface_scores(
     steps = np.asarray(spacing, dtype=float)[real]
     there, back = distances_between(outline(a), outline(b), steps)
     both = np.concatenate([there, back])
-    found: dict[str, float | None] = {
+    scores: dict[str, float | None] = {
         "hd95": float(np.percentile(both, 95)),
         "hd95_max": float(max(np.percentile(there, 95), np.percentile(back, 95))),
         "assd": float(both.mean()),
         "masd": float((there.mean() + back.mean()) / 2),
     }
     if len(real) == 1:  # a line of voxels has end points without an area
-        return found | {"hd95_area": None, "nsd": None}
+        return scores | {"hd95_area": None, "nsd": None}
     codes_a, codes_b = surface_elements(a), surface_elements(b)
     full = 2 ** (2**a.ndim) - 1
     border_a, border_b = ((codes != 0) & (codes != full) for codes in (codes_a, codes_b))
@@ -52,7 +52,7 @@ def surface_scores(
     areas = element_areas(tuple(steps))
     of_a, of_b = areas[codes_a[border_a]], areas[codes_b[border_b]]
     within = of_a[there <= tolerance].sum() + of_b[back <= tolerance].sum()
-    return found | {
+    return scores | {
         "hd95_area": max(_weighted_95th(there, of_a), _weighted_95th(back, of_b)),
         "nsd": float(within / (of_a.sum() + of_b.sum())),
     }
@@ -106,12 +106,12 @@ def distances_between(
 
 def _nearest(a: np.ndarray, b: np.ndarray, spacing: np.ndarray) -> np.ndarray:
     shared = b[a]  # where both surfaces run together there is nothing to look for
-    found = np.zeros(len(shared))
+    distances = np.zeros(len(shared))
     if not shared.all():
         points = np.argwhere(b) * spacing
         tree = cKDTree(points, balanced_tree=False, compact_nodes=False)
-        found[~shared] = tree.query((np.argwhere(a)[~shared]) * spacing)[0]
-    return found
+        distances[~shared] = tree.query((np.argwhere(a)[~shared]) * spacing)[0]
+    return distances
 
 
 def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:

@@ -40,7 +40,7 @@ def find_best(
     """{"candidates": best first, "best": runs of the best, "cases", "warning"} of recipes, each the
     networks of its folds. Scores are over the cases that every recipe scored. Raises InputError for
     recipes of other structures or channels, unscored runs, or without a common case."""
-    check_together([one for networks in configurations for one in networks])
+    check_together([network for networks in configurations for network in networks])
     scored = [_scores(networks) for networks in configurations]
     common = set.intersection(*(set(cases) for cases in scored))
     if not common:
@@ -70,22 +70,22 @@ def find_best(
 
 def _scores(networks: Sequence[Trained]) -> dict[str, dict[str, Any]]:
     """{case: its entry} of the evaluations of a recipe's runs."""
-    found: dict[str, dict[str, Any]] = {}
-    for one in networks:
-        document = evaluation_of(one.run)
+    entries: dict[str, dict[str, Any]] = {}
+    for network in networks:
+        document = evaluation_of(network.run)
         if (document.get("seen_in_training") or {}).get("cases"):
             raise InputError(
-                f"best: {one.uid} was scored on cases it was trained on (split "
-                f"{one.recipe.data.split}); choose runs of a split with validation cases"
+                f"best: {network.uid} was scored on cases it was trained on (split "
+                f"{network.recipe.data.split}); choose runs of a split with validation cases"
             )
         for case in document["cases"]:
-            if case["id"] in found:
+            if case["id"] in entries:
                 raise InputError(
-                    f"best: two runs of {one.recipe.name} score the case '{case['id']}'; choose "
-                    "runs whose folds do not share validation cases"
+                    f"best: two runs of {network.recipe.name} score the case '{case['id']}'; "
+                    "choose runs whose folds do not share validation cases"
                 )
-            found[case["id"]] = case
-    return found
+            entries[case["id"]] = case
+    return entries
 
 
 def _candidate(
@@ -98,11 +98,11 @@ def _candidate(
     summary = summarise(chosen, names)
     return {
         "recipes": [networks[0].recipe.name for networks in recipes],
-        "runs": [one.uid for networks in recipes for one in networks],
+        "runs": [network.uid for networks in recipes for network in networks],
         "mean_foreground_dice": summary["mean_foreground_dice"],
         "mean_foreground_dice_ci95": summary["mean_foreground_dice_ci95"],
         "structures": {
-            name: found["dice"]["mean"] for name, found in summary["structures"].items()
+            name: scores["dice"]["mean"] for name, scores in summary["structures"].items()
         },
     }
 
@@ -113,11 +113,11 @@ def _pair(
     """The entries of an ensemble's cases; kept beside the score over all folds, so that they are
     predicted once."""
     root = root_of(networks[0].run, networks[0].recipe)
-    path = folder_of(root, [one.uid for one in networks]) / PAIR
-    facts = made_on(networks)
-    kept = read_json(path) or {}
-    if kept.get("made_on") == facts and common <= set(kept["cases"]):
-        return kept["cases"]
+    path = folder_of(root, [network.uid for network in networks]) / PAIR
+    made = made_on(networks)
+    recorded = read_json(path) or {}
+    if recorded.get("made_on") == made and common <= set(recorded["cases"]):
+        return recorded["cases"]
     model = Model(networks, device)
     model.check()
 
@@ -134,8 +134,8 @@ def _pair(
             f"best: the case '{lonely.id}' is validated by one of the recipes alone: their folds "
             "differ; train the same split with both"
         )
-    found = {entry["id"]: entry for entry in predictions(model, cases, score, Ranks())}
-    document = {"made_on": facts, "cases": found}
+    by_id = {entry["id"]: entry for entry in predictions(model, cases, score, Ranks())}
+    document = {"made_on": made, "cases": by_id}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, document)
-    return found
+    return by_id

@@ -1,4 +1,4 @@
-"""Runs that somebody else trained: weights and how to prepare images become a run's folder, as if
+"""Runs that were trained elsewhere: weights and how to prepare images become a run's folder, as if
 a stage of no steps had ended there."""
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def import_nnunet(folder: Path, root: Path, name: str = CHECKPOINT) -> list[Path
             f"import: {folder} holds no fold_N/{name}; give nnU-Net's model folder, with "
             "plans.json, dataset.json and fold_0, fold_1, ... in it"
         )
-    facts = {fold: _facts(path) for fold, path in checkpoints.items()}
-    names = {fact["configuration"] for fact in facts.values()}
+    by_fold = {fold: _facts(path) for fold, path in checkpoints.items()}
+    names = {stored["configuration"] for stored in by_fold.values()}
     if len(names) > 1:
         raise InputError(f"import: {folder}: folds of different configurations: {sorted(names)}")
     configuration = names.pop()
@@ -135,7 +135,7 @@ def import_nnunet(folder: Path, root: Path, name: str = CHECKPOINT) -> list[Path
     network, options = network_of(settings, folder)
     runs = []
     for fold, path in checkpoints.items():
-        mirror = facts[fold]["inference_allowed_mirroring_axes"] or ()
+        mirror = by_fold[fold]["inference_allowed_mirroring_axes"] or ()
         recipe = parse(
             {
                 "name": f"{dataset.name}-{configuration}-fold{fold}",
@@ -234,8 +234,8 @@ def network_of(settings: dict[str, Any], folder: Path) -> tuple[str, dict[str, A
         "conv_per_decoder": given["n_conv_per_stage_decoder"],
     }
     blocks = "n_blocks_per_stage" if kind == "ResidualEncoderUNet" else "n_conv_per_stage"
-    ours = "blocks_per_stage" if kind == "ResidualEncoderUNet" else "conv_per_stage"
-    return NETWORKS[kind], options | {ours: given[blocks]}
+    option = "blocks_per_stage" if kind == "ResidualEncoderUNet" else "conv_per_stage"
+    return NETWORKS[kind], options | {option: given[blocks]}
 
 
 def _each(value: Any) -> Any:
@@ -244,29 +244,30 @@ def _each(value: Any) -> Any:
 
 def _settings(plans: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
     """A configuration with what it inherits. Raises InputError."""
-    known = plans.get("configurations", {})
-    if name not in known:
+    configurations = plans.get("configurations", {})
+    if name not in configurations:
         raise InputError(
-            f"import: {folder}: configuration: found '{name}', expected one of: {', '.join(known)}"
+            f"import: {folder}: configuration: found '{name}', expected one of: "
+            f"{', '.join(configurations)}"
         )
-    found = known[name]
-    if parent := found.get("inherits_from"):
-        found = _settings(plans, parent, folder) | found
-    if found.get("previous_stage"):
+    settings = configurations[name]
+    if parent := settings.get("inherits_from"):
+        settings = _settings(plans, parent, folder) | settings
+    if settings.get("previous_stage"):
         raise InputError(
             f"import: {folder}: '{name}' is the second stage of a cascade, which takes another "
             "network's labels; only single networks can be imported"
         )
-    return found
+    return settings
 
 
 def _facts(path: Path) -> dict[str, Any]:
     """What a checkpoint says beside its weights."""
-    found = read_torch(path)
+    checkpoint = read_torch(path)
     try:
         return {
-            "configuration": str(found["init_args"]["configuration"]),
-            "inference_allowed_mirroring_axes": found.get("inference_allowed_mirroring_axes"),
+            "configuration": str(checkpoint["init_args"]["configuration"]),
+            "inference_allowed_mirroring_axes": checkpoint.get("inference_allowed_mirroring_axes"),
         }
     except (KeyError, TypeError):
         raise InputError(f"import: {path} is no checkpoint of nnU-Net v2: no init_args") from None

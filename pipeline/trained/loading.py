@@ -31,8 +31,8 @@ def open_model(paths: Sequence[Path], device: torch.device | str = "cpu") -> Mod
     networks, decision = [], None
     for path in paths:
         if is_modelfile(path):
-            found, decision = read_model(path)
-            networks += found
+            trained, decision = read_model(path)
+            networks += trained
         else:
             networks.append(trained_run(path))
     if len(paths) > 1 or not is_modelfile(paths[0]):
@@ -55,7 +55,7 @@ def load_run(
     finished.
     """
     several = [path] if isinstance(path, str | Path) else list(path)
-    found = [one for text in several for one in find_models(str(text), Path(runs), fold)]
-    model = open_model(found, device)
+    paths = [run for text in several for run in find_models(str(text), Path(runs), fold)]
+    model = open_model(paths, device)
     model.check()
     return model

@@ -99,10 +99,10 @@ def check_together(networks: Sequence[Trained]) -> None:
     first = networks[0]
     for other in networks[1:]:
         for what, of in (
-            ("channels", lambda one: list(one.manifest.dataset.channels)),
-            ("labels", lambda one: one.manifest.dataset.labels),
-            ("regions", lambda one: one.manifest.dataset.regions),
-            ("model.head", lambda one: one.task.head),
+            ("channels", lambda network: list(network.manifest.dataset.channels)),
+            ("labels", lambda network: network.manifest.dataset.labels),
+            ("regions", lambda network: network.manifest.dataset.regions),
+            ("model.head", lambda network: network.task.head),
         ):
             if of(first) != of(other):
                 raise InputError(
@@ -122,13 +122,15 @@ class Model:
         device: torch.device | str = "cpu",
         postprocessing: dict[str, Any] | None = None,
     ):
-        self.networks = sorted({one.uid: one for one in networks}.values(), key=lambda n: n.uid)
+        self.networks = sorted(
+            {network.uid: network for network in networks}.values(), key=lambda n: n.uid
+        )
         check_together(self.networks)
         self.device = torch.device(device)
         self.postprocessing = postprocessing  # what was decided on cases not trained on
         self._loaded: dict[str, tuple[Trained, nn.Module, Forward]] = {}
         resident = RESIDENT.get(self.device.type, RESIDENT["cpu"])
-        self._stays = sum(one.size for one in self.networks) <= resident
+        self._stays = sum(network.size for network in self.networks) <= resident
 
     @property
     def dataset(self) -> Dataset:
@@ -143,66 +145,69 @@ class Model:
     def made_by(self) -> str:
         """Uids, then checkpoints: what predictions are known by."""
         uids, checkpoints = (
-            "+".join(getattr(one, name) for one in self.networks) for name in ("uid", "checkpoint")
+            "+".join(getattr(network, name) for network in self.networks)
+            for name in ("uid", "checkpoint")
         )
         return f"{uids} {checkpoints}"
 
     def check(self) -> None:
         """Raises InputError or CheckpointError if any network's weights are damaged."""
-        for one in self.networks:
-            one.check()
+        for network in self.networks:
+            network.check()
 
     def check_stores(self, inputs: Sequence[str | Path]) -> None:
         """Raises InputError if a store among the inputs was not preprocessed as a network's
         training data were."""
         for path in map(Path, inputs):
             if (path / NAME).is_file():
-                for one in self.networks:
-                    check_store(one.recipe, one.manifest, load_manifest(path), "predict")
+                for network in self.networks:
+                    check_store(network.recipe, network.manifest, load_manifest(path), "predict")
 
     def members(self) -> list[Member]:
         """The networks as `predict_files` takes them."""
-        return [self.member(one) for one in self.networks]
+        return [self.member(network) for network in self.networks]
 
-    def member(self, one: Trained) -> Member:
-        options = one.recipe.evaluation
+    def member(self, trained: Trained) -> Member:
+        options = trained.recipe.evaluation
         return Member(
-            forward=lambda: self._forward(one),
-            plan=one.manifest.plan,
-            task=one.task,
-            patch=patch_of(one.recipe, one.manifest),
+            forward=lambda: self._forward(trained),
+            plan=trained.manifest.plan,
+            task=trained.task,
+            patch=patch_of(trained.recipe, trained.manifest),
             overlap=options.overlap,
             mirror_axes=options.mirror,
             batch=options.batch,
-            name=f"{one.recipe.model.name} in {one.recipe.engine.precision}",
+            name=f"{trained.recipe.model.name} in {trained.recipe.engine.precision}",
         )
 
-    def _forward(self, one: Trained) -> Forward:
+    def _forward(self, trained: Trained) -> Forward:
         """The network's forward pass. Few small networks stay loaded; else it takes the place of
         the one before, its very memory if they are built alike: what is given back and taken again
         comes out in pieces, and the next network does not fit between them."""
-        if one.uid not in self._loaded:
-            network = None if self._stays else self._instead(one)
+        if trained.uid not in self._loaded:
+            network = None if self._stays else self._instead(trained)
             if network is None:
-                network = self.network(one)
-            forward = forward_of(network, one.task, one.recipe, self.device)
-            self._loaded[one.uid] = (one, network, forward)
-        return self._loaded[one.uid][2]
+                network = self.network(trained)
+            forward = forward_of(network, trained.task, trained.recipe, self.device)
+            self._loaded[trained.uid] = (trained, network, forward)
+        return self._loaded[trained.uid][2]
 
-    def _instead(self, one: Trained) -> nn.Module | None:
+    def _instead(self, trained: Trained) -> nn.Module | None:
         """The network that was loaded, with the weights of this one; None if more differs."""
         if not self._loaded:
             return None
         _, (before, network, _) = self._loaded.popitem()
-        if before.built_of != one.built_of:
+        if before.built_of != trained.built_of:
             return None
-        load_weights(network, one.read(), one.uid)
+        load_weights(network, trained.read(), trained.uid)
         return network
 
-    def network(self, one: Trained) -> nn.Module:
+    def network(self, trained: Trained) -> nn.Module:
         """The network itself, with its weights, in eval mode on the model's device. Raises
         CheckpointError if they do not fit."""
-        return with_weights(one.recipe, one.manifest, one.read(), one.uid, self.device)
+        return with_weights(
+            trained.recipe, trained.manifest, trained.read(), trained.uid, self.device
+        )
 
     def rules(self, text: str | None) -> dict[str, Rule] | None:
         """What is taken out of labels, from `auto`, `largest` or `min-size=N`. Raises
@@ -255,7 +260,7 @@ class Model:
             self.members(), np.ascontiguousarray(array), geometry, "array", "array", self.device
         )
         keep = (
-            np.zeros((len(maps[0].found_KZYX), *array.shape[1:]), np.float16)
+            np.zeros((len(maps[0].scores_KZYX), *array.shape[1:]), np.float16)
             if probabilities
             else None
         )

@@ -74,20 +74,22 @@ def _fill(model: Model, folder: Path, card: str) -> None:
     from safetensors.torch import save_file
 
     networks = []
-    for one in model.networks:
+    for trained in model.networks:
         alone = len(model.networks) == 1
-        name = "model.safetensors" if alone else f"model-{one.uid}.safetensors"
-        needed = set(model.network(one).state_dict())
-        tensors = {key: value.contiguous() for key, value in one.read().items() if key in needed}
+        name = "model.safetensors" if alone else f"model-{trained.uid}.safetensors"
+        needed = set(model.network(trained).state_dict())
+        tensors = {
+            key: value.contiguous() for key, value in trained.read().items() if key in needed
+        }
         save_file(tensors, folder / name, metadata={"format": "pt"})
         networks.append(
             {
-                "uid": one.uid,
-                "checkpoint": one.checkpoint,
+                "uid": trained.uid,
+                "checkpoint": trained.checkpoint,
                 "weights": name,
                 **file_facts(folder / name),
-                "recipe": portable(one.recipe),
-                "data": one.manifest.outline(),
+                "recipe": portable(trained.recipe),
+                "data": trained.manifest.outline(),
             }
         )
     document = {
@@ -140,7 +142,7 @@ def read_model(path: Path) -> tuple[list[Trained], dict[str, Any] | None]:
     path = Path(path).resolve()
     document = _config(path)
     try:
-        networks = [_network(path, one) for one in document["networks"]]
+        networks = [_network(path, entry) for entry in document["networks"]]
         if not networks:
             raise ValueError("it holds no network")
         decision = document.get("postprocessing")
@@ -183,23 +185,23 @@ def _config(path: Path) -> dict[str, Any]:
     return document
 
 
-def _network(path: Path, one: dict[str, Any]) -> Trained:
-    name, size = one["weights"], one["bytes"]
+def _network(path: Path, entry: dict[str, Any]) -> Trained:
+    name, size = entry["weights"], entry["bytes"]
     if not (isinstance(name, str) and WEIGHTS.fullmatch(name)):
         raise ValueError(
             f"weights: found {name!r}, expected model.safetensors or model-UID.safetensors"
         )
-    if not re.fullmatch(r"[0-9A-Za-z_-]{1,64}", str(one["uid"])):
-        raise ValueError(f"uid: found {one['uid']!r}")
+    if not re.fullmatch(r"[0-9A-Za-z_-]{1,64}", str(entry["uid"])):
+        raise ValueError(f"uid: found {entry['uid']!r}")
     _check_size(path, name, size)
     return Trained(
-        uid=one["uid"],
-        checkpoint=str(one["checkpoint"]),
-        recipe=parse(one["recipe"], "recipe"),
-        manifest=Manifest.model_validate(one["data"]),
+        uid=entry["uid"],
+        checkpoint=str(entry["checkpoint"]),
+        recipe=parse(entry["recipe"], "recipe"),
+        manifest=Manifest.model_validate(entry["data"]),
         size=size,
-        check=lambda: _tensors(path, name, size, str(one["sha256"])),
-        read=lambda: _tensors(path, name, size, str(one["sha256"])),
+        check=lambda: _tensors(path, name, size, str(entry["sha256"])),
+        read=lambda: _tensors(path, name, size, str(entry["sha256"])),
     )
 
 
@@ -222,9 +224,9 @@ def _check_size(path: Path, name: str, size: Any) -> None:
     if not isinstance(size, int) or size < 0:
         raise ValueError(f"bytes of {name}: found {size!r}")
     with _opened(path, name) as file:
-        found = file.seek(0, os.SEEK_END) if path.is_dir() else _entry(path, name).file_size
-    if found != size:
-        raise _damaged(path, f"{name} has {found} bytes, expected {size}")
+        actual = file.seek(0, os.SEEK_END) if path.is_dir() else _entry(path, name).file_size
+    if actual != size:
+        raise _damaged(path, f"{name} has {actual} bytes, expected {size}")
 
 
 def _entry(path: Path, name: str) -> zipfile.ZipInfo:

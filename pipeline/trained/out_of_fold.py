@@ -22,8 +22,8 @@ from segfleet.core.files import digest_of, read_json, write_json
 from segfleet.pipeline.inference.ensemble import Member, Stored, predict_maps
 from segfleet.pipeline.inference.postprocess import LARGEST, Rule, clean, rules_of
 from segfleet.pipeline.inference.restore import combine
-from segfleet.pipeline.inference.room import near, roomy
-from segfleet.pipeline.ranks import Ranks, as_facts, from_facts
+from segfleet.pipeline.inference.room import pinned, roomy
+from segfleet.pipeline.ranks import Ranks, error_as_json, error_from_json
 from segfleet.pipeline.run import root_of
 from segfleet.pipeline.scoring.evaluate import stored_image, truth_of
 from segfleet.pipeline.scoring.folds import folder_of
@@ -50,22 +50,22 @@ def cases_of(networks: Sequence[Trained]) -> list[Case]:
     """All cases that any of the networks validates on, with those networks; in an order in which
     each network is loaded about once. Raises InputError if a store is gone or another one now, or
     if the stores hold other images under the same names."""
-    stores = {one.uid: _store_of(one) for one in networks}
-    found: dict[str, list[Trained]] = {}
-    for one in networks:
-        manifest = stores[one.uid].manifest
-        trained = set(manifest.fold(one.recipe.data.split, one.recipe.data.fold)["train"])
-        for case in scored_ids(one.recipe, manifest):
+    stores = {network.uid: _store_of(network) for network in networks}
+    by_case: dict[str, list[Trained]] = {}
+    for network in networks:
+        manifest = stores[network.uid].manifest
+        trained = set(manifest.fold(network.recipe.data.split, network.recipe.data.fold)["train"])
+        for case in scored_ids(network.recipe, manifest):
             if case not in trained:
-                found.setdefault(case, []).append(one)
+                by_case.setdefault(case, []).append(network)
     cases = [
-        Case(id=case, networks=tuple(own), stores=tuple(stores[one.uid] for one in own))
-        for case, own in found.items()
+        Case(id=case, networks=tuple(own), stores=tuple(stores[network.uid] for network in own))
+        for case, own in by_case.items()
     ]
     if not cases:
         raise InputError(
-            f"out of fold: {' and '.join(one.uid for one in networks)} validate on no case that "
-            "they were not trained on"
+            f"out of fold: {' and '.join(network.uid for network in networks)} validate on no case "
+            "that they were not trained on"
         )
     for case in cases:
         grids = {store.manifest.case(case.id).raw_shape for store in case.stores}
@@ -74,15 +74,15 @@ def cases_of(networks: Sequence[Trained]) -> list[Case]:
                 f"out of fold: case '{case.id}' has another grid in another store: "
                 f"{' and '.join(map(str, sorted(grids)))}; the runs are of other data"
             )
-    return sorted(cases, key=lambda case: ([one.uid for one in case.networks], case.id))
+    return sorted(cases, key=lambda case: ([network.uid for network in case.networks], case.id))
 
 
-def _store_of(one: Trained) -> ShardStore:
-    store = open_store(one.recipe.data.store)
-    if store.manifest.id != one.manifest.id:
+def _store_of(network: Trained) -> ShardStore:
+    store = open_store(network.recipe.data.store)
+    if store.manifest.id != network.manifest.id:
         raise InputError(
-            f"out of fold: {one.recipe.data.store} is not the store that {one.uid} was trained on; "
-            "evaluate the run with its own store"
+            f"out of fold: {network.recipe.data.store} is not the store that {network.uid} was "
+            "trained on; evaluate the run with its own store"
         )
     return store
 
@@ -97,7 +97,7 @@ def predictions(
     """`score(case, label, truth)` of every case's label on the raw grid, in the order of `cases`,
     shared out among the ranks; an error of one is raised on all."""
     share = range(ranks.rank, len(cases), ranks.size)
-    found, error = {}, None
+    scores, error = {}, None
     reading = ahead(
         lambda index: Read.of(cases[index], model.device),
         share,
@@ -108,17 +108,19 @@ def predictions(
         with closing(reading):
             for index, ready in reading:
                 read = ready()
-                found[index] = score(read.case, _predict(model, read), read.truth_ZYX)
+                scores[index] = score(read.case, _predict(model, read), read.truth_ZYX)
                 del read
                 if progress:
-                    progress(len(found), len(share))
+                    progress(len(scores), len(share))
     except Exception as caught:
         error = caught
-    answers = ranks.gather((list(found.items()), as_facts(error)))
-    for failure in (error, *(from_facts(elsewhere) for _, elsewhere in answers)):
+    answers = ranks.gather((list(scores.items()), error_as_json(error)))
+    for failure in (error, *(error_from_json(elsewhere) for _, elsewhere in answers)):
         if failure:
             raise failure
-    return [one for _, one in sorted((pair for part, _ in answers for pair in part), key=_first)]
+    return [
+        entry for _, entry in sorted((pair for part, _ in answers for pair in part), key=_first)
+    ]
 
 
 def _first(pair: tuple[int, Any]) -> int:
@@ -139,7 +141,7 @@ class Read:
         store = case.stores[0]
         entry = store.manifest.case(case.id)
         first = _stored(store, case.id)
-        first = replace(first, image_CZYX=near(first.image_CZYX, device))
+        first = replace(first, image_CZYX=pinned(first.image_CZYX, device))
         return cls(case=case, truth_ZYX=truth_of(store, entry), first=first)
 
 
@@ -156,7 +158,7 @@ def _stored(store: ShardStore, case_id: str) -> Stored:
 def _predict(model: Model, read: Read) -> np.ndarray:
     """(Z, Y, X) label on the raw grid: the mean of the case's networks."""
     case = read.case
-    members = [model.member(one) for one in case.networks]
+    members = [model.member(network) for network in case.networks]
     store_of = dict(zip(map(id, members), case.stores, strict=True))
 
     def stored(member: Member) -> Stored:
@@ -173,7 +175,7 @@ def _predict(model: Model, read: Read) -> np.ndarray:
 def decision_file(networks: Sequence[Trained]) -> Path | None:
     """Where the decision on runs' post-processing is kept: in the run's folder, or that of all
     folds together. None for what is no run."""
-    runs = [one.run for one in networks]
+    runs = [network.run for network in networks]
     if None in runs or not runs:
         return None
     if len(runs) == 1:
@@ -184,15 +186,19 @@ def decision_file(networks: Sequence[Trained]) -> Path | None:
 def read_decision(networks: Sequence[Trained]) -> dict[str, Any] | None:
     """The decision, if one was made on the networks as they are."""
     path = decision_file(networks)
-    found = read_json(path) if path else None
-    return found if found and found.get("made_on") == made_on(networks) else None
+    decision = read_json(path) if path else None
+    return decision if decision and decision.get("made_on") == made_on(networks) else None
 
 
 def made_on(networks: Sequence[Trained]) -> list[list[Any]]:
     """Networks, checkpoints and how they are used: what a decision holds for."""
     return sorted(
-        [one.uid, one.checkpoint, digest_of(one.recipe.evaluation.model_dump(mode="json"))]
-        for one in networks
+        [
+            network.uid,
+            network.checkpoint,
+            digest_of(network.recipe.evaluation.model_dump(mode="json")),
+        ]
+        for network in networks
     )
 
 
@@ -242,8 +248,8 @@ def decide(model: Model, ranks: Ranks, progress: Progress | None = None) -> dict
     return {
         "rules": {
             name: LARGEST.text
-            for name, found in structures.items()
-            if found["difference"] > 0 and found["ci95"] and found["ci95"][0] >= 0
+            for name, comparison in structures.items()
+            if comparison["difference"] > 0 and comparison["ci95"] and comparison["ci95"][0] >= 0
         },
         "structures": structures,
         "made_on": made_on(model.networks),
@@ -264,12 +270,12 @@ def compared(
     by_patient: dict[str, list[float]] = {}
     for group, value in zip(groups, difference, strict=True):
         by_patient.setdefault(group, []).append(float(value))
-    found = paired([by_patient[group] for group in sorted(by_patient)])
+    comparison = paired([by_patient[group] for group in sorted(by_patient)])
     return {
         "cases": len(difference),
         "changed": int(np.count_nonzero(difference)),
         "before": float(np.mean(before)),
         "after": float(np.mean(after)),
-        "difference": found["mean"],
-        "ci95": found["ci95"],
+        "difference": comparison["mean"],
+        "ci95": comparison["ci95"],
     }

@@ -61,7 +61,7 @@ def refused(tiny_recipe, monkeypatch, capsys):
         assert "Traceback" not in said
         return said
 
-    before = {number: signal.getsignal(number) for number in local.HEARD}
+    before = {number: signal.getsignal(number) for number in local.STOP_SIGNALS}
     yield run
     for number, handler in before.items():  # the rank in this process took them
         signal.signal(number, handler)

@@ -91,7 +91,7 @@ def window(free: int, device: torch.device | str = CUDA) -> dict[str, Any]:
         with crossings:
             crop = tuple((0, size) for size in RAW)
             restored = combine(
-                [Map(found_KZYX=found, task=TASK, crop=crop, anisotropic_axis=1)], RAW
+                [Map(scores_KZYX=found, task=TASK, crop=crop, anisotropic_axis=1)], RAW
             )
         labels, crossings.found = crossings.found, []
         with crossings:

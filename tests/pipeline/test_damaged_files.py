@@ -20,7 +20,7 @@ from segfleet.pipeline.reports import status
 from segfleet.pipeline.reports.status import score
 from segfleet.pipeline.run import DONE, StageFolder, find_run, open_run, stage_folders
 from segfleet.pipeline.scoring import scored
-from segfleet.pipeline.scoring.evaluate import Kept
+from segfleet.pipeline.scoring.evaluate import CaseJournal
 from segfleet.pipeline.scoring.score import Scorer
 from segfleet.preprocess.files.names import write_names
 from segfleet.slurm.submission import read_job, submissions
@@ -169,7 +169,7 @@ def test_a_damaged_recipe_of_one_run_does_not_hide_the_others(tmp_path, capsys):
 
 
 def test_a_changed_score_of_a_case_is_scored_again(tmp_path):
-    kept = Kept(tmp_path / "scored", {"store": "a"}, 0)
+    kept = CaseJournal(tmp_path / "scored", {"store": "a"}, 0)
     kept.keep({"id": "one", "mean_dice": 0.25})
     kept.keep({"id": "two", "mean_dice": 0.75})
     path: Path = kept.file

@@ -172,7 +172,7 @@ def test_no_two_networks_and_no_two_maps_are_there_at_once(tmp_path):
     mapped = [
         line for line in Path("/proc/self/maps").read_text().splitlines() if "deleted" in line
     ]
-    address = maps[0].found_KZYX.data_ptr()
+    address = maps[0].scores_KZYX.data_ptr()
     of_file = [line for line in mapped if str(tmp_path) in line]
     assert any(
         int(start, 16) <= address < int(stop, 16)
@@ -190,8 +190,8 @@ def test_maps_of_other_boxes_meet_on_the_raw_grid():
     part = torch.zeros(3, 2, 2, 2)
     part[2] = 1.0
     maps = [
-        Map(found_KZYX=whole, task=TASK, crop=((0, 2), (0, 2), (0, 4))),
-        Map(found_KZYX=part, task=TASK, crop=((0, 2), (0, 2), (1, 3))),
+        Map(scores_KZYX=whole, task=TASK, crop=((0, 2), (0, 2), (0, 4))),
+        Map(scores_KZYX=part, task=TASK, crop=((0, 2), (0, 2), (1, 3))),
     ]
     keep = np.zeros((3, 2, 2, 4), np.float16)
     label = combine(maps, (2, 2, 4), keep)

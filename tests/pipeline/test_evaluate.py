@@ -21,7 +21,7 @@ from segfleet.pipeline.reports.overlays import (
     draw_overlay,
     save_overlays,
 )
-from segfleet.pipeline.scoring.evaluate import Kept, Measures, evaluate_cases, truth_of
+from segfleet.pipeline.scoring.evaluate import CaseJournal, Measures, evaluate_cases, truth_of
 from segfleet.pipeline.task import make_task
 from segfleet.preprocess.building.build import build
 from segfleet.preprocess.building.request import BuildRequest
@@ -263,8 +263,8 @@ def test_overlays_show_best_median_and_worst(stores, name, tmp_path):
     store, _ = stores[name]
     task = make_task(store.manifest.dataset)
     forward, ids = threshold(task.channels), [case.id for case in store.manifest.cases]
-    kept = Kept(tmp_path / "kept", {}, 0)
-    document = evaluate_cases(forward, store, ids, task, window(store), kept=kept)
+    kept = CaseJournal(tmp_path / "kept", {}, 0)
+    document = evaluate_cases(forward, store, ids, task, window(store), journal=kept)
     index = save_overlays(
         tmp_path,
         document,

@@ -118,7 +118,7 @@ def test_a_prediction_is_vouched_for_only_when_it_is_there(tmp_path):
     geometry = Geometry(shape=(4, 8, 8), affine=identity)
     write_label(image, np.zeros((4, 8, 8), np.uint8), geometry)
     (one,) = collect([image], 1, "")
-    inputs.claim(root, [one], "run")
+    inputs.prepare_folder(root, [one], "run")
     facts = {"image": one.content(), "made_by": "run"}
     with crash.Recorder(root) as recorder:
         for value in (1, 2):

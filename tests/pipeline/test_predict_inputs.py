@@ -15,7 +15,7 @@ from segfleet.core.errors import InputError
 from segfleet.core.parallel import Apart
 from segfleet.core.partial import temporary_name
 from segfleet.pipeline.inference.collect import collect
-from segfleet.pipeline.inference.inputs import NOTES, Input, claim
+from segfleet.pipeline.inference.inputs import NOTES, Input, prepare_folder
 from segfleet.preprocess.files.images import ImageError
 from segfleet.preprocess.phantoms.phantom import PHANTOMS
 from segfleet.preprocess.readers.base import Layout, open_reader
@@ -126,7 +126,7 @@ def test_what_a_killed_prediction_left_goes_with_the_next_one(tmp_path):
     images.mkdir()
     Image.fromarray(np.ones((8, 8), np.uint8)).save(images / "a.png")
     found = collect([images], 1)
-    claim(out, found, "run")
+    prepare_folder(out, found, "run")
     (out / NOTES).mkdir()
     gone = subprocess.Popen(["true"])
     gone.wait()
@@ -136,5 +136,5 @@ def test_what_a_killed_prediction_left_goes_with_the_next_one(tmp_path):
             name = temporary_name(path).name
             left.append(path.with_name(name.replace(f"-{os.getpid()}-", f"-{number}-")))
             left[-1].write_text("half")
-    claim(out, found, "run")
+    prepare_folder(out, found, "run")
     assert [path.exists() for path in left] == [False, False, True, True]

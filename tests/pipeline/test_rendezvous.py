@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from segfleet.core.errors import InputError
 from segfleet.pipeline.launch import rendezvous
-from segfleet.pipeline.ranks import as_facts, from_facts
+from segfleet.pipeline.ranks import error_as_json, error_from_json
 from segfleet.pipeline.stop import Interrupted
 
 
@@ -123,10 +123,10 @@ def test_what_is_sealed_opens_with_the_same_token_alone(size):
 def test_an_error_reaches_other_ranks_as_what_it_was(error):
     import json
 
-    facts = json.loads(json.dumps(as_facts(error)))
-    found = from_facts(facts)
+    facts = json.loads(json.dumps(error_as_json(error)))
+    found = error_from_json(facts)
     if isinstance(error, KeyError):
         assert type(found) is RuntimeError and "KeyError: 'k'" in str(found)
     else:
         assert type(found) is type(error) and str(found) == str(error)
-    assert as_facts(None) is None and from_facts(None) is None
+    assert error_as_json(None) is None and error_from_json(None) is None

@@ -18,7 +18,7 @@ from segfleet.pipeline.reports.curves import MOST, broken, curve, running_mean, 
 from segfleet.pipeline.reports.html import TEMPLATES, Cell, environment
 from segfleet.pipeline.reports.overlays import save_overlays
 from segfleet.pipeline.reports.report import write_report
-from segfleet.pipeline.scoring.evaluate import Kept, evaluate_cases
+from segfleet.pipeline.scoring.evaluate import CaseJournal, evaluate_cases
 from segfleet.pipeline.task import make_task
 from segfleet.preprocess.building.build import build
 from segfleet.preprocess.building.request import BuildRequest
@@ -81,9 +81,9 @@ def finished(tmp_path_factory):
     (leaf.parent / "events.jsonl").write_text(events(1000, 1.7e9, 3e-4))
     # cut off by a kill
     (leaf / "events.jsonl").write_text(events(200, 1.7e9 + 2000, 1e-4) + '{"event": "step", "st')
-    kept = Kept(root / "kept", {}, 0)
+    kept = CaseJournal(root / "kept", {}, 0)
     document = evaluate_cases(
-        forward, store, [case.id for case in store.manifest.cases], task, window, kept=kept
+        forward, store, [case.id for case in store.manifest.cases], task, window, journal=kept
     )
     document |= {
         "checkpoint": "step-000000200",
