@@ -163,17 +163,17 @@ def partitions(of: str | None = None) -> dict[str, Partition]:
     }
 
 
-def chosen(spec: JobSpec, known: Mapping[str, Partition]) -> list[Partition]:
+def chosen(spec: JobSpec, by_name: Mapping[str, Partition]) -> list[Partition]:
     """The partitions a job may run in. Raises InputError."""
     names = (
         spec.partition.split(",")
         if spec.partition
-        else [part.name for part in known.values() if part.default]
+        else [part.name for part in by_name.values() if part.default]
     )
-    if not names or (unknown := [name for name in names if name not in known]):
+    if not names or (unknown := [name for name in names if name not in by_name]):
         fault = f"found '{unknown[0]}'" if names else "missing, and the cluster has no default"
-        raise InputError(f"partition: {fault}; expected one of: {', '.join(known)}")
-    return [known[name] for name in names]
+        raise InputError(f"partition: {fault}; expected one of: {', '.join(by_name)}")
+    return [by_name[name] for name in names]
 
 
 def settled(spec: JobSpec) -> JobSpec:

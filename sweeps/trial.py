@@ -149,7 +149,7 @@ def continue_from(trunk: Path, path: Path, steps: int) -> None:
     if (done := StageFolder(path=trunk, index=0).done()) is None:
         return  # damaged: the stage is trained from its own beginning
     name = done["checkpoint"]
-    best = {f"step-{kept['step']:08d}" for kept in done["best"].values()} - {name}
+    best = {f"step-{checkpoint['step']:08d}" for checkpoint in done["best"].values()} - {name}
     present = {checkpoint.name for checkpoint in checkpoints.glob("step-*")}
     if present - best:  # the best ones come first: alone, they were left by a kill
         return

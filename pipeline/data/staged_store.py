@@ -32,7 +32,7 @@ def on_node(
             )
     if maker and maker.error:
         raise maker.error
-    with copy.kept() as root:
+    with copy.in_use() as root:
         local = open_store(root) if copy.whole() else store
         try:
             yield local

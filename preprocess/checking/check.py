@@ -202,20 +202,20 @@ def check_case(reader: RawReader, dataset: Dataset, samples: int, ref: CaseRef) 
     kinds = normalisation(dataset)
     measured = statistics(case, kinds, dataset.ignore_label, samples, labelled=reader.labelled)
     measured |= {"source_sha256": digest.hexdigest(), "image_sha256": _pixels(image)}
-    found = CaseFacts(
+    checked = CaseFacts(
         **identity,
         **measured,
         white=grid.file.white,
         warnings=tuple(warnings),
         thumbnail=thumbnail(image) if dataset.dims == 2 and "rgb_to_0_1" in kinds else "",
     )
-    if found.foreground(dataset.ignore_label) or reader.may_be_empty(ref):
-        return found
+    if checked.foreground(dataset.ignore_label) or reader.may_be_empty(ref):
+        return checked
     mend = "Nothing to do if the case is really empty: it is kept."
     warning = Problem(
         case=ref.id, field="label", found="no foreground voxel", expected="usually some", mend=mend
     )
-    return found.model_copy(update={"warnings": (*warnings, warning)})
+    return checked.model_copy(update={"warnings": (*warnings, warning)})
 
 
 def _died(root: Path, ref: CaseRef, cause: str) -> CaseFacts:

@@ -236,14 +236,14 @@ def _slice(path: Path, d: Any, frame: int | None, places: Sequence[Any]) -> Slic
     def numbers(group: str, key: str, count: int) -> np.ndarray:
         value = find(group, key)
         try:
-            found = np.array([float(v) for v in value], np.float64)
+            parsed = np.array([float(v) for v in value], np.float64)
         except (TypeError, ValueError):
-            found = np.empty(0)
-        if len(found) != count or not np.isfinite(found).all():
+            parsed = np.empty(0)
+        if len(parsed) != count or not np.isfinite(parsed).all():
             found, expected = f"{value} in {path.name}", f"{count} numbers"
             mend = "A series without places is no volume: export it again."
             raise ImageError(path, key, found, expected, mend)
-        return found
+        return parsed
 
     turn = numbers("PlaneOrientationSequence", "ImageOrientationPatient", 6).reshape(2, 3)
     pixel = numbers("PixelMeasuresSequence", "PixelSpacing", 2)

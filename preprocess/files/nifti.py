@@ -213,8 +213,8 @@ def _grid(header: Any, shape: tuple[int, int, int], dims: int, path: Path) -> Ge
         warnings.append(("affine", f"{found} in {path.name}", "90 degrees", mend))
     spacing = tuple(zooms if agree or dims < 3 and said else (float(s) for s in sizes))
     rows = tuple(tuple(float(v) for v in row) for row in affine)
-    facts = FileFacts(warnings=tuple(warnings), header=bytes(header.binaryblock), dims=min(dims, 3))
-    return Geometry(shape=shape, spacing=spacing[::-1], affine=rows, file=facts)
+    file = FileFacts(warnings=tuple(warnings), header=bytes(header.binaryblock), dims=min(dims, 3))
+    return Geometry(shape=shape, spacing=spacing[::-1], affine=rows, file=file)
 
 
 def _sform(header: Any, scale: float) -> np.ndarray | None:

@@ -102,8 +102,8 @@ def read_seg(
             _paint(label[place], where, values.get(name, number), name or str(number), path)
     rows = tuple(tuple(float(v) for v in row) for row in LPS @ affine)
     spacing = tuple(float(v) for v in np.linalg.norm(affine[:3, :3], axis=0))
-    facts = FileFacts(lies="anywhere")
-    return label, Geometry(shape=shape, spacing=spacing[::-1], affine=rows, file=facts)
+    file = FileFacts(lies="anywhere")
+    return label, Geometry(shape=shape, spacing=spacing[::-1], affine=rows, file=file)
 
 
 def read_rtstruct(

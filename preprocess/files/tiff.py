@@ -52,8 +52,8 @@ def read_tiff(data: bytes, path: Path, label: bool) -> tuple[np.ndarray, Geometr
         array = _meaning(array, page, path, label)
         orientation = page.tags.valueof("Orientation", 1)
     array = colours.upright(array, orientation)
-    facts = FileFacts(dims=2 if array.shape[1] == 1 else 3)
-    return array, Geometry(shape=array.shape[1:], spacing=_spacing(path), file=facts)
+    file = FileFacts(dims=2 if array.shape[1] == 1 else 3)
+    return array, Geometry(shape=array.shape[1:], spacing=_spacing(path), file=file)
 
 
 def peek_tiff(path: Path) -> tuple[int, int, int, int]:

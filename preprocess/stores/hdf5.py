@@ -61,7 +61,7 @@ class Shard:
         self.owners: dict[str, str] = {}
         self.arrays: dict[tuple[str, str], tuple[tuple[int, ...], PackedArray]] = {}
 
-    def facts(self, key: str, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    def shape_and_dtype(self, key: str, name: str) -> tuple[tuple[int, ...], np.dtype]:
         shape, array = self._array(key, name)
         return shape, array.dtype
 

@@ -24,7 +24,7 @@ BLOCK = 2**15  # voxels converted at a time: they stay in the cache between the 
 class OpenShard(Protocol):
     """One published shard, open for reading."""
 
-    def facts(self, key: str, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    def shape_and_dtype(self, key: str, name: str) -> tuple[tuple[int, ...], np.dtype]:
         """Shape and stored dtype of array `name` (image | label | truth) of case `key`. Raises
         DamagedShard if there is none."""
         ...
@@ -122,7 +122,7 @@ class ShardReader:
         where = f"store: case '{case.id}': shard {case.shard}"
         try:
             shard = self.handles.get(path, self.open_shard)
-            shape, dtype = shard.facts(case.key, name)
+            shape, dtype = shard.shape_and_dtype(case.key, name)
             if shard.owner(case.key) != case.sha256:
                 raise DamagedShard("it holds the data of another case or of another store")
             expected = case.raw_shape if name == "truth" else case.shape

@@ -126,7 +126,7 @@ class LocalCopy:
             return True
 
     @contextmanager
-    def kept(self) -> Iterator[Path]:
+    def in_use(self) -> Iterator[Path]:
         """The copy's folder; a copy that is there when this begins is not removed meanwhile."""
         used = self.place / f"{self.key}.used"
         with Lock(used, shared=True) as lock:

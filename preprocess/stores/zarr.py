@@ -44,7 +44,7 @@ class Shard:
         except (KeyError, TypeError, AttributeError) as error:
             raise DamagedShard(f"zarr.json: {type(error).__name__} {error}") from None
 
-    def facts(self, key: str, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    def shape_and_dtype(self, key: str, name: str) -> tuple[tuple[int, ...], np.dtype]:
         array = self._array(name)
         return (*array.lead, *self._place(key, name)[1:]), array.dtype
 

@@ -64,16 +64,16 @@ def axes_of(where: str, section: dict[str, Any], kind: type[BaseModel]) -> Itera
         if isinstance(value, dict) and inner and not is_kind:
             yield from axes_of(f"{where}.{key}", value, inner)
         elif isinstance(value, dict) and key in recipes.NAMED and not is_kind:
-            for name, one in value.items():
-                if isinstance(one, dict | list):
-                    yield axis_of(f"{where}.{key}.{name}", one)
+            for name, setting in value.items():
+                if isinstance(setting, dict | list):
+                    yield axis_of(f"{where}.{key}.{name}", setting)
         elif (
             isinstance(value, dict)
             and (key != "options" or {*value} & {*KINDS})
             or isinstance(value, list)
             and (
                 not (field and settings.takes_list(field.annotation))
-                or any(isinstance(one, list) for one in value)
+                or any(isinstance(setting, list) for setting in value)
             )
         ):
             yield axis_of(f"{where}.{key}", value)

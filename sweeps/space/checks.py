@@ -68,7 +68,7 @@ def _places(search: Search, axis: Axis) -> Iterator[Point]:
     for other in others:
         yield from ({**first, other.label: value} for value in other.values[1:TRIED])
     for _ in range(DRAWN if others else 0):
-        yield {one.label: one.draw(draws) for one in search.axes}
+        yield {tried.label: tried.draw(draws) for tried in search.axes}
 
 
 def _differ(search: Search, point: Point, axis: Axis, manifests: Manifests) -> bool:

@@ -139,14 +139,16 @@ def parse_constraint(text: str, where: str) -> Constraint:
     return Constraint(objective=parse_objective(parts[1], where), relation=parts[2], bound=bound)
 
 
-def check_structures(objectives: Sequence[Objective], known: Collection[str], where: str) -> None:
+def check_structures(
+    objectives: Sequence[Objective], structures: Collection[str], where: str
+) -> None:
     """Raises InputError for a structure that the data set does not have."""
     for objective in objectives:
-        if objective.structure and objective.structure not in known:
+        if objective.structure and objective.structure not in structures:
             raise InputError(
                 f"{where}: {objective.name}: the data set has no structure "
-                f"'{objective.structure}'; expected one of: {', '.join(known)}."
-                f"{did_you_mean(objective.structure, known)}"
+                f"'{objective.structure}'; expected one of: {', '.join(structures)}."
+                f"{did_you_mean(objective.structure, structures)}"
             )
 
 
@@ -165,7 +167,10 @@ def fronts(points: Sequence[tuple[float, Sequence[float]]]) -> list[int]:
         )
         layers[place:place] = [[]] if place == len(layers) else []
         layers[place].append(i)
-    return [number for _, number in sorted((i, k) for k, one in enumerate(layers, 1) for i in one)]
+    return [
+        number
+        for _, number in sorted((i, k) for k, members in enumerate(layers, 1) for i in members)
+    ]
 
 
 def _dominates(point: tuple[float, Sequence[float]], other: tuple[float, Sequence[float]]) -> bool:

@@ -386,7 +386,7 @@ def foreign(plan: Plan) -> str | None:
     bases = [recorded.get("base"), plan.search.base]
     if space["stages"] is not None:  # the base holds their first values
         bases = [base and {**base, "stages": None} for base in bases]
-    if bases[0] != bases[1] and not any(one.startswith("base") for one in differing):
+    if bases[0] != bases[1] and not any(change.startswith("base") for change in differing):
         differing.append("base")
     if not differing:
         return None

@@ -118,7 +118,7 @@ def test_old_copies_go_only_when_unused_and_needed(tiny_store, tmp_path, monkeyp
         copy.make(print)
     old, young, new = copies
     for number, copy in enumerate((old, young)):
-        with copy.kept():
+        with copy.in_use():
             os.utime(copy.place / f"{copy.key}.used", (number, number))
     size = sum(path.stat().st_size for path in old.root.rglob("*"))
     needed = sum(facts["bytes"] for facts in open_store(new.source).manifest.files.values())
@@ -128,9 +128,9 @@ def test_old_copies_go_only_when_unused_and_needed(tiny_store, tmp_path, monkeyp
         lambda path: ALL_FREE(path)._replace(free=needed + module.SPARE - size // 2),
     )
     told = []
-    with old.kept(), young.kept():
+    with old.in_use(), young.in_use():
         assert not new.make(told.append) and len(told) == 1 and old.whole() and young.whole()
-    with old.kept():
+    with old.in_use():
         assert new.make(told.append) and old.whole() and not young.root.exists()
 
 

@@ -335,7 +335,7 @@ def test_a_crafted_hdf5_shard_is_refused_at_once(tmp_path, how):
                 _set_filter(case, array)
     shard = hdf5.Shard(path)
     with memory_limit(2**30), pytest.raises(packing.DamagedShard, match=CRAFTED[how]):
-        shard.facts("case", "image")
+        shard.shape_and_dtype("case", "image")
 
 
 def _set_filter(case: h5py.Group, array: h5py.Dataset) -> None:
