@@ -30,7 +30,7 @@ def command(
         active = [job.id]
     else:
         active = slurm_job.cancel(looked)
-    before = "running" if any(seen.state == "running" for _, seen in looked) else last.state
+    before = "running" if any(status.state == "running" for _, status in looked) else last.state
     document = {
         "run": str(home),
         "job": job.id,

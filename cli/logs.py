@@ -61,10 +61,10 @@ def command(
         if follow and ends != (ends := [job.submission.outcome() for job in jobs]):
             pace.hurry()
         if follow and pace.is_due():
-            states = [seen for _, seen in look_at_all(jobs, pace.interval / 2)]
+            states = [status for _, status in look_at_all(jobs, pace.interval / 2)]
             pace.looked(states)
-        over = not any(seen.open for seen in states)
-        silent = next((seen.reason for seen in states if seen.state == "unknown"), None)
+        over = not any(status.open for status in states)
+        silent = next((status.reason for status in states if status.state == "unknown"), None)
         if silent and not reported:
             sys.stderr.write(
                 f"segfleet: {silent}; whether the job still runs is unknown, waiting\n"

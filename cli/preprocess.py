@@ -147,18 +147,18 @@ def command(
     if on != "local" or address or members:
         on_cluster(request, on, address, members)
     first: dict[str, int] = {}
-    said: list[Any] = []
+    reported: list[Any] = []
     with bars(first) as on_progress:
         manifest = build(
             request,
             quick=quick,
             progress=on_progress,
-            report=lambda grouping, warnings: said.extend((grouping, warnings)),
+            report=lambda grouping, warnings: reported.extend((grouping, warnings)),
         )
     if verify:
         check_store(out)
     status = "up to date" if "write" not in first else "continued" if first["write"] else "written"
-    grouping, warnings = said
+    grouping, warnings = reported
     if warnings:
         title = f"{len(warnings)} warning(s)"
         if len(warnings) > MOST_WARNINGS:

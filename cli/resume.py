@@ -76,9 +76,9 @@ def command(
         cluster.check(without_bad_nodes(spec, root))
         # not that of the array it was in
         name = job_name([folder]) if isinstance(job, Train) else before.name
-        mine = before.settings().sweep  # a sweep knows the job of its stage by it
-        taken = launcher.submit_jobs([(folder, job)], root, spec, name, folder, sweep=mine)
-        document = row(folder, taken[0])
+        sweep = before.settings().sweep  # a sweep knows the job of its stage by it
+        accepted = launcher.submit_jobs([(folder, job)], root, spec, name, folder, sweep=sweep)
+        document = row(folder, accepted[0])
     show(document, as_json, lambda document: render([document]))
 
 

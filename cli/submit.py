@@ -47,8 +47,8 @@ def with_resources(function: Callable[..., None]) -> Callable[..., None]:
         kinds = kinds_of(field.annotation)
         number = int in kinds and str not in kinds and name not in TYPED
         kind: Any = list[str] if tuple in kinds else int if number else str
-        said = field.description or ""
-        help = f"{said[:1].upper()}{said[1:]}."
+        description = field.description or ""
+        help = f"{description[:1].upper()}{description[1:]}."
         options.append(
             inspect.Parameter(
                 name,
@@ -224,9 +224,11 @@ def dependency_on(after: str, root: Path) -> str | None:
     if prepare.finished(run, open_run(run)[0]):
         return None
     job = attach(run)
-    [(_, seen)] = look_at_all([job], poll.moment())
-    if (state := seen.state) == "unknown":
-        raise InputError(f"--after: whether run {run.name} will be done is unknown; {seen.reason}")
+    [(_, status)] = look_at_all([job], poll.moment())
+    if (state := status.state) == "unknown":
+        raise InputError(
+            f"--after: whether run {run.name} will be done is unknown; {status.reason}"
+        )
     if state not in ("queued", "running"):
         raise InputError(
             f"--after: run {run.name} is {state}, so it would never be done; `segfleet resume "

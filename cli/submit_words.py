@@ -64,10 +64,10 @@ def submit(words: list[str], request: Request) -> None:
         spec = cluster.settled(make_spec(options, request.cluster))
     as_json = request.as_json or arguments["as_json"]
     if request.dry_run:
-        asked = zip(steps, chained(steps, spec), strict=True)
+        resources = zip(steps, chained(steps, spec), strict=True)
         scripts = [
             launcher.script(home, root, step_spec, len(jobs), title, are_shares(jobs))
-            for (title, jobs), step_spec in asked
+            for (title, jobs), step_spec in resources
         ]
         if cluster.there_is_one():
             cluster.check(without_bad_nodes(spec, root))
@@ -165,8 +165,8 @@ def evaluation(arguments: dict[str, Any]) -> tuple[list[Step], Path, Path]:
             "--ranks: a job has nodes x gpus-per-node ranks; say --gpus-per-node or "
             "--ranks-per-node before the --"
         )
-    which = (arguments["runs"], arguments["fold"], arguments["best"])
-    job = job_of(arguments["run"], arguments["changes"] or [], *which)
+    selection = (arguments["runs"], arguments["fold"], arguments["best"])
+    job = job_of(arguments["run"], arguments["changes"] or [], *selection)
     return [(title("evaluate", job.run), [job])], job.run, job.root
 
 
@@ -297,11 +297,11 @@ def send(launcher, steps: list[Step], home: Path, root: Path, spec) -> dict[str,
             members = [(home, job.model_copy(update={"root": root})) for job in jobs]
             before = tuple(Path(earlier.submission.folder).name for earlier in sent)
             sent += (
-                taken := launcher.submit_jobs(
+                accepted := launcher.submit_jobs(
                     members, root, spec, name, home / "logs", before=before
                 )
             )
-            arrays = [job.id.partition("_")[0] for job in taken]  # more than one, if split
+            arrays = [job.id.partition("_")[0] for job in accepted]  # more than one, if split
             spec = spec.model_copy(
                 update={"dependency": "afterany:" + ":".join(dict.fromkeys(arrays))}
             )

@@ -235,7 +235,7 @@ def render_forecast(document: dict[str, Any]) -> None:
         goes_on = (
             f" (goes on from {node['epochs'] - node['epochs_to_train']})" if node["trunk"] else ""
         )
-        what = (
+        role = (
             f"{node['model']} seed {node['seed']} fold {node['fold']}  "
             if not node["depth"]
             else ""
@@ -245,7 +245,7 @@ def render_forecast(document: dict[str, Any]) -> None:
         shared = f"  for {len(node['trials'])} trials" if len(node["trials"]) > 1 else ""
         ends = f"  ends {len(node['leaf_of'])} trial(s)" if node["leaf_of"] else ""
         line = (
-            f"{node['uid']}  {what}{node['name']}{on}: {node['epochs']} epochs{goes_on}, lr "
+            f"{node['uid']}  {role}{node['name']}{on}: {node['epochs']} epochs{goes_on}, lr "
             f"{node['lr']:g}{shared}{ends}  {node['state']}"
         )
         typer.echo("  " * node["depth"] + line)

@@ -36,8 +36,10 @@ def prepare(
     from segfleet.preprocess.building.build import build
 
     if dry_run and (absent := lacking(search)):
-        asked = search.space.prepare
-        lines = "\n".join("  " + preprocess_words(asked, out, how) for out, how in absent)
+        section = search.space.prepare
+        lines = "\n".join(
+            "  " + preprocess_words(section, out, settings) for out, settings in absent
+        )
         raise InputError(
             f"sweep {search.space.name}: prepare: {len(absent)} store(s) are missing. The command "
             f"without --dry-run makes them, with --on slurm as these jobs:\n{lines}"
@@ -68,10 +70,10 @@ def send_all(
     from segfleet.slurm.submission import home_of
     from segfleet.slurm.submitit_launcher import SlurmLauncher, without_bad_nodes
 
-    asked = {
+    wanted = {
         key: value for key, value in (options.get("spec") or {}).items() if key not in OF_RANKS
     }
-    spec = make_spec({**asked, **ONE_PROCESS}, options.get("cluster"))
+    spec = make_spec({**wanted, **ONE_PROCESS}, options.get("cluster"))
     spec = spec.model_copy(update={"cpus": spec.cpus or 1})
     jobs: dict[Path, list[SlurmJob]] = {}
     checked = False
@@ -80,7 +82,7 @@ def send_all(
         home = home_of(whole.out)
         with suppress(InputError):  # none was ever submitted
             earlier = jobs_of(home)
-            if any(seen.open for _, seen in look_at_all(earlier)):
+            if any(status.open for _, status in look_at_all(earlier)):
                 jobs[whole.out] = earlier
                 continue
         if not checked:

@@ -17,43 +17,45 @@ def lacking(search: Search) -> list[tuple[Path, dict[str, Any]]]:
     """The stores that are not there, and how they are to be."""
     from segfleet.preprocess.stores.manifest import NAME
 
-    asked = search.space.prepare
-    return [store for store in asked.stores() if not (store[0] / NAME).is_file()] if asked else []
+    section = search.space.prepare
+    return (
+        [store for store in section.stores() if not (store[0] / NAME).is_file()] if section else []
+    )
 
 
 def missing(search: Search) -> list[BuildRequest]:
     """How the stores are made that are not there. Raises InputError for what is not legal, before
     one is made."""
-    return [store_request(search.space.prepare, out, how) for out, how in lacking(search)]
+    return [store_request(search.space.prepare, out, settings) for out, settings in lacking(search)]
 
 
-def store_request(asked: Any, out: Path, how: dict[str, Any]) -> BuildRequest:
+def store_request(section: Any, out: Path, settings: dict[str, Any]) -> BuildRequest:
     """How a store of a space is made. Raises InputError."""
     from segfleet.cli.preprocess import request_of
     from segfleet.preprocess.building.request import SPLIT_SEED
 
     words = {
-        key: "x".join(f"{number:g}" for number in how[key]) if how[key] else None
+        key: "x".join(f"{number:g}" for number in settings[key]) if settings[key] else None
         for key in ("patch", "spacing")
     }
-    option = [f"{key}={value}" for key, value in asked.options.items()]
-    rest = {**how, **words, "size": tuple(how["size"]) if how["size"] else None}
+    option = [f"{key}={value}" for key, value in section.options.items()]
+    overrides = {**settings, **words, "size": tuple(settings["size"]) if settings["size"] else None}
     return request_of(
-        asked.name, Path(asked.raw), out, format=asked.format, codec=asked.codec, workers=None,
-        seed=SPLIT_SEED, option=option, like=None, unlabelled=False, **rest,
+        section.name, Path(section.raw), out, format=section.format, codec=section.codec,
+        workers=None, seed=SPLIT_SEED, option=option, like=None, unlabelled=False, **overrides,
     )  # fmt: skip
 
 
-def preprocess_words(asked: Any, out: Path, how: dict[str, Any]) -> str:
+def preprocess_words(section: Any, out: Path, settings: dict[str, Any]) -> str:
     """The command that makes a store of a space as a SLURM array."""
     import shlex
 
-    words = ["segfleet", "submit", "--array", str(MEMBERS), "--", "preprocess", asked.name]
-    words += ["--raw", asked.raw, "--out", str(out)]
-    words += ["--format", asked.format, "--codec", asked.codec]
-    for key, value in asked.options.items():
+    words = ["segfleet", "submit", "--array", str(MEMBERS), "--", "preprocess", section.name]
+    words += ["--raw", section.raw, "--out", str(out)]
+    words += ["--format", section.format, "--codec", section.codec]
+    for key, value in section.options.items():
         words += ["--option", f"{key}={value}"]
-    for key, value in how.items():
+    for key, value in settings.items():
         if key == "slices":
             words += ["--slices"] if value else []
         elif key == "size" and value:

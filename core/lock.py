@@ -104,14 +104,14 @@ class Lock:
                 raise
         from filelock import SoftReadWriteLock, Timeout
 
-        asked = (os.getpid(), os.path.abspath(self.path), self.shared)
-        lease = _waiting.pop(asked, None) or SoftReadWriteLock(
+        key = (os.getpid(), os.path.abspath(self.path), self.shared)
+        lease = _waiting.pop(key, None) or SoftReadWriteLock(
             self.path, is_singleton=False, heartbeat_interval=HEARTBEAT
         )
         try:
             (lease.acquire_read if self.shared else lease.acquire_write)(blocking=False)
         except Timeout:
-            _waiting[asked] = lease
+            _waiting[key] = lease
             return False
         self._lease = lease
         return True

@@ -64,14 +64,14 @@ def wait_as_ranks_do(environ: MutableMapping[str, str] = os.environ) -> None:
 def mig_slices(environ: Mapping[str, str] = os.environ) -> list[str]:
     """The slices of GPUs (NVIDIA's MIG) that this process may see, by name. CUDA shows a process
     the first of them alone, so each rank has to be given its own."""
-    seen = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    return seen if seen[0].startswith("MIG-") else []
+    visible = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return visible if visible[0].startswith("MIG-") else []
 
 
 def own_slice(local_rank: int, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What a rank's environment needs for the MIG slice that is its own; nothing without slices."""
-    seen = mig_slices(environ)
-    return {"CUDA_VISIBLE_DEVICES": seen[local_rank % len(seen)]} if seen else {}
+    slices = mig_slices(environ)
+    return {"CUDA_VISIBLE_DEVICES": slices[local_rank % len(slices)]} if slices else {}
 
 
 def memory_budget(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
@@ -111,8 +111,8 @@ def _left(limit: Path, used: Path, stat: Path) -> list[int]:
         for line in _text(stat).splitlines()
         if line.startswith(("inactive_file ", "total_inactive_file "))
     ]
-    taken = int(_text(used)) if _text(used).isdecimal() else 0
-    return [max(0, int(_text(limit)) - taken + max(cache, default=0))]
+    usage = int(_text(used)) if _text(used).isdecimal() else 0
+    return [max(0, int(_text(limit)) - usage + max(cache, default=0))]
 
 
 def _cgroups(root: Path, controller: str) -> list[Path]:

@@ -270,10 +270,10 @@ def sentence(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
     about = description_of(model, location)
     if fault["type"] == "missing":
         return f"{where}: missing" + (f" ({about})" if about else "")
-    said = fault["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
+    message = fault["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     if not location:  # keys that do not fit together, which the sentence names
-        return said
-    return f"{where}: found {fault['input']!r}. {said}" + (f" ({about})" if about else "")
+        return message
+    return f"{where}: found {fault['input']!r}. {message}" + (f" ({about})" if about else "")
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

@@ -93,8 +93,8 @@ def build_network(recipe: Recipe, manifest: Manifest, task: Task) -> nn.Module:
 
 def channels_last(recipe: Recipe, device: torch.device, flat: bool) -> bool:
     """Whether weights and images lie channels last; `flat`: in 2D."""
-    asked = recipe.engine.channels_last
-    return device.type != "cpu" or not flat if asked == "auto" else asked
+    setting = recipe.engine.channels_last
+    return device.type != "cpu" or not flat if setting == "auto" else setting
 
 
 def augments_on_device(recipe: Recipe, device: torch.device) -> bool:
@@ -131,9 +131,9 @@ def _built(recipe: Recipe, manifest: Manifest, channels: int, outputs: int) -> n
         "patch": patch[3 - dims :],
         "spacing": manifest.plan.target_spacing[3 - dims :],
     }
-    asked = inspect.signature(spec.build).parameters
+    accepted = inspect.signature(spec.build).parameters
     options = {
-        key: value for key, value in available.items() if key in asked
+        key: value for key, value in available.items() if key in accepted
     } | recipe.model.options
     torch.manual_seed(recipe.seed)
     model = registry.build_model(
@@ -294,7 +294,7 @@ def check_recipe(recipe: Recipe, manifest: Manifest | Manifests) -> Task:
     tasks: dict[str, Task] = {}
     for index, own, stored in stages_of(recipe, manifest):
         stage = recipe.stages[index]
-        same = own is recipe and stage.inherit.plain
+        unchanged = own is recipe and stage.inherit.plain
         key = repr(
             [*(getattr(own, key) for key in OVERRIDES), stage.freeze, stage.rates, stage.lora]
         )
@@ -302,7 +302,7 @@ def check_recipe(recipe: Recipe, manifest: Manifest | Manifests) -> Task:
             if key not in tasks:
                 tasks[key] = _check(own, stored, index)
                 check_stores(own, manifests_of(recipe, manifest))
-            if index and not same:
+            if index and not unchanged:
                 check_transfer(recipe, manifests_of(recipe, manifest), index)
         except (InputError, registry.ModelError) as error:
             raise type(error)(named(error, own is not recipe, index, stage)) from None

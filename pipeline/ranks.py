@@ -192,8 +192,8 @@ def check_devices(rank: int, size: int, store: dist.Store, place: list[str]) -> 
     if rank == 0:
         texts = [store.get(f"place/{other}") for other in range(size)]
         places = [json.loads(text) for text in texts]
-        if said := mixture(places):
-            sys.stderr.write(f"segfleet: {said}\n")
+        if warning := mixture(places):
+            sys.stderr.write(f"segfleet: {warning}\n")
         store.set("places", _fault(places))
     if fault := store.get("places").decode():
         raise InputError(fault)
@@ -259,11 +259,12 @@ def join_ranks(rendezvous: Path) -> Ranks:
     except (InputError, NotOurs, JoinFailed):
         raise
     except (RuntimeError, OSError) as error:
-        way = os.environ.get("GLOO_SOCKET_IFNAME", "of the host's name")
+        interface = os.environ.get("GLOO_SOCKET_IFNAME", "of the host's name")
         raise JoinFailed(
             f"rank {rank} on {socket.gethostname()} could not join the other {size - 1}: "
             f"{' '.join(str(error).split())[:400]}. The nodes must reach each other on every port; "
-            f"the interface was {way} (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose another)"
+            f"the interface was {interface} (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose "
+            "another)"
         ) from error
 
 

@@ -116,19 +116,20 @@ class Source(Section):
     )
 
 
-def first_store(said: Any) -> Any:
+def first_store(document: Any) -> Any:
     """Of `stores` without `store`: the first is the one that says channels, classes and patch."""
-    if not isinstance(said, dict) or not isinstance(said.get("stores"), list | tuple):
-        return said
+    if not isinstance(document, dict) or not isinstance(document.get("stores"), list | tuple):
+        return document
     sources = [
-        {"store": source} if isinstance(source, str) else source for source in said["stores"]
+        {"store": source} if isinstance(source, str) else source for source in document["stores"]
     ]
     first = sources[0].get("store") if sources and isinstance(sources[0], dict) else None
-    if first and said.get("store") not in (None, "", first):
+    if first and document.get("store") not in (None, "", first):
         raise ValueError(
-            f"data.store: found {said['store']}, but the first of data.stores is {first}; name one"
+            f"data.store: found {document['store']}, but the first of data.stores is {first}; "
+            "name one"
         )
-    return said | {"stores": sources} | ({"store": first} if first else {})
+    return document | {"stores": sources} | ({"store": first} if first else {})
 
 
 class Data(Section):

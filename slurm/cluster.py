@@ -197,7 +197,7 @@ def fed(spec: JobSpec, workers: Sequence[int | str]) -> JobSpec:
     if spec.cpus or spec.whole_nodes or not spec.gpus_per_node or not workers:
         return spec
     most = MOST_WORKERS["cuda"]
-    wanted = max(most if isinstance(count, str) else count for count in workers) + 2
+    cores = max(most if isinstance(count, str) else count for count in workers) + 2
     try:
         parts = chosen(spec, partitions(spec.clusters))
     except InputError:
@@ -212,7 +212,7 @@ def fed(spec: JobSpec, workers: Sequence[int | str]) -> JobSpec:
         and (not named or node.name in named)
         and node.name not in excluded
     ]
-    return spec.model_copy(update={"cpus": max(1, min(wanted, *shares))}) if shares else spec
+    return spec.model_copy(update={"cpus": max(1, min(cores, *shares))}) if shares else spec
 
 
 def check(spec: JobSpec) -> None:
@@ -244,10 +244,10 @@ NAMED = 5  # nodes that a message names
 def _misfits(spec: JobSpec, part: Partition) -> list[str]:
     """What keeps a job out of a partition: its limits, and what the nodes lack that may be used."""
     faults, members = [], {node.name for node in part.nodes}
-    wanted, excluded = names_of(spec.nodelist or ""), set(names_of(spec.exclude or ""))
-    if strange := [name for name in wanted if name not in members]:
+    required, excluded = names_of(spec.nodelist or ""), set(names_of(spec.exclude or ""))
+    if strange := [name for name in required if name not in members]:
         faults.append(f"nodelist: found '{strange[0]}', which partition {part.name} has not")
-    if refused := sorted(excluded & set(wanted)):
+    if refused := sorted(excluded & set(required)):
         faults.append(f"nodelist: '{refused[0]}' is left out by exclude, or by RUNS/.bad-nodes")
     if spec.nodes > len(part.nodes):
         faults.append(f"nodes: found {spec.nodes}, partition {part.name} has {len(part.nodes)}")
@@ -259,7 +259,7 @@ def _misfits(spec: JobSpec, part: Partition) -> list[str]:
         faults += min(filter(None, lacks.values()), key=len, default=[]) or []
         if len(without) < len(usable):
             faults.append(_named("nodes", without, spec, len(usable) - len(without)))
-    elif bad := [name for name in wanted if name in lacks and lacks[name]]:
+    elif bad := [name for name in required if name in lacks and lacks[name]]:
         faults += [f"nodelist: {name}: {lacks[name][0]}" for name in bad[:NAMED]]
     if len(usable) < spec.nodes <= len(part.nodes):
         faults.append(f"nodes: found {spec.nodes}, {len(usable)} are left after exclude")
@@ -449,8 +449,8 @@ def ask(script: str) -> list[str]:
         file.write(lines)
         file.flush()
         try:
-            asked = 'sbatch --test-only "$1" 2>&1'
-            return call("bash", "-c", asked, "bash", file.name).splitlines()
+            dry_run = 'sbatch --test-only "$1" 2>&1'
+            return call("bash", "-c", dry_run, "bash", file.name).splitlines()
         except InputError as error:
             raise InputError(
                 "SLURM would refuse the job: " + str(error).partition("says: ")[2]

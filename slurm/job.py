@@ -61,7 +61,7 @@ HINTS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class JobStatus:
     """What is known of a job: by SLURM, and by what its ranks left."""
 
     state: str  # queued, running, done, failed, stopped, cancelled, lost or unknown
@@ -124,12 +124,12 @@ class SlurmJob:
     def reason(self) -> str | None:
         return self.look().reason
 
-    def look(self) -> Seen:
+    def look(self) -> JobStatus:
         return look_at_all([self])[0][1]
 
     def judge(
         self, queue: Mapping[str, Any], accounts: Mapping[str, Any], silence: str | None
-    ) -> Seen:
+    ) -> JobStatus:
         """The same from tables fetched for many jobs. `silence`: SLURM's words, where it did not
         tell its queue."""
         row = self._row(queue) or self._row(accounts)
@@ -158,7 +158,7 @@ class SlurmJob:
         elif state == "unknown":
             reason = silence or f"SLURM does not show this job of {self.owner}; ask them"
         hint = HINTS.get((row or {}).get("state", "")) or HINTS.get(reason or "")
-        return Seen(
+        return JobStatus(
             job=self.id,
             queue=row["state"] if row else ("unknown" if state == "unknown" else None),
             state=state,
@@ -202,31 +202,31 @@ def refuse_if_active(*runs: Path) -> None:
         for submission in submissions(run)
         if submission.launcher == "slurm"
     ]
-    for job, seen in look_at_all(jobs, poll.moment()):
+    for job, status in look_at_all(jobs, poll.moment()):
         run, name = job.run, job.run.name.removesuffix(".jobs")
-        if seen.state in ("queued", "running"):
+        if status.state in ("queued", "running"):
             cancel = name if name == run.name else run.with_suffix("")
             raise InputError(
-                f"run: {name} is {seen.state} already as job {job.id}; `segfleet cancel "
+                f"run: {name} is {status.state} already as job {job.id}; `segfleet cancel "
                 f"{cancel}` first"
             )
-        if seen.state == "unknown":
+        if status.state == "unknown":
             raise InputError(
-                f"run: whether {name} still runs as job {job.id} is unknown; {seen.reason}"
+                f"run: whether {name} still runs as job {job.id} is unknown; {status.reason}"
             )
 
 
-def look_at_all(jobs: list[SlurmJob], age: float = 0.0) -> list[tuple[SlurmJob, Seen]]:
+def look_at_all(jobs: list[SlurmJob], age: float = 0.0) -> list[tuple[SlurmJob, JobStatus]]:
     """What `look` says of each; SLURM is asked once for all of a cluster, and not at all where an
     answer of the last `age` seconds is there that is younger than the jobs."""
-    by_id: dict[int, Seen] = {}
+    by_id: dict[int, JobStatus] = {}
     for of in dict.fromkeys(job.cluster for job in jobs):
         own = [job for job in jobs if job.cluster == of]
         by_id |= zip(map(id, own), _look(own, of, age), strict=True)
     return [(job, by_id[id(job)]) for job in jobs]
 
 
-def _look(jobs: list[SlurmJob], of: str | None, age: float) -> list[Seen]:
+def _look(jobs: list[SlurmJob], of: str | None, age: float) -> list[JobStatus]:
     """The same of jobs of one cluster."""
     now, since = time.time(), max(job.submission.time for job in jobs)
     when = {"age": age, "since": min(since, now), "of": of}
@@ -240,19 +240,19 @@ def _look(jobs: list[SlurmJob], of: str | None, age: float) -> list[Seen]:
     # Nobody is lost by an old answer: a job from a machine whose clock is late may be younger
     new = [job for job in jobs if abs(now - job.submission.time) < CLOCKS]
     if age and any(
-        seen.state == "lost" and job in new for job, seen in zip(jobs, judged, strict=True)
+        status.state == "lost" and job in new for job, status in zip(jobs, judged, strict=True)
     ):
         return _look(jobs, of, 0.0)
     return judged
 
 
-def cancel(jobs: list[tuple[SlurmJob, Seen]]) -> list[str]:
+def cancel(jobs: list[tuple[SlurmJob, JobStatus]]) -> list[str]:
     """Cancel those that wait or run, with what `look` said of each; their ids. SLURM forgets what
     never started, so a mark is left.
 
     Raises InputError with SLURM's own words if it does not answer.
     """
-    active = [job for job, seen in jobs if seen.open]
+    active = [job for job, status in jobs if status.open]
     if others := sorted({job.owner for job in active if job.somebody_elses}):
         raise InputError(
             f"cancel: job {active[-1].id} belongs to {', '.join(others)}; only they can cancel it"

@@ -300,12 +300,12 @@ def make_spec(
     """The profile of `cluster` (none: the file's default, if any) with `options` over it. What the
     user has set for sbatch (SBATCH_PARTITION and its like) stands between the two, as it does for
     sbatch. Raises InputError that names every fault."""
-    mine = of_environment() if places else {}
+    from_environment = of_environment() if places else {}
     profile = read_profile(cluster, places)
     for given, other in (("gpus", "gpus_per_node"), ("gpus_per_node", "gpus")):
         if given in options:  # what the profile says of the same
             profile.pop(other, None)
-    return settings.validate(JobSpec, {**profile, **mine, **options}, "job")
+    return settings.validate(JobSpec, {**profile, **from_environment, **options}, "job")
 
 
 OBEYED = ("partition", "account", "qos", "reservation", "constraint", "clusters")
@@ -313,15 +313,15 @@ OBEYED = ("partition", "account", "qos", "reservation", "constraint", "clusters"
 
 def of_environment() -> dict[str, str]:
     """What the user has set for sbatch, as options of ours."""
-    mine = {"clusters": os.environ.get("SLURM_CLUSTERS")}
-    mine |= {key: value for key in OBEYED if (value := os.environ.get(f"SBATCH_{key.upper()}"))}
-    return {key: value for key, value in mine.items() if value}
+    options = {"clusters": os.environ.get("SLURM_CLUSTERS")}
+    options |= {key: value for key in OBEYED if (value := os.environ.get(f"SBATCH_{key.upper()}"))}
+    return {key: value for key, value in options.items() if value}
 
 
 def not_obeyed() -> list[str]:
     """Variables that the user has set for sbatch and that no job of ours gets."""
-    mine = {f"SBATCH_{key.upper()}" for key in OBEYED}
-    return sorted(name for name in os.environ if name.startswith("SBATCH_") and name not in mine)
+    obeyed = {f"SBATCH_{key.upper()}" for key in OBEYED}
+    return sorted(name for name in os.environ if name.startswith("SBATCH_") and name not in obeyed)
 
 
 def read_profile(cluster: str | None, places: tuple[Path, ...] = PLACES) -> dict[str, Any]:

@@ -53,13 +53,13 @@ class Answers:
     def get(self, ask: Callable[[], str], age: float, since: float = 0.0) -> str:
         """An answer at most `age` seconds old that was asked for after `since` (time.time()), or a
         new one. Raises InputError, which is an answer too."""
-        wanted = max(since, time.time() - age)
+        oldest = max(since, time.time() - age)
         if self.folder is None:
             return ask()
         with Lock(self.folder / f"{self.name}.lock") as lock:
             lock.acquire(WAIT)
             asked, text, fault = self._read()
-            if not wanted <= asked <= time.time():
+            if not oldest <= asked <= time.time():
                 asked, text, fault = time.time(), "", ""
                 try:
                     text = ask()
@@ -125,5 +125,5 @@ def _private_folder() -> Path | None:
         status = os.lstat(folder)
     except OSError:
         return None
-    mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
-    return folder if mine and not status.st_mode & 0o077 else None
+    private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    return folder if private and not status.st_mode & 0o077 else None

@@ -178,8 +178,8 @@ def _await_nodes(address: str, environment: dict[str, str], count: int, stop: St
 def short_folder() -> str:
     """Where Ray's sockets go: RAY_TMPDIR or TMPDIR as the user has set them, else /tmp. The name of
     a socket has 107 characters at most. Raises InputError if none of the folders will do."""
-    asked: list[Any] = [os.environ.get(name) for name in ("RAY_TMPDIR", "TMPDIR")]
-    places = [place for place in (*asked, "/tmp", "/var/tmp", "/dev/shm") if place]
+    chosen: list[Any] = [os.environ.get(name) for name in ("RAY_TMPDIR", "TMPDIR")]
+    places = [place for place in (*chosen, "/tmp", "/var/tmp", "/dev/shm") if place]
     for place in places:
         if len(place) <= LONGEST and os.access(place, os.W_OK | os.X_OK):
             return place

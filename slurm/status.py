@@ -11,7 +11,7 @@ from segfleet.core.errors import explain
 from segfleet.pipeline.reports.status import Row, run_status
 from segfleet.pipeline.run import RECIPE, run_folders
 from segfleet.slurm import poll
-from segfleet.slurm.job import Seen, SlurmJob, jobs_of, look_at_all
+from segfleet.slurm.job import JobStatus, SlurmJob, jobs_of, look_at_all
 from segfleet.slurm.submission import submissions
 
 
@@ -29,7 +29,7 @@ def status(root: Path) -> list[Row]:
         ],
         poll.seconds(),
     )
-    jobs = {str(job.run): seen for job, seen in looked}
+    jobs = {str(job.run): job_status for job, job_status in looked}
     return [_joined(row, jobs[row.path]) if row.path in jobs else row for row in rows]
 
 
@@ -49,23 +49,28 @@ def _row(run: Path) -> Row:
 def jobs(home: Path) -> list[dict[str, Any]]:
     """Rows of the jobs that make a store or a folder of predictions."""
     return [
-        {"name": job.label or job.submission.name, **asdict(seen)}
-        for job, seen in look_at_all(jobs_of(home), poll.seconds())
+        {"name": job.label or job.submission.name, **asdict(job_status)}
+        for job, job_status in look_at_all(jobs_of(home), poll.seconds())
     ]
 
 
-def _joined(row: Row, seen: Seen) -> Row:
+def _joined(row: Row, job_status: JobStatus) -> Row:
     """A run that is done is done, whatever became of its job; else the job knows better than a lock
     that other nodes may not see."""
-    fields = {"job": seen.job, "queue": seen.queue, "reason": seen.reason, "node": seen.node}
+    fields = {
+        "job": job_status.job,
+        "queue": job_status.queue,
+        "reason": job_status.reason,
+        "node": job_status.node,
+    }
     state = row.state
     if state in ("done", "unreadable"):
-        if seen.state == "unknown":
-            fields = {"job": seen.job}
+        if job_status.state == "unknown":
+            fields = {"job": job_status.job}
         if state == "unreadable":
             fields["reason"] = row.reason
-    elif seen.state == "running":
+    elif job_status.state == "running":
         state = "scoring" if state == "trained" else "training" if row.steps else "starting"
     elif state != "training":
-        state = seen.state
-    return replace(row, state=state, restarts=max(row.restarts, seen.starts - 1), **fields)
+        state = job_status.state
+    return replace(row, state=state, restarts=max(row.restarts, job_status.starts - 1), **fields)

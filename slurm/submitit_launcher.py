@@ -109,7 +109,7 @@ class SlurmLauncher:
         )
         logs.mkdir(parents=True, exist_ok=True)
         try:
-            taken = self._hand_over(
+            accepted = self._hand_over(
                 [str(folder) for folder in folders],
                 Script(
                     logs=logs,
@@ -123,9 +123,9 @@ class SlurmLauncher:
             submission.take_back([*folders, logs] if len(folders) > 1 else folders, root)
             raise
         submitted = []
-        for folder, (home, asked), job in zip(folders, jobs, taken, strict=True):
-            if isinstance(asked, Train):  # `status` sees a new run from now on
-                write_json(home / RECIPE, asked.recipe)
+        for folder, (home, requested), job in zip(folders, jobs, accepted, strict=True):
+            if isinstance(requested, Train):  # `status` sees a new run from now on
+                write_json(home / RECIPE, requested.recipe)
             if commit["diff"]:
                 (folder / "code.diff").write_text(commit["diff"], encoding="utf-8")
             # The spec as it was asked for: a node that is bad today must not be left out of a later
@@ -157,17 +157,17 @@ class SlurmLauncher:
         if spec.throttle:
             throttle = max(1, spec.throttle // len(parts))
             script = replace(script, spec=spec.model_copy(update={"throttle": throttle}))
-        taken: list[Any] = []
+        accepted: list[Any] = []
         try:
             for part in parts:
-                taken += self._array(part, script)
+                accepted += self._array(part, script)
         except BaseException:
-            if taken:
+            if accepted:
                 with suppress(InputError):
-                    ids = sorted({job.job_id.split("_")[0] for job in taken})
+                    ids = sorted({job.job_id.split("_")[0] for job in accepted})
                     cluster.call("scancel", *ids, of=spec.clusters)
             raise
-        return taken
+        return accepted
 
     def _array(self, folders: list[str], script: Script) -> list[Any]:
         import submitit

@@ -23,7 +23,7 @@ from segfleet.pipeline.launch.local import RankFailed, signals_to
 from segfleet.pipeline.stop import Interrupted, StopRequest
 from segfleet.preprocess.stores.manifest import NAME
 from segfleet.slurm import cluster, poll
-from segfleet.slurm.job import Seen, SlurmJob, attach, look_at_all
+from segfleet.slurm.job import JobStatus, SlurmJob, attach, look_at_all
 from segfleet.slurm.jobspec import JobSpec, make_spec
 from segfleet.slurm.submitit_launcher import QueueFull, SlurmLauncher, job_name
 from segfleet.sweeps.order import Order
@@ -48,17 +48,17 @@ class Queue:
     def __init__(self) -> None:
         self.looked = -math.inf
         self.jobs: dict[str, SlurmJob] = {}
-        self.found: dict[str, Seen] = {}
+        self.found: dict[str, JobStatus] = {}
 
-    def look(self, job: SlurmJob) -> Seen:
+    def look(self, job: SlurmJob) -> JobStatus:
         """One that was not there at the last look is queued."""
         with TALK:
             self.jobs[job.id] = job
             if time.monotonic() - self.looked >= LOOK:
                 looked = look_at_all(list(self.jobs.values()), min(LOOK, poll.seconds()))
-                self.found = {other.id: seen for other, seen in looked}
+                self.found = {other.id: status for other, status in looked}
                 self.looked = time.monotonic()
-            return self.found.get(job.id) or Seen(state="queued")
+            return self.found.get(job.id) or JobStatus(state="queued")
 
     def forget(self, job: SlurmJob) -> None:
         with TALK:
@@ -85,7 +85,7 @@ class Slurm:
 
         job = self._known(stop.parent) or self._submit(order, poll_until_end, stop)
         try:
-            seen = self._wait(job, poll_until_end, stop)
+            status = self._wait(job, poll_until_end, stop)
         except Detached:
             raise
         except BaseException:
@@ -95,10 +95,10 @@ class Slurm:
             raise
         finally:
             QUEUE.forget(job)
-        if seen.state != "done":
-            stopped = seen.state in ("stopped", "cancelled")
+        if status.state != "done":
+            stopped = status.state in ("stopped", "cancelled")
             code = ExitCode.INTERRUPTED if stopped else ExitCode.FAULT
-            raise RankFailed(f"job {job.id} is {seen.state}: {seen.reason}", code)
+            raise RankFailed(f"job {job.id} is {status.state}: {status.reason}", code)
 
     def taken(self, order: Order) -> bool:
         """Whether a job that another sweep or a person submitted trains this node, or waits to."""
@@ -115,17 +115,17 @@ class Slurm:
         if not ask(order.path, is_its_job):  # the job may wait for days
             raise RankFailed("stopped while another process trains the stage", ExitCode.INTERRUPTED)
 
-    def _wait(self, job: SlurmJob, poll: Callable[[], None], stop: Path) -> Seen:
+    def _wait(self, job: SlurmJob, poll: Callable[[], None], stop: Path) -> JobStatus:
         """What became of the job."""
         noticed = False
         while True:
             poll()
             if job.submission.outcome()[0] == "done":
-                return Seen(state="done")
-            seen = QUEUE.look(job)
-            if not seen.open:
-                return seen
-            if seen.state == "queued" and stop.exists() and not noticed:
+                return JobStatus(state="done")
+            status = QUEUE.look(job)
+            if not status.open:
+                return status
+            if status.state == "queued" and stop.exists() and not noticed:
                 with suppress(InputError), TALK:
                     if job.state() == "queued":  # nothing runs that would save and stop
                         job.cancel()

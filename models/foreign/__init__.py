@@ -91,11 +91,11 @@ def translated(
     own = model.state_dict()
     table = table_of(chosen.name, model)
     wanted = [name for name in own if strict == "all" or name.startswith(chosen.encoder)]
-    named, left = _named(tensors, own, table, mapping, where)
+    named, unmatched = _named(tensors, own, table, mapping, where)
     missing = [name for name in wanted if name not in named and not name.endswith(COUNTER)]
     if strict == "encoder":
-        named, left = _encoder(named, own, wanted, table.mirrored if table else ()), []
-    extra = [*left, *(name for name in named if name not in own)]
+        named, unmatched = _encoder(named, own, wanted, table.mirrored if table else ()), []
+    extra = [*unmatched, *(name for name in named if name not in own)]
     shapes = [
         f"{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}"
         for name, value in named.items()
@@ -147,17 +147,17 @@ def _named(
     if table is None or _overlap(tensors, own) > 0.5:
         return dict(tensors), []
     named: dict[str, Tensor] = {}
-    left: list[str] = []
+    unmatched: list[str] = []
     for foreign, value in tensors.items():
         native = table.rename(foreign)
         if native is None:
-            left.append(foreign)
+            unmatched.append(foreign)
         elif native:
             if native in named:
                 raise ModelError(f"weights: {where}: two tensors become {native}, one is {foreign}")
             turned = any(re.fullmatch(pattern, foreign) for pattern in table.turned)
             named[native] = value.mT if turned else value
-    return named, left
+    return named, unmatched
 
 
 def _overlap(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> float:

@@ -125,7 +125,7 @@ def topology_from_options(
     contradict each other, or when a `patch` was given that is not a multiple of the strides'
     product (then naming the next larger legal patch).
     """
-    given, patch = patch is not None, tuple(patch or DEFAULT_PATCH[dims])
+    patch_given, patch = patch is not None, tuple(patch or DEFAULT_PATCH[dims])
     spacing = tuple(spacing or (1.0,) * dims)
     if len(patch) != dims:
         raise ModelError(
@@ -157,7 +157,7 @@ def topology_from_options(
         planned = replace(planned, features=tuple(int(f) for f in features))
     if kernels is not None:
         planned = replace(planned, kernels=tuple(_per_axis(k, dims, "kernels") for k in kernels))
-    if given and planned.padded(patch) != patch:
+    if patch_given and planned.padded(patch) != patch:
         raise ModelError(
             f"model.options.patch: found {patch}, but this network halves it to pieces and needs "
             f"multiples of {planned.divisor}; "

@@ -84,9 +84,9 @@ def cache_folders() -> list[Path]:
 def find(folder: Path, key: str) -> Path | None:
     """The kept library of `key` whose content is what its name says; damaged ones and old leftovers
     are removed."""
-    for left in folder.glob(".build-*"):
-        if time.time() - left.stat().st_mtime > STALE:
-            left.unlink(missing_ok=True)
+    for leftover in folder.glob(".build-*"):
+        if time.time() - leftover.stat().st_mtime > STALE:
+            leftover.unlink(missing_ok=True)
     for library in sorted(folder.glob(f"{key}-*.so")):
         if library.name == f"{key}-{_digest(library.read_bytes())}.so":
             return library
@@ -135,10 +135,12 @@ def _processor() -> str:
     sets."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
-        wanted = [x for x in lines if x.startswith(("model name", "flags", "Features", "CPU part"))]
+        details = [
+            x for x in lines if x.startswith(("model name", "flags", "Features", "CPU part"))
+        ]
     except OSError:
-        wanted = [platform.processor()]
-    return "\n".join([platform.system(), platform.machine(), *platform.libc_ver(), *wanted])
+        details = [platform.processor()]
+    return "\n".join([platform.system(), platform.machine(), *platform.libc_ver(), *details])
 
 
 def _digest(content: bytes) -> str:

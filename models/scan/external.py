@@ -25,8 +25,8 @@ def _missing() -> str:
         importlib.import_module("mamba_ssm.ops.selective_scan_interface")
     except Exception as problem:
         # a wheel for another torch fails in many ways, an undefined symbol among them
-        said = str(problem).splitlines() or [type(problem).__name__]
-        return f"mamba_ssm does not import: {said[0]}"
+        message = str(problem).splitlines() or [type(problem).__name__]
+        return f"mamba_ssm does not import: {message[0]}"
     return ""
 
 

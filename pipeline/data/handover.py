@@ -51,8 +51,8 @@ class Held(Generic[Batched]):
         slot = ROOMS[self.sender][self.turn % SLOTS]
 
         def copied(part: Part) -> Tensor:
-            its = part.of(slot)
-            return torch.empty(its.shape, dtype=its.dtype, pin_memory=pin).copy_(its)
+            stored = part.of(slot)
+            return torch.empty(stored.shape, dtype=stored.dtype, pin_memory=pin).copy_(stored)
 
         batch = each_tensor(self.batch, copied, (Part,))
         if int(_turn(slot)) != self.turn:

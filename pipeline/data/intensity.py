@@ -108,11 +108,11 @@ def low_resolution(channel: Tensor, scale: float, in_plane: bool) -> None:
         s if axis == 0 and in_plane else max(1, round(s * scale)) for axis, s in enumerate(size)
     ]
     drop = 1 if size[0] == 1 else 0  # a single slice in 2D: the same, and faster
-    how = "bilinear" if drop else "trilinear"
+    interpolation = "bilinear" if drop else "trilinear"
     reduced = F.interpolate(
         channel.reshape(1, 1, *size[drop:]), size=small[drop:], mode="nearest-exact"
     )
-    back = F.interpolate(reduced, size=size[drop:], mode=how, align_corners=False)
+    back = F.interpolate(reduced, size=size[drop:], mode=interpolation, align_corners=False)
     channel.copy_(back.view(size))
 
 

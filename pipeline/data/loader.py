@@ -181,9 +181,11 @@ class Patches(Dataset):
                 self.stores[draw.store].label(draw.case, sample.box, label)
             except Exception as error:
                 return Failure.of(draw.case.id, error)
-        its = [plans[draw.store] for draw in draws]
+        sample_plans = [plans[draw.store] for draw in draws]
         cases = tuple(draw.case.id for draw in draws)
-        return room.boxes(patch, [plan.scale for plan in its], [p.masked for p in its], cases)
+        return room.boxes(
+            patch, [plan.scale for plan in sample_plans], [p.masked for p in sample_plans], cases
+        )
 
 
 class MaskedPatches(Patches):
@@ -280,14 +282,14 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def worker_count(asked: int | Literal["auto"], device: str, cores: int) -> int:
+def worker_count(requested: int | Literal["auto"], device: str, cores: int) -> int:
     """Loader processes of a rank on a `device` (a type) that has `cores` cores for itself.
 
     A GPU waits for nothing else, so all cores but two feed it, as many as pay. On a CPU the network
     needs them: a quarter loads.
     """
-    if asked != "auto":
-        return asked
+    if requested != "auto":
+        return requested
     if device == "cpu":
         return min(MOST_WORKERS["cpu"], cores // 4)
     return min(MOST_WORKERS["cuda"], max(cores - 2, cores // 2))

@@ -43,8 +43,8 @@ def step_of(recipe: Recipe, device: torch.device) -> Iterator[None]:
     PyTorch's refusal of an operation that has no such form becomes an InputError that names it and
     the network.
     """
-    asked = recipe.engine.deterministic and device.type != "cpu"
-    if asked:
+    required = recipe.engine.deterministic and device.type != "cpu"
+    if required:
         torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -57,5 +57,5 @@ def step_of(recipe: Recipe, device: torch.device) -> Iterator[None]:
             "false, or a network without it"
         ) from None
     finally:
-        if asked:
+        if required:
             torch.use_deterministic_algorithms(False)

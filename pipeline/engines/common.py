@@ -64,8 +64,8 @@ def rate_factors(model: nn.Module, stage: Stage, spec: registry.ModelSpec) -> di
     names = [name for name, _ in model.named_parameters()]
     factors = {n: stage.layer_decay**depth for n, depth in registry.layers(names, spec).items()}
     for name in factors:
-        given = [f for part, f in stage.rates.items() if registry.belongs(name, part, spec)]
-        factors[name] *= given[-1] if given else 1.0
+        rates = [f for part, f in stage.rates.items() if registry.belongs(name, part, spec)]
+        factors[name] *= rates[-1] if rates else 1.0
     return factors
 
 
@@ -256,10 +256,10 @@ class Average:
         """Move towards the weights, unless the step was skipped because the gradient's norm is not
         finite."""
         if self.values:
-            taken = torch.isfinite(norm)
+            finite = torch.isfinite(norm)
             rate = (9 / (10 + self.updates)).clamp(min=1 - self.decay)  # 1 minus the warm decay
-            move([*self.values.values()], [*self.weights.values()], taken * rate)
-            self.updates += taken
+            move([*self.values.values()], [*self.weights.values()], finite * rate)
+            self.updates += finite
 
     def tensors(self) -> Tensors:
         """The groups of a checkpoint that `load` takes; none without a decay."""

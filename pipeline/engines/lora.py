@@ -34,14 +34,14 @@ class LowRank(nn.Module):
     def __init__(self, weight: Tensor, rank: int, alpha: float, seed: int):
         super().__init__()
         rows, columns = weight.shape[0], weight[0].numel()
-        how = {"dtype": weight.dtype, "device": weight.device}
+        factory = {"dtype": weight.dtype, "device": weight.device}
         bound = 1 / math.sqrt(columns)  # as PyTorch initialises a linear layer
         if weight.is_meta:
-            drawn = torch.empty(rank, columns, **how)
+            drawn = torch.empty(rank, columns, **factory)
         else:
             rng = torch.Generator().manual_seed(seed)
-            drawn = (torch.rand(rank, columns, generator=rng) * 2 - 1).to(**how) * bound
-        self.down, self.up = nn.Parameter(drawn), nn.Parameter(torch.zeros(rows, rank, **how))
+            drawn = (torch.rand(rank, columns, generator=rng) * 2 - 1).to(**factory) * bound
+        self.down, self.up = nn.Parameter(drawn), nn.Parameter(torch.zeros(rows, rank, **factory))
         self.scale = alpha / rank
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def merged(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> dict
         if not part:
             state[name] = value
         elif rest == INHERITED:
-            down, up = (own[f"{layer}{PART}0{which}"] for which in MOMENTS)
+            down, up = (own[f"{layer}{PART}0{factor}"] for factor in MOMENTS)
             scale = model.get_submodule(f"{layer}{PART}0").scale
             state[f"{layer}.weight"] = (value + scale * (up @ down).view(value.shape)).detach()
     return state

@@ -137,7 +137,7 @@ def predict_files(
             raise failure
     whole = sorted((index, answer) for part, _ in gathered for index, answer in part)
     result = {
-        kind: [case for _, (what, case) in whole if what == kind]
+        kind: [case for _, (outcome, case) in whole if outcome == kind]
         for kind in ("done", "kept", "failed")
     }
     if ranks.rank == 0 and result["done"]:

@@ -66,16 +66,16 @@ def run_ranks(
         share = str(threads or threads_of() or max(1, cpus() // ranks))
         processes = [_start(rendezvous, rank, ranks, share, device) for rank in range(ranks)]
 
-        asked: list[float] = []  # when the ranks were first asked to stop
+        stop_requests: list[float] = []  # when the ranks were first asked to stop
 
         def on_signal(number: int, _) -> None:
-            asked.append(time.monotonic())
+            stop_requests.append(time.monotonic())
             # a second Ctrl-C stops at once
             _ask(processes, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
         try:
             with signals_to(on_signal):
-                codes = _watch(processes, poll, asked, rendezvous / AGAIN)
+                codes = _watch(processes, poll, stop_requests, rendezvous / AGAIN)
         finally:
             for process in processes:
                 if process.poll() is None:
@@ -168,7 +168,7 @@ def survive_hangup() -> None:
 def _watch(
     processes: list[subprocess.Popen],
     poll: Callable[[], None],
-    asked: list[float],
+    stop_requests: list[float],
     again: Path | None = None,
 ) -> list[int | None]:
     """Exit codes when all ranks have ended, soon after the first one failed, or when they had their
@@ -186,7 +186,7 @@ def _watch(
             agreed = agreed and not (again and again.exists())
             if time.monotonic() - since > (GRACE if agreed else 1.0):
                 return codes
-        elif asked and time.monotonic() - asked[0] > GRACE:
+        elif stop_requests and time.monotonic() - stop_requests[0] > GRACE:
             return codes
         poll()
         time.sleep(0.05)

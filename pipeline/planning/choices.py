@@ -76,12 +76,12 @@ def low_first(
     they are. Where nnU-Net would plan `3d_lowres`, and as coarse; its cascade also shows the second
     network what the first one said, here the second stage goes on with the first one's weights.
     The note on it."""
-    seen = math.prod(patch) / max(1, math.prod(median_case(manifest)))
+    share = math.prod(patch) / max(1, math.prod(median_case(manifest)))
     stage = document["stages"][0]
-    if patch[0] == 1 or LOW / seen < LOW_GAIN or stage["epochs"] < 3:
+    if patch[0] == 1 or LOW / share < LOW_GAIN or stage["epochs"] < 3:
         return []
     spacing = tuple(step or 1.0 for step in manifest.plan.target_spacing)
-    factor = (LOW / seen) ** (1 / 2 if flat(patch, spacing) else 1 / 3)
+    factor = (LOW / share) ** (1 / 2 if flat(patch, spacing) else 1 / 3)
     first = max(1, round(stage["epochs"] * LOW_SHARE))
     wide = [round(factor * 0.85, 3), round(factor * 1.15, 3)]
     augment = {"augment": {"scale": 1.0, "scale_range": wide}}
@@ -98,7 +98,7 @@ def low_first(
     )
     reasons["stages.1.epochs"] = "The others at the full resolution, from the weights before."
     return [
-        f"A patch sees {seen:.1%} of the median case, so a stage at a low resolution comes first. "
+        f"A patch sees {share:.1%} of the median case, so a stage at a low resolution comes first. "
         "Whether it helps on these data is for `segfleet compare` to say: without it, give its "
         "epochs to the other stage."
     ]

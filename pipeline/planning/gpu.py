@@ -64,12 +64,12 @@ def for_gpu(
                 break
             document["data"]["batch"] -= 1
         batch = document["data"]["batch"]
-        step, how = measured.seconds, f"{measured.seconds:.3g} s a step, measured here"
+        step, source = measured.seconds, f"{measured.seconds:.3g} s a step, measured here"
         held = f" A step held {measured.gigabytes:.3g} GB here."
     else:
         share = min(room / 8, math.prod(patch) * batch / GPU_VOXELS[dims])
         step = max(GPU_LEAST, GPU_STEP * share)
-        how = (
+        source = (
             f"{step:.2g} s a step, assumed: {GPU_STEP} s for a batch of {GPU_VOXELS[dims]:,} "
             "voxels; no such GPU is here"
         )
@@ -88,7 +88,7 @@ def for_gpu(
         f"data.{held}",
         "optimizer.name": "nnU-Net's: SGD with Nesterov's momentum.",
         "optimizer.weight_decay": "nnU-Net's.",
-        "stages.0.epochs": f"{epochs * 250} steps, {how}: "
+        "stages.0.epochs": f"{epochs * 250} steps, {source}: "
         f"{in_words(epochs * 250 * step)} of {in_words(seconds)}; never more than nnU-Net's 1000.",
         "stages.0.steps": "nnU-Net's 250 steps an epoch.",
         "stages.0.lr": "nnU-Net's, falling to 0 by the poly schedule.",

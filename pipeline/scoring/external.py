@@ -49,14 +49,14 @@ def check_store(
     own_task, store_task = (make_task(m.dataset, recipe.model.head) for m in (trained, manifest))
     reasons = []
     if (own_task.names, own_task.members) != (store_task.names, store_task.members):
-        said = (
+        described = (
             ", ".join(
                 f"{name} {'+'.join(map(str, values))}"
                 for name, values in zip(task.names, task.members, strict=True)
             )
             for task in (store_task, own_task)
         )
-        reasons.append("its labels are {}, those of the run {}".format(*said))
+        reasons.append("its labels are {}, those of the run {}".format(*described))
     channels = len(manifest.dataset.channels), len(trained.dataset.channels)
     if channels[0] != channels[1]:
         reasons.append("it has {} channel(s), the run {}".format(*channels))
@@ -94,14 +94,14 @@ def overlap_with_training(recipe: Recipe, manifest: Manifest, ids: list[str]) ->
         trained = load_manifest(recipe.data.store)
         fold = trained.fold(recipe.data.split, recipe.data.fold)
         hashes = dict(trained.cases.columns("id", "source_sha256"))
-        wanted = set(ids)
+        scored_ids = set(ids)
         columns = manifest.cases.columns("id", "source_sha256")
-        scored = {source for case, source in columns if case in wanted} - {""}
-        seen = len(scored & {hashes[case] for case in fold["train"]})
+        scored = {source for case, source in columns if case in scored_ids} - {""}
+        trained_on = len(scored & {hashes[case] for case in fold["train"]})
         chosen = bool(scored & {hashes[case] for case in fold["val"]})
         return {
             "training_cases": len(fold["train"]),
-            "seen_in_training": {"cases": seen, "others_of_the_same_patients": 0},
+            "seen_in_training": {"cases": trained_on, "others_of_the_same_patients": 0},
             "selected_on_these_cases": chosen and recipe.evaluation.weights == "best",
         }
     return {}

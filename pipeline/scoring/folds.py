@@ -86,11 +86,11 @@ def find_folds(text: str, root: Path) -> list[Path]:
     """The runs of every fold of one recipe, in the order of the folds, from the recipe's name or
     from the folder or the beginning of the uid of any of them. Raises InputError that lists what
     else the name fits."""
-    wanted = set()
+    matching = set()
     if (Path(text) / RECIPE).is_file():
         own, recipe = folder_at(Path(text)), open_run(Path(text))[0]
         root = own.parents[1] if own.parent.name == FOLDS else root_of(own, recipe)
-        wanted.add(family_of(recipe))
+        matching.add(family_of(recipe))
     families: dict[str, list[tuple[int, Path]]] = {}
     for folder in run_folders(root):
         with suppress(InputError):  # made by another version, or damaged
@@ -98,20 +98,20 @@ def find_folds(text: str, root: Path) -> list[Path]:
             family = family_of(recipe)
             families.setdefault(family, []).append((recipe.data.fold, absolute(folder)))
             if text == recipe.name or folder.name.startswith(text):
-                wanted.add(family)
-    if not wanted & families.keys():
+                matching.add(family)
+    if not matching & families.keys():
         find_run(text, root)  # says what is there
-    if len(wanted) > 1:
+    if len(matching) > 1:
         lines = [
             f"  {members[0][1].name[:8]}  {len(members)} fold(s)"
             for family, members in sorted(families.items())
-            if family in wanted
+            if family in matching
         ]
         raise InputError(
-            f"run: '{text}' fits {len(wanted)} recipes under {root} that differ in more than their "
-            "fold; give the uid of one of their runs:\n" + "\n".join(lines)
+            f"run: '{text}' fits {len(matching)} recipes under {root} that differ in more than "
+            "their fold; give the uid of one of their runs:\n" + "\n".join(lines)
         )
-    return [folder for _, folder in sorted(families[wanted.pop()])]
+    return [folder for _, folder in sorted(families[matching.pop()])]
 
 
 def folder_of(root: Path, runs: list[str]) -> Path:

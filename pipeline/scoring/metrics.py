@@ -180,7 +180,7 @@ def tolerance_of(name: str, tolerance: float | Mapping[str, float]) -> float:
 
 def overlap(tp: int, fp: int, fn: int, tn: int) -> Scores:
     """All that follows from one confusion matrix; see METRICS."""
-    iou, rest = ratio(tp, tp + fp + fn), ratio(tn, tn + fp + fn)
+    iou, background_iou = ratio(tp, tp + fp + fn), ratio(tn, tn + fp + fn)
     return {
         "dice": ratio(2 * tp, 2 * tp + fp + fn),
         "iou": iou,
@@ -188,7 +188,10 @@ def overlap(tp: int, fp: int, fn: int, tn: int) -> Scores:
         "precision": ratio(tp, tp + fp),
         "specificity": ratio(tn, tn + fp),
         "accuracy": ratio(tp + tn, tp + fp + fn + tn),
-        "mean_iou": ((1.0 if iou is None else iou) + (1.0 if rest is None else rest)) / 2,
+        "mean_iou": (
+            (1.0 if iou is None else iou) + (1.0 if background_iou is None else background_iou)
+        )
+        / 2,
     }
 
 

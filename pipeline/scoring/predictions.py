@@ -156,12 +156,12 @@ def task_for(predictions: Path, truth: Path, labels: Mapping[str, int] | None) -
     InputError."""
     if labels:
         return _plain_task({"background": 0, **labels})
-    said = {}
+    tasks = {}
     for folder in dict.fromkeys((truth, truth.parent, predictions)):
         if (task := described(folder)) is not None:
-            said[folder] = task
-    own = next((said[folder] for folder in (truth, truth.parent) if folder in said), None)
-    other = said.get(predictions)
+            tasks[folder] = task
+    own = next((tasks[folder] for folder in (truth, truth.parent) if folder in tasks), None)
+    other = tasks.get(predictions)
     if own and other and (own.names, own.members) != (other.names, other.members):
         texts = [", ".join(map(str, zip(t.names, t.members, strict=True))) for t in (own, other)]
         raise InputError(

@@ -214,7 +214,7 @@ def network_of(settings: dict[str, Any], folder: Path) -> tuple[str, dict[str, A
             f"import: {folder}: architecture: found '{kind or 'none (plans of before 2024)'}', "
             f"expected one of: {', '.join(NETWORKS)}"
         )
-    given = architecture["arch_kwargs"]
+    arguments = architecture["arch_kwargs"]
     expected = {
         "conv_bias": (True,),
         "norm_op": tuple(f"torch.nn.modules.instancenorm.InstanceNorm{d}d" for d in (2, 3)),
@@ -222,20 +222,20 @@ def network_of(settings: dict[str, Any], folder: Path) -> tuple[str, dict[str, A
         "nonlin": ("torch.nn.LeakyReLU",),
     }
     for key, legal in expected.items():
-        if given.get(key) not in legal:
+        if arguments.get(key) not in legal:
             raise InputError(
-                f"import: {folder}: arch_kwargs.{key}: found {given.get(key)!r}, expected "
+                f"import: {folder}: arch_kwargs.{key}: found {arguments.get(key)!r}, expected "
                 f"{legal[0]!r}, as nnU-Net's own planners choose"
             )
     options = {
-        "features": list(given["features_per_stage"]),
-        "strides": [_each(s) for s in given["strides"]],
-        "kernels": [_each(k) for k in given["kernel_sizes"]],
-        "conv_per_decoder": given["n_conv_per_stage_decoder"],
+        "features": list(arguments["features_per_stage"]),
+        "strides": [_each(s) for s in arguments["strides"]],
+        "kernels": [_each(k) for k in arguments["kernel_sizes"]],
+        "conv_per_decoder": arguments["n_conv_per_stage_decoder"],
     }
     blocks = "n_blocks_per_stage" if kind == "ResidualEncoderUNet" else "n_conv_per_stage"
     option = "blocks_per_stage" if kind == "ResidualEncoderUNet" else "conv_per_stage"
-    return NETWORKS[kind], options | {option: given[blocks]}
+    return NETWORKS[kind], options | {option: arguments[blocks]}
 
 
 def _each(value: Any) -> Any:

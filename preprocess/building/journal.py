@@ -20,10 +20,12 @@ class Journals:
     other journals."""
 
     def __init__(self, reader: RawReader, partial: Path):
-        asked = json.dumps([REVISION, reader.dataset().model_dump(mode="json"), len(reader.refs())])
+        described = json.dumps(
+            [REVISION, reader.dataset().model_dump(mode="json"), len(reader.refs())]
+        )
         self.folder, self.name = (
             partial / STATE,
-            f"survey-{hashlib.sha256(asked.encode()).hexdigest()[:12]}",
+            f"survey-{hashlib.sha256(described.encode()).hexdigest()[:12]}",
         )
 
     def read(self) -> list[CaseFacts]:

@@ -57,7 +57,9 @@ def _place(reader: RawReader) -> Path | None:
     if not os.path.isabs(home):
         return None
     layout = [type(reader).__module__, reader.chosen, reader.dataset().model_dump(mode="json")]
-    asked = json.dumps([REVISION, str(reader.root.resolve()), layout, len(reader.refs())])
+    described = json.dumps([REVISION, str(reader.root.resolve()), layout, len(reader.refs())])
     return (
-        Path(home) / "segfleet/facts" / f"{hashlib.sha256(asked.encode()).hexdigest()[:24]}.jsonl"
+        Path(home)
+        / "segfleet/facts"
+        / f"{hashlib.sha256(described.encode()).hexdigest()[:24]}.jsonl"
     )

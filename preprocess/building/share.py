@@ -70,10 +70,10 @@ def write_share(
             return 0
         measured = fingerprint(surveyed.dataset, surveyed.facts, request.split_seed)
         plan = make_plan(surveyed.dataset, measured, overrides=request.overrides)
-        mine = shard_jobs(reader, surveyed, plan, request)[share[0] :: share[1]]
-        todo = [job for job in mine if finished(job) is None]
-        done, failed = len(mine) - len(todo), []
-        progress("write", done, len(mine))
+        share_jobs = shard_jobs(reader, surveyed, plan, request)[share[0] :: share[1]]
+        todo = [job for job in share_jobs if finished(job) is None]
+        done, failed = len(share_jobs) - len(todo), []
+        progress("write", done, len(share_jobs))
         names = [f"{job.refs[0].id} ..." for job in todo]
         for at, outcome in run(
             attempt,
@@ -84,7 +84,7 @@ def write_share(
         ):
             failed += [(todo[at], outcome)] if isinstance(outcome, Exception) else []
             done += not isinstance(outcome, Exception)
-            progress("write", done, len(mine))
+            progress("write", done, len(share_jobs))
     if failed:
         raise failure(failed)
     return done

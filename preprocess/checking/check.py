@@ -86,8 +86,12 @@ def survey(
     cases = [case.model_copy(update={"group": joint.get(case.id, case.group)}) for case in cases]
     refs = [replace(ref, group=joint.get(ref.id, ref.group)) for ref in refs]
     warnings += doubles + leaks(reader.splits(), {ref.id: ref.group or ref.id for ref in refs})
-    asked = any(dataset.labels.values()) or dataset.regions
-    if asked and not problems and not any(case.foreground(dataset.ignore_label) for case in cases):
+    has_labels = any(dataset.labels.values()) or dataset.regions
+    if (
+        has_labels
+        and not problems
+        and not any(case.foreground(dataset.ignore_label) for case in cases)
+    ):
         mend = "Check that labels and images belong together."
         problems.append(
             Problem(

@@ -107,10 +107,10 @@ def link(cases: Sequence[CaseFacts]) -> tuple[dict[str, str], list[Problem]]:
         the first of them) one warning per set of equal images, and per pair of those that look the
         same
     """
-    same: dict[str, list[CaseFacts]] = {}
+    by_pixels: dict[str, list[CaseFacts]] = {}
     for case in cases:
         if case.image_sha256:
-            same.setdefault(case.image_sha256, []).append(case)
+            by_pixels.setdefault(case.image_sha256, []).append(case)
     parent: dict[str, str] = {}
 
     def root(patient: str) -> str:
@@ -119,7 +119,7 @@ def link(cases: Sequence[CaseFacts]) -> tuple[dict[str, str], list[Problem]]:
         return patient
 
     warnings = []
-    for copies in same.values():
+    for copies in by_pixels.values():
         if len(copies) < 2:
             continue
         first, *others = (root(case.group or case.id) for case in copies)

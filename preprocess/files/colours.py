@@ -50,11 +50,11 @@ def by_palette(index_CZYX: np.ndarray, table: np.ndarray, label: bool) -> np.nda
 
 def to_rgb(array_CZYX: np.ndarray, kind: str, path: Path) -> np.ndarray:
     """(3, Z, Y, X) uint8 of ink, Lab or YCbCr of 8 bits. Raises ImageError for other depths."""
-    wanted = 4 if kind == "SEPARATED" else 3
-    if array_CZYX.dtype != np.uint8 or len(array_CZYX) != wanted:
+    channels = 4 if kind == "SEPARATED" else 3
+    if array_CZYX.dtype != np.uint8 or len(array_CZYX) != channels:
         found = f"{kind} of {array_CZYX.dtype}, {len(array_CZYX)} channels in {path.name}"
         mend = "Save the picture as RGB."
-        raise ImageError(path, "colour space", found, f"8 bits, {wanted} channels", mend)
+        raise ImageError(path, "colour space", found, f"8 bits, {channels} channels", mend)
     if kind == "SEPARATED":
         ink, black = 255 - array_CZYX[:3].astype(np.uint16), 255 - array_CZYX[3].astype(np.uint16)
         return ((ink * black + 127) // 255).astype(np.uint8)

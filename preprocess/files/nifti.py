@@ -183,11 +183,11 @@ def _grid(header: Any, shape: tuple[int, int, int], dims: int, path: Path) -> Ge
     zooms = [float(v) * scale for v in header["pixdim"][1:4]]
     if dims < 3 and not (math.isfinite(zooms[2]) and zooms[2] > 0):
         zooms[2] = 1.0  # a flat picture need not say how thick it is
-    said = all(math.isfinite(v) and v > 0 for v in zooms)
+    valid = all(math.isfinite(v) and v > 0 for v in zooms)
     sform, qform = _sform(header, scale), _qform(header, scale)
     affine = sform if sform is not None else qform
     if affine is None:
-        if not said:
+        if not valid:
             found = f"{'x'.join(f'{v:g}' for v in zooms)} in {path.name}"
             raise ImageError(path, "spacing", found, "positive numbers (mm)", MEND)
         affine = _base(zooms, shape)
@@ -196,11 +196,11 @@ def _grid(header: Any, shape: tuple[int, int, int], dims: int, path: Path) -> Ge
     if not np.isfinite(affine).all() or abs(np.linalg.det(columns)) <= 1e-6 * np.prod(sizes):
         found = f"a matrix that is {'singular' if np.isfinite(affine).all() else 'not finite'}"
         raise ImageError(path, "affine", f"{found} in {path.name}", "three directions", MEND)
-    agree = said and np.allclose(sizes, zooms, rtol=AGREE, atol=0)
-    if not agree and not (dims < 3 and said and np.allclose(sizes[:2], zooms[:2], rtol=AGREE)):
-        which = "sform" if sform is not None else "qform"
+    agree = valid and np.allclose(sizes, zooms, rtol=AGREE, atol=0)
+    if not agree and not (dims < 3 and valid and np.allclose(sizes[:2], zooms[:2], rtol=AGREE)):
+        transform = "sform" if sform is not None else "qform"
         found = f"pixdim {_times(zooms)} in {path.name}"
-        expected = f"{_times(sizes)} mm as its {which} says, which is taken"
+        expected = f"{_times(sizes)} mm as its {transform} says, which is taken"
         warnings.append(("spacing", found, expected, "Mend pixdim if the affine is right."))
     if sform is not None and qform is not None and (far := _apart(sform, qform, shape)) > 0.5:
         found = f"up to {far:.3g} voxels apart in {path.name}"
@@ -211,7 +211,7 @@ def _grid(header: Any, shape: tuple[int, int, int], dims: int, path: Path) -> Ge
         found = f"axes {90 - math.degrees(math.asin(min(1.0, shear))):.3g} degrees apart"
         mend = "Distances along a slanting axis are not exact: resample the image if that matters."
         warnings.append(("affine", f"{found} in {path.name}", "90 degrees", mend))
-    spacing = tuple(zooms if agree or dims < 3 and said else (float(s) for s in sizes))
+    spacing = tuple(zooms if agree or dims < 3 and valid else (float(s) for s in sizes))
     rows = tuple(tuple(float(v) for v in row) for row in affine)
     file = FileFacts(warnings=tuple(warnings), header=bytes(header.binaryblock), dims=min(dims, 3))
     return Geometry(shape=shape, spacing=spacing[::-1], affine=rows, file=file)

@@ -31,8 +31,8 @@ def read_npy(path: Path, dims: int, digest: Any = None) -> np.ndarray:
     except ImageError:
         raise
     except Exception as error:
-        said = str(error).splitlines() or [type(error).__name__]
-        found = f"{path.name} damaged or truncated ({said[0][:80]})"
+        message = str(error).splitlines() or [type(error).__name__]
+        found = f"{path.name} damaged or truncated ({message[0][:80]})"
         raise ImageError(
             path, "file", found, "an array of numbers", "Write or copy the file again."
         ) from None

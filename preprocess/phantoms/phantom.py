@@ -107,15 +107,15 @@ def write_dsb_phantom(root: str | Path, images: int = 16, seed: int = 0, size: i
         (folder / "images").mkdir(parents=True)
         (folder / "masks").mkdir()
         grid = np.indices((height, width))
-        taken = np.zeros((height, width), bool)
+        occupied = np.zeros((height, width), bool)
         for nucleus in range(int(generator.integers(3, 8))):
             radius = generator.uniform(size / 16, size / 7)
             centre = generator.uniform(radius, (height - radius, width - radius))
             disc = ((grid - centre[:, None, None]) ** 2).sum(0) < radius**2
-            disc &= ~ndimage.binary_dilation(taken)
+            disc &= ~ndimage.binary_dilation(occupied)
             if disc.sum() < 12:
                 continue
-            taken |= disc
+            occupied |= disc
             picture[disc] = np.array(ink) * generator.uniform(0.8, 1.2)
             Image.fromarray(disc.astype(np.uint8) * 255).save(
                 folder / "masks" / f"{nucleus:02d}.png"

@@ -375,17 +375,17 @@ def declared_labels(file: Path) -> dict[str, int]:
 def field(document: dict, name: str, kind: type | tuple[type, ...], path: Path) -> Any:
     """document[name] of the given type. Raises InputError that names file and key."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    wanted = " or ".join(
+    expected = " or ".join(
         {"dict": "object", "str": "text", "int": "integer"}.get(k.__name__, k.__name__)
         for k in kinds
     )
     if name not in document:
         raise InputError(
-            f"{path}: the key '{name}' is missing ({wanted}). Present: "
+            f"{path}: the key '{name}' is missing ({expected}). Present: "
             f"{', '.join(document) or 'nothing'}"
         )
     if not isinstance(document[name], kind) or isinstance(document[name], bool):
-        raise InputError(f"{path}: {name}: found {document[name]!r}, expected {wanted}")
+        raise InputError(f"{path}: {name}: found {document[name]!r}, expected {expected}")
     return document[name]
 
 
@@ -397,9 +397,9 @@ def number(text: Any, key: str, path: Path) -> int:
 
 
 def duplicates(ids: list[str]) -> list[Problem]:
-    seen: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for case in ids:
-        seen[case] = seen.get(case, 0) + 1
+        counts[case] = counts.get(case, 0) + 1
     return [
         Problem(
             case=case,
@@ -408,7 +408,7 @@ def duplicates(ids: list[str]) -> list[Problem]:
             expected="one",
             mend="Rename the files or remove the copies.",
         )
-        for case, n in seen.items()
+        for case, n in counts.items()
         if n > 1
     ]
 

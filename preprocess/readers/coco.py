@@ -87,8 +87,10 @@ class Reader(PairReader):
             places = [folder / name for folder in (self.folder / "images", self.folder)]
             image = next((place for place in places if place.is_file()), places[0])
             stem = next((name[: -len(e)] for e in ENDINGS if name.lower().endswith(e)), name)
-            said = json.dumps(drawn[key])
-            refs.append(CaseRef(id=stem.replace("/", "_"), images=(image,), labels=(), said=said))
+            polygons = json.dumps(drawn[key])
+            refs.append(
+                CaseRef(id=stem.replace("/", "_"), images=(image,), labels=(), said=polygons)
+            )
         return refs
 
     def problems(self) -> list[Problem]:

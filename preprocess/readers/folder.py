@@ -142,14 +142,14 @@ class Reader(PairReader):
     def brought(self) -> dict[str, Folds]:
         refs = self.refs()
         part = {name: [ref for ref in refs if inside(ref, self.folder / name)] for name in PARTS}
-        given = {
+        splits = {
             "given": sides(part["train"], part["val"] or part["test"]),
             "given-test": sides(part["train"], part["test"]),
         }
-        given = {
-            name: folds for name, folds in given.items() if folds[0]["train"] and folds[0]["val"]
+        splits = {
+            name: folds for name, folds in splits.items() if folds[0]["train"] and folds[0]["val"]
         }
-        return {**given, **published([ref.id for ref in refs])}
+        return {**splits, **published([ref.id for ref in refs])}
 
 
 def _parts(folder: Path) -> list[Path]:

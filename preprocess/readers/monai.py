@@ -84,22 +84,22 @@ class Reader(RawReader):
     def labels(self) -> dict[str, int]:
         if labels := declared_labels(self.root / "labels.json"):
             return labels
-        said = self.json.get("labels")
-        if not isinstance(said, dict) or not said:
+        listed = self.json.get("labels")
+        if not isinstance(listed, dict) or not listed:
             raise InputError(
                 f'{self.file}: names no labels. Add "labels": {{"0": "background", "1": "name"}} '
                 "to it, or a labels.json beside it"
             )
-        flipped = all(str(key).isdecimal() for key in said)
-        pairs = {str(n): v for v, n in said.items()} if flipped else said
+        flipped = all(str(key).isdecimal() for key in listed)
+        pairs = {str(n): v for v, n in listed.items()} if flipped else listed
         labels = {
             name: number(value, f"labels: {name}", self.file) for name, value in pairs.items()
         }
-        if labels.get("background") != 0 or not len(said) == len(set(labels.values())) == len(
+        if labels.get("background") != 0 or not len(listed) == len(set(labels.values())) == len(
             labels
         ):
             expected = "0 for background, all names and values different"
-            raise InputError(f"{self.file}: labels: found {said}, expected {expected}")
+            raise InputError(f"{self.file}: labels: found {listed}, expected {expected}")
         return dict(sorted(labels.items(), key=lambda item: item[1]))
 
     def cases(self) -> list[CaseRef]:

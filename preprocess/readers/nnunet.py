@@ -87,8 +87,8 @@ def dataset_of(
             raise InputError(
                 f"{file}: labels: a region needs one or more values above 0, found {regions}"
             )
-        given = field(document, "regions_class_order", list, file)
-        order = tuple(number(v, "regions_class_order", file) for v in given)
+        listed = field(document, "regions_class_order", list, file)
+        order = tuple(number(v, "regions_class_order", file) for v in listed)
         if len(order) != len(regions):
             expected = f"{len(regions)}: one for each of {list(regions)}"
             raise InputError(
@@ -204,10 +204,10 @@ class Reader(RawReader):
         for case in sorted({*images, *labels}, key=natural):
             channels = images.get(case, {})
             together = set(channels) == {0} and self.ending in MANY_CHANNELS
-            wanted = [0] if together else range(len(self.channels))
+            numbers = [0] if together else range(len(self.channels))
             paths = tuple(
                 channels.get(i, self.root / "imagesTr" / f"{case}_{i:04d}{self.ending}")
-                for i in wanted
+                for i in numbers
             )
             label = labels.get(case, self.root / "labelsTr" / f"{case}{self.ending}")
             refs.append(CaseRef(id=case, images=paths, labels=(label,)))

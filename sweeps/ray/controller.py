@@ -252,8 +252,8 @@ def fit(resources: Any) -> Any:
 def sweep_away(folder: Path) -> None:
     """The temporary folder of a session that was killed. The sweep's lock is ours, so no process
     uses it."""
-    left = str((read_json(folder / "ray.json") or {}).get("temporary", ""))
-    keeper.sweep(Path(left), str(folder.resolve()))
+    temporary = str((read_json(folder / "ray.json") or {}).get("temporary", ""))
+    keeper.sweep(Path(temporary), str(folder.resolve()))
 
 
 if __name__ == "__main__":

@@ -67,11 +67,11 @@ def _end_processes(session: Path) -> None:
     """Also those that are just being started."""
     begin = calm = time.monotonic()
     while time.monotonic() - calm < CALM and time.monotonic() - begin < LONGEST:
-        if left := _processes(session):
-            for process in left:
+        if running := _processes(session):
+            for process in running:
                 with suppress(psutil.Error):
                     process.kill()
-            psutil.wait_procs(left, timeout=10)
+            psutil.wait_procs(running, timeout=10)
             calm = time.monotonic()
         time.sleep(CALM / 4)
 

@@ -139,8 +139,8 @@ class Ledger:
         state = self.state(node)
         self._elsewhere.discard(node.uid)
         if state == "ready":
-            way = -self.tree.remaining[node.uid]
-            heapq.heappush(self._ready, (way, node.trials[0], node.index, node.uid))
+            priority = -self.tree.remaining[node.uid]
+            heapq.heappush(self._ready, (priority, node.trials[0], node.index, node.uid))
         elif state == "running" and node.uid not in self.taken:
             self._elsewhere.add(node.uid)
         if self.trained(node):

@@ -298,8 +298,8 @@ def _difference(
     of_cases = {key: float(np.mean(values)) for key, values in pairs.items()}
     shared = sum(
         a == b
-        for mine, his in zip(row["stages"], best["stages"], strict=False)
-        for a, b in zip(mine, his, strict=False)
+        for own_stages, best_stages in zip(row["stages"], best["stages"], strict=False)
+        for a, b in zip(own_stages, best_stages, strict=False)
     )
     comparison = paired(
         [[value for (owner, _), value in of_cases.items() if owner == group] for group in groups]

@@ -259,11 +259,11 @@ def _curves(plan: Plan, ledger: Ledger) -> list[Markup]:
         )
         first = node.begin + (plan.tree.nodes[node.trunk].stage.epochs if node.trunk else 0)
         events = list(read_events(ledger.path(node)))
-        for kind, what, lines in (("step", "loss", losses), ("validation", "dice", dices)):
+        for kind, field, lines in (("step", "loss", losses), ("validation", "dice", dices)):
             curve = [
-                (node.begin + event["step"] / steps, event[what])
+                (node.begin + event["step"] / steps, event[field])
                 for event in events
-                if event["event"] == kind and event[what] is not None
+                if event["event"] == kind and event[field] is not None
             ]
             lines.append(
                 (

@@ -145,8 +145,8 @@ class Plan:
             if value is None:
                 return 0.0 if objective.name == "dice" else population.FAILED
             return objective.sign * value
-        way = (self.folder / "failed" / f"{uid}.json" for uid in node.path.parts)
-        return population.FAILED if any(mark.exists() for mark in way) else None
+        marks = (self.folder / "failed" / f"{uid}.json" for uid in node.path.parts)
+        return population.FAILED if any(mark.exists() for mark in marks) else None
 
     @property
     def expected_epochs(self) -> int:

@@ -159,9 +159,10 @@ class StageTree:
         above = self.before(node)
         while (
             above
-            and (way := self.epochs(above) + self.remaining[node.uid]) > self.remaining[above.uid]
+            and (length := self.epochs(above) + self.remaining[node.uid])
+            > self.remaining[above.uid]
         ):
-            self.remaining[above.uid] = way
+            self.remaining[above.uid] = length
             node, above = above, self.before(above)
 
     def walk(self) -> Iterable[StageNode]:

@@ -18,7 +18,7 @@ def warm_points(search: Search, runs: Path) -> tuple[list[Known], list[str]]:
     """The ranked points of the sweeps that `warm_start` names, as far as their axes and values are
     this space's, and a sentence per sweep on how many they are. Raises InputError if a sweep has no
     outcome, other measures or no axis of this space."""
-    points, said = [], []
+    points, sentences = [], []
     needed = {objective.name for objective in search.objectives}
     needed |= {constraint.objective.name for constraint in search.constraints}
     for name in search.space.warm_start:
@@ -46,8 +46,8 @@ def warm_points(search: Search, runs: Path) -> tuple[list[Known], list[str]]:
             if all(holds(axis, row["point"][axis.label]) for axis in axes)
         ]
         points += matching
-        said.append(f"begins with {len(matching)} of {len(rows)} points of the sweep {name}")
-    return points, said
+        sentences.append(f"begins with {len(matching)} of {len(rows)} points of the sweep {name}")
+    return points, sentences
 
 
 def holds(axis: Axis, value: Any) -> bool:

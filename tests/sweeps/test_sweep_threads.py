@@ -10,7 +10,7 @@ import pytest
 from segfleet.core.errors import InputError
 from segfleet.pipeline.launch.job import Train
 from segfleet.slurm import cluster
-from segfleet.slurm.job import Seen
+from segfleet.slurm.job import JobStatus
 from segfleet.sweeps import slurm_backend, threads
 from segfleet.sweeps.order import Order
 from segfleet.sweeps.results.ledger import Ledger
@@ -161,7 +161,7 @@ def test_one_question_to_the_queue_serves_all_jobs(monkeypatch):
 
     def look(jobs, age=0.0):
         asked.append(len(jobs))
-        return [(job, Seen(state="running")) for job in jobs]
+        return [(job, JobStatus(state="running")) for job in jobs]
 
     monkeypatch.setattr(slurm_backend, "look_at_all", look)
     for count in (10, 100):
