@@ -140,7 +140,7 @@ def plugins_first(words: list[str]) -> list[str]:
     return [*ahead, *rest, *words[end:]]
 
 
-def complain(message: str) -> None:
+def print_error(message: str) -> None:
     sys.stderr.write(f"segfleet: {message}\n")
 
 
@@ -165,7 +165,7 @@ def exit_code(error: BaseException) -> int:
 
             problem_table(error)
         else:
-            complain(explained[0])
+            print_error(explained[0])
         document(*explained, getattr(error, "problems", None))
         return explained[1]
     if isinstance(error, BrokenPipeError):

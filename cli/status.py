@@ -41,13 +41,13 @@ def render_jobs(rows: list[dict]) -> None:
         ("what", "job", "state", "node", "starts"),
         [(r["name"], r["job"], r["state"], r["node"] or "-", r["starts"]) for r in rows],
     )
-    tell_unknown([row["reason"] for row in rows if row["queue"] == "unknown"])
+    report_unknown([row["reason"] for row in rows if row["queue"] == "unknown"])
     for row in rows:
         if row["reason"] and row["queue"] != "unknown":
             typer.echo(f"\n{row['name']} is {row['state']}: {row['reason'].strip()}")
 
 
-def tell_unknown(reasons: list[str]) -> None:
+def report_unknown(reasons: list[str]) -> None:
     """SLURM's silence is reported once for all."""
     if reasons:
         typer.echo(f"\nwhat became of {len(reasons)} job(s) is unknown: {reasons[0].strip()}")
@@ -80,7 +80,7 @@ def render(rows: list[Row]) -> None:
             ("run", "job", "queue", "node"),
             [(short(row), row.job, row.queue or "-", row.node or "-") for row in jobs],
         )
-    tell_unknown([row.reason or "" for row in rows if row.queue == "unknown"])
+    report_unknown([row.reason or "" for row in rows if row.queue == "unknown"])
     for row in rows:
         if row.reason and row.queue != "unknown":
             # a traceback is whole in --json and in `segfleet logs`

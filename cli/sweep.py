@@ -232,7 +232,7 @@ def render_forecast(document: dict[str, Any]) -> None:
     warn(document["warnings"])
     several = len({node["store"] for node in document["tree"]}) > 1
     for node in document["tree"][:MOST_LINES]:
-        goes_on = (
+        continues = (
             f" (goes on from {node['epochs'] - node['epochs_to_train']})" if node["trunk"] else ""
         )
         role = (
@@ -245,7 +245,7 @@ def render_forecast(document: dict[str, Any]) -> None:
         shared = f"  for {len(node['trials'])} trials" if len(node["trials"]) > 1 else ""
         ends = f"  ends {len(node['leaf_of'])} trial(s)" if node["leaf_of"] else ""
         line = (
-            f"{node['uid']}  {role}{node['name']}{on}: {node['epochs']} epochs{goes_on}, lr "
+            f"{node['uid']}  {role}{node['name']}{on}: {node['epochs']} epochs{continues}, lr "
             f"{node['lr']:g}{shared}{ends}  {node['state']}"
         )
         typer.echo("  " * node["depth"] + line)

@@ -100,7 +100,7 @@ class SlurmJob:
             return getpass.getuser()
 
     @property
-    def somebody_elses(self) -> bool:
+    def is_another_users(self) -> bool:
         """Of another user, and we are not root."""
         try:
             return os.geteuid() not in (0, Path(self.submission.folder).stat().st_uid)
@@ -139,7 +139,7 @@ class SlurmJob:
             if (Path(self.submission.folder) / CANCELLED).exists()
             else "unknown"
             # some clusters hide the jobs of other users
-            if silence or self.somebody_elses
+            if silence or self.is_another_users
             else "lost"
         )
         # it may have come back since: only its end is certain
@@ -253,7 +253,7 @@ def cancel(jobs: list[tuple[SlurmJob, JobStatus]]) -> list[str]:
     Raises InputError with SLURM's own words if it does not answer.
     """
     active = [job for job, status in jobs if status.open]
-    if others := sorted({job.owner for job in active if job.somebody_elses}):
+    if others := sorted({job.owner for job in active if job.is_another_users}):
         raise InputError(
             f"cancel: job {active[-1].id} belongs to {', '.join(others)}; only they can cancel it"
         )

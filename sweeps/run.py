@@ -240,7 +240,7 @@ class Session:
     def follow(self, progress: Callable[[int, int], None]) -> str | None:
         """Until it ends. None, or what went wrong: a Ray that dies also shows as an error of
         the process that talked to it. Raises InputError."""
-        listener = threading.Thread(target=self._listen, args=(progress,), daemon=True)
+        listener = threading.Thread(target=self._read_messages, args=(progress,), daemon=True)
         listener.start()
         fault = None
         try:
@@ -259,7 +259,7 @@ class Session:
             else None
         )
 
-    def _listen(self, progress: Callable[[int, int], None]) -> None:
+    def _read_messages(self, progress: Callable[[int, int], None]) -> None:
         for line in self.process.stdout:
             with suppress(json.JSONDecodeError):  # a line that a killed process was writing
                 message = json.loads(line)

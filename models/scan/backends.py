@@ -23,7 +23,7 @@ NAMES = ("auto", *MODULES)
 ORDER = {"cuda": ("mamba_ssm", "triton", "chunked"), "cpu": ("native", "chunked")}
 
 log = logging.getLogger("segfleet.scan")
-_said: set[tuple[str, str]] = set()
+_logged: set[tuple[str, str]] = set()
 
 
 def load(name: str) -> ModuleType:
@@ -56,19 +56,19 @@ def choose(wanted: str, device: torch.device, *, own_only: bool = False) -> str:
                 f"selective_scan: {source} asks for '{wanted}', which cannot run on "
                 f"{device.type}: {reason}"
             )
-        _say(device, wanted, f"forced by {source}")
+        _log_choice(device, wanted, f"forced by {source}")
         return wanted
     missing = []
     for name in ORDER.get(device.type, ("chunked",))[own_only and device.type == "cuda" :]:
         if not (reason := load(name).unavailable(device)):
             level = logging.WARNING if name == "chunked" and missing else logging.INFO
-            _say(device, name, "; ".join(missing) or "the best there is", level)
+            _log_choice(device, name, "; ".join(missing) or "the best there is", level)
             return name
         missing.append(f"{name}: {reason}")
     raise AssertionError("the chunked back end runs everywhere")
 
 
-def _say(device: torch.device, name: str, why: str, level: int = logging.INFO) -> None:
-    if (device.type, name) not in _said:
-        _said.add((device.type, name))
+def _log_choice(device: torch.device, name: str, why: str, level: int = logging.INFO) -> None:
+    if (device.type, name) not in _logged:
+        _logged.add((device.type, name))
         log.log(level, "selective scan on %s runs with back end '%s' (%s)", device.type, name, why)

@@ -178,7 +178,7 @@ class Scorer:
                 self._window(),
                 Measures(distances=False, objective=Objective(self.recipe, task)),
                 ranks=self.ranks,
-                progress=functools.partial(self._tell, "validation"),
+                progress=functools.partial(self._on_progress, "validation"),
                 show=lambda case, z, label: (
                     slices.append((case, z, label.tolist())) if case in shown else None
                 ),
@@ -292,7 +292,7 @@ class Scorer:
                 window,
                 Measures(pool=self.recipe.data.batch, tolerance=self.recipe.evaluation.tolerance),
                 ranks=self.ranks,
-                progress=functools.partial(self._tell, "scoring"),
+                progress=functools.partial(self._on_progress, "scoring"),
                 journal=journal,
             )
         if self.ranks.rank == 0:
@@ -351,7 +351,7 @@ class Scorer:
         words = out_of_memory.scoring_words(self.recipe, patch)
         return out_of_memory.named(self.ranks.device, words)
 
-    def _tell(self, phase: str, done: int, total: int) -> None:
+    def _on_progress(self, phase: str, done: int, total: int) -> None:
         """Progress of rank 0's cases for the log, and the moment at which a stop is
         obeyed."""
         self._note({"phase": phase, "done": done, "total": total})

@@ -24,7 +24,7 @@ def changed(key: str, old: Any, new: Any) -> list[str]:
     else:
         pairs = [(key, old, new)] if isinstance(old, dict) and isinstance(new, dict) else []
     keys = [
-        f"{where}.{name}: was {_said(was, name)}, is {_said(now, name)}"
+        f"{where}.{name}: was {_described(was, name)}, is {_described(now, name)}"
         for where, was, now in pairs
         for name in [*was, *(name for name in now if name not in was)]
         if was.get(name) != now.get(name)
@@ -32,7 +32,7 @@ def changed(key: str, old: Any, new: Any) -> list[str]:
     return keys or [key]
 
 
-def _said(values: dict[str, Any], name: str) -> str:
+def _described(values: dict[str, Any], name: str) -> str:
     return json.dumps(values[name]) if name in values else "not there"
 
 

@@ -377,10 +377,10 @@ def foreign(plan: Plan) -> str | None:
     if recorded.get("identity") == plan.search.identity:
         return None
     space, was = plan.search.space.model_dump(mode="json"), recorded["space"]
-    unsaid = SearchSpace(name="x", base="x").model_dump(mode="json")  # of an earlier version's
+    defaults = SearchSpace(name="x", base="x").model_dump(mode="json")  # for keys of later versions
     differing = []
     for key, value in space.items():
-        old = was.get(key, unsaid[key])
+        old = was.get(key, defaults[key])
         if old != value and not grows(key, old, value, space):
             differing += changed(key, old, value)
     bases = [recorded.get("base"), plan.search.base]

@@ -474,7 +474,7 @@ def test_bad_input_is_refused_in_one_sentence(change, expected):
 
 
 def test_variable_forces_a_back_end_and_the_choice_is_logged_once(monkeypatch, caplog):
-    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(backends, "_logged", set())
     used = []
     load = backends.load
     monkeypatch.setattr(backends, "load", lambda name: used.append(name) or load(name))
@@ -509,7 +509,7 @@ def installed(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
         external._missing.cache_clear()
 
-    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(backends, "_logged", set())
     monkeypatch.delenv("SEGFLEET_SCAN", raising=False)
     external._missing.cache_clear()
     yield add
