@@ -177,13 +177,13 @@ def await_stores(made_by: dict[Path, list[SlurmJob]], name: str) -> None:
         stop = StopRequest()
         while True:
             for out, jobs in list(waiting.items()):
-                seen = [QUEUE.look(job) for job in jobs]
+                statuses = [QUEUE.look(job) for job in jobs]
                 if (out / NAME).is_file():
                     for job in jobs:
                         QUEUE.forget(job)
                     del waiting[out]
-                elif not any(one.open for one in seen):
-                    last = seen[-1]
+                elif not any(status.open for status in statuses):
+                    last = statuses[-1]
                     raise InputError(
                         f"{name}: the jobs of the store {out} have ended without it; the last one, "
                         f"{last.job}, is {last.state}: {last.reason}. The same command submits "

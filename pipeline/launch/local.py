@@ -118,11 +118,11 @@ def _ask(processes: list[subprocess.Popen], number: int) -> None:
 
 @contextmanager
 def signals_to(handler: Callable[[int, Any], None] | None = None) -> Iterator[None]:
-    """The signals that ask this process to stop in order go to a handler, or to whom the block
-    says, until its end. None do outside the main thread, which alone may have handlers."""
+    """The signals that ask this process to stop in order go to a handler, or to those that the
+    block sets, until its end. None do outside the main thread, which alone may have handlers."""
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in (STOP_SIGNALS if main else ())}
-    if before.get(signal.SIGHUP) == signal.SIG_IGN:  # somebody lets this survive a hang-up
+    if before.get(signal.SIGHUP) == signal.SIG_IGN:  # under nohup, it is to survive a hang-up
         del before[signal.SIGHUP]
     for number in before if handler else ():
         signal.signal(number, handler)
