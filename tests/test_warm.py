@@ -76,6 +76,23 @@ def test_commands_say_the_same(how):
     assert code == 0 and json.loads(out)["name"] == "hippocampus" and err == ""
 
 
+def test_a_program_may_ask_for_a_fork(how):
+    code = "# A fork will do.\nimport sys; print('torch' in sys.modules, sys.argv)"
+    for first, fork in ((0, how == "warm"), (1, False)):  # without the line: a new interpreter
+        words = [sys.executable, "-u", "-c", "\n".join(code.split("\n")[first:]), "a"]
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+        assert done.stdout == f"{fork} ['-c', 'a']\n"
+
+
+@pytest.mark.skipif(
+    "PYTEST_XDIST_WORKER" not in os.environ or os.environ.get("OMP_NUM_THREADS") != "1",
+    reason="no worker of `make test`",
+)
+def test_a_worker_is_a_fork():
+    """An interpreter has a loader for its main module, a fork made that module itself."""
+    assert sys.modules["__main__"].__loader__ is None
+
+
 def test_a_fork_blocks_the_signals_of_who_starts_it_not_those_of_who_came_first(how):
     """Worker processes are started while signals are blocked, and may be the first of all."""
     code = (
