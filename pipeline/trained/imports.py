@@ -263,11 +263,11 @@ def _settings(plans: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
 
 def _facts(path: Path) -> dict[str, Any]:
     """What a checkpoint says beside its weights."""
-    checkpoint = read_torch(path)
+    stored = read_torch(path)
     try:
         return {
-            "configuration": str(checkpoint["init_args"]["configuration"]),
-            "inference_allowed_mirroring_axes": checkpoint.get("inference_allowed_mirroring_axes"),
+            "configuration": str(stored["init_args"]["configuration"]),
+            "inference_allowed_mirroring_axes": stored.get("inference_allowed_mirroring_axes"),
         }
     except (KeyError, TypeError):
         raise InputError(f"import: {path} is no checkpoint of nnU-Net v2: no init_args") from None

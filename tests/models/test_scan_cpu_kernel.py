@@ -44,7 +44,7 @@ def source(tmp_path):
 @pytest.fixture
 def fresh(monkeypatch):
     """A process that has not chosen a back end yet."""
-    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(backends, "_logged", set())
     monkeypatch.delenv("SEGFLEET_SCAN", raising=False)
     native._library.cache_clear()
     yield

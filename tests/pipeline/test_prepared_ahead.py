@@ -43,7 +43,7 @@ def images(monkeypatch):
     second one is."""
     alive, most, threads, there = {}, [], set(), threading.Event()
 
-    def near(image, device):
+    def pinned(image, device):
         key = object()
         alive[key] = weakref.finalize(image, alive.pop, key, None)
         most.append(len(alive))
@@ -52,9 +52,9 @@ def images(monkeypatch):
         threads.add(threading.current_thread() is threading.main_thread())
         return image
 
-    monkeypatch.setattr(predicting, "near", near)
-    monkeypatch.setattr(evaluate, "near", near)
-    monkeypatch.setattr(out_of_fold, "near", near)
+    monkeypatch.setattr(predicting, "pinned", pinned)
+    monkeypatch.setattr(evaluate, "pinned", pinned)
+    monkeypatch.setattr(out_of_fold, "pinned", pinned)
     return most, threads, there
 
 
