@@ -211,6 +211,7 @@ def main() -> None:
             code = exit_code(error)
     except KeyboardInterrupt:
         code = interrupted()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over: a late Ctrl-C would be a traceback
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -171,3 +171,17 @@ def test_a_path_that_is_no_text_is_printed(tmp_path, monkeypatch, encoding, prin
     with pytest.raises(SystemExit) as end:
         main.main()
     assert end.value.code == 0 and printed in out.buffer.getvalue()
+
+
+def test_a_ctrl_c_at_the_very_end_is_no_traceback():
+    """While Python closes its log files and the like."""
+    words = (
+        "import atexit, os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "sys.argv = ['segfleet', '--version']\n"
+        "from segfleet.cli import main\n"
+        "main.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout
