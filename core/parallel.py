@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -17,6 +19,7 @@ from typing import Any, TypeVar
 
 from segfleet.core.litter import note_multiprocessing
 from segfleet.core.machine import cpus, memory_budget
+from segfleet.core.process import alive
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -26,7 +29,12 @@ WATCHED = (
 SERVED = "segfleet.core.served"  # what a server of worker processes imports first
 _function: Callable | None = None  # of a worker process
 SMALL, MOST_AT_ONCE = 16 * 2**20, 64  # bytes and items that are handed over together
+PR_SET_PDEATHSIG = 1  # of prctl: a signal when the process that started this one ends
+MOST_IN_VAIN = 3  # pools that end before anything was handed to them
 ENDING = 2.0  # seconds in which a process that removes its folder of sockets has ended
+# what the start of a process raises where the server that it starts from was killed meanwhile; the
+# next start begins another server
+NO_SERVER = (EOFError, ConnectionError)
 WORTH_A_PROCESS = 256 * 2**20  # bytes of work; a process takes about a second to start
 
 
@@ -64,10 +72,15 @@ def run(
         return
     _start_forkserver()
     waiting = list(range(len(items)))[::-1]
+    in_vain = 0
     while waiting:
         suspects: list[int] = []
+        before = len(waiting)
         pool = _Pool(function, max(1, min(workers, len(waiting))), budget or memory_budget())
         yield from pool.run(items, weights, waiting, suspects)
+        in_vain = in_vain + 1 if len(waiting) == before else 0
+        if in_vain == MOST_IN_VAIN:
+            raise RuntimeError("worker processes are killed as they start (out of memory?)")
         for index in sorted(suspects):  # one of them took the pool along
             result, cause = _alone(function, items[index])
             if cause and died is None:
@@ -104,7 +117,7 @@ class _Pool:
                         and (not flying or weight + weights[waiting[-1]] <= self.budget)
                     ):
                         group = self._group(weights, waiting)
-                        flying[pool.submit(_call, [items[index] for index in group])] = group
+                        flying[_submit(pool, _call, [items[index] for index in group])] = group
                         del waiting[-len(group) :]
                         weight += sum(weights[index] for index in group)
                     for future in wait(flying, return_when=FIRST_COMPLETED).done:
@@ -134,6 +147,23 @@ class _Pool:
         return group
 
 
+def _submit(pool: ProcessPoolExecutor, function: Callable, *arguments: Any) -> Future:
+    """Raises BrokenProcessPool also where a process for it could not be started."""
+    try:
+        return pool.submit(function, *arguments)
+    except NO_SERVER as error:
+        _await_end_of_server()
+        raise BrokenProcessPool(str(error)) from error
+
+
+def _await_end_of_server() -> None:
+    """Its files are closed a moment before it has ended, and until then no other one is started."""
+    number = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    end = time.monotonic() + ENDING
+    while number and alive(number) and time.monotonic() < end:
+        time.sleep(0.01)
+
+
 class Apart:
     """Calls functions in a process of its own, which a library that crashes takes along: the next
     call begins another. Started at the first call. One call at a time, from any thread."""
@@ -152,16 +182,28 @@ class Apart:
     def __call__(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """What `function` returns. Raises what it raises, and Died if the process dies."""
         with self._lock:
-            if self._pool is None:
-                _start_forkserver()
-                context = multiprocessing.get_context("forkserver")
-                self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_follow_parent)
             try:
-                return self._pool.submit(function, *arguments).result()
+                try:
+                    future = self._submitted(function, *arguments)
+                except BrokenProcessPool:  # it had died before, or could not be started
+                    self._forget()
+                    future = self._submitted(function, *arguments)
+                return future.result()
             except BrokenProcessPool:
-                self._pool.shutdown(wait=False)
-                self._pool = None
+                self._forget()
                 raise Died("the process that was to do this died") from None
+
+    def _submitted(self, function: Callable, *arguments: Any) -> Future:
+        if self._pool is None:
+            _start_forkserver()
+            context = multiprocessing.get_context("forkserver")
+            self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_follow_parent)
+        return _submit(self._pool, function, *arguments)
+
+    def _forget(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)
+            self._pool = None
 
 
 class Died(RuntimeError):
@@ -174,7 +216,11 @@ def _alone(function: Callable, item: Any) -> tuple[Any, str]:
     context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send_result, args=(function, item, sender))
-    process.start()
+    try:
+        process.start()
+    except NO_SERVER:
+        _await_end_of_server()
+        process.start()
     sender.close()
     try:
         result, error = receiver.recv()
@@ -226,18 +272,29 @@ def end_with_parent(last: Callable[[], None] = lambda: None) -> None:
     ends, after it has done `last`.
 
     A forkserver's child is no child of the process that asked for it, so the kernel tells it
-    nothing; the parent holds the other end of a pipe.
+    nothing; the parent holds the other end of a pipe. It ends with the forkserver, too, of whose
+    death the kernel tells it: the parent takes it for dead then. To be called in the main thread.
     """
     parent: Any = multiprocessing.parent_process()
+    server = os.getppid()
 
-    def watch() -> None:
-        parent.join()
+    def end(*_: object) -> None:
         try:
             last()
         finally:
             os._exit(1)
 
+    def watch() -> None:
+        parent.join()
+        end()
+
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+    if sys.platform == "linux":
+        signal.signal(signal.SIGRTMIN, end)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGRTMIN})
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGRTMIN))
+        if os.getppid() != server:  # it died before that
+            end()
 
 
 def guard_queues() -> None:

@@ -25,7 +25,7 @@ from segfleet.core.litter import (
     note_shared_memory,
     remove_shared_memory,
 )
-from segfleet.core.parallel import SERVED, end_with_parent, guard_queues
+from segfleet.core.parallel import NO_SERVER, SERVED, end_with_parent, guard_queues
 from segfleet.pipeline.data import randomness
 from segfleet.pipeline.data.augment import draw_intensity, draw_spatial, flat
 from segfleet.pipeline.data.device_augment import Boxes, Room, augmented, drawn_sample, each_tensor
@@ -381,7 +381,14 @@ def _in_time(loader: DataLoader) -> Iterator[Batch | Boxes | Failure]:
     Loader processes are children of a server, so no signal reports their death: torch looks when a
     wait ends, which may therefore not be a long one, and can be asked again after it.
     """
-    batches, since = iter(loader), time.monotonic()
+    try:
+        batches = iter(loader)
+    except NO_SERVER as error:
+        raise LoaderDied(
+            "loading: the process that loader processes start from was killed (out of memory?). "
+            "Run the same command again; data.workers=0 reads in the rank itself."
+        ) from error
+    since = time.monotonic()
     while True:
         try:
             batch = next(batches)

@@ -21,6 +21,7 @@ from segfleet.core import litter
 from segfleet.core.errors import ExitCode
 from segfleet.pipeline.data import handover, loader
 from segfleet.pipeline.launch import local
+from segfleet.preprocess.stores.base import open_store
 
 SECONDS = 5.0  # in which all must be gone
 MARK = "SEGFLEET_TEST_SESSION"
@@ -171,6 +172,15 @@ def test_batches_larger_than_shared_memory_go_through_pipes(tmp_path):
     assert done.stderr == loader.TOO_SMALL  # once, and no traceback of a thread
 
 
+def test_loader_processes_whose_server_is_killed_are_one_sentence(monkeypatch, tiny_store):
+    def iterate(_):
+        raise EOFError("unexpected EOF")
+
+    monkeypatch.setattr(loader.DataLoader, "__iter__", iterate)
+    with pytest.raises(loader.LoaderDied, match="start from was killed .* Run the same command"):
+        next(loader.training_batches(open_store(tiny_store(dims=2)), batch=2, steps=1, workers=1))
+
+
 def test_a_batch_that_does_not_fit_is_sent_as_arrays(monkeypatch):
     def full(_):
         raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
@@ -216,6 +226,8 @@ if __name__ == "__main__":
     ("os.kill(os.getpid(), signal.SIGKILL)", 60,
      r"\d loading: DataLoader worker \(pid\(s\) .* True"),
     ("return loader.Batch(torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4).byte(), ('a', Lost()))", 60,
+     r"\d loading: DataLoader worker \(pid\(s\) .* True"),
+    ("os.kill(os.getppid(), signal.SIGKILL); time.sleep(8)", 60,
      r"\d loading: DataLoader worker \(pid\(s\) .* True"),
     ("time.sleep(8)", 4, "3 loading: no batch for 4 s.* True"),
     ("time.sleep(3)", 60, "6 no error"),

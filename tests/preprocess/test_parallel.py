@@ -7,12 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import forkserver
 
 import pytest
 
+from segfleet.core import parallel
 from segfleet.core.parallel import SMALL, Apart, Died, run
 
 PICKLED = [0]
@@ -157,6 +160,46 @@ def fail_at(bad: int, item: int) -> int:
     if item == bad:
         raise ValueError(f"item {item}")
     return 2 * item
+
+
+@pytest.fixture
+def dying_server():
+    """The server that processes start from is killed while the next one is asked for."""
+    assert Apart()(os.getpid)
+    server = forkserver._forkserver._forkserver_pid
+    os.kill(server, signal.SIGSTOP)
+    threading.Timer(0.5, os.kill, (server, signal.SIGKILL)).start()
+    yield server
+    assert forkserver._forkserver._forkserver_pid not in (server, None)
+
+
+def test_a_pool_goes_on_when_the_server_of_its_processes_is_killed(dying_server):
+    plain = {"weights": [0] * 9, "names": [""] * 9, "workers": 2}
+    assert dict(run(partial(double, Heavy()), range(9), **plain)) == {n: 2 * n for n in range(9)}
+
+
+def test_a_process_apart_starts_when_the_server_of_processes_is_killed(dying_server):
+    with Apart() as apart:
+        assert apart(double, Heavy(), 4) == 8
+        (process,) = apart._pool._processes
+        os.kill(process, signal.SIGKILL)  # between two calls: nobody is to blame
+        while not apart._pool._broken:
+            time.sleep(0.01)
+        assert apart(double, Heavy(), 5) == 10
+
+
+def test_a_suspect_is_tried_alone_when_the_server_of_processes_is_killed(dying_server):
+    assert parallel._alone(partial(double, Heavy()), 4) == (8, "")
+
+
+def test_processes_that_never_start_are_one_sentence(monkeypatch):
+    def refused(*_):
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", refused)
+    plain = {"weights": [0] * 9, "names": [""] * 9, "workers": 2}
+    with pytest.raises(RuntimeError, match="worker processes are killed as they start"):
+        dict(run(partial(double, Heavy()), range(9), **plain))
 
 
 def test_small_items_cross_many_at_a_time(monkeypatch):
