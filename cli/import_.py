@@ -43,10 +43,9 @@ def command(
 ) -> None:
     """Make runs of what was trained elsewhere: `segfleet predict` takes them, and recipes start
     from their weights by model.weights."""
-    from segfleet.core.errors import InputError
+    from segfleet.core.errors import InputError, check_one_of
 
-    if kind not in KINDS:
-        raise InputError(f"import: found '{kind}', expected one of: {', '.join(KINDS)}")
+    check_one_of("import", kind, KINDS)
     if not source.exists():
         raise InputError(f"import: found no {source}")
     if kind == "nnunet":

@@ -66,6 +66,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
+def check_one_of(what: str, found: object, legal: Iterable[object]) -> None:
+    """Raises InputError with what is legal, if `found` is none of it."""
+    if found not in (names := list(legal)):
+        expected = ", ".join(map(str, names))
+        raise InputError(f"{what}: found '{found}', expected one of: {expected}")
+
+
 def import_part(module: str, what: str) -> ModuleType:
     """A module of ours that is one of several of its kind, such as a loss or a layout. Raises
     InputError in one sentence if its file is broken: the others work without it."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from segfleet.core.errors import InputError
+from segfleet.core.errors import InputError, check_one_of
 from segfleet.preprocess.stores.manifest import Dataset
 
 RECONSTRUCT = "reconstruct"
@@ -95,8 +95,7 @@ def reconstruction(dataset: Dataset) -> Task:
 def make_task(dataset: Dataset, head: str = "auto") -> Task:
     """The task of a data set. `auto`: regions when it has them, sigmoid for a single foreground
     label, else softmax."""
-    if head not in ("auto", "softmax", "sigmoid"):
-        raise InputError(f"model.head: found '{head}', expected one of: auto, softmax, sigmoid")
+    check_one_of("model.head", head, ("auto", "softmax", "sigmoid"))
     foreground = {name: value for name, value in dataset.labels.items() if value != 0}
     if not foreground and not dataset.regions:
         raise InputError(

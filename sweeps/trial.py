@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from segfleet.core.errors import ExitCode, InputError
+from segfleet.core.errors import ExitCode, InputError, check_one_of
 from segfleet.core.files import sync_folder, write_atomically
 from segfleet.core.lock import Holder, is_locked
 from segfleet.core.partial import temporary_name
@@ -78,8 +78,7 @@ BACKENDS: dict[str, Callable[[], Backend]] = {"local": Local, "slurm": slurm}
 
 
 def backend(name: str) -> Backend:
-    if name not in BACKENDS:
-        raise InputError(f"sweep: --on: found '{name}', expected one of: {', '.join(BACKENDS)}")
+    check_one_of("sweep: --on", name, BACKENDS)
     return BACKENDS[name]()
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from segfleet.core.errors import InputError, import_part
+from segfleet.core.errors import check_one_of, import_part
 from segfleet.pipeline.checkpoint import Checkpoint, Tensors
 from segfleet.pipeline.ranks import Ranks
 from segfleet.pipeline.recipe import Recipe
@@ -79,8 +79,7 @@ def engines() -> list[str]:
 def build_engine(setup: Setup) -> Engine:
     """The recipe's engine. Raises InputError with the legal names."""
     name = setup.recipe.engine.name
-    if name not in engines():
-        raise InputError(f"engine.name: found '{name}', expected one of: {', '.join(engines())}")
+    check_one_of("engine.name", name, engines())
     return import_part(f"segfleet.pipeline.engines.{name}", "engine").Engine(setup)
 
 

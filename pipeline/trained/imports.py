@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from segfleet.core.errors import InputError
+from segfleet.core.errors import InputError, check_one_of
 from segfleet.core.files import absolute, parse_json, replacing, share_as_others, write_atomically
 from segfleet.models import registry
 from segfleet.models.foreign import translated
@@ -209,11 +209,8 @@ def network_of(settings: dict[str, Any], folder: Path) -> tuple[str, dict[str, A
     """(our network, its options). Raises InputError for another architecture."""
     architecture = settings.get("architecture") or {}
     kind = str(architecture.get("network_class_name", "")).rpartition(".")[2]
-    if kind not in NETWORKS:
-        raise InputError(
-            f"import: {folder}: architecture: found '{kind or 'none (plans of before 2024)'}', "
-            f"expected one of: {', '.join(NETWORKS)}"
-        )
+    named = kind or "none (plans of before 2024)"
+    check_one_of(f"import: {folder}: architecture", named, NETWORKS)
     arguments = architecture["arch_kwargs"]
     expected = {
         "conv_bias": (True,),
@@ -245,11 +242,7 @@ def _each(value: Any) -> Any:
 def _settings(plans: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
     """A configuration with what it inherits. Raises InputError."""
     configurations = plans.get("configurations", {})
-    if name not in configurations:
-        raise InputError(
-            f"import: {folder}: configuration: found '{name}', expected one of: "
-            f"{', '.join(configurations)}"
-        )
+    check_one_of(f"import: {folder}: configuration", name, configurations)
     settings = configurations[name]
     if parent := settings.get("inherits_from"):
         settings = _settings(plans, parent, folder) | settings

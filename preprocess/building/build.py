@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from segfleet.core.errors import DataError, InputError, Problem, explain
+from segfleet.core.errors import DataError, InputError, Problem, check_one_of, explain
 from segfleet.core.files import sync_folder
 from segfleet.core.litter import remove_folders
 from segfleet.core.parallel import run
@@ -116,8 +116,7 @@ def open_raw(request: BuildRequest) -> RawReader:
     if out.name in ("", ".."):
         raise InputError(f"out: found '{out}', expected the name of a folder that is made anew")
     store_module(request.format)
-    if request.codec not in CODECS:
-        raise InputError(f"codec: found '{request.codec}', expected one of: {', '.join(CODECS)}")
+    check_one_of("codec", request.codec, CODECS)
     reader = open_reader(request.reader_name, request.raw, **request.options)
     request.overrides.check(reader.dataset())
     if not (out / MANIFEST).is_file():

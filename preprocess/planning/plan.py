@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segfleet.core.errors import InputError
+from segfleet.core.errors import InputError, check_one_of
 from segfleet.preprocess.planning.fingerprint import Fingerprint
 from segfleet.preprocess.stores.manifest import Dataset, Plan, load_manifest
 from segfleet.preprocess.transforms.case_transforms import (
@@ -92,8 +92,8 @@ class Overrides:
             ("masks", self.masks, MASKS),
             ("normalisation", self.normalisation, NORMALISATIONS),
         ):
-            if value is not None and value not in legal:
-                raise InputError(f"{name}: found '{value}', expected one of: {', '.join(legal)}")
+            if value is not None:
+                check_one_of(name, value, legal)
         if self.normalisation in OF_COLOURS:
             if dataset.dims != 2:
                 raise InputError(

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from segfleet.core.errors import InputError, Problem, did_you_mean, import_part
+from segfleet.core.errors import InputError, Problem, check_one_of, did_you_mean, import_part
 from segfleet.preprocess.case import Case, Geometry
 from segfleet.preprocess.files.faults import is_regular
 from segfleet.preprocess.files.grids import settled
@@ -104,11 +104,7 @@ class RawReader(ABC):
                     f"option: found '{name}', expected one of: "
                     f"{', '.join(self.options) or 'none, for this layout'}"
                 )
-            if value not in self.options[name]:
-                raise InputError(
-                    f"option {name}: found '{value}', expected one of: "
-                    f"{', '.join(self.options[name])}"
-                )
+            check_one_of(f"option {name}", value, self.options[name])
             self.chosen[name] = value
         self.folder = locate(self.root, self.lies_in, self.layout)
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from segfleet.core.errors import InputError, Problem
+from segfleet.core.errors import InputError, Problem, check_one_of
 from segfleet.core.files import parse_json
 from segfleet.preprocess.files.images import ENDINGS, NATURAL, peek, stem
 from segfleet.preprocess.readers.base import (
@@ -153,11 +153,8 @@ class Reader(RawReader):
         if "modality" in self.json and "channel_names" not in self.json:
             self.json = _from_version_1(self.json, self.root, self.file)
         self.ending = str(field(self.json, "file_ending", str, self.file)).lower()
-        if self.ending not in ENDINGS or self.ending in (".jpg", ".jpeg"):
-            legal = ", ".join(e for e in ENDINGS if e not in (".jpg", ".jpeg"))
-            raise InputError(
-                f"{self.file}: file_ending: found '{self.ending}', expected one of: {legal}"
-            )
+        legal = [ending for ending in ENDINGS if ending not in (".jpg", ".jpeg")]
+        check_one_of(f"{self.file}: file_ending", self.ending, legal)
 
     @cached_property
     def channels(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from segfleet.core.errors import InputError, import_part
+from segfleet.core.errors import check_one_of, import_part
 from segfleet.preprocess.stores.manifest import CaseEntry, Manifest, load_manifest
 
 Box = tuple[slice, slice, slice]  # (z, y, x), in voxels of the stored grid; may reach outside it
@@ -94,8 +94,7 @@ def formats() -> list[str]:
 
 def store_module(name: str):
     """The module of a format. Raises InputError with the legal names."""
-    if name not in formats():
-        raise InputError(f"format: found '{name}', expected one of: {', '.join(formats())}")
+    check_one_of("format", name, formats())
     return import_part(f"segfleet.preprocess.stores.{name}", "store format")
 
 

@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from segfleet.core.errors import InputError, did_you_mean
+from segfleet.core.errors import InputError, check_one_of, did_you_mean
 from segfleet.core.files import parse_json, write_atomically
 from segfleet.preprocess.stores.case_entry import CaseEntry, Frozen, InsidePath, inside
 from segfleet.preprocess.stores.case_table import (
@@ -215,10 +215,7 @@ class Manifest(Frozen):
         """All folds of a split. Raises InputError with the legal names."""
         if split == "all" and split not in self.splits:  # every case trains
             return ({"train": tuple(self.cases.column("id")), "val": ()},)
-        if split not in self.splits:
-            raise InputError(
-                f"data.split: found '{split}', expected one of: {', '.join([*self.splits, 'all'])}"
-            )
+        check_one_of("data.split", split, [*self.splits, "all"])
         return self.splits[split]
 
     def fold(self, split: str, fold: int | str) -> dict[str, tuple[str, ...]]:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from segfleet.core import settings
-from segfleet.core.errors import InputError
+from segfleet.core.errors import InputError, check_one_of
 from segfleet.pipeline import recipe as recipes
 from segfleet.pipeline.recipe import Recipe
 from segfleet.pipeline.stage import Stage
@@ -88,8 +88,7 @@ def axis_of(label: str, given: Any) -> Axis:
         if isinstance(given, dict) and len(given) == 1
         else ("grid", given)
     )
-    if kind not in KINDS:
-        raise InputError(f"axis {label}: found '{kind}', expected one of: {', '.join(KINDS)}")
+    check_one_of(f"axis {label}", kind, KINDS)
     if not isinstance(values, list) or not values:
         raise InputError(f"axis {label}: found {values!r}, expected a list of at least one value")
     if len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
