@@ -126,6 +126,18 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
             "layout < layout_of(raw.get('format')) -> layout <= layout_of(raw.get('format'))",
         ): "they are different here",
     },
+    "pipeline/planning/cpu.py": {
+        (
+            '"stages": [{"epochs": 1, "lr": 1e-3}],',
+            "0.001 -> 1.001",
+        ): "a draft that is timed, by an optimizer of its own",
+    },
+    "pipeline/planning/timing.py": {
+        (
+            "float(loss.detach())  # waits for the device",
+            "float(loss.detach()) -> pass",
+        ): "no CPU is waited for, and no GPU is here",
+    },
     "preprocess/planning/plan.py": {
         (
             "target_spacing=spacing, patch=(1, 1, 1), normalisation=kinds, size=size, "

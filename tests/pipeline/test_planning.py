@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from segfleet.core.errors import InputError
 from segfleet.pipeline.planning import choices, cpu, gpu, target, timing
@@ -108,15 +111,18 @@ def test_steps_of_a_budget(pictures, measured, tmp_path, seconds, steps, epochs,
 
 
 def test_bf16_has_to_be_a_tenth_faster(pictures, measured, tmp_path):
-    for half, precision in ((0.91, "fp32"), (0.89, "bf16")):
+    for half, precision in ((0.91, "fp32"), (0.9, "fp32"), (0.89, "bf16")):
         measured(1.0, half)
         planned = cpu.for_cpu(pictures, tmp_path, CPU, 36000.0, 1)
         assert planned.document["engine"]["precision"] == precision
+        said = {"fp32": "bf16 was not faster here.", "bf16": "bf16 was the faster here."}
+        assert planned.reasons["engine.precision"] == said[precision]
     assert not any("are usual" in note for note in planned.notes)
 
 
-def test_pictures_on_a_cpu(pictures, measured, tmp_path):
-    """Five stages and eight of them at once, though no more than there are to train on."""
+def test_pictures_on_a_cpu(pictures, volumes, measured, tmp_path):
+    """Five stages and eight of them at once, though no more than there are to train on; of volumes
+    four."""
     measured(0.001)
     few = cpu.for_cpu(pictures, tmp_path, CPU, 3600.0, 1).document
     assert few["data"]["batch"] == len(pictures.fold("kfold", 0)["train"]) < 8
@@ -126,6 +132,8 @@ def test_pictures_on_a_cpu(pictures, measured, tmp_path):
     assert document["data"]["batch"] == 8 and document["model"]["name"] == "plain_unet_2d"
     assert document["model"]["options"]["features"] == [16, 32, 64, 128, 256]
     assert len(document["data"]["patch"]) == 2
+    deep = volumes.model_copy(update={"splits": many.splits})
+    assert cpu.for_cpu(deep, tmp_path, CPU, 3600.0, 1).document["data"]["batch"] == 4
     one = pictures.model_copy(update={"splits": {"kfold": ({"train": ids[:1], "val": ids[1:]},)}})
     assert cpu.for_cpu(one, tmp_path, CPU, 3600.0, 1).document["data"]["batch"] == 2
 
@@ -187,7 +195,12 @@ def test_a_gpu_elsewhere(volumes, tmp_path, memory, model, patch, epochs):
     assert document["engine"] == {"precision": "bf16", "channels_last": "auto"}
     mirrored = {"overlap": 0.5, "mirror": [0, 1, 2], "average": "logits"}
     assert document["evaluation"] == mirrored
-    assert "assumed" in planned.reasons["stages.0.epochs"] and planned.recipe()
+    steps, hours = {691: ("172750 steps, 0.35 s", "16.8 h"), 172: ("43000 steps, 1.4 s", "16.7 h")}[
+        epochs
+    ]
+    said = planned.reasons["stages.0.epochs"]
+    assert said.startswith(f"{steps} a step, assumed") and f"{hours} of 1 d" in said
+    assert planned.recipe()
 
 
 def test_pictures_on_a_gpu_elsewhere(pictures, tmp_path):
@@ -291,6 +304,71 @@ def test_times_and_budgets():
     for text in ("0h", "5", "h", "1.h", "-1h", "1 week", "1e3s"):
         with pytest.raises(InputError, match="budget: found"):
             target.parse_budget(text)
+
+
+def test_pictures_of_one_size_are_planned_whole(pictures):
+    """Where the memory is that of nnU-Net's planner or more."""
+    plan = pictures.plan.model_copy(update={"size": (1, 96, 80), "target_spacing": (0, 0, 0)})
+    manifest = pictures.model_copy(update={"plan": plan})
+    assert choices.network_plan(manifest, 2, 8.0)[0] == (1, 96, 80)
+    small = choices.network_plan(manifest, 2, 7.9)[0]
+    assert small != (1, 96, 80)
+    ones = plan.model_copy(update={"target_spacing": (1, 1, 1)})  # pixels without a size
+    assert choices.network_plan(manifest.model_copy(update={"plan": ones}), 2, 7.9)[0] == small
+
+
+@pytest.mark.parametrize(
+    ("clock", "computing", "said"),
+    [(3.2, 4.0, (3.2, None)), (3.21, 4.0, (2.0, 3.21)), (2.0, 4.0, (2.0, None))],
+)
+def test_a_step_of_a_busy_machine_is_what_it_computes(
+    pictures, measured, monkeypatch, tmp_path, clock, computing, said
+):
+    """Two threads: 4 s of computing are 2 s, and more than 1.6 times as long by the clock is busy.
+    A step is a whole one: forwards, backwards, and the weights move."""
+    measured(1.0)
+    recipe = cpu.for_cpu(pictures, tmp_path, CPU, 3600.0, 1).recipe()
+    monkeypatch.undo()
+    ticks = {
+        "perf_counter": itertools.count(0, clock),
+        "process_time": itertools.count(0, computing),
+    }
+    for name, count in ticks.items():
+        monkeypatch.setattr(timing.time, name, lambda count=count: float(next(count)))
+    monkeypatch.setattr(timing.torch, "get_num_threads", lambda: 2)
+    moved = []
+
+    class Noted(torch.optim.AdamW):
+        def step(self):
+            before = [p.clone() for group in self.param_groups for p in group["params"]]
+            assert all(p.grad is not None for group in self.param_groups for p in group["params"])
+            super().step()
+            after = [p for group in self.param_groups for p in group["params"]]
+            moved.append(any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)))
+
+    monkeypatch.setattr(timing.torch.optim, "AdamW", Noted)
+    found = timing.measure(recipe, pictures, torch.device("cpu"), 2)
+    seconds, by_clock = said
+    assert found.seconds == pytest.approx(seconds)
+    assert found.clock == (by_clock and pytest.approx(by_clock))
+    assert moved == [True] * 3 and not found.rough
+
+
+def test_a_gpu_that_is_here(monkeypatch):
+    monkeypatch.setattr(target.torch.cuda, "is_available", lambda: True)
+    card = SimpleNamespace(total_memory=80e9, name="A card")
+    monkeypatch.setattr(target.torch.cuda, "get_device_properties", {0: card}.__getitem__)
+    monkeypatch.delenv("SEGFLEET_DEVICE", raising=False)
+    for text in (None, "cuda"):
+        said = target.parse_device(text)
+        assert said == Device(kind="cuda", memory_gb=80.0, here=True, name="A card")
+    assert not target.parse_device("cuda:24G").here and target.parse_device("cpu").kind == "cpu"
+    monkeypatch.setenv("SEGFLEET_DEVICE", "cpu")
+    assert target.parse_device(None).kind == "cpu"
+    monkeypatch.setenv("SEGFLEET_DEVICE", "cuda")
+    assert target.parse_device(None).kind == "cuda"
+    monkeypatch.setattr(target.torch.cuda, "is_available", lambda: False)
+    assert target.parse_device(None).kind == "cpu"
 
 
 def test_a_cpu_may_be_given_less_memory(monkeypatch):
