@@ -51,8 +51,8 @@ def stage_facts(recipe: Recipe, manifest: Manifest | Manifests, index: int) -> d
     stored, whole = manifests(recipe), recipe.model_dump(mode="json")
     rebuilds = recipe.task == "reconstruct"
     several = [
-        [its.id, weight, list(training_ids(one, its))]
-        for one, its, weight in (shares_of(recipe, manifests) if recipe.data.stores else ())
+        [its.id, weight, list(training_ids(settings, its))]
+        for settings, its, weight in (shares_of(recipe, manifests) if recipe.data.stores else ())
     ]
     changed = changed_sources(recipe.model.name, recipe.loss.name)
     stage = own_facts(recipe.stages[index], whole["stages"][index], index)

@@ -135,10 +135,10 @@ def resolve(recipe: Recipe, index: int = -1) -> Recipe:
                 key: None
                 if value == own[key]
                 else _changed(Stage.model_fields[key], value, own[key])
-                for key, value in found.items()
+                for key, value in settings.items()
             }
         )
-        for stage, found in zip(recipe.stages, settled, strict=True)
+        for stage, settings in zip(recipe.stages, settled, strict=True)
     )
     return recipe.model_copy(update={**own, "stages": stages})
 
@@ -188,9 +188,9 @@ def members(recipe: Recipe) -> list[Recipe]:
         return [recipe]
     return [
         recipe.model_copy(
-            update={"data": recipe.data.model_copy(update={"store": one.store, "stores": ()})}
+            update={"data": recipe.data.model_copy(update={"store": store.store, "stores": ()})}
         )
-        for one in recipe.data.stores
+        for store in recipe.data.stores
     ]
 
 
@@ -265,13 +265,13 @@ def _with_digest(model: Any, where: str) -> Any:
     path = absolute(model.weights)
     if not path.is_file():
         raise InputError(f"{where}.weights: found no file {path}; relative to the working folder")
-    found = str(file_facts(path)["sha256"])
-    if model.weights_sha256 not in (None, found):
+    sha256 = str(file_facts(path)["sha256"])
+    if model.weights_sha256 not in (None, sha256):
         raise InputError(
-            f"{where}.weights: {path} has sha256 {found}, but the recipe says "
+            f"{where}.weights: {path} has sha256 {sha256}, but the recipe says "
             f"{model.weights_sha256}"
         )
-    return model.model_copy(update={"weights": str(path), "weights_sha256": found})
+    return model.model_copy(update={"weights": str(path), "weights_sha256": sha256})
 
 
 def with_absolute_store(recipe: Recipe) -> Recipe:
@@ -293,12 +293,12 @@ def _absolute(data: Any, where: str) -> Any:
             f"{where}.store: missing; name the folder of a store, for example "
             f"{where}.store=stores/hippocampus"
         )
-    found: dict[str, Any] = {"store": _resolved(data.store)}
+    update: dict[str, Any] = {"store": _resolved(data.store)}
     if data.stores:
-        found["stores"] = tuple(
-            one.model_copy(update={"store": _resolved(one.store)}) for one in data.stores
+        update["stores"] = tuple(
+            store.model_copy(update={"store": _resolved(store.store)}) for store in data.stores
         )
-    return data.model_copy(update=found)
+    return data.model_copy(update=update)
 
 
 def _resolved(store: str) -> str:

@@ -39,23 +39,23 @@ class StageFolder:
 
     def done(self) -> dict[str, Any] | None:
         """{"checkpoint": folder name, ...} once the stage is finished, else None."""
-        found = read_json(self.path / DONE)
-        if found is None:
+        document = read_json(self.path / DONE)
+        if document is None:
             return None
         best, step = (
-            found.get("best") or {},
-            re.fullmatch(r"step-\d{8,}", str(found.get("checkpoint"))),
+            document.get("best") or {},
+            re.fullmatch(r"step-\d{8,}", str(document.get("checkpoint"))),
         )
         whole = step and isinstance(best, dict) and isinstance(best.get("step", 0), int)
-        return {**found, "best": best} if whole else None
+        return {**document, "best": best} if whole else None
 
     def check_done(self) -> dict[str, Any]:
         """`done`. Raises InputError if the stage is not finished; looks into no checkpoint."""
-        if (found := self.done()) is None:
+        if (document := self.done()) is None:
             raise InputError(
                 f"checkpoint: stage {self.index + 1} in {self.path} is not finished; train it first"
             )
-        return found
+        return document
 
     def final(self) -> checkpoint.Checkpoint:
         """The checkpoint of a finished stage. Raises InputError."""
@@ -63,7 +63,7 @@ class StageFolder:
 
     def load(self, name: str) -> checkpoint.Checkpoint:
         """A checkpoint that a finished stage must have, by its folder's name. Raises
-        CheckpointError that says how to mend it."""
+        CheckpointError that says how to repair it."""
         from segfleet.pipeline import checkpoint
 
         try:
@@ -73,8 +73,8 @@ class StageFolder:
                 f"{error}; run `segfleet train` again: it trains this stage again"
             ) from None
 
-    def finish(self, name: str, **facts: Any) -> None:
-        write_json(self.path / DONE, {"checkpoint": name, **facts})
+    def finish(self, name: str, **fields: Any) -> None:
+        write_json(self.path / DONE, {"checkpoint": name, **fields})
 
 
 def stage_folders(root: Path, recipe: Recipe, manifest: Manifest | Manifests) -> list[StageFolder]:
@@ -154,32 +154,36 @@ def find_run(text: str, root: Path, fold: int | None = None, best: bool = False)
     lists them."""
     if (Path(text) / RECIPE).is_file():
         return folder_at(Path(text))
-    known = {folder: _outline(folder) for folder in run_folders(absolute(root))}
+    outlines = {folder: _outline(folder) for folder in run_folders(absolute(root))}
     fitting = {
-        folder: facts
-        for folder, facts in known.items()
-        if folder.name.startswith(text) or facts["name"] == text
+        folder: outline
+        for folder, outline in outlines.items()
+        if folder.name.startswith(text) or outline["name"] == text
     }
     if not fitting:
-        others = ", ".join(f"{f.name} ({facts['name']})" for f, facts in known.items())
+        others = ", ".join(f"{f.name} ({outline['name']})" for f, outline in outlines.items())
         others = others or "none; `segfleet train RECIPE` makes one"
-        near = did_you_mean(text, {facts["name"] for facts in known.values()})
-        raise InputError(f"run: found no run '{text}'; runs under {root}: {others}.{near}")
-    found = {
-        folder: facts for folder, facts in fitting.items() if fold is None or facts["fold"] == fold
+        hint = did_you_mean(text, {outline["name"] for outline in outlines.values()})
+        raise InputError(f"run: found no run '{text}'; runs under {root}: {others}.{hint}")
+    matching = {
+        folder: outline
+        for folder, outline in fitting.items()
+        if fold is None or outline["fold"] == fold
     }
-    if best and (scored := {f: facts for f, facts in found.items() if facts["score"] is not None}):
+    if best and (
+        scored := {f: outline for f, outline in matching.items() if outline["score"] is not None}
+    ):
         return max(scored, key=lambda folder: scored[folder]["score"])
-    if len(found) == 1:
-        return next(iter(found))
+    if len(matching) == 1:
+        return next(iter(matching))
     lines = [
-        f"  {folder.name}  fold {facts['fold']}  "
-        + ("not scored" if facts["score"] is None else f"Dice {facts['score']:.4f}")
-        for folder, facts in (found or fitting).items()
+        f"  {folder.name}  fold {outline['fold']}  "
+        + ("not scored" if outline["score"] is None else f"Dice {outline['score']:.4f}")
+        for folder, outline in (matching or fitting).items()
     ]
     what = f"'{text}'" + ("" if fold is None else f" with fold {fold}")
     raise InputError(
-        f"run: {what} fits {len(found)} runs under {root}; give the uid of one, or --fold N, or "
+        f"run: {what} fits {len(matching)} runs under {root}; give the uid of one, or --fold N, or "
         "--best, the highest score; predict and export take --fold all, an ensemble:\n"
         + "\n".join(lines)
     )
@@ -187,24 +191,24 @@ def find_run(text: str, root: Path, fold: int | None = None, best: bool = False)
 
 def _outline(folder: Path) -> dict[str, Any]:
     """Name, fold and score (None before there is one) of a run, as far as its files can be read."""
-    facts: dict[str, Any] = {"name": "", "fold": None, "score": None}
+    outline: dict[str, Any] = {"name": "", "fold": None, "score": None}
     recipe, scores = read_json(folder / RECIPE) or {}, read_json(folder / "evaluation.json") or {}
-    facts["name"] = str(recipe.get("name", ""))
+    outline["name"] = str(recipe.get("name", ""))
     with suppress(KeyError, TypeError):
-        facts["fold"] = recipe["data"]["fold"]
+        outline["fold"] = recipe["data"]["fold"]
     with suppress(KeyError, TypeError):
-        facts["score"] = scores["summary"]["mean_foreground_dice"]
-    return facts
+        outline["score"] = scores["summary"]["mean_foreground_dice"]
+    return outline
 
 
 def run_folders(root: Path) -> list[Path]:
     """Folders that hold a whole run's recipe, in a fixed order."""
-    found = []
+    folders = []
     for folder, inner, files in os.walk(root):  # passes over what a running job removes meanwhile
         inner[:] = [name for name in inner if name != CHECKPOINTS and not name.startswith(".")]
         if RECIPE in files:
-            found.append(Path(folder))
-    return sorted(folder for folder in found if folder.parent.name != FOLDS)
+            folders.append(Path(folder))
+    return sorted(folder for folder in folders if folder.parent.name != FOLDS)
 
 
 def root_of(folder: Path, recipe: Recipe) -> Path:

@@ -41,8 +41,8 @@ def stages_of(
         own = resolve(recipe, index)
         try:
             stored = manifests(own)
-            for one in members(own):
-                training_ids(one, manifests(one))
+            for settings in members(own):
+                training_ids(settings, manifests(settings))
         except InputError as error:
             raise InputError(named(error, own is not recipe, index, stage)) from None
         yield index, own, stored
@@ -56,8 +56,8 @@ def named(error: Exception, several: bool, index: int, stage: Stage) -> str:
 
 def _version(store: Path) -> tuple[int, int]:
     with suppress(OSError):
-        facts = (store / "manifest.json").stat()
-        return facts.st_ino, facts.st_mtime_ns
+        status = (store / "manifest.json").stat()
+        return status.st_ino, status.st_mtime_ns
     return 0, 0
 
 
@@ -83,19 +83,19 @@ def training_ids(recipe: Recipe, manifest: Manifest) -> tuple[str, ...]:
 
 def shares_of(recipe: Recipe, manifests: Manifests) -> list[tuple[Recipe, Manifest, int]]:
     """Of a resolved recipe's stores: the recipe for it alone, what it holds, its weight."""
-    found = []
-    for number, one in enumerate(members(recipe)):
-        stored = manifests(one)
+    shares = []
+    for number, own in enumerate(members(recipe)):
+        stored = manifests(own)
         weight = recipe.data.stores[number].weight if recipe.data.stores else None
-        found.append((one, stored, weight or len(training_ids(one, stored))))
-    return found
+        shares.append((own, stored, weight or len(training_ids(own, stored))))
+    return shares
 
 
 def stage_steps(recipe: Recipe, manifest: Manifest | Manifests) -> list[int]:
     """Optimizer steps of an epoch of every stage; by default one pass over the training cases."""
-    found = []
+    steps = []
     manifests = manifests_of(recipe, manifest)
     for index, own, _ in stages_of(recipe, manifests):
-        cases = sum(len(training_ids(one, manifests(one))) for one in members(own))
-        found.append(recipe.stages[index].steps or max(1, -(-cases // own.data.batch)))
-    return found
+        cases = sum(len(training_ids(settings, manifests(settings))) for settings in members(own))
+        steps.append(recipe.stages[index].steps or max(1, -(-cases // own.data.batch)))
+    return steps

@@ -43,7 +43,7 @@ class Agreement:
             self.wait, self.steps = self.wait - 1, self.steps + 1
         else:
             now = time.monotonic()
-            # seconds; before the first step nobody knows
+            # seconds; unknown before the first step
             step = (now - self.asked_at) / self.steps if self.steps else SECONDS
             flags = [float(question()) for question in self.questions]
             self.pending = self.ranks.start_max(torch.tensor([*flags, step], dtype=torch.float64))

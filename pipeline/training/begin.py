@@ -34,12 +34,12 @@ def build(context: Context, index: int) -> tuple[Engine, checkpoint.Checkpoint |
     model = build_network(recipe, manifest, task)
     if index == 0 and recipe.model.weights:
         load_foreign(model, recipe.model)
-    found = ranks.share(
+    newest = ranks.share(
         str(saved.path)
         if ranks.rank == 0 and (saved := checkpoint.latest(folder.checkpoints, context.warn))
         else None
     )
-    saved = checkpoint.read(Path(found)) if found else None
+    saved = checkpoint.read(Path(newest)) if newest else None
     taken, moments = set(model.state_dict()) if index == 0 else set(), {}
     # what is anchored or adapted must know where it began, also in the middle of its stage
     if index and (stage.anchor or stage.lora or not saved):
@@ -88,15 +88,17 @@ def inherited(
     in the stage's folder: the names of that, and the optimizer's moments, if they are to come
     along. Raises InputError or CheckpointError, and then has changed nothing."""
     inherit, before = context.recipe.stages[index].inherit, context.folders[index - 1].final()
-    found = transfer_of(context.recipe, context.manifests, index, model, before.tensors("weights"))
-    load(model, found)
+    transfer = transfer_of(
+        context.recipe, context.manifests, index, model, before.tensors("weights")
+    )
+    load(model, transfer)
     if first and context.ranks.rank == 0:
-        write_transfer(context.folders[index].path, found)
-        if found.document()["changed"] or found.new or found.left:
-            context.warn(found.sentence(index))
+        write_transfer(context.folders[index].path, transfer)
+        if transfer.document()["changed"] or transfer.new or transfer.left:
+            context.warn(transfer.sentence(index))
     moments = before.tensors("optimizer") if inherit.optimizer else {}
-    return set(found.tensors), {
-        name: value for name, value in moments.items() if name.rpartition(".")[0] in found.taken
+    return set(transfer.tensors), {
+        name: value for name, value in moments.items() if name.rpartition(".")[0] in transfer.taken
     }
 
 

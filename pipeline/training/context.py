@@ -31,7 +31,7 @@ class Context:
     # for a stage that another run, which shares it, is training; never for the last one, which is
     # this very run's
     waits: bool = False
-    listen: Callable[[dict[str, Any]], None] | None = None  # hears every event, on rank 0
+    listen: Callable[[dict[str, Any]], None] | None = None  # gets every event, on rank 0
     pause_at: int | None = None  # step of the last stage at which it stops, saved
 
     def manifests(self, settings: Recipe) -> Manifest:

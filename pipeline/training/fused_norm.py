@@ -87,9 +87,9 @@ def layout_of(x: Tensor) -> torch.memory_format:
 
 
 @functools.lru_cache(maxsize=256)
-def counts(each: int, ranks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def counts(per_rank: int, ranks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Values per channel of every rank, on the device; made once per size of a map."""
-    return torch.full((ranks,), each, dtype=dtype, device=device)
+    return torch.full((ranks,), per_rank, dtype=dtype, device=device)
 
 
 # PyTorch 2.13 renamed it
@@ -122,9 +122,9 @@ def statistics(
     getattr(dist, ALL_GATHER)(every.view(-1), own, group=_Group.ranks)
     means, scales = every.chunk(2, 1)
     kind = own.dtype if running_mean is None else running_mean.dtype
-    each = counts(x.numel() // x.shape[1], ranks, kind, x.device)
+    per_rank = counts(x.numel() // x.shape[1], ranks, kind, x.device)
     return torch.batch_norm_gather_stats_with_counts(
-        x, means, scales, running_mean, running_var, momentum, eps, each
+        x, means, scales, running_mean, running_var, momentum, eps, per_rank
     )
 
 
@@ -176,15 +176,17 @@ def normalise_backward(
     sums = torch.cat([plain, against])
     dist.all_reduce(sums, group=_Group.ranks)
     plain, against = sums.chunk(2)
-    each = counts(x.numel() // x.shape[1], ranks, torch.int32, x.device)
-    by_x = torch.batch_norm_backward_elemt(gradient, x, mean, scale, weight, plain, against, each)
+    per_rank = counts(x.numel() // x.shape[1], ranks, torch.int32, x.device)
+    by_x = torch.batch_norm_backward_elemt(
+        gradient, x, mean, scale, weight, plain, against, per_rank
+    )
     return [by_x, *by] if affine else [by_x]
 
 
 @normalise_backward.register_fake
 def _(gradient, x, weight, mean, scale, ranks):
-    more = [] if weight is None else [torch.empty_like(weight), torch.empty_like(weight)]
-    return [torch.empty_like(x), *more]
+    affine = [] if weight is None else [torch.empty_like(weight), torch.empty_like(weight)]
+    return [torch.empty_like(x), *affine]
 
 
 def _setup(ctx, inputs, output) -> None:

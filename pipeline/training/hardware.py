@@ -1,4 +1,4 @@
-"""What trained, and what it drew from the wall as far as the machine tells."""
+"""What trained, and what it drew from the wall as far as the machine measures it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def hardware(device: torch.device, ranks: int, proc: Path = Path("/proc")) -> st
     model = platform.machine()
     with suppress(OSError, StopIteration):
         lines = (proc / "cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        found = next(line for line in lines if line.lower().startswith("model name"))
-        model = found.partition(":")[2].strip()
+        named = next(line for line in lines if line.lower().startswith("model name"))
+        model = named.partition(":")[2].strip()
     return f"{cpus()} cores of {model}"
 
 
@@ -42,7 +42,7 @@ class Energy:
 
     def _read(self) -> dict[str, tuple[float, float]]:
         """Counter -> (joules, at which it starts again)."""
-        found: dict[str, tuple[float, float]] = {}
+        counters: dict[str, tuple[float, float]] = {}
         for folder in sorted(self.rapl.glob("intel-rapl:[0-9]*")):
             if folder.name.count(":") == 1:  # a package; its parts are counted with it
                 with suppress(OSError, ValueError):
@@ -50,7 +50,7 @@ class Energy:
                         int((folder / name).read_text()) / 1e6
                         for name in ("energy_uj", "max_energy_range_uj")
                     )
-                    found[folder.name] = value, most
+                    counters[folder.name] = value, most
         if self.device.type == "cuda":
             with suppress(Exception):  # no pynvml, or a GPU that does not count
                 import pynvml
@@ -58,5 +58,5 @@ class Energy:
                 pynvml.nvmlInit()
                 uuid = str(torch.cuda.get_device_properties(self.device).uuid)
                 handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
-                found["gpu"] = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, 0.0
-        return found
+                counters["gpu"] = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, 0.0
+        return counters

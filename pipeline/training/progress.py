@@ -30,12 +30,12 @@ class Progress:
         return cls(**saved.state["progress"])
 
     def state(self, recipe: Recipe, index: int) -> dict[str, Any]:
-        facts = {
+        fields = {
             "stage": index,
             "recipe": recipe.model_dump(mode="json"),
             "versions": checkpoint.versions(),
         }
-        return {**facts, "progress": asdict(self)}
+        return {**fields, "progress": asdict(self)}
 
     def validation_due(self, recipe: Recipe, steps: int) -> bool:
         """Whether an epoch (of `steps`) that is to be validated ended with the last step and has
@@ -51,8 +51,8 @@ class Progress:
             value = scores.get(measure)
             if value is None or not math.isfinite(value):
                 continue
-            known = self.best.get(measure)
-            better = known is None or sign * value > sign * known["value"]
+            earlier = self.best.get(measure)
+            better = earlier is None or sign * value > sign * earlier["value"]
             if better:
                 self.best[measure] = {"value": value, "step": self.step}
             if measure == select:

@@ -1,10 +1,10 @@
 """Who hangs, and who is slow, while the ranks train.
 
-A thread of every rank looks twice a second at what its training thread does, and tells the other
-ranks through the rendezvous store every two seconds. In a synchronous step every rank waits for the
-slowest, so the one at fault is the one that does not wait. Fault-tolerance add-ons such as NVIDIA's
-resiliency extension do this with a process beside every rank; here a thread does, and the store
-that the ranks have anyhow.
+A thread of every rank looks twice a second at what its training thread does, and reports to the
+other ranks through the rendezvous store every two seconds. In a synchronous step every rank waits
+for the slowest, so the one at fault is the one that does not wait. Fault-tolerance add-ons such as
+NVIDIA's resiliency extension do this with a process beside every rank; here a thread does, and the
+store that the ranks have anyhow.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from segfleet.core.process import thread_of
 from segfleet.pipeline.ranks import Ranks
 
 LOOK = 0.5  # seconds between two looks at the training thread
-TELL = 2.0  # seconds between two notes to the others
-PATIENCE = 5 * TELL  # seconds a rank may be silent on a busy node
+INTERVAL = 2.0  # seconds between two notes to the others
+PATIENCE = 5 * INTERVAL  # seconds a rank may be silent on a busy node
 LEAST, TIMES = 30.0, 5  # a step is late after so many seconds, or times the longest of late
 END = 10  # times that, the job ends: gloo and NCCL wait for half an hour
-# as END, while a rank waits for data: a shared file system may be away for minutes, and whoever
+# as END, while a rank waits for data: a shared file system may be away for minutes, and a rank that
 # starts again waits for it, too. With LEAST this is a bit less than gloo's and the loader's time
 DATA_END = 50
 UNKNOWN = 900.0  # seconds a step may take before any was measured: it compiles, it fills caches
@@ -54,7 +54,7 @@ DATA = ("pipeline/data/", "preprocess/stores/", "torch/utils/data/")
 class Beat:
     """What a rank says of itself."""
 
-    number: int  # of this note: one that does not grow says that nobody is there
+    number: int  # of this note: one that does not grow says that the rank is gone
     step: int
     waits: bool  # for other ranks, as far as its Python stack says
     data: bool  # whether it waits for its batch
@@ -87,7 +87,7 @@ def silent(before: dict[int, Beat | None], now: dict[int, Beat | None]) -> dict[
     return {
         rank: "gives no sign of life: stopped, swapped out, or its node is gone"
         for rank, beat in now.items()
-        if beat is None or (known := before.get(rank)) and known.number == beat.number
+        if beat is None or (earlier := before.get(rank)) and earlier.number == beat.number
     }
 
 
@@ -101,9 +101,9 @@ def slow(before: dict[int, Beat], now: dict[int, Beat]) -> list[int]:
     }
     if len(shares) < max(2, len(now)):
         return []
-    found = [rank for rank, share in shares.items() if share < SLOW]
-    rest = [share for rank, share in shares.items() if rank not in found]
-    return found if rest and len(found) <= len(rest) and min(rest) > OTHERS else []
+    slowest = [rank for rank, share in shares.items() if share < SLOW]
+    rest = [share for rank, share in shares.items() if rank not in slowest]
+    return slowest if rest and len(slowest) <= len(rest) and min(rest) > OTHERS else []
 
 
 def _waits_for_data(frame: Any) -> bool:
@@ -146,7 +146,7 @@ class Pulse:
         self.place = f"{socket.gethostname()}, {ranks.device}"
         self._dump = HangDump()
         self._end = threading.Event()
-        self._told: int | None = None
+        self._reported: int | None = None
         self._slow: set[int] = set()
         self._news: dict[int, tuple[int, float]] = {}  # rank -> its last note, when it was new
         self._watch = threading.Thread(target=self._run, name="pulse", daemon=True)
@@ -172,36 +172,36 @@ class Pulse:
         self._dump.close()
         self.rest()
         self._end.set()
-        self._watch.join(timeout=2 * TELL)
+        self._watch.join(timeout=2 * INTERVAL)
 
     def _run(self) -> None:
         try:
             store = self._store()
-            told, minute, known = 0.0, time.monotonic(), {}
+            last_report, minute, beats = 0.0, time.monotonic(), {}
             looked = minute
             while not self._end.wait(min(LOOK, self.limit / 4)):
                 now, away = time.monotonic(), time.monotonic() - looked
                 looked = now
                 if self.since is not None and away > self.limit:
                     self.since += away  # this process was stopped itself: SLURM suspends jobs
-                    minute, known = now, {}
+                    minute, beats = now, {}
                 since = self.since
                 self._look()
-                if store and now - told > TELL:
-                    told = now
+                if store and now - last_report > INTERVAL:
+                    last_report = now
                     store.set(f"pulse/{self.ranks.rank}", json.dumps(asdict(self._beat())))
                 if since is None:
-                    minute, known = now, {}
+                    minute, beats = now, {}
                     continue
-                if now - since > self.limit and self._told != self.step:
-                    self._told = self.step
+                if now - since > self.limit and self._reported != self.step:
+                    self._reported = self.step
                     self._late(store, now - since)
                 if now - since > END * self.limit and now - since > self._most(
                     self._all(store) if store else {}
                 ):
                     self._give_up(now - since)
                 if store and self.ranks.rank == 0 and now - minute > MINUTE:
-                    minute, known = now, self._tell_slow(known, self._all(store))
+                    minute, beats = now, self._report_slow(beats, self._all(store))
         except Exception as error:  # the watch is no reason to stop what goes well
             if not self._end.is_set() and self.since is not None:
                 self._alone(error)
@@ -288,22 +288,24 @@ class Pulse:
         data = any(beat and beat.data for beat in (self._beat(), *beats.values()))
         return (DATA_END if data else END) * self.limit
 
-    def _name(self, found: dict[int, str], beats: dict[int, Beat | None], seconds: float) -> None:
+    def _name(
+        self, silent_ranks: dict[int, str], beats: dict[int, Beat | None], seconds: float
+    ) -> None:
         ends = (
             f"; the job ends after {self._most(beats):.0f} s and goes on from its last checkpoint"
         )
-        for rank, why in found.items():
+        for rank, why in silent_ranks.items():
             if beats[rank] and beats[rank].data:
                 why = f"it waits for data; {why}"
             place = beats[rank].place if beats[rank] else "nobody knows where"
             self.warn(f"rank {rank} ({place}) hangs: {why}. Its step takes {seconds:.0f} s{ends}")
-        if not found:
+        if not silent_ranks:
             self.warn(
                 f"step {self.step} takes {seconds:.0f} s and all ranks wait for each other; their "
                 f"stacks are above{ends}"
             )
 
-    def _tell_slow(self, before: dict, now: dict) -> dict:
+    def _report_slow(self, before: dict, now: dict) -> dict:
         for rank in slow(before, {k: v for k, v in now.items() if v}):
             if rank not in self._slow:
                 self._slow.add(rank)
@@ -320,8 +322,8 @@ class Pulse:
             since, now = self.since, time.monotonic()
             if since is None:
                 continue
-            if now - since > self.limit and self._told != self.step:
-                self._told = self.step
+            if now - since > self.limit and self._reported != self.step:
+                self._reported = self.step
                 self._stacks(now - since)
                 self.warn(
                     f"rank 0 hangs: its store gives no sign of life ({type(error).__name__}). Its "

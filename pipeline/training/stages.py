@@ -24,12 +24,12 @@ LOOK = 1.0  # seconds between looks at a lock that is waited for
 def missing(context: Context) -> list[int]:
     """Stages to be trained: those that are not finished, and finished ones whose checkpoint is
     needed for what follows but is damaged."""
-    found, needed = [], True
+    indices, needed = [], True
     for folder in reversed(context.folders):
         needed = folder.done() is None or (needed and bool(damaged(context, folder)))
         if needed:
-            found.append(folder.index)
-    return found[::-1]
+            indices.append(folder.index)
+    return indices[::-1]
 
 
 def damaged(context: Context, folder: StageFolder) -> dict[str, str]:
@@ -86,9 +86,9 @@ def note_recipe(context: Context) -> None:
 
 @contextmanager
 def locked(context: Context, folder: StageFolder) -> Iterator[None]:
-    """Rank 0 holds the stage's lock. If somebody else has it, all ranks fail together, or wait
+    """Rank 0 holds the stage's lock. If another process has it, all ranks fail together, or wait
     together if the run waits for such."""
-    ranks, told = context.ranks, False
+    ranks, reported = context.ranks, False
     while True:
         lock, refusal = _taken(context, folder) if ranks.rank == 0 else (None, None)
         if not (refusal := ranks.share(refusal)):
@@ -101,9 +101,9 @@ def locked(context: Context, folder: StageFolder) -> Iterator[None]:
             )
         if not _waits(context, folder, refusal):
             raise InputError(refusal)
-        if ranks.rank == 0 and not told:
+        if ranks.rank == 0 and not reported:
             context.warn(f"{refusal.removesuffix(ADVICE)}; waiting for it")
-        told = True
+        reported = True
         time.sleep(LOOK)
     try:
         yield

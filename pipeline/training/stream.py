@@ -32,17 +32,17 @@ def sampler_of(
 ) -> tuple[list[ShardStore], PatchSampler | MixedSampler]:
     """The stores of a stage, whose recipe is resolved, and what is drawn from them."""
     patch, stores, samplers, weights = patch_of(recipe, context.manifests(recipe)), [], [], []
-    for one, manifest, weight in shares_of(recipe, context.manifests):
+    for settings, manifest, weight in shares_of(recipe, context.manifests):
         samplers.append(
             PatchSampler(
-                cases=manifest.cases.among(set(training_ids(one, manifest))),
+                cases=manifest.cases.among(set(training_ids(settings, manifest))),
                 patch=patch,
                 batch=recipe.data.batch,
                 foreground=recipe.data.foreground,
                 seed=recipe.seed,
             )
         )
-        stores.append(context.stores(one))
+        stores.append(context.stores(settings))
         weights.append(weight)
     if len(samplers) == 1:
         return stores, samplers[0]

@@ -113,7 +113,7 @@ def train_stage(context: Context, index: int) -> None:
                 pulse.rest()
                 try:
                     validate(context, recipe, engine, progress, progress.step // steps - 1, log)
-                except Interrupted:  # on all ranks; it is done again when the run goes on
+                except Interrupted:  # on all ranks; it is done again when the run resumes
                     stopping = True
             pausing = pause is not None and pause <= progress.step < total
             stopping |= pausing
@@ -137,7 +137,7 @@ def train_stage(context: Context, index: int) -> None:
                 raise (Paused if pausing else Interrupted)(
                     f"stopped after {where}; all saved. Run the same command again to go on."
                 )
-            if thawing:  # as a run that was stopped here goes on: from the checkpoint just saved
+            if thawing:  # as a run that was stopped here resumes: from the checkpoint just saved
                 del engine
                 engine, saved = build(context, index)
                 progress = Progress.of(saved)

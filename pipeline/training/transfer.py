@@ -43,7 +43,7 @@ class Side:
 @dataclass(kw_only=True)
 class Transfer:
     """`tensors`: our name -> value. `how`: the same names -> in words. `new` start as the network
-    was initialised, `left` are theirs that nobody took."""
+    was initialised, `left` are the parent's that were not taken."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     how: dict[str, str] = field(default_factory=dict)
@@ -80,14 +80,14 @@ class Transfer:
 
 
 @torch.no_grad()
-def load(model: nn.Module, found: Transfer) -> None:
+def load(model: nn.Module, transfer: Transfer) -> None:
     own = model.state_dict()
-    for name, value in found.tensors.items():
+    for name, value in transfer.tensors.items():
         own[name].copy_(value)
 
 
-def write_transfer(folder: Path, found: Transfer) -> None:
-    write_atomically(folder / TRANSFER, json.dumps(found.document(), indent=1))
+def write_transfer(folder: Path, transfer: Transfer) -> None:
+    write_atomically(folder / TRANSFER, json.dumps(transfer.document(), indent=1))
 
 
 def rows_of(task: Task) -> tuple[str, ...]:
@@ -97,44 +97,44 @@ def rows_of(task: Task) -> tuple[str, ...]:
 def plan_transfer(
     model: nn.Module,
     spec: ModelSpec,
-    theirs: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
     inherit: Inherit,
-    ours: Side,
+    own_side: Side,
     parent: Side,
     inputs: Set[str] = frozenset(),
 ) -> Transfer:
-    """What `model`, fresh, takes of the tensors `theirs`. `inputs`: our tensors whose shape depends
-    on the number of channels. Raises InputError that names every tensor that does not fit; nothing
-    is changed here."""
-    if ours.rebuilds != parent.rebuilds and inherit.head == "keep":
+    """What `model`, fresh, takes of the tensors `weights`. `inputs`: our tensors whose shape
+    depends on the number of channels. Raises InputError that names every tensor that does not fit;
+    nothing is changed here."""
+    if own_side.rebuilds != parent.rebuilds and inherit.head == "keep":
         inherit = inherit.model_copy(update={"head": "new"})  # outputs of another kind
-    own, found = model.state_dict(), Transfer()
+    own, transfer = model.state_dict(), Transfer()
     faults: dict[str, str] = {}
     wanted = chosen(own, spec, inherit.weights)
     for name, fresh in own.items():
-        value, is_head = theirs.get(name), name.startswith(spec.head)
+        value, is_head = weights.get(name), name.startswith(spec.head)
         if name not in wanted or (is_head and inherit.head == "new"):
-            found.new.append(name)
+            transfer.new.append(name)
         elif (
             value is not None
             and value.shape == fresh.shape
             and not (
                 is_head
                 and inherit.head == "map"
-                and _by_class(fresh, ours)
-                and ours.rows != parent.rows
+                and _by_class(fresh, own_side)
+                and own_side.rows != parent.rows
             )
         ):
-            found.tensors[name], found.how[name] = value, TAKEN
-            if is_head and _by_class(fresh, ours) and ours.rows != parent.rows:
-                found.how[name] = f"as it was for {', '.join(parent.rows)}"
+            transfer.tensors[name], transfer.how[name] = value, TAKEN
+            if is_head and _by_class(fresh, own_side) and own_side.rows != parent.rows:
+                transfer.how[name] = f"as it was for {', '.join(parent.rows)}"
         elif is_head and inherit.head == "map":
-            _map_rows(found, name, fresh, value, inherit, ours, parent)
+            _map_rows(transfer, name, fresh, value, inherit, own_side, parent)
         elif name in inputs and inherit.channels == "new":
-            found.new.append(name)
+            transfer.new.append(name)
         elif value is not None and _fill(
-            found, name, value, _module_of(model, name), fresh,
-            (len(parent.channels), len(ours.channels)) if name in inputs else None,
+            transfer, name, value, _module_of(model, name), fresh,
+            (len(parent.channels), len(own_side.channels)) if name in inputs else None,
             inherit.channels,
         ):  # fmt: skip
             continue
@@ -142,17 +142,17 @@ def plan_transfer(
             there = "missing there" if value is None else f"{tuple(value.shape)} there"
             faults[name] = f"{name} {tuple(fresh.shape)}, {there}"
     if faults:
-        raise InputError(_refusal(faults, spec, inherit, ours, parent, inputs))
-    if inherit.head == "map" and (missing := _unmapped(inherit, ours, parent)):
+        raise InputError(_refusal(faults, spec, inherit, own_side, parent, inputs))
+    if inherit.head == "map" and (missing := _unmapped(inherit, own_side, parent)):
         raise InputError(missing)
-    used = set(found.tensors)
-    found.left = [name for name in theirs if name not in used]
-    return found
+    used = set(transfer.tensors)
+    transfer.left = [name for name in weights if name not in used]
+    return transfer
 
 
 def chosen(own: Collection[str], spec: ModelSpec, weights: str | Sequence[str]) -> set[str]:
     """Names of a network that `inherit.weights`, `freeze` or the like mean: roles or prefixes.
-    Raises InputError for one that nobody has."""
+    Raises InputError for one that no tensor has."""
     wanted: set[str] = set()
     for part in [weights] if isinstance(weights, str) else weights:
         names = {name for name in own if belongs(name, part, spec)}
@@ -171,56 +171,58 @@ def _by_class(tensor: Tensor, side: Side) -> bool:
 
 
 def _map_rows(
-    found: Transfer,
+    transfer: Transfer,
     name: str,
     fresh: Tensor,
     value: Tensor | None,
     inherit: Inherit,
-    ours: Side,
+    own_side: Side,
     parent: Side,
 ) -> None:
     """Rows of labels that both know; the others stay as they are initialised."""
     if (
         value is None
-        or not (_by_class(fresh, ours) and _by_class(value, parent))
+        or not (_by_class(fresh, own_side) and _by_class(value, parent))
         or fresh.shape[1:] != value.shape[1:]
     ):
-        found.new.append(name)
+        transfer.new.append(name)
         return
-    pairs = _pairs(inherit, ours, parent)
+    pairs = _pairs(inherit, own_side, parent)
     mapped = fresh.detach().clone()
     for mine, its in pairs:
         mapped[mine] = value[its]
-    found.tensors[name] = mapped
-    found.how[name] = f"rows of {', '.join(ours.rows[mine] for mine, _ in pairs)}"
+    transfer.tensors[name] = mapped
+    transfer.how[name] = f"rows of {', '.join(own_side.rows[mine] for mine, _ in pairs)}"
 
 
-def _pairs(inherit: Inherit, ours: Side, parent: Side) -> list[tuple[int, int]]:
-    theirs = {name: number for number, name in enumerate(parent.rows)}
-    wanted = ((mine, inherit.classes.get(name, name)) for mine, name in enumerate(ours.rows))
-    return [(mine, theirs[name]) for mine, name in wanted if name in theirs]
+def _pairs(inherit: Inherit, own_side: Side, parent: Side) -> list[tuple[int, int]]:
+    parent_rows = {name: number for number, name in enumerate(parent.rows)}
+    wanted = ((mine, inherit.classes.get(name, name)) for mine, name in enumerate(own_side.rows))
+    return [(mine, parent_rows[name]) for mine, name in wanted if name in parent_rows]
 
 
-def _unmapped(inherit: Inherit, ours: Side, parent: Side) -> str | None:
+def _unmapped(inherit: Inherit, own_side: Side, parent: Side) -> str | None:
     """Why no row can be mapped, or a class that is named and not there."""
     for mine, its in inherit.classes.items():
-        for name, rows in ((mine, ours.rows), (its, parent.rows)):
+        for name, rows in ((mine, own_side.rows), (its, parent.rows)):
             if name not in rows:
                 return (
                     f"inherit.classes: found '{mine}: {its}', but '{name}' is none of the classes "
                     f"{', '.join(rows)}"
                 )
-    if not any(ours.rows[mine] != "background" for mine, _ in _pairs(inherit, ours, parent)):
+    if not any(
+        own_side.rows[mine] != "background" for mine, _ in _pairs(inherit, own_side, parent)
+    ):
         return (
-            f"inherit.head: found map, but no class of {', '.join(ours.rows)} is among those of "
-            f"the stage before ({', '.join(parent.rows)}); name pairs by inherit.classes, or set "
-            "inherit.head=new"
+            f"inherit.head: found map, but no class of {', '.join(own_side.rows)} is among those "
+            f"of the stage before ({', '.join(parent.rows)}); name pairs by inherit.classes, or "
+            "set inherit.head=new"
         )
     return None
 
 
 def _fill(
-    found: Transfer,
+    transfer: Transfer,
     name: str,
     value: Tensor,
     module: nn.Module,
@@ -240,7 +242,7 @@ def _fill(
     if flat:
         said.append(f"inflated from {tuple(value.shape)}")
         value = _inflated(value, fresh, module)
-    found.tensors[name], found.how[name] = value, ", ".join(said)
+    transfer.tensors[name], transfer.how[name] = value, ", ".join(said)
     return True
 
 
@@ -293,7 +295,7 @@ def _refusal(
     faults: Mapping[str, str],
     spec: ModelSpec,
     inherit: Inherit,
-    ours: Side,
+    own_side: Side,
     parent: Side,
     inputs: Set[str],
 ) -> str:
@@ -301,13 +303,13 @@ def _refusal(
     if inputs and not inputs.isdisjoint(faults):
         hints.append(
             f"they cannot be filled from channels {', '.join(parent.channels)} for "
-            f"{', '.join(ours.channels)}: set inherit.channels=new"
+            f"{', '.join(own_side.channels)}: set inherit.channels=new"
         )
     if spec.fixed_patch:
         hints.append(f"{spec.name} is bound to its patch: its weights fit no other")
-    if ours.rows != parent.rows and inherit.head == "keep":
+    if own_side.rows != parent.rows and inherit.head == "keep":
         hints.append("for other classes set inherit.head=new or map")
-    if ours.name != parent.name:
+    if own_side.name != parent.name:
         hints.append(f"the stage before trained {parent.name}: inherit.weights names parts")
     hints.append("a network that is planned from its patch keeps its shape by model.options")
     return (
@@ -317,5 +319,5 @@ def _refusal(
 
 
 def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return "; ".join(names[:SHOWN]) + more
+    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return "; ".join(names[:SHOWN]) + rest

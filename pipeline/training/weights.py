@@ -1,4 +1,4 @@
-"""Trained weights from a file of somebody else's: read without running code in it, named anew,
+"""Trained weights from a foreign file: read without running code in it, named anew,
 loaded whole or not at all."""
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def load_foreign(model: nn.Module, options: sections.Model) -> None:
     """Put the weights of `model.weights` into a fresh network. Raises InputError or ModelError, and
     then has changed nothing."""
     path = Path(str(options.weights))
-    found = file_facts(path)["sha256"] if path.is_file() else "no file"
-    if found != options.weights_sha256:
+    sha256 = file_facts(path)["sha256"] if path.is_file() else "no file"
+    if sha256 != options.weights_sha256:
         raise InputError(
-            f"model.weights: {path}: found {found}, expected sha256 {options.weights_sha256}; the "
+            f"model.weights: {path}: found {sha256}, expected sha256 {options.weights_sha256}; the "
             "file has gone or changed since the run was set up"
         )
     chosen = registry.spec(options.name)
@@ -77,18 +77,22 @@ def read_torch(path: Path) -> Any:
         raise InputError(f"weights: {path} is damaged or no PyTorch file: {line}") from None
 
 
-def named_tensors(found: Any, path: Path) -> dict[str, Tensor]:
+def named_tensors(content: Any, path: Path) -> dict[str, Tensor]:
     """The state dict in what a file holds. Raises InputError that says what is there instead."""
     for _ in range(3):
-        if isinstance(found, Mapping):
-            if found and all(isinstance(value, Tensor) for value in found.values()):
-                return {str(name): value for name, value in found.items()}
-            place = next((key for key in PLACES if isinstance(found.get(key), Mapping)), None)
+        if isinstance(content, Mapping):
+            if content and all(isinstance(value, Tensor) for value in content.values()):
+                return {str(name): value for name, value in content.items()}
+            place = next((key for key in PLACES if isinstance(content.get(key), Mapping)), None)
             if place is not None:
-                found = found[place]
+                content = content[place]
                 continue
         break
-    kind = f"the keys {', '.join(map(str, found))}" if isinstance(found, Mapping) else type(found)
+    kind = (
+        f"the keys {', '.join(map(str, content))}"
+        if isinstance(content, Mapping)
+        else type(content)
+    )
     raise InputError(
         f"weights: {path}: found {kind}, expected names with tensors, alone or under one of: "
         f"{', '.join(PLACES)}"

@@ -114,7 +114,7 @@ def away(ranks, seconds: float) -> list[str]:
         yield "batch"
 
     os.environ["SEGFLEET_WATCHDOG"] = str(seconds / 30)
-    return loading(ranks, read, TELL=0.2)
+    return loading(ranks, read, INTERVAL=0.2)
 
 
 def test_a_file_system_that_is_away_ends_no_job_that_waits_for_it(run_in_ranks):
@@ -133,7 +133,7 @@ def stopped(ranks, seconds: float) -> list[str]:
         yield "batch"
 
     os.environ["SEGFLEET_WATCHDOG"] = "0.5"
-    return loading(ranks, read, TELL=0.1, PATIENCE=2.0)
+    return loading(ranks, read, INTERVAL=0.1, PATIENCE=2.0)
 
 
 def test_a_stopped_rank_waits_for_nothing_whatever_it_said_last(run_in_ranks):
