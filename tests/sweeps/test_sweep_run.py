@@ -46,7 +46,7 @@ class Ends(run.Session):
 
 def test_ctrl_c_asks_first_and_then_insists(tmp_path):
     (tmp_path / STOP).touch()  # somebody else asked already: the first Ctrl-C is still the first
-    with run.listening(tmp_path, leaves=False):
+    with run.listening(tmp_path, detaches=False):
         (tmp_path / STOP).unlink()
         signal.raise_signal(signal.SIGINT)
         assert (tmp_path / STOP).exists()
@@ -54,10 +54,10 @@ def test_ctrl_c_asks_first_and_then_insists(tmp_path):
             signal.raise_signal(signal.SIGINT)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / STOP).touch()
-    with run.listening(tmp_path / "other", leaves=False):
+    with run.listening(tmp_path / "other", detaches=False):
         signal.raise_signal(signal.SIGTERM)
     (tmp_path / "third").mkdir()
-    with run.listening(tmp_path / "third", leaves=False):
+    with run.listening(tmp_path / "third", detaches=False):
         signal.raise_signal(signal.SIGUSR1)  # SLURM's warning to the job a sweep runs in
         signal.raise_signal(signal.SIGTERM)
     assert (tmp_path / "third" / STOP).exists()
