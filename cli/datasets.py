@@ -19,7 +19,7 @@ ACTIONS = {
     "slices": "the raw folder",
     "nnunet": "the raw folder",
 }
-PROBLEM = ("case", "field", "found", "expected", "how to mend")
+PROBLEM = ("case", "field", "found", "expected", "how to repair it")
 Options = Annotated[
     list[str] | None,
     typer.Option(
@@ -283,7 +283,8 @@ def check(
             table(
                 ("case", "field", "was", "now"),
                 rows,
-                title=f"{len(rows)} label(s) mended in the copy {root}; the original is as it was",
+                title=f"{len(rows)} label(s) repaired in the copy {root}; the original is "
+                "unchanged",
             )
         if warnings:
             rows = [(w.case, w.field, w.found, w.expected, w.mend) for w in warnings]

@@ -62,7 +62,7 @@ def problem_table(error) -> None:
     """All problems of a DataError at once, on stderr."""
     rows = [(p.case, p.field, p.found, p.expected, p.mend) for p in error.problems]
     table(
-        ("case", "field", "found", "expected", "how to mend"),
+        ("case", "field", "found", "expected", "how to repair it"),
         rows,
         title=f"{len(rows)} problem(s) in {error.where}",
         stderr=True,

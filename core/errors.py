@@ -87,7 +87,7 @@ def import_part(module: str, what: str) -> ModuleType:
         text = " ".join((getattr(error, "msg", None) or str(error)).split())
         raise InputError(
             f"the {what} '{module.rpartition('.')[2]}' cannot be used: {type(error).__name__}: "
-            f"{text} ({file}, line {line}). Mend that file or choose another"
+            f"{text} ({file}, line {line}). Correct that file or choose another"
         ) from error
 
 
@@ -140,8 +140,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         )
     if isinstance(error, PermissionError):
         return (
-            f"{error.filename}: permission denied. Choose a folder you may write to, or mend its "
-            "permissions.",
+            f"{error.filename}: permission denied. Choose a folder you may write to, or correct "
+            "its permissions.",
             ExitCode.INPUT,
         )
     return None

@@ -336,8 +336,8 @@ def before(logs: Path, spec: JobSpec, code: Path | None) -> list[str]:
 def refusal(line: str) -> str:
     """Shell: end the job because `line` of its setup failed, where `segfleet status` finds it."""
     message = (
-        f"the setup line failed: {line}. Mend it, or end it with `|| true` if that is meant; then: "
-        "segfleet resume"
+        f"the setup line failed: {line}. Correct it, or end it with `|| true` if that is meant; "
+        "then: segfleet resume"
     )
     failed = {"rank": 0, "time": 0, "exit_code": 2, "message": message, "peer_failure": False}
     report = shlex.quote(json.dumps(failed))

@@ -321,7 +321,7 @@ def _stored(
         if image.dtype.kind == "f" and not np.isfinite(image).all():
             raise InputError(
                 f"{where}: image: found voxels that are nan or infinite, expected finite ones. "
-                "Mend the image."
+                "Correct the image."
             )
         case = Case(id=case_id, image_CZYX=image, label_ZYX=None, geometry=grid)
         check_room(case_id, grid.shape, grid.spacing, plan)

@@ -168,7 +168,7 @@ def read_file(
     if not all(math.isfinite(s) and SMALLEST <= s <= LARGEST for s in geometry.spacing):
         found = f"{'x'.join(f'{s:g}' for s in geometry.spacing)} in {path.name}"
         expected = f"numbers between {SMALLEST:g} and {LARGEST:g} (mm)"
-        raise ImageError(path, "spacing", found, expected, "Mend the header.")
+        raise ImageError(path, "spacing", found, expected, "Correct the header.")
     if array.dtype.kind not in "buif":
         raise ImageError(
             path,

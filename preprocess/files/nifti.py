@@ -201,7 +201,7 @@ def _grid(header: Any, shape: tuple[int, int, int], dims: int, path: Path) -> Ge
         transform = "sform" if sform is not None else "qform"
         found = f"pixdim {_times(zooms)} in {path.name}"
         expected = f"{_times(sizes)} mm as its {transform} says, which is taken"
-        warnings.append(("spacing", found, expected, "Mend pixdim if the affine is right."))
+        warnings.append(("spacing", found, expected, "Correct pixdim if the affine is right."))
     if sform is not None and qform is not None and (far := _apart(sform, qform, shape)) > 0.5:
         found = f"up to {far:.3g} voxels apart in {path.name}"
         mend = "Programs differ in which they take: make both equal."

@@ -139,7 +139,7 @@ def _check(
     if image.dtype.kind == "f" and not np.isfinite(image).all():
         raise InputError(
             f"case '{key}': image: found voxels that are nan or beyond {dtype}, expected finite "
-            "ones. Mend the raw image."
+            "ones. Correct the raw image."
         )
 
 

@@ -310,7 +310,7 @@ def test_the_command_mends_then_checks(binary, tmp_path):
     )
     assert (
         done.returncode == 2
-        and "2 label(s) mended in the copy" in done.stdout.replace("\n", " ")
+        and "2 label(s) repaired in the copy" in done.stdout.replace("\n", " ")
         and "phantom_002" in done.stderr
     )
 
