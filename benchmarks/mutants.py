@@ -134,6 +134,10 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
     },
     "pipeline/planning/timing.py": {
         (
+            "optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)",
+            "0.001 -> 1.001",
+        ): "a step takes as long at any rate",
+        (
             "float(loss.detach())  # waits for the device",
             "float(loss.detach()) -> pass",
         ): "no CPU is waited for, and no GPU is here",

@@ -354,6 +354,26 @@ def test_a_step_of_a_busy_machine_is_what_it_computes(
     assert moved == [True] * 3 and not found.rough
 
 
+def test_of_several_steps_the_fastest_counts_and_the_most_memory(
+    pictures, measured, monkeypatch, tmp_path
+):
+    """Steps of 10 s (the warm-up, of just what is enough), 3 s and 2 s; at most 2.5 GB, of which
+    1 GB was there before."""
+    measured(1.0)
+    recipe = cpu.for_cpu(pictures, tmp_path, CPU, 3600.0, 1).recipe()
+    monkeypatch.undo()
+    for name, times in (("perf_counter", (0, 10, 10, 13, 13, 15)),
+                        ("process_time", (0, 20, 20, 26, 26, 30))):  # fmt: skip
+        monkeypatch.setattr(timing.time, name, iter(map(float, times)).__next__)
+    monkeypatch.setattr(timing.torch, "get_num_threads", lambda: 2)
+    held = iter([1.0e9, 2.0e9, 2.5e9, 1.2e9])
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=next(held)))
+    monkeypatch.setattr("psutil.Process", lambda: process)
+    monkeypatch.delattr(timing.torch.cuda, "max_memory_allocated")  # nobody asks a GPU
+    found = timing.measure(recipe, pictures, torch.device("cpu"), 2, enough=10.0)
+    assert (found.seconds, found.gigabytes, found.rough) == (2.0, 1.5, False)
+
+
 def test_a_gpu_that_is_here(monkeypatch):
     monkeypatch.setattr(target.torch.cuda, "is_available", lambda: True)
     card = SimpleNamespace(total_memory=80e9, name="A card")
