@@ -118,6 +118,10 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
     },
     "preprocess/stores/manifest.py": {
         (
+            "layout: int = 0  # revision of the shard files; 0: becomes the format's present one",
+            "0 -> 1",
+        ): "what a document leaves out is filled in before",
+        (
             "self, *, update: Mapping[str, Any] | None = None, deep: bool = False",
             "False -> True",
         ): "a deep copy is equal to a shallow one",

@@ -24,6 +24,7 @@ from segfleet.pipeline.losses.base import build_loss
 from segfleet.pipeline.losses.deep_supervision import DeepSupervision
 from segfleet.pipeline.losses.hidden_error import hidden_error
 from segfleet.pipeline.recipe import Recipe, members, resolve
+from segfleet.pipeline.sections import Mask
 from segfleet.pipeline.stage import OVERRIDES
 from segfleet.pipeline.stage_data import Manifests, manifests_of, named, stages_of
 from segfleet.pipeline.task import RECONSTRUCT, Task, make_task, reconstruction
@@ -248,8 +249,13 @@ def check_data(recipe: Recipe, manifest: Manifest, task: Task) -> None:
 def doubts(recipe: Recipe, manifest: Manifest | Manifests) -> list[str]:
     """What is legal and maybe not meant in any stage, a sentence each."""
     sentences: dict[str, None] = {}
+    masked = rebuilt = False
     for _, own, stored in stages_of(recipe, manifest):
         sentences |= dict.fromkeys(_doubts(own, stored))
+        masked |= own.data.mask != Mask()
+        rebuilt |= own.task == RECONSTRUCT
+    if masked and not rebuilt:
+        sentences["data.mask: nothing reads it, for no stage says task: reconstruct"] = None
     return list(sentences)
 
 

@@ -86,6 +86,17 @@ def test_another_data_set_is_named_beside_the_one_a_recipe_was_made_for(meet):
     assert "32 voxels along z, and the largest case of tiny has 29" in sentence
 
 
+def test_a_mask_that_no_stage_reads_is_said(meet):
+    recipe, manifest = meet(3, NET_3D)
+    document = recipe.model_dump(mode="json", exclude_defaults=True)
+    stages, masked = document["stages"], document["data"] | {"mask": {"ratio": 0.5}}
+    assert doubts(recipe, manifest) == []
+    (sentence,) = doubts(recipes.parse(document | {"data": masked}), manifest)
+    assert sentence.startswith("data.mask: nothing reads it")
+    rebuilding = [{**stages[0], "task": "reconstruct"}, *stages]
+    assert doubts(recipes.parse(document | {"data": masked, "stages": rebuilding}), manifest) == []
+
+
 def test_the_data_set_a_recipe_was_made_for_is_no_part_of_a_result(meet):
     from segfleet.pipeline.identity import stage_uids
 
