@@ -297,7 +297,7 @@ def test_a_job_that_waits_for_somebody_elses_run_is_taken_back(
         slurm_backend.Slurm().stop(order)
         assert (order.path / "stop").read_text() == stopping.WORDS
         return
-    with pytest.raises(RankFailed, match="somebody else") as end:
+    with pytest.raises(RankFailed, match="another process") as end:
         slurm_backend.Slurm().stop(order)
     assert end.value.exit_code == 75 and not (order.path / "stop").exists()
 
