@@ -135,10 +135,10 @@ def resolve(recipe: Recipe, index: int = -1) -> Recipe:
                 key: None
                 if value == own[key]
                 else _changed(Stage.model_fields[key], value, own[key])
-                for key, value in settings.items()
+                for key, value in merged.items()
             }
         )
-        for stage, settings in zip(recipe.stages, settled, strict=True)
+        for stage, merged in zip(recipe.stages, settled, strict=True)
     )
     return recipe.model_copy(update={**own, "stages": stages})
 
