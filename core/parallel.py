@@ -70,7 +70,7 @@ def run(
         for index, item in enumerate(items):
             yield index, function(item)
         return
-    _start_forkserver()
+    start_server("__main__", SERVED)
     waiting = list(range(len(items)))[::-1]
     in_vain = 0
     while waiting:
@@ -195,7 +195,7 @@ class Apart:
 
     def _submitted(self, function: Callable, *arguments: Any) -> Future:
         if self._pool is None:
-            _start_forkserver()
+            start_server("__main__", SERVED)
             context = multiprocessing.get_context("forkserver")
             self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_follow_parent)
         return _submit(self._pool, function, *arguments)
@@ -250,10 +250,12 @@ def _cause(exitcode: int | None) -> str:
     return f"{name}, perhaps out of memory" if name == "SIGKILL" else name
 
 
-def _start_forkserver() -> None:
-    """With signals blocked, for it and all that it starts: SLURM sends warnings to every process of
-    a job, and the parent decides."""
+def start_server(*modules: str) -> None:
+    """Start the server that processes start from, which imports `modules`, unless it runs. With
+    signals blocked, for it and all that it starts: SLURM sends warnings to every process of a job,
+    and the parent decides."""
     note_multiprocessing()
+    forkserver.set_forkserver_preload(list(modules))
     if not WATCHED:
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
@@ -261,7 +263,6 @@ def _start_forkserver() -> None:
         resource_tracker.ensure_running()
         # the tracker lets SIGTERM through when it has started
         signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
-        forkserver.set_forkserver_preload(["__main__", SERVED])
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

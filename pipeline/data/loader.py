@@ -21,11 +21,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from segfleet.core.errors import ExitCode, InputError
 from segfleet.core.litter import (
-    note_multiprocessing,
     note_shared_memory,
     remove_shared_memory,
 )
-from segfleet.core.parallel import NO_SERVER, SERVED, end_with_parent, guard_queues
+from segfleet.core.parallel import (
+    NO_SERVER,
+    SERVED,
+    end_with_parent,
+    guard_queues,
+    start_server,
+)
 from segfleet.pipeline.data import randomness
 from segfleet.pipeline.data.augment import draw_intensity, draw_spatial, flat
 from segfleet.pipeline.data.device_augment import Boxes, Room, augmented, drawn_sample, each_tensor
@@ -369,10 +374,8 @@ def training_batches(
 def _forkserver() -> multiprocessing.context.BaseContext:
     """Loader processes start from a server that has loaded this module: at once, and sharing its
     memory."""
-    note_multiprocessing()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([SERVED, __name__])
-    return context
+    start_server(SERVED, __name__)
+    return multiprocessing.get_context("forkserver")
 
 
 def _in_time(loader: DataLoader) -> Iterator[Batch | Boxes | Failure]:

@@ -88,7 +88,7 @@ from multiprocessing import context, forkserver, reduction, spawn
 from segfleet.core import parallel
 
 if __name__ == "__main__":
-    parallel._start_forkserver()
+    parallel.start_server("__main__", parallel.SERVED)
     lock = multiprocessing.get_context("forkserver").Lock()
     context.set_spawning_popen(lock)
     late = pickle.dumps(spawn.get_preparation_data("late")) + reduction.ForkingPickler.dumps(lock)
@@ -186,6 +186,24 @@ def test_a_process_apart_starts_when_the_server_of_processes_is_killed(dying_ser
         while not apart._pool._broken:
             time.sleep(0.01)
         assert apart(double, Heavy(), 5) == 10
+
+
+@pytest.mark.parametrize("begin", ["pool", "loader"])
+def test_the_server_of_processes_outlives_what_slurm_sends_to_all(begin, tmp_path):
+    """Without it a rank that is asked to stop may get no further batch, and fails instead."""
+    start = {
+        "pool": "from segfleet.core.parallel import start_server, SERVED; start_server(SERVED)",
+        "loader": "from segfleet.pipeline.data import loader; loader._forkserver()",
+    }
+    words = (
+        "import os, signal, time\nfrom multiprocessing import forkserver\n"
+        f"{start[begin]}\nserver = forkserver._forkserver._forkserver_pid\n"
+        "for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):\n"
+        "    os.kill(server, number)\n"
+        "time.sleep(1)\nprint(os.waitpid(server, os.WNOHANG)[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
+    assert done.stdout == "0\n", done.stderr
 
 
 def test_a_suspect_is_tried_alone_when_the_server_of_processes_is_killed(dying_server):
