@@ -130,6 +130,13 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
             "layout < layout_of(raw.get('format')) -> layout <= layout_of(raw.get('format'))",
         ): "they are different here",
     },
+    "pipeline/identity.py": {
+        ("first > then", "first > then -> first >= then"): "no role stands twice",
+        (
+            "and not {first, then} <= apart",
+            "{first, then} <= apart -> {first, then} < apart",
+        ): "two are never all three",
+    },
     "pipeline/planning/cpu.py": {
         (
             '"stages": [{"epochs": 1, "lr": 1e-3}],',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -236,3 +237,26 @@ def test_a_run_keeps_what_its_store_said(tiny_store, tmp_path):
     dataset = manifest.dataset.model_copy(update={"name": "another"})
     run.note_data(tmp_path / "run", manifest.model_copy(update={"dataset": dataset}))
     assert json.loads(file.read_text())["dataset"]["name"] == "another"
+
+
+def test_a_uid_is_the_hash_of_its_parent_and_of_what_was_said(document, tmp_path):
+    """By hand, as the docstring says it; settings that came later count where they are said."""
+    recipe = recipe_of(document)
+    manifest = load_manifest(Path(recipe.data.store))
+    parent = None
+    for index, uid in enumerate(uids(recipe)):
+        facts = identity.stage_facts(resolve(recipe, index), lambda own: manifest, index)
+        text = json.dumps([parent, facts], sort_keys=True)
+        assert uid == hashlib.sha256(text.encode()).hexdigest()[:12]
+        later = {"unfreeze_at", "freeze_statistics", "layer_decay", "rates", "anchor", "lora"}
+        assert later.isdisjoint(facts)
+        parent = uid
+    identity.note_identity(tmp_path, recipe, manifest, 0)
+    noted = json.loads((tmp_path / "identity.json").read_text())
+    facts = identity.stage_facts(resolve(recipe, 0), lambda own: manifest, 0)
+    train = hashlib.sha256(json.dumps(facts["train"]).encode()).hexdigest()[:16]
+    assert noted["facts"] == json.loads(json.dumps({**facts, "train": train}))
+    assert identity.differences(recipe, manifest, 0, tmp_path) == []
+    for wrong in ({"name": "x"}, {"facts": [1]}):
+        (tmp_path / "identity.json").write_text(json.dumps(wrong))
+        assert identity.differences(recipe, manifest, 0, tmp_path) is None

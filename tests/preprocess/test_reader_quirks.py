@@ -431,6 +431,11 @@ def test_published_splits_are_those_of_scikit_learn():
     )
     lengths = published([f"{i:04d}" for i in range(2594)])["70-15-15-seed42"][0]
     assert (len(lengths["train"]), len(lengths["val"])) == (1815, 389) and published(["a"]) == {}
+    assert {name for name in found if name.startswith("80-20-seed")} == {
+        f"80-20-seed{seed}" for seed in (41, 2981, 6142, 1187)
+    }
+    for (one,) in found.values():
+        assert all(one[side] == tuple(sorted(one[side])) for side in ("train", "val"))
 
 
 def test_the_splits_of_asc_seg_have_its_sizes_and_overlap_nowhere():
