@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from segfleet.core.errors import InputError
-from segfleet.pipeline import identity, run
+from segfleet.pipeline import identity, run, stage_data
 from segfleet.pipeline.jobs import Stores, run_job
 from segfleet.pipeline.launch.job import Train
 from segfleet.pipeline.parts import check_recipe
@@ -172,6 +172,16 @@ def test_one_message_names_the_stage(document, change, words):
         recipe = recipe_of(document, change)
         check_recipe(recipe, load_manifest(Path(recipe.data.store)))
     assert str(caught.value).count("stages.") <= 1 or "stages.0.freeze" in str(caught.value)
+
+
+def test_a_message_names_its_stage_once(document):
+    stage = recipe_of(document).stages[0]
+    for text, several, said in (
+        ("seed: no", False, "seed: no"),
+        ("seed: no", True, f"stages.0 ({stage.name}): seed: no"),
+        ("stages.0.seed: no", True, "stages.0.seed: no"),
+    ):
+        assert stage_data.named(InputError(text), several, 0, stage) == said
 
 
 def test_a_stage_without_a_store_is_named(document):
