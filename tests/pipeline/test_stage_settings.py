@@ -174,6 +174,16 @@ def test_one_message_names_the_stage(document, change, words):
     assert str(caught.value).count("stages.") <= 1 or "stages.0.freeze" in str(caught.value)
 
 
+def test_an_epoch_is_one_pass_over_the_training_cases(document):
+    manifest = load_manifest(Path(document["data"]["store"]))
+    cases = len(manifest.fold("kfold", 0)["train"])
+    assert cases == 4
+    for batch, steps in ((1, 4), (2, 2), (3, 2), (8, 1)):
+        changes = [f"data.batch={batch}", "data.split=kfold", "stages.0.steps=null"]
+        recipe = recipe_of(document, *changes, "stages.1.steps=7")
+        assert stage_data.stage_steps(recipe, manifest) == [steps, 7]
+
+
 def test_a_message_names_its_stage_once(document):
     stage = recipe_of(document).stages[0]
     for text, several, said in (
