@@ -148,6 +148,12 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
             "0.001 -> 1.001",
         ): "a draft that is timed, by an optimizer of its own",
     },
+    "pipeline/planning/gpu.py": {
+        (
+            'if (measured.gigabytes or 0.0) <= room or document["data"]["batch"] <= 2:',
+            "0.0 -> 1.0",
+        ): "a GPU always says what it held",
+    },
     "pipeline/planning/timing.py": {
         (
             "optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import runpy
 import shutil
 import sys
 
@@ -130,6 +131,16 @@ def test_make_sources_refuses_what_may_compute_something_else(tmp_path, monkeypa
     table.write_text(json.dumps({**document, "numerics": sources.NUMERICS - 1}))
     monkeypatch.setattr(sys, "argv", ["sources"])
     assert sources.main() == 0 and table.read_text() == right, "another version says so itself"
+
+
+def test_make_sources_writes_the_table(monkeypatch):
+    """The file as a command."""
+    written = {}
+    monkeypatch.setattr("segfleet.core.files.write_atomically", written.__setitem__)
+    monkeypatch.setattr(sys, "argv", ["sources"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(sources.__file__, run_name="__main__")
+    assert not ended.value.code and written == {sources.TABLE: sources.TABLE.read_text()}
 
 
 def test_a_network_of_the_user_counts_by_its_source(code):
