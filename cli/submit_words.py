@@ -111,7 +111,7 @@ def preprocessing(arguments: dict[str, Any], array: Sequence[str]) -> tuple[list
     from segfleet.cli.preprocess import request_of
     from segfleet.core.errors import InputError
     from segfleet.preprocess.building.request import Preprocess
-    from segfleet.preprocess.stores.manifest import NAME
+    from segfleet.preprocess.stores.manifest import is_published
     from segfleet.slurm.submission import home_of
 
     places = {key: absolute(path) for key in ("raw", "out") if (path := arguments[key])}
@@ -122,7 +122,7 @@ def preprocessing(arguments: dict[str, Any], array: Sequence[str]) -> tuple[list
         )
     request = request_of(**{**arguments, **places})
     out, home = request.out, home_of(request.out)
-    if (out / NAME).is_file():
+    if is_published(out):
         return [], home
     if not array:
         whole = Preprocess(store=request, verify=arguments["verify"])

@@ -15,12 +15,10 @@ MEMBERS = 8  # of an array that makes a store
 
 def lacking(search: Search) -> list[tuple[Path, dict[str, Any]]]:
     """The stores that are not there, and how they are to be."""
-    from segfleet.preprocess.stores.manifest import NAME
+    from segfleet.preprocess.stores.manifest import is_published
 
     section = search.space.prepare
-    return (
-        [store for store in section.stores() if not (store[0] / NAME).is_file()] if section else []
-    )
+    return [store for store in section.stores() if not is_published(store[0])] if section else []
 
 
 def missing(search: Search) -> list[BuildRequest]:

@@ -37,10 +37,10 @@ from segfleet.preprocess.planning.splits import OWN, Folds, Member, make_splits
 from segfleet.preprocess.readers.base import CaseRef, RawReader, open_reader, source_sha256
 from segfleet.preprocess.stores.base import store_module
 from segfleet.preprocess.stores.case_table import CaseTable, TableBuilder
-from segfleet.preprocess.stores.manifest import NAME as MANIFEST
 from segfleet.preprocess.stores.manifest import (
     CaseEntry,
     Manifest,
+    is_published,
     load_manifest,
     save_manifest,
 )
@@ -71,7 +71,7 @@ def build(
     """
     out, reader = request.out, open_raw(request)
     remove_folders()  # also where nothing is left to do
-    if (out / MANIFEST).is_file():
+    if is_published(out):
         report(reader.grouping, guesses(reader.grouping))
         return compare(reader, request, quick=quick, progress=progress)
     partial = request.partial
@@ -119,7 +119,7 @@ def open_raw(request: BuildRequest) -> RawReader:
     check_one_of("codec", request.codec, CODECS)
     reader = open_reader(request.reader_name, request.raw, **request.options)
     request.overrides.check(reader.dataset())
-    if not (out / MANIFEST).is_file():
+    if not is_published(out):
         _check_place(out, reader.root)
     return reader
 

@@ -23,7 +23,7 @@ from segfleet.preprocess.building.shard_job import finished, shard_jobs
 from segfleet.preprocess.checking.check import look_at, recall, survey
 from segfleet.preprocess.planning.fingerprint import fingerprint
 from segfleet.preprocess.planning.plan import make_plan
-from segfleet.preprocess.stores.manifest import NAME as MANIFEST
+from segfleet.preprocess.stores.manifest import is_published
 
 
 def survey_share(
@@ -32,7 +32,7 @@ def survey_share(
     """Check and measure every n-th case from the i-th on, `share` = (i, n); how many are known
     afterwards. Raises InputError."""
     reader, partial = open_raw(request), request.partial
-    if (request.out / MANIFEST).is_file():
+    if is_published(request.out):
         return 0
     with locked(partial, request.out, shared=True):
         journals, cases = Journals(reader, partial), range(share[0], len(reader.refs()), share[1])
@@ -59,7 +59,7 @@ def write_share(
     are raised at the end, a full disk at once. Raises InputError.
     """
     reader, partial = open_raw(request), request.partial
-    if (request.out / MANIFEST).is_file():
+    if is_published(request.out):
         return 0
     with locked(partial, request.out, shared=True):
         earlier = Journals(reader, partial).read()

@@ -17,6 +17,13 @@ from pydantic import (
     WrapValidator,
 )
 
+# said to whoever reads a store and to whoever preprocesses into it: there, the same command alone
+# would find the same damage
+MEND = (
+    "Restore it from a backup; or move the store's folder away, or choose another --out, and "
+    "preprocess the raw data again."
+)
+
 
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -28,7 +28,7 @@ from pydantic import (
 
 from segfleet.core.errors import InputError, check_one_of, did_you_mean
 from segfleet.core.files import parse_json, write_atomically
-from segfleet.preprocess.stores.case_entry import CaseEntry, Frozen, InsidePath, inside
+from segfleet.preprocess.stores.case_entry import MEND, CaseEntry, Frozen, InsidePath, inside
 from segfleet.preprocess.stores.case_table import (
     CaseTable,
     FileTable,
@@ -288,10 +288,18 @@ def _digest(document: dict[str, Any]) -> str:
     return hashlib.sha256(_canonical(document)).hexdigest()
 
 
+def is_published(store: Path) -> bool:
+    """Whether a manifest stands there, of whatever kind: an unusable one is no invitation to make
+    the store."""
+    return os.path.lexists(store / NAME)
+
+
 def load_manifest(store: Path) -> Manifest:
     """Read STORE/manifest.json and map the columns beside it. Raises InputError if there is none,
     it is damaged, or its shards are of another revision."""
     path = Path(store) / NAME
+    if is_published(store) and not path.is_file():  # a pipe would be waited for
+        raise InputError(f"store: {path} is no regular file. {MEND}")
     if not path.is_file():
         raise InputError(
             f"store: {store} holds no {NAME}: it is no store, or its preprocessing never "
@@ -317,16 +325,14 @@ def load_manifest(store: Path) -> Manifest:
             if raw.get("id") == _id_as_written(raw):
                 return Manifest.model_validate(raw)
         raise InputError(
-            f"store: {path} is damaged or was changed by hand (its sha256 differs). Restore it "
-            "from a backup, or preprocess the raw data again."
+            f"store: {path} is damaged or was changed by hand (its sha256 differs). {MEND}"
         )
     except InputError:
         raise
     # ValueError: no JSON, no text, brackets without end, values that do not fit
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
-            f"store: {path} is damaged ({str(error).splitlines()[0]}). Preprocess the raw data "
-            "again."
+            f"store: {path} is damaged ({str(error).splitlines()[0]}). {MEND}"
         ) from None
 
 
@@ -337,14 +343,10 @@ def _with_columns(store: Path, raw: dict[str, Any]) -> Manifest:
         stamp = stamp_of(path)
         whole = stamp[0] == expected["bytes"] and sha256_of(path) == expected["sha256"]
     except OSError as error:
-        raise InputError(
-            f"store: {path} cannot be read ({error.strerror}). Restore it from a backup, or "
-            "preprocess the raw data again."
-        ) from None
+        raise InputError(f"store: {path} cannot be read ({error.strerror}). {MEND}") from None
     if not whole:
         raise InputError(
-            f"store: {path} is damaged (its sha256 is not that of the manifest). Restore it from a "
-            "backup, or preprocess the raw data again."
+            f"store: {path} is damaged (its sha256 is not that of the manifest). {MEND}"
         )
     arrays = mapped(path, stamp)
     cases = CaseTable(arrays, None, (path, stamp))

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from segfleet.core.errors import InputError
+from segfleet.preprocess.stores.case_entry import MEND
 from segfleet.preprocess.stores.manifest import CaseEntry, Manifest
 from segfleet.preprocess.stores.packed import DamagedShard, PackedArray
 
@@ -165,9 +166,6 @@ class ShardReader:
             place = tuple(slice(l - b, l - b + h) for l, b, h in zip(low, begin, held, strict=True))
             self.fill(array, start, held, out[(..., *place)], self.manifest.plan.scale)
         return out
-
-
-MEND = "Restore it from a backup, or preprocess the raw data again."
 
 
 def to_float32(stored: np.ndarray, scale: float) -> np.ndarray:

@@ -8,9 +8,9 @@ from pathlib import Path
 from segfleet.core.errors import InputError, Problem
 from segfleet.core.files import file_facts
 from segfleet.preprocess.stores.base import open_store
+from segfleet.preprocess.stores.case_entry import MEND
 from segfleet.preprocess.stores.content import content_sha256
 from segfleet.preprocess.stores.manifest import NAME, CaseEntry
-from segfleet.preprocess.stores.shard_reader import MEND
 
 
 def verify(root: str | Path, *, chunks: bool = False, quick: bool = False) -> list[Problem]:

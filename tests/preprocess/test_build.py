@@ -29,6 +29,7 @@ from segfleet.preprocess.phantoms.phantom import PHANTOMS, write_msd_phantom, wr
 from segfleet.preprocess.planning.plan import Overrides
 from segfleet.preprocess.readers.base import open_reader
 from segfleet.preprocess.stores.base import open_store
+from segfleet.preprocess.stores.manifest import load_manifest
 from segfleet.preprocess.stores.shard_writer import ShardWriter
 from segfleet.preprocess.stores.verify import verify
 from segfleet.preprocess.transforms.case_transforms import (
@@ -631,6 +632,44 @@ def test_up_to_date_looks_at_the_store(raw, tmp_path):
     os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     with pytest.raises(DataError, match="bytes"):
         build(BuildRequest("msd", raw, tmp_path / "out", workers=1), quick=True)
+
+
+def flip(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "said"),
+    [
+        ("cases-*.safetensors", flip, "is damaged"),
+        ("manifest.json", empty, "is damaged"),
+        ("manifest.json", pipe, "is no regular file"),
+        ("shards/*.zarr/zarr.json", empty, "expected"),
+    ],
+)
+def test_of_a_damaged_store_preprocess_says_to_move_it_away(raw, tmp_path, file, damage, said):
+    """ "Preprocess the raw data again" alone would lead round in a circle."""
+    request = BuildRequest("msd", raw, tmp_path / "out", workers=1)
+    build(request)
+    damage(next((tmp_path / "out").glob(file)))
+    with pytest.raises(InputError, match=f"(?s){said}.*move the store's folder away") as error:
+        build(request)
+    assert "or choose another --out" in str(error.value)
+    if file == "manifest.json":
+        with pytest.raises(InputError, match=f"manifest.json {said}"):
+            load_manifest(tmp_path / "out")
+    shutil.move(tmp_path / "out", tmp_path / "away")
+    build(request)
 
 
 def test_a_resumed_build_finds_a_damaged_shard(raw, tmp_path, monkeypatch):
