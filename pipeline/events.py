@@ -9,11 +9,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from segfleet.core.errors import InputError
 from segfleet.core.files import is_uid, read_file, write_atomically
 from segfleet.core.progress import EVENTS, parse_event
 from segfleet.pipeline.reports.trackers import Trackers
@@ -188,6 +190,17 @@ class EventLog:
         }
         if self._trackers and numbers and step is not None:
             self._trackers.numbers(numbers, step)
+
+    def check_place(self) -> None:
+        """Raises InputError where the folder was moved or removed: what is written from now on
+        would lie apart from what was written before."""
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
+                return
+        raise InputError(
+            f"run: {self.path.parent} was moved or removed while it was being trained. Put it back "
+            "and run the same command again: it goes on from the last checkpoint"
+        )
 
     def pictures(self, images: Mapping[str, np.ndarray], step: int) -> None:
         """Pictures (Y, X, 3) uint8 by name, for the trackers alone."""

@@ -217,7 +217,8 @@ def run_prediction(job: Predict, ranks: Ranks, stop: StopRequest) -> None:
         if job.answer is None:
             print_line(f"{done} of {total} images\n")
         if stop.asked() and done < total:
-            raise Interrupted(f"stopped after {done} of {total} images; the same command goes on")
+            share = f"rank {ranks.rank}'s {total}" if ranks.size > 1 else total
+            raise Interrupted(f"stopped after {done} of {share} images; the same command goes on")
 
     def deciding(done: int, total: int) -> None:
         if job.answer is None:

@@ -141,7 +141,7 @@ def standing(recipe: Recipe, manifest: Manifest, folders: list[StageFolder]) -> 
         return f"training was finished on {done}; it remains to be scored"
     where = f"stage {stage.index + 1} of {len(folders)}"
     if (stage.path / IDENTITY).exists():
-        step = _progress(stage)["step"]
+        step = _saved(stage)
         return f"going on with {where}" + (f" after step {step}" if step else "")
     closest = None
     for path in sorted(stage.path.parent.glob(f"*/{IDENTITY}")):
@@ -162,9 +162,14 @@ def _reached(stage: StageFolder, last: int) -> int:
     end = (stage.done() or {}).get("steps")
     if isinstance(end, int) and 0 < end < FAR:
         return end
+    return max(last, _saved(stage))
+
+
+def _saved(stage: StageFolder) -> int:
+    """The step of a stage's latest checkpoint; 0 without one."""
     # not by checkpoint.py, which needs torch: status would wait for its import
     saved = (path.name.removeprefix("step-") for path in stage.checkpoints.glob("step-*"))
-    return max([last, *(int(step) for step in saved if step.isdecimal())])
+    return max((int(step) for step in saved if step.isdecimal()), default=0)
 
 
 def _progress(stage: StageFolder) -> dict[str, Any]:

@@ -125,6 +125,8 @@ def train_stage(context: Context, index: int) -> None:
             due = due or stopping or ended or thawing or progress.step in progress.best_steps
             if due:
                 pulse.rest()
+                if log:
+                    log.check_place()
                 saves.save(engine, progress)
             saves.publish(progress, wait=stopping or ended or thawing)
             if log and (stopping or ended):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -15,12 +16,14 @@ import torch
 from PIL import Image
 
 from segfleet.core.errors import InputError
+from segfleet.pipeline import jobs
 from segfleet.pipeline.inference.collect import collect
 from segfleet.pipeline.inference.ensemble import Member
 from segfleet.pipeline.inference.predict import Wishes, predict_files
 from segfleet.pipeline.inference.sliding_window import Window
 from segfleet.pipeline.reports.overlays import save_prediction
 from segfleet.pipeline.scoring.evaluate import case_probabilities, raw_label
+from segfleet.pipeline.stop import Interrupted
 from segfleet.pipeline.task import make_task
 from segfleet.preprocess.building.build import build
 from segfleet.preprocess.building.request import BuildRequest
@@ -626,3 +629,11 @@ def test_predictions_as_dicom_seg(tmp_path):
     assert "a DICOM SEG needs a DICOM series" in found["failed"][0]["problem"]
     with pytest.raises(InputError, match="format: found 'seg', expected dicom-seg"):
         predict(store, [series], tmp_path / "odd", format="seg")
+
+
+@pytest.mark.parametrize(("size", "words"), [(1, "1 of 60 images"), (2, "1 of rank 0's 60 images")])
+def test_a_stop_says_whose_images_are_counted(monkeypatch, size, words):
+    monkeypatch.setattr(jobs, "predict", lambda job, ranks, progress, deciding: progress(1, 60))
+    job, ranks = SimpleNamespace(answer="answer"), SimpleNamespace(size=size, rank=0)
+    with pytest.raises(Interrupted, match=f"stopped after {words}; the same command"):
+        jobs.run_prediction(job, ranks, SimpleNamespace(asked=lambda: True))

@@ -185,6 +185,12 @@ def test_why_a_run_is_new_is_said(code, tiny_store, tmp_path):
     folder.path.mkdir(parents=True)
     identity.note_identity(folder.path, recipe, manifest, folder.index)
     assert standing(recipe) == "going on with stage 1 of 1"
+    # it goes on from what was saved, however far it had come
+    steps = "".join(json.dumps({"event": "step", "step": step}) + "\n" for step in (10, 20))
+    (folder.path / "events.jsonl").write_text(steps)
+    assert standing(recipe) == "going on with stage 1 of 1"
+    (folder.checkpoints / "step-00000010").mkdir(parents=True)
+    assert standing(recipe) == "going on with stage 1 of 1 after step 10"
     uid = folder.path.name
     assert standing(make(lr=2e-3)) == (
         f"stage 1 of 1 is new: it differs from {uid} in stages.0.lr (0.002, there 0.001)"

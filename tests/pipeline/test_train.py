@@ -658,3 +658,24 @@ def test_the_watch_for_hangs_is_armed_anew_now_and_then_not_every_step(monkeypat
     for now[0] in np.arange(0, 10, 0.01):  # 1,000 steps in ten seconds
         dump.rearm()
     assert len(armed) == 10 and max(np.diff(armed)) < 1.02
+
+
+def test_a_run_that_is_moved_while_it_is_trained_is_an_error(two_stages, go, tmp_path, monkeypatch):
+    """Before, training went on in a new folder, and its beginning was lost without a word."""
+    runs, away, document = tmp_path / "runs", tmp_path / "away", two_stages({}, {})
+    rate = training.learning_rate
+
+    def moving(stage, step, total):
+        if step == 1 and not away.exists():
+            runs.rename(away)
+        return rate(stage, step, total)
+
+    monkeypatch.setattr(training, "learning_rate", moving)
+    with pytest.raises(InputError, match="runs/[0-9a-f]{12} was moved or removed while"):
+        go(document, runs)
+    assert not runs.exists()
+    away.rename(runs)
+    monkeypatch.undo()
+    moved, straight = go(document, runs), go(document, tmp_path / "straight")
+    for one, other in zip(moved, straight, strict=True):
+        assert_equal(weights(one), weights(other))
