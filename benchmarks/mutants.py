@@ -80,6 +80,7 @@ SUBJECTS = {  # module -> the tests that ought to notice
             "pipeline/test_finetuning.py",
             "pipeline/test_weights.py",
             "pipeline/test_reconstruct.py",
+            "pipeline/test_several_stores.py",
         ],
     ),
     **dict.fromkeys(

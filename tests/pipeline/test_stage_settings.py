@@ -269,7 +269,7 @@ def test_a_uid_is_the_hash_of_its_parent_and_of_what_was_said(document, tmp_path
         text = json.dumps([parent, facts], sort_keys=True)
         assert uid == hashlib.sha256(text.encode()).hexdigest()[:12]
         later = {"unfreeze_at", "freeze_statistics", "layer_decay", "rates", "anchor", "lora"}
-        assert later.isdisjoint(facts)
+        assert later.isdisjoint(facts["stage"]) and facts["stage"]["lr"]
         parent = uid
     identity.note_identity(tmp_path, recipe, manifest, 0)
     noted = json.loads((tmp_path / "identity.json").read_text())
