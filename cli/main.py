@@ -190,8 +190,10 @@ def print_every_name() -> None:
 
 
 def main() -> None:
+    from segfleet.core.process import open_standard_files
     from segfleet.pipeline.launch.local import survive_hangup
 
+    open_standard_files()
     survive_hangup()
     print_every_name()
     try:

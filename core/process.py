@@ -1,8 +1,10 @@
-"""What the kernel says of a process or a thread (Linux), read in one place."""
+"""What the kernel says of a process or a thread (Linux), read in one place; and the three files
+that every process begins with."""
 
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +40,19 @@ def alive(number: int) -> bool:
     except OSError:
         return True
     return True
+
+
+def open_standard_files() -> None:
+    """Where stdin, stdout or stderr is closed (`>&-`, some schedulers), open the null device in its
+    place, for this process and its children. Python has None there, and the next file that anybody
+    opened would get its number, and whatever is printed."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:  # the lowest free number is this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
 
 
 def _read(path: str) -> Process | None:

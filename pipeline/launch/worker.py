@@ -19,6 +19,7 @@ from typing import Any
 from segfleet.core.errors import explain
 from segfleet.core.files import write_atomically
 from segfleet.core.litter import forget_multiprocessing
+from segfleet.core.process import open_standard_files
 from segfleet.pipeline.launch.local import AGAIN, die_with_parent, survive_hangup
 from segfleet.pipeline.stop import Interrupted, StopRequest
 
@@ -53,6 +54,7 @@ def main(rendezvous: Path) -> int:
 def keep_stdout() -> None:
     """stdout, which belongs to the command line, for Python's own words alone. What libraries in
     C++ write there, as gloo of torch 2.10 does whenever ranks meet, goes to stderr."""
+    open_standard_files()
     sys.stdout.flush()
     stdout, terminal = os.dup(1), sys.stdout.isatty()
     sys.stdout = open(stdout, "w", 1 if terminal else -1, sys.stdout.encoding, sys.stdout.errors)

@@ -119,6 +119,18 @@ def test_one_command_gives_weights_scores_and_a_report(straight):
     assert modes == dict.fromkeys(made, 0o666 & ~mask), "libraries make weights 0600"
 
 
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+def test_closed_standard_files_are_as_the_null_device(work, closed):
+    """As some schedulers start commands."""
+    words = ["train", "tiny.yaml", "stages.0.epochs=1", "stages.0.steps=2", "stages.1.steps=1"]
+    command = [sys.executable, "-m", "segfleet.cli.main", *words, "seed=9", "--runs", "closed"]
+    script = f'exec "$@" {closed}'
+    done = subprocess.run(["sh", "-c", script, "sh", *command], cwd=work, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr.decode()
+    assert len(list((work / "closed").rglob("done.json"))) == 2
+    shutil.rmtree(work / "closed")
+
+
 def test_a_second_run_does_nothing(work, straight):
     before = {
         path: path.stat().st_mtime_ns
