@@ -151,14 +151,41 @@ def document(message: str, code: int, problems: list | None = None) -> None:
 
         fields = {"error": message, "exit_code": code}
         fields |= {"problems": [problem.as_dict() for problem in problems]} if problems else {}
-        sys.stdout.write(json.dumps(fields, indent=2) + "\n")
+        try:
+            sys.stdout.write(json.dumps(fields, indent=2) + "\n")
+        except OSError:
+            lost_stdout(quiet=True)  # what went wrong is on stderr
+
+
+def lost_stdout(quiet: bool = False, probe: str = "") -> int:
+    """The exit code if stdout takes no more, on a full disk or where nobody reads; 0 if it does.
+    What is left to be written is dropped: Python would try again at its end, and complain.
+
+    `probe`: written first; where Python does not buffer, a failed write leaves no trace.
+    """
+    try:
+        sys.stdout.write(probe)
+        sys.stdout.flush()
+    except OSError as error:
+        from segfleet.core.errors import ExitCode, is_full
+
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return ExitCode.FAULT
+        if not quiet:
+            reason = "no space left on the device" if is_full(error) else error.strerror
+            print_error(f"stdout: {reason}. Send the output to another place.")
+        return ExitCode.INPUT
+    return 0
 
 
 def exit_code(error: BaseException) -> int:
     """Say what went wrong; the exit code. A fault of ours is re-raised with its traceback, for the
     bug report."""
-    from segfleet.core.errors import ExitCode, explain
+    from segfleet.core.errors import ExitCode, explain, is_full
 
+    if is_full(error) and not error.filename and (code := lost_stdout(probe="\n")):
+        return code
     if explained := explain(error):
         if getattr(error, "problems", None):
             from segfleet.cli.output import problem_table
@@ -214,7 +241,9 @@ def main() -> None:
     except KeyboardInterrupt:
         code = interrupted()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over: a late Ctrl-C would be a traceback
-    sys.exit(code if isinstance(code, int) else 0)
+    code = code if isinstance(code, int) else 0
+    lost = lost_stdout(quiet=code != 0)
+    sys.exit(code or lost)
 
 
 if __name__ == "__main__":

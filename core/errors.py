@@ -91,6 +91,11 @@ def import_part(module: str, what: str) -> ModuleType:
         ) from error
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether a file could not be written for want of space."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def explain(error: BaseException) -> tuple[str, int] | None:
     """(message, exit code) of an error that is no fault of ours, in one sentence the user can act
     on; None for any other."""
@@ -101,8 +106,9 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             "interrupted. Run the same command again: it goes on where it stopped.",
             ExitCode.INTERRUPTED,
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" at {error.filename}" if error.filename else ""
+    if is_full(error):
+        filename = getattr(error, "filename", None)
+        where = f" at {filename}" if filename else ""
         return (
             f"no space left on the device{where}. Free some and run the same command again: it "
             "goes on.",

@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -171,6 +172,23 @@ def test_a_path_that_is_no_text_is_printed(tmp_path, monkeypatch, encoding, prin
     with pytest.raises(SystemExit) as end:
         main.main()
     assert end.value.code == 0 and printed in out.buffer.getvalue()
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("json", [[], ["--json"]], ids=["for people", "json"])
+@pytest.mark.parametrize("words", ["status", "recipe", "recipe nowhere", "train nowhere"])
+def test_a_full_disk_under_stdout_is_one_line(tmp_path, words, json):
+    with open(FULL, "w") as full:
+        command = [sys.executable, "-m", "segfleet.cli.main", *words.split(), *json]
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    if "nowhere" in words:
+        assert "found no file 'nowhere'" in done.stderr
+    else:
+        assert done.stderr.startswith("segfleet: stdout: no space left on the device")
 
 
 def test_a_ctrl_c_at_the_very_end_is_no_traceback():
