@@ -226,6 +226,6 @@ def lock_stage(folder: Path, stopped: Callable[[], bool] = lambda: False) -> Loc
     lock = Lock(folder / LOCK)
     if not lock.acquire(stopped=stopped):
         who = holder(folder / LOCK) or "another process"
-        raise InputError(f"run: {folder} is being trained by {who}{ADVICE}")
+        raise InputError(f"run: {folder} is in use by {who}{ADVICE}")
     lock.sign()
     return lock

@@ -28,7 +28,7 @@ from segfleet.sweeps.stopping import ask, withdraw
 Report = Callable[[dict[str, Any]], None]
 # after a fault of the machine (a killed rank, say); the stage resumes from its last checkpoint
 RETRIES = 1
-BUSY = "is being trained by"
+BUSY = "is in use by"
 
 
 class Backend(Protocol):

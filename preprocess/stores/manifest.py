@@ -298,7 +298,7 @@ def load_manifest(store: Path) -> Manifest:
     """Read STORE/manifest.json and map the columns beside it. Raises InputError if there is none,
     it is damaged, or its shards are of another revision."""
     path = Path(store) / NAME
-    if is_published(store) and not path.is_file():  # a pipe would be waited for
+    if is_published(path.parent) and not path.is_file():  # a pipe would be waited for
         raise InputError(f"store: {path} is no regular file. {MEND}")
     if not path.is_file():
         raise InputError(

@@ -311,7 +311,7 @@ def test_jobs_of_a_cluster_wait_for_the_stage_they_share(work, monkeypatch):
     assert first.poll() is None and not (folder / "done.json").exists()
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     second = start(1e-4, 2)
-    assert f"{folder} is being trained by process {rank.pid}" in heard(second)
+    assert f"{folder} is in use by process {rank.pid}" in heard(second)
     second.send_signal(signal.SIGTERM)
     code, _, err = finished(second)
     assert (

@@ -65,7 +65,7 @@ def test_the_same_job_waits_for_its_earlier_start(orphan, tmp_path, monkeypatch)
 def test_anybody_else_is_refused(orphan, tmp_path, monkeypatch, job, waits):
     monkeypatch.setenv("SLURM_JOB_ID", job)
     run, folder = wanted(tmp_path, waits)
-    with pytest.raises(InputError, match=r"is being trained by process \d+ on .* of job 7; wait"):
+    with pytest.raises(InputError, match=r"is in use by process \d+ on .* of job 7; wait"):
         stages.locked(run, folder).__enter__()
 
 

@@ -148,7 +148,7 @@ def test_a_run_is_scored_by_one_command_at_a_time(train):
         scorer = score.Scorer(recipe=recipe, store=store, ranks=ranks, stop=StopRequest())
         scorer.score(folders)
 
-    with lock_stage(leaf), pytest.raises(InputError, match="is being"):
+    with lock_stage(leaf), pytest.raises(InputError, match="is in use by"):
         again()
     assert not (leaf / "evaluation.json").exists()
     again()

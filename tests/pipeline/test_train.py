@@ -298,7 +298,7 @@ def test_a_refused_process_leaves_the_recipe_alone(tiny_store, tmp_path, state):
         text=True,
     ) as holder:
         assert holder.stdout.readline() == "1\n"
-        with pytest.raises(InputError, match="is being trained by"):
+        with pytest.raises(InputError, match="is in use by"):
             go(other, tmp_path)
         assert run.open_run(leaf)[0] == recipe
         holder.communicate("\n")
@@ -319,7 +319,7 @@ def test_one_process_at_a_time(tiny_store, tmp_path):
     ) as holder:
         assert holder.stdout.readline() == "1\n"
         for waits in (False, True):  # nobody waits for its own run
-            with pytest.raises(InputError, match=f"is being trained by process {holder.pid}"):
+            with pytest.raises(InputError, match=f"is in use by process {holder.pid}"):
                 go(recipe, tmp_path, waits=waits)
         holder.communicate("\n")
     go(recipe, tmp_path)

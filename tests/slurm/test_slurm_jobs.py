@@ -105,7 +105,7 @@ def test_an_array_trains_the_stage_its_members_share_once(cluster):
         for log in (Path(row["log"]) for row in document):
             cluster.wait(
                 lambda log=log: (
-                    log.exists() and f"{shared} is being trained by process" in log.read_text()
+                    log.exists() and f"{shared} is in use by process" in log.read_text()
                 ),
                 what="a member that waits",
             )

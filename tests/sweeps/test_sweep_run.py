@@ -447,7 +447,7 @@ def test_a_second_command_is_refused_and_changes_nothing(search, tmp_path):
     lock = run.lock_stage(plan.folder)
     try:
         larger = make_plan(search(budget={"trials": 1}), tmp_path / "runs", build=False)
-        with pytest.raises(InputError, match="is being trained by"):
+        with pytest.raises(InputError, match="is in use by"):
             run.run_sweep(larger, run.Resources(slots=1))
     finally:
         lock.release()

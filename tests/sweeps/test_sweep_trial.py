@@ -141,7 +141,7 @@ class Scripted(trial.Local):
             {"state": "failed", "message": "out of memory on cuda:0"},
         ),
         ([RankFailed("saved", 75)], 1, {"state": "stopped"}),
-        ([RankFailed("run: x is being trained by process 7", 2)], 1, {"state": "busy"}),
+        ([RankFailed("run: x is in use by process 7", 2)], 1, {"state": "busy"}),
     ],
 )
 def test_how_a_trial_ends(plan, monkeypatch, acts, runs, expected):
@@ -276,7 +276,7 @@ def test_a_sweep_that_stops_stops_its_own_ranks_alone(plan, monkeypatch, hold, t
             (plan.folder / "stop").touch()
             poll()
             seen.append((path / "stop").exists())
-            raise RankFailed("run: x is being trained by process 7", 2)
+            raise RankFailed("run: x is in use by process 7", 2)
 
     plan.folder.mkdir(parents=True)
     monkeypatch.setitem(trial.BACKENDS, "local", Starting)
