@@ -81,6 +81,7 @@ SUBJECTS = {  # module -> the tests that ought to notice
             "pipeline/test_weights.py",
             "pipeline/test_reconstruct.py",
             "pipeline/test_several_stores.py",
+            "pipeline/test_run.py",
         ],
     ),
     **dict.fromkeys(
