@@ -1,8 +1,8 @@
 """`segfleet`: finds the command's file, runs it, and turns what goes wrong into one message and an
 exit code.
 
-Exit codes: 0 done, 1 a fault of segfleet or of the machine, 2 the user's input is wrong, 75
-interrupted and resumable.
+Exit codes: 0 done, 1 a fault of segfleet or of the machine, 2 something the user can
+mend: wrong input, a disk that is full or can only be read, 75 interrupted and resumable.
 """
 
 from __future__ import annotations

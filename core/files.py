@@ -37,7 +37,8 @@ def absolute(path: str | Path) -> Path:
 def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     """A temporary file's name to write to; it becomes `path` when the block ends well, and goes
     otherwise. A reader sees the old file or the new one, never half of one. Those that killed
-    writers left in the folder go before.
+    writers left in the folder go before. An OSError names `path`, whatever the writer said: a full
+    disk says no name.
 
     `suffix`: of the temporary name, for writers that go by it.
     """
@@ -47,6 +48,10 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
         yield temporary
         sync_file(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)) and error.errno is not None:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)

@@ -129,7 +129,7 @@ def _on_disk(values: Tensor, folder: Path | None) -> Tensor:
     """The same numbers in a file without a name: it is gone with its last reader, however that
     ends."""
     with tempfile.TemporaryFile(dir=folder) as file:
-        values.numpy().tofile(file)
+        file.write(np.ascontiguousarray(values.numpy()).data)  # tofile hides that a disk is full
         file.flush()
         # "c": torch asks for memory that could be written
         return torch.from_numpy(np.memmap(file, np.float32, "c", shape=tuple(values.shape)))

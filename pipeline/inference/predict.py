@@ -3,8 +3,10 @@ rest is done."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 
 from segfleet.core.ahead import ahead
-from segfleet.core.errors import InputError
+from segfleet.core.errors import InputError, is_full
 from segfleet.core.files import write_atomically
 from segfleet.core.machine import memory_budget
 from segfleet.pipeline.inference.collect import collect
@@ -90,7 +92,8 @@ def predict_files(
     refused. Every rank of `ranks` segments its share, `progress(done, total)` counts that, and
     every rank gets the whole answer: {"done", "kept": [{"id", "file"}], "failed": [{"id", "files",
     "problem"}], "exit_code"}: 2 if any failed, else 0. Raises InputError when nothing can be done
-    at all; an error of one rank is raised on all.
+    at all, OSError where `out` is full or cannot be written to; an error of one rank is raised on
+    all.
     """
     ranks, out, wishes = ranks or Ranks(), Path(out), wishes or Wishes()
     cases = collect(inputs, len(dataset.channels), wishes.format, wishes.layout)
@@ -239,6 +242,8 @@ def _answer(
         vouch(out, case, read.identity)
         return "done", {"id": case.id, "file": str(out / case.output)}
     except (InputError, OSError, FloatingPointError, MemoryError) as error:
+        if is_full(error) or getattr(error, "errno", None) == errno.EROFS:
+            raise  # every further case would fail, too; what is done is kept
         return "failed", {
             "id": case.id,
             "files": [str(p) for p in case.images],
@@ -256,6 +261,9 @@ def _room(
         return
     shape = (len(maps[0].scores_KZYX), *geometry.shape)
     with tempfile.TemporaryFile(dir=out) as file:
+        size = np.dtype(np.float16).itemsize * math.prod(shape)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)  # a mapped hole on a full disk is a SIGBUS
         yield np.memmap(file, np.float16, "w+", shape=shape)
 
 

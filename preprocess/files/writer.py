@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -145,4 +148,9 @@ def _itk(
         picture.SetOrigin([float(v) for v in affine[:n, 3]])
     for key, text in (fields or {}).items():
         picture.SetMetaData(key, text)
-    sitk.WriteImage(picture, str(path), True)
+    try:
+        sitk.WriteImage(picture, str(path), True)
+    except RuntimeError:  # it does not say why
+        if shutil.disk_usage(path.parent).free < label.nbytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        raise

@@ -288,13 +288,13 @@ def _digest(document: dict[str, Any]) -> str:
     return hashlib.sha256(_canonical(document)).hexdigest()
 
 
-def is_published(store: Path) -> bool:
+def is_published(store: str | Path) -> bool:
     """Whether a manifest stands there, of whatever kind: an unusable one is no invitation to make
     the store."""
-    return os.path.lexists(store / NAME)
+    return os.path.lexists(Path(store) / NAME)
 
 
-def load_manifest(store: Path) -> Manifest:
+def load_manifest(store: str | Path) -> Manifest:
     """Read STORE/manifest.json and map the columns beside it. Raises InputError if there is none,
     it is damaged, or its shards are of another revision."""
     path = Path(store) / NAME

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from segfleet.core import files, lock
+from segfleet.core.errors import explain
 from segfleet.core.progress import EventFollower
 
 WRITERS = """
@@ -25,6 +27,21 @@ from segfleet.core.files import write_atomically
 for turn in range(100):
     write_atomically(Path(sys.argv[1]), sys.argv[2] * 5000)
 """
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_full_disk_is_said_with_the_file_that_was_to_be_written(tmp_path, monkeypatch, number):
+    """The kernel names no file: whoever writes may have many."""
+
+    def full(path):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files, "sync_file", full)
+    with pytest.raises(OSError) as error:
+        files.write_json(tmp_path / "scores.json", {})
+    words, code = explain(error.value)
+    assert str(tmp_path / "scores.json") in words and code == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_many_writers_with_one_process_number(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,11 +12,12 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import tifffile
 import torch
 from PIL import Image
 
-from segfleet.core.errors import InputError
+from segfleet.core.errors import InputError, explain
 from segfleet.pipeline import jobs
 from segfleet.pipeline.inference.collect import collect
 from segfleet.pipeline.inference.ensemble import Member
@@ -269,6 +271,41 @@ def test_a_grid_that_cannot_be_true_is_one_line_and_an_older_prediction_stays(
     assert "affine" in failed["problem"] or "spacing" in failed["problem"]
     assert [one["id"] for one in found["kept"]] == [done[1]["id"]]
     assert Path(done[0]["file"]).read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", [".nii.gz", ".mha"])
+def test_a_full_disk_ends_it_and_what_is_done_is_kept(sets, tmp_path, monkeypatch, kind):
+    """One sentence, and not one for each of the images that would find it full, too."""
+    store, raw = sets["msd"]
+    folder, out = copy_images(store, raw, tmp_path / "in"), tmp_path / "out"
+    for path in folder.iterdir():
+        if kind != ".nii.gz":
+            sitk.WriteImage(sitk.ReadImage(path), folder / path.name.replace(".nii.gz", kind))
+            path.unlink()
+    names = sorted(path.name for path in folder.iterdir())
+
+    def full(path):
+        if names[1] in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def itk(image, path, compress, write=sitk.WriteImage):
+        if names[1] in path:
+            raise RuntimeError("MetaImageIO: File cannot be written")
+        write(image, path, compress)
+
+    with monkeypatch.context() as patch:
+        if kind == ".nii.gz":
+            patch.setattr("segfleet.core.files.sync_file", full)
+        else:
+            patch.setattr("SimpleITK.WriteImage", itk)
+            patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+        with pytest.raises(OSError) as error:
+            predict(store, [folder], out)
+    words, code = explain(error.value)
+    assert words.startswith(f"no space left on the device at {out}/") and code == 2
+    assert f"{names[1]}" in words and "Free some and run the same command again" in words
+    found = predict(store, [folder], out)
+    assert len(found["kept"]) == 1 and len(found["done"]) == len(names) - 1
 
 
 def test_finished_files_are_kept_and_other_networks_are_refused(sets, tmp_path):

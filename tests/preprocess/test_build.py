@@ -667,7 +667,7 @@ def test_of_a_damaged_store_preprocess_says_to_move_it_away(raw, tmp_path, file,
     assert "or choose another --out" in str(error.value)
     if file == "manifest.json":
         with pytest.raises(InputError, match=f"manifest.json {said}"):
-            load_manifest(tmp_path / "out")
+            load_manifest(str(tmp_path / "out"))  # as a recipe has it
     shutil.move(tmp_path / "out", tmp_path / "away")
     build(request)
 
