@@ -49,7 +49,7 @@ class Lock:
     ) -> bool:
         """Take the lock; whether it was to be had within `seconds` and before `stopped`. None: at
         once, or when the leases of processes that have ended do. The file is created, its folder is
-        not. Raises InputError for what is no file."""
+        not. Raises InputError for what is no file, a link among it."""
         end = time.monotonic() + (BRIEFLY if seconds is None else seconds)
         patient = seconds is None
         while not self.try_acquire():
@@ -79,7 +79,9 @@ class Lock:
         """Take the lock if it is to be had at this moment."""
         # NFS wants the file readable for a shared lock and writable for an exclusive one.
         kind = os.O_RDONLY if self.shared else os.O_RDWR
-        handle = regular(os.fspath(self.path), os.O_CREAT | kind)
+        # a link in a folder of several people would have a file made wherever it leads
+        kind |= os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        handle = regular(os.fspath(self.path), kind)
         try:
             taken = self._take(handle)
         except BaseException:

@@ -42,6 +42,15 @@ SCALARS: tuple[tuple[re.Pattern, Callable[[str], Any]], ...] = (
 )
 
 
+def check_regular(source: str, what: str) -> None:
+    """Raises InputError where `source` is there, but as a folder, a pipe or a device: "found no
+    file" would puzzle."""
+    path = Path(source)
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        raise InputError(f"{what}: {source} is {kind}, expected a regular file")
+
+
 def read(path: Path, where: str, texts: Collection[str] = ()) -> Any:
     """The document in a file, made of what JSON knows. Raises InputError that begins with
     `where`.

@@ -219,6 +219,7 @@ def read_document(source: str) -> dict[str, Any]:
                 "trains; for other commands `segfleet plan STORE --out recipe.yaml` writes it"
             )
         if not path.is_file() or "/" in source:
+            settings.check_regular(source, "recipe")
             raise InputError(
                 f"recipe: found no file '{source}' and no shipped recipe of that name; shipped: "
                 f"{', '.join(recipe_names())}.{did_you_mean(source, recipe_names())}"

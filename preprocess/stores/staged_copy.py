@@ -33,6 +33,7 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import file_facts, parse_json, sync_folder, write_atomically
 from segfleet.core.lock import Lock
 from segfleet.core.partial import temporary_name
+from segfleet.preprocess.stores.case_entry import MEND
 from segfleet.preprocess.stores.manifest import NAME, load_manifest
 
 BLOCK = 2**22  # bytes copied at a time
@@ -189,23 +190,37 @@ def local_copy(source: str | Path, folder: str) -> LocalCopy:
             f"stage-to: found '{folder}', expected an absolute path, or one that begins with a "
             "variable such as $TMPDIR"
         )
+    source = Path(source).resolve()
+    content = load_manifest(source).id
+    # stores of one content may differ in format and splits
+    digest = hashlib.sha256((source / NAME).read_bytes()).hexdigest()
     place = Path(path) / f"segfleet-{os.getuid()}"
+    made = not os.path.lexists(place)
     try:
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not os.access(place, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         _refuse_strangers(place)
+    except InputError:
+        if made:
+            place.rmdir()
+        raise
     except OSError as error:
         if error.errno in FULL:
             raise
         raise InputError(
-            f"stage-to: {path} cannot be used {where} ({error.strerror}). Name a folder you may "
-            "write to."
+            f"stage-to: {path} cannot be used {where} ({_no_folder(place) or error.strerror}). "
+            "Name a folder you may write to."
         ) from None
-    source = Path(source).resolve()
-    # stores of one content may differ in format and splits
-    digest = hashlib.sha256((source / NAME).read_bytes()).hexdigest()
-    return LocalCopy(source=source, place=place, key=f"{load_manifest(source).id}-{digest[:8]}")
+    return LocalCopy(source=source, place=place, key=f"{content}-{digest[:8]}")
+
+
+def _no_folder(place: Path) -> str:
+    """What in a path stands where a folder ought to be; "" if nothing does."""
+    for path in (place, *place.parents):
+        if os.path.lexists(path) and not path.is_dir():
+            return f"{path} is {'a link to no folder' if path.is_symlink() else 'a file'}"
+    return ""
 
 
 def _refuse_strangers(place: Path) -> None:
@@ -238,10 +253,7 @@ def _copy(source: Path, target: Path, sha256: str, stopped: Callable[[], bool]) 
     try:
         file = open(source, "rb")
     except OSError as error:
-        raise InputError(
-            f"store: {source} cannot be read ({error.strerror}). Restore it, or preprocess the "
-            "raw data again."
-        ) from None
+        raise InputError(f"store: {source} cannot be read ({error.strerror}). {MEND}") from None
     target.parent.mkdir(parents=True, exist_ok=True)
     with file, open(partial, "wb") as out:
         while block := file.read(BLOCK):

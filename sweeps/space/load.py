@@ -32,6 +32,7 @@ def load_search(source: str, changes: list[str] | None = None) -> Search:
     if not path.is_file():
         path = SPACES / f"{source}.yaml"
         if not path.is_file() or "/" in source:
+            settings.check_regular(source, "sweep")
             raise InputError(
                 f"sweep: found no file '{source}' and no shipped space of that name; shipped: "
                 f"{', '.join(space_names())}"

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from segfleet.core import lock as locks
+from segfleet.core.errors import InputError
 from segfleet.core.lock import Lock, holder, is_locked
 
 HOLD = """
@@ -20,6 +21,7 @@ now, late = time.time, float(sys.argv[3])
 time.time = lambda: now() - late  # this node's clock
 from pathlib import Path
 from segfleet.core import lock as locks
+from segfleet.core.errors import InputError
 from segfleet.core.lock import Lock
 if sys.argv[4] == "no flock":
     def missing(*_): raise OSError(38, "no flock here")
@@ -92,6 +94,19 @@ def test_a_look_refuses_nobody(tmp_path):
     finally:
         ended.set()
         watcher.join()
+
+
+def test_a_lock_is_no_link_but_may_lie_behind_one(tmp_path):
+    """A run folder may be a link to another disk."""
+    (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
+    for shared in (False, True):
+        with pytest.raises(InputError, match="lock is no file"):
+            Lock(tmp_path / "lock", shared=shared).acquire()
+    assert not (tmp_path / "elsewhere").exists() and not is_locked(tmp_path / "lock")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with Lock(tmp_path / "link" / "lock") as lock:
+        assert lock.acquire() and is_locked(tmp_path / "run" / "lock")
 
 
 def test_waiting_ends_when_it_is_stopped(hold, tmp_path):

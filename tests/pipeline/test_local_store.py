@@ -146,11 +146,13 @@ def test_a_damaged_source_is_named(tiny_store, tmp_path):
 def test_bad_places_are_named(tiny_store, tmp_path, monkeypatch):
     source = tiny_store(dims=2)
     (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("gone")
     monkeypatch.delenv("NOWHERE", raising=False)
     for place, word in (
         ("$NOWHERE/x", "NOWHERE is not set on"),
         ("here", "absolute"),
-        (f"{tmp_path}/file", "Not a directory"),
+        (f"{tmp_path}/file", "file is a file"),
+        (f"{tmp_path}/link", "link is a link to no folder"),
     ):
         with pytest.raises(InputError, match=word):
             local_copy(source, place)
@@ -244,6 +246,7 @@ def test_a_folder_that_others_could_read_or_replace_is_refused(tiny_store, tmp_p
     place.unlink()
     os.chmod(tmp_path, 0o777)
     refused("can replace folders in it")
+    assert not place.exists(), "an empty folder where nothing may be put"
     os.chmod(tmp_path, 0o1777)
     assert local_copy(store, str(tmp_path)).place == place
     if os.getuid() == 0:

@@ -3,6 +3,7 @@ wrong."""
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -17,6 +18,7 @@ from segfleet.pipeline.task import make_task
 from segfleet.pipeline.training.schedule import learning_rate
 from segfleet.preprocess.readers.base import open_reader, readers
 from segfleet.preprocess.stores.manifest import Dataset, Manifest, Plan, load_manifest
+from segfleet.sweeps.space.load import load_search
 
 MINIMAL = {"name": "x", "model": {"name": "resenc_unet_3d"}, "stages": [{"epochs": 2, "lr": 1e-3}]}
 
@@ -464,3 +466,11 @@ def test_tasks():
     ).tolist() == [[0, 1]]
     with pytest.raises(InputError, match="overlapping regions, which need 'sigmoid'"):
         make_task(dataset(regions={"whole": (1, 2)}, region_order=(1,)), "softmax")
+
+
+@pytest.mark.parametrize("load", [recipes.load_recipe, load_search])
+def test_what_is_there_but_no_regular_file_is_called_so(load, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path, "a folder"), (tmp_path / "pipe", "a pipe or a device")):
+        with pytest.raises(InputError, match=f"{path} is {kind}, expected a regular file"):
+            load(str(path))
