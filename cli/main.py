@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import io
 import os
-import signal
 import sys
 from typing import Annotated
 
@@ -203,8 +202,10 @@ def exit_code(error: BaseException) -> int:
 
 
 def interrupted() -> int:
-    """After Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one would cut off what says so
+    """After Ctrl-C and other signals."""
+    from segfleet.pipeline.launch.local import ignore_stop_signals
+
+    ignore_stop_signals()
     return exit_code(KeyboardInterrupt())
 
 
@@ -218,10 +219,12 @@ def print_every_name() -> None:
 
 def main() -> None:
     from segfleet.core.process import open_standard_files
-    from segfleet.pipeline.launch.local import survive_hangup
 
     open_standard_files()
-    survive_hangup()
+    from segfleet.pipeline.launch import local
+
+    local.survive_hangup()
+    local.end_as_after_ctrl_c()
     print_every_name()
     try:
         code = app(plugins_first(sys.argv[1:]), prog_name="segfleet", standalone_mode=False)
@@ -240,7 +243,7 @@ def main() -> None:
             code = exit_code(error)
     except KeyboardInterrupt:
         code = interrupted()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over: a late Ctrl-C would be a traceback
+    local.ignore_stop_signals()  # it is over: a late Ctrl-C would be a traceback
     code = code if isinstance(code, int) else 0
     lost = lost_stdout(quiet=code != 0)
     sys.exit(code or lost)

@@ -24,7 +24,9 @@ from segfleet.core.process import alive
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 WATCHED = (
-    {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2} if hasattr(signal, "sigwaitinfo") else set()
+    {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
+    if hasattr(signal, "sigwaitinfo")
+    else set()
 )
 SERVED = "segfleet.core.served"  # what a server of worker processes imports first
 _function: Callable | None = None  # of a worker process
@@ -252,8 +254,8 @@ def _cause(exitcode: int | None) -> str:
 
 def start_server(*modules: str) -> None:
     """Start the server that processes start from, which imports `modules`, unless it runs. With
-    signals blocked, for it and all that it starts: SLURM sends warnings to every process of a job,
-    and the parent decides."""
+    signals blocked, for it and all that it starts: SLURM warns every process of a job, a closed
+    terminal hangs up on every one, and the parent decides."""
     note_multiprocessing()
     forkserver.set_forkserver_preload(list(modules))
     if not WATCHED:

@@ -8,6 +8,7 @@ slots, which travels once; then it fills slot after slot and sends their numbers
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Generic
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from segfleet.core.litter import remove_shared_memory
 from segfleet.pipeline.data.device_augment import Batched, each_tensor
 
 PREFETCH = 2  # batches a loader process is asked for beyond those that its rank has been given
@@ -79,12 +81,18 @@ class Sender:
         """`name`: in common with the other processes of a loader."""
         self.name, self.turn = name, 0
         self.room: Tensor | None = None
+        self.full = False  # whether there was no room for one
 
     def __call__(self, batch: Batched) -> Batched | Held[Batched]:
-        try:
-            return self._held(batch)
-        except RuntimeError:
-            return each_tensor(batch, lambda part: part.numpy())
+        if not self.full:
+            try:
+                return self._held(batch)
+            except RuntimeError:
+                # not again at every batch: torch gives the file its name first, and leaves it;
+                # those of rooms that are in use have none any more
+                self.full = True
+                remove_shared_memory(os.getpid())
+        return each_tensor(batch, lambda part: part.numpy())
 
     def _held(self, batch: Batched) -> Batched | Held[Batched]:
         parts: list[tuple[Part, Tensor]] = []

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 AGAIN = "again"  # of a job that ended because a rank hangs, which is not waited for
+ONE_REQUEST = 1.0  # seconds: a shell and the kernel both say that a terminal was closed
 GRACE = 120.0  # seconds the ranks have to save and go after they were asked to
 
 
@@ -131,6 +132,28 @@ def signals_to(handler: Callable[[int, Any], None] | None = None) -> Iterator[No
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+def end_as_after_ctrl_c() -> None:
+    """What asks this process to stop in order raises KeyboardInterrupt, unless it is ignored (as a
+    hang-up is under nohup), and until a command has handlers of its own: see `signals_to`."""
+    first: list[float] = []
+
+    def interrupt(*_: object) -> None:
+        first.append(time.monotonic())
+        # a second one would cut off what cleans up after the first
+        if len(first) == 1 or first[-1] - first[0] > ONE_REQUEST:
+            raise KeyboardInterrupt
+
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, interrupt)
+
+
+def ignore_stop_signals() -> None:
+    """What is left to do here is to end: a signal would only cut that off."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Terminal(io.FileIO):
