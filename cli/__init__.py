@@ -14,4 +14,5 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
         sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = _report
+if sys.excepthook is sys.__excepthook__:  # a worker process has one that says less: see core/served
+    sys.excepthook = _report

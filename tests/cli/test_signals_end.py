@@ -115,3 +115,12 @@ def test_what_a_command_is_started_to_ignore_it_ignores():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_worker_that_begins_while_its_command_ends_says_nothing():
+    """It imports the command's module, then finds no semaphore any more."""
+    program = (
+        "import sys, segfleet.core.served as served, segfleet.cli\n"
+        "assert sys.excepthook is served.report"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
