@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import time
@@ -61,7 +62,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Failure:
-    """A sample that could not be made; carried to the training process, which raises it there."""
+    """A sample that could not be made; carried to the training process, which raises it there.
+    Without a `case` none could be."""
 
     case: str
     phase: str
@@ -221,6 +223,24 @@ class MaskedPatches(Patches):
         )
 
 
+class Packed(Dataset):
+    """Patches on their way to a loader process, which unpacks them when it is first asked: torch
+    would unpack them before it can answer, and a store that is gone would look like a process that
+    died."""
+
+    def __init__(self, patches: Patches):
+        self.content, self.patches = pickle.dumps(patches), None
+
+    def __getitems__(self, places: list[tuple[int, int]]) -> Batch | Boxes | Failure:
+        if self.patches is None:
+            try:
+                self.patches = pickle.loads(self.content)  # this program's own
+            except Exception as error:
+                return Failure.of("", error)
+            self.content = b""
+        return self.patches.__getitems__(places)
+
+
 class Schedule:
     """The batch sampler of one rank: (epoch, index) lists from step `begin` to the end of a stage,
     micro-batch by micro-batch.
@@ -305,7 +325,7 @@ def batches(patches: Patches, schedule: Schedule, workers: int) -> Iterator[Batc
     name = uuid.uuid4().hex
     collate: Callable[[Any], Any] = Sender(name) if workers else _as_made  # of what is one already
     loader = DataLoader(
-        patches,
+        Packed(patches) if workers else patches,
         batch_sampler=schedule,
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
@@ -319,11 +339,10 @@ def batches(patches: Patches, schedule: Schedule, workers: int) -> Iterator[Batc
     try:
         for batch in _in_time(loader):
             if isinstance(batch, Failure):
+                where = f"{batch.phase} case {batch.case}" if batch.case else batch.phase
                 if batch.user_error:
-                    raise InputError(f"{batch.phase} case {batch.case}: {batch.message}")
-                raise LoaderError(
-                    f"{batch.phase} case {batch.case}: {batch.message}\n{batch.traceback}"
-                )
+                    raise InputError(f"{where}: {batch.message}")
+                raise LoaderError(f"{where}: {batch.message}\n{batch.traceback}")
             if isinstance(batch, Held):  # unless a thread took it, into pinned memory
                 batch = batch.taken()
             elif isinstance(batch.image, np.ndarray):

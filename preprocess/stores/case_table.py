@@ -378,9 +378,14 @@ def mapped(path: Path, stamp: tuple[int, ...]) -> dict[str, np.ndarray]:
         if stamp_of(path) == stamp:
             return map_columns(path)
         reason = "changed"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except (ValueError, KeyError, TypeError) as error:
         reason = str(error)
-    raise InputError(f"store: {path} is not what it was when the store was opened ({reason})")
+    raise InputError(
+        f"store: {path} is not what it was when the store was opened ({reason}). Put it back and "
+        "run the same command again"
+    )
 
 
 def _reopened(path: Path, stamp: tuple[int, ...], rows: np.ndarray | None) -> CaseTable:

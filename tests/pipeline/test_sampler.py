@@ -280,6 +280,20 @@ def test_batches_for_a_loop_of_ones_own_are_those_of_training(tiny_store):
         loader.training_batches(store, batch=1, steps=1, cases=["nobody"])
 
 
+def test_a_store_that_goes_before_a_loader_process_opens_it_is_named(tiny_store, tmp_path, capfd):
+    import shutil
+
+    root = tmp_path / "copy"
+    shutil.copytree(tiny_store(dims=2), root)
+    made = loader.training_batches(open_store(root), batch=2, steps=2, workers=1)
+    root.rename(tmp_path / "away")
+    words = "^loading: store: .*/copy/cases-.*safetensors is not what it was .*No such file"
+    with pytest.raises(InputError, match=words):
+        next(made)
+    made.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_damaged_case_is_named_with_its_phase(tiny_store, tmp_path):
     import shutil
 
