@@ -106,6 +106,12 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             "interrupted. Run the same command again: it goes on where it stopped.",
             ExitCode.INTERRUPTED,
         )
+    if is_full(error) and "multiprocessing.synchronize" in _modules(error):  # of a semaphore
+        return (
+            "no space left in /dev/shm, which processes share memory by. Make it larger (docker: "
+            "--shm-size=2g), or do without: data.workers=0 in a training, --workers 1 elsewhere.",
+            ExitCode.INPUT,
+        )
     if is_full(error):
         filename = getattr(error, "filename", None)
         where = f" at {filename}" if filename else ""
@@ -151,6 +157,13 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             ExitCode.INPUT,
         )
     return None
+
+
+def _modules(error: BaseException) -> set[str]:
+    """That it came through."""
+    return {
+        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
+    }
 
 
 def _walked(error: BaseException) -> str:

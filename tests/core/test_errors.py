@@ -86,3 +86,18 @@ def test_a_third_ctrl_c_cuts_off_nothing():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_full_place_of_shared_memory_is_named():
+    """The error of a semaphore names no file."""
+    mount = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=16k tmpfs /dev/shm && $0 "$@"']
+    if subprocess.run([*mount, "true"], capture_output=True).returncode:
+        pytest.skip("this user may not mount a small /dev/shm")
+    program = (
+        "import multiprocessing; from segfleet.core.errors import explain\n"
+        "try: locks = [multiprocessing.get_context('forkserver').Lock() for _ in range(9)]\n"
+        "except OSError as error: print(*explain(error))"
+    )
+    done = subprocess.run([*mount, sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.startswith("no space left in /dev/shm,"), done.stderr
+    assert "--shm-size=2g" in done.stdout and done.stdout.endswith(" 2\n")
