@@ -31,9 +31,7 @@ class Row:
     family: str | None = None  # of the runs that differ in their fold alone
     stages: int = 0
     score: float | None = None  # mean Dice of the foreground
-    date: str | None = (
-        None  # when it was finished or last wrote an event, "2026-11-29 07:12" local time
-    )
+    date: str | None = None  # of its end or its last event, "2026-11-29 07:12" local time
     state: str  # done, trained, training, stopped, waiting, unreadable; of a job also SLURM's
     stage: int = 0  # the one it is in, from 1
     step: int = 0  # of that stage, as the following
