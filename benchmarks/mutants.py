@@ -133,6 +133,12 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
             "layout < layout_of(raw.get('format')) -> layout <= layout_of(raw.get('format'))",
         ): "they are different here",
     },
+    "pipeline/run.py": {
+        (
+            'whole = step and isinstance(best, dict) and isinstance(best.get("step", 0), int)',
+            "0 -> 1",
+        ): "any number stands for none",
+    },
     "pipeline/identity.py": {
         ("first > then", "first > then -> first >= then"): "no role stands twice",
         (

@@ -13,6 +13,7 @@ from segfleet.pipeline.recipe import parse
 from segfleet.pipeline.run import (
     StageFolder,
     data_of,
+    find_run,
     folder_at,
     lock_stage,
     note_data,
@@ -44,6 +45,31 @@ def test_runs_are_found_in_order_and_nothing_else(runs, recipe):
     (runs / "aaa" / "abc" / "recipe.json").write_text("{}")
     assert run_folders(runs) == [runs / "aaa" / "abc", runs / "aaa" / "bbb"]
     assert root_of(runs / "aaa" / "bbb", recipe) == runs
+
+
+def test_a_run_is_found_by_its_name_its_fold_or_its_score(tmp_path):
+    scores = {"abc1": (0, 0.5), "abd2": (1, 0.9), "bcd3": (2, None)}
+    for uid, (fold, score) in scores.items():
+        (tmp_path / uid).mkdir()
+        document = {"name": "mine", "data": {"fold": fold}}
+        (tmp_path / uid / "recipe.json").write_text(json.dumps(document))
+        if score is not None:
+            summary = {"summary": {"mean_foreground_dice": score}}
+            (tmp_path / uid / "evaluation.json").write_text(json.dumps(summary))
+    assert find_run("abc", tmp_path) == find_run("mine", tmp_path, fold=0) == tmp_path / "abc1"
+    assert find_run("mine", tmp_path, best=True) == tmp_path / "abd2"
+    assert find_run("mine", tmp_path, fold=2, best=True) == tmp_path / "bcd3"  # the only one
+    with pytest.raises(InputError, match=r"'ab' fits 2 runs .*") as caught:
+        find_run("ab", tmp_path)
+    listed = str(caught.value).splitlines()[1:]
+    assert listed == ["  abc1  fold 0  Dice 0.5000", "  abd2  fold 1  Dice 0.9000"]
+    with pytest.raises(InputError, match="found no run 'min'; .*Did you mean 'mine'"):
+        find_run("min", tmp_path)
+    for uid in ("abc1", "abd2"):
+        (tmp_path / uid / "evaluation.json").unlink()
+    with pytest.raises(InputError, match="'mine' fits 3 runs") as caught:
+        find_run("mine", tmp_path, best=True)
+    assert str(caught.value).count("not scored") == 3
 
 
 def test_stages_lie_inside_one_another(runs):
