@@ -17,7 +17,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 import types
 import weakref
 from collections import defaultdict
@@ -100,7 +99,10 @@ class Fork:
 
     def __init__(self, words: list[str], *, env: dict[str, str], start_new_session: bool):
         self.returncode: int | None = None
+        # a child that is started forks in C, where no signal is seen
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         self.pid = os.fork()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if self.pid == 0:
             os.setsid()
             _become(f"rank {env['RANK']}", env)
@@ -149,6 +151,9 @@ def _forkserver(path: Any, words: list[Any], handles: list[int]) -> int:
             with suppress(OSError):
                 os.close(int(name))
     _become("loader", dict(os.environ))
+    from segfleet.core import served
+
+    sys.excepthook = served.report  # as its first import does
     _end(lambda: exec(code, {}))
 
 
@@ -175,8 +180,8 @@ def _end(function: Callable[[], Any], last: Callable[[], Any] = lambda: None) ->
         code = function() or 0
     except SystemExit as end:
         code = end.code or 0
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
     with suppress(BaseException):
         last()
         sys.stdout.flush()

@@ -11,8 +11,12 @@ from pickle import UnpicklingError
 from traceback import walk_tb
 from types import TracebackType
 
-# what reads a worker's orders, and what hands over the numbers of its files
-ALONE = {"multiprocessing.spawn", "multiprocessing.resource_sharer"}
+# what reads a worker's orders, what hands over the numbers of its files, and the server itself
+ALONE = {
+    "multiprocessing.spawn",
+    "multiprocessing.resource_sharer",
+    "multiprocessing.forkserver",
+}
 
 
 def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -120,15 +120,15 @@ def test_other_errors_are_told(capsys):
     assert "EOFError: of a file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", ["multiprocessing.resource_sharer", "multiprocessing.spawn"])
-def test_a_worker_whose_process_is_gone_says_nothing(module, capsys):
+@pytest.mark.parametrize("part", ["resource_sharer", "spawn", "forkserver"])
+def test_a_worker_whose_process_is_gone_says_nothing(part, capsys):
     from multiprocessing import connection
 
     from segfleet.core.served import report
 
     def run(program: str, **names) -> str:
         try:
-            exec(program, {"__name__": module, **names})
+            exec(program, {"__name__": f"multiprocessing.{part}", **names})
         except Exception as error:
             report(type(error), error, error.__traceback__)
         return capsys.readouterr().err
