@@ -174,6 +174,18 @@ def test_one_message_names_the_stage(document, change, words):
     assert str(caught.value).count("stages.") <= 1 or "stages.0.freeze" in str(caught.value)
 
 
+def test_moments_are_those_of_the_stage_before(document):
+    """Of three stages; the last is trained by another optimizer, and takes none over."""
+    first, second = document["stages"]
+    moments = {"inherit": {"weights": "all", "optimizer": True}}
+    last = {**second, "name": "last", "optimizer": {"name": "sgd"}}
+    three = {**document, "stages": [first, {**second, **moments}, last]}
+    assert len(recipe_of(three).stages) == 3
+    assert [len(cut(recipe_of(three), index).stages) for index in range(3)] == [1, 2, 3]
+    with pytest.raises(InputError, match="stages.2.inherit.optimizer: .* trained by adamw"):
+        recipe_of({**document, "stages": [first, second, {**last, **moments}]})
+
+
 def test_an_epoch_is_one_pass_over_the_training_cases(document):
     manifest = load_manifest(Path(document["data"]["store"]))
     cases = len(manifest.fold("kfold", 0)["train"])
