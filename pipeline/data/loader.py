@@ -229,7 +229,8 @@ class Packed(Dataset):
     died."""
 
     def __init__(self, patches: Patches):
-        self.content, self.patches = pickle.dumps(patches), None
+        self.content = pickle.dumps(patches)
+        self.patches: Patches | None = None
 
     def __getitems__(self, places: list[tuple[int, int]]) -> Batch | Boxes | Failure:
         if self.patches is None:
