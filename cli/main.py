@@ -2,7 +2,7 @@
 exit code.
 
 Exit codes: 0 done, 1 a fault of segfleet or of the machine, 2 something the user can
-mend: wrong input, a disk that is full or can only be read, 75 interrupted and resumable.
+correct: wrong input, a disk that is full or can only be read, 75 interrupted and resumable.
 """
 
 from __future__ import annotations

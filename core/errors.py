@@ -22,7 +22,7 @@ class ExitCode(IntEnum):
 
     OK = 0
     FAULT = 1  # of segfleet or of the machine
-    INPUT = 2  # the user's to mend: wrong input, a disk that is full or can only be read
+    INPUT = 2  # the user's to correct: wrong input, a disk that is full or can only be read
     INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: all is saved, the same command resumes
 
 

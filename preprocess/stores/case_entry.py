@@ -19,7 +19,7 @@ from pydantic import (
 
 # said to whoever reads a store and to whoever preprocesses into it: there, the same command alone
 # would find the same damage
-MEND = (
+RESTORE = (
     "Restore it from a backup; or move the store's folder away, or choose another --out, and "
     "preprocess the raw data again."
 )

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from segfleet.core.errors import InputError
-from segfleet.preprocess.stores.case_entry import MEND, CaseEntry, SampledVoxels, inside
+from segfleet.preprocess.stores.case_entry import RESTORE, CaseEntry, SampledVoxels, inside
 from segfleet.preprocess.stores.columns import (
     Arrays,
     Coded,
@@ -171,7 +171,7 @@ class CaseTable(Sequence[CaseEntry]):
             place = "" if self._source is None else f"{self._source[0]}: "
             raise InputError(
                 f"store: {place}case {row} is damaged ({' '.join(str(error).split())[:200]}). "
-                f"{MEND}"
+                f"{RESTORE}"
             ) from None
 
     def _foreground(self, row: int) -> SampledVoxels:
@@ -288,7 +288,7 @@ class FileTable(Mapping[str, dict[str, Any]]):
         try:
             return {inside(path): json.loads(text) for path, text in zip(paths, texts, strict=True)}
         except ValueError as error:
-            raise InputError(f"store: {self._source[0]} is damaged ({error}). {MEND}") from None
+            raise InputError(f"store: {self._source[0]} is damaged ({error}). {RESTORE}") from None
 
     def __len__(self) -> int:
         return len(self._arrays["file.path.end"])

@@ -28,7 +28,7 @@ from pydantic import (
 
 from segfleet.core.errors import InputError, check_one_of, did_you_mean
 from segfleet.core.files import parse_json, write_atomically
-from segfleet.preprocess.stores.case_entry import MEND, CaseEntry, Frozen, InsidePath, inside
+from segfleet.preprocess.stores.case_entry import RESTORE, CaseEntry, Frozen, InsidePath, inside
 from segfleet.preprocess.stores.case_table import (
     CaseTable,
     FileTable,
@@ -299,7 +299,7 @@ def load_manifest(store: str | Path) -> Manifest:
     it is damaged, or its shards are of another revision."""
     path = Path(store) / NAME
     if is_published(path.parent) and not path.is_file():  # a pipe would be waited for
-        raise InputError(f"store: {path} is no regular file. {MEND}")
+        raise InputError(f"store: {path} is no regular file. {RESTORE}")
     if not path.is_file():
         raise InputError(
             f"store: {store} holds no {NAME}: it is no store, or its preprocessing never "
@@ -325,14 +325,14 @@ def load_manifest(store: str | Path) -> Manifest:
             if raw.get("id") == _id_as_written(raw):
                 return Manifest.model_validate(raw)
         raise InputError(
-            f"store: {path} is damaged or was changed by hand (its sha256 differs). {MEND}"
+            f"store: {path} is damaged or was changed by hand (its sha256 differs). {RESTORE}"
         )
     except InputError:
         raise
     # ValueError: no JSON, no text, brackets without end, values that do not fit
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
-            f"store: {path} is damaged ({str(error).splitlines()[0]}). {MEND}"
+            f"store: {path} is damaged ({str(error).splitlines()[0]}). {RESTORE}"
         ) from None
 
 
@@ -343,10 +343,10 @@ def _with_columns(store: Path, raw: dict[str, Any]) -> Manifest:
         stamp = stamp_of(path)
         whole = stamp[0] == expected["bytes"] and sha256_of(path) == expected["sha256"]
     except OSError as error:
-        raise InputError(f"store: {path} cannot be read ({error.strerror}). {MEND}") from None
+        raise InputError(f"store: {path} cannot be read ({error.strerror}). {RESTORE}") from None
     if not whole:
         raise InputError(
-            f"store: {path} is damaged (its sha256 is not that of the manifest). {MEND}"
+            f"store: {path} is damaged (its sha256 is not that of the manifest). {RESTORE}"
         )
     arrays = mapped(path, stamp)
     cases = CaseTable(arrays, None, (path, stamp))

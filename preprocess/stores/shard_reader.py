@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from segfleet.core.errors import InputError
-from segfleet.preprocess.stores.case_entry import MEND
+from segfleet.preprocess.stores.case_entry import RESTORE
 from segfleet.preprocess.stores.manifest import CaseEntry, Manifest
 from segfleet.preprocess.stores.packed import DamagedShard, PackedArray
 
@@ -135,11 +135,11 @@ class ShardReader:
                 raise DamagedShard(f"{name}: {dtype} of shape {shape}, expected {kind}")
             return self._read_box(*shard.packed(case.key, name), expected, box, out)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise InputError(f"{where} is missing ({error.filename or path}). {MEND}") from None
+            raise InputError(f"{where} is missing ({error.filename or path}). {RESTORE}") from None
         except PermissionError as error:
             raise InputError(f"{where} may not be read ({error}). Change its rights.") from None
         except DamagedShard as error:
-            raise InputError(f"{where} is damaged ({error}; {path}). {MEND}") from None
+            raise InputError(f"{where} is damaged ({error}; {path}). {RESTORE}") from None
 
     def _read_box(
         self,

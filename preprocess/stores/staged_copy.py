@@ -33,7 +33,7 @@ from segfleet.core.errors import InputError
 from segfleet.core.files import file_facts, parse_json, sync_folder, write_atomically
 from segfleet.core.lock import Lock
 from segfleet.core.partial import temporary_name
-from segfleet.preprocess.stores.case_entry import MEND
+from segfleet.preprocess.stores.case_entry import RESTORE
 from segfleet.preprocess.stores.manifest import NAME, load_manifest
 
 BLOCK = 2**22  # bytes copied at a time
@@ -253,7 +253,7 @@ def _copy(source: Path, target: Path, sha256: str, stopped: Callable[[], bool]) 
     try:
         file = open(source, "rb")
     except OSError as error:
-        raise InputError(f"store: {source} cannot be read ({error.strerror}). {MEND}") from None
+        raise InputError(f"store: {source} cannot be read ({error.strerror}). {RESTORE}") from None
     target.parent.mkdir(parents=True, exist_ok=True)
     with file, open(partial, "wb") as out:
         while block := file.read(BLOCK):

@@ -8,7 +8,7 @@ from pathlib import Path
 from segfleet.core.errors import InputError, Problem
 from segfleet.core.files import file_facts
 from segfleet.preprocess.stores.base import open_store
-from segfleet.preprocess.stores.case_entry import MEND
+from segfleet.preprocess.stores.case_entry import RESTORE
 from segfleet.preprocess.stores.content import content_sha256
 from segfleet.preprocess.stores.manifest import NAME, CaseEntry
 
@@ -60,7 +60,7 @@ def _file(root: Path, path: str, expected: dict, ids: dict[Path, list[str]]) -> 
         field=path,
         found=f"{now[what]}",
         expected=f"{what} {expected[what]}",
-        mend=MEND,
+        mend=RESTORE,
     )
 
 
@@ -81,7 +81,7 @@ def _content(store, case: CaseEntry) -> Problem | None:
             field=case.shard,
             found=str(error),
             expected="checksums that match",
-            mend=MEND,
+            mend=RESTORE,
         )
     if case.sha256 in ("", sha256):
         return None
@@ -90,5 +90,5 @@ def _content(store, case: CaseEntry) -> Problem | None:
         field=case.shard,
         found=f"content {sha256}",
         expected=f"content {case.sha256}",
-        mend=MEND,
+        mend=RESTORE,
     )
