@@ -56,9 +56,11 @@ def ended(folder: Path) -> bool:
 
 def _of_another(folder: Path, event: dict[str, Any]) -> bool:
     """Whether an event was written for another stage, which is said."""
+    if "of" not in event:  # as nearly all
+        return False
     path = Path(folder).absolute() / EVENTS
     own = path.parent.name
-    if event.get("of", own) == own or not is_uid(own):
+    if event["of"] == own or not is_uid(own):
         return False
     sys.stderr.write(f"segfleet: {path} was written for {event['of']} and is left out\n")
     return True
